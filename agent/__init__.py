@@ -1,0 +1,1 @@
+"""The long-running program on a machine that holds private data."""

@@ -1,0 +1,1 @@
+"""Tasks that ship with the agent: one file a task."""

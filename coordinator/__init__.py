@@ -1,0 +1,1 @@
+"""The program that aggregates updates, and the monitor that watches it."""

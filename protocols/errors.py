@@ -1,0 +1,154 @@
+"""Every error that a person can meet. Pure.
+
+CommonweightError                     1  something failed
+├── UsageFault                        2  what was typed cannot work
+│   ├── TicketMalformed                  a ticket that is cut or mistyped
+│   ├── UnknownName                      a task, run, peer or setting nobody knows
+│   └── CannotBeMet                      a quorum or deadline that cannot be met
+├── Unreachable                       3  nobody answers at that address
+├── Refused                           4  the other side said no
+│   └── NotEnrolled                      this machine has not joined
+├── NotRunning                        5  the program asked for is not up
+├── HomeFault                         1  the home folder cannot be used
+│   ├── HomeLocked                       another process works in it
+│   └── HomeTooNew                       written by a newer version
+├── PortInUse                         1  somebody else listens there
+├── BadMessage                        1  bytes that are not one of our messages
+├── BadWeights                        1  bytes that are not weights, or not these weights
+└── UpdateRefused                     1  an update that must not be summed
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command's exit status means."""
+
+    OK = 0
+    """It did what was asked."""
+    FAILED = 1
+    """It tried and failed; the message says why."""
+    USAGE = 2
+    """What was typed cannot work."""
+    UNREACHABLE = 3
+    """The coordinator or the broker does not answer."""
+    REFUSED = 4
+    """Not enrolled, or refused by the other side."""
+    NOT_RUNNING = 5
+    """The program that was asked is not running."""
+    FAULTS_FOUND = 6
+    """`doctor` found faults."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
+
+
+class CommonweightError(Exception):
+    """What happened and why (`message`), and what to do next (`hint`)."""
+
+    exit_code: ExitCode = ExitCode.FAILED
+    code: str = "failed"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageFault(CommonweightError):
+    """What was typed cannot work."""
+
+    exit_code = ExitCode.USAGE
+    code = "usage"
+
+
+class TicketMalformed(UsageFault):
+    """The join string is not a whole ticket."""
+
+    code = "ticket_malformed"
+
+
+class UnknownName(UsageFault):
+    """No task, run, peer or setting has this name."""
+
+    code = "unknown_name"
+
+
+class CannotBeMet(UsageFault):
+    """A quorum or a deadline that the fleet cannot meet."""
+
+    code = "cannot_be_met"
+
+
+class Unreachable(CommonweightError):
+    """Nobody answers there."""
+
+    exit_code = ExitCode.UNREACHABLE
+    code = "unreachable"
+
+
+class Refused(CommonweightError):
+    """The other side answered, and said no."""
+
+    exit_code = ExitCode.REFUSED
+    code = "refused"
+
+
+class NotEnrolled(Refused):
+    """This machine holds no certificate of a coordinator."""
+
+    code = "not_enrolled"
+
+
+class NotRunning(CommonweightError):
+    """The program that was asked is not up."""
+
+    exit_code = ExitCode.NOT_RUNNING
+    code = "not_running"
+
+
+class HomeFault(CommonweightError):
+    """The home folder cannot be used."""
+
+    code = "home"
+
+
+class HomeLocked(HomeFault):
+    """Another process works in this home."""
+
+    code = "home_locked"
+
+
+class HomeTooNew(HomeFault):
+    """The home was written by a newer version than this one."""
+
+    code = "home_too_new"
+
+
+class PortInUse(CommonweightError):
+    """Somebody else listens on the address."""
+
+    code = "port_in_use"
+
+
+class BadMessage(CommonweightError):
+    """Bytes that are not one of our messages, or whose signature is wrong."""
+
+    code = "bad_message"
+
+
+class BadWeights(CommonweightError):
+    """Bytes that are not canonical weights, or that do not fit the schema."""
+
+    code = "bad_weights"
+
+
+class UpdateRefused(CommonweightError):
+    """An update that must not be summed; `reason` is a short fixed word for the ledger."""
+
+    code = "update_refused"
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

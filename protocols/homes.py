@@ -1,0 +1,83 @@
+"""The folder in which a program keeps its files: made 0700, stamped with a version, locked. Pure.
+
+`COMMONWEIGHT_HOME` and `COMMONWEIGHT_AGENT_HOME` override the platform's folders, so that several
+can live on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from protocols import VERSION
+from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
+from protocols.identity import write_private
+
+FORMAT = 1
+Kind = Literal["coordinator", "agent"]
+_VARIABLES: dict[Kind, str] = {
+    "coordinator": "COMMONWEIGHT_HOME",
+    "agent": "COMMONWEIGHT_AGENT_HOME",
+}
+_STAMP = "home.json"
+
+
+def locate(kind: Kind) -> Path:
+    """Where the home is, whether or not it exists."""
+    if chosen := os.environ.get(_VARIABLES[kind]):
+        return Path(chosen).expanduser().absolute()
+    return platformdirs.user_data_path("commonweight") / kind
+
+
+def open_home(kind: Kind, *, create: bool = False) -> Path:
+    """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeFault."""
+    home = locate(kind)
+    start = "commonweight init" if kind == "coordinator" else "commonweight-agent join TICKET"
+    try:
+        if create:
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (home / _STAMP).exists():
+                stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
+                write_private(home / _STAMP, json.dumps(stamp).encode())
+        text = (home / _STAMP).read_text()
+    except FileNotFoundError as err:
+        raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
+    except OSError as err:
+        raise HomeFault(
+            f"cannot use the folder {home}: {err.strerror}",
+            f"give yourself access, or set {_VARIABLES[kind]} to another folder",
+        ) from err
+    try:
+        stamp = json.loads(text)
+        found, found_kind = int(stamp["format"]), str(stamp["kind"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise HomeFault(f"{home / _STAMP} is damaged", "restore it from a backup") from err
+    if found > FORMAT:
+        raise HomeTooNew(
+            f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "
+            f"this is {VERSION} (format {FORMAT})",
+            "update commonweight on this machine: pip install --upgrade commonweight",
+        )
+    if found_kind != kind:
+        raise HomeFault(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
+    if not os.access(home, os.W_OK):
+        raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
+    return home
+
+
+def lock(home: Path, what: str) -> FileLock:
+    """Take the home for this process until it ends. Raises HomeLocked."""
+    held = FileLock(home / "lock", mode=0o600)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as err:
+        raise HomeLocked(
+            f"another {what} works in {home}",
+            "stop it first, or give this one a home of its own",
+        ) from err
+    return held

@@ -1,0 +1,272 @@
+"""Keys, fingerprints and certificates. Pure but for reading and writing key files (0600).
+
+An agent has two keys: P-384 for Flower's node authentication, Ed25519 for everything of ours. The
+coordinator has a CA (Ed25519) that signs its TLS certificate and the nodes' certificates, and a
+signing key (Ed25519) for commands and versions.
+
+A peer's id is shown in four groups of four, as Syncthing shows devices: 15 characters of the
+SHA-256 of its Ed25519 key in base32 (75 bits) and a Luhn mod 32 check character.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import ipaddress
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from protocols.errors import BadMessage, HomeFault
+
+SigningKey = ed25519.Ed25519PrivateKey
+NodeKey = ec.EllipticCurvePrivateKey
+
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+CA_DAYS = 3650
+CERTIFICATE_DAYS = 365
+
+
+def new_signing_key() -> SigningKey:
+    return ed25519.Ed25519PrivateKey.generate()
+
+
+def new_node_key() -> NodeKey:
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def raw_public(key: SigningKey) -> bytes:
+    """The 32 raw bytes of the public half."""
+    return key.public_key().public_bytes_raw()
+
+
+def node_public(key: NodeKey) -> bytes:
+    """The public half in the form that Flower's node authentication sends (PEM)."""
+    return key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def check_node_public(pem: bytes) -> None:
+    """Raise BadMessage unless `pem` is a P-384 public key."""
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except ValueError as err:
+        raise BadMessage("the node key is not a public key in PEM form") from err
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise BadMessage("the node key is not a P-384 key")
+
+
+def verify(public: bytes, signature: bytes, message: bytes) -> bool:
+    """True if `signature` over `message` was made by the Ed25519 key with this public half."""
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def peer_id(public: bytes) -> str:
+    """The short id of an Ed25519 public key: `ABCD-EFGH-IJKL-MNOP`."""
+    text = base64.b32encode(hashlib.sha256(public).digest()).decode()[:15]
+    text += _check_character(text)
+    return "-".join(text[i : i + 4] for i in range(0, 16, 4))
+
+
+def is_peer_id(text: str) -> bool:
+    """True if the check character fits: a mistyped id is told from an unknown one."""
+    plain = text.replace("-", "").upper()
+    return (
+        len(plain) == 16
+        and all(letter in _ALPHABET for letter in plain)
+        and _check_character(plain[:15]) == plain[15]
+    )
+
+
+def _check_character(text: str) -> str:
+    """Luhn mod N over base32 (as Syncthing's device ids)."""
+    factor, total = 1, 0
+    for letter in text:
+        addend = factor * _ALPHABET.index(letter)
+        factor = 3 - factor
+        total += addend // 32 + addend % 32
+    return _ALPHABET[-total % 32]
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_key(path: Path, key: SigningKey | NodeKey) -> None:
+    """Write a private key as PKCS#8 PEM, 0600."""
+    write_private(
+        path,
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    )
+
+
+def load_signing_key(path: Path) -> SigningKey:
+    """An Ed25519 key from PEM. Raises HomeFault."""
+    key = _load(path)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise HomeFault(f"{path} is not an Ed25519 key")
+    return key
+
+
+def load_node_key(path: Path) -> NodeKey:
+    """A P-384 key from PEM. Raises HomeFault."""
+    key = _load(path)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise HomeFault(f"{path} is not an elliptic-curve key")
+    return key
+
+
+def _load(path: Path) -> object:
+    try:
+        return serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError) as err:
+        raise HomeFault(f"cannot read the key {path}: {err}") from err
+
+
+# --- the coordinator's CA and TLS certificate ------------------------------------------------
+
+
+def new_ca(fleet_name: str) -> tuple[SigningKey, bytes]:
+    """A CA key and its self-signed certificate (PEM)."""
+    key = new_signing_key()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"commonweight {fleet_name}")])
+    certificate = (
+        _builder(subject, subject, CA_DAYS)
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign_certificates=True), critical=True)
+        .sign(key, None)
+    )
+    return key, certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def new_server_certificate(
+    ca_key: SigningKey, ca_pem: bytes, names: Iterable[str]
+) -> tuple[NodeKey, bytes]:
+    """A TLS key (P-256) and certificate for these DNS names and addresses, signed by the CA."""
+    ca = x509.load_pem_x509_certificate(ca_pem)
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "commonweight coordinator")])
+    certificate = (
+        _builder(subject, ca.subject, CERTIFICATE_DAYS)
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False
+        )
+        .sign(ca_key, None)
+    )
+    return key, certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def certificate_names(pem: bytes) -> set[str]:
+    """The DNS names and addresses that a TLS certificate is good for."""
+    certificate = x509.load_pem_x509_certificate(pem)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {str(name.value) for name in names}
+
+
+def days_left(pem: bytes, now: datetime.datetime | None = None) -> float:
+    """Days until the certificate ends; negative when it has."""
+    now = now or datetime.datetime.now(datetime.UTC)
+    return (x509.load_pem_x509_certificate(pem).not_valid_after_utc - now).total_seconds() / 86400
+
+
+def ca_fingerprint(pem: bytes) -> bytes:
+    """SHA-256 of the CA certificate's DER form: what a ticket carries. Raises BadMessage."""
+    try:
+        return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256())
+    except ValueError as err:
+        raise BadMessage("not a certificate in PEM form") from err
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))  # a slow clock joins all the same
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+# --- node certificates -----------------------------------------------------------------------
+
+
+class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer's two public keys, vouched for by the CA until `not_after` (Unix s)."""
+
+    v: int = 1
+    fleet: str
+    peer: str
+    name: str
+    sign_public: bytes
+    node_public: bytes
+    not_after: float
+
+
+def issue(ca_key: SigningKey, certificate: NodeCertificate) -> bytes:
+    """The certificate as signed bytes: 64 bytes of signature, then JSON."""
+    body = msgspec.json.encode(certificate)
+    return ca_key.sign(b"commonweight node certificate 1\n" + body) + body
+
+
+def read_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
+    """The certificate in `data`, checked against the CA. Raises BadMessage."""
+    ca = x509.load_pem_x509_certificate(ca_pem).public_key()
+    assert isinstance(ca, ed25519.Ed25519PublicKey)
+    signature, body = data[:64], data[64:]
+    if not verify(ca.public_bytes_raw(), signature, b"commonweight node certificate 1\n" + body):
+        raise BadMessage("the node certificate is not signed by this fleet's CA")
+    try:
+        return msgspec.json.decode(body, type=NodeCertificate)
+    except msgspec.DecodeError as err:
+        raise BadMessage(f"not a node certificate: {err}") from err

@@ -1,0 +1,230 @@
+"""Everything that travels beside the weights: frozen, versioned, signed. Pure.
+
+On MQTT a payload is `base64url(signature) + b"." + JSON of an Envelope`; the Ed25519 signature
+covers the topic and the JSON bytes as sent, so nothing has to be put into a canonical form.
+Strings that a person will see are refused when they hold control characters: no terminal
+escape code passes this door.
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocols.errors import BadMessage
+from protocols.states import PeerState, RunState
+
+FORMAT = 1
+MAX_PAYLOAD_BYTES = 16 * 1024
+
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
+Text = Annotated[str, Meta(max_length=400, pattern=_PRINTABLE)]
+Name = Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+#: A NaN or an infinity has no JSON form: it travels as null and arrives as None.
+Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
+
+
+class Presence(Struct, frozen=True, tag=True, kw_only=True):
+    """What a peer says of itself; retained. `will` marks the copy sent on a lost link."""
+
+    state: PeerState
+    reason: Text = ""
+    name: Name = ""
+    version: Name = ""
+    task: Name = ""
+    run: Name = ""
+    round: Count = 0
+    will: bool = False
+
+
+class Telemetry(Struct, frozen=True, tag=True, kw_only=True):
+    """What a peer measures while it works. Bytes count since the agent started."""
+
+    run: Name = ""
+    round: Count = 0
+    phase: Literal["", "train", "evaluate"] = ""
+    step: Count = 0
+    steps: Count = 0
+    loss: float | None = None
+    diverged: bool = False
+    samples_per_s: float = 0.0
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    cpu_percent: float = 0.0
+    memory_bytes: Count = 0
+    battery_percent: float | None = None
+
+
+class Notice(Struct, frozen=True, tag=True, kw_only=True):
+    """A line that a person should see."""
+
+    level: Literal["info", "warning", "error"]
+    text: Text
+
+
+class Doorbell(Struct, frozen=True, tag=True):
+    """Work is waiting. Carries nothing to trust: the agent asks the coordinator."""
+
+
+class Command(Struct, frozen=True, tag=True, kw_only=True):
+    """What the operator wants an agent to do. `for_s` = 0 means until further notice."""
+
+    action: Literal["pause", "resume", "finish"]
+    for_s: Annotated[float, Meta(ge=0, le=366 * 86400)] = 0.0
+
+
+class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
+    """A peer was enrolled, approved or removed; `public_key` is its Ed25519 key (raw, 32 bytes)."""
+
+    peer: Name
+    name: Name
+    labels: dict[Name, Name] = {}
+    standing: Literal["awaiting", "enrolled", "removed"] = "enrolled"
+    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
+    """Where a run stands, said whole each time. `waiting_for` is words for a person."""
+
+    run: Name
+    task: Name
+    state: RunState
+    round: Count
+    rounds: Count
+    quorum: Count
+    asked: Count = 0
+    answered: Count = 0
+    waiting_for: Text = ""
+    head: Name = ""
+    best_round: Count = 0
+    ended_because: Text = ""
+
+
+class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
+    """One round's outcome. `loss` and `accuracy` are federated evaluation; `norms` are by peer."""
+
+    run: Name
+    round: Count
+    digest: Digest
+    seconds: float
+    peers: Count
+    refused: Count = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    diverged: bool = False
+    metrics: Metrics = {}
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    norms: dict[Name, float] = {}
+
+
+class Happened(Struct, frozen=True, tag=True, kw_only=True):
+    """A line for the Events screen. `subject` is a peer or a run, or empty."""
+
+    level: Literal["info", "warning", "error"]
+    text: Text
+    subject: Name = ""
+
+
+class Links(Struct, frozen=True, tag=True, kw_only=True):
+    """The coordinator's own links: is the broker there, how many agents hold a Flower session."""
+
+    mqtt: bool
+    flower: bool
+    rejected: Count = 0
+
+
+PeerBody = Presence | Telemetry | Notice
+CoordinatorBody = Doorbell | Command | PeerKnown | RunChanged | RoundClosed | Happened | Links
+Body = PeerBody | CoordinatorBody
+
+
+class Envelope(Struct, frozen=True, kw_only=True):
+    """One message: its sender, the session (`epoch`), its number in it (`seq`), Unix s (`at`)."""
+
+    v: int = FORMAT
+    sender: Name
+    epoch: Name
+    seq: Count
+    at: float
+    body: Body
+
+
+class UpdateClaim(Struct, frozen=True, kw_only=True):
+    """What an agent says of its update, and signs. `base` is the version it trained on."""
+
+    run: Name
+    round: Count
+    kind: Literal["init", "train", "evaluate"]
+    peer: Name
+    base: Name
+    digest: Name
+    nbytes: Count
+    num_examples: int
+    metrics: Metrics = {}
+    nonce: Name
+
+
+_envelope = msgspec.json.Decoder(Envelope)
+_claim = msgspec.json.Decoder(UpdateClaim)
+_encode = msgspec.json.Encoder().encode
+
+Sign = Callable[[bytes], bytes]
+Verify = Callable[[str, bytes, bytes], bool]
+
+
+def _signed_part(topic: str, payload: bytes) -> bytes:
+    return b"commonweight mqtt 1\n" + topic.encode() + b"\n" + payload
+
+
+def seal(topic: str, envelope: Envelope, sign: Sign) -> bytes:
+    """The payload of `envelope` on `topic`, signed by `sign`."""
+    payload = _encode(envelope)
+    return urlsafe_b64encode(sign(_signed_part(topic, payload))) + b"." + payload
+
+
+def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
+    """The envelope in `payload`, after `verify(sender, signature, signed bytes)` said yes.
+
+    Raises BadMessage: too long, not ours, another format, wrong types, bad signature.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise BadMessage(f"a payload of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+    encoded, dot, body = payload.partition(b".")
+    if not dot or len(encoded) != 88:
+        raise BadMessage("no signature before the message")
+    try:
+        signature = urlsafe_b64decode(encoded)
+        envelope = _envelope.decode(body)
+    except (binascii.Error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"not one of our messages: {err}") from err
+    if envelope.v != FORMAT:
+        raise BadMessage(f"message format {envelope.v}; this version speaks {FORMAT}")
+    if not verify(envelope.sender, signature, _signed_part(topic, body)):
+        raise BadMessage(f"the signature is not that of {envelope.sender}")
+    return envelope
+
+
+def encode_claim(claim: UpdateClaim) -> bytes:
+    """The bytes of a claim that the agent signs, domain-separated."""
+    return _encode(claim)
+
+
+def decode_claim(payload: bytes) -> UpdateClaim:
+    """The claim in `payload`. Raises BadMessage."""
+    try:
+        return _claim.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"not a claim: {err}") from err
+
+
+def claim_part(payload: bytes) -> bytes:
+    """The bytes under a claim's signature."""
+    return b"commonweight claim 1\n" + payload

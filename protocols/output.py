@@ -1,0 +1,26 @@
+"""The JSON contract of both commands: `{"schema_version": 1, "status": …}`. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from protocols.errors import CommonweightError
+
+SCHEMA_VERSION = 1
+
+
+def ok(data: Any) -> str:
+    """One line of JSON that carries `data`."""
+    return _line({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data})
+
+
+def error(err: CommonweightError) -> str:
+    """One line of JSON that carries an error's code, message and hint."""
+    body = {"code": err.code, "message": err.message, "hint": err.hint}
+    return _line({"schema_version": SCHEMA_VERSION, "status": "error", "error": body})
+
+
+def _line(value: Any) -> str:
+    return msgspec.json.encode(value, enc_hook=str).decode()

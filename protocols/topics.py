@@ -1,0 +1,63 @@
+"""Every MQTT topic, built and parsed here only. Pure.
+
+    cw/<fleet>/peer/<peer>/presence     retained, with a last will    agent → all
+    cw/<fleet>/peer/<peer>/telemetry    a few a second                agent → all
+    cw/<fleet>/peer/<peer>/notice       what a person should know     agent → all
+    cw/<fleet>/peer/<peer>/command      doorbell, pause, resume       coordinator → agent
+    cw/<fleet>/coordinator/event        runs, rounds, peers           coordinator → monitors
+
+A fleet is named by the first 16 hex digits of its CA's SHA-256: several can share a broker.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+Kind = Literal["presence", "telemetry", "notice", "command", "event"]
+COORDINATOR = "coordinator"
+
+_PEER = re.compile(r"cw/([0-9a-f]{16})/peer/([A-Z2-7-]{1,32})/(presence|telemetry|notice|command)")
+_COORDINATOR = re.compile(r"cw/([0-9a-f]{16})/coordinator/(event)")
+
+
+class Topic(NamedTuple):
+    """A parsed topic. `peer` is `COORDINATOR` for the coordinator's own."""
+
+    fleet: str
+    peer: str
+    kind: Kind
+
+
+def presence(fleet: str, peer: str) -> str:
+    return f"cw/{fleet}/peer/{peer}/presence"
+
+
+def telemetry(fleet: str, peer: str) -> str:
+    return f"cw/{fleet}/peer/{peer}/telemetry"
+
+
+def notice(fleet: str, peer: str) -> str:
+    return f"cw/{fleet}/peer/{peer}/notice"
+
+
+def command(fleet: str, peer: str) -> str:
+    return f"cw/{fleet}/peer/{peer}/command"
+
+
+def event(fleet: str) -> str:
+    return f"cw/{fleet}/coordinator/event"
+
+
+def every_peer(fleet: str, kind: Kind) -> str:
+    """The filter that receives one kind from all peers."""
+    return f"cw/{fleet}/peer/+/{kind}"
+
+
+def parse(topic: str) -> Topic | None:
+    """The parts of one of our topics, or None for anybody else's."""
+    if match := _PEER.fullmatch(topic):
+        return Topic(match[1], match[2], match[3])  # type: ignore[arg-type]
+    if match := _COORDINATOR.fullmatch(topic):
+        return Topic(match[1], COORDINATOR, match[2])  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,267 @@
+"""Named tensors <-> canonical safetensors bytes, their digest and schema. Pure numpy.
+
+The canonical form is a valid safetensors file with one freedom removed after another: tensors
+sorted by name and laid out in that order without gaps, a header without metadata, compact JSON,
+padded with spaces to 8 bytes. So equal weights are equal bytes, and the SHA-256 of the file, which
+can be taken while it streams, is the digest that names the version.
+
+bf16 has no numpy type: such tensors are `uint16` views here, and their dtype is kept in the schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.errors import BadWeights
+
+Array = npt.NDArray[np.generic]
+
+MAX_HEADER_BYTES = 8 * 1024 * 1024
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
+
+#: dtypes whose tensors are averaged; all others keep their value (see `aggregate`).
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype code of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * DTYPES[self.dtype].itemsize
+
+
+Schema = dict[str, TensorSpec]
+
+
+class Weights(Mapping[str, Array]):
+    """Named tensors with their schema; iterates in name order.
+
+    `bf16` names the tensors whose `uint16` data are bfloat16 bits.
+    """
+
+    def __init__(self, tensors: Mapping[str, Array], bf16: Iterable[str] = ()) -> None:
+        bf16 = frozenset(bf16)
+        self._tensors = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
+        self.schema: Schema = {}
+        for name, array in self._tensors.items():
+            code = "BF16" if name in bf16 else _CODES.get(array.dtype.newbyteorder("<"))
+            if code is None:
+                raise BadWeights(f"tensor {name!r} has dtype {array.dtype}, which cannot travel")
+            self.schema[name] = TensorSpec(code, array.shape)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, without the header."""
+        return sum(spec.nbytes for spec in self.schema.values())
+
+
+def header_bytes(schema: Schema) -> bytes:
+    """The canonical header: 8 bytes of length, then compact JSON padded to 8 bytes."""
+    table: dict[str, object] = {}
+    offset = 0
+    for name in sorted(schema):
+        spec = schema[name]
+        table[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def chunks(weights: Weights) -> Iterator[bytes | memoryview]:
+    """The canonical bytes of `weights`, header first, then one piece a tensor, without copies."""
+    yield header_bytes(weights.schema)
+    for name, spec in weights.schema.items():
+        array = np.ascontiguousarray(weights[name], dtype=DTYPES[spec.dtype])
+        yield array.reshape(-1).view(np.uint8).data
+
+
+def to_bytes(weights: Weights) -> bytes:
+    """The canonical bytes of small weights. Large ones: `save`."""
+    return b"".join(chunks(weights))
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 (hex) of the canonical bytes."""
+    sha = hashlib.sha256()
+    for piece in chunks(weights):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def save(weights: Weights, path: Path) -> str:
+    """Write the canonical file so that a crash leaves the old one or the new one; its digest."""
+    sha = hashlib.sha256()
+    with replacing(path) as file:
+        for piece in chunks(weights):
+            sha.update(piece)
+            file.write(piece)
+    return sha.hexdigest()
+
+
+class replacing:
+    """A binary file that takes its place at `path`, synced, only when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        sync_folder(self._path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
+    """The schema of canonical bytes and where the tensors begin. Raises BadWeights."""
+    if len(data) < 8:
+        raise BadWeights("shorter than a safetensors header")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise BadWeights(f"a header of {length} bytes in a file of {len(data)}")
+    head = bytes(data[8 : 8 + length])
+    try:
+        table = json.loads(head)
+    except (ValueError, RecursionError) as err:
+        raise BadWeights(f"the header is not JSON: {err}") from err
+    schema = _checked(table)
+    if header_bytes(schema) != bytes(data[:8]) + head:
+        raise BadWeights("the header is not in canonical form")
+    expected = 8 + length + sum(spec.nbytes for spec in schema.values())
+    if len(data) != expected:
+        raise BadWeights(f"{len(data)} bytes where the header promises {expected}")
+    return schema, 8 + length
+
+
+def _checked(table: object) -> Schema:
+    if not isinstance(table, dict):
+        raise BadWeights("the header is not a table of tensors")
+    schema: Schema = {}
+    for name, entry in table.items():
+        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+            raise BadWeights(f"tensor {name!r} has no known dtype")
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(
+            type(side) is int and 0 <= side < 2**40 for side in shape
+        ):
+            raise BadWeights(f"tensor {name!r} has no valid shape")
+        schema[name] = TensorSpec(entry["dtype"], tuple(shape))
+    return schema
+
+
+def from_bytes(data: bytes | memoryview | mmap.mmap) -> Weights:
+    """Weights that view `data` without copying. Raises BadWeights."""
+    schema, offset = read_schema(data)
+    tensors: dict[str, Array] = {}
+    for name, spec in schema.items():
+        dtype = DTYPES[spec.dtype]
+        count = spec.nbytes // dtype.itemsize
+        tensors[name] = np.frombuffer(data, dtype, count, offset).reshape(spec.shape)
+        offset += spec.nbytes
+    return Weights(tensors, (name for name, spec in schema.items() if spec.dtype == "BF16"))
+
+
+def load(path: Path) -> Weights:
+    """Weights that view the file through a read-only memory map. Raises BadWeights, OSError."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise BadWeights(f"{path.name} is empty")
+        return from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_schema(found: Schema, expected: Schema) -> None:
+    """Raise BadWeights that names the first tensor in which `found` differs from `expected`."""
+    for name, spec in expected.items():
+        if name not in found:
+            raise BadWeights(f"tensor {name!r} is missing")
+        if found[name] != spec:
+            raise BadWeights(
+                f"tensor {name!r} is {found[name].dtype}{list(found[name].shape)}, "
+                f"expected {spec.dtype}{list(spec.shape)}"
+            )
+    if extra := sorted(found.keys() - expected.keys()):
+        raise BadWeights(f"tensor {extra[0]!r} is not part of the model")
+
+
+def check_finite(weights: Weights) -> None:
+    """Raise BadWeights that names the first tensor that holds NaN or infinity."""
+    for name, spec in weights.schema.items():
+        if spec.dtype not in FLOATING:
+            continue
+        array = weights[name]
+        if spec.dtype == "BF16":  # exponent all ones: infinity or NaN
+            bad = bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
+        else:
+            bad = not bool(np.isfinite(array).all())
+        if bad:
+            raise BadWeights(f"tensor {name!r} holds NaN or infinity")
