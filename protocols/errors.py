@@ -15,6 +15,7 @@ CommonweightError                     1  something failed
 ├── PortInUse                         1  somebody else listens there
 ├── BadMessage                        1  bytes that are not one of our messages
 ├── BadWeights                        1  bytes that are not weights, or not these weights
+├── TrainerFailed                     1  the child process that trains failed or was ended
 └── UpdateRefused                     1  an update that must not be summed
 """
 
@@ -142,6 +143,16 @@ class BadWeights(CommonweightError):
     """Bytes that are not canonical weights, or that do not fit the schema."""
 
     code = "bad_weights"
+
+
+class TrainerFailed(CommonweightError):
+    """The work in the trainer's process did not end well; `kind` is a short fixed word for it."""
+
+    code = "trainer_failed"
+
+    def __init__(self, kind: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind = kind
 
 
 class UpdateRefused(CommonweightError):

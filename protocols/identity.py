@@ -159,6 +159,7 @@ def new_ca(fleet_name: str) -> tuple[SigningKey, bytes]:
         .public_key(key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(sign_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, None)
     )
     return key, certificate.public_bytes(serialization.Encoding.PEM)
@@ -178,6 +179,10 @@ def new_server_certificate(
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(
             x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False
+        )
+        # Python 3.13 checks certificates strictly (RFC 5280) and refuses one without it.
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
         )
         .sign(ca_key, None)
     )

@@ -31,8 +31,16 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
 
 
+def printable(text: str) -> str:
+    """`text` as a `Text`: cut to its length, `·` for whatever could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text[:400])
+
+
 class Presence(Struct, frozen=True, tag=True, kw_only=True):
-    """What a peer says of itself; retained. `will` marks the copy sent on a lost link."""
+    """What a peer says of itself; retained. `tasks` are those it can and may run.
+
+    `will` marks the copy that the broker sends on a lost link.
+    """
 
     state: PeerState
     reason: Text = ""
@@ -41,6 +49,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     task: Name = ""
     run: Name = ""
     round: Count = 0
+    tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     will: bool = False
 
 
@@ -157,6 +166,23 @@ class Envelope(Struct, frozen=True, kw_only=True):
     body: Body
 
 
+class Work(Struct, frozen=True, kw_only=True):
+    """What the coordinator asks of an agent, and signs: train, evaluate, or make first weights.
+
+    `base` names the version to work on and `nbytes` its size; both are empty for "init".
+    """
+
+    run: Name
+    round: Count
+    kind: Literal["init", "train", "evaluate"]
+    task: Name
+    base: Name = ""
+    nbytes: Count = 0
+    seed: int = 0
+    settings: dict[Name, str | int | float | bool] = {}
+    deadline_s: float = 0.0
+
+
 class UpdateClaim(Struct, frozen=True, kw_only=True):
     """What an agent says of its update, and signs. `base` is the version it trained on."""
 
@@ -174,6 +200,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
 
 _envelope = msgspec.json.Decoder(Envelope)
 _claim = msgspec.json.Decoder(UpdateClaim)
+_work = msgspec.json.Decoder(Work)
 _encode = msgspec.json.Encoder().encode
 
 Sign = Callable[[bytes], bytes]
@@ -205,6 +232,8 @@ def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
         envelope = _envelope.decode(body)
     except (binascii.Error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not one of our messages: {err}") from err
+    if urlsafe_b64encode(signature) != encoded:  # the decoder passes over what it does not know
+        raise BadMessage("the signature is not written in the one way that there is")
     if envelope.v != FORMAT:
         raise BadMessage(f"message format {envelope.v}; this version speaks {FORMAT}")
     if not verify(envelope.sender, signature, _signed_part(topic, body)):
@@ -212,9 +241,26 @@ def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
     return envelope
 
 
-def encode_claim(claim: UpdateClaim) -> bytes:
-    """The bytes of a claim that the agent signs, domain-separated."""
-    return _encode(claim)
+def sign_work(work: Work, sign: Sign) -> tuple[bytes, bytes]:
+    """The bytes of `work` and the coordinator's signature over them."""
+    payload = _encode(work)
+    return payload, sign(b"commonweight work 1\n" + payload)
+
+
+def read_work(payload: bytes, signature: bytes, verify: Callable[[bytes, bytes], bool]) -> Work:
+    """The work in `payload` if `verify(signature, signed bytes)` says yes. Raises BadMessage."""
+    if not verify(signature, b"commonweight work 1\n" + payload):
+        raise BadMessage("the work is not signed by this fleet's coordinator")
+    try:
+        return _work.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"not a piece of work: {err}") from err
+
+
+def sign_claim(claim: UpdateClaim, sign: Sign) -> tuple[bytes, bytes]:
+    """The bytes of a claim and the agent's signature over them."""
+    payload = _encode(claim)
+    return payload, sign(claim_part(payload))
 
 
 def decode_claim(payload: bytes) -> UpdateClaim:

@@ -1,0 +1,290 @@
+"""`commonweight-agent`: the program on each machine that has data.
+
+Flower and torch are imported inside the commands that need them: `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protocols import VERSION, homes, output
+from protocols.errors import CommonweightError, ExitCode, HomeLocked, NotRunning, UsageFault
+
+app = typer.Typer(
+    name="commonweight-agent",
+    help="Train together, keep your data: the agent on a machine that has data.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def say(text: str) -> None:
+    """A line for a person (stderr)."""
+    sys.stderr.write(text + "\n")
+
+
+def seconds(text: str) -> float:
+    """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageFault."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(VERSION + "\n")
+        raise typer.Exit
+
+
+@app.command()
+def join(
+    ticket: Annotated[
+        str | None,
+        typer.Argument(help="The ticket, file:PATH, or - for standard input; asked if left out."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What others call this machine.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="key=value; may be repeated.")] = None,
+    data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
+    part: Annotated[str | None, typer.Option(help="i/n: this piece of a shared set.")] = None,
+    split: Annotated[str | None, typer.Option(help="iid, or shards: two labels a peer.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Join anew, with a new key.")] = False,
+    json: Json = False,
+) -> None:
+    """Join a fleet with a ticket from `commonweight ticket create`."""
+    from agent import enroll, settings
+
+    text = _ticket_text(ticket)
+    labels = dict(_pair(item) for item in label or [])
+    home = homes.open_home("agent", create=True)
+    index, parts = _part(part) if part else (None, None)
+    settings.read(home, data=data, part=index, parts=parts, split=split)
+    enrolment, awaiting = enroll.join(
+        home, text, name=name or socket.gethostname(), labels=labels, replace=replace
+    )
+    settings.change(home, data=data, part=index, parts=parts, split=split)
+    if json:
+        told = {"peer": enrolment.peer, "name": enrolment.name, "awaiting": awaiting}
+        sys.stdout.write(output.ok(told) + "\n")
+        return
+    say(f"joined as {enrolment.name}, id {enrolment.peer}")
+    if awaiting:
+        say(f"the operator must approve it: commonweight peers approve {enrolment.name}")
+    say("next: commonweight-agent run")
+
+
+def _ticket_text(given: str | None) -> str:
+    if given is None:
+        return str(typer.prompt("ticket", hide_input=True, err=True))
+    if given == "-":
+        return sys.stdin.read()
+    if given.startswith("file:"):
+        try:
+            return Path(given.removeprefix("file:")).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as err:
+            raise UsageFault(f"cannot read the ticket: {err}") from err
+    return given
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageFault(f"the label {text!r} is not key=value")
+    return key, value
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageFault(f"{text!r} is no part: write i/n with i from 0 to n-1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+@app.command()
+def run(
+    part: Annotated[str | None, typer.Option(help="i/n: this piece of a shared set.")] = None,
+    split: Annotated[str | None, typer.Option(help="iid, or shards: two labels a peer.")] = None,
+) -> None:
+    """Work until Ctrl-C: wait for runs, train, send updates."""
+    import asyncio
+
+    from agent import settings
+
+    os.umask(0o077)
+    home = homes.open_home("agent")
+    enrolment = settings.read_enrolment(home)
+    index, parts = _part(part) if part else (None, None)
+    chosen = settings.read(home, part=index, parts=parts, split=split)
+    held = homes.lock(home, "agent")
+    _log_to(home, chosen.log_level)
+
+    from agent.service import Agent
+
+    say(f"agent {enrolment.name} ({enrolment.peer}) of fleet {enrolment.fleet}; Ctrl-C stops it")
+    try:
+        asyncio.run(Agent(home, enrolment, chosen).serve())
+    finally:
+        held.release()
+    say("agent stopped")
+
+
+def _log_to(home: Path, level: str) -> None:
+    import logging
+    import logging.handlers
+
+    from agent.service import JsonLines
+
+    file = logging.handlers.RotatingFileHandler(home / "agent.log", "a", 1 << 20, 3)
+    file.setFormatter(JsonLines())
+    person = logging.StreamHandler(sys.stderr)
+    person.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[file, person])
+    for quiet in ("httpx", "httpcore", "commonweight.mqtt"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """What the agent on this machine is doing."""
+    from agent import control
+
+    home = homes.open_home("agent")
+    told = control.read_status(home)
+    if told is None or not _is_running(home):
+        raise NotRunning("the agent is not running", "start it: commonweight-agent run")
+    if json:
+        sys.stdout.write(output.ok(told) + "\n")
+        return
+    from protocols.states import PeerState, label
+
+    links = f"coordinator {'●' if told.session else '○'}  mqtt {'●' if told.mqtt else '○'}"
+    work = f"  run {told.run} round {told.round}" if told.run else ""
+    sys.stdout.write(f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n")
+    sys.stdout.write(f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n")
+    if told.last_error:
+        sys.stdout.write(f"last error: {told.last_error}\n")
+
+
+def _is_running(home: Path) -> bool:
+    try:
+        homes.lock(home, "agent").release()
+    except HomeLocked:
+        return True
+    return False
+
+
+def _ago(since: float) -> str:
+    minutes = int(time.time() - since) // 60
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+@app.command()
+def pause(
+    duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
+) -> None:
+    """Stop working, keeping what is done; until `resume`, or for a while."""
+    _wish("pause", time.time() + seconds(duration) if duration else 0.0)
+    say("paused" + (f" for {duration}" if duration else "; commonweight-agent resume goes on"))
+
+
+@app.command()
+def resume() -> None:
+    """Work again."""
+    _wish("run", 0.0)
+    say("goes on")
+
+
+@app.command()
+def finish() -> None:
+    """End the round in hand, send it, then stop the agent."""
+    home = homes.open_home("agent")
+    if not _is_running(home):
+        raise NotRunning("the agent is not running", "there is nothing to finish")
+    _wish("finish", 0.0)
+    say("will stop after this round")
+
+
+def _wish(want: Any, until: float) -> None:
+    from agent import control
+
+    control.write_wish(homes.open_home("agent"), control.Wish(want=want, until=until))
+
+
+@app.command("id")
+def show_id(json: Json = False) -> None:
+    """This machine's id, as the coordinator and the monitor show it."""
+    from agent import settings
+
+    enrolment = settings.read_enrolment(homes.open_home("agent"))
+    if json:
+        sys.stdout.write(output.ok({"peer": enrolment.peer, "name": enrolment.name}) + "\n")
+    else:
+        sys.stdout.write(enrolment.peer + "\n")
+
+
+@app.command()
+def paths(json: Json = False) -> None:
+    """Where this agent keeps its files."""
+    home = homes.locate("agent")
+    files = {
+        "home": home,
+        "settings": home / "settings.toml",
+        "log": home / "agent.log",
+        "versions": home / "cache",
+        "outbox": home / "outbox",
+    }
+    if json:
+        sys.stdout.write(output.ok(files) + "\n")
+        return
+    for what, path in files.items():
+        sys.stdout.write(f"{what:9} {path}\n")
+
+
+def main() -> None:
+    """The entry point: our errors become a message, a hint and an exit code."""
+    raise SystemExit(run_app(app))
+
+
+def run_app(command: Any) -> int:
+    import click
+
+    as_json = "--json" in sys.argv
+    try:
+        result = command(standalone_mode=False)
+    except CommonweightError as err:
+        if as_json:
+            sys.stdout.write(output.error(err) + "\n")
+        else:
+            say(output.in_words(err))
+        return int(err.exit_code)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        say("interrupted")
+        return int(ExitCode.INTERRUPTED)
+    except click.ClickException as err:
+        err.show()
+        return int(ExitCode.USAGE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.OK)
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    main()

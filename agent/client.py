@@ -1,0 +1,191 @@
+"""The Flower ClientApp of the agent: unpack the work, ask the trainer, pack the answer.
+
+Nothing that comes with a message is code: the work names a task, and only a task that is installed
+here and allowed by the owner is run. A finished answer stays in the outbox until its round is
+surely over, so that the same question, asked again after a lost link, costs nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from msgspec import Struct
+
+from agent.tasks import Settings
+from protocols import identity, messages
+from protocols.errors import BadMessage, CommonweightError, Refused
+from protocols.messages import Metrics, UpdateClaim, Work
+from protocols.weights import replacing
+
+CLAIM = "cw.claim"
+
+
+class Outcome(Protocol):
+    """What a trainer gives back for a piece of work."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_examples(self) -> int: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+
+class Trainer(Protocol):
+    """Does the work; blocking. `trainer_process.TrainerProcess` is the real one."""
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
+
+    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Outcome: ...
+
+    def evaluate(self, task: str, settings: Settings, base: Path) -> Outcome: ...
+
+
+class Finished(Struct, frozen=True, kw_only=True):
+    """A finished answer in the outbox."""
+
+    key: str
+    claim: bytes
+    signature: bytes
+
+
+class Client:
+    """Answers messages. `fetch(digest, nbytes) -> path` and `send(digest, path)` use the lane.
+
+    `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: str,
+        sign: messages.Sign,
+        coordinator_public: bytes,
+        trainer: Trainer,
+        outbox: Path,
+        fetch: Callable[[str, int], Path],
+        send: Callable[[str, Path], None],
+        allowed: Callable[[str], bool],
+        on_work: Callable[[Work | None], None] = lambda work: None,
+        on_sending: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._peer, self._sign = peer, sign
+        self._coordinator_public = coordinator_public
+        self._trainer, self._outbox = trainer, outbox
+        self._fetch, self._send = fetch, send
+        self._allowed = allowed
+        self._on_work, self._on_sending = on_work, on_sending
+        self.app = ClientApp()
+        self.app.train()(self._answer)
+        self.app.evaluate()(self._answer)
+        self.app.query("init")(self._answer)
+
+    def handle(self, message: Message) -> Message:
+        """The reply to a message. Raises CommonweightError when the work cannot be done."""
+        context = Context(
+            run_id=message.metadata.run_id,
+            node_id=message.metadata.dst_node_id,
+            node_config={},
+            state=RecordDict(),
+            run_config={},
+        )
+        return self.app(message, context)
+
+    def _answer(self, message: Message, _: Context) -> Message:
+        work = self._read(message)
+        self._on_work(work)
+        try:
+            finished = self._finished(work) or self._do(work)
+        finally:
+            self._on_work(None)
+        content = RecordDict(
+            {
+                CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),
+                "metrics": MetricRecord(),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    def _read(self, message: Message) -> Work:
+        config = message.content.config_records.get("config", ConfigRecord())
+        payload, signature = config.get("work"), config.get("signature")
+        if not isinstance(payload, bytes) or not isinstance(signature, bytes):
+            raise BadMessage("a message without signed work")
+        work = messages.read_work(
+            payload,
+            signature,
+            lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
+        )
+        if not self._allowed(work.task):
+            raise Refused(
+                f"the owner of this machine does not allow the task {work.task!r}",
+                f"commonweight-agent policy set tasks {work.task}",
+            )
+        return work
+
+    def _do(self, work: Work) -> Finished:
+        settings = {**work.settings, "seed": work.seed, "round": work.round}
+        update = self._outbox / "update.safetensors"
+        outcome: Outcome
+        if work.kind == "init":
+            outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
+        else:
+            base = self._fetch(work.base, work.nbytes)
+            if work.kind == "train":
+                outcome = self._trainer.train(work.task, settings, base, update)
+            else:
+                outcome = self._trainer.evaluate(work.task, settings, base)
+        claim = UpdateClaim(
+            run=work.run,
+            round=work.round,
+            kind=work.kind,
+            peer=self._peer,
+            base=work.base,
+            digest=outcome.digest,
+            nbytes=outcome.nbytes,
+            num_examples=outcome.num_examples,
+            metrics=outcome.metrics,
+            nonce=secrets.token_hex(12),
+        )
+        payload, signature = messages.sign_claim(claim, self._sign)
+        finished = Finished(key=_key(work), claim=payload, signature=signature)
+        with replacing(self._outbox / "finished.json") as file:
+            file.write(msgspec.json.encode(finished))
+        self._deliver(claim.digest)
+        return finished
+
+    def _deliver(self, digest: str) -> None:
+        """Send the bytes of the update in the outbox, if the answer has any."""
+        if digest:
+            self._on_sending()
+            self._send(digest, self._outbox / "update.safetensors")
+
+    def _finished(self, work: Work) -> Finished | None:
+        """The answer that is in the outbox already, sent again."""
+        try:
+            finished = msgspec.json.decode(
+                (self._outbox / "finished.json").read_bytes(), type=Finished
+            )
+        except (OSError, msgspec.DecodeError):
+            return None
+        if finished.key != _key(work):
+            return None
+        self._deliver(messages.decode_claim(finished.claim).digest)
+        return finished
+
+
+def _key(work: Work) -> str:
+    return f"{work.run} {work.round} {work.kind} {work.base}"
+
+
+def refusal_text(err: CommonweightError) -> str:
+    """What the coordinator is told of a failure: kind and sentence, never data or paths."""
+    return f"{err.code}: {err.message}"[:300]

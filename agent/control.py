@@ -1,0 +1,70 @@
+"""How commands reach a running agent: two small files in its home, so that it opens no port.
+
+`status.json` is what the agent last said of itself; `wish.json` is what its owner wants, and keeps
+over restarts: a paused agent stays paused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from protocols.identity import write_private
+
+STATUS, WISH = "status.json", "wish.json"
+
+
+class Status(Struct, kw_only=True):
+    """The agent's own words. `at` and `since` are Unix s."""
+
+    pid: int
+    at: float
+    since: float
+    peer: str
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+    coordinator: str = ""
+    session: bool = False
+    mqtt: bool = False
+    run: str = ""
+    round: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rounds_done: int = 0
+    last_error: str = ""
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed."""
+
+    want: Literal["run", "pause", "finish"] = "run"
+    until: float = 0.0
+
+
+def write_status(home: Path, status: Status) -> None:
+    write_private(home / STATUS, msgspec.json.encode(status))
+
+
+def read_status(home: Path) -> Status | None:
+    """What the agent last said, or None if it never ran."""
+    try:
+        return msgspec.json.decode((home / STATUS).read_bytes(), type=Status)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def write_wish(home: Path, wish: Wish) -> None:
+    write_private(home / WISH, msgspec.json.encode(wish))
+
+
+def read_wish(home: Path) -> Wish:
+    """What the owner wants; without a file, to run."""
+    try:
+        return msgspec.json.decode((home / WISH).read_bytes(), type=Wish)
+    except (OSError, msgspec.DecodeError):
+        return Wish()

@@ -1,0 +1,140 @@
+"""Joining a fleet: check who the coordinator is, then prove that one may.
+
+Nothing is sent before the CA that the server shows has the hash in the ticket. Only public halves
+of keys leave the machine.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from agent.settings import ENROLLED, Enrolment, write_enrolment
+from protocols import VERSION, identity, tickets
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    HomeFault,
+    Refused,
+    Unreachable,
+)
+from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining
+from protocols.mqtt import MqttAddress
+from protocols.tickets import Ticket
+
+_TIMEOUT_S = 10.0
+
+
+def join(
+    home: Path, text: str, *, name: str, labels: dict[str, str], replace: bool = False
+) -> tuple[Enrolment, bool]:
+    """Join with this ticket; the enrolment, and whether it still awaits approval.
+
+    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already.
+    """
+    ticket = tickets.decode(text)
+    if (home / ENROLLED).exists() and not replace:
+        raise HomeFault(
+            f"{home} has joined a fleet already",
+            "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
+        )
+    if replace:
+        for file in (ENROLLED, "sign.key", "node.key"):
+            (home / file).unlink(missing_ok=True)
+    address, ca_pem = _find_coordinator(ticket)
+    sign_key, node_key = _keys(home)
+    joining = Joining(
+        ticket=ticket.id,
+        secret=ticket.secret,
+        name=name,
+        labels=labels,
+        sign_public=identity.raw_public(sign_key),
+        node_public=identity.node_public(node_key),
+        version=VERSION,
+    )
+    answer = _ask(address, ca_pem, joining)
+    certificate = identity.read_certificate(ca_pem, answer.certificate)
+    if certificate.sign_public != joining.sign_public:
+        raise Refused("the coordinator's certificate is for another key")
+    others = tuple(other for other in ticket.addresses if other != address)
+    enrolment = Enrolment(
+        peer=answer.peer,
+        name=answer.name,
+        fleet=answer.fleet,
+        addresses=(address, *others),
+        ca_pem=ca_pem.decode(),
+        certificate=answer.certificate,
+        coordinator_public=answer.coordinator_public,
+        mqtt=_reachable(answer.mqtt, address),
+    )
+    write_enrolment(home, enrolment)
+    return enrolment, answer.awaiting
+
+
+def _keys(home: Path) -> tuple[identity.SigningKey, identity.NodeKey]:
+    """This machine's keys, made on the first try so that a second try is the same machine."""
+    for file, new in (("sign.key", identity.new_signing_key), ("node.key", identity.new_node_key)):
+        if not (home / file).exists():
+            identity.save_key(home / file, new())
+    return identity.load_signing_key(home / "sign.key"), identity.load_node_key(home / "node.key")
+
+
+def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
+    """The first address that answers, and its CA certificate, checked against the ticket."""
+    tried: list[str] = []
+    # Not verified on purpose: this first request only fetches the CA, whose hash then decides.
+    with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
+        for address in ticket.addresses:
+            try:
+                answer = http.get(f"https://{address}{CA_PATH}").raise_for_status()
+            except httpx.HTTPError as err:
+                tried.append(f"{address} ({err or type(err).__name__})")
+                continue
+            try:
+                genuine = identity.ca_fingerprint(answer.content) == ticket.ca_sha256
+            except BadMessage:
+                genuine = False
+            if not genuine:
+                raise Refused(
+                    f"{address} is not the coordinator that made this ticket",
+                    "somebody else answers there: nothing was sent; ask for a new ticket",
+                )
+            return address, answer.content
+    raise Unreachable(
+        f"no coordinator answers: {'; '.join(tried)}",
+        "is it up (commonweight up), and can this machine reach it?",
+    )
+
+
+def _ask(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
+    context = ssl.create_default_context(cadata=ca_pem.decode())
+    try:
+        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
+            answer = http.post(
+                f"https://{address}{JOIN_PATH}", content=msgspec.json.encode(joining)
+            )
+    except httpx.HTTPError as err:
+        raise Unreachable(f"{address} broke off: {err}", "try again") from err
+    if answer.status_code != 200:
+        raise _refusal(answer)
+    try:
+        return msgspec.json.decode(answer.content, type=JoinAnswer)
+    except msgspec.DecodeError as err:
+        raise Refused(f"the coordinator's answer is not understood: {err}") from err
+
+
+def _refusal(answer: httpx.Response) -> CommonweightError:
+    try:
+        told = msgspec.json.decode(answer.content, type=dict[str, str])
+        return Refused(told["message"], told.get("hint", ""))
+    except (msgspec.DecodeError, KeyError):
+        return Refused(f"the coordinator refused ({answer.status_code})", "ask for a new ticket")
+
+
+def _reachable(mqtt: MqttAddress, address: str) -> MqttAddress:
+    """The broker as this machine reaches it: by default where the coordinator answered."""
+    host = address.rpartition(":")[0].strip("[]")
+    return msgspec.structs.replace(mqtt, host=mqtt.host or host)

@@ -1,0 +1,266 @@
+"""The agent's link to the coordinator: Flower's Fleet API, and the weight lane beside it.
+
+With `coordinator/superlink.py` the only file that uses Flower's private names (1.41). Blocking, for
+use from worker threads. Stock `http_request_response` is not used: it ends the process on a failed
+start, sends SIGINT to it on HTTP 401 and makes a new identity each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from protocols import requests
+from protocols.errors import BadWeights, Refused, Unreachable
+from protocols.identity import NodeKey, SigningKey, node_public
+from protocols.weights import sync_folder
+
+logging.getLogger("flwr").setLevel(logging.CRITICAL)
+
+#: Flower calls a node offline after two missed heartbeats: a lost agent is seen within 40 s.
+HEARTBEAT_S = 20.0
+_TIMEOUT_S = 30.0
+_PIECE_BYTES = 1 << 20
+
+
+class Credentials(NamedTuple):
+    """Who this agent is, and whom it trusts."""
+
+    address: str
+    ca_pem: bytes
+    peer: str
+    node_key: NodeKey
+    sign_key: SigningKey
+
+
+class SessionLost(Refused):
+    """The coordinator does not know this session: open a new one."""
+
+    code = "session_lost"
+
+
+class Link:
+    """One session with the coordinator.
+
+    Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
+    longer knows the session (it was restarted, or this machine was removed).
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        context = ssl.create_default_context(cadata=credentials.ca_pem.decode())
+        node_key = credentials.node_key
+        self._fleet = FleetHttpClient(
+            f"https://{credentials.address}",
+            interceptors=[NodeAuthHttpInterceptor(node_key, node_key.public_key())],
+            verify=context,
+            timeout=_TIMEOUT_S,
+        )
+        self._lane = httpx.Client(
+            base_url=f"https://{credentials.address}", verify=context, timeout=_TIMEOUT_S
+        )
+        self._node: Node | None = None
+        self.bytes_up = self.bytes_down = 0
+
+    def open(self) -> None:
+        """Open a session: from now on the coordinator may send work."""
+        with _translated():
+            answer = self._fleet.ActivateNode(
+                ActivateNodeRequest(
+                    public_key=node_public(self._credentials.node_key),
+                    heartbeat_interval=HEARTBEAT_S,
+                )
+            )
+        self._node = Node(node_id=answer.node_id)
+
+    def close(self) -> None:
+        """Say goodbye if anybody listens, and drop the connections."""
+        if self._node is not None:
+            try:
+                with _translated():
+                    self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+            except (Unreachable, Refused):
+                pass  # it will see the missing heartbeat
+        self._node = None
+        self._fleet.close()
+        self._lane.close()
+
+    def beat(self) -> None:
+        """One heartbeat."""
+        with _translated():
+            answer = self._fleet.SendNodeHeartbeat(
+                SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
+            )
+        if not answer.success:
+            raise SessionLost("the coordinator does not know this session")
+
+    def pull(self) -> Message | None:
+        """The next message for this agent, whole, or None."""
+        with _translated():
+            answer = self._fleet.PullMessages(PullMessagesRequest(node=self._node))
+            if not answer.messages_list:
+                return None
+            head = message_from_proto(answer.messages_list[0])
+            message_id, run_id = head.metadata.message_id, head.metadata.run_id
+            contents = {
+                tree.object_id: self._fleet.PullObject(
+                    PullObjectRequest(node=self._node, run_id=run_id, object_id=tree.object_id)
+                ).object_content
+                for tree in iterate_object_tree(answer.message_object_trees[0])
+            }
+            self._fleet.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=self._node, run_id=run_id, message_object_id=message_id
+                )
+            )
+        message = cast(Message, inflate_object_from_contents(message_id, contents))
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+    def push(self, reply: Message) -> None:
+        """Send a reply. A reply that nobody waits for any more is taken and dropped."""
+        with no_object_id_recompute(), _translated():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            run_id = reply.metadata.run_id
+            answer = self._fleet.PushMessages(
+                PushMessagesRequest(
+                    node=self._node,
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[get_object_tree(reply)],
+                    clientapp_runtime_list=[0.0],
+                )
+            )
+            if not answer.objects_to_push:
+                return
+            objects = get_all_nested_objects(reply)
+            for object_id in answer.objects_to_push:
+                self._fleet.PushObject(
+                    PushObjectRequest(
+                        node=self._node,
+                        run_id=run_id,
+                        session_id=answer.session_id,
+                        object_id=object_id,
+                        object_content=objects[object_id].deflate(),
+                    )
+                )
+
+    # --- the weight lane ---
+
+    def download(self, digest: str, nbytes: int, target: Path) -> None:
+        """Fetch a version to `target`, going on where an earlier try was cut off.
+
+        Raises BadWeights when the bytes are not those of `digest`.
+        """
+        part = target.with_suffix(".part")
+        have = part.stat().st_size if part.exists() else 0
+        sha = hashlib.sha256()
+        if have:
+            for piece in _pieces(part):
+                sha.update(piece)
+        path = f"/cw/v1/weights/{digest}"
+        headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
+        with _translated(), self._lane.stream("GET", path, headers=headers) as answer:
+            answer.raise_for_status()
+            if have and answer.status_code != 206:
+                have, sha = 0, hashlib.sha256()
+            with part.open("ab" if have else "wb") as file:
+                for piece in answer.iter_raw(_PIECE_BYTES):
+                    have += len(piece)
+                    self.bytes_down += len(piece)
+                    if have > nbytes:
+                        break
+                    sha.update(piece)
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        if have < nbytes:
+            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
+        if sha.hexdigest() != digest:
+            part.unlink()
+            raise BadWeights("the version's bytes are not those of its digest")
+        part.replace(target)
+        sync_folder(target.parent)
+
+    def upload(self, digest: str, source: Path) -> None:
+        """Send an update's bytes; does nothing when the coordinator has them."""
+        path = f"/cw/v1/updates/{digest}"
+        offset, size = 0, source.stat().st_size
+        for _ in range(3):
+            headers = self._signed("PUT", path, digest)
+            headers["content-length"] = str(size - offset)
+            headers["x-cw-offset"] = str(offset)
+            with _translated():
+                answer = self._lane.put(path, headers=headers, content=_pieces(source, offset))
+                if answer.status_code != 409:
+                    answer.raise_for_status()
+                    self.bytes_up += size - offset
+                    return
+                offset = min(int(answer.json()["have"]), size)
+        raise Unreachable("the upload could not be resumed")
+
+    def _signed(
+        self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256
+    ) -> dict[str, str]:
+        mine = self._credentials
+        return requests.headers(mine.peer, mine.sign_key.sign, method, path, body_sha256)
+
+
+class _translated:
+    """Turns the transport's errors into ours."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, _: object
+    ) -> None:
+        if isinstance(err, httpx.HTTPStatusError):
+            status = err.response.status_code
+            if status in (401, 403, 404, 412):
+                raise SessionLost(f"the coordinator answered {status}") from err
+            raise Unreachable(f"the coordinator answered {status}") from err
+        if isinstance(err, httpx.HTTPError):
+            why = str(err) or type(err).__name__
+            raise Unreachable(f"the coordinator does not answer: {why}") from err
+
+
+def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece

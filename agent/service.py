@@ -1,0 +1,443 @@
+"""The agent at work: one process that keeps a link, a presence and a trainer, for months.
+
+The thin shell around `worker`: it turns what happens into events, and does what the machine says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import psutil
+from flwr.app import Error, Message
+
+from agent import control, tasks, worker
+from agent.client import Client, refusal_text
+from agent.control import Status, Wish
+from agent.link import HEARTBEAT_S, Credentials, Link, SessionLost
+from agent.presence import PresenceLink
+from agent.settings import AgentSettings, Enrolment
+from agent.tasks import DataSettings
+from agent.trainer import Progress
+from agent.trainer_process import TrainerProcess
+from agent.worker import (
+    Announce,
+    BrokerChanged,
+    FinishAsked,
+    Leave,
+    LookForWork,
+    PauseAsked,
+    PauseLifted,
+    PauseTrainer,
+    ResumeTrainer,
+    SendingBegan,
+    SessionChanged,
+    WorkBegan,
+    WorkEnded,
+    Worker,
+)
+from protocols import VERSION, identity
+from protocols.backoff import delays
+from protocols.errors import CommonweightError, TrainerFailed, Unreachable
+from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
+from protocols.states import PauseReason
+
+log = logging.getLogger("commonweight.agent")
+
+T = TypeVar("T")
+
+CACHED_VERSIONS = 2
+_TICK_S = 0.5
+_FAILED = 1  # our one error code in a Flower reply; the reason is in its text
+
+
+class Agent:
+    """One enrolled machine at work. `serve` runs it until it is told to stop."""
+
+    def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
+        self._home, self._enrolment, self._settings = home, enrolment, chosen
+        self._worker = Worker()
+        self._credentials = Credentials(
+            address=enrolment.addresses[0],
+            ca_pem=enrolment.ca_pem.encode(),
+            peer=enrolment.peer,
+            node_key=identity.load_node_key(home / "node.key"),
+            sign_key=identity.load_signing_key(home / "sign.key"),
+        )
+        self._cache, self._outbox = home / "cache", home / "outbox"
+        for folder in (self._cache, self._outbox, home / "trainer"):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._trainer = TrainerProcess(
+            home / "trainer",
+            DataSettings(
+                index=chosen.part,
+                parts=chosen.parts,
+                split=chosen.split,
+                seed=chosen.data_seed,
+                path=chosen.data,
+                cache=str(home / "trainer"),
+            ),
+            threads=chosen.threads,
+            on_progress=self._on_progress_thread,
+        )
+        self._client = Client(
+            peer=enrolment.peer,
+            sign=self._credentials.sign_key.sign,
+            coordinator_public=enrolment.coordinator_public,
+            trainer=self._trainer,
+            outbox=self._outbox,
+            fetch=self._fetch,
+            send=self._send,
+            allowed=chosen.allows,
+            on_work=lambda work: self._from_thread(WorkBegan(work) if work else WorkEnded()),
+            on_sending=lambda: self._from_thread(SendingBegan()),
+        )
+        self._link: Link | None = None
+        # Named threads of our own: one for the work, one for the heartbeat.
+        self._working = ThreadPoolExecutor(1, "work")
+        self._beating = ThreadPoolExecutor(1, "heartbeat")
+        self._presence: PresenceLink | None = None
+        self._doorbell = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = psutil.Process()
+        self._bytes = (0, 0)
+        self._worked_at = 0.0
+        self._wish = Wish()
+        self._status = Status(
+            pid=os.getpid(),
+            at=time.time(),
+            since=time.time(),
+            peer=enrolment.peer,
+            name=enrolment.name,
+            version=VERSION,
+            state="idle",
+            coordinator=enrolment.addresses[0],
+        )
+
+    # --- life ---
+
+    async def serve(self) -> None:
+        """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
+        self._loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
+                self._loop.add_signal_handler(name, self.stop)
+        self._presence = PresenceLink(
+            self._enrolment.mqtt,
+            self._enrolment.fleet,
+            self._enrolment.peer,
+            self._credentials.sign_key.sign,
+            self._enrolment.coordinator_public,
+            self._on_command,
+            self._on_mqtt,
+        )
+        self._announce()
+        running = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "link": self._keep_link(),
+                "heartbeat": self._keep_beating(),
+                "presence": self._presence.run(),
+                "wishes": self._keep_wishes(),
+            }.items()
+        ]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()  # a part that ended did so with an error: raise it
+        finally:
+            self._stopping.set()
+            stopping.cancel()
+            # Unblocks the work thread if it waits for the trainer or the wire.
+            await asyncio.to_thread(self._trainer.stop)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            if self._link is not None:
+                await asyncio.to_thread(self._link.close)
+            self._working.shutdown(wait=False, cancel_futures=True)
+            self._beating.shutdown(wait=False, cancel_futures=True)
+            self._status.state, self._status.reason = "stopped", ""
+            self._write_status()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    # --- events in, instructions out ---
+
+    def _happened(self, event: worker.Event) -> None:
+        self._worker, instructions = worker.handle(self._worker, event)
+        for instruction in instructions:
+            match instruction:
+                case Announce():
+                    self._announce()
+                case PauseTrainer():
+                    self._trainer.pause()
+                case ResumeTrainer():
+                    self._trainer.resume()
+                case LookForWork():
+                    self._doorbell.set()
+                case Leave():
+                    self.stop()
+
+    def _from_thread(self, event: worker.Event) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._happened, event)
+
+    def _announce(self) -> None:
+        """Say what the worker is, on MQTT and in the status file."""
+        state, reason = worker.shown(self._worker)
+        work = self._worker.work
+        if self._presence is not None:
+            self._presence.set_presence(
+                Presence(
+                    state=state,
+                    reason=reason,
+                    name=self._enrolment.name,
+                    version=VERSION,
+                    task=work.task if work else "",
+                    run=work.run if work else "",
+                    round=work.round if work else 0,
+                    tasks=tuple(t for t in tasks.names() if self._settings.allows(t)),
+                )
+            )
+        self._status.state, self._status.reason = state.value, reason
+        self._status.run = work.run if work else ""
+        self._status.round = work.round if work else 0
+        self._write_status()
+
+    def _write_status(self) -> None:
+        self._status.at = time.time()
+        self._status.session, self._status.mqtt = self._worker.session, self._worker.mqtt
+        up, down = self._traffic()
+        self._status.bytes_up, self._status.bytes_down = up, down
+        try:
+            control.write_status(self._home, self._status)
+        except OSError as err:  # a full disk must not end the agent
+            log.warning("cannot write the status file: %s", err)
+
+    def _complain(self, text: str) -> None:
+        """Tell the owner, the log and the monitor of a failure."""
+        log.error("%s", text)
+        self._status.last_error = text
+        if self._presence is not None:
+            self._presence.notice(Notice(level="error", text=text[:400]))
+
+    # --- the link ---
+
+    async def _keep_link(self) -> None:
+        """Open a session, work, and open it again whenever it is lost; for ever."""
+        waits = delays(Random(), 0.3, 15.0)
+        while True:
+            try:
+                await self._in_thread(self._open_session)
+                self._happened(SessionChanged(True))
+                log.info("connected to %s", self._credentials.address)
+                waits = delays(Random(), 0.3, 15.0)
+                await self._work_on()
+            except CommonweightError as err:
+                if self._worker.session:
+                    log.warning("lost the coordinator: %s", err.message)
+                else:
+                    log.debug("no session: %s", err.message)
+                self._status.last_error = err.message
+            self._happened(SessionChanged(False))
+            self._write_status()
+            # A doorbell means that the coordinator is back: no need to wait to the end.
+            self._doorbell.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._doorbell.wait(), next(waits))
+
+    def _open_session(self) -> None:
+        if self._link is None:
+            self._link = Link(self._credentials)
+        self._link.open()
+
+    async def _work_on(self) -> None:
+        """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
+        assert self._link is not None
+        link = self._link
+        while True:
+            self._doorbell.clear()
+            if worker.can_take_work(self._worker):
+                message = await self._in_thread(link.pull)
+                if message is not None:
+                    await self._in_thread(self._answer, message)
+                    self._worked_at = time.monotonic()
+                    continue
+            wait_s = worker.poll_s(self._worker, time.monotonic() - self._worked_at)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._doorbell.wait(), wait_s)
+
+    def _answer(self, message: Message) -> None:
+        """Do the work of a message and push the reply (in the work thread)."""
+        assert self._link is not None
+        try:
+            reply = self._client.handle(message)
+        except (Unreachable, SessionLost):
+            raise  # the answer is in the outbox; the question will be asked again
+        except CommonweightError as err:
+            if self._stopping.is_set():
+                return
+            if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
+                self._soon(self._complain, f"the work failed: {err.message}")
+            reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
+        self._link.push(reply)
+        self._status.rounds_done += 1
+
+    async def _keep_beating(self) -> None:
+        """Heartbeats, also while the work thread is busy; a lost session is opened again."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S * 0.8)
+            link = self._link
+            if link is None or not self._worker.session:
+                continue
+            try:
+                await self._in_thread(link.beat, pool=self._beating)
+            except SessionLost:
+                with contextlib.suppress(CommonweightError):
+                    await self._in_thread(link.open, pool=self._beating)
+            except CommonweightError as err:
+                log.debug("a heartbeat failed: %s", err.message)
+
+    async def _in_thread(
+        self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool or self._working, work, *arguments)
+
+    def _soon(self, call: Callable[..., None], *arguments: Any) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    # --- the lane ---
+
+    def _fetch(self, digest: str, nbytes: int) -> Path:
+        """A version's file, from the cache or the coordinator (in the work thread)."""
+        assert self._link is not None
+        path = self._cache / f"{digest}.safetensors"
+        if not path.exists():
+            self._link.download(digest, nbytes, path)
+            versions = sorted(self._cache.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+            for old in versions[:-CACHED_VERSIONS]:
+                old.unlink()
+        return path
+
+    def _send(self, digest: str, path: Path) -> None:
+        assert self._link is not None
+        self._link.upload(digest, path)
+
+    def _traffic(self) -> tuple[int, int]:
+        return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)
+
+    # --- MQTT ---
+
+    def _on_mqtt(self, up: bool, why: str) -> None:
+        if up != self._worker.mqtt:
+            log.info("MQTT is %s", "up" if up else f"down: {why}")
+        self._happened(BrokerChanged(up))
+        self._write_status()
+
+    def _on_command(self, command: Doorbell | Command) -> None:
+        match command:
+            case Doorbell():
+                self._doorbell.set()
+            case Command(action="pause", for_s=for_s):
+                self._happened(PauseAsked(PauseReason.OPERATOR))
+                if for_s:
+                    assert self._loop is not None
+                    lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
+                    self._loop.call_later(for_s, self._happened, lifted)
+            case Command(action="resume"):
+                self._happened(PauseLifted(frozenset({PauseReason.OPERATOR})))
+            case Command(action="finish"):
+                self._happened(FinishAsked())
+
+    def _on_progress_thread(self, progress: Progress) -> None:
+        self._soon(self._on_progress, progress)
+
+    def _on_progress(self, progress: Progress) -> None:
+        work = self._worker.work
+        if self._presence is None or work is None:
+            return
+        up, down = self._traffic()
+        self._presence.telemetry(
+            Telemetry(
+                run=work.run,
+                round=work.round,
+                phase=progress.phase,
+                step=progress.step,
+                steps=progress.steps,
+                loss=progress.loss,
+                diverged=progress.loss is None,
+                samples_per_s=progress.examples_per_s,
+                bytes_up=up,
+                bytes_down=down,
+                cpu_percent=psutil.cpu_percent(),
+                memory_bytes=self._process.memory_info().rss + self._trainer.rss_bytes,
+                battery_percent=_battery(),
+            )
+        )
+
+    # --- the owner ---
+
+    async def _keep_wishes(self) -> None:
+        """Obey the wish file, end an idle trainer, keep the status fresh."""
+        ticks = 0
+        while True:
+            self._obey(control.read_wish(self._home))
+            idle = self._trainer.running and self._worker.work is None
+            if idle and self._trainer.idle_s > self._settings.idle_timeout_s:
+                await asyncio.to_thread(self._trainer.stop)
+            ticks += 1
+            if ticks % 20 == 0:
+                self._write_status()
+            await asyncio.sleep(_TICK_S)
+
+    def _obey(self, wish: Wish) -> None:
+        if wish.want == "pause" and wish.until and time.time() >= wish.until:
+            wish = Wish()
+            control.write_wish(self._home, wish)
+        if wish == self._wish:
+            return
+        self._wish = wish
+        if wish.want == "pause":
+            self._happened(PauseAsked(PauseReason.USER))
+        else:
+            # The owner's word also lifts what the operator asked for.
+            self._happened(PauseLifted(frozenset({PauseReason.USER, PauseReason.OPERATOR})))
+        if wish.want == "finish":
+            control.write_wish(self._home, Wish())
+            self._happened(FinishAsked())
+
+
+def _battery() -> float | None:
+    sensor = getattr(psutil, "sensors_battery", lambda: None)()
+    return float(sensor.percent) if sensor else None
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "name": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

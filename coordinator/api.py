@@ -1,0 +1,240 @@
+"""Our own HTTP routes beside Flower's: joining, and what an operator may ask.
+
+    GET  /cw/v1/ca                     the CA certificate (its hash is in every ticket)
+    POST /cw/v1/join                   a machine with a ticket
+    GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
+    GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
+    *    /cw/v1/runs, /tickets, /peers                                      (operator)
+
+Answers are JSON; an error is `{"code", "message", "hint"}` for the operator and bare for others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from msgspec import Struct
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from coordinator import fleet as fleets
+from coordinator.auth import Auth, read_body
+from coordinator.enroll import Registry
+from coordinator.fleet import Fleet
+from coordinator.lane import Lane
+from coordinator.runs import Run, RunSpec
+from protocols import identity, tickets
+from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
+from protocols.identity import NodeCertificate
+from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining
+from protocols.messages import Command
+from protocols.mqtt import MqttAddress
+
+_STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.NOT_RUNNING: 409}
+
+
+class WatchAnswer(Struct, frozen=True, kw_only=True):
+    """What a watcher needs to follow the fleet over MQTT."""
+
+    fleet: str
+    coordinator_public: bytes
+    mqtt: MqttAddress
+
+
+class TicketOrder(Struct, frozen=True, kw_only=True):
+    """A ticket to be made: seconds it is good for, and for how many machines."""
+
+    ttl_s: float = 86400.0
+    uses: int = 1
+    label: str = ""
+
+
+class Desk(Protocol):
+    """The coordinator, as its HTTP routes see it."""
+
+    registry: Registry
+    fleet: Fleet
+    lane: Lane
+
+    def addresses(self) -> tuple[str, ...]: ...
+    def mqtt_for(self, host: str) -> MqttAddress: ...
+    def start_run(self, spec: RunSpec, from_digest: str) -> str: ...
+    def stop_run(self, run_id: str) -> None: ...
+    def find_run(self, run_id: str) -> Run: ...
+    def all_runs(self) -> list[Run]: ...
+    async def command(self, peer: str, command: Command) -> str: ...
+
+
+def make_app(
+    desk: Desk, auth: Auth, fleet_id: str, ca_key: Any, ca_pem: bytes, coordinator_public: bytes
+) -> Starlette:
+    """The ASGI app of our own routes."""
+    ca_sha256 = identity.ca_fingerprint(ca_pem)
+
+    async def ca(_: Request) -> Response:
+        return Response(ca_pem, media_type="application/x-pem-file")
+
+    async def join(request: Request) -> Response:
+        try:
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
+            peer = desk.registry.join(joining)
+        except msgspec.DecodeError as err:
+            raise HTTPException(400) from err
+        except (CommonweightError, BadMessage) as err:
+            return _error(err, 403)
+        certificate = NodeCertificate(
+            fleet=fleet_id,
+            peer=peer.peer,
+            name=peer.name,
+            sign_public=peer.sign_public,
+            node_public=peer.node_public,
+            not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
+        )
+        return _json(
+            JoinAnswer(
+                peer=peer.peer,
+                name=peer.name,
+                fleet=fleet_id,
+                certificate=identity.issue(ca_key, certificate),
+                coordinator_public=coordinator_public,
+                mqtt=desk.mqtt_for(request.url.hostname or ""),
+                awaiting=peer.standing == "awaiting",
+            )
+        )
+
+    async def snapshot(_: Request, __: bytes) -> Response:
+        return Response(fleets.encode(desk.fleet, time.time()), media_type="application/json")
+
+    async def watch(request: Request, _: bytes) -> Response:
+        return _json(
+            WatchAnswer(
+                fleet=fleet_id,
+                coordinator_public=coordinator_public,
+                mqtt=desk.mqtt_for(request.url.hostname or ""),
+            )
+        )
+
+    async def start_run(_: Request, body: bytes) -> Response:
+        order = _decode(body, RunOrder)
+        return _json({"run": desk.start_run(order.spec, order.from_digest)})
+
+    async def list_runs(_: Request, __: bytes) -> Response:
+        return _json(desk.all_runs())
+
+    async def show_run(request: Request, _: bytes) -> Response:
+        return _json(desk.find_run(request.path_params["run"]))
+
+    async def stop_run(request: Request, _: bytes) -> Response:
+        desk.stop_run(desk.find_run(request.path_params["run"]).id)
+        return _json({})
+
+    async def make_ticket(_: Request, body: bytes) -> Response:
+        order = _decode(body, TicketOrder)
+        if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
+            raise UsageFault("a ticket is good for at most a year and 100,000 machines")
+        ticket = tickets.new_ticket(desk.addresses(), ca_sha256)
+        desk.registry.create_ticket(ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label)
+        return _json({"ticket": tickets.encode(ticket), "id": ticket.id})
+
+    async def list_tickets(_: Request, __: bytes) -> Response:
+        return _json(
+            [
+                {
+                    "id": ticket.id,
+                    "label": ticket.label,
+                    "uses_left": ticket.uses_left,
+                    "expires_in_s": ticket.expires_at - time.time(),
+                    "revoked": ticket.revoked,
+                }
+                for ticket in desk.registry.tickets.values()
+            ]
+        )
+
+    async def revoke_ticket(request: Request, _: bytes) -> Response:
+        desk.registry.revoke_ticket(request.path_params["ticket"])
+        return _json({})
+
+    async def list_peers(_: Request, __: bytes) -> Response:
+        return _json(
+            [
+                {"peer": p.peer, "name": p.name, "labels": p.labels, "standing": p.standing}
+                for p in desk.registry.peers.values()
+            ]
+        )
+
+    async def approve(request: Request, _: bytes) -> Response:
+        return _json({"peer": desk.registry.approve(request.path_params["peer"]).peer})
+
+    async def remove(request: Request, _: bytes) -> Response:
+        desk.registry.remove(request.path_params["peer"], "removed by the operator")
+        return _json({})
+
+    async def command(request: Request, body: bytes) -> Response:
+        order = _decode(body, Command)
+        peer = desk.registry.find(request.path_params["peer"])
+        return _json({"outcome": await desk.command(peer.peer, order)})
+
+    Endpoint = Callable[[Request, bytes], Awaitable[Response]]
+
+    def operator(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        async def checked(request: Request) -> Response:
+            body = await auth.operator(request)
+            try:
+                return await endpoint(request, body)
+            except CommonweightError as err:
+                return _error(err, _STATUS.get(err.exit_code, 400))
+
+        return checked
+
+    routes = [
+        Route(CA_PATH, ca),
+        Route(JOIN_PATH, join, methods=["POST"]),
+        Route("/cw/v1/fleet", operator(snapshot)),
+        Route("/cw/v1/watch", operator(watch)),
+        Route("/cw/v1/runs", operator(list_runs)),
+        Route("/cw/v1/runs", operator(start_run), methods=["POST"]),
+        Route("/cw/v1/runs/{run}", operator(show_run)),
+        Route("/cw/v1/runs/{run}/stop", operator(stop_run), methods=["POST"]),
+        Route("/cw/v1/tickets", operator(list_tickets)),
+        Route("/cw/v1/tickets", operator(make_ticket), methods=["POST"]),
+        Route("/cw/v1/tickets/{ticket}/revoke", operator(revoke_ticket), methods=["POST"]),
+        Route("/cw/v1/peers", operator(list_peers)),
+        Route("/cw/v1/peers/{peer}/approve", operator(approve), methods=["POST"]),
+        Route("/cw/v1/peers/{peer}/remove", operator(remove), methods=["POST"]),
+        Route("/cw/v1/peers/{peer}/command", operator(command), methods=["POST"]),
+    ]
+    for method, path, endpoint in desk.lane.routes(auth):
+        routes.append(Route(path, endpoint, methods=[method]))
+    return Starlette(routes=routes)
+
+
+class RunOrder(Struct, frozen=True, kw_only=True):
+    """A run to be started. `from_digest` names a version that lies in the home already."""
+
+    spec: RunSpec
+    from_digest: str = ""
+
+
+T = TypeVar("T")
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as err:
+        raise UsageFault(f"the request is not right: {err}") from err
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _error(err: CommonweightError, status: int) -> Response:
+    body = {"code": err.code, "message": err.message, "hint": err.hint}
+    return Response(msgspec.json.encode(body), status, media_type="application/json")

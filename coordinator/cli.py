@@ -1,0 +1,212 @@
+"""`commonweight`: operate a coordinator and watch its fleet.
+
+Flower and Textual are imported inside the commands that need them: `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from coordinator import cli_fleet, cli_runs
+from protocols import VERSION, homes, output
+from protocols.errors import CommonweightError, ExitCode
+
+app = typer.Typer(
+    name="commonweight",
+    help="Train together, keep your data: operate the coordinator and watch the fleet.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+cli_fleet.add_to(app)
+cli_runs.add_to(app)
+
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+
+
+def say(text: str) -> None:
+    """A line for a person (stderr)."""
+    sys.stderr.write(text + "\n")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(VERSION + "\n")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--san", help="A host name or address of this machine; may be repeated."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a coordinator on this machine: its keys, CA and folder."""
+    from coordinator import settings
+
+    home, new = settings.init(name or [])
+    keys = settings.open_keys(home)
+    if json:
+        sys.stdout.write(output.ok({"home": home, "fleet": keys.fleet, "new": new}) + "\n")
+    elif new:
+        say(f"made a coordinator in {home}\nnext: commonweight up")
+    else:
+        say(f"there is a coordinator in {home} already\nnext: commonweight up")
+
+
+@app.command()
+def up(
+    host: Annotated[str | None, typer.Option(help="Listen on this address.")] = None,
+    port: Annotated[int | None, typer.Option(help="Listen on this port (0: any).")] = None,
+    mqtt_port: Annotated[int | None, typer.Option(help="The broker's port; next to it.")] = None,
+    mqtt_url: Annotated[
+        str | None, typer.Option(help="Use this broker instead of the embedded one.")
+    ] = None,
+    approve: Annotated[
+        bool | None, typer.Option("--approve", help="New peers wait for your approval.")
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Do not go on with unfinished runs.")
+    ] = False,
+) -> None:
+    """Run the coordinator until Ctrl-C."""
+    import asyncio
+    import logging
+
+    from coordinator import settings
+
+    os.umask(0o077)
+    chosen = settings.read(
+        host=host, port=port, mqtt_port=mqtt_port, mqtt_url=mqtt_url, approve=approve
+    )
+    home, _ = settings.init(chosen.names)
+    homes.open_home("coordinator")
+    held = homes.lock(home, "coordinator")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for quiet in ("uvicorn", "httpx", "alembic", "commonweight.mqtt"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+
+    from coordinator.hub import Hub
+
+    async def run() -> None:
+        hub = Hub(home, settings.open_keys(home), chosen)
+
+        def ready() -> None:
+            say(f"coordinator {VERSION} is up: port {hub.port}, home {home}")
+            if not hub.registry.enrolled():
+                say("no peers yet. Make a ticket here:     commonweight ticket create")
+                say("and on each machine that has data:    commonweight-agent join TICKET")
+            say("watch:                                commonweight monitor")
+
+        await hub.serve(ready, resume=not no_resume)
+
+    try:
+        asyncio.run(run())
+    finally:
+        held.release()
+    say("coordinator stopped")
+
+
+@app.command()
+def monitor(
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+) -> None:
+    """Watch the fleet in the terminal."""
+    from coordinator.remote import LiveSource
+
+    home = homes.open_home("coordinator")
+    source = LiveSource(home)
+    if once or not sys.stdout.isatty():
+        import asyncio
+        import time
+
+        from rich.console import Console
+
+        from coordinator.plain import plain_table
+
+        fleet = asyncio.run(source.snapshot())
+        Console().print(plain_table(fleet, time.time()))
+        return
+    from coordinator.tui.app import MonitorApp
+
+    MonitorApp(source).run()
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """The fleet in a few lines."""
+    import time
+
+    import msgspec
+
+    from coordinator import fleet as fleets
+    from coordinator.plain import plain_table
+    from coordinator.remote import Remote
+
+    fleet = Remote(homes.open_home("coordinator")).fleet()
+    if json:
+        sys.stdout.write(output.ok(msgspec.Raw(fleets.encode(fleet, fleet.at))) + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(plain_table(fleet, time.time()))
+
+
+@app.command()
+def demo(
+    agents: Annotated[int, typer.Option(min=1, max=64, help="How many agents.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
+    split: Annotated[str, typer.Option(help="iid, or shards: two labels a peer.")] = "iid",
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--monitor", help="Show the monitor meanwhile.")] = False,
+) -> None:
+    """Four agents learn real handwritten digits together, on this machine, in a minute."""
+    from coordinator.demo import run_demo
+
+    run_demo(agents=agents, rounds=rounds, split=split, as_json=json, with_monitor=watch)
+
+
+def main() -> None:
+    """The entry point: our errors become a message, a hint and an exit code."""
+    raise SystemExit(run_app(app))
+
+
+def run_app(command: Any) -> int:
+    import click
+
+    as_json = "--json" in sys.argv
+    try:
+        result = command(standalone_mode=False)
+    except CommonweightError as err:
+        if as_json:
+            sys.stdout.write(output.error(err) + "\n")
+        else:
+            say(output.in_words(err))
+        return int(err.exit_code)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        say("interrupted")
+        return int(ExitCode.INTERRUPTED)
+    except click.ClickException as err:
+        err.show()
+        return int(ExitCode.USAGE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.OK)
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    main()

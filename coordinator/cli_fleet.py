@@ -1,0 +1,140 @@
+"""`commonweight ticket …` and `commonweight peers …`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from protocols import homes, output
+from protocols.errors import UsageFault
+
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+
+tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=True)
+peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(tickets, name="ticket")
+    app.add_typer(peers, name="peers")
+
+
+def seconds(text: str) -> float:
+    """`90s`, `30m`, `24h`, `7d` or plain seconds. Raises UsageFault."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 24h or 7d")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def _remote() -> Any:
+    from coordinator.remote import Remote
+
+    return Remote(homes.open_home("coordinator"))
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        sys.stderr.write(empty + "\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in columns.values():
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in columns))
+    Console().print(table)
+
+
+@tickets.command("create")
+def create_ticket(
+    ttl: Annotated[str, typer.Option(help="How long it is good for.")] = "24h",
+    uses: Annotated[int, typer.Option(min=1, help="For how many machines.")] = 1,
+    label: Annotated[str, typer.Option(help="A note for yourself.")] = "",
+    json: Json = False,
+) -> None:
+    """Make a ticket: the one string that lets a machine join. It is shown once."""
+    from coordinator.api import TicketOrder
+
+    made = _remote().make_ticket(TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label))
+    if json:
+        sys.stdout.write(output.ok(made) + "\n")
+        return
+    machines = "one machine" if uses == 1 else f"{uses} machines"
+    sys.stderr.write(f"for {machines}, good for {ttl}; on each: commonweight-agent join TICKET\n")
+    sys.stdout.write(made["ticket"] + "\n")
+
+
+@tickets.command("list")
+def list_tickets(json: Json = False) -> None:
+    """Tickets and what is left of them (never their secrets)."""
+    found = _remote().tickets()
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    for row in found:
+        row["left"] = "revoked" if row["revoked"] else f"{row['uses_left']} uses"
+        row["expires"] = f"{row['expires_in_s'] / 3600:.1f} h"
+    columns = {"id": "Ticket", "left": "Left", "expires": "Expires in", "label": "Label"}
+    _table(found, columns, "no tickets; make one: commonweight ticket create")
+
+
+@tickets.command("revoke")
+def revoke_ticket(ticket: str) -> None:
+    """Make a ticket useless."""
+    _remote().revoke_ticket(ticket)
+    sys.stderr.write(f"ticket {ticket} is revoked\n")
+
+
+@peers.command("list")
+def list_peers(json: Json = False) -> None:
+    """Every machine that has joined."""
+    found = _remote().peers()
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    columns = {"name": "Name", "peer": "Id", "standing": "Standing"}
+    _table(found, columns, "no peers yet; on each machine: commonweight-agent join TICKET")
+
+
+@peers.command("approve")
+def approve(peer: str) -> None:
+    """Let a machine in that awaits approval (id or name)."""
+    _remote().approve(peer)
+    sys.stderr.write(f"{peer} is approved\n")
+
+
+@peers.command("remove")
+def remove(peer: str) -> None:
+    """Shut a machine out for good (id or name); it can join again only with a new key."""
+    _remote().remove(peer)
+    sys.stderr.write(f"{peer} is removed\n")
+
+
+@peers.command("pause")
+def pause(
+    peer: str,
+    duration: Annotated[str, typer.Option("--for", help="For how long; else until resume.")] = "0",
+) -> None:
+    """Ask a machine to pause (id or name)."""
+    _command(peer, "pause", seconds(duration))
+
+
+@peers.command("resume")
+def resume(peer: str) -> None:
+    """Ask a machine to work again (id or name)."""
+    _command(peer, "resume", 0.0)
+
+
+def _command(peer: str, action: Any, for_s: float) -> None:
+    from protocols.messages import Command
+
+    outcome = _remote().command(peer, Command(action=action, for_s=for_s))
+    sys.stderr.write(outcome + "\n")

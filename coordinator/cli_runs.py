@@ -1,0 +1,228 @@
+"""`commonweight run …` and `commonweight models …`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.cli_fleet import Json, _remote, _table, seconds
+from protocols import homes, output
+from protocols.errors import CommonweightError, UnknownName, UsageFault
+
+runs = typer.Typer(help="Training runs: start, stop, look at.", no_args_is_help=True)
+models = typer.Typer(help="The shared weights that runs have made.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(runs, name="run")
+    app.add_typer(models, name="models")
+
+
+def setting(text: str) -> tuple[str, str | int | float | bool]:
+    """`key=value` with the value as the number or truth value it looks like. Raises UsageFault."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageFault(f"{text!r} is not key=value")
+    if value in ("true", "false"):
+        return key, value == "true"
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+@runs.command("start")
+def start(
+    task: Annotated[str, typer.Argument(help="What to train, for example mnist.")],
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
+    quorum: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 1,
+    deadline: Annotated[
+        str, typer.Option(help="A round goes on after this, if the quorum is there.")
+    ] = "10m",
+    strategy: Annotated[str, typer.Option(help="How updates are aggregated.")] = "fedavg",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
+    weighting: Annotated[str, typer.Option(help="examples, or equal.")] = "examples",
+    max_weight_share: Annotated[
+        float, typer.Option(help="No peer counts for more than this share of a round.")
+    ] = 1.0,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="First weights: a safetensors file.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay until it has ended.")] = False,
+    json: Json = False,
+) -> None:
+    """Start a run."""
+    from coordinator.api import RunOrder
+    from coordinator.runs import RunSpec
+
+    if weighting not in ("examples", "equal"):
+        raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
+    spec = RunSpec(
+        task=task,
+        rounds=rounds,
+        quorum=quorum,
+        deadline_s=seconds(deadline),
+        strategy=strategy,
+        settings=dict(setting(text) for text in set_ or []),
+        seed=seed,
+        weighting="equal" if weighting == "equal" else "examples",
+        max_weight_share=max_weight_share,
+    )
+    remote = _remote()
+    digest = _adopt(from_) if from_ else ""
+    run_id = remote.start_run(RunOrder(spec=spec, from_digest=digest))
+    if follow:
+        run = _follow(remote, run_id, quiet=json)
+        if json:
+            sys.stdout.write(output.ok(run) + "\n")
+        return
+    if json:
+        sys.stdout.write(output.ok({"run": run_id}) + "\n")
+    else:
+        sys.stderr.write(f"started {run_id}; watch it: commonweight monitor\n")
+
+
+def _adopt(path: Path) -> str:
+    """Put a safetensors file into the home as a version; its digest."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from coordinator.lane import Lane
+    from protocols.weights import Weights
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as err:
+        raise UsageFault(f"cannot read {path} as safetensors: {err}") from err
+    return Lane(homes.open_home("coordinator")).commit(Weights(tensors))
+
+
+def _follow(remote: Any, run_id: str, *, quiet: bool) -> Any:
+    """Print a line a round until the run has ended; the run."""
+    import time
+
+    told = 0
+    while True:
+        run = remote.run(run_id)
+        for closed in run.history[told:]:
+            if not quiet:
+                sys.stderr.write(_round_line(run, closed) + "\n")
+        told = len(run.history)
+        if run.ended:
+            if not quiet:
+                sys.stderr.write(f"{run.id} {run.state}: {run.ended_because}\n")
+            return run
+        time.sleep(0.5)
+
+
+def _round_line(run: Any, closed: Any) -> str:
+    metrics = " ".join(
+        f"{name} {value:.4f}" for name, value in closed.metrics.items() if value is not None
+    )
+    return (
+        f"round {closed.round}/{run.spec.rounds} {metrics} "
+        f"peers {len(closed.contributors)} {closed.seconds:.2f} s"
+    )
+
+
+@runs.command("stop")
+def stop(run: str) -> None:
+    """End a run; what is committed stays."""
+    _remote().stop_run(run)
+    sys.stderr.write(f"{run} is stopping\n")
+
+
+@runs.command("list")
+def list_runs(json: Json = False) -> None:
+    """All runs of this coordinator."""
+    found = _remote().runs()
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    rows = [
+        {
+            "run": run.id,
+            "state": run.state.value,
+            "round": f"{run.round}/{run.spec.rounds}",
+            "best": _best(run),
+        }
+        for run in found
+    ]
+    columns = {"run": "Run", "state": "State", "round": "Round", "best": "Best"}
+    _table(rows, columns, "no runs yet; start one: commonweight run start mnist")
+
+
+def _best(run: Any) -> str:
+    if run.best is None:
+        return "–"
+    accuracy = run.best.metrics.get("accuracy")
+    figure = f" accuracy {accuracy:.4f}" if accuracy is not None else ""
+    return f"round {run.best.round}{figure}"
+
+
+@runs.command("show")
+def show(run: str, json: Json = False) -> None:
+    """One run: its settings, where it stands and what it waits for."""
+    remote = _remote()
+    found = remote.run(run)
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    shown = remote.fleet().runs.get(found.id)
+    waiting = shown.changed.waiting_for if shown else ""
+    sys.stdout.write(f"{found.id}: {found.state}, round {found.round}/{found.spec.rounds}\n")
+    if waiting and not found.ended:
+        sys.stdout.write(f"waits for {waiting}\n")
+    if found.ended:
+        sys.stdout.write(f"because {found.ended_because}\n")
+    sys.stdout.write(f"strategy {found.spec.strategy}, quorum {found.spec.quorum}, ")
+    sys.stdout.write(f"deadline {found.spec.deadline_s:g} s, weighting {found.spec.weighting}\n")
+    for closed in found.history:
+        mark = " ★" if found.best and closed.round == found.best.round else ""
+        sys.stdout.write(f"{_round_line(found, closed)} {closed.digest[:12]}{mark}\n")
+
+
+@models.command("list")
+def list_models(json: Json = False) -> None:
+    """The best and the newest version of every run."""
+    rows: list[dict[str, Any]] = []
+    for run in _remote().runs():
+        for mark, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head)):
+            if digest:
+                rows.append({"run": run.id, "which": mark, "digest": digest})
+    if json:
+        sys.stdout.write(output.ok(rows) + "\n")
+        return
+    columns = {"run": "Run", "which": "Which", "digest": "Digest"}
+    _table(rows, columns, "no models yet; start a run: commonweight run start mnist")
+
+
+@models.command("export")
+def export(
+    run: str,
+    out: Annotated[Path, typer.Argument(help="Where to write the safetensors file.")],
+    which: Annotated[str, typer.Option(help="best, latest, or a digest.")] = "best",
+) -> None:
+    """Copy a version out of the coordinator's home."""
+    import shutil
+
+    from coordinator.lane import Lane
+
+    found = _remote().run(run)
+    digests = {"best": found.best.digest if found.best else "", "latest": found.head}
+    digest = digests.get(which, which)
+    path = Lane(homes.open_home("coordinator")).version(digest)
+    if not digest or not path.exists():
+        raise UnknownName(f"run {found.id} has no version {which!r}", "commonweight models list")
+    if out.exists():
+        raise CommonweightError(f"{out} exists already", "choose another name")
+    shutil.copyfile(path, out)
+    sys.stderr.write(f"wrote {out} ({digest[:12]})\n")

@@ -1,0 +1,216 @@
+"""Enrolment: tickets, peers and operators, as the fold of the ledger's "fleet" entries.
+
+`Registry` is pure but for the ledger it appends to: every change is first a fact, then applied.
+A ticket's secret is stored hashed; a peer is known by its Ed25519 key's id.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from coordinator.ledger import Ledger
+from protocols import identity
+from protocols.errors import Refused, UnknownName
+from protocols.joining import Joining
+from protocols.tickets import Ticket, hash_secret
+
+SUBJECT = "fleet"
+Role = Literal["observer", "operator"]
+Standing = Literal["awaiting", "enrolled", "removed"]
+
+
+class TicketCreated(Struct, frozen=True, tag=True, kw_only=True):
+    id: str
+    secret_hash: str
+    expires_at: float
+    uses: int
+    label: str = ""
+
+
+class TicketRevoked(Struct, frozen=True, tag=True):
+    id: str
+
+
+class PeerJoined(Struct, frozen=True, tag=True, kw_only=True):
+    peer: str
+    name: str
+    labels: dict[str, str]
+    sign_public: bytes
+    node_public: bytes
+    ticket: str
+    standing: Standing
+
+
+class PeerApproved(Struct, frozen=True, tag=True):
+    peer: str
+
+
+class PeerRemoved(Struct, frozen=True, tag=True):
+    peer: str
+    because: str
+
+
+FleetFact = TicketCreated | TicketRevoked | PeerJoined | PeerApproved | PeerRemoved
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(FleetFact).decode
+
+
+class TicketState(Struct, frozen=True, kw_only=True):
+    """A ticket as the coordinator knows it: never its secret."""
+
+    id: str
+    secret_hash: str
+    expires_at: float
+    uses_left: int
+    label: str
+    revoked: bool = False
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    """An enrolled machine."""
+
+    peer: str
+    name: str
+    labels: dict[str, str]
+    sign_public: bytes
+    node_public: bytes
+    standing: Standing
+
+
+class Registry:
+    """Who belongs to the fleet. `on_change(peer)` is called after a peer's standing changed."""
+
+    def __init__(self, ledger: Ledger, *, approve: bool = False) -> None:
+        self._ledger = ledger
+        self._approve = approve
+        self.tickets: dict[str, TicketState] = {}
+        self.peers: dict[str, Peer] = {}
+        self.on_change: Callable[[Peer], None] = lambda peer: None
+        for entry in ledger.entries(SUBJECT):
+            self._apply(_decode(entry.body))
+
+    def create_ticket(self, ticket: Ticket, *, ttl_s: float, uses: int, label: str = "") -> None:
+        """Remember a new ticket by its hash."""
+        self._record(
+            TicketCreated(
+                id=ticket.id,
+                secret_hash=hash_secret(ticket.id, ticket.secret),
+                expires_at=time.time() + ttl_s,
+                uses=uses,
+                label=label,
+            )
+        )
+
+    def revoke_ticket(self, ticket_id: str) -> None:
+        """Raises UnknownName."""
+        if ticket_id not in self.tickets:
+            raise UnknownName(f"no ticket {ticket_id!r}", "commonweight ticket list")
+        self._record(TicketRevoked(ticket_id))
+
+    def join(self, joining: Joining) -> Peer:
+        """Enrol a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
+        identity.check_node_public(joining.node_public)
+        ticket = self.tickets.get(joining.ticket)
+        given = hash_secret(joining.ticket, joining.secret)
+        if ticket is None or not hmac.compare_digest(ticket.secret_hash, given):
+            raise Refused("the coordinator does not know this ticket", "ask for a new ticket")
+        peer_id = identity.peer_id(joining.sign_public)
+        known = self.peers.get(peer_id)
+        if known is not None and known.standing == "removed":
+            raise Refused("this machine's key was removed", "join again with --replace")
+        if known is not None:  # the answer to its first try was lost: the ticket is spent already
+            return known
+        for used, why in (
+            (ticket.revoked, "was revoked"),
+            (ticket.uses_left <= 0, "was used already"),
+            (time.time() > ticket.expires_at, "has expired"),
+        ):
+            if used:
+                raise Refused(f"this ticket {why}", "ask for a new one: commonweight ticket create")
+        self._record(
+            PeerJoined(
+                peer=peer_id,
+                name=self._free_name(joining.name),
+                labels=joining.labels,
+                sign_public=joining.sign_public,
+                node_public=joining.node_public,
+                ticket=ticket.id,
+                standing="awaiting" if self._approve else "enrolled",
+            )
+        )
+        return self.peers[peer_id]
+
+    def approve(self, peer_id: str) -> Peer:
+        """Let a waiting peer in. Raises UnknownName."""
+        self._record(PeerApproved(self.find(peer_id).peer))
+        return self.peers[peer_id]
+
+    def remove(self, peer_id: str, because: str) -> None:
+        """Refuse this key from now on. Raises UnknownName."""
+        self._record(PeerRemoved(self.find(peer_id).peer, because))
+
+    def find(self, name_or_id: str) -> Peer:
+        """A peer that was not removed, by id or name. Raises UnknownName."""
+        for peer in self.peers.values():
+            if peer.standing != "removed" and name_or_id in (peer.peer, peer.name):
+                return peer
+        raise UnknownName(f"no peer {name_or_id!r}", "commonweight peers list")
+
+    def enrolled(self) -> list[Peer]:
+        return [peer for peer in self.peers.values() if peer.standing == "enrolled"]
+
+    def verify(self, peer_id: str, signature: bytes, message: bytes) -> bool:
+        """True if an enrolled or waiting peer of this id signed `message`."""
+        peer = self.peers.get(peer_id)
+        if peer is None or peer.standing == "removed":
+            return False
+        return identity.verify(peer.sign_public, signature, message)
+
+    def _free_name(self, name: str) -> str:
+        taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}
+        free, number = name, 2
+        while free in taken:
+            free, number = f"{name}-{number}", number + 1
+        return free
+
+    def _record(self, fact: FleetFact) -> None:
+        self._ledger.append(SUBJECT, [_encode(fact)])
+        self._apply(fact)
+        if isinstance(fact, PeerJoined | PeerApproved | PeerRemoved):
+            self.on_change(self.peers[fact.peer])
+
+    def _apply(self, fact: FleetFact) -> None:
+        match fact:
+            case TicketCreated():
+                self.tickets[fact.id] = TicketState(
+                    id=fact.id,
+                    secret_hash=fact.secret_hash,
+                    expires_at=fact.expires_at,
+                    uses_left=fact.uses,
+                    label=fact.label,
+                )
+            case TicketRevoked():
+                self.tickets[fact.id] = replace(self.tickets[fact.id], revoked=True)
+            case PeerJoined():
+                self.peers[fact.peer] = Peer(
+                    peer=fact.peer,
+                    name=fact.name,
+                    labels=fact.labels,
+                    sign_public=fact.sign_public,
+                    node_public=fact.node_public,
+                    standing=fact.standing,
+                )
+                if ticket := self.tickets.get(fact.ticket):
+                    self.tickets[fact.ticket] = replace(ticket, uses_left=ticket.uses_left - 1)
+            case PeerApproved():
+                self.peers[fact.peer] = replace(self.peers[fact.peer], standing="enrolled")
+            case PeerRemoved():
+                self.peers[fact.peer] = replace(self.peers[fact.peer], standing="removed")

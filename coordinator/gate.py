@@ -1,0 +1,88 @@
+"""The gate: what an update must be before anything of it is summed. Pure.
+
+Each refusal has a short fixed word (the ledger's and `/metrics`' key) and a sentence for a person.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from coordinator.runs import Run
+from protocols import weights
+from protocols.errors import BadWeights, UpdateRefused
+from protocols.messages import UpdateClaim, Verify, claim_part
+from protocols.states import RunState
+from protocols.weights import Schema, Weights
+
+
+class Expected(NamedTuple):
+    """What the run waits for: the claim's kind, its base version and the model's schema."""
+
+    kind: str
+    base: str
+    schema: Schema
+
+
+def check_claim(
+    run: Run,
+    expected: Expected,
+    sender: str,
+    claim: UpdateClaim,
+    payload: bytes,
+    signature: bytes,
+    verify: Verify,
+) -> None:
+    """Raise UpdateRefused unless `sender` was asked for just this and signed it."""
+    if claim.peer != sender or not verify(sender, signature, claim_part(payload)):
+        raise UpdateRefused("bad signature", "the claim is not signed by the peer that sent it")
+    if claim.run != run.id:
+        raise UpdateRefused("another run", f"it belongs to run {claim.run}")
+    if claim.kind != expected.kind or claim.round != run.round:
+        raise UpdateRefused("late", f"it is for round {claim.round} ({claim.kind})")
+    if run.peers.get(sender) == "answered":
+        raise UpdateRefused("replay", "this peer's answer was counted already")
+    if sender not in run.peers:
+        raise UpdateRefused("not asked", "this peer was not asked in this round")
+    if claim.base != expected.base:
+        raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
+    cap = run.spec.max_examples
+    if claim.kind != "init" and not 0 < claim.num_examples <= cap:
+        raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
+
+
+def check_weights(expected: Expected, open_update: Callable[[], Weights]) -> Weights:
+    """The update's weights. Raises UpdateRefused: missing, another schema, not finite."""
+    try:
+        update = open_update()
+        if expected.schema:
+            weights.check_schema(update.schema, expected.schema)
+    except BadWeights as err:
+        raise UpdateRefused("bad weights", err.message) from err
+    try:
+        weights.check_finite(update)
+    except BadWeights as err:
+        raise UpdateRefused("not finite", err.message) from err
+    return update
+
+
+def expectation(run: Run, schema: Schema) -> Expected:
+    """What an answer to the run's present question must be."""
+    if run.state is RunState.WAITING:
+        return Expected("init", "", {})
+    if run.state is RunState.TRAINING:
+        return Expected("train", run.parent, schema)
+    return Expected("evaluate", run.head, schema)
+
+
+def distance(update: Weights, base: Weights) -> float:
+    """Euclidean norm of the update's floating-point tensors minus the base's (float64)."""
+    total = 0.0
+    for name, spec in update.schema.items():
+        if spec.dtype in ("F64", "F32", "F16"):
+            difference = np.subtract(update[name], base[name], dtype=np.float64).ravel()
+            total += float(difference @ difference)
+    return math.sqrt(total)

@@ -1,0 +1,533 @@
+"""The coordinator in one process: starts and supervises server, broker, feed and the runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from coordinator import fleet as fleets
+from coordinator import runs, settings, strategies
+from coordinator.api import make_app
+from coordinator.auth import Auth
+from coordinator.broker import EmbeddedBroker, ExternalBroker
+from coordinator.enroll import SUBJECT, Peer, Registry
+from coordinator.feed import Feed
+from coordinator.fleet import Fleet
+from coordinator.lane import Lane
+from coordinator.ledger import Ledger
+from coordinator.records import LaneGrid
+from coordinator.run_loop import Fleetwork, RunLoop, round_body, run_body
+from coordinator.runs import Run, RunSpec, RunStarted
+from coordinator.settings import UP_FILE, Keys, Settings
+from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
+from protocols import identity
+from protocols.errors import (
+    BadMessage,
+    CannotBeMet,
+    PortInUse,
+    UnknownName,
+    Unreachable,
+    UsageFault,
+)
+from protocols.messages import (
+    Command,
+    CoordinatorBody,
+    Envelope,
+    Happened,
+    Links,
+    PeerKnown,
+    Presence,
+    printable,
+)
+from protocols.mqtt import MqttAddress, Voice
+from protocols.states import PeerState, RunState
+from protocols.topics import COORDINATOR, Kind
+
+log = logging.getLogger("commonweight.hub")
+
+BEAT_S = 5.0
+ONLINE_EVERY_S = 2.0
+#: Runs whose rounds the monitor still sees after a restart.
+_SHOWN_RUNS = 5
+
+
+class Hub:
+    """A coordinator over an open home. `serve` runs it until it is told to stop."""
+
+    def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
+        self._home, self._keys, self._settings = home, keys, chosen
+        self._stopping = asyncio.Event()
+        self._names = chosen.names or settings.reachable_names(chosen.host)
+        settings.certify(home, keys.ca_key, keys.ca_pem, self._names)
+        self._socket = _listen(chosen.host, chosen.port)
+        self.port: int = self._socket.getsockname()[1]
+        self._ledger = Ledger(home / "ledger.db")
+        self.registry = Registry(self._ledger, approve=chosen.approve)
+        self.lane = Lane(home)
+        self._superlink = Superlink(home, self._on_request)
+        self._grid = LaneGrid(self._superlink, self.lane)
+        self._node_of: dict[str, int] = {}
+        self._peer_of: dict[int, str] = {}
+        self._online: set[str] = set()
+        self._heard_at: dict[str, float] = {}
+        self._will_at: dict[str, float] = {}
+        self._tasks: dict[str, tuple[str, ...]] = {}
+        self._runs: dict[str, Run] = {}
+        self._loop_of: RunLoop | None = None
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._voice = Voice(COORDINATOR, keys.sign_key.sign)
+        self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue()
+        self._ringing: set[asyncio.Task[bool]] = set()
+        self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
+        self._broker = self._make_broker()
+        self._feed: Feed | None = None
+        self._mqtt_up = False
+        self._rejected = 0
+        for peer in self.registry.peers.values():
+            self._admit(peer)
+        self.registry.on_change = self._on_peer
+        self._recall_runs()
+
+    def _make_broker(self) -> EmbeddedBroker | ExternalBroker:
+        chosen = self._settings
+        if chosen.mqtt_url:
+            return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
+        port = chosen.mqtt_port or (self.port + 1 if chosen.port else 0)
+        return EmbeddedBroker(
+            self._home / "broker",
+            chosen.host,
+            port,
+            self._home / "server.pem",
+            self._home / "server.key",
+            self._keys.login.user,
+            self._keys.login.password,
+        )
+
+    # --- serving ---
+
+    async def serve(self, on_ready: Callable[[], None], *, resume: bool = True) -> None:
+        """Run until `stop`, SIGINT or SIGTERM. Raises PortInUse and what the parts raise."""
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
+                loop.add_signal_handler(name, self.stop)
+        server = _Server(
+            uvicorn.Config(
+                self._app(),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_certfile=str(self._home / "server.pem"),
+                ssl_keyfile=str(self._home / "server.key"),
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=2,
+                backlog=2048,
+            )
+        )
+        await self._broker.start()
+        try:
+            self._feed = Feed(
+                self._broker.address("127.0.0.1", self._keys.ca_pem.decode()),
+                self._keys.fleet,
+                self.registry.verify,
+                self._on_envelope,
+                self._on_mqtt,
+                self._on_rejected,
+                sign=self._keys.sign_key.sign,
+            )
+            async with self._workers(resume):
+                serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+                await server.up(serving)
+                self._write_up_file()
+                on_ready()
+                stopping = asyncio.create_task(self._stopping.wait())
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                server.should_exit = True
+                await serving
+        finally:
+            (self._home / UP_FILE).unlink(missing_ok=True)
+            await self._broker.stop()
+            self._ledger.close()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    @contextlib.asynccontextmanager
+    async def _workers(self, resume: bool) -> AsyncIterator[None]:
+        """The background tasks; one that fails stops the coordinator with its error."""
+        assert self._feed is not None
+        tasks = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "broker": self._broker.supervise(self._on_broker),
+                "feed": self._feed.run(),
+                "publisher": self._publish_all(),
+                "heartbeat": self._beat(),
+                "sessions": self._watch_sessions(),
+                "runs": self._work(resume),
+            }.items()
+        ]
+        failure: list[BaseException] = []
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (err := task.exception()) is not None:
+                log.error("%s failed", task.get_name(), exc_info=err)
+                failure.append(err)
+                self.stop()
+
+        for task in tasks:
+            task.add_done_callback(ended)
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if failure:
+            raise failure[0]
+
+    def _app(self) -> ASGIApp:
+        """Flower's Fleet routes under their prefix, ours everywhere else."""
+        flower = self._superlink.app()
+        auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
+        ours = make_app(
+            self,
+            auth,
+            self._keys.fleet,
+            self._keys.ca_key,
+            self._keys.ca_pem,
+            identity.raw_public(self._keys.sign_key),
+        )
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
+            await inner(scope, receive, send)
+
+        return app
+
+    def _write_up_file(self) -> None:
+        host = self._settings.host
+        local = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+        up = {"pid": os.getpid(), "address": f"{local}:{self.port}", "since": time.time()}
+        identity.write_private(self._home / UP_FILE, json.dumps(up).encode())
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.to_thread(self._superlink.beat)
+            await asyncio.sleep(BEAT_S)
+
+    # --- what the HTTP routes ask (api.Desk) ---
+
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(f"{name}:{self.port}" for name in self._names[:8])
+
+    def mqtt_for(self, host: str) -> MqttAddress:
+        return self._broker.address(host, self._keys.ca_pem.decode())
+
+    def start_run(self, spec: RunSpec, from_digest: str) -> str:
+        """Write a run down and queue it; its id. Raises UsageFault and its kin."""
+        self._check_spec(spec)
+        if from_digest and not self.lane.has(from_digest):
+            raise UnknownName(f"no version {from_digest[:12]}")
+        run_id = f"{spec.task}-{secrets.token_hex(3)}"
+        facts: list[runs.Fact] = [RunStarted(spec)]
+        if from_digest:
+            facts.append(runs.WeightsInitialised(from_digest, "file"))
+        self._ledger.append(run_id, [runs.encode_fact(fact) for fact in facts])
+        self._runs[run_id] = runs.replay(run_id, facts)
+        self.publish(run_body(self._runs[run_id], "its turn"))
+        self._queue.put_nowait(run_id)
+        return run_id
+
+    def _check_spec(self, spec: RunSpec) -> None:
+        strategies.check(spec.strategy, spec.strategy_args)
+        if spec.rounds < 1:
+            raise UsageFault("a run has at least one round")
+        enrolled = len(self.registry.enrolled())
+        if not 1 <= spec.quorum <= max(enrolled, 1):
+            raise CannotBeMet(
+                f"a quorum of {spec.quorum} cannot be met: {enrolled} peers are enrolled",
+                "lower --quorum, or let more machines join first",
+            )
+        if not spec.deadline_s > 0:
+            raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
+        if not 0 < spec.max_weight_share <= 1:
+            raise UsageFault("--max-weight-share is above 0 and at most 1")
+        known = {task for peer in self._online for task in self._tasks.get(peer, ())}
+        if known and spec.task not in known:
+            raise UnknownName(
+                f"no peer can run the task {spec.task!r}",
+                f"tasks of the peers that are here: {', '.join(sorted(known))}",
+            )
+
+    def stop_run(self, run_id: str) -> None:
+        if self._loop_of is not None and self._loop_of.run.id == run_id:
+            self._loop_of.stop("stopped by the operator")
+        elif not self._runs[run_id].ended:
+            self._end(run_id, runs.RunEnded(RunState.STOPPED, "stopped by the operator"))
+
+    def _end(self, run_id: str, fact: runs.RunEnded) -> None:
+        self._ledger.append(run_id, [runs.encode_fact(fact)])
+        self._runs[run_id] = runs.apply(self._runs[run_id], fact)
+        self.publish(run_body(self._runs[run_id], ""))
+
+    def find_run(self, run_id: str) -> Run:
+        """A run by its id or the beginning of it. Raises UnknownName."""
+        found = [run for run in self.all_runs() if run.id.startswith(run_id)]
+        if len(found) != 1:
+            raise UnknownName(f"no run {run_id!r}", "commonweight run list")
+        return found[0]
+
+    def all_runs(self) -> list[Run]:
+        if self._loop_of is not None:
+            self._runs[self._loop_of.run.id] = self._loop_of.run
+        return list(self._runs.values())
+
+    async def command(self, peer: str, command: Command) -> str:
+        """Send an operator's command; words of the outcome. Raises Unreachable."""
+        assert self._feed is not None
+        if not await self._feed.command(peer, command):
+            raise Unreachable(
+                "the MQTT broker is away, and commands travel over it",
+                "training goes on; try again when the monitor shows mqtt ●",
+            )
+        return f"{command.action} sent to {self._name_of(peer)}"
+
+    # --- runs ---
+
+    def _recall_runs(self) -> None:
+        for subject in self._ledger.subjects():
+            if subject != SUBJECT:
+                facts = [runs.decode_fact(entry.body) for entry in self._ledger.entries(subject)]
+                self._runs[subject] = runs.replay(subject, facts)
+        for run in list(self._runs.values())[-_SHOWN_RUNS:]:
+            self.publish(run_body(run, ""))
+            for closed in run.history:
+                self.publish(round_body(run.id, closed))
+
+    async def _work(self, resume: bool) -> None:
+        """One run after the other, unfinished ones of the last life first."""
+        for run in list(self._runs.values()):
+            if not run.ended:
+                if resume:
+                    self._queue.put_nowait(run.id)
+                else:
+                    self._end(run.id, runs.RunEnded(RunState.STOPPED, "not resumed"))
+        while True:
+            run = self._runs[await self._queue.get()]
+            if run.ended:
+                continue
+            self._loop_of = RunLoop(run, self._fleetwork())
+            try:
+                self._runs[run.id] = await self._loop_of.drive()
+            finally:
+                self._runs[run.id] = self._loop_of.run
+                self._loop_of = None
+
+    def _fleetwork(self) -> Fleetwork:
+        return Fleetwork(
+            ledger=self._ledger,
+            lane=self.lane,
+            grid=self._grid,
+            sign=self._keys.sign_key.sign,
+            verify=self.registry.verify,
+            eligible=self._eligible,
+            node_of=self._node_of.get,
+            peer_of=lambda node: self._peer_of.get(node, ""),
+            name_of=self._name_of,
+            ring=self._ring,
+            publish=self.publish,
+        )
+
+    def _eligible(self) -> frozenset[str]:
+        """Peers that can be given work now: a live session, and no word against it."""
+        return frozenset(peer for peer in self._online if self._is_willing(peer))
+
+    def _is_willing(self, peer: str) -> bool:
+        shown = self.fleet.peers.get(peer)
+        if shown is None or shown.standing != "enrolled":
+            return False
+        if shown.state in (PeerState.PAUSED, PeerState.ERROR):
+            return False
+        # A will alone proves nothing: a peer that has asked us something since then is there.
+        return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)
+
+    def _ring(self, peers: Sequence[str]) -> None:
+        assert self._feed is not None
+        for peer in peers:
+            task = asyncio.create_task(self._feed.ring(peer))
+            self._ringing.add(task)
+            task.add_done_callback(self._ringing.discard)
+
+    # --- peers ---
+
+    def _name_of(self, peer: str) -> str:
+        known = self.registry.peers.get(peer)
+        return known.name if known else peer
+
+    def _admit(self, peer: Peer) -> None:
+        """Let an enrolled peer's Flower key in, and tell the fold of it."""
+        if peer.standing == "enrolled" and peer.peer not in self._node_of:
+            node = self._superlink.register(peer.node_public)
+            self._node_of[peer.peer], self._peer_of[node] = node, peer.peer
+        if peer.standing != "removed":
+            self._tell_of(peer)
+
+    def _on_peer(self, peer: Peer) -> None:
+        words = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was removed"}
+        if peer.standing == "removed":
+            if (node := self._node_of.pop(peer.peer, None)) is not None:
+                self._superlink.forget(node)
+            self._online.discard(peer.peer)
+            self._tell_of(peer)
+            self._nudge()
+        else:
+            self._admit(peer)
+        text = f"{peer.name} {words[peer.standing]}"
+        self.publish(Happened(level="info", text=text, subject=peer.peer))
+
+    def _tell_of(self, peer: Peer) -> None:
+        self.publish(
+            PeerKnown(
+                peer=peer.peer,
+                name=peer.name,
+                labels=peer.labels,
+                standing=peer.standing,
+                public_key=peer.sign_public,
+            )
+        )
+
+    def _on_request(self, action: str, node_id: int) -> None:
+        """A Fleet request of this node succeeded."""
+        if action in ARRIVALS:
+            self._grid.wake()
+            self._nudge()
+        peer = self._peer_of.get(node_id)
+        if peer is None or peer not in self._node_of:
+            return
+        was_willing = peer in self._online and self._is_willing(peer)
+        self._heard_at[peer] = time.monotonic()
+        if action == "activate-node":
+            self._online.add(peer)
+            if self._loop_of is not None:
+                self._loop_of.session_opened(peer)
+            self._tell_links()
+        elif action == "deactivate-node":
+            self._online.discard(peer)
+            self._nudge()
+            self._tell_links()
+        elif not was_willing:
+            self._nudge()
+
+    async def _watch_sessions(self) -> None:
+        """Notice, without a broker, the peers whose heartbeat has run out."""
+        while True:
+            nodes = await asyncio.to_thread(self._superlink.online)
+            online = {self._peer_of[node] for node in nodes if node in self._peer_of}
+            if online != self._online:
+                self._online = online & self._node_of.keys()
+                self._nudge()
+                self._tell_links()
+            await asyncio.sleep(ONLINE_EVERY_S)
+
+    def _nudge(self) -> None:
+        if self._loop_of is not None:
+            self._loop_of.changed.set()
+
+    # --- MQTT ---
+
+    def publish(self, body: CoordinatorBody) -> None:
+        """Fold one of our own messages and queue it for the monitors."""
+        envelope = self._voice.envelope(body)
+        fleets.fold(self.fleet, envelope, time.time())
+        self._outgoing.put_nowait(envelope)
+
+    async def _publish_all(self) -> None:
+        assert self._feed is not None
+        while True:
+            await self._feed.relay(await self._outgoing.get())
+
+    def _on_envelope(self, _: Kind, envelope: Envelope) -> None:
+        peer, body = envelope.sender, envelope.body
+        before = self._eligible() if isinstance(body, Presence) else frozenset()
+        fleets.fold(self.fleet, envelope, time.time())
+        if isinstance(body, Presence):
+            if body.will:
+                self._will_at[peer] = time.monotonic()
+            elif body.tasks:
+                self._tasks[peer] = body.tasks
+            if before != self._eligible():
+                self._nudge()
+
+    def _on_rejected(self, topic: str, err: BadMessage) -> None:
+        self._rejected += 1
+        log.warning("ignored a message on %s: %s", printable(topic), err.message)
+        if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th…: a flood stays quiet
+            text = f"ignored {self._rejected} malformed or forged MQTT messages so far"
+            self.publish(Happened(level="warning", text=text))
+        self._tell_links()
+
+    def _on_broker(self, up: bool, why: str) -> None:
+        if not up:
+            log.warning("the MQTT broker is down: %s", why)
+
+    def _on_mqtt(self, up: bool, why: str) -> None:
+        changed = up != self._mqtt_up
+        self._mqtt_up = up
+        self._tell_links()
+        if changed:
+            text = "the MQTT broker is back" if up else f"no MQTT broker: {why}; training goes on"
+            self.publish(Happened(level="info" if up else "warning", text=printable(text)))
+
+    def _tell_links(self) -> None:
+        links = Links(mqtt=self._mqtt_up, flower=bool(self._online), rejected=self._rejected)
+        if links != self.fleet.links:
+            self.publish(links)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: the hub decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+    async def up(self, serving: asyncio.Task[None]) -> None:
+        """Wait until it answers, or has failed."""
+        while not self.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event)
+            await asyncio.sleep(0.01)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PortInUse, UsageFault."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    if os.name != "nt":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as err:
+        listener.close()
+        if err.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} of {host} is in use", "choose another: --port") from err
+        raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror}", "--host") from err
+    listener.setblocking(False)
+    return listener

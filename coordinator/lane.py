@@ -1,0 +1,165 @@
+"""The weight lane: weights travel once, by digest, in one streamed request each way.
+
+    GET /cw/v1/weights/{digest}      a version, whole or a range of it     (an enrolled peer)
+    PUT /cw/v1/updates/{digest}      an update's bytes, into the spool     (an enrolled peer)
+
+A Flower message holds only the digest. An upload is size-checked before and hash-checked while it
+streams; what is cut short stays as a `.part` file and can be resumed from its end (`x-cw-offset`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from coordinator.auth import Auth
+from protocols import weights
+from protocols.errors import BadWeights
+from protocols.weights import Weights
+
+OFFSET = "x-cw-offset"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Lane:
+    """Versions and uploads on disk. `limit_bytes` bounds an upload; the run in work sets it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._versions = folder / "versions"
+        self._spool = folder / "spool"
+        for part in (self._versions, self._spool):
+            part.mkdir(mode=0o700, exist_ok=True)
+        self.limit_bytes = 0
+        self.bytes_up = self.bytes_down = 0
+
+    # --- versions ---
+
+    def version(self, digest: str) -> Path:
+        """Where the version with this digest lies, or would."""
+        return self._versions / f"{digest}.safetensors"
+
+    def has(self, digest: str) -> bool:
+        return self.version(digest).exists()
+
+    def load(self, digest: str) -> Weights:
+        """A version, viewed through a memory map. Raises BadWeights, FileNotFoundError."""
+        return weights.load(self.version(digest))
+
+    def commit(self, model: Weights) -> str:
+        """Keep `model` as a version, durably; its digest."""
+        temporary = self._versions / ".new.safetensors"
+        digest = weights.save(model, temporary)
+        temporary.replace(self.version(digest))
+        weights.sync_folder(self._versions)
+        return digest
+
+    def adopt(self, node: str, digest: str) -> None:
+        """Turn an upload into a version (the first weights of a run)."""
+        self.update(node, digest).replace(self.version(digest))
+        weights.sync_folder(self._versions)
+
+    # --- updates ---
+
+    def update(self, node: str, digest: str) -> Path:
+        """Where this peer's upload with this digest lies, or would."""
+        return self._spool / f"{node}-{digest}.safetensors"
+
+    def open_update(self, node: str, digest: str) -> Weights:
+        """An uploaded update, viewed through a memory map. Raises BadWeights."""
+        try:
+            return weights.load(self.update(node, digest))
+        except FileNotFoundError as err:
+            raise BadWeights("the update's bytes were never uploaded") from err
+
+    def drop_updates(self) -> None:
+        """Empty the spool: the round that needed it is committed."""
+        for path in self._spool.iterdir():
+            path.unlink(missing_ok=True)
+
+    def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
+        """(method, path, endpoint) of the lane."""
+
+        async def download(request: Request) -> Response:
+            await auth.peer(request)
+            digest = _digest(request)
+            path = self.version(digest)
+            if not path.exists():
+                raise HTTPException(404)
+            self.bytes_down += _range_bytes(request, path.stat().st_size)
+            return FileResponse(path, media_type="application/octet-stream")
+
+        async def upload(request: Request) -> Response:
+            digest = _digest(request)
+            peer = await auth.peer(request, body_sha256=digest)
+            return await self._receive(request, peer.peer, digest)
+
+        return [
+            ("GET", "/cw/v1/weights/{digest}", download),
+            ("PUT", "/cw/v1/updates/{digest}", upload),
+        ]
+
+    async def _receive(self, request: Request, node: str, digest: str) -> Response:
+        done = self.update(node, digest)
+        if done.exists():
+            return JSONResponse({"stored": True})
+        length, offset = _whole(request, "content-length"), _whole(request, OFFSET, 0)
+        if offset + length > self.limit_bytes:
+            raise HTTPException(413, f"an update may have {self.limit_bytes} bytes")
+        part = self._spool / f"{node}-{digest}.part"
+        have = part.stat().st_size if part.exists() else 0
+        if offset != 0 and offset != have:
+            return JSONResponse({"have": have}, status_code=409)
+        sha = hashlib.sha256()
+        if offset:
+            await asyncio.to_thread(_feed, sha, part)
+        received = 0
+        with part.open("ab" if offset else "wb") as file:
+            async for piece in request.stream():
+                received += len(piece)
+                if received > length:
+                    break
+                sha.update(piece)
+                file.write(piece)
+        self.bytes_up += received
+        if received != length or sha.hexdigest() != digest:
+            if received >= length:  # whole, and not what was announced: nothing to resume
+                part.unlink(missing_ok=True)
+            raise HTTPException(422, "the bytes are not those of the announced digest")
+        part.replace(done)
+        return JSONResponse({"stored": True})
+
+
+def _feed(sha: hashlib._Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+
+
+def _digest(request: Request) -> str:
+    digest: str = request.path_params["digest"]
+    if not _DIGEST.fullmatch(digest):
+        raise HTTPException(404)
+    return digest
+
+
+def _whole(request: Request, header: str, default: int | None = None) -> int:
+    text = request.headers.get(header, "" if default is None else str(default))
+    if not text.isdecimal() or len(text) > 15:
+        raise HTTPException(411, f"{header} must be a number")
+    return int(text)
+
+
+def _range_bytes(request: Request, size: int) -> int:
+    """Bytes that a single-range request asks for; the whole size for any other."""
+    match = re.fullmatch(r"bytes=(\d{1,15})-(\d{0,15})", request.headers.get("range", ""))
+    if not match:
+        return size
+    last = int(match[2]) if match[2] else size - 1
+    return max(0, min(last, size - 1) - int(match[1]) + 1)

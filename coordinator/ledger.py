@@ -1,0 +1,128 @@
+"""The ledger: an append-only, hash-chained SQLite log. The one authority on what happened.
+
+Each entry's hash covers the one before, so that a changed or missing line is found. `synchronous`
+is FULL: when `append` returns, the entries survive a power cut. There is one writer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from protocols.errors import HomeFault, HomeTooNew
+
+FORMAT = 1
+_START = bytes(32)
+
+
+class Entry(NamedTuple):
+    """One line of the ledger. `subject` is a run's id or "fleet"; `body` is JSON."""
+
+    seq: int
+    at: float
+    subject: str
+    body: bytes
+    hash: bytes
+
+
+class Ledger:
+    """Append and read entries. Thread-safe. Raises HomeFault when the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            path.chmod(0o600)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._prepare()
+            row = self._db.execute("SELECT hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
+        except (sqlite3.DatabaseError, OSError) as err:
+            raise HomeFault(
+                f"the ledger {path} cannot be used: {err}",
+                "nothing was changed; restore it from a backup, or look at the disk",
+            ) from err
+        self._head: bytes = row[0] if row else _START
+
+    def _prepare(self) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found > FORMAT:
+            raise HomeTooNew(
+                f"the ledger has format {found}; this version writes {FORMAT}",
+                "update commonweight on this machine",
+            )
+        self._db.executescript(
+            f"""
+            CREATE TABLE IF NOT EXISTS log (
+                seq INTEGER PRIMARY KEY, at REAL NOT NULL, subject TEXT NOT NULL,
+                body BLOB NOT NULL, hash BLOB NOT NULL);
+            CREATE INDEX IF NOT EXISTS log_subject ON log (subject, seq);
+            PRAGMA user_version = {FORMAT};
+            """
+        )
+
+    def append(self, subject: str, bodies: Sequence[bytes]) -> None:
+        """Add entries in one transaction. Raises HomeFault (disk full, file gone)."""
+        with self._lock:
+            head, now = self._head, time.time()
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                for body in bodies:
+                    head = _chain(head, now, subject, body)
+                    self._db.execute(
+                        "INSERT INTO log (at, subject, body, hash) VALUES (?, ?, ?, ?)",
+                        (now, subject, body, head),
+                    )
+                self._db.execute("COMMIT")
+            except sqlite3.DatabaseError as err:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise HomeFault(
+                    f"the ledger {self._path} cannot be written: {err}",
+                    "make room on the disk; the coordinator goes on from the last entry",
+                ) from err
+            self._head = head
+
+    def entries(self, subject: str | None = None) -> Iterator[Entry]:
+        """All entries, oldest first, or those of one subject."""
+        where, arguments = ("WHERE subject = ?", (subject,)) if subject else ("", ())
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT seq, at, subject, body, hash FROM log {where} ORDER BY seq", arguments
+            ).fetchall()
+        return (Entry(*row) for row in rows)
+
+    def subjects(self) -> list[str]:
+        """All subjects, in order of their first entry."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT subject FROM log GROUP BY subject ORDER BY MIN(seq)"
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def verify(self) -> int | None:
+        """The number of the first entry whose hash does not fit, or None if all do."""
+        head, expected = _START, 1
+        for entry in self.entries():
+            head = _chain(head, entry.at, entry.subject, entry.body)
+            if entry.seq != expected or head != entry.hash:
+                return expected
+            expected += 1
+        return None
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+def _chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:
+    sha = hashlib.sha256(head)
+    sha.update(f"{at!r}\n{subject}\n".encode())
+    sha.update(body)
+    return sha.digest()

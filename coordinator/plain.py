@@ -1,0 +1,37 @@
+"""The fleet as a plain table, for `--once` and for output that is no terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.fleet import Fleet, current_run, num_available, num_enrolled
+from coordinator.rows import COLUMNS, Tone, chosen, run_words
+
+_STYLES: dict[Tone, str] = {
+    "plain": "",
+    "quiet": "dim",
+    "good": "green",
+    "busy": "cyan",
+    "warn": "yellow",
+    "bad": "red",
+    "ask": "magenta",
+    "strong": "bold",
+}
+_SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
+
+
+def plain_table(fleet: Fleet, now: float) -> Table:
+    """Every peer in one table, what needs a person first; the run stands above it."""
+    run = current_run(fleet)
+    words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
+    title = Text(f"{run_words(run)} · {words}" if run else words, style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in COLUMNS if column.key in _SHOWN]
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+    for peer in chosen(fleet, now):
+        cells = [column.cell(peer, now, column.most) for column in columns]
+        table.add_row(*(Text(cell.text, style=_STYLES[cell.tone]) for cell in cells))
+    return table

@@ -1,0 +1,89 @@
+"""Weights as Flower's records, and the Grid that sends a digest in place of the arrays.
+
+The claim check of the weight lane is hidden here: a strategy hands ordinary ArrayRecords to the
+Grid; on the wire a message carries a ConfigRecord with the digest, the bytes travel on the lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from coordinator.lane import Lane
+from coordinator.superlink import LinkGrid, Superlink
+from protocols.messages import UpdateClaim, decode_claim
+from protocols.weights import Weights
+
+WEIGHTS = "cw.weights"
+CLAIM = "cw.claim"
+
+
+class VersionRecord(ArrayRecord):
+    """The arrays of a version that the lane already holds, with its digest."""
+
+    def __init__(self, digest: str, model: Weights) -> None:
+        super().__init__({name: Array(np.asarray(array)) for name, array in model.items()})
+        self.digest = digest
+
+
+def to_record(model: Weights) -> ArrayRecord:
+    """The tensors as Flower arrays (copied)."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in model.items()})
+
+
+def from_record(record: ArrayRecord) -> Weights:
+    """Flower's arrays as weights."""
+    return Weights({name: array.numpy() for name, array in record.items()})
+
+
+def weights_record(digest: str, nbytes: int) -> ConfigRecord:
+    """What stands in a message where the arrays were."""
+    return ConfigRecord({"digest": digest, "nbytes": nbytes})
+
+
+def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
+    """The claim in a reply, its bytes and the signature. Raises BadMessage, KeyError, TypeError."""
+    record = cast(ConfigRecord, reply.content[CLAIM])
+    payload, signature = record["claim"], record["signature"]
+    if not isinstance(payload, bytes) or not isinstance(signature, bytes):
+        raise TypeError("a claim and its signature are bytes")
+    return decode_claim(payload), payload, signature
+
+
+class LaneGrid(LinkGrid):
+    """A Grid whose arrays travel on the lane.
+
+    `push_messages` commits the arrays it meets to the lane (a VersionRecord is there already) and
+    sends their digest. Replies are given as they came, with the agent's claim: the gate decides
+    what becomes of them.
+    """
+
+    def __init__(self, superlink: Superlink, lane: Lane) -> None:
+        super().__init__(superlink)
+        self._lane = lane
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent: dict[int, RecordDict] = {}
+        slim: list[Message] = []
+        for message in messages:
+            content = message.content
+            if id(content) not in sent:
+                sent[id(content)] = self._claim_check(content)
+            message.content = sent[id(content)]
+            slim.append(message)
+        return super().push_messages(slim)
+
+    def _claim_check(self, content: RecordDict) -> RecordDict:
+        slim = RecordDict()
+        for name, record in content.items():
+            if not isinstance(record, ArrayRecord):
+                slim[name] = record
+                continue
+            digest = record.digest if isinstance(record, VersionRecord) else ""
+            if not digest:
+                digest = self._lane.commit(from_record(record))
+            slim[WEIGHTS] = weights_record(digest, self._lane.version(digest).stat().st_size)
+        return slim

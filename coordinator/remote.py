@@ -1,0 +1,205 @@
+"""The coordinator as the operator's commands and the monitor see it, over HTTPS.
+
+Requests are signed with the operator's key, which lies in the coordinator's home.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+from coordinator import fleet as fleets
+from coordinator.api import RunOrder, TicketOrder, WatchAnswer
+from coordinator.auth import OPERATOR
+from coordinator.feed import Feed
+from coordinator.fleet import Fleet
+from coordinator.runs import Run
+from coordinator.settings import UP_FILE
+from coordinator.watch import Action
+from protocols import identity, requests
+from protocols.errors import CommonweightError, ExitCode, NotRunning, Refused, Unreachable
+from protocols.messages import Command, Envelope, PeerKnown
+from protocols.topics import COORDINATOR, Kind
+
+T = TypeVar("T")
+
+
+class Remote:
+    """A coordinator that runs over `home`. Every method raises Unreachable, Refused, UsageFault.
+
+    Raises NotRunning when the home says that none is up.
+    """
+
+    def __init__(self, home: Path) -> None:
+        try:
+            up = json.loads((home / UP_FILE).read_bytes())
+        except (OSError, ValueError) as err:
+            raise NotRunning(
+                f"no coordinator is running over {home}", "start it: commonweight up"
+            ) from err
+        self.address = str(up["address"])
+        self._key = identity.load_signing_key(home / "operator.key")
+        context = ssl.create_default_context(cadata=(home / "ca.pem").read_text())
+        self._http = httpx.Client(base_url=f"https://{self.address}", verify=context, timeout=15)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def fleet(self) -> Fleet:
+        return fleets.decode(self._ask("GET", "/cw/v1/fleet"))
+
+    def watch(self) -> WatchAnswer:
+        return self._get("/cw/v1/watch", WatchAnswer)
+
+    def start_run(self, order: RunOrder) -> str:
+        answer = self._ask("POST", "/cw/v1/runs", msgspec.json.encode(order))
+        return str(json.loads(answer)["run"])
+
+    def runs(self) -> list[Run]:
+        return self._get("/cw/v1/runs", list[Run])
+
+    def run(self, run_id: str) -> Run:
+        return self._get(f"/cw/v1/runs/{run_id}", Run)
+
+    def stop_run(self, run_id: str) -> None:
+        self._ask("POST", f"/cw/v1/runs/{run_id}/stop")
+
+    def make_ticket(self, order: TicketOrder) -> dict[str, str]:
+        return self._post("/cw/v1/tickets", order)
+
+    def tickets(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/tickets", list[dict[str, Any]])
+
+    def revoke_ticket(self, ticket_id: str) -> None:
+        self._ask("POST", f"/cw/v1/tickets/{ticket_id}/revoke")
+
+    def peers(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/peers", list[dict[str, Any]])
+
+    def approve(self, peer: str) -> None:
+        self._ask("POST", f"/cw/v1/peers/{peer}/approve")
+
+    def remove(self, peer: str) -> None:
+        self._ask("POST", f"/cw/v1/peers/{peer}/remove")
+
+    def command(self, peer: str, command: Command) -> str:
+        return str(self._post(f"/cw/v1/peers/{peer}/command", command)["outcome"])
+
+    def _get(self, path: str, kind: type[T]) -> T:
+        return msgspec.json.decode(self._ask("GET", path), type=kind)
+
+    def _post(self, path: str, body: Any) -> dict[str, str]:
+        answer: dict[str, str] = json.loads(self._ask("POST", path, msgspec.json.encode(body)))
+        return answer
+
+    def _ask(self, method: str, path: str, body: bytes = b"") -> bytes:
+        signed = requests.headers(
+            OPERATOR, self._key.sign, method, path, hashlib.sha256(body).hexdigest()
+        )
+        try:
+            answer = self._http.request(method, path, content=body, headers=signed)
+        except httpx.HTTPError as err:
+            raise Unreachable(
+                f"the coordinator at {self.address} does not answer: {err}",
+                "is it running? commonweight up",
+            ) from err
+        if answer.is_success:
+            return answer.content
+        raise _as_error(answer)
+
+
+def _as_error(answer: httpx.Response) -> CommonweightError:
+    try:
+        told = json.loads(answer.content)
+        code, message, hint = told["code"], told["message"], told["hint"]
+    except (ValueError, KeyError, TypeError):
+        return Refused(f"the coordinator refused ({answer.status_code})", "commonweight doctor")
+    error = CommonweightError(message, hint)
+    error.code = code
+    error.exit_code = {422: ExitCode.USAGE, 403: ExitCode.REFUSED}.get(
+        answer.status_code, ExitCode.FAILED
+    )
+    return error
+
+
+class LiveSource:
+    """`watch.Source` over a home: snapshots by HTTPS, messages by MQTT.
+
+    The coordinator may come and go: each call looks again where it is.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._remote: Remote | None = None
+        self._keys: dict[str, bytes] = {}
+
+    async def snapshot(self) -> Fleet:
+        fleet = await self._call(lambda remote: remote.fleet())
+        self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
+        return fleet
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        watch = await self._call(lambda remote: remote.watch())
+        self._keys[COORDINATOR] = watch.coordinator_public
+        arrived: asyncio.Queue[Envelope | str] = asyncio.Queue(20_000)
+
+        def put(item: Envelope | str) -> None:
+            if not arrived.full():
+                arrived.put_nowait(item)
+
+        def on_envelope(_: Kind, envelope: Envelope) -> None:
+            body = envelope.body
+            if isinstance(body, PeerKnown):  # signed by the coordinator, so it may teach us keys
+                self._keys[body.peer] = body.public_key
+            put(envelope)
+
+        feed = Feed(
+            watch.mqtt,
+            watch.fleet,
+            self._verify,
+            on_envelope,
+            lambda up, why: None if up else put(why or "the link was lost"),
+            lambda topic, err: None,
+            listen_to_coordinator=True,
+        )
+        running = asyncio.create_task(feed.run())
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, str):
+                    raise Unreachable(f"MQTT: {item}")
+                yield item
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        order = Command(action=action, for_s=for_s)
+        return await self._call(lambda remote: remote.command(peer, order))
+
+    async def ticket(self) -> str:
+        made = await self._call(lambda remote: remote.make_ticket(TicketOrder()))
+        return made["ticket"]
+
+    def _verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
+        public = self._keys.get(sender)
+        return public is not None and identity.verify(public, signature, signed)
+
+    async def _call(self, ask: Callable[[Remote], T]) -> T:
+        try:
+            if self._remote is None:
+                self._remote = await asyncio.to_thread(Remote, self._home)
+            return await asyncio.to_thread(ask, self._remote)
+        except NotRunning as err:
+            raise Unreachable(err.message, err.hint) from err
+        except Unreachable:
+            self._remote = None
+            raise

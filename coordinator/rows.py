@@ -1,0 +1,308 @@
+"""The cells of the tables: which columns fit, what stands in them, in what order. Pure.
+
+A cell is a text and a tone. The text alone says everything; the tone only chooses a colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from coordinator.fleet import Fleet, Peer, Run, called, shown_state
+from coordinator.words import (
+    DIVERGED,
+    NOTHING,
+    age,
+    amount,
+    cut,
+    decimal,
+    duration,
+    progress,
+    trend,
+)
+from protocols.messages import RoundClosed
+from protocols.states import PauseReason, PeerState, label
+
+Tone = Literal["plain", "quiet", "good", "busy", "warn", "bad", "ask", "strong"]
+
+TONES: dict[PeerState, Tone] = {
+    PeerState.ERROR: "bad",
+    PeerState.AWAITING: "ask",
+    PeerState.TRAINING: "good",
+    PeerState.SENDING: "busy",
+    PeerState.IDLE: "plain",
+    PeerState.PAUSED: "warn",
+    PeerState.STALE: "quiet",
+    PeerState.OFFLINE: "bad",
+}
+LEVELS: dict[str, tuple[str, Tone]] = {
+    "info": ("·", "quiet"),
+    "warning": ("▲", "warn"),
+    "error": ("✕", "bad"),
+}
+_RANK = {state: rank for rank, state in enumerate(PeerState)}
+
+
+class Cell(NamedTuple):
+    text: str
+    tone: Tone = "plain"
+
+
+# --- the fleet's table -----------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A column; `least` and `most` are widths in characters, `group` its breakpoint."""
+
+    key: str
+    title: str
+    least: int
+    most: int
+    group: int
+    cell: Callable[[Peer, float, int], Cell]
+    right: bool = False
+
+
+def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
+    """Glyph and word; the reason is cut, or left out where too little of it would be seen."""
+    state = shown_state(peer, now)
+    reason = peer.reason if state in (PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR) else ""
+    bare = label(state)
+    room = width - len(bare) - len(": ")
+    if len(reason) > room and room < 9:
+        reason = ""
+    return Cell(cut(label(state, reason), width), TONES[state])
+
+
+def _seen(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(age(now - peer.seen_at) if peer.seen_at else NOTHING, "quiet")
+
+
+def _step(peer: Peer, now: float, width: int) -> Cell:
+    sent = peer.telemetry
+    if sent is None or not sent.steps or not _working(peer, now):
+        return Cell("")
+    return Cell(progress(sent.step, sent.steps, width), "busy")
+
+
+def _loss(peer: Peer, now: float, width: int) -> Cell:
+    if peer.diverged:
+        return Cell(DIVERGED, "bad")
+    return Cell(decimal(peer.telemetry.loss) if peer.telemetry else NOTHING)
+
+
+def _working(peer: Peer, now: float) -> bool:
+    return shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING)
+
+
+def _rate(peer: Peer, now: float, width: int) -> Cell:
+    working = peer.telemetry is not None and _working(peer, now)
+    return Cell(f"{peer.telemetry.samples_per_s:.0f}/s" if working and peer.telemetry else NOTHING)
+
+
+def _cpu(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(f"{peer.telemetry.cpu_percent:.0f} %" if peer.telemetry else NOTHING)
+
+
+def _battery(peer: Peer, now: float, width: int) -> Cell:
+    charge = peer.telemetry.battery_percent if peer.telemetry else None
+    return Cell(NOTHING if charge is None else f"{charge:.0f} %")
+
+
+#: In drop order: the last ones go first when the terminal is narrow.
+COLUMNS: tuple[Column, ...] = (
+    Column("state", "State", 19, 26, 0, state_cell),
+    Column("peer", "Peer", 12, 22, 0, lambda peer, now, width: Cell(cut(called(peer), width))),
+    Column(
+        "round",
+        "Round",
+        5,
+        5,
+        0,
+        lambda peer, now, width: Cell(str(peer.round) if peer.run else NOTHING),
+        right=True,
+    ),
+    Column("seen", "Seen", 6, 6, 0, _seen, right=True),
+    Column("step", "Step", 6, 10, 80, _step),
+    Column("loss", "Loss", 10, 10, 80, _loss, right=True),
+    Column(
+        "trend",
+        "Trend",
+        7,
+        14,
+        80,
+        lambda peer, now, width: Cell(trend(peer.losses, width), "busy"),
+    ),
+    Column(
+        "sent",
+        "Sent",
+        7,
+        7,
+        80,
+        lambda peer, now, width: Cell(
+            amount(peer.telemetry.bytes_up) if peer.telemetry else NOTHING
+        ),
+        right=True,
+    ),
+    Column("samples", "Samples", 7, 7, 120, _rate, right=True),
+    Column("cpu", "CPU", 5, 5, 120, _cpu, right=True),
+    Column(
+        "memory",
+        "Memory",
+        7,
+        7,
+        120,
+        lambda peer, now, width: Cell(
+            amount(peer.telemetry.memory_bytes) if peer.telemetry else NOTHING
+        ),
+        right=True,
+    ),
+    Column("battery", "Battery", 7, 7, 120, _battery, right=True),
+    Column(
+        "version", "Version", 7, 10, 120, lambda peer, now, width: Cell(cut(peer.version, width))
+    ),
+)
+GAP = 2  # blank characters that each column takes besides its width
+
+
+def fit(width: int, terminal: int) -> list[tuple[Column, int]]:
+    """The columns for a table `width` wide in a `terminal` wide, each with its width."""
+    chosen: list[Column] = []
+    left = width
+    for column in COLUMNS:
+        if column.group > terminal or column.least + GAP > left:
+            break
+        chosen.append(column)
+        left -= column.least + GAP
+    widths = {column.key: column.least for column in chosen}
+    while left > 0:
+        roomy = [column for column in chosen if widths[column.key] < column.most]
+        if not roomy:
+            break
+        for column in roomy[:left]:
+            widths[column.key] += 1
+        left -= min(left, len(roomy))
+    return [(column, widths[column.key]) for column in chosen]
+
+
+def sort_key(peer: Peer, column: str, now: float) -> tuple[float | str, ...]:
+    """What the fleet's table is sorted by; by state means: what needs a person comes first."""
+    name = called(peer).casefold()
+    sent = peer.telemetry
+    numbers: dict[str, float] = {
+        "state": _RANK[shown_state(peer, now)],
+        "round": -peer.round,
+        "seen": -peer.seen_at,
+        "loss": _loss_rank(peer),
+        "sent": -(sent.bytes_up if sent else 0),
+    }
+    return (numbers.get(column, 0.0), name, peer.peer)
+
+
+def _loss_rank(peer: Peer) -> float:
+    if peer.diverged:
+        return -1e308
+    loss = peer.telemetry.loss if peer.telemetry else None
+    return 1e308 if loss is None else -loss
+
+
+SORTS = ("state", "peer", "round", "seen", "loss", "sent")
+
+
+def is_faulty(peer: Peer, now: float) -> bool:
+    """True for what a person may have to look at."""
+    faults = (PeerState.ERROR, PeerState.STALE, PeerState.OFFLINE)
+    trainer = peer.state is PeerState.PAUSED and peer.reason == PauseReason.TRAINER
+    return peer.diverged or trainer or shown_state(peer, now) in faults
+
+
+def matches(peer: Peer, words: str, now: float) -> bool:
+    """True if each word is part of the peer's name, id, labels, task or shown state."""
+    pairs = (f"{key}={value}" for key, value in peer.labels.items())
+    text = " ".join((peer.name, peer.peer, peer.task, state_cell(peer, now).text, *pairs))
+    return all(word in text.casefold() for word in words.casefold().split())
+
+
+def chosen(
+    fleet: Fleet,
+    now: float,
+    *,
+    words: str = "",
+    faults: bool = False,
+    by: str = "state",
+    reverse: bool = False,
+) -> list[Peer]:
+    """The peers to show, in order."""
+    peers = [
+        peer
+        for peer in fleet.peers.values()
+        if (not faults or is_faulty(peer, now)) and (not words or matches(peer, words, now))
+    ]
+    return sorted(peers, key=lambda peer: sort_key(peer, by, now), reverse=reverse)
+
+
+# --- rounds ----------------------------------------------------------------------------------
+
+
+def best_round(run: Run) -> int:
+    """The number of the best round: what the coordinator says, else the lowest loss; 0 for none."""
+    if run.changed.best_round:
+        return run.changed.best_round
+    losses = [
+        (closed.loss, closed.round)
+        for closed in run.rounds
+        if closed.loss is not None and not closed.diverged
+    ]
+    return min(losses)[1] if losses else 0
+
+
+ROUND_TITLES: tuple[tuple[str, int], ...] = (
+    ("Round", 7),
+    ("Val loss", 10),
+    ("Accuracy", 8),
+    ("Peers", 5),
+    ("Refused", 7),
+    ("Time", 6),
+    ("Up", 7),
+    ("Down", 7),
+)
+
+
+def round_cells(closed: RoundClosed, best: int) -> list[Cell]:
+    """One line of the table of rounds, as `ROUND_TITLES`; the best round has a star."""
+    star = closed.round == best
+    loss = Cell(DIVERGED, "bad") if closed.diverged else Cell(decimal(closed.loss))
+    return [
+        Cell(f"{'★ ' if star else ''}{closed.round}", "strong" if star else "plain"),
+        loss,
+        Cell(NOTHING if closed.accuracy is None else f"{100 * closed.accuracy:.1f} %"),
+        Cell(str(closed.peers)),
+        Cell(
+            str(closed.refused) if closed.refused else NOTHING,
+            "warn" if closed.refused else "quiet",
+        ),
+        Cell(duration(closed.seconds)),
+        Cell(amount(closed.bytes_up)),
+        Cell(amount(closed.bytes_down)),
+    ]
+
+
+def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
+    """The losses of the rounds that were evaluated; None where one diverged."""
+    return [r.loss for r in rounds if r.loss is not None or r.diverged]
+
+
+def accuracy_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
+    """The accuracies of the rounds that were evaluated; None where the loss diverged."""
+    return [r.accuracy for r in rounds if r.accuracy is not None or r.diverged]
+
+
+def run_words(run: Run) -> str:
+    """What the run is doing or waits for, in one sentence."""
+    changed = run.changed
+    text = f"{changed.task} · {changed.state.value} · round {changed.round}/{changed.rounds}"
+    if changed.ended_because:
+        return f"{text} · {changed.ended_because}"
+    if changed.waiting_for:
+        return f"{text} · waits for {changed.waiting_for}"
+    return f"{text} · {changed.answered} of {changed.asked} answered" if changed.asked else text

@@ -1,0 +1,454 @@
+"""Drives one run: does what `runs.decide` says, and writes down what came of it.
+
+The loop waits on one event: replies that arrived, peers that came or went, a stop. Facts are in the
+ledger before anything is sent because of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+from coordinator import aggregate, gate, runs, strategies
+from coordinator.lane import Lane
+from coordinator.ledger import Ledger
+from coordinator.records import LaneGrid, VersionRecord, from_record, read_claim, to_record
+from coordinator.runs import Fact, Run, Step, Update, View
+from protocols import messages, weights
+from protocols.errors import BadMessage, CommonweightError, UpdateRefused
+from protocols.messages import CoordinatorBody, Happened, RunChanged, Sign, Verify, Work, printable
+from protocols.states import RunState
+from protocols.weights import FLOATING, Schema, Weights
+
+log = logging.getLogger("commonweight.run")
+
+#: Room for headers and codecs on top of the model's size.
+_SLACK_BYTES = 1024 * 1024
+#: First weights have no base to be measured by.
+_FIRST_WEIGHTS_BYTES = 8 * 1024**3
+
+
+class Fleetwork(NamedTuple):
+    """What a run needs of the coordinator around it."""
+
+    ledger: Ledger
+    lane: Lane
+    grid: LaneGrid
+    sign: Sign
+    verify: Verify
+    eligible: Callable[[], frozenset[str]]
+    node_of: Callable[[str], int | None]
+    peer_of: Callable[[int], str]
+    name_of: Callable[[str], str]
+    ring: Callable[[Sequence[str]], None]
+    publish: Callable[[CoordinatorBody], None]
+
+
+class Asked(NamedTuple):
+    """A question that is under way: to whom, and which."""
+
+    peer: str
+    round: int
+    kind: str
+
+
+class RunLoop:
+    """One run in work. `changed` is set by whoever has news for it, in the loop's thread."""
+
+    def __init__(self, run: Run, around: Fleetwork) -> None:
+        self.run = run
+        self.changed = asyncio.Event()
+        self._around = around
+        self._strategy: Strategy = strategies.make(run.spec.strategy, run.spec.strategy_args)
+        self._outstanding: dict[str, Asked] = {}
+        self._content: RecordDict | None = None
+        self._schema: Schema = {}
+        self._model_bytes = 0
+        self._opened_at = self._phase_at = time.monotonic()
+        self._bytes_at_open = (0, 0)
+        self._waiting_for = ""
+        self._stop_reason = ""
+
+    # --- from outside ---
+
+    def stop(self, because: str) -> None:
+        """End the run at the next step; what is committed stays."""
+        self._stop_reason = because
+        self.changed.set()
+
+    def session_opened(self, peer: str) -> None:
+        """A peer's new session knows nothing of messages that its last one took."""
+        stale = {mid for mid, asked in self._outstanding.items() if asked.peer == peer}
+        if stale:
+            self._around.grid.forget(stale)
+            for message_id in stale:
+                del self._outstanding[message_id]
+        self.changed.set()
+
+    @property
+    def waiting_for(self) -> str:
+        return self._waiting_for
+
+    # --- the loop ---
+
+    async def drive(self) -> Run:
+        """Work until the run has ended. Raises what the ledger or the disk raises."""
+        if self.run.head:
+            await self._learn_model()
+        self._announce()
+        while not self.run.ended:
+            self.changed.clear()
+            await self._collect()
+            self._notice_losses()
+            await self._ask_pending()
+            if self._stop_reason:
+                self._record(runs.RunEnded(RunState.STOPPED, self._stop_reason))
+                break
+            step = runs.decide(self.run, self._view())
+            try:
+                await self._do(step)
+            except CommonweightError as err:
+                log.error("run %s failed: %s", self.run.id, err.message)
+                self._record(runs.RunEnded(RunState.FAILED, err.message))
+        self._around.grid.forget(set(self._outstanding))
+        self._outstanding.clear()
+        return self.run
+
+    def _view(self) -> View:
+        due = time.monotonic() - self._phase_at >= self.run.spec.deadline_s
+        return View(self._around.eligible(), due)
+
+    async def _do(self, step: Step) -> None:
+        match step:
+            case runs.Wait(what):
+                await self._wait(what)
+            case runs.AskInit(peer):
+                self._record(runs.PeersAsked((peer,)))
+            case runs.AskMore(peers):
+                self._record(runs.PeersAsked(peers))
+            case runs.OpenRound():
+                await self._open_round(step)
+            case runs.CloseTraining(contributors):
+                self._record(runs.TrainingClosed(self.run.round, contributors))
+            case runs.Aggregate(contributors):
+                await self._aggregate(contributors)
+            case runs.OpenEvaluation(eligible):
+                asked = await self._configure(eligible)
+                self._phase_at = time.monotonic()
+                self._record(runs.EvaluationOpened(self.run.round, asked))
+            case runs.CloseRound():
+                self._close_round()
+            case runs.EndRun(state, because):
+                self._record(runs.RunEnded(state, because))
+
+    async def _wait(self, what: str) -> None:
+        if what != self._waiting_for:
+            self._waiting_for = what
+            self._announce()
+        left = self.run.spec.deadline_s - (time.monotonic() - self._phase_at)
+        timeout = left if left > 0 and self.run.state is not RunState.WAITING else None
+        try:
+            await asyncio.wait_for(self.changed.wait(), timeout)
+        except TimeoutError:
+            pass  # the deadline: decide again
+
+    # --- asking ---
+
+    async def _open_round(self, step: runs.OpenRound) -> None:
+        self._opened_at = self._phase_at = time.monotonic()
+        lane = self._around.lane
+        self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
+        asked = await self._configure(step.eligible, opening=step.round)
+        self._record(runs.RoundOpened(step.round, step.base, asked))
+
+    async def _configure(self, eligible: Sequence[str], opening: int = 0) -> tuple[str, ...]:
+        """Let the strategy choose among `eligible` and say what they get; the chosen peers."""
+        around = self._around
+        around.grid.eligible = {n for p in eligible if (n := around.node_of(p)) is not None}
+        kind = "train" if opening or self.run.state is RunState.TRAINING else "evaluate"
+        number = opening or self.run.round
+        config = self._work_record(kind, number)
+        arrays = await asyncio.to_thread(
+            lambda: VersionRecord(self.run.head, around.lane.load(self.run.head))
+        )
+        configure = getattr(self._strategy, f"configure_{kind}")
+        chosen = list(await asyncio.to_thread(configure, number, arrays, config, around.grid))
+        self._content = chosen[0].content if chosen else None
+        return tuple(sorted(around.peer_of(m.metadata.dst_node_id) for m in chosen))
+
+    def _work_record(self, kind: Any, number: int) -> ConfigRecord:
+        spec = self.run.spec
+        work = Work(
+            run=self.run.id,
+            round=number,
+            kind=kind,
+            task=spec.task,
+            base=self.run.head,
+            nbytes=self._model_bytes,
+            seed=spec.seed,
+            settings=spec.settings,
+            deadline_s=spec.deadline_s,
+        )
+        payload, signature = messages.sign_work(work, self._around.sign)
+        return ConfigRecord({"work": payload, "signature": signature})
+
+    async def _ask_pending(self) -> None:
+        """Send the open question to every pending peer that has it not yet."""
+        kind = gate.expectation(self.run, {}).kind
+        question = (self.run.round, kind)
+        reached = {asked.peer for asked in self._outstanding.values() if asked[1:] == question}
+        eligible = self._around.eligible()
+        peers = [p for p in self.run.pending if p not in reached and p in eligible]
+        if not peers:
+            return
+        if kind == "init":
+            self._around.lane.limit_bytes = _FIRST_WEIGHTS_BYTES
+            content = RecordDict({"config": self._work_record("init", 0)})
+        else:
+            if self._content is None:  # after a restart
+                await self._configure(sorted(eligible))
+            if self._content is None:
+                return
+            content = self._content
+        message_type = "query.init" if kind == "init" else kind
+        outgoing: list[Message] = []
+        for peer in peers:
+            if (node := self._around.node_of(peer)) is not None:
+                outgoing.append(Message(content, node, message_type, group_id=self.run.id))
+        sent = await asyncio.to_thread(self._around.grid.push_messages, outgoing)
+        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
+        reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
+        self._outstanding |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
+        self._around.ring(list(reached_now.values()))
+
+    def _notice_losses(self) -> None:
+        eligible = self._around.eligible()
+        lost = [peer for peer in self.run.pending if peer not in eligible]
+        for peer in lost:
+            self.session_opened(peer)  # take back what it was sent
+            self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
+        self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
+
+    # --- answers ---
+
+    async def _collect(self) -> None:
+        if not self._outstanding:
+            return
+        replies = await asyncio.to_thread(self._around.grid.pull_messages, set(self._outstanding))
+        facts: list[Fact] = []
+        for reply in replies:
+            asked = self._outstanding.pop(reply.metadata.reply_to_message_id, None)
+            if asked is None:
+                continue
+            peer = asked.peer
+            try:
+                facts.append(await self._judge(peer, reply))
+            except UpdateRefused as err:
+                facts.append(
+                    runs.UpdateRefused(self.run.round, peer, err.reason, err.message[:400])
+                )
+                name = self._around.name_of(peer)
+                self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)
+        self._record(*facts)
+
+    async def _judge(self, peer: str, reply: Message) -> Fact:
+        """The fact that a reply amounts to. Raises UpdateRefused."""
+        if reply.has_error():
+            raise UpdateRefused("agent failed", reply.error.reason or "no reason given")
+        try:
+            claim, payload, signature = read_claim(reply)
+        except (BadMessage, KeyError, TypeError, ValueError) as err:
+            raise UpdateRefused("bad claim", str(err)) from err
+        expected = gate.expectation(self.run, self._schema)
+        gate.check_claim(self.run, expected, peer, claim, payload, signature, self._around.verify)
+        lane = self._around.lane
+        norm = 0.0
+        if expected.kind != "evaluate":
+            update = await asyncio.to_thread(
+                gate.check_weights, expected, lambda: lane.open_update(peer, claim.digest)
+            )
+            if expected.kind == "init":
+                lane.adopt(peer, claim.digest)
+                await self._learn_model(claim.digest)
+                return runs.WeightsInitialised(claim.digest, peer)
+            norm = await asyncio.to_thread(gate.distance, update, lane.load(self.run.head))
+        return runs.UpdateAccepted(
+            self.run.round,
+            peer,
+            Update(
+                digest=claim.digest,
+                nbytes=claim.nbytes,
+                num_examples=claim.num_examples,
+                metrics=claim.metrics,
+                norm=norm,
+            ),
+        )
+
+    async def _learn_model(self, digest: str = "") -> None:
+        path = self._around.lane.version(digest or self.run.head)
+        self._schema = (await asyncio.to_thread(weights.load, path)).schema
+        self._model_bytes = path.stat().st_size
+        self._around.lane.limit_bytes = self._model_bytes + _SLACK_BYTES
+
+    # --- closing ---
+
+    async def _aggregate(self, contributors: tuple[str, ...]) -> None:
+        digest, metrics = await asyncio.to_thread(self._fold, contributors)
+        self._record(
+            runs.VersionCommitted(self.run.round, digest, self.run.head, contributors, metrics)
+        )
+        self._around.lane.drop_updates()
+        self._content = None
+
+    def _fold(self, contributors: tuple[str, ...]) -> tuple[str, messages.Metrics]:
+        """Mean of the updates → the strategy → a new version; its digest and train metrics."""
+        run, lane = self.run, self._around.lane
+        base = lane.load(run.head)
+        counts = {peer: run.updates[peer].num_examples for peer in contributors}
+        share = aggregate.shares(
+            counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
+        )
+        updates = [lane.open_update(peer, run.updates[peer].digest) for peer in contributors]
+        mean = aggregate.weighted_mean(updates, [share[p] for p in contributors], base)
+        floating = {n: mean[n] for n, spec in mean.schema.items() if spec.dtype in FLOATING}
+        metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
+        reply = _as_reply(
+            "train",
+            to_record(Weights(floating)),
+            {name: value for name, value in metrics.items() if value is not None}
+            | {"num-examples": sum(counts.values())},
+        )
+        arrays, _ = self._strategy.aggregate_train(run.round, [reply])
+        if arrays is None:
+            raise CommonweightError("the strategy gave no new weights")
+        merged = {name: mean[name] for name in mean} | dict(from_record(arrays))
+        bf16 = [name for name, spec in mean.schema.items() if spec.dtype == "BF16"]
+        version = Weights(merged, bf16)
+        weights.check_schema(version.schema, base.schema)
+        return lane.commit(version), metrics
+
+    def _close_round(self) -> None:
+        run, lane = self.run, self._around.lane
+        replies = [
+            _as_reply(
+                "evaluate",
+                None,
+                {n: v for n, v in update.metrics.items() if v is not None}
+                | {"num-examples": update.num_examples},
+            )
+            for _, update in sorted(run.updates.items())
+        ]
+        found = self._strategy.aggregate_evaluate(run.round, replies) if replies else None
+        metrics: messages.Metrics = {
+            name: float(value)
+            for name, value in (found or {}).items()
+            if isinstance(value, int | float)
+        }
+        fact = runs.RoundClosed(
+            run.round,
+            metrics,
+            time.monotonic() - self._opened_at,
+            lane.bytes_up - self._bytes_at_open[0],
+            lane.bytes_down - self._bytes_at_open[1],
+        )
+        self._content = None
+        # What is still under way from the round before is late by more than a round.
+        old = {mid for mid, asked in self._outstanding.items() if asked.round < run.round}
+        self._around.grid.forget(old)
+        for message_id in old:
+            del self._outstanding[message_id]
+        self._record(fact)
+        self._publish_round()
+        self._prune()
+
+    def _publish_round(self) -> None:
+        closed = self.run.history[-1]
+        self._around.publish(round_body(self.run.id, closed))
+
+    def _prune(self) -> None:
+        """Keep the last two versions and the best; the ledger still names the others."""
+        run = self.run
+        keep = {run.head, run.parent, run.best.digest if run.best else ""}
+        for closed in run.history[-4:]:
+            if closed.digest not in keep:
+                self._around.lane.version(closed.digest).unlink(missing_ok=True)
+
+    # --- writing down and telling ---
+
+    def _record(self, *facts: Fact) -> None:
+        if not facts:
+            return
+        self._around.ledger.append(self.run.id, [runs.encode_fact(fact) for fact in facts])
+        for fact in facts:
+            self.run = runs.apply(self.run, fact)
+        self._announce()
+
+    def _announce(self) -> None:
+        self._around.publish(run_body(self.run, self._waiting_for))
+
+    def _say(self, level: Any, text: str, subject: str) -> None:
+        log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
+        self._around.publish(Happened(level=level, text=printable(text), subject=subject))
+
+
+def run_body(run: Run, waiting_for: str) -> RunChanged:
+    """Where a run stands, as the monitor is told."""
+    return RunChanged(
+        run=run.id,
+        task=run.spec.task,
+        state=run.state,
+        round=run.round,
+        rounds=run.spec.rounds,
+        quorum=run.spec.quorum,
+        asked=len(run.peers),
+        answered=sum(standing == "answered" for standing in run.peers.values()),
+        waiting_for="" if run.ended else waiting_for,
+        head=run.head,
+        best_round=run.best.round if run.best else 0,
+        ended_because=printable(run.ended_because),
+    )
+
+
+def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
+    """A closed round, as the monitor is told."""
+    return messages.RoundClosed(
+        run=run_id,
+        round=closed.round,
+        digest=closed.digest,
+        seconds=closed.seconds,
+        peers=len(closed.contributors),
+        refused=closed.refused,
+        loss=closed.metrics.get("loss"),
+        accuracy=closed.metrics.get("accuracy"),
+        diverged="loss" in closed.metrics and closed.metrics["loss"] is None,
+        metrics=closed.metrics,
+        bytes_up=closed.bytes_up,
+        bytes_down=closed.bytes_down,
+        norms=closed.norms,
+    )
+
+
+def _as_reply(kind: str, arrays: ArrayRecord | None, metrics: dict[str, Any]) -> Message:
+    """A reply message as Flower's strategies expect it."""
+    content = RecordDict({"metrics": MetricRecord(metrics)})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return Message(content, reply_to=Message(RecordDict(), 1, kind))
+
+
+def _mean_metrics(found: dict[str, messages.Metrics], share: dict[str, float]) -> messages.Metrics:
+    """The mean, by share, of the metrics that every peer reported as finite."""
+    names = set.intersection(*(set(metrics) for metrics in found.values()))
+    result: messages.Metrics = {}
+    for name in sorted(names):
+        values = {peer: metrics[name] for peer, metrics in found.items()}
+        whole = {peer: value for peer, value in values.items() if value is not None}
+        if len(whole) == len(values):
+            result[name] = sum(share[peer] * value for peer, value in whole.items())
+    return result

@@ -1,0 +1,154 @@
+"""The coordinator's settings and its home: flag, then environment, then file, then default."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import psutil
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from protocols import homes, identity
+from protocols.errors import HomeFault, UsageFault
+from protocols.identity import SigningKey
+
+FILE = "settings.toml"
+#: Says where the running coordinator answers.
+UP_FILE = "up.json"
+PORT = 9092
+
+
+class Settings(BaseSettings):
+    """What can be set for `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
+
+    `host` and `port`: where agents connect. `mqtt_port` 0 means the port after. `mqtt_url`: a
+    broker of your own instead of the embedded one. `names`: host names and addresses under which
+    agents reach this machine, if they are not those found. `approve`: new peers wait for
+    `peers approve`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="ignore")
+
+    host: str = "0.0.0.0"
+    port: int = Field(PORT, ge=0, le=65535)
+    mqtt_port: int = Field(0, ge=0, le=65535)
+    mqtt_url: str = ""
+    mqtt_ca: str = ""
+    names: list[str] = []
+    approve: bool = False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = TomlConfigSettingsSource(settings_cls, homes.locate("coordinator") / FILE)
+        return (init_settings, env_settings, file)
+
+
+def read(**flags: Any) -> Settings:
+    """The settings with these flags on top (None: not given). Raises UsageFault."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageFault(f"setting {where!r}: {first['msg']}") from err
+    except tomllib.TOMLDecodeError as err:
+        raise UsageFault(f"{homes.locate('coordinator') / FILE} is not TOML: {err}") from err
+
+
+class MqttLogin(msgspec.Struct, frozen=True):
+    """The fleet's login for the embedded broker."""
+
+    user: str
+    password: str
+
+
+class Keys(NamedTuple):
+    """The keys and certificates in a coordinator's home."""
+
+    fleet: str
+    ca_pem: bytes
+    ca_key: SigningKey
+    sign_key: SigningKey
+    operator_key: SigningKey
+    login: MqttLogin
+
+
+def init(names: list[str]) -> tuple[Path, bool]:
+    """Make a coordinator's home: CA, keys, TLS certificate. (home, True if it is new)."""
+    home = homes.open_home("coordinator", create=True)
+    if (home / "ca.pem").exists():
+        return home, False
+    ca_key, ca_pem = identity.new_ca(socket.gethostname())
+    identity.save_key(home / "ca.key", ca_key)
+    identity.save_key(home / "coordinator.key", identity.new_signing_key())
+    identity.save_key(home / "operator.key", identity.new_signing_key())
+    login = MqttLogin("fleet", secrets.token_urlsafe(24))
+    identity.write_private(home / "mqtt.json", msgspec.json.encode(login))
+    # Last: its presence says that the home is whole.
+    identity.write_private(home / "ca.pem", ca_pem)
+    certify(home, ca_key, ca_pem, names)
+    return home, True
+
+
+def open_keys(home: Path) -> Keys:
+    """The keys in the home. Raises HomeFault."""
+    if not (home / "ca.pem").exists():
+        raise HomeFault(f"{home} has no CA", "make one: commonweight init")
+    try:
+        ca_pem = (home / "ca.pem").read_bytes()
+        login = msgspec.json.decode((home / "mqtt.json").read_bytes(), type=MqttLogin)
+    except (OSError, msgspec.DecodeError) as err:
+        raise HomeFault(f"the home {home} is damaged: {err}", "restore it from a backup") from err
+    return Keys(
+        fleet=identity.ca_fingerprint(ca_pem).hex()[:16],
+        ca_pem=ca_pem,
+        ca_key=identity.load_signing_key(home / "ca.key"),
+        sign_key=identity.load_signing_key(home / "coordinator.key"),
+        operator_key=identity.load_signing_key(home / "operator.key"),
+        login=login,
+    )
+
+
+def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> None:
+    """Make or renew the TLS certificate unless it is good for all of `names` for a month."""
+    certificate = home / "server.pem"
+    wanted = {"localhost", "127.0.0.1", "::1", *names}
+    if certificate.exists():
+        pem = certificate.read_bytes()
+        if wanted <= identity.certificate_names(pem) and identity.days_left(pem) > 30:
+            return
+    key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
+    identity.save_key(home / "server.key", key)
+    identity.write_private(certificate, pem)
+
+
+def reachable_names(host: str) -> list[str]:
+    """Names and addresses under which others can reach a server that listens on `host`."""
+    if host not in ("0.0.0.0", "::", ""):
+        return [host]
+    found: list[str] = []
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family == socket.AF_INET and not address.address.startswith("127."):
+                found.append(address.address)
+    with contextlib.suppress(OSError):
+        found.append(socket.gethostname())
+    return found or ["127.0.0.1"]

@@ -1,0 +1,297 @@
+"""Flower in this process: LinkState and ObjectStore, the Fleet routes, nodes, and the Grid.
+
+With `agent/link.py` the only file that uses Flower's private names (1.41; see the contract tests).
+Mounted are the Fleet routes alone: no Control API, no Runtime API, no docs page, so nobody can
+submit a run or take a ServerApp's token. Flower's database is no authority: it is made anew at
+every start from the ledger's peers, and one Flower run lives as long as the coordinator.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+from fastapi import FastAPI
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.config_loader import (
+    get_federation_manager,
+    get_objectstore_linkstate_factories,
+)
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router as fleet_router
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+logging.getLogger("flwr").setLevel(logging.CRITICAL)
+
+#: Flower's requests are small: weights travel on the lane.
+MAX_BODY_BYTES = 1024 * 1024
+FLEET_PREFIX = "/v1/fleet/"
+#: Requests after which a reply may be whole.
+ARRIVALS = frozenset({"push-messages", "push-object"})
+
+
+class Superlink:
+    """Flower's server parts and the one Flower run that carries all of ours.
+
+    `on_request(action, node_id)` is called in the event loop after a Fleet request of this node
+    succeeded; the action is the last part of its path, such as "push-object".
+    """
+
+    def __init__(self, folder: Path, on_request: Callable[[str, int], None]) -> None:
+        database = folder / "flower.db"
+        for leftover in folder.glob("flower.db*"):
+            leftover.unlink()
+        manager = get_federation_manager()
+        _, self._factory = get_objectstore_linkstate_factories(str(database), manager)
+        self.state = self._factory.state()
+        database.chmod(0o600)
+        self._on_request = on_request
+        self._nodes: dict[bytes, int] = {}
+        self._open_run()
+
+    def _open_run(self) -> None:
+        state = self.state
+        self.run_id = state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task = state.get_run_info(run_ids=[self.run_id])[0].primary_task_id
+        assert task is not None, "a new run has a primary task"
+        state.claim_task(task)
+        state.activate_task(task)
+        # Process-wide: every Message made from here on belongs to this run.
+        TaskIdentity.task_id = self._task = task
+        TaskIdentity.run_id = self.run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    def beat(self) -> None:
+        """Tell LinkState that the run lives; without it Flower fails the run after a minute."""
+        self.state.acknowledge_task_heartbeat(self._task)
+
+    def register(self, node_public_pem: bytes) -> int:
+        """Let the holder of this P-384 key in; its node id."""
+        node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, node_public_pem, 0)
+        self._nodes[node_public_pem] = node_id
+        return node_id
+
+    def forget(self, node_id: int) -> None:
+        """Shut the holder of this node id out, at once and for good."""
+        self.state.delete_node(NOOP_FLWR_AID, node_id)
+
+    def online(self) -> set[int]:
+        """Nodes whose heartbeat has not run out."""
+        return self.state.get_nodes(self.run_id)
+
+    def app(self) -> ASGIApp:
+        """The ASGI app of the Fleet routes."""
+        app = FastAPI(
+            openapi_url=None,
+            docs_url=None,
+            redoc_url=None,
+            middleware=[
+                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+                Middleware(ProtobufTranslationMiddleware),
+                Middleware(NodeAuthMiddleware),
+            ],
+        )
+        app.state.linkstate_factory = self._factory
+        app.state.enable_supernode_auth = True
+        app.include_router(fleet_router)
+        return _BodyLimit(self._watched(app))
+
+    def _watched(self, app: ASGIApp) -> ASGIApp:
+        """Tells of a request once it has succeeded."""
+
+        async def watch(scope: Scope, receive: Receive, send: Send) -> None:
+            status = 0
+
+            async def note(message: Any) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                await send(message)
+
+            await app(scope, receive, note)
+            request = scope["state"].get("protobuf_request")
+            if status != 200 or request is None:
+                return
+            if hasattr(request, "public_key"):
+                node_id = self._nodes.get(request.public_key, 0)
+            else:
+                node_id = request.node.node_id if hasattr(request, "node") else request.node_id
+            self._on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
+
+        return watch
+
+
+class _BodyLimit:
+    """Refuses a large body before Flower, which parses before it authenticates, reads it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+            status = 413 if length.isdigit() else 411
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        scope.setdefault("state", {})
+        await self._app(scope, receive, send)
+
+
+class LinkGrid(Grid):
+    """A Grid over LinkState and ObjectStore in this process: no polling, one push for all.
+
+    `get_node_ids` gives the nodes in `eligible`, so that an unmodified strategy samples among the
+    peers that can work. Messages must be small: `coordinator.records.LaneGrid` sees to that.
+    """
+
+    def __init__(self, superlink: Superlink) -> None:
+        self._state = superlink.state
+        self._store = superlink.state.object_store
+        self._run_id = superlink.run_id
+        self._arrived = threading.Condition()
+        #: Replies that LinkState has delivered but whose objects are still under way, by id.
+        self._incomplete: dict[str, Message] = {}
+        self.eligible: set[int] = set()
+
+    def set_run(self, run: FlowerRun) -> None:
+        raise NotImplementedError("the coordinator has one Flower run, set at its start")
+
+    @property
+    def run(self) -> FlowerRun:
+        run: FlowerRun = self._state.get_run_info(run_ids=[self._run_id])[0]
+        return run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self.eligible)
+
+    def wake(self) -> None:
+        """Something arrived: let `send_and_receive` look."""
+        with self._arrived:
+            self._arrived.notify_all()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Store the messages; the ids of those that LinkState took (a node may be gone)."""
+        messages = list(messages)
+        ids: list[str] = []
+        wanted: set[str] = set()
+        objects: dict[str, Any] = {}
+        session = self._state.start_session(self._run_id)
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                stored, missing = self._state.store_message_and_object_tree(
+                    remove_content_from_message(message), get_object_tree(message), session
+                )
+                if stored:
+                    ids.append(message.metadata.message_id)
+                    wanted.update(missing)
+                    objects.update(get_all_nested_objects(message))
+            # Only now: a session closes as soon as its registered objects are complete.
+            for object_id in sorted(wanted):
+                self._state.store_object(
+                    self._run_id, session, object_id, objects[object_id].deflate()
+                )
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have arrived whole; each is given once and then forgotten."""
+        wanted = set(message_ids)
+        replies: list[Message] = []
+        for reply in self._state.get_message_res(set(wanted), self._run_id):
+            if reply.has_error():
+                replies.append(reply)
+            else:
+                self._incomplete[reply.metadata.message_id] = reply
+        for message_id, reply in list(self._incomplete.items()):
+            if reply.metadata.reply_to_message_id not in wanted:
+                continue
+            try:
+                whole = self._inflate(message_id)
+            except NoObjectInStoreError:  # its sender died between the message and its objects
+                del self._incomplete[message_id]
+                continue
+            if whole is not None:
+                del self._incomplete[message_id]
+                replies.append(whole)
+        self.forget({reply.metadata.reply_to_message_id for reply in replies})
+        return replies
+
+    def _inflate(self, message_id: str) -> Message | None:
+        tree = self._store.get_object_tree(message_id)
+        contents: dict[str, bytes] = {}
+        for node in iterate_object_tree(tree):
+            content = self._store.get(node.object_id)
+            if not content:
+                return None
+            contents[node.object_id] = content
+        message = cast(Message, inflate_object_from_contents(message_id, contents))
+        message.metadata.__dict__["_message_id"] = message_id
+        self._store.delete(message_id)
+        return message
+
+    def forget(self, message_ids: set[str]) -> None:
+        """Take back messages, answered or not: a late reply to them is refused."""
+        self._state.delete_messages(message_ids)
+        for message_id in message_ids:
+            self._store.delete(message_id)
+            for reply_id, reply in list(self._incomplete.items()):
+                if reply.metadata.reply_to_message_id == message_id:
+                    del self._incomplete[reply_id]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, then wait for the replies on a condition, never by polling."""
+        pending = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while pending:
+            with self._arrived:
+                found = list(self.pull_messages(pending))
+                replies += found
+                pending -= {reply.metadata.reply_to_message_id for reply in found}
+                left = None if deadline is None else deadline - time.monotonic()
+                if not pending or (left is not None and left <= 0):
+                    break
+                self._arrived.wait(left)
+        self.forget(pending)
+        return replies

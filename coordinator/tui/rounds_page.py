@@ -1,0 +1,98 @@
+"""The Rounds page: what the run does now, its plots, and one row a round, the newest first."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.events import Resize
+from textual.widgets import DataTable, Static
+
+from coordinator.fleet import Fleet, Run, current_run
+from coordinator.rows import (
+    ROUND_TITLES,
+    accuracy_trend,
+    best_round,
+    loss_trend,
+    round_cells,
+    run_words,
+)
+from coordinator.tui.plots import Plots
+from coordinator.tui.theme import BLUE, DIM, GREEN, painted
+from coordinator.words import trend
+
+TALL = 22
+SHOWN_MOST = 500
+
+
+class RoundsPage(Vertical):
+    """Plots on a tall terminal; on a low one the trends in a line."""
+
+    def __init__(self) -> None:
+        super().__init__(id="rounds")
+        self.zoomed = False
+        self._run: Run | None = None
+        self._drawn: tuple[object, ...] = ()
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="standing")
+        yield Plots(id="above")
+        table: DataTable[Text] = DataTable(
+            cursor_type="row", cursor_foreground_priority="renderable", id="closed"
+        )
+        table.cell_padding = 1
+        yield table
+
+    @property
+    def table(self) -> DataTable[Text]:
+        return self.query_one("#closed", DataTable)
+
+    def draw(self, fleet: Fleet | None) -> None:
+        """Show the run that matters."""
+        run = current_run(fleet) if fleet else None
+        plots = self.query_one(Plots)
+        plots.fleet = fleet
+        plots.display = self.app.size.height >= TALL and not self.zoomed and run is not None
+        plots.refresh()
+        self.table.display = run is not None
+        self.query_one("#standing", Static).update(
+            self._standing(run, lines=not plots.display)
+            if run
+            else Text("No run yet.  commonweight run start TASK  starts one.", DIM)
+        )
+        if run is not None:
+            self._fill(run)
+
+    def _standing(self, run: Run, *, lines: bool) -> Text:
+        text = Text(run_words(run), no_wrap=True, overflow="ellipsis")
+        if lines and run.rounds:
+            width = max((self.size.width - 24) // 2, 8)
+            text.append("\nloss ", DIM).append(trend(loss_trend(run.rounds), width), BLUE)
+            text.append("  accuracy ", DIM).append(trend(accuracy_trend(run.rounds), width), GREEN)
+        return text
+
+    def _fill(self, run: Run) -> None:
+        """A new round adds one row, but it stands on top: the table is small, so it is rebuilt."""
+        table, width = self.table, self.size.width
+        best = best_round(run)
+        last = run.rounds[-1] if run.rounds else None
+        drawn = (run.changed.run, len(run.rounds), last, best, width)
+        if drawn == self._drawn:
+            return
+        self._drawn = drawn
+        cursor = table.cursor_row
+        table.clear(columns=True)
+        count, room = 0, width - 1
+        for title, wide in ROUND_TITLES:
+            if room < wide + 2:
+                break
+            table.add_column(Text(title, DIM, justify="right"), width=wide)
+            count, room = count + 1, room - wide - 2
+        for closed in reversed(run.rounds[-SHOWN_MOST:]):
+            cells = round_cells(closed, best)[:count]
+            table.add_row(*(painted(cell, right=True) for cell in cells))
+        table.move_cursor(row=cursor, animate=False)
+
+    def on_resize(self, event: Resize) -> None:
+        if self.query_one(Plots).fleet is not None:
+            self.draw(self.query_one(Plots).fleet)

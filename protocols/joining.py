@@ -1,0 +1,37 @@
+"""What is said when a machine joins. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from protocols.messages import Name
+from protocols.mqtt import MqttAddress
+
+JOIN_PATH = "/cw/v1/join"
+CA_PATH = "/cw/v1/ca"
+
+
+class Joining(Struct, frozen=True, kw_only=True):
+    """What an agent sends: its ticket's id and secret, and the public halves of its two keys."""
+
+    ticket: Name
+    secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+$")]
+    labels: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
+    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    node_public: Annotated[bytes, Meta(max_length=1024)]
+    version: Name
+
+
+class JoinAnswer(Struct, frozen=True, kw_only=True):
+    """What a machine needs to work for the fleet."""
+
+    peer: str
+    name: str
+    fleet: str
+    certificate: bytes
+    coordinator_public: bytes
+    mqtt: MqttAddress
+    awaiting: bool

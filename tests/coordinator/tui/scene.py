@@ -1,0 +1,222 @@
+"""A small fleet in the middle of a run, and a Source that replays it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from datetime import UTC
+
+from textual.pilot import Pilot
+
+from coordinator.fleet import Fleet, decode, encode, fold
+from coordinator.tui.app import MonitorApp
+from coordinator.watch import Action
+from protocols.errors import Refused, Unreachable
+from protocols.identity import peer_id
+from protocols.messages import (
+    Body,
+    Envelope,
+    Happened,
+    Links,
+    Notice,
+    PeerKnown,
+    Presence,
+    RoundClosed,
+    RunChanged,
+    Telemetry,
+)
+from protocols.states import PauseReason, PeerState, RunState
+from protocols.topics import COORDINATOR
+
+NOW = 1_790_000_000.0
+NAMES = ("north", "south-attic", "east", "lab-workstation-7", "west", "garden")
+KEYS = {name: bytes([index]) * 32 for index, name in enumerate(NAMES, 1)}
+IDS = {name: peer_id(key) for name, key in KEYS.items()}
+
+
+class Said:
+    """Numbers the envelopes of every sender."""
+
+    def __init__(self) -> None:
+        self._seqs: dict[str, int] = {}
+
+    def __call__(self, sender: str, body: Body, *, at: float = NOW, epoch: str = "e1") -> Envelope:
+        self._seqs[sender] = self._seqs.get(sender, 0) + 1
+        return Envelope(sender=sender, epoch=epoch, seq=self._seqs[sender], at=at, body=body)
+
+
+def known(name: str, **labels: str) -> PeerKnown:
+    standing = "awaiting" if name == "garden" else "enrolled"
+    return PeerKnown(
+        peer=IDS[name], name=name, labels=labels, standing=standing, public_key=KEYS[name]
+    )
+
+
+def telemetry(step: int, loss: float | None, *, diverged: bool = False, sent: int = 0) -> Telemetry:
+    return Telemetry(
+        run="motion-7",
+        round=12,
+        phase="train",
+        step=step,
+        steps=40,
+        loss=loss,
+        diverged=diverged,
+        samples_per_s=812.4,
+        bytes_up=sent,
+        bytes_down=3 * sent,
+        cpu_percent=87,
+        memory_bytes=412_000_000,
+        battery_percent=64 if sent > 5_000_000 else None,
+    )
+
+
+def _round(number: int) -> RoundClosed:
+    return RoundClosed(
+        run="motion-7",
+        round=number,
+        digest=f"{number:064x}",
+        seconds=1.9 + number % 3,
+        peers=4 + number % 2,
+        refused=int(number == 7),
+        loss=None if number == 9 else 2.3 / (1 + 0.35 * number) + 0.05 * (number % 3),
+        accuracy=None if number == 9 else 0.94 - 0.8 / (1 + number),
+        diverged=number == 9,
+        bytes_up=3_200_000 + 40_000 * number,
+        bytes_down=4_100_000,
+    )
+
+
+def story() -> list[tuple[float, Envelope]]:
+    """Six peers, each in another state, in round 12 of 50: (when it is heard, what)."""
+    say = Said()
+    told: list[tuple[float, str, Body]] = []
+
+    def tell(ago: float, sender: str, body: Body) -> None:
+        told.append((NOW - ago, sender, body))
+
+    tell(900, COORDINATOR, Links(mqtt=True, flower=True))
+    for name in NAMES:
+        tell(900, COORDINATOR, known(name, site="home" if name != "east" else "office"))
+    run = RunChanged(
+        run="motion-7", task="watch-motion", state=RunState.TRAINING, round=1, rounds=50, quorum=3
+    )
+    tell(800, COORDINATOR, run)
+    tell(799, COORDINATOR, Happened(level="info", text="run motion-7 started", subject="motion-7"))
+    for number in range(1, 12):
+        tell(700 - 40 * number, COORDINATOR, _round(number))
+    late = RunChanged(
+        run="motion-7",
+        task="watch-motion",
+        state=RunState.TRAINING,
+        round=12,
+        rounds=50,
+        quorum=3,
+        asked=4,
+        answered=2,
+        waiting_for="2 of 4 peers: north, east",
+        best_round=11,
+    )
+    tell(20, COORDINATOR, late)
+
+    def is_(ago: float, name: str, state: PeerState, reason: str = "") -> None:
+        body = Presence(
+            state=state, reason=reason, version="0.1.0", run="motion-7", round=12, name=name
+        )
+        tell(ago, IDS[name], body)
+
+    is_(60, "west", PeerState.IDLE)
+    text = "the update of round 7 was refused: norm 41 is over the cap of 10"
+    tell(420, IDS["west"], Notice(level="warning", text=text))
+    for step in range(1, 25):
+        tell(30 - step, IDS["north"], telemetry(step, 1.9 / step + 0.2, sent=180_000 * step))
+    is_(4, "north", PeerState.TRAINING)
+    tell(9, IDS["south-attic"], telemetry(40, 0.3121, sent=9_100_000))
+    is_(2, "south-attic", PeerState.SENDING)
+    for step, loss in enumerate((0.9, 1.4, 4.2, 77.0), 1):
+        tell(12 - step, IDS["east"], telemetry(step, loss, sent=640_000))
+    tell(5, IDS["east"], telemetry(6, None, diverged=True, sent=640_000))
+    is_(3, "east", PeerState.TRAINING)
+    is_(40, "lab-workstation-7", PeerState.PAUSED, PauseReason.BATTERY)
+    will = Presence(state=PeerState.OFFLINE, name="west", will=True)
+    tell(47, IDS["west"], will)
+    happened = "round 11 closed: loss 0.574, 5 peers"
+    tell(25, COORDINATOR, Happened(level="info", text=happened, subject="motion-7"))
+    worse = "east: its loss is not finite; [its] update will not be summed"
+    tell(5, COORDINATOR, Happened(level="error", text=worse, subject=IDS["east"]))
+    told.sort(key=lambda heard: heard[0])
+    return [(at, say(sender, body, at=at)) for at, sender, body in told]
+
+
+def busy_fleet() -> Fleet:
+    fleet = empty_fleet()
+    for heard_at, envelope in story():
+        fold(fleet, envelope, heard_at)
+    fleet.gap = False
+    return fleet
+
+
+def empty_fleet() -> Fleet:
+    return Fleet(fleet="0123456789abcdef", name="home")
+
+
+class Replay:
+    """A Source whose snapshot is given, and whose live messages are those of `live`."""
+
+    def __init__(self, fleet: Fleet | None, live: Iterable[Envelope] = ()) -> None:
+        self.fleet = fleet
+        self.live: asyncio.Queue[Envelope | Exception] = asyncio.Queue()
+        for envelope in live:
+            self.live.put_nowait(envelope)
+        self.http_up = fleet is not None
+        self.mqtt_up = True
+        self.snapshots = 0
+        self.commands: list[tuple[str, Action, float]] = []
+
+    async def snapshot(self) -> Fleet:
+        if not self.http_up or self.fleet is None:
+            raise Unreachable("nobody answers at 192.0.2.7:9092")
+        self.snapshots += 1
+        return decode(encode(self.fleet, NOW))
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        while self.mqtt_up:
+            item = await self.live.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        raise Unreachable("the broker at 192.0.2.7:1883 does not answer")
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        self.commands.append((peer, action, for_s))
+        if peer == IDS["west"]:
+            raise Refused("it is offline", "Try again when it is back.")
+        return f"asked to {action}"
+
+    async def ticket(self) -> str:
+        return "cw1-" + "k7Qp2m" * 16
+
+
+def links(seq: int = 1, *, epoch: str = "e9") -> Envelope:
+    body = Links(mqtt=True, flower=True)
+    return Envelope(sender=COORDINATOR, epoch=epoch, seq=seq, at=NOW, body=body)
+
+
+def monitor(source: Replay, *, read_only: bool = False, clock: float = NOW) -> MonitorApp:
+    return MonitorApp(
+        source,
+        read_only=read_only,
+        clock=lambda: clock,
+        zone=UTC,
+        back_off=lambda attempt: 8.0,
+    )
+
+
+async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
+    """Let the app run until `true()`; at most some seconds."""
+    for _ in range(200):
+        if true():
+            break
+        await pilot.pause(0.05)
+    assert true()
+    await pilot.pause(0.3)  # one drawing interval: what was folded is on the screen
+    await pilot.pause()

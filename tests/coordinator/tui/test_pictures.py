@@ -1,0 +1,112 @@
+"""How the monitor looks, in three sizes and in every state it can be in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from scene import NOW, Replay, busy_fleet, empty_fleet, links, monitor, until
+from textual.pilot import Pilot
+
+from protocols.errors import Unreachable
+
+SIZES = [(60, 20), (80, 24), (140, 40)]
+sizes = pytest.mark.parametrize("size", SIZES, ids=[f"{w}x{h}" for w, h in SIZES])
+
+
+def live(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
+    """Both links are up; then press `keys`."""
+
+    async def before(pilot: Pilot[Any]) -> None:
+        following = pilot.app.following  # type: ignore[attr-defined]
+        await until(pilot, lambda: following.stream and following.http)
+        await pilot.press(*keys)
+        await pilot.pause(0.3)
+        await pilot.pause()
+
+    return before
+
+
+def busy() -> Replay:
+    fleet = busy_fleet()
+    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
+
+
+@sizes
+def test_fleet(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live())
+
+
+@sizes
+def test_rounds(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("2"))
+
+
+@sizes
+def test_events(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("3"))
+
+
+@sizes
+def test_empty(size: tuple[int, int], snap_compare: Any) -> None:
+    source = Replay(empty_fleet(), [links()])
+    assert snap_compare(monitor(source), terminal_size=size, run_before=live())
+
+
+@sizes
+def test_disconnected(size: tuple[int, int], snap_compare: Any) -> None:
+    source = busy()
+    clock = {"now": NOW}
+    app = monitor(source)
+    app.following._clock = app._clock = lambda: clock["now"]
+
+    async def before(pilot: Pilot[Any]) -> None:
+        following = app.following
+        await until(pilot, lambda: following.stream and following.http)
+        source.http_up = source.mqtt_up = False
+        source.live.put_nowait(Unreachable("the broker at 192.0.2.7:1883 does not answer"))
+        await until(pilot, lambda: not following.connected)
+        clock["now"] += 5
+        app._draw_ages()
+        await pilot.pause()
+
+    assert snap_compare(app, terminal_size=size, run_before=before)
+
+
+@sizes
+def test_marked_and_filtered(size: tuple[int, int], snap_compare: Any) -> None:
+    before = live("space", "down", "space", "slash", "t", "enter", "s", "s", "s", "s")
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
+
+
+@sizes
+def test_peer(size: tuple[int, int], snap_compare: Any) -> None:
+    before = live("down", "down", "enter")
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
+
+
+@sizes
+def test_help(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("question_mark"))
+
+
+@sizes
+def test_never_reached(size: tuple[int, int], snap_compare: Any) -> None:
+    source = Replay(None)
+    source.mqtt_up = False
+    app = monitor(source)
+
+    async def before(pilot: Pilot[Any]) -> None:
+        await until(pilot, lambda: app.following.trouble is not None)
+
+    assert snap_compare(app, terminal_size=size, run_before=before)
+
+
+def test_ticket(snap_compare: Any) -> None:
+    source = Replay(empty_fleet(), [links()])
+    assert snap_compare(monitor(source), terminal_size=(80, 24), run_before=live("t"))
+
+
+def test_too_small(snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=(38, 11), run_before=live())
