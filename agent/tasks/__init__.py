@@ -22,7 +22,10 @@ from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.weights import Array, Schema, Weights
 
 GROUP = "commonweight.tasks"
-BUILT_IN: dict[str, str] = {"mnist": "agent.tasks.mnist:Mnist"}
+BUILT_IN: dict[str, str] = {
+    "mnist": "agent.tasks.mnist:Mnist",
+    "ping": "agent.tasks.ping:Ping",
+}
 
 Setting = str | int | float | bool
 Settings = Mapping[str, Setting]

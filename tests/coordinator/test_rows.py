@@ -1,0 +1,137 @@
+"""Words, columns and the plain table: what a person reads, at any width and for any value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from coordinator.fleet import Fleet, Peer
+from coordinator.plain import plain_table
+from coordinator.rows import COLUMNS, GAP, chosen, fit, is_faulty, state_cell
+from coordinator.words import age, amount, bars, decimal, progress, stopwatch, trend
+from protocols.messages import Telemetry
+from protocols.states import PauseReason, PeerState
+
+NOW = 1_790_000_000.0
+
+
+def peer(name: str, state: PeerState = PeerState.IDLE, reason: str = "", **labels: str) -> Peer:
+    return Peer(
+        peer=name.upper(),
+        name=name,
+        labels=labels,
+        public_key=b"k" * 32,
+        state=state,
+        reason=reason,
+        seen_at=NOW,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1_000, "1.0 kB"),
+        (1_234_567, "1.2 MB"),
+        (9_960_000, "10 MB"),
+        (999_600, "1.0 MB"),
+        (34e9, "34 GB"),
+        (math.nan, "0 B"),
+    ],
+)
+def test_amounts(num_bytes: float, words: str) -> None:
+    assert amount(num_bytes) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-3, "0 s"), (42.9, "42 s"), (60, "1 min"), (3599, "59 min"), (7200, "2 h"), (864000, "10 d")],
+)
+def test_ages(seconds: float, words: str) -> None:
+    assert age(seconds) == words
+
+
+def test_a_stopwatch() -> None:
+    assert [stopwatch(s) for s in (42, 3723)] == ["00:42", "1:02:03"]
+
+
+def test_trends() -> None:
+    assert trend([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert trend([5, 5], 8) == "▄▄"
+    assert trend([1, None, 2, math.inf], 8) == "▁✕█✕"
+    assert trend([], 8) == ""
+    assert bars([1, 2], 2, 2) == [" █", "▁█"]
+    assert bars([1, None], 6, 1) == ["▄▄▄ ✕ "]
+
+
+@given(st.lists(st.none() | st.floats(), max_size=200), st.integers(0, 40), st.integers(1, 9))
+def test_no_value_breaks_a_trend(values: list[float | None], width: int, height: int) -> None:
+    assert len(trend(values, width)) <= width
+    lines = bars(values, width, height)
+    assert len(lines) == height
+    assert all(len(line) <= width for line in lines)
+    for value in values:
+        assert len(decimal(value)) <= 9
+
+
+def test_progress() -> None:
+    assert progress(3, 6, 6) == "━━━───"
+    assert progress(9, 6, 6) == "━━━━━━"
+    assert progress(1, 0, 4) == "────"
+
+
+@given(st.integers(0, 260))
+def test_columns_never_overflow_and_leave_in_order(width: int) -> None:
+    columns = fit(width, width)
+    assert sum(wide + GAP for _, wide in columns) <= width
+    assert [column.key for column, _ in columns] == [c.key for c in COLUMNS][: len(columns)]
+
+
+@pytest.mark.parametrize(("terminal", "last"), [(60, "seen"), (80, "trend"), (200, "version")])
+def test_columns_at_the_breakpoints(terminal: int, last: str) -> None:
+    assert fit(terminal - 1, terminal)[-1][0].key == last
+
+
+def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:
+    paused = peer("a", PeerState.PAUSED, PauseReason.BUSY)
+    assert state_cell(paused, NOW, 40).text == "‖ paused: other programs are busy"
+    assert state_cell(paused, NOW, 20).text == "‖ paused: other pro…"
+    assert state_cell(paused, NOW, 12).text == "‖ paused"
+
+
+def test_faults_filter_and_order() -> None:
+    fleet = Fleet(fleet="0" * 16)
+    failed = peer("failed", PeerState.PAUSED, PauseReason.TRAINER)
+    wild = peer("wild", PeerState.TRAINING)
+    wild.diverged = True
+    fine = peer("fine", PeerState.TRAINING, site="attic")
+    lost = peer("lost", PeerState.OFFLINE, "connection lost")
+    for one in (fine, lost, wild, failed):
+        fleet.peers[one.peer] = one
+    fine.telemetry = Telemetry(loss=0.5)
+    names = [one.name for one in chosen(fleet, NOW)]
+    assert names == ["fine", "wild", "failed", "lost"]
+    assert [one.name for one in chosen(fleet, NOW, words="site=attic train")] == ["fine"]
+    assert {one.name for one in chosen(fleet, NOW, faults=True)} == {"wild", "failed", "lost"}
+    assert [one.name for one in chosen(fleet, NOW, by="loss")][:2] == ["wild", "fine"]
+    assert chosen(fleet, NOW, reverse=True)[0].name == "lost"
+    assert is_faulty(fine, NOW + 31), "silence is a fault"
+
+
+def test_the_plain_table_says_everything_without_colour() -> None:
+    fleet = Fleet(fleet="0" * 16)
+    for one in (peer("[b]north", PeerState.TRAINING), peer("south", PeerState.PAUSED, "battery")):
+        fleet.peers[one.peer] = one
+    console = Console(width=100, record=True, color_system=None, file=None)
+    with console.capture() as captured:
+        console.print(plain_table(fleet, NOW))
+    text = captured.get()
+    assert "● training" in text
+    assert "‖ paused: battery" in text
+    assert "[b]north" in text, "a name is never markup"
+    assert "1/2 peers" in text
