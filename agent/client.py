@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from agent.tasks import Settings
 from protocols import identity, messages
-from protocols.errors import BadMessage, CommonweightError, Refused
+from protocols.errors import BadMessage, CommonweightError, Refused, TrainerFailed
 from protocols.messages import Metrics, UpdateClaim, Work
 from protocols.weights import replacing
 
@@ -187,5 +187,7 @@ def _key(work: Work) -> str:
 
 
 def refusal_text(err: CommonweightError) -> str:
-    """What the coordinator is told of a failure: kind and sentence, never data or paths."""
+    """What the coordinator is told of a failure; a task's own words may quote data."""
+    if isinstance(err, TrainerFailed):
+        return f"the trainer: {err.kind}"
     return f"{err.code}: {err.message}"[:300]

@@ -1,4 +1,7 @@
-"""The agent's link to the coordinator: Flower's Fleet API, and the weight lane beside it.
+"""The agent's link to the coordinator: a Flower session, messages, and the weight lane.
+
+Session and heartbeats go over Flower's Fleet routes; a message with its objects, about 14 requests
+there, is one request on our exchange route, which calls Flower's own handlers.
 
 With `coordinator/superlink.py` the only file that uses Flower's private names (1.41). Blocking, for
 use from worker threads. Stock `http_request_response` is not used: it ends the process on a failed
@@ -19,26 +22,17 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 import httpx
+import msgspec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-)
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    PullObjectRequest,
-    PushObjectRequest,
-)
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -48,6 +42,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from protocols import requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.identity import NodeKey, SigningKey, node_public
+from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
 from protocols.weights import sync_folder
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -91,7 +86,7 @@ class Link:
             verify=context,
             timeout=_TIMEOUT_S,
         )
-        self._lane = httpx.Client(
+        self._http = httpx.Client(
             base_url=f"https://{credentials.address}", verify=context, timeout=_TIMEOUT_S
         )
         self._node: Node | None = None
@@ -118,7 +113,7 @@ class Link:
                 pass  # it will see the missing heartbeat
         self._node = None
         self._fleet.close()
-        self._lane.close()
+        self._http.close()
 
     def beat(self) -> None:
         """One heartbeat."""
@@ -130,54 +125,26 @@ class Link:
             raise SessionLost("the coordinator does not know this session")
 
     def pull(self) -> Message | None:
-        """The next message for this agent, whole, or None."""
-        with _translated():
-            answer = self._fleet.PullMessages(PullMessagesRequest(node=self._node))
-            if not answer.messages_list:
-                return None
-            head = message_from_proto(answer.messages_list[0])
-            message_id, run_id = head.metadata.message_id, head.metadata.run_id
-            contents = {
-                tree.object_id: self._fleet.PullObject(
-                    PullObjectRequest(node=self._node, run_id=run_id, object_id=tree.object_id)
-                ).object_content
-                for tree in iterate_object_tree(answer.message_object_trees[0])
-            }
-            self._fleet.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run_id, message_object_id=message_id
-                )
-            )
-        message = cast(Message, inflate_object_from_contents(message_id, contents))
-        message.metadata.__dict__["_message_id"] = message_id
-        return message
+        """The next message for this agent, or None."""
+        return self._exchange(None, want=True)
 
     def push(self, reply: Message) -> None:
-        """Send a reply. A reply that nobody waits for any more is taken and dropped."""
-        with no_object_id_recompute(), _translated():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            run_id = reply.metadata.run_id
-            answer = self._fleet.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[get_object_tree(reply)],
-                    clientapp_runtime_list=[0.0],
-                )
-            )
-            if not answer.objects_to_push:
-                return
-            objects = get_all_nested_objects(reply)
-            for object_id in answer.objects_to_push:
-                self._fleet.PushObject(
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=run_id,
-                        session_id=answer.session_id,
-                        object_id=object_id,
-                        object_content=objects[object_id].deflate(),
-                    )
-                )
+        """Send a reply. One that nobody waits for any more is taken and dropped."""
+        self._exchange(reply, want=False)
+
+    def exchange(self, reply: Message) -> Message | None:
+        """Send a reply and take the next message in the same request."""
+        return self._exchange(reply, want=True)
+
+    def _exchange(self, reply: Message | None, *, want: bool) -> Message | None:
+        asked = Exchange(reply=_pack(reply) if reply is not None else None, want=want)
+        body = msgspec.msgpack.encode(asked)
+        headers = self._signed("POST", EXCHANGE_PATH, hashlib.sha256(body).hexdigest())
+        with _translated():
+            answer = self._http.post(EXCHANGE_PATH, content=body, headers=headers)
+            answer.raise_for_status()
+        work = msgspec.msgpack.decode(answer.content, type=Exchanged).work
+        return _unpack(work) if work is not None else None
 
     # --- the weight lane ---
 
@@ -194,7 +161,7 @@ class Link:
                 sha.update(piece)
         path = f"/cw/v1/weights/{digest}"
         headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
-        with _translated(), self._lane.stream("GET", path, headers=headers) as answer:
+        with _translated(), self._http.stream("GET", path, headers=headers) as answer:
             answer.raise_for_status()
             if have and answer.status_code != 206:
                 have, sha = 0, hashlib.sha256()
@@ -225,7 +192,7 @@ class Link:
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
             with _translated():
-                answer = self._lane.put(path, headers=headers, content=_pieces(source, offset))
+                answer = self._http.put(path, headers=headers, content=_pieces(source, offset))
                 if answer.status_code != 409:
                     answer.raise_for_status()
                     self.bytes_up += size - offset
@@ -238,6 +205,27 @@ class Link:
     ) -> dict[str, str]:
         mine = self._credentials
         return requests.headers(mine.peer, mine.sign_key.sign, method, path, body_sha256)
+
+
+def _pack(reply: Message) -> Parcel:
+    """A reply with all its objects."""
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects = get_all_nested_objects(reply)
+        return Parcel(
+            message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
+            tree=get_object_tree(reply).SerializeToString(),
+            objects={object_id: part.deflate() for object_id, part in objects.items()},
+        )
+
+
+def _unpack(work: Parcel) -> Message:
+    head = ProtoMessage()
+    head.ParseFromString(work.message)
+    message_id = head.metadata.message_id
+    message = cast(Message, inflate_object_from_contents(message_id, dict(work.objects)))
+    message.metadata.__dict__["_message_id"] = message_id
+    return message
 
 
 class _translated:

@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 CACHED_VERSIONS = 2
 _TICK_S = 0.5
-_FAILED = 1  # our one error code in a Flower reply; the reason is in its text
+_FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
 
 class Agent:
@@ -253,6 +253,9 @@ class Agent:
                 else:
                     log.debug("no session: %s", err.message)
                 self._status.last_error = err.message
+            except Exception as err:  # an agent runs for months: no surprise may end it
+                log.exception("unexpected trouble with the link")
+                self._complain(f"unexpected trouble: {type(err).__name__}")
             self._happened(SessionChanged(False))
             self._write_status()
             # A doorbell means that the coordinator is back: no need to wait to the end.
@@ -273,16 +276,15 @@ class Agent:
             self._doorbell.clear()
             if worker.can_take_work(self._worker):
                 message = await self._in_thread(link.pull)
-                if message is not None:
-                    await self._in_thread(self._answer, message)
+                while message is not None:
+                    message = await self._in_thread(self._answer, message)
                     self._worked_at = time.monotonic()
-                    continue
             wait_s = worker.poll_s(self._worker, time.monotonic() - self._worked_at)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._doorbell.wait(), wait_s)
 
-    def _answer(self, message: Message) -> None:
-        """Do the work of a message and push the reply (in the work thread)."""
+    def _answer(self, message: Message) -> Message | None:
+        """Do the work of a message and send the reply; the next message (in the work thread)."""
         assert self._link is not None
         try:
             reply = self._client.handle(message)
@@ -290,12 +292,15 @@ class Agent:
             raise  # the answer is in the outbox; the question will be asked again
         except CommonweightError as err:
             if self._stopping.is_set():
-                return
+                return None
             if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
                 self._soon(self._complain, f"the work failed: {err.message}")
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
-        self._link.push(reply)
         self._status.rounds_done += 1
+        if worker.can_take_work(self._worker):
+            return self._link.exchange(reply)
+        self._link.push(reply)
+        return None
 
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""

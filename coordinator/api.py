@@ -2,6 +2,7 @@
 
     GET  /cw/v1/ca                     the CA certificate (its hash is in every ticket)
     POST /cw/v1/join                   a machine with a ticket
+    POST /cw/v1/exchange               a reply in, the next work out        (an enrolled peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
     GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
     *    /cw/v1/runs, /tickets, /peers                                      (operator)
@@ -11,6 +12,7 @@ Answers are JSON; an error is `{"code", "message", "hint"}` for the operator and
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
@@ -33,9 +35,11 @@ from protocols import identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
 from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining
-from protocols.messages import Command
+from protocols.messages import EXCHANGE_PATH, Command, Exchange, Exchanged
 from protocols.mqtt import MqttAddress
 
+#: Messages are small: weights travel on the lane.
+MAX_EXCHANGE_BYTES = 1024 * 1024
 _STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.NOT_RUNNING: 409}
 
 
@@ -69,6 +73,7 @@ class Desk(Protocol):
     def find_run(self, run_id: str) -> Run: ...
     def all_runs(self) -> list[Run]: ...
     async def command(self, peer: str, command: Command) -> str: ...
+    async def exchange(self, peer: str, asked: Exchange) -> Exchanged: ...
 
 
 def make_app(
@@ -107,6 +112,16 @@ def make_app(
                 awaiting=peer.standing == "awaiting",
             )
         )
+
+    async def exchange(request: Request) -> Response:
+        body = await read_body(request, MAX_EXCHANGE_BYTES)
+        peer = await auth.peer(request, hashlib.sha256(body).hexdigest())
+        try:
+            asked = msgspec.msgpack.decode(body, type=Exchange)
+            answer = await desk.exchange(peer.peer, asked)
+        except (msgspec.DecodeError, BadMessage) as err:
+            raise HTTPException(400) from err
+        return Response(msgspec.msgpack.encode(answer), media_type="application/msgpack")
 
     async def snapshot(_: Request, __: bytes) -> Response:
         return Response(fleets.encode(desk.fleet, time.time()), media_type="application/json")
@@ -195,6 +210,7 @@ def make_app(
     routes = [
         Route(CA_PATH, ca),
         Route(JOIN_PATH, join, methods=["POST"]),
+        Route(EXCHANGE_PATH, exchange, methods=["POST"]),
         Route("/cw/v1/fleet", operator(snapshot)),
         Route("/cw/v1/watch", operator(watch)),
         Route("/cw/v1/runs", operator(list_runs)),

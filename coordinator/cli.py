@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -168,13 +169,23 @@ def demo(
     agents: Annotated[int, typer.Option(min=1, max=64, help="How many agents.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     split: Annotated[str, typer.Option(help="iid, or shards: two labels a peer.")] = "iid",
+    seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where the model is to be kept.")] = None,
     json: Json = False,
     watch: Annotated[bool, typer.Option("--monitor", help="Show the monitor meanwhile.")] = False,
 ) -> None:
     """Four agents learn real handwritten digits together, on this machine, in a minute."""
     from coordinator.demo import run_demo
 
-    run_demo(agents=agents, rounds=rounds, split=split, as_json=json, with_monitor=watch)
+    run_demo(
+        agents=agents,
+        rounds=rounds,
+        split=split,
+        as_json=json,
+        with_monitor=watch,
+        seed=seed,
+        out=out,
+    )
 
 
 def main() -> None:

@@ -15,29 +15,42 @@ no copies. It is deterministic, so a recording folded again gives an equal fleet
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from typing import Literal
 
 import msgspec
-from msgspec import Struct
 
+from coordinator.shape import Event, Fleet, Level, Peer, Run, decode, encode, finite, rebased
 from protocols.messages import (
-    Count,
     Envelope,
     Happened,
     Links,
-    Name,
     Notice,
     PeerKnown,
     Presence,
     RoundClosed,
     RunChanged,
     Telemetry,
-    Text,
 )
 from protocols.states import AVAILABLE, ENDED, PeerState
 from protocols.topics import COORDINATOR
+
+__all__ = [
+    "Event",
+    "Fleet",
+    "Level",
+    "Peer",
+    "Run",
+    "called",
+    "current_run",
+    "decode",
+    "encode",
+    "finite",
+    "fold",
+    "num_available",
+    "num_enrolled",
+    "rebased",
+    "shown_state",
+]
 
 #: A training peer sends telemetry each second or so: ten times that many seconds is trouble.
 STALE_WORKING_S = 30.0
@@ -50,81 +63,6 @@ EVENTS_KEPT = 1_000
 RUNS_KEPT = 20
 EPOCHS_KEPT = 8
 _MOST = 2**53  # a count that every reader of JSON keeps exact
-
-Level = Literal["info", "warning", "error"]
-
-
-class Event(Struct, kw_only=True, frozen=True):
-    """A line of the Events screen. `at` is Unix s by the clock of the one who folds."""
-
-    at: float
-    level: Level
-    text: str
-    subject: Name = ""
-
-
-class Peer(Struct, kw_only=True):
-    """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages."""
-
-    peer: Name
-    name: Name
-    labels: dict[Name, Name] = {}
-    standing: Literal["awaiting", "enrolled"] = "enrolled"
-    public_key: bytes
-    state: PeerState = PeerState.OFFLINE
-    reason: Text = "not seen yet"
-    version: Name = ""
-    task: Name = ""
-    run: Name = ""
-    round: Count = 0
-    telemetry: Telemetry | None = None
-    losses: list[float | None] = []
-    diverged: bool = False
-    seen_at: float = 0.0
-    epoch: Name = ""
-    past_epochs: list[Name] = []
-    seq: int = -1
-    presence_seq: int = -1
-    telemetry_seq: int = -1
-    notice_seq: int = -1
-    will_seq: int = -1
-    missed: int = 0
-    ignored: int = 0
-
-
-class Run(Struct, kw_only=True):
-    """A run: how it stands, and its rounds in order. Only the last round keeps `norms`."""
-
-    changed: RunChanged
-    changed_at: float
-    rounds: list[RoundClosed] = []
-
-
-class Fleet(Struct, kw_only=True):
-    """Everything that the monitor, `status` and the metrics show. `at` is when it was encoded."""
-
-    fleet: str
-    name: str = ""
-    at: float = 0.0
-    peers: dict[Name, Peer] = {}
-    runs: dict[Name, Run] = {}
-    events: list[Event] = []
-    num_events: int = 0
-    links: Links = Links(mqtt=False, flower=False)
-    epoch: Name = ""
-    past_epochs: list[Name] = []
-    seq: int = -1
-    gap: bool = False
-    unknown: int = 0
-    ignored: int = 0
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None for NaN, the infinities and what does not fit a float."""
-    try:
-        return value if value is not None and math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
@@ -359,31 +297,3 @@ def current_run(fleet: Fleet) -> Run | None:
     """The run that matters: the one under way, else the one that changed last."""
     runs = reversed(fleet.runs.values())
     return max(runs, key=lambda run: (run.changed.state not in ENDED, run.changed_at), default=None)
-
-
-# --- how it travels --------------------------------------------------------------------------
-
-_decoder = msgspec.json.Decoder(Fleet)
-
-
-def encode(fleet: Fleet, now: float) -> bytes:
-    """The fleet as JSON, stamped with the clock of this machine."""
-    fleet.at = now
-    return msgspec.json.encode(fleet)
-
-
-def decode(data: bytes) -> Fleet:
-    """The fleet in `data`. Raises msgspec.DecodeError."""
-    return _decoder.decode(data)
-
-
-def rebased(fleet: Fleet, now: float) -> Fleet:
-    """The fleet with its times moved to this machine's clock, in place: clocks differ."""
-    ahead = now - fleet.at
-    fleet.at = now
-    for peer in fleet.peers.values():
-        peer.seen_at = peer.seen_at + ahead if peer.seen_at else 0.0
-    for run in fleet.runs.values():
-        run.changed_at += ahead
-    fleet.events = [msgspec.structs.replace(event, at=event.at + ahead) for event in fleet.events]
-    return fleet

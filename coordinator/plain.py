@@ -9,7 +9,7 @@ from rich.text import Text
 from coordinator.fleet import Fleet, current_run, num_available, num_enrolled
 from coordinator.rows import COLUMNS, Tone, chosen, run_words
 
-_STYLES: dict[Tone, str] = {
+STYLES: dict[Tone, str] = {
     "plain": "",
     "quiet": "dim",
     "good": "green",
@@ -33,5 +33,5 @@ def plain_table(fleet: Fleet, now: float) -> Table:
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
     for peer in chosen(fleet, now):
         cells = [column.cell(peer, now, column.most) for column in columns]
-        table.add_row(*(Text(cell.text, style=_STYLES[cell.tone]) for cell in cells))
+        table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in cells))
     return table

@@ -30,6 +30,8 @@ log = logging.getLogger("commonweight.run")
 
 #: Room for headers and codecs on top of the model's size.
 _SLACK_BYTES = 1024 * 1024
+#: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
+_AGENT_FAILED = 2
 #: First weights have no base to be measured by.
 _FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
@@ -131,6 +133,7 @@ class RunLoop:
             case runs.AskInit(peer):
                 self._record(runs.PeersAsked((peer,)))
             case runs.AskMore(peers):
+                self._phase_at = time.monotonic()  # they get the whole deadline, too
                 self._record(runs.PeersAsked(peers))
             case runs.OpenRound():
                 await self._open_round(step)
@@ -260,7 +263,9 @@ class RunLoop:
     async def _judge(self, peer: str, reply: Message) -> Fact:
         """The fact that a reply amounts to. Raises UpdateRefused."""
         if reply.has_error():
-            raise UpdateRefused("agent failed", reply.error.reason or "no reason given")
+            if reply.error.code != _AGENT_FAILED:  # Flower's own words: the node is gone
+                return runs.PeerLost(peer, "went away")
+            raise UpdateRefused("agent failed", printable(reply.error.reason or "no reason given"))
         try:
             claim, payload, signature = read_claim(reply)
         except (BadMessage, KeyError, TypeError, ValueError) as err:

@@ -438,6 +438,9 @@ def _decide_training(run: Run, view: View) -> Step:
         new = view.eligible - run.peers.keys()
         if new:
             return AskMore(tuple(sorted(new)))
+        again = {p for p, standing in run.peers.items() if standing == "refused"} & view.eligible
+        if view.due and again:  # once a deadline, those that failed may try again
+            return AskMore(tuple(sorted(again)))
         missing = run.spec.quorum - answered - len(run.pending)
         return Wait(f"{_peers(missing)} more for the quorum")
     if view.due:

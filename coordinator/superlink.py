@@ -23,9 +23,14 @@ from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.error import http_error_translator
+from flwr.supercore.error import FlowerError, http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -43,9 +48,14 @@ from flwr.superlink.config_loader import (
 )
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.servicer.fleet import fleet_handlers
+from google.protobuf.message import DecodeError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from protocols.errors import BadMessage
+from protocols.messages import Exchange, Exchanged, Parcel
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
@@ -69,10 +79,12 @@ class Superlink:
             leftover.unlink()
         manager = get_federation_manager()
         _, self._factory = get_objectstore_linkstate_factories(str(database), manager)
-        self.state = self._factory.state()
+        self.state = cast(SqlLinkState, self._factory.state())
         database.chmod(0o600)
         self._on_request = on_request
         self._nodes: dict[bytes, int] = {}
+        #: Held while messages are stored, so that nobody is given one whose objects are not there.
+        self.lock = threading.Lock()
         self._open_run()
 
     def _open_run(self) -> None:
@@ -106,6 +118,59 @@ class Superlink:
     def online(self) -> set[int]:
         """Nodes whose heartbeat has not run out."""
         return self.state.get_nodes(self.run_id)
+
+    def exchange(self, node_id: int, asked: Exchange) -> Exchanged:
+        """Take a node's reply and give it its next message: Flower's own handlers in one go.
+
+        What takes a node about 14 requests on the Fleet routes is one request and one transaction.
+        Raises BadMessage for a reply that is not the node's own or not whole.
+        """
+        with self.lock, self.state.session():
+            if asked.reply is not None:
+                self._take(node_id, asked.reply)
+            return Exchanged(work=self._give(node_id) if asked.want else None)
+
+    def _take(self, node_id: int, parcel: Parcel) -> None:
+        try:
+            message, tree = ProtoMessage(), ObjectTree()
+            message.ParseFromString(parcel.message)
+            tree.ParseFromString(parcel.tree)
+        except DecodeError as err:
+            raise BadMessage("not a Flower message") from err
+        metadata = message.metadata
+        if metadata.src_node_id != node_id or metadata.run_id != self.run_id:
+            raise BadMessage("a reply in another's name")
+        try:
+            answer = fleet_handlers.push_messages(
+                PushMessagesRequest(
+                    node=Node(node_id=node_id),
+                    messages_list=[message],
+                    message_object_trees=[tree],
+                ),
+                self.state,
+            )
+            for object_id in answer.objects_to_push:
+                self.state.store_object(
+                    self.run_id, answer.session_id, object_id, parcel.objects[object_id]
+                )
+        except (FlowerError, ValueError, KeyError) as err:
+            raise BadMessage(f"Flower refused the reply: {err}") from err
+
+    def _give(self, node_id: int) -> Parcel | None:
+        answer = fleet_handlers.pull_messages(
+            PullMessagesRequest(node=Node(node_id=node_id)), self.state, self.state.object_store
+        )
+        if not answer.messages_list:
+            return None
+        message, tree = answer.messages_list[0], answer.message_object_trees[0]
+        store = self.state.object_store
+        objects = {
+            node.object_id: store.get(node.object_id) or b"" for node in iterate_object_tree(tree)
+        }
+        store.delete(message.metadata.message_id)
+        return Parcel(
+            message=message.SerializeToString(), tree=tree.SerializeToString(), objects=objects
+        )
 
     def app(self) -> ASGIApp:
         """The ASGI app of the Fleet routes."""
@@ -177,6 +242,7 @@ class LinkGrid(Grid):
         self._state = superlink.state
         self._store = superlink.state.object_store
         self._run_id = superlink.run_id
+        self._lock = superlink.lock
         self._arrived = threading.Condition()
         #: Replies that LinkState has delivered but whose objects are still under way, by id.
         self._incomplete: dict[str, Message] = {}
@@ -214,8 +280,8 @@ class LinkGrid(Grid):
         ids: list[str] = []
         wanted: set[str] = set()
         objects: dict[str, Any] = {}
-        session = self._state.start_session(self._run_id)
-        with no_object_id_recompute():
+        with self._lock, self._state.session(), no_object_id_recompute():
+            session = self._state.start_session(self._run_id)
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
                 stored, missing = self._state.store_message_and_object_tree(
@@ -236,23 +302,24 @@ class LinkGrid(Grid):
         """The replies that have arrived whole; each is given once and then forgotten."""
         wanted = set(message_ids)
         replies: list[Message] = []
-        for reply in self._state.get_message_res(set(wanted), self._run_id):
-            if reply.has_error():
-                replies.append(reply)
-            else:
-                self._incomplete[reply.metadata.message_id] = reply
-        for message_id, reply in list(self._incomplete.items()):
-            if reply.metadata.reply_to_message_id not in wanted:
-                continue
-            try:
-                whole = self._inflate(message_id)
-            except NoObjectInStoreError:  # its sender died between the message and its objects
-                del self._incomplete[message_id]
-                continue
-            if whole is not None:
-                del self._incomplete[message_id]
-                replies.append(whole)
-        self.forget({reply.metadata.reply_to_message_id for reply in replies})
+        with self._lock, self._state.session():
+            for reply in self._state.get_message_res(set(wanted), self._run_id):
+                if reply.has_error():
+                    replies.append(reply)
+                else:
+                    self._incomplete[reply.metadata.message_id] = reply
+            for message_id, reply in list(self._incomplete.items()):
+                if reply.metadata.reply_to_message_id not in wanted:
+                    continue
+                try:
+                    whole = self._inflate(message_id)
+                except NoObjectInStoreError:  # its sender died between message and objects
+                    del self._incomplete[message_id]
+                    continue
+                if whole is not None:
+                    del self._incomplete[message_id]
+                    replies.append(whole)
+            self._forget({reply.metadata.reply_to_message_id for reply in replies})
         return replies
 
     def _inflate(self, message_id: str) -> Message | None:
@@ -270,6 +337,11 @@ class LinkGrid(Grid):
 
     def forget(self, message_ids: set[str]) -> None:
         """Take back messages, answered or not: a late reply to them is refused."""
+        if message_ids:
+            with self._lock, self._state.session():
+                self._forget(message_ids)
+
+    def _forget(self, message_ids: set[str]) -> None:
         self._state.delete_messages(message_ids)
         for message_id in message_ids:
             self._store.delete(message_id)

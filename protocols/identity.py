@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -59,7 +59,7 @@ def check_node_public(pem: bytes) -> None:
     """Raise BadMessage unless `pem` is a P-384 public key."""
     try:
         key = serialization.load_pem_public_key(pem)
-    except ValueError as err:
+    except (ValueError, UnsupportedAlgorithm) as err:
         raise BadMessage("the node key is not a public key in PEM form") from err
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise BadMessage("the node key is not a P-384 key")
@@ -92,8 +92,9 @@ def is_peer_id(text: str) -> bool:
 
 
 def _check_character(text: str) -> str:
-    """Luhn mod N over base32 (as Syncthing's device ids)."""
-    factor, total = 1, 0
+    """Luhn mod 32: finds every wrong letter, and all swapped neighbours but A and 7."""
+    # The letter before the check character is the doubled one, or those two could be swapped.
+    factor, total = 1 + len(text) % 2, 0
     for letter in text:
         addend = factor * _ALPHABET.index(letter)
         factor = 3 - factor
@@ -143,7 +144,7 @@ def load_node_key(path: Path) -> NodeKey:
 def _load(path: Path) -> object:
     try:
         return serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
         raise HomeFault(f"cannot read the key {path}: {err}") from err
 
 

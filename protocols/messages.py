@@ -198,6 +198,29 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     nonce: Name
 
 
+class Parcel(Struct, frozen=True, kw_only=True):
+    """A Flower message with everything it needs: its protobuf, its object tree, its objects."""
+
+    message: bytes
+    tree: bytes
+    objects: dict[Digest, bytes]
+
+
+class Exchange(Struct, frozen=True, kw_only=True):
+    """An agent's request: a reply to hand in, if it has one, and whether it takes new work."""
+
+    reply: Parcel | None = None
+    want: bool = True
+
+
+class Exchanged(Struct, frozen=True, kw_only=True):
+    """The coordinator's answer: work, if there is any."""
+
+    work: Parcel | None = None
+
+
+EXCHANGE_PATH = "/cw/v1/exchange"
+
 _envelope = msgspec.json.Decoder(Envelope)
 _claim = msgspec.json.Decoder(UpdateClaim)
 _work = msgspec.json.Decoder(Work)

@@ -26,6 +26,9 @@ from protocols.errors import BadWeights
 Array = npt.NDArray[np.generic]
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
+#: What numpy can hold in every version that we allow.
+MAX_DIMENSIONS = 32
+MAX_TENSOR_BYTES = 2**62
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype("<f8"),
@@ -154,15 +157,18 @@ class replacing:
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._file.close()
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._temporary, self._path)
+        finally:
+            # What a full disk or an error left behind; after a rename there is nothing.
             self._temporary.unlink(missing_ok=True)
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self._path)
-        sync_folder(self._path.parent)
+        if kind is None:
+            sync_folder(self._path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -189,7 +195,11 @@ def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
     except (ValueError, RecursionError) as err:
         raise BadWeights(f"the header is not JSON: {err}") from err
     schema = _checked(table)
-    if header_bytes(schema) != bytes(data[:8]) + head:
+    try:
+        canonical = header_bytes(schema)
+    except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
+        raise BadWeights("a tensor's name is not text") from err
+    if canonical != bytes(data[:8]) + head:
         raise BadWeights("the header is not in canonical form")
     expected = 8 + length + sum(spec.nbytes for spec in schema.values())
     if len(data) != expected:
@@ -202,15 +212,25 @@ def _checked(table: object) -> Schema:
         raise BadWeights("the header is not a table of tensors")
     schema: Schema = {}
     for name, entry in table.items():
-        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise BadWeights(f"tensor {name!r} has no known dtype")
-        shape = entry.get("shape")
-        if not isinstance(shape, list) or not all(
-            type(side) is int and 0 <= side < 2**40 for side in shape
-        ):
+        if not _is_shape(entry.get("shape"), DTYPES[dtype].itemsize):
             raise BadWeights(f"tensor {name!r} has no valid shape")
-        schema[name] = TensorSpec(entry["dtype"], tuple(shape))
+        schema[name] = TensorSpec(dtype, tuple(entry["shape"]))
     return schema
+
+
+def _is_shape(shape: object, itemsize: int) -> bool:
+    """True for a list of sides that numpy can hold, also where another side is 0."""
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        return False
+    nbytes = itemsize
+    for side in shape:
+        if type(side) is not int or not 0 <= side < 2**40:
+            return False
+        nbytes *= max(side, 1)
+    return nbytes <= MAX_TENSOR_BYTES
 
 
 def from_bytes(data: bytes | memoryview | mmap.mmap) -> Weights:

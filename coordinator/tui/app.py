@@ -119,6 +119,8 @@ class MonitorApp(App[None]):
 
     def _draw(self, dirty: Iterable[str] | None) -> None:
         """Draw the open page: the rows of `dirty` peers, or everything if None."""
+        if not self.is_running:  # it closes: the pages may be gone already
+            return
         self.following.clean()
         now = self._clock()
         if self.page == "fleet":
@@ -131,6 +133,8 @@ class MonitorApp(App[None]):
         self._draw_frame(now)
 
     def _draw_ages(self) -> None:
+        if not self.is_running:
+            return
         now = self._clock()
         if self.page == "fleet" and not self.frozen:
             self._main(FleetPage).ages(now)
@@ -254,7 +258,7 @@ class MonitorApp(App[None]):
 
     def action_reconnect(self) -> None:
         self.following.reconnect()
-        self.notify("trying the links again", timeout=2)
+        self._say("info", "trying the links again")
 
     def action_help(self) -> None:
         self.push_screen(HelpDialog(read_only=self.read_only))

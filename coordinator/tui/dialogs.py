@@ -13,11 +13,13 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from coordinator.fleet import Fleet, Peer, called
-from coordinator.rows import state_cell
+from coordinator.rows import LEVELS, state_cell
 from coordinator.tui.keys import KEYS
 from coordinator.tui.plots import shaded
 from coordinator.tui.theme import BLUE, DIM, INK, STYLES, VERMILION
 from coordinator.words import DIVERGED, NOTHING, age, amount, bars, decimal, progress
+
+EVENTS_SHOWN = 5
 
 
 class Dialog(ModalScreen[None]):
@@ -33,7 +35,14 @@ class Dialog(ModalScreen[None]):
             yield Static(id="words")
 
     def on_mount(self) -> None:
+        self.draw()
+
+    def draw(self) -> None:
         self.query_one("#words", Static).update(self.words())
+
+    def on_resize(self) -> None:
+        """The words may depend on the room there is, known after this."""
+        self.call_after_refresh(self.draw)
 
     def words(self) -> Text | Table:
         """What stands in the box."""
@@ -51,6 +60,7 @@ class HelpDialog(Dialog):
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style=f"bold {BLUE}", no_wrap=True)
         table.add_column(style=INK)
+        table.add_row("↑ ↓ j k", "move; g and G go to the first and the last")
         for key in KEYS:
             if not (key.changes and self._read_only):
                 table.add_row(key.shown, key.meaning)
@@ -90,8 +100,7 @@ class PeerDialog(Dialog):
         self._now = now
 
     def on_mount(self) -> None:
-        super().on_mount()
-        self.set_interval(1.0, lambda: self.query_one("#words", Static).update(self.words()))
+        self.set_interval(1.0, self.draw)
 
     def words(self) -> Table | Text:
         fleet = self._fleet()
@@ -99,7 +108,13 @@ class PeerDialog(Dialog):
         if peer is None:
             return Text("This peer is no longer in the fleet.", DIM)
         self.query_one("#box").border_title = Text(called(peer))
-        return peer_table(peer, self._now(), max(self.query_one("#words").size.width, 40))
+        table = peer_table(peer, self._now(), max(self.query_one("#words").size.width, 40))
+        own = [event for event in fleet.events if event.subject == peer.peer] if fleet else []
+        for event in own[-EVENTS_SHOWN:]:
+            glyph, tone = LEVELS[event.level]
+            said = Text.assemble((f"{glyph} ", STYLES[tone]), event.text)
+            table.add_row(f"{age(self._now() - event.at)} ago", said)
+        return table
 
 
 def peer_table(peer: Peer, now: float, width: int) -> Table:

