@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -14,11 +13,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from coordinator import fleet as fleets
 from coordinator import runs, settings, strategies
@@ -33,13 +29,13 @@ from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid
 from coordinator.run_loop import Fleetwork, RunLoop, round_body, run_body
 from coordinator.runs import Run, RunSpec, RunStarted
+from coordinator.server import Server, allow_many_connections, listen
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from protocols import identity
 from protocols.errors import (
     BadMessage,
     CannotBeMet,
-    PortInUse,
     UnknownName,
     Unreachable,
     UsageFault,
@@ -76,7 +72,7 @@ class Hub:
         self._stopping = asyncio.Event()
         self._names = chosen.names or settings.reachable_names(chosen.host)
         settings.certify(home, keys.ca_key, keys.ca_pem, self._names)
-        self._socket = _listen(chosen.host, chosen.port)
+        self._socket = listen(chosen.host, chosen.port)
         self.port: int = self._socket.getsockname()[1]
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
@@ -128,21 +124,9 @@ class Hub:
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 loop.add_signal_handler(name, self.stop)
-        server = _Server(
-            uvicorn.Config(
-                self._app(),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                ssl_certfile=str(self._home / "server.pem"),
-                ssl_keyfile=str(self._home / "server.key"),
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=2,
-                backlog=2048,
-            )
+        allow_many_connections()
+        server = Server(
+            self._app(), self._socket, self._home / "server.pem", self._home / "server.key"
         )
         await self._broker.start()
         try:
@@ -156,7 +140,7 @@ class Hub:
                 sign=self._keys.sign_key.sign,
             )
             async with self._workers(resume):
-                serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+                serving = asyncio.create_task(server.serve())
                 await server.up(serving)
                 self._write_up_file()
                 on_ready()
@@ -511,45 +495,3 @@ class Hub:
         links = Links(mqtt=self._mqtt_up, flower=bool(self._online), rejected=self._rejected)
         if links != self.fleet.links:
             self.publish(links)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: the hub decides when to stop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        yield
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop serving. An idle client never answers the farewell of TLS, so it gets none."""
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, HttpToolsProtocol):
-                cycle, transport = connection.cycle, connection.transport
-                idle = cycle is None or cycle.response_complete
-                if idle and not transport.get_write_buffer_size():
-                    transport.abort()
-        await super().shutdown(sockets)
-
-    async def up(self, serving: asyncio.Task[None]) -> None:
-        """Wait until it answers, or has failed."""
-        while not self.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event)
-            await asyncio.sleep(0.01)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises PortInUse, UsageFault."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without it, each answer
-    # waits 40 ms for a delayed acknowledgement between its head and its body.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    if os.name != "nt":
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as err:
-        listener.close()
-        if err.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} of {host} is in use", "choose another: --port") from err
-        raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror}", "--host") from err
-    listener.setblocking(False)
-    return listener

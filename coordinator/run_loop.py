@@ -131,9 +131,12 @@ class RunLoop:
             case runs.Wait(what):
                 await self._wait(what)
             case runs.AskInit(peer):
+                self._phase_at = time.monotonic()
                 self._record(runs.PeersAsked((peer,)))
             case runs.AskMore(peers):
-                self._phase_at = time.monotonic()  # they get the whole deadline, too
+                # Not whenever a peer comes back: one that comes and goes would hold up the round.
+                if self._view().due:
+                    self._phase_at = time.monotonic()
                 self._record(runs.PeersAsked(peers))
             case runs.OpenRound():
                 await self._open_round(step)
@@ -155,7 +158,8 @@ class RunLoop:
             self._waiting_for = what
             self._announce()
         left = self.run.spec.deadline_s - (time.monotonic() - self._phase_at)
-        timeout = left if left > 0 and self.run.state is not RunState.WAITING else None
+        timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
+        timeout = left if left > 0 and timed else None
         try:
             await asyncio.wait_for(self.changed.wait(), timeout)
         except TimeoutError:
@@ -203,7 +207,7 @@ class RunLoop:
 
     async def _ask_pending(self) -> None:
         """Send the open question to every pending peer that has it not yet."""
-        kind = gate.expectation(self.run, {}).kind
+        kind = self.run.kind
         question = (self.run.round, kind)
         reached = {asked.peer for asked in self._outstanding.values() if asked[1:] == question}
         eligible = self._around.eligible()
@@ -254,7 +258,7 @@ class RunLoop:
                 facts.append(await self._judge(peer, reply))
             except UpdateRefused as err:
                 facts.append(
-                    runs.UpdateRefused(self.run.round, peer, err.reason, err.message[:400])
+                    runs.UpdateRefused(asked.round, peer, err.reason, err.message[:400], asked.kind)
                 )
                 name = self._around.name_of(peer)
                 self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)

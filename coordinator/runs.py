@@ -29,7 +29,8 @@ Setting = str | int | float | bool
 class RunSpec(Struct, frozen=True, kw_only=True):
     """What was asked for at the start; part of the run's record and never changed.
 
-    `deadline_s` counts from the opening of a round's training, and again of its evaluation.
+    `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
+    passes without the quorum, whoever else could help is asked and it counts anew.
     `weighting`: updates count by their examples, or all the same.
     """
 
@@ -96,10 +97,13 @@ class UpdateAccepted(Struct, frozen=True, tag=True):
 
 
 class UpdateRefused(Struct, frozen=True, tag=True):
+    """`round` and `kind` are those of the question: a late answer to an old one settles nothing."""
+
     round: int
     peer: str
     reason: str
     detail: str
+    kind: str = ""
 
 
 class TrainingClosed(Struct, frozen=True, tag=True):
@@ -199,6 +203,13 @@ class Run(Struct, frozen=True, kw_only=True):
         return self.state in ENDED
 
     @property
+    def kind(self) -> Literal["init", "train", "evaluate"]:
+        """What peers are asked for in this state."""
+        if self.state is RunState.WAITING:
+            return "init"
+        return "train" if self.state is RunState.TRAINING else "evaluate"
+
+    @property
     def pending(self) -> tuple[str, ...]:
         """Peers whose answer is awaited, in name order."""
         return tuple(sorted(p for p, standing in self.peers.items() if standing == "asked"))
@@ -243,7 +254,8 @@ def _update_accepted(run: Run, fact: UpdateAccepted) -> Run:
 
 def _update_refused(run: Run, fact: UpdateRefused) -> Run:
     peers = run.peers
-    if peers.get(fact.peer) == "asked" and fact.round == run.round:
+    present = fact.round == run.round and fact.kind in ("", run.kind)
+    if present and peers.get(fact.peer) == "asked":
         peers = peers | {fact.peer: "refused"}
     return replace(run, peers=peers, refused=run.refused + 1)
 
@@ -418,13 +430,19 @@ def _decide_waiting(run: Run, view: View) -> Step:
     if run.round >= run.spec.rounds:
         return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
     if not run.head:
-        if run.pending:
-            return Wait(f"the first weights from {run.pending[0]}")
-        untried = sorted(view.eligible - {p for p, s in run.peers.items() if s == "refused"})
-        return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
+        return _decide_init(run, view)
     if len(view.eligible) < run.spec.quorum:
         return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
     return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
+
+
+def _decide_init(run: Run, view: View) -> Step:
+    if view.due and (others := view.eligible.difference(run.pending)):
+        return AskMore(tuple(sorted(others)))
+    if run.pending:
+        return Wait(f"the first weights from {run.pending[0]}")
+    untried = sorted(view.eligible - {p for p, s in run.peers.items() if s == "refused"})
+    return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
 
 
 def _decide_training(run: Run, view: View) -> Step:
@@ -434,13 +452,12 @@ def _decide_training(run: Run, view: View) -> Step:
     back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
     if back:
         return AskMore(tuple(sorted(back)))
+    if view.due and (others := view.eligible - run.updates.keys() - set(run.pending)):
+        return AskMore(tuple(sorted(others)))  # the new, and once a deadline those that failed
     if answered + len(run.pending) < run.spec.quorum:
         new = view.eligible - run.peers.keys()
         if new:
             return AskMore(tuple(sorted(new)))
-        again = {p for p, standing in run.peers.items() if standing == "refused"} & view.eligible
-        if view.due and again:  # once a deadline, those that failed may try again
-            return AskMore(tuple(sorted(again)))
         missing = run.spec.quorum - answered - len(run.pending)
         return Wait(f"{_peers(missing)} more for the quorum")
     if view.due:

@@ -44,7 +44,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
             if not (home / _STAMP).exists():
                 stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
                 write_private(home / _STAMP, json.dumps(stamp).encode())
-        text = (home / _STAMP).read_text()
+        text = (home / _STAMP).read_bytes()
     except FileNotFoundError as err:
         raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
     except OSError as err:
@@ -55,7 +55,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
     try:
         stamp = json.loads(text)
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
         raise HomeFault(f"{home / _STAMP} is damaged", "restore it from a backup") from err
     if found > FORMAT:
         raise HomeTooNew(

@@ -18,7 +18,7 @@ class Joining(Struct, frozen=True, kw_only=True):
 
     ticket: Name
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+$")]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
     labels: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
     sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
     node_public: Annotated[bytes, Meta(max_length=1024)]

@@ -22,11 +22,12 @@ from protocols.states import PeerState, RunState
 FORMAT = 1
 MAX_PAYLOAD_BYTES = 16 * 1024
 
-_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
+# Ends in \Z: to `$` a line end after the last character is as good as the end.
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*\Z"
 Text = Annotated[str, Meta(max_length=400, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 #: A NaN or an infinity has no JSON form: it travels as null and arrives as None.
 Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
 

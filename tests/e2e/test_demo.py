@@ -1,0 +1,170 @@
+"""The demo: its answer, its exit codes, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from tests.e2e.fleet_harness import (
+    COORDINATOR,
+    Program,
+    descendants,
+    environment,
+    run_program,
+    until,
+)
+
+
+def left_in(folder: Path) -> list[str]:
+    """Folders of a demo in this temporary folder."""
+    return [path.name for path in folder.glob("commonweight-demo-*")]
+
+
+def at_work_in(folder: Path) -> list[psutil.Process]:
+    """Processes that were started with this folder as their place for temporary files."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR") == str(folder):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Program]:
+    """A demo that is in its first round."""
+    words = [COORDINATOR, "demo", "--agents", "2", "--rounds", "50"]
+    program = Program(words, environment(tmp_path), tmp_path / "demo.log")
+    try:
+        until(lambda: program.process.poll() is not None or "round 1/" in program.log, "a round")
+        yield program
+    finally:
+        for process in [*descendants(program.process.pid), psutil.Process(program.process.pid)]:
+            process.kill()
+        program.process.wait()
+
+
+def test_two_agents_learn_together(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    words = ["demo", "--agents", "2", "--rounds", "2", "--json", "--out", str(model)]
+    done = run_program([COORDINATOR, *words], environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert (told["schema_version"], told["status"]) == (1, "ok")
+    data = told["data"]
+    assert [closed["round"] for closed in data["rounds"]] == [1, 2]
+    for closed in data["rounds"]:
+        assert set(closed) == {
+            "round", "seconds", "accuracy", "loss", "peers", "bytes_up", "bytes_down"
+        }  # fmt: skip
+        assert closed["peers"] == 2
+        assert closed["bytes_up"] > 2 * 199_210 * 4
+        assert closed["bytes_down"] > 2 * 199_210 * 4
+    assert data["accuracy"] == max(closed["accuracy"] for closed in data["rounds"]) > 0.8
+    assert data["model"] == str(model)
+    assert sum(tensor.size for tensor in load_file(model).values()) == 199_210
+    assert "round 2/2" in done.stderr
+    assert left_in(tmp_path) == []
+    assert at_work_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: Program) -> None:
+    family = descendants(started.process.pid)
+    assert len(family) >= 6, "coordinator, broker, two agents and their trainers"
+    started.process.send_signal(getattr(signal, name))
+    assert started.wait(30) == 130
+    assert "interrupted" in started.log
+    assert not [process for process in family if process.is_running()]
+    assert at_work_in(tmp_path) == []
+    assert left_in(tmp_path) == []
+
+
+def test_a_coordinator_that_dies_is_an_error_with_its_last_words(
+    tmp_path: Path, started: Program
+) -> None:
+    family = descendants(started.process.pid)
+    coordinator = next(one for one in family if COORDINATOR in one.cmdline())
+    coordinator.kill()
+    assert started.wait(30) == 1
+    assert "the coordinator ended; its last words:" in started.log
+    assert not [process for process in family if process.is_running()]
+    assert left_in(tmp_path) == []
+
+
+def test_what_cannot_work_is_said_before_anything_starts(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    model.touch()
+    for words, code, said in (
+        (["--out", str(model)], 2, "exists already"),
+        (["--split", "odd"], 2, "iid or shards"),
+        (["--monitor"], 2, "needs a terminal"),
+        (["--agents", "0"], 2, "--agents"),
+    ):
+        done = run_program([COORDINATOR, "demo", *words], environment(tmp_path))
+        assert (done.returncode, done.stdout) == (code, ""), words
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    # Started before anything of ours: this environment has no mlxtend.
+    (blocked / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'mlxtend' else find(name, *rest)\n"
+    )
+    env = environment(tmp_path)
+    env["PYTHONPATH"] = os.pathsep.join([str(blocked), env["PYTHONPATH"]])
+    done = run_program([COORDINATOR, "demo", "--json"], env)
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["message"] == "the demo needs mlxtend"
+    assert error["hint"] == "pip install 'commonweight[demo]'"
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path) -> None:
+    import pty
+    import subprocess
+
+    master, slave = pty.openpty()
+    words = ["demo", "--agents", "1", "--rounds", "1", "--out", str(tmp_path / "m.safetensors")]
+    env = environment(tmp_path, TERM="xterm-256color", LINES="30", COLUMNS="100")
+    shown = bytearray()
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", COORDINATOR, *words],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=env,
+        start_new_session=True,
+    ) as process:
+        os.close(slave)
+        try:
+            while piece := os.read(master, 65536):
+                shown += piece
+        except OSError:  # how a pseudo-terminal says that its other end is closed
+            pass
+        finally:
+            os.close(master)
+        assert process.wait(30) == 0
+    text = shown.decode(errors="replace")
+    assert "agent1" in text
+    assert "training" in text
+    assert "Accuracy" in text
+    assert left_in(tmp_path) == []
