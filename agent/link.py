@@ -42,7 +42,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from protocols import requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.identity import NodeKey, SigningKey, node_public
+from protocols.joining import MQTT_PATH
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
+from protocols.mqtt import MqttAddress
 from protocols.weights import sync_folder
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -123,6 +125,13 @@ class Link:
             )
         if not answer.success:
             raise SessionLost("the coordinator does not know this session")
+
+    def mqtt(self) -> MqttAddress:
+        """The broker and the login for it, as they are now: the password changes now and then."""
+        with _translated():
+            answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
+            answer.raise_for_status()
+        return msgspec.json.decode(answer.content, type=MqttAddress)
 
     def pull(self) -> Message | None:
         """The next message for this agent, or None."""

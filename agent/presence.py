@@ -115,13 +115,20 @@ class PresenceLink:
         self._notices.append(replace(notice, text=printable(notice.text)))
         self._wake.set()
 
+    def move(self, address: MqttAddress) -> None:
+        """Use this broker or login from the next connection on."""
+        self._address = address
+
     async def run(self) -> None:
         """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageFault."""
-        tls = await asyncio.to_thread(tls_context, self._address)
+        address: MqttAddress | None = None
         waits = delays(self._rng)
         while True:
+            if address is not self._address:
+                address = self._address
+                tls = await asyncio.to_thread(tls_context, address)
             began = time.monotonic()
-            why = f"the link to {self._address.where} was lost"
+            why = f"the link to {address.where} was lost"
             try:
                 await self._session(tls)
             except* aiomqtt.MqttError as group:

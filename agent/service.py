@@ -20,13 +20,14 @@ from typing import Any, TypeVar
 
 import psutil
 from flwr.app import Error, Message
+from msgspec.structs import replace
 
 from agent import control, tasks, worker
 from agent.client import Client, refusal_text
 from agent.control import Status, Wish
 from agent.link import HEARTBEAT_S, Credentials, Link, SessionLost
 from agent.presence import PresenceLink
-from agent.settings import AgentSettings, Enrolment
+from agent.settings import AgentSettings, Enrolment, write_enrolment
 from agent.tasks import DataSettings
 from agent.trainer import Progress
 from agent.trainer_process import TrainerProcess
@@ -50,6 +51,7 @@ from protocols import VERSION, identity
 from protocols.backoff import delays
 from protocols.errors import CommonweightError, TrainerFailed, Unreachable
 from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
+from protocols.mqtt import MqttAddress
 from protocols.states import PauseReason
 
 log = logging.getLogger("commonweight.agent")
@@ -260,13 +262,28 @@ class Agent:
             self._write_status()
             # A doorbell means that the coordinator is back: no need to wait to the end.
             self._doorbell.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doorbell.wait(), next(waits))
+            await self._rung(next(waits))
+
+    async def _rung(self, within_s: float) -> None:
+        """Wait for a doorbell, but not longer than that."""
+        # Not wait_for: before Python 3.12 it loses a cancel that comes together with the doorbell.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._doorbell.wait()
 
     def _open_session(self) -> None:
         if self._link is None:
             self._link = Link(self._credentials)
         self._link.open()
+        self._learn_mqtt(self._link.mqtt())
+
+    def _learn_mqtt(self, address: MqttAddress) -> None:
+        """The broker's password changes when a peer is removed: keep what holds now."""
+        if address != self._enrolment.mqtt:
+            self._enrolment = replace(self._enrolment, mqtt=address)
+            write_enrolment(self._home, self._enrolment)
+            if self._presence is not None:
+                self._soon(self._presence.move, address)
 
     async def _work_on(self) -> None:
         """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
@@ -280,8 +297,7 @@ class Agent:
                     message = await self._in_thread(self._answer, message)
                     self._worked_at = time.monotonic()
             wait_s = worker.poll_s(self._worker, time.monotonic() - self._worked_at)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doorbell.wait(), wait_s)
+            await self._rung(wait_s)
 
     def _answer(self, message: Message) -> Message | None:
         """Do the work of a message and send the reply; the next message (in the work thread)."""

@@ -2,6 +2,7 @@
 
     GET  /cw/v1/ca                     the CA certificate (its hash is in every ticket)
     POST /cw/v1/join                   a machine with a ticket
+    GET  /cw/v1/mqtt                   the broker and the login for it     (an enrolled peer)
     POST /cw/v1/exchange               a reply in, the next work out        (an enrolled peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
     GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
@@ -34,7 +35,7 @@ from coordinator.runs import Run, RunSpec
 from protocols import identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
-from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining
+from protocols.joining import CA_PATH, JOIN_PATH, MQTT_PATH, JoinAnswer, Joining
 from protocols.messages import EXCHANGE_PATH, Command, Exchange, Exchanged
 from protocols.mqtt import MqttAddress
 
@@ -122,6 +123,10 @@ def make_app(
         except (msgspec.DecodeError, BadMessage) as err:
             raise HTTPException(400) from err
         return Response(msgspec.msgpack.encode(answer), media_type="application/msgpack")
+
+    async def mqtt(request: Request) -> Response:
+        await auth.peer(request)
+        return _json(desk.mqtt_for(request.url.hostname or ""))
 
     async def snapshot(_: Request, __: bytes) -> Response:
         return Response(fleets.encode(desk.fleet, time.time()), media_type="application/json")
@@ -211,6 +216,7 @@ def make_app(
         Route(CA_PATH, ca),
         Route(JOIN_PATH, join, methods=["POST"]),
         Route(EXCHANGE_PATH, exchange, methods=["POST"]),
+        Route(MQTT_PATH, mqtt),
         Route("/cw/v1/fleet", operator(snapshot)),
         Route("/cw/v1/watch", operator(watch)),
         Route("/cw/v1/runs", operator(list_runs)),

@@ -60,6 +60,7 @@ log = logging.getLogger("commonweight.hub")
 
 BEAT_S = 5.0
 ONLINE_EVERY_S = 2.0
+CERTIFICATE_EVERY_S = 6 * 3600.0
 #: Runs whose rounds the monitor still sees after a restart.
 _SHOWN_RUNS = 5
 
@@ -76,6 +77,10 @@ class Hub:
         self.port: int = self._socket.getsockname()[1]
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
+        removed = sum(peer.standing == "removed" for peer in self.registry.peers.values())
+        self._login = keys.login
+        if removed != keys.login.removed:
+            self._login = settings.new_login(home, removed)
         self.lane = Lane(home)
         self._superlink = Superlink(home, self._on_request)
         self._grid = LaneGrid(self._superlink, self.lane)
@@ -112,8 +117,8 @@ class Hub:
             port,
             self._home / "server.pem",
             self._home / "server.key",
-            self._keys.login.user,
-            self._keys.login.password,
+            self._login.user,
+            self._login.password,
         )
 
     # --- serving ---
@@ -139,7 +144,7 @@ class Hub:
                 self._on_rejected,
                 sign=self._keys.sign_key.sign,
             )
-            async with self._workers(resume):
+            async with self._workers(server, resume):
                 serving = asyncio.create_task(server.serve())
                 await server.up(serving)
                 self._write_up_file()
@@ -158,7 +163,7 @@ class Hub:
         self._stopping.set()
 
     @contextlib.asynccontextmanager
-    async def _workers(self, resume: bool) -> AsyncIterator[None]:
+    async def _workers(self, server: Server, resume: bool) -> AsyncIterator[None]:
         """The background tasks; one that fails stops the coordinator with its error."""
         assert self._feed is not None
         tasks = [
@@ -169,6 +174,7 @@ class Hub:
                 "publisher": self._publish_all(),
                 "heartbeat": self._beat(),
                 "sessions": self._watch_sessions(),
+                "certificate": self._keep_certificate(server),
                 "runs": self._work(resume),
             }.items()
         ]
@@ -220,6 +226,15 @@ class Hub:
         while True:
             await asyncio.to_thread(self._superlink.beat)
             await asyncio.sleep(BEAT_S)
+
+    async def _keep_certificate(self, server: Server) -> None:
+        """Renew the TLS certificate long before it ends; agents notice nothing."""
+        while True:
+            await asyncio.sleep(CERTIFICATE_EVERY_S)
+            keys = self._keys
+            if settings.certify(self._home, keys.ca_key, keys.ca_pem, self._names):
+                server.renew()
+                log.info("renewed the TLS certificate")
 
     # --- what the HTTP routes ask (api.Desk) ---
 

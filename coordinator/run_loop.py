@@ -161,7 +161,9 @@ class RunLoop:
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
         timeout = left if left > 0 and timed else None
         try:
-            await asyncio.wait_for(self.changed.wait(), timeout)
+            # Not wait_for: before Python 3.12 it loses a cancel that comes together with the news.
+            async with asyncio.timeout(timeout):
+                await self.changed.wait()
         except TimeoutError:
             pass  # the deadline: decide again
 

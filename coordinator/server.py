@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -36,7 +37,7 @@ _SWEEP_S = 1.0
 class Doorkeeper(HttpToolsProtocol):
     """One connection. `held` counts the connections of each address, for the whole process."""
 
-    held: Counter[str] = Counter()
+    held: ClassVar[Counter[str]] = Counter()
     _address = ""
     _head_bytes = 0
     _heard_at = 0.0

@@ -74,10 +74,11 @@ def read(**flags: Any) -> Settings:
 
 
 class MqttLogin(msgspec.Struct, frozen=True):
-    """The fleet's login for the embedded broker."""
+    """The fleet's login for the embedded broker; `removed` peers had been sent away by then."""
 
     user: str
     password: str
+    removed: int = 0
 
 
 class Keys(NamedTuple):
@@ -100,12 +101,18 @@ def init(names: list[str]) -> tuple[Path, bool]:
     identity.save_key(home / "ca.key", ca_key)
     identity.save_key(home / "coordinator.key", identity.new_signing_key())
     identity.save_key(home / "operator.key", identity.new_signing_key())
-    login = MqttLogin("fleet", secrets.token_urlsafe(24))
-    identity.write_private(home / "mqtt.json", msgspec.json.encode(login))
+    new_login(home, 0)
     # Last: its presence says that the home is whole.
     identity.write_private(home / "ca.pem", ca_pem)
     certify(home, ca_key, ca_pem, names)
     return home, True
+
+
+def new_login(home: Path, removed: int) -> MqttLogin:
+    """A new MQTT password: a peer that was removed knows the last one."""
+    login = MqttLogin("fleet", secrets.token_urlsafe(24), removed)
+    identity.write_private(home / "mqtt.json", msgspec.json.encode(login))
+    return login
 
 
 def open_keys(home: Path) -> Keys:
@@ -127,17 +134,18 @@ def open_keys(home: Path) -> Keys:
     )
 
 
-def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> None:
-    """Make or renew the TLS certificate unless it is good for all of `names` for a month."""
+def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> bool:
+    """Make or renew the TLS certificate; False if it is good for all of `names` for a month."""
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
     if certificate.exists():
         pem = certificate.read_bytes()
         if wanted <= identity.certificate_names(pem) and identity.days_left(pem) > 30:
-            return
+            return False
     key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
     identity.save_key(home / "server.key", key)
     identity.write_private(certificate, pem)
+    return True
 
 
 def reachable_names(host: str) -> list[str]:

@@ -11,6 +11,7 @@ from protocols.mqtt import MqttAddress
 
 JOIN_PATH = "/cw/v1/join"
 CA_PATH = "/cw/v1/ca"
+MQTT_PATH = "/cw/v1/mqtt"
 
 
 class Joining(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,7 @@ class Fleet:
                     program.kill()
                     stuck.append(name)
         _, left = psutil.wait_procs(list(self._family.values()), timeout=10)
+        left = alive(left)
         for process in left:
             process.kill()
         assert not stuck, f"did not stop when asked: {stuck}"
@@ -242,6 +243,18 @@ class Fleet:
     def print_logs(self) -> None:
         for name, program in self.programs.items():
             print(f"--- {name}\n{program.log[-4000:]}")
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; one that has ended and waits to be reaped does not."""
+    found = []
+    for process in processes:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from tests.e2e.fleet_harness import (
     COORDINATOR,
     Program,
+    alive,
     descendants,
     environment,
     run_program,
@@ -49,9 +50,9 @@ def started(tmp_path: Path) -> Iterator[Program]:
         until(lambda: program.process.poll() is not None or "round 1/" in program.log, "a round")
         yield program
     finally:
-        for process in [*descendants(program.process.pid), psutil.Process(program.process.pid)]:
+        for process in descendants(program.process.pid):
             process.kill()
-        program.process.wait()
+        program.kill()
 
 
 def test_two_agents_learn_together(tmp_path: Path) -> None:
@@ -85,8 +86,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: 
     assert len(family) >= 6, "coordinator, broker, two agents and their trainers"
     started.process.send_signal(getattr(signal, name))
     assert started.wait(30) == 130
-    assert "interrupted" in started.log
-    assert not [process for process in family if process.is_running()]
+    assert "interrupted: everything is stopped" in started.log
+    assert alive(family) == []
     assert at_work_in(tmp_path) == []
     assert left_in(tmp_path) == []
 
@@ -99,7 +100,7 @@ def test_a_coordinator_that_dies_is_an_error_with_its_last_words(
     coordinator.kill()
     assert started.wait(30) == 1
     assert "the coordinator ended; its last words:" in started.log
-    assert not [process for process in family if process.is_running()]
+    assert alive(family) == []
     assert left_in(tmp_path) == []
 
 
