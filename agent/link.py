@@ -42,7 +42,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from protocols import requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.identity import NodeKey, SigningKey, node_public
-from protocols.joining import MQTT_PATH
+from protocols.joining import LEAVE_PATH, MQTT_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
 from protocols.mqtt import MqttAddress
 from protocols.weights import sync_folder
@@ -105,6 +105,22 @@ class Link:
             )
         self._node = Node(node_id=answer.node_id)
 
+    def check(self) -> None:
+        """Prove the node key on Flower's side without a session: nothing changes there.
+
+        Flower looks at signature and key first, and then refuses the heartbeat that no node has.
+        """
+        with _translated():
+            try:
+                self._fleet.ActivateNode(
+                    ActivateNodeRequest(
+                        public_key=node_public(self._credentials.node_key), heartbeat_interval=0
+                    )
+                )
+            except httpx.HTTPStatusError as err:
+                if err.response.status_code != 400:
+                    raise
+
     def close(self) -> None:
         """Say goodbye if anybody listens, and drop the connections."""
         if self._node is not None:
@@ -132,6 +148,20 @@ class Link:
             answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
             answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=MqttAddress)
+
+    def standing(self) -> StandingAnswer:
+        """How this machine stands with the coordinator; needs no session."""
+        with _translated():
+            answer = self._http.get(STANDING_PATH, headers=self._signed("GET", STANDING_PATH))
+            answer.raise_for_status()
+        return msgspec.json.decode(answer.content, type=StandingAnswer)
+
+    def leave(self) -> None:
+        """Ask the coordinator to refuse this machine's key from now on; needs no session."""
+        with _translated():
+            self._http.post(
+                LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)
+            ).raise_for_status()
 
     def pull(self) -> Message | None:
         """The next message for this agent, or None."""

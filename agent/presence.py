@@ -256,6 +256,29 @@ class PresenceLink:
         return sender == topics.COORDINATOR and verify(self._coordinator_public, signature, signed)
 
 
+async def try_login(address: MqttAddress) -> str:
+    """Log in and out again: words for what is wrong, or "". Raises UsageFault (a CA that is none).
+
+    A session of its own that says nothing: a running agent's link is not disturbed.
+    """
+    client = aiomqtt.Client(
+        address.host,
+        address.port,
+        username=address.user or None,
+        password=address.password or None,
+        identifier=f"cw{secrets.token_hex(10)}",
+        clean_session=True,
+        tls_context=await asyncio.to_thread(tls_context, address),
+        timeout=TIMEOUT_S,
+        logger=_log,
+    )
+    try:
+        async with _entered(client):
+            return ""
+    except aiomqtt.MqttError as err:
+        return why_down(err.__cause__ or err.__context__, address)
+
+
 @asynccontextmanager
 async def _entered(client: aiomqtt.Client) -> AsyncIterator[None]:
     """The client, connected. A cancelled try is seen to its end first, or its socket stays open."""

@@ -47,7 +47,7 @@ def weighted_mean(updates: Sequence[Weights], share: Sequence[float], base: Weig
             continue
         total = np.zeros(spec.shape, np.float64)
         for update, part in zip(updates, share, strict=True):
-            tensor = _widen(update[name]) if spec.dtype == "BF16" else update[name]
+            tensor = widen(update[name]) if spec.dtype == "BF16" else update[name]
             total += np.multiply(tensor, part, dtype=np.float64)
         if spec.dtype == "BF16":
             result[name] = _narrow(total.astype(np.float32))
@@ -56,7 +56,7 @@ def weighted_mean(updates: Sequence[Weights], share: Sequence[float], base: Weig
     return Weights(result, bf16)
 
 
-def _widen(bits: Array) -> Array:
+def widen(bits: Array) -> Array:
     """bf16 bits (uint16) as float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 

@@ -4,6 +4,8 @@
     POST /cw/v1/join                   a machine with a ticket
     GET  /cw/v1/mqtt                   the broker and the login for it     (an enrolled peer)
     POST /cw/v1/exchange               a reply in, the next work out        (an enrolled peer)
+    GET  /cw/v1/standing               how it stands with the coordinator  (a peer)
+    POST /cw/v1/leave                  its key is refused from now on      (a peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
     GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
     *    /cw/v1/runs, /tickets, /peers                                      (operator)
@@ -32,10 +34,19 @@ from coordinator.enroll import Registry
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
 from coordinator.runs import Run, RunSpec
-from protocols import identity, tickets
+from protocols import VERSION, identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
-from protocols.joining import CA_PATH, JOIN_PATH, MQTT_PATH, JoinAnswer, Joining
+from protocols.joining import (
+    CA_PATH,
+    JOIN_PATH,
+    LEAVE_PATH,
+    MQTT_PATH,
+    STANDING_PATH,
+    JoinAnswer,
+    Joining,
+    StandingAnswer,
+)
 from protocols.messages import EXCHANGE_PATH, Command, Exchange, Exchanged
 from protocols.mqtt import MqttAddress
 
@@ -128,6 +139,20 @@ def make_app(
         await auth.peer(request)
         return _json(desk.mqtt_for(request.url.hostname or ""))
 
+    async def standing(request: Request) -> Response:
+        peer = await auth.peer(request, or_awaiting=True)
+        assert peer.standing != "removed", "auth lets no removed peer through"
+        return _json(
+            StandingAnswer(
+                peer=peer.peer, name=peer.name, standing=peer.standing, version=VERSION
+            )
+        )
+
+    async def leave(request: Request) -> Response:
+        peer = await auth.peer(request, or_awaiting=True)
+        desk.registry.remove(peer.peer, "left by itself")
+        return _json({})
+
     async def snapshot(_: Request, __: bytes) -> Response:
         return Response(fleets.encode(desk.fleet, time.time()), media_type="application/json")
 
@@ -217,6 +242,8 @@ def make_app(
         Route(JOIN_PATH, join, methods=["POST"]),
         Route(EXCHANGE_PATH, exchange, methods=["POST"]),
         Route(MQTT_PATH, mqtt),
+        Route(STANDING_PATH, standing),
+        Route(LEAVE_PATH, leave, methods=["POST"]),
         Route("/cw/v1/fleet", operator(snapshot)),
         Route("/cw/v1/watch", operator(watch)),
         Route("/cw/v1/runs", operator(list_runs)),

@@ -31,14 +31,16 @@ class Auth:
         self._operator = operator_public
         self._nonces = Nonces()
 
-    async def peer(self, request: Request, body_sha256: str = EMPTY_SHA256) -> Peer:
-        """The enrolled peer that signed this request with this body digest."""
+    async def peer(
+        self, request: Request, body_sha256: str = EMPTY_SHA256, *, or_awaiting: bool = False
+    ) -> Peer:
+        """The enrolled peer, or one that awaits approval, that signed this body's digest."""
         signed = self._read(request)
         peer = self._registry.peers.get(signed.sender)
         if peer is None or peer.standing == "removed":
             raise self._refuse(request, 401, f"{signed.sender} is not enrolled")
         self._check(request, signed, peer.sign_public, body_sha256)
-        if peer.standing != "enrolled":
+        if peer.standing != "enrolled" and not or_awaiting:
             raise self._refuse(request, 403, f"{peer.name} awaits approval")
         return peer
 

@@ -122,6 +122,9 @@ def up(
 @app.command()
 def monitor(
     once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Switch off what changes things.")
+    ] = False,
 ) -> None:
     """Watch the fleet in the terminal."""
     from coordinator.remote import LiveSource
@@ -141,7 +144,7 @@ def monitor(
         return
     from coordinator.tui.app import MonitorApp
 
-    MonitorApp(source).run()
+    MonitorApp(source, read_only=read_only).run()
 
 
 @app.command()

@@ -62,6 +62,9 @@ def run_demo(
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
             run = demo.train(_spec(agents, rounds, seed), split, with_monitor)
             model = _keep(fleet.home, run, out)
+        except KeyboardInterrupt:
+            console.print("interrupted: stopping everything …")
+            raise
         finally:
             fleet.stop()
             shutil.rmtree(folder, ignore_errors=True)

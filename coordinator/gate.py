@@ -6,17 +6,19 @@ Each refusal has a short fixed word (the ledger's and `/metrics`' key) and a sen
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from coordinator.aggregate import widen
 from coordinator.runs import Run
 from protocols import weights
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages import UpdateClaim, Verify, claim_part
 from protocols.states import RunState
-from protocols.weights import Schema, Weights
+from protocols.weights import FLOATING, Schema, Weights
 
 
 class Expected(NamedTuple):
@@ -79,10 +81,18 @@ def expectation(run: Run, schema: Schema) -> Expected:
 
 
 def distance(update: Weights, base: Weights) -> float:
-    """Euclidean norm of the update's floating-point tensors minus the base's (float64)."""
+    """Euclidean norm of the update's floating-point tensors minus the base's (float64).
+
+    What is beyond float64 counts as its largest number: the ledger has no infinity.
+    """
     total = 0.0
     for name, spec in update.schema.items():
-        if spec.dtype in ("F64", "F32", "F16"):
-            difference = np.subtract(update[name], base[name], dtype=np.float64).ravel()
+        if spec.dtype not in FLOATING:
+            continue
+        new, old = update[name], base[name]
+        if spec.dtype == "BF16":
+            new, old = widen(new), widen(old)
+        with np.errstate(over="ignore"):
+            difference = np.subtract(new, old, dtype=np.float64).ravel()
             total += float(difference @ difference)
-    return math.sqrt(total)
+    return math.sqrt(min(total, sys.float_info.max))

@@ -503,7 +503,7 @@ class Hub:
         self._mqtt_up = up
         self._tell_links()
         if changed:
-            text = "the MQTT broker is back" if up else f"no MQTT broker: {why}; training goes on"
+            text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(Happened(level="info" if up else "warning", text=printable(text)))
 
     def _tell_links(self) -> None:

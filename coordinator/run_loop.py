@@ -104,6 +104,8 @@ class RunLoop:
         if self.run.head:
             await self._learn_model()
         self._announce()
+        goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
+        self._say("info", f"run {self.run.id} {goes_on}", self.run.id)
         while not self.run.ended:
             self.changed.clear()
             await self._collect()
@@ -120,6 +122,8 @@ class RunLoop:
                 self._record(runs.RunEnded(RunState.FAILED, err.message))
         self._around.grid.forget(set(self._outstanding))
         self._outstanding.clear()
+        text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
+        self._say("error" if self.run.state is RunState.FAILED else "info", text, self.run.id)
         return self.run
 
     def _view(self) -> View:

@@ -70,6 +70,13 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
     return home
 
 
+def exposed(home: Path) -> list[Path]:
+    """The home and what lies in it, as far as others than its owner can get at it."""
+    if os.name != "posix":  # there the folder's own access list decides
+        return []
+    return [path for path in (home, *sorted(home.iterdir())) if path.lstat().st_mode & 0o077]
+
+
 def lock(home: Path, what: str) -> FileLock:
     """Take the home for this process until it ends. Raises HomeLocked."""
     held = FileLock(home / "lock", mode=0o600)

@@ -1,8 +1,8 @@
-"""What is said when a machine joins. Pure."""
+"""What is said when a machine joins, asks how it stands, and leaves. Pure."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -11,6 +11,8 @@ from protocols.mqtt import MqttAddress
 
 JOIN_PATH = "/cw/v1/join"
 CA_PATH = "/cw/v1/ca"
+STANDING_PATH = "/cw/v1/standing"
+LEAVE_PATH = "/cw/v1/leave"
 MQTT_PATH = "/cw/v1/mqtt"
 
 
@@ -36,3 +38,12 @@ class JoinAnswer(Struct, frozen=True, kw_only=True):
     coordinator_public: bytes
     mqtt: MqttAddress
     awaiting: bool
+
+
+class StandingAnswer(Struct, frozen=True, kw_only=True):
+    """How a machine stands with the coordinator, and the coordinator's own version."""
+
+    peer: str
+    name: str
+    standing: Literal["awaiting", "enrolled"]
+    version: str

@@ -86,7 +86,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: 
     assert len(family) >= 6, "coordinator, broker, two agents and their trainers"
     started.process.send_signal(getattr(signal, name))
     assert started.wait(30) == 130
-    assert "interrupted: everything is stopped" in started.log
+    assert "interrupted" in started.log
     assert alive(family) == []
     assert at_work_in(tmp_path) == []
     assert left_in(tmp_path) == []

@@ -1,0 +1,238 @@
+"""The gate: every refusal by its word, and what passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from coordinator import gate, runs
+from coordinator.runs import Run, RunSpec, Update
+from protocols import identity, messages
+from protocols.errors import BadWeights, UpdateRefused
+from protocols.messages import UpdateClaim
+from protocols.states import RunState
+from protocols.weights import Weights
+
+BASE, DIGEST = "0" * 64, "1" * 64
+MODEL = Weights({"w": np.zeros((20, 10), np.float32), "steps": np.array(3, np.int64)})
+
+
+def a_run(*facts: runs.Fact, **spec: Any) -> Run:
+    asked = runs.RoundOpened(1, BASE, ("A", "B"))
+    started = runs.RunStarted(RunSpec(task="t", rounds=2, **spec))
+    return runs.replay("r", [started, runs.WeightsInitialised(BASE, "A"), asked, *facts])
+
+
+@dataclass
+class Desk:
+    """Two peers with keys, and a run that waits for their updates."""
+
+    run: Run = field(default_factory=a_run)
+    keys: dict[str, identity.SigningKey] = field(
+        default_factory=lambda: {peer: identity.new_signing_key() for peer in "AB"}
+    )
+
+    def verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
+        key = self.keys.get(sender)
+        return key is not None and identity.verify(identity.raw_public(key), signature, signed)
+
+    def present(self, sender: str = "A", signer: str = "A", **changed: Any) -> None:
+        claim = UpdateClaim(
+            run="r",
+            round=1,
+            kind="train",
+            peer="A",
+            base=BASE,
+            digest=DIGEST,
+            nbytes=1000,
+            num_examples=5,
+            nonce="n",
+        )
+        claim = replace(claim, **changed)
+        payload, signature = messages.sign_claim(claim, self.keys[signer].sign)
+        self.present_bytes(sender, claim, payload, signature)
+
+    def present_bytes(
+        self, sender: str, claim: UpdateClaim, payload: bytes, signature: bytes
+    ) -> None:
+        expected = gate.expectation(self.run, MODEL.schema)
+        gate.check_claim(self.run, expected, sender, claim, payload, signature, self.verify)
+
+
+def test_a_good_claim_passes() -> None:
+    Desk().present()
+
+
+@pytest.mark.parametrize(
+    ("word", "arguments"),
+    [
+        ("bad signature", {"signer": "B"}),
+        ("bad signature", {"peer": "B"}),
+        ("bad signature", {"sender": "B"}),
+        ("another run", {"run": "x"}),
+        ("late", {"round": 0}),
+        ("late", {"round": 2}),
+        ("late", {"kind": "evaluate"}),
+        ("late", {"kind": "init"}),
+        ("wrong base", {"base": "2" * 64}),
+        ("wrong base", {"base": ""}),
+        ("bad example count", {"num_examples": 0}),
+        ("bad example count", {"num_examples": -80}),
+        ("bad example count", {"num_examples": 10_000_001}),
+    ],
+)
+def test_each_refusal_has_its_word(word: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UpdateRefused) as caught:
+        Desk().present(**arguments)
+    assert caught.value.reason == word
+    assert caught.value.message
+
+
+def test_a_payload_that_was_changed_is_not_signed() -> None:
+    desk = Desk()
+    claim = UpdateClaim(
+        run="r",
+        round=1,
+        kind="train",
+        peer="A",
+        base=BASE,
+        digest=DIGEST,
+        nbytes=1,
+        num_examples=5,
+        nonce="n",
+    )
+    payload, signature = messages.sign_claim(claim, desk.keys["A"].sign)
+    for wrong, by in ((payload.replace(b"5", b"6"), signature), (payload, bytes(64))):
+        with pytest.raises(UpdateRefused, match="not signed"):
+            desk.present_bytes("A", claim, wrong, by)
+
+
+def test_an_answer_counts_once() -> None:
+    accepted = runs.UpdateAccepted(1, "A", Update(digest=DIGEST, num_examples=5))
+    with pytest.raises(UpdateRefused) as caught:
+        Desk(a_run(accepted)).present()
+    assert caught.value.reason == "replay"
+
+
+def test_who_was_not_asked_is_refused() -> None:
+    desk = Desk(a_run())
+    desk.keys["C"] = identity.new_signing_key()
+    with pytest.raises(UpdateRefused) as caught:
+        desk.present(sender="C", signer="C", peer="C")
+    assert caught.value.reason == "not asked"
+
+
+def test_an_unknown_key_is_refused() -> None:
+    desk = Desk()
+    stranger = Desk()
+    desk.keys["B"] = stranger.keys["B"]
+    del desk.keys["A"]
+    with pytest.raises(UpdateRefused) as caught:
+        desk.present(signer="B")
+    assert caught.value.reason == "bad signature"
+
+
+def test_the_operators_cap_on_examples_holds() -> None:
+    desk = Desk(a_run(max_examples=4))
+    with pytest.raises(UpdateRefused, match="1…4"):
+        desk.present()
+
+
+def test_a_peer_that_was_refused_or_lost_may_still_answer_well() -> None:
+    for fact in (
+        runs.PeerLost("A", "went away"),
+        runs.UpdateRefused(1, "A", "not finite", "x", "train"),
+    ):
+        Desk(a_run(fact)).present()
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def changed(**tensors: Any) -> Weights:
+    found = {name: np.array(MODEL[name]) for name in MODEL} | tensors
+    return Weights({name: array for name, array in found.items() if array is not None})
+
+
+EXPECTED = gate.Expected("train", BASE, MODEL.schema)
+
+
+def test_good_weights_pass() -> None:
+    update = changed()
+    assert gate.check_weights(EXPECTED, lambda: update) is update
+
+
+@pytest.mark.parametrize(
+    ("word", "update"),
+    [
+        ("bad weights", changed(w=np.zeros((1, 10), np.float32))),
+        ("bad weights", changed(w=np.zeros((20, 10), np.float64))),
+        ("bad weights", changed(w=None)),
+        ("bad weights", changed(extra=np.zeros(1))),
+        ("not finite", changed(w=np.full((20, 10), np.nan, np.float32))),
+        ("not finite", changed(w=np.full((20, 10), np.inf, np.float32))),
+    ],
+)
+def test_weights_that_must_not_be_summed(word: str, update: Weights) -> None:
+    with pytest.raises(UpdateRefused) as caught:
+        gate.check_weights(EXPECTED, lambda: update)
+    assert caught.value.reason == word
+
+
+def test_missing_bytes_are_refused() -> None:
+    def missing() -> Weights:
+        raise BadWeights("the update's bytes were never uploaded")
+
+    with pytest.raises(UpdateRefused, match="never uploaded"):
+        gate.check_weights(EXPECTED, missing)
+
+
+def test_first_weights_have_no_schema_to_meet_but_must_be_finite() -> None:
+    first = gate.Expected("init", "", {})
+    gate.check_weights(first, lambda: changed(extra=np.zeros(1)))
+    with pytest.raises(UpdateRefused, match="'w'"):
+        gate.check_weights(first, lambda: changed(w=np.array([np.nan])))
+
+
+def test_what_is_expected_in_each_state() -> None:
+    closed = a_run(runs.TrainingClosed(1, ("A",)))
+    committed = runs.apply(closed, runs.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
+    waiting = Run(id="r", spec=a_run().spec)
+    assert gate.expectation(waiting, MODEL.schema) == ("init", "", {})
+    assert gate.expectation(a_run(), MODEL.schema) == ("train", BASE, MODEL.schema)
+    assert committed.state is RunState.EVALUATING
+    assert gate.expectation(committed, MODEL.schema)[:2] == ("evaluate", DIGEST)
+
+
+# --- norms -----------------------------------------------------------------------------------
+
+
+def test_the_norm_is_that_of_the_difference() -> None:
+    update = changed(w=np.full((20, 10), 0.5, np.float32), steps=np.array(99, np.int64))
+    assert gate.distance(update, MODEL) == pytest.approx(0.5 * math.sqrt(200))
+    assert gate.distance(MODEL, MODEL) == 0.0
+
+
+def test_bf16_counts_too() -> None:
+    def bf16(value: float) -> Weights:
+        bits = np.full(4, value, np.float32).view(np.uint32) >> 16
+        return Weights({"w": bits.astype(np.uint16)}, ["w"])
+
+    assert gate.distance(bf16(1.0), bf16(3.0)) == 4.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_norm_of_huge_weights_is_a_number() -> None:
+    """An infinity would go into the ledger as null, which no later start could read."""
+    for far in (1e200, 1.7e308):
+        norm = gate.distance(
+            Weights({"w": np.array([far, far])}), Weights({"w": np.array([-far, far])})
+        )
+        assert math.isfinite(norm)
+        fact = runs.UpdateAccepted(1, "A", Update(num_examples=1, norm=norm))
+        assert runs.decode_fact(runs.encode_fact(fact)) == fact

@@ -1,0 +1,380 @@
+"""The run as a machine: whatever peers and clocks do, its promises hold and it comes to an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from coordinator import runs
+from coordinator.runs import Fact, Run, RunSpec, Update, View
+from protocols.states import ENDED, RunState
+
+PEERS = ("A", "B", "C", "D")
+ALL = frozenset(PEERS)
+
+
+class Loop:
+    """What the run loop does with a run, without network, disk or clock."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.facts: list[Fact] = [runs.RunStarted(spec)]
+        self.run = runs.replay("r", self.facts)
+        self.here: frozenset[str] = frozenset()
+        self.due = False
+        self.accepted: set[str] = set()
+
+    def record(self, *facts: Fact) -> None:
+        for fact in facts:
+            self.facts.append(fact)
+            self.run = runs.apply(self.run, fact)
+
+    def lose(self, peer: str) -> None:
+        self.here -= {peer}
+        if peer in self.run.pending:
+            self.record(runs.PeerLost(peer, "went away"))
+
+    def answer(self, peer: str, examples: int = 1) -> None:
+        """A good answer of a peer that was asked."""
+        if self.run.state is RunState.WAITING:
+            self.record(runs.WeightsInitialised("first", peer))
+            return
+        if self.run.state is RunState.TRAINING:
+            self.accepted.add(peer)
+        update = Update(digest=f"u{peer}", num_examples=examples, metrics={"loss": 1.0}, norm=0.5)
+        self.record(runs.UpdateAccepted(self.run.round, peer, update))
+
+    def refuse(self, peer: str) -> None:
+        self.record(runs.UpdateRefused(self.run.round, peer, "not finite", "x", self.run.kind))
+
+    def decide(self) -> runs.Step:
+        return runs.decide(self.run, View(self.here, self.due))
+
+    def do(self, step: runs.Step) -> None:
+        run = self.run
+        match step:
+            case runs.Wait():
+                pass
+            case runs.AskInit(peer):
+                self.due = False
+                self.record(runs.PeersAsked((peer,)))
+            case runs.AskMore(peers):
+                self.due = False
+                self.record(runs.PeersAsked(peers))
+            case runs.OpenRound(number, base, eligible):
+                assert number == run.round + 1
+                assert len(eligible) >= run.spec.quorum
+                self.due, self.accepted = False, set()
+                self.record(runs.RoundOpened(number, base, eligible))
+            case runs.CloseTraining(contributors):
+                assert len(contributors) >= run.spec.quorum
+                assert set(contributors) <= self.accepted
+                assert list(contributors) == sorted(contributors)
+                self.record(runs.TrainingClosed(run.round, contributors))
+            case runs.Aggregate(contributors):
+                assert contributors == run.contributors
+                digest = f"v{run.round}"
+                self.record(runs.VersionCommitted(run.round, digest, run.head, contributors, {}))
+            case runs.OpenEvaluation(eligible):
+                self.due = False
+                self.record(runs.EvaluationOpened(run.round, eligible))
+            case runs.CloseRound():
+                metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
+                self.record(runs.RoundClosed(run.round, metrics, 1.0, 2, 3))
+            case runs.EndRun(state, because):
+                self.record(runs.RunEnded(state, because))
+
+
+class RunMachine(RuleBasedStateMachine):
+    """Peers come and go, answer, fail and dawdle; deadlines pass; the loop does what is decided."""
+
+    @initialize(rounds=st.integers(1, 3), quorum=st.integers(1, len(PEERS)))
+    def start(self, rounds: int, quorum: int) -> None:
+        self.loop = Loop(RunSpec(task="t", rounds=rounds, quorum=quorum))
+        self.last_round = 0
+
+    @rule(peer=st.sampled_from(PEERS))
+    def comes(self, peer: str) -> None:
+        self.loop.here |= {peer}
+
+    @rule(peer=st.sampled_from(PEERS))
+    def goes(self, peer: str) -> None:
+        self.loop.lose(peer)
+
+    @rule(count=st.integers(1, 5))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            if not self.loop.run.ended:
+                self.loop.do(self.loop.decide())
+
+    @precondition(lambda self: self.loop.run.pending)
+    @rule(data=st.data(), examples=st.integers(1, 9))
+    def answers(self, data: st.DataObject, examples: int) -> None:
+        self.loop.answer(data.draw(st.sampled_from(self.loop.run.pending)), examples)
+
+    @precondition(lambda self: self.loop.run.pending)
+    @rule(data=st.data())
+    def is_refused(self, data: st.DataObject) -> None:
+        self.loop.refuse(data.draw(st.sampled_from(self.loop.run.pending)))
+
+    @rule(peer=st.sampled_from(PEERS), kind=st.sampled_from(["train", "evaluate", "init"]))
+    def answers_an_old_question(self, peer: str, kind: str) -> None:
+        """Too late, and no verdict on the present question."""
+        run = self.loop.run
+        number = run.round if kind != run.kind else run.round - 1
+        self.loop.record(runs.UpdateRefused(number, peer, "late", "x", kind))
+        assert self.loop.run.pending == run.pending
+
+    @rule()
+    def deadline_passes(self) -> None:
+        self.loop.due = True
+
+    @precondition(lambda self: self.loop.run.round > 1)
+    @rule()
+    def is_stopped(self) -> None:
+        self.loop.record(runs.RunEnded(RunState.STOPPED, "by the operator"))
+
+    @invariant()
+    def a_replay_gives_the_same_run(self) -> None:
+        if hasattr(self, "loop"):
+            stored = [runs.decode_fact(runs.encode_fact(fact)) for fact in self.loop.facts]
+            assert runs.replay("r", stored) == self.loop.run
+
+    @invariant()
+    def rounds_only_go_on(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        run = self.loop.run
+        assert self.last_round <= run.round <= run.spec.rounds
+        self.last_round = run.round
+        assert [closed.round for closed in run.history] == list(range(1, len(run.history) + 1))
+        assert all(len(closed.contributors) >= run.spec.quorum for closed in run.history)
+
+    @invariant()
+    def who_is_counted_was_accepted(self) -> None:
+        if hasattr(self, "loop") and self.loop.run.state in (
+            RunState.AGGREGATING,
+            RunState.EVALUATING,
+        ):
+            assert set(self.loop.run.contributors) <= self.loop.accepted
+
+    @invariant()
+    def something_is_always_decided(self) -> None:
+        if hasattr(self, "loop"):
+            step = self.loop.decide()
+            assert not isinstance(step, runs.Wait) or step.what
+
+    def teardown(self) -> None:
+        """From wherever it stands: with all peers there and answering, the run ends."""
+        if not hasattr(self, "loop"):
+            return
+        loop = self.loop
+        loop.here = ALL
+        for _ in range(20 * loop.run.spec.rounds + 20):
+            if loop.run.ended:
+                break
+            step = loop.decide()
+            loop.do(step)
+            if isinstance(step, runs.Wait):
+                if loop.run.pending:
+                    loop.answer(loop.run.pending[0])
+                else:
+                    loop.due = True
+        assert loop.run.ended, f"it waits for {loop.decide()}"
+        if loop.run.state is RunState.FINISHED:
+            assert len(loop.run.history) == loop.run.spec.rounds
+
+
+TestRuns = RunMachine.TestCase
+TestRuns.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+# --- single decisions ------------------------------------------------------------------------
+
+
+def training(quorum: int = 2, asked: tuple[str, ...] = ("A", "B")) -> Loop:
+    loop = Loop(RunSpec(task="t", rounds=3, quorum=quorum))
+    loop.record(runs.WeightsInitialised("first", "file"), runs.RoundOpened(1, "first", asked))
+    loop.here = frozenset(asked)
+    return loop
+
+
+def test_a_round_goes_on_with_the_quorum_when_the_deadline_has_passed() -> None:
+    loop = training(quorum=1)
+    loop.answer("A")
+    assert isinstance(loop.decide(), runs.Wait)
+    loop.due = True
+    assert loop.decide() == runs.CloseTraining(("A",))
+
+
+def test_it_does_not_go_on_below_the_quorum() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.due = True
+    assert loop.decide() == runs.Wait("the quorum: 1 of 2; the deadline has passed")
+
+
+def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
+    """B is there and hangs for ever; C came after the round was opened."""
+    loop = training()
+    loop.answer("A")
+    loop.here |= {"C"}
+    assert isinstance(loop.decide(), runs.Wait)
+    loop.due = True
+    assert loop.decide() == runs.AskMore(("C",))
+    loop.do(loop.decide())
+    loop.answer("C")
+    loop.due = True
+    assert loop.decide() == runs.CloseTraining(("A", "C"))
+
+
+def test_who_failed_may_try_again_after_a_deadline() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.refuse("B")
+    assert loop.decide() == runs.Wait("1 peer more for the quorum")
+    loop.due = True
+    assert loop.decide() == runs.AskMore(("B",))
+
+
+def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.lose("B")
+    assert loop.decide() == runs.Wait("1 peer more for the quorum")
+    loop.here |= {"B"}
+    assert loop.decide() == runs.AskMore(("B",))
+
+
+def test_the_round_does_not_wait_for_lost_peers_once_the_quorum_is_there() -> None:
+    loop = training(quorum=1)
+    loop.answer("A")
+    loop.lose("B")
+    assert loop.decide() == runs.CloseTraining(("A",))
+
+
+def test_another_peer_makes_the_first_weights_when_one_cannot_or_hangs() -> None:
+    loop = Loop(RunSpec(task="t", rounds=1))
+    assert loop.decide() == runs.Wait("a peer that can make the first weights")
+    loop.here = frozenset("ABC")
+    assert loop.decide() == runs.AskInit("A")
+    loop.do(loop.decide())
+    assert loop.decide() == runs.Wait("the first weights from A")
+    loop.refuse("A")
+    assert loop.decide() == runs.AskInit("B")
+    loop.do(loop.decide())
+    loop.due = True
+    assert loop.decide() == runs.AskMore(("A", "C"))
+
+
+def test_a_late_answer_does_not_settle_the_present_question() -> None:
+    """A's answer to round 1 arrives in round 2, where A has been asked again."""
+    loop = training(quorum=1)
+    loop.answer("B")
+    loop.due = True
+    while loop.run.round < 2:
+        step = loop.decide()
+        loop.do(step)
+        if isinstance(step, runs.Wait):
+            loop.answer(loop.run.pending[0])
+    assert loop.run.peers["A"] == "asked"
+    loop.record(runs.UpdateRefused(1, "A", "late", "x", "train"))
+    assert loop.run.peers["A"] == "asked"
+    assert loop.run.refused == 1
+    loop.refuse("A")
+    assert loop.run.peers["A"] == "refused"
+
+
+def test_nobody_there_to_evaluate_closes_the_round() -> None:
+    loop = training(quorum=1, asked=("A",))
+    loop.answer("A")
+    for _ in range(2):
+        loop.do(loop.decide())
+    loop.here = frozenset()
+    assert loop.run.state is RunState.EVALUATING
+    assert loop.decide() == runs.CloseRound()
+
+
+def evaluated(**metrics: float | None) -> runs.Round:
+    return runs.Round(
+        round=1,
+        digest="d",
+        contributors=(),
+        refused=0,
+        metrics=metrics,
+        seconds=1.0,
+        bytes_up=0,
+        bytes_down=0,
+        norms={},
+    )
+
+
+def test_the_best_version_is_the_most_accurate_else_the_one_of_least_loss() -> None:
+    score = runs.score
+    assert score(evaluated(accuracy=0.9, loss=9.0)) > score(evaluated(accuracy=0.8, loss=0.1))
+    assert score(evaluated(loss=0.1)) > score(evaluated(loss=0.2))
+    assert score(evaluated(loss=9e9)) > score(evaluated(loss=None)) == score(evaluated())
+
+
+def test_the_first_of_equals_stays_best() -> None:
+    loop = training(quorum=1, asked=("A",))
+    for number in (1, 2):
+        if number > 1:
+            loop.record(runs.RoundOpened(number, loop.run.head, ("A",)))
+        loop.answer("A")
+        loop.do(loop.decide())
+        loop.do(loop.decide())
+        loop.record(runs.RoundClosed(number, {"accuracy": 0.5}, 1.0, 0, 0))
+    assert loop.run.best is not None
+    assert loop.run.best.round == 1
+
+
+FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
+    runs.WeightsInitialised: lambda d: runs.WeightsInitialised("x", "A"),
+    runs.RoundOpened: lambda d: runs.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
+    runs.PeersAsked: lambda d: runs.PeersAsked(d(_SOME)),
+    runs.PeerLost: lambda d: runs.PeerLost(d(_ONE), "x"),
+    runs.UpdateAccepted: lambda d: runs.UpdateAccepted(1, d(_ONE), Update(num_examples=1)),
+    runs.UpdateRefused: lambda d: runs.UpdateRefused(1, d(_ONE), "x", "x"),
+    runs.TrainingClosed: lambda d: runs.TrainingClosed(1, d(_SOME)),
+    runs.VersionCommitted: lambda d: runs.VersionCommitted(1, "x", "y", d(_SOME), {}),
+    runs.EvaluationOpened: lambda d: runs.EvaluationOpened(1, d(_SOME)),
+    runs.RoundClosed: lambda d: runs.RoundClosed(1, {}, 1.0, 0, 0),
+    runs.RunEnded: lambda d: runs.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
+}
+_ONE = st.sampled_from(PEERS)
+_SOME = st.lists(_ONE, unique=True).map(tuple)
+
+
+@given(st.data())
+def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
+    """A ledger is only read here: it may be odd, but never the end of the coordinator."""
+    run = Run(id="r", spec=RunSpec(task="t", rounds=2))
+    for kind in data.draw(st.lists(st.sampled_from(list(FACTS)), max_size=20)):
+        before = run
+        run = runs.apply(run, FACTS[kind](data.draw))
+        if before.ended:
+            assert run == before
+        runs.decide(run, View(ALL, data.draw(st.booleans())))
+        runs.decide(run, View(frozenset(), data.draw(st.booleans())))
+
+
+def test_every_fact_has_a_transition_and_nothing_leaves_an_end() -> None:
+    assert set(FACTS) == set(runs.TRANSITIONS)
+    assert all(not (states & ENDED) for states, _ in runs.TRANSITIONS.values())
+
+
+@pytest.mark.parametrize("state", sorted(ENDED))
+def test_an_ended_run_decides_nothing(state: RunState) -> None:
+    run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
+    assert isinstance(runs.decide(run, View(ALL, True)), runs.Wait)
