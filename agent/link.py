@@ -39,7 +39,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from protocols import requests
+from agent.settings import Enrolment
+from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, STANDING_PATH, StandingAnswer
@@ -63,6 +64,17 @@ class Credentials(NamedTuple):
     peer: str
     node_key: NodeKey
     sign_key: SigningKey
+
+    @classmethod
+    def of(cls, home: Path, enrolment: Enrolment) -> Credentials:
+        """Those of the machine that joined in this home. Raises HomeFault."""
+        return cls(
+            address=enrolment.addresses[0],
+            ca_pem=enrolment.ca_pem.encode(),
+            peer=enrolment.peer,
+            node_key=identity.load_node_key(home / "node.key"),
+            sign_key=identity.load_signing_key(home / "sign.key"),
+        )
 
 
 class SessionLost(Refused):

@@ -69,13 +69,7 @@ class Agent:
     def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
         self._home, self._enrolment, self._settings = home, enrolment, chosen
         self._worker = Worker()
-        self._credentials = Credentials(
-            address=enrolment.addresses[0],
-            ca_pem=enrolment.ca_pem.encode(),
-            peer=enrolment.peer,
-            node_key=identity.load_node_key(home / "node.key"),
-            sign_key=identity.load_signing_key(home / "sign.key"),
-        )
+        self._credentials = Credentials.of(home, enrolment)
         self._cache, self._outbox = home / "cache", home / "outbox"
         for folder in (self._cache, self._outbox, home / "trainer"):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -246,6 +240,7 @@ class Agent:
             try:
                 await self._in_thread(self._open_session)
                 self._happened(SessionChanged(True))
+                self._write_status()
                 log.info("connected to %s", self._credentials.address)
                 waits = delays(Random(), 0.3, 15.0)
                 await self._work_on()

@@ -11,8 +11,9 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -82,7 +83,7 @@ class Hub:
         if removed != keys.login.removed:
             self._login = settings.new_login(home, removed)
         self.lane = Lane(home)
-        self._superlink = Superlink(home, self._on_request)
+        self._superlink = Superlink(self._on_request)
         self._grid = LaneGrid(self._superlink, self.lane)
         self._node_of: dict[str, int] = {}
         self._peer_of: dict[int, str] = {}
@@ -95,7 +96,7 @@ class Hub:
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._voice = Voice(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue()
-        self._ringing: set[asyncio.Task[bool]] = set()
+        self._saying: set[asyncio.Task[bool]] = set()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._broker = self._make_broker()
         self._feed: Feed | None = None
@@ -382,9 +383,13 @@ class Hub:
     def _ring(self, peers: Sequence[str]) -> None:
         assert self._feed is not None
         for peer in peers:
-            task = asyncio.create_task(self._feed.ring(peer))
-            self._ringing.add(task)
-            task.add_done_callback(self._ringing.discard)
+            self._say_soon(self._feed.ring(peer))
+
+    def _say_soon(self, saying: Coroutine[Any, Any, bool]) -> None:
+        """Something on MQTT that nobody waits for."""
+        task = asyncio.create_task(saying)
+        self._saying.add(task)
+        task.add_done_callback(self._saying.discard)
 
     # --- peers ---
 
@@ -406,6 +411,8 @@ class Hub:
             if (node := self._node_of.pop(peer.peer, None)) is not None:
                 self._superlink.forget(node)
             self._online.discard(peer.peer)
+            if self._feed is not None:
+                self._say_soon(self._feed.forget(peer.peer))
             self._tell_of(peer)
             self._nudge()
         else:

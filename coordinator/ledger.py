@@ -31,17 +31,29 @@ class Entry(NamedTuple):
 
 
 class Ledger:
-    """Append and read entries. Thread-safe. Raises HomeFault when the file cannot be used."""
+    """Append and read entries. Thread-safe. Raises HomeFault when the file cannot be used.
 
-    def __init__(self, path: Path) -> None:
+    `read_only`: for a reader beside the one writer; nothing can be appended.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            path.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._prepare()
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                check_same_thread=False,
+                isolation_level=None,
+            )
+            if not read_only:
+                path.chmod(0o600)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+            self._check_format()
+            if not read_only:
+                self._prepare()
             row = self._db.execute("SELECT hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
         except (sqlite3.DatabaseError, OSError) as err:
             raise HomeFault(
@@ -50,13 +62,15 @@ class Ledger:
             ) from err
         self._head: bytes = row[0] if row else _START
 
-    def _prepare(self) -> None:
+    def _check_format(self) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > FORMAT:
             raise HomeTooNew(
                 f"the ledger has format {found}; this version writes {FORMAT}",
                 "update commonweight on this machine",
             )
+
+    def _prepare(self) -> None:
         self._db.executescript(
             f"""
             CREATE TABLE IF NOT EXISTS log (

@@ -2,8 +2,9 @@
 
 With `agent/link.py` the only file that uses Flower's private names (1.41; see the contract tests).
 Mounted are the Fleet routes alone: no Control API, no Runtime API, no docs page, so nobody can
-submit a run or take a ServerApp's token. Flower's database is no authority: it is made anew at
-every start from the ledger's peers, and one Flower run lives as long as the coordinator.
+submit a run or take a ServerApp's token. LinkState is no authority: it is made anew at every start
+from the ledger's peers, and one Flower run lives as long as the coordinator. So it is kept in
+memory: on SQLite four fifths of a small round's CPU went into a database that was thrown away.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, cast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -23,13 +23,12 @@ from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
-from flwr.server.superlink.linkstate import SqlLinkState
 from flwr.serverapp import Grid
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.error import FlowerError, http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -50,8 +49,11 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocols.errors import BadMessage
@@ -73,14 +75,11 @@ class Superlink:
     succeeded; the action is the last part of its path, such as "push-object".
     """
 
-    def __init__(self, folder: Path, on_request: Callable[[str, int], None]) -> None:
-        database = folder / "flower.db"
-        for leftover in folder.glob("flower.db*"):
-            leftover.unlink()
-        manager = get_federation_manager()
-        _, self._factory = get_objectstore_linkstate_factories(str(database), manager)
-        self.state = cast(SqlLinkState, self._factory.state())
-        database.chmod(0o600)
+    def __init__(self, on_request: Callable[[str, int], None]) -> None:
+        _, self._factory = get_objectstore_linkstate_factories(
+            FLWR_IN_MEMORY_DB_NAME, get_federation_manager()
+        )
+        self.state = self._factory.state()
         self._on_request = on_request
         self._nodes: dict[bytes, int] = {}
         #: Held while messages are stored, so that nobody is given one whose objects are not there.
@@ -125,7 +124,7 @@ class Superlink:
         What takes a node about 14 requests on the Fleet routes is one request and one transaction.
         Raises BadMessage for a reply that is not the node's own or not whole.
         """
-        with self.lock, self.state.session():
+        with self.lock:
             if asked.reply is not None:
                 self._take(node_id, asked.reply)
             return Exchanged(work=self._give(node_id) if asked.want else None)
@@ -182,12 +181,27 @@ class Superlink:
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
+                Middleware(BaseHTTPMiddleware, dispatch=self._end_last_session),
             ],
         )
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
         app.include_router(fleet_router)
         return _BodyLimit(self._watched(app))
+
+    async def _end_last_session(
+        self, request: Request, call_next: RequestResponseEndpoint
+    ) -> Response:
+        """Let a key that opens a session end its last one first.
+
+        Flower refuses a second one, so an agent that was killed and started again would have to
+        wait until the heartbeats of its former life run out. (Its key was checked just before.)
+        """
+        asked = getattr(request.state, "protobuf_request", None)
+        if isinstance(asked, ActivateNodeRequest) and asked.public_key in self._nodes:
+            node_id = self._nodes[asked.public_key]
+            await run_in_threadpool(self.state.deactivate_node, node_id)
+        return await call_next(request)
 
     def _watched(self, app: ASGIApp) -> ASGIApp:
         """Tells of a request once it has succeeded."""
@@ -280,7 +294,7 @@ class LinkGrid(Grid):
         ids: list[str] = []
         wanted: set[str] = set()
         objects: dict[str, Any] = {}
-        with self._lock, self._state.session(), no_object_id_recompute():
+        with self._lock, no_object_id_recompute():
             session = self._state.start_session(self._run_id)
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
@@ -302,7 +316,7 @@ class LinkGrid(Grid):
         """The replies that have arrived whole; each is given once and then forgotten."""
         wanted = set(message_ids)
         replies: list[Message] = []
-        with self._lock, self._state.session():
+        with self._lock:
             for reply in self._state.get_message_res(set(wanted), self._run_id):
                 if reply.has_error():
                     replies.append(reply)
@@ -338,7 +352,7 @@ class LinkGrid(Grid):
     def forget(self, message_ids: set[str]) -> None:
         """Take back messages, answered or not: a late reply to them is refused."""
         if message_ids:
-            with self._lock, self._state.session():
+            with self._lock:
                 self._forget(message_ids)
 
     def _forget(self, message_ids: set[str]) -> None:

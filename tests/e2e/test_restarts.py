@@ -6,10 +6,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.fleet_harness import Fleet, descendants, fleet, two_free_ports, until
+from tests.e2e.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports, until
 
-#: Some seconds of work a round on one core, and the same in every test run.
-SLOW = ["--set", "epochs=60", "--seed", "7"]
+#: Seconds of work a round on one core, and the same in every test run.
+SLOW = ["--set", "epochs=30", "--seed", "7"]
 
 
 def rounds_of(run: dict[str, object]) -> list[int]:
@@ -39,7 +39,7 @@ def test_an_agent_killed_in_a_round_comes_back_as_the_same_peer(tmp_path: Path) 
         site.programs["ada"].kill()
         assert trainers, "the trainer is a process of its own"
         psutil.wait_procs(trainers, timeout=20)
-        assert not any(trainer.is_running() for trainer in trainers)
+        assert alive(trainers) == []
 
         site.start("ada")
         assert site.agent("ada")["peer"] == peer

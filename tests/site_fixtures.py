@@ -1,0 +1,188 @@
+"""A coordinator's parts behind a real TLS server in a thread, and machines that have joined it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from agent.link import Credentials
+from coordinator.api import make_app
+from coordinator.auth import Auth
+from coordinator.enroll import Peer, Registry
+from coordinator.fleet import Fleet
+from coordinator.lane import Lane
+from coordinator.ledger import Ledger
+from coordinator.records import LaneGrid
+from coordinator.server import Server, listen
+from coordinator.superlink import FLEET_PREFIX, Superlink
+from protocols import identity, requests, tickets
+from protocols.joining import Joining
+from protocols.messages import Exchange, Exchanged
+from protocols.mqtt import MqttAddress
+
+HOST = "127.0.0.1"
+
+
+def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
+    """Wait for a condition, with a bound that only a failure meets."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        time.sleep(0.005)
+
+
+class Machine:
+    """An agent's keys and the requests it can sign."""
+
+    def __init__(self, name: str = "box") -> None:
+        self.name = name
+        self.sign_key, self.node_key = identity.new_signing_key(), identity.new_node_key()
+        self.peer = identity.peer_id(identity.raw_public(self.sign_key))
+
+    def joining(self, ticket: tickets.Ticket, **changed: Any) -> Joining:
+        fields: dict[str, Any] = {
+            "ticket": ticket.id,
+            "secret": ticket.secret,
+            "name": self.name,
+            "sign_public": identity.raw_public(self.sign_key),
+            "node_public": identity.node_public(self.node_key),
+            "version": "0",
+        }
+        return Joining(**(fields | changed))
+
+    def headers(
+        self, method: str, path: str, body: bytes = b"", digest: str = ""
+    ) -> dict[str, str]:
+        sha256 = digest or hashlib.sha256(body).hexdigest()
+        return requests.headers(self.peer, self.sign_key.sign, method, path, sha256)
+
+
+class Site:
+    """Registry, lane and our routes over one folder; Flower's too with `flower=True`.
+
+    It is the `Desk` of the routes. `requests` holds method and path of all that was asked.
+    """
+
+    def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
+        self.folder = folder
+        self.ca_key, self.ca_pem = identity.new_ca("test")
+        key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
+        identity.save_key(folder / "server.key", key)
+        (folder / "server.pem").write_bytes(pem)
+        self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
+        self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+        self.ledger = Ledger(folder / "ledger.db")
+        self.registry = Registry(self.ledger, approve=approve)
+        self.fleet = Fleet(fleet=self.fleet_id, name="test")
+        self.lane = Lane(folder)
+        self.lane.limit_bytes = 1 << 20
+        self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
+        self.requests: list[tuple[str, str]] = []
+        self.heard: list[tuple[str, int]] = []
+        self.nodes: dict[str, int] = {}
+        self._sockets = [listen(HOST, 0)]
+        self.address = f"{HOST}:{self._sockets[0].getsockname()[1]}"
+        if flower:
+            self.superlink = Superlink(
+                folder, lambda action, node: self.heard.append((action, node))
+            )
+            self.grid = LaneGrid(self.superlink, self.lane)
+            self.registry.on_change = self._admit
+
+    def _admit(self, peer: Peer) -> None:
+        if peer.standing == "enrolled" and peer.peer not in self.nodes:
+            self.nodes[peer.peer] = self.superlink.register(peer.node_public)
+
+    # --- what the routes ask ---
+
+    def addresses(self) -> tuple[str, ...]:
+        return (self.address,)
+
+    def mqtt_for(self, host: str) -> MqttAddress:
+        return MqttAddress(host="", port=1883, user="fleet", password="word")
+
+    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+        return await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
+
+    def app(self) -> ASGIApp:
+        ours = make_app(
+            self,  # type: ignore[arg-type]
+            self.auth,
+            self.fleet_id,
+            self.ca_key,
+            self.ca_pem,
+            identity.raw_public(self.sign_key),
+        )
+        flower = self.superlink.app() if hasattr(self, "superlink") else ours
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            self.requests.append((scope["method"], scope["path"]))
+            inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
+            await inner(scope, receive, send)
+
+        return app
+
+    # --- who joins ---
+
+    def ticket(self, *, ttl_s: float = 60.0, uses: int = 1) -> tickets.Ticket:
+        made = tickets.new_ticket(self.addresses(), identity.ca_fingerprint(self.ca_pem))
+        self.registry.create_ticket(made, ttl_s=ttl_s, uses=uses)
+        return made
+
+    def enrol(self, name: str = "box") -> Machine:
+        machine = Machine(name)
+        self.registry.join(machine.joining(self.ticket()))
+        return machine
+
+    def credentials(self, machine: Machine) -> Credentials:
+        return Credentials(
+            self.address, self.ca_pem, machine.peer, machine.node_key, machine.sign_key
+        )
+
+    def operator(self, method: str, path: str, body: bytes = b"") -> dict[str, str]:
+        digest = hashlib.sha256(body).hexdigest()
+        return requests.headers("operator", self.operator_key.sign, method, path, digest)
+
+    def http(self) -> httpx.Client:
+        context = ssl.create_default_context(cadata=self.ca_pem.decode())
+        return httpx.Client(base_url=f"https://{self.address}", verify=context, timeout=20)
+
+    @contextmanager
+    def up(self) -> Iterator[Site]:
+        """Serve from a thread with a loop of its own."""
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+        ready, loop = threading.Event(), asyncio.new_event_loop()
+        server = Server(
+            self.app(),
+            self._sockets.pop(),
+            self.folder / "server.pem",
+            self.folder / "server.key",
+        )
+
+        async def serve() -> None:
+            serving = asyncio.create_task(server.serve())
+            await server.up(serving)
+            ready.set()
+            await serving
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+        thread.start()
+        try:
+            assert ready.wait(30)
+            yield self
+        finally:
+            server.should_exit = True
+            thread.join()
+            loop.close()
+            self.ledger.close()
