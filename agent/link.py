@@ -46,7 +46,7 @@ from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
 from protocols.mqtt import MqttAddress
-from protocols.weights import sync_folder
+from protocols.weights import file_digest, sync_folder
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
@@ -104,6 +104,7 @@ class Link:
             base_url=f"https://{credentials.address}", verify=context, timeout=_TIMEOUT_S
         )
         self._node: Node | None = None
+        self._cut_off = ""
         self.bytes_up = self.bytes_down = 0
 
     def open(self) -> None:
@@ -171,9 +172,7 @@ class Link:
     def leave(self) -> None:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
         with _translated():
-            self._http.post(
-                LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)
-            ).raise_for_status()
+            self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
 
     def pull(self) -> Message | None:
         """The next message for this agent, or None."""
@@ -206,6 +205,20 @@ class Link:
         """
         part = target.with_suffix(".part")
         have = part.stat().st_size if part.exists() else 0
+        if have < nbytes:
+            have, found = self._fetch(digest, nbytes, part, have)
+        else:  # cut off after the last byte: there is nothing left to ask for
+            found = file_digest(part)
+        if have < nbytes:
+            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
+        if found != digest:
+            part.unlink()
+            raise BadWeights("the version's bytes are not those of its digest")
+        part.replace(target)
+        sync_folder(target.parent)
+
+    def _fetch(self, digest: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
+        """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
         sha = hashlib.sha256()
         if have:
             for piece in _pieces(part):
@@ -226,29 +239,33 @@ class Link:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-        if have < nbytes:
-            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
-        if sha.hexdigest() != digest:
-            part.unlink()
-            raise BadWeights("the version's bytes are not those of its digest")
-        part.replace(target)
-        sync_folder(target.parent)
+        return have, sha.hexdigest()
 
     def upload(self, digest: str, source: Path) -> None:
-        """Send an update's bytes; does nothing when the coordinator has them."""
+        """Send an update's bytes; does nothing when the coordinator has them.
+
+        Raises Refused when it does not take them.
+        """
         path = f"/cw/v1/updates/{digest}"
-        offset, size = 0, source.stat().st_size
+        size = source.stat().st_size
+        # After a cut: an offset at the end sends nothing and asks how much has arrived.
+        offset = size if digest == self._cut_off else 0
+        self._cut_off = digest
         for _ in range(3):
             headers = self._signed("PUT", path, digest)
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
             with _translated():
                 answer = self._http.put(path, headers=headers, content=_pieces(source, offset))
-                if answer.status_code != 409:
+                if answer.status_code == 409:
+                    offset = min(int(answer.json()["have"]), size)
+                elif answer.status_code == 422 and offset:
+                    offset = 0  # what was there already was not the beginning of this
+                else:
                     answer.raise_for_status()
                     self.bytes_up += size - offset
+                    self._cut_off = ""
                     return
-                offset = min(int(answer.json()["have"]), size)
         raise Unreachable("the upload could not be resumed")
 
     def _signed(
@@ -292,6 +309,8 @@ class _translated:
             status = err.response.status_code
             if status in (401, 403, 404, 412):
                 raise SessionLost(f"the coordinator answered {status}") from err
+            if status in (413, 422):  # it will say the same the next time
+                raise Refused(f"the coordinator does not take it ({status})") from err
             raise Unreachable(f"the coordinator answered {status}") from err
         if isinstance(err, httpx.HTTPError):
             why = str(err) or type(err).__name__

@@ -47,7 +47,7 @@ from agent.worker import (
     WorkEnded,
     Worker,
 )
-from protocols import VERSION, identity
+from protocols import VERSION
 from protocols.backoff import delays
 from protocols.errors import CommonweightError, TrainerFailed, Unreachable
 from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
@@ -110,6 +110,8 @@ class Agent:
         self._bytes = (0, 0)
         self._worked_at = 0.0
         self._wish = Wish()
+        self._tasks = tuple(task for task in tasks.names() if chosen.allows(task))
+        self._status_is_old = True
         self._status = Status(
             pid=os.getpid(),
             at=time.time(),
@@ -193,7 +195,7 @@ class Agent:
             self._loop.call_soon_threadsafe(self._happened, event)
 
     def _announce(self) -> None:
-        """Say what the worker is, on MQTT and in the status file."""
+        """Say what the worker is, on MQTT and, within a tick, in the status file."""
         state, reason = worker.shown(self._worker)
         work = self._worker.work
         if self._presence is not None:
@@ -206,13 +208,13 @@ class Agent:
                     task=work.task if work else "",
                     run=work.run if work else "",
                     round=work.round if work else 0,
-                    tasks=tuple(t for t in tasks.names() if self._settings.allows(t)),
+                    tasks=self._tasks,
                 )
             )
         self._status.state, self._status.reason = state.value, reason
         self._status.run = work.run if work else ""
         self._status.round = work.round if work else 0
-        self._write_status()
+        self._status_is_old = True
 
     def _write_status(self) -> None:
         self._status.at = time.time()
@@ -240,6 +242,7 @@ class Agent:
             try:
                 await self._in_thread(self._open_session)
                 self._happened(SessionChanged(True))
+                self._status_is_old = True
                 self._write_status()
                 log.info("connected to %s", self._credentials.address)
                 waits = delays(Random(), 0.3, 15.0)
@@ -254,7 +257,7 @@ class Agent:
                 log.exception("unexpected trouble with the link")
                 self._complain(f"unexpected trouble: {type(err).__name__}")
             self._happened(SessionChanged(False))
-            self._write_status()
+            self._status_is_old = True
             # A doorbell means that the coordinator is back: no need to wait to the end.
             self._doorbell.clear()
             await self._rung(next(waits))
@@ -308,7 +311,7 @@ class Agent:
                 self._soon(self._complain, f"the work failed: {err.message}")
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
         self._status.rounds_done += 1
-        if worker.can_take_work(self._worker):
+        if worker.is_willing(self._worker):
             return self._link.exchange(reply)
         self._link.push(reply)
         return None
@@ -364,7 +367,7 @@ class Agent:
         if up != self._worker.mqtt:
             log.info("MQTT is %s", "up" if up else f"down: {why}")
         self._happened(BrokerChanged(up))
-        self._write_status()
+        self._status_is_old = True
 
     def _on_command(self, command: Doorbell | Command) -> None:
         match command:
@@ -418,7 +421,8 @@ class Agent:
             if idle and self._trainer.idle_s > self._settings.idle_timeout_s:
                 await asyncio.to_thread(self._trainer.stop)
             ticks += 1
-            if ticks % 20 == 0:
+            if self._status_is_old or ticks % 20 == 0:
+                self._status_is_old = False
                 self._write_status()
             await asyncio.sleep(_TICK_S)
 

@@ -141,9 +141,14 @@ def _instructions(before: Worker, after: Worker) -> list[Instruction]:
     return instructions
 
 
+def is_willing(worker: Worker) -> bool:
+    """True if more work may be taken once none is in hand."""
+    return not worker.pauses and not worker.finishing
+
+
 def can_take_work(worker: Worker) -> bool:
     """True if a message may be pulled now."""
-    return worker.work is None and not worker.pauses and not worker.finishing
+    return worker.work is None and is_willing(worker)
 
 
 def _presence(worker: Worker) -> tuple[PeerState, str, Work | None]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.auth import Auth
@@ -36,6 +36,8 @@ class Lane:
         self._spool = folder / "spool"
         for part in (self._versions, self._spool):
             part.mkdir(mode=0o700, exist_ok=True)
+        #: Who writes a `.part` file now: a second upload takes the place of a stuck one.
+        self._writers: dict[Path, object] = {}
         self.limit_bytes = 0
         self.bytes_up = self.bytes_down = 0
 
@@ -73,6 +75,8 @@ class Lane:
 
     def open_update(self, node: str, digest: str) -> Weights:
         """An uploaded update, viewed through a memory map. Raises BadWeights."""
+        if not _DIGEST.fullmatch(digest):
+            raise BadWeights("the update is not named by a digest")
         try:
             return weights.load(self.update(node, digest))
         except FileNotFoundError as err:
@@ -80,7 +84,7 @@ class Lane:
 
     def drop_updates(self) -> None:
         """Empty the spool: the round that needed it is committed."""
-        for path in self._spool.iterdir():
+        for path in set(self._spool.iterdir()) - self._writers.keys():
             path.unlink(missing_ok=True)
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
@@ -116,23 +120,32 @@ class Lane:
         have = part.stat().st_size if part.exists() else 0
         if offset != 0 and offset != have:
             return JSONResponse({"have": have}, status_code=409)
-        sha = hashlib.sha256()
-        if offset:
-            await asyncio.to_thread(_feed, sha, part)
-        received = 0
-        with part.open("ab" if offset else "wb") as file:
-            async for piece in request.stream():
-                received += len(piece)
-                if received > length:
-                    break
-                sha.update(piece)
-                file.write(piece)
-        self.bytes_up += received
-        if received != length or sha.hexdigest() != digest:
-            if received >= length:  # whole, and not what was announced: nothing to resume
+        self._writers[part] = me = object()
+        try:
+            sha = hashlib.sha256()
+            if offset:
+                await asyncio.to_thread(_feed, sha, part)
+            # Without a buffer: what a stuck upload has not written by now is never written.
+            with part.open("ab" if offset else "wb", buffering=0) as file:
+                async for piece in request.stream():
+                    if self._writers.get(part) is not me:  # nor may we touch what it has made
+                        return JSONResponse({"have": 0}, status_code=409)
+                    length -= len(piece)
+                    self.bytes_up += len(piece)
+                    sha.update(piece)
+                    while piece:
+                        piece = piece[file.write(piece) :]
+            if self._writers.get(part) is not me:
+                return JSONResponse({"have": 0}, status_code=409)
+            if length != 0 or sha.hexdigest() != digest:
                 part.unlink(missing_ok=True)
-            raise HTTPException(422, "the bytes are not those of the announced digest")
-        part.replace(done)
+                raise HTTPException(422, "the bytes are not those of the announced digest")
+            part.replace(done)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it; what came can be resumed
+        finally:
+            if self._writers.get(part) is me:
+                del self._writers[part]
         return JSONResponse({"stored": True})
 
 

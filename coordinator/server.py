@@ -40,6 +40,7 @@ class Doorkeeper(HttpToolsProtocol):
     held: ClassVar[Counter[str]] = Counter()
     _address = ""
     _head_bytes = 0
+    _in_body = False
     _heard_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,7 +59,8 @@ class Doorkeeper(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = time.monotonic()
-        if not self._is_answering():
+        # A body goes on after its request was refused: only then can the other side read why.
+        if not self._in_body:
             self._head_bytes += len(data)
             # Counts the piece that holds the head's end as well: hence a generous limit.
             if self._head_bytes > MAX_HEAD_BYTES + 256 * 1024:
@@ -72,8 +74,12 @@ class Doorkeeper(HttpToolsProtocol):
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = 0
+        self._head_bytes, self._in_body = 0, True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -319,7 +319,7 @@ def test_only_a_digest_is_looked_up(
 ) -> None:
     decoded = httpx.URL(path).path
     answer = http.get(path, headers=machine.headers("GET", decoded))
-    assert answer.status_code == 404
+    assert answer.status_code in (401, 404)
 
 
 @pytest.mark.parametrize("digest", ["../../ledger", "..%2F..%2Fx", "0" * 64 + "%00"])
