@@ -93,7 +93,7 @@ def _quoted(word: str) -> str:
 
 
 def plist_text(wanted: Plan) -> bytes:
-    """The launchd agent. launchd knows no exit status that ends it for good, hence the long wait."""
+    """The launchd agent. No exit status ends its restarts for good, hence the long wait."""
     fields: dict[str, Any] = {
         "Label": _label(wanted),
         "ProgramArguments": wanted.command,

@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from agent import cli_owner
+from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, homes, output
-from protocols.errors import CommonweightError, ExitCode, HomeLocked, NotRunning, UsageFault
+from protocols.errors import CommonweightError, ExitCode, NotRunning, UsageFault
 
 app = typer.Typer(
     name="commonweight-agent",
@@ -25,22 +27,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def say(text: str) -> None:
-    """A line for a person (stderr)."""
-    sys.stderr.write(text + "\n")
-
-
-def seconds(text: str) -> float:
-    """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageFault."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
-    if not match:
-        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
-    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 @app.callback(invoke_without_command=True)
@@ -147,9 +133,10 @@ def _log_to(home: Path, level: str) -> None:
     import logging
     import logging.handlers
 
+    from agent import logs
     from agent.service import JsonLines
 
-    file = logging.handlers.RotatingFileHandler(home / "agent.log", "a", 1 << 20, 3)
+    file = logging.handlers.RotatingFileHandler(home / logs.FILE, "a", 1 << 20, logs.ROTATED)
     file.setFormatter(JsonLines())
     person = logging.StreamHandler(sys.stderr)
     person.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -165,7 +152,7 @@ def status(json: Json = False) -> None:
 
     home = homes.open_home("agent")
     told = control.read_status(home)
-    if told is None or not _is_running(home):
+    if told is None or not is_running(home):
         raise NotRunning("the agent is not running", "start it: commonweight-agent run")
     if json:
         sys.stdout.write(output.ok(told) + "\n")
@@ -180,79 +167,12 @@ def status(json: Json = False) -> None:
         sys.stdout.write(f"last error: {told.last_error}\n")
 
 
-def _is_running(home: Path) -> bool:
-    try:
-        homes.lock(home, "agent").release()
-    except HomeLocked:
-        return True
-    return False
-
-
 def _ago(since: float) -> str:
     minutes = int(time.time() - since) // 60
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-@app.command()
-def pause(
-    duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
-) -> None:
-    """Stop working, keeping what is done; until `resume`, or for a while."""
-    _wish("pause", time.time() + seconds(duration) if duration else 0.0)
-    say("paused" + (f" for {duration}" if duration else "; commonweight-agent resume goes on"))
-
-
-@app.command()
-def resume() -> None:
-    """Work again."""
-    _wish("run", 0.0)
-    say("goes on")
-
-
-@app.command()
-def finish() -> None:
-    """End the round in hand, send it, then stop the agent."""
-    home = homes.open_home("agent")
-    if not _is_running(home):
-        raise NotRunning("the agent is not running", "there is nothing to finish")
-    _wish("finish", 0.0)
-    say("will stop after this round")
-
-
-def _wish(want: Any, until: float) -> None:
-    from agent import control
-
-    control.write_wish(homes.open_home("agent"), control.Wish(want=want, until=until))
-
-
-@app.command("id")
-def show_id(json: Json = False) -> None:
-    """This machine's id, as the coordinator and the monitor show it."""
-    from agent import settings
-
-    enrolment = settings.read_enrolment(homes.open_home("agent"))
-    if json:
-        sys.stdout.write(output.ok({"peer": enrolment.peer, "name": enrolment.name}) + "\n")
-    else:
-        sys.stdout.write(enrolment.peer + "\n")
-
-
-@app.command()
-def paths(json: Json = False) -> None:
-    """Where this agent keeps its files."""
-    home = homes.locate("agent")
-    files = {
-        "home": home,
-        "settings": home / "settings.toml",
-        "log": home / "agent.log",
-        "versions": home / "cache",
-        "outbox": home / "outbox",
-    }
-    if json:
-        sys.stdout.write(output.ok(files) + "\n")
-        return
-    for what, path in files.items():
-        sys.stdout.write(f"{what:9} {path}\n")
+cli_owner.add_to(app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Joining a fleet: check who the coordinator is, then prove that one may.
+"""Joining a fleet: check who the coordinator is, then prove that one may. And leaving it.
 
 Nothing is sent before the CA that the server shows has the hash in the ticket. Only public halves
 of keys leave the machine.
@@ -6,12 +6,14 @@ of keys leave the machine.
 
 from __future__ import annotations
 
+import shutil
 import ssl
 from pathlib import Path
 
 import httpx
 import msgspec
 
+from agent import control
 from agent.settings import ENROLLED, Enrolment, write_enrolment
 from protocols import VERSION, identity, tickets
 from protocols.errors import (
@@ -42,8 +44,7 @@ def join(
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
     if replace:
-        for file in (ENROLLED, "sign.key", "node.key"):
-            (home / file).unlink(missing_ok=True)
+        _forget(home)
     address, ca_pem = _find_coordinator(ticket)
     sign_key, node_key = _keys(home)
     joining = Joining(
@@ -72,6 +73,38 @@ def join(
     )
     write_enrolment(home, enrolment)
     return enrolment, answer.awaiting
+
+
+def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
+    """Have our key refused by the coordinator, unless `offline`; then delete what joining gave.
+
+    Raises Unreachable, Refused, and keeps everything then.
+    """
+    if not offline:
+        from agent.link import Credentials, Link
+
+        link = Link(Credentials.of(home, enrolment))
+        without = "leave here without its knowing: commonweight-agent leave --yes --offline"
+        try:
+            link.leave()
+        except Unreachable as err:
+            raise Unreachable(err.message, without) from err
+        except Refused as err:
+            raise Refused(
+                f"the coordinator knows no such peer any more, or a clock is off ({err.message})",
+                without,
+            ) from err
+        finally:
+            link.close()
+    _forget(home)
+    for folder in ("cache", "outbox"):
+        shutil.rmtree(home / folder, ignore_errors=True)
+
+
+def _forget(home: Path) -> None:
+    """Delete the keys and what was got for them. The enrolment goes first: without it, no agent."""
+    for file in (ENROLLED, "sign.key", "node.key", control.STATUS):
+        (home / file).unlink(missing_ok=True)
 
 
 def _keys(home: Path) -> tuple[identity.SigningKey, identity.NodeKey]:

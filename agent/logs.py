@@ -1,4 +1,4 @@
-"""The agent's log as a person reads it: the last lines of rotated files, and what follows.
+"""The agent's log as a person reads it, across the files into which it is rotated.
 
 No file is held open between two looks, so that the agent can rotate them on every system.
 """
@@ -6,6 +6,7 @@ No file is held open between two looks, so that the agent can rotate them on eve
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -13,50 +14,33 @@ FILE = "agent.log"
 ROTATED = 3
 
 
-def last_lines(home: Path, count: int) -> list[str]:
-    """The last `count` whole lines, oldest first, also from files that were rotated away."""
-    lines: list[str] = []
-    for file in _files(home):
-        if len(lines) >= count:
-            break
-        lines = _whole(_read(file, 0))[0] + lines
-    return lines[-count:] if count else []
-
-
-class Follower:
-    """Gives what was written since the last look; begins at the log's present end."""
+class Log:
+    """The log in `home`. Each look gives what was written since the one before."""
 
     def __init__(self, home: Path) -> None:
-        self._home = home
-        self._inode, self._offset = self._present()
+        # Oldest first: what is read must not move on meanwhile into a file read before.
+        numbers = [f".{number}" for number in range(ROTATED, 0, -1)]
+        self._files = [home / f"{FILE}{number}" for number in (*numbers, "")]
+        self._inode = self._offset = 0
 
     def new_lines(self) -> list[str]:
-        """The lines since the last look, also across a rotation. A cut line waits for its end."""
-        files = {number: file for file in reversed(_files(self._home)) if (number := _inode(file))}
-        known = list(files)
-        if self._inode not in known:  # rotated away for good, or the first log: all is new
+        """Whole lines since the last look, oldest first; the first look gives all there are."""
+        files = {inode: file for file in self._files if (inode := _inode(file))}
+        left = list(files)
+        if self._inode in files:
+            left = left[left.index(self._inode) :]
+        else:  # the first look, or rotated away for good since the last
             self._offset = 0
-        else:
-            known = known[known.index(self._inode) :]
         lines: list[str] = []
-        for number in known:
-            offset = self._offset if number == self._inode else 0
-            found, used = _whole(_read(files[number], offset))
-            lines += found
-            self._inode, self._offset = number, offset + used
+        for inode in left:
+            offset = self._offset if inode == self._inode else 0
+            data = _read(files[inode], inode, offset)
+            if data is None:  # rotated just now: the next look finds it under its new name
+                break
+            end = data.rfind(b"\n") + 1
+            lines += data[:end].decode(errors="replace").split("\n")[:-1]
+            self._inode, self._offset = inode, offset + end
         return lines
-
-    def _present(self) -> tuple[int, int]:
-        try:
-            stat = (self._home / FILE).stat()
-        except OSError:
-            return 0, 0
-        return stat.st_ino, stat.st_size
-
-
-def _files(home: Path) -> list[Path]:
-    """The present log and the rotated ones, newest first."""
-    return [home / FILE, *(home / f"{FILE}.{number}" for number in range(1, ROTATED + 1))]
 
 
 def _inode(file: Path) -> int:
@@ -66,19 +50,16 @@ def _inode(file: Path) -> int:
         return 0
 
 
-def _read(file: Path, offset: int) -> bytes:
+def _read(file: Path, inode: int, offset: int) -> bytes | None:
+    """What is in the file from there on, or None if it is no longer the file of this number."""
     try:
         with file.open("rb") as log:
+            if os.fstat(log.fileno()).st_ino != inode:
+                return None
             log.seek(offset)
             return log.read()
     except OSError:
-        return b""
-
-
-def _whole(data: bytes) -> tuple[list[str], int]:
-    """The whole lines in `data`, and how many bytes they are."""
-    used = data.rfind(b"\n") + 1
-    return data[:used].decode(errors="replace").splitlines(), used
+        return None
 
 
 def in_words(line: str) -> str:
@@ -88,7 +69,7 @@ def in_words(line: str) -> str:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(told["at"])))
         words = f"{at} {told['level']}: {told['message']}"
         trace = str(told.get("trace", ""))
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
         return _shown(line)
     return "\n    ".join(_shown(part) for part in (words, *trace.splitlines()))
 

@@ -10,13 +10,13 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 import tomli_w
 from msgspec import Meta, Struct
 
-from protocols.errors import HomeFault, NotEnrolled, UsageFault
+from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
 from protocols.identity import write_private
 from protocols.mqtt import MqttAddress
 
@@ -26,22 +26,33 @@ PREFIX = "COMMONWEIGHT_AGENT_"
 
 
 class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an owner can set.
+    """What an owner can set; `policy show` shows these descriptions."""
 
-    `part` of `parts`: which piece of a shared data set this machine holds; `split` and `data_seed`
-    say how it is cut. `data`: a file or folder of one's own. `tasks`: what may be run here ("*":
-    whatever is installed). `threads` 0: half the cores. The trainer ends after `idle_timeout_s`.
-    """
-
-    part: Annotated[int, Meta(ge=0)] = 0
-    parts: Annotated[int, Meta(ge=1)] = 1
-    split: Literal["iid", "shards"] = "iid"
-    data_seed: int = 0
-    data: str = ""
-    tasks: tuple[str, ...] = ("*",)
-    threads: Annotated[int, Meta(ge=0)] = 0
-    idle_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    part: Annotated[
+        int, Meta(ge=0, description="which piece of a shared data set is here, from 0")
+    ] = 0
+    parts: Annotated[
+        int, Meta(ge=1, description="into how many pieces the shared data set is cut")
+    ] = 1
+    split: Annotated[
+        Literal["iid", "shards"],
+        Meta(description="how it is cut: iid, at random; shards, few labels in each piece"),
+    ] = "iid"
+    data_seed: Annotated[int, Meta(description="the chance in that cut; alike on all peers")] = 0
+    data: Annotated[str, Meta(description="a file or folder of your own data")] = ""
+    tasks: Annotated[
+        tuple[str, ...], Meta(description="what may be run here; * is whatever is installed")
+    ] = ("*",)
+    threads: Annotated[
+        int, Meta(ge=0, description="threads that train; 0 is half of the cores")
+    ] = 0
+    idle_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds without work after which the trainer ends")
+    ] = 60.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="how much is logged: debug, info, warning or error"),
+    ] = "info"
 
     def allows(self, task: str) -> bool:
         """True if the owner lets this task run."""
@@ -65,24 +76,60 @@ def read(home: Path, **flags: Any) -> AgentSettings:
     """The settings with these flags on top (None: not given). Raises UsageFault."""
     values = _from_file(home) | _from_environment(os.environ)
     values |= {name: value for name, value in flags.items() if value is not None}
-    try:
-        chosen = msgspec.convert(values, AgentSettings, strict=False)
-    except msgspec.ValidationError as err:
-        raise UsageFault(f"a setting is not right: {err}", f"look into {home / FILE}") from err
-    if chosen.part >= chosen.parts:
-        raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0")
-    return chosen
+    return _checked(values, f"look into {home / FILE}")
 
 
 def change(home: Path, **values: Any) -> AgentSettings:
-    """Write these settings into the file, keeping the others. Raises UsageFault."""
+    """Write these settings into the file, keeping the others. Raises UsageFault, UnknownName."""
+    if unknown := values.keys() - set(AgentSettings.__struct_fields__):
+        raise UnknownName(
+            f"there is no setting {sorted(unknown)[0]!r}",
+            f"known are {', '.join(AgentSettings.__struct_fields__)}",
+        )
     merged = _from_file(home) | {k: v for k, v in values.items() if v is not None}
-    try:
-        chosen = msgspec.convert(merged, AgentSettings, strict=False)
-    except msgspec.ValidationError as err:
-        raise UsageFault(f"a setting is not right: {err}") from err
-    write_private(home / FILE, tomli_w.dumps(msgspec.to_builtins(chosen)).encode())
+    chosen = _checked(merged, "commonweight-agent policy show")
+    # Only what was chosen: a default that gets better must reach this machine as well.
+    kept = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
+    write_private(home / FILE, tomli_w.dumps(kept).encode())
     return chosen
+
+
+def _checked(values: dict[str, Any], hint: str) -> AgentSettings:
+    try:
+        chosen = msgspec.convert(values, AgentSettings, strict=False)
+    except msgspec.ValidationError as err:
+        raise UsageFault(f"a setting is not right: {err}", hint) from err
+    if chosen.part >= chosen.parts:
+        raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
+    return chosen
+
+
+class Shown(NamedTuple):
+    """One setting for its owner; `source` is the variable, the file, or the default."""
+
+    name: str
+    value: Any
+    source: str
+    about: str
+
+
+def shown(home: Path) -> list[Shown]:
+    """Every setting, where its value comes from, and what it is for. Raises UsageFault."""
+    chosen = msgspec.to_builtins(read(home))
+    file, environment = _from_file(home), _from_environment(os.environ)
+    found = []
+    for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
+        source = FILE if name in file else "default"
+        if name in environment:
+            source = PREFIX + name.upper()
+        about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
+        found.append(Shown(name, chosen[name], source, about or ""))
+    return found
+
+
+def parsed(name: str, text: str) -> Any:
+    """A setting's value as it is written on a command line or in the environment."""
+    return [part.strip() for part in text.split(",")] if name == "tasks" else text
 
 
 def _from_file(home: Path) -> dict[str, Any]:
@@ -98,7 +145,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in AgentSettings.__struct_fields__:
         if (text := environment.get(PREFIX + name.upper())) is not None:
-            values[name] = text.split(",") if name == "tasks" else text
+            values[name] = parsed(name, text)
     return values
 
 

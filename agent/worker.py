@@ -134,7 +134,8 @@ def _instructions(before: Worker, after: Worker) -> list[Instruction]:
         instructions.append(ResumeTrainer())
     if _presence(before) != _presence(after):
         instructions.append(Announce())
-    if can_take_work(after) and (not can_take_work(before) or (after.mqtt and not before.mqtt)):
+    # Nobody may have rung while the broker was away, and nobody rings from now on if it went.
+    if can_take_work(after) and (not can_take_work(before) or after.mqtt != before.mqtt):
         instructions.append(LookForWork())
     if after.left and not before.left:
         instructions.append(Leave())

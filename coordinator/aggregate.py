@@ -34,26 +34,40 @@ def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[
     return share
 
 
-def weighted_mean(updates: Sequence[Weights], share: Sequence[float], base: Weights) -> Weights:
+def weighted_mean(
+    updates: Sequence[Weights],
+    share: Sequence[float],
+    base: Weights,
+    scale: Sequence[float] | None = None,
+) -> Weights:
     """The mean of `updates` weighted by `share` (adds up to 1), in the base's dtypes.
 
+    With `scale` (0…1 each) an update counts as `base + scale · (update - base)`: norm clipping.
     All must have the base's schema: the gate saw to that.
     """
     result: dict[str, Array] = {}
     bf16 = [name for name, spec in base.schema.items() if spec.dtype == "BF16"]
+    scale = scale or [1.0] * len(updates)
+    kept = sum(part * (1.0 - by) for part, by in zip(share, scale, strict=True))
     for name, spec in base.schema.items():
         if spec.dtype not in FLOATING:
             result[name] = base[name]
             continue
+        read = widen if spec.dtype == "BF16" else _as_is
         total = np.zeros(spec.shape, np.float64)
-        for update, part in zip(updates, share, strict=True):
-            tensor = widen(update[name]) if spec.dtype == "BF16" else update[name]
-            total += np.multiply(tensor, part, dtype=np.float64)
+        for update, part, by in zip(updates, share, scale, strict=True):
+            total += np.multiply(read(update[name]), part * by, dtype=np.float64)
+        if kept:
+            total += np.multiply(read(base[name]), kept, dtype=np.float64)
         if spec.dtype == "BF16":
             result[name] = _narrow(total.astype(np.float32))
         else:
             result[name] = total.astype(base[name].dtype)
     return Weights(result, bf16)
+
+
+def _as_is(array: Array) -> Array:
+    return array
 
 
 def widen(bits: Array) -> Array:

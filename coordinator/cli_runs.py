@@ -53,6 +53,9 @@ def start(
     max_weight_share: Annotated[
         float, typer.Option(help="No peer counts for more than this share of a round.")
     ] = 1.0,
+    clip_norm: Annotated[
+        float, typer.Option(min=0.0, help="No update moves the weights further (0: off).")
+    ] = 0.0,
     from_: Annotated[
         Path | None, typer.Option("--from", help="First weights: a safetensors file.")
     ] = None,
@@ -75,6 +78,7 @@ def start(
         seed=seed,
         weighting="equal" if weighting == "equal" else "examples",
         max_weight_share=max_weight_share,
+        clip_norm=clip_norm,
     )
     remote = _remote()
     digest = _adopt(from_) if from_ else ""

@@ -135,6 +135,9 @@ class Registry:
         ):
             if used:
                 raise Refused(f"this ticket {why}", "ask for a new one: commonweight ticket create")
+        # Flower takes a node key once, also one that was removed: a second would fail every start.
+        if any(peer.node_public == joining.node_public for peer in self.peers.values()):
+            raise Refused("another machine has this node key", "join again with --replace")
         self._record(
             PeerJoined(
                 peer=peer_id,
@@ -150,8 +153,9 @@ class Registry:
 
     def approve(self, peer_id: str) -> Peer:
         """Let a waiting peer in. Raises UnknownName."""
-        self._record(PeerApproved(self.find(peer_id).peer))
-        return self.peers[peer_id]
+        peer = self.find(peer_id)
+        self._record(PeerApproved(peer.peer))
+        return self.peers[peer.peer]
 
     def remove(self, peer_id: str, because: str) -> None:
         """Refuse this key from now on. Raises UnknownName."""
@@ -159,8 +163,12 @@ class Registry:
 
     def find(self, name_or_id: str) -> Peer:
         """A peer that was not removed, by id or name. Raises UnknownName."""
-        for peer in self.peers.values():
-            if peer.standing != "removed" and name_or_id in (peer.peer, peer.name):
+        here = [peer for peer in self.peers.values() if peer.standing != "removed"]
+        for peer in here:
+            if peer.peer == name_or_id:
+                return peer
+        for peer in here:  # after the ids: a machine may call itself by another's
+            if peer.name == name_or_id:
                 return peer
         raise UnknownName(f"no peer {name_or_id!r}", "commonweight peers list")
 
@@ -178,7 +186,7 @@ class Registry:
         taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}
         free, number = name, 2
         while free in taken:
-            free, number = f"{name}-{number}", number + 1
+            free, number = f"{name[:56]}-{number}", number + 1
         return free
 
     def _record(self, fact: FleetFact) -> None:

@@ -272,6 +272,8 @@ class Hub:
             )
         if not spec.deadline_s > 0:
             raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
+        if not 0 <= spec.clip_norm < float("inf"):
+            raise UsageFault("--clip-norm is 0 (off) or a positive number")
         if not 0 < spec.max_weight_share <= 1:
             raise UsageFault("--max-weight-share is above 0 and at most 1")
         known = {task for peer in self._online for task in self._tasks.get(peer, ())}
@@ -512,6 +514,8 @@ class Hub:
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(Happened(level="info" if up else "warning", text=printable(text)))
+        if up and self._loop_of is not None:
+            self._loop_of.ring_again()
 
     def _tell_links(self) -> None:
         links = Links(mqtt=self._mqtt_up, flower=bool(self._online), rejected=self._rejected)

@@ -93,6 +93,10 @@ class RunLoop:
                 del self._outstanding[message_id]
         self.changed.set()
 
+    def ring_again(self) -> None:
+        """Doorbells were lost with the broker: ring at every peer whose answer is awaited."""
+        self._around.ring(sorted({asked.peer for asked in self._outstanding.values()}))
+
     @property
     def waiting_for(self) -> str:
         return self._waiting_for
@@ -330,7 +334,9 @@ class RunLoop:
             counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
         )
         updates = [lane.open_update(peer, run.updates[peer].digest) for peer in contributors]
-        mean = aggregate.weighted_mean(updates, [share[p] for p in contributors], base)
+        scale = [_clipped(run.updates[peer].norm, run.spec.clip_norm) for peer in contributors]
+        parts = [share[peer] for peer in contributors]
+        mean = aggregate.weighted_mean(updates, parts, base, scale)
         floating = {n: mean[n] for n, spec in mean.schema.items() if spec.dtype in FLOATING}
         metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
         reply = _as_reply(
@@ -447,6 +453,11 @@ def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
         bytes_down=closed.bytes_down,
         norms=closed.norms,
     )
+
+
+def _clipped(norm: float, most: float) -> float:
+    """The factor that brings an update of this norm within `most` (0: no bound)."""
+    return most / norm if most and norm > most else 1.0
 
 
 def _as_reply(kind: str, arrays: ArrayRecord | None, metrics: dict[str, Any]) -> Message:

@@ -31,7 +31,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
     passes without the quorum, whoever else could help is asked and it counts anew.
-    `weighting`: updates count by their examples, or all the same.
+    `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
+    far, as a Euclidean norm, one update may move the weights.
     """
 
     task: str
@@ -45,6 +46,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_share: float = 1.0
     max_examples: int = 10_000_000
+    clip_norm: float = 0.0
 
 
 class Update(Struct, frozen=True, kw_only=True):

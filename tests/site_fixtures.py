@@ -110,7 +110,7 @@ class Site:
         return (self.address,)
 
     def mqtt_for(self, host: str) -> MqttAddress:
-        return MqttAddress(host="", port=1883, user="fleet", password="word")
+        return MqttAddress(host=host, port=1883, user="fleet", password="word")
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
         return await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)

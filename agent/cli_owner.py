@@ -1,0 +1,285 @@
+"""`commonweight-agent`: what its owner can do with it, beside joining and running."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protocols import homes, output
+from protocols.errors import ExitCode, HomeLocked, NotRunning, UsageFault
+
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+
+service = typer.Typer(help="Start the agent with this machine, without root.", no_args_is_help=True)
+policy = typer.Typer(help="What the agent may do here.", no_args_is_help=True)
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LOOK_EVERY_S = 0.3
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("pause")(pause)
+    app.command("resume")(resume)
+    app.command("finish")(finish)
+    app.command("id")(show_id)
+    app.command("paths")(paths)
+    app.command("logs")(show_logs)
+    app.command("doctor")(doctor)
+    app.command("leave")(leave)
+    app.add_typer(policy, name="policy")
+    app.add_typer(service, name="service")
+
+
+def say(text: str) -> None:
+    """A line for a person (stderr)."""
+    sys.stderr.write(text + "\n")
+
+
+def seconds(text: str) -> float:
+    """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageFault."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def is_running(home: Path) -> bool:
+    """True if an agent works in this home now."""
+    try:
+        homes.lock(home, "agent").release()
+    except HomeLocked:
+        return True
+    return False
+
+
+# --- its work --------------------------------------------------------------------------------
+
+
+def pause(
+    duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
+) -> None:
+    """Stop working, keeping what is done; until `resume`, or for a while."""
+    _wish("pause", time.time() + seconds(duration) if duration else 0.0)
+    say("paused" + (f" for {duration}" if duration else "; commonweight-agent resume goes on"))
+
+
+def resume() -> None:
+    """Work again."""
+    _wish("run", 0.0)
+    say("goes on")
+
+
+def finish() -> None:
+    """End the round in hand, send it, then stop the agent."""
+    home = homes.open_home("agent")
+    if not is_running(home):
+        raise NotRunning("the agent is not running", "there is nothing to finish")
+    _wish("finish", 0.0)
+    say("will stop after this round")
+
+
+def _wish(want: Any, until: float) -> None:
+    from agent import control
+
+    control.write_wish(homes.open_home("agent"), control.Wish(want=want, until=until))
+
+
+# --- what it is ------------------------------------------------------------------------------
+
+
+def show_id(json: Json = False) -> None:
+    """This machine's id, as the coordinator and the monitor show it."""
+    from agent import settings
+
+    enrolment = settings.read_enrolment(homes.open_home("agent"))
+    if json:
+        sys.stdout.write(output.ok({"peer": enrolment.peer, "name": enrolment.name}) + "\n")
+    else:
+        sys.stdout.write(enrolment.peer + "\n")
+
+
+def paths(json: Json = False) -> None:
+    """Where this agent keeps its files."""
+    from agent import logs
+
+    home = homes.locate("agent")
+    files = {
+        "home": home,
+        "settings": home / "settings.toml",
+        "log": home / logs.FILE,
+        "versions": home / "cache",
+        "outbox": home / "outbox",
+    }
+    if json:
+        sys.stdout.write(output.ok(files) + "\n")
+        return
+    for what, path in files.items():
+        sys.stdout.write(f"{what:9} {path}\n")
+
+
+def show_logs(
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many at first.")] = 50,
+    json: Annotated[bool, typer.Option("--json", help="As logged: JSON lines.")] = False,
+) -> None:
+    """What the agent has logged."""
+    from agent import logs
+
+    log = logs.Log(homes.open_home("agent"))
+    found = log.new_lines()
+    if not found and not follow:
+        say("nothing is logged yet; commonweight-agent run")
+    found = found[max(0, len(found) - lines) :]
+    while True:
+        for line in found:
+            sys.stdout.write((line if json else logs.in_words(line)) + "\n")
+        sys.stdout.flush()
+        if not follow:
+            return
+        time.sleep(_LOOK_EVERY_S)
+        found = log.new_lines()
+
+
+def doctor(json: Json = False) -> None:
+    """Look for what keeps this agent from working. Exit status 6 when something does."""
+    from agent.doctor import examine_agent
+    from protocols import checks
+
+    made = []
+    for check in examine_agent(homes.locate("agent")):
+        made.append(check)
+        if not json:
+            sys.stdout.write(checks.in_words(check) + "\n")
+            sys.stdout.flush()
+    if json:
+        sys.stdout.write(output.ok(checks.as_data(made)) + "\n")
+    if checks.num_faults(made):
+        raise typer.Exit(ExitCode.FAULTS_FOUND)
+
+
+def leave(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Without telling the coordinator.")
+    ] = False,
+) -> None:
+    """Leave the fleet: the key is given up here and refused there. Data and settings stay."""
+    from agent import enroll, settings
+
+    home = homes.open_home("agent")
+    enrolment = settings.read_enrolment(home)
+    held = homes.lock(home, "agent")
+    try:
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UsageFault("leaving asks first, and there is no terminal", "add --yes")
+            typer.confirm(f"{enrolment.name} leaves fleet {enrolment.fleet}?", abort=True, err=True)
+        enroll.leave(home, enrolment, offline=offline)
+    finally:
+        held.release()
+    say("left the fleet; its keys are deleted, data and settings are where they were")
+    if offline:
+        say(f"the coordinator was not told: commonweight peers remove {enrolment.name}")
+    say("to join again: commonweight-agent join TICKET")
+
+
+# --- policy ----------------------------------------------------------------------------------
+
+
+@policy.command("show")
+def show_policy(json: Json = False) -> None:
+    """Every setting: its value, where that comes from, and what it is for."""
+    from agent import settings
+
+    found = settings.shown(homes.open_home("agent"))
+    if json:
+        sys.stdout.write(output.ok([setting._asdict() for setting in found]) + "\n")
+        return
+    for setting in found:
+        value = ",".join(setting.value) if isinstance(setting.value, list) else setting.value
+        sys.stdout.write(f"{setting.name:15} {value!s:12} {setting.source}\n    {setting.about}\n")
+
+
+@policy.command("set")
+def set_policy(
+    key: Annotated[str, typer.Argument(help="Which; commonweight-agent policy show.")],
+    value: Annotated[str, typer.Argument(help="Names of tasks are parted by commas.")],
+) -> None:
+    """Change a setting of this machine."""
+    from agent import settings
+
+    home = homes.open_home("agent")
+    settings.change(home, **{key: settings.parsed(key, value)})
+    source = next(setting.source for setting in settings.shown(home) if setting.name == key)
+    say(f"{key} is {value} in {home / settings.FILE}")
+    if source != settings.FILE:
+        say(f"but {source} is set, and goes before it")
+    if is_running(home):
+        say("the running agent takes it up when it is started again")
+
+
+# --- service ---------------------------------------------------------------------------------
+
+
+def _system() -> Any:
+    from agent import autostart
+
+    return autostart.choose(autostart.plan())
+
+
+@service.command("install")
+def install_service() -> None:
+    """Run the agent from now on, and whenever this machine starts."""
+    from agent import autostart, settings
+    from protocols.checks import Advice
+
+    home = homes.open_home("agent")
+    settings.read_enrolment(home)
+    system, running = _system(), is_running(home)
+    system.install(start=not running)
+    say(f"installed {system.file}")
+    if running:
+        say("an agent runs here by hand: end it, then commonweight-agent service start")
+    advice = autostart.advice()
+    if isinstance(advice, Advice):
+        say(f"{advice.detail}: {advice.fix}")
+
+
+@service.command("uninstall")
+def uninstall_service() -> None:
+    """End the service and take it away; the agent's home stays."""
+    system = _system()
+    system.uninstall()
+    say(f"removed {system.file}")
+
+
+@service.command("start")
+def start_service() -> None:
+    """Start the installed service."""
+    _system().start()
+    say("started; commonweight-agent status")
+
+
+@service.command("stop")
+def stop_service() -> None:
+    """Stop the service until the next start; work in hand is given up."""
+    _system().stop()
+    say("stopped")
+
+
+@service.command("status")
+def service_status(json: Json = False) -> None:
+    """Whether the service is installed and runs (exit status 5: it does not)."""
+    system = _system()
+    state = system.status()
+    if json:
+        sys.stdout.write(output.ok({"state": state, "file": system.file}) + "\n")
+    else:
+        sys.stdout.write(f"{state}  {system.file}\n")
+    if state != "active":
+        raise typer.Exit(ExitCode.NOT_RUNNING)

@@ -1,0 +1,222 @@
+"""Bad input gets a clear error with its own exit code, and nothing is lost by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.fleet_harness import (
+    AGENT,
+    COORDINATOR,
+    HOST,
+    Fleet,
+    environment,
+    fleet,
+    run_program,
+)
+
+HEAVY = ("flwr", "torch", "textual")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A coordinator with one agent, for all tests of this file."""
+    with fleet(tmp_path_factory.mktemp("site")) as made:
+        made.up()
+        made.join("ada")
+        made.start("ada")
+        yield made
+
+
+def fails(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """It ended with this code and said all of this, and no traceback."""
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said
+
+
+# --- tickets ---------------------------------------------------------------------------------
+
+
+def test_a_cut_ticket_is_told_before_anything_is_sent(site: Fleet) -> None:
+    ticket = site.ticket()
+    for broken in (ticket[:-7], ticket[:40] + "x" + ticket[41:], "", "hello"):
+        fails(site.ask_agent("eve", "join", "-", given=broken), 2, "ticket")
+    assert site.ask_agent("eve", "join", "-", given=f"  {ticket}\n").returncode == 0
+
+
+def test_a_used_ticket_is_refused(site: Fleet) -> None:
+    ticket = site.ticket()
+    assert site.ask_agent("first", "join", "-", given=ticket).returncode == 0
+    fails(site.ask_agent("second", "join", "-", given=ticket), 4, "was used already", "ticket")
+    fails(site.ask_agent("second", "run"), 4, "has not joined")
+
+
+def test_joining_twice_asks_for_replace(site: Fleet) -> None:
+    fails(site.ask_agent("ada", "join", "-", given=site.ticket()), 1, "--replace")
+
+
+def test_an_unknown_agent_has_nothing_to_run(tmp_path: Path) -> None:
+    env = environment(tmp_path, COMMONWEIGHT_AGENT_HOME=str(tmp_path / "none"))
+    fails(run_program([AGENT, "run"], env), 5, "commonweight-agent join TICKET")
+    fails(run_program([AGENT, "status"], env), 5, "commonweight-agent join TICKET")
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_cannot_be_is_refused_before_its_start(site: Fleet) -> None:
+    for words, said in (
+        (["chess"], ["'chess'", "mnist", "ping"]),
+        (["ping", "--quorum", "99"], ["a quorum of 99 cannot be met", "--quorum"]),
+        (["ping", "--deadline", "0"], ["deadline"]),
+        (["ping", "--deadline", "soon"], ["'soon'", "90s"]),
+        (["ping", "--rounds", "0"], ["--rounds"]),
+        (["ping", "--strategy", "wish"], ["'wish'", "fedavg"]),
+        (["ping", "--set", "kilobytes"], ["key=value"]),
+        (["ping", "--weighting", "luck"], ["examples or equal"]),
+        (["ping", "--from", "/none.safetensors"], ["/none.safetensors"]),
+    ):
+        fails(site.ask("run", "start", *words), 2, *said)
+    fails(site.ask("run", "show", "nothing"), 2, "no run 'nothing'")
+    fails(site.ask("peers", "pause", "nobody"), 2, "no peer 'nobody'")
+    assert [run["state"] for run in site.data("run", "list")] == []
+
+
+def test_with_json_the_error_is_an_envelope(site: Fleet) -> None:
+    done = site.ask("run", "start", "chess", "--json")
+    assert done.returncode == 2
+    told = json.loads(done.stdout)
+    assert (told["schema_version"], told["status"]) == (1, "error")
+    assert told["error"]["code"] == "unknown_name"
+    assert "ping" in told["error"]["hint"]
+
+
+def test_a_setting_that_no_task_knows_fails_the_run_and_not_the_agent(site: Fleet) -> None:
+    run = site.start_run("ping", "--rounds", "1", "--deadline", "5s", "--set", "speed=9")
+    waits = "a peer that can make the first weights"
+    shown = site.data("run", "show", run)
+    assert shown["state"] in ("waiting", "failed")
+    if shown["state"] == "waiting":
+        assert site.ask("run", "stop", run).returncode == 0
+    ended = site.ended_run(run)
+    assert ended["history"] == []
+    assert waits or ended
+    again = site.ended_run(site.start_run("ping", "--rounds", "1"))
+    assert again["state"] == "finished"
+
+
+# --- homes and ports -------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_named_with_the_option(site: Fleet, tmp_path: Path) -> None:
+    port = json.loads((site.home / "up.json").read_bytes())["address"].rpartition(":")[2]
+    env = environment(tmp_path, COMMONWEIGHT_HOME=str(tmp_path / "other"))
+    words = [COORDINATOR, "up", "--host", HOST]
+    fails(run_program([*words, "--port", port], env), 1, port, "in use", "--port")
+    taken = run_program([*words, "--port", "0", "--mqtt-port", port], env)
+    fails(taken, 1, port, "in use", "--mqtt-port")
+
+
+def test_a_second_coordinator_or_agent_in_one_home_is_refused(site: Fleet) -> None:
+    fails(site.ask("up", "--port", "0"), 1, "another coordinator works in", str(site.home))
+    fails(site.ask_agent("ada", "run"), 1, "another agent works in", str(site.folder / "ada"))
+    site.until_agent("ada", "is unharmed", lambda told: told["session"])
+
+
+def test_commands_without_a_coordinator_say_how_to_start_one(tmp_path: Path) -> None:
+    env = environment(tmp_path, COMMONWEIGHT_HOME=str(tmp_path / "home"))
+    fails(run_program([COORDINATOR, "status"], env), 5, "commonweight init")
+    assert run_program([COORDINATOR, "init"], env).returncode == 0
+    for words in (["status"], ["run", "list"], ["ticket", "create"], ["monitor", "--once"]):
+        code = 3 if words[0] == "monitor" else 5
+        fails(run_program([COORDINATOR, *words], env), code, "commonweight up")
+
+
+@pytest.mark.parametrize(
+    ("program", "variable", "command"),
+    [(COORDINATOR, "COMMONWEIGHT_HOME", "up"), (AGENT, "COMMONWEIGHT_AGENT_HOME", "run")],
+)
+class TestHomes:
+    def test_of_a_newer_version(
+        self, tmp_path: Path, program: str, variable: str, command: str
+    ) -> None:
+        kind = "coordinator" if program == COORDINATOR else "agent"
+        stamp = json.dumps({"format": 99, "kind": kind, "written_by": "7.0.0"})
+        (tmp_path / "home.json").write_text(stamp)
+        done = run_program([program, command], environment(tmp_path, **{variable: str(tmp_path)}))
+        fails(done, 1, "7.0.0", "format 99", "update commonweight")
+        assert (tmp_path / "home.json").read_text() == stamp
+
+    def test_where_a_file_lies(
+        self, tmp_path: Path, program: str, variable: str, command: str
+    ) -> None:
+        file = tmp_path / "file"
+        file.touch()
+        done = run_program([program, command], environment(tmp_path, **{variable: str(file)}))
+        fails(done, 1, str(file), variable)
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+    def test_without_permission_to_write(
+        self, tmp_path: Path, program: str, variable: str, command: str
+    ) -> None:
+        home = tmp_path / "locked" / "home"
+        home.parent.mkdir(mode=0o500)
+        done = run_program([program, command], environment(tmp_path, **{variable: str(home)}))
+        fails(done, 1 if command == "up" else 5, str(home))
+
+
+# --- what is imported ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [COORDINATOR, AGENT])
+def test_help_imports_nothing_heavy(tmp_path: Path, program: str) -> None:
+    code = (
+        f"import sys, runpy\nsys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_module({program!r}, run_name='__main__')\n"
+        f"except SystemExit as end:\n    print('code', end.code)\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-2:] == ["code 0", "[]"]
+    assert "Usage" in done.stdout
+
+
+def test_the_coordinator_at_work_has_never_loaded_torch(site: Fleet) -> None:
+    pid = site.programs["up"].process.pid
+    maps = Path(f"/proc/{pid}/maps")
+    if maps.exists():
+        libraries = maps.read_text()
+        assert "numpy" in libraries, "the libraries of the process are listed"
+        assert "torch" not in libraries
+        return
+    code = "import sys, coordinator.cli, coordinator.hub; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment(site.folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_an_agent_at_work_has_never_loaded_torch(site: Fleet) -> None:
+    maps = Path(f"/proc/{site.programs['ada'].process.pid}/maps")
+    if not maps.exists():
+        pytest.skip("this system has no /proc")
+    assert "torch" not in maps.read_text()
