@@ -173,7 +173,13 @@ def leave(
 
     home = homes.open_home("agent")
     enrolment = settings.read_enrolment(home)
-    held = homes.lock(home, "agent")
+    try:
+        held = homes.lock(home, "agent")
+    except HomeLocked as err:
+        raise HomeLocked(
+            f"the agent of {home} is running",
+            "end it first: commonweight-agent finish, or commonweight-agent service stop",
+        ) from err
     try:
         if not yes:
             if not sys.stdin.isatty():
@@ -201,7 +207,7 @@ def show_policy(json: Json = False) -> None:
         sys.stdout.write(output.ok([setting._asdict() for setting in found]) + "\n")
         return
     for setting in found:
-        value = ",".join(setting.value) if isinstance(setting.value, list) else setting.value
+        value = ",".join(setting.value) if setting.name == "tasks" else setting.value
         sys.stdout.write(f"{setting.name:15} {value!s:12} {setting.source}\n    {setting.about}\n")
 
 

@@ -97,7 +97,10 @@ class Client:
             state=RecordDict(),
             run_config={},
         )
-        return self.app(message, context)
+        try:
+            return self.app(message, context)
+        except OSError as err:  # a full disk is a failure of this work, not the end of the agent
+            raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
 
     def _answer(self, message: Message, _: Context) -> Message:
         work = self._read(message)
@@ -134,6 +137,8 @@ class Client:
     def _do(self, work: Work) -> Finished:
         settings = {**work.settings, "seed": work.seed, "round": work.round}
         update = self._outbox / "update.safetensors"
+        if work.kind != "evaluate":  # the last answer's update is about to be overwritten
+            (self._outbox / "finished.json").unlink(missing_ok=True)
         outcome: Outcome
         if work.kind == "init":
             outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)

@@ -87,7 +87,7 @@ class _Doctor:
     """What the checks learn from each other: a check runs only after those it needs."""
 
     _enrolment: Enrolment
-    _standing: StandingAnswer
+    _standing: StandingAnswer | None = None
     _http: httpx.Client | None = None
     _link: Link | None = None
 
@@ -234,14 +234,14 @@ class _Doctor:
                 f"Flower refuses the node key ({err.message})",
                 "set the clock if it is off; else join --replace",
             ) from err
-        return "the node key opens a session"
+        return "it takes the node key"
 
     def mqtt(self) -> str:
         from agent.presence import try_login
 
         address = self._enrolment.mqtt
-        if self._link is not None and hasattr(self, "_standing"):
-            address = self._link.mqtt()  # the password changes; an agent asks for it as well
+        if self._standing is not None and self._standing.standing == "enrolled":
+            address = self._open_link().mqtt()  # the password changes: an agent asks as well
         # Windows: paho needs a selector loop.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             why = runner.run(try_login(address))
@@ -250,6 +250,7 @@ class _Doctor:
         return f"logged in at {address.where}"
 
     def version(self) -> str | Advice:
+        assert self._standing is not None
         theirs = self._standing.version
         if theirs == VERSION:
             return f"{VERSION}, as the coordinator"

@@ -143,9 +143,7 @@ def make_app(
         peer = await auth.peer(request, or_awaiting=True)
         assert peer.standing != "removed", "auth lets no removed peer through"
         return _json(
-            StandingAnswer(
-                peer=peer.peer, name=peer.name, standing=peer.standing, version=VERSION
-            )
+            StandingAnswer(peer=peer.peer, name=peer.name, standing=peer.standing, version=VERSION)
         )
 
     async def leave(request: Request) -> Response:

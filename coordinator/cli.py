@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator import cli_fleet, cli_runs
+from coordinator import cli_care, cli_fleet, cli_runs
 from protocols import VERSION, homes, output
 from protocols.errors import CommonweightError, ExitCode
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 cli_fleet.add_to(app)
 cli_runs.add_to(app)
+cli_care.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
@@ -55,6 +56,8 @@ def init(
     from coordinator import settings
 
     home, new = settings.init(name or [])
+    if name:
+        settings.keep_names(home, name)
     keys = settings.open_keys(home)
     if json:
         sys.stdout.write(output.ok({"home": home, "fleet": keys.fleet, "new": new}) + "\n")

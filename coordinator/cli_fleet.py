@@ -16,6 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout."
 tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=True)
 peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
 
+_LOOK_EVERY_S = 0.5
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -116,6 +117,43 @@ def remove(peer: str) -> None:
     """Shut a machine out for good (id or name); it can join again only with a new key."""
     _remote().remove(peer)
     sys.stderr.write(f"{peer} is removed\n")
+
+
+@peers.command("drain")
+def drain(
+    peer: str,
+    deadline: Annotated[str, typer.Option(help="How long to wait for it.")] = "10m",
+) -> None:
+    """Ask a machine to end its round and stop (id or name), and wait until it has."""
+    import time
+
+    from coordinator import fleet as fleets
+    from protocols.errors import CommonweightError, UnknownName
+    from protocols.messages import Command
+    from protocols.states import PeerState, label
+
+    remote = _remote()
+    until = time.monotonic() + seconds(deadline)
+    asked = False
+    while True:
+        fleet = remote.fleet()
+        found = [one for one in fleet.peers.values() if peer in (one.peer, one.name)]
+        if not found:
+            raise UnknownName(f"no peer {peer!r}", "commonweight peers list")
+        state = fleets.shown_state(found[0], fleet.at)
+        idle = {PeerState.OFFLINE, PeerState.AWAITING} | ({PeerState.PAUSED} if asked else set())
+        if state in idle:
+            sys.stderr.write(f"{peer} has no work any more: {label(state, found[0].reason)}\n")
+            return
+        if not asked:
+            sys.stderr.write(remote.command(peer, Command(action="finish")) + "\n")
+            asked = True
+        if time.monotonic() > until:
+            raise CommonweightError(
+                f"after {deadline} {peer} is still {label(state, found[0].reason)}",
+                f"wait longer, or give up its round: commonweight peers pause {peer}",
+            )
+        time.sleep(_LOOK_EVERY_S)
 
 
 @peers.command("pause")

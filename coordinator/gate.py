@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from protocols import weights
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages import UpdateClaim, Verify, claim_part
 from protocols.states import RunState
-from protocols.weights import FLOATING, Schema, Weights
+from protocols.weights import FLOATING, Readable, Schema, pieces
+
+R = TypeVar("R", bound=Readable)
 
 
 class Expected(NamedTuple):
@@ -56,7 +58,7 @@ def check_claim(
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
 
 
-def check_weights(expected: Expected, open_update: Callable[[], Weights]) -> Weights:
+def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
     """The update's weights. Raises UpdateRefused: missing, another schema, not finite."""
     try:
         update = open_update()
@@ -80,19 +82,21 @@ def expectation(run: Run, schema: Schema) -> Expected:
     return Expected("evaluate", run.head, schema)
 
 
-def distance(update: Weights, base: Weights) -> float:
+def distance(update: Readable, base: Readable) -> float:
     """Euclidean norm of the update's floating-point tensors minus the base's (float64).
 
     What is beyond float64 counts as its largest number: the ledger has no infinity.
     """
     total = 0.0
-    for name, spec in update.schema.items():
-        if spec.dtype not in FLOATING:
-            continue
-        new, old = update[name], base[name]
-        if spec.dtype == "BF16":
-            new, old = widen(new), widen(old)
-        with np.errstate(over="ignore"):
-            difference = np.subtract(new, old, dtype=np.float64).ravel()
-            total += float(difference @ difference)
+    for piece in pieces(update.schema):
+        for part in piece:
+            dtype = update.schema[part.name].dtype
+            if dtype not in FLOATING:
+                continue
+            new, old = update.read(part), base.read(part)
+            if dtype == "BF16":
+                new, old = widen(new), widen(old)
+            with np.errstate(over="ignore"):
+                difference = np.subtract(new, old, dtype=np.float64)
+                total += float(difference @ difference)
     return math.sqrt(min(total, sys.float_info.max))

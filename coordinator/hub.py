@@ -220,7 +220,12 @@ class Hub:
     def _write_up_file(self) -> None:
         host = self._settings.host
         local = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-        up = {"pid": os.getpid(), "address": f"{local}:{self.port}", "since": time.time()}
+        up = {
+            "pid": os.getpid(),
+            "address": f"{local}:{self.port}",
+            "host": host,
+            "since": time.time(),
+        }
         identity.write_private(self._home / UP_FILE, json.dumps(up).encode())
 
     async def _beat(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -22,7 +22,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from coordinator.auth import Auth
 from protocols import weights
 from protocols.errors import BadWeights
-from protocols.weights import Weights
+from protocols.stored import Stored, Writer
+from protocols.weights import Array, Part, Schema, Weights
 
 OFFSET = "x-cw-offset"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -50,17 +51,20 @@ class Lane:
     def has(self, digest: str) -> bool:
         return self.version(digest).exists()
 
-    def load(self, digest: str) -> Weights:
-        """A version, viewed through a memory map. Raises BadWeights, FileNotFoundError."""
-        return weights.load(self.version(digest))
-
     def commit(self, model: Weights) -> str:
-        """Keep `model` as a version, durably; its digest."""
+        """Keep a small model as a version, durably; its digest."""
+        parts = weights.pieces(model.schema)
+        return self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
+
+    def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
+        """Keep a version, durably; its digest. `pieces` come in file order."""
         temporary = self._versions / ".new.safetensors"
-        digest = weights.save(model, temporary)
-        temporary.replace(self.version(digest))
+        with Writer(temporary, schema) as writer:
+            for piece in pieces:
+                writer.write(piece)
+        temporary.replace(self.version(writer.digest))
         weights.sync_folder(self._versions)
-        return digest
+        return writer.digest
 
     def adopt(self, node: str, digest: str) -> None:
         """Turn an upload into a version (the first weights of a run)."""
@@ -73,12 +77,10 @@ class Lane:
         """Where this peer's upload with this digest lies, or would."""
         return self._spool / f"{node}-{digest}.safetensors"
 
-    def open_update(self, node: str, digest: str) -> Weights:
-        """An uploaded update, viewed through a memory map. Raises BadWeights."""
-        if not _DIGEST.fullmatch(digest):
-            raise BadWeights("the update is not named by a digest")
+    def open_update(self, node: str, digest: str) -> Stored:
+        """An uploaded update, open for reading. Raises BadWeights."""
         try:
-            return weights.load(self.update(node, digest))
+            return Stored(self.update(node, digest))
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 

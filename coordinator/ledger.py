@@ -120,10 +120,20 @@ class Ledger:
             ).fetchall()
         return [row[0] for row in rows]
 
+    def newest(self) -> Entry | None:
+        """The last entry."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT seq, at, subject, body, hash FROM log ORDER BY seq DESC LIMIT 1"
+            ).fetchone()
+        return Entry(*row) if row else None
+
     def verify(self) -> int | None:
         """The number of the first entry whose hash does not fit, or None if all do."""
         head, expected = _START, 1
         for entry in self.entries():
+            if not isinstance(entry.body, bytes):  # SQLite keeps whatever somebody puts there
+                return expected
             head = _chain(head, entry.at, entry.subject, entry.body)
             if entry.seq != expected or head != entry.hash:
                 return expected

@@ -6,7 +6,7 @@ Grid; on the wire a message carries a ConfigRecord with the digest, the bytes tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import numpy as np
@@ -14,28 +14,50 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from coordinator.lane import Lane
 from coordinator.superlink import LinkGrid, Superlink
+from protocols.errors import CommonweightError
 from protocols.messages import UpdateClaim, decode_claim
-from protocols.weights import Weights
+from protocols.weights import Array as Tensor
+from protocols.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
 CLAIM = "cw.claim"
 
 
 class VersionRecord(ArrayRecord):
-    """The arrays of a version that the lane already holds, with its digest."""
+    """A version that the lane already holds, named by its digest.
 
-    def __init__(self, digest: str, model: Weights) -> None:
-        super().__init__({name: Array(np.asarray(array)) for name, array in model.items()})
-        self.digest = digest
+    It holds arrays only if it is given the model: FedAvg passes the record on without a look.
+    """
+
+    def __init__(self, digest: str, model: Weights | None = None) -> None:
+        super().__init__({name: Array(np.asarray(array)) for name, array in (model or {}).items()})
+        self.__dict__["digest"] = digest
+
+    @property
+    def digest(self) -> str:
+        digest: str = self.__dict__["digest"]
+        return digest
 
 
-def to_record(model: Weights) -> ArrayRecord:
-    """The tensors as Flower arrays (copied)."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in model.items()})
+def to_record(mean: Mapping[Part, Tensor]) -> ArrayRecord:
+    """Parts of tensors as Flower arrays (copied), each under a name of its own."""
+    return ArrayRecord({_key(part): Array(array) for part, array in mean.items()})
 
 
-def from_record(record: ArrayRecord) -> Weights:
-    """Flower's arrays as weights."""
+def from_record(record: ArrayRecord, like: Mapping[Part, Tensor]) -> dict[Part, Tensor]:
+    """The same parts back. Raises CommonweightError if the strategy lost one."""
+    try:
+        return {part: record[_key(part)].numpy() for part in like}
+    except KeyError as err:
+        raise CommonweightError(f"the strategy gave no weights for {err}") from err
+
+
+def _key(part: Part) -> str:
+    return f"{part.name}[{part.start}:{part.stop}]"
+
+
+def as_weights(record: ArrayRecord) -> Weights:
+    """All of a record's arrays."""
     return Weights({name: array.numpy() for name, array in record.items()})
 
 
@@ -84,6 +106,6 @@ class LaneGrid(LinkGrid):
                 continue
             digest = record.digest if isinstance(record, VersionRecord) else ""
             if not digest:
-                digest = self._lane.commit(from_record(record))
+                digest = self._lane.commit(as_weights(record))
             slim[WEIGHTS] = weights_record(digest, self._lane.version(digest).stat().st_size)
         return slim

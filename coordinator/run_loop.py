@@ -7,6 +7,7 @@ ledger before anything is sent because of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,12 @@ from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid, VersionRecord, from_record, read_claim, to_record
 from coordinator.runs import Fact, Run, Step, Update, View
-from protocols import messages, weights
+from protocols import messages
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
 from protocols.messages import CoordinatorBody, Happened, RunChanged, Sign, Verify, Work, printable
 from protocols.states import RunState
-from protocols.weights import FLOATING, Schema, Weights
+from protocols.stored import Stored
+from protocols.weights import Array, Part, Schema
 
 log = logging.getLogger("commonweight.run")
 
@@ -191,9 +193,7 @@ class RunLoop:
         kind = "train" if opening or self.run.state is RunState.TRAINING else "evaluate"
         number = opening or self.run.round
         config = self._work_record(kind, number)
-        arrays = await asyncio.to_thread(
-            lambda: VersionRecord(self.run.head, around.lane.load(self.run.head))
-        )
+        arrays = VersionRecord(self.run.head)
         configure = getattr(self._strategy, f"configure_{kind}")
         chosen = list(await asyncio.to_thread(configure, number, arrays, config, around.grid))
         self._content = chosen[0].content if chosen else None
@@ -289,14 +289,11 @@ class RunLoop:
         lane = self._around.lane
         norm = 0.0
         if expected.kind != "evaluate":
-            update = await asyncio.to_thread(
-                gate.check_weights, expected, lambda: lane.open_update(peer, claim.digest)
-            )
+            norm = await asyncio.to_thread(self._measure, expected, peer, claim.digest)
             if expected.kind == "init":
                 lane.adopt(peer, claim.digest)
                 await self._learn_model(claim.digest)
                 return runs.WeightsInitialised(claim.digest, peer)
-            norm = await asyncio.to_thread(gate.distance, update, lane.load(self.run.head))
         return runs.UpdateAccepted(
             self.run.round,
             peer,
@@ -309,10 +306,22 @@ class RunLoop:
             ),
         )
 
+    def _measure(self, expected: gate.Expected, peer: str, digest: str) -> float:
+        """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
+        lane = self._around.lane
+        with contextlib.ExitStack() as stack:
+            update = gate.check_weights(
+                expected, lambda: stack.enter_context(lane.open_update(peer, digest))
+            )
+            if expected.kind == "init":
+                return 0.0
+            base = stack.enter_context(Stored(lane.version(expected.base)))
+            return gate.distance(update, base)
+
     async def _learn_model(self, digest: str = "") -> None:
         path = self._around.lane.version(digest or self.run.head)
-        self._schema = (await asyncio.to_thread(weights.load, path)).schema
-        self._model_bytes = path.stat().st_size
+        with Stored(path) as model:
+            self._schema, self._model_bytes = model.schema, model.nbytes
         self._around.lane.limit_bytes = self._model_bytes + _SLACK_BYTES
 
     # --- closing ---
@@ -328,31 +337,36 @@ class RunLoop:
     def _fold(self, contributors: tuple[str, ...]) -> tuple[str, messages.Metrics]:
         """Mean of the updates → the strategy → a new version; its digest and train metrics."""
         run, lane = self.run, self._around.lane
-        base = lane.load(run.head)
         counts = {peer: run.updates[peer].num_examples for peer in contributors}
         share = aggregate.shares(
             counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
         )
-        updates = [lane.open_update(peer, run.updates[peer].digest) for peer in contributors]
-        scale = [_clipped(run.updates[peer].norm, run.spec.clip_norm) for peer in contributors]
-        parts = [share[peer] for peer in contributors]
-        mean = aggregate.weighted_mean(updates, parts, base, scale)
-        floating = {n: mean[n] for n, spec in mean.schema.items() if spec.dtype in FLOATING}
         metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
-        reply = _as_reply(
-            "train",
-            to_record(Weights(floating)),
-            {name: value for name, value in metrics.items() if value is not None}
-            | {"num-examples": sum(counts.values())},
-        )
-        arrays, _ = self._strategy.aggregate_train(run.round, [reply])
-        if arrays is None:
-            raise CommonweightError("the strategy gave no new weights")
-        merged = {name: mean[name] for name in mean} | dict(from_record(arrays))
-        bf16 = [name for name, spec in mean.schema.items() if spec.dtype == "BF16"]
-        version = Weights(merged, bf16)
-        weights.check_schema(version.schema, base.schema)
-        return lane.commit(version), metrics
+        told = {name: value for name, value in metrics.items() if value is not None}
+        told["num-examples"] = sum(counts.values())
+
+        def through(mean: dict[Part, Array]) -> dict[Part, Array]:
+            # Part by part the same as all at once: these strategies know no tensor's neighbour.
+            reply = _as_reply("train", to_record(mean), told)
+            arrays, _ = self._strategy.aggregate_train(run.round, [reply])
+            if arrays is None:
+                raise CommonweightError("the strategy gave no new weights")
+            return from_record(arrays, mean)
+
+        with contextlib.ExitStack() as stack:
+            base = stack.enter_context(Stored(lane.version(run.head)))
+            updates = [
+                stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest)))
+                for peer in contributors
+            ]
+            version = aggregate.fold(
+                updates,
+                [share[peer] for peer in contributors],
+                [_clipped(run.updates[peer].norm, run.spec.clip_norm) for peer in contributors],
+                base,
+                through,
+            )
+            return lane.write(base.schema, version), metrics
 
     def _close_round(self) -> None:
         run, lane = self.run, self._around.lane

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import psutil
+import tomli_w
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -106,6 +107,17 @@ def init(names: list[str]) -> tuple[Path, bool]:
     identity.write_private(home / "ca.pem", ca_pem)
     certify(home, ca_key, ca_pem, names)
     return home, True
+
+
+def keep_names(home: Path, names: list[str]) -> None:
+    """Write the names under which agents reach this machine into the file: `up` certifies them."""
+    try:
+        values = tomllib.loads((home / FILE).read_text())
+    except FileNotFoundError:
+        values = {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise UsageFault(f"cannot read {home / FILE}: {err}") from err
+    identity.write_private(home / FILE, tomli_w.dumps(values | {"names": names}).encode())
 
 
 def new_login(home: Path, removed: int) -> MqttLogin:

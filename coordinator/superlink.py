@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -60,6 +60,7 @@ from protocols.errors import BadMessage
 from protocols.messages import Exchange, Exchanged, Parcel
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
+log = logging.getLogger("commonweight.superlink")
 
 #: Flower's requests are small: weights travel on the lane.
 MAX_BODY_BYTES = 1024 * 1024
@@ -326,28 +327,37 @@ class LinkGrid(Grid):
                 if reply.metadata.reply_to_message_id not in wanted:
                     continue
                 try:
-                    whole = self._inflate(message_id)
+                    whole = self._fill(message_id, reply)
                 except NoObjectInStoreError:  # its sender died between message and objects
                     del self._incomplete[message_id]
                     continue
-                if whole is not None:
+                if whole:
                     del self._incomplete[message_id]
-                    replies.append(whole)
+                    replies.append(reply)
             self._forget({reply.metadata.reply_to_message_id for reply in replies})
         return replies
 
-    def _inflate(self, message_id: str) -> Message | None:
+    def _fill(self, message_id: str, reply: Message) -> bool:
+        """Give a reply its content; False while objects are missing.
+
+        Its metadata stay those that LinkState checked: what is inflated says of itself what its
+        sender likes. Objects that are none leave it empty, for the gate to refuse.
+        """
         tree = self._store.get_object_tree(message_id)
         contents: dict[str, bytes] = {}
         for node in iterate_object_tree(tree):
             content = self._store.get(node.object_id)
             if not content:
-                return None
+                return False
             contents[node.object_id] = content
-        message = cast(Message, inflate_object_from_contents(message_id, contents))
-        message.metadata.__dict__["_message_id"] = message_id
+        try:
+            message = inflate_object_from_contents(message_id, contents)
+            if isinstance(message, Message) and isinstance(message.content, RecordDict):
+                reply.content = message.content
+        except Exception as err:  # one peer's bytes in Flower's parser must not end the run
+            log.warning("a reply of node %s cannot be read: %s", reply.metadata.src_node_id, err)
         self._store.delete(message_id)
-        return message
+        return True
 
     def forget(self, message_ids: set[str]) -> None:
         """Take back messages, answered or not: a late reply to them is refused."""

@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from protocols.errors import BadWeights
 Array = npt.NDArray[np.generic]
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
+PIECE_BYTES = 16 * 1024 * 1024
 #: What numpy can hold in every version that we allow.
 MAX_DIMENSIONS = 32
 MAX_TENSOR_BYTES = 2**62
@@ -65,6 +66,24 @@ class TensorSpec(NamedTuple):
 Schema = dict[str, TensorSpec]
 
 
+class Part(NamedTuple):
+    """Elements `start` to `stop` of one tensor, counted flat."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Readable(Protocol):
+    """Weights that can be read part by part, in memory or in a file."""
+
+    schema: Schema
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
+        ...
+
+
 class Weights(Mapping[str, Array]):
     """Named tensors with their schema; iterates in name order.
 
@@ -89,6 +108,10 @@ class Weights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat."""
+        return self._tensors[part.name].reshape(-1)[part.start : part.stop]
 
     @property
     def nbytes(self) -> int:
@@ -184,14 +207,24 @@ def sync_folder(folder: Path) -> None:
 
 def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
     """The schema of canonical bytes and where the tensors begin. Raises BadWeights."""
-    if len(data) < 8:
-        raise BadWeights("shorter than a safetensors header")
     length = int.from_bytes(data[:8], "little")
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
+    if length > MAX_HEADER_BYTES:
         raise BadWeights(f"a header of {length} bytes in a file of {len(data)}")
-    head = bytes(data[8 : 8 + length])
+    return check_header(bytes(data[: 8 + length]), len(data))
+
+
+def check_header(head: bytes, size: int) -> tuple[Schema, int]:
+    """The schema in the first bytes of a file of `size` bytes, and where the tensors begin.
+
+    `head` is the 8 bytes of length and the header. Raises BadWeights.
+    """
+    if len(head) < 8:
+        raise BadWeights("shorter than a safetensors header")
+    length = int.from_bytes(head[:8], "little")
+    if len(head) != 8 + length:
+        raise BadWeights(f"a header of {length} bytes in a file of {size}")
     try:
-        table = json.loads(head)
+        table = json.loads(head[8:])
     except (ValueError, RecursionError) as err:
         raise BadWeights(f"the header is not JSON: {err}") from err
     schema = _checked(table)
@@ -199,12 +232,12 @@ def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
         canonical = header_bytes(schema)
     except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
         raise BadWeights("a tensor's name is not text") from err
-    if canonical != bytes(data[:8]) + head:
+    if canonical != head:
         raise BadWeights("the header is not in canonical form")
-    expected = 8 + length + sum(spec.nbytes for spec in schema.values())
-    if len(data) != expected:
-        raise BadWeights(f"{len(data)} bytes where the header promises {expected}")
-    return schema, 8 + length
+    expected = len(head) + sum(spec.nbytes for spec in schema.values())
+    if size != expected:
+        raise BadWeights(f"{size} bytes where the header promises {expected}")
+    return schema, len(head)
 
 
 def _checked(table: object) -> Schema:
@@ -273,15 +306,40 @@ def check_schema(found: Schema, expected: Schema) -> None:
         raise BadWeights(f"tensor {extra[0]!r} is not part of the model")
 
 
-def check_finite(weights: Weights) -> None:
+def check_finite(weights: Readable) -> None:
     """Raise BadWeights that names the first tensor that holds NaN or infinity."""
-    for name, spec in weights.schema.items():
-        if spec.dtype not in FLOATING:
-            continue
-        array = weights[name]
-        if spec.dtype == "BF16":  # exponent all ones: infinity or NaN
-            bad = bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
-        else:
-            bad = not bool(np.isfinite(array).all())
-        if bad:
-            raise BadWeights(f"tensor {name!r} holds NaN or infinity")
+    for piece in pieces(weights.schema):
+        for part in piece:
+            if not is_finite(weights.read(part), weights.schema[part.name].dtype):
+                raise BadWeights(f"tensor {part.name!r} holds NaN or infinity")
+
+
+def is_finite(array: Array, dtype: str) -> bool:
+    """True unless the array holds NaN or infinity; always for integers."""
+    if dtype not in FLOATING:
+        return True
+    if dtype == "BF16":  # exponent all ones: infinity or NaN
+        return not bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())
+
+
+def pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part]]:
+    """The whole of a model in file order, in groups of parts of about `limit_bytes`.
+
+    A large tensor is cut, small ones go together. Tensors without elements are in no piece.
+    """
+    group: list[Part] = []
+    room = limit_bytes
+    for name in sorted(schema):
+        itemsize = DTYPES[schema[name].dtype].itemsize
+        start, count = 0, schema[name].nbytes // itemsize
+        while start < count:
+            stop = min(count, start + max(1, room // itemsize))
+            group.append(Part(name, start, stop))
+            room -= (stop - start) * itemsize
+            start = stop
+            if room < itemsize:
+                yield group
+                group, room = [], limit_bytes
+    if group:
+        yield group

@@ -170,5 +170,5 @@ def test_bf16_is_rounded_to_nearest_even(bits: Any) -> None:
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
     expected = [nearest_bf16(value) for value in values]
-    for got, wanted in zip(aggregate._narrow(values).tolist(), expected, strict=True):
+    for got, wanted in zip(aggregate.narrow(values).tolist(), expected, strict=True):
         assert wanted in (-1, got)

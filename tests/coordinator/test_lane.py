@@ -168,8 +168,7 @@ def test_an_update_is_uploaded_once(
     source = tmp_path / "update.safetensors"
     assert weights.save(MODEL, source) == DIGEST
     link.upload(DIGEST, source)
-    stored = site.lane.open_update(machine.peer, DIGEST)
-    assert weights.digest(stored) == DIGEST
+    assert weights.file_digest(site.lane.update(machine.peer, DIGEST)) == DIGEST
     received = site.lane.bytes_up
     link.upload(DIGEST, source)  # asked again after a lost link
     assert site.lane.bytes_up == received == len(DATA)
@@ -262,7 +261,7 @@ def test_a_short_body_leaves_a_part_that_can_be_resumed(
     until(settled)
     assert 0 < have <= 20_000
     assert put(http, machine, DATA[have:], offset=have).status_code == 200
-    assert weights.digest(site.lane.open_update(machine.peer, DIGEST)) == DIGEST
+    assert weights.file_digest(site.lane.update(machine.peer, DIGEST)) == DIGEST
     assert len(spool(site)) == 1
 
 

@@ -55,15 +55,25 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
     return found | settings
 
 
+def command(words: list[str], env: dict[str, str]) -> list[str]:
+    """The command line of `words`, which begin with COORDINATOR or AGENT.
+
+    With INSTALLED set it is the script in that folder, else this source tree's module.
+    """
+    if folder := env.get("INSTALLED"):
+        script = {COORDINATOR: "commonweight", AGENT: "commonweight-agent"}[words[0]]
+        return [str(Path(folder) / script), *words[1:]]
+    return [sys.executable, "-P", "-m", *words]
+
+
 def run_program(
-    words: list[str], env: dict[str, str], *, given: str = "", cwd: Path | None = None
+    words: list[str], env: dict[str, str], *, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m words…` to its end."""
+    """Run one of the two commands to its end."""
     return subprocess.run(
-        [sys.executable, "-P", "-m", *words],
+        command(words, env),
         input=given,
         env=env,
-        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -78,7 +88,7 @@ class Program:
         self._output = output
         with output.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", *words],
+                command(words, env),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -107,8 +117,9 @@ class Program:
 class Fleet:
     """A coordinator and agents over `folder`, driven by the commands that a person types."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self.folder = folder
+        self._settings = settings
         self.home = folder / "coordinator"
         self.programs: dict[str, Program] = {}
         self._family: dict[int, psutil.Process] = {}
@@ -208,7 +219,7 @@ class Fleet:
 
     def _env(self, name: str = "coordinator") -> dict[str, str]:
         variable = "COMMONWEIGHT_HOME" if name == "coordinator" else "COMMONWEIGHT_AGENT_HOME"
-        return environment(self.folder, **{variable: str(self.folder / name)})
+        return environment(self.folder, **{variable: str(self.folder / name)}, **self._settings)
 
     def _start(self, name: str, words: list[str], env: dict[str, str]) -> Program:
         self.note_family()
@@ -266,9 +277,12 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 @contextmanager
-def fleet(folder: Path) -> Iterator[Fleet]:
-    """A fleet whose processes all end with the block; its logs are printed if it fails."""
-    made = Fleet(folder)
+def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
+    """A fleet whose processes all end with the block; its logs are printed if it fails.
+
+    `settings` are environment variables of its processes.
+    """
+    made = Fleet(folder, settings)
     try:
         yield made
     except BaseException:

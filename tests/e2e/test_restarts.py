@@ -11,6 +11,9 @@ from tests.e2e.fleet_harness import Fleet, alive, descendants, fleet, two_free_p
 #: Seconds of work a round on one core, and the same in every test run.
 SLOW = ["--set", "epochs=30", "--seed", "7"]
 
+#: What an agent says of itself while it trains in the first round.
+FIRST = ("training", 1)
+
 
 def rounds_of(run: dict[str, object]) -> list[int]:
     history = run["history"]
@@ -34,7 +37,7 @@ def test_an_agent_killed_in_a_round_comes_back_as_the_same_peer(tmp_path: Path) 
         site.start("ada", "bob")
         peer = site.agent("ada")["peer"]
         run = site.start_run("mnist", "--rounds", "2", "--quorum", "2", *SLOW)
-        site.until_agent("ada", "trains", lambda told: (told["state"], told["round"]) == TRAINING)
+        site.until_agent("ada", "trains", lambda told: (told["state"], told["round"]) == FIRST)
         trainers = descendants(site.programs["ada"].process.pid)
         site.programs["ada"].kill()
         assert trainers, "the trainer is a process of its own"
@@ -48,9 +51,6 @@ def test_an_agent_killed_in_a_round_comes_back_as_the_same_peer(tmp_path: Path) 
         assert rounds_of(ended) == [1, 2]
         assert all(peer in closed["contributors"] for closed in ended["history"])
         assert "ada went away in its work" in site.events()
-
-
-TRAINING = ("training", 1)
 
 
 def test_a_killed_broker_stops_no_run_and_the_monitor_hears_of_it(tmp_path: Path) -> None:

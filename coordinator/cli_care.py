@@ -1,0 +1,106 @@
+"""`commonweight doctor` and `commonweight audit`: is it well, and what has happened."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from coordinator.cli_fleet import Json, seconds
+from protocols import homes, output
+from protocols.errors import CommonweightError, ExitCode, UsageFault
+
+audit = typer.Typer(help="Who was let in, sent away or refused, from the ledger.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("doctor")(doctor)
+    app.add_typer(audit, name="audit")
+
+
+def doctor(json: Json = False) -> None:
+    """Look for what keeps this coordinator from working. Exit status 6 when something does."""
+    from coordinator.doctor import examine_coordinator
+    from protocols import checks
+
+    made = []
+    for check in examine_coordinator(homes.locate("coordinator")):
+        made.append(check)
+        if not json:
+            sys.stdout.write(checks.in_words(check) + "\n")
+            sys.stdout.flush()
+    if json:
+        sys.stdout.write(output.ok(checks.as_data(made)) + "\n")
+    if checks.num_faults(made):
+        raise typer.Exit(ExitCode.FAULTS_FOUND)
+
+
+@audit.callback(invoke_without_command=True)
+def show(
+    context: typer.Context,
+    peer: Annotated[str, typer.Option(help="Only this machine (id or name).")] = "",
+    since: Annotated[str, typer.Option(help="2h, 7d, 2026-11-23 or 2026-11-23T18:00.")] = "",
+    json: Json = False,
+) -> None:
+    """Who joined with which ticket, was approved, removed or refused; runs started and ended."""
+    if context.invoked_subcommand is not None:
+        return
+    from coordinator.audit import lines, open_ledger
+    from protocols.messages import printable
+
+    after = moment(since, time.time()) if since else 0.0
+    ledger = open_ledger(homes.open_home("coordinator"))
+    try:
+        found = lines(ledger, peer=peer, since=after)
+    finally:
+        ledger.close()
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    if not found:
+        sys.stderr.write("nothing of that kind has happened\n")
+    for line in found:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.at))
+        sys.stdout.write(f"{line.seq:6} {at} {line.event:14} {printable(line.text)}\n")
+
+
+def moment(text: str, now: float) -> float:
+    """Unix s of a date, a date with a time (local), or so long ago. Raises UsageFault."""
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        pass
+    try:
+        return now - seconds(text)
+    except UsageFault as err:
+        raise UsageFault(
+            f"{text!r} is no time", "write 2h, 7d, 2026-11-23 or 2026-11-23T18:00"
+        ) from err
+
+
+@audit.command("verify")
+def verify(json: Json = False) -> None:
+    """Walk the ledger's chain of hashes; names the first entry that was changed.
+
+    A cut end leaves a shorter chain that fits: keep the last hash elsewhere to find that, too.
+    """
+    from coordinator.audit import open_ledger
+
+    ledger = open_ledger(homes.open_home("coordinator"))
+    try:
+        changed, newest = ledger.verify(), ledger.newest()
+    finally:
+        ledger.close()
+    if changed is not None:
+        raise CommonweightError(
+            f"entry {changed} was changed, or one before it is missing",
+            "restore ledger.db from a backup; do not trust what comes after that entry",
+        )
+    count, head = (newest.seq, newest.hash.hex()) if newest else (0, "")
+    if json:
+        sys.stdout.write(output.ok({"entries": count, "head": head}) + "\n")
+    else:
+        sys.stdout.write(f"{count} entries, every hash fits; the last is {head or 'none'}\n")

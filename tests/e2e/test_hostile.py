@@ -1,0 +1,207 @@
+"""What hostile or broken members of the fleet can do: nothing but be refused and counted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Error, Message
+
+from agent import settings
+from agent.client import Client, refusal_text
+from agent.link import Credentials, Link
+from agent.tasks import Settings
+from agent.trainer import Done
+from protocols import topics, weights
+from protocols.errors import TrainerFailed
+from protocols.weights import Weights
+from tests.e2e.fleet_harness import Fleet, fleet, until
+from tests.mqtt_fixtures import rogue as with_password_only
+
+SHORT = ["--set", "epochs=1", "--set", "max_steps=20"]
+
+Fault = Callable[[dict[str, np.ndarray]], tuple[dict[str, np.ndarray], int]]
+
+
+def a_nan(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    model["output.bias"][3] = np.nan
+    return model, 100
+
+
+def an_infinity(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    model["hidden1.weight"][0, 0] = np.inf
+    return model, 100
+
+
+def another_shape(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    return model | {"output.weight": model["output.weight"].T.copy()}, 100
+
+
+def another_dtype(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    return model | {"output.bias": model["output.bias"].astype(np.float16)}, 100
+
+
+def a_missing_key(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    del model["output.bias"]
+    return model, 100
+
+
+def one_key_more(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    return model | {"back.door": np.zeros(3, np.float32)}, 100
+
+
+def no_examples(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    return model, 0
+
+
+def fewer_than_none(model: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    return model, -1000
+
+
+def all_the_examples_in_the_world(
+    model: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], int]:
+    return model, 10**12
+
+
+#: What the rogue does in each round, and the word with which it is refused.
+FAULTS: list[tuple[Fault, str]] = [
+    (a_nan, "not finite"),
+    (an_infinity, "not finite"),
+    (another_shape, "bad weights"),
+    (another_dtype, "bad weights"),
+    (a_missing_key, "bad weights"),
+    (one_key_more, "bad weights"),
+    (no_examples, "bad example count"),
+    (fewer_than_none, "bad example count"),
+    (all_the_examples_in_the_world, "bad example count"),
+]
+
+
+class RogueTrainer:
+    """Says what it likes: a fault a round, and lies about its evaluation."""
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
+        raise TrainerFailed("task", "a rogue makes no first weights")
+
+    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
+        fault, _ = FAULTS[int(settings["round"]) - 1]
+        loaded = weights.load(base)
+        model, num_examples = fault({name: array.copy() for name, array in loaded.items()})
+        digest = weights.save(Weights(model), out)
+        return Done(id=0, digest=digest, nbytes=out.stat().st_size, num_examples=num_examples)
+
+    def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
+        return Done(id=0, num_examples=10**12, metrics={"accuracy": 1.0, "loss": 0.0})
+
+
+@contextmanager
+def rogue_agent(home: Path) -> Iterator[None]:
+    """An enrolled agent, all real but its trainer, at work in a thread of this process."""
+    enrolment = settings.read_enrolment(home)
+    mine = Credentials.of(home, enrolment)
+    link = Link(mine)
+    outbox = home / "outbox"
+    outbox.mkdir()
+
+    def fetch(digest: str, nbytes: int) -> Path:
+        path = home / f"{digest}.safetensors"
+        if not path.exists():
+            link.download(digest, nbytes, path)
+        return path
+
+    client = Client(
+        peer=mine.peer,
+        sign=mine.sign_key.sign,
+        coordinator_public=enrolment.coordinator_public,
+        trainer=RogueTrainer(),
+        outbox=outbox,
+        fetch=fetch,
+        send=link.upload,
+        allowed=lambda task: True,
+    )
+    over, opened = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        link.open()
+        opened.set()
+        while not over.wait(0.02):
+            if (message := link.pull()) is None:
+                continue
+            try:
+                reply = client.handle(message)
+            except TrainerFailed as err:
+                reply = Message(Error(1, refusal_text(err)), reply_to=message)
+            link.push(reply)
+
+    def watched() -> None:
+        try:
+            work()
+        except BaseException as err:
+            failed.append(err)
+
+    working = threading.Thread(target=watched, name="rogue")
+    working.start()
+    try:
+        assert opened.wait(30), "the rogue has a session"
+        yield
+    finally:
+        over.set()
+        working.join(30)
+        link.close()
+    assert not failed, failed
+
+
+def start_honest(site: Fleet) -> None:
+    site.up()
+    site.join("ada", "bob")
+    site.start("ada", "bob")
+
+
+def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path: Path) -> None:
+    with fleet(tmp_path) as site:
+        start_honest(site)
+        rounds = str(len(FAULTS))
+        words = ["mnist", "--rounds", rounds, "--quorum", "2", "--deadline", "20s", *SHORT]
+        honest = site.ended_run(site.start_run(*words))
+        assert honest["state"] == "finished"
+
+        ticket = site.ticket()
+        assert site.ask_agent("eve", "join", "-", "--name", "eve", given=ticket).returncode == 0
+        with rogue_agent(tmp_path / "eve"):
+            harmed = site.ended_run(site.start_run(*words))
+        assert harmed["state"] == "finished"
+        for with_eve, without in zip(harmed["history"], honest["history"], strict=True):
+            assert with_eve["digest"] == without["digest"]
+            assert with_eve["contributors"] == without["contributors"]
+            assert with_eve["metrics"] == without["metrics"]
+            assert with_eve["refused"] == 2, "the update and the evaluation"
+        refused = [text.split(": ") for text in site.events() if text.startswith("refused eve")]
+        found = [why for _, why, *_ in refused if why != "agent failed"]  # asked for first weights
+        expected = [why for _, reason in FAULTS for why in (reason, "bad example count")]
+        assert found == expected
+
+
+async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: Path) -> None:
+    with fleet(tmp_path) as site:
+        start_honest(site)
+        enrolment = settings.read_enrolment(tmp_path / "ada")
+        run = site.start_run("ping", "--rounds", "20", "--quorum", "2")
+        payloads = [b"\x00\xff" * 40, b"A" * 88 + b".{}", b"x" * 16_000, b"{}"]
+        async with with_password_only(enrolment.mqtt) as client:
+            for payload in payloads:
+                for topic in (topics.telemetry, topics.presence):
+                    where = topic(enrolment.fleet, enrolment.peer)
+                    await client.publish(where, payload, qos=1)
+                where = topics.command(enrolment.fleet, enrolment.peer)
+                await client.publish(where, payload, qos=1)
+        assert site.ended_run(run)["state"] == "finished"
+        expected = 2 * len(payloads)
+        until(lambda: site.data("status")["links"]["rejected"] == expected, "all are counted")
+        assert "ignored 8 malformed or forged MQTT messages so far" in site.events()
+        fleet_now = site.data("status")
+        assert {peer["state"] for peer in fleet_now["peers"].values()} == {"idle"}

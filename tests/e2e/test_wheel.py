@@ -1,0 +1,77 @@
+"""The wheel, installed in an environment of its own outside the source tree, does the whole job."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.fleet_harness import ROOT, environment, fleet
+
+SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
+
+
+def python_in(folder: Path) -> Path:
+    return folder / SCRIPTS / ("python.exe" if sys.platform == "win32" else "python")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel in it; what it depends on is borrowed from this one."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # Where hatchling is not here already, pip fetches it from its index.
+    isolated = [] if find_spec("hatchling") is None else ["--no-build-isolation"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", *isolated, "-w", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, cwd=folder)
+    (wheel,) = folder.glob("commonweight-*.whl")
+
+    home = folder / "env"
+    venv.create(home, with_pip=False, symlinks=sys.platform != "win32")
+    into = [*pip, "--python", str(python_in(home)), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(into, check=True, cwd=folder)
+    inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.check_output([python_in(home), "-c", inside], text=True).strip()
+    # A plain path: the editable install of the source tree that lies there is not followed.
+    Path(packages, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return home
+
+
+def test_init_up_join_run_and_two_rounds(installed: Path, tmp_path: Path) -> None:
+    with fleet(tmp_path, INSTALLED=str(installed / SCRIPTS), PYTHONPATH="") as site:
+        made = site.ask("init")
+        assert made.returncode == 0
+        assert "commonweight up" in made.stderr
+        site.up()
+        site.join("ada", "bob")
+        site.start("ada", "bob")
+        run = site.data("run", "start", "ping", "--rounds", "2", "--quorum", "2", "--follow")
+        assert run["state"] == "finished"
+        assert [len(closed["contributors"]) for closed in run["history"]] == [2, 2]
+        model = tmp_path / "model.safetensors"
+        assert site.ask("models", "export", run["id"], str(model)).returncode == 0
+        assert model.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("package", ["agent", "coordinator", "protocols"])
+def test_what_runs_is_the_wheel_and_it_is_whole(
+    installed: Path, tmp_path: Path, package: str
+) -> None:
+    code = f"import {package}; print({package}.__file__)"
+    env = environment(tmp_path, PYTHONPATH="")
+    said = subprocess.check_output(
+        [python_in(installed), "-P", "-c", code], text=True, env=env, cwd=tmp_path
+    )
+    found = Path(said.strip()).parent
+    assert found.is_relative_to(installed)
+    files = {
+        path.relative_to(ROOT / package)
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {path for path in files if not (found / path).exists()} == set()
