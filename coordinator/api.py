@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,7 +32,8 @@ from coordinator.auth import Auth, read_body
 from coordinator.enroll import Registry
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
-from coordinator.runs import Run, RunSpec
+from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
+from coordinator.run_queue import RunQueue
 from protocols import VERSION, identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
@@ -55,35 +55,16 @@ MAX_EXCHANGE_BYTES = 1024 * 1024
 _STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.NOT_RUNNING: 409}
 
 
-class WatchAnswer(Struct, frozen=True, kw_only=True):
-    """What a watcher needs to follow the fleet over MQTT."""
-
-    fleet: str
-    coordinator_public: bytes
-    mqtt: MqttAddress
-
-
-class TicketOrder(Struct, frozen=True, kw_only=True):
-    """A ticket to be made: seconds it is good for, and for how many machines."""
-
-    ttl_s: float = 86400.0
-    uses: int = 1
-    label: str = ""
-
-
 class Desk(Protocol):
     """The coordinator, as its HTTP routes see it."""
 
     registry: Registry
     fleet: Fleet
     lane: Lane
+    runs: RunQueue
 
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
-    def start_run(self, spec: RunSpec, from_digest: str) -> str: ...
-    def stop_run(self, run_id: str) -> None: ...
-    def find_run(self, run_id: str) -> Run: ...
-    def all_runs(self) -> list[Run]: ...
     async def command(self, peer: str, command: Command) -> str: ...
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged: ...
 
@@ -165,16 +146,16 @@ def make_app(
 
     async def start_run(_: Request, body: bytes) -> Response:
         order = _decode(body, RunOrder)
-        return _json({"run": desk.start_run(order.spec, order.from_digest)})
+        return _json({"run": desk.runs.start(order.spec, order.from_digest)})
 
     async def list_runs(_: Request, __: bytes) -> Response:
-        return _json(desk.all_runs())
+        return _json(desk.runs.all())
 
     async def show_run(request: Request, _: bytes) -> Response:
-        return _json(desk.find_run(request.path_params["run"]))
+        return _json(desk.runs.find(request.path_params["run"]))
 
     async def stop_run(request: Request, _: bytes) -> Response:
-        desk.stop_run(desk.find_run(request.path_params["run"]).id)
+        desk.runs.stop(desk.runs.find(request.path_params["run"]).id)
         return _json({})
 
     async def make_ticket(_: Request, body: bytes) -> Response:
@@ -259,13 +240,6 @@ def make_app(
     for method, path, endpoint in desk.lane.routes(auth):
         routes.append(Route(path, endpoint, methods=[method]))
     return Starlette(routes=routes)
-
-
-class RunOrder(Struct, frozen=True, kw_only=True):
-    """A run to be started. `from_digest` names a version that lies in the home already."""
-
-    spec: RunSpec
-    from_digest: str = ""
 
 
 T = TypeVar("T")

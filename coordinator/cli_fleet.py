@@ -62,7 +62,7 @@ def create_ticket(
     json: Json = False,
 ) -> None:
     """Make a ticket: the one string that lets a machine join. It is shown once."""
-    from coordinator.api import TicketOrder
+    from coordinator.orders import TicketOrder
 
     made = _remote().make_ticket(TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label))
     if json:

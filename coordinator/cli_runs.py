@@ -63,7 +63,7 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a run."""
-    from coordinator.api import RunOrder
+    from coordinator.orders import RunOrder
     from coordinator.runs import RunSpec
 
     if weighting not in ("examples", "equal"):

@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -20,12 +19,12 @@ from typing import Any
 import platformdirs
 from rich.console import Console
 
-from coordinator.api import RunOrder
-from coordinator.demo_fleet import DemoFleet, Interrupts
+from coordinator.demo_fleet import AGENT_WITHIN_S, START_WITHIN_S, DemoFleet, Interrupts
 from coordinator.demo_view import DemoView, rounds_table
 from coordinator.fleet import Fleet, num_available
 from coordinator.fleet import Run as ShownRun
 from coordinator.lane import Lane
+from coordinator.orders import RunOrder
 from coordinator.remote import LiveSource, Remote
 from coordinator.runs import RunSpec
 from protocols import output
@@ -34,7 +33,6 @@ from protocols.states import ENDED, RunState
 
 TASK = "mnist"
 LOOK_EVERY_S = 0.25
-PRESENT_WITHIN_S = 60.0
 
 
 def run_demo(
@@ -130,13 +128,13 @@ class _Demo:
                     remote,
                     lambda fleet: num_available(fleet, time.time()) >= self._agents,
                     self._agents,
-                    PRESENT_WITHIN_S,
+                    START_WITHIN_S + self._agents * AGENT_WITHIN_S,
                 )
                 view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
                 run_id = remote.start_run(RunOrder(spec=spec))
                 if with_monitor:
-                    view.stop()
-                    self._monitor()
+                    with view.hidden():
+                        self._monitor(run_id)
                 fleet = self._until(
                     remote,
                     lambda fleet: fleet.runs[run_id].changed.state in ENDED,
@@ -168,26 +166,32 @@ class _Demo:
                 raise CommonweightError(f"the agents are not all there after {within_s:.0f} s")
             self._interrupts.wait(LOOK_EVERY_S)
 
-    def _monitor(self) -> None:
-        """The monitor, until its user leaves it, a signal comes or the fleet is in trouble."""
+    def _monitor(self, run_id: str) -> None:
+        """The monitor, until its user leaves it or a signal comes."""
+        import asyncio
+
         from coordinator.tui.app import MonitorApp
 
         app = MonitorApp(LiveSource(self._fleet.home))
-        over = threading.Event()
 
-        def watch() -> None:
-            while not over.is_set():
-                if self._interrupts.noted.wait(LOOK_EVERY_S):
-                    app.call_from_thread(app.exit)
-                    return
+        async def watch() -> None:
+            told = False
+            while not self._interrupts.noted.is_set():
+                run = app.fleet.runs.get(run_id) if app.fleet else None
+                if run is not None and run.changed.state in ENDED and not told:
+                    told = True
+                    app.notify("the run has ended: 2 shows its rounds, q ends the demo", timeout=60)
+                await asyncio.sleep(LOOK_EVERY_S)
+            app.exit()
 
-        watching = threading.Thread(target=watch, name="interrupts", daemon=True)
-        watching.start()
-        try:
-            app.run()
-        finally:
-            over.set()
-            watching.join()
+        async def show() -> None:
+            watching = asyncio.create_task(watch(), name="interrupts")
+            try:
+                await app.run_async()
+            finally:
+                watching.cancel()
+
+        asyncio.run(show())
         self._interrupts.check()
 
 

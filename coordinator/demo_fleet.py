@@ -21,13 +21,15 @@ from typing import Any
 
 import psutil
 
-from coordinator.api import TicketOrder
+from coordinator.orders import TicketOrder
 from coordinator.remote import Remote
 from coordinator.settings import UP_FILE
 from protocols.errors import CommonweightError, Unreachable
 
 STEP_S = 0.05
 START_WITHIN_S = 60.0
+#: And so much for every agent: they share the cores.
+AGENT_WITHIN_S = 5.0
 STOP_WITHIN_S = 10.0
 _LOG_LINES = 8
 
@@ -113,14 +115,17 @@ class DemoFleet:
                     self._agents[name] = self._spawn(name, ["agent.cli", "run"], settings)
             return not waiting
 
-        self._await(all_run, "the agents did not join")
+        within_s = START_WITHIN_S + count * AGENT_WITHIN_S
+        self._await(all_run, "the agents did not join", within_s)
 
-    def _await(self, condition: Callable[[], bool], otherwise: str) -> None:
-        until = time.monotonic() + START_WITHIN_S
+    def _await(
+        self, condition: Callable[[], bool], otherwise: str, within_s: float = START_WITHIN_S
+    ) -> None:
+        until = time.monotonic() + within_s
         while not condition():
             self.check()
             if time.monotonic() > until:
-                raise self._failed(f"{otherwise} in {START_WITHIN_S:.0f} s", "coordinator")
+                raise self._failed(f"{otherwise} in {within_s:.0f} s", "coordinator")
             self._interrupts.wait(STEP_S)
         self.check()
 

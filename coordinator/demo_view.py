@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich import box
@@ -42,13 +44,18 @@ class DemoView:
         err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the live picture away."""
-        if self._live is not None and self._live.is_started:
+        if self._live is not None:
             self._live.update(Text(""))
             self._live.stop()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Leave the terminal to somebody else meanwhile."""
+        if self._live is not None:
+            self._live.stop()
+        yield
+        if self._live is not None:
+            self._live.start()
 
     def step(self, words: str) -> None:
         """What the demo does now."""

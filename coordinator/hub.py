@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
@@ -18,28 +17,26 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator import fleet as fleets
-from coordinator import runs, settings, strategies
+from coordinator import settings
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
-from coordinator.enroll import SUBJECT, Peer, Registry
+from coordinator.enroll import Peer, Registry
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid
-from coordinator.run_loop import Fleetwork, RunLoop, round_body, run_body
-from coordinator.runs import Run, RunSpec, RunStarted
+from coordinator.run_loop import Fleetwork
+from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
+from coordinator.sessions import Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from protocols import identity
 from protocols.errors import (
     BadMessage,
-    CannotBeMet,
-    UnknownName,
     Unreachable,
-    UsageFault,
 )
 from protocols.messages import (
     Command,
@@ -54,7 +51,6 @@ from protocols.messages import (
     printable,
 )
 from protocols.mqtt import MqttAddress, Voice
-from protocols.states import PeerState, RunState
 from protocols.topics import COORDINATOR, Kind
 
 log = logging.getLogger("commonweight.hub")
@@ -85,19 +81,11 @@ class Hub:
         self.lane = Lane(home)
         self._superlink = Superlink(self._on_request)
         self._grid = LaneGrid(self._superlink, self.lane)
-        self._node_of: dict[str, int] = {}
-        self._peer_of: dict[int, str] = {}
-        self._online: set[str] = set()
-        self._heard_at: dict[str, float] = {}
-        self._will_at: dict[str, float] = {}
-        self._tasks: dict[str, tuple[str, ...]] = {}
-        self._runs: dict[str, Run] = {}
-        self._loop_of: RunLoop | None = None
-        self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._voice = Voice(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue()
         self._saying: set[asyncio.Task[bool]] = set()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
+        self._sessions = Sessions(self.fleet)
         self._broker = self._make_broker()
         self._feed: Feed | None = None
         self._mqtt_up = False
@@ -105,7 +93,7 @@ class Hub:
         for peer in self.registry.peers.values():
             self._admit(peer)
         self.registry.on_change = self._on_peer
-        self._recall_runs()
+        self.runs = RunQueue(self._fleetwork(), self.registry, self._sessions.tasks)
 
     def _make_broker(self) -> EmbeddedBroker | ExternalBroker:
         chosen = self._settings
@@ -176,7 +164,7 @@ class Hub:
                 "heartbeat": self._beat(),
                 "sessions": self._watch_sessions(),
                 "certificate": self._keep_certificate(server),
-                "runs": self._work(resume),
+                "runs": self.runs.work(resume),
             }.items()
         ]
         failure: list[BaseException] = []
@@ -250,67 +238,6 @@ class Hub:
     def mqtt_for(self, host: str) -> MqttAddress:
         return self._broker.address(host, self._keys.ca_pem.decode())
 
-    def start_run(self, spec: RunSpec, from_digest: str) -> str:
-        """Write a run down and queue it; its id. Raises UsageFault and its kin."""
-        self._check_spec(spec)
-        if from_digest and not self.lane.has(from_digest):
-            raise UnknownName(f"no version {from_digest[:12]}")
-        run_id = f"{spec.task}-{secrets.token_hex(3)}"
-        facts: list[runs.Fact] = [RunStarted(spec)]
-        if from_digest:
-            facts.append(runs.WeightsInitialised(from_digest, "file"))
-        self._ledger.append(run_id, [runs.encode_fact(fact) for fact in facts])
-        self._runs[run_id] = runs.replay(run_id, facts)
-        self.publish(run_body(self._runs[run_id], "its turn"))
-        self._queue.put_nowait(run_id)
-        return run_id
-
-    def _check_spec(self, spec: RunSpec) -> None:
-        strategies.check(spec.strategy, spec.strategy_args)
-        if spec.rounds < 1:
-            raise UsageFault("a run has at least one round")
-        enrolled = len(self.registry.enrolled())
-        if not 1 <= spec.quorum <= max(enrolled, 1):
-            raise CannotBeMet(
-                f"a quorum of {spec.quorum} cannot be met: {enrolled} peers are enrolled",
-                "lower --quorum, or let more machines join first",
-            )
-        if not spec.deadline_s > 0:
-            raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
-        if not 0 <= spec.clip_norm < float("inf"):
-            raise UsageFault("--clip-norm is 0 (off) or a positive number")
-        if not 0 < spec.max_weight_share <= 1:
-            raise UsageFault("--max-weight-share is above 0 and at most 1")
-        known = {task for peer in self._online for task in self._tasks.get(peer, ())}
-        if known and spec.task not in known:
-            raise UnknownName(
-                f"no peer can run the task {spec.task!r}",
-                f"tasks of the peers that are here: {', '.join(sorted(known))}",
-            )
-
-    def stop_run(self, run_id: str) -> None:
-        if self._loop_of is not None and self._loop_of.run.id == run_id:
-            self._loop_of.stop("stopped by the operator")
-        elif not self._runs[run_id].ended:
-            self._end(run_id, runs.RunEnded(RunState.STOPPED, "stopped by the operator"))
-
-    def _end(self, run_id: str, fact: runs.RunEnded) -> None:
-        self._ledger.append(run_id, [runs.encode_fact(fact)])
-        self._runs[run_id] = runs.apply(self._runs[run_id], fact)
-        self.publish(run_body(self._runs[run_id], ""))
-
-    def find_run(self, run_id: str) -> Run:
-        """A run by its id or the beginning of it. Raises UnknownName."""
-        found = [run for run in self.all_runs() if run.id.startswith(run_id)]
-        if len(found) != 1:
-            raise UnknownName(f"no run {run_id!r}", "commonweight run list")
-        return found[0]
-
-    def all_runs(self) -> list[Run]:
-        if self._loop_of is not None:
-            self._runs[self._loop_of.run.id] = self._loop_of.run
-        return list(self._runs.values())
-
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command; words of the outcome. Raises Unreachable."""
         assert self._feed is not None
@@ -323,41 +250,14 @@ class Hub:
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
         """A peer hands in a reply and takes its next message. Raises BadMessage."""
-        node = self._node_of[peer]
+        node = self._sessions.node_of(peer)
+        if node is None:
+            raise BadMessage(f"{peer} is not enrolled")
         answer = await asyncio.to_thread(self._superlink.exchange, node, asked)
         self._on_request("exchange" if asked.reply is None else "push-object", node)
         return answer
 
     # --- runs ---
-
-    def _recall_runs(self) -> None:
-        for subject in self._ledger.subjects():
-            if subject != SUBJECT:
-                facts = [runs.decode_fact(entry.body) for entry in self._ledger.entries(subject)]
-                self._runs[subject] = runs.replay(subject, facts)
-        for run in list(self._runs.values())[-_SHOWN_RUNS:]:
-            self.publish(run_body(run, ""))
-            for closed in run.history:
-                self.publish(round_body(run.id, closed))
-
-    async def _work(self, resume: bool) -> None:
-        """One run after the other, unfinished ones of the last life first."""
-        for run in list(self._runs.values()):
-            if not run.ended:
-                if resume:
-                    self._queue.put_nowait(run.id)
-                else:
-                    self._end(run.id, runs.RunEnded(RunState.STOPPED, "not resumed"))
-        while True:
-            run = self._runs[await self._queue.get()]
-            if run.ended:
-                continue
-            self._loop_of = RunLoop(run, self._fleetwork())
-            try:
-                self._runs[run.id] = await self._loop_of.drive()
-            finally:
-                self._runs[run.id] = self._loop_of.run
-                self._loop_of = None
 
     def _fleetwork(self) -> Fleetwork:
         return Fleetwork(
@@ -366,26 +266,13 @@ class Hub:
             grid=self._grid,
             sign=self._keys.sign_key.sign,
             verify=self.registry.verify,
-            eligible=self._eligible,
-            node_of=self._node_of.get,
-            peer_of=lambda node: self._peer_of.get(node, ""),
+            eligible=self._sessions.eligible,
+            node_of=self._sessions.node_of,
+            peer_of=self._sessions.peer_of,
             name_of=self._name_of,
             ring=self._ring,
             publish=self.publish,
         )
-
-    def _eligible(self) -> frozenset[str]:
-        """Peers that can be given work now: a live session, and no word against it."""
-        return frozenset(peer for peer in self._online if self._is_willing(peer))
-
-    def _is_willing(self, peer: str) -> bool:
-        shown = self.fleet.peers.get(peer)
-        if shown is None or shown.standing != "enrolled":
-            return False
-        if shown.state in (PeerState.PAUSED, PeerState.ERROR):
-            return False
-        # A will alone proves nothing: a peer that has asked us something since then is there.
-        return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)
 
     def _ring(self, peers: Sequence[str]) -> None:
         assert self._feed is not None
@@ -406,22 +293,20 @@ class Hub:
 
     def _admit(self, peer: Peer) -> None:
         """Let an enrolled peer's Flower key in, and tell the fold of it."""
-        if peer.standing == "enrolled" and peer.peer not in self._node_of:
-            node = self._superlink.register(peer.node_public)
-            self._node_of[peer.peer], self._peer_of[node] = node, peer.peer
+        if peer.standing == "enrolled" and self._sessions.node_of(peer.peer) is None:
+            self._sessions.admit(peer.peer, self._superlink.register(peer.node_public))
         if peer.standing != "removed":
             self._tell_of(peer)
 
     def _on_peer(self, peer: Peer) -> None:
         words = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was removed"}
         if peer.standing == "removed":
-            if (node := self._node_of.pop(peer.peer, None)) is not None:
+            if (node := self._sessions.dismiss(peer.peer)) is not None:
                 self._superlink.forget(node)
-            self._online.discard(peer.peer)
             if self._feed is not None:
                 self._say_soon(self._feed.forget(peer.peer))
             self._tell_of(peer)
-            self._nudge()
+            self.runs.nudge()
         else:
             self._admit(peer)
         text = f"{peer.name} {words[peer.standing]}"
@@ -442,38 +327,30 @@ class Hub:
         """A Fleet request of this node succeeded."""
         if action in ARRIVALS:
             self._grid.wake()
-            self._nudge()
-        peer = self._peer_of.get(node_id)
-        if peer is None or peer not in self._node_of:
+            self.runs.nudge()
+        peer = self._sessions.peer_of(node_id)
+        if self._sessions.node_of(peer) is None:
             return
-        was_willing = peer in self._online and self._is_willing(peer)
-        self._heard_at[peer] = time.monotonic()
+        news = self._sessions.heard(peer)
         if action == "activate-node":
-            self._online.add(peer)
-            if self._loop_of is not None:
-                self._loop_of.session_opened(peer)
+            self._sessions.opened(peer)
+            if self.runs.current is not None:
+                self.runs.current.session_opened(peer)
             self._tell_links()
         elif action == "deactivate-node":
-            self._online.discard(peer)
-            self._nudge()
+            self._sessions.closed(peer)
+            self.runs.nudge()
             self._tell_links()
-        elif not was_willing:
-            self._nudge()
+        elif news:
+            self.runs.nudge()
 
     async def _watch_sessions(self) -> None:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
-            nodes = await asyncio.to_thread(self._superlink.online)
-            online = {self._peer_of[node] for node in nodes if node in self._peer_of}
-            if online != self._online:
-                self._online = online & self._node_of.keys()
-                self._nudge()
+            if self._sessions.set_online(await asyncio.to_thread(self._superlink.online)):
+                self.runs.nudge()
                 self._tell_links()
             await asyncio.sleep(ONLINE_EVERY_S)
-
-    def _nudge(self) -> None:
-        if self._loop_of is not None:
-            self._loop_of.changed.set()
 
     # --- MQTT ---
 
@@ -489,16 +366,13 @@ class Hub:
             await self._feed.relay(await self._outgoing.get())
 
     def _on_envelope(self, _: Kind, envelope: Envelope) -> None:
-        peer, body = envelope.sender, envelope.body
-        before = self._eligible() if isinstance(body, Presence) else frozenset()
+        body = envelope.body
+        before = self._sessions.eligible() if isinstance(body, Presence) else frozenset()
         fleets.fold(self.fleet, envelope, time.time())
         if isinstance(body, Presence):
-            if body.will:
-                self._will_at[peer] = time.monotonic()
-            elif body.tasks:
-                self._tasks[peer] = body.tasks
-            if before != self._eligible():
-                self._nudge()
+            self._sessions.heard_presence(envelope.sender, body)
+            if before != self._sessions.eligible():
+                self.runs.nudge()
 
     def _on_rejected(self, topic: str, err: BadMessage) -> None:
         self._rejected += 1
@@ -519,10 +393,10 @@ class Hub:
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(Happened(level="info" if up else "warning", text=printable(text)))
-        if up and self._loop_of is not None:
-            self._loop_of.ring_again()
+        if up and self.runs.current is not None:
+            self.runs.current.ring_again()
 
     def _tell_links(self) -> None:
-        links = Links(mqtt=self._mqtt_up, flower=bool(self._online), rejected=self._rejected)
+        links = Links(mqtt=self._mqtt_up, flower=self._sessions.any_online, rejected=self._rejected)
         if links != self.fleet.links:
             self.publish(links)

@@ -79,6 +79,8 @@ class Lane:
 
     def open_update(self, node: str, digest: str) -> Stored:
         """An uploaded update, open for reading. Raises BadWeights."""
+        if not _DIGEST.fullmatch(digest):  # a claim's is text that a peer chose
+            raise BadWeights("the update is not named by a digest")
         try:
             return Stored(self.update(node, digest))
         except FileNotFoundError as err:

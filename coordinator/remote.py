@@ -17,10 +17,10 @@ import httpx
 import msgspec
 
 from coordinator import fleet as fleets
-from coordinator.api import RunOrder, TicketOrder, WatchAnswer
 from coordinator.auth import OPERATOR
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
+from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.runs import Run
 from coordinator.settings import UP_FILE
 from coordinator.watch import Action

@@ -32,7 +32,7 @@ from tests.site_fixtures import HOST, Machine
 
 Floats = npt.NDArray[np.float32]
 CLASSES = 3
-LR = 0.5
+LR = 0.1
 
 
 async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
@@ -232,13 +232,13 @@ class Fleet:
         self.hub: Hub
 
     @asynccontextmanager
-    async def up(self) -> AsyncIterator[Hub]:
+    async def up(self, *, resume: bool = True) -> AsyncIterator[Hub]:
         """A coordinator over the home; the next one has the same port."""
         chosen = Settings(host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9")
         self.hub = Hub(self.home, self.keys, chosen)
         self.port = self.hub.port
         ready = asyncio.Event()
-        serving = asyncio.create_task(self.hub.serve(ready.set))
+        serving = asyncio.create_task(self.hub.serve(ready.set, resume=resume))
         waiting = asyncio.create_task(ready.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -267,15 +267,20 @@ class Fleet:
         return agent
 
     async def online(self, count: int) -> None:
-        await until(lambda: len(self.hub._eligible()) == count)
+        await until(lambda: len(self.hub._sessions.eligible()) == count)
 
     def start(self, **spec: Any) -> str:
-        return self.hub.start_run(RunSpec(task="softmax", **spec), "")
+        return self.hub.runs.start(RunSpec(task="softmax", **spec), "")
 
     async def finished(self, run_id: str) -> Run:
         """The run, when it has ended."""
-        await until(lambda: self.hub.find_run(run_id).ended)
-        return self.hub.find_run(run_id)
+        await until(lambda: self._is_ended(run_id))
+        return self.hub.runs.find(run_id)
+
+    def _is_ended(self, run_id: str) -> bool:
+        for agent in self.agents:
+            assert agent.failures == []
+        return self.hub.runs.find(run_id).ended
 
     def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
         """What the ledger says of a run."""
@@ -289,7 +294,7 @@ class Fleet:
         return [(f.round, f.peer, f.reason) for f in self.facts(run_id, runs.UpdateRefused)]
 
     def version(self, digest: str) -> Weights:
-        return self.hub.lane.load(digest)
+        return weights.load(self.hub.lane.version(digest))
 
     async def close(self) -> None:
         """Stop the agents, also those whose work waits for a door."""

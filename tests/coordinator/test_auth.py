@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from coordinator.api import TicketOrder
+from coordinator.orders import TicketOrder
 from protocols import identity, requests, tickets
 from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer
 from tests.site_fixtures import Machine, Site

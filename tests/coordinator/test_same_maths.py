@@ -57,6 +57,7 @@ async def test_five_rounds_equal_gradient_descent_on_the_union(tmp_path: Path) -
             check_close(fleet.version(run.head), plain_descent(4, seed=11), 1e-3)
         losses = [closed.metrics["loss"] for closed in run.history]
         assert losses == sorted(losses, reverse=True)
+        assert run.best == run.history[-1]
 
 
 async def test_equal_weighting_is_the_mean_of_the_peers(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.e2e.fleet_harness import (
     COORDINATOR,
     Program,
     alive,
+    command,
     descendants,
     environment,
     run_program,
@@ -119,18 +122,21 @@ def test_what_cannot_work_is_said_before_anything_starts(tmp_path: Path) -> None
         assert "Traceback" not in done.stderr
 
 
+def customised(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which every Python runs this code first."""
+    (folder / "sitecustomize.py").write_text(code)
+    env = environment(folder)
+    env["PYTHONPATH"] = os.pathsep.join([str(folder), env["PYTHONPATH"]])
+    return env
+
+
 def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    # Started before anything of ours: this environment has no mlxtend.
-    (blocked / "sitecustomize.py").write_text(
+    code = (
         "import importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'mlxtend' else find(name, *rest)\n"
     )
-    env = environment(tmp_path)
-    env["PYTHONPATH"] = os.pathsep.join([str(blocked), env["PYTHONPATH"]])
-    done = run_program([COORDINATOR, "demo", "--json"], env)
+    done = run_program([COORDINATOR, "demo", "--json"], customised(tmp_path, code))
     assert done.returncode == 1
     error = json.loads(done.stdout)["error"]
     assert error["message"] == "the demo needs mlxtend"
@@ -138,34 +144,59 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path) -> None
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path) -> None:
+def test_a_coordinator_that_does_not_start_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "if sys.orig_argv[-6:-4] == ['coordinator.cli', 'up']:\n"
+        "    sys.exit('the disk is on fire')\n"
+    )
+    done = run_program([COORDINATOR, "demo", "--json"], customised(tmp_path, code))
+    assert done.returncode == 1
+    assert "the disk is on fire" in json.loads(done.stdout)["error"]["message"]
+    assert left_in(tmp_path) == []
+    assert at_work_in(tmp_path) == []
+
+
+def on_a_terminal(words: list[str], env: dict[str, str], answers: dict[str, bytes]) -> str:
+    """What the command shows on a terminal; at each text of `answers` these keys are pressed."""
+    import fcntl
     import pty
-    import subprocess
+    import struct
+    import termios
 
     master, slave = pty.openpty()
-    words = ["demo", "--agents", "1", "--rounds", "1", "--out", str(tmp_path / "m.safetensors")]
-    env = environment(tmp_path, TERM="xterm-256color", LINES="30", COLUMNS="100")
-    shown = bytearray()
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", COORDINATOR, *words],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env=env,
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    process = subprocess.Popen(
+        command(words, env), stdin=slave, stdout=slave, stderr=slave, env=env,
         start_new_session=True,
-    ) as process:
-        os.close(slave)
-        try:
-            while piece := os.read(master, 65536):
-                shown += piece
-        except OSError:  # how a pseudo-terminal says that its other end is closed
-            pass
-        finally:
-            os.close(master)
-        assert process.wait(30) == 0
-    text = shown.decode(errors="replace")
-    assert "agent1" in text
-    assert "training" in text
-    assert "Accuracy" in text
+    )  # fmt: skip
+    os.close(slave)
+    shown = ""
+    try:
+        while piece := os.read(master, 65536):
+            shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", piece.decode(errors="replace"))
+            for text in [text for text in answers if text in shown]:
+                os.write(master, answers.pop(text))
+    except OSError:  # how a pseudo-terminal says that its other end is closed
+        pass
+    finally:
+        os.close(master)
+        code = process.wait(30)
+    assert code == 0, shown
+    return shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("monitor", [False, True])
+def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path, monitor: bool) -> None:
+    out = str(tmp_path / "model.safetensors")
+    words = [COORDINATOR, "demo", "--agents", "1", "--rounds", "1", "--out", out]
+    env = environment(tmp_path, TERM="xterm-256color", LINES="30", COLUMNS="100")
+    answers = {"the run has ended": b"q"} if monitor else {}
+    shown = on_a_terminal([*words, "--monitor"] if monitor else words, env, answers)
+    assert "agent1" in shown
+    assert ("quit" in shown) == monitor
+    assert "Accuracy" in shown
+    assert answers == {}
     assert left_in(tmp_path) == []
+    assert at_work_in(tmp_path) == []

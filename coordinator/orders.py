@@ -1,0 +1,31 @@
+"""What an operator's commands send to the coordinator and get from it. Pure."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from coordinator.runs import RunSpec
+from protocols.mqtt import MqttAddress
+
+
+class RunOrder(Struct, frozen=True, kw_only=True):
+    """A run to be started. `from_digest` names a version that lies in the home already."""
+
+    spec: RunSpec
+    from_digest: str = ""
+
+
+class WatchAnswer(Struct, frozen=True, kw_only=True):
+    """What a watcher needs to follow the fleet over MQTT."""
+
+    fleet: str
+    coordinator_public: bytes
+    mqtt: MqttAddress
+
+
+class TicketOrder(Struct, frozen=True, kw_only=True):
+    """A ticket to be made: seconds it is good for, and for how many machines."""
+
+    ttl_s: float = 86400.0
+    uses: int = 1
+    label: str = ""

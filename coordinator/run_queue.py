@@ -1,0 +1,129 @@
+"""The coordinator's runs: started, queued, worked on one by one, recalled after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+
+from coordinator import runs, strategies
+from coordinator.enroll import SUBJECT, Registry
+from coordinator.run_loop import Fleetwork, RunLoop, round_body, run_body
+from coordinator.runs import Run, RunSpec, RunStarted
+from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.states import RunState
+
+#: Runs whose rounds the monitor still sees after a restart.
+_SHOWN_RUNS = 5
+
+
+class RunQueue:
+    """All runs of the ledger. `known_tasks()` are those that some present peer can run."""
+
+    def __init__(
+        self, around: Fleetwork, registry: Registry, known_tasks: Callable[[], set[str]]
+    ) -> None:
+        self._around, self._registry, self._known_tasks = around, registry, known_tasks
+        self._runs: dict[str, Run] = {}
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self.current: RunLoop | None = None
+        self._recall()
+
+    def _recall(self) -> None:
+        ledger = self._around.ledger
+        for subject in ledger.subjects():
+            if subject != SUBJECT:
+                facts = [runs.decode_fact(entry.body) for entry in ledger.entries(subject)]
+                self._runs[subject] = runs.replay(subject, facts)
+        for run in list(self._runs.values())[-_SHOWN_RUNS:]:
+            self._around.publish(run_body(run, ""))
+            for closed in run.history:
+                self._around.publish(round_body(run.id, closed))
+
+    async def work(self, resume: bool) -> None:
+        """One run after the other, unfinished ones of the last life first."""
+        for run in list(self._runs.values()):
+            if not run.ended:
+                if resume:
+                    self._queue.put_nowait(run.id)
+                else:
+                    self._end(run.id, "not resumed")
+        while True:
+            run = self._runs[await self._queue.get()]
+            if run.ended:
+                continue
+            self.current = RunLoop(run, self._around)
+            try:
+                await self.current.drive()
+            finally:
+                self._runs[run.id] = self.current.run
+                self.current = None
+
+    def nudge(self) -> None:
+        """Something changed that the run in work may care for."""
+        if self.current is not None:
+            self.current.changed.set()
+
+    def start(self, spec: RunSpec, from_digest: str) -> str:
+        """Write a run down and queue it; its id. Raises UsageFault and its kin."""
+        self._check(spec)
+        if from_digest and not self._around.lane.has(from_digest):
+            raise UnknownName(f"no version {from_digest[:12]}")
+        run_id = f"{spec.task}-{secrets.token_hex(3)}"
+        facts: list[runs.Fact] = [RunStarted(spec)]
+        if from_digest:
+            facts.append(runs.WeightsInitialised(from_digest, "file"))
+        self._around.ledger.append(run_id, [runs.encode_fact(fact) for fact in facts])
+        self._runs[run_id] = runs.replay(run_id, facts)
+        self._around.publish(run_body(self._runs[run_id], "its turn"))
+        self._queue.put_nowait(run_id)
+        return run_id
+
+    def _check(self, spec: RunSpec) -> None:
+        strategies.check(spec.strategy, spec.strategy_args)
+        if spec.rounds < 1:
+            raise UsageFault("a run has at least one round")
+        enrolled = len(self._registry.enrolled())
+        if not 1 <= spec.quorum <= max(enrolled, 1):
+            raise CannotBeMet(
+                f"a quorum of {spec.quorum} cannot be met: {enrolled} peers are enrolled",
+                "lower --quorum, or let more machines join first",
+            )
+        if not spec.deadline_s > 0:
+            raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
+        if not 0 <= spec.clip_norm < float("inf"):
+            raise UsageFault("--clip-norm is 0 (off) or a positive number")
+        if not 0 < spec.max_weight_share <= 1:
+            raise UsageFault("--max-weight-share is above 0 and at most 1")
+        known = self._known_tasks()
+        if known and spec.task not in known:
+            raise UnknownName(
+                f"no peer can run the task {spec.task!r}",
+                f"tasks of the peers that are here: {', '.join(sorted(known))}",
+            )
+
+    def stop(self, run_id: str) -> None:
+        """End a run at its next step, or at once if it is not in work."""
+        if self.current is not None and self.current.run.id == run_id:
+            self.current.stop("stopped by the operator")
+        elif not self._runs[run_id].ended:
+            self._end(run_id, "stopped by the operator")
+
+    def _end(self, run_id: str, because: str) -> None:
+        fact = runs.RunEnded(RunState.STOPPED, because)
+        self._around.ledger.append(run_id, [runs.encode_fact(fact)])
+        self._runs[run_id] = runs.apply(self._runs[run_id], fact)
+        self._around.publish(run_body(self._runs[run_id], ""))
+
+    def find(self, run_id: str) -> Run:
+        """A run by its id or the beginning of it. Raises UnknownName."""
+        found = [run for run in self.all() if run.id.startswith(run_id)]
+        if len(found) != 1:
+            raise UnknownName(f"no run {run_id!r}", "commonweight run list")
+        return found[0]
+
+    def all(self) -> list[Run]:
+        """Every run, oldest first."""
+        if self.current is not None:
+            self._runs[self.current.run.id] = self.current.run
+        return list(self._runs.values())

@@ -1,0 +1,84 @@
+"""Which peers are there and could be given work now, from Flower sessions and presence."""
+
+from __future__ import annotations
+
+import time
+
+from coordinator.fleet import Fleet
+from protocols.messages import Presence
+from protocols.states import PeerState
+
+
+class Sessions:
+    """Peers by their Flower node ids, and what was last heard of them. `fleet` is read only."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._node_of: dict[str, int] = {}
+        self._peer_of: dict[int, str] = {}
+        self._online: frozenset[str] = frozenset()
+        self._heard_at: dict[str, float] = {}
+        self._will_at: dict[str, float] = {}
+        self._tasks: dict[str, tuple[str, ...]] = {}
+
+    def admit(self, peer: str, node: int) -> None:
+        """This peer's Flower node id, which stays its own even after it was removed."""
+        self._node_of[peer], self._peer_of[node] = node, peer
+
+    def dismiss(self, peer: str) -> int | None:
+        """Forget a removed peer; the node id to shut out."""
+        self._online -= {peer}
+        return self._node_of.pop(peer, None)
+
+    def node_of(self, peer: str) -> int | None:
+        return self._node_of.get(peer)
+
+    def peer_of(self, node: int) -> str:
+        """The peer with this node id, also a removed one; empty for nobody."""
+        return self._peer_of.get(node, "")
+
+    @property
+    def any_online(self) -> bool:
+        return bool(self._online)
+
+    def heard(self, peer: str) -> bool:
+        """A request of this peer succeeded; True if it could not be given work until now."""
+        was_willing = peer in self._online and self._is_willing(peer)
+        self._heard_at[peer] = time.monotonic()
+        return not was_willing
+
+    def opened(self, peer: str) -> None:
+        self._online |= {peer}
+
+    def closed(self, peer: str) -> None:
+        self._online -= {peer}
+
+    def set_online(self, nodes: set[int]) -> bool:
+        """Nodes whose heartbeat holds; True if that changed anything."""
+        online = frozenset(self._peer_of[n] for n in nodes if n in self._peer_of)
+        online &= self._node_of.keys()
+        changed, self._online = online != self._online, online
+        return changed
+
+    def heard_presence(self, peer: str, presence: Presence) -> None:
+        if presence.will:
+            self._will_at[peer] = time.monotonic()
+        elif presence.tasks:
+            self._tasks[peer] = presence.tasks
+
+    def tasks(self) -> set[str]:
+        """Tasks that somebody who is there can and may run."""
+        return {task for peer in self._online for task in self._tasks.get(peer, ())}
+
+    def eligible(self) -> frozenset[str]:
+        """Peers that can be given work now: a live session, and no word against it."""
+        return frozenset(peer for peer in self._online if self._is_willing(peer))
+
+    def _is_willing(self, peer: str) -> bool:
+        shown = self._fleet.peers.get(peer)
+        if shown is None or shown.standing != "enrolled":
+            return False
+        if shown.state in (PeerState.PAUSED, PeerState.ERROR):
+            return False
+        # A will alone proves nothing: a peer that has asked us something since then is there.
+        return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)
