@@ -6,27 +6,20 @@ Nothing here disturbs an agent at work: no session is opened, nothing is publish
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import socket
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
-from importlib.metadata import packages_distributions
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
-from agent import autostart, settings
+from agent import autostart, machine, settings
 from agent.settings import Enrolment
 from protocols import VERSION, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
+from protocols.folder import check_private, check_room
 
 if TYPE_CHECKING:
     import httpx
@@ -42,17 +35,6 @@ AHEAD_S, BEHIND_S = 5.0, 300.0
 _ODD_S = 3.0
 _RENEWED_DAYS = 30
 
-_DEVICE = """
-import torch
-if torch.cuda.is_available():
-    print("cuda:", torch.cuda.get_device_name(0), end="")
-elif torch.backends.mps.is_available():
-    print("mps", end="")
-else:
-    print("cpu, no GPU that torch can use", end="")
-print(f", torch {torch.__version__}")
-"""
-
 
 def examine_agent(home: Path) -> Iterator[Check]:
     """Every check of the agent in `home`, each as soon as it is made."""
@@ -64,9 +46,9 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 Step("permissions", doctor.permissions, ("home",)),
                 Step("settings", doctor.settings, ("home",)),
                 Step("disk", doctor.disk, ("home",)),
-                Step("packages", packages),
-                Step("device", device),
-                Step("battery", battery),
+                Step("packages", machine.packages),
+                Step("device", machine.device),
+                Step("battery", machine.battery),
                 Step("service", autostart.advice),
                 Step("enrolled", doctor.enrolled, ("home",)),
                 Step("dns", doctor.dns, ("enrolled",)),
@@ -105,19 +87,14 @@ class _Doctor:
         return str(homes.open_home("agent"))
 
     def permissions(self) -> str:
-        if found := homes.exposed(self._home):
-            names = ", ".join(path.name for path in found[:3])
-            raise CommonweightError(
-                f"others on this machine can get at {names}", f"chmod -R go-rwx '{self._home}'"
-            )
-        return "nobody else can read keys and settings"
+        return check_private(self._home)
 
     def settings(self) -> str:
         tasks = settings.read(self._home).tasks
         return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
 
     def disk(self) -> str | Advice:
-        return free_space(self._home)
+        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
 
     # --- the coordinator, from the outside in ---
 
@@ -281,66 +258,3 @@ def skew(ahead_s: float) -> str | Advice:
     if ahead_s > AHEAD_S or ahead_s < -BEHIND_S:
         raise CommonweightError(f"{said}: signatures are refused", fix)
     return Advice(said, fix) if odd else "as the coordinator's, within 3 s"
-
-
-def free_space(folder: Path) -> str | Advice:
-    """Words for the room left on the disk of `folder`. Raises CommonweightError: too little."""
-    free = shutil.disk_usage(folder).free
-    said = f"{free / 1e9:.1f} GB free for {folder}"
-    fix = "make room: versions and updates lie there"
-    if free < _TOO_LITTLE_BYTES:
-        raise CommonweightError(said, fix)
-    return Advice(said, fix) if free < _LITTLE_BYTES else said
-
-
-def packages() -> str:
-    """Our packages have short names: another distribution may have brought its own `agent`."""
-    import agent
-    import protocols
-
-    ours = [Path(str(module.__file__)).parent.parent for module in (agent, protocols)]
-    owners = packages_distributions()
-    foreign = {
-        owner
-        for name in ("agent", "protocols")
-        for owner in owners.get(name, [])
-        if owner != "commonweight"
-    }
-    if foreign or ours[0] != ours[1]:
-        whose = ", ".join(sorted(foreign)) or f"{ours[0]} and {ours[1]}"
-        raise CommonweightError(
-            f"two packages named agent or protocols: {whose}",
-            "install commonweight in an environment of its own: pipx install commonweight",
-        )
-    return f"commonweight {VERSION} in {ours[0]}, Python {sys.version.split()[0]}"
-
-
-def device() -> str:
-    """What torch trains on, asked in a child process: this one never imports it."""
-    if find_spec("torch") is None:
-        raise CommonweightError(
-            "torch is not installed: only tasks without it can run",
-            "pip install 'commonweight[agent]'",
-        )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _DEVICE],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as err:
-        raise CommonweightError("torch did not load within 2 minutes", "is the GPU stuck?") from err
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise CommonweightError(f"torch does not load: {last}", "install torch again")
-    return done.stdout.strip()
-
-
-def battery() -> str:
-    """What the power sensor says; a machine may well have none."""
-    sensor = getattr(psutil, "sensors_battery", lambda: None)()
-    if sensor is None:
-        return f"none, or no sensor ({os.uname().sysname if os.name == 'posix' else os.name})"
-    return f"{sensor.percent:.0f} %, {'on mains' if sensor.power_plugged else 'discharging'}"

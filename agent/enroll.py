@@ -28,6 +28,8 @@ from protocols.mqtt import MqttAddress
 from protocols.tickets import Ticket
 
 _TIMEOUT_S = 10.0
+_KEYS = ("sign.key", "node.key")
+_NEW = ".new"
 
 
 def join(
@@ -35,7 +37,8 @@ def join(
 ) -> tuple[Enrolment, bool]:
     """Join with this ticket; the enrolment, and whether it still awaits approval.
 
-    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already.
+    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already. Until
+    a replacement is accepted, the machine stays who it was.
     """
     ticket = tickets.decode(text)
     if (home / ENROLLED).exists() and not replace:
@@ -43,10 +46,8 @@ def join(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
-    if replace:
-        _forget(home)
     address, ca_pem = _find_coordinator(ticket)
-    sign_key, node_key = _keys(home)
+    sign_key, node_key = _keys(home, _NEW if replace else "")
     joining = Joining(
         ticket=ticket.id,
         secret=ticket.secret,
@@ -71,6 +72,11 @@ def join(
         coordinator_public=answer.coordinator_public,
         mqtt=_reachable(answer.mqtt, address),
     )
+    if replace:
+        _forget(home)
+        for file in _KEYS:
+            (home / (file + _NEW)).replace(home / file)
+        shutil.rmtree(home / "outbox", ignore_errors=True)  # answers in the old one's name
     write_enrolment(home, enrolment)
     return enrolment, answer.awaiting
 
@@ -97,22 +103,26 @@ def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
         finally:
             link.close()
     _forget(home)
+    for file in _KEYS:
+        (home / (file + _NEW)).unlink(missing_ok=True)
     for folder in ("cache", "outbox"):
         shutil.rmtree(home / folder, ignore_errors=True)
 
 
 def _forget(home: Path) -> None:
     """Delete the keys and what was got for them. The enrolment goes first: without it, no agent."""
-    for file in (ENROLLED, "sign.key", "node.key", control.STATUS):
+    for file in (ENROLLED, *_KEYS, control.STATUS):
         (home / file).unlink(missing_ok=True)
 
 
-def _keys(home: Path) -> tuple[identity.SigningKey, identity.NodeKey]:
+def _keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKey]:
     """This machine's keys, made on the first try so that a second try is the same machine."""
-    for file, new in (("sign.key", identity.new_signing_key), ("node.key", identity.new_node_key)):
-        if not (home / file).exists():
-            identity.save_key(home / file, new())
-    return identity.load_signing_key(home / "sign.key"), identity.load_node_key(home / "node.key")
+    sign, node = (home / (file + suffix) for file in _KEYS)
+    if not sign.exists():
+        identity.save_key(sign, identity.new_signing_key())
+    if not node.exists():
+        identity.save_key(node, identity.new_node_key())
+    return identity.load_signing_key(sign), identity.load_node_key(node)
 
 
 def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
@@ -123,7 +133,7 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
         for address in ticket.addresses:
             try:
                 answer = http.get(f"https://{address}{CA_PATH}").raise_for_status()
-            except httpx.HTTPError as err:
+            except (httpx.HTTPError, httpx.InvalidURL) as err:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue
             try:

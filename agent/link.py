@@ -36,8 +36,10 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from agent.settings import Enrolment
 from protocols import identity, requests
@@ -76,11 +78,30 @@ class Credentials(NamedTuple):
             sign_key=identity.load_signing_key(home / "sign.key"),
         )
 
+    def signed(
+        self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256
+    ) -> dict[str, str]:
+        """The headers of one request."""
+        return requests.headers(self.peer, self.sign_key.sign, method, path, body_sha256)
+
 
 class SessionLost(Refused):
     """The coordinator does not know this session: open a new one."""
 
     code = "session_lost"
+
+
+class _SignedAsOurs:
+    """Adds our signature to Flower's requests, whose own covers a timestamp alone."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        request = context.request
+        digest = hashlib.sha256(request.content).hexdigest()
+        request.headers.update(self._credentials.signed("POST", request.url.path, digest))
+        return call_next(context)
 
 
 class Link:
@@ -96,7 +117,10 @@ class Link:
         node_key = credentials.node_key
         self._fleet = FleetHttpClient(
             f"https://{credentials.address}",
-            interceptors=[NodeAuthHttpInterceptor(node_key, node_key.public_key())],
+            interceptors=[
+                _SignedAsOurs(credentials),
+                NodeAuthHttpInterceptor(node_key, node_key.public_key()),
+            ],
             verify=context,
             timeout=_TIMEOUT_S,
         )
@@ -160,14 +184,14 @@ class Link:
         with _translated():
             answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
             answer.raise_for_status()
-        return msgspec.json.decode(answer.content, type=MqttAddress)
+            return msgspec.json.decode(answer.content, type=MqttAddress)
 
     def standing(self) -> StandingAnswer:
         """How this machine stands with the coordinator; needs no session."""
         with _translated():
             answer = self._http.get(STANDING_PATH, headers=self._signed("GET", STANDING_PATH))
             answer.raise_for_status()
-        return msgspec.json.decode(answer.content, type=StandingAnswer)
+            return msgspec.json.decode(answer.content, type=StandingAnswer)
 
     def leave(self) -> None:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
@@ -193,8 +217,8 @@ class Link:
         with _translated():
             answer = self._http.post(EXCHANGE_PATH, content=body, headers=headers)
             answer.raise_for_status()
-        work = msgspec.msgpack.decode(answer.content, type=Exchanged).work
-        return _unpack(work) if work is not None else None
+            work = msgspec.msgpack.decode(answer.content, type=Exchanged).work
+            return _unpack(work) if work is not None else None
 
     # --- the weight lane ---
 
@@ -271,8 +295,7 @@ class Link:
     def _signed(
         self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256
     ) -> dict[str, str]:
-        mine = self._credentials
-        return requests.headers(mine.peer, mine.sign_key.sign, method, path, body_sha256)
+        return self._credentials.signed(method, path, body_sha256)
 
 
 def _pack(reply: Message) -> Parcel:
@@ -296,8 +319,12 @@ def _unpack(work: Parcel) -> Message:
     return message
 
 
+#: What parsing an answer raises that no coordinator of this version gives.
+_NONSENSE = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
+
+
 class _translated:
-    """Turns the transport's errors into ours."""
+    """Turns the transport's errors into ours, and those of parsing what it brought."""
 
     def __enter__(self) -> None:
         return None
@@ -312,6 +339,8 @@ class _translated:
             if status in (413, 422):  # it will say the same the next time
                 raise Refused(f"the coordinator does not take it ({status})") from err
             raise Unreachable(f"the coordinator answered {status}") from err
+        if isinstance(err, _NONSENSE):
+            raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
         if isinstance(err, httpx.HTTPError):
             why = str(err) or type(err).__name__
             raise Unreachable(f"the coordinator does not answer: {why}") from err

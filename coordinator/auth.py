@@ -1,6 +1,9 @@
 """Who asks: the check of signed requests on our own routes.
 
 A request is refused with a bare 401 or 403; what was wrong stands in the log, not in the answer.
+Nothing of a body is read before its sender is known: the signature covers the digest that the head
+announces, and the body is compared with that. No request counts twice, nor one that was signed
+before this coordinator started, which no longer knows what its last life has heard.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from starlette.requests import Request
 from coordinator.enroll import Peer, Registry
 from protocols import identity, requests
 from protocols.errors import BadMessage
+from protocols.messages import printable
 from protocols.requests import EMPTY_SHA256, Nonces, Signed
 
 log = logging.getLogger("commonweight.auth")
@@ -30,27 +34,52 @@ class Auth:
         self._registry = registry
         self._operator = operator_public
         self._nonces = Nonces()
+        self._since = time.time()
 
     async def peer(
         self, request: Request, body_sha256: str = EMPTY_SHA256, *, or_awaiting: bool = False
     ) -> Peer:
         """The enrolled peer, or one that awaits approval, that signed this body's digest."""
         signed = self._read(request)
-        peer = self._registry.peers.get(signed.sender)
-        if peer is None or peer.standing == "removed":
-            raise self._refuse(request, 401, f"{signed.sender} is not enrolled")
-        self._check(request, signed, peer.sign_public, body_sha256)
-        if peer.standing != "enrolled" and not or_awaiting:
-            raise self._refuse(request, 403, f"{peer.name} awaits approval")
-        return peer
+        if signed.body_sha256 != body_sha256:
+            raise self._refuse(request, 401, "the body is not the one that was signed")
+        return self._peer(request, signed, or_awaiting=or_awaiting)
+
+    async def peer_and_body(self, request: Request, limit: int) -> tuple[Peer, bytes]:
+        """The enrolled peer that signed the request, and the body. 413 beyond `limit` bytes."""
+        signed = self._read(request)
+        peer = self._peer(request, signed)
+        body = await self._body(request, signed, limit)
+        if not self.is_enrolled(peer.peer):  # removed while it was sending
+            raise self._refuse(request, 401, f"{peer.name} is not enrolled any more")
+        return peer, body
 
     async def operator(self, request: Request) -> bytes:
         """The body of a request that the operator signed."""
         signed = self._read(request)
         if signed.sender != OPERATOR:
             raise self._refuse(request, 401, f"{signed.sender} is not the operator")
-        body = await read_body(request)
-        self._check(request, signed, self._operator, hashlib.sha256(body).hexdigest())
+        self._check(request, signed, self._operator)
+        return await self._body(request, signed, MAX_JSON_BYTES)
+
+    def is_enrolled(self, peer_id: str) -> bool:
+        """True while this peer may take part."""
+        peer = self._registry.peers.get(peer_id)
+        return peer is not None and peer.standing == "enrolled"
+
+    def _peer(self, request: Request, signed: Signed, *, or_awaiting: bool = False) -> Peer:
+        peer = self._registry.peers.get(signed.sender)
+        if peer is None or peer.standing == "removed":
+            raise self._refuse(request, 401, f"{signed.sender} is not enrolled")
+        self._check(request, signed, peer.sign_public)
+        if peer.standing != "enrolled" and not or_awaiting:
+            raise self._refuse(request, 403, f"{peer.name} awaits approval")
+        return peer
+
+    async def _body(self, request: Request, signed: Signed, limit: int) -> bytes:
+        body = await read_body(request, limit)
+        if hashlib.sha256(body).hexdigest() != signed.body_sha256:
+            raise self._refuse(request, 401, "the body is not the one that was signed")
         return body
 
     def _read(self, request: Request) -> Signed:
@@ -59,17 +88,16 @@ class Auth:
         except BadMessage as err:
             raise self._refuse(request, 401, err.message) from err
 
-    def _check(self, request: Request, signed: Signed, public: bytes, body_sha256: str) -> None:
-        if signed.body_sha256 != body_sha256:
-            raise self._refuse(request, 401, "the body is not the one that was signed")
+    def _check(self, request: Request, signed: Signed, public: bytes) -> None:
         if not identity.verify(public, signed.signature, signed.message):
             raise self._refuse(request, 401, f"the signature is not that of {signed.sender}")
-        if not self._nonces.spend(signed.sender, signed.nonce, time.time()):
+        sent_before = signed.at <= self._since
+        if sent_before or not self._nonces.spend(signed.sender, signed.nonce, time.time()):
             raise self._refuse(request, 401, "the request was sent before")
 
     @staticmethod
     def _refuse(request: Request, status: int, why: str) -> HTTPException:
-        log.warning("refused %s %s: %s", request.method, request.url.path, why)
+        log.warning("refused %s %s: %s", request.method, printable(_path(request)), printable(why))
         return HTTPException(status)
 
 
@@ -84,5 +112,7 @@ async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def _path(request: Request) -> str:
-    query = request.url.query
-    return request.url.path + (f"?{query}" if query else "")
+    # Not `request.url`: that one is put together with the Host header, which anybody can choose.
+    path: str = request.scope["path"]
+    query = request.scope["query_string"].decode("latin-1")
+    return path + (f"?{query}" if query else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import socket
 import sqlite3
 import ssl
@@ -22,6 +21,7 @@ from coordinator.settings import UP_FILE, Settings
 from protocols import VERSION, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, HomeFault, PortInUse, Unreachable
+from protocols.folder import check_private, check_room
 from protocols.mqtt import MqttAddress, tls_context, why_down
 
 ENGINE = "1.41"
@@ -79,12 +79,7 @@ class _Doctor:
         return f"{home}, fleet {settings.open_keys(home).fleet}"
 
     def permissions(self) -> str:
-        if found := homes.exposed(self._home):
-            names = ", ".join(path.name for path in found[:3])
-            raise CommonweightError(
-                f"others on this machine can get at {names}", f"chmod -R go-rwx '{self._home}'"
-            )
-        return "nobody else can read keys and ledger"
+        return check_private(self._home)
 
     def settings(self) -> str:
         self._settings = settings.read()
@@ -92,12 +87,7 @@ class _Doctor:
         return f"{self._settings.host}:{self._settings.port}, {broker}"
 
     def disk(self) -> str | Advice:
-        free = shutil.disk_usage(self._home).free
-        said = f"{free / 1e9:.1f} GB free for {self._home}"
-        fix = "make room: versions and updates lie there"
-        if free < _TOO_LITTLE_BYTES:
-            raise CommonweightError(said, fix)
-        return Advice(said, fix) if free < _LITTLE_BYTES else said
+        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
 
     def ledger(self) -> str:
         if not (self._home / "ledger.db").exists():

@@ -188,8 +188,8 @@ class Hub:
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, ours everywhere else."""
-        flower = self._superlink.app()
         auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
+        flower = self._superlink.app(auth)
         ours = make_app(
             self,
             auth,

@@ -1,8 +1,9 @@
 """The HTTPS server: uvicorn, with the patience of a doorkeeper.
 
 A stranger costs little and not for long: a TLS handshake, a request's head and each piece of its
-body have a time limit, a head has a size limit, and one address can hold so many connections and no
-more. uvicorn alone waits for ever on a connection that says nothing.
+body have a time limit, a head has a size limit, and one address can hold so many connections and
+make so many new ones, counted from their first packet on. uvicorn alone waits for ever on a
+connection that says nothing.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import ssl
 import time
+from asyncio import sslproto
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,73 +29,185 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from protocols.errors import PortInUse, UsageFault
 
 HANDSHAKE_S = 10.0
-#: For the head of a request, and between two pieces of its body.
+#: For the head of a request, and for a body that does not keep up `MIN_BYTES_PER_S`.
 PATIENCE_S = 15.0
+MIN_BYTES_PER_S = 1024
+#: For a reader that takes nothing of what it asked for.
+READER_PATIENCE_S = 120.0
 MAX_HEAD_BYTES = 32 * 1024
-#: Many honest agents may share one address behind a router.
+MAX_HEADERS = 100
+#: Requests sent ahead of the answer to the one before.
+MAX_PIPELINED = 16
+#: What may still come of a body after its request was answered, so that its sender reads why.
+MAX_UNWANTED_BYTES = 1024**3
+UNWANTED_S = 60.0
+#: Many honest agents, two connections each, may share one address behind a router.
 MAX_PER_ADDRESS = 4096
+#: New connections: so many at once, then so many a second. A handshake costs about 1 ms of CPU.
+NEW_AT_ONCE, NEW_PER_S = 4096, 256
+MAX_CONNECTIONS = 16_384
 _SWEEP_S = 1.0
+
+# Each TLS connection holds a read buffer of this size from its first packet on. asyncio's 256 KB
+# make 300 half-open connections cost 97 MB; a TLS record has 16 KB.
+sslproto.SSLProtocol.max_size = 64 * 1024
+
+
+class Visitor(socket.socket):
+    """An accepted connection that tells when it is closed."""
+
+    on_close: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        told, self.on_close = self.on_close, None
+        if told is not None:
+            told()
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket that turns away who has too many connections or makes them too fast.
+
+    It counts from the first packet on: a TLS handshake that never ends is a connection too.
+    """
+
+    def __init__(self, family: socket.AddressFamily) -> None:
+        # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without it, each
+        # answer waits 40 ms for a delayed acknowledgement between its head and its body.
+        super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self.most = MAX_CONNECTIONS
+        self.held: Counter[str] = Counter()
+        self._total = 0
+        #: By address: how many new connections it has left, and when that was so (monotonic s).
+        self._allowance: dict[str, tuple[float, float]] = {}
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection that may stay. Raises BlockingIOError when there is none."""
+        while True:
+            accepted, address = super().accept()
+            who = household(address[0])
+            if not self._may_enter(who):
+                accepted.close()
+                continue
+            visitor = Visitor(self.family, self.type, self.proto, fileno=accepted.detach())
+            self.held[who] += 1
+            self._total += 1
+            visitor.on_close = lambda who=who: self._left(who)
+            return visitor, address
+
+    def _may_enter(self, who: str) -> bool:
+        now = time.monotonic()
+        left, at = self._allowance.get(who, (float(NEW_AT_ONCE), now))
+        left = min(NEW_AT_ONCE, left + (now - at) * NEW_PER_S)
+        self._allowance[who] = (max(left - 1, 0.0), now)
+        return left >= 1 and self.held[who] < MAX_PER_ADDRESS and self._total < self.most
+
+    def _left(self, who: str) -> None:
+        self._total -= 1
+        self.held[who] -= 1
+        if not self.held[who]:
+            del self.held[who]
+
+    def forget_old(self, now: float) -> None:
+        """Drop what is known of addresses whose allowance is whole again."""
+        whole_s = NEW_AT_ONCE / NEW_PER_S
+        for who, (_, at) in list(self._allowance.items()):
+            if now - at > whole_s and who not in self.held:
+                del self._allowance[who]
+
+
+def household(host: str) -> str:
+    """Who counts as one: an IPv4 address, or the /64 that one line of IPv6 is given."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
 class Doorkeeper(HttpToolsProtocol):
-    """One connection. `held` counts the connections of each address, for the whole process."""
+    """One connection, with a time by which the other side must have done its part (`_due`)."""
 
-    held: ClassVar[Counter[str]] = Counter()
-    _address = ""
     _head_bytes = 0
+    _num_headers = 0
     _in_body = False
-    _heard_at = 0.0
+    _unwanted = 0
+    _due = float("inf")
+    _stuck_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
-        self._heard_at = time.monotonic()
-        self.held[self._address] += 1
-        if self.held[self._address] > MAX_PER_ADDRESS:
-            transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.held[self._address] -= 1
-        if self.held[self._address] <= 0:
-            del self.held[self._address]
-        super().connection_lost(exc)
+        self._due = time.monotonic() + PATIENCE_S
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = time.monotonic()
-        # A body goes on after its request was refused: only then can the other side read why.
+        now = time.monotonic()
         if not self._in_body:
+            if not self._head_bytes and not self._is_answering():
+                self._due = now + PATIENCE_S  # for the whole head: a drop now and then is too slow
             self._head_bytes += len(data)
             # Counts the piece that holds the head's end as well: hence a generous limit.
             if self._head_bytes > MAX_HEAD_BYTES + 256 * 1024:
                 self.transport.abort()
                 return
+        elif self._is_answering():
+            self._due = min(now + PATIENCE_S, self._due + len(data) / MIN_BYTES_PER_S)
+        else:
+            # A body goes on after its request was refused: only then can the other side read why.
+            if not self._unwanted:
+                self._due = now + UNWANTED_S
+            self._unwanted += len(data)
+            if self._unwanted > MAX_UNWANTED_BYTES:
+                self.transport.abort()
+                return
         super().data_received(data)
 
+    def on_message_begin(self) -> None:
+        self._num_headers = 0
+        super().on_message_begin()
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
+            raise ValueError("too many headers")  # the parser stops, and uvicorn answers 400
         super().on_header(name, value)
-        if sum(len(n) + len(v) for n, v in self.headers) > MAX_HEAD_BYTES:
-            self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._head_bytes, self._in_body = 0, True
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            raise ValueError("the head is too long")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests at once")
+        self._head_bytes, self._in_body, self._unwanted = 0, True, 0
+        self._due = time.monotonic() + PATIENCE_S
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self._in_body, self._unwanted = False, 0
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        self._stuck_since = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stuck_since = None
+        super().resume_writing()
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def is_overdue(self, now: float) -> bool:
-        """True if the other side owes us bytes for too long."""
-        if now - self._heard_at <= PATIENCE_S:
-            return False
+        """True if the other side owes us bytes, or the reading of ours, for too long."""
+        if self._stuck_since is not None:
+            return now - self._stuck_since > READER_PATIENCE_S
         if self._is_answering():
-            # Our turn once the body is in; a paused transport is our own back-pressure.
-            return self.cycle.more_body and not self.flow.read_paused
-        idle_between_requests = self.timeout_keep_alive_task is not None
-        return not idle_between_requests
+            if self.flow.read_paused:  # our own back-pressure: its time begins anew
+                self._due = now + PATIENCE_S
+            # Once the body is in it is our turn.
+            return self.cycle.more_body and now > self._due
+        if self._in_body:
+            return now > self._due
+        idle_between_requests = self.timeout_keep_alive_task is not None and not self._head_bytes
+        return not idle_between_requests and now > self._due
 
     def is_idle(self) -> bool:
         return not self._is_answering() and not self.transport.get_write_buffer_size()
@@ -131,6 +246,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
+        if isinstance(self._listener, Listener):
+            self._listener.most = _room()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
             self._connection,
@@ -154,6 +271,8 @@ class Server(uvicorn.Server):
             for connection in self._doors():
                 if connection.is_overdue(now):
                     connection.transport.abort()
+            if isinstance(self._listener, Listener):
+                self._listener.forget_old(now)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -175,9 +294,7 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises PortInUse, UsageFault."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without it, each answer
-    # waits 40 ms for a delayed acknowledgement between its head and its body.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = Listener(family)
     if os.name != "nt":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -203,3 +320,15 @@ def allow_many_connections() -> None:
     if soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _room() -> int:
+    """How many connections leave enough open files for all else."""
+    try:
+        import resource
+    except ImportError:
+        return MAX_CONNECTIONS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft * 3 // 4)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
+import ssl
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from protocols import homes, identity
-from protocols.errors import HomeFault, UsageFault
+from protocols.errors import BadMessage, HomeFault, UsageFault
 from protocols.identity import SigningKey
 
 FILE = "settings.toml"
@@ -39,7 +41,7 @@ class Settings(BaseSettings):
     `peers approve`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
 
     host: str = "0.0.0.0"
     port: int = Field(PORT, ge=0, le=65535)
@@ -70,8 +72,10 @@ def read(**flags: Any) -> Settings:
         first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageFault(f"setting {where!r}: {first['msg']}") from err
-    except tomllib.TOMLDecodeError as err:
-        raise UsageFault(f"{homes.locate('coordinator') / FILE} is not TOML: {err}") from err
+    except SettingsError as err:  # a list in the environment is written as JSON
+        raise UsageFault(f'{err}: write a list as JSON, such as ["a", "b"]') from err
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise UsageFault(f"cannot read {homes.locate('coordinator') / FILE}: {err}") from err
 
 
 class MqttLogin(msgspec.Struct, frozen=True):
@@ -134,10 +138,11 @@ def open_keys(home: Path) -> Keys:
     try:
         ca_pem = (home / "ca.pem").read_bytes()
         login = msgspec.json.decode((home / "mqtt.json").read_bytes(), type=MqttLogin)
-    except (OSError, msgspec.DecodeError) as err:
+        fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
+    except (OSError, msgspec.DecodeError, BadMessage) as err:
         raise HomeFault(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(
-        fleet=identity.ca_fingerprint(ca_pem).hex()[:16],
+        fleet=fleet,
         ca_pem=ca_pem,
         ca_key=identity.load_signing_key(home / "ca.key"),
         sign_key=identity.load_signing_key(home / "coordinator.key"),
@@ -150,11 +155,16 @@ def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> 
     """Make or renew the TLS certificate; False if it is good for all of `names` for a month."""
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
-    if certificate.exists():
+    # A pair that does not fit (a crash between the two files) is made anew like one that is old.
+    with contextlib.suppress(OSError, ValueError):
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, home / "server.key")
         pem = certificate.read_bytes()
         if wanted <= identity.certificate_names(pem) and identity.days_left(pem) > 30:
             return False
-    key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
+    try:
+        key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
+    except ValueError as err:
+        raise UsageFault(f"no certificate can be made for {', '.join(names)}: {err}") from err
     identity.save_key(home / "server.key", key)
     identity.write_private(certificate, pem)
     return True

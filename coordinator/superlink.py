@@ -1,8 +1,9 @@
 """Flower in this process: LinkState and ObjectStore, the Fleet routes, nodes, and the Grid.
 
 With `agent/link.py` the only file that uses Flower's private names (1.41; see the contract tests).
-Mounted are the Fleet routes alone: no Control API, no Runtime API, no docs page, so nobody can
-submit a run or take a ServerApp's token. LinkState is no authority: it is made anew at every start
+No Control API, no Runtime API, no docs page is mounted, so nobody can submit a run or take a
+ServerApp's token, and of the Fleet routes only the three that our agents use are open: `_Door`.
+LinkState is no authority: it is made anew at every start
 from the ledger's peers, and one Flower run lives as long as the coordinator. So it is kept in
 memory: on SQLite four fifths of a small round's CPU went into a database that was thrown away.
 """
@@ -13,7 +14,9 @@ import logging
 import os
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -23,15 +26,23 @@ from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.common.serde import message_from_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.serverapp import Grid
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.error import FlowerError, http_error_translator
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    TaskType,
+)
+from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_children_ids_from_object_content,
+    get_object_id,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
@@ -50,21 +61,30 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 
+from coordinator.auth import Auth
 from protocols.errors import BadMessage
 from protocols.messages import Exchange, Exchanged, Parcel
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
 
-#: Flower's requests are small: weights travel on the lane.
-MAX_BODY_BYTES = 1024 * 1024
+#: A key or a node id, and a number.
+MAX_BODY_BYTES = 16 * 1024
 FLEET_PREFIX = "/v1/fleet/"
+#: What our agents use of Flower's routes; messages travel on the exchange route.
+OPEN = frozenset(
+    FLEET_PREFIX + action for action in ("activate-node", "send-node-heartbeat", "deactivate-node")
+)
+#: A reply is a message, its RecordDict and two records.
+MAX_OBJECTS = 16
 #: Requests after which a reply may be whole.
 ARRIVALS = frozenset({"push-messages", "push-object"})
 
@@ -140,21 +160,25 @@ class Superlink:
         metadata = message.metadata
         if metadata.src_node_id != node_id or metadata.run_id != self.run_id:
             raise BadMessage("a reply in another's name")
+        if metadata.message_id != tree.object_id:
+            raise BadMessage("a reply that is not the one in its tree")
+        session = self.state.start_session(self.run_id)
+        whole = False
         try:
-            answer = fleet_handlers.push_messages(
-                PushMessagesRequest(
-                    node=Node(node_id=node_id),
-                    messages_list=[message],
-                    message_object_trees=[tree],
-                ),
-                self.state,
+            _check_objects(tree, parcel)
+            _, missing = self.state.store_message_and_object_tree(
+                message_from_proto(message), tree, session
             )
-            for object_id in answer.objects_to_push:
-                self.state.store_object(
-                    self.run_id, answer.session_id, object_id, parcel.objects[object_id]
-                )
-        except (FlowerError, ValueError, KeyError) as err:
+            for object_id in missing:
+                content = parcel.objects[object_id]
+                if not self.state.store_object(self.run_id, session, object_id, content):
+                    raise BadMessage("an object that Flower does not take")
+            whole = True
+        except (ValueError, KeyError, TypeError, OverflowError) as err:
             raise BadMessage(f"Flower refused the reply: {err}") from err
+        finally:
+            # Flower keeps the session of a reply that nobody waits for, and half a reply, for ever.
+            self.state._cleanup_push_session(session, cleanup_messages=not whole)
 
     def _give(self, node_id: int) -> Parcel | None:
         answer = fleet_handlers.pull_messages(
@@ -172,8 +196,8 @@ class Superlink:
             message=message.SerializeToString(), tree=tree.SerializeToString(), objects=objects
         )
 
-    def app(self) -> ASGIApp:
-        """The ASGI app of the Fleet routes."""
+    def app(self, auth: Auth) -> ASGIApp:
+        """The ASGI app of the Fleet routes, behind `auth`."""
         app = FastAPI(
             openapi_url=None,
             docs_url=None,
@@ -188,7 +212,7 @@ class Superlink:
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
         app.include_router(fleet_router)
-        return _BodyLimit(self._watched(app))
+        return _Door(self._watched(app), auth)
 
     async def _end_last_session(
         self, request: Request, call_next: RequestResponseEndpoint
@@ -229,21 +253,62 @@ class Superlink:
         return watch
 
 
-class _BodyLimit:
-    """Refuses a large body before Flower, which parses before it authenticates, reads it."""
+class _Door:
+    """Lets requests of ours through to Flower: three routes, signed as on our own routes.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Flower parses a body before it looks who sent it, and its node authentication signs a timestamp
+    alone. So a request that somebody captured could be sent again for five minutes, with another
+    body even: a pull swallows the message that the agent waits for, a deactivation takes it
+    offline. Our signature covers path, body, time and nonce, and is good once. It is the whole
+    price that a stock SuperNode, which does not sign so, is refused like any stranger.
+    """
+
+    def __init__(self, app: ASGIApp, auth: Auth) -> None:
+        self._app, self._auth = app, auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            status = 413 if length.isdigit() else 411
-            await send({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+        try:
+            body = await self._checked(Request(scope, receive))
+        except HTTPException as err:
+            await Response(status_code=err.status_code)(scope, receive, send)
             return
         scope.setdefault("state", {})
-        await self._app(scope, receive, send)
+        given = False
+
+        async def give() -> ASGIMessage:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, give, send)
+
+    async def _checked(self, request: Request) -> bytes:
+        if request.method != "POST" or request.scope["path"] not in OPEN:
+            raise HTTPException(404)
+        peer, body = await self._auth.peer_and_body(request, MAX_BODY_BYTES)
+        node_key = b64encode(peer.node_public).decode()
+        if request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER) != node_key:
+            raise HTTPException(401)  # a peer that has got hold of another's node key
+        return body
+
+
+def _check_objects(tree: ObjectTree, parcel: Parcel) -> None:
+    """Raise BadMessage, ValueError unless `tree` is that of the parcel's objects, and small.
+
+    Flower takes a tree's word for who is whose child, and writes each out as often as it is named.
+    """
+    nodes = list(islice(iterate_object_tree(tree), MAX_OBJECTS + 1))
+    if len(nodes) > MAX_OBJECTS:
+        raise BadMessage(f"a reply of more than {MAX_OBJECTS} objects")
+    for node in nodes:
+        content = parcel.objects.get(node.object_id, b"")
+        if get_object_id(content) != node.object_id:
+            raise BadMessage("a reply whose objects are missing or other ones")
+        children = [child.object_id for child in node.children]
+        if get_object_children_ids_from_object_content(content) != children:
+            raise BadMessage("a reply whose tree is not that of its objects")
 
 
 class LinkGrid(Grid):
@@ -320,6 +385,7 @@ class LinkGrid(Grid):
         with self._lock:
             for reply in self._state.get_message_res(set(wanted), self._run_id):
                 if reply.has_error():
+                    self._store.delete(reply.metadata.message_id)
                     replies.append(reply)
                 else:
                     self._incomplete[reply.metadata.message_id] = reply

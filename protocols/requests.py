@@ -12,12 +12,14 @@ import secrets
 import time
 from base64 import b64decode, b64encode
 from binascii import Error as BadBase64
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from protocols.errors import BadMessage
 
 WINDOW_S = 300.0
+_BUCKET_S = 60.0
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 SENDER = "x-cw-sender"
@@ -77,24 +79,28 @@ def _message(method: str, path: str, body_sha256: str, at: str, nonce: str) -> b
 
 
 class Nonces:
-    """Remembers nonces for as long as their signatures are good, at most `limit` of them."""
+    """Remembers nonces for as long as their signatures are good, at most `limit` of each sender.
+
+    Kept apart by sender: one that spends all of its own shuts out nobody else.
+    """
 
     def __init__(self, limit: int = 200_000) -> None:
-        self._seen: dict[str, float] = {}
+        #: By sender: hashes of nonces in order of arrival, with the time of the last of each set.
+        self._seen: dict[str, deque[tuple[float, set[int]]]] = {}
         self._limit = limit
 
     def spend(self, sender: str, nonce: str, now: float) -> bool:
         """True the first time; False for a replay, or when too many are remembered."""
-        key = f"{sender} {nonce}"
-        if key in self._seen:
-            return False
-        if len(self._seen) >= self._limit:
-            self._forget(now)
-        if len(self._seen) >= self._limit:
-            return False
-        self._seen[key] = now
-        return True
-
-    def _forget(self, now: float) -> None:
+        sets = self._seen.setdefault(sender, deque())
         # A signature may be dated up to one window ahead, so it is good for two after its arrival.
-        self._seen = {key: at for key, at in self._seen.items() if now - at <= 2 * WINDOW_S}
+        while sets and now - sets[0][0] > 2 * WINDOW_S:
+            sets.popleft()
+        key = hash(nonce)
+        if any(key in seen for _, seen in sets) or sum(len(s) for _, s in sets) >= self._limit:
+            return False
+        if not sets or now // _BUCKET_S != sets[-1][0] // _BUCKET_S:
+            sets.append((now, set()))
+        seen = sets[-1][1]
+        seen.add(key)
+        sets[-1] = (now, seen)
+        return True

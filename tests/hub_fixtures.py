@@ -293,6 +293,11 @@ class Fleet:
         """Round, peer and word of each refusal."""
         return [(f.round, f.peer, f.reason) for f in self.facts(run_id, runs.UpdateRefused)]
 
+    def waits_for(self, run_id: str) -> str:
+        """What the run says that it waits for."""
+        shown = self.hub.fleet.runs.get(run_id)
+        return shown.changed.waiting_for if shown else ""
+
     def version(self, digest: str) -> Weights:
         return weights.load(self.hub.lane.version(digest))
 

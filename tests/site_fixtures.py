@@ -122,7 +122,7 @@ class Site:
             self.ca_pem,
             identity.raw_public(self.sign_key),
         )
-        flower = self.superlink.app() if hasattr(self, "superlink") else ours
+        flower = self.superlink.app(self.auth) if hasattr(self, "superlink") else ours
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             self.requests.append((scope["method"], scope["path"]))

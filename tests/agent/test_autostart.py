@@ -117,9 +117,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     heard = tmp_path / "asked"
     script = tmp_path / "bin" / "systemctl"
     script.parent.mkdir()
-    script.write_text(
-        f'#!/bin/sh\necho "$@" >> {heard}\ncase "$2" in show) echo active;; esac\n'
-    )
+    script.write_text(f'#!/bin/sh\necho "$@" >> {heard}\ncase "$2" in show) echo active;; esac\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

@@ -159,7 +159,7 @@ async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> No
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
         run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.3)
-        await until(lambda: "deadline has passed" in fleet.hub.fleet.runs[run_id].waiting_for)
+        await until(lambda: "the deadline has passed" in fleet.waits_for(run_id))
         assert not fleet.hub.runs.find(run_id).ended
         held.open()
         assert (await fleet.finished(run_id)).state is RunState.FINISHED
@@ -279,7 +279,7 @@ async def test_a_run_is_stopped_in_the_middle(tmp_path: Path) -> None:
         run_id = fleet.start(rounds=3, quorum=2)
         await until(held.reached.is_set)
         head = fleet.hub.runs.find(run_id).head
-        fleet.hub.stop_run(run_id)
+        fleet.hub.runs.stop(run_id)
         run = await fleet.finished(run_id)
         assert (run.state, run.head) == (RunState.STOPPED, head)
         held.open()

@@ -151,7 +151,8 @@ def rogue_agent(home: Path) -> Iterator[None]:
         yield
     finally:
         over.set()
-        working.join(30)
+        working.join(60)
+        assert not working.is_alive(), "the rogue is stuck"
         link.close()
     assert not failed, failed
 

@@ -1,0 +1,79 @@
+"""What this machine brings: its packages, what torch would train on, its battery."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from protocols import VERSION
+from protocols.errors import CommonweightError
+
+_DEVICE = """
+import torch
+if torch.cuda.is_available():
+    print("cuda:", torch.cuda.get_device_name(0), end="")
+elif torch.backends.mps.is_available():
+    print("mps", end="")
+else:
+    print("cpu, no GPU that torch can use", end="")
+print(f", torch {torch.__version__}")
+"""
+
+
+def packages() -> str:
+    """Our packages have short names: another distribution may have brought its own `agent`."""
+    import agent
+    import protocols
+
+    ours = [Path(str(module.__file__)).parent.parent for module in (agent, protocols)]
+    owners = packages_distributions()
+    foreign = {
+        owner
+        for name in ("agent", "protocols")
+        for owner in owners.get(name, [])
+        if owner != "commonweight"
+    }
+    if foreign or ours[0] != ours[1]:
+        whose = ", ".join(sorted(foreign)) or f"{ours[0]} and {ours[1]}"
+        raise CommonweightError(
+            f"two packages named agent or protocols: {whose}",
+            "install commonweight in an environment of its own: pipx install commonweight",
+        )
+    return f"commonweight {VERSION} in {ours[0]}, Python {sys.version.split()[0]}"
+
+
+def device() -> str:
+    """What torch trains on, asked in a child process: this one never imports it."""
+    if find_spec("torch") is None:
+        raise CommonweightError(
+            "torch is not installed: only tasks without it can run",
+            "pip install 'commonweight[agent]'",
+        )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _DEVICE],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise CommonweightError("torch did not load within 2 minutes", "is the GPU stuck?") from err
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise CommonweightError(f"torch does not load: {last}", "install torch again")
+    return done.stdout.strip()
+
+
+def battery() -> str:
+    """What the power sensor says; a machine may well have none."""
+    sensor = getattr(psutil, "sensors_battery", lambda: None)()
+    if sensor is None:
+        return f"none, or {platform.system()} shows no sensor"
+    return f"{sensor.percent:.0f} %, {'on mains' if sensor.power_plugged else 'discharging'}"

@@ -1,0 +1,270 @@
+"""The ClientApp: only signed and allowed work is done, and the same question only once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from agent.client import CLAIM, Client, refusal_text
+from protocols import identity, messages
+from protocols.errors import (
+    BadMessage,
+    BadWeights,
+    CommonweightError,
+    Refused,
+    TrainerFailed,
+    Unreachable,
+)
+from protocols.messages import UpdateClaim, Work
+
+KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
+
+
+METRICS: messages.Metrics = {"loss": 0.5}
+
+
+class Outcome(NamedTuple):
+    digest: str = "d" * 64
+    nbytes: int = 10
+    num_examples: int = 5
+    metrics: messages.Metrics = METRICS
+
+
+class Trainer:
+    """Counts what it does."""
+
+    def __init__(self) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        self.fault: BaseException | None = None
+
+    def _do(self, *what: Any) -> None:
+        self.did.append(what)
+        if self.fault is not None:
+            raise self.fault
+
+    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
+        self._do("init", task, dict(settings), seed)
+        out.write_bytes(b"first")
+        return Outcome()
+
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
+        self._do("train", task, dict(settings), base.name)
+        out.write_bytes(b"update")
+        return Outcome()
+
+    def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
+        self._do("evaluate", task, dict(settings), base.name)
+        return Outcome(digest="", nbytes=0)
+
+
+class Desk:
+    """A client with a lane that is a list."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer = Trainer()
+        self.sent: list[tuple[str, bytes]] = []
+        self.lane_is_up = True
+        self.hands: list[str] = []
+        self.client = self.made_again()
+
+    def made_again(self) -> Client:
+        return Client(
+            peer="P",
+            sign=KEY.sign,
+            coordinator_public=identity.raw_public(COORDINATOR),
+            trainer=self.trainer,
+            outbox=self.folder,
+            fetch=lambda digest, nbytes: self.folder / f"{digest}-{nbytes}",
+            send=self._send,
+            allowed=lambda task: task == "mnist",
+            on_work=lambda work: self.hands.append(work.kind if work else "nothing"),
+            on_sending=lambda: self.hands.append("sending"),
+        )
+
+    def _send(self, digest: str, path: Path) -> None:
+        if not self.lane_is_up:
+            raise Unreachable("no lane")
+        self.sent.append((digest, path.read_bytes()))
+
+    def ask(self, work: Work | None = None, key: identity.SigningKey = COORDINATOR) -> UpdateClaim:
+        reply = self.client.handle(question(work or some_work(), key))
+        record = reply.content.config_records[CLAIM]
+        payload, signature = record["claim"], record["signature"]
+        assert isinstance(payload, bytes)
+        assert isinstance(signature, bytes)
+        assert identity.verify(identity.raw_public(KEY), signature, messages.claim_part(payload))
+        return messages.decode_claim(payload)
+
+
+@pytest.fixture(autouse=True)
+def _flower_run() -> Iterator[None]:
+    """Every message belongs to a Flower run of its process."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
+    return
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def some_work(**changed: Any) -> Work:
+    work = Work(
+        run="r",
+        round=2,
+        kind="train",
+        task="mnist",
+        base="b" * 64,
+        nbytes=7,
+        seed=3,
+        settings={"lr": 0.1},
+    )
+    return msgspec.structs.replace(work, **changed)
+
+
+def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
+    payload, signature = messages.sign_work(work, key.sign)
+    config = ConfigRecord({"work": payload, "signature": signature})
+    kind = "query.init" if work.kind == "init" else work.kind
+    return Message(RecordDict({"config": config}), 9, kind)
+
+
+def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
+    claim = desk.ask()
+    assert claim == UpdateClaim(
+        run="r",
+        round=2,
+        kind="train",
+        peer="P",
+        base="b" * 64,
+        digest="d" * 64,
+        nbytes=10,
+        num_examples=5,
+        metrics={"loss": 0.5},
+        nonce=claim.nonce,
+    )
+    settings = {"lr": 0.1, "seed": 3, "round": 2}
+    assert desk.trainer.did == [("train", "mnist", settings, "b" * 64 + "-7")]
+    assert desk.sent == [("d" * 64, b"update")]
+    assert desk.hands == ["train", "sending", "nothing"]
+
+
+def test_evaluation_sends_no_weights(desk: Desk) -> None:
+    claim = desk.ask(some_work(kind="evaluate"))
+    assert (claim.kind, claim.digest) == ("evaluate", "")
+    assert desk.sent == []
+    assert desk.hands == ["evaluate", "nothing"]
+
+
+def test_first_weights_come_from_the_seed(desk: Desk) -> None:
+    desk.ask(some_work(kind="init", round=0, base="", nbytes=0))
+    assert desk.trainer.did == [("init", "mnist", {"lr": 0.1}, 3)]
+    assert desk.sent == [("d" * 64, b"first")]
+
+
+def test_the_same_question_is_answered_from_the_outbox(desk: Desk) -> None:
+    first = desk.ask()
+    desk.client = desk.made_again()  # also after a restart
+    assert desk.ask() == first
+    assert len(desk.trainer.did) == 1
+    assert len(desk.sent) == 2  # the coordinator may have been the one that lost it
+
+
+def test_an_answer_that_could_not_be_sent_waits_in_the_outbox(desk: Desk) -> None:
+    desk.lane_is_up = False
+    with pytest.raises(Unreachable):
+        desk.ask()
+    desk.lane_is_up = True
+    desk.ask()
+    assert len(desk.trainer.did) == 1
+    assert desk.sent == [("d" * 64, b"update")]
+
+
+@pytest.mark.parametrize(
+    "other", [{"round": 3}, {"run": "q"}, {"base": "c" * 64}, {"kind": "evaluate"}]
+)
+def test_another_question_is_worked_on(desk: Desk, other: dict[str, Any]) -> None:
+    desk.ask()
+    desk.ask(some_work(**other))
+    assert len(desk.trainer.did) == 2
+
+
+def test_an_old_answer_is_not_given_with_newer_bytes(desk: Desk) -> None:
+    """A crash in the next round's training leaves that round's bytes in the outbox."""
+    desk.ask()
+    desk.trainer.fault = TrainerFailed("crashed", "x")
+    with pytest.raises(TrainerFailed):
+        desk.ask(some_work(round=3))
+    (desk.folder / "update.safetensors").write_bytes(b"half of round 3")
+    desk.trainer.fault = None
+    desk.ask()
+    assert desk.sent[-1][1] == b"update"
+    assert len(desk.trainer.did) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 10_000, b'{"key":"x"}'])
+def test_a_damaged_outbox_costs_a_training_and_no_more(desk: Desk, content: bytes) -> None:
+    (desk.folder / "finished.json").write_bytes(content)
+    desk.ask()
+    assert len(desk.trainer.did) == 1
+
+
+def test_work_of_somebody_else_is_refused(desk: Desk) -> None:
+    for key in (KEY, identity.new_signing_key()):
+        with pytest.raises(BadMessage, match="not signed"):
+            desk.ask(key=key)
+    assert desk.trainer.did == []
+    assert desk.hands == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        ConfigRecord(),
+        ConfigRecord({"work": b"{}"}),
+        ConfigRecord({"work": "text", "signature": b"x"}),
+        ConfigRecord({"work": b"{}", "signature": bytes(64)}),
+    ],
+)
+def test_a_message_without_signed_work_is_refused(desk: Desk, config: ConfigRecord | None) -> None:
+    content = RecordDict({"config": config} if config is not None else {})
+    with pytest.raises(BadMessage):
+        desk.client.handle(Message(content, 9, "train"))
+    assert desk.trainer.did == []
+
+
+def test_a_task_that_the_owner_does_not_allow_is_refused(desk: Desk) -> None:
+    with pytest.raises(Refused, match="'other'") as caught:
+        desk.ask(some_work(task="other"))
+    assert "policy set tasks other" in caught.value.hint
+    assert desk.trainer.did == []
+
+
+def test_a_failure_ends_the_work_in_hand(desk: Desk) -> None:
+    desk.trainer.fault = TrainerFailed("crashed", "it said: row 7 of your data")
+    with pytest.raises(TrainerFailed):
+        desk.ask()
+    assert desk.hands == ["train", "nothing"]
+    assert not (desk.folder / "finished.json").exists()
+
+
+def test_a_full_disk_is_a_failure_of_the_work(desk: Desk) -> None:
+    desk.trainer.fault = OSError(28, "No space left on device")
+    with pytest.raises(CommonweightError, match="No space left"):
+        desk.ask()
+
+
+def test_what_the_coordinator_is_told_of_a_failure_holds_no_data() -> None:
+    told = refusal_text(TrainerFailed("crashed", "it said: row 7 of your data"))
+    assert "row 7" not in told
+    assert "crashed" in told
+    assert refusal_text(BadWeights("not those of the digest")).startswith("bad_weights: ")
+    assert len(refusal_text(CommonweightError("x" * 1000))) <= 300

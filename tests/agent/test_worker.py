@@ -1,0 +1,165 @@
+"""The agent as a machine: tables of events and instructions, and what holds whatever comes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import worker
+from agent.worker import (
+    Announce,
+    BrokerChanged,
+    Event,
+    FinishAsked,
+    Instruction,
+    Leave,
+    LookForWork,
+    PauseAsked,
+    PauseLifted,
+    PauseTrainer,
+    ResumeTrainer,
+    SendingBegan,
+    SessionChanged,
+    WorkBegan,
+    WorkEnded,
+    Worker,
+)
+from protocols.messages import Work
+from protocols.states import PauseReason, PeerState
+
+WORK = Work(run="r", round=1, kind="train", task="t")
+USER, BUSY = PauseReason.USER, PauseReason.BUSY
+IDLE = Worker(session=True, mqtt=True)
+BUSY_NOW = Worker(session=True, mqtt=True, work=WORK)
+
+
+def one(reason: PauseReason) -> frozenset[PauseReason]:
+    return frozenset({reason})
+
+
+TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
+    ("a session alone says nothing", Worker(), SessionChanged(True), []),
+    ("a broker that is back: look", Worker(), BrokerChanged(True), [LookForWork()]),
+    ("a broker that went: look", IDLE, BrokerChanged(False), [LookForWork()]),
+    ("a broker while at work", BUSY_NOW, BrokerChanged(False), []),
+    ("work begins", IDLE, WorkBegan(WORK), [Announce()]),
+    ("sending begins", BUSY_NOW, SendingBegan(), [Announce()]),
+    ("sending without work", IDLE, SendingBegan(), []),
+    ("work ends", BUSY_NOW, WorkEnded(), [Announce(), LookForWork()]),
+    ("work ended already", IDLE, WorkEnded(), []),
+    ("a pause at work", BUSY_NOW, PauseAsked(USER), [PauseTrainer(), Announce()]),
+    ("a pause when idle", IDLE, PauseAsked(USER), [PauseTrainer(), Announce()]),
+    ("the same pause again", Worker(pauses=one(USER)), PauseAsked(USER), []),
+    ("a second reason", Worker(pauses=one(USER)), PauseAsked(BUSY), [Announce()]),
+    (
+        "the last reason is lifted",
+        Worker(pauses=one(USER)),
+        PauseLifted(one(USER)),
+        [ResumeTrainer(), Announce(), LookForWork()],
+    ),
+    (
+        "one of two reasons is lifted",
+        Worker(pauses=frozenset({USER, BUSY})),
+        PauseLifted(one(USER)),
+        [Announce()],
+    ),
+    ("nothing to lift", IDLE, PauseLifted(one(USER)), []),
+    ("finish when idle", IDLE, FinishAsked(), [Leave()]),
+    ("finish at work", BUSY_NOW, FinishAsked(), [Announce()]),
+    (
+        "the last work ends",
+        Worker(work=WORK, finishing=True),
+        WorkEnded(),
+        [Announce(), Leave()],
+    ),
+    ("finish while paused", Worker(pauses=one(USER)), FinishAsked(), [Leave()]),
+    ("finish again", Worker(finishing=True, left=True), FinishAsked(), []),
+    ("a broker after leaving", Worker(finishing=True, left=True), BrokerChanged(True), []),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "event", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+def test_the_table(before: Worker, event: Event, expected: list[Instruction]) -> None:
+    found = worker.handle(before, event)[1]
+    # By type: without fields, all named tuples are equal.
+    assert [type(one) for one in found] == [type(one) for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (IDLE, (PeerState.IDLE, "")),
+        (BUSY_NOW, (PeerState.TRAINING, "")),
+        (Worker(work=WORK, finishing=True), (PeerState.TRAINING, "finishing")),
+        (Worker(work=WORK, sending=True), (PeerState.SENDING, "")),
+        (Worker(work=WORK, pauses=one(USER)), (PeerState.PAUSED, "by its owner")),
+        (
+            Worker(pauses=frozenset({USER, PauseReason.BATTERY})),
+            (PeerState.PAUSED, "battery, by its owner"),
+        ),
+    ],
+)
+def test_what_is_shown(now: Worker, expected: tuple[PeerState, str]) -> None:
+    assert worker.shown(now) == expected
+
+
+@pytest.mark.parametrize(
+    ("mqtt", "since_work_s", "most_s"), [(True, 0, 15), (False, 1, 2), (False, 100, 15)]
+)
+def test_the_poll_is_slow_where_a_doorbell_rings(
+    mqtt: bool, since_work_s: float, most_s: float
+) -> None:
+    assert 1 <= worker.poll_s(Worker(mqtt=mqtt), since_work_s) <= most_s
+
+
+EVENTS: st.SearchStrategy[Event] = st.one_of(
+    st.builds(SessionChanged, st.booleans()),
+    st.builds(BrokerChanged, st.booleans()),
+    st.just(WorkBegan(WORK)),
+    st.just(SendingBegan()),
+    st.just(WorkEnded()),
+    st.builds(PauseAsked, st.sampled_from(PauseReason)),
+    st.builds(PauseLifted, st.frozensets(st.sampled_from(PauseReason), max_size=2)),
+    st.just(FinishAsked()),
+)
+
+
+@given(st.lists(EVENTS, max_size=40))
+def test_whatever_comes(events: list[Event]) -> None:
+    now, announced = Worker(), worker.shown(Worker())
+    trainer_paused, times_left = False, 0
+    for event in events:
+        before = now
+        now, instructions = worker.handle(now, event)
+        assert len({type(one) for one in instructions}) == len(instructions)
+        for instruction in instructions:
+            match instruction:
+                case Announce():
+                    assert (worker.shown(now), now.work) != (worker.shown(before), before.work)
+                    announced = worker.shown(now)
+                case PauseTrainer():
+                    assert not trainer_paused
+                    trainer_paused = True
+                case ResumeTrainer():
+                    assert trainer_paused
+                    trainer_paused = False
+                case LookForWork():
+                    assert worker.can_take_work(now)
+                    assert not now.pauses
+                    assert now.work is None
+                    assert not now.finishing
+                case Leave():
+                    times_left += 1
+        # What others see is what is; the trainer stands still exactly while a pause is in force.
+        assert announced == worker.shown(now)
+        assert trainer_paused == bool(now.pauses)
+        assert (worker.shown(now)[0] is PeerState.PAUSED) == bool(now.pauses)
+        assert not (now.sending and now.work is None)
+        # It leaves once, and with no work in hand.
+        assert times_left == now.left
+        assert now.finishing or not now.left
+        if now.left and not before.left:
+            assert now.work is None
