@@ -63,9 +63,14 @@ class Asked(NamedTuple):
 
 
 class RunLoop:
-    """One run in work. `changed` is set by whoever has news for it, in the loop's thread."""
+    """One run in work. `changed` is set by whoever has news for it, in the loop's thread.
 
-    def __init__(self, run: Run, around: Fleetwork) -> None:
+    `elsewhere`: versions that other runs still need.
+    """
+
+    def __init__(
+        self, run: Run, around: Fleetwork, elsewhere: frozenset[str] = frozenset()
+    ) -> None:
         self.run = run
         self.changed = asyncio.Event()
         self._around = around
@@ -74,6 +79,8 @@ class RunLoop:
         self._content: RecordDict | None = None
         self._schema: Schema = {}
         self._model_bytes = 0
+        self._elsewhere = elsewhere
+        self._on_disk = {closed.digest for closed in run.history}
         self._opened_at = self._phase_at = time.monotonic()
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
@@ -277,7 +284,9 @@ class RunLoop:
     async def _judge(self, peer: str, reply: Message) -> Fact:
         """The fact that a reply amounts to. Raises UpdateRefused."""
         if reply.has_error():
-            if reply.error.code != _AGENT_FAILED:  # Flower's own words: the node is gone
+            # Flower's own words: the node is gone. From a peer that is there they are a lie, and
+            # to believe it would be to ask again, and again.
+            if reply.error.code != _AGENT_FAILED and peer not in self._around.eligible():
                 return runs.PeerLost(peer, "went away")
             raise UpdateRefused("agent failed", printable(reply.error.reason or "no reason given"))
         try:
@@ -408,11 +417,12 @@ class RunLoop:
 
     def _prune(self) -> None:
         """Keep the last two versions and the best; the ledger still names the others."""
-        run = self.run
+        run, lane = self.run, self._around.lane
         keep = {run.head, run.parent, run.best.digest if run.best else ""}
-        for closed in run.history[-4:]:
-            if closed.digest not in keep:
-                self._around.lane.version(closed.digest).unlink(missing_ok=True)
+        self._on_disk |= {run.head, run.parent}
+        for digest in self._on_disk - keep - self._elsewhere:
+            lane.version(digest).unlink(missing_ok=True)
+        self._on_disk &= keep
 
     # --- writing down and telling ---
 

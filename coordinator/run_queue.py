@@ -52,7 +52,10 @@ class RunQueue:
             run = self._runs[await self._queue.get()]
             if run.ended:
                 continue
-            self.current = RunLoop(run, self._around)
+            others = [other for other in self._runs.values() if other.id != run.id]
+            elsewhere = {other.head for other in others}
+            elsewhere |= {other.best.digest for other in others if other.best}
+            self.current = RunLoop(run, self._around, frozenset(elsewhere))
             try:
                 await self.current.drive()
             finally:

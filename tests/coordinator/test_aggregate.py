@@ -172,3 +172,28 @@ def test_bf16_is_rounded_to_nearest_even(bits: Any) -> None:
     expected = [nearest_bf16(value) for value in values]
     for got, wanted in zip(aggregate.narrow(values).tolist(), expected, strict=True):
         assert wanted in (-1, got)
+
+
+@given(
+    hnp.arrays(np.float32, (3, 37), elements=FLOATS),
+    st.integers(4, 200),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+)
+def test_the_size_of_the_pieces_does_not_show(rows: Any, limit_bytes: int, scale: Any) -> None:
+    """A version's digest must not depend on how much memory there was."""
+    base = Weights({"a": np.ones(17, np.float32), "b": np.ones((4, 5), np.float32)})
+    updates = [Weights({"a": row[:17], "b": row[17:].reshape(4, 5)}) for row in rows]
+    share = [0.2, 0.3, 0.5]
+    whole = aggregate.weighted_mean(updates, share, base, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregate, "pieces", lambda schema: weights.pieces(schema, limit_bytes))
+        assert weights.digest(aggregate.weighted_mean(updates, share, base, scale)) == (
+            weights.digest(whole)
+        )
+
+
+def test_clipping_moves_an_update_towards_the_base() -> None:
+    base, update = Weights({"w": np.array([1.0])}), Weights({"w": np.array([5.0])})
+    for scale, expected in ((1.0, 5.0), (0.5, 3.0), (0.0, 1.0)):
+        mean = aggregate.weighted_mean([update], [1.0], base, [scale])
+        assert float(mean["w"][0]) == expected

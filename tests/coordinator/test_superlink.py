@@ -28,7 +28,7 @@ from coordinator.records import read_claim
 from coordinator.superlink import MAX_BODY_BYTES
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages import EXCHANGE_PATH, Exchange, Parcel
-from tests.site_fixtures import Machine, Site
+from tests.site_fixtures import Machine, Site, until
 
 # --- the contract with flwr 1.41 -------------------------------------------------------------
 
@@ -287,8 +287,8 @@ def test_an_unsigned_request_is_refused(http: httpx.Client, action: str, body: b
 def test_who_succeeded_is_told(site: Site, machine: Machine, link: Link) -> None:
     node = site.nodes[machine.peer]
     link.beat()
-    assert ("activate-node", node) in site.heard
-    assert ("send-node-heartbeat", node) in site.heard
+    for action in ("activate-node", "send-node-heartbeat"):  # told after the answer is sent
+        until(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
     assert node in site.superlink.online()
 
 

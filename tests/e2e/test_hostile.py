@@ -135,7 +135,8 @@ def rogue_agent(home: Path) -> Iterator[None]:
             try:
                 reply = client.handle(message)
             except TrainerFailed as err:
-                reply = Message(Error(1, refusal_text(err)), reply_to=message)
+                # With a code that Flower uses for a node that is gone.
+                reply = Message(Error(5, refusal_text(err)), reply_to=message)
             link.push(reply)
 
     def watched() -> None:
