@@ -24,6 +24,7 @@ app = typer.Typer(
     name="commonweight-agent",
     help="Train together, keep your data: the agent on a machine that has data.",
     no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a panel of many lines fills a daemon's log
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )

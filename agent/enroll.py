@@ -23,7 +23,7 @@ from protocols.errors import (
     Refused,
     Unreachable,
 )
-from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining
+from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining, claimed
 from protocols.mqtt import MqttAddress
 from protocols.tickets import Ticket
 
@@ -55,6 +55,7 @@ def join(
         labels=labels,
         sign_public=identity.raw_public(sign_key),
         node_public=identity.node_public(node_key),
+        proof=sign_key.sign(claimed(ticket.id, ticket.secret, identity.node_public(node_key))),
         version=VERSION,
     )
     answer = _ask(address, ca_pem, joining)

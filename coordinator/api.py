@@ -15,7 +15,6 @@ Answers are JSON; an error is `{"code", "message", "hint"}` for the operator and
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
@@ -82,9 +81,9 @@ def make_app(
         try:
             joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
             peer = desk.registry.join(joining)
-        except msgspec.DecodeError as err:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
-        except (CommonweightError, BadMessage) as err:
+        except CommonweightError as err:
             return _error(err, 403)
         certificate = NodeCertificate(
             fleet=fleet_id,
@@ -94,6 +93,9 @@ def make_app(
             node_public=peer.node_public,
             not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
         )
+        mqtt = desk.mqtt_for(_host(request))
+        if peer.standing == "awaiting":  # the login opens the whole fleet's talk: not yet
+            mqtt = msgspec.structs.replace(mqtt, user="", password="")
         return _json(
             JoinAnswer(
                 peer=peer.peer,
@@ -101,24 +103,23 @@ def make_app(
                 fleet=fleet_id,
                 certificate=identity.issue(ca_key, certificate),
                 coordinator_public=coordinator_public,
-                mqtt=desk.mqtt_for(request.url.hostname or ""),
+                mqtt=mqtt,
                 awaiting=peer.standing == "awaiting",
             )
         )
 
     async def exchange(request: Request) -> Response:
-        body = await read_body(request, MAX_EXCHANGE_BYTES)
-        peer = await auth.peer(request, hashlib.sha256(body).hexdigest())
+        peer, body = await auth.peer_and_body(request, MAX_EXCHANGE_BYTES)
         try:
             asked = msgspec.msgpack.decode(body, type=Exchange)
             answer = await desk.exchange(peer.peer, asked)
-        except (msgspec.DecodeError, BadMessage) as err:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage) as err:
             raise HTTPException(400) from err
         return Response(msgspec.msgpack.encode(answer), media_type="application/msgpack")
 
     async def mqtt(request: Request) -> Response:
         await auth.peer(request)
-        return _json(desk.mqtt_for(request.url.hostname or ""))
+        return _json(desk.mqtt_for(_host(request)))
 
     async def standing(request: Request) -> Response:
         peer = await auth.peer(request, or_awaiting=True)
@@ -140,7 +141,7 @@ def make_app(
             WatchAnswer(
                 fleet=fleet_id,
                 coordinator_public=coordinator_public,
-                mqtt=desk.mqtt_for(request.url.hostname or ""),
+                mqtt=desk.mqtt_for(_host(request)),
             )
         )
 
@@ -248,8 +249,16 @@ T = TypeVar("T")
 def _decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise UsageFault(f"the request is not right: {err}") from err
+
+
+def _host(request: Request) -> str:
+    """The name by which the other side knows us: what it calls us goes back to nobody else."""
+    try:
+        return request.url.hostname or ""
+    except ValueError:
+        return ""
 
 
 def _json(value: Any) -> Response:

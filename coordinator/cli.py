@@ -20,6 +20,7 @@ app = typer.Typer(
     name="commonweight",
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
     no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a panel of many lines fills a daemon's log
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )

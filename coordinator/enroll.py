@@ -17,8 +17,8 @@ from msgspec.structs import replace
 
 from coordinator.ledger import Ledger
 from protocols import identity
-from protocols.errors import Refused, UnknownName
-from protocols.joining import Joining
+from protocols.errors import BadMessage, Refused, UnknownName
+from protocols.joining import Joining, claimed
 from protocols.tickets import Ticket, hash_secret
 
 SUBJECT = "fleet"
@@ -118,6 +118,9 @@ class Registry:
     def join(self, joining: Joining) -> Peer:
         """Enrol a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
         identity.check_node_public(joining.node_public)
+        signed = claimed(joining.ticket, joining.secret, joining.node_public)
+        if not identity.verify(joining.sign_public, joining.proof, signed):
+            raise BadMessage("the request is not signed by the key that it names")
         ticket = self.tickets.get(joining.ticket)
         given = hash_secret(joining.ticket, joining.secret)
         if ticket is None or not hmac.compare_digest(ticket.secret_hash, given):

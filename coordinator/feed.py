@@ -229,7 +229,11 @@ class Feed:
             envelope = replace(envelope, body=replace(body, norms={}))
         topic = topics.event(self._fleet)
         assert self._sign is not None
-        return await self._send(topic, seal(topic, envelope, self._sign), qos=1)
+        payload = seal(topic, envelope, self._sign)
+        if len(payload) > MAX_PAYLOAD_BYTES:  # the broker would throw us out for it
+            _log.error("%s of %d bytes was not sent", type(body).__name__, len(payload))
+            return False
+        return await self._send(topic, payload, qos=1)
 
     async def forget(self, peer: str) -> bool:
         """Clear the retained presence of a peer that was removed."""

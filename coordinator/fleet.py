@@ -3,7 +3,8 @@
 Rule 1: only messages that `protocols.messages.unseal` accepted come here.
 Rule 2: a peer speaks for itself only. Words of the coordinator from a peer are counted, not heard.
 Rule 3: an epoch is one session of a sender. Within it a message that is not newer than the last
-        of its kind is ignored; a new epoch replaces; an epoch that was replaced stays silent.
+        of its kind is ignored; a new epoch replaces; an epoch that was replaced stays silent, and
+        one that is older than what was heard last, by its sender's dates, never begins.
 Rule 4: a last will counts only in the peer's present epoch, and each will (by its number) once.
 Rule 5: nobody speaks for a peer that the coordinator has not made known.
 Rule 6: a missing number of the coordinator, or its new epoch, sets `gap`: fetch a new snapshot.
@@ -76,7 +77,7 @@ def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
             _presence(fleet, peer, envelope, body, now)
         elif isinstance(body, Telemetry):
             _telemetry(peer, envelope, body, now)
-        elif _newer(peer, envelope, peer.notice_seq):
+        elif _newer(peer, envelope, peer.notice_seq, now):
             peer.notice_seq, peer.seen_at = envelope.seq, now
             _event(fleet, now, body.level, f"{called(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
@@ -95,17 +96,19 @@ def called(peer: Peer) -> str:
 # --- what peers say --------------------------------------------------------------------------
 
 
-def _newer(peer: Peer, envelope: Envelope, last: int) -> bool:
+def _newer(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
     """True if the message is to be heard. `last` is the number of the last of its kind."""
     seq = envelope.seq
     if envelope.epoch != peer.epoch:
-        if envelope.epoch in peer.past_epochs:
+        # Only the last few are remembered: who has recorded older ones can send them again.
+        if envelope.epoch in peer.past_epochs or envelope.at < peer.said_at:
             peer.ignored += 1
             return False
         _begin(peer, envelope.epoch)
     elif seq <= last:
         peer.ignored += 1
         return False
+    peer.said_at = max(peer.said_at, min(envelope.at, now))
     if seq > peer.seq:
         if peer.seq >= 0:
             peer.missed = min(peer.missed + seq - peer.seq - 1, _MOST)
@@ -127,7 +130,7 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     if body.will:
         _will(fleet, peer, envelope, now)
         return
-    if not _newer(peer, envelope, peer.presence_seq):
+    if not _newer(peer, envelope, peer.presence_seq, now):
         return
     before = peer.state
     peer.presence_seq, peer.seen_at = envelope.seq, now
@@ -152,7 +155,7 @@ def _will(fleet: Fleet, peer: Peer, envelope: Envelope, now: float) -> None:
 
 
 def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> None:
-    if not _newer(peer, envelope, peer.telemetry_seq):
+    if not _newer(peer, envelope, peer.telemetry_seq, now):
         return
     peer.telemetry_seq, peer.seen_at = envelope.seq, now
     loss = finite(body.loss)

@@ -23,6 +23,10 @@ from protocols.weights import FLOATING, Readable, Schema, pieces
 R = TypeVar("R", bound=Readable)
 
 
+#: Numbers that an update may carry, each named in the ledger and on every monitor.
+MAX_METRICS = 32
+
+
 class Expected(NamedTuple):
     """What the run waits for: the claim's kind, its base version and the model's schema."""
 
@@ -53,6 +57,11 @@ def check_claim(
         raise UpdateRefused("not asked", "this peer was not asked in this round")
     if claim.base != expected.base:
         raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
+    if len(claim.metrics) > MAX_METRICS:
+        raise UpdateRefused("bad metrics", f"{len(claim.metrics)} of them; {MAX_METRICS} may be")
+    accuracy = claim.metrics.get("accuracy")
+    if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is best
+        raise UpdateRefused("bad metrics", f"an accuracy of {accuracy:g}")
     cap = run.spec.max_examples
     if claim.kind != "init" and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")

@@ -349,7 +349,7 @@ class Hub:
         while True:
             if self._sessions.set_online(await asyncio.to_thread(self._superlink.online)):
                 self.runs.nudge()
-                self._tell_links()
+            self._tell_links()  # also how many messages were rejected: not one by one
             await asyncio.sleep(ONLINE_EVERY_S)
 
     # --- MQTT ---
@@ -368,19 +368,25 @@ class Hub:
     def _on_envelope(self, _: Kind, envelope: Envelope) -> None:
         body = envelope.body
         before = self._sessions.eligible() if isinstance(body, Presence) else frozenset()
+        known = self._presence_numbers(envelope.sender)
         fleets.fold(self.fleet, envelope, time.time())
-        if isinstance(body, Presence):
+        # One that the fold has ignored was sent again by somebody: it moves nothing here either.
+        if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.heard_presence(envelope.sender, body)
             if before != self._sessions.eligible():
                 self.runs.nudge()
 
+    def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
+        """What changes with each presence that the fold takes."""
+        shown = self.fleet.peers.get(peer)
+        return (shown.epoch, shown.presence_seq, shown.will_seq) if shown else None
+
     def _on_rejected(self, topic: str, err: BadMessage) -> None:
         self._rejected += 1
-        log.warning("ignored a message on %s: %s", printable(topic), err.message)
         if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th…: a flood stays quiet
+            log.warning("ignored a message on %s: %s", printable(topic), printable(err.message))
             text = f"ignored {self._rejected} malformed or forged MQTT messages so far"
             self.publish(Happened(level="warning", text=text))
-        self._tell_links()
 
     def _on_broker(self, up: bool, why: str) -> None:
         if not up:

@@ -5,6 +5,7 @@
 
 A Flower message holds only the digest. An upload is size-checked before and hash-checked while it
 streams; what is cut short stays as a `.part` file and can be resumed from its end (`x-cw-offset`).
+A peer has one `.part` file at most, and `MOST_UPLOADS` whole ones until the round is committed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from protocols.stored import Stored, Writer
 from protocols.weights import Array, Part, Schema, Weights
 
 OFFSET = "x-cw-offset"
+#: Whole uploads that a peer may have in the spool: one that counts, and one made anew.
+MOST_UPLOADS = 2
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -106,14 +109,23 @@ class Lane:
         async def upload(request: Request) -> Response:
             digest = _digest(request)
             peer = await auth.peer(request, body_sha256=digest)
-            return await self._receive(request, peer.peer, digest)
+            return await self._receive(request, auth, peer.peer, digest)
 
         return [
             ("GET", "/cw/v1/weights/{digest}", download),
             ("PUT", "/cw/v1/updates/{digest}", upload),
         ]
 
-    async def _receive(self, request: Request, node: str, digest: str) -> Response:
+    def _make_room(self, node: str, part: Path) -> None:
+        """Drop this peer's other unfinished upload. Raises 413 if it has enough whole ones."""
+        for other in self._spool.glob(f"{node}-*.part"):
+            if other != part:
+                self._writers.pop(other, None)
+                other.unlink(missing_ok=True)
+        if len(list(self._spool.glob(f"{node}-*.safetensors"))) >= MOST_UPLOADS:
+            raise HTTPException(413, "this round has enough updates of this peer")
+
+    async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
         done = self.update(node, digest)
         if done.exists():
             return JSONResponse({"stored": True})
@@ -121,6 +133,7 @@ class Lane:
         if offset + length > self.limit_bytes:
             raise HTTPException(413, f"an update may have {self.limit_bytes} bytes")
         part = self._spool / f"{node}-{digest}.part"
+        self._make_room(node, part)
         have = part.stat().st_size if part.exists() else 0
         if offset != 0 and offset != have:
             return JSONResponse({"have": have}, status_code=409)
@@ -134,6 +147,9 @@ class Lane:
                 async for piece in request.stream():
                     if self._writers.get(part) is not me:  # nor may we touch what it has made
                         return JSONResponse({"have": 0}, status_code=409)
+                    if not auth.is_enrolled(node):  # removed since it began
+                        part.unlink(missing_ok=True)
+                        raise HTTPException(401)
                     length -= len(piece)
                     self.bytes_up += len(piece)
                     sha.update(piece)

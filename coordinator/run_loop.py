@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -379,21 +380,7 @@ class RunLoop:
 
     def _close_round(self) -> None:
         run, lane = self.run, self._around.lane
-        replies = [
-            _as_reply(
-                "evaluate",
-                None,
-                {n: v for n, v in update.metrics.items() if v is not None}
-                | {"num-examples": update.num_examples},
-            )
-            for _, update in sorted(run.updates.items())
-        ]
-        found = self._strategy.aggregate_evaluate(run.round, replies) if replies else None
-        metrics: messages.Metrics = {
-            name: float(value)
-            for name, value in (found or {}).items()
-            if isinstance(value, int | float)
-        }
+        metrics = self._evaluation()
         fact = runs.RoundClosed(
             run.round,
             metrics,
@@ -410,6 +397,28 @@ class RunLoop:
         self._record(fact)
         self._publish_round()
         self._prune()
+
+    def _evaluation(self) -> messages.Metrics:
+        """The round's federated evaluation, through the strategy.
+
+        One reply holds the mean of all: Flower's strategies raise when two replies tell different
+        metrics, and know no cap on a peer's share.
+        """
+        run = self.run
+        answers = dict(sorted(run.updates.items()))
+        if not answers:
+            return {}
+        counts = {peer: update.num_examples for peer, update in answers.items()}
+        share = aggregate.shares(counts, equal=False, cap=run.spec.max_weight_share)
+        mean = _mean_metrics({p: update.metrics for p, update in answers.items()}, share)
+        told = {name: value for name, value in mean.items() if value is not None}
+        reply = _as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
+        found = self._strategy.aggregate_evaluate(run.round, [reply])
+        return {
+            name: float(value) if math.isfinite(value) else None
+            for name, value in (found or {}).items()
+            if isinstance(value, int | float)
+        }
 
     def _publish_round(self) -> None:
         closed = self.run.history[-1]
@@ -493,12 +502,17 @@ def _as_reply(kind: str, arrays: ArrayRecord | None, metrics: dict[str, Any]) ->
 
 
 def _mean_metrics(found: dict[str, messages.Metrics], share: dict[str, float]) -> messages.Metrics:
-    """The mean, by share, of the metrics that every peer reported as finite."""
-    names = set.intersection(*(set(metrics) for metrics in found.values()))
+    """The mean, by share, of the metrics that peers with half of all shares told as finite.
+
+    Those who did not are left out of it: one that diverges, or keeps a number back, hides it not
+    from all.
+    """
     result: messages.Metrics = {}
-    for name in sorted(names):
-        values = {peer: metrics[name] for peer, metrics in found.items()}
-        whole = {peer: value for peer, value in values.items() if value is not None}
-        if len(whole) == len(values):
-            result[name] = sum(share[peer] * value for peer, value in whole.items())
+    for name in sorted(set[str]().union(*found.values())):
+        whole = {p: value for p in found if (value := found[p].get(name)) is not None}
+        held = sum(share[peer] for peer in whole)
+        if len(whole) == len(found):
+            held = 1.0
+        if held >= 0.5:
+            result[name] = sum(share[peer] * value for peer, value in whole.items()) / held
     return result

@@ -195,6 +195,7 @@ class Run(Struct, frozen=True, kw_only=True):
     contributors: tuple[str, ...] = ()
     evaluating: bool = False
     refused: int = 0
+    last_refusal: str = ""
     norms: dict[str, float] = {}
     history: tuple[Round, ...] = ()
     best: Round | None = None
@@ -259,7 +260,8 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
     present = fact.round == run.round and fact.kind in ("", run.kind)
     if present and peers.get(fact.peer) == "asked":
         peers = peers | {fact.peer: "refused"}
-    return replace(run, peers=peers, refused=run.refused + 1)
+    refusal = f"{fact.reason}: {fact.detail}"
+    return replace(run, peers=peers, refused=run.refused + 1, last_refusal=refusal)
 
 
 def _training_closed(run: Run, fact: TrainingClosed) -> Run:
@@ -439,11 +441,15 @@ def _decide_waiting(run: Run, view: View) -> Step:
 
 
 def _decide_init(run: Run, view: View) -> Step:
+    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
+    if view.eligible and view.eligible <= refused and not run.pending:
+        # Nobody who is here can do it, and asking again gives the same answer.
+        return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
     if view.due and (others := view.eligible.difference(run.pending)):
         return AskMore(tuple(sorted(others)))
     if run.pending:
         return Wait(f"the first weights from {run.pending[0]}")
-    untried = sorted(view.eligible - {p for p, s in run.peers.items() if s == "refused"})
+    untried = sorted(view.eligible - refused)
     return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
 
 

@@ -25,7 +25,10 @@ class Event(Struct, kw_only=True, frozen=True):
 
 
 class Peer(Struct, kw_only=True):
-    """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages."""
+    """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages.
+
+    `said_at` is the newest date on its messages, by its own clock and not beyond ours.
+    """
 
     peer: Name
     name: Name
@@ -42,6 +45,7 @@ class Peer(Struct, kw_only=True):
     losses: list[float | None] = []
     diverged: bool = False
     seen_at: float = 0.0
+    said_at: float = 0.0
     epoch: Name = ""
     past_epochs: list[Name] = []
     seq: int = -1

@@ -50,7 +50,11 @@ def raw_public(key: SigningKey) -> bytes:
 
 def node_public(key: NodeKey) -> bytes:
     """The public half in the form that Flower's node authentication sends (PEM)."""
-    return key.public_key().public_bytes(
+    return _public_pem(key.public_key())
+
+
+def _public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
@@ -63,6 +67,10 @@ def check_node_public(pem: bytes) -> None:
         raise BadMessage("the node key is not a public key in PEM form") from err
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise BadMessage("the node key is not a P-384 key")
+    if pem != _public_pem(
+        key
+    ):  # one key, one name: a removed one must not come back in other words
+        raise BadMessage("the node key is not written in the one way that there is")
 
 
 def verify(public: bytes, signature: bytes, message: bytes) -> bool:

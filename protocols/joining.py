@@ -17,7 +17,11 @@ MQTT_PATH = "/cw/v1/mqtt"
 
 
 class Joining(Struct, frozen=True, kw_only=True):
-    """What an agent sends: its ticket's id and secret, and the public halves of its two keys."""
+    """What an agent sends: its ticket's id and secret, and the public halves of its two keys.
+
+    `proof` is its Ed25519 signature over `claimed`: nobody joins with, or asks again in the name
+    of, a key that he has only seen.
+    """
 
     ticket: Name
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -25,7 +29,13 @@ class Joining(Struct, frozen=True, kw_only=True):
     labels: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
     sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
     node_public: Annotated[bytes, Meta(max_length=1024)]
+    proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
     version: Name
+
+
+def claimed(ticket: str, secret: bytes, node_public: bytes) -> bytes:
+    """What a joining machine signs with the key that it joins with."""
+    return b"\n".join((b"commonweight join 1", ticket.encode(), secret.hex().encode(), node_public))
 
 
 class JoinAnswer(Struct, frozen=True, kw_only=True):

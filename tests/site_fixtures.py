@@ -27,7 +27,7 @@ from coordinator.records import LaneGrid
 from coordinator.server import Server, listen
 from coordinator.superlink import FLEET_PREFIX, Superlink
 from protocols import identity, requests, tickets
-from protocols.joining import Joining
+from protocols.joining import Joining, claimed
 from protocols.messages import Exchange, Exchanged
 from protocols.mqtt import MqttAddress
 
@@ -59,7 +59,9 @@ class Machine:
             "node_public": identity.node_public(self.node_key),
             "version": "0",
         }
-        return Joining(**(fields | changed))
+        fields |= changed
+        signed = claimed(fields["ticket"], fields["secret"], fields["node_public"])
+        return Joining(**({"proof": self.sign_key.sign(signed)} | fields))
 
     def headers(
         self, method: str, path: str, body: bytes = b"", digest: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,10 +103,9 @@ class Desk:
 
 
 @pytest.fixture(autouse=True)
-def _flower_run() -> Iterator[None]:
+def _flower_run() -> None:
     """Every message belongs to a Flower run of its process."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
-    return
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_clock_that_is_wrong_is_refused(
     now = time.time()
     for away_s in (-2 * requests.WINDOW_S, 2 * requests.WINDOW_S):
         with monkeypatch.context() as patch:
-            patch.setattr(requests.time, "time", lambda away_s=away_s: now + away_s)
+            patch.setattr("protocols.requests.time.time", lambda away_s=away_s: now + away_s)
             headers = site.operator("GET", "/cw/v1/peers")
         assert http.get("/cw/v1/peers", headers=headers).status_code == 401
 

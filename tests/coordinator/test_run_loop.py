@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from protocols.errors import (
 from protocols.messages import UpdateClaim
 from protocols.states import RunState
 from protocols.weights import Weights
-from tests.hub_fixtures import Agent, Fleet, first_weights, fleet_of, some_data, until
+from tests.hub_fixtures import Agent, Fleet, Outcome, first_weights, fleet_of, some_data, until
 
 
 @pytest.fixture(autouse=True)
@@ -436,6 +437,37 @@ async def test_every_trick_is_refused_by_its_word_and_the_round_goes_on(tmp_path
             (number, cheat.agent.peer, word) for number, (word, _) in enumerate(TRICKS, 1)
         ]
         assert [closed.refused for closed in run.history] == [1] * len(TRICKS)
+
+
+async def test_evaluations_that_do_not_agree_on_their_metrics_do_no_harm(tmp_path: Path) -> None:
+    """Flower's own strategies end the run there."""
+    odd: list[messages.Metrics] = [
+        {"loss": math.nan, "accuracy": 0.25},
+        {"loss": 1.0, "num-examples": -5.0, "": 1e308, "own idea": math.inf},
+        {"loss": 2.0, "accuracy": 0.5},
+    ]
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        for agent, metrics in zip(fleet.agents, odd, strict=True):
+            counted = Outcome(len(agent.trainer.data.y), metrics)
+            agent.trainer.evaluate = lambda *_, counted=counted: counted  # type: ignore[method-assign]
+        run = await fleet.finished(fleet.start(rounds=1, quorum=3))
+        assert run.state is RunState.FINISHED
+        found = run.history[0].metrics
+        sizes = [len(part.y) for part in THREE]
+        assert found["loss"] == pytest.approx((sizes[1] + 2 * sizes[2]) / sum(sizes[1:]))
+        assert found["accuracy"] == pytest.approx(
+            (0.25 * sizes[0] + 0.5 * sizes[2]) / (sizes[0] + sizes[2])
+        )
+
+
+async def test_all_diverged_is_shown_and_the_run_goes_on(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        for agent in fleet.agents:
+            agent.trainer.loss = lambda model, data: math.nan
+        run_id = fleet.start(rounds=2, quorum=2)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        assert [closed.metrics.get("loss") for closed in run.history] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 
 from coordinator import runs
 from coordinator.runs import Fact, Run, RunSpec, Update, View
+from protocols.messages import Metrics
 from protocols.states import ENDED, RunState
 
 PEERS = ("A", "B", "C", "D")
@@ -89,7 +90,7 @@ class Loop:
                 self.due = False
                 self.record(runs.EvaluationOpened(run.round, eligible))
             case runs.CloseRound():
-                metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
+                metrics: Metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
                 self.record(runs.RoundClosed(run.round, metrics, 1.0, 2, 3))
             case runs.EndRun(state, because):
                 self.record(runs.RunEnded(state, because))
@@ -339,6 +340,8 @@ def test_the_first_of_equals_stays_best() -> None:
     assert loop.run.best.round == 1
 
 
+_ONE = st.sampled_from(PEERS)
+_SOME = st.lists(_ONE, unique=True).map(tuple)
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     runs.WeightsInitialised: lambda d: runs.WeightsInitialised("x", "A"),
     runs.RoundOpened: lambda d: runs.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
@@ -352,8 +355,6 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     runs.RoundClosed: lambda d: runs.RoundClosed(1, {}, 1.0, 0, 0),
     runs.RunEnded: lambda d: runs.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
 }
-_ONE = st.sampled_from(PEERS)
-_SOME = st.lists(_ONE, unique=True).map(tuple)
 
 
 @given(st.data())

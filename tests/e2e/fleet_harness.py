@@ -23,12 +23,17 @@ WITHIN_S = 60.0
 LOOK_EVERY_S = 0.05
 
 
-def until(condition: Callable[[], Any], what: str, within_s: float = WITHIN_S) -> Any:
+def until(
+    condition: Callable[[], Any],
+    what: str,
+    within_s: float = WITHIN_S,
+    every_s: float = LOOK_EVERY_S,
+) -> Any:
     """Wait for a condition, with a bound that only a failure meets; what it gave."""
     end = time.monotonic() + within_s
     while not (found := condition()):
         assert time.monotonic() < end, f"not in {within_s:.0f} s: {what}"
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(every_s)
     return found
 
 
@@ -209,8 +214,15 @@ class Fleet:
 
     def ended_run(self, run: str) -> dict[str, Any]:
         """The run, once it has ended."""
-        until(lambda: self.run(run)["state"] in ("finished", "stopped", "failed"), "the run ended")
-        return self.run(run)
+        shown: dict[str, Any] = {}
+
+        def ended() -> bool:
+            shown.update(self.run(run))
+            return shown["state"] in ("finished", "stopped", "failed")
+
+        # Each look is a process of its own, on the cores that the run needs.
+        until(ended, "the run ended", within_s=120.0, every_s=0.5)
+        return shown
 
     def events(self) -> list[str]:
         return [event["text"] for event in self.data("status")["events"]]

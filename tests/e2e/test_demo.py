@@ -75,7 +75,7 @@ def test_two_agents_learn_together(tmp_path: Path) -> None:
         assert closed["peers"] == 2
         assert closed["bytes_up"] > 2 * 199_210 * 4
         assert closed["bytes_down"] > 2 * 199_210 * 4
-    assert data["accuracy"] == max(closed["accuracy"] for closed in data["rounds"]) > 0.8
+    assert data["accuracy"] == max(closed["accuracy"] for closed in data["rounds"]) > 0.93
     assert data["model"] == str(model)
     assert sum(tensor.size for tensor in load_file(model).values()) == 199_210
     assert "round 2/2" in done.stderr

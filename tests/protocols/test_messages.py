@@ -309,6 +309,7 @@ def test_a_machines_name_is_plain(name: str) -> None:
         "name": name,
         "sign_public": bytes(32),
         "node_public": b"",
+        "proof": bytes(64),
         "version": "1",
     }
     with pytest.raises(msgspec.ValidationError):

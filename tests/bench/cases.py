@@ -1,0 +1,52 @@
+"""What is measured: one row of the table is one case. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MB = 1_000_000
+GB = 1_000 * MB
+
+
+class Case(NamedTuple):
+    """`rounds` of ours and `stock_rounds` of stock Flower (0: not run) are measured in each pass.
+
+    One round more is run and dropped: it starts trainers and fetches the first weights.
+    """
+
+    name: str
+    agents: int
+    kilobytes: int
+    rounds: int
+    stock_rounds: int
+    passes: int = 1
+
+    @property
+    def model_bytes(self) -> int:
+        return self.kilobytes * 1024
+
+
+def case(
+    name: str, agents: int, nbytes: int, rounds: int, stock_rounds: int, passes: int = 1
+) -> Case:
+    return Case(name, agents, round(nbytes / 1024), rounds, stock_rounds, passes)
+
+
+QUICK = (
+    case("10 KB × 2", 2, 10_240, 60, 2),
+    case("10 KB × 8", 8, 10_240, 40, 2),
+    case("40 MB × 2", 2, 40 * MB, 12, 2),
+)
+
+FULL = (
+    case("10 KB × 2", 2, 10_240, 60, 4, passes=2),
+    case("10 KB × 8", 8, 10_240, 40, 4, passes=2),
+    case("40 MB × 2", 2, 40 * MB, 12, 4, passes=2),
+    case("40 MB × 4", 4, 40 * MB, 12, 3),
+    case("40 MB × 8", 8, 40 * MB, 8, 0),
+    case("400 MB × 2", 2, 400 * MB, 4, 2),
+    case("1 GB × 2", 2, GB, 2, 0),
+)
+
+#: Agents that the load client stands in for: (present, in the rounds, rounds).
+LOADS = ((100, 100, 5), (500, 500, 4), (1_000, 1_000, 3), (2_000, 1_000, 3))

@@ -1,0 +1,1 @@
+"""A Flower app that trains nothing, as the `ping` task of commonweight."""

@@ -1,0 +1,27 @@
+"""The ClientApp: what comes goes back, plus 1, as the `ping` task does it."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, _: Context) -> Message:
+    arrays = ArrayRecord(
+        {
+            name: Array(np.add(array.numpy(), 1, dtype=np.float32))
+            for name, array in message.content["arrays"].items()
+        }
+    )
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, _: Context) -> Message:
+    content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+    return Message(content, reply_to=message)
