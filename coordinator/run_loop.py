@@ -9,25 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import aggregate, gate, runs, strategies
+from coordinator import closing, gate, runs, strategies
+from coordinator.bodies import round_body, run_body
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
-from coordinator.records import LaneGrid, VersionRecord, from_record, read_claim, to_record
+from coordinator.records import LaneGrid, VersionRecord, read_claim
 from coordinator.runs import Fact, Run, Step, Update, View
 from protocols import messages
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
-from protocols.messages import CoordinatorBody, Happened, RunChanged, Sign, Verify, Work, printable
+from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
 from protocols.states import RunState
 from protocols.stored import Stored
-from protocols.weights import Array, Part, Schema
+from protocols.weights import Schema
 
 log = logging.getLogger("commonweight.run")
 
@@ -337,50 +337,18 @@ class RunLoop:
     # --- closing ---
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
-        digest, metrics = await asyncio.to_thread(self._fold, contributors)
+        digest, metrics = await asyncio.to_thread(
+            closing.commit, self.run, self._around.lane, self._strategy, contributors
+        )
         self._record(
             runs.VersionCommitted(self.run.round, digest, self.run.head, contributors, metrics)
         )
         self._around.lane.drop_updates()
         self._content = None
 
-    def _fold(self, contributors: tuple[str, ...]) -> tuple[str, messages.Metrics]:
-        """Mean of the updates → the strategy → a new version; its digest and train metrics."""
-        run, lane = self.run, self._around.lane
-        counts = {peer: run.updates[peer].num_examples for peer in contributors}
-        share = aggregate.shares(
-            counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
-        )
-        metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
-        told = {name: value for name, value in metrics.items() if value is not None}
-        told["num-examples"] = sum(counts.values())
-
-        def through(mean: dict[Part, Array]) -> dict[Part, Array]:
-            # Part by part the same as all at once: these strategies know no tensor's neighbour.
-            reply = _as_reply("train", to_record(mean), told)
-            arrays, _ = self._strategy.aggregate_train(run.round, [reply])
-            if arrays is None:
-                raise CommonweightError("the strategy gave no new weights")
-            return from_record(arrays, mean)
-
-        with contextlib.ExitStack() as stack:
-            base = stack.enter_context(Stored(lane.version(run.head)))
-            updates = [
-                stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest)))
-                for peer in contributors
-            ]
-            version = aggregate.fold(
-                updates,
-                [share[peer] for peer in contributors],
-                [_clipped(run.updates[peer].norm, run.spec.clip_norm) for peer in contributors],
-                base,
-                through,
-            )
-            return lane.write(base.schema, version), metrics
-
     def _close_round(self) -> None:
         run, lane = self.run, self._around.lane
-        metrics = self._evaluation()
+        metrics = closing.evaluation(run, self._strategy)
         fact = runs.RoundClosed(
             run.round,
             metrics,
@@ -397,28 +365,6 @@ class RunLoop:
         self._record(fact)
         self._publish_round()
         self._prune()
-
-    def _evaluation(self) -> messages.Metrics:
-        """The round's federated evaluation, through the strategy.
-
-        One reply holds the mean of all: Flower's strategies raise when two replies tell different
-        metrics, and know no cap on a peer's share.
-        """
-        run = self.run
-        answers = dict(sorted(run.updates.items()))
-        if not answers:
-            return {}
-        counts = {peer: update.num_examples for peer, update in answers.items()}
-        share = aggregate.shares(counts, equal=False, cap=run.spec.max_weight_share)
-        mean = _mean_metrics({p: update.metrics for p, update in answers.items()}, share)
-        told = {name: value for name, value in mean.items() if value is not None}
-        reply = _as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
-        found = self._strategy.aggregate_evaluate(run.round, [reply])
-        return {
-            name: float(value) if math.isfinite(value) else None
-            for name, value in (found or {}).items()
-            if isinstance(value, int | float)
-        }
 
     def _publish_round(self) -> None:
         closed = self.run.history[-1]
@@ -449,70 +395,3 @@ class RunLoop:
     def _say(self, level: Any, text: str, subject: str) -> None:
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
         self._around.publish(Happened(level=level, text=printable(text), subject=subject))
-
-
-def run_body(run: Run, waiting_for: str) -> RunChanged:
-    """Where a run stands, as the monitor is told."""
-    return RunChanged(
-        run=run.id,
-        task=run.spec.task,
-        state=run.state,
-        round=run.round,
-        rounds=run.spec.rounds,
-        quorum=run.spec.quorum,
-        asked=len(run.peers),
-        answered=sum(standing == "answered" for standing in run.peers.values()),
-        waiting_for="" if run.ended else waiting_for,
-        head=run.head,
-        best_round=run.best.round if run.best else 0,
-        ended_because=printable(run.ended_because),
-    )
-
-
-def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
-    """A closed round, as the monitor is told."""
-    return messages.RoundClosed(
-        run=run_id,
-        round=closed.round,
-        digest=closed.digest,
-        seconds=closed.seconds,
-        peers=len(closed.contributors),
-        refused=closed.refused,
-        loss=closed.metrics.get("loss"),
-        accuracy=closed.metrics.get("accuracy"),
-        diverged="loss" in closed.metrics and closed.metrics["loss"] is None,
-        metrics=closed.metrics,
-        bytes_up=closed.bytes_up,
-        bytes_down=closed.bytes_down,
-        norms=closed.norms,
-    )
-
-
-def _clipped(norm: float, most: float) -> float:
-    """The factor that brings an update of this norm within `most` (0: no bound)."""
-    return most / norm if most and norm > most else 1.0
-
-
-def _as_reply(kind: str, arrays: ArrayRecord | None, metrics: dict[str, Any]) -> Message:
-    """A reply message as Flower's strategies expect it."""
-    content = RecordDict({"metrics": MetricRecord(metrics)})
-    if arrays is not None:
-        content["arrays"] = arrays
-    return Message(content, reply_to=Message(RecordDict(), 1, kind))
-
-
-def _mean_metrics(found: dict[str, messages.Metrics], share: dict[str, float]) -> messages.Metrics:
-    """The mean, by share, of the metrics that peers with half of all shares told as finite.
-
-    Those who did not are left out of it: one that diverges, or keeps a number back, hides it not
-    from all.
-    """
-    result: messages.Metrics = {}
-    for name in sorted(set[str]().union(*found.values())):
-        whole = {p: value for p in found if (value := found[p].get(name)) is not None}
-        held = sum(share[peer] for peer in whole)
-        if len(whole) == len(found):
-            held = 1.0
-        if held >= 0.5:
-            result[name] = sum(share[peer] * value for peer, value in whole.items()) / held
-    return result

@@ -7,8 +7,9 @@ import secrets
 from collections.abc import Callable
 
 from coordinator import runs, strategies
+from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
-from coordinator.run_loop import Fleetwork, RunLoop, round_body, run_body
+from coordinator.run_loop import Fleetwork, RunLoop
 from coordinator.runs import Run, RunSpec, RunStarted
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 from protocols.states import RunState

@@ -1,0 +1,45 @@
+"""Where a run and its rounds stand, as the monitors are told. Pure."""
+
+from __future__ import annotations
+
+from coordinator import runs
+from coordinator.runs import Run
+from protocols import messages
+from protocols.messages import RunChanged, printable
+
+
+def run_body(run: Run, waiting_for: str) -> RunChanged:
+    """Where a run stands, as the monitor is told."""
+    return RunChanged(
+        run=run.id,
+        task=run.spec.task,
+        state=run.state,
+        round=run.round,
+        rounds=run.spec.rounds,
+        quorum=run.spec.quorum,
+        asked=len(run.peers),
+        answered=sum(standing == "answered" for standing in run.peers.values()),
+        waiting_for="" if run.ended else waiting_for,
+        head=run.head,
+        best_round=run.best.round if run.best else 0,
+        ended_because=printable(run.ended_because),
+    )
+
+
+def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
+    """A closed round, as the monitor is told."""
+    return messages.RoundClosed(
+        run=run_id,
+        round=closed.round,
+        digest=closed.digest,
+        seconds=closed.seconds,
+        peers=len(closed.contributors),
+        refused=closed.refused,
+        loss=closed.metrics.get("loss"),
+        accuracy=closed.metrics.get("accuracy"),
+        diverged="loss" in closed.metrics and closed.metrics["loss"] is None,
+        metrics=closed.metrics,
+        bytes_up=closed.bytes_up,
+        bytes_down=closed.bytes_down,
+        norms=closed.norms,
+    )
