@@ -1,12 +1,13 @@
 # make demo   four agents learn real digits together on this machine
 # make test   format, lint, types, import contracts, all tests
 # make setup  only build .venv
+# make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup bench bench-quick clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -19,6 +20,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m tests.bench --full
+
+bench-quick: setup
+	$(BIN)/python -m tests.bench
 
 setup: $(READY)
 

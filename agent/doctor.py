@@ -57,7 +57,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 Step("clock", doctor.clock, ("tls",)),
                 Step("coordinator", doctor.coordinator, ("tls",)),
                 Step("flower", doctor.flower, ("coordinator",)),
-                Step("mqtt", doctor.mqtt, ("enrolled",)),
+                Step("mqtt", doctor.mqtt, ("enrolled", "coordinator")),
                 Step("version", doctor.version, ("coordinator",)),
             ]
         )

@@ -45,7 +45,7 @@ from agent.settings import Enrolment
 from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.identity import NodeKey, SigningKey, node_public
-from protocols.joining import LEAVE_PATH, MQTT_PATH, STANDING_PATH, StandingAnswer
+from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
 from protocols.mqtt import MqttAddress
 from protocols.weights import file_digest, sync_folder
@@ -197,6 +197,13 @@ class Link:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
         with _translated():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
+
+    def renew(self) -> bytes:
+        """A new node certificate for the same keys."""
+        with _translated():
+            answer = self._http.post(RENEW_PATH, headers=self._signed("POST", RENEW_PATH))
+            answer.raise_for_status()
+        return answer.content
 
     def pull(self) -> Message | None:
         """The next message for this agent, or None."""

@@ -47,7 +47,7 @@ from agent.worker import (
     WorkEnded,
     Worker,
 )
-from protocols import VERSION
+from protocols import VERSION, identity
 from protocols.backoff import delays
 from protocols.errors import CommonweightError, TrainerFailed, Unreachable
 from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
@@ -59,6 +59,7 @@ log = logging.getLogger("commonweight.agent")
 T = TypeVar("T")
 
 CACHED_VERSIONS = 2
+RENEW_BEFORE_S = 60 * 86400.0
 _TICK_S = 0.5
 _FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
@@ -274,6 +275,17 @@ class Agent:
             self._link = Link(self._credentials)
         self._link.open()
         self._learn_mqtt(self._link.mqtt())
+        self._keep_certificate(self._link)
+
+    def _keep_certificate(self, link: Link) -> None:
+        """Renew the node certificate in the last two months of its year."""
+        ca_pem = self._enrolment.ca_pem.encode()
+        ends_at = identity.read_certificate(ca_pem, self._enrolment.certificate).not_after
+        if ends_at - time.time() < RENEW_BEFORE_S:
+            certificate = link.renew()
+            identity.read_certificate(ca_pem, certificate)
+            self._enrolment = replace(self._enrolment, certificate=certificate)
+            write_enrolment(self._home, self._enrolment)
 
     def _learn_mqtt(self, address: MqttAddress) -> None:
         """The broker's password changes when a peer is removed: keep what holds now."""

@@ -4,6 +4,7 @@
     POST /cw/v1/join                   a machine with a ticket
     GET  /cw/v1/mqtt                   the broker and the login for it     (an enrolled peer)
     POST /cw/v1/exchange               a reply in, the next work out        (an enrolled peer)
+    POST /cw/v1/renew                  a new node certificate             (an enrolled peer)
     GET  /cw/v1/standing               how it stands with the coordinator  (a peer)
     POST /cw/v1/leave                  its key is refused from now on      (a peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
@@ -28,11 +29,12 @@ from starlette.routing import Route
 
 from coordinator import fleet as fleets
 from coordinator.auth import Auth, read_body
-from coordinator.enroll import Registry
+from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.run_queue import RunQueue
+from coordinator.sessions import NoSession
 from protocols import VERSION, identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
@@ -41,6 +43,7 @@ from protocols.joining import (
     JOIN_PATH,
     LEAVE_PATH,
     MQTT_PATH,
+    RENEW_PATH,
     STANDING_PATH,
     JoinAnswer,
     Joining,
@@ -77,14 +80,7 @@ def make_app(
     async def ca(_: Request) -> Response:
         return Response(ca_pem, media_type="application/x-pem-file")
 
-    async def join(request: Request) -> Response:
-        try:
-            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
-            peer = desk.registry.join(joining)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise HTTPException(400) from err
-        except CommonweightError as err:
-            return _error(err, 403)
+    def certify(peer: Peer) -> bytes:
         certificate = NodeCertificate(
             fleet=fleet_id,
             peer=peer.peer,
@@ -93,6 +89,19 @@ def make_app(
             node_public=peer.node_public,
             not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
         )
+        return identity.issue(ca_key, certificate)
+
+    async def renew(request: Request) -> Response:
+        return Response(certify(await auth.peer(request)), media_type="application/octet-stream")
+
+    async def join(request: Request) -> Response:
+        try:
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
+            peer = desk.registry.join(joining)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        except CommonweightError as err:
+            return _error(err, 403)
         mqtt = desk.mqtt_for(_host(request))
         if peer.standing == "awaiting":  # the login opens the whole fleet's talk: not yet
             mqtt = msgspec.structs.replace(mqtt, user="", password="")
@@ -101,7 +110,7 @@ def make_app(
                 peer=peer.peer,
                 name=peer.name,
                 fleet=fleet_id,
-                certificate=identity.issue(ca_key, certificate),
+                certificate=certify(peer),
                 coordinator_public=coordinator_public,
                 mqtt=mqtt,
                 awaiting=peer.standing == "awaiting",
@@ -113,6 +122,8 @@ def make_app(
         try:
             asked = msgspec.msgpack.decode(body, type=Exchange)
             answer = await desk.exchange(peer.peer, asked)
+        except NoSession as err:
+            raise HTTPException(412) from err
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage) as err:
             raise HTTPException(400) from err
         return Response(msgspec.msgpack.encode(answer), media_type="application/msgpack")
@@ -223,6 +234,7 @@ def make_app(
         Route(EXCHANGE_PATH, exchange, methods=["POST"]),
         Route(MQTT_PATH, mqtt),
         Route(STANDING_PATH, standing),
+        Route(RENEW_PATH, renew, methods=["POST"]),
         Route(LEAVE_PATH, leave, methods=["POST"]),
         Route("/cw/v1/fleet", operator(snapshot)),
         Route("/cw/v1/watch", operator(watch)),

@@ -13,7 +13,7 @@ import logging
 import time
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from coordinator.enroll import Peer, Registry
 from protocols import identity, requests
@@ -25,6 +25,8 @@ log = logging.getLogger("commonweight.auth")
 
 OPERATOR = "operator"
 MAX_JSON_BYTES = 256 * 1024
+#: Refusals that are written down in one second; of more there is only the number.
+_LINES_PER_S = 10
 
 
 class Auth:
@@ -35,6 +37,7 @@ class Auth:
         self._operator = operator_public
         self._nonces = Nonces()
         self._since = time.time()
+        self._second, self._lines = 0, 0
 
     async def peer(
         self, request: Request, body_sha256: str = EMPTY_SHA256, *, or_awaiting: bool = False
@@ -95,19 +98,29 @@ class Auth:
         if sent_before or not self._nonces.spend(signed.sender, signed.nonce, time.time()):
             raise self._refuse(request, 401, "the request was sent before")
 
-    @staticmethod
-    def _refuse(request: Request, status: int, why: str) -> HTTPException:
-        log.warning("refused %s %s: %s", request.method, printable(_path(request)), printable(why))
+    def _refuse(self, request: Request, status: int, why: str) -> HTTPException:
+        now = int(time.monotonic())
+        if now != self._second:
+            if self._lines > _LINES_PER_S:
+                log.warning("refused %d more requests", self._lines - _LINES_PER_S)
+            self._second, self._lines = now, 0
+        self._lines += 1
+        if self._lines <= _LINES_PER_S:
+            path = printable(_path(request))
+            log.warning("refused %s %s: %s", request.method, path, printable(why))
         return HTTPException(status)
 
 
 async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
     """A small body, refused with 413 as soon as it is too long."""
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise HTTPException(413)
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise HTTPException(413)
+    except ClientDisconnect as err:  # nobody reads the answer, and the log gets no traceback
+        raise HTTPException(400) from err
     return bytes(body)
 
 

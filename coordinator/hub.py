@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from coordinator.records import LaneGrid
 from coordinator.run_loop import Fleetwork
 from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
-from coordinator.sessions import Sessions
+from coordinator.sessions import NoSession, Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from protocols import identity
@@ -67,6 +68,7 @@ class Hub:
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
+        _share_memory()
         self._stopping = asyncio.Event()
         self._names = chosen.names or settings.reachable_names(chosen.host)
         settings.certify(home, keys.ca_key, keys.ca_pem, self._names)
@@ -249,10 +251,10 @@ class Hub:
         return f"{command.action} sent to {self._name_of(peer)}"
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
-        """A peer hands in a reply and takes its next message. Raises BadMessage."""
+        """A peer hands in a reply and takes its next message. Raises BadMessage, NoSession."""
         node = self._sessions.node_of(peer)
-        if node is None:
-            raise BadMessage(f"{peer} is not enrolled")
+        if node is None or not self._sessions.is_open(peer):
+            raise NoSession(f"{peer} has no session")
         answer = await asyncio.to_thread(self._superlink.exchange, node, asked)
         self._on_request("exchange" if asked.reply is None else "push-object", node)
         return answer
@@ -347,7 +349,8 @@ class Hub:
     async def _watch_sessions(self) -> None:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
-            if self._sessions.set_online(await asyncio.to_thread(self._superlink.online)):
+            # In this thread: a session that opens meanwhile must not be overlooked.
+            if self._sessions.set_online(self._superlink.online()):
                 self.runs.nudge()
             self._tell_links()  # also how many messages were rejected: not one by one
             await asyncio.sleep(ONLINE_EVERY_S)
@@ -367,13 +370,13 @@ class Hub:
 
     def _on_envelope(self, _: Kind, envelope: Envelope) -> None:
         body = envelope.body
-        before = self._sessions.eligible() if isinstance(body, Presence) else frozenset()
+        before = self._sessions.is_eligible(envelope.sender)
         known = self._presence_numbers(envelope.sender)
         fleets.fold(self.fleet, envelope, time.time())
         # One that the fold has ignored was sent again by somebody: it moves nothing here either.
         if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.heard_presence(envelope.sender, body)
-            if before != self._sessions.eligible():
+            if before != self._sessions.is_eligible(envelope.sender):
                 self.runs.nudge()
 
     def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
@@ -406,3 +409,10 @@ class Hub:
         links = Links(mqtt=self._mqtt_up, flower=self._sessions.any_online, rejected=self._rejected)
         if links != self.fleet.links:
             self.publish(links)
+
+
+def _share_memory() -> None:
+    """Let all threads share two heaps: glibc's one heap a thread keeps what each once needed."""
+    m_arena_max = -8
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(m_arena_max, 2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -155,12 +156,15 @@ class Lane:
                     sha.update(piece)
                     while piece:
                         piece = piece[file.write(piece) :]
+                # Durable before it is acknowledged: the agent forgets it then.
+                await asyncio.to_thread(os.fsync, file.fileno())
             if self._writers.get(part) is not me:
                 return JSONResponse({"have": 0}, status_code=409)
             if length != 0 or sha.hexdigest() != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
             part.replace(done)
+            await asyncio.to_thread(weights.sync_folder, self._spool)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it; what came can be resumed
         finally:

@@ -35,6 +35,8 @@ log = logging.getLogger("commonweight.run")
 _SLACK_BYTES = 1024 * 1024
 #: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
 _AGENT_FAILED = 2
+#: How long peers that were at work may take to come back after the coordinator's restart.
+RETURN_WITHIN_S = 20.0
 #: First weights have no base to be measured by.
 _FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
@@ -81,6 +83,8 @@ class RunLoop:
         self._schema: Schema = {}
         self._model_bytes = 0
         self._elsewhere = elsewhere
+        # After a restart nobody has come back yet: that is no reason to call them lost.
+        self._patient_until = time.monotonic() + RETURN_WITHIN_S if run.pending else 0.0
         self._on_disk = {closed.digest for closed in run.history}
         self._opened_at = self._phase_at = time.monotonic()
         self._bytes_at_open = (0, 0)
@@ -177,7 +181,9 @@ class RunLoop:
             self._announce()
         left = self.run.spec.deadline_s - (time.monotonic() - self._phase_at)
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
-        timeout = left if left > 0 and timed else None
+        ahead = [left] if timed else []
+        ahead.append(self._patient_until - time.monotonic())
+        timeout = min((wait_s for wait_s in ahead if wait_s > 0), default=None)
         try:
             # Not wait_for: before Python 3.12 it loses a cancel that comes together with the news.
             async with asyncio.timeout(timeout):
@@ -253,6 +259,8 @@ class RunLoop:
         self._around.ring(list(reached_now.values()))
 
     def _notice_losses(self) -> None:
+        if time.monotonic() < self._patient_until:
+            return
         eligible = self._around.eligible()
         lost = [peer for peer in self.run.pending if peer not in eligible]
         for peer in lost:

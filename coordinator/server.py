@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from protocols.errors import PortInUse, UsageFault
@@ -46,6 +46,9 @@ MAX_PER_ADDRESS = 4096
 #: New connections: so many at once, then so many a second. A handshake costs about 1 ms of CPU.
 NEW_AT_ONCE, NEW_PER_S = 4096, 256
 MAX_CONNECTIONS = 16_384
+#: Who is answered so loses the connection: what comes next counts as a new one. Not 409, 413, 422:
+#: those tell a member what became of its upload, which it is still sending.
+PARTING = frozenset({400, 401, 403, 404, 405, 411})
 _SWEEP_S = 1.0
 
 # Each TLS connection holds a read buffer of this size from its first packet on. asyncio's 256 KB
@@ -213,13 +216,28 @@ class Doorkeeper(HttpToolsProtocol):
         return not self._is_answering() and not self.transport.get_write_buffer_size()
 
 
+def _parting(app: ASGIApp) -> ASGIApp:
+    """Ends the connection with an answer in `PARTING`."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in PARTING:
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await app(scope, receive, say)
+
+    return serve
+
+
 class Server(uvicorn.Server):
     """uvicorn over an open socket, without signal handlers: the hub decides when to stop."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket, certificate: Path, key: Path) -> None:
         super().__init__(
             uvicorn.Config(
-                app,
+                _parting(app),
                 http=Doorkeeper,
                 ws="none",
                 lifespan="off",

@@ -9,6 +9,10 @@ from protocols.messages import Presence
 from protocols.states import PeerState
 
 
+class NoSession(Exception):
+    """The peer has none open with this life of the coordinator: it must open one."""
+
+
 class Sessions:
     """Peers by their Flower node ids, and what was last heard of them. `fleet` is read only."""
 
@@ -43,9 +47,12 @@ class Sessions:
 
     def heard(self, peer: str) -> bool:
         """A request of this peer succeeded; True if it could not be given work until now."""
-        was_willing = peer in self._online and self._is_willing(peer)
+        was_eligible = self.is_eligible(peer)
         self._heard_at[peer] = time.monotonic()
-        return not was_willing
+        return not was_eligible
+
+    def is_open(self, peer: str) -> bool:
+        return peer in self._online
 
     def opened(self, peer: str) -> None:
         self._online |= {peer}
@@ -73,6 +80,10 @@ class Sessions:
     def eligible(self) -> frozenset[str]:
         """Peers that can be given work now: a live session, and no word against it."""
         return frozenset(peer for peer in self._online if self._is_willing(peer))
+
+    def is_eligible(self, peer: str) -> bool:
+        """`peer in eligible()`, without a look at all the others."""
+        return peer in self._online and self._is_willing(peer)
 
     def _is_willing(self, peer: str) -> bool:
         shown = self._fleet.peers.get(peer)

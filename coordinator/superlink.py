@@ -15,9 +15,10 @@ import os
 import threading
 import time
 from base64 import b64encode
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -26,11 +27,11 @@ from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.common.serde import message_from_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -38,6 +39,7 @@ from flwr.supercore.constant import (
     NOOP_FEDERATION_ID,
     TaskType,
 )
+from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -58,7 +60,6 @@ from flwr.superlink.config_loader import (
 )
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -103,6 +104,9 @@ class Superlink:
         self.state = self._factory.state()
         self._on_request = on_request
         self._nodes: dict[bytes, int] = {}
+        #: By node: ids of the messages to it that it has not taken. Flower's own handler goes
+        #: through the messages of all nodes at each pull: a quarter of a round of 1,000 peers.
+        self.waiting: defaultdict[int, deque[str]] = defaultdict(deque)
         #: Held while messages are stored, so that nobody is given one whose objects are not there.
         self.lock = threading.Lock()
         self._open_run()
@@ -181,19 +185,23 @@ class Superlink:
             self.state._cleanup_push_session(session, cleanup_messages=not whole)
 
     def _give(self, node_id: int) -> Parcel | None:
-        answer = fleet_handlers.pull_messages(
-            PullMessagesRequest(node=Node(node_id=node_id)), self.state, self.state.object_store
-        )
-        if not answer.messages_list:
+        messages = cast(InMemoryLinkState, self.state).message_ins_store
+        message, waiting = None, self.waiting[node_id]
+        while message is None and waiting:
+            message = messages.get(waiting.popleft())  # None: it was taken back
+        if message is None:
             return None
-        message, tree = answer.messages_list[0], answer.message_object_trees[0]
+        message.metadata.delivered_at = now().isoformat()
         store = self.state.object_store
+        tree = store.get_object_tree(message.metadata.message_id)
         objects = {
             node.object_id: store.get(node.object_id) or b"" for node in iterate_object_tree(tree)
         }
         store.delete(message.metadata.message_id)
         return Parcel(
-            message=message.SerializeToString(), tree=tree.SerializeToString(), objects=objects
+            message=message_to_proto(message).SerializeToString(),
+            tree=tree.SerializeToString(),
+            objects=objects,
         )
 
     def app(self, auth: Auth) -> ASGIApp:
@@ -229,20 +237,19 @@ class Superlink:
         return await call_next(request)
 
     def _watched(self, app: ASGIApp) -> ASGIApp:
-        """Tells of a request once it has succeeded."""
+        """Tells of a request that has succeeded, before its sender hears of that and goes on."""
 
         async def watch(scope: Scope, receive: Receive, send: Send) -> None:
-            status = 0
-
             async def note(message: Any) -> None:
-                nonlocal status
-                if message["type"] == "http.response.start":
-                    status = message["status"]
+                if message["type"] == "http.response.start" and message["status"] == 200:
+                    tell(scope)
                 await send(message)
 
             await app(scope, receive, note)
+
+        def tell(scope: Scope) -> None:
             request = scope["state"].get("protobuf_request")
-            if status != 200 or request is None:
+            if request is None:
                 return
             if hasattr(request, "public_key"):
                 node_id = self._nodes.get(request.public_key, 0)
@@ -282,7 +289,18 @@ class _Door:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, give, send)
+        refused = False
+
+        async def say(message: ASGIMessage) -> None:
+            """Flower's answer; of a refusal only that it is one."""
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = True
+                await Response(status_code=message["status"])(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await self._app(scope, give, say)
 
     async def _checked(self, request: Request) -> bytes:
         if request.method != "POST" or request.scope["path"] not in OPEN:
@@ -322,7 +340,7 @@ class LinkGrid(Grid):
         self._state = superlink.state
         self._store = superlink.state.object_store
         self._run_id = superlink.run_id
-        self._lock = superlink.lock
+        self._lock, self._waiting = superlink.lock, superlink.waiting
         self._arrived = threading.Condition()
         #: Replies that LinkState has delivered but whose objects are still under way, by id.
         self._incomplete: dict[str, Message] = {}
@@ -369,6 +387,7 @@ class LinkGrid(Grid):
                 )
                 if stored:
                     ids.append(message.metadata.message_id)
+                    self._waiting[message.metadata.dst_node_id].append(ids[-1])
                     wanted.update(missing)
                     objects.update(get_all_nested_objects(message))
             # Only now: a session closes as soon as its registered objects are complete.

@@ -12,6 +12,7 @@ from protocols.mqtt import MqttAddress
 JOIN_PATH = "/cw/v1/join"
 CA_PATH = "/cw/v1/ca"
 STANDING_PATH = "/cw/v1/standing"
+RENEW_PATH = "/cw/v1/renew"
 LEAVE_PATH = "/cw/v1/leave"
 MQTT_PATH = "/cw/v1/mqtt"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 import statistics
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -22,7 +22,8 @@ from tests.e2e.fleet_harness import HOST, Fleet, fleet
 
 _AT_ONCE = 64
 _IDLE_S = 20.0
-_RUN_WITHIN_S = 900.0
+#: A round that nobody can end any more must not hold up the benchmark.
+_RUN_WITHIN_S = 240.0
 _SEEN_WITHIN_S = 60.0
 _PROBES_PER_S = 20
 
@@ -131,18 +132,21 @@ class _Load:
         program = self._site.background("run", *words, *quorum)
         began = time.time()
         probing = asyncio.create_task(self._probe())
-        code = await asyncio.to_thread(program.wait, _RUN_WITHIN_S)
+        try:
+            await asyncio.to_thread(program.wait, _RUN_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            program.kill()
         probing.cancel()
-        assert code == 0, program.log
-        told = json.loads(program.log.splitlines()[-1])["data"]
-        assert told["state"] == "finished", told["ended_because"]
-        history = told["history"][1:]
+        (told,) = await asyncio.to_thread(self._remote.runs)
+        measured = told.history[1:]
         self._found |= {
-            "rounds": len(history),
-            "round_s": statistics.median(closed["seconds"] for closed in history),
-            "rounds_s": [closed["seconds"] for closed in history],
-            "fewest_contributors": min(len(closed["contributors"]) for closed in history),
-            "refused_updates": sum(closed["refused"] for closed in told["history"]),
+            "finished": told.state == "finished",
+            "rounds": len(measured),
+            "rounds_s": [closed.seconds for closed in measured],
+            "round_s": statistics.median(c.seconds for c in measured) if measured else None,
+            "fewest_contributors": min((len(c.contributors) for c in told.history), default=0),
+            "refused_updates": (0 if told.ended else told.refused)
+            + sum(closed.refused for closed in told.history),
         }
         for kind, used in self._cpu().items():
             self._found[f"{kind}_cpu_s_per_round"] = (used - before[kind]) / (rounds + 1)

@@ -26,7 +26,7 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
     """A pass of `case`. `counted`: through a relay that counts, so its times mean nothing."""
     with _site(case.agents, folder, relayed=counted) as (site, relay):
         start = relay.counted() if relay else (0, 0)
-        ping(site, case, 1)  # starts the trainers
+        ping(site, case, 1, seed=1)  # starts the trainers; its versions are other ones
         spent, first = _cpu(site), relay.counted() if relay else (0, 0)
         history = ping(site, case, case.rounds + 1)["history"]
         cpu = {kind: seconds - spent.get(kind, 0.0) for kind, seconds in _cpu(site).items()}
@@ -49,7 +49,7 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
 def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
     """Memory, and CPU in percent of a core, of a fleet that has worked and has nothing to do."""
     settings = {"COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S": "2"}
-    with _site(agents, folder, **settings) as (site, _):
+    with _site(agents, folder, False, **settings) as (site, _):
         ping(site, Case("idle", agents, 10, 2, 0), 3)
         until(lambda: not _members(site)["trainer"], "the trainers have ended")
         before, began = _cpu(site), time.monotonic()
@@ -64,12 +64,13 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
         return found
 
 
-def ping(site: Fleet, case: Case, rounds: int) -> dict[str, Any]:
+def ping(site: Fleet, case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
     """Run the task `ping` to its end, everybody in each round; the run as JSON tells it."""
     program = site.background(
         f"run-{time.monotonic_ns()}",
         *("run", "start", "ping", "--set", f"kilobytes={case.kilobytes}"),
-        *("--rounds", str(rounds), "--quorum", str(case.agents), "--follow", "--json"),
+        *("--rounds", str(rounds), "--quorum", str(case.agents), "--seed", str(seed)),
+        *("--follow", "--json"),
     )
     code = program.wait(_RUN_WITHIN_S)
     assert code == 0, program.log
@@ -81,7 +82,7 @@ def ping(site: Fleet, case: Case, rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def _site(
-    agents: int, folder: Path, *, relayed: bool = False, **settings: str
+    agents: int, folder: Path, relayed: bool = False, **settings: str
 ) -> Iterator[tuple[Fleet, Relay | None]]:
     names = [f"agent{number}" for number in range(agents)]
     with fleet(folder, **settings) as site:
@@ -137,5 +138,3 @@ def _peaks(site: Fleet) -> dict[str, int]:
     return {
         kind: max(map(peak_rss, members)) for kind, members in _members(site).items() if members
     }
-
-

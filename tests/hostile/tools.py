@@ -1,4 +1,4 @@
-"""What a hostile stranger or member needs: keys, signatures, raw sockets, and a look at the state."""
+"""What hostile strangers and members need: signatures, raw sockets, a look at the state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.site_fixtures import HOST, Machine
 #: All that a refusal may say.
 BARE = {b"", b"Unauthorized", b"Forbidden", b"Not Found", b"Precondition Failed"}
 REFUSED = {401, 403, 404, 412}
-PROTOBUF = {"content-type": "application/x-protobuf"}
+PROTOBUF = {"content-type": "application/protobuf"}
 
 
 class State(NamedTuple):
@@ -118,9 +118,7 @@ def fleet_bodies(node_id: int, node_public: bytes, run_id: int) -> dict[str, byt
         "push-object": message_pb2.PushObjectRequest(
             node=node, run_id=run_id, object_id="0" * 64, object_content=b"x"
         ),
-        "pull-object": message_pb2.PullObjectRequest(
-            node=node, run_id=run_id, object_id="0" * 64
-        ),
+        "pull-object": message_pb2.PullObjectRequest(node=node, run_id=run_id, object_id="0" * 64),
         "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest(
             node=node, run_id=run_id, message_object_id="0" * 64
         ),

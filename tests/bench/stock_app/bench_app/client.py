@@ -14,7 +14,7 @@ def train(message: Message, _: Context) -> Message:
     arrays = ArrayRecord(
         {
             name: Array(np.add(array.numpy(), 1, dtype=np.float32))
-            for name, array in message.content["arrays"].items()
+            for name, array in message.content.array_records["arrays"].items()
         }
     )
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})

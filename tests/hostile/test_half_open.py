@@ -1,0 +1,134 @@
+"""300 half-open connections: the honest are served, and the stalled are shown the door."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import time
+from pathlib import Path
+
+import psutil
+
+from agent import settings
+from agent.link import Credentials, Link
+from coordinator.server import (
+    HANDSHAKE_S,
+    MAX_PER_ADDRESS,
+    NEW_AT_ONCE,
+    PATIENCE_S,
+    Listener,
+    household,
+    listen,
+)
+from tests.e2e.fleet_harness import fleet, until
+from tests.hostile.tools import bounded_growth, plain, secure
+
+EXCHANGES = 200
+#: What a sweep and a busy machine may add to the server's own limits.
+SLACK_S = 20.0
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def is_open(sock: socket.socket) -> bool:
+    """True unless the other side has closed or reset it."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(65536) != b""
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return True
+    except OSError:
+        return False
+
+
+def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Path) -> None:
+    with fleet(tmp_path) as site:
+        site.up()
+        site.join("ada")
+        up = json.loads((site.home / "up.json").read_bytes())
+        port = int(up["address"].rpartition(":")[2])
+        enrolment = settings.read_enrolment(tmp_path / "ada")
+        server = psutil.Process(up["pid"])
+        honest = Link(Credentials.of(tmp_path / "ada", enrolment))
+        honest.open()
+        with bounded_growth(up["pid"], 64, "300 half-open connections"):
+            silent = [plain(port) for _ in range(150)]
+            stalled = [plain(port) for _ in range(75)]
+            for number, sock in enumerate(stalled):  # the first bytes of a TLS hello, then nothing
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(number))
+            partial = [secure(port, enrolment.ca_pem) for _ in range(75)]
+            for number, secured in enumerate(partial):
+                secured.sendall(b"POST /cw/v1/exchange HTTP/1.1\r\nx: " + b"y" * number)
+            began = time.monotonic()
+            seconds = []
+            for _ in range(EXCHANGES):
+                start = time.monotonic()
+                assert honest.pull() is None
+                seconds.append(time.monotonic() - start)
+            held = [*silent, *stalled, *partial]
+            still = sum(is_open(sock) for sock in held)
+            print(
+                f"{EXCHANGES} signed exchanges beside {still} half-open connections:"
+                f" p50 {percentile(seconds, 0.5) * 1e3:.1f} ms,"
+                f" p99 {percentile(seconds, 0.99) * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
+            )
+            assert still == len(held) == 300
+        limit_s = max(HANDSHAKE_S, PATIENCE_S) + SLACK_S
+        until(
+            lambda: not any(is_open(sock) for sock in held), "all that stall are dropped", limit_s
+        )
+        print(f"all dropped after {time.monotonic() - began:.0f} s")
+        until(lambda: len(server.net_connections("tcp")) < 50, "their sockets are closed")
+        for sock in held:
+            sock.close()
+        assert honest.pull() is None
+        honest.close()
+
+
+def test_one_address_can_hold_so_many_connections_and_no_more(tmp_path: Path) -> None:
+    """Not even in the TLS handshake, which uvicorn does not see."""
+    listener = listen("127.0.0.1", 0)
+    assert isinstance(listener, Listener)
+    listener.listen(64)
+    port = listener.getsockname()[1]
+    listener.held["127.0.0.1"] = MAX_PER_ADDRESS - 3
+    theirs = [plain(port) for _ in range(6)]
+    ours: list[socket.socket] = []
+    while _accepted(listener, ours):
+        pass
+    assert len(ours) == 3
+    assert sum(is_open(sock) for sock in theirs) == 3
+    ours.pop().close()
+    late = plain(port)
+    until(lambda: _accepted(listener, ours), "there is room again")
+    assert is_open(late)
+    for sock in [*ours, *theirs, late]:
+        sock.close()
+    assert listener.held["127.0.0.1"] == MAX_PER_ADDRESS - 3
+    listener.close()
+
+
+def _accepted(listener: socket.socket, into: list[socket.socket]) -> bool:
+    try:
+        into.append(listener.accept()[0])
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_new_connections_come_at_a_bounded_rate(tmp_path: Path) -> None:
+    listener = listen("127.0.0.1", 0)
+    assert isinstance(listener, Listener)
+    assert sum(listener._may_enter("10.0.0.1") for _ in range(NEW_AT_ONCE * 2)) < NEW_AT_ONCE * 1.2
+    assert listener._may_enter("10.0.0.2")
+    assert household("2001:db8::1") == household("2001:db8::ffff:1") != household("2001:db9::1")
+    assert household("::ffff:10.0.0.1") == household("10.0.0.1")
+    assert household("fe80::1%eth0") == household("fe80::2")
+    listener.forget_old(time.monotonic() + 1e6)
+    assert not listener._allowance
+    listener.close()
+    assert os.name == "nt" or listener.fileno() == -1
