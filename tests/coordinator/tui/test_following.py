@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from scene import IDS, NOW, Replay, busy_fleet, empty_fleet, known, links
-
 from coordinator.fleet import fold
 from coordinator.tui.following import Following, jittered
 from protocols.errors import Unreachable
 from protocols.messages import Envelope, Presence
 from protocols.states import PeerState
 from protocols.topics import COORDINATOR
+from tests.coordinator.tui.scene import IDS, NOW, Replay, busy_fleet, empty_fleet, known, links
 
 
 @asynccontextmanager

@@ -6,18 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from scene import (
-    IDS,
-    NOW,
-    Replay,
-    busy_fleet,
-    empty_fleet,
-    links,
-    monitor,
-    screen_text,
-    settled,
-    until,
-)
 from textual.pilot import Pilot
 
 from coordinator.tui.app import MonitorApp
@@ -29,6 +17,18 @@ from protocols.errors import Unreachable
 from protocols.messages import Envelope, Happened, Presence
 from protocols.states import PeerState
 from protocols.topics import COORDINATOR
+from tests.coordinator.tui.scene import (
+    IDS,
+    NOW,
+    Replay,
+    busy_fleet,
+    empty_fleet,
+    links,
+    monitor,
+    screen_text,
+    settled,
+    until,
+)
 
 
 @asynccontextmanager

@@ -6,10 +6,19 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from scene import NOW, Replay, busy_fleet, empty_fleet, links, monitor, settled, until
 from textual.pilot import Pilot
 
 from protocols.errors import Unreachable
+from tests.coordinator.tui.scene import (
+    NOW,
+    Replay,
+    busy_fleet,
+    empty_fleet,
+    links,
+    monitor,
+    settled,
+    until,
+)
 
 SIZES = [(60, 20), (80, 24), (140, 40)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=[f"{w}x{h}" for w, h in SIZES])
