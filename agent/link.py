@@ -55,6 +55,9 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 #: Flower calls a node offline after two missed heartbeats: a lost agent is seen within 40 s.
 HEARTBEAT_S = 20.0
 _TIMEOUT_S = 30.0
+#: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
+#: coordinator keeps one for 75 s.
+CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
 
 
@@ -125,8 +128,14 @@ class Link:
             timeout=_TIMEOUT_S,
         )
         self._http = httpx.Client(
-            base_url=f"https://{credentials.address}", verify=context, timeout=_TIMEOUT_S
+            base_url=f"https://{credentials.address}",
+            verify=context,
+            timeout=_TIMEOUT_S,
+            limits=httpx.Limits(keepalive_expiry=CONNECTION_S),
         )
+        # Flower's client gives no way to say so, and a second pool is a second connection.
+        self._fleet._client.close()
+        self._fleet._client = self._http
         self._node: Node | None = None
         self._cut_off = ""
         self.bytes_up = self.bytes_down = 0

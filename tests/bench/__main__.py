@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ def main() -> None:
     parser.add_argument("--present", type=int, help="only the load client, with so many agents")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
-    # Ended from outside, we still end what we have started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+    # Ended from outside as by Ctrl-C: so that we end what we have started.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     results: dict[str, Any] = {"machine": report.machine(), "cases": [], "load": [], "idle": {}}
     chosen = cases.FULL if asked.full else cases.TINY if asked.tiny else cases.QUICK

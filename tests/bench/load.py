@@ -135,8 +135,10 @@ class _Load:
         try:
             await asyncio.to_thread(program.wait, _RUN_WITHIN_S)
         except subprocess.TimeoutExpired:
+            pass  # told below: the run is not finished
+        finally:
+            probing.cancel()
             program.kill()
-        probing.cancel()
         (told,) = await asyncio.to_thread(self._remote.runs)
         measured = told.history[1:]
         self._found |= {

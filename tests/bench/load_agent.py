@@ -29,7 +29,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from agent.client import CLAIM
-from agent.link import HEARTBEAT_S, _pack, _unpack
+from agent.link import CONNECTION_S, HEARTBEAT_S, _pack, _unpack
 from agent.presence import SIGN_OF_LIFE_S
 from protocols import VERSION, identity, messages, requests, topics, weights
 from protocols.joining import JOIN_PATH, JoinAnswer, Joining, claimed
@@ -40,8 +40,6 @@ from protocols.tickets import Ticket
 from tests.bench.load_wire import Http, Mqtt
 
 _POLL_S = 15.0
-#: What httpx does with a connection at rest; the agent uses its default.
-_EXPIRY_S = 5.0
 
 
 class TurnedAway(Exception):
@@ -74,7 +72,8 @@ class StandIn:
     def __init__(self, number: int, where: tuple[str, int, ssl.SSLContext], tally: Tally) -> None:
         self.name = f"load{number:04}"
         self._tally = tally
-        self._http, self._fleet = (Http(*where, expiry_s=_EXPIRY_S) for _ in range(2))
+        # As in the agent's pool: the second is opened only while the first is busy.
+        self._http, self._second = (Http(*where, expiry_s=CONNECTION_S) for _ in range(2))
         self._tls = where[2]
         self._sign_key, self._node_key = identity.new_signing_key(), identity.new_node_key()
         self._node_public = b64encode(public_key_to_bytes(self._node_key.public_key())).decode()
@@ -150,7 +149,7 @@ class StandIn:
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        for part in (self._http, self._fleet, self._mqtt):
+        for part in (self._http, self._second, self._mqtt):
             part.close()
 
     # --- what goes on ---
@@ -262,7 +261,7 @@ class StandIn:
         headers = {}
         if sender:
             headers = requests.headers(sender, self._sign_key.sign, method, path, digest)
-        return await self._sent(self._http, method, path, headers | (more or {}), body)
+        return await self._sent(method, path, headers | (more or {}), body)
 
     async def _ask_fleet(self, action: str, body: bytes) -> bytes:
         path = f"/v1/fleet/{action}"
@@ -276,15 +275,14 @@ class StandIn:
                 sign_message(self._node_key, at.encode())
             ).decode(),
         }
-        return await self._sent(self._fleet, "POST", path, headers, body)
+        return await self._sent("POST", path, headers, body)
 
-    async def _sent(
-        self, http: Http, method: str, path: str, headers: dict[str, str], body: bytes
-    ) -> bytes:
+    async def _sent(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
         """The answer's body. Raises TurnedAway when there is none or it is a refusal."""
         self._tally.requests += 1
         where = path.rpartition("/")[0] if len(path) > 60 else path
         try:
+            http = self._second if self._http.busy else self._http
             answer = await http.ask(method, path, headers, body)
         except (OSError, EOFError) as err:
             self._tally.refusals[f"{method} {where}: {type(err).__name__}"] += 1

@@ -51,6 +51,10 @@ class Http:
             self._streams = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
         return self._streams
 
+    @property
+    def busy(self) -> bool:
+        return self._lock.locked()
+
     def close(self) -> None:
         if self._streams:
             self._streams[1].close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -118,9 +119,9 @@ def _members(site: Fleet) -> dict[str, list[psutil.Process]]:
             continue
         root, child = ("coordinator", "broker") if name == "up" else ("agent", "trainer")
         for process in family([program.process.pid]):
-            words = " ".join(process.cmdline())
-            if "resource_tracker" not in words:
-                found[root if process.pid == program.process.pid else child].append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a trainer that has just ended
+                if "resource_tracker" not in " ".join(process.cmdline()):
+                    found[root if process.pid == program.process.pid else child].append(process)
     return found
 
 

@@ -45,7 +45,10 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
     times = folder / "times.jsonl"
     times.touch()
     with _site(case.agents, folder, counted=counted) as site:
-        resting = {_kind(p): p.memory_info().rss for p in family(site.pids)}
+        resting = {}
+        for process in family(site.pids):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived child
+                resting[_kind(process)] = process.memory_info().rss
         site.start_run(case.kilobytes, rounds + 1, times)
         site.until_ended(times, 1)
         cpu, bytes_before = cpu_s(site.pids), site.counted()

@@ -50,7 +50,6 @@ CALLED = {
         "federation_manager",
     ],
     "flwr.common.serde:message_from_proto": ["message_proto"],
-    "flwr.superlink.servicer.fleet.fleet_handlers:pull_messages": ["request", "state", "store"],
     "flwr.supercore.error:http_error_translator": ["request", "call_next"],
     "flwr.supernode.fleet_http_client:FleetHttpClient.__init__": [
         "self",
@@ -168,6 +167,22 @@ def link(site: Site, machine: Machine) -> Iterator[Link]:
     made.open()
     yield made
     made.close()
+
+
+def test_linkstate_keeps_its_messages_where_we_look(site: Site) -> None:
+    assert isinstance(site.superlink.state.message_ins_store, dict)
+
+
+def test_flowers_client_sends_through_the_pool_that_we_give(link: Link) -> None:
+    """One connection for heartbeats and messages: Flower's own pool would be a second."""
+    assert isinstance(link._fleet._client, httpx.Client)
+    assert link._fleet._client is link._http
+    given = link._http
+    link._fleet._client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(418)))
+    with pytest.raises(Unreachable, match="418"):
+        link.beat()  # so it is this attribute that a request goes through
+    link._fleet._client = given
+    link.beat()
 
 
 @pytest.mark.parametrize("name", STATE)
