@@ -93,6 +93,7 @@ class PresenceLink:
         self._on_command, self._on_change = on_command, on_change
         self._told: tuple[bool, str] | None = None
         self._seen = Seen()
+        self._began_at = time.time()
         self._rng = Random()
         self._wake = asyncio.Event()
         self._presence: Presence | None = None
@@ -248,6 +249,9 @@ class PresenceLink:
         late_s = time.time() - envelope.at
         if isinstance(body, Command) and not abs(late_s) <= COMMAND_WINDOW_S:
             raise BadMessage(f"a command from {late_s:+.0f} s ago: replayed, or a clock is wrong")
+        if isinstance(body, Command) and envelope.at < self._began_at:
+            # What this agent heard in its last life it does not remember: none of that counts.
+            raise BadMessage("a command from before this agent's start")
         if not self._seen.fresh(envelope.epoch, type(body).__name__, envelope.seq):
             raise BadMessage("a message that was heard before")
         return body

@@ -103,6 +103,22 @@ async def test_a_replayed_command_is_obeyed_once(stage: Stage, site: Site) -> No
     assert len(agent.told) == 3
 
 
+async def test_a_command_of_its_last_life_is_not_obeyed(stage: Stage, site: Site) -> None:
+    """A restarted agent has forgotten which commands it heard; the broker need not have."""
+    captured = stage.sealed(PAUSE, seq=3)
+    await stage.send(captured)
+    await until(lambda: stage.agent.told == [PAUSE])
+    again = Agent(site, stage.agent.link._address)
+    async with running(again.link.run):
+        await until(lambda: again.link.connected)
+        await stage.send(captured)
+        await until(lambda: again.link.rejected == 1)
+        assert "before this agent's start" in again.link.rejected_why
+        assert again.told == []
+        await stage.send(stage.sealed(PAUSE, seq=4))
+        await until(lambda: again.told == [PAUSE])
+
+
 async def test_a_doorbell_rings_whatever_the_clocks_say(stage: Stage) -> None:
     await stage.send(stage.sealed(Doorbell(), late_s=86_400))
     await until(lambda: stage.agent.told == [Doorbell()])
