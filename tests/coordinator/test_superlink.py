@@ -61,13 +61,13 @@ CALLED = {
     "flwr.supernode.fleet_http_client:FleetHttpClient.ActivateNode": ["self", "request"],
     "flwr.supernode.fleet_http_client:FleetHttpClient.DeactivateNode": ["self", "request"],
     "flwr.supernode.fleet_http_client:FleetHttpClient.SendNodeHeartbeat": ["self", "request"],
-    "flwr.supernode.node_auth_http_interceptor:NodeAuthHttpInterceptor.__init__": [
-        "self",
-        "private_key",
-        "public_key",
-    ],
+    "flwr.supercore.primitives.asymmetric:sign_message": ["private_key", "message"],
 }
 THERE = [
+    "flwr.common.constant:TIMESTAMP_HEADER",
+    "flwr.supercore.constant:FLEET_HTTP_PUBLIC_KEY_HEADER",
+    "flwr.supercore.constant:FLEET_HTTP_SIGNATURE_HEADER",
+    "flwr.supercore.date:now",
     "flwr.common.constant:NOOP_ACCOUNT_NAME",
     "flwr.common.constant:NOOP_FLWR_AID",
     "flwr.common.constant:SUPERLINK_NODE_ID",
