@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -20,6 +20,7 @@ from msgspec import Struct
 from agent.tasks import Settings
 from protocols import identity, messages
 from protocols.errors import BadMessage, CommonweightError, Refused, TrainerFailed
+from protocols.failpoints import failpoint
 from protocols.messages import Metrics, UpdateClaim, Work
 from protocols.weights import replacing
 
@@ -139,15 +140,18 @@ class Client:
         update = self._outbox / "update.safetensors"
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
             (self._outbox / "finished.json").unlink(missing_ok=True)
+            failpoint("agent.outbox.cleared")
         outcome: Outcome
         if work.kind == "init":
             outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
         else:
             base = self._fetch(work.base, work.nbytes)
+            failpoint("agent.version.fetched")
             if work.kind == "train":
                 outcome = self._trainer.train(work.task, settings, base, update)
             else:
                 outcome = self._trainer.evaluate(work.task, settings, base)
+        failpoint("agent.work.done")
         claim = UpdateClaim(
             run=work.run,
             round=work.round,
@@ -164,6 +168,7 @@ class Client:
         finished = Finished(key=_key(work), claim=payload, signature=signature)
         with replacing(self._outbox / "finished.json") as file:
             file.write(msgspec.json.encode(finished))
+        failpoint("agent.outbox.written")
         self._deliver(claim.digest)
         return finished
 
@@ -172,6 +177,7 @@ class Client:
         if digest:
             self._on_sending()
             self._send(digest, self._outbox / "update.safetensors")
+            failpoint("agent.upload.done")
 
     def _finished(self, work: Work) -> Finished | None:
         """The answer that is in the outbox already, sent again."""
@@ -189,6 +195,11 @@ class Client:
 
 def _key(work: Work) -> str:
     return f"{work.run} {work.round} {work.kind} {work.base}"
+
+
+def claim_text(reply: Message) -> str:
+    """The claim in an answer of ours, as JSON."""
+    return bytes(cast(ConfigRecord, reply.content[CLAIM])["claim"]).decode()  # type: ignore[arg-type]
 
 
 def refusal_text(err: CommonweightError) -> str:

@@ -48,6 +48,7 @@ from google.protobuf.message import DecodeError
 from agent.settings import Enrolment
 from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
+from protocols.failpoints import failpoint
 from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
@@ -147,6 +148,8 @@ class Link:
         self._fleet._client = self._http
         self._node: Node | None = None
         self._cut_off = ""
+        #: The coordinator has written down what became of the last reply.
+        self.settled = False
         self.bytes_up = self.bytes_down = 0
 
     def open(self) -> None:
@@ -242,8 +245,9 @@ class Link:
         with _translated():
             answer = self._http.post(EXCHANGE_PATH, content=body, headers=headers)
             answer.raise_for_status()
-            work = msgspec.msgpack.decode(answer.content, type=Exchanged).work
-            return _unpack(work) if work is not None else None
+            told = msgspec.msgpack.decode(answer.content, type=Exchanged)
+            self.settled = told.settled
+            return _unpack(told.work) if told.work is not None else None
 
     # --- the weight lane ---
 
@@ -286,6 +290,7 @@ class Link:
                         break
                     sha.update(piece)
                     file.write(piece)
+                    failpoint("agent.download.piece")
                 file.flush()
                 os.fsync(file.fileno())
         return have, sha.hexdigest()
@@ -376,3 +381,4 @@ def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
         file.seek(offset)
         while piece := file.read(_PIECE_BYTES):
             yield piece
+            failpoint("agent.upload.piece")

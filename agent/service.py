@@ -23,7 +23,7 @@ from flwr.app import Error, Message
 from msgspec.structs import replace
 
 from agent import control, tasks, worker
-from agent.client import Client, refusal_text
+from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
 from agent.link import HEARTBEAT_S, Credentials, Link, SessionLost
 from agent.presence import PresenceLink
@@ -50,6 +50,7 @@ from agent.worker import (
 from protocols import VERSION, identity
 from protocols.backoff import delays
 from protocols.errors import CommonweightError, TrainerFailed, Unreachable
+from protocols.failpoints import failpoint, note
 from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
 from protocols.mqtt import MqttAddress
 from protocols.states import PauseReason
@@ -312,6 +313,7 @@ class Agent:
     def _answer(self, message: Message) -> Message | None:
         """Do the work of a message and send the reply; the next message (in the work thread)."""
         assert self._link is not None
+        failpoint("agent.message.taken")
         try:
             reply = self._client.handle(message)
         except (Unreachable, SessionLost):
@@ -323,10 +325,16 @@ class Agent:
                 self._soon(self._complain, f"the work failed: {err.message}")
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
         self._status.rounds_done += 1
+        message = None
+        failpoint("agent.claim.sending")
         if worker.is_willing(self._worker):
-            return self._link.exchange(reply)
-        self._link.push(reply)
-        return None
+            message = self._link.exchange(reply)
+        else:
+            self._link.push(reply)
+        if self._link.settled and not reply.has_error():
+            note("acknowledged", claim=claim_text(reply))
+        failpoint("agent.claim.sent")
+        return message
 
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""

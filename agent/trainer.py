@@ -30,6 +30,7 @@ from agent import tasks
 from agent.tasks import Cancelled, DataSettings, Setting, Task
 from protocols import weights
 from protocols.errors import BadWeights, CommonweightError
+from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
 from protocols.weights import Array, Schema, TensorSpec, Weights
 
@@ -186,6 +187,9 @@ class Meter:
         self._window = time.monotonic(), 0  # when the present rate's measure began, and examples
 
     def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
+        note("step", phase=self._phase, work=self._work, step=int(step))
+        failpoint("trainer.step")
+
         def report(*, paused: bool = False) -> None:
             self._sent_at = at = time.monotonic()
             since, examples = self._window
@@ -226,6 +230,7 @@ class Trainer:
         answer: Answer
         try:
             self._control.check(work.id)
+            failpoint("trainer.begun")
             answer = self._do(work)
         except Cancelled:
             answer = Failed(id=work.id, kind="cancelled", message="the work was cancelled")
@@ -264,6 +269,7 @@ class Trainer:
             count, metrics = task.evaluate(base, work.settings, on_step)
             return _done(work.id, "", 0, count, metrics)
         trained, count, metrics = task.train(base, work.settings, on_step)
+        failpoint("trainer.trained")
         return self._written(work.id, trained, schema, work.out, count, metrics)
 
     def _found(self, name: str) -> Task:
@@ -291,6 +297,7 @@ class Trainer:
         self._control.check(work)
         path = Path(out)
         digest = weights.save(tensors, path)
+        failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
 
 

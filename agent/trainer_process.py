@@ -37,6 +37,7 @@ from agent.trainer import (
     decode_answer,
     encode,
 )
+from protocols import failpoints
 from protocols.errors import TrainerFailed
 
 log = logging.getLogger(__name__)
@@ -364,7 +365,11 @@ class _Child:
 
 def _environment(threads: int) -> dict[str, str]:
     """The parent's, without our own settings (they may hold secrets)."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COMMONWEIGHT")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("COMMONWEIGHT") or name in (failpoints.VARIABLE, failpoints.TRUTH)
+    }
     env |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -39,6 +39,7 @@ from protocols.errors import (
     BadMessage,
     Unreachable,
 )
+from protocols.failpoints import failpoint
 from protocols.messages import (
     Command,
     CoordinatorBody,
@@ -257,9 +258,21 @@ class Hub:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
-        answer = await asyncio.to_thread(self._superlink.exchange, node, asked)
-        self._on_request("exchange" if asked.reply is None else "push-object", node)
-        return answer
+        if asked.reply is None:
+            answer = await asyncio.to_thread(self._superlink.exchange, node, asked)
+            self._on_request("exchange", node)
+            return answer
+        # Before it is handed over: the run may be quicker than we are.
+        settling = self.runs.settling(self._superlink.question_of(asked.reply))
+        handed_in = Exchange(reply=asked.reply, want=False)
+        await asyncio.to_thread(self._superlink.exchange, node, handed_in)
+        failpoint("reply.taken")
+        self._on_request("push-object", node)
+        settled = await self.runs.settled(settling)
+        work = None
+        if asked.want:
+            work = (await asyncio.to_thread(self._superlink.exchange, node, Exchange())).work
+        return Exchanged(work=work, settled=settled)
 
     # --- runs ---
 

@@ -24,6 +24,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from coordinator.auth import Auth
 from protocols import weights
 from protocols.errors import BadWeights
+from protocols.failpoints import failpoint
 from protocols.stored import Stored, Writer
 from protocols.weights import Array, Part, Schema, Weights
 
@@ -66,7 +67,9 @@ class Lane:
         with Writer(temporary, schema) as writer:
             for piece in pieces:
                 writer.write(piece)
+        failpoint("version.written")
         temporary.replace(self.version(writer.digest))
+        failpoint("version.renamed")
         weights.sync_folder(self._versions)
         return writer.digest
 
@@ -74,6 +77,7 @@ class Lane:
         """Turn an upload into a version (the first weights of a run)."""
         self.update(node, digest).replace(self.version(digest))
         weights.sync_folder(self._versions)
+        failpoint("version.adopted")
 
     # --- updates ---
 
@@ -94,6 +98,7 @@ class Lane:
         """Empty the spool: the round that needed it is committed."""
         for path in set(self._spool.iterdir()) - self._writers.keys():
             path.unlink(missing_ok=True)
+        failpoint("updates.dropped")
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
         """(method, path, endpoint) of the lane."""
@@ -151,6 +156,7 @@ class Lane:
                     if not auth.is_enrolled(node):  # removed since it began
                         part.unlink(missing_ok=True)
                         raise HTTPException(401)
+                    failpoint("upload.piece")
                     length -= len(piece)
                     self.bytes_up += len(piece)
                     sha.update(piece)
@@ -163,8 +169,10 @@ class Lane:
             if length != 0 or sha.hexdigest() != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
+            failpoint("upload.synced")
             part.replace(done)
             await asyncio.to_thread(weights.sync_folder, self._spool)
+            failpoint("upload.stored")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it; what came can be resumed
         finally:

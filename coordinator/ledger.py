@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from protocols.errors import HomeFault, HomeTooNew
+from protocols.failpoints import failpoint
 
 FORMAT = 1
 _START = bytes(32)
@@ -93,6 +94,7 @@ class Ledger:
                         "INSERT INTO log (at, subject, body, hash) VALUES (?, ?, ?, ?)",
                         (now, subject, body, head),
                     )
+                failpoint("ledger.inserted")
                 self._db.execute("COMMIT")
             except sqlite3.DatabaseError as err:
                 if self._db.in_transaction:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -24,6 +24,7 @@ from coordinator.records import LaneGrid, VersionRecord, read_claim
 from coordinator.runs import Fact, Run, Step, Update, View
 from protocols import messages
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
+from protocols.failpoints import failpoint
 from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
 from protocols.states import RunState
 from protocols.stored import Stored
@@ -79,6 +80,9 @@ class RunLoop:
         self._around = around
         self._strategy: Strategy = strategies.make(run.spec.strategy, run.spec.strategy_args)
         self._outstanding: dict[str, Asked] = {}
+        #: Answers to questions that were about to be taken back.
+        self._arrived: list[Message] = []
+        self._settling: dict[str, asyncio.Future[bool]] = {}
         self._content: RecordDict | None = None
         self._schema: Schema = {}
         self._model_bytes = 0
@@ -101,11 +105,16 @@ class RunLoop:
     def session_opened(self, peer: str) -> None:
         """A peer's new session knows nothing of messages that its last one took."""
         stale = {mid for mid, asked in self._outstanding.items() if asked.peer == peer}
-        if stale:
-            self._around.grid.forget(stale)
-            for message_id in stale:
-                del self._outstanding[message_id]
+        self._take_back(stale)
         self.changed.set()
+
+    def settling(self, question: str) -> asyncio.Future[bool]:
+        """Done when the answer to a question is in the ledger (True) or never will be (False)."""
+        known = question in self._outstanding
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if not known:
+            found.set_result(False)
+        return self._settling.setdefault(question, found) if known else found
 
     def ring_again(self) -> None:
         """Doorbells were lost with the broker: ring at every peer whose answer is awaited."""
@@ -138,8 +147,8 @@ class RunLoop:
             except CommonweightError as err:
                 log.error("run %s failed: %s", self.run.id, err.message)
                 self._record(runs.RunEnded(RunState.FAILED, err.message))
-        self._around.grid.forget(set(self._outstanding))
-        self._outstanding.clear()
+        self._take_back(set(self._outstanding))
+        await self._collect()
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
         self._say("error" if self.run.state is RunState.FAILED else "info", text, self.run.id)
         return self.run
@@ -198,6 +207,7 @@ class RunLoop:
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
         asked = await self._configure(step.eligible, opening=step.round)
+        failpoint("round.configured")
         self._record(runs.RoundOpened(step.round, step.base, asked))
 
     async def _configure(self, eligible: Sequence[str], opening: int = 0) -> tuple[str, ...]:
@@ -252,7 +262,9 @@ class RunLoop:
         for peer in peers:
             if (node := self._around.node_of(peer)) is not None:
                 outgoing.append(Message(content, node, message_type, group_id=self.run.id))
+        failpoint("work.pushing")
         sent = await asyncio.to_thread(self._around.grid.push_messages, outgoing)
+        failpoint("work.pushed")
         nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
         reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
         self._outstanding |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
@@ -268,18 +280,41 @@ class RunLoop:
             self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
         self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
 
+    def _take_back(self, questions: set[str]) -> None:
+        """Forget questions, but for those that are answered: the ledger is to hear of each."""
+        if not questions:
+            return
+        found = self._around.grid.pull_messages(questions)
+        # Flower's own errors, of nodes that are gone, are nobody's answers.
+        self._arrived += [m for m in found if not m.has_error() or m.error.code == _AGENT_FAILED]
+        questions -= {reply.metadata.reply_to_message_id for reply in self._arrived}
+        self._around.grid.forget(questions)
+        for question in questions:
+            del self._outstanding[question]
+        self._settle(questions, False)
+
+    def _settle(self, questions: Iterable[str], settled: bool) -> None:
+        for question in questions:
+            waiting = self._settling.pop(question, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(settled)
+
     # --- answers ---
 
     async def _collect(self) -> None:
         if not self._outstanding:
             return
-        replies = await asyncio.to_thread(self._around.grid.pull_messages, set(self._outstanding))
+        pulled = await asyncio.to_thread(self._around.grid.pull_messages, set(self._outstanding))
+        replies = {m.metadata.reply_to_message_id: m for m in (*self._arrived, *pulled)}
+        self._arrived = []
+        if not replies:
+            return
+        failpoint("reply.pulled")
+        # All at once: a session that opens meanwhile must not take back what is answered.
+        asked_of = {q: asked for q in replies if (asked := self._outstanding.pop(q, None))}
         facts: list[Fact] = []
-        for reply in replies:
-            asked = self._outstanding.pop(reply.metadata.reply_to_message_id, None)
-            if asked is None:
-                continue
-            peer = asked.peer
+        for question, asked in asked_of.items():
+            peer, reply = asked.peer, replies[question]
             try:
                 facts.append(await self._judge(peer, reply))
             except UpdateRefused as err:
@@ -289,6 +324,7 @@ class RunLoop:
                 name = self._around.name_of(peer)
                 self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)
         self._record(*facts)
+        self._settle(asked_of, True)
 
     async def _judge(self, peer: str, reply: Message) -> Fact:
         """The fact that a reply amounts to. Raises UpdateRefused."""
@@ -367,9 +403,7 @@ class RunLoop:
         self._content = None
         # What is still under way from the round before is late by more than a round.
         old = {mid for mid, asked in self._outstanding.items() if asked.round < run.round}
-        self._around.grid.forget(old)
-        for message_id in old:
-            del self._outstanding[message_id]
+        self._take_back(old)
         self._record(fact)
         self._publish_round()
         self._prune()
@@ -385,6 +419,7 @@ class RunLoop:
         self._on_disk |= {run.head, run.parent}
         for digest in self._on_disk - keep - self._elsewhere:
             lane.version(digest).unlink(missing_ok=True)
+        failpoint("round.pruned")
         self._on_disk &= keep
 
     # --- writing down and telling ---
@@ -392,7 +427,9 @@ class RunLoop:
     def _record(self, *facts: Fact) -> None:
         if not facts:
             return
+        failpoint("run.recording", type(facts[0]).__name__)
         self._around.ledger.append(self.run.id, [runs.encode_fact(fact) for fact in facts])
+        failpoint("run.recorded", type(facts[-1]).__name__)
         for fact in facts:
             self.run = runs.apply(self.run, fact)
         self._announce()

@@ -12,10 +12,13 @@ from coordinator.enroll import SUBJECT, Registry
 from coordinator.run_loop import Fleetwork, RunLoop
 from coordinator.runs import Run, RunSpec, RunStarted
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.failpoints import failpoint
 from protocols.states import RunState
 
 #: Runs whose rounds the monitor still sees after a restart.
 _SHOWN_RUNS = 5
+#: Well within an agent's patience. One that hears no more than that keeps its answer.
+_SETTLED_WITHIN_S = 10.0
 
 
 class RunQueue:
@@ -36,6 +39,7 @@ class RunQueue:
             if subject != SUBJECT:
                 facts = [runs.decode_fact(entry.body) for entry in ledger.entries(subject)]
                 self._runs[subject] = runs.replay(subject, facts)
+        failpoint("runs.recalled")
         for run in list(self._runs.values())[-_SHOWN_RUNS:]:
             self._around.publish(run_body(run, ""))
             for closed in run.history:
@@ -68,6 +72,17 @@ class RunQueue:
         if self.current is not None:
             self.current.changed.set()
 
+    def settling(self, question: str) -> asyncio.Future[bool] | None:
+        """For `settled`: to be asked before the reply to this question is handed in."""
+        return self.current.settling(question) if self.current is not None else None
+
+    async def settled(self, settling: asyncio.Future[bool] | None) -> bool:
+        """Wait until a reply's fate is in the ledger; False if it is none of ours or takes long."""
+        if settling is None:
+            return False
+        await asyncio.wait({settling}, timeout=_SETTLED_WITHIN_S)
+        return settling.done() and settling.result()
+
     def start(self, spec: RunSpec, from_digest: str) -> str:
         """Write a run down and queue it; its id. Raises UsageFault and its kin."""
         self._check(spec)
@@ -78,6 +93,7 @@ class RunQueue:
         if from_digest:
             facts.append(runs.WeightsInitialised(from_digest, "file"))
         self._around.ledger.append(run_id, [runs.encode_fact(fact) for fact in facts])
+        failpoint("runs.queued")
         self._runs[run_id] = runs.replay(run_id, facts)
         self._around.publish(run_body(self._runs[run_id], "its turn"))
         self._queue.put_nowait(run_id)

@@ -10,6 +10,7 @@ memory: on SQLite four fifths of a small round's CPU went into a database that w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -153,6 +154,14 @@ class Superlink:
             if asked.reply is not None:
                 self._take(node_id, asked.reply)
             return Exchanged(work=self._give(node_id) if asked.want else None)
+
+    @staticmethod
+    def question_of(parcel: Parcel) -> str:
+        """The id of the message that a reply says it answers; empty for what is no reply."""
+        message = ProtoMessage()
+        with contextlib.suppress(DecodeError):
+            message.ParseFromString(parcel.message)
+        return str(message.metadata.reply_to_message_id)
 
     def _take(self, node_id: int, parcel: Parcel) -> None:
         try:

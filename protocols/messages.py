@@ -215,9 +215,14 @@ class Exchange(Struct, frozen=True, kw_only=True):
 
 
 class Exchanged(Struct, frozen=True, kw_only=True):
-    """The coordinator's answer: work, if there is any."""
+    """The coordinator's answer: work, if there is any.
+
+    `settled`: what became of the reply is in the ledger and outlives the coordinator's death. False
+    if nobody waits for the reply, or if that is not known yet: the question may come again.
+    """
 
     work: Parcel | None = None
+    settled: bool = False
 
 
 EXCHANGE_PATH = "/cw/v1/exchange"

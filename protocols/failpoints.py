@@ -1,0 +1,134 @@
+"""Failpoints: named steps at which a test can kill, stop or break this process. Off by default.
+
+COMMONWEIGHT_FAILPOINT=NAME[:NTH][=ACTION],…   e.g. run.recorded.TrainingClosed:2=kill
+
+The action happens once, when NAME is reached for the NTH time (default the first): `kill` and
+`stop` (SIGKILL, SIGSTOP), `error` (OSError, as of a full disk), `hang` (for an hour). Without the
+variable a failpoint is an empty function. COMMONWEIGHT_TRUTH names a file to which `note` adds what
+this process saw with its own eyes, so that a test need not believe the other side.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import time
+from collections import Counter
+from typing import Protocol
+
+VARIABLE = "COMMONWEIGHT_FAILPOINT"
+TRUTH = "COMMONWEIGHT_TRUTH"
+
+#: `run.recording.X` and `run.recorded.X` are before and after the fact X is in the ledger.
+FACTS = (
+    "PeersAsked",
+    "WeightsInitialised",
+    "RoundOpened",
+    "UpdateAccepted",
+    "TrainingClosed",
+    "VersionCommitted",
+    "EvaluationOpened",
+    "RoundClosed",
+    "RunEnded",
+)
+COORDINATOR = (
+    *(f"run.recording.{fact}" for fact in FACTS),
+    *(f"run.recorded.{fact}" for fact in FACTS),
+    "ledger.inserted",
+    "runs.queued",
+    "runs.recalled",
+    "round.configured",
+    "work.pushing",
+    "work.pushed",
+    "upload.piece",
+    "upload.synced",
+    "upload.stored",
+    "reply.taken",
+    "reply.pulled",
+    "version.adopted",
+    "version.written",
+    "version.renamed",
+    "updates.dropped",
+    "round.pruned",
+)
+AGENT = (
+    "agent.message.taken",
+    "agent.outbox.cleared",
+    "agent.download.piece",
+    "agent.version.fetched",
+    "agent.work.done",
+    "agent.outbox.written",
+    "agent.upload.piece",
+    "agent.upload.done",
+    "agent.claim.sending",
+    "agent.claim.sent",
+)
+TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
+NAMES = frozenset(COORDINATOR + AGENT + TRAINER)
+
+_HANG_S = 3600.0
+
+
+class Failpoint(Protocol):
+    def __call__(self, name: str, detail: str = "") -> None: ...
+
+
+class Note(Protocol):
+    def __call__(self, what: str, **fields: str | int) -> None: ...
+
+
+def armed(spec: str) -> Failpoint:
+    """The failpoints that a spec arms. Raises ValueError for a name or action that is none."""
+    actions: dict[tuple[str, int], str] = {}
+    for part in filter(None, spec.split(",")):
+        place, _, action = part.partition("=")
+        name, _, nth = place.partition(":")
+        if name not in NAMES or action not in ("", "kill", "stop", "error", "hang"):
+            raise ValueError(f"{VARIABLE}: {part!r} is no failpoint")
+        actions[name, int(nth or 1)] = action or "kill"
+    reached: Counter[str] = Counter()
+
+    def failpoint(name: str, detail: str = "") -> None:
+        whole = f"{name}.{detail}" if detail else name
+        reached[whole] += 1
+        if action := actions.get((whole, reached[whole])):
+            _act(action)
+
+    return failpoint
+
+
+def _act(action: str) -> None:
+    if action == "error":
+        raise OSError(errno.ENOSPC, "no room (a failpoint says so)")
+    if action == "hang":
+        time.sleep(_HANG_S)
+    else:
+        # Windows has no such signals; there it ends.
+        name = "SIGKILL" if action == "kill" else "SIGSTOP"
+        os.kill(os.getpid(), getattr(signal, name, signal.SIGTERM))
+
+
+def _off(name: str, detail: str = "") -> None:
+    """Nothing is armed."""
+
+
+def _unheard(what: str, **fields: str | int) -> None:
+    """Nobody wants to know."""
+
+
+def _noting(path: str) -> Note:
+    def note(what: str, **fields: str | int) -> None:
+        line = json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())  # one write: whole lines, whoever is killed
+        finally:
+            os.close(descriptor)
+
+    return note
+
+
+failpoint: Failpoint = armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _off
+note: Note = _noting(os.environ[TRUTH]) if os.environ.get(TRUTH) else _unheard
