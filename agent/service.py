@@ -325,16 +325,16 @@ class Agent:
                 self._soon(self._complain, f"the work failed: {err.message}")
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
         self._status.rounds_done += 1
-        message = None
+        following: Message | None = None
         failpoint("agent.claim.sending")
         if worker.is_willing(self._worker):
-            message = self._link.exchange(reply)
+            following = self._link.exchange(reply)
         else:
             self._link.push(reply)
         if self._link.settled and not reply.has_error():
             note("acknowledged", claim=claim_text(reply))
         failpoint("agent.claim.sent")
-        return message
+        return following
 
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""
