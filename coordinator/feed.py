@@ -24,6 +24,7 @@ from typing import cast
 
 import aiomqtt
 from msgspec.structs import replace
+from paho.mqtt.enums import MQTTErrorCode
 
 from protocols import topics
 from protocols.backoff import delays
@@ -57,6 +58,8 @@ _ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
     "event": (PeerKnown, RunChanged, RoundClosed, Happened, Links),
 }
 _MOST_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
+_MOST_PER_WAKE = 256  # messages that are read from the socket before others have their turn
+_TURN_S = 0.05  # for messages that wait, before others have their turn
 _LIVED_S = 10.0  # a link that held this long starts the waits from the first again
 
 _log = logging.getLogger("commonweight.mqtt")
@@ -132,7 +135,7 @@ class Feed:
             self._on_change(up, why)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
-        queue = functools.partial(_Incoming, self._drop)
+        queue = _Incoming(self._drop)
         client = aiomqtt.Client(
             self._address.host,
             self._address.port,
@@ -144,10 +147,11 @@ class Feed:
             tls_context=tls,
             keepalive=KEEPALIVE_S,
             timeout=TIMEOUT_S,
-            queue_type=cast("type[asyncio.Queue[aiomqtt.Message]]", queue),
+            queue_type=cast("type[asyncio.Queue[aiomqtt.Message]]", lambda maxsize: queue),
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
         )
+        _read_all(client, queue)
         async with _entered(client):
             try:
                 codes = await client.subscribe(self._filters)
@@ -156,10 +160,21 @@ class Feed:
                 self._tell(True, "" if allowed else "the broker refuses a subscription (its ACL)")
                 async for message in client.messages:
                     self._take(message.topic.value, message.payload)
+                    await self._take_waiting(queue)
             finally:
                 self._client = None
 
     # --- what comes in -----------------------------------------------------------------------
+
+    async def _take_waiting(self, queue: _Incoming) -> None:
+        """All that has come in meanwhile: aiomqtt's iterator costs a task and turns a message."""
+        until = time.monotonic() + _TURN_S
+        while not queue.empty():
+            message = queue.get_nowait()
+            self._take(message.topic.value, message.payload)
+            if time.monotonic() > until:  # others have their turn
+                await asyncio.sleep(0)
+                until = time.monotonic() + _TURN_S
 
     def _take(self, topic: str, payload: object) -> None:
         try:
@@ -258,11 +273,13 @@ class _Incoming(asyncio.Queue[aiomqtt.Message]):
 
     MOST, MOST_BYTES = 20_000, 32 * 1024 * 1024
 
-    def __init__(self, drop: Callable[[], None], maxsize: int = 0) -> None:
-        super().__init__(maxsize)
+    def __init__(self, drop: Callable[[], None]) -> None:
+        super().__init__()
         self._drop, self._bytes = drop, 0
+        self.num_put = 0
 
     def put_nowait(self, item: aiomqtt.Message) -> None:
+        self.num_put += 1
         self._bytes += _size(item)
         while self.qsize() and (self.qsize() >= self.MOST or self._bytes > self.MOST_BYTES):
             self.get_nowait()
@@ -277,6 +294,26 @@ class _Incoming(asyncio.Queue[aiomqtt.Message]):
 
 def _size(message: aiomqtt.Message) -> int:
     return len(message.payload) if isinstance(message.payload, bytes) else 0
+
+
+def _read_all(client: aiomqtt.Client, queue: _Incoming) -> None:
+    """Let each wake of the socket read all that has come.
+
+    paho reads one packet a wake, and in a busy event loop a wake comes seldom: presence waited
+    longer than it took to make. aiomqtt has no setting for that.
+    """
+    paho = client._client
+    read_one = paho.loop_read
+
+    def read(max_packets: int = 1) -> MQTTErrorCode:
+        for _ in range(_MOST_PER_WAKE):
+            before = queue.num_put
+            code = read_one(max_packets)
+            if queue.num_put == before:
+                break
+        return code
+
+    paho.loop_read = read  # type: ignore[method-assign]
 
 
 @asynccontextmanager
