@@ -1,11 +1,12 @@
 """Failpoints: named steps at which a test can kill, stop or break this process. Off by default.
 
-COMMONWEIGHT_FAILPOINT=NAME[:NTH][=ACTION],…   e.g. run.recorded.TrainingClosed:2=kill
+COMMONWEIGHT_FAILPOINT=NAME[:NTH][=ACTION][@MARKER],…   e.g. run.recorded.TrainingClosed:2=kill
 
-The action happens once, when NAME is reached for the NTH time (default the first): `kill` and
-`stop` (SIGKILL, SIGSTOP), `error` (OSError, as of a full disk), `hang` (for an hour). Without the
-variable a failpoint is an empty function. COMMONWEIGHT_TRUTH names a file to which `note` adds what
-this process saw with its own eyes, so that a test need not believe the other side.
+The action happens once in a process, when NAME is reached for the NTH time (default the first):
+`kill` and `stop` (SIGKILL, SIGSTOP), `error` (OSError, as of a full disk), `hang` (for an hour).
+With a marker it happens in one process only: the one that makes that file. Without the variable a
+failpoint is an empty function. COMMONWEIGHT_TRUTH names a file to which `note` adds what this
+process saw with its own eyes, so that a test need not believe the other side.
 """
 
 from __future__ import annotations
@@ -81,22 +82,32 @@ class Note(Protocol):
 
 def armed(spec: str) -> Failpoint:
     """The failpoints that a spec arms. Raises ValueError for a name or action that is none."""
-    actions: dict[tuple[str, int], str] = {}
+    actions: dict[tuple[str, int], tuple[str, str]] = {}
     for part in filter(None, spec.split(",")):
-        place, _, action = part.partition("=")
+        words, _, marker = part.partition("@")
+        place, _, action = words.partition("=")
         name, _, nth = place.partition(":")
         if name not in NAMES or action not in ("", "kill", "stop", "error", "hang"):
             raise ValueError(f"{VARIABLE}: {part!r} is no failpoint")
-        actions[name, int(nth or 1)] = action or "kill"
+        actions[name, int(nth or 1)] = action or "kill", marker
     reached: Counter[str] = Counter()
 
     def failpoint(name: str, detail: str = "") -> None:
         whole = f"{name}.{detail}" if detail else name
         reached[whole] += 1
-        if action := actions.get((whole, reached[whole])):
+        action, marker = actions.get((whole, reached[whole]), ("", ""))
+        if action and (not marker or _is_first(marker)):
             _act(action)
 
     return failpoint
+
+
+def _is_first(marker: str) -> bool:
+    try:
+        os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _act(action: str) -> None:

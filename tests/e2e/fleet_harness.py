@@ -295,8 +295,15 @@ def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
     `settings` are environment variables of its processes.
     """
     made = Fleet(folder, settings)
-    try:
+    with closing(made):
         yield made
+
+
+@contextmanager
+def closing(made: Fleet) -> Iterator[None]:
+    """Closes a fleet with the block; prints its logs if that or the block fails."""
+    try:
+        yield
     except BaseException:
         made.print_logs()
         try:

@@ -1,0 +1,215 @@
+"""The checker: are FAULTS.md's invariants A, B and C kept? It believes files, not the program.
+
+The ledger is read with sqlite3 and its chain computed again here; versions are hashed; what agents
+were told is in their truth files (`protocols.failpoints.note`). A finding is one sentence.
+
+A  each acknowledged update is accepted once or refused with a reason; what was accepted in a round
+   is summed in that round's version, once, and nothing else is
+B  each version's parent is the one before; none is missing, none is made twice; the newest, its
+   parent and the best lie on disk under their digest; no entry of an earlier look has changed
+C  no training step is done twice but for those since the last checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Fact = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """One entry of the ledger as it lies on disk."""
+
+    seq: int
+    at: float
+    subject: str
+    body: bytes
+    hash: bytes
+
+
+def read_ledger(home: Path) -> list[Line]:
+    """Every entry, oldest first."""
+    uri = f"{(home / 'ledger.db').absolute().as_uri()}?mode=ro"
+    db = sqlite3.connect(uri, uri=True)
+    try:
+        rows = db.execute("SELECT seq, at, subject, body, hash FROM log ORDER BY seq").fetchall()
+    finally:
+        db.close()
+    return [Line(*row) for row in rows]
+
+
+def facts_by_run(lines: Sequence[Line]) -> dict[str, list[Fact]]:
+    """The facts of each run, in order."""
+    found: dict[str, list[Fact]] = defaultdict(list)
+    for line in lines:
+        if line.subject != "fleet":
+            found[line.subject].append(json.loads(line.body))
+    return found
+
+
+def digests(facts: Sequence[Fact]) -> list[str]:
+    """The versions of a run, one a round."""
+    return [fact["digest"] for fact in facts if fact["type"] == "VersionCommitted"]
+
+
+def ended(facts: Sequence[Fact]) -> str:
+    """How the run ended; empty while it has not."""
+    return next((fact["state"] for fact in facts if fact["type"] == "RunEnded"), "")
+
+
+# --- what agents saw -------------------------------------------------------------------------
+
+
+class Truth(NamedTuple):
+    """What one agent's processes noted: claims that were acknowledged, and steps repeated."""
+
+    acknowledged: list[Fact]
+    repeated: int
+    steps: int
+
+
+def read_truth(path: Path) -> Truth:
+    """A truth file; an agent that never worked has none."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return Truth([], 0, 0)
+    acknowledged, done, work = [], Counter[tuple[Any, ...]](), ()
+    for line in lines:
+        match line["what"]:
+            case "acknowledged":
+                acknowledged.append(json.loads(line["claim"]))
+            case "work":
+                work = (line["run"], line["round"], line["kind"])
+            case "step" if line["phase"] == "train":
+                done[*work, line["step"]] += 1
+    return Truth(acknowledged, sum(n - 1 for n in done.values()), len(done))
+
+
+# --- the invariants --------------------------------------------------------------------------
+
+
+def violations(
+    home: Path, truths: Iterable[Truth] = (), before: Sequence[Line] = ()
+) -> list[str]:
+    """What is wrong, in sentences; `before` is an earlier look at the same ledger."""
+    lines = read_ledger(home)
+    found = _chain(lines, before)
+    runs = facts_by_run(lines)
+    for run, facts in runs.items():
+        found += [f"{run}: {text}" for text in (*_counted(facts), *_versions(facts))]
+        found += [f"{run}: {text}" for text in _files(home / "versions", facts)]
+    for truth in truths:
+        for claim in truth.acknowledged:
+            found += _acknowledged(claim, runs.get(claim["run"], []))
+    return found
+
+
+def _chain(lines: Sequence[Line], before: Sequence[Line]) -> list[str]:
+    found, head = [], bytes(32)
+    for number, line in enumerate(lines, 1):
+        sha = hashlib.sha256(head + f"{line.at!r}\n{line.subject}\n".encode() + line.body)
+        head = sha.digest()
+        if line.seq != number or head != line.hash:
+            found.append(f"the ledger's chain is broken at entry {number}")
+            break
+    if list(lines[: len(before)]) != list(before):
+        found.append("an entry that was in the ledger is gone or changed")
+    return found
+
+
+def _counted(facts: Sequence[Fact]) -> list[str]:
+    """A: within each round, accepted once, and summed if accepted in time."""
+    found: list[str] = []
+    accepted: Counter[str] = Counter()
+    number, training, closed = 0, False, list[str]()
+    for fact in facts:
+        match fact["type"]:
+            case "RoundOpened":
+                number, training, accepted = fact["round"], True, Counter()
+            case "UpdateAccepted":
+                accepted[fact["peer"]] += 1
+                if fact["round"] != number:
+                    found.append(f"an update of round {fact['round']} counts in round {number}")
+            case "TrainingClosed":
+                twice = [peer for peer, times in accepted.items() if times > 1]
+                if twice:
+                    found.append(f"round {number} counts {twice} more than once")
+                if sorted(fact["contributors"]) != sorted(accepted):
+                    found.append(f"round {number} sums other updates than it accepted")
+                if not training:
+                    found.append(f"round {number} was closed twice")
+                closed, training, accepted = fact["contributors"], False, Counter()
+            case "VersionCommitted" if fact["contributors"] != closed:
+                found.append(f"version {number} has other contributors than its round")
+            case "RoundClosed" if any(times > 1 for times in accepted.values()):
+                found.append(f"round {number} counts an evaluation more than once")
+    return found
+
+
+def _versions(facts: Sequence[Fact]) -> list[str]:
+    """B: one version a round, each the child of the one before."""
+    found: list[str] = []
+    head, rounds = "", 0
+    for fact in facts:
+        match fact["type"]:
+            case "WeightsInitialised":
+                if rounds:
+                    found.append("first weights in the middle of the run")
+                head = fact["digest"]
+            case "RoundOpened" if fact["base"] != head:
+                found.append(f"round {fact['round']} builds on {fact['base'][:8]}, not {head[:8]}")
+            case "VersionCommitted":
+                rounds += 1
+                if fact["parent"] != head:
+                    found.append(f"version {rounds} is not the child of the one before")
+                if fact["round"] != rounds:
+                    found.append(f"version {fact['round']} where version {rounds} was due")
+                head = fact["digest"]
+    return found
+
+
+def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
+    """B: what a run goes on from lies on disk, and every version's bytes are its name's."""
+    found = []
+    made = [fact["digest"] for fact in facts if fact["type"] == "WeightsInitialised"][-1:]
+    made += digests(facts)
+    for digest in made[-1:] if ended(facts) else made[-2:]:
+        if not (folder / f"{digest}.safetensors").exists():
+            found.append(f"version {digest[:8]} is not on disk")
+    for path in folder.glob("[0-9a-f]*.safetensors"):
+        if path.stem in made and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
+            found.append(f"version {path.stem[:8]} on disk is not what its name says")
+    return found
+
+
+def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
+    """A: the fate of an acknowledged answer is in the ledger, and there is one."""
+    who = f"{claim['peer'][:8]}'s {claim['kind']} of round {claim['round']}"
+    if claim["kind"] == "init":
+        made = [f for f in facts if f["type"] == "WeightsInitialised" and f["by"] == claim["peer"]]
+        fates = len(made)
+    else:
+        accepted = [
+            fact
+            for fact in facts
+            if fact["type"] == "UpdateAccepted"
+            and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
+            and fact["update"].get("digest", "") == claim["digest"]
+            and bool(claim["digest"]) == (claim["kind"] == "train")
+        ]
+        fates = len(accepted)
+    refused = any(
+        fact["type"] == "UpdateRefused"
+        and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
+        for fact in facts
+    )
+    if fates > 1:
+        return [f"{who} is counted {fates} times"]
+    return [] if fates or refused else [f"{who} was acknowledged and is in no entry of the ledger"]
