@@ -17,10 +17,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec import Struct
 
+from agent.encoding import Leftovers
 from agent.tasks import Settings
-from protocols import identity, messages
+from protocols import codecs, identity, messages
 from protocols.errors import BadMessage, CommonweightError, Refused, TrainerFailed
-from protocols.failpoints import failpoint
+from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics, UpdateClaim, Work
 from protocols.weights import replacing
 
@@ -61,6 +62,7 @@ class Finished(Struct, frozen=True, kw_only=True):
 class Client:
     """Answers messages. `fetch(digest, nbytes) -> path` and `send(digest, path)` use the lane.
 
+    `patch(work)` may make the version that the work is on from its parent, to spare the lane.
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent.
     """
 
@@ -75,13 +77,15 @@ class Client:
         fetch: Callable[[str, int], Path],
         send: Callable[[str, Path], None],
         allowed: Callable[[str], bool],
+        patch: Callable[[Work], None] = lambda work: None,
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_sending: Callable[[], None] = lambda: None,
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
         self._trainer, self._outbox = trainer, outbox
-        self._fetch, self._send = fetch, send
+        self._leftovers = Leftovers(outbox / "leftovers")
+        self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
         self._on_work, self._on_sending = on_work, on_sending
         self.app = ClientApp()
@@ -105,6 +109,7 @@ class Client:
 
     def _answer(self, message: Message, _: Context) -> Message:
         work = self._read(message)
+        note("work", run=work.run, round=work.round, kind=work.kind)
         self._on_work(work)
         try:
             finished = self._finished(work) or self._do(work)
