@@ -63,6 +63,47 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a run."""
+    order = run_order(
+        task=task,
+        rounds=rounds,
+        quorum=quorum,
+        deadline=deadline,
+        strategy=strategy,
+        set_=set_,
+        seed=seed,
+        weighting=weighting,
+        max_weight_share=max_weight_share,
+        clip_norm=clip_norm,
+        from_=from_,
+    )
+    remote = _remote()
+    run_id = remote.start_run(order)
+    if follow:
+        run = _follow(remote, run_id, quiet=json)
+        if json:
+            sys.stdout.write(output.ok(run) + "\n")
+        return
+    if json:
+        sys.stdout.write(output.ok({"run": run_id}) + "\n")
+    else:
+        sys.stderr.write(f"started {run_id}; watch it: commonweight monitor\n")
+
+
+def run_order(
+    *,
+    task: str,
+    rounds: int,
+    quorum: int,
+    deadline: str,
+    strategy: str,
+    set_: list[str] | None,
+    seed: int,
+    weighting: str,
+    max_weight_share: float,
+    clip_norm: float,
+    from_: Path | None,
+) -> Any:
+    """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
     from coordinator.orders import RunOrder
     from coordinator.runs import RunSpec
 
@@ -80,18 +121,7 @@ def start(
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
     )
-    remote = _remote()
-    digest = _adopt(from_) if from_ else ""
-    run_id = remote.start_run(RunOrder(spec=spec, from_digest=digest))
-    if follow:
-        run = _follow(remote, run_id, quiet=json)
-        if json:
-            sys.stdout.write(output.ok(run) + "\n")
-        return
-    if json:
-        sys.stdout.write(output.ok({"run": run_id}) + "\n")
-    else:
-        sys.stderr.write(f"started {run_id}; watch it: commonweight monitor\n")
+    return RunOrder(spec=spec, from_digest=_adopt(from_) if from_ else "")
 
 
 def _adopt(path: Path) -> str:

@@ -17,6 +17,7 @@ no copies. It is deterministic, so a recording folded again gives an equal fleet
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 import msgspec
 
@@ -137,6 +138,10 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     peer.state, peer.reason = body.state, body.reason
     peer.version, peer.task, peer.run, peer.round = body.version, body.task, body.run, body.round
     peer.name = peer.name or body.name
+    peer.tasks, peer.policy, peer.disk_free_bytes = body.tasks, body.policy, body.disk_free_bytes
+    # A retained presence may be old, so it only shows a clock that is ahead.
+    if envelope.at > now:
+        peer.skew_s = envelope.at - now
     if peer.state is PeerState.ERROR and before is not PeerState.ERROR:
         why = f": {body.reason}" if body.reason else ""
         _event(fleet, now, "error", f"{called(peer)} has an error{why}", peer.peer)
@@ -158,6 +163,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
     if not _newer(peer, envelope, peer.telemetry_seq, now):
         return
     peer.telemetry_seq, peer.seen_at = envelope.seq, now
+    peer.skew_s = finite(envelope.at - now) or 0.0
     loss = finite(body.loss)
     diverged = body.diverged or (body.loss is not None and loss is None)
     if peer.telemetry is not None and peer.telemetry.run != body.run:
@@ -261,7 +267,13 @@ def _finite_round(body: RoundClosed) -> RoundClosed:
         seconds=finite(body.seconds) or 0.0,
         metrics={name: finite(value) for name, value in body.metrics.items()},
         norms={peer: norm for peer, norm in body.norms.items() if finite(norm) is not None},
+        spread={name: three for name, three in body.spread.items() if _all_finite(three)},
+        spent={name: spent for name, spent in body.spent.items() if finite(spent) is not None},
     )
+
+
+def _all_finite(values: Iterable[float]) -> bool:
+    return all(finite(value) is not None for value in values)
 
 
 def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> None:

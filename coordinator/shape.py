@@ -27,7 +27,8 @@ class Event(Struct, kw_only=True, frozen=True):
 class Peer(Struct, kw_only=True):
     """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages.
 
-    `said_at` is the newest date on its messages, by its own clock and not beyond ours.
+    `said_at` is the newest date on its messages, by its own clock and not beyond ours. `skew_s`:
+    how far its clock was ahead of ours when it last spoke live.
     """
 
     peer: Name
@@ -44,6 +45,10 @@ class Peer(Struct, kw_only=True):
     telemetry: Telemetry | None = None
     losses: list[float | None] = []
     diverged: bool = False
+    tasks: tuple[Name, ...] = ()
+    policy: dict[Name, Name] = {}
+    disk_free_bytes: Count = 0
+    skew_s: float = 0.0
     seen_at: float = 0.0
     said_at: float = 0.0
     epoch: Name = ""

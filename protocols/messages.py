@@ -40,6 +40,7 @@ def printable(text: str) -> str:
 class Presence(Struct, frozen=True, tag=True, kw_only=True):
     """What a peer says of itself; retained. `tasks` are those it can and may run.
 
+    `policy` is what its owner lets others know of the settings; `disk_free_bytes` 0 is unknown.
     `will` marks the copy that the broker sends on a lost link.
     """
 
@@ -51,6 +52,8 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     run: Name = ""
     round: Count = 0
     tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
+    disk_free_bytes: Count = 0
     will: bool = False
 
 
@@ -90,6 +93,28 @@ class Command(Struct, frozen=True, tag=True, kw_only=True):
     for_s: Annotated[float, Meta(ge=0, le=366 * 86400)] = 0.0
 
 
+class LogsAsked(Struct, frozen=True, tag=True, kw_only=True):
+    """The operator wants the last `most` lines of an agent's log; the answer names `ask`."""
+
+    ask: Name
+    most: Annotated[int, Meta(ge=1, le=500)] = 200
+
+
+class LogLine(Struct, frozen=True, kw_only=True):
+    """A line of an agent's log as others may see it: no trace, no path, nothing secret."""
+
+    at: float
+    level: Literal["debug", "info", "warning", "error"]
+    text: Text
+
+
+class LogsTold(Struct, frozen=True, kw_only=True):
+    """An agent's answer to `LogsAsked`, over HTTPS: others on the broker do not read along."""
+
+    ask: Name
+    lines: Annotated[list[LogLine], Meta(max_length=500)]
+
+
 class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
     """A peer was enrolled, approved or removed; `public_key` is its Ed25519 key (raw, 32 bytes)."""
 
@@ -118,7 +143,11 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
-    """One round's outcome. `loss` and `accuracy` are federated evaluation; `norms` are by peer."""
+    """One round's outcome. `loss` and `accuracy` are federated evaluation; `norms` are by peer.
+
+    `spread`: by metric the least, the median and the most that a peer told. `spent`: seconds by
+    part of the round (`work`, `wait`, `transfer`, `aggregate`, `evaluate`).
+    """
 
     run: Name
     round: Count
@@ -133,6 +162,8 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     bytes_up: Count = 0
     bytes_down: Count = 0
     norms: dict[Name, float] = {}
+    spread: dict[Name, tuple[float, float, float]] = {}
+    spent: dict[Name, float] = {}
 
 
 class Happened(Struct, frozen=True, tag=True, kw_only=True):
@@ -152,7 +183,9 @@ class Links(Struct, frozen=True, tag=True, kw_only=True):
 
 
 PeerBody = Presence | Telemetry | Notice
-CoordinatorBody = Doorbell | Command | PeerKnown | RunChanged | RoundClosed | Happened | Links
+CoordinatorBody = (
+    Doorbell | Command | LogsAsked | PeerKnown | RunChanged | RoundClosed | Happened | Links
+)
 Body = PeerBody | CoordinatorBody
 
 
@@ -170,7 +203,9 @@ class Envelope(Struct, frozen=True, kw_only=True):
 class Work(Struct, frozen=True, kw_only=True):
     """What the coordinator asks of an agent, and signs: train, evaluate, or make first weights.
 
-    `base` names the version to work on and `nbytes` its size; both are empty for "init".
+    `base` names the version to work on and `nbytes` its size; both are empty for "init". `codec` is
+    the one to send the update with. A patch of `patch_bytes` (0: none) leads from the version
+    `parent` to `base`.
     """
 
     run: Name
@@ -179,13 +214,19 @@ class Work(Struct, frozen=True, kw_only=True):
     task: Name
     base: Name = ""
     nbytes: Count = 0
+    parent: Name = ""
+    patch_bytes: Count = 0
+    codec: Name = "fp32"
     seed: int = 0
     settings: dict[Name, str | int | float | bool] = {}
     deadline_s: float = 0.0
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):
-    """What an agent says of its update, and signs. `base` is the version it trained on."""
+    """What an agent says of its update, and signs.
+
+    `base` is the version it trained on; `digest`, `nbytes` are those of the file as it was sent.
+    """
 
     run: Name
     round: Count
@@ -194,6 +235,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     base: Name
     digest: Name
     nbytes: Count
+    codec: Name = "fp32"
     num_examples: int
     metrics: Metrics = {}
     nonce: Name
@@ -226,6 +268,7 @@ class Exchanged(Struct, frozen=True, kw_only=True):
 
 
 EXCHANGE_PATH = "/cw/v1/exchange"
+LOGS_PATH = "/cw/v1/logs"
 
 _envelope = msgspec.json.Decoder(Envelope)
 _claim = msgspec.json.Decoder(UpdateClaim)
