@@ -1,7 +1,8 @@
 """The agent's link to the coordinator: a Flower session, messages, and the weight lane.
 
-Session and heartbeats go over Flower's Fleet routes; a message with its objects, about 14 requests
-there, is one request on our exchange route, which calls Flower's own handlers.
+A session is opened and closed over Flower's Fleet routes; a message with its objects, about 14
+requests there, is one request on our exchange route, which calls Flower's own handlers and counts
+as a heartbeat: who asks for work often enough sends no other.
 
 With `coordinator/superlink.py` the only file that uses Flower's private names (1.41). Blocking, for
 use from worker threads. Stock `http_request_response` is not used: it ends the process on a failed
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import ssl
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,6 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -59,6 +60,8 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 #: Flower calls a node offline after two missed heartbeats: a lost agent is seen within 40 s.
 HEARTBEAT_S = 20.0
+#: Longer than an idle agent's poll, so that the poll is its heartbeat.
+BEAT_EVERY_S = 0.8 * HEARTBEAT_S
 _TIMEOUT_S = 30.0
 #: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
 #: coordinator keeps one for 75 s.
@@ -147,6 +150,7 @@ class Link:
         self._fleet._client.close()
         self._fleet._client = self._http
         self._node: Node | None = None
+        self._heard_at = 0.0
         self._cut_off = ""
         #: The coordinator has written down what became of the last reply.
         self.settled = False
@@ -162,6 +166,7 @@ class Link:
                 )
             )
         self._node = Node(node_id=answer.node_id)
+        self._heard_at = time.monotonic()
 
     def check(self) -> None:
         """Prove the node key on Flower's side without a session: nothing changes there.
@@ -192,13 +197,13 @@ class Link:
         self._http.close()
 
     def beat(self) -> None:
-        """One heartbeat."""
-        with _translated():
-            answer = self._fleet.SendNodeHeartbeat(
-                SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
-            )
-        if not answer.success:
-            raise SessionLost("the coordinator does not know this session")
+        """One heartbeat: an exchange of nothing."""
+        self._exchange(None, want=False)
+
+    @property
+    def beat_due_s(self) -> float:
+        """Seconds until a heartbeat is due; every exchange is one."""
+        return self._heard_at + BEAT_EVERY_S - time.monotonic()
 
     def mqtt(self) -> MqttAddress:
         """The broker and the login for it, as they are now: the password changes now and then."""
@@ -243,10 +248,13 @@ class Link:
         body = msgspec.msgpack.encode(asked)
         headers = self._signed("POST", EXCHANGE_PATH, hashlib.sha256(body).hexdigest())
         with _translated():
+            asked_at = time.monotonic()
             answer = self._http.post(EXCHANGE_PATH, content=body, headers=headers)
             answer.raise_for_status()
+            self._heard_at = asked_at
             told = msgspec.msgpack.decode(answer.content, type=Exchanged)
-            self.settled = told.settled
+            if reply is not None:  # a heartbeat may come between a reply and the look at this
+                self.settled = told.settled
             return _unpack(told.work) if told.work is not None else None
 
     # --- the weight lane ---

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from agent import control, tasks, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
-from agent.link import HEARTBEAT_S, Credentials, Link, SessionLost
+from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment, write_enrolment
 from agent.tasks import DataSettings
@@ -62,6 +62,7 @@ T = TypeVar("T")
 CACHED_VERSIONS = 2
 RENEW_BEFORE_S = 60 * 86400.0
 _TICK_S = 0.5
+_BEAT_AGAIN_S = 5.0
 _FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
 
@@ -339,17 +340,20 @@ class Agent:
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S * 0.8)
             link = self._link
-            if link is None or not self._worker.session:
+            due_s = link.beat_due_s if link is not None and self._worker.session else BEAT_EVERY_S
+            if link is None or due_s > 0:
+                await asyncio.sleep(due_s)
                 continue
             try:
                 await self._in_thread(link.beat, pool=self._beating)
+                continue
             except SessionLost:
                 with contextlib.suppress(CommonweightError):
                     await self._in_thread(link.open, pool=self._beating)
             except CommonweightError as err:
                 log.debug("a heartbeat failed: %s", err.message)
+            await asyncio.sleep(_BEAT_AGAIN_S)
 
     async def _in_thread(
         self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None

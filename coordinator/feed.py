@@ -151,6 +151,7 @@ class Feed:
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
         )
+        client.pending_calls_threshold = _MOST_PENDING  # it warns beyond it, at each one more
         _read_all(client, queue)
         async with _entered(client):
             try:

@@ -22,6 +22,7 @@ from coordinator import settings
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
+from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
@@ -195,13 +196,9 @@ class Hub:
         """Flower's Fleet routes under their prefix, ours everywhere else."""
         auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
         flower = self._superlink.app(auth)
-        ours = make_app(
-            self,
-            auth,
-            self._keys.fleet,
-            self._keys.ca_key,
-            self._keys.ca_pem,
-            identity.raw_public(self._keys.sign_key),
+        public = identity.raw_public(self._keys.sign_key)
+        ours = direct(
+            make_app(self, auth, self._keys.fleet, self._keys.ca_key, self._keys.ca_pem, public)
         )
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -259,19 +256,19 @@ class Hub:
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
         if asked.reply is None:
-            answer = await asyncio.to_thread(self._superlink.exchange, node, asked)
+            answer = await self._superlink.exchange_soon(node, asked)
             self._on_request("exchange", node)
             return answer
         # Before it is handed over: the run may be quicker than we are.
         settling = self.runs.settling(self._superlink.question_of(asked.reply))
         handed_in = Exchange(reply=asked.reply, want=False)
-        await asyncio.to_thread(self._superlink.exchange, node, handed_in)
+        await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
         self._on_request("push-object", node)
         settled = await self.runs.settled(settling)
         work = None
         if asked.want:
-            work = (await asyncio.to_thread(self._superlink.exchange, node, Exchange())).work
+            work = (await self._superlink.exchange_soon(node, Exchange())).work
         return Exchanged(work=work, settled=settled)
 
     # --- runs ---

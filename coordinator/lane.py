@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from protocols.weights import Array, Part, Schema, Weights
 OFFSET = "x-cw-offset"
 #: Whole uploads that a peer may have in the spool: one that counts, and one made anew.
 MOST_UPLOADS = 2
+#: Such a version is sent from memory: FileResponse asks four threads for it.
+_SMALL_BYTES = 128 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,10 +43,17 @@ class Lane:
     def __init__(self, folder: Path) -> None:
         self._versions = folder / "versions"
         self._spool = folder / "spool"
-        for part in (self._versions, self._spool):
+        #: What strategies remember (`strategies.state`); it never travels.
+        self.states = folder / "states"
+        for part in (self._versions, self._spool, self.states):
             part.mkdir(mode=0o700, exist_ok=True)
         #: Who writes a `.part` file now: a second upload takes the place of a stuck one.
         self._writers: dict[Path, object] = {}
+        #: By peer: its files in the spool, as a look at the folder for each upload costs the more
+        #: the more peers there are.
+        self._spooled: defaultdict[str, set[Path]] = defaultdict(set)
+        for path in self._spool.iterdir():
+            self._spooled[path.name.rpartition("-")[0]].add(path)
         self.limit_bytes = 0
         self.bytes_up = self.bytes_down = 0
 
@@ -75,7 +85,9 @@ class Lane:
 
     def adopt(self, node: str, digest: str) -> None:
         """Turn an upload into a version (the first weights of a run)."""
-        self.update(node, digest).replace(self.version(digest))
+        update = self.update(node, digest)
+        update.replace(self.version(digest))
+        self._spooled[node].discard(update)
         weights.sync_folder(self._versions)
         failpoint("version.adopted")
 
@@ -96,8 +108,10 @@ class Lane:
 
     def drop_updates(self) -> None:
         """Empty the spool: the round that needed it is committed."""
-        for path in set(self._spool.iterdir()) - self._writers.keys():
-            path.unlink(missing_ok=True)
+        for paths in self._spooled.values():
+            for path in paths - self._writers.keys():
+                path.unlink(missing_ok=True)
+                paths.discard(path)
         failpoint("updates.dropped")
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
@@ -109,7 +123,10 @@ class Lane:
             path = self.version(digest)
             if not path.exists():
                 raise HTTPException(404)
-            self.bytes_down += _range_bytes(request, path.stat().st_size)
+            size = path.stat().st_size
+            self.bytes_down += _range_bytes(request, size)
+            if size <= _SMALL_BYTES and "range" not in request.headers:
+                return Response(path.read_bytes(), media_type="application/octet-stream")
             return FileResponse(path, media_type="application/octet-stream")
 
         async def upload(request: Request) -> Response:
@@ -124,12 +141,14 @@ class Lane:
 
     def _make_room(self, node: str, part: Path) -> None:
         """Drop this peer's other unfinished upload. Raises 413 if it has enough whole ones."""
-        for other in self._spool.glob(f"{node}-*.part"):
-            if other != part:
-                self._writers.pop(other, None)
-                other.unlink(missing_ok=True)
-        if len(list(self._spool.glob(f"{node}-*.safetensors"))) >= MOST_UPLOADS:
+        spooled = self._spooled[node]
+        for other in [path for path in spooled if path.suffix == ".part" and path != part]:
+            self._writers.pop(other, None)
+            other.unlink(missing_ok=True)
+            spooled.discard(other)
+        if sum(path.suffix != ".part" for path in spooled) >= MOST_UPLOADS:
             raise HTTPException(413, "this round has enough updates of this peer")
+        spooled.add(part)
 
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
         done = self.update(node, digest)
@@ -171,6 +190,8 @@ class Lane:
                 raise HTTPException(422, "the bytes are not those of the announced digest")
             failpoint("upload.synced")
             part.replace(done)
+            self._spooled[node].discard(part)
+            self._spooled[node].add(done)
             await asyncio.to_thread(weights.sync_folder, self._spool)
             failpoint("upload.stored")
         except ClientDisconnect:

@@ -2,7 +2,7 @@
 
 With `agent/link.py` the only file that uses Flower's private names (1.41; see the contract tests).
 No Control API, no Runtime API, no docs page is mounted, so nobody can submit a run or take a
-ServerApp's token, and of the Fleet routes only the three that our agents use are open: `_Door`.
+ServerApp's token, and of the Fleet routes only the two that our agents use are open: `_Door`.
 LinkState is no authority: it is made anew at every start
 from the ledger's peers, and one Flower run lives as long as the coordinator. So it is kept in
 memory: on SQLite four fifths of a small round's CPU went into a database that was thrown away.
@@ -72,6 +72,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
 from coordinator.auth import Auth
+from coordinator.sessions import NoSession
 from protocols.errors import BadMessage
 from protocols.messages import Exchange, Exchanged, Parcel
 
@@ -81,10 +82,8 @@ log = logging.getLogger("commonweight.superlink")
 #: A key or a node id, and a number.
 MAX_BODY_BYTES = 16 * 1024
 FLEET_PREFIX = "/v1/fleet/"
-#: What our agents use of Flower's routes; messages travel on the exchange route.
-OPEN = frozenset(
-    FLEET_PREFIX + action for action in ("activate-node", "send-node-heartbeat", "deactivate-node")
-)
+#: What our agents use of Flower's routes; messages and heartbeats travel on the exchange route.
+OPEN = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
 #: A reply is a message, its RecordDict and two records.
 MAX_OBJECTS = 16
 #: Requests after which a reply may be whole.
@@ -147,13 +146,31 @@ class Superlink:
     def exchange(self, node_id: int, asked: Exchange) -> Exchanged:
         """Take a node's reply and give it its next message: Flower's own handlers in one go.
 
-        What takes a node about 14 requests on the Fleet routes is one request and one transaction.
-        Raises BadMessage for a reply that is not the node's own or not whole.
+        What takes a node about 14 requests on the Fleet routes is one request and one transaction,
+        and counts as a heartbeat. Raises NoSession, and BadMessage for a reply that is not the
+        node's own or not whole.
         """
         with self.lock:
-            if asked.reply is not None:
-                self._take(node_id, asked.reply)
-            return Exchanged(work=self._give(node_id) if asked.want else None)
+            return self._exchange(node_id, asked)
+
+    async def exchange_soon(self, node_id: int, asked: Exchange) -> Exchanged:
+        """`exchange` from the event loop: a thread is only needed while somebody has the lock."""
+        if not self.lock.acquire(blocking=False):
+            return await run_in_threadpool(self.exchange, node_id, asked)
+        try:
+            return self._exchange(node_id, asked)
+        finally:
+            self.lock.release()
+
+    def _exchange(self, node_id: int, asked: Exchange) -> Exchanged:
+        state = cast(InMemoryLinkState, self.state)
+        node = state.nodes[node_id]
+        if node.online_until <= time.time():
+            raise NoSession(f"the session of node {node_id} has ended")
+        state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
+        if asked.reply is not None:
+            self._take(node_id, asked.reply)
+        return Exchanged(work=self._give(node_id) if asked.want else None)
 
     @staticmethod
     def question_of(parcel: Parcel) -> str:

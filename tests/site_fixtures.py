@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from agent.link import Credentials
 from coordinator.api import make_app
 from coordinator.auth import Auth
+from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
@@ -113,16 +114,20 @@ class Site:
         return MqttAddress(host=host, port=1883, user="fleet", password="word")
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
-        return await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
+        answer = await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
+        self.heard.append(("exchange", self.nodes[peer]))
+        return answer
 
     def app(self) -> ASGIApp:
-        ours = make_app(
-            self,  # type: ignore[arg-type]
-            self.auth,
-            self.fleet_id,
-            self.ca_key,
-            self.ca_pem,
-            identity.raw_public(self.sign_key),
+        ours = direct(
+            make_app(
+                self,  # type: ignore[arg-type]
+                self.auth,
+                self.fleet_id,
+                self.ca_key,
+                self.ca_pem,
+                identity.raw_public(self.sign_key),
+            )
         )
         flower = self.superlink.app(self.auth) if hasattr(self, "superlink") else ours
 

@@ -21,15 +21,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from agent.client import CLAIM
-from agent.link import CONNECTION_S, HEARTBEAT_S, _pack, _unpack
+from agent.link import BEAT_EVERY_S, CONNECTION_S, HEARTBEAT_S, _pack, _unpack
 from agent.presence import SIGN_OF_LIFE_S
 from protocols import VERSION, identity, messages, requests, topics, weights
 from protocols.joining import JOIN_PATH, JoinAnswer, Joining, claimed
@@ -114,7 +112,7 @@ class StandIn:
         )
         answer = ActivateNodeResponse()
         answer.ParseFromString(await self._ask_fleet("activate-node", asked.SerializeToString()))
-        self._node = Node(node_id=answer.node_id)
+        self._heard_at = time.monotonic()
 
     async def greeted(self) -> None:
         """Log in to the broker and say that we are here."""
@@ -155,11 +153,12 @@ class StandIn:
     # --- what goes on ---
 
     async def _keep_beating(self) -> None:
-        beat = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
         while True:
-            await asyncio.sleep(HEARTBEAT_S * 0.8)
-            with contextlib.suppress(TurnedAway):
-                await self._ask_fleet("send-node-heartbeat", beat.SerializeToString())
+            due_s = self._heard_at + BEAT_EVERY_S - time.monotonic()
+            await asyncio.sleep(max(due_s, 0.5))
+            if due_s <= 0:
+                with contextlib.suppress(TurnedAway):
+                    await self._exchange(None, want=False)
 
     async def _keep_saying(self) -> None:
         while True:
@@ -182,9 +181,11 @@ class StandIn:
                 with contextlib.suppress(TurnedAway):
                     await self._open()
 
-    async def _exchange(self, reply: Message | None) -> Message | None:
-        asked = Exchange(reply=_pack(reply) if reply is not None else None)
+    async def _exchange(self, reply: Message | None, *, want: bool = True) -> Message | None:
+        asked = Exchange(reply=_pack(reply) if reply is not None else None, want=want)
+        asked_at = time.monotonic()
         answer = await self._ask("POST", EXCHANGE_PATH, msgspec.msgpack.encode(asked))
+        self._heard_at = asked_at
         work = msgspec.msgpack.decode(answer, type=Exchanged).work
         return _unpack(work) if work is not None else None
 

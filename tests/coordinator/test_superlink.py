@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,11 @@ import httpx
 import msgspec
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.superlink.servicer.fleet import fleet_handlers
@@ -60,7 +65,6 @@ CALLED = {
     ],
     "flwr.supernode.fleet_http_client:FleetHttpClient.ActivateNode": ["self", "request"],
     "flwr.supernode.fleet_http_client:FleetHttpClient.DeactivateNode": ["self", "request"],
-    "flwr.supernode.fleet_http_client:FleetHttpClient.SendNodeHeartbeat": ["self", "request"],
     "flwr.supercore.primitives.asymmetric:sign_message": ["private_key", "message"],
 }
 THERE = [
@@ -85,7 +89,6 @@ THERE = [
     "flwr.proto.fleet_pb2:DeactivateNodeRequest",
     "flwr.proto.fleet_pb2:PullMessagesRequest",
     "flwr.proto.fleet_pb2:PushMessagesRequest",
-    "flwr.proto.heartbeat_pb2:SendNodeHeartbeatRequest",
     "flwr.proto.message_pb2:ObjectTree",
     "flwr.proto.node_pb2:Node",
 ]
@@ -96,6 +99,7 @@ STATE: dict[str, list[str] | None] = {
     "claim_task": None,
     "activate_task": None,
     "acknowledge_task_heartbeat": None,
+    "acknowledge_node_heartbeat": ["node_id", "heartbeat_interval"],
     "create_node": ["owner_aid", "owner_name", "public_key", "heartbeat_interval"],
     "delete_node": ["owner_aid", "node_id"],
     "deactivate_node": ["node_id"],
@@ -180,9 +184,9 @@ def test_flowers_client_sends_through_the_pool_that_we_give(link: Link) -> None:
     given = link._http
     link._fleet._client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(418)))
     with pytest.raises(Unreachable, match="418"):
-        link.beat()  # so it is this attribute that a request goes through
+        link.open()  # so it is this attribute that a request goes through
     link._fleet._client = given
-    link.beat()
+    link.open()
 
 
 @pytest.mark.parametrize("name", STATE)
@@ -211,13 +215,35 @@ def test_a_strangers_key_opens_no_session(site: Site) -> None:
     link.close()
 
 
-def test_another_machines_session_cannot_be_used(site: Site, machine: Machine, link: Link) -> None:
+def test_another_machines_session_cannot_be_closed(
+    site: Site, machine: Machine, link: Link
+) -> None:
     other = Link(site.credentials(site.enrol()))
     other.open()
-    other._node = link._node
-    with pytest.raises(SessionLost, match="401"):
-        other.beat()
+    own, other._node = other._node, link._node
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        other._fleet.DeactivateNode(DeactivateNodeRequest(node_id=site.nodes[machine.peer]))
+    assert site.nodes[machine.peer] in site.superlink.online()
+    other._node = own
     other.close()
+
+
+def test_every_exchange_is_a_heartbeat_of_an_open_session(
+    site: Site, machine: Machine, link: Link
+) -> None:
+    node = site.superlink.state.nodes[site.nodes[machine.peer]]  # type: ignore[attr-defined]
+    for ask in (link.beat, link.pull):
+        node.online_until = time.time() + 5
+        ask()
+        assert node.online_until > time.time() + 30
+        assert link.beat_due_s > 10
+    node.online_until = time.time() - 1  # two were missed: it must open another
+    for ask in (link.beat, link.pull):
+        with pytest.raises(SessionLost, match="412"):
+            ask()
+    assert site.nodes[machine.peer] not in site.superlink.online()
+    link.open()
+    assert site.nodes[machine.peer] in site.superlink.online()
 
 
 def test_a_removed_machine_is_shut_out(site: Site, machine: Machine, link: Link) -> None:
@@ -302,7 +328,7 @@ def test_an_unsigned_request_is_refused(http: httpx.Client, action: str, body: b
 def test_who_succeeded_is_told(site: Site, machine: Machine, link: Link) -> None:
     node = site.nodes[machine.peer]
     link.beat()
-    for action in ("activate-node", "send-node-heartbeat"):  # told after the answer is sent
+    for action in ("activate-node", "exchange"):  # told after the answer is sent
         until(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
     assert node in site.superlink.online()
 
@@ -460,9 +486,13 @@ def test_nobody_answers_in_anothers_name(site: Site, machine: Machine, link: Lin
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
     message = link.pull()
     assert message is not None
-    other = site.nodes[site.enrol().peer]
+    stranger = site.enrol()
+    other = Link(site.credentials(stranger))
+    other.open()
+    forged = Exchange(reply=packed(message, "forged"), want=False)
     with pytest.raises(BadMessage, match="another's name"):
-        site.superlink.exchange(other, Exchange(reply=packed(message, "forged"), want=False))
+        site.superlink.exchange(site.nodes[stranger.peer], forged)
+    other.close()
     assert list(site.grid.pull_messages(ids)) == []
     link.push(answer_to(message, "genuine"))
     assert [text_of(reply) for reply in site.grid.pull_messages(ids)] == ["genuine"]

@@ -481,7 +481,7 @@ ROUTES = [
     ("POST", "/cw/v1/tickets"),
     ("GET", "/cw/v1/fleet"),
     ("POST", "/v1/fleet/activate-node"),
-    ("POST", "/v1/fleet/send-node-heartbeat"),
+    ("POST", "/v1/fleet/deactivate-node"),
 ]
 
 
