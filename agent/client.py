@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import msgspec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -39,6 +39,15 @@ class Outcome(Protocol):
     def num_examples(self) -> int: ...
     @property
     def metrics(self) -> Metrics: ...
+
+
+class Coded(NamedTuple):
+    """An outcome whose update a codec has made smaller."""
+
+    digest: str
+    nbytes: int
+    num_examples: int
+    metrics: Metrics
 
 
 class Trainer(Protocol):
@@ -138,11 +147,15 @@ class Client:
                 f"the owner of this machine does not allow the task {work.task!r}",
                 f"commonweight-agent policy set tasks {work.task}",
             )
+        if work.kind == "train":
+            codecs.find(work.codec)  # before an hour of training, not after it
         return work
 
     def _do(self, work: Work) -> Finished:
         settings = {**work.settings, "seed": work.seed, "round": work.round}
         update = self._outbox / "update.safetensors"
+        last = self._last()
+        self._leftovers.settle(messages.decode_claim(last.claim).digest if last else "")
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
             (self._outbox / "finished.json").unlink(missing_ok=True)
             failpoint("agent.outbox.cleared")
@@ -150,10 +163,12 @@ class Client:
         if work.kind == "init":
             outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
         else:
+            if work.patch_bytes:
+                self._patch(work)
             base = self._fetch(work.base, work.nbytes)
             failpoint("agent.version.fetched")
             if work.kind == "train":
-                outcome = self._trainer.train(work.task, settings, base, update)
+                outcome = self._train(work, settings, base, update)
             else:
                 outcome = self._trainer.evaluate(work.task, settings, base)
         failpoint("agent.work.done")
@@ -165,6 +180,7 @@ class Client:
             base=work.base,
             digest=outcome.digest,
             nbytes=outcome.nbytes,
+            codec=work.codec if work.kind == "train" else codecs.WHOLE,
             num_examples=outcome.num_examples,
             metrics=outcome.metrics,
             nonce=secrets.token_hex(12),
@@ -173,9 +189,23 @@ class Client:
         finished = Finished(key=_key(work), claim=payload, signature=signature)
         with replacing(self._outbox / "finished.json") as file:
             file.write(msgspec.json.encode(finished))
+        self._leftovers.settle(claim.digest)
         failpoint("agent.outbox.written")
         self._deliver(claim.digest)
         return finished
+
+    def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
+        """Train, and write the update as the run's codec has it."""
+        codec = codecs.find(work.codec)
+        if codec.coding is None:
+            return self._trainer.train(work.task, settings, base, update)
+        trained = self._outbox / "trained.safetensors"
+        try:
+            outcome = self._trainer.train(work.task, settings, base, trained)
+            made = self._leftovers.encode(codec, work.run, trained, base, update)
+        finally:
+            trained.unlink(missing_ok=True)
+        return Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics)
 
     def _deliver(self, digest: str) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
@@ -184,15 +214,17 @@ class Client:
             self._send(digest, self._outbox / "update.safetensors")
             failpoint("agent.upload.done")
 
-    def _finished(self, work: Work) -> Finished | None:
-        """The answer that is in the outbox already, sent again."""
+    def _last(self) -> Finished | None:
+        """The answer that is in the outbox."""
         try:
-            finished = msgspec.json.decode(
-                (self._outbox / "finished.json").read_bytes(), type=Finished
-            )
+            return msgspec.json.decode((self._outbox / "finished.json").read_bytes(), type=Finished)
         except (OSError, msgspec.DecodeError):
             return None
-        if finished.key != _key(work):
+
+    def _finished(self, work: Work) -> Finished | None:
+        """The answer that is in the outbox already, sent again."""
+        finished = self._last()
+        if finished is None or finished.key != _key(work):
             return None
         self._deliver(messages.decode_claim(finished.claim).digest)
         return finished

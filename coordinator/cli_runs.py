@@ -48,6 +48,13 @@ def start(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
     ] = None,
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="How updates travel: fp32 (whole), or their change as bf16, int8, sign, topk "
+            "(topk:0.02 for another share than 1 %)."
+        ),
+    ] = "fp32",
     seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
     weighting: Annotated[str, typer.Option(help="examples, or equal.")] = "examples",
     max_weight_share: Annotated[
@@ -70,6 +77,7 @@ def start(
         deadline=deadline,
         strategy=strategy,
         set_=set_,
+        codec=codec,
         seed=seed,
         weighting=weighting,
         max_weight_share=max_weight_share,
@@ -97,6 +105,7 @@ def run_order(
     deadline: str,
     strategy: str,
     set_: list[str] | None,
+    codec: str,
     seed: int,
     weighting: str,
     max_weight_share: float,
@@ -106,7 +115,9 @@ def run_order(
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
     from coordinator.orders import RunOrder
     from coordinator.runs import RunSpec
+    from protocols import codecs
 
+    codecs.find(codec)
     if weighting not in ("examples", "equal"):
         raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
     spec = RunSpec(
@@ -116,6 +127,7 @@ def run_order(
         deadline_s=seconds(deadline),
         strategy=strategy,
         settings=dict(setting(text) for text in set_ or []),
+        codec=codec,
         seed=seed,
         weighting="equal" if weighting == "equal" else "examples",
         max_weight_share=max_weight_share,
@@ -163,7 +175,8 @@ def _round_line(run: Any, closed: Any) -> str:
     )
     return (
         f"round {closed.round}/{run.spec.rounds} {metrics} "
-        f"peers {len(closed.contributors)} {closed.seconds:.2f} s"
+        f"peers {len(closed.contributors)} {closed.seconds:.2f} s "
+        f"up {closed.bytes_up / 1e6:.2f} MB down {closed.bytes_down / 1e6:.2f} MB"
     )
 
 
@@ -217,8 +230,9 @@ def show(run: str, json: Json = False) -> None:
         sys.stdout.write(f"waits for {waiting}\n")
     if found.ended:
         sys.stdout.write(f"because {found.ended_because}\n")
-    sys.stdout.write(f"strategy {found.spec.strategy}, quorum {found.spec.quorum}, ")
-    sys.stdout.write(f"deadline {found.spec.deadline_s:g} s, weighting {found.spec.weighting}\n")
+    sys.stdout.write(f"strategy {found.spec.strategy}, codec {found.spec.codec}, ")
+    sys.stdout.write(f"quorum {found.spec.quorum}, deadline {found.spec.deadline_s:g} s, ")
+    sys.stdout.write(f"weighting {found.spec.weighting}\n")
     for closed in found.history:
         mark = " ★" if found.best and closed.round == found.best.round else ""
         sys.stdout.write(f"{_round_line(found, closed)} {closed.digest[:12]}{mark}\n")

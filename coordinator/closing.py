@@ -16,6 +16,7 @@ from coordinator import aggregate
 from coordinator.lane import Lane
 from coordinator.records import from_record, to_record
 from coordinator.runs import Run
+from protocols import codecs
 from protocols.errors import CommonweightError
 from protocols.messages import Metrics
 from protocols.stored import Stored
@@ -26,6 +27,7 @@ def commit(
     run: Run, lane: Lane, strategy: Strategy, contributors: tuple[str, ...]
 ) -> tuple[str, Metrics]:
     """Mean of the updates → the strategy → a new version; its digest and train metrics."""
+    codec = codecs.find(run.spec.codec)
     counts = {peer: run.updates[peer].num_examples for peer in contributors}
     share = aggregate.shares(
         counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
@@ -45,7 +47,11 @@ def commit(
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(Stored(lane.version(run.head)))
         updates = [
-            stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest)))
+            codecs.decoded(
+                codec,
+                stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest))),
+                base,
+            )
             for peer in contributors
         ]
         version = aggregate.fold(

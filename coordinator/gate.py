@@ -57,6 +57,8 @@ def check_claim(
         raise UpdateRefused("not asked", "this peer was not asked in this round")
     if claim.base != expected.base:
         raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
+    if claim.kind == "train" and claim.codec != run.spec.codec:
+        raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {run.spec.codec}")
     if len(claim.metrics) > MAX_METRICS:
         raise UpdateRefused("bad metrics", f"{len(claim.metrics)} of them; {MAX_METRICS} may be")
     accuracy = claim.metrics.get("accuracy")

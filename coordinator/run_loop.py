@@ -22,7 +22,7 @@ from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid, VersionRecord, read_claim
 from coordinator.runs import Fact, Run, Step, Update, View
-from protocols import messages
+from protocols import codecs, messages
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
@@ -79,6 +79,7 @@ class RunLoop:
         self.changed = asyncio.Event()
         self._around = around
         self._strategy: Strategy = strategies.make(run.spec.strategy, run.spec.strategy_args)
+        self._codec = codecs.find(run.spec.codec)
         self._outstanding: dict[str, Asked] = {}
         #: Answers to questions that were about to be taken back.
         self._arrived: list[Message] = []
@@ -232,6 +233,7 @@ class RunLoop:
             task=spec.task,
             base=self.run.head,
             nbytes=self._model_bytes,
+            codec=spec.codec,
             seed=spec.seed,
             settings=spec.settings,
             deadline_s=spec.deadline_s,
@@ -364,19 +366,25 @@ class RunLoop:
         """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
         lane = self._around.lane
         with contextlib.ExitStack() as stack:
-            update = gate.check_weights(
-                expected, lambda: stack.enter_context(lane.open_update(peer, digest))
-            )
+
+            def uploaded() -> Stored:
+                return stack.enter_context(lane.open_update(peer, digest))
+
             if expected.kind == "init":
+                gate.check_weights(expected, uploaded)
                 return 0.0
             base = stack.enter_context(Stored(lane.version(expected.base)))
+            update = gate.check_weights(
+                expected, lambda: codecs.decoded(self._codec, uploaded(), base)
+            )
             return gate.distance(update, base)
 
     async def _learn_model(self, digest: str = "") -> None:
         path = self._around.lane.version(digest or self.run.head)
         with Stored(path) as model:
             self._schema, self._model_bytes = model.schema, model.nbytes
-        self._around.lane.limit_bytes = self._model_bytes + _SLACK_BYTES
+        most = codecs.most_bytes(self._codec, self._schema, self._model_bytes)
+        self._around.lane.limit_bytes = min(most, self._model_bytes) + _SLACK_BYTES
 
     # --- closing ---
 

@@ -11,6 +11,7 @@ from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.run_loop import Fleetwork, RunLoop
 from coordinator.runs import Run, RunSpec, RunStarted
+from protocols import codecs
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 from protocols.failpoints import failpoint
 from protocols.states import RunState
@@ -101,6 +102,7 @@ class RunQueue:
 
     def _check(self, spec: RunSpec) -> None:
         strategies.check(spec.strategy, spec.strategy_args)
+        codecs.find(spec.codec)
         if spec.rounds < 1:
             raise UsageFault("a run has at least one round")
         enrolled = len(self._registry.enrolled())

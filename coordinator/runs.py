@@ -31,6 +31,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
     passes without the quorum, whoever else could help is asked and it counts anew.
+    `codec`: how updates are made smaller, one of `protocols.codecs`.
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
     far, as a Euclidean norm, one update may move the weights.
     """
@@ -40,6 +41,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     strategy: str = "fedavg"
     strategy_args: dict[str, Setting] = {}
     settings: dict[str, Setting] = {}
+    codec: str = "fp32"
     seed: int = 0
     quorum: int = 1
     deadline_s: float = 600.0

@@ -343,3 +343,20 @@ def pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part
                 group, room = [], limit_bytes
     if group:
         yield group
+
+
+def widen(bits: Array) -> npt.NDArray[np.float32]:
+    """bf16 bits (uint16) as float32."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def narrow(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """float32 as bf16 bits (uint16), rounded to nearest even."""
+    bits = values.view(np.uint32)
+    rounded = (bits >> 16) & 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)

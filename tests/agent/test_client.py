@@ -127,6 +127,15 @@ def some_work(**changed: Any) -> Work:
     return msgspec.structs.replace(work, **changed)
 
 
+def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Desk) -> None:
+    with pytest.raises(CommonweightError) as caught:
+        desk.ask(some_work(codec="zip"))
+    said = refusal_text(caught.value)
+    assert "unknown codec 'zip'" in said
+    assert "int8" in said
+    assert desk.trainer.did == []
+
+
 def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
     payload, signature = messages.sign_work(work, key.sign)
     config = ConfigRecord({"work": payload, "signature": signature})
