@@ -1,6 +1,7 @@
 """The coordinator as the operator's commands and the monitor see it, over HTTPS.
 
-Requests are signed with the operator's key, which lies in the coordinator's home.
+Requests are signed with the operator's key, which lies in the coordinator's home, or with that of
+an access that was joined from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,39 +17,35 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from coordinator import access
 from coordinator import fleet as fleets
-from coordinator.auth import OPERATOR
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.runs import Run
-from coordinator.settings import UP_FILE
 from coordinator.watch import Action
 from protocols import identity, requests
-from protocols.errors import CommonweightError, ExitCode, NotRunning, Refused, Unreachable
-from protocols.messages import Command, Envelope, PeerKnown
+from protocols.errors import NotRunning, Unreachable
+from protocols.messages import Command, Envelope, LogLine, PeerKnown
 from protocols.topics import COORDINATOR, Kind
 
 T = TypeVar("T")
 
 
 class Remote:
-    """A coordinator that runs over `home`. Every method raises Unreachable, Refused, UsageFault.
+    """A coordinator that runs over `home`, or that it has access to.
+
+    Every method raises Unreachable, Refused, UsageFault.
 
     Raises NotRunning when the home says that none is up.
     """
 
     def __init__(self, home: Path) -> None:
-        try:
-            up = json.loads((home / UP_FILE).read_bytes())
-        except (OSError, ValueError) as err:
-            raise NotRunning(
-                f"no coordinator is running over {home}", "start it: commonweight up"
-            ) from err
-        self.address = str(up["address"])
-        self._key = identity.load_signing_key(home / "operator.key")
-        context = ssl.create_default_context(cadata=(home / "ca.pem").read_text())
-        self._http = httpx.Client(base_url=f"https://{self.address}", verify=context, timeout=15)
+        self._door = access.door(home)
+        self.role = self._door.role
+        context = ssl.create_default_context(cadata=self._door.ca_pem)
+        self._http = httpx.Client(verify=context, timeout=15)
+        self.address = self._door.addresses[0]
 
     def close(self) -> None:
         self._http.close()
@@ -93,6 +90,15 @@ class Remote:
     def command(self, peer: str, command: Command) -> str:
         return str(self._post(f"/cw/v1/peers/{peer}/command", command)["outcome"])
 
+    def logs(self, peer: str) -> list[LogLine]:
+        return self._get(f"/cw/v1/peers/{peer}/logs", list[LogLine])
+
+    def operators(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/operators", list[dict[str, Any]])
+
+    def remove_operator(self, operator: str) -> None:
+        self._ask("POST", f"/cw/v1/operators/{operator}/remove")
+
     def _get(self, path: str, kind: type[T]) -> T:
         return msgspec.json.decode(self._ask("GET", path), type=kind)
 
@@ -101,33 +107,32 @@ class Remote:
         return answer
 
     def _ask(self, method: str, path: str, body: bytes = b"") -> bytes:
-        signed = requests.headers(
-            OPERATOR, self._key.sign, method, path, hashlib.sha256(body).hexdigest()
+        """The answer of the first address that gives one; it is asked first from then on."""
+        tried: list[str] = []
+        for address in dict.fromkeys((self.address, *self._door.addresses)):
+            signed = requests.headers(
+                self._door.sender,
+                self._door.key.sign,
+                method,
+                path,
+                hashlib.sha256(body).hexdigest(),
+            )
+            url = f"https://{address}{path}"
+            try:
+                answer = self._http.request(method, url, content=body, headers=signed)
+            except httpx.ConnectError as err:
+                tried.append(f"{address}: {err}")
+                continue
+            except httpx.HTTPError as err:  # it may have heard it: asked once is enough
+                tried.append(f"{address}: {err}")
+                break
+            self.address = address
+            if answer.is_success:
+                return answer.content
+            raise access.refusal(answer)
+        raise Unreachable(
+            f"the coordinator does not answer: {'; '.join(tried)}", "is it running? commonweight up"
         )
-        try:
-            answer = self._http.request(method, path, content=body, headers=signed)
-        except httpx.HTTPError as err:
-            raise Unreachable(
-                f"the coordinator at {self.address} does not answer: {err}",
-                "is it running? commonweight up",
-            ) from err
-        if answer.is_success:
-            return answer.content
-        raise _as_error(answer)
-
-
-def _as_error(answer: httpx.Response) -> CommonweightError:
-    try:
-        told = json.loads(answer.content)
-        code, message, hint = told["code"], told["message"], told["hint"]
-    except (ValueError, KeyError, TypeError):
-        return Refused(f"the coordinator refused ({answer.status_code})", "commonweight doctor")
-    error = CommonweightError(message, hint)
-    error.code = code
-    error.exit_code = {422: ExitCode.USAGE, 403: ExitCode.REFUSED}.get(
-        answer.status_code, ExitCode.FAILED
-    )
-    return error
 
 
 class LiveSource:
@@ -182,8 +187,25 @@ class LiveSource:
             await asyncio.gather(running, return_exceptions=True)
 
     async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        order = Command(action=action, for_s=for_s)
-        return await self._call(lambda remote: remote.command(peer, order))
+        match action:
+            case "approve":
+                await self._call(lambda remote: remote.approve(peer))
+                return "approved"
+            case "remove":
+                await self._call(lambda remote: remote.remove(peer))
+                return "removed"
+            case _:
+                order = Command(action=action, for_s=for_s)
+                return await self._call(lambda remote: remote.command(peer, order))
+
+    async def start_run(self, order: RunOrder) -> str:
+        return await self._call(lambda remote: remote.start_run(order))
+
+    async def stop_run(self, run: str) -> None:
+        await self._call(lambda remote: remote.stop_run(run))
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        return await self._call(lambda remote: remote.logs(peer))
 
     async def ticket(self) -> str:
         made = await self._call(lambda remote: remote.make_ticket(TicketOrder()))

@@ -1,4 +1,4 @@
-"""Where a watcher of the fleet gets what it shows."""
+"""Where a watcher of the fleet gets what it shows, and how it acts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
 from coordinator.fleet import Fleet
-from protocols.messages import Envelope
+from coordinator.orders import RunOrder
+from protocols.messages import Envelope, LogLine
 
-Action = Literal["pause", "resume", "finish"]
+Action = Literal["pause", "resume", "finish", "approve", "remove"]
 
 
 class Source(Protocol):
-    """The seam between a watcher and the coordinator."""
+    """The seam between a watcher and the coordinator. What acts raises CommonweightError."""
 
     async def snapshot(self) -> Fleet:
         """The fleet now, with its `at` stamped. Raises Unreachable or Refused."""
@@ -23,9 +24,21 @@ class Source(Protocol):
         ...
 
     async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        """Ask a peer, by its id; gives words of the outcome. Raises CommonweightError."""
+        """Ask for something about a peer, by its id; words for what was sent."""
         ...
 
     async def ticket(self) -> str:
-        """A new join ticket. Raises CommonweightError."""
+        """A new join ticket."""
+        ...
+
+    async def start_run(self, order: RunOrder) -> str:
+        """Start a run; its id."""
+        ...
+
+    async def stop_run(self, run: str) -> None:
+        """Ask for the end of a run."""
+        ...
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        """The last lines of the peer's log that it lets others see."""
         ...

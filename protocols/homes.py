@@ -1,7 +1,7 @@
 """The folder in which a program keeps its files: made 0700, stamped with a version, locked. Pure.
 
-`COMMONWEIGHT_HOME` and `COMMONWEIGHT_AGENT_HOME` override the platform's folders, so that several
-can live on one machine.
+`COMMONWEIGHT_HOME`, `COMMONWEIGHT_AGENT_HOME` and `COMMONWEIGHT_OPERATOR_HOME` (an access to a
+coordinator elsewhere) override the platform's folders, so that several can live on one machine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
 from protocols.identity import write_private
 
 FORMAT = 1
-Kind = Literal["coordinator", "agent"]
+Kind = Literal["coordinator", "agent", "operator"]
 _VARIABLES: dict[Kind, str] = {
     "coordinator": "COMMONWEIGHT_HOME",
     "agent": "COMMONWEIGHT_AGENT_HOME",
+    "operator": "COMMONWEIGHT_OPERATOR_HOME",
 }
-_STAMP = "home.json"
+_STARTS: dict[Kind, str] = {
+    "coordinator": "commonweight init",
+    "agent": "commonweight-agent join TICKET",
+    "operator": "commonweight monitor --join file:TICKET",
+}
+STAMP = "home.json"
 
 
 def locate(kind: Kind) -> Path:
@@ -37,14 +43,14 @@ def locate(kind: Kind) -> Path:
 def open_home(kind: Kind, *, create: bool = False) -> Path:
     """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeFault."""
     home = locate(kind)
-    start = "commonweight init" if kind == "coordinator" else "commonweight-agent join TICKET"
+    start = _STARTS[kind]
     try:
         if create:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not (home / _STAMP).exists():
+            if not (home / STAMP).exists():
                 stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
-                write_private(home / _STAMP, json.dumps(stamp).encode())
-        text = (home / _STAMP).read_bytes()
+                write_private(home / STAMP, json.dumps(stamp).encode())
+        text = (home / STAMP).read_bytes()
     except FileNotFoundError as err:
         raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
     except OSError as err:
@@ -56,7 +62,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
         stamp = json.loads(text)
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
-        raise HomeFault(f"{home / _STAMP} is damaged", "restore it from a backup") from err
+        raise HomeFault(f"{home / STAMP} is damaged", "restore it from a backup") from err
     if found > FORMAT:
         raise HomeTooNew(
             f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "

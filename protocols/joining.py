@@ -10,6 +10,7 @@ from protocols.messages import Name
 from protocols.mqtt import MqttAddress
 
 JOIN_PATH = "/cw/v1/join"
+OPERATOR_JOIN_PATH = "/cw/v1/operators/join"
 CA_PATH = "/cw/v1/ca"
 STANDING_PATH = "/cw/v1/standing"
 RENEW_PATH = "/cw/v1/renew"
@@ -37,6 +38,31 @@ class Joining(Struct, frozen=True, kw_only=True):
 def claimed(ticket: str, secret: bytes, node_public: bytes) -> bytes:
     """What a joining machine signs with the key that it joins with."""
     return b"\n".join((b"commonweight join 1", ticket.encode(), secret.hex().encode(), node_public))
+
+
+class OperatorJoining(Struct, frozen=True, kw_only=True):
+    """What a monitor elsewhere sends: its ticket, and the public half of its key, proved."""
+
+    ticket: Name
+    secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
+    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    version: Name
+
+
+def operator_claimed(ticket: str, secret: bytes, sign_public: bytes) -> bytes:
+    """What a joining monitor signs with the key that it joins with."""
+    parts = (b"commonweight operator 1", ticket.encode(), secret.hex().encode(), sign_public)
+    return b"\n".join(parts)
+
+
+class OperatorAnswer(Struct, frozen=True, kw_only=True):
+    """Who the monitor is to the fleet from now on, and what it may."""
+
+    operator: str
+    role: Literal["observer", "operator"]
+    fleet: str
 
 
 class JoinAnswer(Struct, frozen=True, kw_only=True):

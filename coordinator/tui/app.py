@@ -1,218 +1,63 @@
-"""The monitor: the fleet in a terminal, drawn from what a Source brings.
-
-Messages are folded as they come and drawn four times a second; ages move once a second. A link
-that is down is shown and tried again; it never ends the monitor.
-"""
+"""The monitor: the fleet in a terminal, and what its keys do."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Iterable
-from datetime import tzinfo
+from collections.abc import Iterable
 from functools import partial
-from typing import ClassVar, TypeVar
+from pathlib import Path
+from typing import ClassVar
 
-from rich.text import Text
 from textual import on, work
-from textual.app import App, ComposeResult, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import BindingType
-from textual.events import Resize
-from textual.screen import Screen
-from textual.widget import Widget
-from textual.widgets import ContentSwitcher, DataTable, Static
+from textual.screen import ModalScreen, Screen
+from textual.widgets import ContentSwitcher, DataTable, Input
 
-from coordinator.fleet import Event, Fleet, Level, called
-from coordinator.tui.dialogs import HelpDialog, PeerDialog, TicketDialog
+from coordinator.fleet import called, current_run
+from coordinator.outcomes import Deed
+from coordinator.tui import export
+from coordinator.tui.dialogs import AskDialog, HelpDialog, TicketDialog
 from coordinator.tui.events_page import EventsPage
 from coordinator.tui.fleet_page import FleetPage
-from coordinator.tui.following import Following, jittered
 from coordinator.tui.footer import Footer
-from coordinator.tui.header import Header
-from coordinator.tui.keys import KEYS, bindings
+from coordinator.tui.keys import KEYS, REPLAY, bindings
+from coordinator.tui.peer_screen import PeerScreen
 from coordinator.tui.rounds_page import RoundsPage
+from coordinator.tui.run_form import RunForm
 from coordinator.tui.tabs import Tabs
-from coordinator.tui.theme import THEME
-from coordinator.watch import Action, Source
-from coordinator.words import age, stopwatch
+from coordinator.tui.theme import OURS
+from coordinator.tui.view import MonitorView
 from protocols.errors import CommonweightError
+from protocols.states import ENDED
 
-Part = TypeVar("Part", bound=Widget)
-LEAST_WIDTH, LEAST_HEIGHT = 40, 12
-DRAW_S = 0.25
-COMMANDS_AT_ONCE = 8
-TOASTS_AT_ONCE = 3
-OWN_EVENTS_KEPT = 200
+#: What a key does also while a peer's screen lies over the pages.
+_ANYWHERE = frozenset(
+    {"command", "freeze", "reconnect", "help", "picture", "copy", "command_palette", "quit"}
+    | {"play", "step", "seek", "pace"}
+)
+_KNOWN = {key.action.partition("(")[0]: key for key in KEYS}
 
 
-class MonitorApp(App[None]):
-    """`commonweight monitor`. `clock` gives Unix s; `zone` is for the times of events."""
+class MonitorApp(MonitorView):
+    """`commonweight monitor`."""
 
-    CSS_PATH = "app.tcss"
-    TITLE = "commonweight"
-    ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = bindings()
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        read_only: bool = False,
-        clock: Callable[[], float] = time.time,
-        zone: tzinfo | None = None,
-        back_off: Callable[[int], float] = jittered,
-    ) -> None:
-        super().__init__()
-        self.following = Following(source, clock, back_off)
-        self.read_only = read_only
-        self.frozen = False
-        self._source = source
-        self._clock = clock
-        self._zone = zone
-        self._own_events: list[Event] = []
-        self._events_seen: int | None = None
-
-    # --- structure ---
-
-    def compose(self) -> ComposeResult:
-        yield Header(self.following)
-        yield Tabs()
-        yield Static(id="trouble")
-        with ContentSwitcher(initial="fleet", id="pages"):
-            yield FleetPage(read_only=self.read_only)
-            yield RoundsPage()
-            yield EventsPage(self._zone)
-        yield Footer(read_only=self.read_only)
-        yield Static(id="too-small")
-
-    def on_mount(self) -> None:
-        self.register_theme(THEME)
-        self.theme = THEME.name
-        self.query_one("#trouble").display = False
-        self.query_one(FleetPage).table.focus()
-        self.run_worker(self.following.run(), name="following", exit_on_error=True)
-        self.set_interval(DRAW_S, self._draw_news)
-        self.set_interval(1.0, self._draw_ages)
-        self._draw(None)
-
-    @property
-    def page(self) -> str:
-        """The id of the page that is open."""
-        return str(self._main(ContentSwitcher).current)
-
-    @property
-    def fleet(self) -> Fleet | None:
-        return self.following.fleet
-
-    @property
-    def events(self) -> list[Event]:
-        """The fleet's events and this monitor's own, in order of time."""
-        both = [*(self.fleet.events if self.fleet else []), *self._own_events]
-        return sorted(both, key=lambda event: event.at)
-
-    # --- drawing ---
-
-    def _draw_news(self) -> None:
-        news = self.following
-        if (news.whole or news.dirty) and not self.frozen:
-            self._draw(None if news.whole else list(news.dirty))
-
-    def _draw(self, dirty: Iterable[str] | None) -> None:
-        """Draw the open page: the rows of `dirty` peers, or everything if None."""
-        if not self.is_running:  # it closes: the pages may be gone already
-            return
-        self.following.clean()
-        now = self._clock()
-        if self.page == "fleet":
-            self._main(FleetPage).draw(self.fleet, now, dirty)
-        elif self.page == "rounds":
-            self._main(RoundsPage).draw(self.fleet)
-        else:
-            self._main(EventsPage).draw(self.events)
-        self._toast_new_events()
-        self._draw_frame(now)
-
-    def _draw_ages(self) -> None:
-        if not self.is_running:
-            return
-        now = self._clock()
-        if self.page == "fleet" and not self.frozen:
-            self._main(FleetPage).ages(now)
-        self._draw_frame(now)
-
-    def _draw_frame(self, now: float) -> None:
-        header, tabs = self._main(Header), self._main(Tabs)
-        header.now = now
-        header.refresh()
-        view = [self._main(FleetPage).view] if self.page == "fleet" else []
-        view += (
-            ["warnings and errors"]
-            if self.page == "events" and self._main(EventsPage).faults
-            else []
-        )
-        view += ["frozen: u goes on"] if self.frozen else []
-        tabs.view = " · ".join(word for word in view if word)
-        news = self.following
-        lost = not news.connected and (news.trouble is not None)
-        trouble = self.screen_stack[0].query_one("#trouble", Static)
-        trouble.display = lost
-        self.screen_stack[0].set_class(lost, "-stale")
-        if lost:
-            trouble.update(self._trouble(now))
-
-    def _trouble(self, now: float) -> Text:
-        news = self.following
-        trouble = news.trouble
-        why = f"{trouble.message}. {trouble.hint}".rstrip(" .") if trouble else ""
-        parts = [f"stale {stopwatch(now - news.fresh_at)}"] if news.fresh_at else ["no data yet"]
-        if news.retry_at is not None:
-            parts.append(f"retry in {age(news.retry_at - now)}")
-        else:
-            parts.append("trying now")
-        return Text(f"✕ {' · '.join(parts)} · {why}", no_wrap=True, overflow="ellipsis")
-
-    def _main(self, kind: type[Part]) -> Part:
-        """A part of the main screen, also while a dialog lies over it."""
-        return self.screen_stack[0].query_one(kind)
-
-    # --- events and toasts ---
-
-    def _toast_new_events(self) -> None:
-        """Toast the warnings and errors that came since the last look; a snapshot's are old."""
-        fleet = self.fleet
-        if fleet is None:
-            return
-        seen, self._events_seen = self._events_seen, fleet.num_events
-        if seen is None or fleet.num_events <= seen:
-            return
-        new = [event for event in fleet.events[seen - fleet.num_events :] if event.level != "info"]
-        for event in new[-TOASTS_AT_ONCE:]:
-            self._toast(event)
-        if len(new) > TOASTS_AT_ONCE:
-            self.notify(f"and {len(new) - TOASTS_AT_ONCE} more: 3 shows all", markup=False)
-
-    def _toast(self, event: Event) -> None:
-        severity = "information" if event.level == "info" else event.level
-        self.notify(event.text, severity=severity, markup=False)
-
-    def _say(self, level: Level, text: str, subject: str = "") -> None:
-        """A toast of this monitor's own; it is kept among the events."""
-        event = Event(at=self._clock(), level=level, text=text, subject=subject)
-        self._own_events = [*self._own_events, event][-OWN_EVENTS_KEPT:]
-        self._toast(event)
-        self.following.whole = True
-
-    def _fail(self, what: str, err: CommonweightError) -> None:
-        hint = f" {err.hint}" if err.hint else ""
-        self._say("error", f"{what}: {err.message}.{hint}")
-
-    # --- keys ---
-
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if self.read_only and action in ("command", "ticket"):
+        if action in _KNOWN and isinstance(self.screen, ModalScreen):
             return False
-        dialog = len(self.screen_stack) > 1
-        return not (dialog and any(key.action.split("(")[0] == action for key in KEYS))
+        return self._may(action, self.screen)
+
+    def _may(self, action: str, screen: Screen[object]) -> bool:
+        """True if this is a thing to do over `screen`, and allowed."""
+        key = _KNOWN.get(action)
+        if key is None:
+            return True
+        if (key.id in REPLAY and not self.replaying) or (self.read_only and key.changes):
+            return False
+        return not isinstance(screen, PeerScreen) or action in _ANYWHERE
+
+    # --- what is shown ---
 
     def action_page(self, page: str) -> None:
         self._main(ContentSwitcher).current = page
@@ -226,8 +71,10 @@ class MonitorApp(App[None]):
             self._main(FleetPage).toggle_mark()
 
     def action_filter(self) -> None:
-        self.action_page("fleet")
-        self._main(FleetPage).ask_filter()
+        if self.page == "rounds":
+            self.action_page("fleet")
+        page = self._main(EventsPage) if self.page == "events" else self._main(FleetPage)
+        page.bar.ask()
 
     def action_faults(self) -> None:
         page = self._main(EventsPage) if self.page == "events" else self._main(FleetPage)
@@ -251,6 +98,15 @@ class MonitorApp(App[None]):
     def action_plain(self) -> None:
         if self.page == "fleet":
             self._main(FleetPage).clear()
+        elif self.page == "events":
+            self._main(EventsPage).clear()
+
+    def action_follow(self) -> None:
+        page: FleetPage | RoundsPage | EventsPage = self._main(FleetPage)
+        if self.page != "fleet":
+            page = self._main(RoundsPage) if self.page == "rounds" else self._main(EventsPage)
+        page.follow = not page.follow
+        self._draw(None)
 
     def action_freeze(self) -> None:
         self.frozen = not self.frozen
@@ -258,76 +114,181 @@ class MonitorApp(App[None]):
 
     def action_reconnect(self) -> None:
         self.following.reconnect()
-        self._say("info", "trying the links again")
+        self.say("info", "trying the links again")
 
     def action_help(self) -> None:
-        self.push_screen(HelpDialog(read_only=self.read_only))
+        page = "peer" if isinstance(self.screen, PeerScreen) else self.page
+        about = "filter" if isinstance(self.focused, Input) else page
+        dialog = HelpDialog(
+            page,
+            self.config.keys,
+            read_only=self.read_only,
+            replay=self.replaying,
+            about=about,
+        )
+        self.push_screen(dialog)
 
-    def action_command(self, action: Action) -> None:
-        page = self._main(FleetPage)
-        here = page.under_cursor
-        peers = sorted(page.marked) or ([here] if here else [])
-        if self.page == "fleet" and peers:
-            self._command(action, peers)
+    # --- what is taken along ---
+
+    def action_copy(self) -> None:
+        """The id of what is under the cursor; on Events the line."""
+        if self.page == "rounds":
+            run = current_run(self.fleet) if self.fleet else None
+            text = run.changed.run if run else ""
+        elif self.page == "events" and self.peer_screen is None:
+            event = self._main(EventsPage).under_cursor
+            text = event.text if event else ""
+        else:
+            text = self._here or ""
+        if text:
+            self.copy_to_clipboard(text)
+            self.notify(f"copied {text}", timeout=2, markup=False)
+
+    def action_export(self) -> None:
+        """What the page shows, as CSV and JSON, into this folder."""
+        fleet = self.fleet
+        if fleet is None:
+            return
+        if self.page == "fleet":
+            peers = [fleet.peers[p] for p in self._main(FleetPage).shown if p in fleet.peers]
+            what, rows = "peers", export.peer_rows(peers, self._clock())
+        elif self.page == "rounds":
+            what, rows = "rounds", export.round_rows(current_run(fleet))
+        else:
+            what, rows = "events", export.event_rows(self._main(EventsPage).shown)
+        try:
+            paths = export.write(Path.cwd(), what, rows, fleet)
+        except CommonweightError as err:
+            self.fail("nothing was exported", err)
+        else:
+            self.say("info", f"wrote {' and '.join(path.name for path in paths)}")
+
+    def action_picture(self) -> None:
+        """The screen as SVG, into this folder."""
+        try:
+            path = self.save_screenshot(path=str(Path.cwd()))
+        except OSError as err:
+            self.say("error", f"no picture was written: {err.strerror}")
+        else:
+            self.say("info", f"wrote {Path(path).name}")
+
+    # --- doing ---
+
+    @property
+    def _here(self) -> str | None:
+        """The peer that is meant: that of the open screen, else the one under the cursor."""
+        screen = self.peer_screen
+        return screen.peer if screen else self._main(FleetPage).under_cursor
+
+    @property
+    def _meant(self) -> list[str]:
+        """The marked peers, else the one under the cursor."""
+        if self.peer_screen is None and self.page != "fleet":
+            return []
+        marked = sorted(self._main(FleetPage).marked) if self.peer_screen is None else []
+        return marked or ([self._here] if self._here else [])
+
+    def _names(self, peers: list[str]) -> str:
+        known = self.fleet.peers if self.fleet else {}
+        names = [called(known[peer]) if peer in known else peer for peer in peers]
+        return ", ".join(names) if len(names) <= 3 else f"{len(names)} peers"
+
+    def action_command(self, deed: Deed) -> None:
+        if peers := self._meant:
+            self._do(deed, peers)
 
     @work
-    async def _command(self, action: Action, peers: list[str]) -> None:
-        """Ask all peers; what really came of it is seen when they say so themselves."""
-        places = asyncio.Semaphore(COMMANDS_AT_ONCE)
+    async def _do(self, deed: Deed, peers: list[str]) -> None:
+        """Ask; what came of it is said when the peers say so themselves."""
+        if (fleet := self.fleet) is None:
+            return
+        for news in await self.deeds.ask(deed, peers, fleet):
+            self.say(news.level, news.text, news.subject)
+        self._draw_frame(self._clock())
 
-        async def ask(peer: str) -> tuple[str, str | CommonweightError]:
-            async with places:
-                try:
-                    return peer, await self._source.command(peer, action)
-                except CommonweightError as err:
-                    return peer, err
+    def action_remove(self) -> None:
+        self._ask_first("remove", "Its key is refused for good; what it gave stays.")
 
-        answers = await asyncio.gather(*map(ask, peers))
-        done = [(peer, words) for peer, words in answers if isinstance(words, str)]
-        if len(done) == 1:
-            self._say("info", f"{self._called(done[0][0])}: {done[0][1]}", done[0][0])
-        elif done:
-            self._say("info", f"{action}: {len(done)} peers asked")
-        for peer, answer in answers:
-            if isinstance(answer, CommonweightError):
-                self._fail(f"{action} {self._called(peer)}", answer)
+    def action_drain(self) -> None:
+        self._ask_first("drain", "It ends its round, sends it, and then stops.")
 
-    def _called(self, peer: str) -> str:
-        known = self.fleet.peers.get(peer) if self.fleet else None
-        return called(known) if known else peer
+    @work
+    async def _ask_first(self, deed: Deed, consequence: str) -> None:
+        if peers := self._meant:
+            question = f"{deed.capitalize()} {self._names(peers)}?"
+            if await self.push_screen_wait(AskDialog(question, consequence)):
+                self._do(deed, peers)
 
     @work(exclusive=True, group="ticket")
     async def action_ticket(self) -> None:
         try:
             ticket = await self._source.ticket()
         except CommonweightError as err:
-            self._fail("no ticket was made", err)
+            self.fail("no ticket was made", err)
         else:
-            self._say("info", "a ticket was made")
+            self.say("info", "a ticket was made")
             self.push_screen(TicketDialog(ticket))
+
+    @work
+    async def action_start_run(self) -> None:
+        order = await self.push_screen_wait(RunForm())
+        if order is None:
+            return
+        try:
+            run = await self._source.start_run(order)
+        except CommonweightError as err:
+            self.fail("no run was started", err)
+        else:
+            self.deeds.expect("start", run, run)
+
+    @work
+    async def action_stop_run(self) -> None:
+        run = current_run(self.fleet) if self.fleet else None
+        if run is None or run.changed.state in ENDED:
+            self.notify("no run is under way", timeout=3)
+            return
+        name = run.changed.run
+        dialog = AskDialog(f"Stop run {name}?", "What is committed stays; it cannot go on later.")
+        if not await self.push_screen_wait(dialog):
+            return
+        try:
+            await self._source.stop_run(name)
+        except CommonweightError as err:
+            self.fail(f"{name} was not stopped", err)
+        else:
+            self.deeds.expect("stop", name, name)
+
+    def fail(self, what: str, err: CommonweightError) -> None:
+        """Say what could not be done, why, and what next."""
+        hint = f" {err.hint}" if err.hint else ""
+        self.say("error", f"{what}: {err.message}.{hint}")
+
+    # --- peers and the palette ---
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         for key in KEYS:
-            if key.shown not in ("enter", "^p") and not (self.read_only and key.changes):
-                run = partial(self.run_action, key.action)
-                yield SystemCommand(f"{key.shown}  {key.meaning}", "", run)
-
-    # --- what the parts report ---
-
-    @on(FleetPage.Viewed)
-    def _view_changed(self) -> None:
-        self._draw(None)
+            action = key.action.partition("(")[0]
+            if key.id in ("open", "palette") or not self._may(action, screen):
+                continue
+            shown = key.shown(self.config.keys)
+            yield SystemCommand(f"{shown}  {key.meaning}", "", partial(self.run_action, key.action))
+        for name in OURS:
+            yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
+        yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
     @on(DataTable.RowSelected, "#peers")
     def _open_peer(self) -> None:
         if (peer := self._main(FleetPage).under_cursor) is not None:
-            self.push_screen(PeerDialog(peer, lambda: self.fleet, self._clock))
+            self._show_peer(peer)
 
-    def on_resize(self, event: Resize) -> None:
-        width, height = event.size
-        small = width < LEAST_WIDTH or height < LEAST_HEIGHT
-        self.screen_stack[0].set_class(small, "-small")
-        self.screen_stack[0].query_one("#too-small", Static).update(
-            f"commonweight needs at least {LEAST_WIDTH}×{LEAST_HEIGHT}; "
-            f"this terminal is {width}×{height}"
-        )
+    @on(DataTable.RowSelected, "#said")
+    def _open_subject(self) -> None:
+        """From a line of Events to the peer that it is about."""
+        event = self._main(EventsPage).under_cursor
+        if event and self.fleet and event.subject in self.fleet.peers:
+            self._show_peer(event.subject)
+
+    def _show_peer(self, peer: str) -> None:
+        footer = self.make_footer("peer")
+        screen = PeerScreen(peer, self.following, self._source, footer, self._clock, self._zone)
+        self.push_screen(screen, lambda _: self._draw(None))

@@ -1,88 +1,116 @@
-"""The pages that lie over the others: help, a fresh ticket, one peer."""
+"""The boxes that lie over a page: help, a fresh ticket, a question, what to export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar, Generic, TypeVar
 
 from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from coordinator.fleet import Fleet, Peer, called
-from coordinator.rows import LEVELS, state_cell
-from coordinator.tui.keys import KEYS
-from coordinator.tui.plots import shaded
-from coordinator.tui.theme import BLUE, DIM, INK, STYLES, VERMILION
-from coordinator.words import DIVERGED, NOTHING, age, amount, bars, decimal, progress
+from coordinator.tui.keys import KEYS, REPLAY
+from coordinator.tui.theme import colours
 
-EVENTS_SHOWN = 5
+Answer = TypeVar("Answer")
 
 
-class Dialog(ModalScreen[None]):
-    """A box over the page; `esc` or `q` closes it."""
+class Dialog(ModalScreen[Answer], Generic[Answer]):
+    """A box over the page; `esc` or `q` closes it with no answer."""
 
-    BINDINGS = [Binding("escape,q,enter", "dismiss", "Close", show=False)]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,enter", "close", "Close", show=False)
+    ]
     title_text = ""
+    foot_text = "esc closes"
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="box") as box:
             box.border_title = self.title_text
-            box.border_subtitle = "esc closes"
+            box.border_subtitle = self.foot_text
             yield Static(id="words")
 
     def on_mount(self) -> None:
-        self.draw()
-
-    def draw(self) -> None:
         self.query_one("#words", Static).update(self.words())
-
-    def on_resize(self) -> None:
-        """The words may depend on the room there is, known after this."""
-        self.call_after_refresh(self.draw)
 
     def words(self) -> Text | Table:
         """What stands in the box."""
         raise NotImplementedError
 
+    def action_close(self) -> None:
+        self.dismiss(None)
 
-class HelpDialog(Dialog):
+
+#: What each page is about; the help shows it first where the focus is.
+ABOUT = {
+    "fleet": "Fleet: one row a peer, what needs a person first. Commands go to the marked peers, "
+    "or to the one under the cursor. What a peer last said is shown with its age.",
+    "rounds": "Rounds: the run that matters, one row a closed round, the newest first; ★ is the "
+    "best. The plots show the median of all peers, and from the least to the most.",
+    "events": "Events: everything that was said here, toasts too. enter goes to the peer that a "
+    "line is about.",
+    "peer": "Peer: 1 overview, 2 metrics, 3 its log (asked for when it is opened; never data, "
+    "paths or secrets), 4 what its owner lets you know of the settings. esc goes back.",
+    "filter": "Filter: every word must be in the name, id, labels, task, state or text. enter "
+    "goes back to the rows, esc shows all again.",
+}
+
+
+class HelpDialog(Dialog[None]):
+    """The keys, those of the page that has the focus first."""
+
     title_text = "Keys"
 
-    def __init__(self, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        page: str,
+        remapped: dict[str, str],
+        *,
+        read_only: bool = False,
+        replay: bool = False,
+        about: str = "",
+    ) -> None:
         super().__init__()
-        self._read_only = read_only
+        self._page, self._about = page, about or page
+        self._remapped, self._read_only, self._replay = remapped, read_only, replay
 
     def words(self) -> Table:
+        own = colours()
         table = Table.grid(padding=(0, 2))
-        table.add_column(justify="right", style=f"bold {BLUE}", no_wrap=True)
-        table.add_column(style=INK)
+        table.add_column(justify="right", style=f"bold {own.blue}", no_wrap=True)
+        table.add_column(style=own.ink)
+        table.add_column(style=own.dim, no_wrap=True)
+        table.add_row("", Text(ABOUT[self._about], own.dim))
+        table.add_row("", "")
         table.add_row("↑ ↓ j k", "move; g and G go to the first and the last")
-        for key in KEYS:
-            if not (key.changes and self._read_only):
-                table.add_row(key.shown, key.meaning)
+        here = [key for key in KEYS if self._page in key.pages.split()]
+        for key in (*here, *(key for key in KEYS if key not in here)):
+            if (key.changes and self._read_only) or (key.id in REPLAY and not self._replay):
+                continue
+            table.add_row(key.shown(self._remapped), key.meaning, key.id)
         return table
 
 
-class TicketDialog(Dialog):
+class TicketDialog(Dialog[None]):
     """The ticket is kept nowhere: when the box is closed it is gone from this screen."""
 
     title_text = "A ticket, shown once"
-    BINDINGS = [Binding("y", "copy", "Copy", show=False)]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("y", "copy", "Copy", show=False)]
 
     def __init__(self, ticket: str) -> None:
         super().__init__()
         self._ticket = ticket
 
     def words(self) -> Text:
-        text = Text.assemble(("On the machine that joins, run:\n\n", DIM))
-        text.append("commonweight-agent join -\n\n", BLUE)
-        text.append("and paste this line (", DIM).append("y", f"bold {BLUE}")
-        text.append(" copies it):\n\n", DIM)
-        return text.append(self._ticket, f"bold {INK}")
+        own = colours()
+        text = Text.assemble(("On the machine that joins, run:\n\n", own.dim))
+        text.append("commonweight-agent join -\n\n", own.blue)
+        text.append("and paste this line (", own.dim).append("y", f"bold {own.blue}")
+        text.append(" copies it):\n\n", own.dim)
+        return text.append(self._ticket, f"bold {own.ink}")
 
     def action_copy(self) -> None:
         """Into the clipboard, where the terminal allows it."""
@@ -90,59 +118,28 @@ class TicketDialog(Dialog):
         self.notify("copied", timeout=2)
 
 
-class PeerDialog(Dialog):
-    """Everything about one peer, as it changes."""
+class AskDialog(Dialog[bool]):
+    """A question; only `y` is a yes."""
 
-    def __init__(self, peer: str, fleet: Callable[[], Fleet | None], now: Callable[[], float]):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes", show=False),
+        Binding("n", "answer(False)", "No", show=False),
+    ]
+    title_text = "Sure?"
+    foot_text = "y yes · n no"
+
+    def __init__(self, question: str, consequence: str) -> None:
         super().__init__()
-        self._peer = peer
-        self._fleet = fleet
-        self._now = now
+        self._question, self._consequence = question, consequence
 
-    def on_mount(self) -> None:
-        self.set_interval(1.0, self.draw)
+    def words(self) -> Text:
+        own = colours()
+        text = Text.assemble((f"{self._question}\n\n", f"bold {own.ink}"))
+        text.append(f"{self._consequence}\n\n", own.dim)
+        for key, word, answer in (("y", " yes", True), ("n", " no", False)):
+            click = f"@click=screen.answer({answer})"
+            text.append_text(Text.from_markup(f"[{click}][bold {own.blue}]{key}[/]{word}[/]    "))
+        return text
 
-    def words(self) -> Table | Text:
-        fleet = self._fleet()
-        peer = fleet.peers.get(self._peer) if fleet else None
-        if peer is None:
-            return Text("This peer is no longer in the fleet.", DIM)
-        self.query_one("#box").border_title = Text(called(peer))
-        table = peer_table(peer, self._now(), max(self.query_one("#words").size.width, 40))
-        own = [event for event in fleet.events if event.subject == peer.peer] if fleet else []
-        for event in own[-EVENTS_SHOWN:]:
-            glyph, tone = LEVELS[event.level]
-            said = Text.assemble((f"{glyph} ", STYLES[tone]), event.text)
-            table.add_row(f"{age(self._now() - event.at)} ago", said)
-        return table
-
-
-def peer_table(peer: Peer, now: float, width: int) -> Table:
-    """What is known of `peer`, name and value a line, and the trend of its loss."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style=DIM, no_wrap=True)
-    table.add_column(style=INK)
-    state = state_cell(peer, now, 400)
-    table.add_row("state", Text(state.text, STYLES[state.tone]))
-    table.add_row("id", Text(peer.peer))
-    labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
-    table.add_row("labels", Text(labels or NOTHING))
-    table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
-    table.add_row("version", Text(peer.version or NOTHING))
-    table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
-    if sent := peer.telemetry:
-        if sent.steps:
-            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
-            table.add_row("step", done)
-        table.add_row("speed", f"{sent.samples_per_s:.0f} samples/s")
-        table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
-        battery = "" if sent.battery_percent is None else f" · battery {sent.battery_percent:.0f} %"
-        cpu = f"{sent.cpu_percent:.0f} % of a core · {amount(sent.memory_bytes)}"
-        table.add_row("load", cpu + battery)
-    table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
-    loss = decimal(peer.telemetry.loss) if peer.telemetry else NOTHING
-    table.add_row("loss", Text(DIVERGED, VERMILION) if peer.diverged else loss)
-    if peer.losses:
-        drawn = shaded(bars(peer.losses, min(width - 14, 60), 3), BLUE)
-        table.add_row("", Text("\n").join(drawn))
-    return table
+    def action_answer(self, yes: bool) -> None:
+        self.dismiss(yes)

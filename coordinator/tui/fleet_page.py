@@ -10,13 +10,14 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
 from textual.message import Message
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from coordinator.fleet import Fleet, Peer, called, current_run
 from coordinator.rows import SORTS, Cell, Column, chosen, fit
+from coordinator.tui.filter_bar import FilterBar
 from coordinator.tui.plots import Plots
 from coordinator.tui.row_table import RowTable
-from coordinator.tui.theme import ACCENT, BLUE, DIM, INK, painted
+from coordinator.tui.theme import colours, painted
 from coordinator.words import cut
 
 WIDE = 120
@@ -33,6 +34,8 @@ class FleetPage(Vertical):
         super().__init__(id="fleet")
         self.marked: set[str] = set()
         self.faults = False
+        #: The cursor goes with its peer when the rows move, or stays in its place.
+        self.follow = True
         self.by = "state"
         self.reverse = False
         self.zoomed = False
@@ -44,18 +47,15 @@ class FleetPage(Vertical):
         self._order: list[str] = []
 
     def compose(self) -> ComposeResult:
-        with Horizontal(id="asking"):
-            yield Static("/", id="slash")
-            yield Input(placeholder="name, id, state or label", id="filter", compact=True)
+        yield FilterBar("name, id, state or label")
         with Horizontal(id="sides"):
             yield RowTable(id="peers")
             yield Static(id="nothing")
             yield Plots(id="beside")
 
     def on_mount(self) -> None:
-        self.query_one(Input).cursor_blink = False
-        self.query_one("#asking").display = False
         self.query_one("#nothing").display = False
+        self.query_one("#beside").display = False
 
     @property
     def table(self) -> RowTable:
@@ -64,13 +64,26 @@ class FleetPage(Vertical):
     @property
     def words(self) -> str:
         """What the filter holds."""
-        return self.query_one(Input).value
+        return self.bar.words
+
+    @property
+    def bar(self) -> FilterBar:
+        return self.query_one(FilterBar)
 
     @property
     def under_cursor(self) -> str | None:
         """The id of the peer under the cursor."""
         row = self.table.cursor_row
         return self._order[row] if 0 <= row < len(self._order) else None
+
+    @property
+    def shown(self) -> list[str]:
+        """The ids of the peers in the table, in order."""
+        return list(self._order)
+
+    def forget(self) -> None:
+        """The next drawing begins anew: the colours are others."""
+        self._columns = []
 
     @property
     def view(self) -> str:
@@ -80,6 +93,7 @@ class FleetPage(Vertical):
         if self.by != "state" or self.reverse:
             parts.append(f"by {self.by}{' ↑' if self.reverse else ' ↓'}")
         parts += [f"{len(self.marked)} marked"] if self.marked else []
+        parts += [] if self.follow else ["in place: f"]
         return " · ".join(parts)
 
     # --- drawing ---
@@ -89,7 +103,7 @@ class FleetPage(Vertical):
         if fleet is not self._fleet:
             dirty, self._fleet = None, fleet
         if fleet is None:
-            self._say_nothing(Text("Waiting for the coordinator…", DIM))
+            self._say_nothing(Text("Waiting for the coordinator…", colours().dim))
             return
         self.marked &= fleet.peers.keys()
         self._show_plots()
@@ -132,7 +146,7 @@ class FleetPage(Vertical):
         here = self.under_cursor
         table.clear(columns=True)
         for column, width in columns:
-            title = Text(column.title, DIM, justify="right" if column.right else "left")
+            title = Text(column.title, colours().dim, justify="right" if column.right else "left")
             table.add_column(title, width=width, key=column.key)
         self._cells, self._order = {}, []
         self._keep = here
@@ -183,17 +197,17 @@ class FleetPage(Vertical):
             ranks = iter([place[str(key.value)] for key in self.table.rows])
             self.table.sort(key=lambda row: next(ranks))
             self._order = order
-        if here in order:
+        if here in order and self.follow:
             self.table.move_cursor(row=order.index(here), animate=False)
 
     def _why_empty(self, fleet: Fleet) -> Text:
         if fleet.peers:
-            return Text("No peer fits this view. esc shows all again.", DIM)
-        text = Text.assemble(("No peers yet.\n\n", f"bold {INK}"))
-        text.append("On each machine run:\n", DIM)
-        text.append("commonweight-agent join TICKET\n\n", BLUE)
+            return Text("No peer fits this view. esc shows all again.", colours().dim)
+        text = Text.assemble(("No peers yet.\n\n", f"bold {colours().ink}"))
+        text.append("On each machine run:\n", colours().dim)
+        text.append("commonweight-agent join TICKET\n\n", colours().blue)
         if not self._read_only:
-            text.append("t", f"bold {ACCENT}").append(" makes a ticket", DIM)
+            text.append("t", f"bold {colours().accent}").append(" makes a ticket", colours().dim)
         return text
 
     def _say_nothing(self, text: Text) -> None:
@@ -217,27 +231,20 @@ class FleetPage(Vertical):
         self.by = SORTS[(SORTS.index(self.by) + step) % len(SORTS)]
         self.post_message(self.Viewed())
 
-    def ask_filter(self) -> None:
-        """Open the filter and type into it."""
-        self.query_one("#asking").display = True
-        self.query_one(Input).focus()
-
     def clear(self) -> None:
         """Back to the plain view."""
-        self.query_one(Input).value = ""
-        self.query_one("#asking").display = False
+        self.bar.clear()
         self.marked.clear()
-        self.faults = False
+        self.faults, self.follow = False, True
         self.table.focus()
         self.post_message(self.Viewed())
 
-    @on(Input.Changed)
+    @on(FilterBar.Changed)
     def _filter_changed(self) -> None:
         self.post_message(self.Viewed())
 
-    @on(Input.Submitted)
+    @on(FilterBar.Done)
     def _filter_done(self) -> None:
-        self.query_one("#asking").display = bool(self.words)
         self.table.focus()
 
     def _show_plots(self) -> None:

@@ -8,11 +8,11 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from coordinator.tui.keys import KEYS, LAST, Key
-from coordinator.tui.theme import BLUE, DIM
+from coordinator.tui.theme import colours
 
 
 class Footer(Widget):
-    """Each key can be clicked."""
+    """Each key can be clicked. `remapped` holds the keys that a person has changed, by id."""
 
     DEFAULT_CSS = "Footer { height: 1; padding: 0 1; background: $panel; dock: bottom; }"
 
@@ -21,24 +21,31 @@ class Footer(Widget):
     page: reactive[str] = reactive("fleet")
     """The page whose keys are shown."""
 
-    def __init__(self, *, read_only: bool = False) -> None:
+    def __init__(
+        self, remapped: dict[str, str], *, read_only: bool = False, page: str = "fleet"
+    ) -> None:
         super().__init__()
+        self._remapped = remapped
         self._read_only = read_only
+        self.set_reactive(Footer.page, page)
 
     def render(self) -> Text:
-        return footer_line(self.page, self.content_size.width, read_only=self._read_only)
+        width = self.content_size.width
+        return footer_line(self.page, width, self._remapped, read_only=self._read_only)
 
 
-def footer_line(page: str, width: int, *, read_only: bool = False) -> Text:
+def footer_line(
+    page: str, width: int, remapped: dict[str, str] | None = None, *, read_only: bool = False
+) -> Text:
     """The footer's text in `width` characters: the keys of the page, then help and quit."""
-    keys = [key for key in KEYS if page in key.pages and not (read_only and key.changes)]
-    last = [key for key in keys if key.shown in LAST]
-    end = Text("  ").join(map(_one, last))
+    keys = [key for key in KEYS if page in key.pages.split() and not (read_only and key.changes)]
+    last = [key for key in keys if key.id in LAST]
+    end = Text("  ").join(_one(key, remapped or {}) for key in last)
     line = Text(no_wrap=True, end="")
     for key in keys:
         if key in last:
             continue
-        piece = _one(key)
+        piece = _one(key, remapped or {})
         if len(line) + len(piece) + 2 + len(end) > width:
             break
         line.append_text(piece).append("  ")
@@ -46,8 +53,8 @@ def footer_line(page: str, width: int, *, read_only: bool = False) -> Text:
     return line.append_text(end)
 
 
-def _one(key: Key) -> Text:
-    action = "command_palette" if key.action == "command_palette" else key.action
-    click = Style(meta={"@click": f"app.{action}"})
-    text = Text.assemble((key.shown, Style(color=BLUE, bold=True) + click))
-    return text.append(f" {key.word}", Style(color=DIM) + click)
+def _one(key: Key, remapped: dict[str, str]) -> Text:
+    click = Style(meta={"@click": f"app.{key.action}"})
+    shown = key.shown(remapped)
+    text = Text.assemble((shown, Style(color=colours().blue, bold=True) + click))
+    return text.append(f" {key.word}", Style(color=colours().dim) + click)

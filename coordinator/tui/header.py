@@ -8,7 +8,7 @@ from textual.widget import Widget
 from coordinator.fleet import current_run, num_available, num_enrolled
 from coordinator.rows import Cell
 from coordinator.tui.following import Following
-from coordinator.tui.theme import FAINT, STYLES
+from coordinator.tui.theme import colours, styles
 from coordinator.words import age, cut
 from protocols.states import ENDED
 
@@ -46,8 +46,8 @@ def header_line(following: Following, now: float, width: int) -> Text:
     for forms in segments:
         if forms[0].text:
             if line:
-                line.append(separator, FAINT)
-            line.append(forms[0].text, STYLES[forms[0].tone])
+                line.append(separator, colours().faint)
+            line.append(forms[0].text, styles()[forms[0].tone])
     return line
 
 

@@ -19,7 +19,7 @@ from coordinator.rows import (
 )
 from coordinator.tui.plots import Plots
 from coordinator.tui.row_table import RowTable
-from coordinator.tui.theme import BLUE, DIM, GREEN, painted
+from coordinator.tui.theme import colours, painted
 from coordinator.words import trend
 
 TALL = 22
@@ -32,6 +32,8 @@ class RoundsPage(Vertical):
     def __init__(self) -> None:
         super().__init__(id="rounds")
         self.zoomed = False
+        #: The cursor stays on the newest round.
+        self.follow = True
         self._run: Run | None = None
         self._drawn: tuple[object, ...] = ()
 
@@ -55,7 +57,7 @@ class RoundsPage(Vertical):
         self.query_one("#standing", Static).update(
             self._standing(run, lines=not plots.display)
             if run
-            else Text("No run yet.  commonweight run start TASK  starts one.", DIM)
+            else Text("No run yet.  commonweight run start TASK  starts one.", colours().dim)
         )
         if run is not None:
             self._fill(run)
@@ -64,8 +66,12 @@ class RoundsPage(Vertical):
         text = Text(run_words(run), no_wrap=True, overflow="ellipsis")
         if lines and run.rounds:
             width = max((self.size.width - 24) // 2, 8)
-            text.append("\nloss ", DIM).append(trend(loss_trend(run.rounds), width), BLUE)
-            text.append("  accuracy ", DIM).append(trend(accuracy_trend(run.rounds), width), GREEN)
+            text.append("\nloss ", colours().dim).append(
+                trend(loss_trend(run.rounds), width), colours().blue
+            )
+            text.append("  accuracy ", colours().dim).append(
+                trend(accuracy_trend(run.rounds), width), colours().green
+            )
         return text
 
     def _fill(self, run: Run) -> None:
@@ -83,12 +89,16 @@ class RoundsPage(Vertical):
         for title, wide in ROUND_TITLES:
             if room < wide + 2:
                 break
-            table.add_column(Text(title, DIM, justify="right"), width=wide)
+            table.add_column(Text(title, colours().dim, justify="right"), width=wide)
             count, room = count + 1, room - wide - 2
         for closed in reversed(run.rounds[-SHOWN_MOST:]):
             cells = round_cells(closed, best)[:count]
             table.add_row(*(painted(cell, right=True) for cell in cells))
-        table.move_cursor(row=cursor, animate=False)
+        table.move_cursor(row=0 if self.follow else cursor, animate=False)
+
+    def forget(self) -> None:
+        """The next drawing begins anew: the colours are others."""
+        self._drawn = ()
 
     def on_resize(self, event: Resize) -> None:
         if self.query_one(Plots).fleet is not None:

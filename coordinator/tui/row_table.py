@@ -19,6 +19,11 @@ class RowTable(DataTable[Text]):
         Binding("end,G", "scroll_bottom", "Last row", show=False),
     ]
 
-    def __init__(self, *, id: str) -> None:  # noqa: A002
-        super().__init__(cursor_type="row", cursor_foreground_priority="renderable", id=id)
+    def __init__(self, *, id: str, show_header: bool = True) -> None:  # noqa: A002
+        super().__init__(
+            cursor_type="row",
+            cursor_foreground_priority="renderable",
+            show_header=show_header,
+            id=id,
+        )
         self.cell_padding = 1

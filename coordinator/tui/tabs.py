@@ -7,7 +7,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from coordinator.tui.theme import BLUE, DIM, FAINT, YELLOW
+from coordinator.tui.theme import colours
 
 PAGES = ("fleet", "rounds", "events")
 
@@ -29,10 +29,16 @@ class Tabs(Widget):
         for number, page in enumerate(PAGES, 1):
             click = Style(meta={"@click": f"app.page('{page}')"})
             here = page == self.page
-            word = Style(color="#ffffff", bold=True, underline=True) if here else Style(color=DIM)
-            line.append(f"{number} ", Style(color=BLUE if here else FAINT) + click)
+            word = (
+                Style(color=colours().strong, bold=True, underline=True)
+                if here
+                else Style(color=colours().dim)
+            )
+            line.append(
+                f"{number} ", Style(color=colours().blue if here else colours().faint) + click
+            )
             line.append(page.capitalize(), word + click).append("   ")
         room = self.content_size.width - len(line)
         view = self.view if len(self.view) <= room else self.view[: max(room - 1, 0)] + "…"
         line.append(" " * (room - len(view)))
-        return line.append(view, YELLOW)
+        return line.append(view, colours().yellow)

@@ -10,7 +10,10 @@ from textual.app import App
 from textual.pilot import Pilot
 
 from coordinator.fleet import Fleet, decode, encode, fold
+from coordinator.orders import RunOrder
+from coordinator.tui import view
 from coordinator.tui.app import MonitorApp
+from coordinator.tui.config import Config
 from coordinator.watch import Action
 from protocols.errors import Refused, Unreachable
 from protocols.messages import (
@@ -18,6 +21,7 @@ from protocols.messages import (
     Envelope,
     Happened,
     Links,
+    LogLine,
     Notice,
     PeerKnown,
     Presence,
@@ -27,6 +31,9 @@ from protocols.messages import (
 )
 from protocols.states import PauseReason, PeerState, RunState
 from protocols.topics import COORDINATOR
+
+#: A screen drawn often settles soon.
+view.DRAW_S = 0.02
 
 NOW = 1_790_000_000.0
 NAMES = ("north", "south-attic", "east", "lab-workstation-7", "west", "garden")
@@ -174,6 +181,13 @@ class Replay:
         self.mqtt_up = True
         self.snapshots = 0
         self.commands: list[tuple[str, Action, float]] = []
+        self.orders: list[RunOrder] = []
+        self.stopped: list[str] = []
+        self.log_lines = [
+            LogLine(at=NOW - 60, level="info", text="connected to 192.0.2.7:9092"),
+            LogLine(at=NOW - 30, level="warning", text="lost the coordinator: no answer"),
+            LogLine(at=NOW - 5, level="error", text="the work failed: out of memory"),
+        ]
 
     async def snapshot(self) -> Fleet:
         if not self.http_up or self.fleet is None:
@@ -191,9 +205,21 @@ class Replay:
 
     async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
         self.commands.append((peer, action, for_s))
-        if peer == IDS["west"]:
-            raise Refused("it is offline", "Try again when it is back.")
+        if peer == IDS["south-attic"]:
+            raise Refused("the broker is away", "Try again when it is back.")
         return f"asked to {action}"
+
+    async def start_run(self, order: RunOrder) -> str:
+        self.orders.append(order)
+        return "ping-1"
+
+    async def stop_run(self, run: str) -> None:
+        self.stopped.append(run)
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        if peer == IDS["west"]:
+            raise Unreachable("west does not answer", "It may be offline.")
+        return self.log_lines
 
     async def ticket(self) -> str:
         return "cw1-" + "k7Qp2m" * 16
@@ -204,10 +230,19 @@ def links(seq: int = 1, *, epoch: str = "e9") -> Envelope:
     return Envelope(sender=COORDINATOR, epoch=epoch, seq=seq, at=NOW, body=body)
 
 
-def monitor(source: Replay, *, read_only: bool = False, clock: float = NOW) -> MonitorApp:
+def monitor(
+    source: Replay,
+    *,
+    read_only: bool = False,
+    clock: float = NOW,
+    config: Config | None = None,
+    ascii_only: bool = False,
+) -> MonitorApp:
     return MonitorApp(
         source,
         read_only=read_only,
+        config=config,
+        ascii_only=ascii_only,
         clock=lambda: clock,
         zone=UTC,
         back_off=lambda attempt: 8.0,
@@ -216,10 +251,10 @@ def monitor(source: Replay, *, read_only: bool = False, clock: float = NOW) -> M
 
 async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
     """Let the app run until `true()`; at most some seconds."""
-    for _ in range(200):
+    for _ in range(500):
         if true():
             break
-        await pilot.pause(0.05)
+        await pilot.pause(0.02)
     assert true()
     await settled(pilot)
 
@@ -232,7 +267,7 @@ async def settled(pilot: Pilot[None]) -> None:
         if now == before:
             break
         before = now
-        await pilot.pause(0.35)
+        await pilot.pause(4 * view.DRAW_S)
 
 
 def screen_text(app: App[None]) -> str:

@@ -9,13 +9,14 @@ import pytest
 from textual.pilot import Pilot
 
 from coordinator.tui.app import MonitorApp
-from coordinator.tui.dialogs import HelpDialog, PeerDialog, TicketDialog
+from coordinator.tui.dialogs import HelpDialog, TicketDialog
 from coordinator.tui.fleet_page import FleetPage
 from coordinator.tui.footer import footer_line
 from coordinator.tui.header import header_line
+from coordinator.tui.peer_screen import PeerScreen
 from protocols.errors import Unreachable
 from protocols.messages import Envelope, Happened, Presence
-from protocols.states import PeerState
+from protocols.states import PauseReason, PeerState
 from protocols.topics import COORDINATOR
 from tests.coordinator.tui.scene import (
     IDS,
@@ -58,26 +59,39 @@ async def test_pages() -> None:
             assert words in screen_text(app)
 
 
-async def test_commands_go_to_the_marked_and_their_outcome_is_kept() -> None:
+def says(name: str, state: PeerState, reason: str = "", seq: int = 1) -> Envelope:
+    body = Presence(state=state, reason=reason, name=name)
+    return Envelope(sender=IDS[name], epoch="e2", seq=seq, at=NOW, body=body)
+
+
+async def test_a_deed_is_done_when_the_peer_says_so() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
         await pilot.press("down", "space", "P")
         await until(pilot, lambda: len(source.commands) == 1)
         assert source.commands == [(IDS["east"], "pause", 0.0)]
-        await pilot.press("end", "space", "F")
-        await until(pilot, lambda: len(source.commands) == 3)
-        assert page.marked == {IDS["east"], IDS["west"]}
-        assert {(peer, action) for peer, action, _ in source.commands[1:]} == {
-            (IDS["east"], "finish"),
-            (IDS["west"], "finish"),
-        }
-        texts = [event.text for event in app.events]
-        assert "east: asked to pause" in texts
-        assert "finish west: it is offline. Try again when it is back." in texts
-        await pilot.press("3")
-        await settled(pilot)
-        assert "it is offline" in screen_text(app)
+        await until(pilot, lambda: "asked: pause east" in screen_text(app))
+        assert not any("paused" in event.text for event in app.events), "only sent so far"
+        source.live.put_nowait(says("east", PeerState.PAUSED, PauseReason.OPERATOR))
+        await until(pilot, lambda: any(e.text == "east has paused" for e in app.events))
+        assert "asked:" not in screen_text(app)
+        assert page.marked == {IDS["east"]}
+
+
+async def test_what_cannot_be_asked_says_why() -> None:
+    source = busy()
+    async with running(source) as (app, pilot):
+        page = app.query_one(FleetPage)
+        await pilot.press("end", "space", "P")
+        offline = "pause west: it is offline and hears nothing. Try again when it is back."
+        await until(pilot, lambda: any(event.text == offline for event in app.events))
+        assert source.commands == [], "nothing is sent to who cannot hear"
+        page.marked.clear()
+        page.marked.add(IDS["south-attic"])
+        await pilot.press("F")
+        refused = "finish south-attic: the broker is away. Try again when it is back."
+        await until(pilot, lambda: any(event.text == refused for event in app.events))
 
 
 async def test_without_a_mark_the_peer_under_the_cursor_is_meant() -> None:
@@ -129,7 +143,8 @@ async def test_sorting_goes_round() -> None:
         page = app.query_one(FleetPage)
         await pilot.press("s")
         await settled(pilot)
-        names = [app._called(peer) for peer in page._order]
+        assert app.fleet is not None
+        names = [app.fleet.peers[peer].name for peer in page.shown]
         assert names == sorted(names)
         await pilot.press(*"sssss")
         assert page.by == "state"
@@ -157,7 +172,7 @@ async def test_dialogs_open_and_close() -> None:
     async with running(busy()) as (app, pilot):
         for key, kind in (
             ("question_mark", HelpDialog),
-            ("enter", PeerDialog),
+            ("enter", PeerScreen),
             ("t", TicketDialog),
         ):
             await pilot.press(key)
@@ -185,11 +200,11 @@ async def test_names_are_never_markup() -> None:
     async with running(source) as (app, pilot):
         assert name in screen_text(app)
         await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, PeerDialog))
-        assert f"─ {name} ─" in screen_text(app)
+        await until(pilot, lambda: isinstance(app.screen, PeerScreen))
+        await until(pilot, lambda: f"{name}   1 Overview" in screen_text(app))
         await pilot.press("escape", "P")
         await until(pilot, lambda: bool(source.commands))
-        await until(pilot, lambda: f"{name}: asked to pause" in screen_text(app))
+        await until(pilot, lambda: f"asked: pause {name}" in screen_text(app))
 
 
 async def test_a_ticket_that_cannot_be_made_says_why() -> None:

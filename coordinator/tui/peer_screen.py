@@ -1,0 +1,277 @@
+"""One peer: overview, metrics, its log on request, and what its owner lets others know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import tzinfo
+from typing import ClassVar
+
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Static
+
+from coordinator.fleet import Fleet, Peer, called
+from coordinator.rows import LEVELS, Cell, state_cell
+from coordinator.tui.events_page import clock_time
+from coordinator.tui.filter_bar import FilterBar
+from coordinator.tui.following import Following
+from coordinator.tui.footer import Footer
+from coordinator.tui.header import Header
+from coordinator.tui.plots import shaded
+from coordinator.tui.theme import colours, painted, styles
+from coordinator.watch import Source
+from coordinator.words import DIVERGED, NOTHING, age, amount, bars, decimal, progress
+from protocols.errors import CommonweightError
+from protocols.messages import LogLine
+
+TABS = ("overview", "metrics", "log", "policy")
+EVENTS_SHOWN = 8
+LOG_AGAIN_S = 5.0
+
+
+class PeerScreen(Screen[None]):
+    """Everything about one peer, as it changes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(str(n), f"tab('{tab}')", tab, show=False) for n, tab in enumerate(TABS, 1)),
+        Binding("tab,right,l", "turn(1)", "Next tab", show=False),
+        Binding("shift+tab,left,h", "turn(-1)", "Tab before", show=False),
+        Binding("escape,q,backspace", "back", "Back", show=False),
+        Binding("slash", "filter", "Filter the log", show=False),
+        Binding("exclamation_mark", "faults", "Faults only", show=False),
+        Binding("j,down", "scroll(1)", "Down", show=False),
+        Binding("k,up", "scroll(-1)", "Up", show=False),
+    ]
+
+    def __init__(
+        self,
+        peer: str,
+        following: Following,
+        source: Source,
+        footer: Footer,
+        clock: Callable[[], float],
+        zone: tzinfo | None = None,
+    ) -> None:
+        super().__init__()
+        self.peer = peer
+        self.open_tab = "overview"
+        self.faults = False
+        self.follow = True
+        self._following, self._source = following, source
+        self._footer, self._clock, self._zone = footer, clock, zone
+        self._lines: Sequence[LogLine] | None = None
+        self._why = ""
+
+    def compose(self) -> ComposeResult:
+        yield Header(self._following)
+        yield Static(id="peer-tabs")
+        yield FilterBar("words in the log")
+        with VerticalScroll(id="peer-body", can_focus=True):
+            yield Static(id="peer-words")
+        yield self._footer
+
+    def on_mount(self) -> None:
+        self.query_one("#peer-body").focus()
+        self.set_interval(1.0, self.draw)
+        self.set_interval(LOG_AGAIN_S, self._log_again)
+        self.call_after_refresh(self.draw)
+
+    def on_resize(self) -> None:
+        """The words depend on the room there is, known after this."""
+        self.call_after_refresh(self.draw)
+
+    # --- drawing ---
+
+    def draw(self) -> None:
+        """Show the open tab as things are now."""
+        if not self.is_current and not self.is_mounted:
+            return
+        header = self.query_one(Header)
+        header.now = self._clock()
+        header.refresh()
+        fleet = self._following.fleet
+        peer = fleet.peers.get(self.peer) if fleet else None
+        self.query_one("#peer-tabs", Static).update(self._tab_line(peer))
+        words = self.query_one("#peer-words", Static)
+        if peer is None or fleet is None:
+            words.update(Text("This peer is not in the fleet.", colours().dim))
+        else:
+            words.update(self._words(peer, fleet))
+
+    def _tab_line(self, peer: Peer | None) -> Text:
+        own = colours()
+        line = Text(no_wrap=True, overflow="ellipsis", end="")
+        line.append(called(peer) if peer else self.peer, Style(color=own.strong, bold=True))
+        line.append("   ")
+        for number, tab in enumerate(TABS, 1):
+            click = Style(meta={"@click": f"screen.tab('{tab}')"})
+            here = tab == self.open_tab
+            word = (
+                Style(color=own.strong, bold=True, underline=True) if here else Style(color=own.dim)
+            )
+            line.append(f"{number} ", Style(color=own.blue if here else own.faint) + click)
+            line.append(tab.capitalize(), word + click).append("  ")
+        return line
+
+    def _words(self, peer: Peer, fleet: Fleet) -> Table | Text:
+        width = max(self.query_one("#peer-words").size.width, 30)
+        if self.open_tab == "overview":
+            return overview(peer, fleet, self._clock())
+        if self.open_tab == "metrics":
+            return metrics(peer, width, max(self.query_one("#peer-body").size.height - 8, 3))
+        if self.open_tab == "policy":
+            return policy(peer)
+        return self._log()
+
+    def _log(self) -> Table | Text:
+        own = colours()
+        if self._lines is None:
+            return Text(self._why or "Asking the agent…", own.vermilion if self._why else own.dim)
+        words = self.query_one(FilterBar).words.casefold().split()
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=8, style=own.dim)
+        table.add_column(width=1)
+        table.add_column()
+        shown = [
+            line
+            for line in self._lines
+            if (not self.faults or line.level in ("warning", "error"))
+            and all(word in line.text.casefold() for word in words)
+        ]
+        for line in shown:
+            glyph, tone = LEVELS.get(line.level, LEVELS["info"])
+            text = Text(line.text, styles()[tone] if tone != "quiet" else own.ink)
+            table.add_row(clock_time(line.at, self._zone), Text(glyph, styles()[tone]), text)
+        if not shown:
+            return Text("No line fits." if self._lines else "Its log is empty.", own.dim)
+        return table
+
+    # --- what a person does ---
+
+    def action_back(self) -> None:
+        """Close an open filter, else go back to the fleet."""
+        bar = self.query_one(FilterBar)
+        if bar.display:
+            bar.clear()
+            self.query_one("#peer-body").focus()
+        else:
+            self.dismiss(None)
+
+    def action_tab(self, tab: str) -> None:
+        self.open_tab = tab
+        self.query_one("#peer-body", VerticalScroll).scroll_home(animate=False)
+        if tab == "log":
+            self.fetch_log()
+        self.draw()
+
+    def action_turn(self, step: int) -> None:
+        self.action_tab(TABS[(TABS.index(self.open_tab) + step) % len(TABS)])
+
+    def action_scroll(self, step: int) -> None:
+        self.query_one("#peer-body", VerticalScroll).scroll_relative(y=step, animate=False)
+
+    def action_filter(self) -> None:
+        if self.open_tab == "log":
+            self.query_one(FilterBar).ask()
+
+    def action_faults(self) -> None:
+        self.faults = not self.faults
+        self.draw()
+
+    @on(FilterBar.Changed)
+    def _filter_changed(self) -> None:
+        self.draw()
+
+    @on(FilterBar.Done)
+    def _filter_done(self) -> None:
+        self.query_one("#peer-body").focus()
+
+    def _log_again(self) -> None:
+        if self.open_tab == "log" and self.follow and self.is_current:
+            self.fetch_log()
+
+    @work(exclusive=True, group="log")
+    async def fetch_log(self) -> None:
+        """Ask the agent for its last lines; what was shown stays if it does not answer."""
+        body = self.query_one("#peer-body", VerticalScroll)
+        at_foot = self._lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
+        try:
+            self._lines = await self._source.logs(self.peer)
+        except CommonweightError as err:
+            self._why = f"{err.message}. {err.hint}".rstrip(" .")
+        self.draw()
+        if at_foot and self.open_tab == "log":
+            self.call_after_refresh(body.scroll_end, animate=False)
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=colours().dim, no_wrap=True)
+    table.add_column(style=colours().ink)
+    return table
+
+
+def overview(peer: Peer, fleet: Fleet, now: float) -> Table:
+    """What is known of `peer`, name and value a line, and what was said of it last."""
+    table = _grid()
+    state = state_cell(peer, now, 400)
+    table.add_row("state", painted(state))
+    table.add_row("id", Text(peer.peer))
+    labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
+    table.add_row("labels", Text(labels or NOTHING))
+    table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
+    table.add_row("version", Text(peer.version or NOTHING))
+    table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
+    if sent := peer.telemetry:
+        if sent.steps:
+            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
+            table.add_row("step", done)
+        table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
+    disk = amount(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
+    table.add_row("disk left", disk)
+    table.add_row("clock", f"{peer.skew_s:+.1f} s" if peer.skew_s else NOTHING)
+    table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
+    own = [event for event in fleet.events if event.subject == peer.peer]
+    for event in own[-EVENTS_SHOWN:]:
+        glyph, tone = LEVELS[event.level]
+        said = Text.assemble((f"{glyph} ", styles()[tone]), event.text)
+        table.add_row(f"{age(now - event.at)} ago", said)
+    return table
+
+
+def metrics(peer: Peer, width: int, height: int) -> Table:
+    """What it measures while it works, and its losses in this run as a plot."""
+    table = _grid()
+    sent = peer.telemetry
+    loss = decimal(sent.loss) if sent else NOTHING
+    table.add_row("loss", painted(Cell(DIVERGED, "bad")) if peer.diverged else loss)
+    if peer.losses:
+        drawn = shaded(bars(peer.losses, min(width - 14, 100), min(height, 12)), colours().blue)
+        table.add_row("", Text("\n").join(drawn))
+    if sent is None:
+        table.add_row("", Text("It has measured nothing yet.", colours().dim))
+        return table
+    table.add_row("speed", f"{sent.samples_per_s:.0f} samples/s")
+    table.add_row("processor", f"{sent.cpu_percent:.0f} %")
+    table.add_row("memory", amount(sent.memory_bytes))
+    battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
+    table.add_row("battery", battery)
+    return table
+
+
+def policy(peer: Peer) -> Table:
+    """The settings that its owner lets others know of; nobody can change them from here."""
+    table = _grid()
+    table.add_row("tasks", Text(", ".join(peer.tasks) or "none: it gets no work"))
+    for name, value in sorted(peer.policy.items()):
+        table.add_row(Text(name), Text(value or NOTHING))
+    table.add_row("", "")
+    words = "On that machine: commonweight-agent policy set NAME VALUE"
+    table.add_row("", Text(words, colours().dim))
+    return table
