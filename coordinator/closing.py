@@ -1,67 +1,70 @@
 """What closes a round: the fold of its updates into a version, and its federated evaluation.
 
-Both go through an unmodified Flower strategy, which gets one reply that stands for all.
+Both go through an unmodified Flower strategy; `strategies.feeding` says how it gets the updates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import NamedTuple
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import aggregate
+from coordinator import aggregate, strategies
 from coordinator.lane import Lane
-from coordinator.records import from_record, to_record
 from coordinator.runs import Run
+from coordinator.strategies.feeding import Work, as_reply, next_version
+from coordinator.strategies.state import States
 from protocols import codecs
-from protocols.errors import CommonweightError
 from protocols.messages import Metrics
 from protocols.stored import Stored
-from protocols.weights import Array, Part
+
+
+class Committed(NamedTuple):
+    """A new version, the mean of its updates' metrics, and the strategy's state by slot."""
+
+    digest: str
+    metrics: Metrics
+    state: dict[str, str]
 
 
 def commit(
-    run: Run, lane: Lane, strategy: Strategy, contributors: tuple[str, ...]
-) -> tuple[str, Metrics]:
-    """Mean of the updates → the strategy → a new version; its digest and train metrics."""
-    codec = codecs.find(run.spec.codec)
+    run: Run, lane: Lane, states: States, strategy: Strategy, contributors: tuple[str, ...]
+) -> Committed:
+    """Updates → the strategy → a new version, durable together with the strategy's new state."""
+    recipe, codec = strategies.find(run.spec.strategy), codecs.find(run.spec.codec)
+    equal = run.spec.weighting == "equal"
+    updates = [run.updates[peer] for peer in contributors]
     counts = {peer: run.updates[peer].num_examples for peer in contributors}
-    share = aggregate.shares(
-        counts, equal=run.spec.weighting == "equal", cap=run.spec.max_weight_share
-    )
+    share = aggregate.shares(counts, equal=equal, cap=run.spec.max_weight_share)
     metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
     told = {name: value for name, value in metrics.items() if value is not None}
-    told["num-examples"] = sum(counts.values())
-
-    def through(mean: dict[Part, Array]) -> dict[Part, Array]:
-        # Part by part the same as all at once: these strategies know no tensor's neighbour.
-        reply = _as_reply("train", to_record(mean), told)
-        arrays, _ = strategy.aggregate_train(run.round, [reply])
-        if arrays is None:
-            raise CommonweightError("the strategy gave no new weights")
-        return from_record(arrays, mean)
-
+    asked = recipe.metric(run.spec.strategy_args)
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(Stored(lane.version(run.head)))
-        updates = [
-            codecs.decoded(
-                codec,
-                stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest))),
-                base,
-            )
-            for peer in contributors
-        ]
-        version = aggregate.fold(
-            updates,
-            [share[peer] for peer in contributors],
-            [_clipped(run.updates[peer].norm, run.spec.clip_norm) for peer in contributors],
-            base,
-            through,
+        work = Work(
+            round=run.round,
+            base=base,
+            origin=stack.enter_context(Stored(lane.version(run.head))),
+            updates=[
+                codecs.decoded(
+                    codec,
+                    stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest))),
+                    base,
+                )
+                for peer in contributors
+            ],
+            share=[share[peer] for peer in contributors],
+            scale=[_clipped(update.norm, run.spec.clip_norm) for update in updates],
+            examples=[1 if equal else update.num_examples for update in updates],
+            # Not all that they told: Flower's strategies raise when two tell different metrics.
+            metrics=[{n: v for n, v in u.metrics.items() if n == asked and v} for u in updates],
+            told={**told, "num-examples": sum(counts.values())},
         )
-        return lane.write(base.schema, version), metrics
+        made = next_version(recipe, strategy, work, states, run.strategy_state)
+        digest = lane.write(base.schema, made.pieces)
+    return Committed(digest, metrics, made.state)
 
 
 def evaluation(run: Run, strategy: Strategy) -> Metrics:
@@ -77,7 +80,7 @@ def evaluation(run: Run, strategy: Strategy) -> Metrics:
     share = aggregate.shares(counts, equal=False, cap=run.spec.max_weight_share)
     mean = _mean_metrics({p: update.metrics for p, update in answers.items()}, share)
     told = {name: value for name, value in mean.items() if value is not None}
-    reply = _as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
+    reply = as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
     found = strategy.aggregate_evaluate(run.round, [reply])
     return {
         name: float(value) if math.isfinite(value) else None
@@ -89,14 +92,6 @@ def evaluation(run: Run, strategy: Strategy) -> Metrics:
 def _clipped(norm: float, most: float) -> float:
     """The factor that brings an update of this norm within `most` (0: no bound)."""
     return most / norm if most and norm > most else 1.0
-
-
-def _as_reply(kind: str, arrays: ArrayRecord | None, metrics: dict[str, Any]) -> Message:
-    """A reply message as Flower's strategies expect it."""
-    content = RecordDict({"metrics": MetricRecord(metrics)})
-    if arrays is not None:
-        content["arrays"] = arrays
-    return Message(content, reply_to=Message(RecordDict(), 1, kind))
 
 
 def _mean_metrics(found: dict[str, Metrics], share: dict[str, float]) -> Metrics:

@@ -6,7 +6,7 @@ Grid; on the wire a message carries a ConfigRecord with the digest, the bytes tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -16,7 +16,6 @@ from coordinator.lane import Lane
 from coordinator.superlink import LinkGrid, Superlink
 from protocols.errors import CommonweightError
 from protocols.messages import UpdateClaim, decode_claim
-from protocols.weights import Array as Tensor
 from protocols.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
@@ -39,26 +38,37 @@ class VersionRecord(ArrayRecord):
         return digest
 
 
-def to_record(mean: Mapping[Part, Tensor]) -> ArrayRecord:
-    """Parts of tensors as Flower arrays (copied), each under a name of its own."""
-    return ArrayRecord({_key(part): Array(array) for part, array in mean.items()})
-
-
-def from_record(record: ArrayRecord, like: Mapping[Part, Tensor]) -> dict[Part, Tensor]:
-    """The same parts back. Raises CommonweightError if the strategy lost one."""
-    try:
-        return {part: record[_key(part)].numpy() for part in like}
-    except KeyError as err:
-        raise CommonweightError(f"the strategy gave no weights for {err}") from err
-
-
-def _key(part: Part) -> str:
+def part_key(part: Part) -> str:
+    """A name for a part of a tensor: a Flower record knows only whole arrays."""
     return f"{part.name}[{part.start}:{part.stop}]"
 
 
 def as_weights(record: ArrayRecord) -> Weights:
     """All of a record's arrays."""
     return Weights({name: array.numpy() for name, array in record.items()})
+
+
+def one_config(messages: Sequence[Message]) -> dict[str, int | float]:
+    """The numbers that a strategy put into its messages' config, named as settings are.
+
+    Raises CommonweightError if they are not the same for all: a round has one piece of work.
+    """
+    found = [_numbers(message) for message in messages]
+    if any(numbers != found[0] for numbers in found):
+        raise CommonweightError(
+            "the strategy wants to tell peers different things in one round",
+            "a round's work is the same for all; --set gives settings to the task",
+        )
+    return found[0]
+
+
+def _numbers(message: Message) -> dict[str, int | float]:
+    return {
+        name.replace("-", "_"): value
+        for config in message.content.config_records.values()
+        for name, value in config.items()
+        if isinstance(value, int | float) and name != "server-round"
+    }
 
 
 def weights_record(digest: str, nbytes: int) -> ConfigRecord:

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -20,9 +21,10 @@ from coordinator import closing, gate, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
-from coordinator.records import LaneGrid, VersionRecord, read_claim
+from coordinator.records import LaneGrid, VersionRecord, one_config, read_claim
 from coordinator.runs import Fact, Run, Step, Update, View
-from protocols import codecs, messages
+from coordinator.strategies.state import States
+from protocols import codecs, messages, weights
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
@@ -78,7 +80,9 @@ class RunLoop:
         self.run = run
         self.changed = asyncio.Event()
         self._around = around
-        self._strategy: Strategy = strategies.make(run.spec.strategy, run.spec.strategy_args)
+        self._recipe = strategies.find(run.spec.strategy)
+        self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
+        self._states = States(around.lane.states)
         self._codec = codecs.find(run.spec.codec)
         self._outstanding: dict[str, Asked] = {}
         #: Answers to questions that were about to be taken back.
@@ -169,6 +173,9 @@ class RunLoop:
                 # Not whenever a peer comes back: one that comes and goes would hold up the round.
                 if self._view().due:
                     self._phase_at = time.monotonic()
+                present = (self.run.round, self.run.kind)
+                found = self._outstanding.items()
+                self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
                 self._record(runs.PeersAsked(peers))
             case runs.OpenRound():
                 await self._open_round(step)
@@ -217,14 +224,24 @@ class RunLoop:
         around.grid.eligible = {n for p in eligible if (n := around.node_of(p)) is not None}
         kind = "train" if opening or self.run.state is RunState.TRAINING else "evaluate"
         number = opening or self.run.round
-        config = self._work_record(kind, number)
-        arrays = VersionRecord(self.run.head)
+        model = None
+        if self._recipe.looks_at_weights:
+            model = weights.load(around.lane.version(self.run.head))
+        arrays = VersionRecord(self.run.head, model)
         configure = getattr(self._strategy, f"configure_{kind}")
-        chosen = list(await asyncio.to_thread(configure, number, arrays, config, around.grid))
-        self._content = chosen[0].content if chosen else None
+        chosen = list(
+            await asyncio.to_thread(configure, number, arrays, ConfigRecord(), around.grid)
+        )
+        self._content = None
+        if chosen:
+            config = self._work_record(kind, number, one_config(chosen))
+            self._content = RecordDict({"arrays": VersionRecord(self.run.head), "config": config})
         return tuple(sorted(around.peer_of(m.metadata.dst_node_id) for m in chosen))
 
-    def _work_record(self, kind: Any, number: int) -> ConfigRecord:
+    def _work_record(
+        self, kind: Any, number: int, extra: Mapping[str, int | float] = MappingProxyType({})
+    ) -> ConfigRecord:
+        """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
         spec = self.run.spec
         work = Work(
             run=self.run.id,
@@ -235,7 +252,7 @@ class RunLoop:
             nbytes=self._model_bytes,
             codec=spec.codec,
             seed=spec.seed,
-            settings=spec.settings,
+            settings={**spec.settings, **extra},
             deadline_s=spec.deadline_s,
         )
         payload, signature = messages.sign_work(work, self._around.sign)
@@ -389,11 +406,14 @@ class RunLoop:
     # --- closing ---
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
-        digest, metrics = await asyncio.to_thread(
-            closing.commit, self.run, self._around.lane, self._strategy, contributors
+        run = self.run
+        made = await asyncio.to_thread(
+            closing.commit, run, self._around.lane, self._states, self._strategy, contributors
         )
         self._record(
-            runs.VersionCommitted(self.run.round, digest, self.run.head, contributors, metrics)
+            runs.VersionCommitted(
+                run.round, made.digest, run.head, contributors, made.metrics, made.state
+            )
         )
         self._around.lane.drop_updates()
         self._content = None
@@ -427,6 +447,9 @@ class RunLoop:
         self._on_disk |= {run.head, run.parent}
         for digest in self._on_disk - keep - self._elsewhere:
             lane.version(digest).unlink(missing_ok=True)
+        still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
+        known = {d for r in run.history for d in r.strategy_state.values()}
+        self._states.drop(known - still - self._elsewhere)
         failpoint("round.pruned")
         self._on_disk &= keep
 

@@ -61,6 +61,7 @@ class RunQueue:
             others = [other for other in self._runs.values() if other.id != run.id]
             elsewhere = {other.head for other in others}
             elsewhere |= {other.best.digest for other in others if other.best}
+            elsewhere |= {state for other in others for state in other.strategy_state.values()}
             self.current = RunLoop(run, self._around, frozenset(elsewhere))
             try:
                 await self.current.drive()
@@ -101,7 +102,7 @@ class RunQueue:
         return run_id
 
     def _check(self, spec: RunSpec) -> None:
-        strategies.check(spec.strategy, spec.strategy_args)
+        strategies.check(spec)
         codecs.find(spec.codec)
         if spec.rounds < 1:
             raise UsageFault("a run has at least one round")

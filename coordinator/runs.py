@@ -30,7 +30,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     """What was asked for at the start; part of the run's record and never changed.
 
     `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
-    passes without the quorum, whoever else could help is asked and it counts anew.
+    passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
     `codec`: how updates are made smaller, one of `protocols.codecs`.
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
     far, as a Euclidean norm, one update may move the weights.
@@ -118,11 +118,14 @@ class TrainingClosed(Struct, frozen=True, tag=True):
 
 
 class VersionCommitted(Struct, frozen=True, tag=True):
+    """`strategy_state`: digests, by slot, of what the strategy remembers after this version."""
+
     round: int
     digest: str
     parent: str
     contributors: tuple[str, ...]
     metrics: Metrics
+    strategy_state: dict[str, str] = {}
 
 
 class EvaluationOpened(Struct, frozen=True, tag=True):
@@ -181,6 +184,7 @@ class Round(Struct, frozen=True, kw_only=True):
     bytes_up: int
     bytes_down: int
     norms: dict[str, float]
+    strategy_state: dict[str, str] = {}
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -201,6 +205,7 @@ class Run(Struct, frozen=True, kw_only=True):
     norms: dict[str, float] = {}
     history: tuple[Round, ...] = ()
     best: Round | None = None
+    strategy_state: dict[str, str] = {}
     ended_because: str = ""
 
     @property
@@ -271,7 +276,14 @@ def _training_closed(run: Run, fact: TrainingClosed) -> Run:
 
 
 def _version_committed(run: Run, fact: VersionCommitted) -> Run:
-    return replace(run, state=RunState.EVALUATING, head=fact.digest, peers={}, updates={})
+    return replace(
+        run,
+        state=RunState.EVALUATING,
+        head=fact.digest,
+        strategy_state=fact.strategy_state,
+        peers={},
+        updates={},
+    )
 
 
 def _evaluation_opened(run: Run, fact: EvaluationOpened) -> Run:
@@ -289,6 +301,7 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         bytes_up=fact.bytes_up,
         bytes_down=fact.bytes_down,
         norms=run.norms,
+        strategy_state=run.strategy_state,
     )
     best = closed if run.best is None or score(closed) > score(run.best) else run.best
     return replace(
@@ -447,8 +460,8 @@ def _decide_init(run: Run, view: View) -> Step:
     if view.eligible and view.eligible <= refused and not run.pending:
         # Nobody who is here can do it, and asking again gives the same answer.
         return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
-    if view.due and (others := view.eligible.difference(run.pending)):
-        return AskMore(tuple(sorted(others)))
+    if view.due and view.eligible:
+        return AskMore(tuple(sorted(view.eligible)))
     if run.pending:
         return Wait(f"the first weights from {run.pending[0]}")
     untried = sorted(view.eligible - refused)
@@ -462,8 +475,9 @@ def _decide_training(run: Run, view: View) -> Step:
     back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
     if back:
         return AskMore(tuple(sorted(back)))
-    if view.due and (others := view.eligible - run.updates.keys() - set(run.pending)):
-        return AskMore(tuple(sorted(others)))  # the new, and once a deadline those that failed
+    if view.due and (others := view.eligible - run.updates.keys()):
+        # The new, those that failed, and those that were asked: the question may have been lost.
+        return AskMore(tuple(sorted(others)))
     if answered + len(run.pending) < run.spec.quorum:
         new = view.eligible - run.peers.keys()
         if new:

@@ -1,0 +1,55 @@
+"""Flower's strategies by name, unmodified: which there are, and what each needs.
+
+The run decides who works and how long it waits, so a strategy samples among the nodes that the Grid
+offers. `feeding` says how its `aggregate_train` is given a round's updates.
+"""
+
+from __future__ import annotations
+
+from coordinator.runs import RunSpec
+from coordinator.strategies.bulyan import Bulyan
+from coordinator.strategies.coordinatewise import FedMedian, FedTrimmedAvg
+from coordinator.strategies.fedavgm import FedAvgM
+from coordinator.strategies.fedopt import FedOpt
+from coordinator.strategies.fedprox import FedProx
+from coordinator.strategies.krum import Krum, MultiKrum
+from coordinator.strategies.own import Own
+from coordinator.strategies.qfedavg import QFedAvg
+from coordinator.strategies.recipe import Recipe
+from protocols.errors import UnknownName
+
+_RECIPES: dict[str, Recipe] = {
+    "fedavg": Recipe("FedAvg"),
+    "fedprox": FedProx("FedProx"),
+    "fedavgm": FedAvgM("FedAvgM"),
+    "fedadam": FedOpt("FedAdam"),
+    "fedyogi": FedOpt("FedYogi"),
+    "fedadagrad": FedOpt("FedAdagrad"),
+    "fedmedian": FedMedian("FedMedian"),
+    "fedtrimmedavg": FedTrimmedAvg("FedTrimmedAvg"),
+    "krum": Krum("Krum"),
+    "multikrum": MultiKrum("MultiKrum"),
+    "bulyan": Bulyan("Bulyan"),
+    "qfedavg": QFedAvg("QFedAvg"),
+}
+
+
+def names() -> list[str]:
+    return sorted(_RECIPES)
+
+
+def find(name: str) -> Recipe:
+    """The recipe of a strategy, by name or `module:Class`. Raises UnknownName, UsageFault."""
+    if ":" in name:
+        return Own(name, _RECIPES)
+    if name not in _RECIPES:
+        known = f"known: {', '.join(names())}; or module:Class"
+        if name.startswith("fedxgb"):
+            known += "; fedxgb joins trees, which are no tensors of one schema"
+        raise UnknownName(f"no strategy {name!r}", known)
+    return _RECIPES[name]
+
+
+def check(spec: RunSpec) -> None:
+    """Raise UnknownName, UsageFault or CannotBeMet unless a run with this strategy can work."""
+    find(spec.strategy).check(spec)

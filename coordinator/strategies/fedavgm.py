@@ -1,0 +1,33 @@
+"""FedAvgM: momentum at the server. Hsu, Qi and Brown 2019, arXiv 1909.06335.
+
+Remembers one array for each weight, if there is a momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from coordinator.strategies.recipe import Arrays, Recipe
+
+MOMENTUM = "momentum"
+
+
+class FedAvgM(Recipe):
+    #: Flower's own default, 0, is FedAvg; 0.9 is the paper's.
+    defaults = MappingProxyType({"server_momentum": 0.9})
+
+    def slots(self, made: Any) -> tuple[str, ...]:
+        return (MOMENTUM,) if made.server_momentum > 0 else ()
+
+    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        from flwr.app import Array, ArrayRecord
+
+        made.current_arrays = ArrayRecord({name: Array(np.asarray(base[name])) for name in base})
+        made.momentum_vector = [state[MOMENTUM][name] for name in base] if state else None
+
+    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
+        return {MOMENTUM: dict(zip(names, made.momentum_vector, strict=True))}

@@ -1,0 +1,36 @@
+"""Krum and MultiKrum: the updates with the nearest neighbours.
+
+Blanchard et al. 2017, arXiv 1703.02757. Distances are between whole
+models, so all updates are in memory at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.strategies.recipe import Recipe, least
+from protocols.errors import CannotBeMet
+
+
+class Krum(Recipe):
+    feed = "models"
+    weighs_peers = False  # it takes one update as it is
+    copies = 3.1  # as a message, as flat vectors, and those times two for the products
+
+    def check_quorum(self, made: Any, quorum: int) -> None:
+        bad = made.num_malicious_nodes
+        least(f"{self.flower} against {bad} malicious peers", 2 * bad + 3, quorum)
+
+
+class MultiKrum(Krum):
+    weighs_peers = True
+
+    def check_quorum(self, made: Any, quorum: int) -> None:
+        super().check_quorum(made, quorum)
+        honest = quorum - made.num_malicious_nodes
+        if made.num_nodes_to_select > honest:
+            raise CannotBeMet(
+                f"num_nodes_to_select={made.num_nodes_to_select} of {quorum} updates takes in "
+                f"malicious ones: {honest} are honest",
+                f"--strategy-arg num_nodes_to_select={honest} or fewer",
+            )

@@ -1,0 +1,30 @@
+"""q-FedAvg: peers with a high loss count for more. Li et al. 2020, arXiv 1905.10497.
+
+The loss is the one that a peer tells with its update; without it, an update is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from coordinator.runs import Setting
+from coordinator.strategies.recipe import Arrays, Recipe
+
+
+class QFedAvg(Recipe):
+    feed = "models"
+    weighs_peers = False
+    defaults = MappingProxyType({"train_loss_key": "loss"})
+    copies = 1.1
+
+    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        from flwr.app import Array, ArrayRecord
+
+        made.current_arrays = ArrayRecord({name: Array(np.asarray(base[name])) for name in base})
+
+    def metric(self, given: Mapping[str, Setting]) -> str:
+        return str({**self.defaults, **given}["train_loss_key"])

@@ -1,0 +1,188 @@
+"""What a strategy remembers from round to round, on disk: one file of arrays for each slot.
+
+A file is canonical safetensors, named by its digest, with the floating-point tensors of the model
+(float64 where they are that, else float32). It is whole and synced before the version that it
+belongs to, and counts once the ledger's VersionCommitted names it: after a crash the same updates
+give the same bytes under the same name. So a version and its state are never of different rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+
+from protocols import weights
+from protocols.errors import BadWeights, CommonweightError
+from protocols.stored import Stored, Writer
+from protocols.weights import DTYPES, FLOATING, Part, Schema, TensorSpec, Weights
+
+Arrays = dict[Part, npt.NDArray[Any]]
+
+
+def state_schema(model: Schema) -> Schema:
+    """The schema of a slot: the model's floating-point tensors, none narrower than float32."""
+    return {
+        name: TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        for name, spec in model.items()
+        if spec.dtype in FLOATING
+    }
+
+
+class States:
+    """The states in a folder. `digests`, here and in the ledger, are by slot."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._proven: set[str] = set()
+
+    def path(self, digest: str) -> Path:
+        """Where the file with this digest lies, or would."""
+        return self._folder / f"{digest}.safetensors"
+
+    def open(self, digests: Mapping[str, str], model: Schema) -> StateReader:
+        """The state of a version. Raises CommonweightError if it is missing or damaged."""
+        for slot, digest in digests.items():
+            self._prove(slot, digest)
+        return StateReader({slot: self.path(digest) for slot, digest in digests.items()}, model)
+
+    def load(self, slot: str, digest: str) -> Weights:
+        """A small state whole. Raises CommonweightError as `open` does."""
+        self._prove(slot, digest)
+        return weights.load(self.path(digest))
+
+    def write(self, slots: tuple[str, ...], model: Schema) -> StateWriter:
+        """A state that is written while the version is."""
+        return StateWriter(self, slots, model)
+
+    def save(self, arrays: Weights) -> str:
+        """Keep a small state, durably; its digest."""
+        temporary = self._folder / ".new.safetensors"
+        return self.adopt(temporary, weights.save(arrays, temporary))
+
+    def adopt(self, temporary: Path, digest: str) -> str:
+        """Give a whole, synced file its name."""
+        temporary.replace(self.path(digest))
+        weights.sync_folder(self._folder)
+        self._proven.add(digest)
+        return digest
+
+    def drop(self, digests: Iterable[str]) -> None:
+        """Their versions are gone."""
+        for digest in digests:
+            self.path(digest).unlink(missing_ok=True)
+
+    def _prove(self, slot: str, digest: str) -> None:
+        """Once in a coordinator's life: a disk may have lost or changed it since the last."""
+        if digest in self._proven:
+            return
+        try:
+            sound = weights.file_digest(self.path(digest)) == digest
+        except FileNotFoundError:
+            sound = False
+        if not sound:
+            raise CommonweightError(
+                f"the strategy's state {slot} ({digest[:12]}) is missing or damaged",
+                "restore it from a backup, or start a new run from the last version",
+            )
+        self._proven.add(digest)
+
+
+class StateReader:
+    """A state that is read piece by piece; by several threads, if need be. Raises BadWeights."""
+
+    def __init__(self, paths: Mapping[str, Path], model: Schema) -> None:
+        self._lock = threading.Lock()
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Stored] = {}
+        with contextlib.ExitStack() as stack:
+            for slot, path in paths.items():
+                self._files[slot] = stack.enter_context(Stored(path))
+                weights.check_schema(self._files[slot].schema, state_schema(model))
+            self._stack = stack.pop_all()
+
+    def read(self, parts: Iterable[Part]) -> dict[str, Arrays]:
+        """The parts' arrays by slot; empty if there is no state yet."""
+        with self._lock:
+            return {
+                slot: {part: file.read(part) for part in parts}
+                for slot, file in self._files.items()
+            }
+
+    def __enter__(self) -> StateReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+class StateWriter:
+    """Writes a state piece by piece; `digests` by slot once the block has ended well.
+
+    Pieces may come in any order and from several threads: one that is early waits in memory.
+    """
+
+    def __init__(self, states: States, slots: tuple[str, ...], model: Schema) -> None:
+        self._states, self._slots = states, slots
+        self._schema = state_schema(model)
+        self._sizes = {
+            name: spec.nbytes // DTYPES[spec.dtype].itemsize for name, spec in self._schema.items()
+        }
+        self._order = [name for name in sorted(self._sizes) if self._sizes[name]]
+        self._at = 0
+        self._next = (self._order[0], 0) if self._order else ("", 0)
+        self._early: dict[tuple[str, int], tuple[Part, dict[str, npt.NDArray[Any]]]] = {}
+        self._lock = threading.Lock()
+        self._stack = contextlib.ExitStack()
+        self._writers: dict[str, Writer] = {}
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> StateWriter:
+        with contextlib.ExitStack() as stack:
+            for slot in self._slots:
+                self._writers[slot] = stack.enter_context(
+                    Writer(self._temporary(slot), self._schema)
+                )
+            self._stack = stack.pop_all()
+        return self
+
+    def _temporary(self, slot: str) -> Path:
+        return self._states.path(f".new-{slot}")
+
+    def put(self, arrays: Mapping[str, Mapping[Part, npt.NDArray[Any]]]) -> None:
+        """Parts by slot: all slots have the same parts."""
+        with self._lock:
+            for part in arrays[self._slots[0]] if self._slots else ():
+                by_slot = {slot: arrays[slot][part] for slot in self._slots}
+                self._early[(part.name, part.start)] = (part, by_slot)
+            while self._next in self._early:
+                part, by_slot = self._early.pop(self._next)
+                for slot, array in by_slot.items():
+                    self._writers[slot].write({part: array})
+                self._next = self._after(part)
+
+    def _after(self, part: Part) -> tuple[str, int]:
+        if part.stop < self._sizes[part.name]:
+            return part.name, part.stop
+        self._at += 1
+        return (self._order[self._at], 0) if self._at < len(self._order) else ("", 0)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and self._slots and self._at < len(self._order):
+            kind, err = BadWeights, BadWeights("the strategy's state lacks parts of the model")
+            self._stack.__exit__(kind, err, None)
+            raise err
+        self._stack.__exit__(kind, err, trace)
+        if kind is None:
+            for slot, writer in self._writers.items():
+                self.digests[slot] = self._states.adopt(self._temporary(slot), writer.digest)
