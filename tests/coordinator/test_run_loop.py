@@ -160,7 +160,9 @@ async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> No
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
         run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.3)
-        await until(lambda: "the deadline has passed" in fleet.waits_for(run_id))
+        await until(lambda: fleet.facts(run_id, runs.PeersAsked)[1:])
+        assert fleet.facts(run_id, runs.PeersAsked)[-1].peers == (fleet.agents[0].peer,)
+        await until(lambda: fleet.waits_for(run_id) == "updates of 1 peer")
         assert not fleet.hub.runs.find(run_id).ended
         held.open()
         assert (await fleet.finished(run_id)).state is RunState.FINISHED
@@ -196,6 +198,26 @@ async def test_a_lost_answer_is_asked_for_again_and_costs_no_second_training(
         run = await fleet.finished(run_id)
         assert contributors(run) == [named(fleet.agents)]
         assert leaver.trainer.worked.count(("train", 1)) == 1
+
+
+async def test_an_answer_is_settled_once_it_is_in_the_ledger(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, THREE[0]) as fleet:
+        (agent,) = fleet.agents
+        told: list[tuple[bool, int]] = []
+        assert agent.link is not None
+        push = agent.link.push
+
+        def watched(reply: Message) -> None:
+            push(reply)
+            assert agent.link is not None
+            accepted = fleet.facts(run_id, runs.UpdateAccepted)
+            told.append((agent.link.settled, len(accepted)))
+
+        agent.link.push = watched  # type: ignore[method-assign]
+        run_id = fleet.start(rounds=1, quorum=1)
+        await fleet.finished(run_id)
+        await until(lambda: len(told) == 3)
+        assert told == [(True, 0), (True, 1), (True, 2)]  # first weights, update, evaluation
 
 
 async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
