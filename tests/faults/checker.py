@@ -16,11 +16,15 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Fact = dict[str, Any]
+
+
+class Violation(Exception):
+    """An invariant does not hold; raised where going on makes no sense."""
 
 
 class Line(NamedTuple):
@@ -103,11 +107,17 @@ def violations(
     found = _chain(lines, before)
     runs = facts_by_run(lines)
     for run, facts in runs.items():
-        found += [f"{run}: {text}" for text in (*_counted(facts), *_versions(facts))]
         found += [f"{run}: {text}" for text in _files(home / "versions", facts)]
-    for truth in truths:
-        for claim in truth.acknowledged:
-            found += _acknowledged(claim, runs.get(claim["run"], []))
+    return found + told(runs, [claim for truth in truths for claim in truth.acknowledged])
+
+
+def told(runs: Mapping[str, Sequence[Fact]], acknowledged: Iterable[Fact]) -> list[str]:
+    """What the facts of the runs and the acknowledged claims alone show."""
+    found: list[str] = []
+    for run, facts in runs.items():
+        found += [f"{run}: {text}" for text in (*_counted(facts), *_versions(facts))]
+    for claim in acknowledged:
+        found += _acknowledged(claim, runs.get(claim["run"], []))
     return found
 
 

@@ -1,0 +1,332 @@
+"""The simulated coordinator: `runs`, `gate` and `fleet` are the product's, the rest is its shell.
+
+It does what `run_loop`, `lane`, `hub` and `superlink` do, in their order, with a `yield` wherever
+the process can die. Planted bugs are what must not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from coordinator import fleet as fleets
+from coordinator import gate, runs
+from coordinator.fleet import Fleet
+from coordinator.runs import Fact, Run, Update, View
+from protocols.errors import UpdateRefused
+from protocols.messages import Envelope, PeerKnown, UpdateClaim, Work
+from protocols.states import PeerState
+from protocols.topics import COORDINATOR
+from tests.faults.checker import Violation
+from tests.faults.sim_disk import Disk
+from tests.faults.sim_network import Network
+
+RUN = "r"
+BUGS = {
+    "ack-early": "a reply is acknowledged while it lies in memory alone",
+    "no-sync": "an upload is acknowledged before its folder is synced",
+    "count-twice": "the gate takes a second answer of the same peer",
+    "forget-pending": "a replay forgets who was asked",
+    "skip-sync-version": "a version is named in the ledger before it is synced",
+}
+_PATIENCE = 20.0
+_decode_claim = msgspec.json.Decoder(UpdateClaim).decode
+
+
+class Asked(NamedTuple):
+    peer: str
+    round: int
+    kind: str
+
+
+class Settling:
+    """The future of an acknowledgement: None, then whether the ledger has it."""
+
+    settled: bool | None = None
+
+
+class Coordinator:
+    """One run. `ledger` and `disk` outlive a death, all else begins anew."""
+
+    def __init__(
+        self, ledger: list[bytes], disk: Disk, network: Network, peers: Sequence[str], bug: str
+    ) -> None:
+        self.ledger, self.disk = ledger, disk
+        self._network, self._peers, self._bug = network, peers, bug
+        self.now = 0.0
+        self._questions = 0
+        network.hear = self._hear
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new life: everything in memory comes from the ledger."""
+        facts = [runs.decode_fact(body) for body in self.ledger]
+        self.run: Run = runs.replay(RUN, facts)
+        if self._bug == "forget-pending" and len(facts) > 1:
+            self.run = msgspec.structs.replace(self.run, peers={})
+        self.applied = len(facts)
+        self.fleet = Fleet(fleet="f", name="c")
+        for seq, peer in enumerate(self._peers):
+            known = PeerKnown(peer=peer, name=peer, public_key=bytes(32))
+            envelope = Envelope(sender=COORDINATOR, epoch="c", seq=seq, at=self.now, body=known)
+            fleets.fold(self.fleet, envelope, self.now)
+        self.sessions: dict[str, int] = {}
+        self.mailbox: dict[str, list[tuple[str, Work]]] = {peer: [] for peer in self._peers}
+        self.replies: dict[str, bytes] = {}
+        self.waits: set[str] = set()
+        self.outstanding: dict[str, Asked] = {}
+        self._arrived: dict[str, bytes] = {}
+        self._settling: dict[str, Settling] = {}
+        self._phase_at = self.now
+        self._patient_until = self.now + _PATIENCE if self.run.pending else 0.0
+        self._changed = True
+        self._doing = self._drive()
+
+    def die(self, *, power: bool) -> None:
+        """SIGKILL, or the plug; and up again."""
+        self._doing.close()
+        if power:
+            self.disk.lose_power()
+        for peer in self._peers:
+            self._network.agents[peer].cut_off()
+        self._begin()
+
+    def step(self) -> None:
+        """Go on to the next place where it could die."""
+        next(self._doing, None)
+
+    # --- requests (hub, lane, superlink) ---
+
+    def open(self, peer: str) -> int:
+        """A session's number; what the last one was given is taken back."""
+        self.sessions[peer] = self.sessions.get(peer, 0) + 1
+        self.mailbox[peer].clear()
+        self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
+        self._changed = True
+        return self.sessions[peer]
+
+    def pull(self, peer: str) -> tuple[str, Work] | None:
+        while self.mailbox[peer]:
+            question, work = self.mailbox[peer].pop(0)
+            if question in self.waits:
+                return question, work
+        return None
+
+    def upload(self, peer: str, digest: str) -> None:
+        self.disk.write(f"update {peer} {digest}", digest)
+        if self._bug != "no-sync":
+            self.disk.sync()
+
+    def hand_in(self, question: str, claim: bytes) -> Settling:
+        """A reply; the answer to it is there once it is settled."""
+        settling = Settling()
+        if question in self.outstanding:
+            settling = self._settling.setdefault(question, settling)
+        else:
+            settling.settled = False
+        taken = question in self.waits and question not in self.replies
+        if taken:
+            self.replies[question] = claim
+            self._changed = True
+        if self._bug == "ack-early":
+            settling.settled = taken
+        return settling
+
+    def version(self, digest: str) -> bool:
+        return self.disk.read(f"version {digest}") is not None
+
+    def expire(self, peer: str) -> None:
+        """The peer's heartbeats have run out."""
+        if self.sessions.pop(peer, None) is not None:
+            self._changed = True
+
+    def missed_heartbeat(self, agent: object) -> None:
+        """Nobody's here: in calm every agent that has a session keeps it."""
+        self._changed = True
+
+    def _hear(self, envelope: Envelope, now: float) -> None:
+        fleets.fold(self.fleet, envelope, now)
+        self._changed = True
+
+    # --- the run loop ---
+
+    def _eligible(self) -> frozenset[str]:
+        paused = (PeerState.PAUSED, PeerState.ERROR)
+        return frozenset(p for p in self.sessions if self.fleet.peers[p].state not in paused)
+
+    def view(self) -> View:
+        return View(self._eligible(), self.now - self._phase_at >= self.run.spec.deadline_s)
+
+    def _drive(self) -> Iterator[None]:
+        while not self.run.ended:
+            yield
+            yield from self._collect()
+            yield from self._notice_losses()
+            yield from self._ask_pending()
+            step = runs.decide(self.run, self.view())
+            if isinstance(step, runs.Wait):
+                self._changed = False
+                while not self._changed and not self.view().due:
+                    yield
+                if self.view().due and not self._changed:
+                    yield
+            else:
+                yield from self._do(step)
+        self._take_back(set(self.outstanding))
+        yield from self._collect()
+
+    def _do(self, step: runs.Step) -> Iterator[None]:
+        run = self.run
+        match step:
+            case runs.AskInit(peer):
+                self._phase_at = self.now
+                yield from self._record(runs.PeersAsked((peer,)))
+            case runs.AskMore(peers):
+                if self.view().due:
+                    self._phase_at = self.now
+                present = (run.round, run.kind)
+                found = self.outstanding.items()
+                self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
+                yield from self._record(runs.PeersAsked(peers))
+            case runs.OpenRound(number, base, eligible):
+                self._phase_at = self.now
+                yield from self._record(runs.RoundOpened(number, base, eligible))
+            case runs.CloseTraining(contributors):
+                yield from self._record(runs.TrainingClosed(run.round, contributors))
+            case runs.Aggregate(contributors):
+                yield from self._aggregate(contributors)
+            case runs.OpenEvaluation(eligible):
+                self._phase_at = self.now
+                yield from self._record(runs.EvaluationOpened(run.round, eligible))
+            case runs.CloseRound():
+                old = {q for q, asked in self.outstanding.items() if asked.round < run.round}
+                self._take_back(old)
+                yield from self._record(runs.RoundClosed(run.round, {}, 1.0, 0, 0))
+            case runs.EndRun(state, because):
+                yield from self._record(runs.RunEnded(state, because))
+
+    def _aggregate(self, contributors: tuple[str, ...]) -> Iterator[None]:
+        parts = [self.run.head]
+        for peer in contributors:
+            digest = self.run.updates[peer].digest
+            if self.disk.read(f"update {peer} {digest}") is None:
+                raise Violation(f"{peer}'s accepted update {digest} is not on disk")
+            parts.append(digest)
+        digest = f"v{self.run.round}({'+'.join(parts[1:])})"
+        yield
+        self.disk.write(f"version {digest}", digest)
+        yield
+        if self._bug != "skip-sync-version":
+            self.disk.sync()
+        fact = runs.VersionCommitted(self.run.round, digest, self.run.head, contributors, {})
+        yield from self._record(fact)
+        for name in self.disk.names("update "):
+            self.disk.remove(name)
+        yield
+
+    def _ask_pending(self) -> Iterator[None]:
+        run = self.run
+        question = (run.round, run.kind)
+        reached = {asked.peer for asked in self.outstanding.values() if asked[1:] == question}
+        peers = [p for p in run.pending if p not in reached and p in self._eligible()]
+        if not peers:
+            return
+        yield
+        for peer in peers:
+            if peer not in self.sessions:
+                continue
+            self._questions += 1
+            message = f"q{self._questions}"
+            work = Work(
+                run=RUN,
+                round=run.round,
+                kind=run.kind,
+                task="t",
+                base=run.head,
+                nbytes=0,
+                seed=0,
+                deadline_s=1.0,
+            )
+            self.waits.add(message)
+            self.mailbox[peer].append((message, work))
+            self.outstanding[message] = Asked(peer, *question)
+            self._network.publish(peer)
+        yield
+
+    def _notice_losses(self) -> Iterator[None]:
+        if self.now < self._patient_until:
+            return
+        lost = [peer for peer in self.run.pending if peer not in self._eligible()]
+        for peer in lost:
+            self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
+        yield from self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
+
+    # --- answers ---
+
+    def _take_back(self, questions: set[str]) -> None:
+        for question in questions & self.replies.keys():
+            self._arrived[question] = self.replies.pop(question)
+            self.waits.discard(question)
+        for question in questions - self._arrived.keys():
+            self.waits.discard(question)
+            del self.outstanding[question]
+            self._settle(question, False)
+
+    def _settle(self, question: str, settled: bool) -> None:
+        if waiting := self._settling.pop(question, None):
+            waiting.settled = settled
+
+    def _collect(self) -> Iterator[None]:
+        answers = self._arrived | self.replies
+        self._arrived, self.replies = {}, {}
+        asked_of = {q: asked for q in answers if (asked := self.outstanding.pop(q, None))}
+        if not asked_of:
+            return
+        self.waits -= asked_of.keys()
+        yield
+        facts: list[Fact] = []
+        for question, asked in asked_of.items():
+            try:
+                facts.append(self._judged(asked.peer, answers[question]))
+            except UpdateRefused as err:
+                facts.append(
+                    runs.UpdateRefused(asked.round, asked.peer, err.reason, "", asked.kind)
+                )
+            yield
+        yield from self._record(*facts)
+        for question in asked_of:
+            self._settle(question, True)
+
+    def _judged(self, peer: str, payload: bytes) -> Fact:
+        claim = _decode_claim(payload)
+        expected = gate.expectation(self.run, {})
+        try:
+            gate.check_claim(
+                self.run, expected, peer, claim, payload, b"", lambda *signed: True
+            )
+        except UpdateRefused as err:
+            if not (self._bug == "count-twice" and err.reason in ("replay", "late")):
+                raise
+        if claim.kind == "init":
+            self.disk.remove(f"update {peer} {claim.digest}")
+            self.disk.write(f"version {claim.digest}", claim.digest)
+            self.disk.sync()
+            return runs.WeightsInitialised(claim.digest, peer)
+        if claim.digest and self.disk.read(f"update {peer} {claim.digest}") is None:
+            raise UpdateRefused("bad weights", "the update's bytes were never uploaded")
+        update = Update(digest=claim.digest, num_examples=claim.num_examples)
+        return runs.UpdateAccepted(self.run.round, peer, update)
+
+    def _record(self, *facts: Fact) -> Iterator[None]:
+        if not facts:
+            return
+        yield
+        self.ledger += [runs.encode_fact(fact) for fact in facts]
+        yield
+        for fact in facts:
+            self.run = runs.apply(self.run, fact)
+        self.applied = len(self.ledger)
+
+

@@ -1,0 +1,43 @@
+"""A disk that can lose power: what was renamed and not synced is there again, or is not."""
+
+from __future__ import annotations
+
+from random import Random
+
+
+class Disk:
+    """Small values by name. A write is a rename of a synced file: whole, but not yet durable."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._durable: dict[str, str] = {}
+        self._unsynced: dict[str, str | None] = {}
+
+    def read(self, name: str) -> str | None:
+        return self._unsynced[name] if name in self._unsynced else self._durable.get(name)
+
+    def write(self, name: str, value: str) -> None:
+        self._unsynced[name] = value
+
+    def remove(self, name: str) -> None:
+        self._unsynced[name] = None
+
+    def names(self, start: str) -> list[str]:
+        """Names that begin so, as they are seen now."""
+        every = sorted(self._durable.keys() | self._unsynced.keys())
+        return [name for name in every if name.startswith(start) and self.read(name) is not None]
+
+    def sync(self) -> None:
+        """All that was written is durable from now on."""
+        for name, value in self._unsynced.items():
+            if value is None:
+                self._durable.pop(name, None)
+            else:
+                self._durable[name] = value
+        self._unsynced.clear()
+
+    def lose_power(self) -> None:
+        """Each unsynced change is lost or kept, whatever came before or after it."""
+        kept = {n: v for n, v in self._unsynced.items() if self._random.random() < 0.5}
+        self._unsynced = kept
+        self.sync()

@@ -1,0 +1,116 @@
+"""A real fleet whose processes can be armed with failpoints and note what they saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from protocols.failpoints import TRUTH, VARIABLE
+from tests.e2e.fleet_harness import COORDINATOR, Fleet, closing, two_free_ports, until
+from tests.faults import checker
+from tests.faults.checker import Fact, Line
+
+#: The same in every run with the same seed, on the same peers: a little real training.
+TRAINING = ("mnist", "--set", "epochs=1", "--set", "max_steps=5")
+WITHIN_S = 90.0
+
+
+class Site(Fleet):
+    """A fleet on fixed ports. `armed` holds the failpoints of programs that are started next."""
+
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        super().__init__(folder, settings)
+        self.armed: dict[str, str] = {}
+        self.port, self._mqtt_port = two_free_ports()
+        self.options: tuple[str, ...] = ("--mqtt-port", str(self._mqtt_port))
+        self._seen: list[Line] = []
+
+    def _env(self, name: str = "coordinator") -> dict[str, str]:
+        env = super()._env(name)
+        env[TRUTH] = str(self.truth_file(name))
+        if spec := self.armed.get(name):
+            env[VARIABLE] = spec
+        return env
+
+    def truth_file(self, name: str) -> Path:
+        return self.folder / f"{name}.truth"
+
+    # --- coordinator ---
+
+    def rise(self, spec: str = "") -> float:
+        """Start the coordinator, armed or not; seconds until it answers."""
+        began = time.monotonic()
+        (self.home / "up.json").unlink(missing_ok=True)  # what a killed one left
+        self.armed["coordinator"] = spec
+        try:
+            self.up(*self.options, port=self.port)
+        finally:
+            self.armed["coordinator"] = ""  # the commands that ask it are not armed
+        return time.monotonic() - began
+
+    def rise_and_fall(self, spec: str) -> None:
+        """Start a coordinator that does not live to answer."""
+        self.armed["coordinator"] = spec
+        words = ("up", "--host", "127.0.0.1", "--port", str(self.port), *self.options)
+        program = self._start("up", [COORDINATOR, *words], self._env())
+        self.armed["coordinator"] = ""
+        program.wait(WITHIN_S)
+
+    def dead(self, name: str) -> None:
+        """Wait until this program has died."""
+        process = self.programs[name].process
+        until(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
+
+    # --- agents ---
+
+    def enlist(self, *names: str) -> None:
+        self.join(*names)
+        self.start(*names)
+
+    def come_back(self, name: str, spec: str = "") -> None:
+        """Start an agent, armed or not, and wait for its session."""
+        self.armed[name] = spec
+        self.start(name)
+        self.armed[name] = ""
+
+    # --- runs ---
+
+    def order(self, *words: str, seed: int, rounds: int, quorum: int) -> str:
+        """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
+        known = set(self.facts())
+        numbers = ("--rounds", str(rounds), "--quorum", str(quorum), "--seed", str(seed))
+        asked = self.ask("run", "start", *(words or TRAINING), *numbers)
+        new = sorted(set(self.facts()) - known)
+        assert len(new) == 1, f"{asked.stderr}{asked.stdout}"
+        return new[0]
+
+    def facts(self) -> dict[str, list[Fact]]:
+        return checker.facts_by_run(checker.read_ledger(self.home))
+
+    def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
+        """The facts of a run, once it has ended."""
+        found: list[Fact] = []
+
+        def over() -> bool:
+            found[:] = self.facts()[run]
+            return bool(checker.ended(found))
+
+        until(over, f"run {run} ended", within_s, every_s=0.1)
+        return found
+
+    def violations(self, names: Sequence[str]) -> list[str]:
+        """What the checker finds; each look must extend the last."""
+        truths = [checker.read_truth(self.truth_file(name)) for name in names]
+        found = checker.violations(self.home, truths, self._seen)
+        self._seen = checker.read_ledger(self.home)
+        return found
+
+
+@contextmanager
+def site(folder: Path, **settings: str) -> Iterator[Site]:
+    """A Site whose processes all end with the block."""
+    made = Site(folder, settings)
+    with closing(made):
+        yield made
