@@ -1,17 +1,14 @@
 """The trainer: the child process that holds the model and the data. `python -m agent.trainer`
 
-It speaks frames, one line of JSON each: requests come on standard input, answers go out on what
-was standard output. Weights never travel in the pipe, only paths of canonical safetensors files.
-A pause or a cancel takes effect between two batches. When standard input ends, the parent is gone
-and the trainer leaves at once.
-
-The task decides whether torch is imported; this module never does, so the parent can share the
-frames below.
+It speaks the frames of `agent.frames`. A pause or a cancel takes effect between two batches. When
+standard input ends, the parent is gone and the trainer leaves at once; what it was doing is in the
+journal, and the next trainer goes on with it. The task decides whether torch is imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import queue
@@ -21,117 +18,37 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import msgspec
-from msgspec import Struct
 
-from agent import tasks
-from agent.tasks import Cancelled, DataSettings, Setting, Task
-from protocols import weights
+from agent import chance, tasks
+from agent.frames import (
+    Answer,
+    Cancel,
+    Done,
+    Evaluate,
+    Failed,
+    Init,
+    Pause,
+    Phase,
+    Progress,
+    Ready,
+    Resume,
+    Train,
+    Work,
+    decode_request,
+    encode,
+)
+from agent.journal import Journal
+from agent.tasks import Cancelled, DataSettings, Resumable, Task
+from protocols import VERSION, weights
 from protocols.errors import BadWeights, CommonweightError
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
 from protocols.weights import Array, Schema, TensorSpec, Weights
 
-Phase = Literal["train", "evaluate"]
 PROGRESS_EVERY_S = 0.2
-
-
-class Init(Struct, frozen=True, tag=True, kw_only=True):
-    """Write the first weights of a task to the file `out`."""
-
-    id: int
-    task: str
-    settings: dict[str, Setting]
-    seed: int
-    out: str
-
-
-class Train(Struct, frozen=True, tag=True, kw_only=True):
-    """Train the weights in the file `base` on this peer's data; write the result to `out`."""
-
-    id: int
-    task: str
-    settings: dict[str, Setting]
-    data: DataSettings
-    base: str
-    out: str
-
-
-class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
-    """Measure the weights in the file `base` on this peer's held-out data."""
-
-    id: int
-    task: str
-    settings: dict[str, Setting]
-    data: DataSettings
-    base: str
-
-
-class Pause(Struct, frozen=True, tag=True):
-    """Stand still after the present batch, until Resume."""
-
-
-class Resume(Struct, frozen=True, tag=True):
-    """Go on."""
-
-
-class Cancel(Struct, frozen=True, tag=True):
-    """Give up the work `id` after the present batch, also while paused."""
-
-    id: int
-
-
-class Ready(Struct, frozen=True, tag=True):
-    """The trainer has started."""
-
-
-class Progress(Struct, frozen=True, tag=True, kw_only=True):
-    """Where the work `id` stands. `loss` is the last batch's, None if not finite.
-
-    `examples_per_s` is over the last fraction of a second, without pauses. `paused` says that it
-    stands still.
-    """
-
-    id: int
-    phase: Phase
-    step: int
-    steps: int
-    loss: float | None
-    examples_per_s: float
-    paused: bool = False
-
-
-class Done(Struct, frozen=True, tag=True, kw_only=True):
-    """The work `id` is done. `digest` and `nbytes` are the written file's; empty if none was.
-
-    A metric that is NaN or infinite arrives as None.
-    """
-
-    id: int
-    digest: str = ""
-    nbytes: int = 0
-    num_examples: int = 0
-    metrics: Metrics = {}
-
-
-class Failed(Struct, frozen=True, tag=True, kw_only=True):
-    """The work `id` failed. `message` may quote the data: it is for this machine only."""
-
-    id: int
-    kind: str
-    message: str
-    hint: str = ""
-
-
-Work = Init | Train | Evaluate
-Request = Work | Pause | Resume | Cancel
-Answer = Ready | Progress | Done | Failed
-
-encode = msgspec.json.Encoder().encode
-decode_request = msgspec.json.Decoder(Request).decode
-decode_answer: Callable[[bytes], Answer] = msgspec.json.Decoder(Answer).decode
 
 
 class Control:
@@ -177,22 +94,37 @@ class Control:
 
 
 class Meter:
-    """The `on_step` of one work: sends a few Progress a second and obeys the control."""
+    """The `on_step` of one work: sends a few Progress a second and obeys the control.
+
+    `keep(step)` writes the journal; it is called when `is_due()`, and before a pause, which may
+    well end with the machine switched off.
+    """
 
     def __init__(
-        self, work: int, phase: Phase, control: Control, send: Callable[[Answer], None]
+        self,
+        work: int,
+        phase: Phase,
+        control: Control,
+        send: Callable[[Answer], None],
+        is_due: Callable[[], bool] = lambda: False,
+        keep: Callable[[int], None] = lambda step: None,
+        resumed: bool = False,
     ) -> None:
         self._work, self._phase, self._control, self._send = work, phase, control, send
+        self._is_due, self._keep = is_due, keep
         self._sent_at = -math.inf
-        self._window = time.monotonic(), 0  # when the present rate's measure began, and examples
+        #: When the present rate's measure began, and the examples at that time; None until the
+        #: first step of work that was gone on with.
+        self._window = None if resumed else (time.monotonic(), 0)
 
     def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
         note("step", phase=self._phase, work=self._work, step=int(step))
         failpoint("trainer.step")
+        window = self._window = self._window or (time.monotonic(), examples_done)
 
         def report(*, paused: bool = False) -> None:
             self._sent_at = at = time.monotonic()
-            since, examples = self._window
+            since, examples = window
             elapsed = max(at - since, 1e-6)  # clocks may be coarse
             if elapsed >= PROGRESS_EVERY_S / 2:
                 self._window = at, examples_done
@@ -208,9 +140,15 @@ class Meter:
                 )
             )
 
+        def pause() -> None:
+            self._keep(int(step))
+            report(paused=True)
+
         if step >= steps or time.monotonic() - self._sent_at >= PROGRESS_EVERY_S:
             report()
-        if self._control.raised and self._control.obey(self._work, lambda: report(paused=True)):
+        if self._is_due():
+            self._keep(int(step))
+        if self._control.raised and self._control.obey(self._work, pause):
             self._window = time.monotonic(), examples_done  # a pause is no time at work
 
 
@@ -224,6 +162,7 @@ class Trainer:
         self._name = ""
         self._task: Task | None = None
         self._data: DataSettings | None = None
+        self._resumed: Journal | None = None  # that of the present work, if it goes on from one
 
     def serve(self, work: Work) -> None:
         """Do one work and answer with Done or Failed."""
@@ -242,14 +181,18 @@ class Trainer:
         except Exception as err:
             # A task is another's code: whatever it raises must not end the protocol.
             traceback.print_exc()
+            if self._resumed is not None:
+                self._resumed.drop()  # it may be why: the next try begins anew
             kind = "out of memory" if _is_out_of_memory(err) else "task"
             answer = Failed(id=work.id, kind=kind, message=f"{type(err).__name__}: {err}")
+        self._resumed = None
         self._send(answer)
 
     def _do(self, work: Work) -> Answer:
         task = self._found(work.task)
         schema = _normal(task.schema(work.settings))
         if isinstance(work, Init):
+            chance.seed("init", work.seed)
             first = task.init(work.seed, work.settings)
             return self._written(work.id, first, schema, work.out, 0, {})
         base = weights.load(Path(work.base))
@@ -263,14 +206,37 @@ class Trainer:
             task.load(work.data)
             self._data = work.data
         self._control.check(work.id)
-        phase: Phase = "evaluate" if isinstance(work, Evaluate) else "train"
-        on_step = Meter(work.id, phase, self._control, self._send)
+        given = (work.settings.get(name, 0) for name in ("seed", "round"))
+        chance.seed(type(work).__name__, *given, work.data.index)
         if isinstance(work, Evaluate):
+            on_step = Meter(work.id, "evaluate", self._control, self._send)
             count, metrics = task.evaluate(base, work.settings, on_step)
             return _done(work.id, "", 0, count, metrics)
+        return self._trained(work, task, base, schema)
+
+    def _trained(self, work: Train, task: Task, base: Weights, schema: Schema) -> Answer:
+        on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
+        if work.journal and isinstance(task, Resumable):
+            journal, resumable = Journal(Path(work.journal), _key(work), work.journal_every_s), task
+            kept = journal.recall()
+            if kept is not None:
+                self._resumed = journal
+                resumed_at, snapshot, chances = kept
+                resumable.restore(snapshot)
+                chance.restore(chances)
+            on_step = Meter(
+                work.id,
+                "train",
+                self._control,
+                self._send,
+                is_due=lambda: journal.due,
+                keep=lambda step: journal.keep(step, resumable.snapshot()),
+                resumed=kept is not None,
+            )
         trained, count, metrics = task.train(base, work.settings, on_step)
         failpoint("trainer.trained")
-        return self._written(work.id, trained, schema, work.out, count, metrics)
+        done = self._written(work.id, trained, schema, work.out, count, metrics)
+        return msgspec.structs.replace(done, resumed_at=resumed_at)
 
     def _found(self, name: str) -> Task:
         if self._task is None or self._name != name:
@@ -299,6 +265,13 @@ class Trainer:
         digest = weights.save(tensors, path)
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
+
+
+def _key(work: Train) -> str:
+    """What must be the same for a journal to be gone on with."""
+    settings = sorted(work.settings.items())
+    same = [VERSION, work.key, work.task, settings, msgspec.to_builtins(work.data)]
+    return hashlib.sha256(msgspec.json.encode(same)).hexdigest()
 
 
 def _done(

@@ -10,8 +10,6 @@ import glob
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +18,9 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from agent.tasks import DataSettings, Settings
-from agent.trainer import (
+from agent import memory
+from agent.child import Child
+from agent.frames import (
     Answer,
     Cancel,
     Done,
@@ -30,20 +29,14 @@ from agent.trainer import (
     Init,
     Pause,
     Progress,
-    Request,
     Resume,
     Train,
     Work,
-    decode_answer,
-    encode,
 )
-from protocols import failpoints
+from agent.tasks import DataSettings, Settings
 from protocols.errors import TrainerFailed
 
 log = logging.getLogger(__name__)
-
-MAX_FRAME_BYTES = 1 << 20
-MAX_LOG_BYTES = 1 << 20
 
 
 def ignore(_: Progress) -> None:
@@ -56,6 +49,9 @@ class TrainerProcess:
     `data` is what the next work trains on. `threads` = 0 takes half the cores. A work that shows
     no sign of life for `hang_s` while not paused is ended ("hung"), and one that does not obey a
     cancel within `grace_s` too. `on_progress` runs in the reader's thread and must not block.
+
+    Training is kept in a journal at most every `journal_every_s`; after a kill of the child or of
+    this process the same work, asked again, goes on from there.
     """
 
     def __init__(
@@ -67,22 +63,25 @@ class TrainerProcess:
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
         grace_s: float = 10.0,
+        journal_every_s: float = 30.0,
     ) -> None:
         self.data = data
         self._work_dir = work_dir
+        self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
         self._threads = threads or max(1, (os.cpu_count() or 2) // 2)
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
         self._one_at_a_time = threading.Lock()
         self._changed = threading.Condition()
         # All below is guarded by `_changed`.
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._id = 0
         self._working = False
         self._answer: Done | Failed | None = None
         self._paused = False
         self._cancel_by: float | None = None
-        self._stopping = False
+        self._stopping = self._closed = False
+        self._oom_kills: int | None = None  # before the child's start
         self._alive_at = self._ended_at = time.monotonic()
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
@@ -94,7 +93,12 @@ class TrainerProcess:
         """Train the weights in `base` and write them to `out`. Raises TrainerFailed.
 
         `settings` are the task's own, and the run's "seed" and the "round" that order the data.
+        `base` is never written to again: a version's file, named by its digest.
         """
+        try:
+            found = base.stat()
+        except OSError as err:
+            raise TrainerFailed("file", f"a file cannot be used: {err}") from err
         work = Train(
             id=0,
             task=task,
@@ -102,6 +106,10 @@ class TrainerProcess:
             data=self._data(),
             base=_full(base),
             out=_full(out),
+            # Whichever run asks: alike in all this, task, settings and data gives the same result.
+            key=f"{base.name} {found.st_size} {found.st_mtime_ns}",
+            journal=_full(self._journal),
+            journal_every_s=self._journal_every_s,
         )
         return self._do(work, out)
 
@@ -141,6 +149,16 @@ class TrainerProcess:
                 self._changed.wait_for(lambda: child.exit is not None, timeout_s)
             if self._child is child:
                 self._child = None
+
+    def close(self) -> None:
+        """End the child for good: who asks for work from now on is told "stopped"."""
+        with self._changed:
+            self._closed = True
+        self.stop()
+
+    def forget(self) -> None:
+        """Drop the journal: the last work is done and its answer is safe."""
+        self._journal.unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:
@@ -208,17 +226,20 @@ class TrainerProcess:
             hint = answer.hint or f"the trainer's log: {self._work_dir / 'trainer.log'}"
             raise TrainerFailed(answer.kind, answer.message, hint)
 
-    def _started(self) -> _Child:
+    def _started(self) -> Child:
+        if self._closed:
+            raise TrainerFailed("stopped", "the trainer was stopped")
         if self._child is None or self._child.exit is not None:
+            self._oom_kills = memory.oom_kills()
             try:
-                self._child = _Child(self._work_dir, self._threads, self._changed, self._on_answer)
+                self._child = Child(self._work_dir, self._threads, self._changed, self._on_answer)
             except OSError as err:
                 raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err
             if self._paused:
                 self._child.send(Pause())
         return self._child
 
-    def _awaited(self, child: _Child) -> Done | Failed:
+    def _awaited(self, child: Child) -> Done | Failed:
         """The answer to the present work, or a Failed that says how the child ended instead."""
         ended_because: Failed | None = None
         with self._changed:
@@ -252,8 +273,14 @@ class TrainerProcess:
                 name = signal.Signals(-code).name
             except ValueError:
                 name = f"signal {-code}"
-            probably = ", probably out of memory" if name == "SIGKILL" else ""
-            return self._failed("killed", f"the trainer was killed{probably} ({name})")
+            if name == "SIGKILL":
+                kills = memory.oom_kills()
+                if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
+                    message = "the system ended the trainer: it was out of memory"
+                    return self._failed("out of memory", message)
+                if kills is None:
+                    name += ", probably out of memory"
+            return self._failed("killed", f"the trainer was killed ({name})")
         shown = str(code) if code < 256 else f"{code:#x}"  # Windows tells crashes in hexadecimal
         return self._failed("died", f"the trainer ended with exit code {shown}")
 
@@ -273,113 +300,6 @@ class TrainerProcess:
             except Exception:
                 # A fault in somebody's display must not cost the answers that follow.
                 log.exception("on_progress failed")
-
-
-class _Child:
-    """One child process, and the two threads that read its answers and wait for its end."""
-
-    def __init__(
-        self,
-        work_dir: Path,
-        threads: int,
-        changed: threading.Condition,
-        on_answer: Callable[[Answer], None],
-    ) -> None:
-        self._changed = changed
-        self._on_answer = on_answer
-        #: Exit code as Popen gives it; set, and `changed` notified, when all answers were read.
-        self.exit: int | None = None
-        work_dir.mkdir(parents=True, exist_ok=True)
-        log_file = work_dir / "trainer.log"
-        too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
-        with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
-            self._process = subprocess.Popen(
-                # -P: a file in the present folder must not pass for a module.
-                [sys.executable, "-P", "-m", "agent.trainer", "--threads", str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=work_dir,
-                env=_environment(threads),
-                # A Ctrl-C in the terminal is for the parent, which then ends the child in order.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-        self.pid = self._process.pid
-        self._reader = threading.Thread(target=self._read, name="trainer answers", daemon=True)
-        self._reader.start()
-        threading.Thread(target=self._wait, name="trainer end", daemon=True).start()
-
-    def send(self, request: Request) -> None:
-        """Write one frame. A child that is gone does not raise here: `exit` tells."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(encode(request) + b"\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError):
-            pass
-
-    def close(self) -> None:
-        """End its standard input, at which it leaves."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except OSError:  # it left before
-            pass
-
-    def kill(self) -> None:
-        """End it at once. What it started itself is ended with it, where there are groups."""
-        if os.name == "posix":
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # nothing left; macOS says the latter
-                pass
-        else:
-            self._process.kill()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as answers:
-            while line := answers.readline(MAX_FRAME_BYTES):
-                try:
-                    answer = decode_answer(line)
-                except (msgspec.DecodeError, UnicodeDecodeError):
-                    log.error("the trainer wrote a line that is no frame; ending it")
-                    self.kill()
-                    return
-                self._on_answer(answer)
-
-    def _wait(self) -> None:
-        code = self._process.wait()
-        # Its own children (loaders, say) outlive it otherwise. The group's number is still ours
-        # while one of them lives, and free too short a time to have been given out again if not.
-        if os.name == "posix":
-            self.kill()
-        self._reader.join(timeout=5)
-        self.close()
-        with self._changed:
-            self.exit = code
-            self._changed.notify_all()
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """The parent's, without our own settings (they may hold secrets)."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("COMMONWEIGHT") or name in (failpoints.VARIABLE, failpoints.TRUTH)
-    }
-    env |= {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    root = Path(__file__).resolve().parents[1]
-    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
-    return env
 
 
 def _full(path: Path) -> str:

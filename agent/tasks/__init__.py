@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy.typing as npt
 from msgspec import Struct
 
 from protocols.errors import CommonweightError, UnknownName, UsageFault
@@ -47,6 +48,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
 
     `split` says how a shared set is cut: "iid" at random, "shards" so that a part sees few labels.
     `cache` is a folder in which a task may keep what it made of the data; empty: nowhere.
+    `device` is where the data lie and are trained on (see `devices`), and with `compile` the task
+    may let torch compile its model.
     """
 
     index: int = 0
@@ -55,6 +58,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     seed: int = 0
     path: str = ""
     cache: str = ""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: bool = False
 
 
 class TrainOutcome(NamedTuple):
@@ -70,6 +75,16 @@ class EvalOutcome(NamedTuple):
 
     num_examples: int
     metrics: Mapping[str, float]
+
+
+class Snapshot(NamedTuple):
+    """All that training needs to go on between two batches, beside data, settings and chance.
+
+    Weights, optimiser state and where in the data it is; arrays of any dtype but objects.
+    """
+
+    arrays: Mapping[str, npt.NDArray[Any]]
+    values: Mapping[str, int | float | str]
 
 
 @runtime_checkable
@@ -94,6 +109,20 @@ class Task(Protocol):
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Measure `weights` on this peer's held-out data."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a task may do besides: go on with training that was cut off by a kill or a power cut.
+
+    The generators of Python, numpy and torch are kept for it; only those of its own are its affair.
+    """
+
+    def snapshot(self) -> Snapshot:
+        """The present state of `train`. Called from within `on_step`; may give views."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Let the next `train`, of the same weights, settings and data, go on from here."""
 
 
 def names() -> list[str]:

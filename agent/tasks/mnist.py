@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.tasks import DataSettings, EvalOutcome, OnStep, Setting, Settings, TrainOutcome, checked
+from agent.tasks import (
+    DataSettings,
+    EvalOutcome,
+    OnStep,
+    Setting,
+    Settings,
+    Snapshot,
+    TrainOutcome,
+    checked,
+    devices,
+)
 from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
 from protocols.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
@@ -75,13 +85,61 @@ class _Plan(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """This peer's digits: float32[n, 784] in 0..1 and int64[n]; training and held-out."""
+    """This peer's digits: float32[n, 784] in 0..1 and int64[n]; training and held-out.
+
+    They lie on the device that trains. `compiled`: let torch compile the CNN.
+    """
 
     number: int
     x: Tensor
     y: Tensor
     held_out_x: Tensor
     held_out_y: Tensor
+    compiled: bool
+
+
+class _Training:
+    """Training between two batches: what a snapshot holds, and nothing else.
+
+    `weights` and `momentum` are changed in place. `done` counts steps; `passed` and `seen` the
+    examples of this epoch and of those before it; `total` is the sum of this epoch's losses.
+    """
+
+    def __init__(self, weights: Weights, plan: _Plan, device: torch.device, seed: int) -> None:
+        self.weights = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+        self.momentum: Tensors = {}
+        if plan.momentum:
+            self.momentum = {name: torch.zeros_like(t) for name, t in self.weights.items()}
+        self._order = torch.Generator().manual_seed(seed)
+        self._epoch_began = self._order.get_state()
+        self.done = self.passed = self.seen = 0
+        self.total = 0.0
+
+    def permutation(self, examples: int) -> Tensor:
+        """The order of the present epoch."""
+        self._order.set_state(self._epoch_began)
+        return torch.randperm(examples, generator=self._order)
+
+    def next_epoch(self) -> None:
+        self._epoch_began = self._order.get_state()
+        self.seen += self.passed
+        self.passed, self.total = 0, 0.0
+
+    def snapshot(self) -> Snapshot:
+        arrays = {f"weight {name}": t.detach().cpu().numpy() for name, t in self.weights.items()}
+        arrays |= {f"momentum {name}": t.cpu().numpy() for name, t in self.momentum.items()}
+        arrays["order"] = self._epoch_began.numpy()
+        counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
+        return Snapshot(arrays, {**counts, "total": self.total})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        arrays, values = snapshot
+        for kind, tensors in (("weight", self.weights), ("momentum", self.momentum)):
+            for name, tensor in tensors.items():
+                tensor.copy_(torch.tensor(arrays[f"{kind} {name}"]))
+        self._epoch_began = torch.tensor(arrays["order"])
+        self.done, self.passed, self.seen = (int(values[n]) for n in ("done", "passed", "seen"))
+        self.total = float(values["total"])
 
 
 class Mnist:
@@ -89,6 +147,8 @@ class Mnist:
 
     def __init__(self) -> None:
         self._part: _Part | None = None
+        self._training: _Training | None = None
+        self._restored: Snapshot | None = None
 
     def schema(self, settings: Settings) -> Schema:
         """Tensors of the chosen model, all float32."""
@@ -111,46 +171,62 @@ class Mnist:
         """Take part `data.index` of the digits. Raises UsageFault, CommonweightError."""
         pixels, labels = _digits(data.cache)
         mine, held_out = cut(labels, data)
+        device = devices.chosen(data.device)
         x = torch.from_numpy(pixels.astype(np.float32) / 255)
         y = torch.from_numpy(labels.astype(np.int64))
-        self._part = _Part(data.index, x[mine], y[mine], x[held_out], y[held_out])
+        part, rest = ((x[which].to(device), y[which].to(device)) for which in (mine, held_out))
+        self._part = _Part(data.index, *part, *rest, data.compile)
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """Plain SGD on this peer's part; the metric "loss" is the mean of the last epoch."""
         plan, part = _plan(settings), self._loaded()
-        tensors = {name: torch.tensor(array) for name, array in weights.items()}
-        step = (_step_2nn if plan.model == "2nn" else _step_by_autograd)(tensors, plan)
-        order = torch.Generator().manual_seed(
-            _seed("order", settings.get("seed", 0), settings.get("round", 0), part.number)
-        )
+        order = _seed("order", settings.get("seed", 0), settings.get("round", 0), part.number)
+        at = _Training(weights, plan, part.x.device, order)
+        if self._restored is not None:
+            at.restore(self._restored)
+        self._training, self._restored = at, None
+        step = (_step_2nn if plan.model == "2nn" else _step_by_autograd)(at, plan, part.compiled)
         examples = len(part.y)
         batch = plan.batch_size or examples
         steps = plan.epochs * -(-examples // batch)
         if plan.max_steps:
             steps = min(steps, plan.max_steps)
-        done = seen = 0
-        total = 0.0
-        while done < steps:
-            permutation = torch.randperm(examples, generator=order)
-            total, passed = 0.0, 0
-            for x, y in _batches(part.x[permutation], part.y[permutation], batch):
-                loss = step(x, y)
-                done += 1
-                passed += len(y)
-                total += loss * len(y)
-                on_step(done, steps, loss, seen + passed)
-                if done == steps:
+        try:
+            while True:
+                permutation = at.permutation(examples).to(part.x.device)
+                x, y = part.x[permutation], part.y[permutation]
+                for inputs, labels in _batches(x[at.passed :], y[at.passed :], batch):
+                    if at.done == steps:
+                        break
+                    loss = step(inputs, labels)
+                    at.done += 1
+                    at.passed += len(labels)
+                    at.total += loss * len(labels)
+                    on_step(at.done, steps, loss, at.seen + at.passed)
+                if at.done == steps:
                     break
-            seen += passed
-        arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-        return TrainOutcome(Weights(arrays), examples, {"loss": total / passed})
+                at.next_epoch()
+        finally:
+            self._training = None
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
+        return TrainOutcome(Weights(arrays), examples, {"loss": at.total / at.passed})
+
+    def snapshot(self) -> Snapshot:
+        """Where `train` is: weights, momentum, the order of the data and the place in it."""
+        assert self._training is not None
+        return self._training.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Let the next `train` go on from there."""
+        self._restored = snapshot
 
     @torch.inference_mode()
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
         plan, part = _plan(settings), self._loaded()
         forward = _forward_2nn if plan.model == "2nn" else _forward_cnn
-        tensors = {name: torch.tensor(array) for name, array in weights.items()}
+        device = part.held_out_x.device
+        tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
         batches = _batches(part.held_out_x, part.held_out_y, EVALUATION_BATCH)
         loss, right, seen = 0.0, 0, 0
         for number, (x, y) in enumerate(batches, 1):
@@ -168,7 +244,8 @@ class Mnist:
 
 
 def _batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
+    # Nothing would be split into one batch of nothing.
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True)) if len(y) else []
 
 
 def _plan(settings: Settings) -> _Plan:
@@ -214,14 +291,19 @@ def _forward_cnn(w: Tensors, x: Tensor) -> Tensor:
     return F.linear(x, w["output.weight"], w["output.bias"])
 
 
-def _step_by_autograd(w: Tensors, plan: _Plan) -> Step:
-    """SGD steps on the CNN, in place on `w`; each returns the batch's loss before the step."""
-    parameters = [tensor.requires_grad_() for tensor in w.values()]
-    optimiser = torch.optim.SGD(parameters, lr=plan.lr, momentum=plan.momentum)
+def _step_by_autograd(at: _Training, plan: _Plan, compiled: bool) -> Step:
+    """SGD steps on the CNN, in place; each returns the batch's loss before the step."""
+    w = at.weights
+    optimiser = torch.optim.SGD(
+        [tensor.requires_grad_() for tensor in w.values()], lr=plan.lr, momentum=plan.momentum
+    )
+    for name, buffer in at.momentum.items():
+        optimiser.state[w[name]]["momentum_buffer"] = buffer
+    forward = torch.compile(_forward_cnn) if compiled else _forward_cnn
 
     def step(x: Tensor, y: Tensor) -> float:
         optimiser.zero_grad()
-        loss = F.cross_entropy(_forward_cnn(w, x), y)
+        loss = F.cross_entropy(forward(w, x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         return loss.item()
@@ -229,17 +311,19 @@ def _step_by_autograd(w: Tensors, plan: _Plan) -> Step:
     return step
 
 
-def _step_2nn(w: Tensors, plan: _Plan) -> Step:
-    """SGD steps on the 2NN, in place on `w`; each returns the batch's loss before the step.
+def _step_2nn(at: _Training, plan: _Plan, _: bool) -> Step:
+    """SGD steps on the 2NN, in place; each returns the batch's loss before the step.
 
     At ten examples a step autograd's bookkeeping costs more than the sums do. So the gradients
-    are written out, and each matrix product adds straight into the weights.
+    are written out, and each matrix product adds straight into the weights: nothing is left to
+    compile.
     """
+    w = at.weights
     w1, b1 = w["hidden1.weight"], w["hidden1.bias"]
     w2, b2 = w["hidden2.weight"], w["hidden2.bias"]
     w3, b3 = w["output.weight"], w["output.bias"]
-    one_hot = torch.eye(10)
-    velocity = {id(t): torch.zeros_like(t) for t in w.values()} if plan.momentum else {}
+    one_hot = torch.eye(10, device=w1.device)
+    velocity = {id(w[name]): buffer for name, buffer in at.momentum.items()}
 
     def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
         if not velocity:

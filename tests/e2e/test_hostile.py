@@ -14,7 +14,7 @@ from agent import settings
 from agent.client import Client, refusal_text
 from agent.link import Credentials, Link
 from agent.tasks import Settings
-from agent.trainer import Done
+from agent.frames import Done
 from protocols import topics, weights
 from protocols.errors import TrainerFailed
 from protocols.weights import Weights

@@ -1,0 +1,123 @@
+"""The frames between an agent and its trainer: one line of JSON each. Pure.
+
+Requests come on the trainer's standard input, answers go out on what was its standard output.
+Weights never travel in the pipe, only paths of canonical safetensors files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from agent.tasks import DataSettings, Setting
+from protocols.messages import Metrics
+
+Phase = Literal["train", "evaluate"]
+
+
+class Init(Struct, frozen=True, tag=True, kw_only=True):
+    """Write the first weights of a task to the file `out`."""
+
+    id: int
+    task: str
+    settings: dict[str, Setting]
+    seed: int
+    out: str
+
+
+class Train(Struct, frozen=True, tag=True, kw_only=True):
+    """Train the weights in the file `base` on this peer's data; write the result to `out`.
+
+    `journal` is the file of the work in hand, at most every `journal_every_s`; empty for none.
+    What it holds is gone on with if it was kept for the same `key`, task, settings and data.
+    """
+
+    id: int
+    task: str
+    settings: dict[str, Setting]
+    data: DataSettings
+    base: str
+    out: str
+    key: str = ""
+    journal: str = ""
+    journal_every_s: float = 30.0
+
+
+class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
+    """Measure the weights in the file `base` on this peer's held-out data."""
+
+    id: int
+    task: str
+    settings: dict[str, Setting]
+    data: DataSettings
+    base: str
+
+
+class Pause(Struct, frozen=True, tag=True):
+    """Stand still after the present batch, until Resume."""
+
+
+class Resume(Struct, frozen=True, tag=True):
+    """Go on."""
+
+
+class Cancel(Struct, frozen=True, tag=True):
+    """Give up the work `id` after the present batch, also while paused."""
+
+    id: int
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """The trainer has started."""
+
+
+class Progress(Struct, frozen=True, tag=True, kw_only=True):
+    """Where the work `id` stands. `loss` is the last batch's, None if not finite.
+
+    `examples_per_s` is over the last fraction of a second, without pauses. `paused` says that it
+    stands still.
+    """
+
+    id: int
+    phase: Phase
+    step: int
+    steps: int
+    loss: float | None
+    examples_per_s: float
+    paused: bool = False
+
+
+class Done(Struct, frozen=True, tag=True, kw_only=True):
+    """The work `id` is done. `digest` and `nbytes` are the written file's; empty if none was.
+
+    A metric that is NaN or infinite arrives as None. `resumed_at` is the step at which a journal
+    was gone on with, 0 if the work was done from its beginning.
+    """
+
+    id: int
+    digest: str = ""
+    nbytes: int = 0
+    num_examples: int = 0
+    metrics: Metrics = {}
+    resumed_at: int = 0
+
+
+class Failed(Struct, frozen=True, tag=True, kw_only=True):
+    """The work `id` failed. `message` may quote the data: it is for this machine only."""
+
+    id: int
+    kind: str
+    message: str
+    hint: str = ""
+
+
+Work = Init | Train | Evaluate
+Request = Work | Pause | Resume | Cancel
+Answer = Ready | Progress | Done | Failed
+
+encode = msgspec.json.Encoder().encode
+decode_request = msgspec.json.Decoder(Request).decode
+decode_answer: Callable[[bytes], Answer] = msgspec.json.Decoder(Answer).decode

@@ -1,0 +1,45 @@
+"""Memory as the system keeps account of it: whether it had to kill somebody for want of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ROOT = Path("/")
+
+
+def oom_kills(root: Path = _ROOT) -> int | None:
+    """How many processes of our cgroup the kernel has killed for want of memory, if it says so.
+
+    Of the whole machine where the cgroup does not tell. None where nothing does (not Linux).
+    """
+    for path in _sources(root):
+        try:
+            for line in path.read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _sources(root: Path) -> list[Path]:
+    groups = root / "sys/fs/cgroup"
+    found = []
+    try:
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            inner = path.strip("/")
+            if not controllers:  # version 2
+                found.append(groups / inner / "memory.events")
+            elif "memory" in controllers.split(","):
+                found.append(groups / "memory" / inner / "memory.oom_control")
+    except (OSError, ValueError):
+        pass
+    # In a container our own group is often the root of what is mounted.
+    found += [
+        groups / "memory.events",
+        groups / "memory/memory.oom_control",
+        root / "proc/vmstat",
+    ]
+    return found
