@@ -99,9 +99,7 @@ def read_truth(path: Path) -> Truth:
 # --- the invariants --------------------------------------------------------------------------
 
 
-def violations(
-    home: Path, truths: Iterable[Truth] = (), before: Sequence[Line] = ()
-) -> list[str]:
+def violations(home: Path, truths: Iterable[Truth] = (), before: Sequence[Line] = ()) -> list[str]:
     """What is wrong, in sentences; `before` is an earlier look at the same ledger."""
     lines = read_ledger(home)
     found = _chain(lines, before)

@@ -303,9 +303,7 @@ class Coordinator:
         claim = _decode_claim(payload)
         expected = gate.expectation(self.run, {})
         try:
-            gate.check_claim(
-                self.run, expected, peer, claim, payload, b"", lambda *signed: True
-            )
+            gate.check_claim(self.run, expected, peer, claim, payload, b"", lambda *signed: True)
         except UpdateRefused as err:
             if not (self._bug == "count-twice" and err.reason in ("replay", "late")):
                 raise
@@ -328,5 +326,3 @@ class Coordinator:
         for fact in facts:
             self.run = runs.apply(self.run, fact)
         self.applied = len(self.ledger)
-
-

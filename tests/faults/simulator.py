@@ -2,10 +2,10 @@
 
     python -m tests.faults.simulator [SEED [BUG]]     one schedule again, with what it did
 
-`coordinator.runs`, `gate` and `fleet`, and `agent.worker` are the product's own; around them is what
-their shells do, cut into steps between which anything can die. A schedule is a seed: some hundred
-steps of whoever comes next, with delayed, doubled, reordered and lost messages, crashes, lost
-unsynced writes, wrong clocks, pauses and deadlines; then calm, in which the run must end. The
+`coordinator.runs`, `gate` and `fleet`, and `agent.worker` are the product's own; around them is
+what their shells do, cut into steps between which anything can die. A schedule is a seed: some
+hundred steps of whoever comes next, with delayed, doubled, reordered and lost messages, crashes,
+lost unsynced writes, wrong clocks, pauses and deadlines; then calm, in which the run must end. The
 checker that judges real fleets judges what is left on the simulated disk.
 """
 

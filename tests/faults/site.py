@@ -7,21 +7,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from msgspec.structs import replace
+
+from agent import settings
 from protocols.failpoints import TRUTH, VARIABLE
-from tests.e2e.fleet_harness import COORDINATOR, Fleet, closing, two_free_ports, until
+from tests.e2e.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports, until
 from tests.faults import checker
 from tests.faults.checker import Fact, Line
 
 #: The same in every run with the same seed, on the same peers: a little real training.
 TRAINING = ("mnist", "--set", "epochs=1", "--set", "max_steps=5")
+#: Nobody listens there.
+NO_BROKER = ("--mqtt-url", "mqtt://127.0.0.1:9")
 WITHIN_S = 90.0
 
 
 class Site(Fleet):
     """A fleet on fixed ports. `armed` holds the failpoints of programs that are started next."""
 
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
-        super().__init__(folder, settings)
+    def __init__(self, folder: Path, chosen: dict[str, str]) -> None:
+        super().__init__(folder, chosen)
         self.armed: dict[str, str] = {}
         self.port, self._mqtt_port = two_free_ports()
         self.options: tuple[str, ...] = ("--mqtt-port", str(self._mqtt_port))
@@ -64,6 +69,26 @@ class Site(Fleet):
         until(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
 
     # --- agents ---
+
+    def start(self, *names: str) -> None:
+        """Start these agents; wait for their sessions, and for MQTT where there is a broker."""
+        if "--mqtt-url" not in self.options:
+            super().start(*names)
+            return
+        for name in names:
+            self._start(name, [AGENT, "run"], self._env(name))
+        for name in names:
+            self.until_agent(name, "has its session", lambda told: told["session"])
+
+    def redirect(self, name: str, port: int) -> None:
+        """Let this machine reach the coordinator through another port."""
+        home = self.folder / name
+        enrolment = settings.read_enrolment(home)
+        settings.write_enrolment(home, replace(enrolment, addresses=(f"127.0.0.1:{port}",)))
+
+    def peer(self, name: str) -> str:
+        """The id of this machine's peer."""
+        return settings.read_enrolment(self.folder / name).peer
 
     def enlist(self, *names: str) -> None:
         self.join(*names)
@@ -109,8 +134,8 @@ class Site(Fleet):
 
 
 @contextmanager
-def site(folder: Path, **settings: str) -> Iterator[Site]:
+def site(folder: Path, **chosen: str) -> Iterator[Site]:
     """A Site whose processes all end with the block."""
-    made = Site(folder, settings)
+    made = Site(folder, chosen)
     with closing(made):
         yield made

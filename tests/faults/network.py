@@ -1,0 +1,215 @@
+"""Links that break, hang or crawl; a broker that is not there; a peer that is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.e2e.fleet_harness import descendants, until
+from tests.faults import checker
+from tests.faults.proxy import BLACKHOLE, CLEAR, Fault, Proxy
+from tests.faults.results import Row
+from tests.faults.site import NO_BROKER, TRAINING, Site, site
+
+SEED = 1
+#: More than any case needs: they end their run themselves.
+ENDLESS = 100_000
+#: Without a broker a lost peer is seen by its heartbeat; then it takes its reconnection.
+NOTICED_WITHIN_S = 45.0
+HEALED_WITHIN_S = 60.0
+#: Up (the agent's bytes are gone), down, and both.
+ONE_WAY = {"up": Fault(hold_up=True), "down": Fault(hold_down=True)}
+
+
+def contributors(fleet: Site, run: str) -> list[list[str]]:
+    """Who contributed, by closed round."""
+    facts = fleet.facts()[run]
+    return [fact["contributors"] for fact in facts if fact["type"] == "TrainingClosed"]
+
+
+@contextmanager
+def endless(fleet: Site, names: Sequence[str], *words: str, quorum: int) -> Iterator[str]:
+    """A run that all these take part in, and that is stopped with the block."""
+    order = ("ping", "--set", "kilobytes=4", *words)
+    run = fleet.order(*order, seed=SEED, rounds=ENDLESS, quorum=quorum)
+    peers = {fleet.peer(name) for name in names}
+    until(lambda: any(peers <= set(who) for who in contributors(fleet, run)), "all take part")
+    yield run
+    assert fleet.ask("run", "stop", run).returncode == 0
+    fleet.outcome(run)
+
+
+def until_part(fleet: Site, run: str, name: str, after: int) -> float:
+    """Seconds until this peer contributes to a round after the `after`th."""
+    began, peer = time.monotonic(), fleet.peer(name)
+    until(
+        lambda: any(peer in who for who in contributors(fleet, run)[after + 1 :]),
+        f"{name} takes part again",
+        within_s=HEALED_WITHIN_S,
+        every_s=0.2,
+    )
+    return time.monotonic() - began
+
+
+def cut_links(folder: Path, lasts_s: float) -> list[Row]:
+    """A peer's link is a blackhole, then one-way, for some time; the others go on."""
+    full = Row("6 full partition", "heal s")
+    one_way = Row("7 one-way, 8 half-open TCP", "s until the run goes on without it")
+    with site(folder) as fleet:
+        fleet.options = NO_BROKER
+        fleet.rise()
+        fleet.join("ada", "bob")
+        with Proxy(fleet.port) as proxy:
+            fleet.redirect("ada", proxy.port)
+            fleet.start("ada", "bob")
+            cases = {"full": BLACKHOLE, **ONE_WAY}
+            for name, fault in cases.items():
+                noticed_s, healed_s, found = _cut(fleet, proxy, fault, lasts_s)
+                row = full if name == "full" else one_way
+                row.add(
+                    f"{name} for {lasts_s:.0f} s, noticed after {noticed_s:.1f} s, healed",
+                    SEED,
+                    found,
+                    healed_s if name == "full" else noticed_s,
+                )
+    full.figure, one_way.figure = f"{full.worst:.1f} s", f"{one_way.worst:.1f} s"
+    return [full, one_way]
+
+
+def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float, float, list[str]]:
+    with endless(fleet, ("ada", "bob"), "--deadline", "2s", quorum=1) as run:
+        peer = fleet.peer("ada")
+        proxy.fault, began = fault, time.monotonic()
+        before = len(contributors(fleet, run))
+        until(
+            lambda: any(peer not in who for who in contributors(fleet, run)[before:]),
+            "the run goes on without it",
+            NOTICED_WITHIN_S,
+        )
+        noticed_s = time.monotonic() - began
+        until(lambda: time.monotonic() > began + lasts_s, "the cut has lasted", lasts_s + 5)
+        meanwhile = len(contributors(fleet, run)) - before
+        proxy.fault = CLEAR
+        healed_s = until_part(fleet, run, "ada", len(contributors(fleet, run)))
+    found = fleet.violations(("ada", "bob"))
+    if meanwhile < 2:
+        found.append(f"{meanwhile} rounds in {lasts_s:.0f} s of a cut")
+    return noticed_s, healed_s, found
+
+
+def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
+    """A poor line, and one that is reset again and again: the same weights as on a good one."""
+    slow = Row("9 latency, loss, 1 Mbit/s", "times as long")
+    flapping = Row("10 flapping link", "connections a minute")
+    torn = Row("4 connection cut at byte k of an upload", "bytes sent again at most")
+    with site(folder) as fleet:
+        fleet.options = NO_BROKER
+        fleet.rise()
+        fleet.join("ada", "bob")
+        with Proxy(fleet.port, seed=SEED) as proxy:
+            for name in ("ada", "bob"):
+                fleet.redirect(name, proxy.port)
+            fleet.start("ada", "bob")
+            _train(fleet)  # the trainers' start is not the line's fault
+            undisturbed, good_s, nbytes = _measured(fleet, proxy)
+            proxy.fault = Fault(delay_s=0.05, jitter_s=0.04, bytes_per_s=125_000, drop=0.002)
+            found, took_s, _ = _measured(fleet, proxy)
+            proxy.fault = CLEAR
+            slow.add(
+                "50 ± 40 ms, 1 Mbit/s, resets",
+                SEED,
+                _same(fleet, found, undisturbed),
+                took_s / good_s,
+            )
+            for cut in (1, 700, 5_000, 200_000, 700_000):
+                proxy.fault = Fault(cut_after=cut)
+                before = proxy.connections
+                run = _ordered(fleet)
+                until(lambda: proxy.connections >= before + 4, "some connections were cut")  # noqa: B023
+                proxy.fault = CLEAR
+                sent = proxy.bytes_up
+                found = checker.digests(fleet.outcome(run))
+                torn.add(
+                    f"cut at byte {cut}",
+                    SEED,
+                    _same(fleet, found, undisturbed),
+                    max(0, proxy.bytes_up - sent - nbytes),
+                )
+            before, ends = proxy.connections, time.monotonic() + lasts_s
+            while time.monotonic() < ends:
+                run = _ordered(fleet)
+                while not checker.ended(fleet.facts()[run]) and time.monotonic() < ends:
+                    proxy.reset()
+                    time.sleep(0.7)  # the fault's own rhythm
+                found = checker.digests(fleet.outcome(run))
+                rate = (proxy.connections - before) * 60 / lasts_s
+                flapping.add("reset every 0.7 s", SEED, _same(fleet, found, undisturbed), rate)
+    slow.figure = f"{slow.worst:.1f}"
+    flapping.figure, torn.figure = f"{flapping.worst:.0f}", f"{torn.worst:,.0f}"
+    return [slow, flapping, torn]
+
+
+def _ordered(fleet: Site) -> str:
+    return fleet.order(*TRAINING, "--deadline", "20s", seed=SEED, rounds=2, quorum=2)
+
+
+def _train(fleet: Site) -> list[str]:
+    return checker.digests(fleet.outcome(_ordered(fleet)))
+
+
+def _measured(fleet: Site, proxy: Proxy) -> tuple[list[str], float, int]:
+    """Versions, seconds and bytes up of one run."""
+    began, before = time.monotonic(), proxy.bytes_up
+    return _train(fleet), time.monotonic() - began, proxy.bytes_up - before
+
+
+def _same(fleet: Site, found: list[str], undisturbed: list[str]) -> list[str]:
+    wrong = fleet.violations(("ada", "bob"))
+    return [*wrong, "other weights than without the fault"] if found != undisturbed else wrong
+
+
+def no_broker(folder: Path) -> Row:
+    """A whole run without a broker has the same weights as with one."""
+    row = Row("11 broker down for a whole run", "rounds affected")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist("ada", "bob")
+        undisturbed = _train(fleet)
+        fleet.programs["up"].stop()
+        fleet.options = NO_BROKER
+        fleet.rise()
+        found = _train(fleet)
+        affected = sum(a != b for a, b in zip(found, undisturbed, strict=True))
+        row.add("no broker", SEED, _same(fleet, found, undisturbed), affected)
+    row.figure = f"{row.worst:.0f}"
+    return row
+
+
+def stopped_peer(folder: Path, deadline_s: float) -> Row:
+    """SIGSTOP of one of four peers for two deadlines; the rounds go on, and it comes back."""
+    row = Row("one of four peers SIGSTOPped for two deadlines", "s until it takes part again")
+    names = ("ada", "bob", "cyd", "dan")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*names)
+        with endless(fleet, names, "--deadline", f"{deadline_s:g}s", quorum=3) as run:
+            agent = fleet.programs["ada"].process.pid
+            family = [agent, *(child.pid for child in descendants(agent))]
+            for pid in family:
+                os.kill(pid, signal.SIGSTOP)
+            before = len(contributors(fleet, run))
+            time.sleep(2 * deadline_s)  # the fault is to last so long
+            rounds = len(contributors(fleet, run)) - before
+            for pid in family:
+                os.kill(pid, signal.SIGCONT)
+            back_s = until_part(fleet, run, "ada", len(contributors(fleet, run)))
+        found = fleet.violations(names)
+        if rounds < 1:
+            found.append("no round was closed without it")
+        row.add(f"{2 * deadline_s:g} s, {rounds} rounds without it", SEED, found, back_s)
+    row.figure = f"{row.worst:.1f} s"
+    return row

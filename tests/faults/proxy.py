@@ -1,0 +1,162 @@
+"""A TCP proxy that does to a connection what networks do. In a thread of its own; asyncio inside.
+
+    with Proxy(port) as proxy:      # listens on proxy.port, forwards to 127.0.0.1:port
+        proxy.fault = Fault(delay_s=0.2)
+        proxy.reset()
+
+A fault holds for all bytes that pass from then on, in connections old and new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+HOST = "127.0.0.1"
+_PIECE_BYTES = 64 * 1024
+_LOOK_S = 0.05
+#: SO_LINGER on, 0 s: close() sends a reset.
+_RESET = struct.pack("ii", 1, 0)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to bytes. The default lets them pass.
+
+    `delay_s` (± `jitter_s`) holds up each piece. `hold_up` and `hold_down` keep bytes of one way
+    back and all connections open: a blackhole if both, one-way if one. `bytes_per_s` throttles
+    each way. `cut_after` bytes up a connection is closed (`truncate`). `refuse` takes no
+    connection. `drop` is the chance that a piece resets its connection: what loss beyond repair
+    looks like to TCP.
+    """
+
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    hold_up: bool = False
+    hold_down: bool = False
+    bytes_per_s: float = 0.0
+    cut_after: int = 0
+    refuse: bool = False
+    drop: float = 0.0
+
+
+CLEAR = Fault()
+BLACKHOLE = Fault(hold_up=True, hold_down=True)
+
+
+class Proxy:
+    """Forwards 127.0.0.1:`port` to 127.0.0.1:`target`, as `fault` has it."""
+
+    def __init__(self, target: int, *, seed: int = 0) -> None:
+        self._target = target
+        self._random = random.Random(seed)
+        self.fault = CLEAR
+        self.connections = 0
+        self.bytes_up = self.bytes_down = 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._socket = socket.create_server((HOST, 0))
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, name="fault proxy", daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._call(self._loop.stop)
+        self._thread.join(10)
+
+    def reset(self) -> None:
+        """Reset every connection that is open now."""
+        self._call(self._reset_all)
+
+    def _call(self, call: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(call)
+
+    # --- in the thread ---
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._socket))
+        self._loop.run_forever()
+        server.close()
+        self._reset_all()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    def _reset_all(self) -> None:
+        for writer in list(self._open):
+            self._end(writer)
+
+    def _end(self, writer: asyncio.StreamWriter) -> None:
+        self._open.discard(writer)
+        sock = writer.get_extra_info("socket")
+        if sock is not None:
+            with suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self.fault.refuse:
+            self._end(writer)
+            return
+        try:
+            onward, out = await asyncio.open_connection(HOST, self._target)
+        except OSError:
+            self._end(writer)
+            return
+        self._open |= {writer, out}
+        ways = (self._pass(reader, out, up=True), self._pass(onward, writer, up=False))
+        tasks = [asyncio.create_task(way) for way in ways]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        self._end(writer)
+        self._end(out)
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool
+    ) -> None:
+        passed = 0
+        with suppress(OSError):
+            while piece := await reader.read(_PIECE_BYTES):
+                await self._wait(len(piece), up)
+                fault = self.fault
+                if fault.drop and self._random.random() < fault.drop:
+                    return
+                if up and fault.cut_after and passed + len(piece) >= fault.cut_after:
+                    writer.write(piece[: max(0, fault.cut_after - passed)])
+                    await writer.drain()
+                    return
+                writer.write(piece)
+                await writer.drain()
+                passed += len(piece)
+                if up:
+                    self.bytes_up += len(piece)
+                else:
+                    self.bytes_down += len(piece)
+
+    async def _wait(self, nbytes: int, up: bool) -> None:
+        """As long as the fault has this piece wait."""
+        fault = self.fault
+        wait_s = fault.delay_s + self._random.uniform(-fault.jitter_s, fault.jitter_s)
+        if fault.bytes_per_s:
+            wait_s += nbytes / fault.bytes_per_s
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        while self.fault.hold_up if up else self.fault.hold_down:  # noqa: ASYNC110 - by a thread
+            await asyncio.sleep(_LOOK_S)
