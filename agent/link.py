@@ -267,7 +267,7 @@ class Link:
         part = target.with_suffix(".part")
         have = part.stat().st_size if part.exists() else 0
         if have < nbytes:
-            have, found = self._fetch(digest, nbytes, part, have)
+            have, found = self._fetch(f"/cw/v1/weights/{digest}", nbytes, part, have)
         else:  # cut off after the last byte: there is nothing left to ask for
             found = file_digest(part)
         if have < nbytes:
@@ -278,13 +278,18 @@ class Link:
         part.replace(target)
         sync_folder(target.parent)
 
-    def _fetch(self, digest: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
+    def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
+        """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
+        have, _ = self._fetch(f"/cw/v1/patches/{digest}", nbytes, target, 0)
+        if have != nbytes:
+            raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
+
+    def _fetch(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
         """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
         sha = hashlib.sha256()
         if have:
             for piece in _pieces(part):
                 sha.update(piece)
-        path = f"/cw/v1/weights/{digest}"
         headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
         with _translated(), self._http.stream("GET", path, headers=headers) as answer:
             answer.raise_for_status()

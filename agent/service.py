@@ -31,6 +31,7 @@ from agent.settings import AgentSettings, Enrolment, write_enrolment
 from agent.tasks import DataSettings
 from agent.trainer import Progress
 from agent.trainer_process import TrainerProcess
+from agent.versions import Versions
 from agent.worker import (
     Announce,
     BrokerChanged,
@@ -59,7 +60,6 @@ log = logging.getLogger("commonweight.agent")
 
 T = TypeVar("T")
 
-CACHED_VERSIONS = 2
 RENEW_BEFORE_S = 60 * 86400.0
 _TICK_S = 0.5
 _BEAT_AGAIN_S = 5.0
@@ -89,13 +89,15 @@ class Agent:
             threads=chosen.threads,
             on_progress=self._on_progress_thread,
         )
+        versions = Versions(self._cache, self._session)
         self._client = Client(
             peer=enrolment.peer,
             sign=self._credentials.sign_key.sign,
             coordinator_public=enrolment.coordinator_public,
             trainer=self._trainer,
             outbox=self._outbox,
-            fetch=self._fetch,
+            fetch=versions.fetch,
+            patch=versions.rebuild,
             send=self._send,
             allowed=chosen.allows,
             on_work=lambda work: self._from_thread(WorkBegan(work) if work else WorkEnded()),
@@ -367,20 +369,12 @@ class Agent:
 
     # --- the lane ---
 
-    def _fetch(self, digest: str, nbytes: int) -> Path:
-        """A version's file, from the cache or the coordinator (in the work thread)."""
+    def _session(self) -> Link:
         assert self._link is not None
-        path = self._cache / f"{digest}.safetensors"
-        if not path.exists():
-            self._link.download(digest, nbytes, path)
-            versions = sorted(self._cache.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-            for old in versions[:-CACHED_VERSIONS]:
-                old.unlink()
-        return path
+        return self._link
 
     def _send(self, digest: str, path: Path) -> None:
-        assert self._link is not None
-        self._link.upload(digest, path)
+        self._session().upload(digest, path)
 
     def _traffic(self) -> tuple[int, int]:
         return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)

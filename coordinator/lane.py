@@ -1,6 +1,7 @@
 """The weight lane: weights travel once, by digest, in one streamed request each way.
 
     GET /cw/v1/weights/{digest}      a version, whole or a range of it     (an enrolled peer)
+    GET /cw/v1/patches/{digest}      what makes it of its parent, if small (an enrolled peer)
     PUT /cw/v1/updates/{digest}      an update's bytes, into the spool     (an enrolled peer)
 
 A Flower message holds only the digest. An upload is size-checked before and hash-checked while it
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.auth import Auth
-from protocols import weights
+from protocols import patches, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.stored import Stored, Writer
@@ -65,6 +66,23 @@ class Lane:
 
     def has(self, digest: str) -> bool:
         return self.version(digest).exists()
+
+    def patch(self, digest: str) -> Path:
+        """Where the patch to this version from its parent lies, or would."""
+        return self._versions / f"{digest}.patch"
+
+    def make_patch(self, parent: str, digest: str) -> int:
+        """Make the patch to a version, if a small one does; its bytes, else 0."""
+        try:
+            with Stored(self.version(parent)) as old, Stored(self.version(digest)) as new:
+                return patches.make(old, new, self.patch(digest))
+        except OSError:  # a full disk: the version itself is safe, and is sent whole
+            return 0
+
+    def drop(self, digest: str) -> None:
+        """Forget a version."""
+        self.version(digest).unlink(missing_ok=True)
+        self.patch(digest).unlink(missing_ok=True)
 
     def commit(self, model: Weights) -> str:
         """Keep a small model as a version, durably; its digest."""
@@ -129,6 +147,14 @@ class Lane:
                 return Response(path.read_bytes(), media_type="application/octet-stream")
             return FileResponse(path, media_type="application/octet-stream")
 
+        async def download_patch(request: Request) -> Response:
+            await auth.peer(request)
+            path = self.patch(_digest(request))
+            if not path.exists():
+                raise HTTPException(404)
+            self.bytes_down += path.stat().st_size
+            return FileResponse(path, media_type="application/octet-stream")
+
         async def upload(request: Request) -> Response:
             digest = _digest(request)
             peer = await auth.peer(request, body_sha256=digest)
@@ -136,6 +162,7 @@ class Lane:
 
         return [
             ("GET", "/cw/v1/weights/{digest}", download),
+            ("GET", "/cw/v1/patches/{digest}", download_patch),
             ("PUT", "/cw/v1/updates/{digest}", upload),
         ]
 

@@ -84,6 +84,8 @@ class RunLoop:
         self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
         self._states = States(around.lane.states)
         self._codec = codecs.find(run.spec.codec)
+        #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
+        self._patch = ("", "", 0)
         self._outstanding: dict[str, Asked] = {}
         #: Answers to questions that were about to be taken back.
         self._arrived: list[Message] = []
@@ -243,6 +245,7 @@ class RunLoop:
     ) -> ConfigRecord:
         """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
         spec = self.run.spec
+        patched, parent, patch_bytes = self._patch
         work = Work(
             run=self.run.id,
             round=number,
@@ -250,6 +253,8 @@ class RunLoop:
             task=spec.task,
             base=self.run.head,
             nbytes=self._model_bytes,
+            parent=parent if patched == self.run.head else "",
+            patch_bytes=patch_bytes if patched == self.run.head else 0,
             codec=spec.codec,
             seed=spec.seed,
             settings={**spec.settings, **extra},
@@ -416,6 +421,8 @@ class RunLoop:
             )
         )
         self._around.lane.drop_updates()
+        size = await asyncio.to_thread(self._around.lane.make_patch, run.head, made.digest)
+        self._patch = (made.digest, run.head, size)
         self._content = None
 
     def _close_round(self) -> None:
@@ -446,7 +453,7 @@ class RunLoop:
         keep = {run.head, run.parent, run.best.digest if run.best else ""}
         self._on_disk |= {run.head, run.parent}
         for digest in self._on_disk - keep - self._elsewhere:
-            lane.version(digest).unlink(missing_ok=True)
+            lane.drop(digest)
         still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
         known = {d for r in run.history for d in r.strategy_state.values()}
         self._states.drop(known - still - self._elsewhere)

@@ -285,7 +285,9 @@ class TopK:
 class _OpenedTopK:
     def __init__(self, file: Readable, layout: Layout) -> None:
         self._file = file
-        self._gaps = GapReader(file, "i", file.schema["v"].nbytes // 4, layout.count)
+        self._gaps = GapReader(file, "i", layout.count)
+        if self._gaps.count * 4 != file.schema["v"].nbytes:
+            raise BadWeights(f"{self._gaps.count} positions, but not as many values")
 
     def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
         before, positions = self._gaps.between(field.start + start, field.start + stop)

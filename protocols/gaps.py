@@ -41,17 +41,14 @@ class GapWriter:
 
 
 class GapReader:
-    """`count` positions below `limit`, read from the U8 tensor `name` of a file as they are needed.
+    """Positions below `limit`, read from the U8 tensor `name` of a file as they are needed.
 
     Raises BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
     """
 
-    def __init__(self, file: Readable, name: str, count: int, limit: int) -> None:
+    def __init__(self, file: Readable, name: str, limit: int) -> None:
         self._file, self._name = file, name
         self._size = file.schema[name].nbytes
-        # Each 255 passes over as many elements: more of them than fit are not worth a look.
-        if self._size > count + limit // 255 + 1:
-            raise BadWeights(f"{self._size} bytes of gaps for {count} of {limit} positions")
         #: For each chunk: positions before it, and the least that one in it can be.
         self._counts, self._least = [0], [0]
         last = 0
@@ -61,8 +58,9 @@ class GapReader:
             self._counts.append(self._counts[-1] + found)
             self._least.append(self._least[-1] + found + int(stream.sum(dtype=np.int64)))
             last = int(stream[-1])
-        if last == 255 or self._counts[-1] != count or self._least[-1] > limit:
-            raise BadWeights(f"the gaps are not {count} positions below {limit}")
+        if last == 255 or self._least[-1] > limit:
+            raise BadWeights(f"the gaps do not end in a position below {limit}")
+        self.count = self._counts[-1]
         self._kept: tuple[int, Positions] = (-1, np.empty(0, np.int64))
 
     def between(self, start: int, stop: int) -> tuple[int, Positions]:

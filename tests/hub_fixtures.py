@@ -19,6 +19,7 @@ from flwr.app import Error, Message
 
 from agent.client import Client, refusal_text
 from agent.link import Credentials, Link, SessionLost
+from agent.versions import Versions
 from coordinator import runs, settings
 from coordinator.hub import Hub
 from coordinator.ledger import Ledger
@@ -144,7 +145,8 @@ class Agent:
         self.trainer = Trainer(data)
         self.failures: list[BaseException] = []
         self._folder, self._credentials = folder, credentials
-        folder.mkdir(exist_ok=True)
+        (folder / "cache").mkdir(parents=True, exist_ok=True)
+        self.versions = Versions(folder / "cache", self._open_link)
         self._stopping = threading.Event()
         self.link: Link | None = None
         self.client: Client | None = None
@@ -157,7 +159,8 @@ class Agent:
             coordinator_public=coordinator_public,
             trainer=self.trainer,
             outbox=self._folder,
-            fetch=self._fetch,
+            fetch=self.versions.fetch,
+            patch=self.versions.rebuild,
             send=lambda digest, path: self._open_link().upload(digest, path),
             allowed=lambda task: task == "softmax",
         )
@@ -179,12 +182,6 @@ class Agent:
     def _open_link(self) -> Link:
         assert self.link is not None
         return self.link
-
-    def _fetch(self, digest: str, nbytes: int) -> Path:
-        path = self._folder / f"{digest}.safetensors"
-        if not path.exists():
-            self._open_link().download(digest, nbytes, path)
-        return path
 
     def _run(self) -> None:
         try:

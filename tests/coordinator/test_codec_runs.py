@@ -18,6 +18,7 @@ from protocols.messages import UpdateClaim
 from protocols.states import RunState
 from tests.hub_fixtures import (
     Agent,
+    Data,
     Fleet,
     first_weights,
     fleet_of,
@@ -167,3 +168,79 @@ async def test_an_unknown_codec_is_refused_before_the_start(tmp_path: Path) -> N
 
 def test_the_record_of_an_old_run_has_no_codec() -> None:
     assert msgspec.json.decode(b'{"task":"t","rounds":1}', type=RunSpec).codec == "fp32"
+
+
+# --- the way down ----------------------------------------------------------------------------
+
+WIDE = 30_000
+
+
+def coarse(model: weights.Weights, data: Data) -> weights.Weights:
+    """A training that moves a few hundred weights."""
+    moved = gradient_step(model, data, 0.0001)
+    w = np.array(model["w"])
+    w[::300] = moved["w"][::300]
+    return weights.Weights({"w": w, "b": np.array(moved["b"])})
+
+
+@pytest.mark.parametrize("codec", ["fp32", "topk"])
+async def test_where_little_moves_a_version_comes_as_a_patch(tmp_path: Path, codec: str) -> None:
+    data = [some_data(20, seed, WIDE) for seed in (1, 2)]
+    async with fleet_of(tmp_path, *data) as fleet:
+        for agent in fleet.agents:
+            agent.trainer.step = coarse
+        run = await fleet.finished(fleet.start(rounds=4, quorum=2, codec=codec))
+        assert fleet.refusals(run.id) == []
+        model = fleet.hub.lane.version(run.head).stat().st_size
+        down = [closed.bytes_down for closed in run.history]
+        # The first weights come down whole; they are already there for whoever made them, or not.
+        assert down[0] >= model
+        assert max(down[1:]) < 2 * model / 5
+        for agent in fleet.agents:
+            kept = {path.stem for path in (agent._folder / "cache").iterdir()}
+            assert run.head in kept
+            assert all(weights.file_digest(path) == path.stem for path in cached(agent))
+        lane = fleet.hub.lane
+        patched = {p.stem for p in (fleet.home / "versions").glob("*.patch")}
+        assert patched <= {run.head, run.parent, run.best.digest if run.best else ""}
+        assert lane.patch(run.head).exists()
+
+
+def cached(agent: Agent) -> list[Path]:
+    return list((agent._folder / "cache").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "another"])
+async def test_whatever_is_wrong_with_a_patch_the_version_comes_whole(
+    tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [some_data(20, seed, WIDE) for seed in (1, 2)]
+    async with fleet_of(tmp_path, *data) as fleet:
+        lane = fleet.hub.lane
+        make = lane.make_patch
+
+        def spoilt(parent: str, digest: str) -> int:
+            nbytes = make(parent, digest)
+            assert nbytes
+            path = lane.patch(digest)
+            found = path.read_bytes()
+            if harm == "gone":
+                path.unlink()
+            elif harm == "cut":
+                path.write_bytes(found[:-5])
+            else:
+                path.write_bytes(found[:-1] + bytes([found[-1] ^ 1]))
+            return nbytes
+
+        monkeypatch.setattr(lane, "make_patch", spoilt)
+        for agent in fleet.agents:
+            agent.trainer.step = coarse
+        run = await fleet.finished(fleet.start(rounds=3, quorum=2))
+        assert run.state is RunState.FINISHED
+        assert fleet.refusals(run.id) == []
+        model = lane.version(run.head).stat().st_size
+        assert all(closed.bytes_down >= 2 * model for closed in run.history[1:])
+        for agent in fleet.agents:
+            assert all(
+                path.suffix == ".safetensors" for path in (agent._folder / "cache").iterdir()
+            )
