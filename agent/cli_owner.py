@@ -86,7 +86,8 @@ def finish() -> None:
 def _wish(want: Any, until: float) -> None:
     from agent import control
 
-    control.write_wish(homes.open_home("agent"), control.Wish(want=want, until=until))
+    wish = control.Wish(want=want, until=until, at=time.time())
+    control.write_wish(homes.open_home("agent"), wish)
 
 
 # --- what it is ------------------------------------------------------------------------------

@@ -40,10 +40,14 @@ class Status(Struct, kw_only=True):
 
 
 class Wish(Struct, frozen=True, kw_only=True):
-    """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed."""
+    """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed.
+
+    `at` (Unix s) is when it was asked for: the same wish, asked for again, is another.
+    """
 
     want: Literal["run", "pause", "finish"] = "run"
     until: float = 0.0
+    at: float = 0.0
 
 
 def write_status(home: Path, status: Status) -> None:

@@ -3,7 +3,8 @@ instructions. No I/O, no clock.
 
 Rule 1. Presence is a function of the worker (`presence`), so what is shown is what is.
 Rule 2. A pause stops the trainer between two batches and takes no new work; it loses none.
-Rule 3. `finish` lets the work in hand end and be sent, then leaves.
+Rule 3. A trainer that failed again and again is a pause too: no work is taken until it is lifted.
+Rule 4. `finish` lets the work in hand end and be sent, then leaves.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from protocols.states import PauseReason, PeerState
 
 
 class Worker(Struct, frozen=True, kw_only=True):
-    """The agent now. `pauses` holds every reason that is in force."""
+    """The agent now. `pauses` holds every reason that is in force, `trouble` the trainer's."""
 
     session: bool = False
     mqtt: bool = False
     work: Work | None = None
     sending: bool = False
     pauses: frozenset[PauseReason] = frozenset()
+    trouble: str = ""
     finishing: bool = False
     left: bool = False
 
@@ -60,6 +62,12 @@ class PauseLifted(NamedTuple):
     reasons: frozenset[PauseReason]
 
 
+class TrainerGaveUp(NamedTuple):
+    """The trainer failed again and again; `kind` is the short word for how."""
+
+    kind: str
+
+
 class FinishAsked(NamedTuple):
     pass
 
@@ -72,6 +80,7 @@ Event = (
     | WorkEnded
     | PauseAsked
     | PauseLifted
+    | TrainerGaveUp
     | FinishAsked
 )
 
@@ -118,6 +127,8 @@ def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
             after = replace(worker, pauses=worker.pauses | {reason})
         case PauseLifted(reasons):
             after = replace(worker, pauses=worker.pauses - reasons)
+        case TrainerGaveUp(kind):
+            after = replace(worker, pauses=worker.pauses | {PauseReason.TRAINER}, trouble=kind)
         case FinishAsked():
             after = replace(worker, finishing=True)
     if after.finishing and after.work is None:
@@ -159,7 +170,13 @@ def _presence(worker: Worker) -> tuple[PeerState, str, Work | None]:
 def shown(worker: Worker) -> tuple[PeerState, str]:
     """State and reason, as presence and `status` say them."""
     if worker.pauses:
-        return PeerState.PAUSED, ", ".join(sorted(worker.pauses))
+        reasons = [
+            f"{reason}: {worker.trouble}"
+            if worker.trouble and reason is PauseReason.TRAINER
+            else reason
+            for reason in sorted(worker.pauses)
+        ]
+        return PeerState.PAUSED, ", ".join(reasons)
     if worker.sending:
         return PeerState.SENDING, ""
     if worker.work is not None:

@@ -212,7 +212,7 @@ SORTS = ("state", "peer", "round", "seen", "loss", "sent")
 def is_faulty(peer: Peer, now: float) -> bool:
     """True for what a person may have to look at."""
     faults = (PeerState.ERROR, PeerState.STALE, PeerState.OFFLINE)
-    trainer = peer.state is PeerState.PAUSED and peer.reason == PauseReason.TRAINER
+    trainer = peer.state is PeerState.PAUSED and peer.reason.startswith(PauseReason.TRAINER)
     return peer.diverged or trainer or shown_state(peer, now) in faults
 
 

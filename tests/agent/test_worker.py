@@ -21,6 +21,7 @@ from agent.worker import (
     ResumeTrainer,
     SendingBegan,
     SessionChanged,
+    TrainerGaveUp,
     WorkBegan,
     WorkEnded,
     Worker,
@@ -50,6 +51,7 @@ TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
     ("work ended already", IDLE, WorkEnded(), []),
     ("a pause at work", BUSY_NOW, PauseAsked(USER), [PauseTrainer(), Announce()]),
     ("a pause when idle", IDLE, PauseAsked(USER), [PauseTrainer(), Announce()]),
+    ("a trainer that failed", IDLE, TrainerGaveUp("hung"), [PauseTrainer(), Announce()]),
     ("the same pause again", Worker(pauses=one(USER)), PauseAsked(USER), []),
     ("a second reason", Worker(pauses=one(USER)), PauseAsked(BUSY), [Announce()]),
     (
@@ -97,6 +99,10 @@ def test_the_table(before: Worker, event: Event, expected: list[Instruction]) ->
         (Worker(work=WORK, sending=True), (PeerState.SENDING, "")),
         (Worker(work=WORK, pauses=one(USER)), (PeerState.PAUSED, "by its owner")),
         (
+            Worker(pauses=one(PauseReason.TRAINER), trouble="out of memory"),
+            (PeerState.PAUSED, "trainer failed: out of memory"),
+        ),
+        (
             Worker(pauses=frozenset({USER, PauseReason.BATTERY})),
             (PeerState.PAUSED, "battery, by its owner"),
         ),
@@ -122,6 +128,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(SendingBegan()),
     st.just(WorkEnded()),
     st.builds(PauseAsked, st.sampled_from(PauseReason)),
+    st.builds(TrainerGaveUp, st.text()),
     st.builds(PauseLifted, st.frozensets(st.sampled_from(PauseReason), max_size=2)),
     st.just(FinishAsked()),
 )

@@ -1,0 +1,81 @@
+"""The watchdog over the trainer: tries again after a crash, and says when there is no use.
+
+A trainer that was killed, hung, ran out of memory or met an exception is started anew after a
+growing wait; its journal lets it go on where it was. Blocking, for the work thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from agent.frames import Done
+from agent.tasks import Settings
+from agent.trainer_process import TrainerProcess
+from protocols.backoff import delays
+from protocols.errors import TrainerFailed
+
+log = logging.getLogger("commonweight.agent")
+
+#: What another child may not meet again. All else is said of the work itself, or was asked for.
+WORTH_A_TRY = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
+
+
+class Watchdog:
+    """A trainer for `client.Client` that survives its children.
+
+    After `tries` failures of one work it raises the last one, having told `on_given_up(kind)`.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerProcess,
+        *,
+        tries: int = 4,
+        first_s: float = 0.5,
+        most_s: float = 15.0,
+        on_given_up: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        self._trainer, self._tries = trainer, tries
+        self._first_s, self._most_s = first_s, most_s
+        self._on_given_up = on_given_up
+        self._closed = threading.Event()
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
+        return self._do(lambda: self._trainer.init(task, settings, seed, out))
+
+    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
+        done = self._do(lambda: self._trainer.train(task, settings, base, out))
+        if done.resumed_at:
+            log.info("the training went on from step %s of its journal", done.resumed_at)
+        return done
+
+    def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
+        return self._do(lambda: self._trainer.evaluate(task, settings, base))
+
+    def close(self) -> None:
+        """End the trainer for good; a wait for the next try ends too."""
+        self._closed.set()
+        self._trainer.close()
+
+    def _do(self, work: Callable[[], Done]) -> Done:
+        waits = delays(Random(), self._first_s, self._most_s)
+        for left in range(self._tries - 1, -1, -1):
+            try:
+                return work()
+            except TrainerFailed as err:
+                if err.kind not in WORTH_A_TRY or self._closed.is_set():
+                    raise
+                # Whatever state it is in: the next try gets a child that has done nothing yet.
+                self._trainer.stop()
+                if not left:
+                    self._on_given_up(err.kind)
+                    raise
+                wait_s = next(waits)
+                log.warning("%s; again in %.1f s, tries left: %s", err.message, wait_s, left)
+                if self._closed.wait(wait_s):
+                    raise TrainerFailed("stopped", "the trainer was stopped") from err
+        raise AssertionError("at least one try")
