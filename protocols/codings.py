@@ -227,7 +227,9 @@ class TopK:
 
     def encode(self, changes: Changes, to: Sink) -> None:
         positions = self._largest(changes)
-        gaps = GapWriter().encode(positions)
+        writer = GapWriter()
+        starts = range(0, max(len(positions), 1), BLOCK)
+        gaps = np.concatenate([writer.encode(positions[at : at + BLOCK]) for at in starts])
         shapes = {"i": ("U8", len(gaps)), "v": ("F32", len(positions))}
         to.begin({name: TensorSpec(dtype, (count,)) for name, (dtype, count) in shapes.items()})
         to.put("i", gaps)
@@ -267,7 +269,7 @@ class TopK:
             found = np.flatnonzero(size > least)
             waiting.append((found + (field.start + start), size[found]))
             held += len(found)
-            if held > max(most, BLOCK):
+            if held > max(most // 4, BLOCK):
                 settle()
         settle()
         return np.sort(where)

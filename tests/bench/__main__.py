@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, floor, load, ours, report, stock
+from tests.bench import cases, codecs, floor, load, ours, report, stock
 from tests.bench.cases import Case
 from tests.bench.figures import merged
 
@@ -33,7 +33,8 @@ def main() -> None:
     # Ended from outside as by Ctrl-C: so that we end what we have started.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
-    results: dict[str, Any] = {"machine": report.machine(), "cases": [], "load": [], "idle": {}}
+    results: dict[str, Any] = {"machine": report.machine(), "cases": []}
+    results |= {"codecs": [], "load": [], "idle": {}}
     chosen = cases.FULL if asked.full else cases.TINY if asked.tiny else cases.QUICK
     only_load = asked.load or asked.present
     for case in chosen:
@@ -41,6 +42,9 @@ def main() -> None:
             _say(case.name)
             results["cases"].append(_measured(case, with_stock=not asked.no_stock))
             report.write(asked.out, results)
+    if asked.only == "" and not only_load:
+        _say("codecs")
+        results["codecs"] = codecs.run(4 if asked.tiny else 64)
     if asked.only == "" and not only_load and (asked.full or asked.tiny):
         _say("at rest")
         with _folder() as folder:

@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import ours, stock
+from tests.bench import codecs, ours, stock
 from tests.bench.cases import MB, Case
 from tests.bench.figures import Figures
 from tests.bench.floor import Floor
@@ -29,6 +29,7 @@ _ABOUT = {
     "stock_peak_rss_bytes": "SuperLink and ServerApp, the two that hold the model",
     "bytes": "ours: weights on the lane, headers of the files in; *_wire: a round through a "
     "counting relay, HTTP and TLS in, MQTT not",
+    "codecs": "see tests/bench/codecs.py; GB/s of float32 input, one core, in memory",
     "floor": "wire, hash, mean and disk one after the other; see tests/bench/floor.py",
 }
 
@@ -98,7 +99,7 @@ def show(results: dict[str, Any]) -> None:
     """The tables, on stdout."""
     console = Console(width=max(180, Console().width))
     console.print(_cases(results["cases"]))
-    for title, rows in (("Many agents", _loads), ("At rest", _idle)):
+    for title, rows in (("Many agents", _loads), ("At rest", _idle), ("Codecs", _codecs)):
         if lines := rows(results):
             table = Table("", *lines.pop(0), title=title, box=None, title_justify="left")
             for line in lines:
@@ -164,6 +165,10 @@ def _loads(results: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _codecs(results: dict[str, Any]) -> list[list[str]]:
+    return codecs.lines(results["codecs"]) if results.get("codecs") else []
 
 
 def _idle(results: dict[str, Any]) -> list[list[str]]:
