@@ -139,8 +139,10 @@ class Proxy:
                 if fault.drop and self._random.random() < fault.drop:
                     return
                 if up and fault.cut_after and passed + len(piece) >= fault.cut_after:
-                    writer.write(piece[: max(0, fault.cut_after - passed)])
+                    last = piece[: max(0, fault.cut_after - passed)]
+                    writer.write(last)
                     await writer.drain()
+                    self.bytes_up += len(last)
                     return
                 writer.write(piece)
                 await writer.drain()

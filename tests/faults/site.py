@@ -114,6 +114,15 @@ class Site(Fleet):
     def facts(self) -> dict[str, list[Fact]]:
         return checker.facts_by_run(checker.read_ledger(self.home))
 
+    def until_versions(self, run: str, count: int = 1) -> None:
+        """Wait until a run has committed so many versions."""
+        until(lambda: len(checker.digests(self.facts()[run])) >= count, f"{count} rounds of {run}")
+
+    def until_refused(self, run: str, name: str) -> None:
+        """Wait until an answer of this machine was refused."""
+        peer = self.peer(name)
+        until(lambda: _is_refused(self.facts()[run], peer), f"{name} is refused in {run}")
+
     def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
         """The facts of a run, once it has ended."""
         found: list[Fact] = []
@@ -131,6 +140,10 @@ class Site(Fleet):
         found = checker.violations(self.home, truths, self._seen)
         self._seen = checker.read_ledger(self.home)
         return found
+
+
+def _is_refused(facts: Sequence[Fact], peer: str) -> bool:
+    return any(f["type"] == "UpdateRefused" and f["peer"] == peer for f in facts)
 
 
 @contextmanager

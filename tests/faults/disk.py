@@ -1,0 +1,198 @@
+"""Disks that are full, and files that are not what they were."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.e2e.fleet_harness import until
+from tests.faults import checker
+from tests.faults.results import Row
+from tests.faults.site import TRAINING, Site, site
+
+SEED = 1
+PEERS = ("ada", "bob")
+_ROOM_BYTES = 24 * 1024 * 1024
+
+
+def can_mount() -> bool:
+    """Only root on Linux can give a folder a small disk of its own."""
+    return sys.platform == "linux" and os.geteuid() == 0
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A tmpfs at `folder` for the block."""
+    folder.mkdir(exist_ok=True)
+    options = f"size={_ROOM_BYTES},mode=700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path, leave_bytes: int) -> Path:
+    """A file that takes all room but so much."""
+    ballast = folder / "ballast"
+    free = os.statvfs(folder)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
+    return ballast
+
+
+def _ordered(fleet: Site, rounds: int = 3) -> str:
+    return fleet.order(*TRAINING, "--deadline", "5s", seed=SEED, rounds=rounds, quorum=2)
+
+
+def full_coordinator(folder: Path) -> Row:
+    """The coordinator's disk fills in a run; it says so, and goes on when there is room."""
+    row = Row("14 disk full, coordinator", "versions lost")
+    with small_disk(folder / "coordinator"), site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*PEERS)
+        undisturbed = checker.digests(fleet.outcome(_ordered(fleet)))
+        for leave in (0, 100_000, 900_000, 1_700_000):
+            run = _ordered(fleet)
+            fleet.until_versions(run)
+            ballast = fill(fleet.home, leave)
+            up = fleet.programs["up"]
+            _until_hurt(fleet, run)
+            said = "room" in up.log or "space" in up.log or "full" in up.log
+            ballast.unlink()
+            if up.process.poll() is not None:
+                fleet.rise()
+            facts = fleet.outcome(run)
+            found = fleet.violations(PEERS)
+            if checker.digests(facts) != undisturbed:
+                found.append(f"{run} {checker.ended(facts)} with other versions")
+            if not said:
+                found.append("nobody said that the disk is full")
+            row.add(
+                f"{leave:,} bytes left", SEED, found, len(undisturbed) - len(checker.digests(facts))
+            )
+    row.figure = f"{row.worst:.0f}"
+    return row
+
+
+def _until_hurt(fleet: Site, run: str) -> None:
+    up = fleet.programs["up"].process
+    until(
+        lambda: up.poll() is not None or checker.ended(fleet.facts()[run]), "the full disk is felt"
+    )
+
+
+def full_agent(folder: Path) -> Row:
+    """An agent's disk fills; it lives, and works again when there is room."""
+    row = Row("15 disk full, agent", "steps lost")
+    with small_disk(folder / "ada"), site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*PEERS)
+        undisturbed = checker.digests(fleet.outcome(_ordered(fleet)))
+        for leave in (0, 100_000, 900_000):
+            ballast = fill(folder / "ada", leave)
+            run = _ordered(fleet)
+            fleet.until_refused(run, "ada")
+            ballast.unlink()
+            facts = fleet.outcome(run)
+            found = fleet.violations(PEERS)
+            if checker.digests(facts) != undisturbed:
+                found.append(f"{run} has other weights than without the fault")
+            row.add(f"{leave:,} bytes left", SEED, found)
+    row.figure = "0: an update is made whole or not at all"
+    return row
+
+
+def spoilt_versions(folder: Path) -> Row:
+    """The newest version, at the coordinator or in an agent's cache, is not what it was."""
+    row = Row("16 truncated or flipped checkpoint", "runs that went on, of cases")
+    for how in (_truncate, _flip):
+        for where in ("coordinator/versions", "ada/cache"):
+            case = folder / f"{how.__name__}-{where.replace('/', '-')}"
+            case.mkdir()
+            with site(case) as fleet:
+                row.add(f"{how.__name__.strip('_')} in {where}", SEED, _spoilt(fleet, how, where))
+    row.figure = f"{row.cases - len(row.violations)} of {row.cases}"
+    return row
+
+
+def _spoilt(fleet: Site, how: Callable[[Path], None], where: str) -> list[str]:
+    fleet.rise()
+    fleet.enlist(*PEERS)
+    undisturbed = checker.digests(fleet.outcome(_ordered(fleet)))
+    run = _ordered(fleet)
+    fleet.until_versions(run)
+    for name in ("up", "ada"):
+        fleet.programs[name].kill()
+    newest = fleet.folder / where / f"{checker.digests(fleet.facts()[run])[-1]}.safetensors"
+    if newest.exists():  # an agent may not have fetched it yet
+        how(newest)
+    try:
+        fleet.rise()
+        fleet.come_back("ada")
+        facts = fleet.outcome(run)
+    except AssertionError as err:
+        return [str(err)[:200]]
+    found = fleet.violations(PEERS)
+    if checker.digests(facts)[-1:] != undisturbed[-1:]:
+        found.append(f"{run} {checker.ended(facts)} with other weights")
+    return found
+
+
+def spoilt_ledger(folder: Path) -> Row:
+    """A ledger with flipped bytes, or in another's hands: refused clearly, never written to."""
+    row = Row("17 ledger corrupt or locked", "clear refusals of cases")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*PEERS)
+        fleet.outcome(_ordered(fleet))
+        fleet.programs["up"].stop()
+        path = fleet.home / "ledger.db"
+        whole = path.read_bytes()
+        for name, at in (("header", 20), ("first page", 2000), ("an entry", len(whole) * 3 // 4)):
+            spoilt = bytearray(whole)
+            spoilt[at : at + 16] = bytes(byte ^ 0xFF for byte in spoilt[at : at + 16])
+            path.write_bytes(spoilt)
+            found = _refusal(fleet)
+            if path.read_bytes() != bytes(spoilt):
+                found.append("the spoilt ledger was written to")
+            row.add(f"{name} flipped", SEED, found)
+        path.write_bytes(whole)
+        lock = sqlite3.connect(path, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+        row.add("locked by another", SEED, _refusal(fleet))
+        lock.execute("ROLLBACK")
+        lock.close()
+        fleet.rise()
+        row.add("whole again: it is up", SEED, fleet.violations(PEERS))
+    row.figure = f"{row.cases - len(row.violations)} of {row.cases}"
+    return row
+
+
+def _refusal(fleet: Site) -> list[str]:
+    """Start the coordinator, which must say that it cannot, why, and what to do."""
+    try:
+        fleet.rise()
+    except AssertionError as err:
+        said = str(err)
+        clear = "error: the ledger" in said and "try:" in said and "Traceback" not in said
+        return [] if clear else [f"unclear: {said[-200:]!r}"]
+    fleet.programs["up"].stop()
+    return ["it started"]
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
