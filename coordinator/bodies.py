@@ -8,7 +8,7 @@ from protocols import messages
 from protocols.messages import RunChanged, printable
 
 
-def run_body(run: Run, waiting_for: str) -> RunChanged:
+def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
     """Where a run stands, as the monitor is told."""
     return RunChanged(
         run=run.id,
@@ -23,6 +23,7 @@ def run_body(run: Run, waiting_for: str) -> RunChanged:
         head=run.head,
         best_round=run.best.round if run.best else 0,
         ended_because=printable(run.ended_because),
+        memory_bytes=memory_bytes,
     )
 
 

@@ -44,7 +44,18 @@ def start(
     deadline: Annotated[
         str, typer.Option(help="A round goes on after this, if the quorum is there.")
     ] = "10m",
-    strategy: Annotated[str, typer.Option(help="How updates are aggregated.")] = "fedavg",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="How updates are aggregated: fedavg, fedprox, fedavgm, fedadam, fedyogi, "
+            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, or "
+            "module:Class of one's own."
+        ),
+    ] = "fedavg",
+    strategy_arg: Annotated[
+        list[str] | None,
+        typer.Option("--strategy-arg", help="An argument of the strategy: key=value."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
     ] = None,
@@ -76,6 +87,7 @@ def start(
         quorum=quorum,
         deadline=deadline,
         strategy=strategy,
+        strategy_arg=strategy_arg,
         set_=set_,
         codec=codec,
         seed=seed,
@@ -111,6 +123,7 @@ def run_order(
     max_weight_share: float,
     clip_norm: float,
     from_: Path | None,
+    strategy_arg: list[str] | None = None,
 ) -> Any:
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
     from coordinator.orders import RunOrder
@@ -126,6 +139,7 @@ def run_order(
         quorum=quorum,
         deadline_s=seconds(deadline),
         strategy=strategy,
+        strategy_args=dict(setting(text) for text in strategy_arg or []),
         settings=dict(setting(text) for text in set_ or []),
         codec=codec,
         seed=seed,
@@ -226,11 +240,15 @@ def show(run: str, json: Json = False) -> None:
     shown = remote.fleet().runs.get(found.id)
     waiting = shown.changed.waiting_for if shown else ""
     sys.stdout.write(f"{found.id}: {found.state}, round {found.round}/{found.spec.rounds}\n")
+    if shown and shown.changed.memory_bytes and not found.ended:
+        needed = shown.changed.memory_bytes / 1e6
+        sys.stdout.write(f"closing a round takes about {needed:,.0f} MB of memory\n")
     if waiting and not found.ended:
         sys.stdout.write(f"waits for {waiting}\n")
     if found.ended:
         sys.stdout.write(f"because {found.ended_because}\n")
-    sys.stdout.write(f"strategy {found.spec.strategy}, codec {found.spec.codec}, ")
+    arguments = "".join(f" {name}={value}" for name, value in found.spec.strategy_args.items())
+    sys.stdout.write(f"strategy {found.spec.strategy}{arguments}, codec {found.spec.codec}, ")
     sys.stdout.write(f"quorum {found.spec.quorum}, deadline {found.spec.deadline_s:g} s, ")
     sys.stdout.write(f"weighting {found.spec.weighting}\n")
     for closed in found.history:

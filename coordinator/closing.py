@@ -62,7 +62,14 @@ def commit(
             metrics=[{n: v for n, v in u.metrics.items() if n == asked and v} for u in updates],
             told={**told, "num-examples": sum(counts.values())},
         )
-        made = next_version(recipe, strategy, work, states, run.strategy_state)
+        made = next_version(
+            recipe,
+            strategy,
+            work,
+            states,
+            run.strategy_state,
+            lambda: recipe.make(run.spec.strategy_args),
+        )
         digest = lane.write(base.schema, made.pieces)
     return Committed(digest, metrics, made.state)
 

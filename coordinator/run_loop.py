@@ -23,6 +23,7 @@ from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid, VersionRecord, one_config, read_claim
 from coordinator.runs import Fact, Run, Step, Update, View
+from coordinator.strategies import memory
 from coordinator.strategies.state import States
 from protocols import codecs, messages, weights
 from protocols.errors import BadMessage, CommonweightError, UpdateRefused
@@ -83,6 +84,7 @@ class RunLoop:
         self._recipe = strategies.find(run.spec.strategy)
         self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
         self._states = States(around.lane.states)
+        self._memory_bytes: int | None = None
         self._codec = codecs.find(run.spec.codec)
         #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
         self._patch = ("", "", 0)
@@ -213,6 +215,13 @@ class RunLoop:
     # --- asking ---
 
     async def _open_round(self, step: runs.OpenRound) -> None:
+        if self._memory_bytes is None:  # the first of this life: it is known now who is here
+            peers = len(step.eligible)
+            self._memory_bytes, warning = memory.told(
+                self._recipe, self.run.spec, self._schema, peers
+            )
+            if warning:
+                self._say("warning", warning, self.run.id)
         self._opened_at = self._phase_at = time.monotonic()
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
@@ -473,7 +482,7 @@ class RunLoop:
         self._announce()
 
     def _announce(self) -> None:
-        self._around.publish(run_body(self.run, self._waiting_for))
+        self._around.publish(run_body(self.run, self._waiting_for, self._memory_bytes or 0))
 
     def _say(self, level: Any, text: str, subject: str) -> None:
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)

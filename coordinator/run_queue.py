@@ -11,10 +11,12 @@ from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.run_loop import Fleetwork, RunLoop
 from coordinator.runs import Run, RunSpec, RunStarted
+from coordinator.strategies import memory
 from protocols import codecs
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 from protocols.failpoints import failpoint
 from protocols.states import RunState
+from protocols.stored import Stored
 
 #: Runs whose rounds the monitor still sees after a restart.
 _SHOWN_RUNS = 5
@@ -90,6 +92,9 @@ class RunQueue:
         self._check(spec)
         if from_digest and not self._around.lane.has(from_digest):
             raise UnknownName(f"no version {from_digest[:12]}")
+        if from_digest:
+            with Stored(self._around.lane.version(from_digest)) as first:
+                memory.told(strategies.find(spec.strategy), spec, first.schema, spec.quorum)
         run_id = f"{spec.task}-{secrets.token_hex(3)}"
         facts: list[runs.Fact] = [RunStarted(spec)]
         if from_digest:

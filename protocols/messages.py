@@ -126,7 +126,10 @@ class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
-    """Where a run stands, said whole each time. `waiting_for` is words for a person."""
+    """Where a run stands, said whole each time. `waiting_for` is words for a person.
+
+    `memory_bytes`: what closing a round takes, for a strategy that needs all updates at once.
+    """
 
     run: Name
     task: Name
@@ -140,6 +143,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     head: Name = ""
     best_round: Count = 0
     ended_because: Text = ""
+    memory_bytes: Count = 0
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):

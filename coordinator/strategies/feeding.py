@@ -9,9 +9,9 @@ alone, however often the coordinator was restarted in between.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,17 @@ from coordinator.strategies.recipe import Recipe
 from coordinator.strategies.state import States, StateWriter
 from protocols import weights
 from protocols.errors import CommonweightError
-from protocols.weights import DTYPES, FLOATING, PIECE_BYTES, Part, Readable, Weights, pieces
+from protocols.weights import (
+    DTYPES,
+    FLOATING,
+    PIECE_BYTES,
+    Part,
+    Readable,
+    Weights,
+    narrow,
+    pieces,
+    widen,
+)
 
 Floats = npt.NDArray[Any]
 Piece = dict[Part, npt.NDArray[np.generic]]
@@ -57,44 +67,54 @@ class Work:
     told: Mapping[str, float]
 
 
-@dataclass
-class Made:
+class Made(NamedTuple):
     """`state` is there once all pieces were taken: digests by slot."""
 
     pieces: Generator[Piece, None, None]
-    state: dict[str, str] = field(default_factory=dict)
+    state: dict[str, str]
 
 
 def next_version(
-    recipe: Recipe, strategy: Strategy, work: Work, states: States, state: Mapping[str, str]
-) -> Made:
-    """The version after `work.base`, in file order. Raises CommonweightError while it is taken."""
-    made = Made(iter(()))  # type: ignore[arg-type]
-    made.pieces = _written(made, recipe, strategy, work, states, state)
-    return made
-
-
-def _written(
-    made: Made,
     recipe: Recipe,
     strategy: Strategy,
     work: Work,
     states: States,
     state: Mapping[str, str],
+    fresh: Callable[[], Strategy],
+) -> Made:
+    """The version after `work.base`, in file order. Raises CommonweightError while it is taken.
+
+    `fresh` makes a strategy like this one that has not aggregated yet.
+    """
+    state_after: dict[str, str] = {}
+    given = _written(recipe, strategy, work, states, state, fresh, state_after)
+    return Made(given, state_after)
+
+
+def _written(
+    recipe: Recipe,
+    strategy: Strategy,
+    work: Work,
+    states: States,
+    state: Mapping[str, str],
+    fresh: Callable[[], Strategy],
+    state_after: dict[str, str],
 ) -> Generator[Piece, None, None]:
     schema, slots = work.base.schema, recipe.slots(strategy)
     known = {slot: digest for slot, digest in state.items() if slot in slots}
-    if OWN in state:
-        recipe.remind(strategy, states.load(OWN, state[OWN]))
+    # Also before the first version: what was begun and failed must leave no trace.
+    if recipe.remembered(strategy) is not None:
+        earlier = states.load(OWN, state[OWN]) if OWN in state else recipe.remembered(fresh())
+        recipe.remind(strategy, earlier or {})
     with states.open(known, schema) as before, states.write(slots, schema) as after:
         feed = {"mean": _by_mean, "parts": _by_parts, "models": _by_models}[recipe.feed]
         for piece in feed(recipe, strategy, work, before, after):
             if recipe.feed != "mean" or slots:  # a mean of finite updates is finite
                 _check_finite(piece, schema)
             yield piece
-    made.state.update(after.digests)
+    state_after.update(after.digests)
     if (remembered := recipe.remembered(strategy)) is not None:
-        made.state[OWN] = states.save(Weights(remembered))
+        state_after[OWN] = states.save(Weights(remembered))
 
 
 # --- the three ways --------------------------------------------------------------------------
@@ -247,7 +267,7 @@ def _values(
 
 def _read(source: Readable, part: Part, dtype: str) -> Floats:
     array = source.read(part)
-    return aggregate.widen(array) if dtype == "BF16" else _wide(array)
+    return widen(array) if dtype == "BF16" else _wide(array)
 
 
 def _wide(array: npt.NDArray[Any]) -> Floats:
@@ -257,7 +277,7 @@ def _wide(array: npt.NDArray[Any]) -> Floats:
 
 def _stored(array: Floats, dtype: str) -> npt.NDArray[np.generic]:
     if dtype == "BF16":
-        return aggregate.narrow(array.astype(np.float32))
+        return narrow(array.astype(np.float32))
     with np.errstate(over="ignore"):
         return array.astype(DTYPES[dtype])
 

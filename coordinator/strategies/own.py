@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coordinator.strategies.recipe import Arrays, Recipe
 from protocols.errors import UnknownName, UsageFault
 
@@ -65,7 +67,7 @@ class Own(Recipe):
         return dict(made.get_state()) if hasattr(made, "get_state") else None
 
     def remind(self, made: Any, arrays: Arrays) -> None:
-        made.set_state(dict(arrays))
+        made.set_state({name: np.array(arrays[name]) for name in arrays})
 
 
 def _found(name: str) -> type[Strategy]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from agent import tasks
-from agent.tasks import DataSettings
+from agent.tasks import DataSettings, mnist
 from agent.tasks.mnist import DIGITS, TRAINED_ON, Mnist, cut
 from protocols import weights
 from protocols.errors import CommonweightError, UnknownName, UsageFault
@@ -226,3 +226,58 @@ def test_registry_names_tasks_without_importing_them() -> None:
     with pytest.raises(UnknownName) as caught:
         tasks.find("mnits")
     assert "mnist" in caught.value.hint
+
+
+# --- FedProx ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["2nn", "cnn"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_proximal_term_is_that_of_autograd(task: Mnist, model: str, momentum: float) -> None:
+    """Li et al. 2020, equation 2: the loss plus mu/2 times the squared distance from the base."""
+    mu, steps, lr = 0.5, 4, 0.05
+    settings: dict[str, tasks.Setting] = {
+        "model": model,
+        "batch_size": "all",
+        "epochs": steps,
+        "lr": lr,
+        "momentum": momentum,
+    }
+    base = task.init(1, settings)
+    part = task._loaded()
+    w = {name: torch.tensor(array).requires_grad_() for name, array in base.items()}
+    origin = {name: t.detach().clone() for name, t in w.items()}
+    optimiser = torch.optim.SGD(list(w.values()), lr=lr, momentum=momentum)
+    forward = mnist._forward_2nn if model == "2nn" else mnist._forward_cnn
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(forward(w, part.x), part.y)
+        far = sum(((w[name] - origin[name]) ** 2).sum() for name in w)
+        (loss + mu / 2 * far).backward()
+        optimiser.step()
+    made, _, _ = task.train(base, settings | {"proximal_mu": mu}, quiet)
+    for name in base:
+        np.testing.assert_allclose(made[name], w[name].detach().numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("model", ["2nn", "cnn"])
+def test_without_the_proximal_term_it_is_fedavg_to_the_bit(task: Mnist, model: str) -> None:
+    settings: dict[str, tasks.Setting] = {"model": model, "epochs": 1, "batch_size": 20}
+    base = task.init(1, settings)
+
+    def made(**more: tasks.Setting) -> str:
+        return weights.digest(Weights(dict(task.train(base, settings | more, quiet).weights)))
+
+    assert made(proximal_mu=0.0) == made() != made(proximal_mu=0.1)
+    with pytest.raises(UsageFault, match="proximal_mu"):
+        task.train(base, {"proximal_mu": -1.0}, quiet)
+
+
+def test_the_proximal_term_holds_training_near_the_base(task: Mnist) -> None:
+    base = task.init(1, {})
+
+    def distance(mu: float) -> float:
+        made = task.train(base, {"epochs": 2, "proximal_mu": mu}, quiet).weights
+        return float(sum(((made[name] - base[name]) ** 2).sum() for name in base))
+
+    assert distance(1.0) < 0.5 * distance(0.1) < 0.5 * distance(0.0)

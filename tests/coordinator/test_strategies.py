@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from protocols.errors import (
     UnknownName,
     UsageFault,
 )
-from protocols.weights import Weights
+from protocols.weights import Weights, narrow, widen
 from tests.hub_fixtures import Data, first_weights, gradient_step
 
 Floats = npt.NDArray[Any]
@@ -395,7 +396,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
     values = rng.normal(size=40).astype(np.float32)
     tensors = {
         "half": values.astype(np.float16),
-        "brain": aggregate.narrow(values),
+        "brain": narrow(values),
         "double": values.astype(np.float64),
         "steps": np.array(7, np.int64),
         "mask": np.array([True, False]),
@@ -407,7 +408,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
         return Weights(
             {
                 "half": new.astype(np.float16),
-                "brain": aggregate.narrow(new),
+                "brain": narrow(new),
                 "double": new.astype(np.float64),
                 "steps": np.array(99, np.int64),
                 "mask": np.array([False, True]),
@@ -423,7 +424,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
     assert model.schema == first.schema
     assert int(model["steps"]) == 7
     assert model["mask"].tolist() == [True, False]
-    np.testing.assert_allclose(aggregate.widen(model["brain"]), model["double"], rtol=0, atol=0.02)
+    np.testing.assert_allclose(widen(model["brain"]), model["double"], rtol=0, atol=0.02)
     np.testing.assert_allclose(model["half"], model["double"], rtol=0, atol=5e-3)
     assert not np.array_equal(model["double"], first["double"])
 
@@ -531,3 +532,132 @@ def test_robust_strategies_hold_where_the_mean_does_not(tmp_path: Path) -> None:
     }
     for name, args in chosen.items():
         assert accuracy(name, peers[-2:], args) > clean - 0.03
+
+
+# --- one's own -------------------------------------------------------------------------------
+
+
+class Stubborn(flower.FedAdam):
+    """Leaves aggregation as it is."""
+
+    def __init__(self, patience: int = 3, **others: Any) -> None:
+        super().__init__(**others)
+        self.patience = patience
+
+
+class Counting(flower.FedAvg):
+    """A mean of its own that grows with the rounds, which only its state knows."""
+
+    def __init__(self, step: float, label: str = "x", hook: Callable[[], None] | None = None):
+        super().__init__()
+        self.step, self.rounds = step, np.zeros(1)
+
+    def get_state(self) -> dict[str, Floats]:
+        return {"rounds": self.rounds}
+
+    def set_state(self, arrays: dict[str, Floats]) -> None:
+        self.rounds = np.array(arrays["rounds"])
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        self.rounds = self.rounds + 1
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        assert arrays is not None
+        assert {array.numpy().shape for array in arrays.values()} == {(3, 4), (17,), (0, 3), ()}
+        by = self.step * float(self.rounds[0])
+        return record_of({n: a.numpy() + np.float32(by) for n, a in arrays.items()}), metrics
+
+
+class Remembering(flower.FedAvgM):
+    """Aggregates on its own and lets Flower's class remember."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        return super().aggregate_train(server_round, replies)
+
+
+class Half(flower.FedAvg):
+    """Has only one of the two."""
+
+    def get_state(self) -> dict[str, Floats]:
+        return {}
+
+
+class Lossy(flower.FedAvg):
+    """Loses a tensor."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        assert arrays is not None
+        del arrays["b"]
+        return arrays, metrics
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package beside the coordinator."""
+    package = types.ModuleType("acme_strategies")
+    for cls in (Stubborn, Counting, Remembering, Half, Lossy):
+        setattr(package, cls.__name__, cls)
+    package.Config = dict  # type: ignore[attr-defined]
+    package.Bare = type("Bare", (flower.Strategy,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "acme_strategies", package)
+
+
+@pytest.mark.usefixtures("installed")
+def test_ones_own_class_is_run_and_remembered(tmp_path: Path) -> None:
+    for own, args, like in (
+        ("Stubborn", {"eta": 0.05}, "fedadam"),
+        ("Remembering", {"server_momentum": 0.5}, "fedavgm"),
+    ):
+        heads = []
+        for name in (f"acme_strategies:{own}", like):
+            rng = np.random.default_rng(9)
+            table = Table(
+                tmp_path / f"{own}{len(heads)}", spec_of(name, strategy_args=args), first_model()
+            )
+            for _ in range(3):
+                table.open_round({peer: moved(table.model(), rng) for peer in PEERS})
+                table.close_round()
+                table.restart()
+            heads.append(table.model())
+        for tensor in heads[0]:
+            np.testing.assert_allclose(heads[0][tensor], heads[1][tensor], rtol=0, atol=1e-6)
+    assert strategies.find("acme_strategies:Stubborn").feed == "mean"
+    assert strategies.find("acme_strategies:Remembering").feed == "models"
+
+
+@pytest.mark.usefixtures("installed")
+def test_ones_own_state_survives(tmp_path: Path) -> None:
+    spec = spec_of("acme_strategies:Counting", strategy_args={"step": 1})
+    strategies.check(spec)
+    table = Table(tmp_path, spec, first_model())
+    for number in range(1, 4):
+        before = table.model()
+        table.open_round(dict.fromkeys(PEERS, before))
+        assert table.commit() == table.commit()
+        table.close_round()
+        table.restart()
+        np.testing.assert_allclose(table.model()["b"], before["b"] + number, rtol=0, atol=1e-5)
+    assert set(table.run.strategy_state) == {"own"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_is_no_strategy_is_refused(tmp_path: Path) -> None:
+    for name, error, words in (
+        ("no_such_package:Class", UnknownName, "No module named"),
+        ("acme_strategies:Nothing", UnknownName, "Nothing"),
+        ("acme_strategies:", UnknownName, "cannot be loaded"),
+        (":Class", UnknownName, "cannot be loaded"),
+        ("acme_strategies:Config", UsageFault, "no class that extends"),
+        ("acme_strategies:Bare", UsageFault, "lacks aggregate_evaluate"),
+        ("acme_strategies:Half", UsageFault, "only one of"),
+        ("acme_strategies:Counting", UsageFault, "needs the argument step"),
+    ):
+        with pytest.raises(error, match=words):
+            strategies.check(spec_of(name))
+    with pytest.raises(UnknownName, match="has no argument 'hook'") as caught:
+        strategies.check(spec_of("acme_strategies:Counting", strategy_args={"hook": "x"}))
+    assert "label=x" in caught.value.hint
+    table = Table(tmp_path, spec_of("acme_strategies:Lossy"), first_model())
+    table.open_round(dict.fromkeys(PEERS, first_model()))
+    with pytest.raises(CommonweightError, match="gave no weights for b"):
+        table.commit()
