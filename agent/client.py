@@ -72,7 +72,8 @@ class Client:
     """Answers messages. `fetch(digest, nbytes) -> path` and `send(digest, path)` use the lane.
 
     `patch(work)` may make the version that the work is on from its parent, to spare the lane.
-    `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent.
+    `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
+    `on_trained()` when an update is safe in the outbox.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Client:
         patch: Callable[[Work], None] = lambda work: None,
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_sending: Callable[[], None] = lambda: None,
+        on_trained: Callable[[], None] = lambda: None,
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
@@ -96,7 +98,7 @@ class Client:
         self._leftovers = Leftovers(outbox / "leftovers")
         self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
-        self._on_work, self._on_sending = on_work, on_sending
+        self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
@@ -191,6 +193,8 @@ class Client:
             file.write(msgspec.json.encode(finished))
         self._leftovers.settle(claim.digest)
         failpoint("agent.outbox.written")
+        if work.kind == "train":
+            self._on_trained()
         self._deliver(claim.digest)
         return finished
 

@@ -63,6 +63,7 @@ HEARTBEAT_S = 20.0
 #: Longer than an idle agent's poll, so that the poll is its heartbeat.
 BEAT_EVERY_S = 0.8 * HEARTBEAT_S
 _TIMEOUT_S = 30.0
+_GOODBYE_S = 3.0
 #: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
 #: coordinator keeps one for 75 s.
 CONNECTION_S = 60.0
@@ -140,21 +141,28 @@ class Link:
             verify=context,
             timeout=_TIMEOUT_S,
         )
-        self._http = httpx.Client(
-            base_url=f"https://{credentials.address}",
-            verify=context,
-            timeout=_TIMEOUT_S,
-            limits=httpx.Limits(keepalive_expiry=CONNECTION_S),
-        )
-        # Flower's client gives no way to say so, and a second pool is a second connection.
-        self._fleet._client.close()
-        self._fleet._client = self._http
+        self._tls = context
+        self._http = self._fleet._client
+        self.reconnect()
         self._node: Node | None = None
         self._heard_at = 0.0
         self._cut_off = ""
         #: The coordinator has written down what became of the last reply.
         self.settled = False
         self.bytes_up = self.bytes_down = 0
+
+    def reconnect(self) -> None:
+        """Let go of all connections, and make others when they are needed."""
+        dropped = self._http
+        self._http = httpx.Client(
+            base_url=f"https://{self._credentials.address}",
+            verify=self._tls,
+            timeout=_TIMEOUT_S,
+            limits=httpx.Limits(keepalive_expiry=CONNECTION_S),
+        )
+        # Flower's client gives no way to say so, and a second pool is a second connection.
+        self._fleet._client = self._http
+        dropped.close()
 
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""
@@ -187,6 +195,7 @@ class Link:
     def close(self) -> None:
         """Say goodbye if anybody listens, and drop the connections."""
         if self._node is not None:
+            self._http.timeout = httpx.Timeout(_GOODBYE_S)
             try:
                 with _translated():
                     self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))

@@ -95,7 +95,7 @@ class PresenceLink:
         self._seen = Seen()
         self._began_at = time.time()
         self._rng = Random()
-        self._wake = asyncio.Event()
+        self._wake, self._again = asyncio.Event(), asyncio.Event()
         self._presence: Presence | None = None
         self._telemetry: Telemetry | None = None
         self._notices: deque[Notice] = deque(maxlen=NOTICES_KEPT)
@@ -120,6 +120,10 @@ class PresenceLink:
         """Use this broker or login from the next connection on."""
         self._address = address
 
+    def reconnect(self) -> None:
+        """Drop the link and connect anew at once: after a sleep of the machine it is dead."""
+        self._again.set()
+
     async def run(self) -> None:
         """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageFault."""
         address: MqttAddress | None = None
@@ -129,6 +133,7 @@ class PresenceLink:
                 address = self._address
                 tls = await asyncio.to_thread(tls_context, address)
             began = time.monotonic()
+            self._again.clear()
             why = f"the link to {address.where} was lost"
             try:
                 await self._session(tls)
@@ -140,7 +145,9 @@ class PresenceLink:
             self._tell(False, why)
             if time.monotonic() - began > _LIVED_S:
                 waits = delays(self._rng)
-            await asyncio.sleep(next(waits))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(next(waits)):
+                    await self._again.wait()
 
     def _tell(self, up: bool, why: str) -> None:
         if self._told != (up, why):
@@ -178,9 +185,14 @@ class PresenceLink:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._hear_all(client), name="mqtt hear")
                     group.create_task(self._say_all(client, voice), name="mqtt say")
+                    group.create_task(self._end_when_asked(), name="mqtt again")
             except asyncio.CancelledError:
                 await self._farewell(client, voice)
                 raise
+
+    async def _end_when_asked(self) -> None:
+        await self._again.wait()
+        raise aiomqtt.MqttError("asked to connect anew")
 
     # --- what we say -------------------------------------------------------------------------
 

@@ -25,13 +25,15 @@ from msgspec.structs import replace
 from agent import control, tasks, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
+from agent.frames import Progress
 from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment, write_enrolment
 from agent.tasks import DataSettings
-from agent.trainer import Progress
 from agent.trainer_process import TrainerProcess
 from agent.versions import Versions
+from agent.wake import Clocks, slept_s
+from agent.watchdog import WORTH_A_TRY, Watchdog
 from agent.worker import (
     Announce,
     BrokerChanged,
@@ -44,6 +46,7 @@ from agent.worker import (
     ResumeTrainer,
     SendingBegan,
     SessionChanged,
+    TrainerGaveUp,
     WorkBegan,
     WorkEnded,
     Worker,
@@ -62,6 +65,9 @@ T = TypeVar("T")
 
 RENEW_BEFORE_S = 60 * 86400.0
 _TICK_S = 0.5
+#: After the trainer failed again and again: then the agent tries once more by itself.
+TRAINER_REST_S = 600.0
+_ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
 _BEAT_AGAIN_S = 5.0
 _FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
@@ -85,16 +91,25 @@ class Agent:
                 seed=chosen.data_seed,
                 path=chosen.data,
                 cache=str(home / "trainer"),
+                device=chosen.device,
+                compile=chosen.compile,
             ),
             threads=chosen.threads,
             on_progress=self._on_progress_thread,
+            hang_s=chosen.hang_timeout_s,
+            journal_every_s=chosen.checkpoint_interval_s,
+        )
+        self._watchdog = Watchdog(
+            self._trainer,
+            tries=chosen.trainer_tries,
+            on_given_up=lambda kind: self._soon(self._rest_trainer, kind),
         )
         versions = Versions(self._cache, self._session)
         self._client = Client(
             peer=enrolment.peer,
             sign=self._credentials.sign_key.sign,
             coordinator_public=enrolment.coordinator_public,
-            trainer=self._trainer,
+            trainer=self._watchdog,
             outbox=self._outbox,
             fetch=versions.fetch,
             patch=versions.rebuild,
@@ -102,6 +117,7 @@ class Agent:
             allowed=chosen.allows,
             on_work=lambda work: self._from_thread(WorkBegan(work) if work else WorkEnded()),
             on_sending=lambda: self._from_thread(SendingBegan()),
+            on_trained=self._trainer.forget,
         )
         self._link: Link | None = None
         # Named threads of our own: one for the work, one for the heartbeat.
@@ -114,6 +130,7 @@ class Agent:
         self._process = psutil.Process()
         self._bytes = (0, 0)
         self._worked_at = 0.0
+        self._waking: asyncio.Task[None] | None = None
         self._wish = Wish()
         self._tasks = tuple(task for task in tasks.names() if chosen.allows(task))
         self._status_is_old = True
@@ -164,7 +181,7 @@ class Agent:
             self._stopping.set()
             stopping.cancel()
             # Unblocks the work thread if it waits for the trainer or the wire.
-            await asyncio.to_thread(self._trainer.stop)
+            await asyncio.to_thread(self._watchdog.close)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -317,6 +334,7 @@ class Agent:
         """Do the work of a message and send the reply; the next message (in the work thread)."""
         assert self._link is not None
         failpoint("agent.message.taken")
+        gave_up = False  # the pause that follows is not in force yet
         try:
             reply = self._client.handle(message)
         except (Unreachable, SessionLost):
@@ -326,11 +344,12 @@ class Agent:
                 return None
             if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
                 self._soon(self._complain, f"the work failed: {err.message}")
+            gave_up = isinstance(err, TrainerFailed) and err.kind in WORTH_A_TRY
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
         self._status.rounds_done += 1
         following: Message | None = None
         failpoint("agent.claim.sending")
-        if worker.is_willing(self._worker):
+        if worker.is_willing(self._worker) and not gave_up:
             following = self._link.exchange(reply)
         else:
             self._link.push(reply)
@@ -338,6 +357,13 @@ class Agent:
             note("acknowledged", claim=claim_text(reply))
         failpoint("agent.claim.sent")
         return following
+
+    def _rest_trainer(self, kind: str) -> None:
+        """No more work for now: the trainer failed again and again."""
+        self._happened(TrainerGaveUp(kind))
+        assert self._loop is not None
+        lifted = PauseLifted(frozenset({PauseReason.TRAINER}))
+        self._loop.call_later(TRAINER_REST_S, self._happened, lifted)
 
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""
@@ -347,15 +373,31 @@ class Agent:
             if link is None or due_s > 0:
                 await asyncio.sleep(due_s)
                 continue
-            try:
-                await self._in_thread(link.beat, pool=self._beating)
-                continue
-            except SessionLost:
-                with contextlib.suppress(CommonweightError):
-                    await self._in_thread(link.open, pool=self._beating)
-            except CommonweightError as err:
-                log.debug("a heartbeat failed: %s", err.message)
-            await asyncio.sleep(_BEAT_AGAIN_S)
+            if not await self._beat(link):
+                await asyncio.sleep(_BEAT_AGAIN_S)
+
+    async def _beat(self, link: Link) -> bool:
+        """One heartbeat; False if it failed."""
+        try:
+            await self._in_thread(link.beat, pool=self._beating)
+            return True
+        except SessionLost:
+            with contextlib.suppress(CommonweightError):
+                await self._in_thread(link.open, pool=self._beating)
+        except CommonweightError as err:
+            log.debug("a heartbeat failed: %s", err.message)
+        return False
+
+    async def _wake(self, slept: float) -> None:
+        """Connect anew at once: what was open before a sleep is dead, and nobody says so."""
+        log.info("back after %.0f s of sleep: connecting anew", slept)
+        if self._presence is not None:
+            self._presence.reconnect()
+        if self._link is not None:
+            await self._in_thread(self._link.reconnect, pool=self._beating)
+            if self._worker.session:
+                await self._beat(self._link)
+        self._doorbell.set()
 
     async def _in_thread(
         self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None
@@ -398,7 +440,8 @@ class Agent:
                     lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
                     self._loop.call_later(for_s, self._happened, lifted)
             case Command(action="resume"):
-                self._happened(PauseLifted(frozenset({PauseReason.OPERATOR})))
+                asked = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
+                self._happened(PauseLifted(asked))
             case Command(action="finish"):
                 self._happened(FinishAsked())
 
@@ -431,9 +474,12 @@ class Agent:
     # --- the owner ---
 
     async def _keep_wishes(self) -> None:
-        """Obey the wish file, end an idle trainer, keep the status fresh."""
-        ticks = 0
+        """Obey the wish file, end an idle trainer, keep the status fresh, notice a sleep."""
+        ticks, clocks = 0, Clocks.now()
         while True:
+            before, clocks = clocks, Clocks.now()
+            if slept := slept_s(before, clocks, _TICK_S):
+                self._waking = asyncio.create_task(self._wake(slept), name="wake")
             self._obey(control.read_wish(self._home))
             idle = self._trainer.running and self._worker.work is None
             if idle and self._trainer.idle_s > self._settings.idle_timeout_s:
@@ -455,7 +501,7 @@ class Agent:
             self._happened(PauseAsked(PauseReason.USER))
         else:
             # The owner's word also lifts what the operator asked for.
-            self._happened(PauseLifted(frozenset({PauseReason.USER, PauseReason.OPERATOR})))
+            self._happened(PauseLifted(_ASKED_FOR))
         if wish.want == "finish":
             control.write_wish(self._home, Wish())
             self._happened(FinishAsked())

@@ -46,6 +46,22 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     threads: Annotated[
         int, Meta(ge=0, description="threads that train; 0 is half of the cores")
     ] = 0
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"],
+        Meta(description="what trains: cuda, mps, cpu; auto takes the first that torch can use"),
+    ] = "auto"
+    compile: Annotated[
+        bool, Meta(description="let torch compile the model first, where the task can")
+    ] = False
+    checkpoint_interval_s: Annotated[
+        float, Meta(ge=0, description="seconds of training that a kill or a power cut may cost")
+    ] = 30.0
+    hang_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds without a batch after which the trainer is ended")
+    ] = 600.0
+    trainer_tries: Annotated[
+        int, Meta(ge=1, description="failures of the trainer in one work before the agent pauses")
+    ] = 4
     idle_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds without work after which the trainer ends")
     ] = 60.0

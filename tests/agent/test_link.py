@@ -209,3 +209,13 @@ def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> Non
     mine = site.credentials(machine)
     assert isinstance(mine, Credentials)
     assert mine.peer == identity.peer_id(identity.raw_public(mine.sign_key))
+
+
+def test_connections_are_let_go_and_made_again(link: Link) -> None:
+    link.open()
+    link.beat()
+    before = link._http
+    link.reconnect()
+    assert before.is_closed
+    link.beat()
+    assert link.pull() is None

@@ -215,3 +215,12 @@ async def test_a_sign_of_life_is_given(site: Site, monkeypatch: pytest.MonkeyPat
         async with running(watch.feed.run, agent.link.run):
             await until(lambda: len(watch.heard) >= 3)
     assert {one.epoch for one in watch.heard[:3]} == {watch.heard[0].epoch}
+
+
+async def test_after_a_sleep_the_link_is_made_anew(stage: Stage) -> None:
+    agent = stage.agent
+    assert [up for up, _ in agent.changes] == [True]
+    agent.link.reconnect()
+    await until(lambda: [up for up, _ in agent.changes] == [True, False, True])
+    await stage.send(stage.sealed(PAUSE))
+    await until(lambda: agent.told == [PAUSE])
