@@ -52,7 +52,7 @@ from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
 from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
-from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Parcel
+from protocols.messages import EXCHANGE_PATH, LOGS_PATH, Exchange, Exchanged, LogsTold, Parcel
 from protocols.mqtt import MqttAddress
 from protocols.weights import file_digest, sync_folder
 
@@ -232,6 +232,13 @@ class Link:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
         with _translated():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
+
+    def tell_logs(self, told: LogsTold) -> None:
+        """Answer the operator's question for log lines."""
+        body = msgspec.json.encode(told)
+        headers = self._signed("POST", LOGS_PATH, hashlib.sha256(body).hexdigest())
+        with _translated():
+            self._http.post(LOGS_PATH, content=body, headers=headers).raise_for_status()
 
     def renew(self) -> bytes:
         """A new node certificate for the same keys."""

@@ -31,6 +31,7 @@ from protocols.identity import verify
 from protocols.messages import (
     Command,
     Doorbell,
+    LogsAsked,
     Notice,
     Presence,
     Sign,
@@ -76,7 +77,7 @@ class PresenceLink:
         peer: str,
         sign: Sign,
         coordinator_public: bytes,
-        on_command: Callable[[Doorbell | Command], None],
+        on_command: Callable[[Doorbell | Command | LogsAsked], None],
         on_change: Callable[[bool, str], None],
     ) -> None:
         self.connected = False
@@ -246,7 +247,7 @@ class PresenceLink:
             else:
                 self._on_command(heard)
 
-    def _heard(self, topic: str, payload: object) -> Doorbell | Command:
+    def _heard(self, topic: str, payload: object) -> Doorbell | Command | LogsAsked:
         """The message in `payload`, if the coordinator sent it to us just now. Raises BadMessage.
 
         A doorbell carries nothing to trust, so a wrong clock does not keep it out; whoever rings
@@ -256,12 +257,12 @@ class PresenceLink:
             raise BadMessage("not on our command topic")
         envelope = unseal(topic, payload, self._by_coordinator)
         body = envelope.body
-        if not isinstance(body, Doorbell | Command):
+        if not isinstance(body, Doorbell | Command | LogsAsked):
             raise BadMessage(f"a {type(body).__name__} is no command")
         late_s = time.time() - envelope.at
-        if isinstance(body, Command) and not abs(late_s) <= COMMAND_WINDOW_S:
+        if not isinstance(body, Doorbell) and not abs(late_s) <= COMMAND_WINDOW_S:
             raise BadMessage(f"a command from {late_s:+.0f} s ago: replayed, or a clock is wrong")
-        if isinstance(body, Command) and envelope.at < self._began_at:
+        if not isinstance(body, Doorbell) and envelope.at < self._began_at:
             # What this agent heard in its last life it does not remember: none of that counts.
             raise BadMessage("a command from before this agent's start")
         if not self._seen.fresh(envelope.epoch, type(body).__name__, envelope.seq):

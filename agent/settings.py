@@ -23,6 +23,7 @@ from protocols.mqtt import MqttAddress
 FILE = "settings.toml"
 ENROLLED = "enrolled.json"
 PREFIX = "COMMONWEIGHT_AGENT_"
+_ANNOUNCED = ("threads", "device", "idle_timeout_s", "log_level", "share_log")
 
 
 class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +70,14 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["debug", "info", "warning", "error"],
         Meta(description="how much is logged: debug, info, warning or error"),
     ] = "info"
+    share_log: Annotated[
+        bool,
+        Meta(description="the operator may see the log's last lines, without paths or quotations"),
+    ] = True
+
+    def announced(self) -> dict[str, str]:
+        """What the operator is told of these settings; nothing of where the data lies."""
+        return {name: str(getattr(self, name)) for name in _ANNOUNCED if hasattr(self, name)}
 
     def allows(self, task: str) -> bool:
         """True if the owner lets this task run."""

@@ -9,7 +9,12 @@
     POST /cw/v1/leave                  its key is refused from now on      (a peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
     GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
-    *    /cw/v1/runs, /tickets, /peers                                      (operator)
+    *    /cw/v1/runs, /tickets, /peers, /operators                          (operator)
+    POST /cw/v1/operators/join         somebody with a ticket for watching
+    POST /cw/v1/logs                   log lines that were asked for        (an enrolled peer)
+
+"operator" is the key in this home, or one that joined with that role; what only shows something is
+open to observers too.
 
 Answers are JSON; an error is `{"code", "message", "hint"}` for the operator and bare for others.
 """
@@ -32,6 +37,7 @@ from coordinator.auth import Auth, read_body
 from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
+from coordinator.log_desk import LogDesk
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.run_queue import RunQueue
 from coordinator.sessions import NoSession
@@ -43,17 +49,21 @@ from protocols.joining import (
     JOIN_PATH,
     LEAVE_PATH,
     MQTT_PATH,
+    OPERATOR_JOIN_PATH,
     RENEW_PATH,
     STANDING_PATH,
     JoinAnswer,
     Joining,
+    OperatorAnswer,
+    OperatorJoining,
     StandingAnswer,
 )
-from protocols.messages import EXCHANGE_PATH, Command, Exchange, Exchanged
+from protocols.messages import EXCHANGE_PATH, LOGS_PATH, Command, Exchange, Exchanged, LogsTold
 from protocols.mqtt import MqttAddress
 
 #: Messages are small: weights travel on the lane.
 MAX_EXCHANGE_BYTES = 1024 * 1024
+MAX_LOGS_BYTES = 512 * 1024
 _STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.NOT_RUNNING: 409}
 
 
@@ -64,6 +74,7 @@ class Desk(Protocol):
     fleet: Fleet
     lane: Lane
     runs: RunQueue
+    logs: LogDesk
 
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
@@ -175,7 +186,9 @@ def make_app(
         if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
             raise UsageFault("a ticket is good for at most a year and 100,000 machines")
         ticket = tickets.new_ticket(desk.addresses(), ca_sha256)
-        desk.registry.create_ticket(ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label)
+        desk.registry.create_ticket(
+            ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role
+        )
         return _json({"ticket": tickets.encode(ticket), "id": ticket.id})
 
     async def list_tickets(_: Request, __: bytes) -> Response:
@@ -184,6 +197,7 @@ def make_app(
                 {
                     "id": ticket.id,
                     "label": ticket.label,
+                    "role": ticket.role,
                     "uses_left": ticket.uses_left,
                     "expires_in_s": ticket.expires_at - time.time(),
                     "revoked": ticket.revoked,
@@ -216,12 +230,47 @@ def make_app(
         peer = desk.registry.find(request.path_params["peer"])
         return _json({"outcome": await desk.command(peer.peer, order)})
 
+    async def join_operator(request: Request) -> Response:
+        try:
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=OperatorJoining)
+            joined = desk.registry.join_operator(joining)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        except CommonweightError as err:
+            return _error(err, 403)
+        return _json(OperatorAnswer(operator=joined.operator, role=joined.role, fleet=fleet_id))
+
+    async def list_operators(_: Request, __: bytes) -> Response:
+        here = [one for one in desk.registry.operators.values() if not one.removed]
+        return _json([{"operator": o.operator, "name": o.name, "role": o.role} for o in here])
+
+    async def remove_operator(request: Request, _: bytes) -> Response:
+        desk.registry.remove_operator(request.path_params["operator"])
+        return _json({})
+
+    async def ask_logs(request: Request, _: bytes) -> Response:
+        peer = desk.registry.find(request.path_params["peer"])
+        return _json(await desk.logs.ask(peer.peer))
+
+    async def tell_logs(request: Request) -> Response:
+        peer, body = await auth.peer_and_body(request, MAX_LOGS_BYTES)
+        try:
+            told = msgspec.json.decode(body, type=LogsTold)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        return Response(status_code=204 if desk.logs.told(peer.peer, told) else 410)
+
     Endpoint = Callable[[Request, bytes], Awaitable[Response]]
 
-    def operator(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    def observer(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        return operator(endpoint, changes=False)
+
+    def operator(
+        endpoint: Endpoint, *, changes: bool = True
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:
-            body = await auth.operator(request)
             try:
+                body = await auth.operator(request, changes=changes)
                 return await endpoint(request, body)
             except CommonweightError as err:
                 return _error(err, _STATUS.get(err.exit_code, 400))
@@ -236,19 +285,24 @@ def make_app(
         Route(STANDING_PATH, standing),
         Route(RENEW_PATH, renew, methods=["POST"]),
         Route(LEAVE_PATH, leave, methods=["POST"]),
-        Route("/cw/v1/fleet", operator(snapshot)),
-        Route("/cw/v1/watch", operator(watch)),
-        Route("/cw/v1/runs", operator(list_runs)),
+        Route("/cw/v1/fleet", observer(snapshot)),
+        Route("/cw/v1/watch", observer(watch)),
+        Route("/cw/v1/runs", observer(list_runs)),
         Route("/cw/v1/runs", operator(start_run), methods=["POST"]),
-        Route("/cw/v1/runs/{run}", operator(show_run)),
+        Route("/cw/v1/runs/{run}", observer(show_run)),
         Route("/cw/v1/runs/{run}/stop", operator(stop_run), methods=["POST"]),
-        Route("/cw/v1/tickets", operator(list_tickets)),
+        Route("/cw/v1/tickets", observer(list_tickets)),
         Route("/cw/v1/tickets", operator(make_ticket), methods=["POST"]),
         Route("/cw/v1/tickets/{ticket}/revoke", operator(revoke_ticket), methods=["POST"]),
-        Route("/cw/v1/peers", operator(list_peers)),
+        Route("/cw/v1/peers", observer(list_peers)),
         Route("/cw/v1/peers/{peer}/approve", operator(approve), methods=["POST"]),
         Route("/cw/v1/peers/{peer}/remove", operator(remove), methods=["POST"]),
         Route("/cw/v1/peers/{peer}/command", operator(command), methods=["POST"]),
+        Route("/cw/v1/peers/{peer}/logs", observer(ask_logs)),
+        Route(LOGS_PATH, tell_logs, methods=["POST"]),
+        Route(OPERATOR_JOIN_PATH, join_operator, methods=["POST"]),
+        Route("/cw/v1/operators", observer(list_operators)),
+        Route("/cw/v1/operators/{operator}/remove", operator(remove_operator), methods=["POST"]),
     ]
     for method, path, endpoint in desk.lane.routes(auth):
         routes.append(Route(path, endpoint, methods=[method]))

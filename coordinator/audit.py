@@ -90,6 +90,7 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
             hours = (fact.expires_at - entry.at) / 3600
             text = f"ticket {ticket} for {machines}, good for {hours:.3g} h"
             text += f", {label!r}" if label else ""
+            text += f", for an {fact.role}" if fact.role != "agent" else ""
         case enroll.TicketRevoked(id=ticket):
             event, text = "ticket revoked", f"ticket {ticket} was revoked by the operator"
         case enroll.PeerJoined(peer=peer, ticket=ticket):
@@ -97,6 +98,13 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
             waits = fact.standing == "awaiting"
             event = "asked to join" if waits else "joined"
             text = f"{fact.name} ({peer}) {event} with ticket {ticket}"
+        case enroll.OperatorJoined(ticket=ticket):
+            event = f"{fact.role} joined"
+            names[fact.operator] = fact.name
+            text = f"{fact.name} ({fact.operator}) may watch as {fact.role}, ticket {ticket}"
+        case enroll.OperatorRemoved():
+            event = "access removed"
+            text = f"the access of {_called(fact.operator, names)} was removed"
         case enroll.PeerApproved(peer=peer):
             event = "approved"
             text = f"{_called(peer, names)} was approved by the operator"

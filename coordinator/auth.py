@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from coordinator.enroll import Peer, Registry
 from protocols import identity, requests
-from protocols.errors import BadMessage
+from protocols.errors import BadMessage, Refused
 from protocols.messages import printable
 from protocols.requests import EMPTY_SHA256, Nonces, Signed
 
@@ -57,12 +57,25 @@ class Auth:
             raise self._refuse(request, 401, f"{peer.name} is not enrolled any more")
         return peer, body
 
-    async def operator(self, request: Request) -> bytes:
-        """The body of a request that the operator signed."""
+    async def operator(self, request: Request, *, changes: bool = True) -> bytes:
+        """The body of a request that an operator signed, or an observer unless it `changes` things.
+
+        Raises Refused for an observer that wants to.
+        """
         signed = self._read(request)
-        if signed.sender != OPERATOR:
-            raise self._refuse(request, 401, f"{signed.sender} is not the operator")
-        self._check(request, signed, self._operator)
+        if signed.sender == OPERATOR:
+            self._check(request, signed, self._operator)
+            return await self._body(request, signed, MAX_JSON_BYTES)
+        known = self._registry.operators.get(signed.sender)
+        if known is None or known.removed:
+            raise self._refuse(request, 401, f"{signed.sender} is no operator")
+        self._check(request, signed, known.sign_public)
+        if changes and known.role != "operator":
+            self._refuse(request, 403, f"{known.name} may only watch")
+            raise Refused(
+                "this access may only watch",
+                "ask for one: commonweight ticket create --role operator",
+            )
         return await self._body(request, signed, MAX_JSON_BYTES)
 
     def is_enrolled(self, peer_id: str) -> bool:

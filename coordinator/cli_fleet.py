@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from protocols import homes, output
+from protocols import output
 from protocols.errors import UsageFault
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
 tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=True)
 peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
+operators = typer.Typer(help="Who watches from other machines.", no_args_is_help=True)
 
 _LOOK_EVERY_S = 0.5
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -23,6 +24,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 def add_to(app: typer.Typer) -> None:
     app.add_typer(tickets, name="ticket")
     app.add_typer(peers, name="peers")
+    app.add_typer(operators, name="operators")
 
 
 def seconds(text: str) -> float:
@@ -34,9 +36,10 @@ def seconds(text: str) -> float:
 
 
 def _remote() -> Any:
+    from coordinator import access
     from coordinator.remote import Remote
 
-    return Remote(homes.open_home("coordinator"))
+    return Remote(access.open_home())
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
@@ -59,17 +62,24 @@ def create_ticket(
     ttl: Annotated[str, typer.Option(help="How long it is good for.")] = "24h",
     uses: Annotated[int, typer.Option(min=1, help="For how many machines.")] = 1,
     label: Annotated[str, typer.Option(help="A note for yourself.")] = "",
+    role: Annotated[
+        str, typer.Option(help="agent; or observer, operator: to watch from another machine.")
+    ] = "agent",
     json: Json = False,
 ) -> None:
     """Make a ticket: the one string that lets a machine join. It is shown once."""
     from coordinator.orders import TicketOrder
 
-    made = _remote().make_ticket(TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label))
+    if role not in ("agent", "observer", "operator"):
+        raise UsageFault(f"a role is agent, observer or operator, not {role!r}")
+    order = TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
+    made = _remote().make_ticket(order)
     if json:
         sys.stdout.write(output.ok(made) + "\n")
         return
     machines = "one machine" if uses == 1 else f"{uses} machines"
-    sys.stderr.write(f"for {machines}, good for {ttl}; on each: commonweight-agent join TICKET\n")
+    join = "commonweight-agent join" if role == "agent" else "commonweight monitor --join -"
+    sys.stderr.write(f"for {machines}, good for {ttl}; on each: {join}, then paste this line\n")
     sys.stdout.write(made["ticket"] + "\n")
 
 
@@ -83,7 +93,13 @@ def list_tickets(json: Json = False) -> None:
     for row in found:
         row["left"] = "revoked" if row["revoked"] else f"{row['uses_left']} uses"
         row["expires"] = f"{row['expires_in_s'] / 3600:.1f} h"
-    columns = {"id": "Ticket", "left": "Left", "expires": "Expires in", "label": "Label"}
+    columns = {
+        "id": "Ticket",
+        "role": "For",
+        "left": "Left",
+        "expires": "Expires in",
+        "label": "Label",
+    }
     _table(found, columns, "no tickets; make one: commonweight ticket create")
 
 
@@ -92,6 +108,24 @@ def revoke_ticket(ticket: str) -> None:
     """Make a ticket useless."""
     _remote().revoke_ticket(ticket)
     sys.stderr.write(f"ticket {ticket} is revoked\n")
+
+
+@operators.command("list")
+def list_operators(json: Json = False) -> None:
+    """Who has access from another machine, and with what role."""
+    found = _remote().operators()
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    columns = {"name": "Name", "operator": "Id", "role": "Role"}
+    _table(found, columns, "nobody; make a ticket: commonweight ticket create --role observer")
+
+
+@operators.command("remove")
+def remove_operator(operator: str) -> None:
+    """Refuse somebody's access from now on (id or name)."""
+    _remote().remove_operator(operator)
+    sys.stderr.write(f"{operator} has no access any more\n")
 
 
 @peers.command("list")

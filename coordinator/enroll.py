@@ -18,11 +18,12 @@ from msgspec.structs import replace
 from coordinator.ledger import Ledger
 from protocols import identity
 from protocols.errors import BadMessage, Refused, UnknownName
-from protocols.joining import Joining, claimed
+from protocols.joining import Joining, OperatorJoining, claimed, operator_claimed
 from protocols.tickets import Ticket, hash_secret
 
 SUBJECT = "fleet"
 Role = Literal["observer", "operator"]
+TicketRole = Literal["agent", "observer", "operator"]
 Standing = Literal["awaiting", "enrolled", "removed"]
 
 
@@ -32,6 +33,7 @@ class TicketCreated(Struct, frozen=True, tag=True, kw_only=True):
     expires_at: float
     uses: int
     label: str = ""
+    role: TicketRole = "agent"
 
 
 class TicketRevoked(Struct, frozen=True, tag=True):
@@ -57,7 +59,27 @@ class PeerRemoved(Struct, frozen=True, tag=True):
     because: str
 
 
-FleetFact = TicketCreated | TicketRevoked | PeerJoined | PeerApproved | PeerRemoved
+class OperatorJoined(Struct, frozen=True, tag=True, kw_only=True):
+    operator: str
+    name: str
+    sign_public: bytes
+    role: Role
+    ticket: str
+
+
+class OperatorRemoved(Struct, frozen=True, tag=True):
+    operator: str
+
+
+FleetFact = (
+    TicketCreated
+    | TicketRevoked
+    | PeerJoined
+    | PeerApproved
+    | PeerRemoved
+    | OperatorJoined
+    | OperatorRemoved
+)
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(FleetFact).decode
@@ -71,6 +93,7 @@ class TicketState(Struct, frozen=True, kw_only=True):
     expires_at: float
     uses_left: int
     label: str
+    role: TicketRole = "agent"
     revoked: bool = False
 
 
@@ -85,6 +108,16 @@ class Peer(Struct, frozen=True, kw_only=True):
     standing: Standing
 
 
+class Operator(Struct, frozen=True, kw_only=True):
+    """Somebody who watches from another machine, and with the role operator may change things."""
+
+    operator: str
+    name: str
+    sign_public: bytes
+    role: Role
+    removed: bool = False
+
+
 class Registry:
     """Who belongs to the fleet. `on_change(peer)` is called after a peer's standing changed."""
 
@@ -93,11 +126,20 @@ class Registry:
         self._approve = approve
         self.tickets: dict[str, TicketState] = {}
         self.peers: dict[str, Peer] = {}
+        self.operators: dict[str, Operator] = {}
         self.on_change: Callable[[Peer], None] = lambda peer: None
         for entry in ledger.entries(SUBJECT):
             self._apply(_decode(entry.body))
 
-    def create_ticket(self, ticket: Ticket, *, ttl_s: float, uses: int, label: str = "") -> None:
+    def create_ticket(
+        self,
+        ticket: Ticket,
+        *,
+        ttl_s: float,
+        uses: int,
+        label: str = "",
+        role: TicketRole = "agent",
+    ) -> None:
         """Remember a new ticket by its hash."""
         self._record(
             TicketCreated(
@@ -106,6 +148,7 @@ class Registry:
                 expires_at=time.time() + ttl_s,
                 uses=uses,
                 label=label,
+                role=role,
             )
         )
 
@@ -121,23 +164,19 @@ class Registry:
         signed = claimed(joining.ticket, joining.secret, joining.node_public)
         if not identity.verify(joining.sign_public, joining.proof, signed):
             raise BadMessage("the request is not signed by the key that it names")
-        ticket = self.tickets.get(joining.ticket)
-        given = hash_secret(joining.ticket, joining.secret)
-        if ticket is None or not hmac.compare_digest(ticket.secret_hash, given):
-            raise Refused("the coordinator does not know this ticket", "ask for a new ticket")
+        ticket = self._known_ticket(joining.ticket, joining.secret)
+        if ticket.role != "agent":
+            raise Refused(
+                f"this ticket is for an {ticket.role}, not for an agent",
+                "commonweight monitor --join; for an agent: commonweight ticket create",
+            )
         peer_id = identity.peer_id(joining.sign_public)
         known = self.peers.get(peer_id)
         if known is not None and known.standing == "removed":
             raise Refused("this machine's key was removed", "join again with --replace")
         if known is not None:  # the answer to its first try was lost: the ticket is spent already
             return known
-        for used, why in (
-            (ticket.revoked, "was revoked"),
-            (ticket.uses_left <= 0, "was used already"),
-            (time.time() > ticket.expires_at, "has expired"),
-        ):
-            if used:
-                raise Refused(f"this ticket {why}", "ask for a new one: commonweight ticket create")
+        _check_unspent(ticket)
         # Flower takes a node key once, also one that was removed: a second would fail every start.
         if any(peer.node_public == joining.node_public for peer in self.peers.values()):
             raise Refused("another machine has this node key", "join again with --replace")
@@ -153,6 +192,45 @@ class Registry:
             )
         )
         return self.peers[peer_id]
+
+    def join_operator(self, joining: OperatorJoining) -> Operator:
+        """Give somebody access against a ticket with a role. Raises Refused, BadMessage."""
+        signed = operator_claimed(joining.ticket, joining.secret, joining.sign_public)
+        if not identity.verify(joining.sign_public, joining.proof, signed):
+            raise BadMessage("the request is not signed by the key that it names")
+        ticket = self._known_ticket(joining.ticket, joining.secret)
+        if ticket.role == "agent":
+            raise Refused(
+                "this ticket lets an agent join, and nobody watch",
+                "commonweight ticket create --role observer",
+            )
+        _check_unspent(ticket)
+        operator_id = identity.peer_id(joining.sign_public)
+        self._record(
+            OperatorJoined(
+                operator=operator_id,
+                name=joining.name,
+                sign_public=joining.sign_public,
+                role=ticket.role,
+                ticket=ticket.id,
+            )
+        )
+        return self.operators[operator_id]
+
+    def remove_operator(self, name_or_id: str) -> None:
+        """Refuse this access from now on. Raises UnknownName."""
+        for one in self.operators.values():
+            if not one.removed and name_or_id in (one.operator, one.name):
+                self._record(OperatorRemoved(one.operator))
+                return
+        raise UnknownName(f"no operator {name_or_id!r}", "commonweight operators list")
+
+    def _known_ticket(self, ticket_id: str, secret: bytes) -> TicketState:
+        ticket = self.tickets.get(ticket_id)
+        given = hash_secret(ticket_id, secret)
+        if ticket is None or not hmac.compare_digest(ticket.secret_hash, given):
+            raise Refused("the coordinator does not know this ticket", "ask for a new ticket")
+        return ticket
 
     def approve(self, peer_id: str) -> Peer:
         """Let a waiting peer in. Raises UnknownName."""
@@ -207,6 +285,7 @@ class Registry:
                     expires_at=fact.expires_at,
                     uses_left=fact.uses,
                     label=fact.label,
+                    role=fact.role,
                 )
             case TicketRevoked():
                 self.tickets[fact.id] = replace(self.tickets[fact.id], revoked=True)
@@ -219,9 +298,33 @@ class Registry:
                     node_public=fact.node_public,
                     standing=fact.standing,
                 )
-                if ticket := self.tickets.get(fact.ticket):
-                    self.tickets[fact.ticket] = replace(ticket, uses_left=ticket.uses_left - 1)
+                self._spend(fact.ticket)
+            case OperatorJoined():
+                self.operators[fact.operator] = Operator(
+                    operator=fact.operator,
+                    name=fact.name,
+                    sign_public=fact.sign_public,
+                    role=fact.role,
+                )
+                self._spend(fact.ticket)
+            case OperatorRemoved():
+                one = self.operators[fact.operator]
+                self.operators[fact.operator] = replace(one, removed=True)
             case PeerApproved():
                 self.peers[fact.peer] = replace(self.peers[fact.peer], standing="enrolled")
             case PeerRemoved():
                 self.peers[fact.peer] = replace(self.peers[fact.peer], standing="removed")
+
+    def _spend(self, ticket_id: str) -> None:
+        if ticket := self.tickets.get(ticket_id):
+            self.tickets[ticket_id] = replace(ticket, uses_left=ticket.uses_left - 1)
+
+
+def _check_unspent(ticket: TicketState) -> None:
+    for used, why in (
+        (ticket.revoked, "was revoked"),
+        (ticket.uses_left <= 0, "was used already"),
+        (time.time() > ticket.expires_at, "has expired"),
+    ):
+        if used:
+            raise Refused(f"this ticket {why}", "ask for a new one: commonweight ticket create")

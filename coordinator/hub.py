@@ -28,6 +28,7 @@ from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
+from coordinator.log_desk import LogDesk
 from coordinator.records import LaneGrid
 from coordinator.run_loop import Fleetwork
 from coordinator.run_queue import RunQueue
@@ -35,7 +36,7 @@ from coordinator.server import Server, allow_many_connections, listen
 from coordinator.sessions import NoSession, Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
-from protocols import identity
+from protocols import identity, topics
 from protocols.errors import (
     BadMessage,
     Unreachable,
@@ -49,6 +50,7 @@ from protocols.messages import (
     Exchanged,
     Happened,
     Links,
+    LogsAsked,
     PeerKnown,
     Presence,
     printable,
@@ -81,6 +83,7 @@ class Hub:
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
         removed = sum(peer.standing == "removed" for peer in self.registry.peers.values())
+        removed += sum(operator.removed for operator in self.registry.operators.values())
         self._login = keys.login
         if removed != keys.login.removed:
             self._login = settings.new_login(home, removed)
@@ -91,6 +94,7 @@ class Hub:
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MOST_OUTGOING)
         self._saying: set[asyncio.Task[bool]] = set()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
+        self.logs = LogDesk(self._ask_logs)
         self._sessions = Sessions(self.fleet)
         self._broker = self._make_broker()
         self._feed: Feed | None = None
@@ -270,6 +274,10 @@ class Hub:
         if asked.want:
             work = (await self._superlink.exchange_soon(node, Exchange())).work
         return Exchanged(work=work, settled=settled)
+
+    async def _ask_logs(self, peer: str, asked: LogsAsked) -> bool:
+        topic = topics.command(self._keys.fleet, peer)
+        return self._feed is not None and await self._feed.publish(topic, asked)
 
     # --- runs ---
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
 from coordinator.runs import RunSpec
@@ -24,8 +26,9 @@ class WatchAnswer(Struct, frozen=True, kw_only=True):
 
 
 class TicketOrder(Struct, frozen=True, kw_only=True):
-    """A ticket to be made: seconds it is good for, and for how many machines."""
+    """A ticket to be made: seconds it is good for, for how many machines, and for whom."""
 
     ttl_s: float = 86400.0
     uses: int = 1
     label: str = ""
+    role: Literal["agent", "observer", "operator"] = "agent"
