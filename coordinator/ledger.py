@@ -34,13 +34,16 @@ class Entry(NamedTuple):
 class Ledger:
     """Append and read entries. Thread-safe. Raises HomeFault when the file cannot be used.
 
-    `read_only`: for a reader beside the one writer; nothing can be appended.
+    The writer looks at every entry before it changes anything. `read_only`: for a reader beside
+    the one writer; nothing can be appended.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
         try:
+            if not read_only and path.exists() and path.stat().st_size:
+                _check_whole(path)
             mode = "ro" if read_only else "rwc"
             self._db = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode={mode}",
@@ -133,18 +136,41 @@ class Ledger:
     def verify(self) -> int | None:
         """The number of the first entry whose hash does not fit, or None if all do."""
         head, expected = _START, 1
-        for entry in self.entries():
-            if not isinstance(entry.body, bytes):  # SQLite keeps whatever somebody puts there
-                return expected
-            head = _chain(head, entry.at, entry.subject, entry.body)
-            if entry.seq != expected or head != entry.hash:
-                return expected
-            expected += 1
+        with self._lock:  # one by one: the whole log may be larger than memory
+            for row in self._db.execute("SELECT seq, at, subject, body, hash FROM log ORDER BY seq"):
+                entry = Entry(*row)
+                if not isinstance(entry.body, bytes):  # SQLite keeps whatever somebody puts there
+                    return expected
+                head = _chain(head, entry.at, entry.subject, entry.body)
+                if entry.seq != expected or head != entry.hash:
+                    return expected
+                expected += 1
         return None
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+
+
+def _check_whole(path: Path) -> None:
+    """Raise HomeFault, or what SQLite raises, unless every entry fits the one before."""
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone()
+    finally:
+        db.close()
+    if not begun:  # its first start was cut short
+        return
+    ledger = Ledger(path, read_only=True)
+    try:
+        changed = ledger.verify()
+    finally:
+        ledger.close()
+    if changed is not None:
+        raise HomeFault(
+            f"the ledger {path} is damaged: entry {changed} does not fit the one before",
+            "nothing was changed; restore it from a backup, or look at the disk",
+        )
 
 
 def _chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:

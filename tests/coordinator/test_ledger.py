@@ -102,6 +102,29 @@ def test_a_changed_line_is_found(ledger: Ledger, statements: tuple[str, ...], fo
     assert ledger.verify() == found
 
 
+def test_a_damaged_ledger_is_refused_at_the_start_and_not_touched(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.db"
+    ledger.append("run", [b'{"find":"me"}'])
+    ledger.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'{"find":"me"}', b'{"find":"ne"}'))
+    spoilt = path.read_bytes()
+    with pytest.raises(HomeFault, match=r"damaged: entry 7 .*"):
+        Ledger(path)
+    assert path.read_bytes() == spoilt
+    path.write_bytes(whole)
+    assert Ledger(path).verify() is None
+
+
+def test_a_first_start_that_was_cut_short_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    sqlite3.connect(path).execute("PRAGMA journal_mode=WAL")
+    assert path.stat().st_size
+    assert bodies(Ledger(path)) == []
+
+
 def test_a_full_disk_is_said_and_the_ledger_goes_on(ledger: Ledger, tmp_path: Path) -> None:
     before = bodies(ledger)
     (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
