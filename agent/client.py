@@ -73,7 +73,8 @@ class Client:
 
     `patch(work)` may make the version that the work is on from its parent, to spare the lane.
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
-    `on_trained()` when an update is safe in the outbox.
+    `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
+    the version that the work is on is here.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Client:
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_sending: Callable[[], None] = lambda: None,
         on_trained: Callable[[], None] = lambda: None,
+        on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
@@ -99,6 +101,7 @@ class Client:
         self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
+        self._on_held = on_held
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
@@ -119,11 +122,16 @@ class Client:
             raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
 
     def _answer(self, message: Message, _: Context) -> Message:
-        work = self._read(message)
+        work, payload, signature = self._read(message)
         note("work", run=work.run, round=work.round, kind=work.kind)
         self._on_work(work)
         try:
-            finished = self._finished(work) or self._do(work)
+            finished = self._finished(work)
+            if finished is None:
+                base = self._brought(work)
+                if work.base:
+                    self._on_held(work, payload, signature)
+                finished = self._do(work, base)
         finally:
             self._on_work(None)
         content = RecordDict(
@@ -134,7 +142,8 @@ class Client:
         )
         return Message(content, reply_to=message)
 
-    def _read(self, message: Message) -> Work:
+    def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
+        """The work, and its bytes and the coordinator's signature over them."""
         config = message.content.config_records.get("config", ConfigRecord())
         payload, signature = config.get("work"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
@@ -151,9 +160,19 @@ class Client:
             )
         if work.kind == "train":
             codecs.find(work.codec)  # before an hour of training, not after it
-        return work
+        return work, payload, signature
 
-    def _do(self, work: Work) -> Finished:
+    def _brought(self, work: Work) -> Path:
+        """The version that the work is on; no file for first weights."""
+        if work.kind == "init":
+            return Path()
+        if work.patch_bytes:
+            self._patch(work)
+        base = self._fetch(work.base, work.nbytes)
+        failpoint("agent.version.fetched")
+        return base
+
+    def _do(self, work: Work, base: Path) -> Finished:
         settings = {**work.settings, "seed": work.seed, "round": work.round}
         update = self._outbox / "update.safetensors"
         last = self._last()
@@ -164,15 +183,10 @@ class Client:
         outcome: Outcome
         if work.kind == "init":
             outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
+        elif work.kind == "train":
+            outcome = self._train(work, settings, base, update)
         else:
-            if work.patch_bytes:
-                self._patch(work)
-            base = self._fetch(work.base, work.nbytes)
-            failpoint("agent.version.fetched")
-            if work.kind == "train":
-                outcome = self._train(work, settings, base, update)
-            else:
-                outcome = self._trainer.evaluate(work.task, settings, base)
+            outcome = self._trainer.evaluate(work.task, settings, base)
         failpoint("agent.work.done")
         claim = UpdateClaim(
             run=work.run,
@@ -221,8 +235,12 @@ class Client:
     def _last(self) -> Finished | None:
         """The answer that is in the outbox."""
         try:
-            return msgspec.json.decode((self._outbox / "finished.json").read_bytes(), type=Finished)
-        except (OSError, msgspec.DecodeError):
+            last = msgspec.json.decode((self._outbox / "finished.json").read_bytes(), type=Finished)
+            claim = messages.decode_claim(last.claim)
+            update = self._outbox / "update.safetensors"
+            # Whatever became of the bytes, another training makes them anew.
+            return last if not claim.digest or update.stat().st_size == claim.nbytes else None
+        except (OSError, msgspec.DecodeError, BadMessage):
             return None
 
     def _finished(self, work: Work) -> Finished | None:

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from agent import control, tasks, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
 from agent.frames import Progress
+from agent.kept import prove
 from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment, write_enrolment
@@ -118,6 +120,7 @@ class Agent:
             on_work=lambda work: self._from_thread(WorkBegan(work) if work else WorkEnded()),
             on_sending=lambda: self._from_thread(SendingBegan()),
             on_trained=self._trainer.forget,
+            on_held=partial(prove, self._cache),
         )
         self._link: Link | None = None
         # Named threads of our own: one for the work, one for the heartbeat.

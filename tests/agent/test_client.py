@@ -30,7 +30,7 @@ METRICS: messages.Metrics = {"loss": 0.5}
 
 class Outcome(NamedTuple):
     digest: str = "d" * 64
-    nbytes: int = 10
+    nbytes: int = 6
     num_examples: int = 5
     metrics: messages.Metrics = METRICS
 
@@ -49,7 +49,7 @@ class Trainer:
 
     def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
         self._do("init", task, dict(settings), seed)
-        out.write_bytes(b"first")
+        out.write_bytes(b"first!")
         return Outcome()
 
     def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
@@ -152,7 +152,7 @@ def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
         peer="P",
         base="b" * 64,
         digest="d" * 64,
-        nbytes=10,
+        nbytes=6,
         num_examples=5,
         metrics={"loss": 0.5},
         nonce=claim.nonce,
@@ -173,7 +173,7 @@ def test_evaluation_sends_no_weights(desk: Desk) -> None:
 def test_first_weights_come_from_the_seed(desk: Desk) -> None:
     desk.ask(some_work(kind="init", round=0, base="", nbytes=0))
     assert desk.trainer.did == [("init", "mnist", {"lr": 0.1}, 3)]
-    assert desk.sent == [("d" * 64, b"first")]
+    assert desk.sent == [("d" * 64, b"first!")]
 
 
 def test_the_same_question_is_answered_from_the_outbox(desk: Desk) -> None:
@@ -221,6 +221,34 @@ def test_a_damaged_outbox_costs_a_training_and_no_more(desk: Desk, content: byte
     (desk.folder / "finished.json").write_bytes(content)
     desk.ask()
     assert len(desk.trainer.did) == 1
+
+
+@pytest.mark.parametrize("left", [None, b"upd"])
+def test_an_outbox_without_its_bytes_costs_a_training_and_no_more(
+    desk: Desk, left: bytes | None
+) -> None:
+    desk.ask()
+    (desk.folder / "update.safetensors").unlink()
+    if left is not None:
+        (desk.folder / "update.safetensors").write_bytes(left)
+    desk.ask()
+    assert len(desk.trainer.did) == 2
+    assert desk.sent[-1][1] == b"update"
+
+
+def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None:
+    told: list[tuple[Work, bytes, bytes]] = []
+    desk.client._on_held = lambda *held: told.append(held)
+    desk.ask(some_work(kind="init", base="", nbytes=0))
+    assert told == []
+    desk.ask()
+    [(work, payload, signature)] = told
+    assert work == some_work()
+    public = identity.raw_public(COORDINATOR)
+    signed = messages.read_work(
+        payload, signature, lambda sig, part: identity.verify(public, sig, part)
+    )
+    assert signed == work
 
 
 def test_work_of_somebody_else_is_refused(desk: Desk) -> None:
