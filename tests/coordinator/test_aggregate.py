@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from coordinator import aggregate
 from protocols import weights
-from protocols.weights import Weights
+from protocols.weights import Weights, narrow
 
 COUNTS = st.dictionaries(
     st.sampled_from("ABCDEFGH"), st.integers(1, 10_000_000), min_size=1, max_size=8
@@ -170,7 +170,7 @@ def test_bf16_is_rounded_to_nearest_even(bits: Any) -> None:
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
     expected = [nearest_bf16(value) for value in values]
-    for got, wanted in zip(aggregate.narrow(values).tolist(), expected, strict=True):
+    for got, wanted in zip(narrow(values).tolist(), expected, strict=True):
         assert wanted in (-1, got)
 
 
