@@ -84,6 +84,16 @@ class Lane:
         self.version(digest).unlink(missing_ok=True)
         self.patch(digest).unlink(missing_ok=True)
 
+    def is_whole(self, digest: str) -> bool:
+        """True if a version's bytes are there and are its own. Damaged ones are put aside."""
+        path = self.version(digest)
+        if not path.exists():
+            return False
+        if weights.file_digest(path) == digest:
+            return True
+        path.replace(path.with_suffix(".damaged"))
+        return False
+
     def commit(self, model: Weights) -> str:
         """Keep a small model as a version, durably; its digest."""
         parts = weights.pieces(model.schema)

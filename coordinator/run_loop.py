@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ class RunLoop:
         self._patient_until = time.monotonic() + RETURN_WITHIN_S if run.pending else 0.0
         self._on_disk = {closed.digest for closed in run.history}
         self._opened_at = self._phase_at = time.monotonic()
+        self._marks: dict[str, float] = {}
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
         self._stop_reason = ""
@@ -138,6 +140,8 @@ class RunLoop:
     async def drive(self) -> Run:
         """Work until the run has ended. Raises what the ledger or the disk raises."""
         if self.run.head:
+            await self._find_whole_version()
+        if self.run.head and not self.run.ended:
             await self._learn_model()
         self._announce()
         goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
@@ -161,6 +165,21 @@ class RunLoop:
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
         self._say("error" if self.run.state is RunState.FAILED else "info", text, self.run.id)
         return self.run
+
+    async def _find_whole_version(self) -> None:
+        """Go back to the newest version that is not damaged on disk; end if there is none."""
+        run, is_whole = self.run, self._around.lane.is_whole
+        if await asyncio.to_thread(is_whole, run.head):
+            return
+        lost = f"version {run.head[:12]} is damaged on disk"
+        earlier = [*(closed.digest for closed in reversed(run.history)), run.parent]
+        for digest in filter(None, earlier):
+            if digest != run.head and await asyncio.to_thread(is_whole, digest):
+                self._record(runs.VersionLost(run.head, digest))
+                text = f"{lost}: run {run.id} goes on from {digest[:12]}"
+                self._say("warning", text, run.id)
+                return
+        self._record(runs.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
 
     def _view(self) -> View:
         due = time.monotonic() - self._phase_at >= self.run.spec.deadline_s
@@ -223,6 +242,7 @@ class RunLoop:
             if warning:
                 self._say("warning", warning, self.run.id)
         self._opened_at = self._phase_at = time.monotonic()
+        self._marks = {}
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
         asked = await self._configure(step.eligible, opening=step.round)
@@ -443,6 +463,7 @@ class RunLoop:
             time.monotonic() - self._opened_at,
             lane.bytes_up - self._bytes_at_open[0],
             lane.bytes_down - self._bytes_at_open[1],
+            self._spent(),
         )
         self._content = None
         # What is still under way from the round before is late by more than a round.
@@ -451,6 +472,16 @@ class RunLoop:
         self._record(fact)
         self._publish_round()
         self._prune()
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by part of the round that closes now; nothing for one that a restart cut."""
+        names = ("UpdateAccepted", "TrainingClosed", "VersionCommitted")
+        marks = [self._marks[name] for name in names if name in self._marks]
+        if len(marks) < len(names):
+            return {}
+        edges = [self._opened_at, *marks, time.monotonic()]
+        parts = ("work", "wait", "aggregate", "evaluate")
+        return {part: max(0.0, b - a) for part, (a, b) in zip(parts, pairwise(edges), strict=True)}
 
     def _publish_round(self) -> None:
         closed = self.run.history[-1]
@@ -475,6 +506,8 @@ class RunLoop:
         if not facts:
             return
         failpoint("run.recording", type(facts[0]).__name__)
+        for fact in facts:
+            self._marks.setdefault(type(fact).__name__, time.monotonic())
         self._around.ledger.append(self.run.id, [runs.encode_fact(fact) for fact in facts])
         failpoint("run.recorded", type(facts[-1]).__name__)
         for fact in facts:

@@ -13,6 +13,8 @@ Rule 3. What is in the view (who is there, has the deadline passed) may change a
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -128,19 +130,31 @@ class VersionCommitted(Struct, frozen=True, tag=True):
     strategy_state: dict[str, str] = {}
 
 
+class VersionLost(Struct, frozen=True, tag=True):
+    """The newest version is damaged on disk. The run goes on from `to`, an earlier one."""
+
+    digest: str
+    to: str
+
+
 class EvaluationOpened(Struct, frozen=True, tag=True):
     round: int
     asked: tuple[str, ...]
 
 
 class RoundClosed(Struct, frozen=True, tag=True):
-    """`seconds` since the round was opened; `metrics` are federated evaluation (may be empty)."""
+    """`seconds` since the round was opened; `metrics` are federated evaluation (may be empty).
+
+    `spent`: seconds by part of the round: `work` until the first update is in, `wait` for the
+    others, `aggregate`, `evaluate`.
+    """
 
     round: int
     metrics: Metrics
     seconds: float
     bytes_up: int
     bytes_down: int
+    spent: dict[str, float] = {}
 
 
 class RunEnded(Struct, frozen=True, tag=True):
@@ -158,6 +172,7 @@ Fact = (
     | UpdateRefused
     | TrainingClosed
     | VersionCommitted
+    | VersionLost
     | EvaluationOpened
     | RoundClosed
     | RunEnded
@@ -173,7 +188,7 @@ Standing = Literal["asked", "answered", "refused", "lost"]
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """A closed round."""
+    """A closed round; `spread` has by metric the least, the median and the most of all peers."""
 
     round: int
     digest: str
@@ -185,6 +200,8 @@ class Round(Struct, frozen=True, kw_only=True):
     bytes_down: int
     norms: dict[str, float]
     strategy_state: dict[str, str] = {}
+    spread: dict[str, tuple[float, float, float]] = {}
+    spent: dict[str, float] = {}
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -286,8 +303,39 @@ def _version_committed(run: Run, fact: VersionCommitted) -> Run:
     )
 
 
+def _version_lost(run: Run, fact: VersionLost) -> Run:
+    """As it was when `to` was the newest: what came after is done again."""
+    digests = [closed.digest for closed in run.history]
+    kept = run.history[: digests.index(fact.to) + 1 if fact.to in digests else 0]
+    return replace(
+        run,
+        state=RunState.WAITING,
+        round=len(kept),
+        head=fact.to,
+        parent=kept[-2].digest if len(kept) > 1 else "",
+        peers={},
+        updates={},
+        contributors=(),
+        evaluating=False,
+        norms={},
+        refused=0,
+        history=kept,
+        best=max(kept, key=score, default=None),
+        strategy_state=kept[-1].strategy_state if kept else {},
+    )
+
+
 def _evaluation_opened(run: Run, fact: EvaluationOpened) -> Run:
     return replace(run, evaluating=True, peers=dict.fromkeys(fact.asked, "asked"))
+
+
+def _spread(answers: dict[str, Update]) -> dict[str, tuple[float, float, float]]:
+    told: dict[str, list[float]] = {}
+    for answer in answers.values():
+        for name, value in answer.metrics.items():
+            if value is not None and math.isfinite(value):
+                told.setdefault(name, []).append(value)
+    return {name: (min(vs), statistics.median(vs), max(vs)) for name, vs in told.items()}
 
 
 def _round_closed(run: Run, fact: RoundClosed) -> Run:
@@ -302,6 +350,8 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         bytes_down=fact.bytes_down,
         norms=run.norms,
         strategy_state=run.strategy_state,
+        spread=_spread(run.updates) if run.evaluating else {},
+        spent=fact.spent,
     )
     best = closed if run.best is None or score(closed) > score(run.best) else run.best
     return replace(
@@ -332,6 +382,7 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     UpdateRefused: (_ANY, _update_refused),
     TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
     VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
+    VersionLost: (_ANY, _version_lost),
     EvaluationOpened: (frozenset({RunState.EVALUATING}), _evaluation_opened),
     RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
     RunEnded: (_ANY, _run_ended),

@@ -340,6 +340,42 @@ async def test_a_restart_in_the_middle_changes_nothing(tmp_path: Path, kind: str
         await fleet.close()
 
 
+@pytest.mark.parametrize("lost", [1, 2, 3])
+async def test_a_damaged_version_is_put_aside_and_made_again(tmp_path: Path, lost: int) -> None:
+    """The newest `lost` versions have a flipped byte when the coordinator starts again."""
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            for number, part in enumerate(THREE[:2]):
+                fleet.join(f"agent{number}", part)
+            await fleet.online(2)
+            undisturbed = await fleet.finished(fleet.start(rounds=4, quorum=2, seed=21))
+            held = Door(fleet.agents[1], 3)
+            run_id = fleet.start(rounds=4, quorum=2, seed=21)
+            await until(held.reached.is_set)
+            # First weights, and versions 1 and 2: older ones than the last two are pruned.
+            made = [fact.digest for fact in fleet.facts(run_id, runs.WeightsInitialised)]
+            made += [fact.digest for fact in fleet.facts(run_id, runs.VersionCommitted)]
+        kept = [digest for digest in made if fleet.hub.lane.has(digest)]
+        for digest in kept[-lost:]:
+            path = fleet.hub.lane.version(digest)
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        async with fleet.up():
+            held.open()
+            run = await fleet.finished(run_id)
+            if lost >= len(kept):
+                assert run.state is RunState.FAILED
+                assert "no earlier one is whole" in run.ended_because
+            else:
+                assert run.head == undisturbed.head
+                facts = fleet.facts(run_id, runs.VersionLost)
+                assert [(fact.digest, fact.to) for fact in facts] == [(made[-1], kept[-1 - lost])]
+                assert fleet.hub.lane.version(made[-1]).with_suffix(".damaged").exists()
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
 async def test_a_run_that_is_not_resumed_is_stopped(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     try:

@@ -165,12 +165,14 @@ def _versions(facts: Sequence[Fact]) -> list[str]:
     """B: one version a round, each the child of the one before."""
     found: list[str] = []
     head, rounds = "", 0
+    made: dict[str, int] = {}
     for fact in facts:
         match fact["type"]:
             case "WeightsInitialised":
                 if rounds:
                     found.append("first weights in the middle of the run")
                 head = fact["digest"]
+                made[head] = 0
             case "RoundOpened" if fact["base"] != head:
                 found.append(f"round {fact['round']} builds on {fact['base'][:8]}, not {head[:8]}")
             case "VersionCommitted":
@@ -180,6 +182,11 @@ def _versions(facts: Sequence[Fact]) -> list[str]:
                 if fact["round"] != rounds:
                     found.append(f"version {fact['round']} where version {rounds} was due")
                 head = fact["digest"]
+                made[head] = rounds
+            case "VersionLost":
+                if fact["to"] not in made:
+                    found.append(f"fell back to {fact['to'][:8]}, which is no version of the run")
+                head, rounds = fact["to"], made.get(fact["to"], 0)
     return found
 
 

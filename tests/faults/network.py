@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -217,4 +218,22 @@ def stopped_peer(folder: Path, deadline_s: float) -> Row:
             found.append("no round was closed without it")
         row.add(f"{2 * deadline_s:g} s, {rounds} rounds without it", SEED, found, back_s)
     row.figure = f"{row.worst:.1f} s"
+    return row
+
+
+def twins(folder: Path) -> Row:
+    """Two agents with one identity take each other's session; nothing is counted twice."""
+    row = Row("22 two agents, one identity", "double counts")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist("ada", "bob")
+        undisturbed = _train(fleet)
+        home, twin = fleet.folder / "ada", fleet.folder / "twin"
+        shutil.copytree(home, twin, ignore=shutil.ignore_patterns("*.lock", "status.json"))
+        fleet.background_agent("twin")
+        for number in range(3):
+            found = _train(fleet)
+            wrong = _same(fleet, found, undisturbed)
+            row.add(f"run {number}", SEED, wrong, sum("more than once" in text for text in wrong))
+    row.figure = f"{row.worst:.0f}"
     return row

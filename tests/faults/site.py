@@ -49,8 +49,11 @@ class Site(Fleet):
         began = time.monotonic()
         (self.home / "up.json").unlink(missing_ok=True)  # what a killed one left
         self.armed["coordinator"] = spec
+        said = len(self.programs["up"].log) if "up" in self.programs else 0
         try:
             self.up(*self.options, port=self.port)
+        except AssertionError as err:
+            raise AssertionError(self.programs["up"].log[said:]) from err
         finally:
             self.armed["coordinator"] = ""  # the commands that ask it are not armed
         return time.monotonic() - began
@@ -79,6 +82,10 @@ class Site(Fleet):
             self._start(name, [AGENT, "run"], self._env(name))
         for name in names:
             self.until_agent(name, "has its session", lambda told: told["session"])
+
+    def background_agent(self, name: str) -> None:
+        """Start an agent and wait for nothing."""
+        self._start(name, [AGENT, "run"], self._env(name))
 
     def redirect(self, name: str, port: int) -> None:
         """Let this machine reach the coordinator through another port."""

@@ -1,0 +1,104 @@
+"""python -m tests.faults [--quick] [--only WORD] [--soak MINUTES] [--seeds 3] [--out FILE]
+
+Every fault of the list that one machine can have, on real processes and in the simulator. Prints a
+table, writes docs/faults/fault-results.json and ends with 1 if an invariant was violated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import crashes, disk, elsewhere, network, results, schedules, soak, stampede
+from tests.faults.results import Row
+
+_OUT = Path(__file__).resolve().parents[2] / "docs" / "faults" / "fault-results.json"
+
+Case = Callable[[Path], Row | list[Row]]
+
+
+def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
+    """Every case by a word for `--only`, the quick ones first."""
+    cut_s = 8.0 if quick else 60.0
+    many = 200 if quick else 2000
+    found: dict[str, Case] = {
+        "simulator": lambda _: schedules.simulate(2_000 if quick else 100_000),
+        "planted": lambda _: schedules.planted(),
+        "broker": network.no_broker,
+        "stopped": lambda folder: network.stopped_peer(folder, 4.0 if quick else 10.0),
+        "twins": network.twins,
+        "links": lambda folder: network.cut_links(folder, cut_s),
+        "lines": lambda folder: network.slow_and_flapping(folder, 10.0 if quick else 60.0),
+        "ledger": disk.spoilt_ledger,
+        "versions": disk.spoilt_versions,
+        "stampede": lambda folder: stampede.real(folder, 50),
+        "many": lambda folder: stampede.protocol(folder, many),
+        "agent": lambda folder: crashes.agent(folder, seeds),
+        "trainer": lambda folder: crashes.trainer(folder, seeds),
+        "coordinator": lambda folder: crashes.coordinator(folder, seeds),
+    }
+    if disk.can_mount():
+        found |= {"full-coordinator": disk.full_coordinator, "full-agent": disk.full_agent}
+    if not quick:
+        found["elsewhere"] = elsewhere.run
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, shorter faults")
+    parser.add_argument("--only", default="", help="cases whose word begins so")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--soak", type=float, default=0.0, help="only the soak, so many minutes")
+    parser.add_argument("--seed", type=int, default=0, help="of the soak; 0 is by the clock")
+    parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
+    asked = parser.parse_args()
+    # Ended from outside as by Ctrl-C: so that we end what we have started.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    seeds = [1] if asked.quick else list(range(1, asked.seeds + 1))
+    chosen = cases(seeds, quick=asked.quick)
+    if asked.soak:
+        seed = asked.seed or int(time.time())
+        chosen = {"soak": lambda folder: soak.soak(folder, asked.soak, seed)}
+    rows: list[Row] = []
+    for word, case in chosen.items():
+        if word.startswith(asked.only):
+            rows += _played(word, case)
+            results.write(asked.out, rows, _uncovered())
+    print(results.table(rows))
+    wrong = [text for row in rows for text in row.violations]
+    for text in wrong:
+        print(f"VIOLATION {text}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _played(word: str, case: Case) -> list[Row]:
+    """A case's rows; one that cannot end is a violation too, and the others still run."""
+    print(f"--- {word}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="cwf", ignore_cleanup_errors=True) as folder:
+        try:
+            found = case(Path(folder))
+        except Exception as err:
+            traceback.print_exc()
+            row = Row(word, "")
+            row.add(word, 0, [f"{type(err).__name__}: {str(err)[:300]}"])
+            return [row]
+    return found if isinstance(found, list) else [found]
+
+
+def _uncovered() -> dict[str, str]:
+    more = (
+        {} if disk.can_mount() else {"14, 15 disk full": "needs root on Linux, for a small tmpfs"}
+    )
+    return elsewhere.NOT_COVERED | more
+
+
+if __name__ == "__main__":
+    sys.exit(main())
