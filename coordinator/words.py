@@ -130,6 +130,34 @@ def bars(values: Sequence[float | None], width: int, height: int) -> list[str]:
     return lines
 
 
+def ranges(
+    spread: Sequence[tuple[float, float, float] | None], width: int, height: int
+) -> list[str]:
+    """`height` lines from the top down: `│` from the least to the most, `━` at the median.
+
+    Few rounds are drawn broad; more than `width` are put together. None leaves a gap.
+    """
+    known = [three for three in spread if three is not None]
+    thirds = [squeezed([three[n] if three else None for three in spread], width) for n in range(3)]
+    if not known or height <= 0:
+        return [""] * max(height, 0)
+    low, high = min(three[0] for three in known), max(three[2] for three in known)
+    scale = (high / 2 - low / 2) or 1.0
+
+    def row(value: float) -> int:
+        return min(max(round((value / 2 - low / 2) / scale * (height - 1)), 0), height - 1)
+
+    lines = [[" "] * len(thirds[0]) for _ in range(height)]
+    for place, (least, median, most) in enumerate(zip(*thirds, strict=True)):
+        if least is None or median is None or most is None:
+            continue
+        for tall in range(row(least), row(most) + 1):
+            lines[height - 1 - tall][place] = "│"
+        lines[height - 1 - row(median)][place] = "━"
+    broad = min(width // len(thirds[0]), BROADEST) if thirds[0] else 1
+    return ["".join(sign * broad for sign in line) for line in lines]
+
+
 def cut(text: str, width: int) -> str:
     """`text` in at most `width` characters."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import wrap
 
 from rich.text import Text
@@ -33,10 +33,10 @@ class Plots(Widget):
             return Text("No run yet." if run is None else "", colours().dim)
         if width >= 3 * height:
             half = (width - 3) // 2
-            return _beside(_loss(run, half, height), _accuracy(run, half, height), half)
+            return _beside(loss_plot(run, half, height), accuracy_plot(run, half, height), half)
         head = _standing(run, width)
         tall = min((height - len(head) - 1) // 2, TALLEST)
-        lines = [*head, *_loss(run, width, tall), Text(), *_accuracy(run, width, tall)]
+        lines = [*head, *loss_plot(run, width, tall), Text(), *accuracy_plot(run, width, tall)]
         return Text("\n").join(lines)
 
 
@@ -47,21 +47,23 @@ def _standing(run: Run, width: int) -> list[Text]:
     return [*lines, *(Text(line, colours().dim, no_wrap=True) for line in words[:3]), Text()]
 
 
-def _loss(run: Run, width: int, height: int) -> list[Text]:
+def loss_plot(run: Run, width: int, height: int) -> list[Text]:
+    """The loss by round."""
     values = loss_trend(run.rounds)
     best = next((r for r in run.rounds if r.round == best_round(run)), None)
     note = f"best {decimal(best.loss)} in {best.round}" if best else ""
-    return _plot("Loss", values, note, width, height, colours().blue)
+    return plot("Loss", values, note, width, height, colours().blue)
 
 
-def _accuracy(run: Run, width: int, height: int) -> list[Text]:
+def accuracy_plot(run: Run, width: int, height: int) -> list[Text]:
+    """The accuracy by round."""
     values = accuracy_trend(run.rounds)
     known = [value for value in values if value is not None]
     note = f"best {100 * max(known):.1f} %" if known else ""
-    return _plot("Accuracy", values, note, width, height, colours().green, percent=True)
+    return plot("Accuracy", values, note, width, height, colours().green, form=_percent)
 
 
-def _plot(
+def plot(
     title: str,
     values: Sequence[float | None],
     note: str,
@@ -69,23 +71,37 @@ def _plot(
     height: int,
     color: str,
     *,
-    percent: bool = False,
+    form: Callable[[float], str] = decimal,
 ) -> list[Text]:
     """Title, bars and a foot with the first and the last value: `height` lines."""
-    head = Text.assemble((title, f"bold {colours().ink}"), no_wrap=True)
-    if len(title) + len(note) + 2 <= width:
-        head.append(" " * (width - len(title) - len(note))).append(note, colours().dim)
+    top = head(title, note, width)
     if not values:
-        return [head, Text("no round closed yet", colours().dim), *[Text()] * (height - 2)]
+        return [top, Text("no round closed yet", colours().dim), *[Text()] * (height - 2)]
     drawn = bars(values, width, max(height - 2, 1))
     lines = shaded(drawn, color)
-    first, last = (_value(value, percent) for value in (values[0], values[-1]))
-    wide = max(len(drawn[-1]), len(first) + len(last) + 3)
-    foot = Text(first, colours().dim).append(
-        " " + "╌" * (wide - len(first) - len(last) - 2) + " ", colours().faint
-    )
-    foot.append(last, colours().vermilion if values[-1] is None else colours().ink)
-    return [head, *lines, foot][:height]
+    first, last = (DIVERGED if v is None else form(v) for v in (values[0], values[-1]))
+    end = foot(first, last, len(drawn[-1]), bad=values[-1] is None)
+    return [top, *lines, end][:height]
+
+
+def head(title: str, note: str, width: int) -> Text:
+    """The title at the left, a note at the right if there is room."""
+    line = Text.assemble((title, f"bold {colours().ink}"), no_wrap=True)
+    if len(title) + len(note) + 2 <= width:
+        line.append(" " * (width - len(title) - len(note))).append(note, colours().dim)
+    return line
+
+
+def foot(first: str, last: str, width: int, *, bad: bool = False) -> Text:
+    """The first and the last value, and a line between them."""
+    wide = max(width, len(first) + len(last) + 3)
+    line = Text(first, colours().dim)
+    line.append(" " + "╌" * (wide - len(first) - len(last) - 2) + " ", colours().faint)
+    return line.append(last, colours().vermilion if bad else colours().ink)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def shaded(drawn: Sequence[str], color: str) -> list[Text]:
@@ -101,12 +117,6 @@ def shaded(drawn: Sequence[str], color: str) -> list[Text]:
         lines.append(text)
         above = line
     return lines
-
-
-def _value(value: float | None, percent: bool) -> str:
-    if value is None:
-        return DIVERGED
-    return f"{100 * value:.1f} %" if percent else decimal(value)
 
 
 def _beside(left: list[Text], right: list[Text], width: int) -> Text:

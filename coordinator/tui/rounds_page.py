@@ -17,7 +17,7 @@ from coordinator.rows import (
     round_cells,
     run_words,
 )
-from coordinator.tui.plots import Plots
+from coordinator.tui.round_plots import RoundPlots
 from coordinator.tui.row_table import RowTable
 from coordinator.tui.theme import colours, painted
 from coordinator.words import trend
@@ -27,7 +27,7 @@ SHOWN_MOST = 500
 
 
 class RoundsPage(Vertical):
-    """Plots on a tall terminal; on a low one the trends in a line."""
+    """Plots on a tall terminal; on a low one the trends in a line. Zoomed: the plots alone."""
 
     def __init__(self) -> None:
         super().__init__(id="rounds")
@@ -39,7 +39,7 @@ class RoundsPage(Vertical):
 
     def compose(self) -> ComposeResult:
         yield Static(id="standing")
-        yield Plots(id="above")
+        yield RoundPlots(id="above")
         yield RowTable(id="closed")
 
     @property
@@ -49,11 +49,12 @@ class RoundsPage(Vertical):
     def draw(self, fleet: Fleet | None) -> None:
         """Show the run that matters."""
         run = current_run(fleet) if fleet else None
-        plots = self.query_one(Plots)
+        plots = self.query_one(RoundPlots)
         plots.fleet = fleet
-        plots.display = self.app.size.height >= TALL and not self.zoomed and run is not None
+        plots.display = (self.app.size.height >= TALL or self.zoomed) and run is not None
+        plots.set_class(self.zoomed, "-whole")
         plots.refresh()
-        self.table.display = run is not None
+        self.table.display = run is not None and not self.zoomed
         self.query_one("#standing", Static).update(
             self._standing(run, lines=not plots.display)
             if run
@@ -101,5 +102,5 @@ class RoundsPage(Vertical):
         self._drawn = ()
 
     def on_resize(self, event: Resize) -> None:
-        if self.query_one(Plots).fleet is not None:
-            self.draw(self.query_one(Plots).fleet)
+        if self.query_one(RoundPlots).fleet is not None:
+            self.draw(self.query_one(RoundPlots).fleet)
