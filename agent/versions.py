@@ -12,6 +12,7 @@ from protocols import patches
 from protocols.errors import BadWeights, CommonweightError
 from protocols.messages import Work
 from protocols.stored import Stored
+from protocols.weights import file_digest
 
 log = logging.getLogger("commonweight.agent")
 
@@ -23,13 +24,19 @@ class Versions:
 
     def __init__(self, folder: Path, link: Callable[[], Link]) -> None:
         self._folder, self._link = folder, link
+        #: Those that this process has made or looked at: what a crash left may be anything.
+        self._whole: set[str] = set()
 
     def fetch(self, digest: str, nbytes: int) -> Path:
         """A version's file, from the folder or the coordinator."""
         path = self._path(digest)
+        if digest not in self._whole and path.exists() and file_digest(path) != digest:
+            log.warning("version %s is damaged on this disk: fetching it again", digest[:12])
+            path.unlink()
         if not path.exists():
             self._link().download(digest, nbytes, path)
             self._drop_old()
+        self._whole.add(digest)
         return path
 
     def rebuild(self, work: Work) -> None:
@@ -47,6 +54,7 @@ class Versions:
                 if patches.apply(old, change, made) != work.base:
                     raise BadWeights("the patch leads to another version")
             made.replace(path)
+            self._whole.add(work.base)
             self._drop_old()
         except (CommonweightError, OSError) as err:
             log.warning("fetching the whole version, as its patch is of no use: %s", err)
@@ -62,3 +70,4 @@ class Versions:
         versions = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in versions[:-KEPT]:
             old.unlink()
+            self._whole.discard(old.stem)

@@ -354,6 +354,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     runs.UpdateRefused: lambda d: runs.UpdateRefused(1, d(_ONE), "x", "x"),
     runs.TrainingClosed: lambda d: runs.TrainingClosed(1, d(_SOME)),
     runs.VersionCommitted: lambda d: runs.VersionCommitted(1, "x", "y", d(_SOME), {}),
+    runs.VersionLost: lambda d: runs.VersionLost("x", d(st.sampled_from(["x", "y"]))),
     runs.EvaluationOpened: lambda d: runs.EvaluationOpened(1, d(_SOME)),
     runs.RoundClosed: lambda d: runs.RoundClosed(1, {}, 1.0, 0, 0),
     runs.RunEnded: lambda d: runs.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),

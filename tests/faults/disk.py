@@ -94,7 +94,7 @@ def full_agent(folder: Path) -> Row:
         fleet.rise()
         fleet.enlist(*PEERS)
         undisturbed = checker.digests(fleet.outcome(_ordered(fleet)))
-        for leave in (0, 100_000, 900_000):
+        for leave in (0, 100_000, 500_000):
             ballast = fill(folder / "ada", leave)
             run = _ordered(fleet)
             fleet.until_refused(run, "ada")

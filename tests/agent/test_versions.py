@@ -1,0 +1,46 @@
+"""The versions that an agent keeps: what a crash or a disk has spoilt is fetched again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from agent.link import Link
+from agent.versions import Versions
+from protocols import weights
+from protocols.weights import Weights
+
+MODEL = Weights({"w": np.arange(100, dtype=np.float32)})
+
+
+class Source:
+    """The coordinator's part: writes the model where it is asked to."""
+
+    def __init__(self) -> None:
+        self.fetched: list[str] = []
+
+    def download(self, digest: str, nbytes: int, target: Path) -> None:
+        self.fetched.append(digest)
+        weights.save(MODEL, target)
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"x" * 50])
+def test_a_damaged_version_is_fetched_again_by_the_next_process(
+    tmp_path: Path, spoilt: bytes
+) -> None:
+    source, digest = Source(), weights.digest(MODEL)
+
+    def life() -> Versions:
+        return Versions(tmp_path, lambda: cast(Link, source))
+
+    first = life()
+    path = first.fetch(digest, MODEL.nbytes)
+    assert first.fetch(digest, MODEL.nbytes) == path
+    assert life().fetch(digest, MODEL.nbytes) == path
+    assert source.fetched == [digest]
+    path.write_bytes(spoilt or path.read_bytes()[:-1] + b"?")
+    assert weights.file_digest(life().fetch(digest, MODEL.nbytes)) == digest
+    assert source.fetched == [digest, digest]
