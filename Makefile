@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup bench bench-quick clean
+.PHONY: demo test check setup bench bench-quick faults faults-quick soak clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -20,6 +20,18 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every fault on real processes and in the simulator, about half an hour; faults-quick: 5 minutes.
+faults: setup
+	$(BIN)/python -m tests.faults
+
+faults-quick: setup
+	$(BIN)/python -m tests.faults --quick
+
+# make soak MINUTES=20: random faults on a real fleet
+MINUTES ?= 20
+soak: setup
+	$(BIN)/python -m tests.faults --soak $(MINUTES)
 
 bench: setup
 	$(BIN)/python -m tests.bench --full

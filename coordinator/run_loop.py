@@ -27,7 +27,7 @@ from coordinator.runs import Fact, Run, Step, Update, View
 from coordinator.strategies import memory
 from coordinator.strategies.state import States
 from protocols import codecs, messages, weights
-from protocols.errors import BadMessage, CommonweightError, UpdateRefused
+from protocols.errors import BadMessage, CommonweightError, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
 from protocols.states import RunState
@@ -157,6 +157,8 @@ class RunLoop:
             step = runs.decide(self.run, self._view())
             try:
                 await self._do(step)
+            except HomeFault:  # the disk's fault and not the run's: the next start goes on with it
+                raise
             except CommonweightError as err:
                 log.error("run %s failed: %s", self.run.id, err.message)
                 self._record(runs.RunEnded(RunState.FAILED, err.message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str]) -> None:
-    """The results as one JSON file."""
+    """The results as one JSON file; rows of faults that were not played this time stay in it."""
     told: list[dict[str, Any]] = [
         {
             "fault": row.fault,
@@ -54,5 +55,10 @@ def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str]) -> None:
         for row in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
+    played = {row["fault"] for row in told}
+    if path.exists():
+        before = json.loads(path.read_text())["rows"]
+        told = [row for row in before if row["fault"] not in played] + told
+    told.sort(key=lambda row: (int(re.match(r"\d*", row["fault"])[0] or 99), row["fault"]))
     whole = {"rows": told, "not_covered": uncovered}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
