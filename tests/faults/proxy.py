@@ -91,10 +91,10 @@ class Proxy:
         self._loop.run_forever()
         server.close()
         self._reset_all()
-        for task in asyncio.all_tasks(self._loop):
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
     def _reset_all(self) -> None:
@@ -122,7 +122,9 @@ class Proxy:
         self._open |= {writer, out}
         ways = (self._pass(reader, out, up=True), self._pass(onward, writer, up=False))
         tasks = [asyncio.create_task(way) for way in ways]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        # The end of the proxy is no failure of this task: asyncio's streams would log it as one.
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
         self._end(writer)

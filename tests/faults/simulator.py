@@ -69,6 +69,13 @@ class Schedule:
         try:
             for _ in range(STEPS):
                 self._step()
+        except checker.Violation as err:
+            self.found.append(str(err))
+        return self.end()
+
+    def end(self) -> list[str]:
+        """Calm, in which the run must end; what is wrong, in sentences."""
+        try:
             self._calm_down()
         except checker.Violation as err:
             self.found.append(str(err))
@@ -91,10 +98,9 @@ class Schedule:
         agent = self.random.choice(list(self.agents.values()))
         match self.random.randrange(9):
             case 0 | 1:
-                self._coordinator_dies(power=self.random.random() < 0.5)
+                self.coordinator_dies(power=self.random.random() < 0.5)
             case 2 | 3:
-                self.died[agent.peer] += 1
-                agent.die(power=self.random.random() < 0.5)
+                self.agent_dies(agent, power=self.random.random() < 0.5)
             case 4:
                 agent.toggle_pause()
             case 5:
@@ -108,7 +114,11 @@ class Schedule:
             case 8:
                 self.now += 30.0
 
-    def _coordinator_dies(self, *, power: bool) -> None:
+    def agent_dies(self, agent: Agent, *, power: bool) -> None:
+        self.died[agent.peer] += 1
+        agent.die(power=power)
+
+    def coordinator_dies(self, *, power: bool) -> None:
         self._in_order()
         self.coordinator.die(power=power)
         self.network.limbo.clear()  # its connections end with it
