@@ -166,7 +166,7 @@ class Recipe:
 
     def memory_bytes(self, peers: int, model_bytes: int) -> int:
         """What closing a round takes beyond the few pieces that every strategy takes."""
-        return int(self.copies * peers * model_bytes) + 2 * model_bytes if self.copies else 0
+        return int(self.copies * peers * model_bytes) + 3 * model_bytes if self.copies else 0
 
     def metric(self, given: Mapping[str, Setting]) -> str:
         """A metric, 0 or more, that every update must tell for it; or empty."""

@@ -191,3 +191,15 @@ async def test_what_cannot_work_is_refused_before_the_start(tmp_path: Path) -> N
         with pytest.raises(UsageFault, match="few peers send the same coordinate"):
             fleet.start(rounds=1, quorum=3, strategy="fedmedian", codec="topk")
         assert fleet.hub.runs.all() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("fedmedian", "int8"), ("fedadam", "sign"), ("multikrum", "topk:0.2")]
+)
+async def test_strategies_and_codecs_go_together(tmp_path: Path, name: str, codec: str) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        run_id = fleet.start(rounds=3, quorum=3, strategy=name, codec=codec)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        assert fleet.refusals(run_id) == []
+        assert run.head != fleet.facts(run_id, runs.WeightsInitialised)[0].digest
