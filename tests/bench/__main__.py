@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, codecs, floor, load, ours, report, stock
+from tests.bench import cases, codecs, floor, load, ours, report, stock, training
 from tests.bench.cases import Case
 from tests.bench.figures import merged
 
@@ -34,7 +34,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     results: dict[str, Any] = {"machine": report.machine(), "cases": []}
-    results |= {"codecs": [], "load": [], "idle": {}}
+    results |= {"codecs": [], "training": [], "load": [], "idle": {}}
     chosen = cases.FULL if asked.full else cases.TINY if asked.tiny else cases.QUICK
     only_load = asked.load or asked.present
     for case in chosen:
@@ -42,6 +42,11 @@ def main() -> None:
             _say(case.name)
             results["cases"].append(_measured(case, with_stock=not asked.no_stock))
             report.write(asked.out, results)
+    if asked.only in "training" and not only_load:
+        _say("training")
+        courses = training.FULL if asked.full else training.TINY if asked.tiny else training.QUICK
+        with _folder() as folder:
+            results["training"] = training.measure(courses, folder, 1 if asked.tiny else 3)
     if asked.only == "" and not only_load:
         _say("codecs")
         results["codecs"] = codecs.run(4 if asked.tiny else 64)

@@ -30,6 +30,8 @@ _ABOUT = {
     "bytes": "ours: weights on the lane, headers of the files in; *_wire: a round through a "
     "counting relay, HTTP and TLS in, MQTT not",
     "codecs": "see tests/bench/codecs.py; GB/s of float32 input, one core, in memory",
+    "training": "examples a second through the trainer's process, request to synced update, beside "
+    "the loop alone of bare PyTorch; also by CPU time, which other programs do not slow",
     "floor": "wire, hash, mean and disk one after the other; see tests/bench/floor.py",
 }
 
@@ -99,7 +101,12 @@ def show(results: dict[str, Any]) -> None:
     """The tables, on stdout."""
     console = Console(width=max(180, Console().width))
     console.print(_cases(results["cases"]))
-    for title, rows in (("Many agents", _loads), ("At rest", _idle), ("Codecs", _codecs)):
+    for title, rows in (
+        ("Many agents", _loads),
+        ("At rest", _idle),
+        ("Codecs", _codecs),
+        ("Training", _training),
+    ):
         if lines := rows(results):
             table = Table("", *lines.pop(0), title=title, box=None, title_justify="left")
             for line in lines:
@@ -169,6 +176,23 @@ def _loads(results: dict[str, Any]) -> list[list[str]]:
 
 def _codecs(results: dict[str, Any]) -> list[list[str]]:
     return codecs.lines(results["codecs"]) if results.get("codecs") else []
+
+
+def _training(results: dict[str, Any]) -> list[list[str]]:
+    if not results.get("training"):
+        return []
+    lines = [["examples/s", "bare loop", "ours ÷ bare", "by CPU time"]]
+    for found in results["training"]:
+        lines.append(
+            [
+                f"mnist {found['model']}, batch {found['batch']}",
+                f"{found['ours_examples_per_s']:.0f}",
+                f"{found['bare_examples_per_s']:.0f}",
+                f"{found['ratio']:.2f}",
+                f"{found['ratio_cpu']:.2f}",
+            ]
+        )
+    return lines
 
 
 def _idle(results: dict[str, Any]) -> list[list[str]]:
