@@ -84,7 +84,9 @@ def read_truth(path: Path) -> Truth:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
         return Truth([], 0, 0)
-    acknowledged, done, work = [], Counter[tuple[Any, ...]](), ()
+    acknowledged: list[Fact] = []
+    done: Counter[tuple[Any, ...]] = Counter()
+    work: tuple[Any, ...] = ()
     for line in lines:
         match line["what"]:
             case "acknowledged":

@@ -42,6 +42,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _number(fault: str) -> int:
+    """Of the first row of the fault list that a row here is about."""
+    found = re.match(r"\d+", fault)
+    return int(found[0]) if found else 99
+
+
 def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str]) -> None:
     """The results as one JSON file; rows of faults that were not played this time stay in it."""
     told: list[dict[str, Any]] = [
@@ -59,6 +65,6 @@ def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str]) -> None:
     if path.exists():
         before = json.loads(path.read_text())["rows"]
         told = [row for row in before if row["fault"] not in played] + told
-    told.sort(key=lambda row: (int(re.match(r"\d*", row["fault"])[0] or 99), row["fault"]))
+    told.sort(key=lambda row: (_number(row["fault"]), row["fault"]))
     whole = {"rows": told, "not_covered": uncovered}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")

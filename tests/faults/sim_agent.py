@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from random import Random
 
 import msgspec
@@ -110,7 +110,7 @@ class Agent:
             )
         )
 
-    def _live(self) -> Iterator[None]:
+    def _live(self) -> Generator[None, None, None]:
         while True:
             yield
             try:
@@ -144,7 +144,7 @@ class Agent:
         if self._coordinator.sessions.get(self.peer) != self._session:
             raise Lost
 
-    def _answer(self, question: str, work: Work) -> Iterator[None]:  # type: ignore[misc]
+    def _answer(self, question: str, work: Work) -> Generator[None, None, tuple[str, Work] | None]:
         self._happened(WorkBegan(work))
         try:
             claim = self._finished(work)
@@ -167,7 +167,7 @@ class Agent:
             return None
         return self._network.request(self.peer, lambda: self._coordinator.pull(self.peer))
 
-    def _do(self, work: Work) -> Iterator[None]:  # type: ignore[misc]
+    def _do(self, work: Work) -> Generator[None, None, UpdateClaim]:
         if work.kind != "evaluate":
             self._forget()
             yield

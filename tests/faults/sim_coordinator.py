@@ -6,7 +6,7 @@ the process can die. Planted bugs are what must not be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -159,7 +159,7 @@ class Coordinator:
     def view(self) -> View:
         return View(self._eligible(), self.now - self._phase_at >= self.run.spec.deadline_s)
 
-    def _drive(self) -> Iterator[None]:
+    def _drive(self) -> Generator[None, None, None]:
         while not self.run.ended:
             yield
             yield from self._collect()

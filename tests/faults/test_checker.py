@@ -15,6 +15,7 @@ from coordinator import runs
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.runs import Fact, RunSpec, Update
+from protocols.states import RunState
 from protocols.weights import Weights
 from tests.faults import checker
 from tests.faults.checker import Truth
@@ -39,7 +40,7 @@ class Home:
             runs.WeightsInitialised(self.versions[0], "A"),
             *self._round(1),
             *self._round(2),
-            runs.RunEnded(runs.RunState.FINISHED, "all rounds are done"),
+            runs.RunEnded(RunState.FINISHED, "all rounds are done"),
         ]
         self.truth = Truth(
             [claim(p, n, f"u{p}{n}") for p in PEERS for n in (1, 2)]
