@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator import cli_care, cli_fleet, cli_runs
+from coordinator import cli_care, cli_fleet, cli_monitor, cli_runs
 from protocols import VERSION, homes, output
 from protocols.errors import CommonweightError, ExitCode
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )
+cli_monitor.add_to(app)
 cli_fleet.add_to(app)
 cli_runs.add_to(app)
 cli_care.add_to(app)
@@ -121,54 +122,6 @@ def up(
     finally:
         held.release()
     say("coordinator stopped")
-
-
-@app.command()
-def monitor(
-    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="Switch off what changes things.")
-    ] = False,
-) -> None:
-    """Watch the fleet in the terminal."""
-    from coordinator.remote import LiveSource
-
-    home = homes.open_home("coordinator")
-    source = LiveSource(home)
-    if once or not sys.stdout.isatty():
-        import asyncio
-        import time
-
-        from rich.console import Console
-
-        from coordinator.plain import plain_table
-
-        fleet = asyncio.run(source.snapshot())
-        Console().print(plain_table(fleet, time.time()))
-        return
-    from coordinator.tui.app import MonitorApp
-
-    MonitorApp(source, read_only=read_only).run()
-
-
-@app.command()
-def status(json: Json = False) -> None:
-    """The fleet in a few lines."""
-    import time
-
-    import msgspec
-
-    from coordinator import fleet as fleets
-    from coordinator.plain import plain_table
-    from coordinator.remote import Remote
-
-    fleet = Remote(homes.open_home("coordinator")).fleet()
-    if json:
-        sys.stdout.write(output.ok(msgspec.Raw(fleets.encode(fleet, fleet.at))) + "\n")
-        return
-    from rich.console import Console
-
-    Console().print(plain_table(fleet, time.time()))
 
 
 @app.command()

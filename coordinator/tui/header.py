@@ -6,8 +6,8 @@ from rich.text import Text
 from textual.widget import Widget
 
 from coordinator.fleet import current_run, num_available, num_enrolled
+from coordinator.following import Following
 from coordinator.rows import Cell
-from coordinator.tui.following import Following
 from coordinator.tui.theme import colours, styles
 from coordinator.words import age, cut
 from protocols.states import ENDED

@@ -17,10 +17,10 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from coordinator.fleet import Fleet, Peer, called
+from coordinator.following import Following
 from coordinator.rows import LEVELS, Cell, state_cell
 from coordinator.tui.events_page import clock_time
 from coordinator.tui.filter_bar import FilterBar
-from coordinator.tui.following import Following
 from coordinator.tui.footer import Footer
 from coordinator.tui.header import Header
 from coordinator.tui.plots import shaded

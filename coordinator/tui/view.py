@@ -22,11 +22,11 @@ from textual.widgets import ContentSwitcher, Static
 
 from coordinator.alerts import Watchman
 from coordinator.fleet import Event, Fleet, Level
+from coordinator.following import Following, jittered
 from coordinator.tui.config import Config
 from coordinator.tui.deeds import Deeds
 from coordinator.tui.events_page import EventsPage
 from coordinator.tui.fleet_page import FleetPage
-from coordinator.tui.following import Following, jittered
 from coordinator.tui.footer import Footer
 from coordinator.tui.header import Header
 from coordinator.tui.peer_screen import PeerScreen

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from coordinator.fleet import fold
-from coordinator.tui.following import Following, jittered
+from coordinator.following import Following, jittered
 from protocols.errors import Unreachable
 from protocols.messages import Envelope, Presence
 from protocols.states import PeerState
