@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
@@ -60,6 +61,8 @@ class Fleetwork(NamedTuple):
     name_of: Callable[[str], str]
     ring: Callable[[Sequence[str]], None]
     publish: Callable[[CoordinatorBody], None]
+    #: Refused updates by reason, since the coordinator started.
+    refused: Counter[str]
 
 
 class Asked(NamedTuple):
@@ -174,8 +177,8 @@ class RunLoop:
         if await asyncio.to_thread(is_whole, run.head):
             return
         lost = f"version {run.head[:12]} is damaged on disk"
-        earlier = [*(closed.digest for closed in reversed(run.history)), run.parent]
-        for digest in filter(None, earlier):
+        earlier = [*(closed.digest for closed in reversed(run.history)), run.first]
+        for digest in earlier:
             if digest != run.head and await asyncio.to_thread(is_whole, digest):
                 self._record(runs.VersionLost(run.head, digest))
                 text = f"{lost}: run {run.id} goes on from {digest[:12]}"
@@ -376,6 +379,7 @@ class RunLoop:
                 facts.append(
                     runs.UpdateRefused(asked.round, peer, err.reason, err.message[:400], asked.kind)
                 )
+                self._around.refused[err.reason] += 1
                 name = self._around.name_of(peer)
                 self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)
         self._record(*facts)

@@ -205,12 +205,14 @@ class Round(Struct, frozen=True, kw_only=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """Where a run stands. `head` is the newest version; `best` the best by `score`."""
+    """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
+    best by `score`."""
 
     id: str
     spec: RunSpec
     state: RunState = RunState.WAITING
     round: int = 0
+    first: str = ""
     head: str = ""
     parent: str = ""
     peers: dict[str, Standing] = {}
@@ -243,7 +245,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
 
 def _weights_initialised(run: Run, fact: WeightsInitialised) -> Run:
-    return replace(run, head=fact.digest, peers={})
+    return replace(run, first=fact.digest, head=fact.digest, peers={})
 
 
 def _round_opened(run: Run, fact: RoundOpened) -> Run:
@@ -312,7 +314,7 @@ def _version_lost(run: Run, fact: VersionLost) -> Run:
         state=RunState.WAITING,
         round=len(kept),
         head=fact.to,
-        parent=kept[-2].digest if len(kept) > 1 else "",
+        parent=kept[-2].digest if len(kept) > 1 else run.first if kept else "",
         peers={},
         updates={},
         contributors=(),

@@ -115,10 +115,31 @@ def told(runs: Mapping[str, Sequence[Fact]], acknowledged: Iterable[Fact]) -> li
     """What the facts of the runs and the acknowledged claims alone show."""
     found: list[str] = []
     for run, facts in runs.items():
-        found += [f"{run}: {text}" for text in (*_counted(facts), *_versions(facts))]
+        found += [f"{run}: {text}" for text in _versions(facts)]
+        found += [f"{run}: {text}" for text in _counted(standing(facts))]
     for claim in acknowledged:
         found += _acknowledged(claim, runs.get(claim["run"], []))
     return found
+
+
+def standing(facts: Sequence[Fact]) -> list[Fact]:
+    """The facts without the rounds whose versions a disk has lost: those were done again."""
+    found: list[Fact] = []
+    made: dict[str, int] = {}
+    for fact in facts:
+        if fact["type"] in ("WeightsInitialised", "VersionCommitted"):
+            made[fact["digest"]] = fact.get("round", 0)
+        if fact["type"] == "VersionLost":
+            again = made.get(fact["to"], 0) + 1
+            opened = (n for n, f in enumerate(found) if _opens(f, again))
+            del found[next(opened, len(found)) :]
+        else:
+            found.append(fact)
+    return found
+
+
+def _opens(fact: Fact, number: int) -> bool:
+    return fact["type"] == "RoundOpened" and fact["round"] == number
 
 
 def _chain(lines: Sequence[Line], before: Sequence[Line]) -> list[str]:
@@ -213,15 +234,8 @@ def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
         made = [f for f in facts if f["type"] == "WeightsInitialised" and f["by"] == claim["peer"]]
         fates = len(made)
     else:
-        accepted = [
-            fact
-            for fact in facts
-            if fact["type"] == "UpdateAccepted"
-            and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
-            and fact["update"].get("digest", "") == claim["digest"]
-            and bool(claim["digest"]) == (claim["kind"] == "train")
-        ]
-        fates = len(accepted)
+        fates = sum(_is_fate(fact, claim) for fact in standing(facts))
+        fates = fates or min(1, sum(_is_fate(fact, claim) for fact in facts))
     refused = any(
         fact["type"] == "UpdateRefused"
         and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
@@ -230,3 +244,12 @@ def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
     if fates > 1:
         return [f"{who} is counted {fates} times"]
     return [] if fates or refused else [f"{who} was acknowledged and is in no entry of the ledger"]
+
+
+def _is_fate(fact: Fact, claim: Fact) -> bool:
+    return (
+        fact["type"] == "UpdateAccepted"
+        and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
+        and fact["update"].get("digest", "") == claim["digest"]
+        and bool(claim["digest"]) == (claim["kind"] == "train")
+    )

@@ -157,6 +157,16 @@ def test_a_refusal_is_a_fate_too(tmp_path: Path) -> None:
     assert home.judged() == []
 
 
+def test_a_round_that_was_done_again_for_a_lost_version_counts_once(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    index = of(home, runs.RoundOpened, 1)
+    again = home.facts[index:]
+    closed = next(n for n, fact in enumerate(again) if isinstance(fact, runs.RoundClosed))
+    lost = runs.VersionLost(home.versions[2], home.versions[1])
+    home.facts[index + closed + 1 :] = [lost, *again]
+    assert home.judged() == []
+
+
 def test_a_changed_or_missing_entry_is_found(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert home.judged() == []
