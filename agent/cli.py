@@ -5,6 +5,7 @@ Flower and torch are imported inside the commands that need them: `--help` stays
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -147,25 +148,50 @@ def _log_to(home: Path, level: str) -> None:
 
 
 @app.command()
-def status(json: Json = False) -> None:
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again each second, until Ctrl-C.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """What the agent on this machine is doing."""
+    home = homes.open_home("agent")
+    if not watch:
+        sys.stdout.write(_status(home, json=json))
+        return
+    moving = sys.stdout.isatty() and not json
+    told = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                text = _status(home, json=json)
+            except NotRunning as err:
+                text = (output.error(err) if json else output.in_words(err)) + "\n"
+            if moving:  # home, each line cleared to its end, then what is below
+                lines = "".join(f"{line}\x1b[K\n" for line in text.splitlines())
+                sys.stdout.write(f"\x1b[H{lines}\x1b[J" if told else f"\x1b[2J\x1b[H{lines}")
+            elif text != told:
+                sys.stdout.write(text)
+            sys.stdout.flush()
+            told = text
+            time.sleep(1.0)
+
+
+def _status(home: Path, *, json: bool) -> str:
     from agent import control
 
-    home = homes.open_home("agent")
     told = control.read_status(home)
     if told is None or not is_running(home):
         raise NotRunning("the agent is not running", "start it: commonweight-agent run")
     if json:
-        sys.stdout.write(output.ok(told) + "\n")
-        return
+        return output.ok(told) + "\n"
     from protocols.states import PeerState, label
 
     links = f"coordinator {'●' if told.session else '○'}  mqtt {'●' if told.mqtt else '○'}"
     work = f"  run {told.run} round {told.round}" if told.run else ""
-    sys.stdout.write(f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n")
-    sys.stdout.write(f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n")
-    if told.last_error:
-        sys.stdout.write(f"last error: {told.last_error}\n")
+    text = f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n"
+    text += f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n"
+    return text + (f"last error: {told.last_error}\n" if told.last_error else "")
 
 
 def _ago(since: float) -> str:

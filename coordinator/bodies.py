@@ -43,4 +43,6 @@ def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
         bytes_up=closed.bytes_up,
         bytes_down=closed.bytes_down,
         norms=closed.norms,
+        spread=closed.spread,
+        spent=closed.spent,
     )

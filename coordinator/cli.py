@@ -80,6 +80,9 @@ def up(
     approve: Annotated[
         bool | None, typer.Option("--approve", help="New peers wait for your approval.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus metrics on this port of 127.0.0.1.")
+    ] = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Do not go on with unfinished runs.")
     ] = False,
@@ -92,7 +95,12 @@ def up(
 
     os.umask(0o077)
     chosen = settings.read(
-        host=host, port=port, mqtt_port=mqtt_port, mqtt_url=mqtt_url, approve=approve
+        host=host,
+        port=port,
+        mqtt_port=mqtt_port,
+        mqtt_url=mqtt_url,
+        approve=approve,
+        metrics_port=metrics_port,
     )
     home, _ = settings.init(chosen.names)
     homes.open_home("coordinator")

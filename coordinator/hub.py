@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator import fleet as fleets
-from coordinator import settings
+from coordinator import metrics, settings
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
@@ -100,6 +101,7 @@ class Hub:
         self._feed: Feed | None = None
         self._mqtt_up = False
         self._rejected = 0
+        self._refused: Counter[str] = Counter()
         for peer in self.registry.peers.values():
             self._admit(peer)
         self.registry.on_change = self._on_peer
@@ -177,6 +179,8 @@ class Hub:
                 "runs": self.runs.work(resume),
             }.items()
         ]
+        if port := self._settings.metrics_port:
+            tasks.append(asyncio.create_task(metrics.serve(port, self._metrics), name="metrics"))
         failure: list[BaseException] = []
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -236,6 +240,9 @@ class Hub:
                 server.renew()
                 log.info("renewed the TLS certificate")
 
+    def _metrics(self) -> str:
+        return metrics.exposition(self.fleet, time.time(), self._refused)
+
     # --- what the HTTP routes ask (api.Desk) ---
 
     def addresses(self) -> tuple[str, ...]:
@@ -294,6 +301,7 @@ class Hub:
             name_of=self._name_of,
             ring=self._ring,
             publish=self.publish,
+            refused=self._refused,
         )
 
     def _ring(self, peers: Sequence[str]) -> None:
