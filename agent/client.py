@@ -20,12 +20,16 @@ from msgspec import Struct
 from agent.encoding import Leftovers
 from agent.tasks import Settings
 from protocols import codecs, identity, messages
-from protocols.errors import BadMessage, CommonweightError, Refused, TrainerFailed
+from protocols.errors import BadMessage, CommonweightError, DiskFull, Refused, TrainerFailed
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics, UpdateClaim, Work
+from protocols.room import check_room, is_full
 from protocols.weights import replacing
 
 CLAIM = "cw.claim"
+#: Of disk beside the weights: claims, logs, the trainer's own.
+_SPARE_BYTES = 4 * 1024 * 1024
+_MAKE_ROOM = "make room: the agent goes on by itself"
 
 
 class Outcome(Protocol):
@@ -108,7 +112,10 @@ class Client:
         self.app.query("init")(self._answer)
 
     def handle(self, message: Message) -> Message:
-        """The reply to a message. Raises CommonweightError when the work cannot be done."""
+        """The reply to a message. Raises CommonweightError when the work cannot be done.
+
+        After DiskFull the same message can be handled again: what was done by then is kept.
+        """
         context = Context(
             run_id=message.metadata.run_id,
             node_id=message.metadata.dst_node_id,
@@ -118,7 +125,13 @@ class Client:
         )
         try:
             return self.app(message, context)
-        except OSError as err:  # a full disk is a failure of this work, not the end of the agent
+        except TrainerFailed as err:
+            if err.kind == DiskFull.code:
+                raise DiskFull(err.message, err.hint) from err
+            raise
+        except OSError as err:  # a failure of this work, not the end of the agent
+            if is_full(err):
+                raise DiskFull("the disk is full", _MAKE_ROOM) from err
             raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
 
     def _answer(self, message: Message, _: Context) -> Message:
@@ -166,6 +179,8 @@ class Client:
         """The version that the work is on; no file for first weights."""
         if work.kind == "init":
             return Path()
+        # Before an hour of training, not after it: the version, perhaps, and the update.
+        check_room(self._outbox, 2 * work.nbytes + _SPARE_BYTES)
         if work.patch_bytes:
             self._patch(work)
         base = self._fetch(work.base, work.nbytes)

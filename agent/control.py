@@ -6,6 +6,7 @@ over restarts: a paused agent stays paused.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from protocols.identity import write_private
+from protocols.room import is_full
 
 STATUS, WISH = "status.json", "wish.json"
 
@@ -51,7 +53,15 @@ class Wish(Struct, frozen=True, kw_only=True):
 
 
 def write_status(home: Path, status: Status) -> None:
-    write_private(home / STATUS, msgspec.json.encode(status))
+    """Raises OSError. On a full disk over the last one, which has its place: it tells why."""
+    told = msgspec.json.encode(status)
+    try:
+        write_private(home / STATUS, told)
+    except OSError as err:
+        if not is_full(err):
+            raise
+        with (home / STATUS).open("r+b") as file:
+            file.write(told.ljust(os.fstat(file.fileno()).st_size))
 
 
 def read_status(home: Path) -> Status | None:

@@ -103,6 +103,12 @@ class SessionLost(Refused):
     code = "session_lost"
 
 
+class NoRoom(Unreachable):
+    """The coordinator's disk is full: it takes the bytes when there is room again."""
+
+    code = "no_room"
+
+
 class _Signed:
     """Signs Flower's requests twice: with the node key, as its server asks, and as ours.
 
@@ -395,6 +401,8 @@ class _translated:
             status = err.response.status_code
             if status in (401, 403, 404, 412):
                 raise SessionLost(f"the coordinator answered {status}") from err
+            if status == 507:
+                raise NoRoom("the coordinator has no room on its disk") from err
             if status in (413, 422):  # it will say the same the next time
                 raise Refused(f"the coordinator does not take it ({status})") from err
             raise Unreachable(f"the coordinator answered {status}") from err

@@ -28,7 +28,7 @@ from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
 from agent.frames import Progress
 from agent.kept import prove
-from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
+from agent.link import BEAT_EVERY_S, Credentials, Link, NoRoom, SessionLost
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment, write_enrolment
 from agent.tasks import DataSettings
@@ -55,10 +55,11 @@ from agent.worker import (
 )
 from protocols import VERSION, identity
 from protocols.backoff import delays
-from protocols.errors import CommonweightError, TrainerFailed, Unreachable
+from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
 from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
 from protocols.mqtt import MqttAddress
+from protocols.room import free_bytes
 from protocols.states import PauseReason
 
 log = logging.getLogger("commonweight.agent")
@@ -71,6 +72,10 @@ _TICK_S = 0.5
 TRAINER_REST_S = 600.0
 _ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
 _BEAT_AGAIN_S = 5.0
+#: While the coordinator's disk is full: an upload is tried so often, each time after a rest.
+_UPLOAD_TRIES, _UPLOAD_AGAIN_S = 12, 5.0
+#: While ours is full: tried again with so much more room, or after that time.
+_MORE_ROOM_BYTES, _TRY_AGAIN_S = 1024 * 1024, 20.0
 _FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
 
@@ -339,7 +344,7 @@ class Agent:
         failpoint("agent.message.taken")
         gave_up = False  # the pause that follows is not in force yet
         try:
-            reply = self._client.handle(message)
+            reply = self._handled(message)
         except (Unreachable, SessionLost):
             raise  # the answer is in the outbox; the question will be asked again
         except CommonweightError as err:
@@ -367,6 +372,22 @@ class Agent:
         assert self._loop is not None
         lifted = PauseLifted(frozenset({PauseReason.TRAINER}))
         self._loop.call_later(TRAINER_REST_S, self._happened, lifted)
+
+    def _handled(self, message: Message) -> Message:
+        """The client's reply; while the disk is full, paused, and then tried again."""
+        while True:
+            try:
+                return self._client.handle(message)
+            except DiskFull as err:
+                if self._stopping.is_set():
+                    raise
+                self._soon(self._complain, f"no room on the disk: {err.message}")
+            self._from_thread(PauseAsked(PauseReason.DISK))
+            self._wait_for_room(free_bytes(self._home) + _MORE_ROOM_BYTES)
+            self._from_thread(PauseLifted(frozenset({PauseReason.DISK})))
+
+    def _wait_for_room(self, enough_bytes: int) -> None:
+        self._rest(_TRY_AGAIN_S, lambda: free_bytes(self._home) >= enough_bytes)
 
     async def _keep_beating(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""
@@ -419,6 +440,24 @@ class Agent:
         return self._link
 
     def _send(self, digest: str, path: Path) -> None:
+        """Upload; waits a while for a coordinator whose disk is full (in the work thread)."""
+        for _ in range(_UPLOAD_TRIES):
+            try:
+                return self._upload(digest, path)
+            except NoRoom as err:
+                self._status.last_error, self._status_is_old = err.message, True
+                self._rest(_UPLOAD_AGAIN_S)
+                if self._stopping.is_set():
+                    raise
+        raise NoRoom("the coordinator has had no room on its disk for too long")
+
+    def _rest(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
+        """Wait in the work thread for the time, until `ready` or the agent's end."""
+        until = time.monotonic() + most_s
+        while time.monotonic() < until and not self._stopping.is_set() and not ready():
+            time.sleep(_TICK_S)
+
+    def _upload(self, digest: str, path: Path) -> None:
         self._session().upload(digest, path)
 
     def _traffic(self) -> tuple[int, int]:

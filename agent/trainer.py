@@ -43,9 +43,10 @@ from agent.frames import (
 from agent.journal import Journal
 from agent.tasks import Cancelled, DataSettings, Resumable, Task
 from protocols import VERSION, weights
-from protocols.errors import BadWeights, CommonweightError
+from protocols.errors import BadWeights, CommonweightError, DiskFull
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
+from protocols.room import is_full
 from protocols.weights import Array, Schema, TensorSpec, Weights
 
 PROGRESS_EVERY_S = 0.2
@@ -177,7 +178,8 @@ class Trainer:
             answer = Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
         except OSError as err:
             traceback.print_exc()
-            answer = Failed(id=work.id, kind="file", message=f"a file cannot be used: {err}")
+            kind = DiskFull.code if is_full(err) else "file"
+            answer = Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
         except Exception as err:
             # A task is another's code: whatever it raises must not end the protocol.
             traceback.print_exc()

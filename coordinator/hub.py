@@ -106,6 +106,7 @@ class Hub:
             self._admit(peer)
         self.registry.on_change = self._on_peer
         self.runs = RunQueue(self._fleetwork(), self.registry, self._sessions.tasks)
+        self.lane.on_short = self.runs.nudge
 
     def _make_broker(self) -> EmbeddedBroker | ExternalBroker:
         chosen = self._settings

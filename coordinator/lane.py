@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.auth import Auth
-from protocols import patches, weights
+from protocols import patches, room, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.stored import Stored, Writer
@@ -35,6 +37,10 @@ OFFSET = "x-cw-offset"
 MOST_UPLOADS = 2
 #: Such a version is sent from memory: FileResponse asks four threads for it.
 _SMALL_BYTES = 128 * 1024
+#: Left to the ledger, beside the room for the next version, when an upload is let in.
+_RESERVE_BYTES = 4 * 1024 * 1024
+#: An agent that was turned away for want of room tries again sooner than that.
+_SHORT_S = 20.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,6 +62,12 @@ class Lane:
         for path in self._spool.iterdir():
             self._spooled[path.name.rpartition("-")[0]].add(path)
         self.limit_bytes = 0
+        #: What the next version takes: uploads must leave room for it.
+        self.version_bytes = 0
+        #: Announced by uploads under way and not written yet.
+        self._promised = 0
+        self._refused_at = -math.inf
+        self.on_short: Callable[[], None] = lambda: None
         self.bytes_up = self.bytes_down = 0
 
     # --- versions ---
@@ -118,6 +130,29 @@ class Lane:
         self._spooled[node].discard(update)
         weights.sync_folder(self._versions)
         failpoint("version.adopted")
+
+    # --- room ---
+
+    def has_room(self, nbytes: int = 0) -> bool:
+        """True if so much fits on the disk beside what uploads under way were promised."""
+        free = self.free_bytes - self._promised
+        return free >= nbytes + self.version_bytes + _RESERVE_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        return room.free_bytes(self._spool)
+
+    @property
+    def shortage(self) -> str:
+        """Words for uploads that were turned away for want of room just now, or empty."""
+        if time.monotonic() - self._refused_at > _SHORT_S:
+            return ""
+        return f"room on the coordinator's disk ({self.free_bytes / 1e6:,.0f} MB free)"
+
+    def _no_room(self) -> HTTPException:
+        self._refused_at = time.monotonic()
+        self.on_short()
+        return HTTPException(507, "no room on the coordinator's disk")
 
     # --- updates ---
 
@@ -199,7 +234,10 @@ class Lane:
         have = part.stat().st_size if part.exists() else 0
         if offset != 0 and offset != have:
             return JSONResponse({"have": have}, status_code=409)
+        if not self.has_room(length):
+            raise self._no_room()
         self._writers[part] = me = object()
+        self._promised += length
         try:
             sha = hashlib.sha256()
             if offset:
@@ -214,6 +252,7 @@ class Lane:
                         raise HTTPException(401)
                     failpoint("upload.piece")
                     length -= len(piece)
+                    self._promised -= len(piece)
                     self.bytes_up += len(piece)
                     sha.update(piece)
                     while piece:
@@ -233,7 +272,12 @@ class Lane:
             failpoint("upload.stored")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it; what came can be resumed
+        except OSError as err:
+            if not room.is_full(err):
+                raise
+            raise self._no_room() from err  # what came can be resumed
         finally:
+            self._promised -= length
             if self._writers.get(part) is me:
                 del self._writers[part]
         return JSONResponse({"stored": True})

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from protocols.errors import HomeFault, HomeTooNew
+from protocols.errors import DiskFull, HomeFault, HomeTooNew
 from protocols.failpoints import failpoint
 
 FORMAT = 1
@@ -86,7 +86,7 @@ class Ledger:
         )
 
     def append(self, subject: str, bodies: Sequence[bytes]) -> None:
-        """Add entries in one transaction. Raises HomeFault (disk full, file gone)."""
+        """Add entries in one transaction. Raises DiskFull, HomeFault (file gone)."""
         with self._lock:
             head, now = self._head, time.time()
             try:
@@ -102,6 +102,11 @@ class Ledger:
             except sqlite3.DatabaseError as err:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+                if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                    raise DiskFull(
+                        f"the disk of the ledger {self._path} is full",
+                        "make room; the coordinator goes on from the last entry",
+                    ) from err
                 raise HomeFault(
                     f"the ledger {self._path} cannot be written: {err}",
                     "make room on the disk; the coordinator goes on from the last entry",

@@ -28,9 +28,10 @@ from coordinator.runs import Fact, Run, Step, Update, View
 from coordinator.strategies import memory
 from coordinator.strategies.state import States
 from protocols import codecs, messages, weights
-from protocols.errors import BadMessage, CommonweightError, HomeFault, UpdateRefused
+from protocols.errors import BadMessage, CommonweightError, DiskFull, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
+from protocols.room import is_full
 from protocols.states import RunState
 from protocols.stored import Stored
 from protocols.weights import Schema
@@ -45,6 +46,10 @@ _AGENT_FAILED = 2
 RETURN_WITHIN_S = 20.0
 #: First weights have no base to be measured by.
 _FIRST_WEIGHTS_BYTES = 8 * 1024**3
+#: While the disk is full: how often to look, and after how many looks to try all the same.
+_LOOK_FOR_ROOM_S = 1.0
+_TRIES_WITHOUT_ROOM = 30
+_SHORTAGE_AGAIN_S = 5.0
 
 
 class Fleetwork(NamedTuple):
@@ -108,6 +113,7 @@ class RunLoop:
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
         self._stop_reason = ""
+        self._stands_still = self._told_shortage = False
 
     # --- from outside ---
 
@@ -151,20 +157,12 @@ class RunLoop:
         self._say("info", f"run {self.run.id} {goes_on}", self.run.id)
         while not self.run.ended:
             self.changed.clear()
-            await self._collect()
-            self._notice_losses()
-            await self._ask_pending()
-            if self._stop_reason:
-                self._record(runs.RunEnded(RunState.STOPPED, self._stop_reason))
-                break
-            step = runs.decide(self.run, self._view())
             try:
-                await self._do(step)
-            except HomeFault:  # the disk's fault and not the run's: the next start goes on with it
-                raise
-            except CommonweightError as err:
-                log.error("run %s failed: %s", self.run.id, err.message)
-                self._record(runs.RunEnded(RunState.FAILED, err.message))
+                await self._turn()
+            except (OSError, DiskFull) as err:
+                if not is_full(err):
+                    raise
+                await self._wait_for_room(err)  # nothing was decided: the same again
         self._take_back(set(self._outstanding))
         await self._collect()
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
@@ -180,11 +178,28 @@ class RunLoop:
         earlier = [*(closed.digest for closed in reversed(run.history)), run.first]
         for digest in earlier:
             if digest != run.head and await asyncio.to_thread(is_whole, digest):
-                self._record(runs.VersionLost(run.head, digest))
+                await self._record(runs.VersionLost(run.head, digest))
                 text = f"{lost}: run {run.id} goes on from {digest[:12]}"
                 self._say("warning", text, run.id)
                 return
-        self._record(runs.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
+        await self._record(runs.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
+
+    async def _turn(self) -> None:
+        """Do what there is to do now. What a full disk interrupts can be done again."""
+        await self._collect()
+        await self._notice_losses()
+        await self._ask_pending()
+        if self._stop_reason:
+            await self._record(runs.RunEnded(RunState.STOPPED, self._stop_reason))
+            return
+        step = runs.decide(self.run, self._view())
+        try:
+            await self._do(step)
+        except (DiskFull, HomeFault):  # the disk's fault and not the run's: it goes on later
+            raise
+        except CommonweightError as err:
+            log.error("run %s failed: %s", self.run.id, err.message)
+            await self._record(runs.RunEnded(RunState.FAILED, err.message))
 
     def _view(self) -> View:
         due = time.monotonic() - self._phase_at >= self.run.spec.deadline_s
@@ -196,7 +211,7 @@ class RunLoop:
                 await self._wait(what)
             case runs.AskInit(peer):
                 self._phase_at = time.monotonic()
-                self._record(runs.PeersAsked((peer,)))
+                await self._record(runs.PeersAsked((peer,)))
             case runs.AskMore(peers):
                 # Not whenever a peer comes back: one that comes and goes would hold up the round.
                 if self._view().due:
@@ -204,23 +219,28 @@ class RunLoop:
                 present = (self.run.round, self.run.kind)
                 found = self._outstanding.items()
                 self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
-                self._record(runs.PeersAsked(peers))
+                await self._record(runs.PeersAsked(peers))
             case runs.OpenRound():
                 await self._open_round(step)
             case runs.CloseTraining(contributors):
-                self._record(runs.TrainingClosed(self.run.round, contributors))
+                await self._record(runs.TrainingClosed(self.run.round, contributors))
             case runs.Aggregate(contributors):
                 await self._aggregate(contributors)
             case runs.OpenEvaluation(eligible):
                 asked = await self._configure(eligible)
                 self._phase_at = time.monotonic()
-                self._record(runs.EvaluationOpened(self.run.round, asked))
+                await self._record(runs.EvaluationOpened(self.run.round, asked))
             case runs.CloseRound():
-                self._close_round()
+                await self._close_round()
             case runs.EndRun(state, because):
-                self._record(runs.RunEnded(state, because))
+                await self._record(runs.RunEnded(state, because))
 
     async def _wait(self, what: str) -> None:
+        if shortage := self._around.lane.shortage:
+            if not self._told_shortage:
+                self._say("error", f"no {shortage}: updates wait at the peers", self.run.id)
+            what = f"{shortage}, then {what}"
+        self._told_shortage = bool(shortage)
         if what != self._waiting_for:
             self._waiting_for = what
             self._announce()
@@ -228,6 +248,8 @@ class RunLoop:
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
         ahead = [left] if timed else []
         ahead.append(self._patient_until - time.monotonic())
+        if shortage:
+            ahead.append(_SHORTAGE_AGAIN_S)
         timeout = min((wait_s for wait_s in ahead if wait_s > 0), default=None)
         try:
             # Not wait_for: before Python 3.12 it loses a cancel that comes together with the news.
@@ -252,7 +274,7 @@ class RunLoop:
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
         asked = await self._configure(step.eligible, opening=step.round)
         failpoint("round.configured")
-        self._record(runs.RoundOpened(step.round, step.base, asked))
+        await self._record(runs.RoundOpened(step.round, step.base, asked))
 
     async def _configure(self, eligible: Sequence[str], opening: int = 0) -> tuple[str, ...]:
         """Let the strategy choose among `eligible` and say what they get; the chosen peers."""
@@ -308,6 +330,7 @@ class RunLoop:
             return
         if kind == "init":
             self._around.lane.limit_bytes = _FIRST_WEIGHTS_BYTES
+            self._around.lane.version_bytes = 0
             content = RecordDict({"config": self._work_record("init", 0)})
         else:
             if self._content is None:  # after a restart
@@ -328,7 +351,7 @@ class RunLoop:
         self._outstanding |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
         self._around.ring(list(reached_now.values()))
 
-    def _notice_losses(self) -> None:
+    async def _notice_losses(self) -> None:
         if time.monotonic() < self._patient_until:
             return
         eligible = self._around.eligible()
@@ -336,7 +359,7 @@ class RunLoop:
         for peer in lost:
             self.session_opened(peer)  # take back what it was sent
             self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
-        self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
+        await self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
 
     def _take_back(self, questions: set[str]) -> None:
         """Forget questions, but for those that are answered: the ledger is to hear of each."""
@@ -382,7 +405,7 @@ class RunLoop:
                 self._around.refused[err.reason] += 1
                 name = self._around.name_of(peer)
                 self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)
-        self._record(*facts)
+        await self._record(*facts)
         self._settle(asked_of, True)
 
     async def _judge(self, peer: str, reply: Message) -> Fact:
@@ -440,6 +463,7 @@ class RunLoop:
         path = self._around.lane.version(digest or self.run.head)
         with Stored(path) as model:
             self._schema, self._model_bytes = model.schema, model.nbytes
+        self._around.lane.version_bytes = self._model_bytes
         most = codecs.most_bytes(self._codec, self._schema, self._model_bytes)
         self._around.lane.limit_bytes = min(most, self._model_bytes) + _SLACK_BYTES
 
@@ -450,7 +474,7 @@ class RunLoop:
         made = await asyncio.to_thread(
             closing.commit, run, self._around.lane, self._states, self._strategy, contributors
         )
-        self._record(
+        await self._record(
             runs.VersionCommitted(
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
@@ -460,7 +484,7 @@ class RunLoop:
         self._patch = (made.digest, run.head, size)
         self._content = None
 
-    def _close_round(self) -> None:
+    async def _close_round(self) -> None:
         run, lane = self.run, self._around.lane
         metrics = closing.evaluation(run, self._strategy)
         fact = runs.RoundClosed(
@@ -475,7 +499,7 @@ class RunLoop:
         # What is still under way from the round before is late by more than a round.
         old = {mid for mid, asked in self._outstanding.items() if asked.round < run.round}
         self._take_back(old)
-        self._record(fact)
+        await self._record(fact)
         self._publish_round()
         self._prune()
 
@@ -508,17 +532,41 @@ class RunLoop:
 
     # --- writing down and telling ---
 
-    def _record(self, *facts: Fact) -> None:
+    async def _record(self, *facts: Fact) -> None:
+        """Write facts down, and act on none of them before: a full disk holds up the run here."""
         if not facts:
             return
         failpoint("run.recording", type(facts[0]).__name__)
         for fact in facts:
             self._marks.setdefault(type(fact).__name__, time.monotonic())
-        self._around.ledger.append(self.run.id, [runs.encode_fact(fact) for fact in facts])
+        bodies = [runs.encode_fact(fact) for fact in facts]
+        while True:
+            try:
+                self._around.ledger.append(self.run.id, bodies)
+                break
+            except DiskFull as err:
+                await self._wait_for_room(err)
         failpoint("run.recorded", type(facts[-1]).__name__)
         for fact in facts:
             self.run = runs.apply(self.run, fact)
+        if self._stands_still:
+            self._stands_still, self._waiting_for = False, ""
+            self._say("info", f"there is room again: run {self.run.id} goes on", self.run.id)
         self._announce()
+
+    async def _wait_for_room(self, err: Exception) -> None:
+        """The disk is full: stand still, say so, and come back when there is room."""
+        lane = self._around.lane
+        self._waiting_for = f"room on the coordinator's disk ({lane.free_bytes / 1e6:,.0f} MB free)"
+        self._announce()
+        if not self._stands_still:
+            self._stands_still = True
+            self._say("error", f"run {self.run.id} stands still: {err}", self.run.id)
+        # Not at once, as little room may be too little; and also without, as a quota shows none.
+        for _ in range(_TRIES_WITHOUT_ROOM):
+            await asyncio.sleep(_LOOK_FOR_ROOM_S)
+            if lane.has_room():
+                break
 
     def _announce(self) -> None:
         self._around.publish(run_body(self.run, self._waiting_for, self._memory_bytes or 0))

@@ -12,6 +12,7 @@ CommonweightError                     1  something failed
 ├── HomeFault                         1  the home folder cannot be used
 │   ├── HomeLocked                       another process works in it
 │   └── HomeTooNew                       written by a newer version
+├── DiskFull                          1  no room is left where something must be written
 ├── PortInUse                         1  somebody else listens there
 ├── BadMessage                        1  bytes that are not one of our messages
 ├── BadWeights                        1  bytes that are not weights, or not these weights
@@ -125,6 +126,12 @@ class HomeTooNew(HomeFault):
     """The home was written by a newer version than this one."""
 
     code = "home_too_new"
+
+
+class DiskFull(CommonweightError):
+    """No room is left where something must be written; what waits for it goes on by itself."""
+
+    code = "disk_full"
 
 
 class PortInUse(CommonweightError):

@@ -42,6 +42,7 @@ class PauseReason(StrEnum):
     BUSY = "other programs are busy"
     SCHEDULE = "schedule"
     TRAINER = "trainer failed"
+    DISK = "disk full"
 
 
 class RunState(StrEnum):

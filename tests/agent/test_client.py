@@ -16,6 +16,7 @@ from protocols.errors import (
     BadMessage,
     BadWeights,
     CommonweightError,
+    DiskFull,
     Refused,
     TrainerFailed,
     Unreachable,
@@ -293,7 +294,10 @@ def test_a_failure_ends_the_work_in_hand(desk: Desk) -> None:
 
 def test_a_full_disk_is_a_failure_of_the_work(desk: Desk) -> None:
     desk.trainer.fault = OSError(28, "No space left on device")
-    with pytest.raises(CommonweightError, match="No space left"):
+    with pytest.raises(DiskFull, match="the disk is full"):
+        desk.ask()
+    desk.trainer.fault = OSError(5, "Input/output error")
+    with pytest.raises(CommonweightError, match="cannot use the disk: Input/output error"):
         desk.ask()
 
 

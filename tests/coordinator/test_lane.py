@@ -14,11 +14,12 @@ import httpx
 import numpy as np
 import pytest
 
-from agent.link import Link, SessionLost
+from agent.link import Link, NoRoom, SessionLost
 from coordinator.lane import OFFSET
 from protocols import weights
 from protocols.errors import BadWeights, CommonweightError, Refused, Unreachable
 from protocols.weights import Weights
+from tests.faults.disk import can_mount, fill, small_disk
 from tests.site_fixtures import HOST, Machine, Site, until
 
 MODEL = Weights({"w": np.arange(70_000, dtype=np.float32)})
@@ -109,6 +110,16 @@ def test_a_range(
     answer = get(http, machine, DIGEST, range=wanted)
     assert answer.status_code == 206
     assert answer.content == expected
+
+
+def test_a_range_beyond_the_end_is_refused(
+    site: Site, http: httpx.Client, machine: Machine
+) -> None:
+    site.lane.commit(MODEL)
+    answer = get(http, machine, DIGEST, range=f"bytes={len(DATA)}-")
+    assert answer.status_code == 416
+    assert answer.headers["content-range"] == f"bytes */{len(DATA)}"
+    assert DATA[:100] not in answer.content
 
 
 @pytest.mark.parametrize("have", [1, 5000, len(DATA) - 1, len(DATA)])
@@ -386,3 +397,65 @@ def test_the_digest_in_the_path_is_what_was_signed(http: httpx.Client, machine: 
     other = hashlib.sha256(b"other").hexdigest()
     answer = http.put(path, content=DATA, headers=machine.headers("PUT", path, digest=other))
     assert answer.status_code == 401
+
+
+# --- a full disk -----------------------------------------------------------------------------
+
+
+def test_an_upload_waits_for_room_and_is_then_taken(
+    site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    told: list[bool] = []
+    source = tmp_path / "update"
+    source.write_bytes(DATA)
+    site.lane.on_short = lambda: told.append(True)
+    site.lane.version_bytes = 1 << 62  # the next version would not fit
+    try:
+        assert put(http, machine, DATA).status_code == 507
+        assert told
+        assert "room on the coordinator's disk" in site.lane.shortage
+        assert spool(site) == []
+        with pytest.raises(NoRoom, match="no room"):
+            link.upload(DIGEST, source)
+    finally:
+        site.lane.version_bytes = 0
+        site.lane.on_short = lambda: None
+    link.upload(DIGEST, source)
+    assert spool(site) == [f"{machine.peer}-{DIGEST}.safetensors"]
+
+
+def test_what_uploads_under_way_were_promised_is_taken(site: Site) -> None:
+    """Two that fit one by one but not together are not both let in, to be stuck half way."""
+    assert site.lane._promised == 0, "every upload so far gave its promise back"
+    assert site.lane.has_room(len(DATA))
+    site.lane._promised += site.lane.free_bytes
+    assert not site.lane.has_room(len(DATA))
+    site.lane._promised = 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
+def test_a_disk_that_fills_in_an_upload_leaves_what_can_be_resumed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk), Site(disk).up() as site, site.http() as http:
+        machine = site.enrol()
+        site.lane.limit_bytes = 4 << 20
+        data = np.arange(512 * 1024, dtype=np.float32).tobytes()
+        digest = hashlib.sha256(data).hexdigest()
+        part = disk / "spool" / f"{machine.peer}-{digest}.part"
+        ballast: list[Path] = []
+
+        def body() -> Iterator[bytes]:
+            yield data[: 1 << 20]
+            until(lambda: part.exists() and part.stat().st_size >= 1 << 19)
+            ballast.append(fill(disk, 0))  # somebody else was quicker
+            yield data[1 << 20 :]
+
+        size = {"content-length": str(len(data))}
+        answer = put(http, machine, body(), digest, **size)  # type: ignore[arg-type]
+        assert answer.status_code == 507
+        assert site.lane.shortage
+        have = part.stat().st_size
+        assert 0 < have < len(data)
+        ballast[0].unlink()
+        assert put(http, machine, data[have:], digest, offset=have).status_code == 200
+        assert part.with_suffix(".safetensors").read_bytes() == data

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.ledger import FORMAT, Ledger
-from protocols.errors import HomeFault, HomeTooNew
+from protocols.errors import DiskFull, HomeFault, HomeTooNew
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_full_disk_is_said_and_the_ledger_goes_on(ledger: Ledger, tmp_path: Pa
     before = bodies(ledger)
     (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(HomeFault, match="full") as caught:
+    with pytest.raises(DiskFull, match="full") as caught:
         ledger.append("run", [b"small", b"x" * 100_000])
     assert "room" in caught.value.hint
     assert bodies(ledger) == before  # all of a group or nothing of it

@@ -235,6 +235,39 @@ async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -
         assert "\x1b" not in refused.detail
 
 
+async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        ledger = fleet.hub._ledger
+
+        def limit(more_pages: int) -> None:
+            with ledger._lock:
+                (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+                ledger._db.execute(f"PRAGMA max_page_count = {pages + more_pages}")
+
+        def fill(kind: str, number: int) -> None:
+            if (kind, number) == ("train", 2):
+                limit(0)
+
+        def waits() -> bool:
+            current = fleet.hub.runs.current
+            return current is not None and "room on the coordinator's disk" in current.waiting_for
+
+        fleet.agents[0].trainer.before = fill
+        run_id = fleet.start(rounds=40, quorum=2)
+        await until(waits)
+        said = [event.text for event in fleet.hub.fleet.events]
+        assert any(text.startswith(f"run {run_id} stands still") for text in said)
+        limit(10_000)
+        run = await fleet.finished(run_id)
+        assert contributors(run) == [named(fleet.agents)] * 40
+        assert len(fleet.facts(run_id, runs.UpdateAccepted)) == 40 * 2 * 2
+        said = [event.text for event in fleet.hub.fleet.events]
+        assert f"there is room again: run {run_id} goes on" in said
+        assert ledger.verify() is None
+
+
 async def test_a_full_disk_on_an_agent_is_a_failure_and_not_its_end(tmp_path: Path) -> None:
     def fail(kind: str, number: int) -> None:
         if (kind, number) == ("train", 1):
@@ -245,7 +278,7 @@ async def test_a_full_disk_on_an_agent_is_a_failure_and_not_its_end(tmp_path: Pa
         run_id = fleet.start(rounds=2, quorum=1)
         run = await fleet.finished(run_id)
         assert len(contributors(run)[1]) == 2
-        assert "No space left" in fleet.facts(run_id, runs.UpdateRefused)[0].detail
+        assert fleet.facts(run_id, runs.UpdateRefused)[0].detail == "disk_full: the disk is full"
 
 
 async def test_who_failed_gets_another_chance_after_the_deadline(tmp_path: Path) -> None:

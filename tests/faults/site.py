@@ -125,11 +125,6 @@ class Site(Fleet):
         """Wait until a run has committed so many versions."""
         until(lambda: len(checker.digests(self.facts()[run])) >= count, f"{count} rounds of {run}")
 
-    def until_refused(self, run: str, name: str) -> None:
-        """Wait until an answer of this machine was refused."""
-        peer = self.peer(name)
-        until(lambda: _is_refused(self.facts()[run], peer), f"{name} is refused in {run}")
-
     def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
         """The facts of a run, once it has ended."""
         found: list[Fact] = []
@@ -147,10 +142,6 @@ class Site(Fleet):
         found = checker.violations(self.home, truths, self._seen)
         self._seen = checker.read_ledger(self.home)
         return found
-
-
-def _is_refused(facts: Sequence[Fact], peer: str) -> bool:
-    return any(f["type"] == "UpdateRefused" and f["peer"] == peer for f in facts)
 
 
 @contextmanager
