@@ -77,3 +77,15 @@ def test_a_trainer_that_fails_again_and_again_pauses_its_agent_alone(tmp_path: P
         site.until_agent("bob", "works again", lambda told: told["state"] == "idle")
         again = site.ended_run(site.start_run("mnist", "--rounds", "1", "--quorum", "2"))
         assert len(again["history"][0]["contributors"]) == 2
+
+
+def test_an_idle_trainer_ends_and_is_back_with_the_next_work(tmp_path: Path) -> None:
+    with fleet(tmp_path, COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S="0.5") as site:
+        site.up()
+        site.join("ada")
+        site.start("ada")
+        for _ in range(2):
+            run = site.start_run("ping", "--rounds", "1", "--quorum", "1")
+            until(lambda: trainers(site, "ada"), "the trainer is there")
+            assert site.ended_run(run)["state"] == "finished"
+            until(lambda: not trainers(site, "ada"), "the idle trainer has ended")
