@@ -139,7 +139,7 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
 
 
 def _opens(fact: Fact, number: int) -> bool:
-    return fact["type"] == "RoundOpened" and fact["round"] == number
+    return (fact["type"], fact.get("round")) == ("RoundOpened", number)
 
 
 def _chain(lines: Sequence[Line], before: Sequence[Line]) -> list[str]:

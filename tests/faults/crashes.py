@@ -10,7 +10,7 @@ from protocols import failpoints
 from tests.e2e.fleet_harness import until
 from tests.faults import checker
 from tests.faults.results import Row
-from tests.faults.site import TRAINING, Site, site
+from tests.faults.site import Site, site
 
 PEERS = ("ada", "bob")
 ROUNDS = 2
@@ -18,7 +18,7 @@ BACK_WITHIN_S = 10.0
 #: Of one peer's work in one round (`site.TRAINING`).
 STEPS = 5
 #: A peer whose work failed is asked again after a deadline.
-_SOON = ("--deadline", "4s")
+_SOON_S = 4.0
 #: Reached once in a run, or only at its beginning or end: never a second time.
 _ONCE = ("PeersAsked", "WeightsInitialised", "RunEnded", "runs.queued", "version.adopted")
 #: Not reached by an evaluation; a peer may train only twice.
@@ -139,7 +139,7 @@ def _each_dies(
                 before = checker.read_truth(fleet.truth_file("ada")).repeated
                 fleet.programs["ada"].stop()
                 fleet.come_back("ada", f"{point}=kill@{fleet.folder / f'{point}-{seed}'}")
-                run = fleet.order(*TRAINING, *_SOON, seed=seed, rounds=ROUNDS, quorum=len(PEERS))
+                run = fleet.order(seed=seed, rounds=ROUNDS, quorum=len(PEERS), deadline_s=_SOON_S)
                 dies(fleet, f"{point}-{seed}")
                 facts = fleet.outcome(run)
                 found = fleet.violations(PEERS)

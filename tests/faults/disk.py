@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.e2e.fleet_harness import until
 from tests.faults import checker
 from tests.faults.results import Row
-from tests.faults.site import TRAINING, Site, site
+from tests.faults.site import Site, site
 
 SEED = 1
 PEERS = ("ada", "bob")
@@ -53,7 +53,7 @@ def fill(folder: Path, leave_bytes: int) -> Path:
 
 
 def _ordered(fleet: Site, rounds: int = 3) -> str:
-    return fleet.order(*TRAINING, "--deadline", "5s", seed=SEED, rounds=rounds, quorum=2)
+    return fleet.order(seed=SEED, rounds=rounds, quorum=2, deadline_s=5.0)
 
 
 def full_coordinator(folder: Path) -> Row:

@@ -14,7 +14,7 @@ from tests.e2e.fleet_harness import descendants, until
 from tests.faults import checker
 from tests.faults.proxy import BLACKHOLE, CLEAR, Fault, Proxy
 from tests.faults.results import Row
-from tests.faults.site import NO_BROKER, TRAINING, Site, site
+from tests.faults.site import NO_BROKER, Site, site
 
 SEED = 1
 #: More than any case needs: they end their run themselves.
@@ -33,10 +33,16 @@ def contributors(fleet: Site, run: str) -> list[list[str]]:
 
 
 @contextmanager
-def endless(fleet: Site, names: Sequence[str], *words: str, quorum: int) -> Iterator[str]:
+def endless(fleet: Site, names: Sequence[str], *, quorum: int, deadline_s: float) -> Iterator[str]:
     """A run that all these take part in, and that is stopped with the block."""
-    order = ("ping", "--set", "kilobytes=4", *words)
-    run = fleet.order(*order, seed=SEED, rounds=ENDLESS, quorum=quorum)
+    run = fleet.order(
+        task="ping",
+        settings={"kilobytes": 4},
+        deadline_s=deadline_s,
+        seed=SEED,
+        rounds=ENDLESS,
+        quorum=quorum,
+    )
     peers = {fleet.peer(name) for name in names}
     until(lambda: any(peers <= set(who) for who in contributors(fleet, run)), "all take part")
     yield run
@@ -82,7 +88,7 @@ def cut_links(folder: Path, lasts_s: float) -> list[Row]:
 
 
 def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float, float, list[str]]:
-    with endless(fleet, ("ada", "bob"), "--deadline", "2s", quorum=1) as run:
+    with endless(fleet, ("ada", "bob"), quorum=1, deadline_s=2.0) as run:
         peer = fleet.peer("ada")
         proxy.fault, began = fault, time.monotonic()
         before = len(contributors(fleet, run))
@@ -158,7 +164,7 @@ def _until_cut(proxy: Proxy, connections: int) -> None:
 
 
 def _ordered(fleet: Site) -> str:
-    return fleet.order(*TRAINING, "--deadline", "20s", seed=SEED, rounds=2, quorum=2)
+    return fleet.order(seed=SEED, rounds=2, quorum=2, deadline_s=20.0)
 
 
 def _train(fleet: Site) -> list[str]:
@@ -200,7 +206,7 @@ def stopped_peer(folder: Path, deadline_s: float) -> Row:
     with site(folder) as fleet:
         fleet.rise()
         fleet.enlist(*names)
-        with endless(fleet, names, "--deadline", f"{deadline_s:g}s", quorum=3) as run:
+        with endless(fleet, names, quorum=3, deadline_s=deadline_s) as run:
             agent = fleet.programs["ada"].process.pid
             family = [agent, *(child.pid for child in descendants(agent))]
             for pid in family:

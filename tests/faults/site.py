@@ -10,13 +10,17 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from agent import settings
+from coordinator.orders import RunOrder
+from coordinator.remote import Remote
+from coordinator.runs import RunSpec, Setting
+from protocols.errors import CommonweightError
 from protocols.failpoints import TRUTH, VARIABLE
 from tests.e2e.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports, until
 from tests.faults import checker
 from tests.faults.checker import Fact, Line
 
 #: The same in every run with the same seed, on the same peers: a little real training.
-TRAINING = ("mnist", "--set", "epochs=1", "--set", "max_steps=5")
+TRAINING: dict[str, Setting] = {"epochs": 1, "max_steps": 5}
 #: Nobody listens there.
 NO_BROKER = ("--mqtt-url", "mqtt://127.0.0.1:9")
 WITHIN_S = 90.0
@@ -109,13 +113,35 @@ class Site(Fleet):
 
     # --- runs ---
 
-    def order(self, *words: str, seed: int, rounds: int, quorum: int) -> str:
+    def order(
+        self,
+        *,
+        seed: int,
+        rounds: int,
+        quorum: int,
+        task: str = "mnist",
+        deadline_s: float = 600.0,
+        settings: dict[str, Setting] | None = None,
+    ) -> str:
         """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
         known = set(self.facts())
-        numbers = ("--rounds", str(rounds), "--quorum", str(quorum), "--seed", str(seed))
-        asked = self.ask("run", "start", *(words or TRAINING), *numbers)
+        spec = RunSpec(
+            task=task,
+            rounds=rounds,
+            quorum=quorum,
+            seed=seed,
+            deadline_s=deadline_s,
+            settings=TRAINING if settings is None else settings,
+        )
+        remote, said = Remote(self.home), "nothing"
+        try:
+            remote.start_run(RunOrder(spec=spec))
+        except CommonweightError as err:
+            said = err.message
+        finally:
+            remote.close()
         new = sorted(set(self.facts()) - known)
-        assert len(new) == 1, f"{asked.stderr}{asked.stdout}"
+        assert len(new) == 1, f"the order has led to {new}: {said}"
         return new[0]
 
     def facts(self) -> dict[str, list[Fact]]:

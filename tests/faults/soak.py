@@ -84,10 +84,15 @@ class Soak:
 
     def _keep_a_run(self) -> None:
         if not self._run or checker.ended(self._fleet.facts()[self._run]):
-            words = TRAINING if self._random.random() < 0.5 else ("ping", "--set", "kilobytes=64")
-            seed, rounds = self._random.randrange(1000), self._random.randint(5, 60)
-            order = (*words, "--deadline", "6s")
-            self._run = self._fleet.order(*order, seed=seed, rounds=rounds, quorum=2)
+            trains = self._random.random() < 0.5
+            self._run = self._fleet.order(
+                task="mnist" if trains else "ping",
+                settings=TRAINING if trains else {"kilobytes": 64},
+                deadline_s=6.0,
+                seed=self._random.randrange(1000),
+                rounds=self._random.randint(5, 60),
+                quorum=2,
+            )
             self.runs += 1
 
     def _fault(self, *, early: bool) -> None:

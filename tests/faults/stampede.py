@@ -59,8 +59,14 @@ def real(folder: Path, count: int) -> Row:
         agents = _joined(fleet, count)
         try:
             until(lambda: all(agent.opened_at for agent in agents), "all are there")
-            order = ("softmax", "--deadline", "20s")
-            run = fleet.order(*order, seed=SEED, rounds=4, quorum=count // 2)
+            run = fleet.order(
+                task="softmax",
+                settings={},
+                deadline_s=20.0,
+                seed=SEED,
+                rounds=4,
+                quorum=count // 2,
+            )
             until(lambda: len(checker.digests(fleet.facts()[run])) >= 2, "the second round")
             fleet.programs["up"].kill()
             fleet.rise()

@@ -16,7 +16,7 @@ def test_every_step_of_a_round_is_a_case() -> None:
 
 
 def test_a_coordinator_killed_in_a_round_loses_nothing(tmp_path: Path) -> None:
-    points = ("reply.taken", "version.renamed", "run.recorded.UpdateAccepted:2")
+    points = ("reply.taken:2", "version.renamed")
     assert crashes.coordinator(tmp_path, [1], points).violations == []
 
 
