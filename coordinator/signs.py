@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 #: Each of ours by one that any console has, of the same width.
 _LIKES = {
@@ -46,3 +46,11 @@ def ascii_only(text: str) -> str:
         return text
     known = text.translate(_ASCII)
     return "".join(sign if sign.isascii() else "?" * cell_len(sign) for sign in known)
+
+
+def fitted(text: str, width: int, *, right: bool = False) -> str:
+    """`text` in exactly `width` cells; wide letters count for two."""
+    if not text.isascii() and (wide := cell_len(text)) != len(text):
+        return set_cell_size(text, width) if wide > width else text + " " * (width - wide)
+    text = text[:width]
+    return text.rjust(width) if right else text.ljust(width)

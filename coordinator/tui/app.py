@@ -22,6 +22,7 @@ from coordinator.tui.fleet_page import FleetPage
 from coordinator.tui.footer import Footer
 from coordinator.tui.keys import KEYS, REPLAY, bindings
 from coordinator.tui.peer_screen import PeerScreen
+from coordinator.tui.peer_table import PeerTable
 from coordinator.tui.rounds_page import RoundsPage
 from coordinator.tui.run_form import RunForm
 from coordinator.tui.tabs import Tabs
@@ -276,7 +277,7 @@ class MonitorApp(MonitorView):
             yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
         yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
-    @on(DataTable.RowSelected, "#peers")
+    @on(PeerTable.Chosen)
     def _open_peer(self) -> None:
         if (peer := self._main(FleetPage).under_cursor) is not None:
             self._show_peer(peer)

@@ -12,12 +12,12 @@ from textual.events import Resize
 from textual.message import Message
 from textual.widgets import Static
 
-from coordinator.fleet import Fleet, Peer, called, current_run
+from coordinator.fleet import Fleet, called, current_run
 from coordinator.rows import SORTS, Cell, Column, chosen, fit
 from coordinator.tui.filter_bar import FilterBar
+from coordinator.tui.peer_table import PeerTable
 from coordinator.tui.plots import Plots
-from coordinator.tui.row_table import RowTable
-from coordinator.tui.theme import colours, painted
+from coordinator.tui.theme import colours
 from coordinator.words import cut
 
 WIDE = 120
@@ -25,7 +25,7 @@ PLOTS_WIDTH = 36  # as in app.tcss
 
 
 class FleetPage(Vertical):
-    """Cells are changed in place: 2,000 rows are never built anew because one peer spoke."""
+    """Only rows in sight are drawn: 2,000 peers that all speak cost no more than 40."""
 
     class Viewed(Message):
         """The view was changed: draw it."""
@@ -39,17 +39,15 @@ class FleetPage(Vertical):
         self.by = "state"
         self.reverse = False
         self.zoomed = False
-        self._keep: str | None = None
         self._read_only = read_only
         self._fleet: Fleet | None = None
-        self._columns: list[tuple[Column, int]] = []
-        self._cells: dict[str, list[Cell]] = {}
-        self._order: list[str] = []
+        self._now = 0.0
+        self.columns: list[tuple[Column, int]] = []
 
     def compose(self) -> ComposeResult:
         yield FilterBar("name, id, state or label")
         with Horizontal(id="sides"):
-            yield RowTable(id="peers")
+            yield PeerTable(self._row, id="peers")
             yield Static(id="nothing")
             yield Plots(id="beside")
 
@@ -58,8 +56,8 @@ class FleetPage(Vertical):
         self.query_one("#beside").display = False
 
     @property
-    def table(self) -> RowTable:
-        return self.query_one("#peers", RowTable)
+    def table(self) -> PeerTable:
+        return self.query_one("#peers", PeerTable)
 
     @property
     def words(self) -> str:
@@ -73,17 +71,16 @@ class FleetPage(Vertical):
     @property
     def under_cursor(self) -> str | None:
         """The id of the peer under the cursor."""
-        row = self.table.cursor_row
-        return self._order[row] if 0 <= row < len(self._order) else None
+        return self.table.under_cursor
 
     @property
     def shown(self) -> list[str]:
         """The ids of the peers in the table, in order."""
-        return list(self._order)
+        return list(self.table.order)
 
     def forget(self) -> None:
         """The next drawing begins anew: the colours are others."""
-        self._columns = []
+        self.table.refresh()
 
     @property
     def view(self) -> str:
@@ -99,29 +96,30 @@ class FleetPage(Vertical):
     # --- drawing ---
 
     def draw(self, fleet: Fleet | None, now: float, dirty: Iterable[str] | None) -> None:
-        """Show `fleet`; only the cells of `dirty` peers are looked at, or all if it is None."""
-        if fleet is not self._fleet:
-            dirty, self._fleet = None, fleet
+        """Show `fleet`; if only `dirty` peers changed, what is out of sight is not looked at."""
+        self._fleet, self._now = fleet, now
         if fleet is None:
             self._say_nothing(Text("Waiting for the coordinator…", colours().dim))
             return
         self.marked &= fleet.peers.keys()
         self._show_plots()
-        if self._fit_columns() or dirty is None:
-            dirty = fleet.peers.keys()
-        if not self._columns:  # not laid out yet
+        # One character for the scroll bar, so that it never covers a column.
+        beside = PLOTS_WIDTH if self.query_one("#beside").display else 0
+        self.columns = fit(self.size.width - beside - 1, self.app.size.width)
+        if not self.columns:  # not laid out yet
             return
         peers = chosen(
             fleet, now, words=self.words, faults=self.faults, by=self.by, reverse=self.reverse
         )
-        self._rows(peers, now)
-        for peer in dirty:
-            if peer in self._cells:
-                self._update(fleet.peers[peer], now)
-        self._arrange([peer.peer for peer in peers])
-        plots = self.query_one(Plots)
-        plots.fleet = fleet
-        plots.refresh()
+        table, here = self.table, self.under_cursor
+        order = [peer.peer for peer in peers]
+        table.show(order, self.columns)
+        if self.follow and here is not None and here != table.under_cursor and here in order:
+            table.move_cursor(order.index(here))
+        if dirty is None:
+            plots = self.query_one(Plots)
+            plots.fleet = fleet
+            plots.refresh()
         if peers:
             self.query_one("#nothing").display = False
             self.table.display = True
@@ -129,76 +127,21 @@ class FleetPage(Vertical):
             self._say_nothing(self._why_empty(fleet))
 
     def ages(self, now: float) -> None:
-        """Time has passed: look at every row that is shown."""
-        if self._fleet is not None:
-            for peer in list(self._cells):
-                if peer in self._fleet.peers:
-                    self._update(self._fleet.peers[peer], now)
+        """Time has passed: draw what is in sight again."""
+        self._now = now
+        self.table.refresh()
 
-    def _fit_columns(self) -> bool:
-        """Choose the columns for this width. True if they changed: the table is empty then."""
-        # One character for the scroll bar, so that it never covers a column.
-        beside = PLOTS_WIDTH if self.query_one("#beside").display else 0
-        columns = fit(self.size.width - beside - 1, self.app.size.width)
-        if columns == self._columns or not columns:
-            return False
-        table, self._columns = self.table, columns
-        here = self.under_cursor
-        table.clear(columns=True)
-        for column, width in columns:
-            title = Text(column.title, colours().dim, justify="right" if column.right else "left")
-            table.add_column(title, width=width, key=column.key)
-        self._cells, self._order = {}, []
-        self._keep = here
-        return True
-
-    def _rows(self, peers: list[Peer], now: float) -> None:
-        shown = {peer.peer for peer in peers}
-        for gone in [peer for peer in self._cells if peer not in shown]:
-            self.table.remove_row(gone)
-            del self._cells[gone]
-            self._order.remove(gone)
-        for peer in peers:
-            if peer.peer not in self._cells:
-                cells = self._row(peer, now)
-                self._cells[peer.peer] = cells
-                self.table.add_row(*map(self._paint, cells, self._columns), key=peer.peer)
-                self._order.append(peer.peer)
-
-    def _row(self, peer: Peer, now: float) -> list[Cell]:
+    def _row(self, peer_id: str) -> list[Cell]:
+        peer = self._fleet.peers.get(peer_id) if self._fleet else None
+        if peer is None:
+            return [Cell("") for _ in self.columns]
         cells = []
-        for column, width in self._columns:
-            cell = column.cell(peer, now, width)
-            if column.key == "peer" and peer.peer in self.marked:
+        for column, width in self.columns:
+            cell = column.cell(peer, self._now, width)
+            if column.key == "peer" and peer_id in self.marked:
                 cell = Cell(cut(f"✓ {called(peer)}", width), "strong")
             cells.append(cell)
         return cells
-
-    def _paint(self, cell: Cell, column: tuple[Column, int]) -> Text:
-        return painted(cell, right=column[0].right)
-
-    def _update(self, peer: Peer, now: float) -> None:
-        old = self._cells[peer.peer]
-        new = self._row(peer, now)
-        for before, after, column in zip(old, new, self._columns, strict=True):
-            if before != after:
-                self.table.update_cell(peer.peer, column[0].key, self._paint(after, column))
-        self._cells[peer.peer] = new
-
-    def _arrange(self, order: list[str]) -> None:
-        """Put the rows in order; the cursor stays on its peer."""
-        if order == self._order and self._keep is None:
-            return
-        here = self._keep or self.under_cursor
-        self._keep = None
-        if order != self._order:
-            place = {peer: index for index, peer in enumerate(order)}
-            # The table hands over a row without its key, but always in the order of its rows.
-            ranks = iter([place[str(key.value)] for key in self.table.rows])
-            self.table.sort(key=lambda row: next(ranks))
-            self._order = order
-        if here in order and self.follow:
-            self.table.move_cursor(row=order.index(here), animate=False)
 
     def _why_empty(self, fleet: Fleet) -> Text:
         if fleet.peers:
@@ -223,7 +166,7 @@ class FleetPage(Vertical):
         """Mark the peer under the cursor, or unmark it, and go to the next."""
         if (peer := self.under_cursor) is not None:
             self.marked ^= {peer}
-            self.table.action_cursor_down()
+            self.table.action_move(1)
             self.post_message(self.Viewed())
 
     def next_sort(self, step: int) -> None:

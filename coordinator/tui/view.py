@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import tzinfo
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from rich.text import Text
@@ -47,7 +48,7 @@ OWN_EVENTS_KEPT = 200
 class MonitorView(App[None]):
     """The pages over a followed fleet. `clock` gives Unix s; `zone` is for the times of events."""
 
-    CSS_PATH = "app.tcss"
+    CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "commonweight"
     ENABLE_COMMAND_PALETTE = True
     #: What is done from here, and with what key; the subclass has them.

@@ -1,0 +1,147 @@
+"""The fleet's table: draws only the lines that are in sight, straight from what they show.
+
+Textual's DataTable keeps and lays out every cell: 2,000 peers that all speak each second cost it
+seconds. Here a row that is out of sight costs nothing but its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual.binding import Binding, BindingType
+from textual.events import Click
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.reactive import reactive
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from coordinator.rows import GAP, Cell, Column
+from coordinator.signs import fitted
+from coordinator.tui.theme import colours, styles
+
+
+class PeerTable(ScrollView, can_focus=True):
+    """`cells(id)` gives the cells of a row; the header stays on top."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"peers--cursor", "peers--hover"}
+    DEFAULT_CSS = """
+    PeerTable > .peers--cursor { background: $block-cursor-background; }
+    PeerTable > .peers--hover { background: $panel; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j,down", "move(1)", "Down", show=False),
+        Binding("k,up", "move(-1)", "Up", show=False),
+        Binding("pagedown,ctrl+f", "page(1)", "Page down", show=False),
+        Binding("pageup,ctrl+b", "page(-1)", "Page up", show=False),
+        Binding("home,g", "edge(-1)", "First row", show=False),
+        Binding("end,G", "edge(1)", "Last row", show=False),
+        Binding("enter", "choose", "Open", show=False),
+    ]
+
+    cursor_row: reactive[int] = reactive(0)
+    """The row under the cursor."""
+
+    class Chosen(Message):
+        """Enter, or a click on the row under the cursor."""
+
+    def __init__(self, cells: Callable[[str], Sequence[Cell]], *, id: str) -> None:  # noqa: A002
+        super().__init__(id=id)
+        self._cells = cells
+        self._columns: list[tuple[Column, int]] = []
+        self.order: list[str] = []
+
+    def show(self, order: list[str], columns: list[tuple[Column, int]]) -> None:
+        """Show these rows in this order; the cursor stays in the table."""
+        self.order, self._columns = order, columns
+        size = Size(self.size.width, len(order) + 1)
+        if self.virtual_size != size:
+            self.virtual_size = size
+        self.cursor_row = min(self.cursor_row, max(len(order) - 1, 0))
+        self.refresh()
+
+    @property
+    def row_count(self) -> int:
+        return len(self.order)
+
+    @property
+    def under_cursor(self) -> str | None:
+        """The id in the row under the cursor."""
+        return self.order[self.cursor_row] if self.cursor_row < len(self.order) else None
+
+    @property
+    def in_sight(self) -> list[str]:
+        """The ids whose lines are on the screen."""
+        top = self.scroll_offset.y
+        return self.order[top : top + max(self.size.height - 1, 0)]
+
+    # --- drawing ---
+
+    def render_line(self, y: int) -> Strip:
+        width = self.size.width
+        if y == 0:
+            dim = Style(color=colours().dim)
+            titles = [Cell(column.title) for column, _ in self._columns]
+            return self._line(titles, self.rich_style, width, dim)
+        row = self.scroll_offset.y + y - 1
+        if row >= len(self.order):
+            return Strip.blank(width, self.rich_style)
+        base = self.rich_style
+        if row == self.cursor_row:
+            base += self.get_component_rich_style("peers--cursor", partial=True)
+        return self._line(self._cells(self.order[row]), base, width)
+
+    def _line(
+        self, cells: Sequence[Cell], base: Style, width: int, only: Style | None = None
+    ) -> Strip:
+        tones, segments, used = styles(), [], 0
+        for cell, (column, wide) in zip(cells, self._columns, strict=True):
+            text = fitted(cell.text, wide, right=column.right)
+            style = only or (tones[cell.tone] if cell.tone != "plain" else None)
+            segments.append(Segment(f" {text} ", base + style if style else base))
+            used += wide + GAP
+        segments.append(Segment(" " * max(width - used, 0), base))
+        return Strip(segments, max(width, used)).crop(0, width)
+
+    # --- moving ---
+
+    def move_cursor(self, row: int) -> None:
+        """Put the cursor there, and the row in sight."""
+        self.cursor_row = min(max(row, 0), max(len(self.order) - 1, 0))
+
+    def watch_cursor_row(self, row: int) -> None:
+        # The header covers the first line, so a row lies one below its number.
+        top, room = self.scroll_offset.y, max(self.size.height - 1, 1)
+        if row < top:
+            self.scroll_to(y=row, animate=False, force=True)
+        elif row >= top + room:
+            self.scroll_to(y=row - room + 1, animate=False, force=True)
+        self.refresh()
+
+    def action_move(self, step: int) -> None:
+        self.move_cursor(self.cursor_row + step)
+
+    def action_page(self, step: int) -> None:
+        self.move_cursor(self.cursor_row + step * max(self.size.height - 2, 1))
+
+    def action_edge(self, way: int) -> None:
+        self.move_cursor(len(self.order) if way > 0 else 0)
+
+    def action_choose(self) -> None:
+        self.post_message(self.Chosen())
+
+    def on_click(self, event: Click) -> None:
+        row = self.scroll_offset.y + event.y - 1
+        if event.y == 0 or row >= len(self.order):
+            return
+        if row == self.cursor_row:
+            self.action_choose()
+        else:
+            self.move_cursor(row)
+
+    def scroll_to_region(self, region: Region, **_: object) -> object:  # type: ignore[override]
+        """Focus does not move it: the cursor does."""
+        return None
