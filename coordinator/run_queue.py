@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 
-from coordinator import runs, strategies
+from coordinator import heap, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.run_loop import Fleetwork, RunLoop
@@ -70,6 +70,7 @@ class RunQueue:
             finally:
                 self._runs[run.id] = self.current.run
                 self.current = None
+            heap.trim()
 
     def nudge(self) -> None:
         """Something changed that the run in work may care for."""
