@@ -39,13 +39,27 @@ class Line(NamedTuple):
 
 def read_ledger(home: Path) -> list[Line]:
     """Every entry, oldest first."""
+    return [Line(*row) for row in _rows(home, "SELECT seq, at, subject, body, hash FROM log")]
+
+
+def read_facts(home: Path, run: str, kind: str = "") -> list[Fact]:
+    """One run's facts, or those of a kind; cheap enough to be asked again and again."""
+    select = "SELECT body FROM log WHERE subject = ? AND CAST(body AS TEXT) LIKE ?"
+    return [json.loads(row[0]) for row in _rows(home, select, run, f'{{"type":"{kind}%')]
+
+
+def run_names(home: Path) -> set[str]:
+    """All runs of the ledger."""
+    return {row[0] for row in _rows(home, "SELECT subject FROM log")} - {"fleet"}
+
+
+def _rows(home: Path, select: str, *arguments: str) -> list[tuple[Any, ...]]:
     uri = f"{(home / 'ledger.db').absolute().as_uri()}?mode=ro"
     db = sqlite3.connect(uri, uri=True)
     try:
-        rows = db.execute("SELECT seq, at, subject, body, hash FROM log ORDER BY seq").fetchall()
+        return db.execute(f"{select} ORDER BY seq", arguments).fetchall()
     finally:
         db.close()
-    return [Line(*row) for row in rows]
 
 
 def facts_by_run(lines: Sequence[Line]) -> dict[str, list[Fact]]:

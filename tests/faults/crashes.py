@@ -92,8 +92,7 @@ def _goes_on(
     lines = len(checker.read_ledger(fleet.home))
     began = time.monotonic()
     fleet.rise()
-    over = checker.ended(fleet.facts()[run])
-    if not over:
+    if not fleet.ended(run):
         until(lambda: len(checker.read_ledger(fleet.home)) > lines, f"{point}: work goes on")
     back_s = time.monotonic() - began
     facts = fleet.outcome(run)

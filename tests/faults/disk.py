@@ -85,7 +85,7 @@ def _until_told(fleet: Site, run: str) -> None:
 
     def told() -> bool:
         waits = "room on the coordinator's disk" in fleet.ask("run", "show", run).stdout
-        return waits or bool(checker.ended(fleet.facts()[run]))
+        return waits or bool(fleet.ended(run))
 
     until(told, "the full disk is told")
 
@@ -132,7 +132,7 @@ def _spoilt(fleet: Site, how: Callable[[Path], None], where: str) -> list[str]:
     fleet.until_versions(run)
     for name in ("up", "ada"):
         fleet.programs[name].kill()
-    newest = fleet.folder / where / f"{checker.digests(fleet.facts()[run])[-1]}.safetensors"
+    newest = fleet.folder / where / f"{checker.digests(fleet.facts(run))[-1]}.safetensors"
     if newest.exists():  # an agent may not have fetched it yet
         how(newest)
     try:

@@ -28,8 +28,7 @@ ONE_WAY = {"up": Fault(hold_up=True), "down": Fault(hold_down=True)}
 
 def contributors(fleet: Site, run: str) -> list[list[str]]:
     """Who contributed, by closed round."""
-    facts = fleet.facts()[run]
-    return [fact["contributors"] for fact in facts if fact["type"] == "TrainingClosed"]
+    return [fact["contributors"] for fact in fleet.facts(run, "TrainingClosed")]
 
 
 @contextmanager
@@ -148,7 +147,7 @@ def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
             before, ends = proxy.connections, time.monotonic() + lasts_s
             while time.monotonic() < ends:
                 run = _ordered(fleet)
-                while not checker.ended(fleet.facts()[run]) and time.monotonic() < ends:
+                while not fleet.ended(run) and time.monotonic() < ends:
                     proxy.reset()
                     time.sleep(0.7)  # the fault's own rhythm
                 found = checker.digests(fleet.outcome(run))

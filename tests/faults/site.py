@@ -124,7 +124,7 @@ class Site(Fleet):
         settings: dict[str, Setting] | None = None,
     ) -> str:
         """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
-        known = set(self.facts())
+        known = checker.run_names(self.home)
         spec = RunSpec(
             task=task,
             rounds=rounds,
@@ -140,27 +140,26 @@ class Site(Fleet):
             said = err.message
         finally:
             remote.close()
-        new = sorted(set(self.facts()) - known)
+        new = sorted(checker.run_names(self.home) - known)
         assert len(new) == 1, f"the order has led to {new}: {said}"
         return new[0]
 
-    def facts(self) -> dict[str, list[Fact]]:
-        return checker.facts_by_run(checker.read_ledger(self.home))
+    def facts(self, run: str, kind: str = "") -> list[Fact]:
+        """What the ledger says of a run: all, or the facts of a kind."""
+        return checker.read_facts(self.home, run, kind)
+
+    def ended(self, run: str) -> str:
+        """How a run ended; empty while it has not."""
+        return checker.ended(self.facts(run, "RunEnded"))
 
     def until_versions(self, run: str, count: int = 1) -> None:
         """Wait until a run has committed so many versions."""
-        until(lambda: len(checker.digests(self.facts()[run])) >= count, f"{count} rounds of {run}")
+        until(lambda: len(self.facts(run, "VersionCommitted")) >= count, f"{count} rounds of {run}")
 
     def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
         """The facts of a run, once it has ended."""
-        found: list[Fact] = []
-
-        def over() -> bool:
-            found[:] = self.facts()[run]
-            return bool(checker.ended(found))
-
-        until(over, f"run {run} ended", within_s, every_s=0.1)
-        return found
+        until(lambda: self.ended(run), f"run {run} ended", within_s, every_s=0.1)
+        return self.facts(run)
 
     def violations(self, names: Sequence[str]) -> list[str]:
         """What the checker finds; each look must extend the last."""

@@ -83,7 +83,7 @@ class Soak:
             proxy.fault = CLEAR
 
     def _keep_a_run(self) -> None:
-        if not self._run or checker.ended(self._fleet.facts()[self._run]):
+        if not self._run or self._fleet.ended(self._run):
             trains = self._random.random() < 0.5
             self._run = self._fleet.order(
                 task="mnist" if trains else "ping",
@@ -168,13 +168,11 @@ def soak(folder: Path, minutes: float, seed: int) -> Row:
             chaos.go_on(minutes)
             fleet.note_family()
             until(lambda: all(fleet.agent(name)["session"] for name in NAMES), "all are back")
-            for run, facts in fleet.facts().items():
-                if not checker.ended(facts):
-                    fleet.outcome(run, within_s=300)
+            every = sorted(checker.run_names(fleet.home))
+            for run in every:
+                fleet.outcome(run, within_s=300)
             found = fleet.violations(NAMES)
-            for run, facts in fleet.facts().items():
-                if checker.ended(facts) != "finished":
-                    found.append(f"{run} {checker.ended(facts)}")
+            found += [f"{r} {fleet.ended(r)}" for r in every if fleet.ended(r) != "finished"]
             row.add(f"{sum(chaos.faults.values())} faults in {chaos.runs} runs", seed, found)
             row.cases = sum(chaos.faults.values())
             told = []

@@ -67,7 +67,7 @@ def real(folder: Path, count: int) -> Row:
                 rounds=4,
                 quorum=count // 2,
             )
-            until(lambda: len(checker.digests(fleet.facts()[run])) >= 2, "the second round")
+            fleet.until_versions(run, 2)
             fleet.programs["up"].kill()
             fleet.rise()
             began = time.monotonic()
