@@ -357,8 +357,11 @@ def main() -> None:
     reader.start()
     trainer = Trainer(control, send, threads)
     send(Ready())
-    while True:
-        trainer.serve(works.get())
+    try:
+        while True:
+            trainer.serve(works.get())
+    except SystemExit as end:  # a task's own; the usual way out could wait for the reader
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":
