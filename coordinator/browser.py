@@ -30,7 +30,7 @@ def check_host(host: str) -> str:
         raise UsageFault(
             f"the monitor is not served on {host}: whoever reaches the page could operate the "
             "fleet, and the page has no TLS",
-            f"leave --host out, and reach it from elsewhere by ssh -L PORT:127.0.0.1:PORT; or "
+            "leave --host out, and reach it from elsewhere by ssh -L PORT:127.0.0.1:PORT; or "
             "watch from there: commonweight ticket create --role observer",
         )
     return str(local)

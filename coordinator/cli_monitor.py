@@ -6,6 +6,7 @@ Textual is imported inside the commands that need it: `--help` stays quick.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,7 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
         source = RecordingSource(source, recorder)
     try:
         if screen:
+            _calm_collector()
             MonitorApp(source, read_only=read_only, config=chosen, ascii_only=ascii_only).run()
         else:
             _record(source)
@@ -160,7 +162,15 @@ def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
     from coordinator.tui import config
     from coordinator.tui.replay_app import ReplayApp
 
+    _calm_collector()
     ReplayApp(source, config=config.read(), ascii_only=ascii_only).run()
+
+
+def _calm_collector() -> None:
+    """Full collections of Textual's many objects stop the screen for 40 ms: make them rare."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def status(

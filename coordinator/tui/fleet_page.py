@@ -19,6 +19,7 @@ from coordinator.tui.peer_table import PeerTable
 from coordinator.tui.plots import Plots
 from coordinator.tui.theme import colours
 from coordinator.words import cut
+from protocols.errors import CommonweightError
 
 WIDE = 120
 PLOTS_WIDTH = 36  # as in app.tcss
@@ -42,6 +43,8 @@ class FleetPage(Vertical):
         self._read_only = read_only
         self._fleet: Fleet | None = None
         self._now = 0.0
+        #: Why there is no fleet yet.
+        self.trouble: CommonweightError | None = None
         self.columns: list[tuple[Column, int]] = []
 
     def compose(self) -> ComposeResult:
@@ -99,7 +102,11 @@ class FleetPage(Vertical):
         """Show `fleet`; if only `dirty` peers changed, what is out of sight is not looked at."""
         self._fleet, self._now = fleet, now
         if fleet is None:
-            self._say_nothing(Text("Waiting for the coordinator…", colours().dim))
+            text = Text("Waiting for the coordinator…", colours().dim)
+            if self.trouble is not None:
+                text.append(f"\n\n{self.trouble.message}", colours().ink)
+                text.append(f"\n\n{self.trouble.hint}", colours().blue)
+            self._say_nothing(text)
             return
         self.marked &= fleet.peers.keys()
         self._show_plots()

@@ -161,6 +161,7 @@ class MonitorView(App[None]):
             if dirty is None or screen.peer in dirty:
                 screen.draw()
         elif self.page == "fleet":
+            self._main(FleetPage).trouble = self.following.trouble
             self._main(FleetPage).draw(self.fleet, now, dirty)
         elif self.page == "rounds":
             self._main(RoundsPage).draw(self.fleet)

@@ -22,6 +22,7 @@ from textual import events
 from textual._compositor import Compositor
 from textual.drivers.headless_driver import HeadlessDriver
 
+from coordinator.cli_monitor import _calm_collector
 from coordinator.fleet import Fleet, decode, encode, fold
 from coordinator.orders import RunOrder
 from coordinator.tui.app import MonitorApp
@@ -260,6 +261,7 @@ def main() -> None:
     options.add_argument("--rate", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=20)
     chosen = options.parse_args()
+    _calm_collector()
     for peers in chosen.peers:
         print(json.dumps(asyncio.run(measure(peers, chosen.rate, chosen.seconds))), flush=True)
 

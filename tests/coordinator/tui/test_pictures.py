@@ -6,10 +6,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from textual.pilot import Pilot
 
+from coordinator.tui.config import Config
 from protocols.errors import Unreachable
 from tests.coordinator.tui.scene import (
+    IDS,
     NOW,
     Replay,
     busy_fleet,
@@ -109,6 +112,63 @@ def test_never_reached(size: tuple[int, int], snap_compare: Any) -> None:
         await until(pilot, lambda: app.following.trouble is not None)
 
     assert snap_compare(app, terminal_size=size, run_before=before)
+
+
+def rich() -> Replay:
+    """The scene with all that a newer coordinator and newer agents tell."""
+    fleet = busy_fleet()
+    run = fleet.runs["motion-7"]
+    for number, closed in enumerate(run.rounds):
+        loss, accuracy = closed.loss or 1.0, closed.accuracy or 0.5
+        spread = {
+            "loss": (0.8 * loss, loss, 1.3 * loss),
+            "accuracy": (0.9 * accuracy, accuracy, min(1.05 * accuracy, 1.0)),
+        }
+        spent = {"work": 1.1, "wait": 0.4, "aggregate": 0.1, "evaluate": 0.3}
+        run.rounds[number] = replace(closed, spread=spread, spent=spent)
+    norms = {peer: 1.0 + number for number, peer in enumerate(IDS.values())}
+    run.rounds[-1] = replace(run.rounds[-1], norms=norms)
+    north = fleet.peers[IDS["north"]]
+    north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
+    north.policy = {"threads": "2", "share_log": "True"}
+    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
+
+
+@sizes
+def test_all_plots(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live("2", "z"))
+
+
+@sizes
+def test_light(size: tuple[int, int], snap_compare: Any) -> None:
+    app = monitor(rich(), config=Config(theme="commonweight-light"))
+    assert snap_compare(app, terminal_size=size, run_before=live())
+
+
+@sizes
+def test_without_colour(
+    size: tuple[int, int], snap_compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live())
+
+
+@pytest.mark.parametrize("keys", ["1", "2", "3"])
+def test_ascii(keys: str, snap_compare: Any) -> None:
+    app = monitor(rich(), ascii_only=True)
+    assert snap_compare(app, terminal_size=(80, 24), run_before=live(keys))
+
+
+@pytest.mark.parametrize("tab", ["2", "3", "4"])
+def test_peer_tabs(tab: str, snap_compare: Any) -> None:
+    before = live("down", "down", "enter", tab)
+    assert snap_compare(monitor(rich()), terminal_size=(80, 24), run_before=before)
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)], ids=["60x20", "80x24"])
+def test_a_question(size: tuple[int, int], snap_compare: Any) -> None:
+    before = live("down", "ctrl+d")
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
 
 
 def test_ticket(snap_compare: Any) -> None:
