@@ -29,6 +29,9 @@ OPERATORS = [
     ("POST", "/cw/v1/peers/x/approve"),
     ("POST", "/cw/v1/peers/x/remove"),
     ("POST", "/cw/v1/peers/x/command"),
+    ("GET", "/cw/v1/peers/x/logs"),
+    ("GET", "/cw/v1/operators"),
+    ("POST", "/cw/v1/operators/x/remove"),
 ]
 
 

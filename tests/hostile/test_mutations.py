@@ -474,6 +474,8 @@ def test_nothing_piles_up_in_flowers_memory(asked: Asked) -> None:
 
 ROUTES = [
     ("POST", "/cw/v1/join"),
+    ("POST", "/cw/v1/operators/join"),
+    ("POST", "/cw/v1/logs"),
     ("POST", EXCHANGE_PATH),
     ("GET", "/cw/v1/weights/" + "0" * 64),
     ("PUT", "/cw/v1/updates/" + "0" * 64),

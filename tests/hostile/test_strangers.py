@@ -18,7 +18,14 @@ from agent.link import Credentials, Link, SessionLost
 from coordinator.api import make_app
 from coordinator.auth import OPERATOR, Auth
 from protocols import identity, requests, tickets
-from protocols.joining import CA_PATH, JOIN_PATH, LEAVE_PATH, STANDING_PATH, JoinAnswer
+from protocols.joining import (
+    CA_PATH,
+    JOIN_PATH,
+    LEAVE_PATH,
+    OPERATOR_JOIN_PATH,
+    STANDING_PATH,
+    JoinAnswer,
+)
 from tests.hostile.tools import (
     BARE,
     PROTOBUF,
@@ -69,6 +76,7 @@ def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
         assert isinstance(route, Route)
         path = route.path.replace("{digest}", "0" * 64).replace("{run}", "softmax-1")
         path = path.replace("{ticket}", "abcdef01").replace("{peer}", fleet.agents[0].peer)
+        path = path.replace("{operator}", "laptop")
         assert "{" not in path
         for method in sorted((route.methods or set()) - {"HEAD"}):
             found.append((method, path))
@@ -151,7 +159,7 @@ def refusals(http: httpx.Client, calls: Iterator[Call]) -> int:
     """Make these calls; each must be refused with a bare word. How many there were."""
     number = 0
     for call in calls:
-        if call.path in (CA_PATH, JOIN_PATH):  # open to all; a ticket decides
+        if call.path in (CA_PATH, JOIN_PATH, OPERATOR_JOIN_PATH):  # open to all; a ticket decides
             continue
         answer = http.request(call.method, call.path, content=call.body, headers=call.headers)
         assert answer.status_code in REFUSED, (call, answer.status_code, answer.content)
