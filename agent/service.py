@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import psutil
 from flwr.app import Error, Message
 from msgspec.structs import replace
 
-from agent import control, tasks, worker
+from agent import control, logs, shared_log, tasks, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.control import Status, Wish
 from agent.frames import Progress
@@ -57,7 +58,16 @@ from protocols import VERSION, identity
 from protocols.backoff import delays
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
-from protocols.messages import Command, Doorbell, Notice, Presence, Telemetry
+from protocols.messages import (
+    Command,
+    Doorbell,
+    LogLine,
+    LogsAsked,
+    LogsTold,
+    Notice,
+    Presence,
+    Telemetry,
+)
 from protocols.mqtt import MqttAddress
 from protocols.room import free_bytes
 from protocols.states import PauseReason
@@ -239,6 +249,8 @@ class Agent:
                     run=work.run if work else "",
                     round=work.round if work else 0,
                     tasks=self._tasks,
+                    policy=self._settings.announced(),
+                    disk_free_bytes=_disk_free(self._home),
                 )
             )
         self._status.state, self._status.reason = state.value, reason
@@ -471,10 +483,13 @@ class Agent:
         self._happened(BrokerChanged(up))
         self._status_is_old = True
 
-    def _on_command(self, command: Doorbell | Command) -> None:
+    def _on_command(self, command: Doorbell | Command | LogsAsked) -> None:
         match command:
             case Doorbell():
                 self._doorbell.set()
+            case LogsAsked():
+                # One at a time, in the heartbeat's thread: the work does not wait for it.
+                self._beating.submit(self._tell_logs, command)
             case Command(action="pause", for_s=for_s):
                 self._happened(PauseAsked(PauseReason.OPERATOR))
                 if for_s:
@@ -486,6 +501,16 @@ class Agent:
                 self._happened(PauseLifted(asked))
             case Command(action="finish"):
                 self._happened(FinishAsked())
+
+    def _tell_logs(self, asked: LogsAsked) -> None:
+        lines = shared_log.tail(self._home / logs.FILE) if self._settings.share_log else []
+        told = shared_log.shared(lines, asked.most)
+        if not self._settings.share_log:
+            text = "the owner keeps this log private: policy set share_log true"
+            told = [LogLine(at=time.time(), level="info", text=text)]
+        with contextlib.suppress(CommonweightError):
+            if self._link is not None:
+                self._link.tell_logs(LogsTold(ask=asked.ask, lines=told))
 
     def _on_progress_thread(self, progress: Progress) -> None:
         self._soon(self._on_progress, progress)
@@ -547,6 +572,13 @@ class Agent:
         if wish.want == "finish":
             control.write_wish(self._home, Wish())
             self._happened(FinishAsked())
+
+
+def _disk_free(home: Path) -> int:
+    try:
+        return shutil.disk_usage(home).free
+    except OSError:
+        return 0
 
 
 def _battery() -> float | None:
