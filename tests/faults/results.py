@@ -17,6 +17,7 @@ class Row:
     fault: str
     about: str
     cases: int = 0
+    passed: int = 0
     violations: list[str] = field(default_factory=list)
     figure: str = ""
     seed: str = ""
@@ -25,6 +26,7 @@ class Row:
     def add(self, case: str, seed: int, found: Sequence[str], figure: float = 0.0) -> None:
         """Count one case; what was found is said at once, with what is needed to see it again."""
         self.cases += 1
+        self.passed += not found
         self.worst = max(self.worst, figure)
         if str(seed) not in self.seed.split():
             self.seed = f"{self.seed} {seed}".strip()
