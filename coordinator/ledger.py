@@ -142,7 +142,9 @@ class Ledger:
         """The number of the first entry whose hash does not fit, or None if all do."""
         head, expected = _START, 1
         with self._lock:  # one by one: the whole log may be larger than memory
-            for row in self._db.execute("SELECT seq, at, subject, body, hash FROM log ORDER BY seq"):
+            for row in self._db.execute(
+                "SELECT seq, at, subject, body, hash FROM log ORDER BY seq"
+            ):
                 entry = Entry(*row)
                 if not isinstance(entry.body, bytes):  # SQLite keeps whatever somebody puts there
                     return expected
