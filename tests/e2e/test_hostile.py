@@ -12,9 +12,9 @@ from flwr.app import Error, Message
 
 from agent import settings
 from agent.client import Client, refusal_text
+from agent.frames import Done
 from agent.link import Credentials, Link
 from agent.tasks import Settings
-from agent.frames import Done
 from protocols import topics, weights
 from protocols.errors import TrainerFailed
 from protocols.weights import Weights
