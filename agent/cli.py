@@ -136,10 +136,9 @@ def _log_to(home: Path, level: str) -> None:
     import logging.handlers
 
     from agent import logs
-    from agent.service import JsonLines
 
     file = logging.handlers.RotatingFileHandler(home / logs.FILE, "a", 1 << 20, logs.ROTATED)
-    file.setFormatter(JsonLines())
+    file.setFormatter(logs.JsonLines())
     person = logging.StreamHandler(sys.stderr)
     person.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[file, person])

@@ -1,4 +1,4 @@
-"""The agent's log as a person reads it, across the files into which it is rotated.
+"""The agent's log: JSON lines as written, and as a person reads them over the rotated files.
 
 No file is held open between two looks, so that the agent can rotate them on every system.
 """
@@ -6,12 +6,28 @@ No file is held open between two looks, so that the agent can rotate them on eve
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
 
 FILE = "agent.log"
 ROTATED = 3
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "name": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
 
 
 class Log:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import logs
-from agent.service import JsonLines
 
 
 @given(pieces=st.lists(st.integers(0, 12), max_size=12))
@@ -59,14 +58,14 @@ def test_a_line_waits_for_its_end_and_odd_bytes_do_no_harm(tmp_path: Path) -> No
 
 def test_words_for_a_person() -> None:
     record = logging.LogRecord("n", logging.WARNING, "", 0, "a \x1b[2J b", None, None)
-    words = logs.in_words(JsonLines().format(record))
+    words = logs.in_words(logs.JsonLines().format(record))
     assert words[10] == " "
     assert words[19:] == " warning: a ·[2J b"
     try:
         raise ValueError("oh")
     except ValueError as err:
         record.exc_info = (ValueError, err, err.__traceback__)
-    lines = logs.in_words(JsonLines().format(record)).splitlines()
+    lines = logs.in_words(logs.JsonLines().format(record)).splitlines()
     assert lines[1] == "    Traceback (most recent call last):"
     assert lines[-1] == "    ValueError: oh"
 

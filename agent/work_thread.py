@@ -1,0 +1,180 @@
+"""The work of the agent: a message in, its answer out, whatever the disk and the trainer do.
+
+Blocking, in the work thread; what others must know of it goes to the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Error, Message
+
+from agent import worker
+from agent.client import Client, claim_text, refusal_text
+from agent.frames import Progress
+from agent.kept import prove
+from agent.link import Credentials, Link, NoRoom, SessionLost
+from agent.loop import WorkerLoop
+from agent.report import Report
+from agent.settings import AgentSettings, Enrolment
+from agent.tasks import DataSettings
+from agent.trainer_process import TrainerProcess
+from agent.versions import Versions
+from agent.watchdog import WORTH_A_TRY, Watchdog
+from agent.worker import (
+    PauseAsked,
+    PauseLifted,
+    SendingBegan,
+    TrainerGaveUp,
+    WorkBegan,
+    WorkEnded,
+)
+from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
+from protocols.failpoints import failpoint, note
+from protocols.room import free_bytes
+from protocols.states import PauseReason
+
+#: After the trainer failed again and again: then the agent tries once more by itself.
+TRAINER_REST_S = 600.0
+_LOOK_EVERY_S = 0.5
+#: While the coordinator's disk is full: an upload is tried so often, each time after a rest.
+_UPLOAD_TRIES, _UPLOAD_AGAIN_S = 12, 5.0
+#: While ours is full: tried again with so much more room, or after that time.
+_MORE_ROOM_BYTES, _TRY_AGAIN_S = 1024 * 1024, 20.0
+_FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
+
+
+class WorkThread:
+    """Holds the trainer, the outbox and the versions. `link()` gives the session of the moment."""
+
+    def __init__(
+        self,
+        home: Path,
+        enrolment: Enrolment,
+        credentials: Credentials,
+        chosen: AgentSettings,
+        loop: WorkerLoop,
+        report: Report,
+        link: Callable[[], Link],
+    ) -> None:
+        self._home, self._loop, self._report, self._link = home, loop, report, link
+        cache, outbox = home / "cache", home / "outbox"
+        for folder in (cache, outbox, home / "trainer"):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self.trainer = TrainerProcess(
+            home / "trainer",
+            DataSettings(
+                index=chosen.part,
+                parts=chosen.parts,
+                split=chosen.split,
+                seed=chosen.data_seed,
+                path=chosen.data,
+                cache=str(home / "trainer"),
+                device=chosen.device,
+                compile=chosen.compile,
+            ),
+            threads=chosen.threads,
+            on_progress=lambda progress: loop.soon(self._progressed, progress),
+            hang_s=chosen.hang_timeout_s,
+            journal_every_s=chosen.checkpoint_interval_s,
+        )
+        self._watchdog = Watchdog(
+            self.trainer,
+            tries=chosen.trainer_tries,
+            on_given_up=lambda kind: loop.soon(self._rest_trainer, kind),
+        )
+        versions = Versions(cache, link)
+        self._client = Client(
+            peer=enrolment.peer,
+            sign=credentials.sign_key.sign,
+            coordinator_public=enrolment.coordinator_public,
+            trainer=self._watchdog,
+            outbox=outbox,
+            fetch=versions.fetch,
+            patch=versions.rebuild,
+            send=self._send,
+            allowed=chosen.allows,
+            on_work=lambda work: loop.happened_in_thread(WorkBegan(work) if work else WorkEnded()),
+            on_sending=lambda: loop.happened_in_thread(SendingBegan()),
+            on_trained=self.trainer.forget,
+            on_held=partial(prove, cache),
+        )
+
+    def close(self) -> None:
+        """End the trainer for good: a wait for it, or for its next try, ends too."""
+        self._watchdog.close()
+
+    def answer(self, message: Message) -> Message | None:
+        """Do the work of a message and send the reply; the next message. Raises Unreachable."""
+        failpoint("agent.message.taken")
+        gave_up = False  # the pause that follows is not in force yet
+        try:
+            reply = self._handled(message)
+        except (Unreachable, SessionLost):
+            raise  # the answer is in the outbox; the question will be asked again
+        except CommonweightError as err:
+            if self._loop.stopping.is_set():
+                return None
+            if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
+                self._loop.soon(self._report.complain, f"the work failed: {err.message}")
+            gave_up = isinstance(err, TrainerFailed) and err.kind in WORTH_A_TRY
+            reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
+        self._report.answered()
+        following: Message | None = None
+        failpoint("agent.claim.sending")
+        link = self._link()
+        if worker.is_willing(self._loop.worker) and not gave_up:
+            following = link.exchange(reply)
+        else:
+            link.push(reply)
+        if link.settled and not reply.has_error():
+            note("acknowledged", claim=claim_text(reply))
+        failpoint("agent.claim.sent")
+        return following
+
+    def _handled(self, message: Message) -> Message:
+        """The client's reply; while the disk is full, paused, and then tried again."""
+        while True:
+            try:
+                return self._client.handle(message)
+            except DiskFull as err:
+                if self._loop.stopping.is_set():
+                    raise
+                self._loop.soon(self._report.complain, f"no room on the disk: {err.message}")
+            self._loop.happened_in_thread(PauseAsked(PauseReason.DISK))
+            self._wait_for_room(free_bytes(self._home) + _MORE_ROOM_BYTES)
+            self._loop.happened_in_thread(PauseLifted(frozenset({PauseReason.DISK})))
+
+    def _wait_for_room(self, enough_bytes: int) -> None:
+        self._rest(_TRY_AGAIN_S, lambda: free_bytes(self._home) >= enough_bytes)
+
+    def _send(self, digest: str, path: Path) -> None:
+        """Upload; waits a while for a coordinator whose disk is full."""
+        for _ in range(_UPLOAD_TRIES):
+            try:
+                return self._link().upload(digest, path)
+            except NoRoom as err:
+                self._report.trouble(err.message)
+                self._rest(_UPLOAD_AGAIN_S)
+                if self._loop.stopping.is_set():
+                    raise
+        raise NoRoom("the coordinator has had no room on its disk for too long")
+
+    def _rest(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the time, until `ready` or the agent's end."""
+        until = time.monotonic() + most_s
+        while time.monotonic() < until and not self._loop.stopping.is_set() and not ready():
+            time.sleep(_LOOK_EVERY_S)
+
+    # --- on the event loop ---
+
+    def _rest_trainer(self, kind: str) -> None:
+        """No more work for now: the trainer failed again and again."""
+        self._loop.happened(TrainerGaveUp(kind))
+        self._loop.happens_in(TRAINER_REST_S, PauseLifted(frozenset({PauseReason.TRAINER})))
+
+    def _progressed(self, progress: Progress) -> None:
+        self._report.progress(self._loop.worker, progress)
