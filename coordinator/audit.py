@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from coordinator import enroll, runs
+from coordinator import enroll, facts
 from coordinator.enroll import FleetFact
 from coordinator.ledger import Entry, Ledger
 from protocols.errors import NotRunning, UnknownName
@@ -75,7 +75,7 @@ def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[Line]:
             if entry.subject == enroll.SUBJECT:
                 yield _of_fleet(entry, _fleet_fact.decode(entry.body), names)
             elif _tag.decode(entry.body).type in _RUN_TAGS:
-                yield _of_run(entry, runs.decode_fact(entry.body), names)
+                yield _of_run(entry, facts.decode(entry.body), names)
         except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as err:
             text = f"this entry of {entry.subject!r} cannot be read: {err}"
             yield Line(seq=entry.seq, at=entry.at, event="unreadable", text=text)
@@ -123,15 +123,15 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
     )
 
 
-def _of_run(entry: Entry, fact: runs.Fact, names: dict[str, str]) -> Line:
+def _of_run(entry: Entry, fact: facts.Fact, names: dict[str, str]) -> Line:
     event, text, peer, reason, run = "", "", "", "", entry.subject
     match fact:
-        case runs.RunStarted(spec=spec):
+        case facts.RunStarted(spec=spec):
             event = "run started"
             text = f"{run}: {spec.rounds} rounds of {spec.task}, {spec.strategy}"
-        case runs.RunEnded(state=state, because=reason):
+        case facts.RunEnded(state=state, because=reason):
             event, text = f"run {state}", f"{run}: {reason}"
-        case runs.UpdateRefused(peer=peer, reason=reason):
+        case facts.UpdateRefused(peer=peer, reason=reason):
             event = "update refused"
             detail = f" ({fact.detail})" if fact.detail else ""
             text = f"{_called(peer, names)}, {run} round {fact.round}: {reason}{detail}"

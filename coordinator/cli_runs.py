@@ -126,8 +126,8 @@ def run_order(
     strategy_arg: list[str] | None = None,
 ) -> Any:
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
+    from coordinator.facts import RunSpec
     from coordinator.orders import RunOrder
-    from coordinator.runs import RunSpec
     from protocols import codecs
 
     codecs.find(codec)

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from coordinator.demo_fleet import AGENT_WITHIN_S, START_WITHIN_S, DemoFleet, Interrupts
 from coordinator.demo_view import DemoView, rounds_table
+from coordinator.facts import RunSpec
 from coordinator.fleet import Fleet, num_available
 from coordinator.fleet import Run as ShownRun
 from coordinator.lane import Lane
 from coordinator.orders import RunOrder
 from coordinator.remote import LiveSource, Remote
-from coordinator.runs import RunSpec
 from protocols import output
 from protocols.errors import CommonweightError, UsageFault
 from protocols.states import ENDED, RunState

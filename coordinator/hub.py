@@ -27,11 +27,11 @@ from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
+from coordinator.fleetwork import Fleetwork
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.log_desk import LogDesk
 from coordinator.records import LaneGrid
-from coordinator.run_loop import Fleetwork
 from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
 from coordinator.sessions import NoSession, Sessions
@@ -66,8 +66,6 @@ ONLINE_EVERY_S = 2.0
 #: Events that wait for a broker that hangs.
 MOST_OUTGOING = 10_000
 CERTIFICATE_EVERY_S = 6 * 3600.0
-#: Runs whose rounds the monitor still sees after a restart.
-_SHOWN_RUNS = 5
 
 
 class Hub:
@@ -433,7 +431,7 @@ class Hub:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(Happened(level="info" if up else "warning", text=printable(text)))
         if up and self.runs.current is not None:
-            self.runs.current.ring_again()
+            self.runs.current.questions.ring_again()
 
     def _tell_links(self) -> None:
         links = Links(mqtt=self._mqtt_up, flower=self._sessions.any_online, rejected=self._rejected)

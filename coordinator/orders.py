@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from protocols.mqtt import MqttAddress
 
 

@@ -1,4 +1,4 @@
-"""Drives one run: does what `runs.decide` says, and writes down what came of it.
+"""Drives one run: does what `decisions.decide` says, and writes down what came of it.
 
 The loop waits on one event: replies that arrived, peers that came or went, a stop. Facts are in the
 ledger before anything is sent because of them.
@@ -7,75 +7,40 @@ ledger before anything is sent because of them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import closing, gate, runs, strategies
+from coordinator import closing, decisions, facts, runs, strategies
+from coordinator.asking import Questions
 from coordinator.bodies import round_body, run_body
-from coordinator.lane import Lane
-from coordinator.ledger import Ledger
-from coordinator.records import LaneGrid, VersionRecord, one_config, read_claim
-from coordinator.runs import Fact, Run, Step, Update, View
+from coordinator.decisions import Step, View
+from coordinator.facts import Fact
+from coordinator.fleetwork import Fleetwork
+from coordinator.judging import judge
+from coordinator.model import Model
+from coordinator.retention import Retention
+from coordinator.runs import Run
 from coordinator.strategies import memory
 from coordinator.strategies.state import States
-from protocols import codecs, messages, weights
-from protocols.errors import BadMessage, CommonweightError, DiskFull, HomeFault, UpdateRefused
+from coordinator.timing import Stopwatch
+from protocols import codecs
+from protocols.errors import CommonweightError, DiskFull, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
-from protocols.messages import CoordinatorBody, Happened, Sign, Verify, Work, printable
+from protocols.messages import Happened, printable
 from protocols.room import is_full
 from protocols.states import RunState
-from protocols.stored import Stored
-from protocols.weights import Schema
 
 log = logging.getLogger("commonweight.run")
 
-#: Room for headers and codecs on top of the model's size.
-_SLACK_BYTES = 1024 * 1024
-#: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
-_AGENT_FAILED = 2
 #: How long peers that were at work may take to come back after the coordinator's restart.
 RETURN_WITHIN_S = 20.0
-#: First weights have no base to be measured by.
-_FIRST_WEIGHTS_BYTES = 8 * 1024**3
 #: While the disk is full: how often to look, and after how many looks to try all the same.
 _LOOK_FOR_ROOM_S = 1.0
 _TRIES_WITHOUT_ROOM = 30
 _SHORTAGE_AGAIN_S = 5.0
-
-
-class Fleetwork(NamedTuple):
-    """What a run needs of the coordinator around it."""
-
-    ledger: Ledger
-    lane: Lane
-    grid: LaneGrid
-    sign: Sign
-    verify: Verify
-    eligible: Callable[[], frozenset[str]]
-    node_of: Callable[[str], int | None]
-    peer_of: Callable[[int], str]
-    name_of: Callable[[str], str]
-    ring: Callable[[Sequence[str]], None]
-    publish: Callable[[CoordinatorBody], None]
-    #: Refused updates by reason, since the coordinator started.
-    refused: Counter[str]
-
-
-class Asked(NamedTuple):
-    """A question that is under way: to whom, and which."""
-
-    peer: str
-    round: int
-    kind: str
 
 
 class RunLoop:
@@ -94,22 +59,12 @@ class RunLoop:
         self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
         self._states = States(around.lane.states)
         self._memory_bytes: int | None = None
-        self._codec = codecs.find(run.spec.codec)
-        #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
-        self._patch = ("", "", 0)
-        self._outstanding: dict[str, Asked] = {}
-        #: Answers to questions that were about to be taken back.
-        self._arrived: list[Message] = []
-        self._settling: dict[str, asyncio.Future[bool]] = {}
-        self._content: RecordDict | None = None
-        self._schema: Schema = {}
-        self._model_bytes = 0
-        self._elsewhere = elsewhere
+        self._model = Model(around.lane, codecs.find(run.spec.codec))
+        self.questions = Questions(around, self._recipe, self._strategy, self._model)
+        self._retention = Retention(run, around.lane, self._states, elsewhere)
         # After a restart nobody has come back yet: that is no reason to call them lost.
         self._patient_until = time.monotonic() + RETURN_WITHIN_S if run.pending else 0.0
-        self._on_disk = {closed.digest for closed in run.history}
-        self._opened_at = self._phase_at = time.monotonic()
-        self._marks: dict[str, float] = {}
+        self._watch = Stopwatch()
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
         self._stop_reason = ""
@@ -124,21 +79,8 @@ class RunLoop:
 
     def session_opened(self, peer: str) -> None:
         """A peer's new session knows nothing of messages that its last one took."""
-        stale = {mid for mid, asked in self._outstanding.items() if asked.peer == peer}
-        self._take_back(stale)
+        self.questions.take_back_from(peer)
         self.changed.set()
-
-    def settling(self, question: str) -> asyncio.Future[bool]:
-        """Done when the answer to a question is in the ledger (True) or never will be (False)."""
-        known = question in self._outstanding
-        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if not known:
-            found.set_result(False)
-        return self._settling.setdefault(question, found) if known else found
-
-    def ring_again(self) -> None:
-        """Doorbells were lost with the broker: ring at every peer whose answer is awaited."""
-        self._around.ring(sorted({asked.peer for asked in self._outstanding.values()}))
 
     @property
     def waiting_for(self) -> str:
@@ -151,7 +93,7 @@ class RunLoop:
         if self.run.head:
             await self._find_whole_version()
         if self.run.head and not self.run.ended:
-            await self._learn_model()
+            self._model.learn(self.run.head)
         self._announce()
         goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
         self._say("info", f"run {self.run.id} {goes_on}", self.run.id)
@@ -163,7 +105,7 @@ class RunLoop:
                 if not is_full(err):
                     raise
                 await self._wait_for_room(err)  # nothing was decided: the same again
-        self._take_back(set(self._outstanding))
+        self.questions.take_back_all()
         await self._collect()
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
         self._say("error" if self.run.state is RunState.FAILED else "info", text, self.run.id)
@@ -178,62 +120,59 @@ class RunLoop:
         earlier = [*(closed.digest for closed in reversed(run.history)), run.first]
         for digest in earlier:
             if digest != run.head and await asyncio.to_thread(is_whole, digest):
-                await self._record(runs.VersionLost(run.head, digest))
+                await self._record(facts.VersionLost(run.head, digest))
                 text = f"{lost}: run {run.id} goes on from {digest[:12]}"
                 self._say("warning", text, run.id)
                 return
-        await self._record(runs.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
+        await self._record(facts.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
 
     async def _turn(self) -> None:
         """Do what there is to do now. What a full disk interrupts can be done again."""
         await self._collect()
         await self._notice_losses()
-        await self._ask_pending()
+        await self.questions.ask_pending(self.run)
         if self._stop_reason:
-            await self._record(runs.RunEnded(RunState.STOPPED, self._stop_reason))
+            await self._record(facts.RunEnded(RunState.STOPPED, self._stop_reason))
             return
-        step = runs.decide(self.run, self._view())
+        step = decisions.decide(self.run, self._view())
         try:
             await self._do(step)
         except (DiskFull, HomeFault):  # the disk's fault and not the run's: it goes on later
             raise
         except CommonweightError as err:
             log.error("run %s failed: %s", self.run.id, err.message)
-            await self._record(runs.RunEnded(RunState.FAILED, err.message))
+            await self._record(facts.RunEnded(RunState.FAILED, err.message))
 
     def _view(self) -> View:
-        due = time.monotonic() - self._phase_at >= self.run.spec.deadline_s
-        return View(self._around.eligible(), due)
+        return View(self._around.eligible(), self._watch.phase_s >= self.run.spec.deadline_s)
 
     async def _do(self, step: Step) -> None:
         match step:
-            case runs.Wait(what):
+            case decisions.Wait(what):
                 await self._wait(what)
-            case runs.AskInit(peer):
-                self._phase_at = time.monotonic()
-                await self._record(runs.PeersAsked((peer,)))
-            case runs.AskMore(peers):
+            case decisions.AskInit(peer):
+                self._watch.open_phase()
+                await self._record(facts.PeersAsked((peer,)))
+            case decisions.AskMore(peers):
                 # Not whenever a peer comes back: one that comes and goes would hold up the round.
                 if self._view().due:
-                    self._phase_at = time.monotonic()
-                present = (self.run.round, self.run.kind)
-                found = self._outstanding.items()
-                self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
-                await self._record(runs.PeersAsked(peers))
-            case runs.OpenRound():
+                    self._watch.open_phase()
+                self.questions.take_back_present(self.run, peers)
+                await self._record(facts.PeersAsked(peers))
+            case decisions.OpenRound():
                 await self._open_round(step)
-            case runs.CloseTraining(contributors):
-                await self._record(runs.TrainingClosed(self.run.round, contributors))
-            case runs.Aggregate(contributors):
+            case decisions.CloseTraining(contributors):
+                await self._record(facts.TrainingClosed(self.run.round, contributors))
+            case decisions.Aggregate(contributors):
                 await self._aggregate(contributors)
-            case runs.OpenEvaluation(eligible):
-                asked = await self._configure(eligible)
-                self._phase_at = time.monotonic()
-                await self._record(runs.EvaluationOpened(self.run.round, asked))
-            case runs.CloseRound():
+            case decisions.OpenEvaluation(eligible):
+                asked = await self.questions.configure(self.run, eligible)
+                self._watch.open_phase()
+                await self._record(facts.EvaluationOpened(self.run.round, asked))
+            case decisions.CloseRound():
                 await self._close_round()
-            case runs.EndRun(state, because):
-                await self._record(runs.RunEnded(state, because))
+            case decisions.EndRun(state, because):
+                await self._record(facts.RunEnded(state, because))
 
     async def _wait(self, what: str) -> None:
         if shortage := self._around.lane.shortage:
@@ -244,9 +183,8 @@ class RunLoop:
         if what != self._waiting_for:
             self._waiting_for = what
             self._announce()
-        left = self.run.spec.deadline_s - (time.monotonic() - self._phase_at)
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
-        ahead = [left] if timed else []
+        ahead = [self.run.spec.deadline_s - self._watch.phase_s] if timed else []
         ahead.append(self._patient_until - time.monotonic())
         if shortage:
             ahead.append(_SHORTAGE_AGAIN_S)
@@ -258,99 +196,6 @@ class RunLoop:
         except TimeoutError:
             pass  # the deadline: decide again
 
-    # --- asking ---
-
-    async def _open_round(self, step: runs.OpenRound) -> None:
-        if self._memory_bytes is None:  # the first of this life: it is known now who is here
-            peers = len(step.eligible)
-            self._memory_bytes, warning = memory.told(
-                self._recipe, self.run.spec, self._schema, peers
-            )
-            if warning:
-                self._say("warning", warning, self.run.id)
-        self._opened_at = self._phase_at = time.monotonic()
-        self._marks = {}
-        lane = self._around.lane
-        self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
-        asked = await self._configure(step.eligible, opening=step.round)
-        failpoint("round.configured")
-        await self._record(runs.RoundOpened(step.round, step.base, asked))
-
-    async def _configure(self, eligible: Sequence[str], opening: int = 0) -> tuple[str, ...]:
-        """Let the strategy choose among `eligible` and say what they get; the chosen peers."""
-        around = self._around
-        around.grid.eligible = {n for p in eligible if (n := around.node_of(p)) is not None}
-        kind = "train" if opening or self.run.state is RunState.TRAINING else "evaluate"
-        number = opening or self.run.round
-        model = None
-        if self._recipe.looks_at_weights:
-            model = weights.load(around.lane.version(self.run.head))
-        arrays = VersionRecord(self.run.head, model)
-        configure = getattr(self._strategy, f"configure_{kind}")
-        chosen = list(
-            await asyncio.to_thread(configure, number, arrays, ConfigRecord(), around.grid)
-        )
-        self._content = None
-        if chosen:
-            config = self._work_record(kind, number, one_config(chosen))
-            self._content = RecordDict({"arrays": VersionRecord(self.run.head), "config": config})
-        return tuple(sorted(around.peer_of(m.metadata.dst_node_id) for m in chosen))
-
-    def _work_record(
-        self, kind: Any, number: int, extra: Mapping[str, int | float] = MappingProxyType({})
-    ) -> ConfigRecord:
-        """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
-        spec = self.run.spec
-        patched, parent, patch_bytes = self._patch
-        work = Work(
-            run=self.run.id,
-            round=number,
-            kind=kind,
-            task=spec.task,
-            base=self.run.head,
-            nbytes=self._model_bytes,
-            parent=parent if patched == self.run.head else "",
-            patch_bytes=patch_bytes if patched == self.run.head else 0,
-            codec=spec.codec,
-            seed=spec.seed,
-            settings={**spec.settings, **extra},
-            deadline_s=spec.deadline_s,
-        )
-        payload, signature = messages.sign_work(work, self._around.sign)
-        return ConfigRecord({"work": payload, "signature": signature})
-
-    async def _ask_pending(self) -> None:
-        """Send the open question to every pending peer that has it not yet."""
-        kind = self.run.kind
-        question = (self.run.round, kind)
-        reached = {asked.peer for asked in self._outstanding.values() if asked[1:] == question}
-        eligible = self._around.eligible()
-        peers = [p for p in self.run.pending if p not in reached and p in eligible]
-        if not peers:
-            return
-        if kind == "init":
-            self._around.lane.limit_bytes = _FIRST_WEIGHTS_BYTES
-            self._around.lane.version_bytes = 0
-            content = RecordDict({"config": self._work_record("init", 0)})
-        else:
-            if self._content is None:  # after a restart
-                await self._configure(sorted(eligible))
-            if self._content is None:
-                return
-            content = self._content
-        message_type = "query.init" if kind == "init" else kind
-        outgoing: list[Message] = []
-        for peer in peers:
-            if (node := self._around.node_of(peer)) is not None:
-                outgoing.append(Message(content, node, message_type, group_id=self.run.id))
-        failpoint("work.pushing")
-        sent = await asyncio.to_thread(self._around.grid.push_messages, outgoing)
-        failpoint("work.pushed")
-        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
-        reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
-        self._outstanding |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
-        self._around.ring(list(reached_now.values()))
-
     async def _notice_losses(self) -> None:
         if time.monotonic() < self._patient_until:
             return
@@ -359,195 +204,92 @@ class RunLoop:
         for peer in lost:
             self.session_opened(peer)  # take back what it was sent
             self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
-        await self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
-
-    def _take_back(self, questions: set[str]) -> None:
-        """Forget questions, but for those that are answered: the ledger is to hear of each."""
-        if not questions:
-            return
-        found = self._around.grid.pull_messages(questions)
-        # Flower's own errors, of nodes that are gone, are nobody's answers.
-        self._arrived += [m for m in found if not m.has_error() or m.error.code == _AGENT_FAILED]
-        questions -= {reply.metadata.reply_to_message_id for reply in self._arrived}
-        self._around.grid.forget(questions)
-        for question in questions:
-            del self._outstanding[question]
-        self._settle(questions, False)
-
-    def _settle(self, questions: Iterable[str], settled: bool) -> None:
-        for question in questions:
-            waiting = self._settling.pop(question, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(settled)
-
-    # --- answers ---
+        await self._record(*(facts.PeerLost(peer, "went away") for peer in lost))
 
     async def _collect(self) -> None:
-        if not self._outstanding:
-            return
-        pulled = await asyncio.to_thread(self._around.grid.pull_messages, set(self._outstanding))
-        replies = {m.metadata.reply_to_message_id: m for m in (*self._arrived, *pulled)}
-        self._arrived = []
-        if not replies:
-            return
-        failpoint("reply.pulled")
-        # All at once: a session that opens meanwhile must not take back what is answered.
-        asked_of = {q: asked for q in replies if (asked := self._outstanding.pop(q, None))}
-        facts: list[Fact] = []
-        for question, asked in asked_of.items():
-            peer, reply = asked.peer, replies[question]
+        """Judge the answers that are there, and write down what becomes of each."""
+        answers = await self.questions.answers()
+        news: list[Fact] = []
+        for _, asked, reply in answers:
             try:
-                facts.append(await self._judge(peer, reply))
+                news.append(await judge(self.run, self._around, self._model, asked.peer, reply))
             except UpdateRefused as err:
-                facts.append(
-                    runs.UpdateRefused(asked.round, peer, err.reason, err.message[:400], asked.kind)
+                refused = facts.UpdateRefused(
+                    asked.round, asked.peer, err.reason, err.message[:400], asked.kind
                 )
+                news.append(refused)
                 self._around.refused[err.reason] += 1
-                name = self._around.name_of(peer)
-                self._say("warning", f"refused {name}: {err.reason}: {err.message}", peer)
-        await self._record(*facts)
-        self._settle(asked_of, True)
+                name = self._around.name_of(asked.peer)
+                self._say("warning", f"refused {name}: {err.reason}: {err.message}", asked.peer)
+        await self._record(*news)
+        self.questions.settle([question for question, _, _ in answers], True)
 
-    async def _judge(self, peer: str, reply: Message) -> Fact:
-        """The fact that a reply amounts to. Raises UpdateRefused."""
-        if reply.has_error():
-            # Flower's own words: the node is gone. From a peer that is there they are a lie, and
-            # to believe it would be to ask again, and again.
-            if reply.error.code != _AGENT_FAILED and peer not in self._around.eligible():
-                return runs.PeerLost(peer, "went away")
-            raise UpdateRefused("agent failed", printable(reply.error.reason or "no reason given"))
-        try:
-            claim, payload, signature = read_claim(reply)
-        except (BadMessage, KeyError, TypeError, ValueError) as err:
-            raise UpdateRefused("bad claim", str(err)) from err
-        expected = gate.expectation(self.run, self._schema)
-        gate.check_claim(self.run, expected, peer, claim, payload, signature, self._around.verify)
-        lane = self._around.lane
-        norm = 0.0
-        if expected.kind != "evaluate":
-            norm = await asyncio.to_thread(self._measure, expected, peer, claim.digest)
-            if expected.kind == "init":
-                lane.adopt(peer, claim.digest)
-                await self._learn_model(claim.digest)
-                return runs.WeightsInitialised(claim.digest, peer)
-        return runs.UpdateAccepted(
-            self.run.round,
-            peer,
-            Update(
-                digest=claim.digest,
-                nbytes=claim.nbytes,
-                num_examples=claim.num_examples,
-                metrics=claim.metrics,
-                norm=norm,
-            ),
-        )
+    # --- rounds ---
 
-    def _measure(self, expected: gate.Expected, peer: str, digest: str) -> float:
-        """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
-        lane = self._around.lane
-        with contextlib.ExitStack() as stack:
-
-            def uploaded() -> Stored:
-                return stack.enter_context(lane.open_update(peer, digest))
-
-            if expected.kind == "init":
-                gate.check_weights(expected, uploaded)
-                return 0.0
-            base = stack.enter_context(Stored(lane.version(expected.base)))
-            update = gate.check_weights(
-                expected, lambda: codecs.decoded(self._codec, uploaded(), base)
+    async def _open_round(self, step: decisions.OpenRound) -> None:
+        if self._memory_bytes is None:  # the first of this life: it is known now who is here
+            peers = len(step.eligible)
+            self._memory_bytes, warning = memory.told(
+                self._recipe, self.run.spec, self._model.schema, peers
             )
-            return gate.distance(update, base)
-
-    async def _learn_model(self, digest: str = "") -> None:
-        path = self._around.lane.version(digest or self.run.head)
-        with Stored(path) as model:
-            self._schema, self._model_bytes = model.schema, model.nbytes
-        self._around.lane.version_bytes = self._model_bytes
-        most = codecs.most_bytes(self._codec, self._schema, self._model_bytes)
-        self._around.lane.limit_bytes = min(most, self._model_bytes) + _SLACK_BYTES
-
-    # --- closing ---
+            if warning:
+                self._say("warning", warning, self.run.id)
+        self._watch.open_round()
+        lane = self._around.lane
+        self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
+        asked = await self.questions.configure(self.run, step.eligible, opening=step.round)
+        failpoint("round.configured")
+        await self._record(facts.RoundOpened(step.round, step.base, asked))
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
-        run = self.run
+        run, lane = self.run, self._around.lane
         made = await asyncio.to_thread(
-            closing.commit, run, self._around.lane, self._states, self._strategy, contributors
+            closing.commit, run, lane, self._states, self._strategy, contributors
         )
         await self._record(
-            runs.VersionCommitted(
+            facts.VersionCommitted(
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
         )
-        self._around.lane.drop_updates()
-        size = await asyncio.to_thread(self._around.lane.make_patch, run.head, made.digest)
-        self._patch = (made.digest, run.head, size)
-        self._content = None
+        lane.drop_updates()
+        await asyncio.to_thread(self._model.make_patch, run.head, made.digest)
+        self.questions.forget_work()
 
     async def _close_round(self) -> None:
         run, lane = self.run, self._around.lane
-        metrics = closing.evaluation(run, self._strategy)
-        fact = runs.RoundClosed(
+        fact = facts.RoundClosed(
             run.round,
-            metrics,
-            time.monotonic() - self._opened_at,
+            closing.evaluation(run, self._strategy),
+            self._watch.round_s,
             lane.bytes_up - self._bytes_at_open[0],
             lane.bytes_down - self._bytes_at_open[1],
-            self._spent(),
+            self._watch.spent(),
         )
-        self._content = None
+        self.questions.forget_work()
         # What is still under way from the round before is late by more than a round.
-        old = {mid for mid, asked in self._outstanding.items() if asked.round < run.round}
-        self._take_back(old)
+        self.questions.take_back_older(run.round)
         await self._record(fact)
-        self._publish_round()
-        self._prune()
-
-    def _spent(self) -> dict[str, float]:
-        """Seconds by part of the round that closes now; nothing for one that a restart cut."""
-        names = ("UpdateAccepted", "TrainingClosed", "VersionCommitted")
-        marks = [self._marks[name] for name in names if name in self._marks]
-        if len(marks) < len(names):
-            return {}
-        edges = [self._opened_at, *marks, time.monotonic()]
-        parts = ("work", "wait", "aggregate", "evaluate")
-        return {part: max(0.0, b - a) for part, (a, b) in zip(parts, pairwise(edges), strict=True)}
-
-    def _publish_round(self) -> None:
-        closed = self.run.history[-1]
-        self._around.publish(round_body(self.run.id, closed))
-
-    def _prune(self) -> None:
-        """Keep the last two versions and the best; the ledger still names the others."""
-        run, lane = self.run, self._around.lane
-        keep = {run.head, run.parent, run.best.digest if run.best else ""}
-        self._on_disk |= {run.head, run.parent}
-        for digest in self._on_disk - keep - self._elsewhere:
-            lane.drop(digest)
-        still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
-        known = {d for r in run.history for d in r.strategy_state.values()}
-        self._states.drop(known - still - self._elsewhere)
-        failpoint("round.pruned")
-        self._on_disk &= keep
+        self._around.publish(round_body(self.run.id, self.run.history[-1]))
+        self._retention.prune(self.run)
 
     # --- writing down and telling ---
 
-    async def _record(self, *facts: Fact) -> None:
+    async def _record(self, *news: Fact) -> None:
         """Write facts down, and act on none of them before: a full disk holds up the run here."""
-        if not facts:
+        if not news:
             return
-        failpoint("run.recording", type(facts[0]).__name__)
-        for fact in facts:
-            self._marks.setdefault(type(fact).__name__, time.monotonic())
-        bodies = [runs.encode_fact(fact) for fact in facts]
+        failpoint("run.recording", type(news[0]).__name__)
+        for fact in news:
+            self._watch.mark(fact)
+        bodies = [facts.encode(fact) for fact in news]
         while True:
             try:
                 self._around.ledger.append(self.run.id, bodies)
                 break
             except DiskFull as err:
                 await self._wait_for_room(err)
-        failpoint("run.recorded", type(facts[-1]).__name__)
-        for fact in facts:
+        failpoint("run.recorded", type(news[-1]).__name__)
+        for fact in news:
             self.run = runs.apply(self.run, fact)
         if self._stands_still:
             self._stands_still, self._waiting_for = False, ""

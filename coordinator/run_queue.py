@@ -6,11 +6,13 @@ import asyncio
 import secrets
 from collections.abc import Callable
 
-from coordinator import heap, runs, strategies
+from coordinator import facts, heap, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
-from coordinator.run_loop import Fleetwork, RunLoop
-from coordinator.runs import Run, RunSpec, RunStarted
+from coordinator.facts import RunSpec, RunStarted
+from coordinator.fleetwork import Fleetwork
+from coordinator.run_loop import RunLoop
+from coordinator.runs import Run
 from coordinator.strategies import memory
 from protocols import codecs
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
@@ -40,8 +42,8 @@ class RunQueue:
         ledger = self._around.ledger
         for subject in ledger.subjects():
             if subject != SUBJECT:
-                facts = [runs.decode_fact(entry.body) for entry in ledger.entries(subject)]
-                self._runs[subject] = runs.replay(subject, facts)
+                past = [facts.decode(entry.body) for entry in ledger.entries(subject)]
+                self._runs[subject] = runs.replay(subject, past)
         failpoint("runs.recalled")
         for run in list(self._runs.values())[-_SHOWN_RUNS:]:
             self._around.publish(run_body(run, ""))
@@ -79,7 +81,7 @@ class RunQueue:
 
     def settling(self, question: str) -> asyncio.Future[bool] | None:
         """For `settled`: to be asked before the reply to this question is handed in."""
-        return self.current.settling(question) if self.current is not None else None
+        return self.current.questions.settling(question) if self.current is not None else None
 
     async def settled(self, settling: asyncio.Future[bool] | None) -> bool:
         """Wait until a reply's fate is in the ledger; False if it is none of ours or takes long."""
@@ -97,12 +99,12 @@ class RunQueue:
             with Stored(self._around.lane.version(from_digest)) as first:
                 memory.told(strategies.find(spec.strategy), spec, first.schema, spec.quorum)
         run_id = f"{spec.task}-{secrets.token_hex(3)}"
-        facts: list[runs.Fact] = [RunStarted(spec)]
+        news: list[facts.Fact] = [RunStarted(spec)]
         if from_digest:
-            facts.append(runs.WeightsInitialised(from_digest, "file"))
-        self._around.ledger.append(run_id, [runs.encode_fact(fact) for fact in facts])
+            news.append(facts.WeightsInitialised(from_digest, "file"))
+        self._around.ledger.append(run_id, [facts.encode(fact) for fact in news])
         failpoint("runs.queued")
-        self._runs[run_id] = runs.replay(run_id, facts)
+        self._runs[run_id] = runs.replay(run_id, news)
         self._around.publish(run_body(self._runs[run_id], "its turn"))
         self._queue.put_nowait(run_id)
         return run_id
@@ -139,8 +141,8 @@ class RunQueue:
             self._end(run_id, "stopped by the operator")
 
     def _end(self, run_id: str, because: str) -> None:
-        fact = runs.RunEnded(RunState.STOPPED, because)
-        self._around.ledger.append(run_id, [runs.encode_fact(fact)])
+        fact = facts.RunEnded(RunState.STOPPED, because)
+        self._around.ledger.append(run_id, [facts.encode(fact)])
         self._runs[run_id] = runs.apply(self._runs[run_id], fact)
         self._around.publish(run_body(self._runs[run_id], ""))
 

@@ -1,7 +1,8 @@
-"""A run as a pure state machine: facts in, the next step out. No I/O, no clock.
+"""A run as a pure state machine: facts in, its state out. No I/O, no clock.
 
 Rule 1. The state of a run is the fold of its facts (`apply`); the ledger holds nothing else of it.
-Rule 2. `decide(run, view)` says what to do next; doing it gives new facts, and nothing else does.
+Rule 2. `decisions.decide(run, view)` says what to do next; doing it gives new facts, and nothing
+        else does.
 Rule 3. What is in the view (who is there, has the deadline passed) may change a decision, never
         the state: so replaying the ledger gives the same state, digest for digest.
 
@@ -16,173 +17,31 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from coordinator.facts import (
+    EvaluationOpened,
+    Fact,
+    PeerLost,
+    PeersAsked,
+    RoundClosed,
+    RoundOpened,
+    RunEnded,
+    RunSpec,
+    RunStarted,
+    TrainingClosed,
+    Update,
+    UpdateAccepted,
+    UpdateRefused,
+    VersionCommitted,
+    VersionLost,
+    WeightsInitialised,
+)
 from protocols.messages import Metrics
 from protocols.states import ENDED, RunState
-
-Setting = str | int | float | bool
-
-
-class RunSpec(Struct, frozen=True, kw_only=True):
-    """What was asked for at the start; part of the run's record and never changed.
-
-    `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
-    passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
-    `codec`: how updates are made smaller, one of `protocols.codecs`.
-    `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
-    far, as a Euclidean norm, one update may move the weights.
-    """
-
-    task: str
-    rounds: int
-    strategy: str = "fedavg"
-    strategy_args: dict[str, Setting] = {}
-    settings: dict[str, Setting] = {}
-    codec: str = "fp32"
-    seed: int = 0
-    quorum: int = 1
-    deadline_s: float = 600.0
-    weighting: Literal["examples", "equal"] = "examples"
-    max_weight_share: float = 1.0
-    max_examples: int = 10_000_000
-    clip_norm: float = 0.0
-
-
-class Update(Struct, frozen=True, kw_only=True):
-    """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation."""
-
-    digest: str = ""
-    nbytes: int = 0
-    num_examples: int
-    metrics: Metrics = {}
-    norm: float = 0.0
-
-
-# --- facts: past tense, kept in the ledger ----------------------------------------------------
-
-
-class RunStarted(Struct, frozen=True, tag=True):
-    spec: RunSpec
-
-
-class WeightsInitialised(Struct, frozen=True, tag=True):
-    """The first version is there; `by` is the peer that made it, or the file it came from."""
-
-    digest: str
-    by: str
-
-
-class RoundOpened(Struct, frozen=True, tag=True):
-    round: int
-    base: str
-    asked: tuple[str, ...]
-
-
-class PeersAsked(Struct, frozen=True, tag=True):
-    """More peers, or lost ones that came back, were asked for the work of the open round."""
-
-    peers: tuple[str, ...]
-
-
-class PeerLost(Struct, frozen=True, tag=True):
-    """A peer that was asked went away or said that it cannot do the work."""
-
-    peer: str
-    reason: str
-
-
-class UpdateAccepted(Struct, frozen=True, tag=True):
-    round: int
-    peer: str
-    update: Update
-
-
-class UpdateRefused(Struct, frozen=True, tag=True):
-    """`round` and `kind` are those of the question: a late answer to an old one settles nothing."""
-
-    round: int
-    peer: str
-    reason: str
-    detail: str
-    kind: str = ""
-
-
-class TrainingClosed(Struct, frozen=True, tag=True):
-    """No more updates for this round: these are summed, in this order."""
-
-    round: int
-    contributors: tuple[str, ...]
-
-
-class VersionCommitted(Struct, frozen=True, tag=True):
-    """`strategy_state`: digests, by slot, of what the strategy remembers after this version."""
-
-    round: int
-    digest: str
-    parent: str
-    contributors: tuple[str, ...]
-    metrics: Metrics
-    strategy_state: dict[str, str] = {}
-
-
-class VersionLost(Struct, frozen=True, tag=True):
-    """The newest version is damaged on disk. The run goes on from `to`, an earlier one."""
-
-    digest: str
-    to: str
-
-
-class EvaluationOpened(Struct, frozen=True, tag=True):
-    round: int
-    asked: tuple[str, ...]
-
-
-class RoundClosed(Struct, frozen=True, tag=True):
-    """`seconds` since the round was opened; `metrics` are federated evaluation (may be empty).
-
-    `spent`: seconds by part of the round: `work` until the first update is in, `wait` for the
-    others, `aggregate`, `evaluate`.
-    """
-
-    round: int
-    metrics: Metrics
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    spent: dict[str, float] = {}
-
-
-class RunEnded(Struct, frozen=True, tag=True):
-    state: RunState
-    because: str
-
-
-Fact = (
-    RunStarted
-    | WeightsInitialised
-    | RoundOpened
-    | PeersAsked
-    | PeerLost
-    | UpdateAccepted
-    | UpdateRefused
-    | TrainingClosed
-    | VersionCommitted
-    | VersionLost
-    | EvaluationOpened
-    | RoundClosed
-    | RunEnded
-)
-
-encode_fact = msgspec.json.Encoder().encode
-decode_fact = msgspec.json.Decoder(Fact).decode
-
-
-# --- state -----------------------------------------------------------------------------------
 
 Standing = Literal["asked", "answered", "refused", "lost"]
 
@@ -413,142 +272,3 @@ def score(closed: Round) -> float:
     if accuracy is not None:
         return accuracy
     return -loss if loss is not None else float("-inf")
-
-
-# --- decisions -------------------------------------------------------------------------------
-
-
-class View(NamedTuple):
-    """What the run cannot know: the peers that could work now, and whether time is up."""
-
-    eligible: frozenset[str]
-    due: bool = False
-
-
-class AskInit(NamedTuple):
-    """Ask one peer for the first weights."""
-
-    peer: str
-
-
-class OpenRound(NamedTuple):
-    round: int
-    base: str
-    eligible: tuple[str, ...]
-
-
-class AskMore(NamedTuple):
-    """Give the open round's work to these peers too."""
-
-    peers: tuple[str, ...]
-
-
-class CloseTraining(NamedTuple):
-    contributors: tuple[str, ...]
-
-
-class Aggregate(NamedTuple):
-    contributors: tuple[str, ...]
-
-
-class OpenEvaluation(NamedTuple):
-    eligible: tuple[str, ...]
-
-
-class CloseRound(NamedTuple):
-    pass
-
-
-class EndRun(NamedTuple):
-    state: RunState
-    because: str
-
-
-class Wait(NamedTuple):
-    """Nothing to do until something changes; `what` is for a person."""
-
-    what: str
-
-
-Step = (
-    AskInit
-    | OpenRound
-    | AskMore
-    | CloseTraining
-    | Aggregate
-    | OpenEvaluation
-    | CloseRound
-    | EndRun
-    | Wait
-)
-
-
-def decide(run: Run, view: View) -> Step:
-    """The next step of a run that has not ended."""
-    match run.state:
-        case RunState.WAITING:
-            return _decide_waiting(run, view)
-        case RunState.TRAINING:
-            return _decide_training(run, view)
-        case RunState.AGGREGATING:
-            return Aggregate(run.contributors)
-        case RunState.EVALUATING:
-            return _decide_evaluating(run, view)
-        case _:
-            return Wait(f"the run has {run.state}")
-
-
-def _decide_waiting(run: Run, view: View) -> Step:
-    if run.round >= run.spec.rounds:
-        return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
-    if not run.head:
-        return _decide_init(run, view)
-    if len(view.eligible) < run.spec.quorum:
-        return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
-    return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
-
-
-def _decide_init(run: Run, view: View) -> Step:
-    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
-    if view.eligible and view.eligible <= refused and not run.pending:
-        # Nobody who is here can do it, and asking again gives the same answer.
-        return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
-    if view.due and view.eligible:
-        return AskMore(tuple(sorted(view.eligible)))
-    if run.pending:
-        return Wait(f"the first weights from {run.pending[0]}")
-    untried = sorted(view.eligible - refused)
-    return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
-
-
-def _decide_training(run: Run, view: View) -> Step:
-    answered = len(run.updates)
-    if answered >= run.spec.quorum and (view.due or not run.pending):
-        return CloseTraining(tuple(sorted(run.updates)))
-    back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
-    if back:
-        return AskMore(tuple(sorted(back)))
-    if view.due and (others := view.eligible - run.updates.keys()):
-        # The new, those that failed, and those that were asked: the question may have been lost.
-        return AskMore(tuple(sorted(others)))
-    if answered + len(run.pending) < run.spec.quorum:
-        new = view.eligible - run.peers.keys()
-        if new:
-            return AskMore(tuple(sorted(new)))
-        missing = run.spec.quorum - answered - len(run.pending)
-        return Wait(f"{_peers(missing)} more for the quorum")
-    if view.due:
-        return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
-    return Wait(f"updates of {_peers(len(run.pending))}")
-
-
-def _decide_evaluating(run: Run, view: View) -> Step:
-    if not run.evaluating:
-        return OpenEvaluation(tuple(sorted(view.eligible))) if view.eligible else CloseRound()
-    if view.due or not run.pending:
-        return CloseRound()
-    return Wait(f"the evaluation by {_peers(len(run.pending))}")
-
-
-def _peers(count: int) -> str:
-    return f"{count} peer" + ("s" if count != 1 else "")

@@ -20,10 +20,11 @@ from flwr.app import Error, Message
 from agent.client import Client, refusal_text
 from agent.link import Credentials, Link, SessionLost
 from agent.versions import Versions
-from coordinator import runs, settings
+from coordinator import facts, settings
+from coordinator.facts import Fact, RunSpec
 from coordinator.hub import Hub
 from coordinator.ledger import Ledger
-from coordinator.runs import Fact, Run, RunSpec
+from coordinator.runs import Run
 from coordinator.settings import Settings
 from protocols import identity, tickets, weights
 from protocols.errors import CommonweightError, Unreachable
@@ -282,13 +283,13 @@ class Fleet:
     def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
         """What the ledger says of a run."""
         ledger = Ledger(self.home / "ledger.db")
-        found: list[Fact] = [runs.decode_fact(entry.body) for entry in ledger.entries(run_id)]
+        found: list[Fact] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
         ledger.close()
         return [fact for fact in found if isinstance(fact, kind)]
 
     def refusals(self, run_id: str) -> list[tuple[int, str, str]]:
         """Round, peer and word of each refusal."""
-        return [(f.round, f.peer, f.reason) for f in self.facts(run_id, runs.UpdateRefused)]
+        return [(f.round, f.peer, f.reason) for f in self.facts(run_id, facts.UpdateRefused)]
 
     def waits_for(self, run_id: str) -> str:
         """What the run says that it waits for."""

@@ -6,7 +6,7 @@ offers. `feeding` says how its `aggregate_train` is given a round's updates.
 
 from __future__ import annotations
 
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from coordinator.strategies.bulyan import Bulyan
 from coordinator.strategies.coordinatewise import FedMedian, FedTrimmedAvg
 from coordinator.strategies.fedavgm import FedAvgM

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from coordinator.strategies.coordinatewise import refuse_sparse
 from coordinator.strategies.recipe import Recipe, least
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from coordinator.strategies.recipe import Recipe, least
 from protocols.errors import UsageFault
 

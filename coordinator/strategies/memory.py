@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from coordinator.strategies.recipe import Recipe
 from coordinator.strategies.state import state_schema
 from protocols.errors import CannotBeMet

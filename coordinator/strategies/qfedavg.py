@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.runs import Setting
+from coordinator.facts import Setting
 from coordinator.strategies.recipe import Arrays, Recipe
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
-from coordinator.runs import RunSpec, Setting
+from coordinator.facts import RunSpec, Setting
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 
 if TYPE_CHECKING:

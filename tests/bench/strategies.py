@@ -49,9 +49,9 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     """Two rounds of a strategy; the figures are of the second, which has a state to read."""
     from flwr.supercore.task_identity import TaskIdentity
 
-    from coordinator import closing, runs, strategies
+    from coordinator import closing, facts, runs, strategies
+    from coordinator.facts import RunSpec, Update
     from coordinator.lane import Lane
-    from coordinator.runs import RunSpec, Update
     from coordinator.strategies.state import States
     from protocols.weights import TensorSpec
 
@@ -70,29 +70,29 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         states = States(lane.states)
         recipe = strategies.find(name)
         strategy = recipe.make(spec.strategy_args)
-        run = runs.replay("r", [runs.RunStarted(spec)])
+        run = runs.replay("r", [facts.RunStarted(spec)])
         first = lane.write(schema, _noise(schema, 0))
-        run = runs.apply(run, runs.WeightsInitialised(first, "file"))
+        run = runs.apply(run, facts.WeightsInitialised(first, "file"))
         before_bytes = cpu_s = 0.0
         for number in (1, 2):
-            facts: list[runs.Fact] = [runs.RoundOpened(number, run.head, tuple(names))]
+            news: list[facts.Fact] = [facts.RoundOpened(number, run.head, tuple(names))]
             for seed, peer in enumerate(names, 1):
                 digest = lane.write(schema, _noise(schema, 1000 * number + seed))
                 lane.version(digest).replace(lane.update(peer, digest))
                 update = Update(digest=digest, num_examples=10, metrics={"loss": 1.0})
-                facts.append(runs.UpdateAccepted(number, peer, update))
-            for fact in (*facts, runs.TrainingClosed(number, tuple(names))):
+                news.append(facts.UpdateAccepted(number, peer, update))
+            for fact in (*news, facts.TrainingClosed(number, tuple(names))):
                 run = runs.apply(run, fact)
             if number == 1:
                 before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             began = time.process_time()
             made = closing.commit(run, lane, states, strategy, run.contributors)
             cpu_s = time.process_time() - began
-            committed = runs.VersionCommitted(
+            committed = facts.VersionCommitted(
                 number, made.digest, run.head, run.contributors, made.metrics, made.state
             )
             run = runs.apply(run, committed)
-            run = runs.apply(run, runs.RoundClosed(number, {}, 1.0, 0, 0))
+            run = runs.apply(run, facts.RoundClosed(number, {}, 1.0, 0, 0))
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         state_bytes = sum(states.path(d).stat().st_size for d in run.strategy_state.values())
     return {

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator import audit, enroll, runs
+from coordinator import audit, enroll, facts
 from coordinator.cli_care import moment
+from coordinator.facts import RunSpec
 from coordinator.ledger import Ledger
-from coordinator.runs import RunSpec
 from protocols.errors import NotRunning, UnknownName, UsageFault
 from protocols.states import RunState
 from tests.e2e.fleet_harness import Fleet, fleet
@@ -41,22 +41,22 @@ def ledger(tmp_path: Path) -> Ledger:
     ticket = enroll.TicketCreated(
         id="t1", secret_hash="5ec2e7", expires_at=time.time() + 7200, uses=3, label="lab"
     )
-    facts: list[tuple[str, object]] = [
+    happened: list[tuple[str, object]] = [
         ("fleet", ticket),
         ("fleet", joined(ADA, "ada", "awaiting")),
         ("fleet", enroll.PeerApproved(ADA)),
         ("fleet", joined(BOB, "bob")),
-        ("mnist-1", runs.RunStarted(RunSpec(task="mnist", rounds=3))),
-        ("mnist-1", runs.WeightsInitialised("d", ADA)),
-        ("mnist-1", runs.RoundOpened(1, "d", (ADA, BOB))),
-        ("mnist-1", runs.UpdateRefused(1, BOB, "not finite", "w1 has a NaN", "train")),
+        ("mnist-1", facts.RunStarted(RunSpec(task="mnist", rounds=3))),
+        ("mnist-1", facts.WeightsInitialised("d", ADA)),
+        ("mnist-1", facts.RoundOpened(1, "d", (ADA, BOB))),
+        ("mnist-1", facts.UpdateRefused(1, BOB, "not finite", "w1 has a NaN", "train")),
         ("fleet", enroll.PeerRemoved(BOB, "removed by the operator")),
         ("fleet", enroll.TicketRevoked("t1")),
-        ("mnist-1", runs.RunEnded(RunState.STOPPED, "stopped by the operator")),
+        ("mnist-1", facts.RunEnded(RunState.STOPPED, "stopped by the operator")),
         ("fleet", joined(BOB2, "bob")),
         ("fleet", enroll.PeerRemoved(BOB2, "left by itself")),
     ]
-    for subject, fact in facts:
+    for subject, fact in happened:
         made.append(subject, [msgspec.json.encode(fact)])
     return made
 

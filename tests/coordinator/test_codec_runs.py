@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.client import CLAIM
-from coordinator.runs import RunSpec
+from coordinator.facts import RunSpec
 from protocols import codecs, messages, weights
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages import UpdateClaim

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator import gate, runs
-from coordinator.runs import Run, RunSpec, Update
+from coordinator import facts, gate, runs
+from coordinator.facts import RunSpec, Update
+from coordinator.runs import Run
 from protocols import identity, messages
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages import UpdateClaim
@@ -22,10 +23,10 @@ BASE, DIGEST = "0" * 64, "1" * 64
 MODEL = Weights({"w": np.zeros((20, 10), np.float32), "steps": np.array(3, np.int64)})
 
 
-def a_run(*facts: runs.Fact, **spec: Any) -> Run:
-    asked = runs.RoundOpened(1, BASE, ("A", "B"))
-    started = runs.RunStarted(RunSpec(task="t", rounds=2, **spec))
-    return runs.replay("r", [started, runs.WeightsInitialised(BASE, "A"), asked, *facts])
+def a_run(*then: facts.Fact, **spec: Any) -> Run:
+    asked = facts.RoundOpened(1, BASE, ("A", "B"))
+    started = facts.RunStarted(RunSpec(task="t", rounds=2, **spec))
+    return runs.replay("r", [started, facts.WeightsInitialised(BASE, "A"), asked, *then])
 
 
 @dataclass
@@ -113,7 +114,7 @@ def test_a_payload_that_was_changed_is_not_signed() -> None:
 
 
 def test_an_answer_counts_once() -> None:
-    accepted = runs.UpdateAccepted(1, "A", Update(digest=DIGEST, num_examples=5))
+    accepted = facts.UpdateAccepted(1, "A", Update(digest=DIGEST, num_examples=5))
     with pytest.raises(UpdateRefused) as caught:
         Desk(a_run(accepted)).present()
     assert caught.value.reason == "replay"
@@ -145,8 +146,8 @@ def test_the_operators_cap_on_examples_holds() -> None:
 
 def test_a_peer_that_was_refused_or_lost_may_still_answer_well() -> None:
     for fact in (
-        runs.PeerLost("A", "went away"),
-        runs.UpdateRefused(1, "A", "not finite", "x", "train"),
+        facts.PeerLost("A", "went away"),
+        facts.UpdateRefused(1, "A", "not finite", "x", "train"),
     ):
         Desk(a_run(fact)).present()
 
@@ -200,8 +201,8 @@ def test_first_weights_have_no_schema_to_meet_but_must_be_finite() -> None:
 
 
 def test_what_is_expected_in_each_state() -> None:
-    closed = a_run(runs.TrainingClosed(1, ("A",)))
-    committed = runs.apply(closed, runs.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
+    closed = a_run(facts.TrainingClosed(1, ("A",)))
+    committed = runs.apply(closed, facts.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
     waiting = Run(id="r", spec=a_run().spec)
     assert gate.expectation(waiting, MODEL.schema) == ("init", "", {})
     assert gate.expectation(a_run(), MODEL.schema) == ("train", BASE, MODEL.schema)
@@ -234,5 +235,5 @@ def test_the_norm_of_huge_weights_is_a_number() -> None:
             Weights({"w": np.array([far, far])}), Weights({"w": np.array([-far, far])})
         )
         assert math.isfinite(norm)
-        fact = runs.UpdateAccepted(1, "A", Update(num_examples=1, norm=norm))
-        assert runs.decode_fact(runs.encode_fact(fact)) == fact
+        fact = facts.UpdateAccepted(1, "A", Update(num_examples=1, norm=norm))
+        assert facts.decode(facts.encode(fact)) == fact

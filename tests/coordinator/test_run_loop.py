@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from coordinator import runs
+from coordinator import facts, runs
+from coordinator.facts import RunSpec
 from coordinator.records import CLAIM, read_claim
-from coordinator.runs import RunSpec
 from coordinator.superlink import Superlink
 from protocols import identity, messages, weights
 from protocols.errors import (
@@ -72,7 +72,7 @@ def accepted(fleet: Fleet, run_id: str, number: int, peer: str) -> bool:
     """True if the ledger holds this peer's update of the round (not its evaluation)."""
     return any(
         fact.round == number and fact.peer == peer and fact.update.digest
-        for fact in fleet.facts(run_id, runs.UpdateAccepted)
+        for fact in fleet.facts(run_id, facts.UpdateAccepted)
     )
 
 
@@ -89,8 +89,8 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         assert all(closed.bytes_up > 0 for closed in run.history)
         assert run.best is not None
         assert fleet.refusals(run_id) == []
-        committed = fleet.facts(run_id, runs.VersionCommitted)
-        first = fleet.facts(run_id, runs.WeightsInitialised)[0]
+        committed = fleet.facts(run_id, facts.VersionCommitted)
+        first = fleet.facts(run_id, facts.WeightsInitialised)[0]
         assert [fact.parent for fact in committed] == [
             first.digest,
             *(fact.digest for fact in committed[:-1]),
@@ -127,7 +127,7 @@ async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
         digest = fleet.hub.lane.commit(first_weights(5, seed=1))
         run_id = fleet.hub.runs.start(RunSpec(task="softmax", rounds=1, quorum=2), digest)
         run = await fleet.finished(run_id)
-        assert fleet.facts(run_id, runs.VersionCommitted)[0].parent == digest
+        assert fleet.facts(run_id, facts.VersionCommitted)[0].parent == digest
         assert run.state is RunState.FINISHED
         assert all(("init", 0) not in agent.trainer.worked for agent in fleet.agents)
 
@@ -160,8 +160,8 @@ async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> No
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
         run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.3)
-        await until(lambda: fleet.facts(run_id, runs.PeersAsked)[1:])
-        assert fleet.facts(run_id, runs.PeersAsked)[-1].peers == (fleet.agents[0].peer,)
+        await until(lambda: fleet.facts(run_id, facts.PeersAsked)[1:])
+        assert fleet.facts(run_id, facts.PeersAsked)[-1].peers == (fleet.agents[0].peer,)
         await until(lambda: fleet.waits_for(run_id) == "updates of 1 peer")
         assert not fleet.hub.runs.find(run_id).ended
         held.open()
@@ -210,7 +210,7 @@ async def test_an_answer_is_settled_once_it_is_in_the_ledger(tmp_path: Path) -> 
         def watched(reply: Message) -> None:
             push(reply)
             assert agent.link is not None
-            accepted = fleet.facts(run_id, runs.UpdateAccepted)
+            accepted = fleet.facts(run_id, facts.UpdateAccepted)
             told.append((agent.link.settled, len(accepted)))
 
         agent.link.push = watched  # type: ignore[method-assign]
@@ -230,7 +230,7 @@ async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -
         run_id = fleet.start(rounds=2, quorum=2)
         run = await fleet.finished(run_id)
         assert contributors(run) == [named(fleet.agents[1:]), named(fleet.agents)]
-        (refused,) = fleet.facts(run_id, runs.UpdateRefused)
+        (refused,) = fleet.facts(run_id, facts.UpdateRefused)
         assert (refused.peer, refused.reason) == (fleet.agents[0].peer, "agent failed")
         assert "\x1b" not in refused.detail
 
@@ -262,7 +262,7 @@ async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
         limit(10_000)
         run = await fleet.finished(run_id)
         assert contributors(run) == [named(fleet.agents)] * 40
-        assert len(fleet.facts(run_id, runs.UpdateAccepted)) == 40 * 2 * 2
+        assert len(fleet.facts(run_id, facts.UpdateAccepted)) == 40 * 2 * 2
         said = [event.text for event in fleet.hub.fleet.events]
         assert f"there is room again: run {run_id} goes on" in said
         assert ledger.verify() is None
@@ -278,7 +278,7 @@ async def test_a_full_disk_on_an_agent_is_a_failure_and_not_its_end(tmp_path: Pa
         run_id = fleet.start(rounds=2, quorum=1)
         run = await fleet.finished(run_id)
         assert len(contributors(run)[1]) == 2
-        assert fleet.facts(run_id, runs.UpdateRefused)[0].detail == "disk_full: the disk is full"
+        assert fleet.facts(run_id, facts.UpdateRefused)[0].detail == "disk_full: the disk is full"
 
 
 async def test_who_failed_gets_another_chance_after_the_deadline(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ async def test_another_peer_makes_the_first_weights(tmp_path: Path) -> None:
         first.trainer.before = fail
         run_id = fleet.start(rounds=1, quorum=2)
         await fleet.finished(run_id)
-        assert fleet.facts(run_id, runs.WeightsInitialised)[0].by == second.peer
+        assert fleet.facts(run_id, facts.WeightsInitialised)[0].by == second.peer
 
 
 async def test_a_peer_that_hangs_over_the_first_weights_is_not_waited_for(tmp_path: Path) -> None:
@@ -313,8 +313,8 @@ async def test_a_peer_that_hangs_over_the_first_weights_is_not_waited_for(tmp_pa
         first, second = sorted(fleet.agents, key=lambda agent: agent.peer)
         held = Door(first, 0, "init")
         run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.5)
-        await until(lambda: fleet.facts(run_id, runs.WeightsInitialised))
-        assert fleet.facts(run_id, runs.WeightsInitialised)[0].by == second.peer
+        await until(lambda: fleet.facts(run_id, facts.WeightsInitialised))
+        assert fleet.facts(run_id, facts.WeightsInitialised)[0].by == second.peer
         held.open()
         assert (await fleet.finished(run_id)).state is RunState.FINISHED
 
@@ -389,8 +389,8 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
             run_id = fleet.start(rounds=4, quorum=2, seed=21)
             await until(held.reached.is_set)
             # First weights, and versions 1 and 2: older ones than the last two are pruned.
-            made = [fact.digest for fact in fleet.facts(run_id, runs.WeightsInitialised)]
-            made += [fact.digest for fact in fleet.facts(run_id, runs.VersionCommitted)]
+            made = [fact.digest for fact in fleet.facts(run_id, facts.WeightsInitialised)]
+            made += [fact.digest for fact in fleet.facts(run_id, facts.VersionCommitted)]
         kept = [digest for digest in made if fleet.hub.lane.has(digest)]
         for digest in kept[-lost:]:
             path = fleet.hub.lane.version(digest)
@@ -403,8 +403,8 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
                 assert "no earlier one is whole" in run.ended_because
             else:
                 assert run.head == undisturbed.head
-                facts = fleet.facts(run_id, runs.VersionLost)
-                assert [(fact.digest, fact.to) for fact in facts] == [(made[-1], kept[-1 - lost])]
+                (lost_version,) = fleet.facts(run_id, facts.VersionLost)
+                assert (lost_version.digest, lost_version.to) == (made[-1], kept[-1 - lost])
                 assert fleet.hub.lane.version(made[-1]).with_suffix(".damaged").exists()
             await fleet.close()
     finally:

@@ -16,8 +16,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from coordinator import runs
-from coordinator.runs import Fact, Run, RunSpec, Update, View
+from coordinator import decisions, facts, runs
+from coordinator.decisions import View
+from coordinator.facts import Fact, RunSpec, Update
+from coordinator.runs import Run
 from protocols.messages import Metrics
 from protocols.states import ENDED, RunState
 
@@ -29,71 +31,71 @@ class Loop:
     """What the run loop does with a run, without network, disk or clock."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self.facts: list[Fact] = [runs.RunStarted(spec)]
+        self.facts: list[Fact] = [facts.RunStarted(spec)]
         self.run = runs.replay("r", self.facts)
         self.here: frozenset[str] = frozenset()
         self.due = False
         self.accepted: set[str] = set()
 
-    def record(self, *facts: Fact) -> None:
-        for fact in facts:
+    def record(self, *news: Fact) -> None:
+        for fact in news:
             self.facts.append(fact)
             self.run = runs.apply(self.run, fact)
 
     def lose(self, peer: str) -> None:
         self.here -= {peer}
         if peer in self.run.pending:
-            self.record(runs.PeerLost(peer, "went away"))
+            self.record(facts.PeerLost(peer, "went away"))
 
     def answer(self, peer: str, examples: int = 1) -> None:
         """A good answer of a peer that was asked."""
         if self.run.state is RunState.WAITING:
-            self.record(runs.WeightsInitialised("first", peer))
+            self.record(facts.WeightsInitialised("first", peer))
             return
         if self.run.state is RunState.TRAINING:
             self.accepted.add(peer)
         update = Update(digest=f"u{peer}", num_examples=examples, metrics={"loss": 1.0}, norm=0.5)
-        self.record(runs.UpdateAccepted(self.run.round, peer, update))
+        self.record(facts.UpdateAccepted(self.run.round, peer, update))
 
     def refuse(self, peer: str) -> None:
-        self.record(runs.UpdateRefused(self.run.round, peer, "not finite", "x", self.run.kind))
+        self.record(facts.UpdateRefused(self.run.round, peer, "not finite", "x", self.run.kind))
 
-    def decide(self) -> runs.Step:
-        return runs.decide(self.run, View(self.here, self.due))
+    def decide(self) -> decisions.Step:
+        return decisions.decide(self.run, View(self.here, self.due))
 
-    def do(self, step: runs.Step) -> None:
+    def do(self, step: decisions.Step) -> None:
         run = self.run
         match step:
-            case runs.Wait():
+            case decisions.Wait():
                 pass
-            case runs.AskInit(peer):
+            case decisions.AskInit(peer):
                 self.due = False
-                self.record(runs.PeersAsked((peer,)))
-            case runs.AskMore(peers):
+                self.record(facts.PeersAsked((peer,)))
+            case decisions.AskMore(peers):
                 self.due = False
-                self.record(runs.PeersAsked(peers))
-            case runs.OpenRound(number, base, eligible):
+                self.record(facts.PeersAsked(peers))
+            case decisions.OpenRound(number, base, eligible):
                 assert number == run.round + 1
                 assert len(eligible) >= run.spec.quorum
                 self.due, self.accepted = False, set()
-                self.record(runs.RoundOpened(number, base, eligible))
-            case runs.CloseTraining(contributors):
+                self.record(facts.RoundOpened(number, base, eligible))
+            case decisions.CloseTraining(contributors):
                 assert len(contributors) >= run.spec.quorum
                 assert set(contributors) <= self.accepted
                 assert list(contributors) == sorted(contributors)
-                self.record(runs.TrainingClosed(run.round, contributors))
-            case runs.Aggregate(contributors):
+                self.record(facts.TrainingClosed(run.round, contributors))
+            case decisions.Aggregate(contributors):
                 assert contributors == run.contributors
                 digest = f"v{run.round}"
-                self.record(runs.VersionCommitted(run.round, digest, run.head, contributors, {}))
-            case runs.OpenEvaluation(eligible):
+                self.record(facts.VersionCommitted(run.round, digest, run.head, contributors, {}))
+            case decisions.OpenEvaluation(eligible):
                 self.due = False
-                self.record(runs.EvaluationOpened(run.round, eligible))
-            case runs.CloseRound():
+                self.record(facts.EvaluationOpened(run.round, eligible))
+            case decisions.CloseRound():
                 metrics: Metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
-                self.record(runs.RoundClosed(run.round, metrics, 1.0, 2, 3))
-            case runs.EndRun(state, because):
-                self.record(runs.RunEnded(state, because))
+                self.record(facts.RoundClosed(run.round, metrics, 1.0, 2, 3))
+            case decisions.EndRun(state, because):
+                self.record(facts.RunEnded(state, because))
 
 
 class RunMachine(RuleBasedStateMachine):
@@ -133,7 +135,7 @@ class RunMachine(RuleBasedStateMachine):
         """Too late, and no verdict on the present question."""
         run = self.loop.run
         number = run.round if kind != run.kind else run.round - 1
-        self.loop.record(runs.UpdateRefused(number, peer, "late", "x", kind))
+        self.loop.record(facts.UpdateRefused(number, peer, "late", "x", kind))
         assert self.loop.run.pending == run.pending
 
     @rule()
@@ -143,12 +145,12 @@ class RunMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loop.run.round > 1)
     @rule()
     def is_stopped(self) -> None:
-        self.loop.record(runs.RunEnded(RunState.STOPPED, "by the operator"))
+        self.loop.record(facts.RunEnded(RunState.STOPPED, "by the operator"))
 
     @invariant()
     def a_replay_gives_the_same_run(self) -> None:
         if hasattr(self, "loop"):
-            stored = [runs.decode_fact(runs.encode_fact(fact)) for fact in self.loop.facts]
+            stored = [facts.decode(facts.encode(fact)) for fact in self.loop.facts]
             assert runs.replay("r", stored) == self.loop.run
 
     @invariant()
@@ -173,7 +175,7 @@ class RunMachine(RuleBasedStateMachine):
     def something_is_always_decided(self) -> None:
         if hasattr(self, "loop"):
             step = self.loop.decide()
-            assert not isinstance(step, runs.Wait) or step.what
+            assert not isinstance(step, decisions.Wait) or step.what
 
     def teardown(self) -> None:
         """From wherever it stands: with all peers there and answering, the run ends."""
@@ -186,7 +188,7 @@ class RunMachine(RuleBasedStateMachine):
                 break
             step = loop.decide()
             loop.do(step)
-            if isinstance(step, runs.Wait):
+            if isinstance(step, decisions.Wait):
                 if loop.run.pending:
                     loop.answer(loop.run.pending[0])
                 else:
@@ -205,7 +207,7 @@ TestRuns.settings = settings(max_examples=120, stateful_step_count=40, deadline=
 
 def training(quorum: int = 2, asked: tuple[str, ...] = ("A", "B")) -> Loop:
     loop = Loop(RunSpec(task="t", rounds=3, quorum=quorum))
-    loop.record(runs.WeightsInitialised("first", "file"), runs.RoundOpened(1, "first", asked))
+    loop.record(facts.WeightsInitialised("first", "file"), facts.RoundOpened(1, "first", asked))
     loop.here = frozenset(asked)
     return loop
 
@@ -213,9 +215,9 @@ def training(quorum: int = 2, asked: tuple[str, ...] = ("A", "B")) -> Loop:
 def test_a_round_goes_on_with_the_quorum_when_the_deadline_has_passed() -> None:
     loop = training(quorum=1)
     loop.answer("A")
-    assert isinstance(loop.decide(), runs.Wait)
+    assert isinstance(loop.decide(), decisions.Wait)
     loop.due = True
-    assert loop.decide() == runs.CloseTraining(("A",))
+    assert loop.decide() == decisions.CloseTraining(("A",))
 
 
 def test_it_does_not_go_on_below_the_quorum() -> None:
@@ -223,9 +225,9 @@ def test_it_does_not_go_on_below_the_quorum() -> None:
     loop.answer("A")
     loop.due = True
     # B's question may have been lost; one that is at work on it answers at once when it is done.
-    assert loop.decide() == runs.AskMore(("B",))
+    assert loop.decide() == decisions.AskMore(("B",))
     loop.here = frozenset()
-    assert loop.decide() == runs.Wait("the quorum: 1 of 2; the deadline has passed")
+    assert loop.decide() == decisions.Wait("the quorum: 1 of 2; the deadline has passed")
 
 
 def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
@@ -233,52 +235,52 @@ def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
     loop = training()
     loop.answer("A")
     loop.here |= {"C"}
-    assert isinstance(loop.decide(), runs.Wait)
+    assert isinstance(loop.decide(), decisions.Wait)
     loop.due = True
-    assert loop.decide() == runs.AskMore(("B", "C"))
+    assert loop.decide() == decisions.AskMore(("B", "C"))
     loop.do(loop.decide())
     loop.answer("C")
     loop.due = True
-    assert loop.decide() == runs.CloseTraining(("A", "C"))
+    assert loop.decide() == decisions.CloseTraining(("A", "C"))
 
 
 def test_who_failed_may_try_again_after_a_deadline() -> None:
     loop = training()
     loop.answer("A")
     loop.refuse("B")
-    assert loop.decide() == runs.Wait("1 peer more for the quorum")
+    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
     loop.due = True
-    assert loop.decide() == runs.AskMore(("B",))
+    assert loop.decide() == decisions.AskMore(("B",))
 
 
 def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
     loop = training()
     loop.answer("A")
     loop.lose("B")
-    assert loop.decide() == runs.Wait("1 peer more for the quorum")
+    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
     loop.here |= {"B"}
-    assert loop.decide() == runs.AskMore(("B",))
+    assert loop.decide() == decisions.AskMore(("B",))
 
 
 def test_the_round_does_not_wait_for_lost_peers_once_the_quorum_is_there() -> None:
     loop = training(quorum=1)
     loop.answer("A")
     loop.lose("B")
-    assert loop.decide() == runs.CloseTraining(("A",))
+    assert loop.decide() == decisions.CloseTraining(("A",))
 
 
 def test_another_peer_makes_the_first_weights_when_one_cannot_or_hangs() -> None:
     loop = Loop(RunSpec(task="t", rounds=1))
-    assert loop.decide() == runs.Wait("a peer that can make the first weights")
+    assert loop.decide() == decisions.Wait("a peer that can make the first weights")
     loop.here = frozenset("ABC")
-    assert loop.decide() == runs.AskInit("A")
+    assert loop.decide() == decisions.AskInit("A")
     loop.do(loop.decide())
-    assert loop.decide() == runs.Wait("the first weights from A")
+    assert loop.decide() == decisions.Wait("the first weights from A")
     loop.refuse("A")
-    assert loop.decide() == runs.AskInit("B")
+    assert loop.decide() == decisions.AskInit("B")
     loop.do(loop.decide())
     loop.due = True
-    assert loop.decide() == runs.AskMore(("A", "B", "C"))
+    assert loop.decide() == decisions.AskMore(("A", "B", "C"))
 
 
 def test_a_late_answer_does_not_settle_the_present_question() -> None:
@@ -289,10 +291,10 @@ def test_a_late_answer_does_not_settle_the_present_question() -> None:
     while loop.run.round < 2:
         step = loop.decide()
         loop.do(step)
-        if isinstance(step, runs.Wait):
+        if isinstance(step, decisions.Wait):
             loop.answer(loop.run.pending[0])
     assert loop.run.peers["A"] == "asked"
-    loop.record(runs.UpdateRefused(1, "A", "late", "x", "train"))
+    loop.record(facts.UpdateRefused(1, "A", "late", "x", "train"))
     assert loop.run.peers["A"] == "asked"
     assert loop.run.refused == 1
     loop.refuse("A")
@@ -306,7 +308,7 @@ def test_nobody_there_to_evaluate_closes_the_round() -> None:
         loop.do(loop.decide())
     loop.here = frozenset()
     assert loop.run.state is RunState.EVALUATING
-    assert loop.decide() == runs.CloseRound()
+    assert loop.decide() == decisions.CloseRound()
 
 
 def evaluated(**metrics: float | None) -> runs.Round:
@@ -334,11 +336,11 @@ def test_the_first_of_equals_stays_best() -> None:
     loop = training(quorum=1, asked=("A",))
     for number in (1, 2):
         if number > 1:
-            loop.record(runs.RoundOpened(number, loop.run.head, ("A",)))
+            loop.record(facts.RoundOpened(number, loop.run.head, ("A",)))
         loop.answer("A")
         loop.do(loop.decide())
         loop.do(loop.decide())
-        loop.record(runs.RoundClosed(number, {"accuracy": 0.5}, 1.0, 0, 0))
+        loop.record(facts.RoundClosed(number, {"accuracy": 0.5}, 1.0, 0, 0))
     assert loop.run.best is not None
     assert loop.run.best.round == 1
 
@@ -346,18 +348,18 @@ def test_the_first_of_equals_stays_best() -> None:
 _ONE = st.sampled_from(PEERS)
 _SOME = st.lists(_ONE, unique=True).map(tuple)
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
-    runs.WeightsInitialised: lambda d: runs.WeightsInitialised("x", "A"),
-    runs.RoundOpened: lambda d: runs.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
-    runs.PeersAsked: lambda d: runs.PeersAsked(d(_SOME)),
-    runs.PeerLost: lambda d: runs.PeerLost(d(_ONE), "x"),
-    runs.UpdateAccepted: lambda d: runs.UpdateAccepted(1, d(_ONE), Update(num_examples=1)),
-    runs.UpdateRefused: lambda d: runs.UpdateRefused(1, d(_ONE), "x", "x"),
-    runs.TrainingClosed: lambda d: runs.TrainingClosed(1, d(_SOME)),
-    runs.VersionCommitted: lambda d: runs.VersionCommitted(1, "x", "y", d(_SOME), {}),
-    runs.VersionLost: lambda d: runs.VersionLost("x", d(st.sampled_from(["x", "y"]))),
-    runs.EvaluationOpened: lambda d: runs.EvaluationOpened(1, d(_SOME)),
-    runs.RoundClosed: lambda d: runs.RoundClosed(1, {}, 1.0, 0, 0),
-    runs.RunEnded: lambda d: runs.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
+    facts.WeightsInitialised: lambda d: facts.WeightsInitialised("x", "A"),
+    facts.RoundOpened: lambda d: facts.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
+    facts.PeersAsked: lambda d: facts.PeersAsked(d(_SOME)),
+    facts.PeerLost: lambda d: facts.PeerLost(d(_ONE), "x"),
+    facts.UpdateAccepted: lambda d: facts.UpdateAccepted(1, d(_ONE), Update(num_examples=1)),
+    facts.UpdateRefused: lambda d: facts.UpdateRefused(1, d(_ONE), "x", "x"),
+    facts.TrainingClosed: lambda d: facts.TrainingClosed(1, d(_SOME)),
+    facts.VersionCommitted: lambda d: facts.VersionCommitted(1, "x", "y", d(_SOME), {}),
+    facts.VersionLost: lambda d: facts.VersionLost("x", d(st.sampled_from(["x", "y"]))),
+    facts.EvaluationOpened: lambda d: facts.EvaluationOpened(1, d(_SOME)),
+    facts.RoundClosed: lambda d: facts.RoundClosed(1, {}, 1.0, 0, 0),
+    facts.RunEnded: lambda d: facts.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
 }
 
 
@@ -370,8 +372,8 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
         run = runs.apply(run, FACTS[kind](data.draw))
         if before.ended:
             assert run == before
-        runs.decide(run, View(ALL, data.draw(st.booleans())))
-        runs.decide(run, View(frozenset(), data.draw(st.booleans())))
+        decisions.decide(run, View(ALL, data.draw(st.booleans())))
+        decisions.decide(run, View(frozenset(), data.draw(st.booleans())))
 
 
 def test_every_fact_has_a_transition_and_nothing_leaves_an_end() -> None:
@@ -382,4 +384,4 @@ def test_every_fact_has_a_transition_and_nothing_leaves_an_end() -> None:
 @pytest.mark.parametrize("state", sorted(ENDED))
 def test_an_ended_run_decides_nothing(state: RunState) -> None:
     run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
-    assert isinstance(runs.decide(run, View(ALL, True)), runs.Wait)
+    assert isinstance(decisions.decide(run, View(ALL, True)), decisions.Wait)

@@ -19,9 +19,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator import aggregate, closing, gate, runs, strategies
+from coordinator import aggregate, closing, facts, gate, runs, strategies
+from coordinator.facts import RunSpec, Setting, Update
 from coordinator.lane import Lane
-from coordinator.runs import RunSpec, Setting, Update
 from coordinator.strategies import feeding
 from coordinator.strategies.state import States
 from protocols import weights
@@ -67,8 +67,8 @@ class Table:
         folder.mkdir(exist_ok=True)
         self.lane = Lane(folder)
         self.spec = spec
-        self.run = runs.replay("r", [runs.RunStarted(spec)])
-        self.record(runs.WeightsInitialised(self.lane.commit(first), "file"))
+        self.run = runs.replay("r", [facts.RunStarted(spec)])
+        self.record(facts.WeightsInitialised(self.lane.commit(first), "file"))
         self.restart()
 
     def restart(self) -> None:
@@ -76,12 +76,12 @@ class Table:
         self.states = States(self.lane.states)
         self.strategy = strategies.find(self.spec.strategy).make(self.spec.strategy_args)
 
-    def record(self, fact: runs.Fact) -> None:
+    def record(self, fact: facts.Fact) -> None:
         self.run = runs.apply(self.run, fact)
 
     def open_round(self, updates: Mapping[str, Weights], losses: Mapping[str, float] = {}) -> None:
         number, base = self.run.round + 1, self.model()
-        self.record(runs.RoundOpened(number, self.run.head, tuple(sorted(updates))))
+        self.record(facts.RoundOpened(number, self.run.head, tuple(sorted(updates))))
         for count, (peer, model) in enumerate(sorted(updates.items()), 1):
             digest = weights.digest(model)
             weights.save(model, self.lane.update(peer, digest))
@@ -91,8 +91,8 @@ class Table:
                 metrics={"loss": losses.get(peer, 1.0)},
                 norm=gate.distance(model, base),
             )
-            self.record(runs.UpdateAccepted(number, peer, update))
-        self.record(runs.TrainingClosed(number, tuple(sorted(updates))))
+            self.record(facts.UpdateAccepted(number, peer, update))
+        self.record(facts.TrainingClosed(number, tuple(sorted(updates))))
 
     def commit(self) -> closing.Committed:
         return closing.commit(
@@ -102,11 +102,11 @@ class Table:
     def close_round(self) -> None:
         run, made = self.run, self.commit()
         self.record(
-            runs.VersionCommitted(
+            facts.VersionCommitted(
                 run.round, made.digest, run.head, run.contributors, made.metrics, made.state
             )
         )
-        self.record(runs.RoundClosed(run.round, {}, 1.0, 0, 0))
+        self.record(facts.RoundClosed(run.round, {}, 1.0, 0, 0))
 
     def model(self) -> Weights:
         return weights.load(self.lane.version(self.run.head))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from coordinator import lane, run_loop, runs
-from coordinator.runs import RunSpec
+from coordinator import asking, facts, lane, retention, run_loop
+from coordinator.facts import RunSpec
 from coordinator.strategies import memory, state
 from protocols.errors import CannotBeMet, UsageFault
 from protocols.states import RunState
@@ -31,7 +31,7 @@ class Axe:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.at, self.left = "", 0
-        for module in (run_loop, lane):
+        for module in (run_loop, asking, retention, lane):
             patch.setattr(module, "failpoint", self.reached)
         adopt = state.States.adopt
 
@@ -112,7 +112,7 @@ async def test_states_go_with_their_versions(tmp_path: Path) -> None:
                 wanted |= set(closed.strategy_state.values())
         assert {path.stem for path in (fleet.home / "states").iterdir()} == wanted
         assert set(run.strategy_state.values()) <= wanted
-        committed = fleet.facts(run_id, runs.VersionCommitted)
+        committed = fleet.facts(run_id, facts.VersionCommitted)
         assert [set(fact.strategy_state) for fact in committed] == [
             {"first_moment", "second_moment"}
         ] * 6
@@ -142,7 +142,7 @@ async def test_an_update_without_the_loss_that_the_strategy_needs_is_refused(
     tmp_path: Path,
 ) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
-        args: dict[str, runs.Setting] = {"client_learning_rate": 0.1}
+        args: dict[str, facts.Setting] = {"client_learning_rate": 0.1}
         run_id = fleet.start(
             rounds=1, quorum=2, strategy="qfedavg", strategy_args=args, deadline_s=30.0
         )
@@ -202,4 +202,4 @@ async def test_strategies_and_codecs_go_together(tmp_path: Path, name: str, code
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
         assert fleet.refusals(run_id) == []
-        assert run.head != fleet.facts(run_id, runs.WeightsInitialised)[0].digest
+        assert run.head != fleet.facts(run_id, facts.WeightsInitialised)[0].digest

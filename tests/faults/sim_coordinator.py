@@ -1,7 +1,7 @@
 """The simulated coordinator: `runs`, `gate` and `fleet` are the product's, the rest is its shell.
 
-It does what `run_loop`, `lane`, `hub` and `superlink` do, in their order, with a `yield` wherever
-the process can die. Planted bugs are what must not be.
+It does what `run_loop`, `asking`, `lane`, `hub` and `superlink` do, in their order, with a `yield`
+wherever the process can die. Planted bugs are what must not be.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from coordinator import decisions, facts, gate, runs
 from coordinator import fleet as fleets
-from coordinator import gate, runs
+from coordinator.decisions import View
+from coordinator.facts import Fact, Update
 from coordinator.fleet import Fleet
-from coordinator.runs import Fact, Run, Update, View
+from coordinator.runs import Run
 from protocols.errors import UpdateRefused
 from protocols.messages import Envelope, PeerKnown, UpdateClaim, Work
 from protocols.states import PeerState
@@ -62,11 +64,11 @@ class Coordinator:
 
     def _begin(self) -> None:
         """A new life: everything in memory comes from the ledger."""
-        facts = [runs.decode_fact(body) for body in self.ledger]
-        self.run: Run = runs.replay(RUN, facts)
-        if self._bug == "forget-pending" and len(facts) > 1:
+        past = [facts.decode(body) for body in self.ledger]
+        self.run: Run = runs.replay(RUN, past)
+        if self._bug == "forget-pending" and len(past) > 1:
             self.run = msgspec.structs.replace(self.run, peers={})
-        self.applied = len(facts)
+        self.applied = len(past)
         self.fleet = Fleet(fleet="f", name="c")
         for seq, peer in enumerate(self._peers):
             known = PeerKnown(peer=peer, name=peer, public_key=bytes(32))
@@ -165,8 +167,8 @@ class Coordinator:
             yield from self._collect()
             yield from self._notice_losses()
             yield from self._ask_pending()
-            step = runs.decide(self.run, self.view())
-            if isinstance(step, runs.Wait):
+            step = decisions.decide(self.run, self.view())
+            if isinstance(step, decisions.Wait):
                 self._changed = False
                 while not self._changed and not self.view().due:
                     yield
@@ -177,35 +179,35 @@ class Coordinator:
         self._take_back(set(self.outstanding))
         yield from self._collect()
 
-    def _do(self, step: runs.Step) -> Iterator[None]:
+    def _do(self, step: decisions.Step) -> Iterator[None]:
         run = self.run
         match step:
-            case runs.AskInit(peer):
+            case decisions.AskInit(peer):
                 self._phase_at = self.now
-                yield from self._record(runs.PeersAsked((peer,)))
-            case runs.AskMore(peers):
+                yield from self._record(facts.PeersAsked((peer,)))
+            case decisions.AskMore(peers):
                 if self.view().due:
                     self._phase_at = self.now
                 present = (run.round, run.kind)
                 found = self.outstanding.items()
                 self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
-                yield from self._record(runs.PeersAsked(peers))
-            case runs.OpenRound(number, base, eligible):
+                yield from self._record(facts.PeersAsked(peers))
+            case decisions.OpenRound(number, base, eligible):
                 self._phase_at = self.now
-                yield from self._record(runs.RoundOpened(number, base, eligible))
-            case runs.CloseTraining(contributors):
-                yield from self._record(runs.TrainingClosed(run.round, contributors))
-            case runs.Aggregate(contributors):
+                yield from self._record(facts.RoundOpened(number, base, eligible))
+            case decisions.CloseTraining(contributors):
+                yield from self._record(facts.TrainingClosed(run.round, contributors))
+            case decisions.Aggregate(contributors):
                 yield from self._aggregate(contributors)
-            case runs.OpenEvaluation(eligible):
+            case decisions.OpenEvaluation(eligible):
                 self._phase_at = self.now
-                yield from self._record(runs.EvaluationOpened(run.round, eligible))
-            case runs.CloseRound():
+                yield from self._record(facts.EvaluationOpened(run.round, eligible))
+            case decisions.CloseRound():
                 old = {q for q, asked in self.outstanding.items() if asked.round < run.round}
                 self._take_back(old)
-                yield from self._record(runs.RoundClosed(run.round, {}, 1.0, 0, 0))
-            case runs.EndRun(state, because):
-                yield from self._record(runs.RunEnded(state, because))
+                yield from self._record(facts.RoundClosed(run.round, {}, 1.0, 0, 0))
+            case decisions.EndRun(state, because):
+                yield from self._record(facts.RunEnded(state, because))
 
     def _aggregate(self, contributors: tuple[str, ...]) -> Iterator[None]:
         parts = [self.run.head]
@@ -220,7 +222,7 @@ class Coordinator:
         yield
         if self._bug != "skip-sync-version":
             self.disk.sync()
-        fact = runs.VersionCommitted(self.run.round, digest, self.run.head, contributors, {})
+        fact = facts.VersionCommitted(self.run.round, digest, self.run.head, contributors, {})
         yield from self._record(fact)
         for name in self.disk.names("update "):
             self.disk.remove(name)
@@ -261,7 +263,7 @@ class Coordinator:
         lost = [peer for peer in self.run.pending if peer not in self._eligible()]
         for peer in lost:
             self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
-        yield from self._record(*(runs.PeerLost(peer, "went away") for peer in lost))
+        yield from self._record(*(facts.PeerLost(peer, "went away") for peer in lost))
 
     # --- answers ---
 
@@ -286,16 +288,16 @@ class Coordinator:
             return
         self.waits -= asked_of.keys()
         yield
-        facts: list[Fact] = []
+        news: list[Fact] = []
         for question, asked in asked_of.items():
             try:
-                facts.append(self._judged(asked.peer, answers[question]))
+                news.append(self._judged(asked.peer, answers[question]))
             except UpdateRefused as err:
-                facts.append(
-                    runs.UpdateRefused(asked.round, asked.peer, err.reason, "", asked.kind)
+                news.append(
+                    facts.UpdateRefused(asked.round, asked.peer, err.reason, "", asked.kind)
                 )
             yield
-        yield from self._record(*facts)
+        yield from self._record(*news)
         for question in asked_of:
             self._settle(question, True)
 
@@ -311,18 +313,18 @@ class Coordinator:
             self.disk.remove(f"update {peer} {claim.digest}")
             self.disk.write(f"version {claim.digest}", claim.digest)
             self.disk.sync()
-            return runs.WeightsInitialised(claim.digest, peer)
+            return facts.WeightsInitialised(claim.digest, peer)
         if claim.digest and self.disk.read(f"update {peer} {claim.digest}") is None:
             raise UpdateRefused("bad weights", "the update's bytes were never uploaded")
         update = Update(digest=claim.digest, num_examples=claim.num_examples)
-        return runs.UpdateAccepted(self.run.round, peer, update)
+        return facts.UpdateAccepted(self.run.round, peer, update)
 
-    def _record(self, *facts: Fact) -> Iterator[None]:
-        if not facts:
+    def _record(self, *news: Fact) -> Iterator[None]:
+        if not news:
             return
         yield
-        self.ledger += [runs.encode_fact(fact) for fact in facts]
+        self.ledger += [facts.encode(fact) for fact in news]
         yield
-        for fact in facts:
+        for fact in news:
             self.run = runs.apply(self.run, fact)
         self.applied = len(self.ledger)

@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from coordinator import runs
-from coordinator.runs import RunSpec
+from coordinator import decisions, facts, runs
+from coordinator.facts import RunSpec
 from tests.faults import checker
 from tests.faults.sim_agent import Agent
 from tests.faults.sim_coordinator import BUGS, RUN, Coordinator
@@ -47,13 +47,13 @@ class Schedule:
             quorum=self.random.randint(1, 3),
             deadline_s=self.random.choice((20.0, 60.0, 200.0)),
         )
-        facts: list[runs.Fact] = [runs.RunStarted(spec)]
+        news: list[facts.Fact] = [facts.RunStarted(spec)]
         disk = Disk(self.random)
         if self.random.random() < 0.7:  # the others begin with the first weights of a peer
-            facts.append(runs.WeightsInitialised("first", "file"))
+            news.append(facts.WeightsInitialised("first", "file"))
             disk.write("version first", "first")
             disk.sync()
-        ledger = [runs.encode_fact(fact) for fact in facts]
+        ledger = [facts.encode(fact) for fact in news]
         self.coordinator = Coordinator(ledger, disk, self.network, PEERS, bug)
         self.agents = {
             peer: Agent(peer, Disk(self.random), self.network, self.coordinator, self.random)
@@ -136,12 +136,12 @@ class Schedule:
 
     def _in_order(self) -> None:
         """The ledger only grows, and its replay is the run in memory."""
-        facts = [runs.decode_fact(body) for body in self.coordinator.ledger]
-        if len(facts) < self._seen:
+        past = [facts.decode(body) for body in self.coordinator.ledger]
+        if len(past) < self._seen:
             self.found.append("the ledger has lost an entry")
-        self._seen = len(facts)
-        replayed = runs.replay(RUN, facts)
-        if self.coordinator.applied == len(facts) and replayed != self.coordinator.run:
+        self._seen = len(past)
+        replayed = runs.replay(RUN, past)
+        if self.coordinator.applied == len(past) and replayed != self.coordinator.run:
             self.found.append("a replay of the ledger gives another run")
 
     def _calm_down(self) -> None:
@@ -163,7 +163,7 @@ class Schedule:
                 for agent in self.agents.values():
                     self.coordinator.missed_heartbeat(agent)
         else:
-            waits = runs.decide(self.coordinator.run, self.coordinator.view())
+            waits = decisions.decide(self.coordinator.run, self.coordinator.view())
             raise checker.Violation(f"in calm the run does not end: {waits}")
         for _ in range(40):  # what is under way arrives
             self.coordinator.step()
@@ -173,9 +173,9 @@ class Schedule:
 
     def _judged(self) -> Iterator[str]:
         self._in_order()
-        facts: list[dict[str, Any]] = [msgspec.json.decode(b) for b in self.coordinator.ledger]
+        told: list[dict[str, Any]] = [msgspec.json.decode(b) for b in self.coordinator.ledger]
         claims = [msgspec.json.decode(c) for a in self.agents.values() for c in a.acknowledged]
-        yield from checker.told({RUN: facts}, claims)
+        yield from checker.told({RUN: told}, claims)
         yield from self._missing()
         for agent in self.agents.values():
             for work, times in agent.trained.items():

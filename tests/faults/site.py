@@ -10,9 +10,9 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from agent import settings
+from coordinator.facts import RunSpec, Setting
 from coordinator.orders import RunOrder
 from coordinator.remote import Remote
-from coordinator.runs import RunSpec, Setting
 from protocols.errors import CommonweightError
 from protocols.failpoints import TRUTH, VARIABLE
 from tests.e2e.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports, until

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import runs
+from coordinator import facts
+from coordinator.facts import Fact, RunSpec, Update
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
-from coordinator.runs import Fact, RunSpec, Update
 from protocols.states import RunState
 from protocols.weights import Weights
 from tests.faults import checker
@@ -36,11 +36,11 @@ class Home:
         self.lane = Lane(folder)
         self.versions = [self._version(number) for number in range(3)]
         self.facts: Facts = [
-            runs.RunStarted(RunSpec(task="t", rounds=2, quorum=2)),
-            runs.WeightsInitialised(self.versions[0], "A"),
+            facts.RunStarted(RunSpec(task="t", rounds=2, quorum=2)),
+            facts.WeightsInitialised(self.versions[0], "A"),
             *self._round(1),
             *self._round(2),
-            runs.RunEnded(RunState.FINISHED, "all rounds are done"),
+            facts.RunEnded(RunState.FINISHED, "all rounds are done"),
         ]
         self.truth = Truth(
             [claim(p, n, f"u{p}{n}") for p in PEERS for n in (1, 2)]
@@ -55,21 +55,21 @@ class Home:
     def _round(self, number: int) -> Facts:
         base, made = self.versions[number - 1 : number + 1]
         return [
-            runs.RoundOpened(number, base, PEERS),
+            facts.RoundOpened(number, base, PEERS),
             *(
-                runs.UpdateAccepted(number, p, Update(digest=f"u{p}{number}", num_examples=1))
+                facts.UpdateAccepted(number, p, Update(digest=f"u{p}{number}", num_examples=1))
                 for p in PEERS
             ),
-            runs.TrainingClosed(number, PEERS),
-            runs.VersionCommitted(number, made, base, PEERS, {}),
-            runs.EvaluationOpened(number, PEERS),
-            *(runs.UpdateAccepted(number, p, Update(num_examples=1)) for p in PEERS),
-            runs.RoundClosed(number, {}, 1.0, 0, 0),
+            facts.TrainingClosed(number, PEERS),
+            facts.VersionCommitted(number, made, base, PEERS, {}),
+            facts.EvaluationOpened(number, PEERS),
+            *(facts.UpdateAccepted(number, p, Update(num_examples=1)) for p in PEERS),
+            facts.RoundClosed(number, {}, 1.0, 0, 0),
         ]
 
     def judged(self) -> list[str]:
         ledger = Ledger(self.folder / "ledger.db")
-        ledger.append("r", [runs.encode_fact(fact) for fact in self.facts])
+        ledger.append("r", [facts.encode(fact) for fact in self.facts])
         ledger.close()
         return checker.violations(self.folder, [self.truth])
 
@@ -80,16 +80,16 @@ def of(home: Home, kind: type[Any], nth: int = 0) -> int:
 
 
 def forget_an_update(home: Home) -> None:
-    home.facts.pop(of(home, runs.UpdateAccepted))
+    home.facts.pop(of(home, facts.UpdateAccepted))
 
 
 def count_an_update_twice(home: Home) -> None:
-    index = of(home, runs.UpdateAccepted)
+    index = of(home, facts.UpdateAccepted)
     home.facts.insert(index, home.facts[index])
 
 
 def count_an_evaluation_twice(home: Home) -> None:
-    index = of(home, runs.UpdateAccepted, 2)
+    index = of(home, facts.UpdateAccepted, 2)
     home.facts.insert(index, home.facts[index])
 
 
@@ -98,11 +98,11 @@ def acknowledge_what_is_not_there(home: Home) -> None:
 
 
 def sum_what_was_not_accepted(home: Home) -> None:
-    home.facts[of(home, runs.TrainingClosed)] = runs.TrainingClosed(1, ("A", "B", "C"))
+    home.facts[of(home, facts.TrainingClosed)] = facts.TrainingClosed(1, ("A", "B", "C"))
 
 
 def leave_out_what_was_accepted(home: Home) -> None:
-    home.facts[of(home, runs.TrainingClosed)] = runs.TrainingClosed(1, ("A",))
+    home.facts[of(home, facts.TrainingClosed)] = facts.TrainingClosed(1, ("A",))
 
 
 def lose_a_version(home: Home) -> None:
@@ -115,13 +115,13 @@ def flip_a_version(home: Home) -> None:
 
 
 def make_a_version_twice(home: Home) -> None:
-    index = of(home, runs.VersionCommitted)
+    index = of(home, facts.VersionCommitted)
     home.facts.insert(index, home.facts[index])
 
 
 def roll_back(home: Home) -> None:
-    index = of(home, runs.RoundOpened, 1)
-    home.facts[index] = runs.RoundOpened(2, home.versions[0], PEERS)
+    index = of(home, facts.RoundOpened, 1)
+    home.facts[index] = facts.RoundOpened(2, home.versions[0], PEERS)
 
 
 FAULTS: list[tuple[Callable[[Home], None], str]] = [
@@ -153,16 +153,16 @@ def test_a_fault_is_found(tmp_path: Path, fault: Callable[[Home], None], said: s
 def test_a_refusal_is_a_fate_too(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.truth.acknowledged.append(claim("C", 1, "uC1"))
-    home.facts.insert(4, runs.UpdateRefused(1, "C", "late", "x", "train"))
+    home.facts.insert(4, facts.UpdateRefused(1, "C", "late", "x", "train"))
     assert home.judged() == []
 
 
 def test_a_round_that_was_done_again_for_a_lost_version_counts_once(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    index = of(home, runs.RoundOpened, 1)
+    index = of(home, facts.RoundOpened, 1)
     again = home.facts[index:]
-    closed = next(n for n, fact in enumerate(again) if isinstance(fact, runs.RoundClosed))
-    lost = runs.VersionLost(home.versions[2], home.versions[1])
+    closed = next(n for n, fact in enumerate(again) if isinstance(fact, facts.RoundClosed))
+    lost = facts.VersionLost(home.versions[2], home.versions[1])
     home.facts[index + closed + 1 :] = [lost, *again]
     assert home.judged() == []
 

@@ -29,11 +29,12 @@ from hypothesis import strategies as st
 from agent.link import _pack, _unpack
 from coordinator import fleet as fleets
 from coordinator import gate
+from coordinator.facts import RunSpec
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.gate import Expected
 from coordinator.records import CLAIM, read_claim
-from coordinator.runs import Run, RunSpec
+from coordinator.runs import Run
 from protocols import identity, messages, requests, tickets, topics, weights
 from protocols.errors import (
     BadMessage,

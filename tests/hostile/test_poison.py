@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from coordinator import facts, runs
 from coordinator import fleet as fleets
-from coordinator import runs
 from coordinator.records import CLAIM
 from protocols import messages, weights
 from protocols.messages import UpdateClaim
@@ -148,7 +148,7 @@ async def test_the_result_is_that_of_the_run_without_the_rogue(tmp_path: Path) -
         run_id = fleet.start(rounds=rounds, quorum=2, seed=3)
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
-        found = [f for f in fleet.facts(run_id, runs.UpdateRefused) if f.kind == "train"]
+        found = [f for f in fleet.facts(run_id, facts.UpdateRefused) if f.kind == "train"]
         assert [(f.round, f.peer, f.reason) for f in found] == [
             (number, rogue.peer, word) for number, word in enumerate(words, 1)
         ]
@@ -177,7 +177,7 @@ async def test_lies_about_an_evaluation_move_nothing(tmp_path: Path) -> None:
         assert run.state is RunState.FINISHED
         refused = {
             f.round: f.reason
-            for f in fleet.facts(run_id, runs.UpdateRefused)
+            for f in fleet.facts(run_id, facts.UpdateRefused)
             if f.kind == "evaluate"
         }
         assert refused == {n: word for n, (word, _) in enumerate(EVALUATIONS, 1) if word}

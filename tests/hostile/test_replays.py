@@ -14,7 +14,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.link import Link, _pack
-from coordinator import runs
+from coordinator import facts
 from coordinator.records import CLAIM
 from protocols import identity, messages, requests, weights
 from protocols.joining import MQTT_PATH, STANDING_PATH
@@ -161,8 +161,8 @@ def test_one_who_spends_all_its_nonces_shuts_out_nobody_else() -> None:
 
 def counted(fleet: Fleet, run_id: str) -> list[tuple[int, str]]:
     """Round and peer of each update in the ledger that counts (not evaluations)."""
-    facts = fleet.facts(run_id, runs.UpdateAccepted)
-    return [(fact.round, fact.peer) for fact in facts if fact.update.digest]
+    accepted = fleet.facts(run_id, facts.UpdateAccepted)
+    return [(fact.round, fact.peer) for fact in accepted if fact.update.digest]
 
 
 async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> None:

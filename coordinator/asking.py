@@ -1,0 +1,198 @@
+"""What peers are asked for: the strategy chooses them, the work is signed, questions go out.
+
+A question is one message to one peer. It is under way until its answer is judged, or until it is
+taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+from coordinator.fleetwork import Fleetwork
+from coordinator.model import Model
+from coordinator.records import VersionRecord, one_config
+from coordinator.runs import Run
+from coordinator.strategies.recipe import Recipe
+from protocols import messages, weights
+from protocols.failpoints import failpoint
+from protocols.messages import Work
+from protocols.states import RunState
+
+#: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
+AGENT_FAILED = 2
+
+
+class Asked(NamedTuple):
+    """A question that is under way: to whom, and which."""
+
+    peer: str
+    round: int
+    kind: str
+
+
+class Questions:
+    """Those of one run."""
+
+    def __init__(self, around: Fleetwork, recipe: Recipe, strategy: Strategy, model: Model) -> None:
+        self._around, self._recipe, self._strategy = around, recipe, strategy
+        self._model = model
+        self._under_way: dict[str, Asked] = {}
+        #: Answers to questions that were about to be taken back.
+        self._arrived: list[Message] = []
+        self._settling: dict[str, asyncio.Future[bool]] = {}
+        self._content: RecordDict | None = None
+
+    # --- putting them ---
+
+    async def configure(
+        self, run: Run, eligible: Sequence[str], opening: int = 0
+    ) -> tuple[str, ...]:
+        """Let the strategy choose among `eligible` and say what they get; the chosen peers."""
+        around = self._around
+        around.grid.eligible = {n for p in eligible if (n := around.node_of(p)) is not None}
+        kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
+        number = opening or run.round
+        model = None
+        if self._recipe.looks_at_weights:
+            model = weights.load(around.lane.version(run.head))
+        arrays = VersionRecord(run.head, model)
+        configure = getattr(self._strategy, f"configure_{kind}")
+        chosen = list(
+            await asyncio.to_thread(configure, number, arrays, ConfigRecord(), around.grid)
+        )
+        self._content = None
+        if chosen:
+            config = self._work_record(run, kind, number, one_config(chosen))
+            self._content = RecordDict({"arrays": VersionRecord(run.head), "config": config})
+        return tuple(sorted(around.peer_of(m.metadata.dst_node_id) for m in chosen))
+
+    def _work_record(
+        self,
+        run: Run,
+        kind: Any,
+        number: int,
+        extra: Mapping[str, int | float] = MappingProxyType({}),
+    ) -> ConfigRecord:
+        """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
+        spec = run.spec
+        parent, patch_bytes = self._model.patch_to(run.head)
+        work = Work(
+            run=run.id,
+            round=number,
+            kind=kind,
+            task=spec.task,
+            base=run.head,
+            nbytes=self._model.nbytes,
+            parent=parent,
+            patch_bytes=patch_bytes,
+            codec=spec.codec,
+            seed=spec.seed,
+            settings={**spec.settings, **extra},
+            deadline_s=spec.deadline_s,
+        )
+        payload, signature = messages.sign_work(work, self._around.sign)
+        return ConfigRecord({"work": payload, "signature": signature})
+
+    def forget_work(self) -> None:
+        """The next question is another one."""
+        self._content = None
+
+    async def ask_pending(self, run: Run) -> None:
+        """Send the open question to every pending peer that has it not yet."""
+        question = (run.round, run.kind)
+        reached = {asked.peer for asked in self._under_way.values() if asked[1:] == question}
+        eligible = self._around.eligible()
+        peers = [p for p in run.pending if p not in reached and p in eligible]
+        if not peers:
+            return
+        if run.kind == "init":
+            self._model.await_first()
+            content = RecordDict({"config": self._work_record(run, "init", 0)})
+        else:
+            if self._content is None:  # after a restart
+                await self.configure(run, sorted(eligible))
+            if self._content is None:
+                return
+            content = self._content
+        message_type = "query.init" if run.kind == "init" else run.kind
+        outgoing: list[Message] = []
+        for peer in peers:
+            if (node := self._around.node_of(peer)) is not None:
+                outgoing.append(Message(content, node, message_type, group_id=run.id))
+        failpoint("work.pushing")
+        sent = await asyncio.to_thread(self._around.grid.push_messages, outgoing)
+        failpoint("work.pushed")
+        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
+        reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
+        self._under_way |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
+        self._around.ring(list(reached_now.values()))
+
+    def ring_again(self) -> None:
+        """Doorbells were lost with the broker: ring at every peer whose answer is awaited."""
+        self._around.ring(sorted({asked.peer for asked in self._under_way.values()}))
+
+    # --- their answers ---
+
+    async def answers(self) -> list[tuple[str, Asked, Message]]:
+        """Answers that are there, with their questions, which are no longer under way."""
+        if not self._under_way:
+            return []
+        pulled = await asyncio.to_thread(self._around.grid.pull_messages, set(self._under_way))
+        replies = {m.metadata.reply_to_message_id: m for m in (*self._arrived, *pulled)}
+        self._arrived = []
+        if replies:
+            failpoint("reply.pulled")
+        # All at once: a session that opens meanwhile must not take back what is answered.
+        found = {q: asked for q in replies if (asked := self._under_way.pop(q, None))}
+        return [(question, asked, replies[question]) for question, asked in found.items()]
+
+    def settling(self, question: str) -> asyncio.Future[bool]:
+        """Done when the answer to a question is in the ledger (True) or never will be (False)."""
+        known = question in self._under_way
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if not known:
+            found.set_result(False)
+        return self._settling.setdefault(question, found) if known else found
+
+    def settle(self, questions: Iterable[str], settled: bool) -> None:
+        for question in questions:
+            waiting = self._settling.pop(question, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(settled)
+
+    # --- taking them back ---
+
+    def take_back_from(self, peer: str) -> None:
+        self._take_back({q for q, asked in self._under_way.items() if asked.peer == peer})
+
+    def take_back_present(self, run: Run, peers: Sequence[str]) -> None:
+        """The open question, from these peers: it is put to them anew."""
+        present = (run.round, run.kind)
+        found = self._under_way.items()
+        self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
+
+    def take_back_older(self, number: int) -> None:
+        """All of the rounds before this one."""
+        self._take_back({q for q, asked in self._under_way.items() if asked.round < number})
+
+    def take_back_all(self) -> None:
+        self._take_back(set(self._under_way))
+
+    def _take_back(self, questions: set[str]) -> None:
+        """Forget questions, but for those that are answered: the ledger is to hear of each."""
+        if not questions:
+            return
+        found = self._around.grid.pull_messages(questions)
+        # Flower's own errors, of nodes that are gone, are nobody's answers.
+        self._arrived += [m for m in found if not m.has_error() or m.error.code == AGENT_FAILED]
+        questions -= {reply.metadata.reply_to_message_id for reply in self._arrived}
+        self._around.grid.forget(questions)
+        for question in questions:
+            del self._under_way[question]
+        self.settle(questions, False)

@@ -1,0 +1,148 @@
+"""What a run does next, from where it stands and who is there. Pure.
+
+Doing a step gives new facts; a step is never repeated because of what it was, only because the run
+still stands where it stood.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from coordinator.runs import Run
+from protocols.states import RunState
+
+
+class View(NamedTuple):
+    """What the run cannot know: the peers that could work now, and whether time is up."""
+
+    eligible: frozenset[str]
+    due: bool = False
+
+
+class AskInit(NamedTuple):
+    """Ask one peer for the first weights."""
+
+    peer: str
+
+
+class OpenRound(NamedTuple):
+    round: int
+    base: str
+    eligible: tuple[str, ...]
+
+
+class AskMore(NamedTuple):
+    """Give the open round's work to these peers too."""
+
+    peers: tuple[str, ...]
+
+
+class CloseTraining(NamedTuple):
+    contributors: tuple[str, ...]
+
+
+class Aggregate(NamedTuple):
+    contributors: tuple[str, ...]
+
+
+class OpenEvaluation(NamedTuple):
+    eligible: tuple[str, ...]
+
+
+class CloseRound(NamedTuple):
+    pass
+
+
+class EndRun(NamedTuple):
+    state: RunState
+    because: str
+
+
+class Wait(NamedTuple):
+    """Nothing to do until something changes; `what` is for a person."""
+
+    what: str
+
+
+Step = (
+    AskInit
+    | OpenRound
+    | AskMore
+    | CloseTraining
+    | Aggregate
+    | OpenEvaluation
+    | CloseRound
+    | EndRun
+    | Wait
+)
+
+
+def decide(run: Run, view: View) -> Step:
+    """The next step of a run that has not ended."""
+    match run.state:
+        case RunState.WAITING:
+            return _decide_waiting(run, view)
+        case RunState.TRAINING:
+            return _decide_training(run, view)
+        case RunState.AGGREGATING:
+            return Aggregate(run.contributors)
+        case RunState.EVALUATING:
+            return _decide_evaluating(run, view)
+        case _:
+            return Wait(f"the run has {run.state}")
+
+
+def _decide_waiting(run: Run, view: View) -> Step:
+    if run.round >= run.spec.rounds:
+        return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
+    if not run.head:
+        return _decide_init(run, view)
+    if len(view.eligible) < run.spec.quorum:
+        return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
+    return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
+
+
+def _decide_init(run: Run, view: View) -> Step:
+    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
+    if view.eligible and view.eligible <= refused and not run.pending:
+        # Nobody who is here can do it, and asking again gives the same answer.
+        return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
+    if view.due and view.eligible:
+        return AskMore(tuple(sorted(view.eligible)))
+    if run.pending:
+        return Wait(f"the first weights from {run.pending[0]}")
+    untried = sorted(view.eligible - refused)
+    return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
+
+
+def _decide_training(run: Run, view: View) -> Step:
+    answered = len(run.updates)
+    if answered >= run.spec.quorum and (view.due or not run.pending):
+        return CloseTraining(tuple(sorted(run.updates)))
+    back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
+    if back:
+        return AskMore(tuple(sorted(back)))
+    if view.due and (others := view.eligible - run.updates.keys()):
+        # The new, those that failed, and those that were asked: the question may have been lost.
+        return AskMore(tuple(sorted(others)))
+    if answered + len(run.pending) < run.spec.quorum:
+        new = view.eligible - run.peers.keys()
+        if new:
+            return AskMore(tuple(sorted(new)))
+        missing = run.spec.quorum - answered - len(run.pending)
+        return Wait(f"{_peers(missing)} more for the quorum")
+    if view.due:
+        return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
+    return Wait(f"updates of {_peers(len(run.pending))}")
+
+
+def _decide_evaluating(run: Run, view: View) -> Step:
+    if not run.evaluating:
+        return OpenEvaluation(tuple(sorted(view.eligible))) if view.eligible else CloseRound()
+    if view.due or not run.pending:
+        return CloseRound()
+    return Wait(f"the evaluation by {_peers(len(run.pending))}")
+
+
+def _peers(count: int) -> str:
+    return f"{count} peer" + ("s" if count != 1 else "")

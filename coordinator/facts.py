@@ -1,0 +1,167 @@
+"""What happens to a run: its settings and its facts, as the ledger keeps them. Pure.
+
+Facts are in the past tense. A new field has a default: old ledgers are read for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from protocols.messages import Metrics
+from protocols.states import RunState
+
+Setting = str | int | float | bool
+
+
+class RunSpec(Struct, frozen=True, kw_only=True):
+    """What was asked for at the start; part of the run's record and never changed.
+
+    `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
+    passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
+    `codec`: how updates are made smaller, one of `protocols.codecs`.
+    `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
+    far, as a Euclidean norm, one update may move the weights.
+    """
+
+    task: str
+    rounds: int
+    strategy: str = "fedavg"
+    strategy_args: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
+    codec: str = "fp32"
+    seed: int = 0
+    quorum: int = 1
+    deadline_s: float = 600.0
+    weighting: Literal["examples", "equal"] = "examples"
+    max_weight_share: float = 1.0
+    max_examples: int = 10_000_000
+    clip_norm: float = 0.0
+
+
+class Update(Struct, frozen=True, kw_only=True):
+    """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation."""
+
+    digest: str = ""
+    nbytes: int = 0
+    num_examples: int
+    metrics: Metrics = {}
+    norm: float = 0.0
+
+
+class RunStarted(Struct, frozen=True, tag=True):
+    spec: RunSpec
+
+
+class WeightsInitialised(Struct, frozen=True, tag=True):
+    """The first version is there; `by` is the peer that made it, or the file it came from."""
+
+    digest: str
+    by: str
+
+
+class RoundOpened(Struct, frozen=True, tag=True):
+    round: int
+    base: str
+    asked: tuple[str, ...]
+
+
+class PeersAsked(Struct, frozen=True, tag=True):
+    """More peers, or lost ones that came back, were asked for the work of the open round."""
+
+    peers: tuple[str, ...]
+
+
+class PeerLost(Struct, frozen=True, tag=True):
+    """A peer that was asked went away or said that it cannot do the work."""
+
+    peer: str
+    reason: str
+
+
+class UpdateAccepted(Struct, frozen=True, tag=True):
+    round: int
+    peer: str
+    update: Update
+
+
+class UpdateRefused(Struct, frozen=True, tag=True):
+    """`round` and `kind` are those of the question: a late answer to an old one settles nothing."""
+
+    round: int
+    peer: str
+    reason: str
+    detail: str
+    kind: str = ""
+
+
+class TrainingClosed(Struct, frozen=True, tag=True):
+    """No more updates for this round: these are summed, in this order."""
+
+    round: int
+    contributors: tuple[str, ...]
+
+
+class VersionCommitted(Struct, frozen=True, tag=True):
+    """`strategy_state`: digests, by slot, of what the strategy remembers after this version."""
+
+    round: int
+    digest: str
+    parent: str
+    contributors: tuple[str, ...]
+    metrics: Metrics
+    strategy_state: dict[str, str] = {}
+
+
+class VersionLost(Struct, frozen=True, tag=True):
+    """The newest version is damaged on disk. The run goes on from `to`, an earlier one."""
+
+    digest: str
+    to: str
+
+
+class EvaluationOpened(Struct, frozen=True, tag=True):
+    round: int
+    asked: tuple[str, ...]
+
+
+class RoundClosed(Struct, frozen=True, tag=True):
+    """`seconds` since the round was opened; `metrics` are federated evaluation (may be empty).
+
+    `spent`: seconds by part of the round: `work` until the first update is in, `wait` for the
+    others, `aggregate`, `evaluate`.
+    """
+
+    round: int
+    metrics: Metrics
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    spent: dict[str, float] = {}
+
+
+class RunEnded(Struct, frozen=True, tag=True):
+    state: RunState
+    because: str
+
+
+Fact = (
+    RunStarted
+    | WeightsInitialised
+    | RoundOpened
+    | PeersAsked
+    | PeerLost
+    | UpdateAccepted
+    | UpdateRefused
+    | TrainingClosed
+    | VersionCommitted
+    | VersionLost
+    | EvaluationOpened
+    | RoundClosed
+    | RunEnded
+)
+
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Fact).decode

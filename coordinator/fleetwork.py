@@ -1,0 +1,30 @@
+"""What a run needs of the coordinator around it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from coordinator.lane import Lane
+from coordinator.ledger import Ledger
+from coordinator.records import LaneGrid
+from protocols.messages import CoordinatorBody, Sign, Verify
+
+
+class Fleetwork(NamedTuple):
+    """The ledger, the lane and the grid; who is there, and how they are told something."""
+
+    ledger: Ledger
+    lane: Lane
+    grid: LaneGrid
+    sign: Sign
+    verify: Verify
+    eligible: Callable[[], frozenset[str]]
+    node_of: Callable[[str], int | None]
+    peer_of: Callable[[int], str]
+    name_of: Callable[[str], str]
+    ring: Callable[[Sequence[str]], None]
+    publish: Callable[[CoordinatorBody], None]
+    #: Refused updates by reason, since the coordinator started.
+    refused: Counter[str]

@@ -1,0 +1,68 @@
+"""What an answer amounts to: past the gate it is an update of its round, else it is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from flwr.app import Message
+
+from coordinator import facts, gate
+from coordinator.asking import AGENT_FAILED
+from coordinator.facts import Fact, Update
+from coordinator.fleetwork import Fleetwork
+from coordinator.model import Model
+from coordinator.records import read_claim
+from coordinator.runs import Run
+from protocols import codecs
+from protocols.errors import BadMessage, UpdateRefused
+from protocols.messages import printable
+from protocols.stored import Stored
+
+
+async def judge(run: Run, around: Fleetwork, model: Model, peer: str, reply: Message) -> Fact:
+    """The fact that a reply amounts to. Raises UpdateRefused."""
+    if reply.has_error():
+        # Flower's own words: the node is gone. From a peer that is there they are a lie, and
+        # to believe it would be to ask again, and again.
+        if reply.error.code != AGENT_FAILED and peer not in around.eligible():
+            return facts.PeerLost(peer, "went away")
+        raise UpdateRefused("agent failed", printable(reply.error.reason or "no reason given"))
+    try:
+        claim, payload, signature = read_claim(reply)
+    except (BadMessage, KeyError, TypeError, ValueError) as err:
+        raise UpdateRefused("bad claim", str(err)) from err
+    expected = gate.expectation(run, model.schema)
+    gate.check_claim(run, expected, peer, claim, payload, signature, around.verify)
+    norm = 0.0
+    if expected.kind != "evaluate":
+        norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
+        if expected.kind == "init":
+            around.lane.adopt(peer, claim.digest)
+            model.learn(claim.digest)
+            return facts.WeightsInitialised(claim.digest, peer)
+    update = Update(
+        digest=claim.digest,
+        nbytes=claim.nbytes,
+        num_examples=claim.num_examples,
+        metrics=claim.metrics,
+        norm=norm,
+    )
+    return facts.UpdateAccepted(run.round, peer, update)
+
+
+def _measure(
+    around: Fleetwork, model: Model, expected: gate.Expected, peer: str, digest: str
+) -> float:
+    """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
+    with contextlib.ExitStack() as stack:
+
+        def uploaded() -> Stored:
+            return stack.enter_context(around.lane.open_update(peer, digest))
+
+        if expected.kind == "init":
+            gate.check_weights(expected, uploaded)
+            return 0.0
+        base = stack.enter_context(Stored(around.lane.version(expected.base)))
+        update = gate.check_weights(expected, lambda: codecs.decoded(model.codec, uploaded(), base))
+        return gate.distance(update, base)

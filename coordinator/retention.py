@@ -1,0 +1,30 @@
+"""Which versions and strategy states stay on disk when a round has closed."""
+
+from __future__ import annotations
+
+from coordinator.lane import Lane
+from coordinator.runs import Run
+from coordinator.strategies.state import States
+from protocols.failpoints import failpoint
+
+
+class Retention:
+    """Keeps the last two versions and the best; the ledger still names the others.
+
+    `elsewhere`: digests that other runs still need.
+    """
+
+    def __init__(self, run: Run, lane: Lane, states: States, elsewhere: frozenset[str]) -> None:
+        self._lane, self._states, self._elsewhere = lane, states, elsewhere
+        self._on_disk = {closed.digest for closed in run.history}
+
+    def prune(self, run: Run) -> None:
+        keep = {run.head, run.parent, run.best.digest if run.best else ""}
+        self._on_disk |= {run.head, run.parent}
+        for digest in self._on_disk - keep - self._elsewhere:
+            self._lane.drop(digest)
+        still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
+        known = {d for r in run.history for d in r.strategy_state.values()}
+        self._states.drop(known - still - self._elsewhere)
+        failpoint("round.pruned")
+        self._on_disk &= keep
