@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent import cli_owner
+from agent import cli_owner, cli_task
 from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, homes, output
 from protocols.errors import CommonweightError, ExitCode, NotRunning, UsageFault
@@ -60,6 +60,7 @@ def join(
     text = _ticket_text(ticket)
     labels = dict(_pair(item) for item in label or [])
     home = homes.open_home("agent", create=True)
+    data = settings.data_path(data)
     index, parts = _part(part) if part else (None, None)
     settings.read(home, data=data, part=index, parts=parts, split=split)
     enrolment, awaiting = enroll.join(
@@ -199,6 +200,7 @@ def _ago(since: float) -> str:
 
 
 cli_owner.add_to(app)
+app.add_typer(cli_task.task, name="task")
 
 
 def main() -> None:

@@ -208,14 +208,14 @@ def show_policy(json: Json = False) -> None:
         sys.stdout.write(output.ok([setting._asdict() for setting in found]) + "\n")
         return
     for setting in found:
-        value = ",".join(setting.value) if setting.name == "tasks" else setting.value
-        sys.stdout.write(f"{setting.name:15} {value!s:12} {setting.source}\n    {setting.about}\n")
+        value = settings.in_words(setting.value)
+        sys.stdout.write(f"{setting.name:15} {value:12} {setting.source}\n    {setting.about}\n")
 
 
 @policy.command("set")
 def set_policy(
     key: Annotated[str, typer.Argument(help="Which; commonweight-agent policy show.")],
-    value: Annotated[str, typer.Argument(help="Names of tasks are parted by commas.")],
+    value: Annotated[str, typer.Argument(help="Several, as of tasks, are parted by commas.")],
 ) -> None:
     """Change a setting of this machine."""
     from agent import settings

@@ -7,6 +7,7 @@ surely over, so that the same question, asked again after a lost link, costs not
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,22 @@ from msgspec import Struct
 
 from agent.encoding import Leftovers
 from agent.tasks import Settings
-from protocols import codecs, identity, messages
-from protocols.errors import BadMessage, CommonweightError, DiskFull, Refused, TrainerFailed
+from protocols import codecs, identity, messages, schemas
+from protocols.errors import (
+    TELLABLE,
+    BadMessage,
+    CommonweightError,
+    DiskFull,
+    Refused,
+    SchemaMismatch,
+    TrainerFailed,
+)
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics, UpdateClaim, Work
 from protocols.room import check_room, is_full
 from protocols.weights import replacing
 
-CLAIM = "cw.claim"
+CLAIM, DESCRIPTION = "cw.claim", "cw.description"
 #: Of disk beside the weights: claims, logs, the trainer's own.
 _SPARE_BYTES = 4 * 1024 * 1024
 _MAKE_ROOM = "make room: the agent goes on by itself"
@@ -57,6 +66,8 @@ class Coded(NamedTuple):
 class Trainer(Protocol):
     """Does the work; blocking. `trainer_process.TrainerProcess` is the real one."""
 
+    def describe(self, task: str, settings: Settings) -> bytes: ...
+
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
 
     def train(self, task: str, settings: Settings, base: Path, out: Path) -> Outcome: ...
@@ -65,11 +76,12 @@ class Trainer(Protocol):
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """A finished answer in the outbox."""
+    """A finished answer in the outbox; `description` goes with the claim of one."""
 
     key: str
     claim: bytes
     signature: bytes
+    description: bytes = b""
 
 
 class Client:
@@ -106,9 +118,12 @@ class Client:
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
         self._on_held = on_held
+        #: The run whose card this agent has found to be that of its own task and data.
+        self._fits = ("", "")
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
+        self.app.query("describe")(self._answer)
         self.app.query("init")(self._answer)
 
     def handle(self, message: Message) -> Message:
@@ -140,7 +155,10 @@ class Client:
         self._on_work(work)
         try:
             finished = self._finished(work)
+            if finished is None and work.kind == "describe":
+                finished = self._describe(work)
             if finished is None:
+                self._compare(work)
                 base = self._brought(work)
                 if work.base:
                     self._on_held(work, payload, signature)
@@ -153,6 +171,8 @@ class Client:
                 "metrics": MetricRecord(),
             }
         )
+        if finished.description:
+            content[DESCRIPTION] = ConfigRecord({"description": finished.description})
         return Message(content, reply_to=message)
 
     def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
@@ -187,11 +207,32 @@ class Client:
         failpoint("agent.version.fetched")
         return base
 
+    def _describe(self, work: Work) -> Finished:
+        """Tell of data and model."""
+        told = self._trainer.describe(work.task, _settings(work))
+        self._settle_last()
+        digest = hashlib.sha256(told).hexdigest()
+        return self._kept(work, Coded(digest, len(told), 0, {}), told)
+
+    def _compare(self, work: Work) -> None:
+        """Is this peer's card the run's? Looked at once a run, as it may need the data.
+
+        Raises SchemaMismatch, which names the field.
+        """
+        if not work.card or self._fits == (work.run, work.card):
+            return
+        expected = schemas.decode_card(work.card)
+        found = schemas.decode(self._trainer.describe(work.task, _settings(work)))
+        if not isinstance(found, schemas.SchemaCard):
+            raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
+        if (difference := schemas.difference(expected, found)) is not None:
+            raise difference.as_error()
+        self._fits = (work.run, work.card)
+
     def _do(self, work: Work, base: Path) -> Finished:
-        settings = {**work.settings, "seed": work.seed, "round": work.round}
+        settings = _settings(work)
         update = self._outbox / "update.safetensors"
-        last = self._last()
-        self._leftovers.settle(messages.decode_claim(last.claim).digest if last else "")
+        self._settle_last()
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
             (self._outbox / "finished.json").unlink(missing_ok=True)
             failpoint("agent.outbox.cleared")
@@ -203,6 +244,15 @@ class Client:
         else:
             outcome = self._trainer.evaluate(work.task, settings, base)
         failpoint("agent.work.done")
+        finished = self._kept(work, outcome)
+        failpoint("agent.outbox.written")
+        if work.kind == "train":
+            self._on_trained()
+        self._deliver(finished)
+        return finished
+
+    def _kept(self, work: Work, outcome: Outcome, description: bytes = b"") -> Finished:
+        """The outcome as a signed claim, safe in the outbox."""
         claim = UpdateClaim(
             run=work.run,
             round=work.round,
@@ -217,14 +267,12 @@ class Client:
             nonce=secrets.token_hex(12),
         )
         payload, signature = messages.sign_claim(claim, self._sign)
-        finished = Finished(key=_key(work), claim=payload, signature=signature)
+        finished = Finished(
+            key=_key(work), claim=payload, signature=signature, description=description
+        )
         with replacing(self._outbox / "finished.json") as file:
             file.write(msgspec.json.encode(finished))
         self._leftovers.settle(claim.digest)
-        failpoint("agent.outbox.written")
-        if work.kind == "train":
-            self._on_trained()
-        self._deliver(claim.digest)
         return finished
 
     def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
@@ -240,12 +288,18 @@ class Client:
             trained.unlink(missing_ok=True)
         return Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics)
 
-    def _deliver(self, digest: str) -> None:
+    def _deliver(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
+        digest = "" if finished.description else messages.decode_claim(finished.claim).digest
         if digest:
             self._on_sending()
             self._send(digest, self._outbox / "update.safetensors")
             failpoint("agent.upload.done")
+
+    def _settle_last(self) -> None:
+        """Leftovers of an update that was never sent are of no use."""
+        last = self._last()
+        self._leftovers.settle(messages.decode_claim(last.claim).digest if last else "")
 
     def _last(self) -> Finished | None:
         """The answer that is in the outbox."""
@@ -253,8 +307,10 @@ class Client:
             last = msgspec.json.decode((self._outbox / "finished.json").read_bytes(), type=Finished)
             claim = messages.decode_claim(last.claim)
             update = self._outbox / "update.safetensors"
+            if not claim.digest or last.description:
+                return last
             # Whatever became of the bytes, another training makes them anew.
-            return last if not claim.digest or update.stat().st_size == claim.nbytes else None
+            return last if update.stat().st_size == claim.nbytes else None
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
 
@@ -263,8 +319,13 @@ class Client:
         finished = self._last()
         if finished is None or finished.key != _key(work):
             return None
-        self._deliver(messages.decode_claim(finished.claim).digest)
+        self._deliver(finished)
         return finished
+
+
+def _settings(work: Work) -> dict[str, str | int | float | bool]:
+    """The run's settings, and what the caller of a task adds to them."""
+    return {**work.settings, "seed": work.seed, "round": work.round}
 
 
 def _key(work: Work) -> str:
@@ -279,5 +340,6 @@ def claim_text(reply: Message) -> str:
 def refusal_text(err: CommonweightError) -> str:
     """What the coordinator is told of a failure; a task's own words may quote data."""
     if isinstance(err, TrainerFailed):
-        return f"the trainer: {err.kind}"
+        told = err.kind in TELLABLE
+        return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
     return f"{err.code}: {err.message}"[:300]

@@ -15,7 +15,20 @@ from msgspec import Struct
 from agent.tasks import DataSettings, Setting
 from protocols.messages import Metrics
 
-Phase = Literal["train", "evaluate"]
+Phase = Literal["describe", "train", "evaluate"]
+
+
+class Describe(Struct, frozen=True, tag=True, kw_only=True):
+    """Tell what the others need to know of this peer's data and model.
+
+    Here as in each work, `source` is the registered file and class of the task, if it has one.
+    """
+
+    id: int
+    task: str
+    source: str = ""
+    settings: dict[str, Setting]
+    data: DataSettings
 
 
 class Init(Struct, frozen=True, tag=True, kw_only=True):
@@ -23,6 +36,7 @@ class Init(Struct, frozen=True, tag=True, kw_only=True):
 
     id: int
     task: str
+    source: str = ""
     settings: dict[str, Setting]
     seed: int
     out: str
@@ -37,6 +51,7 @@ class Train(Struct, frozen=True, tag=True, kw_only=True):
 
     id: int
     task: str
+    source: str = ""
     settings: dict[str, Setting]
     data: DataSettings
     base: str
@@ -51,6 +66,7 @@ class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
 
     id: int
     task: str
+    source: str = ""
     settings: dict[str, Setting]
     data: DataSettings
     base: str
@@ -93,8 +109,9 @@ class Progress(Struct, frozen=True, tag=True, kw_only=True):
 class Done(Struct, frozen=True, tag=True, kw_only=True):
     """The work `id` is done. `digest` and `nbytes` are the written file's; empty if none was.
 
-    A metric that is NaN or infinite arrives as None. `resumed_at` is the step at which a journal
-    was gone on with, 0 if the work was done from its beginning.
+    A metric that is NaN or infinite arrives as None. `description` is the answer to Describe, as
+    `protocols.schemas` encodes it. `resumed_at` is the step at which a journal was gone on with, 0
+    if the work was done from its beginning.
     """
 
     id: int
@@ -102,6 +119,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     nbytes: int = 0
     num_examples: int = 0
     metrics: Metrics = {}
+    description: bytes = b""
     resumed_at: int = 0
 
 
@@ -114,7 +132,7 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     hint: str = ""
 
 
-Work = Init | Train | Evaluate
+Work = Describe | Init | Train | Evaluate
 Request = Work | Pause | Resume | Cancel
 Answer = Ready | Progress | Done | Failed
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from agent import control, tasks, worker
+from agent import control, worker
 from agent.control import Status
 from agent.frames import Progress
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment
+from agent.tasks import finding
 from agent.worker import Worker
 from protocols import VERSION
 from protocols.messages import Notice, Presence, Telemetry
@@ -43,7 +44,8 @@ class Report:
     ) -> None:
         self._home, self._settings, self._presence = home, chosen, presence
         self._traffic, self._trainer_bytes = traffic, trainer_bytes
-        self._tasks = tuple(task for task in tasks.names() if chosen.allows(task))
+        here = {*finding.names(), *chosen.task_files}
+        self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
         self._process = psutil.Process()
         self._is_old = True
         self._written_at = -math.inf
@@ -90,7 +92,7 @@ class Report:
             Telemetry(
                 run=now.work.run,
                 round=now.work.round,
-                phase=progress.phase,
+                phase="" if progress.phase == "describe" else progress.phase,
                 step=progress.step,
                 steps=progress.steps,
                 loss=progress.loss,

@@ -16,6 +16,7 @@ import msgspec
 import tomli_w
 from msgspec import Meta, Struct
 
+from agent.tasks import DataSettings
 from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
 from protocols.identity import write_private
 from protocols.mqtt import MqttAddress
@@ -44,6 +45,9 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tasks: Annotated[
         tuple[str, ...], Meta(description="what may be run here; * is whatever is installed")
     ] = ("*",)
+    task_files: Annotated[
+        dict[str, str], Meta(description="tasks of your own, by name: commonweight-agent task add")
+    ] = {}
     threads: Annotated[
         int, Meta(ge=0, description="threads that train; 0 is half of the cores")
     ] = 0
@@ -119,6 +123,25 @@ def change(home: Path, **values: Any) -> AgentSettings:
     return chosen
 
 
+def data_path(text: str | None) -> str | None:
+    """A path as it is typed, whole: trainers work in another folder. Addresses stay."""
+    return text if not text or "://" in text else str(Path(text).expanduser().absolute())
+
+
+def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
+    """Which data a task is to load, and on what it trains; `cache` is a folder of the task's."""
+    return DataSettings(
+        index=chosen.part,
+        parts=chosen.parts,
+        split=chosen.split,
+        seed=chosen.data_seed,
+        path=chosen.data,
+        cache=str(cache),
+        device=chosen.device,
+        compile=chosen.compile,
+    )
+
+
 def _checked(values: dict[str, Any], hint: str) -> AgentSettings:
     try:
         chosen = msgspec.convert(values, AgentSettings, strict=False)
@@ -154,7 +177,25 @@ def shown(home: Path) -> list[Shown]:
 
 def parsed(name: str, text: str) -> Any:
     """A setting's value as it is written on a command line or in the environment."""
-    return [part.strip() for part in text.split(",")] if name == "tasks" else text
+    kind = type(getattr(AgentSettings(), name, text))
+    if kind not in (tuple, dict):
+        return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return dict(_pair(part) for part in parts) if kind is dict else parts
+
+
+def in_words(value: Any) -> str:
+    """A setting's value as `parsed` takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={source}" for name, source in value.items())
+    return ",".join(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    if not equals:
+        raise UsageFault(f"{text!r} is not name=file.py:Class")
+    return name, source
 
 
 def _from_file(home: Path) -> dict[str, Any]:

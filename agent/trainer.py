@@ -22,10 +22,11 @@ from typing import IO
 
 import msgspec
 
-from agent import chance, tasks
+from agent import chance
 from agent.frames import (
     Answer,
     Cancel,
+    Describe,
     Done,
     Evaluate,
     Failed,
@@ -41,8 +42,8 @@ from agent.frames import (
     encode,
 )
 from agent.journal import Journal
-from agent.tasks import Cancelled, DataSettings, Resumable, Task
-from protocols import VERSION, weights
+from agent.tasks import Cancelled, DataSettings, Resumable, Task, Traited, finding
+from protocols import VERSION, schemas, weights
 from protocols.errors import BadWeights, CommonweightError, DiskFull
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
@@ -160,7 +161,7 @@ class Trainer:
         self._control = control
         self._send = send
         self._threads = threads
-        self._name = ""
+        self._found_as = ("", "")
         self._task: Task | None = None
         self._data: DataSettings | None = None
         self._resumed: Journal | None = None  # that of the present work, if it goes on from one
@@ -191,7 +192,9 @@ class Trainer:
         self._send(answer)
 
     def _do(self, work: Work) -> Answer:
-        task = self._found(work.task)
+        task = self._found(work.task, work.source)
+        if isinstance(work, Describe):
+            return self._described(work, task)
         schema = _normal(task.schema(work.settings))
         if isinstance(work, Init):
             chance.seed("init", work.seed)
@@ -203,10 +206,7 @@ class Trainer:
         except BadWeights as err:
             message = f"the weights do not fit the task {work.task}: {err.message}"
             return Failed(id=work.id, kind="schema", message=message)
-        if self._data != work.data:
-            self._data = None
-            task.load(work.data)
-            self._data = work.data
+        self._load(task, work.data)
         self._control.check(work.id)
         given = (work.settings.get(name, 0) for name in ("seed", "round"))
         chance.seed(type(work).__name__, *given, work.data.index)
@@ -215,6 +215,20 @@ class Trainer:
             count, metrics = task.evaluate(base, work.settings, on_step)
             return _done(work.id, "", 0, count, metrics)
         return self._trained(work, task, base, schema)
+
+    def _load(self, task: Task, data: DataSettings) -> None:
+        if self._data != data:
+            self._data = None
+            task.load(data)
+            self._data = data
+
+    def _described(self, work: Describe, task: Task) -> Answer:
+        self._load(task, work.data)
+        schema = _normal(task.schema(work.settings))
+        traits = task.traits(work.settings) if isinstance(task, Traited) else {}
+        version = str(getattr(task, "version", ""))
+        told = schemas.encode(schemas.card(work.task, version, schema, traits))
+        return Done(id=work.id, description=told)
 
     def _trained(self, work: Train, task: Task, base: Weights, schema: Schema) -> Answer:
         on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
@@ -240,11 +254,11 @@ class Trainer:
         done = self._written(work.id, trained, schema, work.out, count, metrics)
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
-    def _found(self, name: str) -> Task:
-        if self._task is None or self._name != name:
+    def _found(self, name: str, source: str) -> Task:
+        if self._task is None or self._found_as != (name, source):
             # Let go of the old task first: two data sets may not fit in memory.
             self._task = self._data = None
-            self._task, self._name = tasks.find(name), name
+            self._task, self._found_as = finding.find(name, source), (name, source)
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
         return self._task

@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import psutil
@@ -23,6 +24,7 @@ from agent.child import Child
 from agent.frames import (
     Answer,
     Cancel,
+    Describe,
     Done,
     Evaluate,
     Failed,
@@ -52,6 +54,8 @@ class TrainerProcess:
 
     Training is kept in a journal at most every `journal_every_s`; after a kill of the child or of
     this process the same work, asked again, goes on from there.
+
+    `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class TrainerProcess:
         hang_s: float = 600.0,
         grace_s: float = 10.0,
         journal_every_s: float = 30.0,
+        sources: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.data = data
+        self._sources = sources
         self._work_dir = work_dir
         self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
         self._threads = threads or max(1, (os.cpu_count() or 2) // 2)
@@ -83,6 +89,11 @@ class TrainerProcess:
         self._stopping = self._closed = False
         self._oom_kills: int | None = None  # before the child's start
         self._alive_at = self._ended_at = time.monotonic()
+
+    def describe(self, task: str, settings: Settings) -> bytes:
+        """What the task says of data and model, encoded. Raises TrainerFailed."""
+        work = Describe(id=0, task=task, settings=dict(settings), data=self._data())
+        return self._do(work).description
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         """Write the task's first weights to `out`. Raises TrainerFailed."""
@@ -208,7 +219,8 @@ class TrainerProcess:
                 self._working, self._answer = True, None
                 self._cancel_by, self._stopping = None, False
                 self._alive_at = time.monotonic()
-                child.send(msgspec.structs.replace(work, id=self._id))
+                source = self._sources.get(work.task, "")
+                child.send(msgspec.structs.replace(work, id=self._id, source=source))
             try:
                 answer = self._awaited(child)
             finally:

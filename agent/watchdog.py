@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from agent.frames import Done
 from agent.tasks import Settings
@@ -19,6 +20,8 @@ from protocols.backoff import delays
 from protocols.errors import TrainerFailed
 
 log = logging.getLogger("commonweight.agent")
+
+T = TypeVar("T")
 
 #: What another child may not meet again. All else is said of the work itself, or was asked for.
 WORTH_A_TRY = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
@@ -44,6 +47,9 @@ class Watchdog:
         self._on_given_up = on_given_up
         self._closed = threading.Event()
 
+    def describe(self, task: str, settings: Settings) -> bytes:
+        return self._do(lambda: self._trainer.describe(task, settings))
+
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         return self._do(lambda: self._trainer.init(task, settings, seed, out))
 
@@ -61,7 +67,7 @@ class Watchdog:
         self._closed.set()
         self._trainer.close()
 
-    def _do(self, work: Callable[[], Done]) -> Done:
+    def _do(self, work: Callable[[], T]) -> T:
         waits = delays(Random(), self._first_s, self._most_s)
         for left in range(self._tries - 1, -1, -1):
             try:

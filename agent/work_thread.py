@@ -19,8 +19,7 @@ from agent.kept import prove
 from agent.link import Credentials, Link, NoRoom, SessionLost
 from agent.loop import WorkerLoop
 from agent.report import Report
-from agent.settings import AgentSettings, Enrolment
-from agent.tasks import DataSettings
+from agent.settings import AgentSettings, Enrolment, data_settings
 from agent.trainer_process import TrainerProcess
 from agent.versions import Versions
 from agent.watchdog import WORTH_A_TRY, Watchdog
@@ -66,20 +65,12 @@ class WorkThread:
             folder.mkdir(mode=0o700, exist_ok=True)
         self.trainer = TrainerProcess(
             home / "trainer",
-            DataSettings(
-                index=chosen.part,
-                parts=chosen.parts,
-                split=chosen.split,
-                seed=chosen.data_seed,
-                path=chosen.data,
-                cache=str(home / "trainer"),
-                device=chosen.device,
-                compile=chosen.compile,
-            ),
+            data_settings(chosen, home / "trainer"),
             threads=chosen.threads,
             on_progress=lambda progress: loop.soon(self._progressed, progress),
             hang_s=chosen.hang_timeout_s,
             journal_every_s=chosen.checkpoint_interval_s,
+            sources=chosen.task_files,
         )
         self._watchdog = Watchdog(
             self.trainer,

@@ -16,6 +16,9 @@ CommonweightError                     1  something failed
 ├── PortInUse                         1  somebody else listens there
 ├── BadMessage                        1  bytes that are not one of our messages
 ├── BadWeights                        1  bytes that are not weights, or not these weights
+├── DataFault                         1  a peer's data cannot serve the run
+│   └── SchemaMismatch                   they, the model or the task are not those of the others
+├── TaskUnusable                      1  a task's own file or package cannot be loaded
 ├── TrainerFailed                     1  the child process that trains failed or was ended
 └── UpdateRefused                     1  an update that must not be summed
 """
@@ -150,6 +153,36 @@ class BadWeights(CommonweightError):
     """Bytes that are not canonical weights, or that do not fit the schema."""
 
     code = "bad_weights"
+
+
+class DataFault(CommonweightError):
+    """A peer's data cannot serve the run.
+
+    Others are told the `message`: it quotes no row, no file's name and no path. The `hint` may, as
+    it stays on the machine.
+    """
+
+    code = "data"
+
+
+class SchemaMismatch(DataFault):
+    """A field of this peer's schema is not what all the others have."""
+
+    code = "schema"
+
+    def __init__(self, field: str, expected: str, found: str, hint: str = "") -> None:
+        super().__init__(f"{field}: expected {expected}, found {found}", hint)
+        self.field, self.expected, self.found = field, expected, found
+
+
+class TaskUnusable(CommonweightError):
+    """A task's file or package cannot be loaded; only the kind of the error leaves the machine."""
+
+    code = "task_unusable"
+
+
+#: Codes of errors whose words are fit for the other side.
+TELLABLE = frozenset({DataFault.code, SchemaMismatch.code})
 
 
 class TrainerFailed(CommonweightError):

@@ -205,16 +205,18 @@ class Envelope(Struct, frozen=True, kw_only=True):
 
 
 class Work(Struct, frozen=True, kw_only=True):
-    """What the coordinator asks of an agent, and signs: train, evaluate, or make first weights.
+    """What the coordinator asks of an agent, and signs.
 
-    `base` names the version to work on and `nbytes` its size; both are empty for "init". `codec` is
-    the one to send the update with. A patch of `patch_bytes` (0: none) leads from the version
-    `parent` to `base`.
+    To describe its data, make first weights, train or evaluate. `base` names the version to work on
+    and `nbytes` its size; for "init" both are empty, and for "describe" `base` is the digest of the
+    preprocessing that was agreed on, if it was. `codec` is the one to send the update with. A patch
+    of `patch_bytes` (0: none) leads from the version `parent` to `base`. `card` is what the peers
+    have alike, a `schemas.SchemaCard` as JSON; empty while that is not known.
     """
 
     run: Name
     round: Count
-    kind: Literal["init", "train", "evaluate"]
+    kind: Literal["describe", "init", "train", "evaluate"]
     task: Name
     base: Name = ""
     nbytes: Count = 0
@@ -223,18 +225,20 @@ class Work(Struct, frozen=True, kw_only=True):
     codec: Name = "fp32"
     seed: int = 0
     settings: dict[Name, str | int | float | bool] = {}
+    card: str = ""
     deadline_s: float = 0.0
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):
     """What an agent says of its update, and signs.
 
-    `base` is the version it trained on; `digest`, `nbytes` are those of the file as it was sent.
+    `base` is the version it trained on; `digest`, `nbytes` are those of the file as it was sent, or
+    of the description.
     """
 
     run: Name
     round: Count
-    kind: Literal["init", "train", "evaluate"]
+    kind: Literal["describe", "init", "train", "evaluate"]
     peer: Name
     base: Name
     digest: Name

@@ -26,7 +26,7 @@ from coordinator.hub import Hub
 from coordinator.ledger import Ledger
 from coordinator.runs import Run
 from coordinator.settings import Settings
-from protocols import identity, tickets, weights
+from protocols import identity, schemas, tickets, weights
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages import Metrics
 from protocols.weights import Weights
@@ -111,6 +111,8 @@ class Trainer:
         self.loss: Callable[[Weights, Data], float] = loss_of
         self.before: Callable[[str, int], None] = lambda kind, number: None
         self.made: dict[int, Weights] = {}
+        self.version = "1"
+        self.traits: dict[str, tuple[str, ...]] = {"classes": ("a", "b", "c")}
         self.worked: list[tuple[str, int]] = []
 
     def _begin(self, kind: str, number: int) -> None:
@@ -120,6 +122,10 @@ class Trainer:
     def _save(self, model: Weights, out: Path) -> Outcome:
         digest = weights.save(model, out)
         return Outcome(len(self.data.y), {}, digest, out.stat().st_size)
+
+    def describe(self, task: str, settings: Any) -> bytes:
+        self._begin("describe", 0)
+        return schemas.encode(schemas.card(task, self.version, self.first(0).schema, self.traits))
 
     def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
         self._begin("init", 0)

@@ -1,32 +1,19 @@
-"""Tasks: model, data loading and local training behind one small protocol, and where to find them.
+"""Tasks: model, data loading and local training behind one small protocol.
 
-A task is any class with the methods of `Task`; its file need not import this one. Built-in tasks
-are found by name; others by an entry point of the group `commonweight.tasks` that names the class:
-
-    [project.entry-points."commonweight.tasks"]
-    gait = "my_package.gait:Gait"
-
-Importing this module imports no task: that happens in the trainer's process only.
+A task is any class with the methods of `Task`; its file need not import this one (docs/tasks.md
+has an example). Where a task is found: `agent.tasks.finding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy.typing as npt
 from msgspec import Struct
 
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageFault
 from protocols.weights import Array, Schema, Weights
-
-GROUP = "commonweight.tasks"
-BUILT_IN: dict[str, str] = {
-    "mnist": "agent.tasks.mnist:Mnist",
-    "ping": "agent.tasks.ping:Ping",
-}
 
 Setting = str | int | float | bool
 Settings = Mapping[str, Setting]
@@ -35,8 +22,9 @@ Settings = Mapping[str, Setting]
 #: pause) or raise `Cancelled`, which a task lets pass.
 OnStep = Callable[[int, int, float, int], None]
 
-#: Settings that the caller of `train` adds to every task's own.
-RESERVED = frozenset({"seed", "round"})
+#: Settings that the caller adds to every task's own. "preprocessing" is what the peers agreed on
+#: from their surveys, as text.
+RESERVED = frozenset({"seed", "round", "preprocessing"})
 
 
 class Cancelled(BaseException):
@@ -92,7 +80,8 @@ class Task(Protocol):
     """What a task can do. Made without arguments; used by one thread.
 
     `train` and `evaluate` must not write to the tensors they are given, and are called after
-    `load`. Plain tuples do for the outcomes, and any mapping of numpy arrays for the weights.
+    `load`. Plain tuples do for the outcomes, and any mapping of numpy arrays for the weights. An
+    attribute `version` (text), if there is one, must be the same on all peers.
     """
 
     def schema(self, settings: Settings) -> Schema:
@@ -125,34 +114,29 @@ class Resumable(Protocol):
         """Let the next `train`, of the same weights, settings and data, go on from here."""
 
 
-def names() -> list[str]:
-    """Every task that this machine can run, sorted. Imports none of them."""
-    return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
+@runtime_checkable
+class Traited(Protocol):
+    """What a task may do besides: say what else but tensors its peers must have alike."""
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str] | str]:
+        """Lists of words by field: "features", "classes", "preprocessing" and the like.
+
+        Called after `load`. They are compared before round 1; a peer that differs is told which
+        field, and the others go on. They leave the machine.
+        """
 
 
-def find(name: str) -> Task:
-    """A new task of this name. Raises UnknownName, or CommonweightError if it cannot be loaded."""
-    try:
-        if name in BUILT_IN:
-            module, _, attribute = BUILT_IN[name].partition(":")
-            made = getattr(import_module(module), attribute)()
-        elif found := tuple(entry_points(group=GROUP, name=name)):
-            made = found[0].load()()
-        else:
-            raise UnknownName(
-                f"this machine has no task {name!r}",
-                f"tasks here: {', '.join(names())}; others are installed as Python packages",
-            )
-    except (ImportError, AttributeError) as err:
-        raise CommonweightError(
-            f"the task {name!r} cannot be loaded: {err}",
-            "install what it needs; for built-in tasks: pip install 'commonweight[demo]'",
-        ) from err
-    if not isinstance(made, Task):
-        raise CommonweightError(
-            f"{type(made).__name__} is no task: it lacks schema, init, load, train or evaluate"
-        )
-    return made
+@runtime_checkable
+class Predicting(Protocol):
+    """What a task may do besides: answer from the shared model, on this machine."""
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any] | npt.NDArray[Any]]]:
+        """Answers for the file, folder or text `source`, batch by batch: columns of one length.
+
+        Called without `load`. Raises CommonweightError.
+        """
 
 
 def checked(settings: Settings, defaults: Settings) -> dict[str, Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,18 +11,20 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from agent.client import CLAIM, Client, refusal_text
-from protocols import identity, messages
+from agent.client import CLAIM, DESCRIPTION, Client, refusal_text
+from protocols import identity, messages, schemas
 from protocols.errors import (
     BadMessage,
     BadWeights,
     CommonweightError,
     DiskFull,
     Refused,
+    SchemaMismatch,
     TrainerFailed,
     Unreachable,
 )
 from protocols.messages import UpdateClaim, Work
+from protocols.weights import TensorSpec
 
 KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
 
@@ -42,11 +45,16 @@ class Trainer:
     def __init__(self) -> None:
         self.did: list[tuple[Any, ...]] = []
         self.fault: BaseException | None = None
+        self.card = schemas.card("mnist", "1", {"w": TensorSpec("F32", (2,))}, {"classes": "a"})
 
     def _do(self, *what: Any) -> None:
         self.did.append(what)
         if self.fault is not None:
             raise self.fault
+
+    def describe(self, task: str, settings: Any) -> bytes:
+        self._do("describe", task, dict(settings))
+        return schemas.encode(self.card)
 
     def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
         self._do("init", task, dict(settings), seed)
@@ -140,7 +148,7 @@ def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Des
 def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
     payload, signature = messages.sign_work(work, key.sign)
     config = ConfigRecord({"work": payload, "signature": signature})
-    kind = "query.init" if work.kind == "init" else work.kind
+    kind = f"query.{work.kind}" if work.kind in ("describe", "init") else work.kind
     return Message(RecordDict({"config": config}), 9, kind)
 
 
@@ -307,3 +315,58 @@ def test_what_the_coordinator_is_told_of_a_failure_holds_no_data() -> None:
     assert "crashed" in told
     assert refusal_text(BadWeights("not those of the digest")).startswith("bad_weights: ")
     assert len(refusal_text(CommonweightError("x" * 1000))) <= 300
+
+
+# --- what peers must have alike --------------------------------------------------------------
+
+
+def describe(**changed: Any) -> Work:
+    return some_work(**({"kind": "describe", "round": 0, "base": "", "nbytes": 0} | changed))
+
+
+def test_a_description_goes_with_its_claim_and_not_over_the_lane(desk: Desk) -> None:
+    reply = desk.client.handle(question(describe()))
+    claim = desk.ask(describe())
+    told = reply.content.config_records[DESCRIPTION]["description"]
+    assert isinstance(told, bytes)
+    assert schemas.decode(told) == desk.trainer.card
+    assert claim.kind == "describe"
+    assert (claim.digest, claim.nbytes) == (hashlib.sha256(told).hexdigest(), len(told))
+    assert desk.sent == []
+    assert [done[0] for done in desk.trainer.did] == ["describe"], "asked again, told again"
+
+
+def test_another_preprocessing_is_another_question(desk: Desk) -> None:
+    desk.ask(describe())
+    desk.ask(describe(base="p" * 64))
+    assert [done[0] for done in desk.trainer.did] == ["describe", "describe"]
+
+
+def test_the_card_of_a_run_is_compared_once_before_the_work(desk: Desk) -> None:
+    card = schemas.encode(desk.trainer.card).decode()
+    desk.ask(some_work(card=card))
+    desk.ask(some_work(card=card, round=3))
+    assert [done[0] for done in desk.trainer.did] == ["describe", "train", "train"]
+
+
+def test_another_card_is_refused_by_field_before_anything_is_fetched_or_trained(desk: Desk) -> None:
+    expected = msgspec.structs.replace(desk.trainer.card, traits={"classes": ("a", "b")})
+    work = some_work(card=schemas.encode(expected).decode())
+    with pytest.raises(SchemaMismatch) as caught:
+        desk.client.handle(question(work))
+    assert refusal_text(caught.value) == "schema: classes, number 2: expected b, found nothing"
+    assert [done[0] for done in desk.trainer.did] == ["describe"]
+
+
+def test_a_card_that_is_none_is_refused(desk: Desk) -> None:
+    with pytest.raises(BadMessage):
+        desk.client.handle(question(some_work(card='{"type":"schema"}')))
+    assert desk.trainer.did == []
+
+
+def test_of_a_task_only_what_is_made_to_be_told_leaves() -> None:
+    told = TrainerFailed("data", "the target has one class")
+    assert refusal_text(told) == "data: the target has one class"
+    assert refusal_text(TrainerFailed("task_unusable", "row 5 is odd")) == (
+        "the trainer: task_unusable"
+    )

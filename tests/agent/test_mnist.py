@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from agent import tasks
-from agent.tasks import DataSettings, mnist
+from agent.tasks import DataSettings, finding, mnist
 from agent.tasks.mnist import DIGITS, TRAINED_ON, Mnist, cut
 from protocols import weights
 from protocols.errors import CommonweightError, UnknownName, UsageFault
@@ -217,14 +217,14 @@ def test_unknown_settings_and_models_are_told_with_the_known_ones() -> None:
 
 def test_registry_names_tasks_without_importing_them() -> None:
     code = (
-        "import sys; from agent import tasks; assert 'mnist' in tasks.names(); "
+        "import sys; from agent.tasks import finding; assert 'mnist' in finding.names(); "
         "sys.exit('torch' in sys.modules)"
     )
     root = Path(tasks.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
-    assert isinstance(tasks.find("mnist"), Mnist)
+    assert isinstance(finding.find("mnist"), Mnist)
     with pytest.raises(UnknownName) as caught:
-        tasks.find("mnits")
+        finding.find("mnits")
     assert "mnist" in caught.value.hint
 
 

@@ -15,7 +15,8 @@ from agent.client import Client, refusal_text
 from agent.frames import Done
 from agent.link import Credentials, Link
 from agent.tasks import Settings
-from protocols import topics, weights
+from agent.tasks.mnist import Mnist
+from protocols import schemas, topics, weights
 from protocols.errors import TrainerFailed
 from protocols.weights import Weights
 from tests.e2e.fleet_harness import Fleet, fleet, until
@@ -83,6 +84,9 @@ FAULTS: list[tuple[Fault, str]] = [
 
 class RogueTrainer:
     """Says what it likes: a fault a round, and lies about its evaluation."""
+
+    def describe(self, task: str, settings: Settings) -> bytes:
+        return schemas.encode(schemas.card(task, "", Mnist().schema({})))
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         raise TrainerFailed("task", "a rogue makes no first weights")

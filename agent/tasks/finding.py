@@ -1,0 +1,109 @@
+"""Where tasks are found: by name among the built-in and installed ones, or in a registered file.
+
+Installed ones are entry points of the group `commonweight.tasks` that name the class:
+
+    [project.entry-points."commonweight.tasks"]
+    gait = "my_package.gait:Gait"
+
+A file is one that this machine's owner has registered (`commonweight-agent task add`); what comes
+from the wire is only ever a name. Importing this module imports no task: that happens in the
+trainer's process.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from agent.tasks import Task
+from protocols.errors import TaskUnusable, UnknownName, UsageFault
+
+GROUP = "commonweight.tasks"
+BUILT_IN: dict[str, str] = {
+    "mnist": "agent.tasks.mnist:Mnist",
+    "ping": "agent.tasks.ping:Ping",
+}
+_METHODS = ("schema", "init", "load", "train", "evaluate")
+#: What a registered task may be called: it becomes part of run names and messages.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+
+def names() -> list[str]:
+    """Every task that is installed on this machine, sorted. Imports none of them."""
+    return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
+
+
+def find(name: str, source: str = "") -> Task:
+    """A new task: of the class `source` ("/path/file.py:Class") if given, else of this name.
+
+    Raises UnknownName, and TaskUnusable if it cannot be loaded; then the trace is on stderr.
+    """
+    try:
+        made = (_from_file(source) if source else _installed(name))()
+    except UnknownName:
+        raise
+    except Exception as err:  # a task's file is another's code: whatever it raises on import
+        traceback.print_exc()
+        raise TaskUnusable(
+            f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
+            "install what it needs; built-in ones: pip install 'commonweight[agent]' or [demo]",
+        ) from err
+    if missing := [method for method in _METHODS if not callable(getattr(made, method, None))]:
+        raise TaskUnusable(f"{type(made).__name__} is no task: it lacks {', '.join(missing)}")
+    return made  # type: ignore[no-any-return]
+
+
+def _installed(name: str) -> Any:
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    if found := tuple(entry_points(group=GROUP, name=name)):
+        return found[0].load()
+    raise UnknownName(
+        f"this machine has no task {name!r}",
+        f"tasks here: {', '.join(names())}; one of your own: commonweight-agent task add",
+    )
+
+
+def _from_file(source: str) -> Any:
+    path, attribute = parted(source)
+    # Its own imports find its neighbours; after ours, so that none of them passes for another.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = spec_from_file_location(f"commonweight_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, attribute)
+
+
+def parted(source: str) -> tuple[Path, str]:
+    """File and class of "file.py:Class". Raises UsageFault."""
+    path, colon, attribute = source.rpartition(":")
+    if not colon or not path.endswith(".py") or not attribute.isidentifier():
+        raise UsageFault(f"{source!r} names no task", "write file and class: ./my_task.py:MyTask")
+    return Path(path).expanduser().absolute(), attribute
+
+
+def called(source: str) -> str:
+    """What the task in "some/folder/file.py:Class" is called in a run: "file.py:Class"."""
+    path, attribute = parted(source)
+    return checked_name(f"{path.name}:{attribute}")
+
+
+def checked_name(name: str) -> str:
+    """`name` if a task may be called so. Raises UsageFault."""
+    if not _NAME.fullmatch(name):
+        raise UsageFault(
+            f"a task cannot be called {name!r}",
+            "up to 64 letters, digits, or one of _ . : - ; the first a letter or digit",
+        )
+    return name
