@@ -108,8 +108,7 @@ def reference_steps(
     task: Mnist, base: Weights, batches: int, lr: float, momentum: float
 ) -> dict[str, np.ndarray]:
     """Full-batch SGD on the 2NN in float64 by autograd: another road to the same numbers."""
-    part = task._part
-    assert part is not None
+    part = task._loaded().trained_on
     w = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in base.items()}
     optimiser = torch.optim.SGD(w.values(), lr=lr, momentum=momentum)
     for _ in range(batches):
@@ -136,8 +135,7 @@ def test_full_batch_steps_are_plain_sgd(task: Mnist, steps: int, momentum: float
 def test_step_by_hand_in_numpy(task: Mnist) -> None:
     """The output layer's gradient, (softmax − one-hot)ᵀ a₂ / n, worked out without torch."""
     base = task.init(2, {})
-    part = task._part
-    assert part is not None
+    part = task._loaded().trained_on
     x, y = part.x.double().numpy(), part.y.numpy()
     w = {name: array.astype(np.float64) for name, array in base.items()}
     a1 = np.maximum(x @ w["hidden1.weight"].T + w["hidden1.bias"], 0)
@@ -244,7 +242,7 @@ def test_the_proximal_term_is_that_of_autograd(task: Mnist, model: str, momentum
         "momentum": momentum,
     }
     base = task.init(1, settings)
-    part = task._loaded()
+    part = task._loaded().trained_on
     w = {name: torch.tensor(array).requires_grad_() for name, array in base.items()}
     origin = {name: t.detach().clone() for name, t in w.items()}
     optimiser = torch.optim.SGD(list(w.values()), lr=lr, momentum=momentum)

@@ -121,7 +121,7 @@ def bare(course: Course) -> Spent:
     torch.set_num_threads(THREADS)
     task = Mnist()
     task.load(DataSettings(device="cpu"))
-    x, y = task._loaded().x, task._loaded().y
+    x, y, _ = task._loaded().trained_on
     model = nn.Sequential(
         *(
             [
