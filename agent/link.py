@@ -54,6 +54,7 @@ from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import EXCHANGE_PATH, LOGS_PATH, Exchange, Exchanged, LogsTold, Parcel
 from protocols.mqtt import MqttAddress
+from protocols.sharing import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
 from protocols.weights import file_digest, sync_folder
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
@@ -241,10 +242,7 @@ class Link:
 
     def tell_logs(self, told: LogsTold) -> None:
         """Answer the operator's question for log lines."""
-        body = msgspec.json.encode(told)
-        headers = self._signed("POST", LOGS_PATH, hashlib.sha256(body).hexdigest())
-        with _translated():
-            self._http.post(LOGS_PATH, content=body, headers=headers).raise_for_status()
+        self._post(LOGS_PATH, msgspec.json.encode(told))
 
     def renew(self) -> bytes:
         """A new node certificate for the same keys."""
@@ -305,6 +303,36 @@ class Link:
         have, _ = self._fetch(f"/cw/v1/patches/{digest}", nbytes, target, 0)
         if have != nbytes:
             raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
+
+    def plan(self, digest: str, asked: PlanAsked) -> Plan:
+        """Where a version can be had from, piece by piece."""
+        body, path = msgspec.json.encode(asked), PLAN_PATH.format(digest=digest)
+        return msgspec.json.decode(self._post(path, body), type=Plan)
+
+    def tell_held(self, digest: str, held: Held) -> None:
+        """Say that a version is here now, and who helped."""
+        self._post(HELD_PATH.format(digest=digest), msgspec.json.encode(held))
+
+    def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` of a version, as they come."""
+        path = f"/cw/v1/weights/{digest}"
+        headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
+        with _translated(), self._http.stream("GET", path, headers=headers) as answer:
+            answer.raise_for_status()
+            left = stop - start
+            for piece in answer.iter_raw(_PIECE_BYTES):
+                self.bytes_down += len(piece)
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    return
+
+    def _post(self, path: str, body: bytes) -> bytes:
+        headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())
+        with _translated():
+            answer = self._http.post(path, content=body, headers=headers)
+            answer.raise_for_status()
+            return answer.content
 
     def _fetch(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
         """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""

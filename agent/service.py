@@ -21,6 +21,7 @@ from agent.presence import PresenceLink
 from agent.report import Report
 from agent.sessions import Sessions
 from agent.settings import AgentSettings, Enrolment
+from agent.sharing import Sharing
 from agent.wake import Clocks, slept_s
 from agent.work_thread import WorkThread
 from agent.worker import (
@@ -73,6 +74,14 @@ class Agent:
         self._sessions = Sessions(
             home, enrolment, credentials, self._loop, self._report, self._presence.move
         )
+        self._sharing = Sharing(
+            chosen.share,
+            home,
+            credentials,
+            enrolment.coordinator_public,
+            port=chosen.share_port,
+            mbit_s=chosen.share_mbit_s,
+        )
         self._work = WorkThread(
             home,
             enrolment,
@@ -81,6 +90,7 @@ class Agent:
             self._loop,
             self._report,
             link=lambda: self._sessions.link,
+            sharing=self._sharing,
         )
 
     # --- life ---
@@ -98,6 +108,7 @@ class Agent:
                 "link": self._sessions.keep(self._work.answer),
                 "heartbeat": self._sessions.keep_beating(),
                 "presence": self._presence.run(),
+                "sharing": self._sharing.run(),
                 "wishes": self._keep_wishes(),
             }.items()
         ]

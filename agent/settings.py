@@ -24,7 +24,7 @@ from protocols.mqtt import MqttAddress
 FILE = "settings.toml"
 ENROLLED = "enrolled.json"
 PREFIX = "COMMONWEIGHT_AGENT_"
-_ANNOUNCED = ("threads", "device", "idle_timeout_s", "log_level", "share_log")
+_ANNOUNCED = ("threads", "device", "idle_timeout_s", "log_level", "share_log", "share")
 
 
 class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +78,20 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         bool,
         Meta(description="the operator may see the log's last lines, without paths or quotations"),
     ] = True
+
+    share: Annotated[
+        Literal["lan", "on", "off"],
+        Meta(
+            description="hand shared versions on to enrolled peers: lan, those in this machine's "
+            "own private network; on, all; off, none (no port is opened)"
+        ),
+    ] = "lan"
+    share_port: Annotated[
+        int, Meta(ge=0, le=65535, description="the port to do that on; 0 is any")
+    ] = 0
+    share_mbit_s: Annotated[
+        float, Meta(ge=0, description="so many Mbit/s at most go to other peers; 0 is no bound")
+    ] = 200.0
 
     def announced(self) -> dict[str, str]:
         """What the operator is told of these settings; nothing of where the data lies."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from agent import swarm
 from agent.link import Link
+from agent.sharing import Sharing
 from protocols import patches
-from protocols.errors import BadWeights, CommonweightError
+from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.messages import Work
+from protocols.room import is_full
 from protocols.stored import Stored
-from protocols.weights import file_digest
+from protocols.weights import file_digest, sync_folder
 
 log = logging.getLogger("commonweight.agent")
 
@@ -20,10 +24,15 @@ KEPT = 2
 
 
 class Versions:
-    """A folder of versions by digest. `link` gives the session of the moment; blocking."""
+    """A folder of versions by digest. `link` gives the session of the moment; blocking.
 
-    def __init__(self, folder: Path, link: Callable[[], Link]) -> None:
-        self._folder, self._link = folder, link
+    With `sharing`, large versions come piece by piece, from other peers too, and go to them.
+    """
+
+    def __init__(
+        self, folder: Path, link: Callable[[], Link], sharing: Sharing | None = None
+    ) -> None:
+        self._folder, self._link, self._sharing = folder, link, sharing
         #: Those that this process has made or looked at: what a crash left may be anything.
         self._whole: set[str] = set()
 
@@ -34,10 +43,44 @@ class Versions:
             log.warning("version %s is damaged on this disk: fetching it again", digest[:12])
             path.unlink()
         if not path.exists():
-            self._link().download(digest, nbytes, path)
+            if self._sharing is not None and self._sharing.is_worth_it(nbytes):
+                self._fetch_shared(self._sharing, digest, nbytes, path)
+            else:
+                self._link().download(digest, nbytes, path)
             self._drop_old()
-        self._whole.add(digest)
+        self._keep(digest)
         return path
+
+    def _fetch_shared(self, sharing: Sharing, digest: str, nbytes: int, path: Path) -> None:
+        link, part = self._link(), path.with_suffix(".pieces")
+        try:
+            held = swarm.fetch(
+                digest,
+                nbytes,
+                part,
+                shelf=sharing.shelf,
+                ask=lambda faulty: link.plan(digest, sharing.asked(faulty)),
+                stream=link.stream,
+                sign=sharing.sign,
+            )
+        except (BadMessage, OSError) as err:
+            if is_full(err):
+                raise
+            raise Unreachable(f"the version came only in part: {err}") from err
+        if file_digest(part) != digest:
+            part.unlink()
+            raise BadWeights("the version's bytes are not those of its digest")
+        if os.name == "nt":  # where a file that is being read cannot be renamed
+            sharing.shelf.drop(digest)
+        part.replace(path)
+        sync_folder(path.parent)
+        self._keep(digest)  # before it is told of: whoever is sent here shall find it
+        link.tell_held(digest, held)
+
+    def _keep(self, digest: str) -> None:
+        self._whole.add(digest)
+        if self._sharing is not None:
+            self._sharing.shelf.put(digest, self._path(digest))
 
     def rebuild(self, work: Work) -> None:
         """Make the version that the work is on from its parent, if that is here.
@@ -54,7 +97,7 @@ class Versions:
                 if patches.apply(old, change, made) != work.base:
                     raise BadWeights("the patch leads to another version")
             made.replace(path)
-            self._whole.add(work.base)
+            self._keep(work.base)
             self._drop_old()
         except (CommonweightError, OSError) as err:
             log.warning("fetching the whole version, as its patch is of no use: %s", err)
@@ -69,5 +112,7 @@ class Versions:
     def _drop_old(self) -> None:
         versions = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
         for old in versions[:-KEPT]:
+            if self._sharing is not None:
+                self._sharing.shelf.drop(old.stem)
             old.unlink()
             self._whole.discard(old.stem)

@@ -20,6 +20,7 @@ from agent.link import Credentials, Link, NoRoom, SessionLost
 from agent.loop import WorkerLoop
 from agent.report import Report
 from agent.settings import AgentSettings, Enrolment, data_settings
+from agent.sharing import Sharing
 from agent.trainer_process import TrainerProcess
 from agent.versions import Versions
 from agent.watchdog import WORTH_A_TRY, Watchdog
@@ -58,6 +59,7 @@ class WorkThread:
         loop: WorkerLoop,
         report: Report,
         link: Callable[[], Link],
+        sharing: Sharing | None = None,
     ) -> None:
         self._home, self._loop, self._report, self._link = home, loop, report, link
         cache, outbox = home / "cache", home / "outbox"
@@ -77,7 +79,7 @@ class WorkThread:
             tries=chosen.trainer_tries,
             on_given_up=lambda kind: loop.soon(self._rest_trainer, kind),
         )
-        versions = Versions(cache, link)
+        versions = Versions(cache, link, sharing)
         self._client = Client(
             peer=enrolment.peer,
             sign=credentials.sign_key.sign,

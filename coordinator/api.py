@@ -41,6 +41,7 @@ from coordinator.log_desk import LogDesk
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.run_queue import RunQueue
 from coordinator.sessions import NoSession
+from coordinator.sharing import SharingDesk
 from protocols import VERSION, identity, tickets
 from protocols.errors import BadMessage, CommonweightError, ExitCode, UsageFault
 from protocols.identity import NodeCertificate
@@ -75,6 +76,7 @@ class Desk(Protocol):
     lane: Lane
     runs: RunQueue
     logs: LogDesk
+    sharing: SharingDesk
 
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
@@ -304,7 +306,7 @@ def make_app(
         Route("/cw/v1/operators", observer(list_operators)),
         Route("/cw/v1/operators/{operator}/remove", operator(remove_operator), methods=["POST"]),
     ]
-    for method, path, endpoint in desk.lane.routes(auth):
+    for method, path, endpoint in (*desk.lane.routes(auth), *desk.sharing.routes(auth)):
         routes.append(Route(path, endpoint, methods=[method]))
     return Starlette(routes=routes)
 

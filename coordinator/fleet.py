@@ -141,7 +141,7 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     peer.tasks, peer.policy, peer.disk_free_bytes = body.tasks, body.policy, body.disk_free_bytes
     # A retained presence may be old, so it only shows a clock that is ahead.
     if envelope.at > now:
-        peer.skew_s = envelope.at - now
+        peer.skew_s = finite(envelope.at - now) or 0.0
     if peer.state is PeerState.ERROR and before is not PeerState.ERROR:
         why = f": {body.reason}" if body.reason else ""
         _event(fleet, now, "error", f"{called(peer)} has an error{why}", peer.peer)

@@ -28,6 +28,7 @@ from coordinator.enroll import Peer, Registry
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.fleetwork import Fleetwork
+from coordinator.holders import Holders
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.log_desk import LogDesk
@@ -36,6 +37,7 @@ from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
 from coordinator.sessions import NoSession, Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
+from coordinator.sharing import SharingDesk
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from protocols import identity, topics
 from protocols.errors import (
@@ -95,6 +97,8 @@ class Hub:
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self.logs = LogDesk(self._ask_logs)
         self._sessions = Sessions(self.fleet)
+        self._holders = Holders(self._sessions.is_open)
+        self.sharing = SharingDesk(self.lane, self.registry, self._holders, keys.sign_key.sign)
         self._broker = self._make_broker()
         self._feed: Feed | None = None
         self._mqtt_up = False
@@ -332,6 +336,7 @@ class Hub:
         if peer.standing == "removed":
             if (node := self._sessions.dismiss(peer.peer)) is not None:
                 self._superlink.forget(node)
+            self._holders.gone(peer.peer)
             if self._feed is not None:
                 self._say_soon(self._feed.forget(peer.peer))
             self._tell_of(peer)
@@ -363,6 +368,7 @@ class Hub:
         news = self._sessions.heard(peer)
         if action == "activate-node":
             self._sessions.opened(peer)
+            self._holders.forgive(peer)
             if self.runs.current is not None:
                 self.runs.current.session_opened(peer)
             self._tell_links()

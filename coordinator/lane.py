@@ -182,7 +182,7 @@ class Lane:
 
         async def download(request: Request) -> Response:
             await auth.peer(request)
-            digest = _digest(request)
+            digest = digest_of(request)
             path = self.version(digest)
             if not path.exists():
                 raise HTTPException(404)
@@ -194,14 +194,14 @@ class Lane:
 
         async def download_patch(request: Request) -> Response:
             await auth.peer(request)
-            path = self.patch(_digest(request))
+            path = self.patch(digest_of(request))
             if not path.exists():
                 raise HTTPException(404)
             self.bytes_down += path.stat().st_size
             return FileResponse(path, media_type="application/octet-stream")
 
         async def upload(request: Request) -> Response:
-            digest = _digest(request)
+            digest = digest_of(request)
             peer = await auth.peer(request, body_sha256=digest)
             return await self._receive(request, auth, peer.peer, digest)
 
@@ -289,7 +289,7 @@ def _feed(sha: hashlib._Hash, path: Path) -> None:
             sha.update(piece)
 
 
-def _digest(request: Request) -> str:
+def digest_of(request: Request) -> str:
     digest: str = request.path_params["digest"]
     if not _DIGEST.fullmatch(digest):
         raise HTTPException(404)

@@ -198,6 +198,29 @@ def new_server_certificate(
     return key, certificate.public_bytes(serialization.Encoding.PEM)
 
 
+def new_node_tls(key: NodeKey, peer: str) -> bytes:
+    """A self-signed TLS certificate (PEM) over a node key, for serving other peers.
+
+    Nobody trusts it for its name: who connects knows the key that it must hold (`is_of_key`).
+    """
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"commonweight peer {peer}")])
+    certificate = (
+        _builder(subject, subject, CERTIFICATE_DAYS)
+        .public_key(key.public_key())
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def is_of_key(certificate_der: bytes, node_public_pem: bytes) -> bool:
+    """True if a TLS certificate (DER) is one of this node key."""
+    try:
+        key = x509.load_der_x509_certificate(certificate_der).public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return isinstance(key, ec.EllipticCurvePublicKey) and _public_pem(key) == node_public_pem
+
+
 def certificate_names(pem: bytes) -> set[str]:
     """The DNS names and addresses that a TLS certificate is good for."""
     certificate = x509.load_pem_x509_certificate(pem)

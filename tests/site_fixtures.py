@@ -22,10 +22,12 @@ from coordinator.auth import Auth
 from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
+from coordinator.holders import Holders
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid
 from coordinator.server import Server, listen
+from coordinator.sharing import SharingDesk
 from coordinator.superlink import FLEET_PREFIX, Superlink
 from protocols import identity, requests, tickets
 from protocols.joining import Joining, claimed
@@ -91,6 +93,8 @@ class Site:
         self.lane = Lane(folder)
         self.lane.limit_bytes = 1 << 20
         self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
+        self.holders = Holders()
+        self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)
         self.requests: list[tuple[str, str]] = []
         self.heard: list[tuple[str, int]] = []
         self.nodes: dict[str, int] = {}

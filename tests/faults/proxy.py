@@ -32,9 +32,9 @@ class Fault:
 
     `delay_s` (± `jitter_s`) holds up each piece. `hold_up` and `hold_down` keep bytes of one way
     back and all connections open: a blackhole if both, one-way if one. `bytes_per_s` throttles
-    each way. `cut_after` bytes up a connection is closed (`truncate`). `refuse` takes no
-    connection. `drop` is the chance that a piece resets its connection: what loss beyond repair
-    looks like to TCP.
+    each way of each connection, `line_bytes_per_s` each way of all together, as a line does.
+    `cut_after` bytes up a connection is closed (`truncate`). `refuse` takes no connection. `drop`
+    is the chance that a piece resets its connection: what loss beyond repair looks like to TCP.
     """
 
     delay_s: float = 0.0
@@ -42,6 +42,7 @@ class Fault:
     hold_up: bool = False
     hold_down: bool = False
     bytes_per_s: float = 0.0
+    line_bytes_per_s: float = 0.0
     cut_after: int = 0
     refuse: bool = False
     drop: float = 0.0
@@ -60,6 +61,7 @@ class Proxy:
         self.fault = CLEAR
         self.connections = 0
         self.bytes_up = self.bytes_down = 0
+        self._line_free_at = {True: 0.0, False: 0.0}  # by way: up, down
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._socket = socket.create_server((HOST, 0))
@@ -160,6 +162,12 @@ class Proxy:
         wait_s = fault.delay_s + self._random.uniform(-fault.jitter_s, fault.jitter_s)
         if fault.bytes_per_s:
             wait_s += nbytes / fault.bytes_per_s
+        if fault.line_bytes_per_s:
+            now = asyncio.get_running_loop().time()
+            self._line_free_at[up] = max(now, self._line_free_at[up]) + nbytes / (
+                fault.line_bytes_per_s
+            )
+            wait_s += self._line_free_at[up] - now
         if wait_s > 0:
             await asyncio.sleep(wait_s)
         while self.fault.hold_up if up else self.fault.hold_down:  # noqa: ASYNC110 - by a thread

@@ -1,0 +1,45 @@
+"""Where this machine stands in its network, as seen on the way to the coordinator."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import NamedTuple
+
+import psutil
+
+
+class Place(NamedTuple):
+    """This machine's address on that way, and the networks (CIDR) that the interface is in."""
+
+    host: str
+    networks: tuple[str, ...]
+
+    @property
+    def is_private(self) -> bool:
+        """True in a home's or an organisation's own network; a machine alone is in none."""
+        address = ipaddress.ip_address(self.host)
+        return address.is_private and not address.is_loopback and not address.is_link_local
+
+
+def place(coordinator: str, port: int) -> Place | None:
+    """The place from which packets go to that host; None while there is no way. Sends nothing."""
+    try:
+        family, _, _, _, there = socket.getaddrinfo(coordinator, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)
+            host = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    networks = [
+        str(ipaddress.ip_network(f"{host}/{_prefix(entry.netmask)}", strict=False))
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.address.partition("%")[0] == host and entry.netmask
+    ]
+    return Place(host, tuple(networks))
+
+
+def _prefix(netmask: str) -> int:
+    """The length of a netmask: `255.255.255.0` or `ffff:ffff:ffff:ffff::`."""
+    return int(ipaddress.ip_address(netmask)).bit_count()
