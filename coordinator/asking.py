@@ -19,7 +19,7 @@ from coordinator.model import Model
 from coordinator.records import VersionRecord, one_config
 from coordinator.runs import Run
 from coordinator.strategies.recipe import Recipe
-from protocols import messages, weights
+from protocols import messages, schemas, weights
 from protocols.failpoints import failpoint
 from protocols.messages import Work
 from protocols.states import RunState
@@ -87,13 +87,14 @@ class Questions:
             round=number,
             kind=kind,
             task=spec.task,
-            base=run.head,
+            base=run.head if kind != "describe" else "",
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
             codec=spec.codec,
             seed=spec.seed,
             settings={**spec.settings, **extra},
+            card=schemas.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
         )
         payload, signature = messages.sign_work(work, self._around.sign)
@@ -111,16 +112,18 @@ class Questions:
         peers = [p for p in run.pending if p not in reached and p in eligible]
         if not peers:
             return
-        if run.kind == "init":
-            self._model.await_first()
-            content = RecordDict({"config": self._work_record(run, "init", 0)})
+        if run.kind in ("describe", "init"):
+            if run.kind == "init":
+                self._model.await_first()
+            content = RecordDict({"config": self._work_record(run, run.kind, 0)})
         else:
             if self._content is None:  # after a restart
                 await self.configure(run, sorted(eligible))
             if self._content is None:
                 return
             content = self._content
-        message_type = "query.init" if run.kind == "init" else run.kind
+        is_query = run.kind in ("describe", "init")
+        message_type = f"query.{run.kind}" if is_query else run.kind
         outgoing: list[Message] = []
         for peer in peers:
             if (node := self._around.node_of(peer)) is not None:

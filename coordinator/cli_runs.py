@@ -38,7 +38,9 @@ def setting(text: str) -> tuple[str, str | int | float | bool]:
 
 @runs.command("start")
 def start(
-    task: Annotated[str, typer.Argument(help="What to train, for example mnist.")],
+    task: Annotated[
+        str, typer.Argument(help="What to train: mnist, or ./my_task.py:MyTask that agents have.")
+    ],
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     quorum: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 1,
     deadline: Annotated[
@@ -134,7 +136,7 @@ def run_order(
     if weighting not in ("examples", "equal"):
         raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
     spec = RunSpec(
-        task=task,
+        task=_task_name(task),
         rounds=rounds,
         quorum=quorum,
         deadline_s=seconds(deadline),
@@ -146,8 +148,17 @@ def run_order(
         weighting="equal" if weighting == "equal" else "examples",
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
+        handshake=True,
     )
     return RunOrder(spec=spec, from_digest=_adopt(from_) if from_ else "")
+
+
+def _task_name(text: str) -> str:
+    """A task's name. Of one in a file only "file.py:Class": each agent has its own copy of it."""
+    path, colon, attribute = text.rpartition(":")
+    if not (colon and path.endswith(".py")) and ("/" in text or text.endswith(".py")):
+        raise UsageFault(f"{text!r} names no task", "write file and class: ./my_task.py:MyTask")
+    return f"{Path(path).name}:{attribute}" if colon and path.endswith(".py") else text
 
 
 def _adopt(path: Path) -> str:

@@ -19,6 +19,10 @@ class View(NamedTuple):
     due: bool = False
 
 
+class Agree(NamedTuple):
+    """Find what the peers that described themselves have alike."""
+
+
 class AskInit(NamedTuple):
     """Ask one peer for the first weights."""
 
@@ -65,7 +69,8 @@ class Wait(NamedTuple):
 
 
 Step = (
-    AskInit
+    Agree
+    | AskInit
     | OpenRound
     | AskMore
     | CloseTraining
@@ -95,11 +100,33 @@ def decide(run: Run, view: View) -> Step:
 def _decide_waiting(run: Run, view: View) -> Step:
     if run.round >= run.spec.rounds:
         return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
+    if run.describing:
+        return _decide_describing(run, view)
     if not run.head:
         return _decide_init(run, view)
     if len(view.eligible) < run.spec.quorum:
         return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
     return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
+
+
+def _decide_describing(run: Run, view: View) -> Step:
+    """Everybody who is here is asked at once; who comes later compares by itself."""
+    told = len(run.described)
+    if not run.peers and len(view.eligible) < run.spec.quorum:
+        return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
+    again = {p for p in view.eligible if run.peers.get(p, "lost") == "lost"}
+    if again:
+        return AskMore(tuple(sorted(again)))
+    if run.pending and not view.due:
+        return Wait(f"what {_peers(len(run.pending))} tell of data and model")
+    if told >= run.spec.quorum:
+        return Agree()
+    if run.pending and (silent := view.eligible.intersection(run.pending)):
+        return AskMore(tuple(sorted(silent)))  # the deadline has passed: it may have been lost
+    if not told and run.last_refusal:
+        return EndRun(RunState.FAILED, f"no peer's data and model fit: {run.last_refusal}")
+    because = f" ({run.last_refusal})" if run.last_refusal else ""
+    return Wait(f"{_peers(run.spec.quorum - told)} more whose data and model fit{because}")
 
 
 def _decide_init(run: Run, view: View) -> Step:

@@ -101,6 +101,7 @@ def _spec(agents: int, rounds: int, seed: int) -> RunSpec:
         rounds=rounds,
         seed=seed,
         quorum=max(1, agents - 1),
+        handshake=True,
         # All agents share this machine's cores, and in the first round they load torch too.
         deadline_s=60.0 + 10.0 * agents,
     )

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from protocols.messages import Metrics
+from protocols.schemas import Description, SchemaCard
 from protocols.states import RunState
 
 Setting = str | int | float | bool
@@ -23,7 +24,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
     `codec`: how updates are made smaller, one of `protocols.codecs`.
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
-    far, as a Euclidean norm, one update may move the weights.
+    far, as a Euclidean norm, one update may move the weights. `handshake`: before round 1 all peers
+    compare what must be alike; runs of older ledgers did not.
     """
 
     task: str
@@ -39,6 +41,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     max_weight_share: float = 1.0
     max_examples: int = 10_000_000
     clip_norm: float = 0.0
+    handshake: bool = False
 
 
 class Update(Struct, frozen=True, kw_only=True):
@@ -53,6 +56,19 @@ class Update(Struct, frozen=True, kw_only=True):
 
 class RunStarted(Struct, frozen=True, tag=True):
     spec: RunSpec
+
+
+class PeerDescribed(Struct, frozen=True, tag=True):
+    """Before round 1 a peer told what of its data and model must be alike on all."""
+
+    peer: str
+    description: Description
+
+
+class SchemaAgreed(Struct, frozen=True, tag=True):
+    """The card of most peers: who has another one gets no work of this run."""
+
+    card: SchemaCard
 
 
 class WeightsInitialised(Struct, frozen=True, tag=True):
@@ -149,6 +165,8 @@ class RunEnded(Struct, frozen=True, tag=True):
 
 Fact = (
     RunStarted
+    | PeerDescribed
+    | SchemaAgreed
     | WeightsInitialised
     | RoundOpened
     | PeersAsked

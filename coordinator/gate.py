@@ -76,7 +76,7 @@ def check_claim(
                 "bad metrics", f"{run.spec.strategy} needs a finite {needed!r}, 0 or more; {told}"
             )
     cap = run.spec.max_examples
-    if claim.kind != "init" and not 0 < claim.num_examples <= cap:
+    if claim.kind in ("train", "evaluate") and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
 
 
@@ -98,7 +98,8 @@ def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
 def expectation(run: Run, schema: Schema) -> Expected:
     """What an answer to the run's present question must be."""
     if run.state is RunState.WAITING:
-        return Expected("init", "", {})
+        card = run.card.schema if run.card and run.kind == "init" else {}
+        return Expected(run.kind, "", card)
     if run.state is RunState.TRAINING:
         return Expected("train", run.parent, schema)
     return Expected("evaluate", run.head, schema)

@@ -12,10 +12,10 @@ from coordinator.asking import AGENT_FAILED
 from coordinator.facts import Fact, Update
 from coordinator.fleetwork import Fleetwork
 from coordinator.model import Model
-from coordinator.records import read_claim
+from coordinator.records import read_claim, read_description
 from coordinator.runs import Run
 from protocols import codecs
-from protocols.errors import BadMessage, UpdateRefused
+from protocols.errors import TELLABLE, BadMessage, UpdateRefused
 from protocols.messages import printable
 from protocols.stored import Stored
 
@@ -27,13 +27,22 @@ async def judge(run: Run, around: Fleetwork, model: Model, peer: str, reply: Mes
         # to believe it would be to ask again, and again.
         if reply.error.code != AGENT_FAILED and peer not in around.eligible():
             return facts.PeerLost(peer, "went away")
-        raise UpdateRefused("agent failed", printable(reply.error.reason or "no reason given"))
+        reason = printable(reply.error.reason or "no reason given")
+        code, colon, words = reason.partition(": ")
+        if colon and code in TELLABLE:  # its own word that it does not fit the run
+            raise UpdateRefused(code, words)
+        raise UpdateRefused("agent failed", reason)
     try:
         claim, payload, signature = read_claim(reply)
     except (BadMessage, KeyError, TypeError, ValueError) as err:
         raise UpdateRefused("bad claim", str(err)) from err
     expected = gate.expectation(run, model.schema)
     gate.check_claim(run, expected, peer, claim, payload, signature, around.verify)
+    if expected.kind == "describe":
+        try:
+            return facts.PeerDescribed(peer, read_description(reply, claim))
+        except (BadMessage, KeyError, TypeError, ValueError) as err:
+            raise UpdateRefused("bad description", str(err)) from err
     norm = 0.0
     if expected.kind != "evaluate":
         norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)

@@ -6,6 +6,7 @@ Grid; on the wire a message carries a ConfigRecord with the digest, the bytes tr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -14,12 +15,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from coordinator.lane import Lane
 from coordinator.superlink import LinkGrid, Superlink
-from protocols.errors import CommonweightError
+from protocols import schemas
+from protocols.errors import BadMessage, CommonweightError
 from protocols.messages import UpdateClaim, decode_claim
+from protocols.schemas import Description
 from protocols.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
-CLAIM = "cw.claim"
+CLAIM, DESCRIPTION = "cw.claim", "cw.description"
 
 
 class VersionRecord(ArrayRecord):
@@ -83,6 +86,16 @@ def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
     if not isinstance(payload, bytes) or not isinstance(signature, bytes):
         raise TypeError("a claim and its signature are bytes")
     return decode_claim(payload), payload, signature
+
+
+def read_description(reply: Message, claim: UpdateClaim) -> Description:
+    """The description that a claim is for. Raises BadMessage, KeyError, TypeError."""
+    told = cast(ConfigRecord, reply.content[DESCRIPTION])["description"]
+    if not isinstance(told, bytes):
+        raise TypeError("a description is bytes")
+    if (len(told), hashlib.sha256(told).hexdigest()) != (claim.nbytes, claim.digest):
+        raise BadMessage("the description is not the one that was signed")
+    return schemas.decode(told)
 
 
 class LaneGrid(LinkGrid):

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import closing, decisions, facts, runs, strategies
+from coordinator import agreement, closing, decisions, facts, runs, strategies
 from coordinator.asking import Questions
 from coordinator.bodies import round_body, run_body
 from coordinator.decisions import Step, View
@@ -27,7 +27,7 @@ from coordinator.strategies import memory
 from coordinator.strategies.state import States
 from coordinator.timing import Stopwatch
 from protocols import codecs
-from protocols.errors import CommonweightError, DiskFull, HomeFault, UpdateRefused
+from protocols.errors import TELLABLE, CommonweightError, DiskFull, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.messages import Happened, printable
 from protocols.room import is_full
@@ -61,6 +61,8 @@ class RunLoop:
         self._memory_bytes: int | None = None
         self._model = Model(around.lane, codecs.find(run.spec.codec))
         self.questions = Questions(around, self._recipe, self._strategy, self._model)
+        #: Peers whose data or model do not fit the run; asked again after they came back.
+        self._misfits: set[str] = set()
         self._retention = Retention(run, around.lane, self._states, elsewhere)
         # After a restart nobody has come back yet: that is no reason to call them lost.
         self._patient_until = time.monotonic() + RETURN_WITHIN_S if run.pending else 0.0
@@ -79,6 +81,7 @@ class RunLoop:
 
     def session_opened(self, peer: str) -> None:
         """A peer's new session knows nothing of messages that its last one took."""
+        self._misfits.discard(peer)
         self.questions.take_back_from(peer)
         self.changed.set()
 
@@ -144,12 +147,16 @@ class RunLoop:
             await self._record(facts.RunEnded(RunState.FAILED, err.message))
 
     def _view(self) -> View:
-        return View(self._around.eligible(), self._watch.phase_s >= self.run.spec.deadline_s)
+        return View(
+            self._around.eligible() - self._misfits, self._watch.phase_s >= self.run.spec.deadline_s
+        )
 
     async def _do(self, step: Step) -> None:
         match step:
             case decisions.Wait(what):
                 await self._wait(what)
+            case decisions.Agree():
+                await self._record(*agreement.agree(self.run, self._model.schema))
             case decisions.AskInit(peer):
                 self._watch.open_phase()
                 await self._record(facts.PeersAsked((peer,)))
@@ -218,9 +225,6 @@ class RunLoop:
                     asked.round, asked.peer, err.reason, err.message[:400], asked.kind
                 )
                 news.append(refused)
-                self._around.refused[err.reason] += 1
-                name = self._around.name_of(asked.peer)
-                self._say("warning", f"refused {name}: {err.reason}: {err.message}", asked.peer)
         await self._record(*news)
         self.questions.settle([question for question, _, _ in answers], True)
 
@@ -291,10 +295,19 @@ class RunLoop:
         failpoint("run.recorded", type(news[-1]).__name__)
         for fact in news:
             self.run = runs.apply(self.run, fact)
+            if isinstance(fact, facts.UpdateRefused):
+                self._tell_refusal(fact)
         if self._stands_still:
             self._stands_still, self._waiting_for = False, ""
             self._say("info", f"there is room again: run {self.run.id} goes on", self.run.id)
         self._announce()
+
+    def _tell_refusal(self, fact: facts.UpdateRefused) -> None:
+        if fact.reason in TELLABLE:
+            self._misfits.add(fact.peer)
+        self._around.refused[fact.reason] += 1
+        name = self._around.name_of(fact.peer)
+        self._say("warning", f"refused {name}: {fact.reason}: {fact.detail}", fact.peer)
 
     async def _wait_for_room(self, err: Exception) -> None:
         """The disk is full: stand still, say so, and come back when there is room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 
@@ -98,7 +99,8 @@ class RunQueue:
         if from_digest:
             with Stored(self._around.lane.version(from_digest)) as first:
                 memory.told(strategies.find(spec.strategy), spec, first.schema, spec.quorum)
-        run_id = f"{spec.task}-{secrets.token_hex(3)}"
+        task = re.sub(r"\W+", "-", spec.task)[:48]
+        run_id = f"{task}-{secrets.token_hex(3)}"
         news: list[facts.Fact] = [RunStarted(spec)]
         if from_digest:
             news.append(facts.WeightsInitialised(from_digest, "file"))
@@ -130,7 +132,8 @@ class RunQueue:
         if known and spec.task not in known:
             raise UnknownName(
                 f"no peer can run the task {spec.task!r}",
-                f"tasks of the peers that are here: {', '.join(sorted(known))}",
+                f"tasks of the peers that are here: {', '.join(sorted(known))}; one of your own: "
+                "commonweight-agent task add, on each machine",
             )
 
     def stop(self, run_id: str) -> None:

@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from coordinator.facts import (
     EvaluationOpened,
     Fact,
+    PeerDescribed,
     PeerLost,
     PeersAsked,
     RoundClosed,
@@ -32,6 +33,7 @@ from coordinator.facts import (
     RunEnded,
     RunSpec,
     RunStarted,
+    SchemaAgreed,
     TrainingClosed,
     Update,
     UpdateAccepted,
@@ -41,6 +43,7 @@ from coordinator.facts import (
     WeightsInitialised,
 )
 from protocols.messages import Metrics
+from protocols.schemas import Description, SchemaCard
 from protocols.states import ENDED, RunState
 
 Standing = Literal["asked", "answered", "refused", "lost"]
@@ -65,7 +68,7 @@ class Round(Struct, frozen=True, kw_only=True):
 
 class Run(Struct, frozen=True, kw_only=True):
     """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
-    best by `score`."""
+    best by `score`. `card` is what its peers have alike, once they have `described` themselves."""
 
     id: str
     spec: RunSpec
@@ -74,6 +77,8 @@ class Run(Struct, frozen=True, kw_only=True):
     first: str = ""
     head: str = ""
     parent: str = ""
+    described: dict[str, Description] = {}
+    card: SchemaCard | None = None
     peers: dict[str, Standing] = {}
     updates: dict[str, Update] = {}
     contributors: tuple[str, ...] = ()
@@ -91,16 +96,33 @@ class Run(Struct, frozen=True, kw_only=True):
         return self.state in ENDED
 
     @property
-    def kind(self) -> Literal["init", "train", "evaluate"]:
+    def describing(self) -> bool:
+        """True while it is not known what the peers have alike."""
+        return self.spec.handshake and self.card is None and self.round == 0
+
+    @property
+    def kind(self) -> Literal["describe", "init", "train", "evaluate"]:
         """What peers are asked for in this state."""
         if self.state is RunState.WAITING:
-            return "init"
+            return "describe" if self.describing else "init"
         return "train" if self.state is RunState.TRAINING else "evaluate"
 
     @property
     def pending(self) -> tuple[str, ...]:
         """Peers whose answer is awaited, in name order."""
         return tuple(sorted(p for p, standing in self.peers.items() if standing == "asked"))
+
+
+def _peer_described(run: Run, fact: PeerDescribed) -> Run:
+    return replace(
+        run,
+        peers=run.peers | {fact.peer: "answered"},
+        described=run.described | {fact.peer: fact.description},
+    )
+
+
+def _schema_agreed(run: Run, fact: SchemaAgreed) -> Run:
+    return replace(run, card=fact.card, peers={}, described={})
 
 
 def _weights_initialised(run: Run, fact: WeightsInitialised) -> Run:
@@ -235,6 +257,8 @@ _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
 
 #: fact -> (states in which it may happen, what it does). Anywhere else it changes nothing.
 TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
+    PeerDescribed: (frozenset({RunState.WAITING}), _peer_described),
+    SchemaAgreed: (frozenset({RunState.WAITING}), _schema_agreed),
     WeightsInitialised: (frozenset({RunState.WAITING}), _weights_initialised),
     RoundOpened: (frozenset({RunState.WAITING}), _round_opened),
     PeersAsked: (_OPEN | {RunState.WAITING}, _peers_asked),

@@ -20,6 +20,7 @@ from coordinator import decisions, facts, runs
 from coordinator.decisions import View
 from coordinator.facts import Fact, RunSpec, Update
 from coordinator.runs import Run
+from protocols import schemas
 from protocols.messages import Metrics
 from protocols.states import ENDED, RunState
 
@@ -347,7 +348,10 @@ def test_the_first_of_equals_stays_best() -> None:
 
 _ONE = st.sampled_from(PEERS)
 _SOME = st.lists(_ONE, unique=True).map(tuple)
+CARD = schemas.card("t", "1", {})
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
+    facts.PeerDescribed: lambda d: facts.PeerDescribed("A", CARD),
+    facts.SchemaAgreed: lambda d: facts.SchemaAgreed(CARD),
     facts.WeightsInitialised: lambda d: facts.WeightsInitialised("x", "A"),
     facts.RoundOpened: lambda d: facts.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
     facts.PeersAsked: lambda d: facts.PeersAsked(d(_SOME)),
