@@ -1,13 +1,14 @@
 # make demo   four agents learn real digits together on this machine
 # make test   format, lint, types, import contracts, all tests
 # make setup  only build .venv
+# make quality  how well it learns, beside the known behaviour: about a minute a row
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup bench bench-quick faults faults-quick soak clean
+.PHONY: demo test check setup bench bench-quick quality faults faults-quick soak clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -32,6 +33,9 @@ faults-quick: setup
 MINUTES ?= 20
 soak: setup
 	$(BIN)/python -m tests.faults --soak $(MINUTES)
+
+quality: setup
+	$(BIN)/python -m tests.quality
 
 bench: setup
 	$(BIN)/python -m tests.bench --full

