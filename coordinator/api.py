@@ -183,6 +183,10 @@ def make_app(
         desk.runs.stop(desk.runs.find(request.path_params["run"]).id)
         return _json({})
 
+    async def resume_run(request: Request, _: bytes) -> Response:
+        desk.runs.resume(request.path_params["run"])
+        return _json({})
+
     async def make_ticket(_: Request, body: bytes) -> Response:
         order = _decode(body, TicketOrder)
         if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
@@ -293,6 +297,7 @@ def make_app(
         Route("/cw/v1/runs", operator(start_run), methods=["POST"]),
         Route("/cw/v1/runs/{run}", observer(show_run)),
         Route("/cw/v1/runs/{run}/stop", operator(stop_run), methods=["POST"]),
+        Route("/cw/v1/runs/{run}/resume", operator(resume_run), methods=["POST"]),
         Route("/cw/v1/tickets", observer(list_tickets)),
         Route("/cw/v1/tickets", operator(make_ticket), methods=["POST"]),
         Route("/cw/v1/tickets/{ticket}/revoke", operator(revoke_ticket), methods=["POST"]),

@@ -7,6 +7,7 @@ taken back.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,11 +30,20 @@ AGENT_FAILED = 2
 
 
 class Asked(NamedTuple):
-    """A question that is under way: to whom, and which."""
+    """A question that is under way: to whom, which, and since when (monotonic s)."""
 
     peer: str
     round: int
     kind: str
+    at: float
+
+    def is_of(self, run: Run) -> bool:
+        """True for the question that the run has open now."""
+        return (self.round, self.kind) == (run.round, run.kind)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.at
 
 
 class Questions:
@@ -106,8 +116,7 @@ class Questions:
 
     async def ask_pending(self, run: Run) -> None:
         """Send the open question to every pending peer that has it not yet."""
-        question = (run.round, run.kind)
-        reached = {asked.peer for asked in self._under_way.values() if asked[1:] == question}
+        reached = {asked.peer for asked in self._under_way.values() if asked.is_of(run)}
         eligible = self._around.eligible()
         peers = [p for p in run.pending if p not in reached and p in eligible]
         if not peers:
@@ -133,6 +142,7 @@ class Questions:
         failpoint("work.pushed")
         nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
         reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
+        question = (run.round, run.kind, time.monotonic())
         self._under_way |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
         self._around.ring(list(reached_now.values()))
 
@@ -176,9 +186,8 @@ class Questions:
 
     def take_back_present(self, run: Run, peers: Sequence[str]) -> None:
         """The open question, from these peers: it is put to them anew."""
-        present = (run.round, run.kind)
         found = self._under_way.items()
-        self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
+        self._take_back({q for q, asked in found if asked.peer in peers and asked.is_of(run)})
 
     def take_back_older(self, number: int) -> None:
         """All of the rounds before this one."""

@@ -20,7 +20,7 @@ LEDGER = "ledger.db"
 
 _fleet_fact = msgspec.json.Decoder(FleetFact)
 #: Most entries are a run's everyday work: these are told by their tag before they are decoded.
-_RUN_TAGS = frozenset({"RunStarted", "RunEnded", "UpdateRefused"})
+_RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "UpdateRefused"})
 
 
 class _Tag(Struct):
@@ -131,6 +131,8 @@ def _of_run(entry: Entry, fact: facts.Fact, names: dict[str, str]) -> Line:
             text = f"{run}: {spec.rounds} rounds of {spec.task}, {spec.strategy}"
         case facts.RunEnded(state=state, because=reason):
             event, text = f"run {state}", f"{run}: {reason}"
+        case facts.RunResumed():
+            event, text = "run resumed", f"{run} goes on"
         case facts.UpdateRefused(peer=peer, reason=reason):
             event = "update refused"
             detail = f" ({fact.detail})" if fact.detail else ""

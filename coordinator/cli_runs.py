@@ -21,6 +21,10 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(models, name="models")
 
 
+#: A round that sets its own deadline takes no longer than that.
+_LONGEST_AUTO_S = 600.0
+
+
 def setting(text: str) -> tuple[str, str | int | float | bool]:
     """`key=value` with the value as the number or truth value it looks like. Raises UsageFault."""
     key, equals, value = text.partition("=")
@@ -44,8 +48,21 @@ def start(
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     quorum: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 1,
     deadline: Annotated[
-        str, typer.Option(help="A round goes on after this, if the quorum is there.")
+        str,
+        typer.Option(
+            help="A round goes on after this, if the quorum is there; auto: twice what the "
+            "slowest peer needed before."
+        ),
     ] = "10m",
+    select: Annotated[
+        str,
+        typer.Option(
+            help="Ask so many quorums of peers (1.2x), and go on as soon as the quorum is there."
+        ),
+    ] = "",
+    keep_versions: Annotated[
+        int, typer.Option(min=1, help="So many of the newest versions stay on disk, and the best.")
+    ] = 2,
     strategy: Annotated[
         str,
         typer.Option(
@@ -88,6 +105,8 @@ def start(
         rounds=rounds,
         quorum=quorum,
         deadline=deadline,
+        select=select,
+        keep_versions=keep_versions,
         strategy=strategy,
         strategy_arg=strategy_arg,
         set_=set_,
@@ -125,6 +144,8 @@ def run_order(
     max_weight_share: float,
     clip_norm: float,
     from_: Path | None,
+    select: str = "",
+    keep_versions: int = 2,
     strategy_arg: list[str] | None = None,
 ) -> Any:
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
@@ -139,7 +160,10 @@ def run_order(
         task=_task_name(task),
         rounds=rounds,
         quorum=quorum,
-        deadline_s=seconds(deadline),
+        deadline_s=_LONGEST_AUTO_S if deadline == "auto" else seconds(deadline),
+        deadline="auto" if deadline == "auto" else "fixed",
+        select=_times(select) if select else 0.0,
+        keep_versions=keep_versions,
         strategy=strategy,
         strategy_args=dict(setting(text) for text in strategy_arg or []),
         settings=dict(setting(text) for text in set_ or []),
@@ -159,6 +183,14 @@ def _task_name(text: str) -> str:
     if not (colon and path.endswith(".py")) and ("/" in text or text.endswith(".py")):
         raise UsageFault(f"{text!r} names no task", "write file and class: ./my_task.py:MyTask")
     return f"{Path(path).name}:{attribute}" if colon and path.endswith(".py") else text
+
+
+def _times(text: str) -> float:
+    """`1.2x` or `1.2`. Raises UsageFault."""
+    try:
+        return float(text.removesuffix("x"))
+    except ValueError as err:
+        raise UsageFault(f"{text!r} is no factor", "write 1.2x") from err
 
 
 def _adopt(path: Path) -> str:
@@ -212,6 +244,13 @@ def stop(run: str) -> None:
     sys.stderr.write(f"{run} is stopping\n")
 
 
+@runs.command("resume")
+def resume(run: str) -> None:
+    """Go on with a run that was stopped or has failed, from its newest version."""
+    _remote().resume_run(run)
+    sys.stderr.write(f"{run} goes on; watch it: commonweight monitor\n")
+
+
 @runs.command("list")
 def list_runs(json: Json = False) -> None:
     """All runs of this coordinator."""
@@ -260,11 +299,19 @@ def show(run: str, json: Json = False) -> None:
         sys.stdout.write(f"because {found.ended_because}\n")
     arguments = "".join(f" {name}={value}" for name, value in found.spec.strategy_args.items())
     sys.stdout.write(f"strategy {found.spec.strategy}{arguments}, codec {found.spec.codec}, ")
-    sys.stdout.write(f"quorum {found.spec.quorum}, deadline {found.spec.deadline_s:g} s, ")
-    sys.stdout.write(f"weighting {found.spec.weighting}\n")
+    sys.stdout.write(f"quorum {found.spec.quorum}, deadline {_deadline(found)}, ")
+    selects = f", select {found.spec.select:g}x" if found.spec.select else ""
+    sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
     for closed in found.history:
         mark = " ★" if found.best and closed.round == found.best.round else ""
         sys.stdout.write(f"{_round_line(found, closed)} {closed.digest[:12]}{mark}\n")
+
+
+def _deadline(run: Any) -> str:
+    from coordinator.decisions import deadline_s
+
+    word = "auto, now " if run.spec.deadline == "auto" else ""
+    return f"{word}{deadline_s(run):g} s"
 
 
 @models.command("list")

@@ -6,6 +6,9 @@ still stands where it stood.
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from coordinator.runs import Run
@@ -82,6 +85,34 @@ Step = (
 )
 
 
+#: An automatic deadline is so many times what the slowest peer needed, but no less than that.
+_TIMES_THE_SLOWEST = 2.0
+_LEAST_DEADLINE_S = 5.0
+
+
+def deadline_s(run: Run) -> float:
+    """Seconds that a phase of this round may take before it goes on with the quorum."""
+    longest = [max(run.needed[peer]) for peer in run.peers if peer in run.needed]
+    if run.spec.deadline == "fixed" or len(longest) < len(run.peers) or not longest:
+        return run.spec.deadline_s  # nobody knows yet how long a peer takes that is new
+    return min(run.spec.deadline_s, max(_LEAST_DEADLINE_S, _TIMES_THE_SLOWEST * max(longest)))
+
+
+def selected(run: Run, number: int, eligible: Iterable[str], count: int = 0) -> tuple[str, ...]:
+    """Those of `eligible` to be asked in round `number`, in name order; by chance, from the seed.
+
+    All of them unless the run selects. `count`: so many, in place of the run's own number.
+    """
+    if not run.spec.select:
+        return tuple(sorted(eligible))
+    count = count or math.ceil(run.spec.select * run.spec.quorum)
+
+    def lot(peer: str) -> bytes:
+        return hashlib.sha256(f"{run.spec.seed} {number} {peer}".encode()).digest()
+
+    return tuple(sorted(sorted(eligible, key=lot)[:count]))
+
+
 def decide(run: Run, view: View) -> Step:
     """The next step of a run that has not ended."""
     match run.state:
@@ -144,7 +175,8 @@ def _decide_init(run: Run, view: View) -> Step:
 
 def _decide_training(run: Run, view: View) -> Step:
     answered = len(run.updates)
-    if answered >= run.spec.quorum and (view.due or not run.pending):
+    waits_for_all = not run.spec.select
+    if answered >= run.spec.quorum and (view.due or not (waits_for_all and run.pending)):
         return CloseTraining(tuple(sorted(run.updates)))
     back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
     if back:
@@ -154,9 +186,9 @@ def _decide_training(run: Run, view: View) -> Step:
         return AskMore(tuple(sorted(others)))
     if answered + len(run.pending) < run.spec.quorum:
         new = view.eligible - run.peers.keys()
-        if new:
-            return AskMore(tuple(sorted(new)))
         missing = run.spec.quorum - answered - len(run.pending)
+        if new:
+            return AskMore(selected(run, run.round, new, math.ceil(run.spec.select * missing)))
         return Wait(f"{_peers(missing)} more for the quorum")
     if view.due:
         return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
@@ -166,7 +198,8 @@ def _decide_training(run: Run, view: View) -> Step:
 def _decide_evaluating(run: Run, view: View) -> Step:
     if not run.evaluating:
         return OpenEvaluation(tuple(sorted(view.eligible))) if view.eligible else CloseRound()
-    if view.due or not run.pending:
+    enough = run.spec.select and len(run.updates) >= run.spec.quorum
+    if view.due or not run.pending or enough:
         return CloseRound()
     return Wait(f"the evaluation by {_peers(len(run.pending))}")
 

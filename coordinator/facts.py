@@ -22,6 +22,11 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
     passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
+    With `deadline` "auto" it is at most that, and as long as peers needed before
+    (`decisions.deadline_s`).
+    `select`: how many peers are asked, in quorums (1.2: a fifth more than are needed); a round then
+    goes on as soon as the quorum is there. 0: all are asked, and all are waited for.
+    `keep_versions`: how many of the newest stay on disk, beside the best.
     `codec`: how updates are made smaller, one of `protocols.codecs`.
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
     far, as a Euclidean norm, one update may move the weights. `handshake`: before round 1 all peers
@@ -37,6 +42,9 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     seed: int = 0
     quorum: int = 1
     deadline_s: float = 600.0
+    deadline: Literal["fixed", "auto"] = "fixed"
+    select: float = 0.0
+    keep_versions: int = 2
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_share: float = 1.0
     max_examples: int = 10_000_000
@@ -45,13 +53,17 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
 
 class Update(Struct, frozen=True, kw_only=True):
-    """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation."""
+    """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation.
+
+    `seconds`: from the question to the answer (0 in old ledgers).
+    """
 
     digest: str = ""
     nbytes: int = 0
     num_examples: int
     metrics: Metrics = {}
     norm: float = 0.0
+    seconds: float = 0.0
 
 
 class RunStarted(Struct, frozen=True, tag=True):
@@ -104,13 +116,14 @@ class UpdateAccepted(Struct, frozen=True, tag=True):
 
 
 class UpdateRefused(Struct, frozen=True, tag=True):
-    """`round` and `kind` are those of the question: a late answer to an old one settles nothing."""
+    """`round`, `kind` and `seconds` are of the question: a late answer settles no newer one."""
 
     round: int
     peer: str
     reason: str
     detail: str
     kind: str = ""
+    seconds: float = 0.0
 
 
 class TrainingClosed(Struct, frozen=True, tag=True):
@@ -163,6 +176,10 @@ class RunEnded(Struct, frozen=True, tag=True):
     because: str
 
 
+class RunResumed(Struct, frozen=True, tag=True):
+    """A run that was stopped or has failed goes on; the round that was cut off is done again."""
+
+
 Fact = (
     RunStarted
     | PeerDescribed
@@ -179,6 +196,7 @@ Fact = (
     | EvaluationOpened
     | RoundClosed
     | RunEnded
+    | RunResumed
 )
 
 encode = msgspec.json.Encoder().encode

@@ -8,7 +8,7 @@ import contextlib
 from flwr.app import Message
 
 from coordinator import facts, gate
-from coordinator.asking import AGENT_FAILED
+from coordinator.asking import AGENT_FAILED, Asked
 from coordinator.facts import Fact, Update
 from coordinator.fleetwork import Fleetwork
 from coordinator.model import Model
@@ -20,8 +20,9 @@ from protocols.messages import printable
 from protocols.stored import Stored
 
 
-async def judge(run: Run, around: Fleetwork, model: Model, peer: str, reply: Message) -> Fact:
+async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: Message) -> Fact:
     """The fact that a reply amounts to. Raises UpdateRefused."""
+    peer = asked.peer
     if reply.has_error():
         # Flower's own words: the node is gone. From a peer that is there they are a lie, and
         # to believe it would be to ask again, and again.
@@ -56,6 +57,7 @@ async def judge(run: Run, around: Fleetwork, model: Model, peer: str, reply: Mes
         num_examples=claim.num_examples,
         metrics=claim.metrics,
         norm=norm,
+        seconds=asked.seconds,
     )
     return facts.UpdateAccepted(run.round, peer, update)
 

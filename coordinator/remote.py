@@ -69,6 +69,9 @@ class Remote:
     def stop_run(self, run_id: str) -> None:
         self._ask("POST", f"/cw/v1/runs/{run_id}/stop")
 
+    def resume_run(self, run_id: str) -> None:
+        self._ask("POST", f"/cw/v1/runs/{run_id}/resume")
+
     def make_ticket(self, order: TicketOrder) -> dict[str, str]:
         return self._post("/cw/v1/tickets", order)
 

@@ -9,9 +9,9 @@ from protocols.failpoints import failpoint
 
 
 class Retention:
-    """Keeps the last two versions and the best; the ledger still names the others.
+    """Keeps the newest versions, as many as the run wants and two at least, and the best one.
 
-    `elsewhere`: digests that other runs still need.
+    The ledger still names the others. `elsewhere`: digests that other runs still need.
     """
 
     def __init__(self, run: Run, lane: Lane, states: States, elsewhere: frozenset[str]) -> None:
@@ -20,6 +20,7 @@ class Retention:
 
     def prune(self, run: Run) -> None:
         keep = {run.head, run.parent, run.best.digest if run.best else ""}
+        keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
         self._on_disk |= {run.head, run.parent}
         for digest in self._on_disk - keep - self._elsewhere:
             self._lane.drop(digest)

@@ -147,9 +147,8 @@ class RunLoop:
             await self._record(facts.RunEnded(RunState.FAILED, err.message))
 
     def _view(self) -> View:
-        return View(
-            self._around.eligible() - self._misfits, self._watch.phase_s >= self.run.spec.deadline_s
-        )
+        due = self._watch.phase_s >= decisions.deadline_s(self.run)
+        return View(self._around.eligible() - self._misfits, due)
 
     async def _do(self, step: Step) -> None:
         match step:
@@ -173,7 +172,8 @@ class RunLoop:
             case decisions.Aggregate(contributors):
                 await self._aggregate(contributors)
             case decisions.OpenEvaluation(eligible):
-                asked = await self.questions.configure(self.run, eligible)
+                chosen = decisions.selected(self.run, self.run.round, eligible)
+                asked = await self.questions.configure(self.run, chosen)
                 self._watch.open_phase()
                 await self._record(facts.EvaluationOpened(self.run.round, asked))
             case decisions.CloseRound():
@@ -191,7 +191,7 @@ class RunLoop:
             self._waiting_for = what
             self._announce()
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
-        ahead = [self.run.spec.deadline_s - self._watch.phase_s] if timed else []
+        ahead = [decisions.deadline_s(self.run) - self._watch.phase_s] if timed else []
         ahead.append(self._patient_until - time.monotonic())
         if shortage:
             ahead.append(_SHORTAGE_AGAIN_S)
@@ -219,10 +219,11 @@ class RunLoop:
         news: list[Fact] = []
         for _, asked, reply in answers:
             try:
-                news.append(await judge(self.run, self._around, self._model, asked.peer, reply))
+                news.append(await judge(self.run, self._around, self._model, asked, reply))
             except UpdateRefused as err:
+                text, seconds = err.message[:400], asked.seconds
                 refused = facts.UpdateRefused(
-                    asked.round, asked.peer, err.reason, err.message[:400], asked.kind
+                    asked.round, asked.peer, err.reason, text, asked.kind, seconds
                 )
                 news.append(refused)
         await self._record(*news)
@@ -241,7 +242,8 @@ class RunLoop:
         self._watch.open_round()
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
-        asked = await self.questions.configure(self.run, step.eligible, opening=step.round)
+        chosen = decisions.selected(self.run, step.round, step.eligible)
+        asked = await self.questions.configure(self.run, chosen, opening=step.round)
         failpoint("round.configured")
         await self._record(facts.RoundOpened(step.round, step.base, asked))
 

@@ -124,6 +124,10 @@ class RunQueue:
             )
         if not spec.deadline_s > 0:
             raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
+        if spec.select and not 1 <= spec.select <= 10:
+            raise UsageFault("--select is from 1x to 10x: so many quorums of peers are asked")
+        if spec.keep_versions < 1:
+            raise UsageFault("--keep-versions is 1 or more")
         if not 0 <= spec.clip_norm < float("inf"):
             raise UsageFault("--clip-norm is 0 (off) or a positive number")
         if not 0 < spec.max_weight_share <= 1:
@@ -142,6 +146,23 @@ class RunQueue:
             self.current.stop("stopped by the operator")
         elif not self._runs[run_id].ended:
             self._end(run_id, "stopped by the operator")
+
+    def resume(self, run_id: str) -> None:
+        """Let a run that was stopped or has failed go on. Raises CannotBeMet."""
+        run = self.find(run_id)
+        if not run.ended:
+            raise CannotBeMet(f"run {run.id} has not ended: {run.state}", "commonweight run list")
+        if run.state is RunState.FINISHED:
+            raise CannotBeMet(
+                f"run {run.id} has finished: {run.ended_because}",
+                "commonweight models export, and run start --from that file, for more rounds",
+            )
+        self._check(run.spec)
+        fact = facts.RunResumed()
+        self._around.ledger.append(run.id, [facts.encode(fact)])
+        self._runs[run.id] = runs.apply(run, fact)
+        self._around.publish(run_body(self._runs[run.id], "its turn"))
+        self._queue.put_nowait(run.id)
 
     def _end(self, run_id: str, because: str) -> None:
         fact = facts.RunEnded(RunState.STOPPED, because)

@@ -9,7 +9,7 @@ Rule 3. What is in the view (who is there, has the deadline passed) may change a
     waiting ──RoundOpened──> training ──TrainingClosed──> aggregating
        ^                                                       │ VersionCommitted
        └───────────RoundClosed─────────── evaluating <─────────┘
-    any ──RunEnded──> finished | stopped | failed
+    any ──RunEnded──> finished | stopped | failed        stopped, failed ──RunResumed──> waiting
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from coordinator.facts import (
     RoundClosed,
     RoundOpened,
     RunEnded,
+    RunResumed,
     RunSpec,
     RunStarted,
     SchemaAgreed,
@@ -47,6 +48,9 @@ from protocols.schemas import Description, SchemaCard
 from protocols.states import ENDED, RunState
 
 Standing = Literal["asked", "answered", "refused", "lost"]
+
+#: Answers of a peer whose times a run remembers.
+_REMEMBERED = 5
 
 
 class Round(Struct, frozen=True, kw_only=True):
@@ -68,7 +72,8 @@ class Round(Struct, frozen=True, kw_only=True):
 
 class Run(Struct, frozen=True, kw_only=True):
     """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
-    best by `score`. `card` is what its peers have alike, once they have `described` themselves."""
+    best by `score`. `card` is what its peers have alike, once they have `described` themselves.
+    `needed`: by peer, seconds that its last answers to training took."""
 
     id: str
     spec: RunSpec
@@ -89,6 +94,8 @@ class Run(Struct, frozen=True, kw_only=True):
     history: tuple[Round, ...] = ()
     best: Round | None = None
     strategy_state: dict[str, str] = {}
+    needed: dict[str, tuple[float, ...]] = {}
+    ended_in: RunState = RunState.WAITING
     ended_because: str = ""
 
     @property
@@ -154,12 +161,21 @@ def _peer_lost(run: Run, fact: PeerLost) -> Run:
 
 
 def _update_accepted(run: Run, fact: UpdateAccepted) -> Run:
-    return replace(
+    run = replace(
         run,
         peers=run.peers | {fact.peer: "answered"},
         updates=run.updates | {fact.peer: fact.update},
-        norms=run.norms | {fact.peer: fact.update.norm} if not run.evaluating else run.norms,
     )
+    if run.evaluating:
+        return run
+    norms = run.norms | {fact.peer: fact.update.norm}
+    return replace(run, norms=norms, needed=_needed(run, fact.peer, fact.update.seconds))
+
+
+def _needed(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
+    if not seconds:
+        return run.needed
+    return run.needed | {peer: (*run.needed.get(peer, ()), seconds)[-_REMEMBERED:]}
 
 
 def _update_refused(run: Run, fact: UpdateRefused) -> Run:
@@ -167,8 +183,13 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
     present = fact.round == run.round and fact.kind in ("", run.kind)
     if present and peers.get(fact.peer) == "asked":
         peers = peers | {fact.peer: "refused"}
-    refusal = f"{fact.reason}: {fact.detail}"
-    return replace(run, peers=peers, refused=run.refused + 1, last_refusal=refusal)
+    return replace(
+        run,
+        peers=peers,
+        refused=run.refused + 1,
+        last_refusal=f"{fact.reason}: {fact.detail}",
+        needed=_needed(run, fact.peer, fact.seconds) if fact.kind == "train" else run.needed,
+    )
 
 
 def _training_closed(run: Run, fact: TrainingClosed) -> Run:
@@ -190,11 +211,16 @@ def _version_lost(run: Run, fact: VersionLost) -> Run:
     """As it was when `to` was the newest: what came after is done again."""
     digests = [closed.digest for closed in run.history]
     kept = run.history[: digests.index(fact.to) + 1 if fact.to in digests else 0]
+    return replace(_back_to(run, kept), head=fact.to)
+
+
+def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
+    """Between two rounds, with these the closed ones."""
     return replace(
         run,
         state=RunState.WAITING,
-        round=len(kept),
-        head=fact.to,
+        round=kept[-1].round if kept else 0,
+        head=kept[-1].digest if kept else run.first,
         parent=kept[-2].digest if len(kept) > 1 else run.first if kept else "",
         peers={},
         updates={},
@@ -249,7 +275,21 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
 
 
 def _run_ended(run: Run, fact: RunEnded) -> Run:
-    return replace(run, state=fact.state, ended_because=fact.because, peers={}, updates={})
+    return replace(
+        run,
+        state=fact.state,
+        ended_in=run.state,
+        ended_because=fact.because,
+        peers={},
+        updates={},
+    )
+
+
+def _run_resumed(run: Run, fact: RunResumed) -> Run:
+    run = replace(run, ended_because="")
+    if run.ended_in is RunState.EVALUATING:  # its version is there: only the evaluation is missing
+        return replace(run, state=RunState.EVALUATING, evaluating=False)
+    return _back_to(run, run.history)
 
 
 _ANY = frozenset(RunState) - ENDED
@@ -271,6 +311,7 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     EvaluationOpened: (frozenset({RunState.EVALUATING}), _evaluation_opened),
     RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
     RunEnded: (_ANY, _run_ended),
+    RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), _run_resumed),
 }
 
 

@@ -411,6 +411,40 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
         await fleet.close()
 
 
+async def test_a_stopped_run_is_resumed_to_the_same_weights(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        undisturbed = await fleet.finished(fleet.start(rounds=4, quorum=2, seed=21))
+        held = Door(fleet.agents[1], 3)
+        run_id = fleet.start(rounds=4, quorum=2, seed=21)
+        await until(held.reached.is_set)
+        with pytest.raises(CannotBeMet, match="has not ended"):
+            fleet.hub.runs.resume(run_id)
+        fleet.hub.runs.stop(run_id)
+        stopped = await fleet.finished(run_id)
+        assert (stopped.state, len(stopped.history)) == (RunState.STOPPED, 2)
+        held.open()
+        fleet.hub.runs.resume(run_id)
+        run = await fleet.finished(run_id)
+        assert [closed.round for closed in run.history] == [1, 2, 3, 4]
+        assert run.head == undisturbed.head
+        with pytest.raises(CannotBeMet, match="has finished"):
+            fleet.hub.runs.resume(run_id)
+
+
+async def test_whoever_selects_leaves_a_peer_out_and_keeps_the_versions_it_wants(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        spec = {"quorum": 1, "select": 2.0, "keep_versions": 3, "deadline": "auto"}
+        run = await fleet.finished(fleet.start(rounds=6, **spec))
+        assert run.state is RunState.FINISHED
+        opened = fleet.facts(run.id, facts.RoundOpened)
+        assert {len(fact.asked) for fact in opened} == {2}
+        assert len({fact.asked for fact in opened}) > 1
+        on_disk = [c.round for c in run.history if fleet.hub.lane.has(c.digest)]
+        assert set(on_disk) == {4, 5, 6, run.best.round if run.best else 0}
+
+
 async def test_a_run_that_is_not_resumed_is_stopped(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     try:
@@ -594,6 +628,9 @@ async def test_what_cannot_be_met_is_said_before_the_start(tmp_path: Path) -> No
             ({"quorum": 3}, CannotBeMet),
             ({"deadline_s": 0.0}, CannotBeMet),
             ({"deadline_s": -1.0}, CannotBeMet),
+            ({"select": 0.5}, UsageFault),
+            ({"select": math.nan}, UsageFault),
+            ({"keep_versions": 0}, UsageFault),
             ({"max_weight_share": 0.0}, UsageFault),
             ({"max_weight_share": 1.5}, UsageFault),
             ({"strategy": "magic"}, UnknownName),

@@ -102,9 +102,13 @@ class Loop:
 class RunMachine(RuleBasedStateMachine):
     """Peers come and go, answer, fail and dawdle; deadlines pass; the loop does what is decided."""
 
-    @initialize(rounds=st.integers(1, 3), quorum=st.integers(1, len(PEERS)))
-    def start(self, rounds: int, quorum: int) -> None:
-        self.loop = Loop(RunSpec(task="t", rounds=rounds, quorum=quorum))
+    @initialize(
+        rounds=st.integers(1, 3),
+        quorum=st.integers(1, len(PEERS)),
+        select=st.sampled_from([0.0, 1.0, 1.5]),
+    )
+    def start(self, rounds: int, quorum: int, select: float) -> None:
+        self.loop = Loop(RunSpec(task="t", rounds=rounds, quorum=quorum, select=select))
         self.last_round = 0
 
     @rule(peer=st.sampled_from(PEERS))
@@ -147,6 +151,17 @@ class RunMachine(RuleBasedStateMachine):
     @rule()
     def is_stopped(self) -> None:
         self.loop.record(facts.RunEnded(RunState.STOPPED, "by the operator"))
+
+    @precondition(lambda self: self.loop.run.state is RunState.STOPPED)
+    @rule()
+    def goes_on(self) -> None:
+        """What was committed stays; a round that was cut off begins again."""
+        before = self.loop.run
+        self.loop.record(facts.RunResumed())
+        assert self.loop.run.head == before.head
+        assert self.loop.run.history == before.history
+        assert not self.loop.run.ended
+        self.last_round = self.loop.run.round
 
     @invariant()
     def a_replay_gives_the_same_run(self) -> None:
@@ -312,6 +327,73 @@ def test_nobody_there_to_evaluate_closes_the_round() -> None:
     assert loop.decide() == decisions.CloseRound()
 
 
+def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.5, seed=7))
+    loop.record(facts.WeightsInitialised("first", "file"))
+    run = loop.run
+    chosen = decisions.selected(run, 1, ALL)
+    assert len(chosen) == 3
+    assert chosen == decisions.selected(run, 1, reversed(PEERS))  # of who is there, and no more
+    rounds = [decisions.selected(run, number, ALL) for number in range(1, 40)]
+    assert set().union(*rounds) == ALL
+    loop.record(facts.RoundOpened(1, "first", chosen))
+    loop.here = ALL
+    loop.answer(chosen[0])
+    assert loop.decide() == decisions.Wait("updates of 2 peers")
+    loop.answer(chosen[2])
+    assert loop.decide() == decisions.CloseTraining((chosen[0], chosen[2]))
+
+
+def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.0))
+    asked = decisions.selected(loop.run, 1, ALL)
+    loop.record(facts.WeightsInitialised("first", "file"), facts.RoundOpened(1, "first", asked))
+    loop.here = ALL
+    loop.answer(asked[0])
+    loop.lose(asked[1])
+    step = loop.decide()
+    assert isinstance(step, decisions.AskMore)
+    assert len(step.peers) == 1
+    assert step.peers[0] not in asked
+
+
+def answered(loop: Loop, peer: str, seconds: float) -> None:
+    update = Update(digest=f"u{peer}", num_examples=1, seconds=seconds)
+    loop.record(facts.UpdateAccepted(loop.run.round, peer, update))
+
+
+def test_an_automatic_deadline_is_twice_what_the_slowest_needed() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, deadline="auto", deadline_s=600.0))
+    first = facts.WeightsInitialised("first", "file")
+    loop.record(first, facts.RoundOpened(1, "first", ("A", "B")))
+    answered(loop, "A", 10.0)
+    assert decisions.deadline_s(loop.run) == 600.0  # nobody knows what B needs
+    answered(loop, "B", 30.0)
+    assert decisions.deadline_s(loop.run) == 60.0
+    for _ in range(5):  # what was long ago is forgotten
+        answered(loop, "B", 1.0)
+        answered(loop, "A", 1.0)
+    assert decisions.deadline_s(loop.run) == 5.0
+    late = facts.UpdateRefused(1, "B", "late", "x", "train", 400.0)
+    loop.record(late)  # one that was too slow is given time
+    assert decisions.deadline_s(loop.run) == 600.0
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
+    loop = training(quorum=1, asked=("A",))
+    loop.answer("A")
+    loop.do(loop.decide())
+    loop.do(loop.decide())
+    assert loop.run.state is RunState.EVALUATING
+    loop.record(facts.RunEnded(RunState.STOPPED, "x"), facts.RunResumed())
+    assert loop.decide() == decisions.OpenEvaluation(("A",))  # the version is there
+    loop.do(decisions.CloseRound())
+    loop.do(loop.decide())
+    loop.answer("A")
+    loop.record(facts.RunEnded(RunState.FAILED, "x"), facts.RunResumed())
+    assert loop.decide() == decisions.OpenRound(2, loop.run.head, ("A",))  # the round is not
+
+
 def evaluated(**metrics: float | None) -> runs.Round:
     return runs.Round(
         round=1,
@@ -364,6 +446,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     facts.EvaluationOpened: lambda d: facts.EvaluationOpened(1, d(_SOME)),
     facts.RoundClosed: lambda d: facts.RoundClosed(1, {}, 1.0, 0, 0),
     facts.RunEnded: lambda d: facts.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
+    facts.RunResumed: lambda d: facts.RunResumed(),
 }
 
 
@@ -374,15 +457,18 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
     for kind in data.draw(st.lists(st.sampled_from(list(FACTS)), max_size=20)):
         before = run
         run = runs.apply(run, FACTS[kind](data.draw))
-        if before.ended:
+        if before.ended and kind is not facts.RunResumed:
             assert run == before
+        assert not (before.state is RunState.FINISHED and run != before)
         decisions.decide(run, View(ALL, data.draw(st.booleans())))
         decisions.decide(run, View(frozenset(), data.draw(st.booleans())))
 
 
-def test_every_fact_has_a_transition_and_nothing_leaves_an_end() -> None:
+def test_every_fact_has_a_transition_and_only_resuming_leaves_an_end() -> None:
     assert set(FACTS) == set(runs.TRANSITIONS)
-    assert all(not (states & ENDED) for states, _ in runs.TRANSITIONS.values())
+    leaves = {kind for kind, (states, _) in runs.TRANSITIONS.items() if states & ENDED}
+    assert leaves == {facts.RunResumed}
+    assert RunState.FINISHED not in runs.TRANSITIONS[facts.RunResumed][0]
 
 
 @pytest.mark.parametrize("state", sorted(ENDED))

@@ -78,7 +78,8 @@ def digests(facts: Sequence[Fact]) -> list[str]:
 
 def ended(facts: Sequence[Fact]) -> str:
     """How the run ended; empty while it has not."""
-    return next((fact["state"] for fact in facts if fact["type"] == "RunEnded"), "")
+    told = [fact for fact in facts if fact["type"] in ("RunEnded", "RunResumed")]
+    return told[-1].get("state", "") if told else ""
 
 
 # --- what agents saw -------------------------------------------------------------------------
@@ -137,7 +138,8 @@ def told(runs: Mapping[str, Sequence[Fact]], acknowledged: Iterable[Fact]) -> li
 
 
 def standing(facts: Sequence[Fact]) -> list[Fact]:
-    """The facts without the rounds whose versions a disk has lost: those were done again."""
+    """The facts without the rounds that were done again: a disk lost their version, or they were
+    under way when the run was stopped."""
     found: list[Fact] = []
     made: dict[str, int] = {}
     for fact in facts:
@@ -147,6 +149,10 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
             again = made.get(fact["to"], 0) + 1
             opened = (n for n, f in enumerate(found) if _opens(f, again))
             del found[next(opened, len(found)) :]
+        elif fact["type"] == "RunResumed":
+            begun = [f["round"] for f in found if f["type"] == "RoundOpened"][-1:]
+            if begun and begun[0] not in made.values():
+                del found[next(n for n, f in enumerate(found) if _opens(f, begun[0])) :]
         else:
             found.append(fact)
     return found

@@ -150,7 +150,7 @@ class Site(Fleet):
 
     def ended(self, run: str) -> str:
         """How a run ended; empty while it has not."""
-        return checker.ended(self.facts(run, "RunEnded"))
+        return checker.ended(self.facts(run, "Run"))
 
     def until_versions(self, run: str, count: int = 1) -> None:
         """Wait until a run has committed so many versions."""
