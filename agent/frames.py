@@ -38,6 +38,7 @@ class Init(Struct, frozen=True, tag=True, kw_only=True):
     task: str
     source: str = ""
     settings: dict[str, Setting]
+    data: DataSettings = DataSettings()
     seed: int
     out: str
 

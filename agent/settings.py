@@ -55,6 +55,13 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["auto", "cpu", "cuda", "mps"],
         Meta(description="what trains: cuda, mps, cpu; auto takes the first that torch can use"),
     ] = "auto"
+    models: Annotated[
+        str, Meta(description="a folder of model folders that tasks such as lora build on")
+    ] = ""
+    framework: Annotated[
+        Literal["auto", "torch", "keras"],
+        Meta(description="which one a task takes that is there for both; auto: torch if installed"),
+    ] = "auto"
     compile: Annotated[
         bool, Meta(description="let torch compile the model first, where the task can")
     ] = False
@@ -153,6 +160,8 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
         cache=str(cache),
         device=chosen.device,
         compile=chosen.compile,
+        models=chosen.models,
+        framework=chosen.framework,
     )
 
 

@@ -161,7 +161,7 @@ class Trainer:
         self._control = control
         self._send = send
         self._threads = threads
-        self._found_as = ("", "")
+        self._found_as: tuple[str, ...] = ()
         self._task: Task | None = None
         self._data: DataSettings | None = None
         self._resumed: Journal | None = None  # that of the present work, if it goes on from one
@@ -192,7 +192,8 @@ class Trainer:
         self._send(answer)
 
     def _do(self, work: Work) -> Answer:
-        task = self._found(work.task, work.source)
+        task = self._found(work.task, work.source, work.data.framework)
+        self._load(task, work.data)
         if isinstance(work, Describe):
             return self._described(work, task)
         schema = _normal(task.schema(work.settings))
@@ -206,7 +207,6 @@ class Trainer:
         except BadWeights as err:
             message = f"the weights do not fit the task {work.task}: {err.message}"
             return Failed(id=work.id, kind="schema", message=message)
-        self._load(task, work.data)
         self._control.check(work.id)
         given = (work.settings.get(name, 0) for name in ("seed", "round"))
         chance.seed(type(work).__name__, *given, work.data.index)
@@ -223,7 +223,6 @@ class Trainer:
             self._data = data
 
     def _described(self, work: Describe, task: Task) -> Answer:
-        self._load(task, work.data)
         schema = _normal(task.schema(work.settings))
         traits = task.traits(work.settings) if isinstance(task, Traited) else {}
         version = str(getattr(task, "version", ""))
@@ -254,11 +253,12 @@ class Trainer:
         done = self._written(work.id, trained, schema, work.out, count, metrics)
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
-    def _found(self, name: str, source: str) -> Task:
-        if self._task is None or self._found_as != (name, source):
+    def _found(self, *named: str) -> Task:
+        """The task of this name, source and framework."""
+        if self._task is None or self._found_as != named:
             # Let go of the old task first: two data sets may not fit in memory.
             self._task = self._data = None
-            self._task, self._found_as = finding.find(name, source), (name, source)
+            self._task, self._found_as = finding.find(*named), named
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
         return self._task

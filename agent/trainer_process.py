@@ -97,7 +97,9 @@ class TrainerProcess:
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         """Write the task's first weights to `out`. Raises TrainerFailed."""
-        work = Init(id=0, task=task, settings=dict(settings), seed=seed, out=_full(out))
+        work = Init(
+            id=0, task=task, settings=dict(settings), data=self._data(), seed=seed, out=_full(out)
+        )
         return self._do(work, out)
 
     def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:

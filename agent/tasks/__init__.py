@@ -31,13 +31,17 @@ class Cancelled(BaseException):
     """The work is not wanted any more. No `Exception`, so that a task's own `except` lets it by."""
 
 
+Framework = Literal["auto", "torch", "keras"]
+
+
 class DataSettings(Struct, frozen=True, kw_only=True):
     """Which data a peer holds: its own (`path`), or part `index` of `parts` of a shared set.
 
     `split` says how a shared set is cut: "iid" at random, "shards" so that a part sees few labels.
+    `models` is the owner's folder of models that a task may build on, each in a folder of its own.
     `cache` is a folder in which a task may keep what it made of the data; empty: nowhere.
     `device` is where the data lie and are trained on (see `devices`), and with `compile` the task
-    may let torch compile its model.
+    may let torch compile its model. `framework` chooses where a task is there for more than one.
     """
 
     index: int = 0
@@ -46,8 +50,10 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     seed: int = 0
     path: str = ""
     cache: str = ""
+    models: str = ""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
+    framework: Framework = "auto"
 
 
 class TrainOutcome(NamedTuple):
@@ -79,9 +85,9 @@ class Snapshot(NamedTuple):
 class Task(Protocol):
     """What a task can do. Made without arguments; used by one thread.
 
-    `train` and `evaluate` must not write to the tensors they are given, and are called after
-    `load`. Plain tuples do for the outcomes, and any mapping of numpy arrays for the weights. An
-    attribute `version` (text), if there is one, must be the same on all peers.
+    In the trainer `load` is called before all else. `train` and `evaluate` must not write to the
+    tensors they are given. Plain tuples do for the outcomes, and any mapping of numpy arrays for
+    the weights. An attribute `version` (text), if there is one, must be the same on all peers.
     """
 
     def schema(self, settings: Settings) -> Schema:

@@ -17,7 +17,7 @@ import sys
 import traceback
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,15 @@ from protocols.errors import TaskUnusable, UnknownName, UsageFault
 
 GROUP = "commonweight.tasks"
 BUILT_IN: dict[str, str] = {
+    "images": "agent.tasks.images:Images",
     "mnist": "agent.tasks.mnist:Mnist",
     "ping": "agent.tasks.ping:Ping",
+    "text-lm": "agent.tasks.text_lm:TextLM",
 }
+#: Those that are there for TensorFlow as well: schema, settings and wire are the same.
+KERAS: dict[str, str] = {}
+#: What pip installs for a built-in task, where it is not the same as its name.
+_EXTRAS = {"mnist": "demo", "text-lm": "agent"}
 _METHODS = ("schema", "init", "load", "train", "evaluate")
 #: What a registered task may be called: it becomes part of run names and messages.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
@@ -39,29 +45,30 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
 
 
-def find(name: str, source: str = "") -> Task:
+def find(name: str, source: str = "", framework: str = "auto") -> Task:
     """A new task: of the class `source` ("/path/file.py:Class") if given, else of this name.
 
+    `framework` is "torch", "keras", or "auto" for torch where it is installed.
     Raises UnknownName, and TaskUnusable if it cannot be loaded; then the trace is on stderr.
     """
     try:
-        made = (_from_file(source) if source else _installed(name))()
+        made = (_from_file(source) if source else _installed(name, framework))()
     except UnknownName:
         raise
     except Exception as err:  # a task's file is another's code: whatever it raises on import
         traceback.print_exc()
         raise TaskUnusable(
             f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
-            "install what it needs; built-in ones: pip install 'commonweight[agent]' or [demo]",
+            _to_install(name) if not source else "install what it needs",
         ) from err
     if missing := [method for method in _METHODS if not callable(getattr(made, method, None))]:
         raise TaskUnusable(f"{type(made).__name__} is no task: it lacks {', '.join(missing)}")
     return made  # type: ignore[no-any-return]
 
 
-def _installed(name: str) -> Any:
+def _installed(name: str, framework: str) -> Any:
     if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
+        module, _, attribute = _built_in(name, framework).partition(":")
         return getattr(import_module(module), attribute)
     if found := tuple(entry_points(group=GROUP, name=name)):
         return found[0].load()
@@ -69,6 +76,20 @@ def _installed(name: str) -> Any:
         f"this machine has no task {name!r}",
         f"tasks here: {', '.join(names())}; one of your own: commonweight-agent task add",
     )
+
+
+def _built_in(name: str, framework: str) -> str:
+    keras = framework == "keras" or (
+        framework == "auto" and find_spec("torch") is None and find_spec("keras") is not None
+    )
+    return KERAS.get(name, BUILT_IN[name]) if keras else BUILT_IN[name]
+
+
+def _to_install(name: str) -> str:
+    if name not in BUILT_IN:
+        return "install what it needs"
+    hint = f"pip install 'commonweight[{_EXTRAS.get(name, name)}]'"
+    return f"{hint}, or [tensorflow]" if name in KERAS else hint
 
 
 def _from_file(source: str) -> Any:

@@ -1,0 +1,95 @@
+"""A folder with a folder for each class: whose files are examples of it. Pure but for looking.
+
+reviews/good/1.txt  reviews/bad/a/2.txt …
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.errors import DataFault, UsageFault
+
+_HELD_OUT = 5
+
+Rows = npt.NDArray[np.int64]
+
+
+class Found(NamedTuple):
+    """The files, sorted by path, their names below the folder, and the number of each one's
+    class."""
+
+    paths: list[Path]
+    names: list[str]
+    labels: npt.NDArray[np.int64]
+
+
+def classes_of(words: str) -> tuple[str, ...]:
+    """The classes that a run names, in the order of their numbers. Raises UsageFault."""
+    names = tuple(name.strip() for name in words.split(",") if name.strip())
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise UsageFault(
+            f"a run names two classes or more, each once; not {words!r}",
+            "the folders' names, in the order of the labels: --set classes=cat,dog",
+        )
+    return names
+
+
+def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
+    """Every file that ends in one of `suffixes`. Raises DataFault.
+
+    A peer need not have all classes; a folder that is none is a mistake.
+    """
+    root = Path(path)
+    if not path or not root.is_dir():
+        raise DataFault(
+            "there is no folder of data",
+            f"not at {path!r}: commonweight-agent policy set data FOLDER",
+        )
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise DataFault(
+            "the folder of data has no folder for a class in it",
+            f"put the examples into {root / classes[0]}, {root / classes[1]} and so on",
+        )
+    if strange := [name for name in folders if name not in classes]:
+        raise DataFault(
+            f"a folder of data is no class of this run, which has {', '.join(classes)}",
+            f"move {root / strange[0]} elsewhere, or start a run that names it",
+        )
+    found = [
+        (path, classes.index(name))
+        for name in folders
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise DataFault(
+            "there is nothing in the folders of the classes",
+            f"no file in {root} ends in {', '.join(sorted(suffixes))}",
+        )
+    paths = [path for path, _ in found]
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return Found(paths, names, np.array([label for _, label in found], np.int64))
+
+
+def cut(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """Rows to train on, and a fifth that is held out, chosen by the hash of its name.
+
+    So an example that is added later moves no other. Raises DataFault for fewer than two.
+    """
+    hashes = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
+    order = np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
+    order = order[usable[order]]
+    if len(order) < 2:
+        raise DataFault(
+            f"{len(order)} of {len(names)} examples can be read; two are needed",
+            "look into the trainer's log: commonweight-agent logs",
+        )
+    held_out = max(1, len(order) // _HELD_OUT)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

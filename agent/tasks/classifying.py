@@ -1,0 +1,40 @@
+"""How well weights classify: the evaluation that the torch tasks with labels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.tasks import EvalOutcome, OnStep
+from agent.tasks.local_training import Examples, Tensors
+from protocols.weights import Array
+
+
+@torch.inference_mode()
+def measured(
+    logits_of: Callable[[Tensors, Tensor], Tensor],
+    weights: Mapping[str, Array],
+    held_out: Examples,
+    batch: int,
+    on_step: OnStep,
+) -> EvalOutcome:
+    """Mean cross-entropy ("loss") and "accuracy" on held-out examples.
+
+    `logits_of(weights, x)` gives float32[n, classes].
+    """
+    device = held_out.x.device
+    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    steps = -(-len(held_out.y) // batch)
+    loss, right, seen = 0.0, 0, 0
+    for number, (x, y) in enumerate(
+        zip(torch.split(held_out.x, batch), torch.split(held_out.y, batch), strict=True), 1
+    ):
+        logits = logits_of(tensors, x)
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        right += int((logits.argmax(1) == y).sum())
+        seen += len(y)
+        on_step(number, steps, loss / seen, seen)
+    return EvalOutcome(seen, {"loss": loss / seen, "accuracy": right / seen})

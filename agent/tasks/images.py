@@ -1,0 +1,162 @@
+"""The task "images": pictures in a folder for each class, a small CNN or ResNet-18.
+
+    commonweight run start images --set classes=cat,dog --set model=resnet18 --set size=96
+
+Each peer's `data` is a folder with a folder for each class that it has (see `pictures`); the
+settings are in `image_plan`. Where TensorFlow is in place of torch, `images_keras` does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.tasks import (
+    DataSettings,
+    EvalOutcome,
+    OnStep,
+    Settings,
+    TrainOutcome,
+    architecture,
+    devices,
+    image_plan,
+    pictures,
+    resnet,
+)
+from agent.tasks.architecture import Layer
+from agent.tasks.class_folders import Rows
+from agent.tasks.classifying import measured
+from agent.tasks.image_plan import RESNET, ImagePlan
+from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.pictures import Pictures
+from agent.tasks.plan import read_plan
+from agent.tasks.resnet import Forward
+from agent.tasks.seeds import stream
+from protocols.weights import Schema, Weights
+
+EVALUATION_BATCH = 256
+
+
+class Images:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    version = "1"
+
+    def __init__(self) -> None:
+        self._data = DataSettings()
+        self._pictures: tuple[ImagePlan, Pictures] | None = None
+        self._local = LocalTraining()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+
+    # --- config ---
+
+    def schema(self, settings: Settings) -> Schema:
+        plan = image_plan.read(settings)
+        if plan.network == RESNET:
+            return resnet.schema(plan.channels, len(plan.classes), plan.norm)
+        return architecture.schema(_layers(plan))
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+        """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
+        plan = image_plan.read(settings)
+        self._found(plan)
+        return pictures.traits(plan)
+
+    # --- model ---
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        plan, draw = image_plan.read(settings), stream("init", seed)
+        if plan.network == RESNET:
+            return resnet.init(plan.channels, len(plan.classes), plan.norm, draw)
+        return architecture.init(_layers(plan), draw)
+
+    # --- data ---
+
+    def load(self, data: DataSettings) -> None:
+        """Note which; the pictures are read when their size is known."""
+        self._data, self._pictures = data, None
+
+    def _found(self, plan: ImagePlan) -> Pictures:
+        if self._pictures is None or self._pictures[0] != plan:
+            self._pictures = None
+            self._pictures = plan, pictures.read(self._data, plan)
+        return self._pictures[1]
+
+    # --- loop ---
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """SGD or AdamW on this peer's pictures; the metric "loss" is the mean of the last epoch."""
+        plan, loop = image_plan.read(settings), read_plan(settings, image_plan.DEFAULTS)
+        found, device = self._found(plan), devices.chosen(self._data.device)
+        forward = _forward(plan)
+        if self._data.compile:
+            forward = torch.compile(forward)
+
+        def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
+            x = _pixels(found, rows)
+            if plan.flip:
+                mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
+                x = torch.where(mirrored, x.flip(3), x)
+            return F.cross_entropy(forward(w, x, True), labels)
+
+        examples = _examples(found, found.train, device)
+        buffers = (
+            resnet.buffers(plan.channels, plan.norm) if plan.network == RESNET else frozenset()
+        )
+        return self._local.train(
+            weights, loop, examples, by_autograd(loss_of), on_step, buffers=buffers
+        )
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out pictures."""
+        plan = image_plan.read(settings)
+        found, device = self._found(plan), devices.chosen(self._data.device)
+        forward = _forward(plan)
+        return measured(
+            lambda w, rows: forward(w, _pixels(found, rows), False),
+            weights,
+            _examples(found, found.held_out, device),
+            EVALUATION_BATCH,
+            on_step,
+        )
+
+
+def _examples(found: Pictures, rows: Rows, device: torch.device) -> Examples:
+    """Row numbers in place of pixels: those stay in their file until a batch asks for them."""
+    x, y = (torch.from_numpy(part).to(device) for part in (rows, found.labels[rows]))
+    return Examples(x, y)
+
+
+def _pixels(found: Pictures, rows: Tensor) -> Tensor:
+    """A batch, float32[n, channels, size, size], on the device of its row numbers."""
+    pixels = torch.from_numpy(found.pixels[rows.cpu().numpy()]).to(rows.device)
+    return (pixels.float() / 255 - pictures.MEAN) / pictures.SPREAD
+
+
+def _layers(plan: ImagePlan) -> tuple[Layer, ...]:
+    return architecture.declared(plan.network, plan.channels, plan.size, len(plan.classes))
+
+
+def _forward(plan: ImagePlan) -> Forward:
+    """The model: (weights, pictures, training) -> logits float32[n, classes]."""
+    if plan.network == RESNET:
+        return resnet.forward
+    layers = _layers(plan)
+
+    def forward(w: Tensors, x: Tensor, _: bool) -> Tensor:
+        for layer in layers:
+            if layer.kind == "pool":
+                x = F.max_pool2d(x, 2)
+                continue
+            weight, bias = w[f"{layer.name}.weight"], w[f"{layer.name}.bias"]
+            if layer.kind == "conv":
+                x = F.relu(F.conv2d(x, weight, bias, padding=layer.kernel // 2))
+            else:
+                x = F.linear(x.flatten(1), weight, bias)
+                x = F.relu(x) if layer.kind == "dense" else x
+        return x
+
+    return forward
