@@ -77,9 +77,33 @@ def join(
     say("next: commonweight-agent run")
 
 
+@app.command()
+def discover(
+    seconds: Annotated[float, typer.Option(min=0.5, max=60, help="How long to listen.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """Coordinators that announce themselves in this network."""
+    from agent import discovery
+
+    found = discovery.look(seconds)
+    if json:
+        rows = [{**one._asdict(), "ca": one.ca.hex()} for one in found]
+        sys.stdout.write(output.ok(rows) + "\n")
+        return
+    for one in found:
+        sys.stdout.write(f"{one.name}  {', '.join(one.addresses)}  ca {one.ca.hex()}\n")
+    if not found:
+        say("none; a coordinator announces itself with: commonweight up --announce")
+
+
 def _ticket_text(given: str | None) -> str:
     if given is None:
-        return str(typer.prompt("ticket", hide_input=True, err=True))
+        if sys.stdin.isatty():
+            from agent import discovery
+
+            for one in discovery.look(1.5):
+                say(f"in this network: {one.name} at {one.addresses[0]}")
+        return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
     if given == "-":
         return sys.stdin.read()
     if given.startswith("file:"):

@@ -33,9 +33,14 @@ _NEW = ".new"
 
 
 def join(
-    home: Path, text: str, *, name: str, labels: dict[str, str], replace: bool = False
+    home: Path,
+    text: str,
+    *,
+    name: str,
+    labels: dict[str, str],
+    replace: bool = False,
 ) -> tuple[Enrolment, bool]:
-    """Join with this ticket; the enrolment, and whether it still awaits approval.
+    """Join with this ticket or code; the enrolment, and whether it still awaits approval.
 
     Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already. Until
     a replacement is accepted, the machine stays who it was.
@@ -46,6 +51,10 @@ def join(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
+    if not ticket.addresses:
+        from agent import discovery
+
+        ticket = discovery.placed(ticket, discovery.look())
     address, ca_pem = _find_coordinator(ticket)
     sign_key, node_key = _keys(home, _NEW if replace else "")
     joining = Joining(
@@ -129,6 +138,7 @@ def _keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKe
 def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     """The first address that answers, and its CA certificate, checked against the ticket."""
     tried: list[str] = []
+    strangers: list[str] = []
     # Not verified on purpose: this first request only fetches the CA, whose hash then decides.
     with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
         for address in ticket.addresses:
@@ -138,15 +148,17 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue
             try:
-                genuine = identity.ca_fingerprint(answer.content) == ticket.ca_sha256
+                genuine = tickets.is_genuine(ticket, identity.ca_fingerprint(answer.content))
             except BadMessage:
                 genuine = False
-            if not genuine:
-                raise Refused(
-                    f"{address} is not the coordinator that made this ticket",
-                    "somebody else answers there: nothing was sent; ask for a new ticket",
-                )
-            return address, answer.content
+            if genuine:
+                return address, answer.content
+            strangers.append(address)  # another address may do better
+    if strangers:
+        raise Refused(
+            f"{', '.join(strangers)} is not the coordinator that made this ticket",
+            "somebody else answers there: nothing was sent; ask for a new ticket",
+        )
     raise Unreachable(
         f"no coordinator answers: {'; '.join(tried)}",
         "is it up (commonweight up), and can this machine reach it?",

@@ -83,6 +83,10 @@ def up(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus metrics on this port of 127.0.0.1.")
     ] = None,
+    announce: Annotated[
+        bool | None,
+        typer.Option("--announce", help="Let machines in this network find the coordinator."),
+    ] = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Do not go on with unfinished runs.")
     ] = False,
@@ -101,6 +105,7 @@ def up(
         mqtt_url=mqtt_url,
         approve=approve,
         metrics_port=metrics_port,
+        announce=announce,
     )
     home, _ = settings.init(chosen.names)
     homes.open_home("coordinator")

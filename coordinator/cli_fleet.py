@@ -65,6 +65,10 @@ def create_ticket(
     role: Annotated[
         str, typer.Option(help="agent; or observer, operator: to watch from another machine.")
     ] = "agent",
+    code: Annotated[
+        bool,
+        typer.Option("--code", help="Its short form, for a network that the coordinator is in."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a ticket: the one string that lets a machine join. It is shown once."""
@@ -72,8 +76,14 @@ def create_ticket(
 
     if role not in ("agent", "observer", "operator"):
         raise UsageFault(f"a role is agent, observer or operator, not {role!r}")
+    if code and role != "agent":
+        raise UsageFault("a short code is for agents only", "leave out --code")
     order = TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
     made = _remote().make_ticket(order)
+    if code:
+        from protocols import tickets as forms
+
+        made = {**made, "ticket": forms.encode_code(forms.decode(made["ticket"]))}
     if json:
         sys.stdout.write(output.ok(made) + "\n")
         return

@@ -184,6 +184,8 @@ class Hub:
         ]
         if port := self._settings.metrics_port:
             tasks.append(asyncio.create_task(metrics.serve(port, self._metrics), name="metrics"))
+        if self._settings.announce:
+            tasks.append(asyncio.create_task(self._announce(), name="announcement"))
         failure: list[BaseException] = []
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -202,6 +204,12 @@ class Hub:
             await asyncio.gather(*tasks, return_exceptions=True)
         if failure:
             raise failure[0]
+
+    async def _announce(self) -> None:
+        from coordinator.announce import announce, own_addresses
+
+        ca = identity.ca_fingerprint(self._keys.ca_pem)
+        await announce(self.fleet.name, self.port, ca, own_addresses(self._names))
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, ours everywhere else."""

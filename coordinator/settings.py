@@ -38,7 +38,8 @@ class Settings(BaseSettings):
     `host` and `port`: where agents connect. `mqtt_port` 0 means the port after. `mqtt_url`: a
     broker of your own instead of the embedded one. `names`: host names and addresses under which
     agents reach this machine, if they are not those found. `approve`: new peers wait for
-    `peers approve`. `metrics_port`: Prometheus finds /metrics there, on loopback; 0 is off.
+    `peers approve`. `announce`: say in this network where the coordinator is. `metrics_port`:
+    Prometheus finds /metrics there, on loopback; 0 is off.
     """
 
     model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
@@ -51,6 +52,7 @@ class Settings(BaseSettings):
     names: list[str] = []
     approve: bool = False
     metrics_port: int = Field(0, ge=0, le=65535)
+    announce: bool = False
 
     @classmethod
     def settings_customise_sources(

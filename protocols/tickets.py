@@ -2,6 +2,10 @@
 
 `cw1.` + base64url of (MessagePack of the fields + the first 4 bytes of its SHA-256). The checksum
 tells a typing error from a refusal, before anything is sent.
+
+Its short form, the code `cw1s.…`, leaves the addresses out and 16 bytes of the CA's hash: it is for
+a machine that finds the coordinator in its own network. What is found there decides nothing; the
+128 bits of the hash do.
 """
 
 from __future__ import annotations
@@ -18,14 +22,20 @@ from msgspec import Meta, Struct
 from protocols.errors import TicketMalformed
 
 PREFIX = "cw1."
+CODE_PREFIX = "cw1s."
+#: Of the CA's SHA-256, in a code and in an announcement.
+CA_BYTES = 16
 _AGAIN = "copy the whole line that `commonweight ticket create` printed"
 
 
 class Ticket(Struct, frozen=True, kw_only=True, array_like=True):
-    """`addresses` are host:port, best first; `secret` is spent by joining."""
+    """`addresses` are host:port, best first, none in a code; `secret` is spent by joining.
 
-    addresses: Annotated[tuple[str, ...], Meta(min_length=1, max_length=16)]
-    ca_sha256: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    `ca_sha256` is whole, or its first `CA_BYTES` in a code.
+    """
+
+    addresses: Annotated[tuple[str, ...], Meta(max_length=16)]
+    ca_sha256: Annotated[bytes, Meta(min_length=CA_BYTES, max_length=32)]
     id: Annotated[str, Meta(min_length=8, max_length=8)]
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
 
@@ -44,23 +54,53 @@ def hash_secret(ticket_id: str, secret: bytes) -> str:
     return hashlib.sha256(b"commonweight ticket 1\n" + ticket_id.encode() + secret).hexdigest()
 
 
+def is_genuine(ticket: Ticket, fingerprint: bytes) -> bool:
+    """True if the CA with this SHA-256 is the one that the ticket is for."""
+    return fingerprint.startswith(ticket.ca_sha256)
+
+
 def encode(ticket: Ticket) -> str:
-    body = msgspec.msgpack.encode(ticket)
-    return PREFIX + urlsafe_b64encode(body + _checksum(body)).rstrip(b"=").decode()
+    return _written(PREFIX, msgspec.msgpack.encode(ticket))
+
+
+def encode_code(ticket: Ticket) -> str:
+    """The ticket's short form."""
+    body = bytes.fromhex(ticket.id) + ticket.ca_sha256[:CA_BYTES] + ticket.secret
+    return _written(CODE_PREFIX, body)
+
+
+def _written(prefix: str, body: bytes) -> str:
+    return prefix + urlsafe_b64encode(body + _checksum(body)).rstrip(b"=").decode()
 
 
 def decode(text: str) -> Ticket:
-    """The ticket in `text`. Raises TicketMalformed that says in which way it is not one."""
+    """The ticket in `text`, or that of a code. Raises TicketMalformed that says what is wrong."""
     text = "".join(text.split())
     if not text.startswith("cw"):
         raise TicketMalformed("this is not a ticket: a ticket begins with cw1.", _AGAIN)
+    if text.startswith(CODE_PREFIX):
+        body = _body(text[len(CODE_PREFIX) :])
+        ca, secret = body[4 : 4 + CA_BYTES], body[4 + CA_BYTES :]
+        if len(secret) != 16:
+            raise TicketMalformed("the code's length is wrong", _AGAIN)
+        return Ticket(addresses=(), ca_sha256=ca, id=body[:4].hex(), secret=secret)
     if not text.startswith(PREFIX):
         version = text.partition(".")[0]
         raise TicketMalformed(
             f"the ticket has format {version[:8]!r}; this version reads cw1",
             "update commonweight on this machine",
         )
-    encoded = text[len(PREFIX) :]
+    try:
+        ticket = msgspec.msgpack.decode(_body(text[len(PREFIX) :]), type=Ticket)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise TicketMalformed(f"the ticket's fields are wrong: {err}", _AGAIN) from err
+    if not ticket.addresses or len(ticket.ca_sha256) != 32:
+        raise TicketMalformed("the ticket's fields are wrong: no address, or no hash", _AGAIN)
+    return ticket
+
+
+def _body(encoded: str) -> bytes:
+    """What is under the checksum. Raises TicketMalformed."""
     try:
         data = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except (binascii.Error, ValueError) as err:
@@ -70,10 +110,7 @@ def decode(text: str) -> Ticket:
     canonical = urlsafe_b64encode(data).rstrip(b"=").decode()
     if len(data) < 40 or _checksum(body) != checksum or canonical != encoded:
         raise TicketMalformed("the ticket is cut or mistyped (its checksum is wrong)", _AGAIN)
-    try:
-        return msgspec.msgpack.decode(body, type=Ticket)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise TicketMalformed(f"the ticket's fields are wrong: {err}", _AGAIN) from err
+    return body
 
 
 def _checksum(body: bytes) -> bytes:
