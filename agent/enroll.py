@@ -51,7 +51,8 @@ def join(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
-    if not ticket.addresses:
+    announced = not ticket.addresses
+    if announced:
         from agent import discovery
 
         ticket = discovery.placed(ticket, discovery.look())
@@ -71,7 +72,8 @@ def join(
     certificate = identity.read_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
-    others = tuple(other for other in ticket.addresses if other != address)
+    # What was only announced is forgotten: it may be a forger's.
+    others = () if announced else tuple(o for o in ticket.addresses if o != address)
     enrolment = Enrolment(
         peer=answer.peer,
         name=answer.name,
