@@ -27,6 +27,7 @@ from protocols.errors import TaskUnusable, UnknownName, UsageFault
 GROUP = "commonweight.tasks"
 BUILT_IN: dict[str, str] = {
     "images": "agent.tasks.images:Images",
+    "lora": "agent.tasks.lora:Lora",
     "mnist": "agent.tasks.mnist:Mnist",
     "ping": "agent.tasks.ping:Ping",
     "text-lm": "agent.tasks.text_lm:TextLM",

@@ -59,7 +59,16 @@ class InProcess:
         return self._answer
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
-        return self._do(Init(id=0, task=task, settings=dict(settings), seed=seed, out=str(out)))
+        return self._do(
+            Init(
+                id=0,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                seed=seed,
+                out=str(out),
+            )
+        )
 
     def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
         return self._do(

@@ -1,0 +1,193 @@
+"""The task "lora" on a real model folder: what travels, what it learns, what comes out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agent.tasks import DataSettings, base_model, finding, lora_plan
+from agent.tasks.lora import Lora
+from coordinator.facts import RunSpec
+from protocols import weights
+from protocols.errors import DataFault, UsageFault
+from protocols.states import RunState
+from protocols.weights import Weights
+from tests.extras.lora.conftest import write_model
+from tests.quality.fleet import fleet_of
+
+CAUSAL = {"model": "tiny", "context": 24, "rank": 16, "lr": 0.01}
+
+
+def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
+    pass
+
+
+def data_of(hub: Path, texts: Path, peer: str = "one") -> DataSettings:
+    return DataSettings(
+        path=str(texts / peer),
+        cache=str(texts / f"{peer}-cache"),
+        models=str(hub),
+        device="cpu",
+    )
+
+
+def loaded(hub: Path, texts: Path) -> Lora:
+    task = finding.find("lora")
+    assert isinstance(task, Lora)
+    task.load(data_of(hub, texts))
+    return task
+
+
+def test_only_adapters_travel_and_the_loss_falls(hub: Path, texts: Path) -> None:
+    settings = CAUSAL | {"max_steps": 8}
+    adapters = loaded(hub, texts).init(0, settings).nbytes
+    whole = (hub / "tiny" / "model.safetensors").stat().st_size
+    with fleet_of([data_of(hub, texts, peer) for peer in ("one", "two")]) as fleet:
+        run = fleet.run(RunSpec(task="lora", rounds=3, quorum=2, settings=settings))
+    assert run.state is RunState.FINISHED
+    for closed in run.history:
+        assert 2 * adapters <= closed.bytes_up <= 2 * adapters * 1.01
+        assert len(closed.contributors) == 2
+    assert adapters < whole / 10
+    losses = [closed.metrics["loss"] for closed in run.history]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * np.log(320)
+
+
+def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, texts: Path) -> None:
+    task = loaded(hub, texts)
+    one, again, other = (task.init(seed, CAUSAL) for seed in (1, 1, 2))
+    assert weights.digest(one) == weights.digest(again) != weights.digest(other)
+    assert one.schema == task.schema(CAUSAL)
+    plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
+    found = task._adapted(lora_plan.read(CAUSAL))
+    tokens = torch.arange(10)[None]
+    w = {name: torch.tensor(array) for name, array in one.items()}
+    with torch.no_grad():
+        adapted = task._output(found, w, False, input_ids=tokens)
+        assert torch.equal(adapted, plain(tokens).logits)
+
+
+def test_a_merged_export_is_a_model_for_plain_transformers(
+    hub: Path, texts: Path, tmp_path: Path
+) -> None:
+    settings = CAUSAL | {"max_steps": 6}
+    task = loaded(hub, texts)
+    trained = task.train(task.init(1, settings), settings, quiet).weights
+    out = tmp_path / "merged"
+    task.export(Weights(trained), settings, out)
+    merged = AutoModelForCausalLM.from_pretrained(out).eval()
+    plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]
+    w = {name: torch.tensor(array) for name, array in trained.items()}
+    with torch.no_grad():
+        found = task._adapted(lora_plan.read(settings))
+        adapted = task._output(found, w, False, input_ids=tokens)
+        torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(merged(tokens).logits, plain(tokens).logits, atol=1e-3)
+    assert load_file(out / "model.safetensors").keys() == dict(merged.named_parameters()).keys()
+
+
+def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
+    settings = CAUSAL | {"max_steps": 6}
+    task, kept = loaded(hub, texts), []
+
+    def keep(step: int, *_: float) -> None:
+        if step == 3:
+            found = task.snapshot()
+            arrays = {name: array.copy() for name, array in found.arrays.items()}
+            kept.append(found._replace(arrays=arrays))
+
+    base = task.init(1, settings)
+    whole = task.train(base, settings, keep)
+    other = loaded(hub, texts)
+    other.restore(kept[0])
+    rest = other.train(base, settings, quiet)
+    assert weights.digest(rest.weights) == weights.digest(whole.weights)  # type: ignore[arg-type]
+
+
+def test_a_classification_learns_with_its_head(hub: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for name, words in (("good", "fine warm kind glad"), ("bad", "cold rude sad poor")):
+        (tmp_path / name).mkdir()
+        for number in range(30):
+            chosen = draw.choice(words.split(), 5)
+            (tmp_path / name / f"{number}.txt").write_text(" ".join(chosen))
+    settings = {"model": "tiny", "kind": "classification", "classes": "good,bad", "context": 32}
+    settings |= {"lr": 0.01, "epochs": 2}  # type: ignore[dict-item]
+    task = Lora()
+    task.load(DataSettings(path=str(tmp_path), models=str(hub), device="cpu"))
+    assert task.traits(settings)["classes"] == ("good", "bad")
+    base = task.init(1, settings)
+    assert any("score" in name for name in base)
+    trained = task.train(base, settings, quiet)
+    assert trained.num_examples == 48
+    assert task.evaluate(trained.weights, settings, quiet).metrics["accuracy"] > 0.9
+
+
+def test_another_base_model_is_another_trait(hub: Path, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "models"
+    write_model(other / "tiny", seed=1)
+    one, two = (loaded(folder, texts).traits(CAUSAL) for folder in (hub, other))
+    assert one["base model"] != two["base model"]
+    shutil.rmtree(other)
+    shutil.copytree(hub, other)
+    assert loaded(other, texts).traits(CAUSAL) == one
+
+
+def test_model_folders_that_cannot_serve_are_told(hub: Path, texts: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+
+    def fault(name: str = "tiny", **words: str) -> DataFault:
+        task = Lora()
+        task.load(DataSettings(path=str(texts / "one"), models=str(models), **words))  # type: ignore[arg-type]
+        with pytest.raises(DataFault) as caught:
+            task.traits(CAUSAL | {"model": name})
+        assert str(tmp_path) not in caught.value.message
+        return caught.value
+
+    assert "no base model tiny" in fault().message
+    assert "one folder's name" in fault("../tiny").message
+    shutil.copytree(hub / "tiny", models / "tiny")
+    (models / "tiny" / "model.safetensors").unlink()
+    assert "has no weights in safetensors" in fault().message
+    torch.save({}, models / "tiny" / "pytorch_model.bin")
+    assert "pytorch_model.bin" in fault().hint
+    (models / "tiny" / "model.safetensors").write_bytes(b"damaged")
+    assert "tiny cannot be used" in fault().message
+    shutil.copyfile(hub / "tiny" / "model.safetensors", models / "tiny" / "model.safetensors")
+    (models / "tiny" / "config.json").write_text('{"model_type": "no such"}')
+    assert "tiny cannot be used" in fault().message
+
+
+def test_code_in_a_model_folder_is_not_run(hub: Path, texts: Path, tmp_path: Path) -> None:
+    folder, ran = tmp_path / "models" / "tiny", tmp_path / "ran"
+    shutil.copytree(hub / "tiny", folder)
+    (folder / "odd.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    config = (folder / "config.json").read_text().replace('"llama"', '"odd"')
+    auto = '{"auto_map": {"AutoConfig": "odd.C", "AutoModelForCausalLM": "odd.M"}, '
+    (folder / "config.json").write_text(auto + config.lstrip()[1:])
+    with pytest.raises(DataFault):
+        loaded(tmp_path / "models", texts).traits(CAUSAL)
+    assert not ran.exists()
+
+
+def test_the_digest_is_remembered_until_a_file_changes(hub: Path, texts: Path) -> None:
+    cache = str(texts / "one-cache")
+    first = base_model.digest(hub / "tiny", cache)
+    assert base_model.digest(hub / "tiny", "") == first
+    assert [p.read_text() for p in Path(cache).glob("base-*")] == [first]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"model": ""}, {"kind": "seq2seq"}, {"rank": 0}, {"kind": "classification"}]
+)
+def test_settings_that_cannot_be(settings: dict[str, str | int]) -> None:
+    with pytest.raises(UsageFault):
+        Lora().schema(CAUSAL | settings)
