@@ -44,5 +44,6 @@ def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
         bytes_down=closed.bytes_down,
         norms=closed.norms,
         spread=closed.spread,
+        worst=closed.worst,
         spent=closed.spent,
     )

@@ -93,6 +93,21 @@ def start(
     clip_norm: Annotated[
         float, typer.Option(min=0.0, help="No update moves the weights further (0: off).")
     ] = 0.0,
+    best_metric: Annotated[
+        str,
+        typer.Option(
+            help="What makes a version best: a metric of the task's (accuracy, else loss)."
+        ),
+    ] = "",
+    best_direction: Annotated[
+        str, typer.Option(help="max or min; by default as the metric's name says.")
+    ] = "",
+    patience: Annotated[
+        int, typer.Option(min=0, help="End after so many rounds without a better version (0: off).")
+    ] = 0,
+    target: Annotated[
+        float | None, typer.Option(help="End when the metric has reached this.")
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="First weights: a safetensors file.")
     ] = None,
@@ -115,6 +130,10 @@ def start(
         weighting=weighting,
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
+        best_metric=best_metric,
+        best_direction=best_direction,
+        patience=patience,
+        target=target,
         from_=from_,
     )
     remote = _remote()
@@ -147,6 +166,10 @@ def run_order(
     select: str = "",
     keep_versions: int = 2,
     strategy_arg: list[str] | None = None,
+    best_metric: str = "",
+    best_direction: str = "",
+    patience: int = 0,
+    target: float | None = None,
 ) -> Any:
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
     from coordinator.facts import RunSpec
@@ -156,6 +179,8 @@ def run_order(
     codecs.find(codec)
     if weighting not in ("examples", "equal"):
         raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
+    if best_direction not in ("", "max", "min"):
+        raise UsageFault(f"the best direction is max or min, not {best_direction!r}")
     spec = RunSpec(
         task=_task_name(task),
         rounds=rounds,
@@ -173,6 +198,10 @@ def run_order(
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
         handshake=True,
+        best_metric=best_metric,
+        best_direction=best_direction,  # type: ignore[arg-type]
+        patience=patience,
+        target=target,
     )
     return RunOrder(spec=spec, from_digest=_adopt(from_) if from_ else "")
 
@@ -272,10 +301,13 @@ def list_runs(json: Json = False) -> None:
 
 
 def _best(run: Any) -> str:
+    from coordinator import merit
+
     if run.best is None:
         return "–"
-    accuracy = run.best.metrics.get("accuracy")
-    figure = f" accuracy {accuracy:.4f}" if accuracy is not None else ""
+    name = merit.metric_of(run.spec, run.best.metrics)
+    value = run.best.metrics.get(name)
+    figure = f" {name} {value:.4f}" if value is not None else ""
     return f"round {run.best.round}{figure}"
 
 
@@ -305,6 +337,24 @@ def show(run: str, json: Json = False) -> None:
     for closed in found.history:
         mark = " ★" if found.best and closed.round == found.best.round else ""
         sys.stdout.write(f"{_round_line(found, closed)} {closed.digest[:12]}{mark}\n")
+    if found.best is not None:
+        for line in _fairness(found.best, remote.fleet().peers):
+            sys.stdout.write(line + "\n")
+
+
+def _fairness(closed: Any, peers: Any) -> list[str]:
+    """By metric: whom the version serves worst, and how far apart the peers are."""
+    from coordinator.fleet import called
+
+    lines = []
+    for name, (least, median, most) in sorted(closed.spread.items()):
+        peer = closed.worst.get(name, "")
+        who = called(peers[peer]) if peer in peers else peer
+        lines.append(
+            f"round {closed.round}: {name} {least:.4f} … {median:.4f} … {most:.4f} over the peers"
+            + (f"; worst: {who}" if who else "")
+        )
+    return lines
 
 
 def _deadline(run: Any) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from coordinator import merit
 from coordinator.runs import Run
 from protocols.states import RunState
 
@@ -131,6 +132,8 @@ def decide(run: Run, view: View) -> Step:
 def _decide_waiting(run: Run, view: View) -> Step:
     if run.round >= run.spec.rounds:
         return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
+    if (end := _enough(run)) is not None:
+        return end
     if run.describing:
         return _decide_describing(run, view)
     if not run.head:
@@ -138,6 +141,26 @@ def _decide_waiting(run: Run, view: View) -> Step:
     if len(view.eligible) < run.spec.quorum:
         return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
     return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
+
+
+def _enough(run: Run) -> EndRun | None:
+    """The end of a run that has learnt enough, or that cannot know whether it has."""
+    spec, best = run.spec, run.best
+    last = run.history[-1] if run.history else None
+    if last is None or best is None or not last.metrics:
+        return None
+    name = merit.metric_of(spec, last.metrics)
+    if not name and (spec.best_metric or spec.patience or spec.target is not None):
+        wanted = spec.best_metric or " or ".join(merit.USUAL)
+        told = ", ".join(sorted(last.metrics))
+        return EndRun(RunState.FAILED, f"no peer tells the metric {wanted}; they tell: {told}")
+    if merit.is_reached(spec, best.metrics):
+        value = best.metrics[name]
+        return EndRun(RunState.FINISHED, f"{name} is {value:.4g} in round {best.round}")
+    if spec.patience and run.round - best.round >= spec.patience:
+        since = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
+        return EndRun(RunState.FINISHED, since)
+    return None
 
 
 def _decide_describing(run: Run, view: View) -> Step:

@@ -31,6 +31,9 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
     far, as a Euclidean norm, one update may move the weights. `handshake`: before round 1 all peers
     compare what must be alike; runs of older ledgers did not.
+    `best_metric` says which version is best (empty: accuracy, else loss), and `best_direction`
+    whether more of it is better (empty: as its name says). The run ends early when the metric has
+    reached `target`, or has not become better for `patience` rounds (0: never).
     """
 
     task: str
@@ -50,6 +53,10 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     max_examples: int = 10_000_000
     clip_norm: float = 0.0
     handshake: bool = False
+    best_metric: str = ""
+    best_direction: Literal["", "max", "min"] = ""
+    patience: int = 0
+    target: float | None = None
 
 
 class Update(Struct, frozen=True, kw_only=True):

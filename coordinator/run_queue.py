@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
 from collections.abc import Callable
@@ -132,6 +133,12 @@ class RunQueue:
             raise UsageFault("--clip-norm is 0 (off) or a positive number")
         if not 0 < spec.max_weight_share <= 1:
             raise UsageFault("--max-weight-share is above 0 and at most 1")
+        if spec.patience < 0:
+            raise UsageFault("--patience is 0 (off) or a number of rounds")
+        if spec.target is not None and not math.isfinite(spec.target):
+            raise UsageFault("--target is a finite number")
+        if spec.best_direction and not spec.best_metric:
+            raise UsageFault("--best-direction needs --best-metric")
         known = self._known_tasks()
         if known and spec.task not in known:
             raise UnknownName(

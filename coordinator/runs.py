@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from coordinator import merit
 from coordinator.facts import (
     EvaluationOpened,
     Fact,
@@ -54,7 +56,8 @@ _REMEMBERED = 5
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """A closed round; `spread` has by metric the least, the median and the most of all peers."""
+    """A closed round; `spread` has by metric the least, the median and the most of all peers,
+    `worst` the peer that is served worst."""
 
     round: int
     digest: str
@@ -67,12 +70,13 @@ class Round(Struct, frozen=True, kw_only=True):
     norms: dict[str, float]
     strategy_state: dict[str, str] = {}
     spread: dict[str, tuple[float, float, float]] = {}
+    worst: dict[str, str] = {}
     spent: dict[str, float] = {}
 
 
 class Run(Struct, frozen=True, kw_only=True):
     """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
-    best by `score`. `card` is what its peers have alike, once they have `described` themselves.
+    best by `merit`. `card` is what its peers have alike, once they have `described` themselves.
     `needed`: by peer, seconds that its last answers to training took."""
 
     id: str
@@ -229,7 +233,7 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         norms={},
         refused=0,
         history=kept,
-        best=max(kept, key=score, default=None),
+        best=max(kept, key=partial(_merit, run), default=None),
         strategy_state=kept[-1].strategy_state if kept else {},
     )
 
@@ -260,9 +264,12 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         norms=run.norms,
         strategy_state=run.strategy_state,
         spread=_spread(run.updates) if run.evaluating else {},
+        worst=merit.worst(run.updates) if run.evaluating else {},
         spent=fact.spent,
     )
-    best = closed if run.best is None or score(closed) > score(run.best) else run.best
+    best = run.best
+    if best is None or _merit(run, closed) > _merit(run, best):
+        best = closed
     return replace(
         run,
         state=RunState.WAITING,
@@ -272,6 +279,10 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         history=(*run.history, closed),
         best=best,
     )
+
+
+def _merit(run: Run, closed: Round) -> float:
+    return merit.merit(run.spec, closed.metrics)
 
 
 def _run_ended(run: Run, fact: RunEnded) -> Run:
@@ -329,11 +340,3 @@ def replay(run_id: str, facts: list[Fact]) -> Run:
     for fact in facts[1:]:
         run = apply(run, fact)
     return run
-
-
-def score(closed: Round) -> float:
-    """What makes a version best: accuracy where the task reports it, else the lowest loss."""
-    accuracy, loss = closed.metrics.get("accuracy"), closed.metrics.get("loss")
-    if accuracy is not None:
-        return accuracy
-    return -loss if loss is not None else float("-inf")

@@ -149,8 +149,9 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     """One round's outcome. `loss` and `accuracy` are federated evaluation; `norms` are by peer.
 
-    `spread`: by metric the least, the median and the most that a peer told. `spent`: seconds by
-    part of the round (`work`, `wait`, `transfer`, `aggregate`, `evaluate`).
+    `spread`: by metric the least, the median and the most that a peer told; `worst`: the peer that
+    is served worst. `spent`: seconds by part of the round (`work`, `wait`, `transfer`, `aggregate`,
+    `evaluate`).
     """
 
     run: Name
@@ -167,6 +168,7 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     bytes_down: Count = 0
     norms: dict[Name, float] = {}
     spread: dict[Name, tuple[float, float, float]] = {}
+    worst: dict[Name, Name] = {}
     spent: dict[Name, float] = {}
 
 

@@ -394,27 +394,6 @@ def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
     assert loop.decide() == decisions.OpenRound(2, loop.run.head, ("A",))  # the round is not
 
 
-def evaluated(**metrics: float | None) -> runs.Round:
-    return runs.Round(
-        round=1,
-        digest="d",
-        contributors=(),
-        refused=0,
-        metrics=metrics,
-        seconds=1.0,
-        bytes_up=0,
-        bytes_down=0,
-        norms={},
-    )
-
-
-def test_the_best_version_is_the_most_accurate_else_the_one_of_least_loss() -> None:
-    score = runs.score
-    assert score(evaluated(accuracy=0.9, loss=9.0)) > score(evaluated(accuracy=0.8, loss=0.1))
-    assert score(evaluated(loss=0.1)) > score(evaluated(loss=0.2))
-    assert score(evaluated(loss=9e9)) > score(evaluated(loss=None)) == score(evaluated())
-
-
 def test_the_first_of_equals_stays_best() -> None:
     loop = training(quorum=1, asked=("A",))
     for number in (1, 2):

@@ -1,0 +1,58 @@
+"""What makes one version better than another, and which peer is served worst. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from coordinator.facts import RunSpec, Update
+from protocols.messages import Metrics
+
+#: What makes a version best where nothing else was asked for: the first of these that is told.
+USUAL = ("accuracy", "loss")
+#: Of metrics with one of these as their last word less is better; of all others more is.
+_LESS = frozenset({"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"})
+
+
+def less_is_better(name: str) -> bool:
+    return name.lower().replace("-", "_").split("_")[-1] in _LESS
+
+
+def metric_of(spec: RunSpec, metrics: Metrics) -> str:
+    """The metric by which this run's versions are compared; empty if none is told."""
+    names = (spec.best_metric,) if spec.best_metric else USUAL
+    return next((name for name in names if name in metrics), "")
+
+
+def merit(spec: RunSpec, metrics: Metrics) -> float:
+    """More is better; minus infinity for a version of which nothing, or no number, is told."""
+    name = metric_of(spec, metrics)
+    value = metrics.get(name)
+    if value is None:
+        return -math.inf
+    return _signed(spec, name, value)
+
+
+def is_reached(spec: RunSpec, metrics: Metrics) -> bool:
+    """True if these metrics are as good as `spec.target`."""
+    if spec.target is None:
+        return False
+    return merit(spec, metrics) >= _signed(spec, metric_of(spec, metrics), spec.target)
+
+
+def _signed(spec: RunSpec, name: str, value: float) -> float:
+    less = less_is_better(name) if not spec.best_direction else spec.best_direction == "min"
+    return -value if less else value
+
+
+def worst(answers: Mapping[str, Update]) -> dict[str, str]:
+    """By metric the peer that is served worst, the first in name order among equals."""
+    found: dict[str, tuple[float, str]] = {}
+    for peer, answer in sorted(answers.items()):
+        for name, value in answer.metrics.items():
+            if value is None or not math.isfinite(value):
+                continue
+            bad = value if less_is_better(name) else -value
+            if name not in found or bad > found[name][0]:
+                found[name] = (bad, peer)
+    return {name: peer for name, (_, peer) in found.items()}

@@ -1,0 +1,133 @@
+"""Which version is best, when a run has learnt enough, and whom it serves worst."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator import decisions, facts, merit, runs
+from coordinator.decisions import View
+from coordinator.facts import RunSpec, Update
+from coordinator.runs import Run
+from protocols.messages import Metrics
+from protocols.states import RunState
+
+
+def spec(**changed: Any) -> RunSpec:
+    return RunSpec(task="ping", rounds=50, **changed)
+
+
+def test_the_usual_metric_is_accuracy_else_loss() -> None:
+    def score(**metrics: float | None) -> float:
+        return merit.merit(spec(), dict(metrics))
+
+    assert score(accuracy=0.9, loss=9.0) > score(accuracy=0.8, loss=0.1)
+    assert score(loss=0.1) > score(loss=0.2)
+    assert score(loss=9e9) > score(loss=None) == score() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "less"),
+    [
+        ("loss", True),
+        ("val_loss", True),
+        ("rmse", True),
+        ("ece", True),
+        ("perplexity", True),
+        ("accuracy", False),
+        ("macro_f1", False),
+        ("r2", False),
+        ("lossless", False),
+    ],
+)
+def test_a_metrics_name_says_its_direction(name: str, less: bool) -> None:
+    low, high = ({name: value} for value in (0.1, 0.2))
+    better = low if less else high
+    assert max(low, high, key=lambda m: merit.merit(spec(best_metric=name), m)) == better
+    for direction, expected in (("max", high), ("min", low)):
+        asked = spec(best_metric=name, best_direction=direction)
+        assert max(low, high, key=lambda m: merit.merit(asked, m)) == expected
+
+
+def after(told: list[Metrics], **changed: Any) -> Run:
+    """A run whose rounds were evaluated so."""
+    run = runs.replay("r", [facts.RunStarted(spec(**changed)), facts.WeightsInitialised("0", "A")])
+    for number, metrics in enumerate(told, 1):
+        for fact in (
+            facts.RoundOpened(number, run.head, ("A",)),
+            facts.UpdateAccepted(number, "A", Update(num_examples=1)),
+            facts.TrainingClosed(number, ("A",)),
+            facts.VersionCommitted(number, str(number), run.head, ("A",), {}),
+            facts.RoundClosed(number, metrics, 1.0, 0, 0),
+        ):
+            run = runs.apply(run, fact)
+    assert run.round == len(told)
+    return run
+
+
+def step(run: Run) -> decisions.Step:
+    return decisions.decide(run, View(frozenset({"A"})))
+
+
+def accuracies(*values: float | None) -> list[Metrics]:
+    return [{"accuracy": value, "loss": 1.0} for value in values]
+
+
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    told = accuracies(0.5, 0.7, 0.7, 0.6)
+    assert isinstance(step(after(told, patience=3)), decisions.OpenRound)
+    end = step(after(told, patience=2))
+    assert isinstance(end, decisions.EndRun)
+    assert end.state is RunState.FINISHED
+    assert end.because == "no better accuracy in 2 rounds; best is round 2"
+
+
+def test_a_target_ends_a_run_that_has_reached_it() -> None:
+    assert isinstance(step(after(accuracies(0.5, 0.89), target=0.9)), decisions.OpenRound)
+    end = step(after(accuracies(0.5, 0.9), target=0.9))
+    assert isinstance(end, decisions.EndRun)
+    assert end.because == "accuracy is 0.9 in round 2"
+    losses: list[Metrics] = [{"loss": 2.0}, {"loss": 0.4}]
+    assert isinstance(step(after(losses, target=0.5)), decisions.EndRun)
+    assert isinstance(step(after(losses, target=0.3)), decisions.OpenRound)
+
+
+def test_a_metric_that_nobody_tells_ends_the_run_with_those_that_are_told() -> None:
+    end = step(after(accuracies(0.5), best_metric="f1"))
+    assert isinstance(end, decisions.EndRun)
+    assert end.state is RunState.FAILED
+    assert end.because == "no peer tells the metric f1; they tell: accuracy, loss"
+    # Nobody was there to evaluate: that says nothing.
+    assert isinstance(step(after([{}], best_metric="f1")), decisions.OpenRound)
+    assert isinstance(step(after([{"x": 1.0}], target=1.0)), decisions.EndRun)
+    assert isinstance(step(after([{"x": 1.0}])), decisions.OpenRound)
+
+
+def test_a_round_that_diverged_is_never_best() -> None:
+    run = after(accuracies(None, 0.1, None))
+    assert run.best is not None
+    assert run.best.round == 2
+
+
+metrics = st.dictionaries(
+    st.sampled_from(["accuracy", "loss"]), st.none() | st.floats(), max_size=2
+)
+
+
+@given(st.dictionaries(st.sampled_from("ABCD"), metrics))
+def test_the_worst_peer_is_one_than_which_none_is_worse(told: dict[str, Metrics]) -> None:
+    found = merit.worst({p: Update(num_examples=1, metrics=m) for p, m in told.items()})
+    for name in ("accuracy", "loss"):
+        finite = {
+            p: value
+            for p, m in told.items()
+            if (value := m.get(name)) is not None and math.isfinite(value)
+        }
+        assert (name in found) == bool(finite)
+        if finite:
+            extreme = max(finite.values()) if name == "loss" else min(finite.values())
+            assert finite[found[name]] == extreme
