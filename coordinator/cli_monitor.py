@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import sys
 import time
 from pathlib import Path
@@ -130,8 +131,7 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
         source = RecordingSource(source, recorder)
     try:
         if screen:
-            _calm_collector()
-            MonitorApp(source, read_only=read_only, config=chosen, ascii_only=ascii_only).run()
+            _run(MonitorApp(source, read_only=read_only, config=chosen, ascii_only=ascii_only))
         else:
             _record(source)
     finally:
@@ -162,8 +162,14 @@ def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
     from coordinator.tui import config
     from coordinator.tui.replay_app import ReplayApp
 
+    _run(ReplayApp(source, config=config.read(), ascii_only=ascii_only))
+
+
+def _run(app: Any) -> None:
+    """Show `app`. Asked to end (SIGTERM), it gives the terminal back as it was."""
     _calm_collector()
-    ReplayApp(source, config=config.read(), ascii_only=ascii_only).run()
+    signal.signal(signal.SIGTERM, lambda *_: app.exit())
+    app.run()
 
 
 def _calm_collector() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,13 +27,14 @@ from coordinator.fleet import Fleet, num_available
 from coordinator.fleet import Run as ShownRun
 from coordinator.lane import Lane
 from coordinator.orders import RunOrder
-from coordinator.remote import LiveSource, Remote
+from coordinator.remote import Remote
 from protocols import output
 from protocols.errors import CommonweightError, UsageFault
 from protocols.states import ENDED, RunState
 
 TASK = "mnist"
 LOOK_EVERY_S = 0.25
+MONITOR_ENDS_WITHIN_S = 5.0
 
 
 def run_demo(
@@ -135,7 +137,7 @@ class _Demo:
                 run_id = remote.start_run(RunOrder(spec=spec))
                 if with_monitor:
                     with view.hidden():
-                        self._monitor(run_id)
+                        self._monitor()
                 fleet = self._until(
                     remote,
                     lambda fleet: fleet.runs[run_id].changed.state in ENDED,
@@ -167,33 +169,23 @@ class _Demo:
                 raise CommonweightError(f"the agents are not all there after {within_s:.0f} s")
             self._interrupts.wait(LOOK_EVERY_S)
 
-    def _monitor(self, run_id: str) -> None:
-        """The monitor, until its user leaves it or a signal comes."""
-        import asyncio
+    def _monitor(self) -> None:
+        """The monitor, until its user leaves it or a signal comes.
 
-        from coordinator.tui.app import MonitorApp
-
-        app = MonitorApp(LiveSource(self._fleet.home))
-
-        async def watch() -> None:
-            told = False
-            while not self._interrupts.noted.is_set():
-                run = app.fleet.runs.get(run_id) if app.fleet else None
-                if run is not None and run.changed.state in ENDED and not told:
-                    told = True
-                    app.notify("the run has ended: 2 shows its rounds, q ends the demo", timeout=60)
-                await asyncio.sleep(LOOK_EVERY_S)
-            app.exit()
-
-        async def show() -> None:
-            watching = asyncio.create_task(watch(), name="interrupts")
-            try:
-                await app.run_async()
-            finally:
-                watching.cancel()
-
-        asyncio.run(show())
-        self._interrupts.check()
+        It has a process of its own: whatever a terminal does to it, the demo tidies up.
+        """
+        screen = self._fleet.start_monitor()
+        try:
+            while screen.poll() is None:
+                self._interrupts.wait(LOOK_EVERY_S)
+        finally:
+            if screen.poll() is None:
+                screen.terminate()
+                try:
+                    screen.wait(MONITOR_ENDS_WITHIN_S)
+                except subprocess.TimeoutExpired:
+                    screen.kill()
+                    screen.wait()
 
 
 def _keep(home: Path, run: ShownRun, out: Path | None) -> Path:

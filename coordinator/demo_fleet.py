@@ -118,6 +118,12 @@ class DemoFleet:
         within_s = START_WITHIN_S + count * AGENT_WITHIN_S
         self._await(all_run, "the agents did not join", within_s)
 
+    def start_monitor(self) -> subprocess.Popen[bytes]:
+        """The monitor of this fleet, on our own terminal."""
+        environment = _environment() | {"COMMONWEIGHT_HOME": str(self.home)}
+        words = [sys.executable, "-P", "-m", "coordinator.cli", "monitor"]
+        return subprocess.Popen(words, env=environment)
+
     def _await(
         self, condition: Callable[[], bool], otherwise: str, within_s: float = START_WITHIN_S
     ) -> None:

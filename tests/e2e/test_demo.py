@@ -192,11 +192,31 @@ def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path, monitor
     out = str(tmp_path / "model.safetensors")
     words = [COORDINATOR, "demo", "--agents", "1", "--rounds", "1", "--out", out]
     env = environment(tmp_path, TERM="xterm-256color", LINES="30", COLUMNS="100")
-    answers = {"the run has ended": b"q"} if monitor else {}
+    answers = {"rounds are done": b"q"} if monitor else {}
     shown = on_a_terminal([*words, "--monitor"] if monitor else words, env, answers)
     assert "agent1" in shown
     assert ("quit" in shown) == monitor
     assert "Accuracy" in shown
     assert answers == {}
+    assert left_in(tmp_path) == []
+    assert at_work_in(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_closed_terminal_ends_the_monitor_the_demo_and_its_fleet(tmp_path: Path) -> None:
+    import pty
+
+    env = environment(tmp_path, TERM="xterm-256color", LINES="30", COLUMNS="100")
+    words = [COORDINATOR, "demo", "--agents", "1", "--rounds", "50", "--monitor"]
+    master, slave = pty.openpty()
+    demo = subprocess.Popen(
+        ["setsid", "--ctty", *command(words, env)], stdin=slave, stdout=slave, stderr=slave, env=env
+    )
+    os.close(slave)
+    shown = ""
+    while "quit" not in shown:
+        shown += os.read(master, 65536).decode(errors="replace")
+    os.close(master)
+    demo.wait(60)
     assert left_in(tmp_path) == []
     assert at_work_in(tmp_path) == []
