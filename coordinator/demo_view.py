@@ -16,7 +16,7 @@ from rich.text import Text
 
 from coordinator.fleet import Fleet, Run, current_run
 from coordinator.plain import STYLES, plain_table
-from coordinator.rows import ROUND_TITLES, accuracy_trend, best_round, round_cells
+from coordinator.round_rows import ROUND_TITLES, accuracy_trend, best_round, round_cells
 from coordinator.words import NOTHING, progress, trend
 
 _BAR = 24

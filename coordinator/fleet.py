@@ -60,6 +60,7 @@ STALE_WORKING_S = 30.0
 STALE_RESTING_S = 90.0
 
 LOSSES_KEPT = 120
+GIVEN_KEPT = 40
 ROUNDS_KEPT = 2_000
 EVENTS_KEPT = 1_000
 RUNS_KEPT = 20
@@ -250,11 +251,24 @@ def _round_closed(fleet: Fleet, body: RoundClosed) -> None:
         if rounds and rounds[-1].norms:
             rounds[-1] = msgspec.structs.replace(rounds[-1], norms={})
         rounds.append(body)
+        _who_gave(fleet, body, again=False)
     elif rounds[index].round == body.round:
         rounds[index] = body
+        if index == len(rounds) - 1:
+            _who_gave(fleet, body, again=True)
     else:
         rounds.insert(index, msgspec.structs.replace(body, norms={}))
     del rounds[:-ROUNDS_KEPT]
+
+
+def _who_gave(fleet: Fleet, body: RoundClosed, *, again: bool) -> None:
+    """Each peer's sign for the newest round; `again`: in place of the one that it has for it."""
+    told = bool(body.norms) or not body.peers
+    for peer in fleet.peers.values():
+        if peer.given_run != body.run:
+            peer.given, peer.given_run = "", body.run
+        sign = "?" if not told else "1" if peer.peer in body.norms else "0"
+        peer.given = ((peer.given[:-1] if again else peer.given) + sign)[-GIVEN_KEPT:]
 
 
 def _finite_round(body: RoundClosed) -> RoundClosed:

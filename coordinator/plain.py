@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet import Fleet, current_run, num_available, num_enrolled
-from coordinator.rows import COLUMNS, Tone, chosen, run_words
+from coordinator.round_rows import run_words, seconds_left
+from coordinator.rows import COLUMNS, Tone, chosen
+from coordinator.words import age
 
 STYLES: dict[Tone, str] = {
     "plain": "",
@@ -26,6 +28,8 @@ def plain_table(fleet: Fleet, now: float) -> Table:
     """Every peer in one table, what needs a person first; the run stands above it."""
     run = current_run(fleet)
     words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
+    left = seconds_left(run) if run else None
+    words += "" if left is None else f" · about {age(left)} left"
     title = Text(f"{run_words(run)} · {words}" if run else words, style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [column for column in COLUMNS if column.key in _SHOWN]

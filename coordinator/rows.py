@@ -5,10 +5,10 @@ A cell is a text and a tone. The text alone says everything; the tone only choos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from coordinator.fleet import Fleet, Peer, Run, called, shown_state
+from coordinator.fleet import Fleet, Peer, called, shown_state
 from coordinator.words import (
     DIVERGED,
     NOTHING,
@@ -16,11 +16,10 @@ from coordinator.words import (
     amount,
     cut,
     decimal,
-    duration,
     progress,
+    rate,
     trend,
 )
-from protocols.messages import RoundClosed
 from protocols.states import PauseReason, PeerState, label
 
 Tone = Literal["plain", "quiet", "good", "busy", "warn", "bad", "ask", "strong"]
@@ -40,6 +39,8 @@ LEVELS: dict[str, tuple[str, Tone]] = {
     "warning": ("▲", "warn"),
     "error": ("✕", "bad"),
 }
+#: By the sign of `Peer.given`.
+GIVEN = str.maketrans({"1": "■", "0": "·", "?": " "})
 _RANK = {state: rank for rank, state in enumerate(PeerState)}
 
 
@@ -97,11 +98,16 @@ def _working(peer: Peer, now: float) -> bool:
 
 def _rate(peer: Peer, now: float, width: int) -> Cell:
     working = peer.telemetry is not None and _working(peer, now)
-    return Cell(f"{peer.telemetry.samples_per_s:.0f}/s" if working and peer.telemetry else NOTHING)
+    return Cell(rate(peer.telemetry.samples_per_s) if working and peer.telemetry else NOTHING)
 
 
 def _cpu(peer: Peer, now: float, width: int) -> Cell:
     return Cell(f"{peer.telemetry.cpu_percent:.0f} %" if peer.telemetry else NOTHING)
+
+
+def _given(peer: Peer, now: float, width: int) -> Cell:
+    enrolled = peer.standing == "enrolled"
+    return Cell(peer.given[-width:].translate(GIVEN) if enrolled else "", "good")
 
 
 def _battery(peer: Peer, now: float, width: int) -> Cell:
@@ -144,6 +150,7 @@ COLUMNS: tuple[Column, ...] = (
         ),
         right=True,
     ),
+    Column("given", "Rounds", 6, 24, 120, _given),
     Column("samples", "Samples", 7, 7, 120, _rate, right=True),
     Column("cpu", "CPU", 5, 5, 120, _cpu, right=True),
     Column(
@@ -239,70 +246,3 @@ def chosen(
         if (not faults or is_faulty(peer, now)) and (not words or matches(peer, words, now))
     ]
     return sorted(peers, key=lambda peer: sort_key(peer, by, now), reverse=reverse)
-
-
-# --- rounds ----------------------------------------------------------------------------------
-
-
-def best_round(run: Run) -> int:
-    """The number of the best round: what the coordinator says, else the lowest loss; 0 for none."""
-    if run.changed.best_round:
-        return run.changed.best_round
-    losses = [
-        (closed.loss, closed.round)
-        for closed in run.rounds
-        if closed.loss is not None and not closed.diverged
-    ]
-    return min(losses)[1] if losses else 0
-
-
-ROUND_TITLES: tuple[tuple[str, int], ...] = (
-    ("Round", 7),
-    ("Val loss", 10),
-    ("Accuracy", 8),
-    ("Peers", 5),
-    ("Refused", 7),
-    ("Time", 6),
-    ("Up", 7),
-    ("Down", 7),
-)
-
-
-def round_cells(closed: RoundClosed, best: int) -> list[Cell]:
-    """One line of the table of rounds, as `ROUND_TITLES`; the best round has a star."""
-    star = closed.round == best
-    loss = Cell(DIVERGED, "bad") if closed.diverged else Cell(decimal(closed.loss))
-    return [
-        Cell(f"{'★ ' if star else ''}{closed.round}", "strong" if star else "plain"),
-        loss,
-        Cell(NOTHING if closed.accuracy is None else f"{100 * closed.accuracy:.1f} %"),
-        Cell(str(closed.peers)),
-        Cell(
-            str(closed.refused) if closed.refused else NOTHING,
-            "warn" if closed.refused else "quiet",
-        ),
-        Cell(duration(closed.seconds)),
-        Cell(amount(closed.bytes_up)),
-        Cell(amount(closed.bytes_down)),
-    ]
-
-
-def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
-    """The losses of the rounds that were evaluated; None where one diverged."""
-    return [r.loss for r in rounds if r.loss is not None or r.diverged]
-
-
-def accuracy_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
-    """The accuracies of the rounds that were evaluated; None where the loss diverged."""
-    return [r.accuracy for r in rounds if r.accuracy is not None or r.diverged]
-
-
-def run_words(run: Run) -> str:
-    """What the run is doing or waits for, in one sentence."""
-    changed = run.changed
-    text = f"{changed.task} · {changed.state.value} · round {changed.round}/{changed.rounds}"
-    if changed.ended_because:
-        return f"{text} · {changed.ended_because}"
-    if changed.waiting_for:
-        return f"{text} · waits for {changed.waiting_for}"
-    return f"{text} · {changed.answered} of {changed.asked} answered" if changed.asked else text

@@ -28,7 +28,9 @@ class Peer(Struct, kw_only=True):
     """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages.
 
     `said_at` is the newest date on its messages, by its own clock and not beyond ours. `skew_s`:
-    how far its clock was ahead of ours when it last spoke live.
+    how far its clock was ahead of ours when it last spoke live. `given` has a sign for each of the
+    last rounds of the run `given_run`, the newest at the end: `1` its update is in the round's
+    version, `0` it is not, `?` not told here.
     """
 
     peer: Name
@@ -45,6 +47,8 @@ class Peer(Struct, kw_only=True):
     telemetry: Telemetry | None = None
     losses: list[float | None] = []
     diverged: bool = False
+    given: str = ""
+    given_run: Name = ""
     tasks: tuple[Name, ...] = ()
     policy: dict[Name, Name] = {}
     disk_free_bytes: Count = 0

@@ -14,9 +14,9 @@ _LIKES = {
     "=": "‖━▆",
     "-": "–—─▃",
     "_": "▁▔␣",
-    ".": "·╌▂",
+    ".": "·╌▂▱",
     ":": "▄",
-    "#": "▇▐▌",
+    "#": "▇▐▌▰■",
     "|": "│┃▏▎▊▕",
     "~": "◌…",
     ">": "◐→⏵▶",
@@ -29,6 +29,11 @@ _LIKES = {
     "'": "‘’",
 }
 _ASCII = str.maketrans({sign: like for like, signs in _LIKES.items() for sign in signs})
+# Of braille only the height is kept: dots in the upper half, in the lower half, in both.
+_UPPER, _LOWER = 0b00011011, 0b11100100
+_ASCII |= {
+    0x2800 + dots: " '.:"[bool(dots & _UPPER) + 2 * bool(dots & _LOWER)] for dots in range(256)
+}
 _STEERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )

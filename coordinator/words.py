@@ -12,7 +12,6 @@ from coordinator.fleet import finite
 
 DIVERGED = "✕ diverged"
 NOTHING = "–"
-BROADEST = 3
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 # --- amounts ---------------------------------------------------------------------------------
@@ -68,6 +67,28 @@ def decimal(value: float | None) -> str:
     )
 
 
+def brief(value: float) -> str:
+    """A number at an axis: three digits, in at most seven characters."""
+    number = finite(value)
+    return NOTHING if number is None else f"{number:#.3g}" if abs(number) < 100 else f"{number:.3g}"
+
+
+def percent(value: float) -> str:
+    """`95.2 %` for 0.952."""
+    number = finite(value)
+    return NOTHING if number is None else f"{100 * number:.1f} %"
+
+
+def rate(per_s: float) -> str:
+    """`812/s`, `149 k/s`: at most seven characters."""
+    value = finite(per_s) or 0.0
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.0f}{unit}/s"
+        value /= 1000
+    return f"{min(value, 9999):.0f} T/s"
+
+
 # --- trends ----------------------------------------------------------------------------------
 
 
@@ -108,54 +129,6 @@ def trend(values: Sequence[float | None], width: int) -> str:
     """One line, `▁▂▃▄▅▆▇█`; `✕` where a value is not finite. At most `width` characters."""
     heights = _heights(squeezed(values, width), 8)
     return "".join("✕" if height is None else _EIGHTHS[height] for height in heights)
-
-
-def bars(values: Sequence[float | None], width: int, height: int) -> list[str]:
-    """`height` lines of bars from the top down, each at most `width` characters.
-
-    Few values get broad bars, so that the start of a run is as readable as its end.
-    """
-    points = squeezed(values, width)
-    broad = min(width // len(points), BROADEST) if points else 1
-    tall = _heights(points, 8 * height)
-    lines = []
-    for row in reversed(range(height)):
-        line = ""
-        for full in tall:
-            if full is None:
-                line += ("✕" if row == 0 else " ").center(broad)
-            else:
-                line += _EIGHTHS[min(max(full - 8 * row, 0), 8)] * broad
-        lines.append(line)
-    return lines
-
-
-def ranges(
-    spread: Sequence[tuple[float, float, float] | None], width: int, height: int
-) -> list[str]:
-    """`height` lines from the top down: `│` from the least to the most, `━` at the median.
-
-    Few rounds are drawn broad; more than `width` are put together. None leaves a gap.
-    """
-    known = [three for three in spread if three is not None]
-    thirds = [squeezed([three[n] if three else None for three in spread], width) for n in range(3)]
-    if not known or height <= 0:
-        return [""] * max(height, 0)
-    low, high = min(three[0] for three in known), max(three[2] for three in known)
-    scale = (high / 2 - low / 2) or 1.0
-
-    def row(value: float) -> int:
-        return min(max(round((value / 2 - low / 2) / scale * (height - 1)), 0), height - 1)
-
-    lines = [[" "] * len(thirds[0]) for _ in range(height)]
-    for place, (least, median, most) in enumerate(zip(*thirds, strict=True)):
-        if least is None or median is None or most is None:
-            continue
-        for tall in range(row(least), row(most) + 1):
-            lines[height - 1 - tall][place] = "│"
-        lines[height - 1 - row(median)][place] = "━"
-    broad = min(width // len(thirds[0]), BROADEST) if thirds[0] else 1
-    return ["".join(sign * broad for sign in line) for line in lines]
 
 
 def cut(text: str, width: int) -> str:

@@ -1,8 +1,9 @@
-"""The Fleet page: one row a peer, the run's plots beside it when the terminal is wide."""
+"""The Fleet page: one row a peer; plots and the latest events where there is room to spare."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from datetime import tzinfo
 
 from rich.text import Text
 from textual import on
@@ -12,17 +13,25 @@ from textual.events import Resize
 from textual.message import Message
 from textual.widgets import Static
 
-from coordinator.fleet import Fleet, called, current_run
+from coordinator.fleet import Event, Fleet, called, current_run
 from coordinator.rows import SORTS, Cell, Column, chosen, fit
 from coordinator.tui.filter_bar import FilterBar
+from coordinator.tui.latest import Latest
 from coordinator.tui.peer_table import PeerTable
-from coordinator.tui.plots import Plots
+from coordinator.tui.round_plots import RoundPlots
 from coordinator.tui.theme import colours
 from coordinator.words import cut
 from protocols.errors import CommonweightError
 
 WIDE = 120
-PLOTS_WIDTH = 36  # as in app.tcss
+#: Lines that are worth while: of plots below the table, of the latest events.
+PLOTS_LEAST, PLOTS_MOST = 8, 12
+EVENTS_LEAST, EVENTS_MOST = 3, 14
+
+
+def plots_width(terminal: int) -> int:
+    """How broad the plots beside the table are; 0 for none."""
+    return 0 if terminal < WIDE else min(36 + (terminal - WIDE) // 5, 60)
 
 
 class FleetPage(Vertical):
@@ -31,7 +40,7 @@ class FleetPage(Vertical):
     class Viewed(Message):
         """The view was changed: draw it."""
 
-    def __init__(self, *, read_only: bool = False) -> None:
+    def __init__(self, zone: tzinfo | None = None, *, read_only: bool = False) -> None:
         super().__init__(id="fleet")
         self.marked: set[str] = set()
         self.faults = False
@@ -40,7 +49,7 @@ class FleetPage(Vertical):
         self.by = "state"
         self.reverse = False
         self.zoomed = False
-        self._read_only = read_only
+        self._read_only, self._zone = read_only, zone
         self._fleet: Fleet | None = None
         self._now = 0.0
         #: Why there is no fleet yet.
@@ -50,13 +59,16 @@ class FleetPage(Vertical):
     def compose(self) -> ComposeResult:
         yield FilterBar("name, id, state or label")
         with Horizontal(id="sides"):
-            yield PeerTable(self._row, id="peers")
-            yield Static(id="nothing")
-            yield Plots(id="beside")
+            with Vertical(id="left"):
+                yield PeerTable(self._row, id="peers")
+                yield Static(id="nothing")
+                yield RoundPlots(id="under", only=3)
+                yield Latest(self._zone, id="latest")
+            yield RoundPlots(id="beside", only=4, words=True)
 
     def on_mount(self) -> None:
-        self.query_one("#nothing").display = False
-        self.query_one("#beside").display = False
+        for part in ("#nothing", "#beside", "#under", "#latest"):
+            self.query_one(part).display = False
 
     @property
     def table(self) -> PeerTable:
@@ -98,8 +110,14 @@ class FleetPage(Vertical):
 
     # --- drawing ---
 
-    def draw(self, fleet: Fleet | None, now: float, dirty: Iterable[str] | None) -> None:
-        """Show `fleet`; if only `dirty` peers changed, what is out of sight is not looked at."""
+    def draw(
+        self,
+        fleet: Fleet | None,
+        now: float,
+        dirty: Iterable[str] | None,
+        events: Callable[[], Sequence[Event]] = list,
+    ) -> None:
+        """Show `fleet`; if only `dirty` peers changed, plots and events stay as they are."""
         self._fleet, self._now = fleet, now
         if fleet is None:
             text = Text("Waiting for the coordinator…", colours().dim)
@@ -109,10 +127,12 @@ class FleetPage(Vertical):
             self._say_nothing(text)
             return
         self.marked &= fleet.peers.keys()
-        self._show_plots()
+        beside = self.query_one("#beside", RoundPlots)
+        wide = 0 if self.zoomed or current_run(fleet) is None else plots_width(self.app.size.width)
+        beside.display = wide > 0
+        beside.styles.width = wide
         # One character for the scroll bar, so that it never covers a column.
-        beside = PLOTS_WIDTH if self.query_one("#beside").display else 0
-        self.columns = fit(self.size.width - beside - 1, self.app.size.width)
+        self.columns = fit(self.size.width - wide - 1, self.app.size.width)
         if not self.columns:  # not laid out yet
             return
         peers = chosen(
@@ -120,18 +140,42 @@ class FleetPage(Vertical):
         )
         table, here = self.table, self.under_cursor
         order = [peer.peer for peer in peers]
-        table.show(order, self.columns)
+        table.show(order, self.columns, self.by, reverse=self.reverse)
         if self.follow and here is not None and here != table.under_cursor and here in order:
             table.move_cursor(order.index(here))
         if dirty is None:
-            plots = self.query_one(Plots)
-            plots.fleet = fleet
-            plots.refresh()
+            self._fill_up(fleet, len(order), events)
         if peers:
             self.query_one("#nothing").display = False
             self.table.display = True
         else:
             self._say_nothing(self._why_empty(fleet))
+
+    def _fill_up(self, fleet: Fleet, num_rows: int, events: Callable[[], Sequence[Event]]) -> None:
+        """Lines that the table does not need go to the plots and to the latest events."""
+        beside, under = self.query_one("#beside", RoundPlots), self.query_one("#under", RoundPlots)
+        latest = self.query_one(Latest)
+        free = 0 if self.zoomed or not num_rows else self.left_height - (num_rows + 1) - 1
+        plots = min(free, PLOTS_MOST) if free >= PLOTS_LEAST else 0
+        if beside.display or current_run(fleet) is None:
+            plots = 0
+        told = free - plots - 1 if plots else free
+        told = min(told, EVENTS_MOST) if told >= EVENTS_LEAST else 0
+        for part, lines in ((under, plots), (latest, told)):
+            part.display = lines > 0
+            part.styles.height = lines
+        self.table.styles.height = num_rows + 1 if plots or told else "1fr"
+        if told:
+            latest.events = events()
+            latest.refresh()
+        for plot in (beside, under):
+            if plot.display:
+                plot.show(fleet)
+
+    @property
+    def left_height(self) -> int:
+        """The lines of the table and what lies under it."""
+        return self.query_one("#left").size.height
 
     def ages(self, now: float) -> None:
         """Time has passed: draw what is in sight again."""
@@ -166,6 +210,8 @@ class FleetPage(Vertical):
         nothing.update(text)
         nothing.display = True
         self.table.display = False
+        for part in ("#under", "#latest"):
+            self.query_one(part).display = False
 
     # --- what a person does ---
 
@@ -174,6 +220,14 @@ class FleetPage(Vertical):
         if (peer := self.under_cursor) is not None:
             self.marked ^= {peer}
             self.table.action_move(1)
+            self.post_message(self.Viewed())
+
+    @on(PeerTable.Sorted)
+    def _sort_by(self, event: PeerTable.Sorted) -> None:
+        """A click on a title: by this column, a second time the other way round."""
+        if event.column in SORTS:
+            self.reverse = not self.reverse if self.by == event.column else False
+            self.by = event.column
             self.post_message(self.Viewed())
 
     def next_sort(self, step: int) -> None:
@@ -197,15 +251,8 @@ class FleetPage(Vertical):
     def _filter_done(self) -> None:
         self.table.focus()
 
-    def _show_plots(self) -> None:
-        """The plots stand beside the table where there is room, and a run to plot."""
-        run = current_run(self._fleet) if self._fleet else None
-        wide = self.app.size.width >= WIDE and not self.zoomed
-        self.query_one("#beside").display = wide and run is not None
-
     def lay_out(self) -> None:
         """Fit everything to the room there is now."""
-        self._show_plots()
         self.call_after_refresh(self.post_message, self.Viewed())
 
     def on_resize(self, event: Resize) -> None:

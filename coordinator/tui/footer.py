@@ -7,7 +7,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from coordinator.tui.keys import KEYS, LAST, Key
+from coordinator.tui.keys import KEYS, LAST, PALETTE_FROM, Key
 from coordinator.tui.theme import colours
 
 
@@ -39,11 +39,13 @@ def footer_line(
 ) -> Text:
     """The footer's text in `width` characters: the keys of the page, then help and quit."""
     keys = [key for key in KEYS if page in key.pages.split() and not (read_only and key.changes)]
-    last = [key for key in keys if key.id in LAST]
+    last = [
+        key for key in keys if key.id in LAST and (key.id != "palette" or width >= PALETTE_FROM)
+    ]
     end = Text("  ").join(_one(key, remapped or {}) for key in last)
     line = Text(no_wrap=True, end="")
     for key in keys:
-        if key in last:
+        if key.id in LAST:
             continue
         piece = _one(key, remapped or {})
         if len(line) + len(piece) + 2 + len(end) > width:
@@ -55,6 +57,6 @@ def footer_line(
 
 def _one(key: Key, remapped: dict[str, str]) -> Text:
     click = Style(meta={"@click": f"app.{key.action}"})
-    shown = key.shown(remapped)
+    shown = key.brief(remapped)
     text = Text.assemble((shown, Style(color=colours().blue, bold=True) + click))
     return text.append(f" {key.word}", Style(color=colours().dim) + click)

@@ -37,7 +37,7 @@ def header_line(following: Following, now: float, width: int) -> Text:
         return sum(map(len, texts)) + len(separator) * (len(texts) - 1)
 
     # One form less at a time, the least important segment first.
-    for index in (0, 1, 6, 0, 3, 2, 1, 3, 2, 1):
+    for index in (0, 1, 6, 0, 3, 2, 1, 3, 2, 1, 6):
         if total() <= width:
             break
         if len(segments[index]) > 1:
@@ -84,7 +84,8 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
     if following.fresh_at:
         old = f"{age(now - following.fresh_at)} old"
         tone = "quiet" if following.connected else "warn"
-        forms.append([Cell(f"data {old}", tone), Cell(old, tone)])  # type: ignore[arg-type]
+        bare = Cell(old.removesuffix(" old"), tone)  # type: ignore[arg-type]
+        forms.append([Cell(f"data {old}", tone), Cell(old, tone), bare])  # type: ignore[arg-type]
     else:
         forms.append([Cell("no data yet", "warn"), Cell("no data", "warn")])
     return forms

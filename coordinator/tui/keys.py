@@ -30,6 +30,10 @@ class Key(NamedTuple):
             return {"escape": "esc"}.get(first, first)
         return format_key(first) if len(first) > 1 else first
 
+    def brief(self, remapped: dict[str, str]) -> str:
+        """As `shown`, short: `^d` for ctrl+d."""
+        return self.shown(remapped).replace("ctrl+", "^")
+
 
 KEYS: tuple[Key, ...] = (
     Key("mark", "space", "mark", "mark", "mark the peer, for what is done to many", "fleet"),
@@ -73,7 +77,7 @@ KEYS: tuple[Key, ...] = (
         "events rounds",
     ),
     Key("freeze", "u", "freeze", "freeze", "hold the picture still; again to go on", "rounds peer"),
-    Key("copy", "y", "copy", "copy", "copy the id under the cursor", "fleet rounds peer"),
+    Key("copy", "y", "copy", "copy", "copy the id under the cursor", "fleet rounds events peer"),
     Key("export", "x", "export", "export", "write what is shown as CSV and JSON", "rounds events"),
     Key("picture", "f8", "picture", "picture", "write the screen as an SVG picture"),
     Key("reconnect", "r", "reconnect", "reconnect", "try the links again now", "events"),
@@ -87,13 +91,21 @@ KEYS: tuple[Key, ...] = (
     Key("slower", "minus", "pace(0.5)", "slower", "in a recording: half as fast", "replay"),
     Key("faster", "plus", "pace(2.0)", "faster", "in a recording: twice as fast", "replay"),
     Key("plain", "escape", "plain", "", "back; clear the filter and the marks"),
+    Key(
+        "palette",
+        "ctrl+p",
+        "command_palette",
+        "palette",
+        "all commands by name",
+        "fleet rounds events peer",
+    ),
     Key("help", "question_mark,f1", "help", "help", "this page", "fleet rounds events peer"),
-    Key("palette", "ctrl+p", "command_palette", "palette", "all commands by name"),
     Key("quit", "q", "quit", "quit", "leave; the fleet goes on", "fleet rounds events peer"),
 )
 
-#: Always at the footer's right end, whatever the width.
-LAST = ("help", "quit")
+#: Always at the footer's right end, whatever the width; the palette where there is room.
+LAST = ("palette", "help", "quit")
+PALETTE_FROM = 80
 #: What a table does with its own keys, and Textual with its own.
 _OWN = ("open",)
 #: What there is only in a recording.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import tzinfo
 from typing import ClassVar
 
+from rich.console import Group
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -16,22 +17,24 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
-from coordinator.fleet import Fleet, Peer, called
+from coordinator.fleet import Event, Fleet, Peer, called, shown_state
 from coordinator.following import Following
-from coordinator.rows import LEVELS, Cell, state_cell
+from coordinator.rows import GIVEN, LEVELS, Cell, state_cell
 from coordinator.tui.events_page import clock_time
 from coordinator.tui.filter_bar import FilterBar
 from coordinator.tui.footer import Footer
 from coordinator.tui.header import Header
-from coordinator.tui.plots import shaded
+from coordinator.tui.plots import curve_plot
 from coordinator.tui.theme import colours, painted, styles
 from coordinator.watch import Source
-from coordinator.words import DIVERGED, NOTHING, age, amount, bars, decimal, progress
+from coordinator.words import DIVERGED, NOTHING, age, amount, decimal, progress, rate
 from protocols.errors import CommonweightError
 from protocols.messages import LogLine
+from protocols.states import PeerState
 
 TABS = ("overview", "metrics", "log", "policy")
 EVENTS_SHOWN = 8
+WIDE = 100
 LOG_AGAIN_S = 5.0
 
 
@@ -122,7 +125,8 @@ class PeerScreen(Screen[None]):
     def _words(self, peer: Peer, fleet: Fleet) -> Table | Text:
         width = max(self.query_one("#peer-words").size.width, 30)
         if self.open_tab == "overview":
-            return overview(peer, fleet, self._clock())
+            height = self.query_one("#peer-body").size.height - 2
+            return overview(peer, fleet, self._clock(), width, height)
         if self.open_tab == "metrics":
             return metrics(peer, width, max(self.query_one("#peer-body").size.height - 8, 3))
         if self.open_tab == "policy":
@@ -217,11 +221,29 @@ def _grid() -> Table:
     return table
 
 
-def overview(peer: Peer, fleet: Fleet, now: float) -> Table:
-    """What is known of `peer`, name and value a line, and what was said of it last."""
+def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
+    """What is known of `peer`, and what was said of it last; its losses beside it if wide."""
+    left = _facts(peer, now)
+    own = [event for event in fleet.events if event.subject == peer.peer]
+    room = max(height - left.row_count - 2, 3) if width < WIDE else EVENTS_SHOWN
+    told = _told(own[-min(room, EVENTS_SHOWN) :], now)
+    table = Table.grid(padding=(0, 3))
+    if width < WIDE:
+        table.add_row(left)
+        table.add_row("")
+        table.add_row(told)
+        return table
+    half = (width - 3) // 2
+    plot = losses(peer, half, min(max(height - EVENTS_SHOWN, 8), 14))
+    table.add_column(width=half)
+    table.add_column(width=half)
+    table.add_row(left, Group(*plot, "", told))
+    return table
+
+
+def _facts(peer: Peer, now: float) -> Table:
     table = _grid()
-    state = state_cell(peer, now, 400)
-    table.add_row("state", painted(state))
+    table.add_row("state", painted(state_cell(peer, now, 400)))
     table.add_row("id", Text(peer.peer))
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
     table.add_row("labels", Text(labels or NOTHING))
@@ -229,40 +251,68 @@ def overview(peer: Peer, fleet: Fleet, now: float) -> Table:
     table.add_row("version", Text(peer.version or NOTHING))
     table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
     if sent := peer.telemetry:
-        if sent.steps:
+        if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
             done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
             table.add_row("step", done)
         table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
+    if peer.given:
+        part = Text(peer.given.translate(GIVEN).strip(), colours().green)
+        count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
+        table.add_row("took part", part.append(count, colours().dim))
     disk = amount(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
     table.add_row("disk left", disk)
-    table.add_row("clock", f"{peer.skew_s:+.1f} s" if peer.skew_s else NOTHING)
+    table.add_row("clock", _clock_words(peer.skew_s))
     table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
-    own = [event for event in fleet.events if event.subject == peer.peer]
-    for event in own[-EVENTS_SHOWN:]:
-        glyph, tone = LEVELS[event.level]
-        said = Text.assemble((f"{glyph} ", styles()[tone]), event.text)
-        table.add_row(f"{age(now - event.at)} ago", said)
     return table
+
+
+def _clock_words(skew_s: float) -> str:
+    if abs(skew_s) < 1:
+        return "right to a second"
+    return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
+
+
+def _told(events: Sequence[Event], now: float) -> Table:
+    """The last that was said of it."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style=colours().dim, justify="right", no_wrap=True)
+    table.add_column(width=1)
+    table.add_column(style=colours().ink)
+    for event in events:
+        glyph, tone = LEVELS[event.level]
+        table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
+    return table
+
+
+def losses(peer: Peer, width: int, height: int) -> list[Text]:
+    """Its training losses in this run."""
+    rounds = (1, len(peer.losses))
+    plot = curve_plot("Training loss", peer.losses, width, height, colours().blue, rounds=rounds)
+    if peer.losses:
+        plot[-1] = Text("its last reports, the newest at the right", colours().dim)
+    return plot
 
 
 def metrics(peer: Peer, width: int, height: int) -> Table:
     """What it measures while it works, and its losses in this run as a plot."""
-    table = _grid()
     sent = peer.telemetry
-    loss = decimal(sent.loss) if sent else NOTHING
-    table.add_row("loss", painted(Cell(DIVERGED, "bad")) if peer.diverged else loss)
-    if peer.losses:
-        drawn = shaded(bars(peer.losses, min(width - 14, 100), min(height, 12)), colours().blue)
-        table.add_row("", Text("\n").join(drawn))
-    if sent is None:
+    table = _grid()
+    if sent is not None:
+        loss = painted(Cell(DIVERGED, "bad")) if peer.diverged else decimal(sent.loss)
+        table.add_row("loss", loss)
+        table.add_row("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s")
+        table.add_row("processor", f"{sent.cpu_percent:.0f} %")
+        table.add_row("memory", amount(sent.memory_bytes))
+        battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
+        table.add_row("battery", battery)
+    else:
         table.add_row("", Text("It has measured nothing yet.", colours().dim))
-        return table
-    table.add_row("speed", f"{sent.samples_per_s:.0f} samples/s")
-    table.add_row("processor", f"{sent.cpu_percent:.0f} %")
-    table.add_row("memory", amount(sent.memory_bytes))
-    battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
-    table.add_row("battery", battery)
-    return table
+    whole = Table.grid()
+    whole.add_row(table)
+    if peer.losses:
+        whole.add_row("")
+        whole.add_row(Group(*losses(peer, width, min(height, 16))))
+    return whole
 
 
 def policy(peer: Peer) -> Table:

@@ -48,15 +48,30 @@ class PeerTable(ScrollView, can_focus=True):
     class Chosen(Message):
         """Enter, or a click on the row under the cursor."""
 
+    class Sorted(Message):
+        """A click on the title of a column."""
+
+        def __init__(self, column: str) -> None:
+            super().__init__()
+            self.column = column
+
     def __init__(self, cells: Callable[[str], Sequence[Cell]], *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
         self._cells = cells
         self._columns: list[tuple[Column, int]] = []
+        self._sorted = ("", False)
         self.order: list[str] = []
 
-    def show(self, order: list[str], columns: list[tuple[Column, int]]) -> None:
-        """Show these rows in this order; the cursor stays in the table."""
-        self.order, self._columns = order, columns
+    def show(
+        self,
+        order: list[str],
+        columns: list[tuple[Column, int]],
+        by: str = "",
+        *,
+        reverse: bool = False,
+    ) -> None:
+        """Show these rows in this order, which is that of column `by`; the cursor stays inside."""
+        self.order, self._columns, self._sorted = order, columns, (by, reverse)
         size = Size(self.size.width, len(order) + 1)
         if self.virtual_size != size:
             self.virtual_size = size
@@ -84,7 +99,7 @@ class PeerTable(ScrollView, can_focus=True):
         width = self.size.width
         if y == 0:
             dim = Style(color=colours().dim)
-            titles = [Cell(column.title) for column, _ in self._columns]
+            titles = [Cell(self._title(column, wide)) for column, wide in self._columns]
             return self._line(titles, self.rich_style, width, dim)
         row = self.scroll_offset.y + y - 1
         if row >= len(self.order):
@@ -105,6 +120,14 @@ class PeerTable(ScrollView, can_focus=True):
             used += wide + GAP
         segments.append(Segment(" " * max(width - used, 0), base))
         return Strip(segments, max(width, used)).crop(0, width)
+
+    def _title(self, column: Column, width: int) -> str:
+        """The title, with an arrow where the order comes from if there is room for it."""
+        by, reverse = self._sorted
+        if column.key != by or len(column.title) + 2 > width:
+            return column.title
+        arrow = "↑" if reverse else "↓"
+        return f"{arrow} {column.title}" if column.right else f"{column.title} {arrow}"
 
     # --- moving ---
 
@@ -135,12 +158,21 @@ class PeerTable(ScrollView, can_focus=True):
 
     def on_click(self, event: Click) -> None:
         row = self.scroll_offset.y + event.y - 1
-        if event.y == 0 or row >= len(self.order):
+        if event.y == 0:
+            self._click_title(event.x)
+        elif row >= len(self.order):
             return
-        if row == self.cursor_row:
+        elif row == self.cursor_row:
             self.action_choose()
         else:
             self.move_cursor(row)
+
+    def _click_title(self, x: int) -> None:
+        for column, wide in self._columns:
+            if x < wide + GAP:
+                self.post_message(self.Sorted(column.key))
+                return
+            x -= wide + GAP
 
     def scroll_to_region(self, region: Region, **_: object) -> object:  # type: ignore[override]
         """Focus does not move it: the cursor does."""

@@ -1,147 +1,262 @@
-"""The plots of a run by round, as many side by side as there is room for."""
+"""The plots of a run by round, as many as there is room for: what peers measured, time, bytes.
+
+A metric that only a newer task or strategy tells gets a plot of its own: nothing here names it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from textwrap import wrap
 
+from rich.style import Style
 from rich.text import Text
 from textual.widget import Widget
 
+from coordinator.curves import Values
 from coordinator.fleet import Fleet, Run, called, current_run
-from coordinator.tui.plots import accuracy_plot, foot, head, loss_plot, plot, shaded
+from coordinator.round_rows import best_round, metric_names, run_words, took_part
+from coordinator.tui.plots import Rounds, curve_plot, head, ruled, side_by_side, stack_plot
 from coordinator.tui.theme import colours
-from coordinator.words import amount, bars, cut, decimal, duration, ranges
+from coordinator.words import amount, brief, cut, decimal, duration, percent
+from protocols.messages import RoundClosed
 
 GAP = 3
-LEAST_WIDE, LEAST_TALL = 26, 5
-_PARTS = (("work", "█"), ("wait", "░"), ("aggregate", "▓"), ("evaluate", "▒"))
+LEAST_WIDE, LEAST_TALL = 26, 6
+TWO_ROWS = 15
+MOST_DRAWN = 500
+Pane = Callable[[int, int], list[Text]]
 
 
 class RoundPlots(Widget):
-    """Loss, accuracy, participation, time, bytes and norms, in this order of importance."""
+    """Loss and accuracy first, then in this order of importance; `only` bounds how many.
+
+    With `words` the run and what it waits for stand above them.
+    """
 
     DEFAULT_CSS = "RoundPlots { padding: 0 1; }"
 
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        *,
+        id: str | None = None,  # noqa: A002
+        only: int | None = None,
+        words: bool = False,
+    ) -> None:
         super().__init__(id=id)
         self.fleet: Fleet | None = None
+        self._only, self._words = only, words
+        self._shown: tuple[object, ...] = ()
+
+    def show(self, fleet: Fleet | None) -> None:
+        """Draw `fleet`'s run, if what is drawn of it has changed."""
+        run = current_run(fleet) if fleet else None
+        last = run.rounds[-1] if run and run.rounds else None
+        words = run_words(run) if run and self._words else ""
+        shown = (run and run.changed.run, last, words, len(fleet.peers) if fleet else 0, colours())
+        if shown != self._shown or fleet is not self.fleet:
+            self.fleet, self._shown = fleet, shown
+            self.refresh()
 
     def render(self) -> Text:
         run = current_run(self.fleet) if self.fleet else None
         width, height = self.content_size
         if self.fleet is None or run is None or width < 12 or height < 3:
             return Text("")
-        across = max(1, min((width + GAP) // (LEAST_WIDE + GAP), 3 if height > 16 else 6))
-        down = max(1, min(height // (LEAST_TALL + 1), -(-len(_PANES) // across)))
-        wide = (width + GAP) // across - GAP
-        tall = (height - (down - 1)) // down
-        lines: list[Text] = []
-        for first in range(0, min(across * down, len(_PANES)), across):
-            row = [draw(run, self.fleet, wide, tall) for draw in _PANES[first : first + across]]
-            lines += ([Text()] if lines else []) + _side_by_side(row, wide, tall)
-        return Text("\n").join(lines)
+        lines = _standing(run, width) if self._words else []
+        shown = panes(run, self.fleet)[: self._only]
+        return Text("\n").join([*lines, *draw(shown, width, height - len(lines))])
 
 
-def _side_by_side(panes: Sequence[Sequence[Text]], width: int, height: int) -> list[Text]:
-    lines = []
-    for number in range(height):
-        line = Text(no_wrap=True)
-        for pane in panes:
-            part = pane[number].copy() if number < len(pane) else Text()
-            part.truncate(width, pad=True)
-            line.append_text(part).append(" " * GAP)
-        lines.append(line)
+def _standing(run: Run, width: int) -> list[Text]:
+    """The run and what it waits for, at most four lines and a blank one."""
+    lines = [Text(cut(run.changed.task, width), f"bold {colours().ink}", no_wrap=True)]
+    words = wrap(run_words(run).removeprefix(f"{run.changed.task} · "), width)
+    return [*lines, *(Text(line, colours().dim, no_wrap=True) for line in words[:3]), Text()]
+
+
+def draw(shown: list[Pane], width: int, height: int) -> list[Text]:
+    """The first of `shown` that fit, in rows of equal panes."""
+    across = max(1, min((width + GAP) // (LEAST_WIDE + GAP), len(shown)))
+    if height >= TWO_ROWS and across > 3 and len(shown) > 3:
+        across = 3
+    down = max(1, min((height + 1) // (LEAST_TALL + 1), -(-len(shown) // across)))
+    wide = (width + GAP) // across - GAP
+    tall = (height - (down - 1)) // down
+    lines: list[Text] = []
+    for first in range(0, min(across * down, len(shown)), across):
+        row = [pane(wide, tall) for pane in shown[first : first + across]]
+        lines += ([Text()] if lines else []) + side_by_side(row, wide, tall, GAP)
     return lines
 
 
-def _with_spread(
-    name: str, title: str, otherwise: Callable[[Run, int, int], list[Text]]
-) -> Callable[[Run, Fleet, int, int], list[Text]]:
-    """Median with the least and the most where peers told them, else the plain bars."""
-
-    def draw(run: Run, fleet: Fleet, width: int, height: int) -> list[Text]:
-        spread = [closed.spread.get(name) for closed in run.rounds]
-        known = [three for three in spread if three is not None]
-        if not known or all(three[0] == three[2] for three in known):
-            return otherwise(run, width, height)
-        own = colours()
-        low, _, high = known[-1]
-        note = f"{_short(name, low)} to {_short(name, high)}"
-        color = own.green if name == "accuracy" else own.blue
-        drawn = []
-        for line in ranges(spread, width, max(height - 2, 1)):
-            text = Text(no_wrap=True)
-            for sign in line:
-                text.append(sign, color if sign == "━" else own.faint)
-            drawn.append(text)
-        ends = (_short(name, known[0][1]), _short(name, known[-1][1]))
-        wide = max(len(drawn[0].plain), 12)
-        return [head(title, note, width), *drawn, foot(*ends, wide)][:height]
-
-    return draw
+def panes(run: Run, fleet: Fleet) -> list[Pane]:
+    """Every plot of `run`, the most important first."""
+    run_and_fleet = {"run": run, "fleet": fleet}
+    first: list[Pane] = [partial(_metric, run, "loss"), partial(_metric, run, "accuracy")]
+    others: list[Pane] = [partial(_metric, run, name) for name in metric_names(run)]
+    told: tuple[Callable[..., list[Text]], ...] = (_participation, _time, _norms, _bytes)
+    return [*first, *(partial(one, **run_and_fleet) for one in told), *others]
 
 
-def _short(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name == "accuracy" else decimal(value)
+def _of(run: Run) -> list[RoundClosed]:
+    return run.rounds[-MOST_DRAWN:]
 
 
-def _participation(run: Run, fleet: Fleet, width: int, height: int) -> list[Text]:
-    values = [float(closed.peers) for closed in run.rounds]
-    refused = sum(closed.refused for closed in run.rounds)
-    note = f"{refused} refused" if refused else ""
-    return plot("Peers", values, note, width, height, colours().purple, form=lambda v: f"{v:.0f}")
+def _between(rounds: list[RoundClosed]) -> Rounds:
+    return (rounds[0].round, rounds[-1].round) if rounds else (0, 0)
 
 
-def _bytes(run: Run, fleet: Fleet, width: int, height: int) -> list[Text]:
-    up = [float(closed.bytes_up) for closed in run.rounds]
-    down = sum(closed.bytes_down for closed in run.rounds)
-    note = f"{amount(sum(up))} up, {amount(down)} down"
-    return plot("Sent up", up, note, width, height, colours().yellow, form=amount)
+def _value(closed: RoundClosed, name: str) -> float | None:
+    if name in ("loss", "accuracy"):
+        return closed.loss if name == "loss" else closed.accuracy
+    value = closed.metrics.get(name)
+    return closed.spread[name][1] if value is None and name in closed.spread else value
 
 
-def _time(run: Run, fleet: Fleet, width: int, height: int) -> list[Text]:
-    """Seconds of the rounds, and how the last one's were spent."""
+def _metric(run: Run, name: str, width: int, height: int) -> list[Text]:
+    """The mean of all peers by their examples, and from the least to the most of them."""
     own = colours()
-    values = [closed.seconds for closed in run.rounds]
-    last = run.rounds[-1] if run.rounds else None
-    if last is None or not last.spent or height < 6:
-        return plot("Time", values, "", width, height, own.accent, form=duration)
-    lines = plot("Time", values, "", width, height - 4, own.accent, form=duration)
-    whole = sum(last.spent.values()) or 1.0
-    for name, sign in _PARTS:
-        seconds = last.spent.get(name, 0.0)
-        room = max(width - 20, 4)
-        line = Text(f"{name:<10}", own.dim).append(f"{duration(seconds):>7}  ", own.ink)
-        lines.append(line.append(sign * round(seconds / whole * room), own.accent))
+    color = {"loss": own.blue, "accuracy": own.green}.get(name, own.accent)
+    form = percent if name == "accuracy" else brief
+    held = [closed for closed in _of(run) if _value(closed, name) is not None or closed.diverged]
+    values = [_value(closed, name) for closed in held]
+    spread = [closed.spread.get(name) for closed in held]
+    between: tuple[Values, Values] | None = None
+    notes: list[str] = []
+    best = next((closed for closed in held if closed.round == best_round(run)), None)
+    if best is not None and (at_best := _value(best, name)) is not None:
+        notes = [f"★ {form(at_best)} in {best.round}", f"★ {form(at_best)}"]
+    if any(three and three[0] < three[2] for three in spread):
+        ends = [
+            (None, None) if value is None else (three[0], three[2]) if three else (value, value)
+            for three, value in zip(spread, values, strict=True)
+        ]
+        between = ([low for low, _ in ends], [high for _, high in ends])
+        if spread and (last := spread[-1]):
+            notes.insert(0, f"peers {form(last[0])} to {form(last[2])}")
+    return curve_plot(
+        name.replace("_", " ").capitalize(),
+        values,
+        width,
+        height,
+        color,
+        rounds=_between(held),
+        form=form,
+        notes=notes,
+        between=between,
+    )
+
+
+def _participation(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
+    """Who gave an update, by peer and round; how many, where there are too many for a line each."""
+    own, rounds = colours(), _of(run)
+    refused = sum(closed.refused for closed in run.rounds)
+    notes = [f"{refused} refused"] if refused else []
+    here = [peer for peer in fleet.peers.values() if peer.standing == "enrolled"]
+    strips = {called(peer): took_part(peer, run, 60) for peer in here}
+    if not any(strip.strip() for strip in strips.values()) or len(here) > height - 2:
+        values = [float(closed.peers) for closed in rounds]
+        parts = [(own.purple, values)]
+        return stack_plot(
+            "Peers",
+            parts,
+            width,
+            height,
+            rounds=_between(rounds),
+            form=lambda v: f"{v:.0f}",
+            notes=notes,
+        )
+    last = Text(f"{rounds[-1].peers}" if rounds else "", own.purple)
+    wide = min(max(map(len, strips)), max(width // 3, 6))
+    room = width - wide - 1
+    shown = min(max(map(len, strips.values())), room)
+    broad = 2 if 2 * shown <= room else 1
+    lines = [head("Peers", last, notes, width)]
+    for name, strip in sorted(strips.items()):
+        line = Text(f"{cut(name, wide):<{wide}} ", own.dim, no_wrap=True)
+        for sign in strip[-shown:].rjust(shown):
+            color = own.purple if sign == "■" else own.faint
+            line.append(sign + " " * (broad - 1), Style(color=color))
+        lines.append(line)
+    foot = Text(" " * (wide + 1) + str(rounds[-shown].round if rounds else ""), own.dim)
+    if rounds and shown > 1:
+        end = str(rounds[-1].round)
+        foot.append(" " * (wide + 1 + shown * broad - (broad - 1) - len(foot.plain) - len(end)))
+        foot.append(end)
+    return [*lines, foot][:height]
+
+
+def _time(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
+    """Seconds of the rounds by what they were spent on, the last one's below in words."""
+    own, rounds = colours(), _of(run)
+    names = list(dict.fromkeys(name for closed in rounds for name in closed.spent))
+    palette = (own.accent, own.blue, own.purple, own.green, own.yellow, own.vermilion)
+    known = [sum(closed.spent.values()) for closed in rounds]
+    # What no part tells of: rounds that a restart cut, and time between the parts.
+    rest = [max(c.seconds - told, 0.0) for c, told in zip(rounds, known, strict=True)]
+    colors = [palette[n % len(palette)] for n in range(len(names))]
+    parts = [
+        (color, [closed.spent.get(name, 0.0) for closed in rounds])
+        for name, color in zip(names, colors, strict=True)
+    ]
+    if not names or sum(rest) > 0.05 * sum(closed.seconds for closed in rounds):
+        parts.append((own.faint if names else own.accent, rest))
+    legend = _legend(rounds[-1] if rounds else None, names, colors, width)
+    room = height - len(legend)
+    if room < 5:
+        legend, room = [], height
+    plot = stack_plot("Time", parts, width, room, rounds=_between(rounds), form=duration)
+    return [*plot, *legend]
+
+
+def _legend(
+    last: RoundClosed | None, names: list[str], colors: list[str], width: int
+) -> list[Text]:
+    """What the last round's seconds were spent on, in the colours of the bars."""
+    lines: list[Text] = []
+    for name, color in zip(names, colors, strict=True) if last else ():
+        assert last is not None
+        piece = Text.assemble(
+            ("■ ", color), (f"{name} ", colours().dim), duration(last.spent.get(name, 0.0))
+        )
+        if lines and len(lines[-1].plain) + 2 + len(piece.plain) <= width:
+            lines[-1].append("  ").append_text(piece)
+        else:
+            lines.append(piece)
     return lines
 
 
-def _norms(run: Run, fleet: Fleet, width: int, height: int) -> list[Text]:
+def _norms(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
     """How far each peer's last update moved the weights."""
     own = colours()
     norms = run.rounds[-1].norms if run.rounds else {}
-    title = head("Update norm by peer", "", width)
     if not norms:
-        return [title, Text("not told for the last round", own.dim)]
+        line = Text("not told for the last round", own.dim)
+        return [head("Update norm by peer", Text(), (), width), line]
     ordered = sorted(norms.items(), key=lambda item: -item[1])
-    if len(ordered) > height - 1:  # too many for a line each: a curve from the largest down
-        drawn = bars([norm for _, norm in ordered], width, max(height - 2, 1))
-        ends = (decimal(ordered[0][1]), decimal(ordered[-1][1]))
-        return [title, *shaded(drawn, own.vermilion), foot(*ends, len(drawn[0]))][:height]
     most = ordered[0][1] or 1.0
-    lines = [title]
-    for peer, norm in ordered:
-        name = called(fleet.peers[peer]) if peer in fleet.peers else peer
-        line = Text(f"{cut(name, 10):<11}", own.dim).append(f"{decimal(norm):>7} ", own.ink)
-        lines.append(line.append("━" * round(norm / most * max(width - 20, 4)), own.vermilion))
-    return lines
+    names = {peer: called(fleet.peers[peer]) if peer in fleet.peers else peer for peer in norms}
+    rows = [(names[peer], decimal(norm), norm / most) for peer, norm in ordered]
+    if len(rows) <= height - 1:
+        return ruled("Update norm by peer", rows, width, own.vermilion)
+    # Too many for a line each: from the largest down.
+    middle = ordered[len(ordered) // 2][1]
+    parts = [(own.vermilion, [norm for _, norm in ordered])]
+    plot = stack_plot(
+        "Update norm by peer", parts, width, height, rounds=(1, len(ordered)), form=brief
+    )
+    plot[0] = head("Update norm by peer", Text(), [f"median {brief(middle)}"], width)
+    return plot
 
 
-_PANES: tuple[Callable[[Run, Fleet, int, int], list[Text]], ...] = (
-    _with_spread("loss", "Loss", loss_plot),
-    _with_spread("accuracy", "Accuracy", accuracy_plot),
-    _time,
-    _participation,
-    _norms,
-    _bytes,
-)
+def _bytes(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
+    own, rounds = colours(), _of(run)
+    up = [float(closed.bytes_up) for closed in rounds]
+    down = [float(closed.bytes_down) for closed in rounds]
+    sums = [sum(c.bytes_up for c in run.rounds), sum(c.bytes_down for c in run.rounds)]
+    note = f"↑ {amount(sums[0])} ↓ {amount(sums[1])} in all"
+    parts = [(own.yellow, up), (own.blue, down)]
+    return stack_plot(
+        "Bytes ↑ ↓", parts, width, height, rounds=_between(rounds), form=amount, notes=[note]
+    )

@@ -9,18 +9,21 @@ from textual.events import Resize
 from textual.widgets import Static
 
 from coordinator.fleet import Fleet, Run, current_run
-from coordinator.rows import (
+from coordinator.round_rows import (
+    METRIC_WIDE,
     ROUND_TITLES,
     accuracy_trend,
     best_round,
     loss_trend,
+    metric_cells,
+    metric_names,
     round_cells,
     run_words,
 )
 from coordinator.tui.round_plots import RoundPlots
 from coordinator.tui.row_table import RowTable
 from coordinator.tui.theme import colours, painted
-from coordinator.words import trend
+from coordinator.words import cut, trend
 
 TALL = 22
 SHOWN_MOST = 500
@@ -50,10 +53,9 @@ class RoundsPage(Vertical):
         """Show the run that matters."""
         run = current_run(fleet) if fleet else None
         plots = self.query_one(RoundPlots)
-        plots.fleet = fleet
         plots.display = (self.app.size.height >= TALL or self.zoomed) and run is not None
-        plots.set_class(self.zoomed, "-whole")
-        plots.refresh()
+        plots.styles.height = "1fr" if self.zoomed else max(2 * self.app.size.height // 5, 9)
+        plots.show(fleet)
         self.table.display = run is not None and not self.zoomed
         self.query_one("#standing", Static).update(
             self._standing(run, lines=not plots.display)
@@ -86,14 +88,15 @@ class RoundsPage(Vertical):
         self._drawn = drawn
         cursor = table.cursor_row
         table.clear(columns=True)
-        count, room = 0, width - 1
-        for title, wide in ROUND_TITLES:
+        count, room, names = 0, width - 1, metric_names(run)
+        titles = [cut(name.replace("_", " "), METRIC_WIDE) for name in names]
+        for title, wide in (*ROUND_TITLES, *((title, max(len(title), 8)) for title in titles)):
             if room < wide + 2:
                 break
             table.add_column(Text(title, colours().dim, justify="right"), width=wide)
             count, room = count + 1, room - wide - 2
         for closed in reversed(run.rounds[-SHOWN_MOST:]):
-            cells = round_cells(closed, best)[:count]
+            cells = [*round_cells(closed, best), *metric_cells(closed, names)][:count]
             table.add_row(*(painted(cell, right=True) for cell in cells))
         table.move_cursor(row=0 if self.follow else cursor, animate=False)
 

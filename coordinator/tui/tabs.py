@@ -1,4 +1,4 @@
-"""The line under the header: the three pages, and how the view differs from the plain one."""
+"""The line under the header: the pages; how the view differs from the plain one, or the round."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from coordinator.fleet import Run
+from coordinator.round_rows import round_progress, seconds_left
 from coordinator.tui.theme import colours
+from coordinator.words import age
 
 PAGES = ("fleet", "rounds", "events")
 
 
 class Tabs(Widget):
-    """`1 Fleet  2 Rounds  3 Events`, the open page underlined; at the right filter, sort, marks."""
+    """`1 Fleet  2 Rounds  3 Events`, the open page underlined; at the right filter, sort, marks.
+
+    In the plain view it is the round at a glance: who has answered, and how long the run will take.
+    """
 
     DEFAULT_CSS = "Tabs { height: 1; padding: 0 1; }"
 
@@ -23,6 +29,7 @@ class Tabs(Widget):
     """The open page."""
     view: reactive[str] = reactive("")
     """Words on filter, order, marks, freeze."""
+    run: Run | None = None
 
     def render(self) -> Text:
         line = Text(no_wrap=True, end="")
@@ -39,6 +46,25 @@ class Tabs(Widget):
             )
             line.append(page.capitalize(), word + click).append("   ")
         room = self.content_size.width - len(line)
-        view = self.view if len(self.view) <= room else self.view[: max(room - 1, 0)] + "…"
-        line.append(" " * (room - len(view)))
-        return line.append(view, colours().yellow)
+        if not self.view:
+            end = self._round(room)
+        else:
+            end = Text(self.view, colours().yellow, no_wrap=True)
+            end.truncate(max(room, 0), overflow="ellipsis")
+        return line.append(" " * max(room - len(end), 0)).append_text(end)
+
+    def _round(self, room: int) -> Text:
+        own = colours()
+        if self.run is None or not (words := round_progress(self.run, room)):
+            return Text()
+        signs, _, count = words.partition(" ")
+        line = Text(signs.replace("▱", ""), own.green, no_wrap=True)
+        line.append("▱" * signs.count("▱"), own.faint).append(f" {count}", own.ink)
+        left = seconds_left(self.run)
+        end = "" if left is None else f" · about {age(left)} left"
+        state = f"{self.run.changed.state.value} "
+        if len(line) + len(end) <= room:
+            line.append(end, own.dim)
+        if len(line) + len(state) <= room:
+            line = Text(state, own.dim).append_text(line)
+        return line

@@ -22,7 +22,7 @@ from textual.widget import Widget
 from textual.widgets import ContentSwitcher, Static
 
 from coordinator.alerts import Watchman
-from coordinator.fleet import Event, Fleet, Level
+from coordinator.fleet import Event, Fleet, Level, current_run
 from coordinator.following import Following, jittered
 from coordinator.tui.config import Config
 from coordinator.tui.deeds import Deeds
@@ -37,12 +37,19 @@ from coordinator.tui.tabs import Tabs
 from coordinator.tui.theme import DEFAULT, OURS, use
 from coordinator.watch import Source
 from coordinator.words import age, stopwatch
+from protocols.states import ENDED
 
 Part = TypeVar("Part", bound=Widget)
 LEAST_WIDTH, LEAST_HEIGHT = 40, 12
 DRAW_S = 0.25
 TOASTS_AT_ONCE = 3
 OWN_EVENTS_KEPT = 200
+
+
+def _ends_a_run(event: Event, fleet: Fleet) -> bool:
+    """True for the line that says how a run ended."""
+    run = fleet.runs.get(event.subject)
+    return run is not None and run.changed.state in ENDED
 
 
 class MonitorView(App[None]):
@@ -94,7 +101,7 @@ class MonitorView(App[None]):
         yield Tabs()
         yield Static(id="trouble")
         with ContentSwitcher(initial="fleet", id="pages"):
-            yield FleetPage(read_only=self.read_only)
+            yield FleetPage(self._zone, read_only=self.read_only)
             yield RoundsPage()
             yield EventsPage(self._zone)
         yield self.make_footer("fleet")
@@ -162,7 +169,7 @@ class MonitorView(App[None]):
                 screen.draw()
         elif self.page == "fleet":
             self._main(FleetPage).trouble = self.following.trouble
-            self._main(FleetPage).draw(self.fleet, now, dirty)
+            self._main(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
         elif self.page == "rounds":
             self._main(RoundsPage).draw(self.fleet)
         else:
@@ -188,6 +195,8 @@ class MonitorView(App[None]):
         view = [self.deeds.words, self.playback, views.get(self.page, "")]
         view += ["frozen: u goes on"] if self.frozen else []
         tabs.view = " · ".join(word for word in view if word)
+        tabs.run = current_run(self.fleet) if self.fleet else None
+        tabs.refresh()
         news = self.following
         lost = not news.connected and (news.trouble is not None)
         trouble = self.screen_stack[0].query_one("#trouble", Static)
@@ -220,14 +229,15 @@ class MonitorView(App[None]):
     # --- events and toasts ---
 
     def _toast_new_events(self) -> None:
-        """Toast the warnings and errors that came since the last look; a snapshot's are old."""
+        """Toast the warnings, errors and ends of runs since the last look; a snapshot's are old."""
         fleet = self.fleet
         if fleet is None:
             return
         seen, self._events_seen = self._events_seen, fleet.num_events
         if seen is None or fleet.num_events <= seen:
             return
-        new = [event for event in fleet.events[seen - fleet.num_events :] if event.level != "info"]
+        came = fleet.events[seen - fleet.num_events :]
+        new = [event for event in came if event.level != "info" or _ends_a_run(event, fleet)]
         for event in new[-TOASTS_AT_ONCE:]:
             self._toast(event)
         if len(new) > TOASTS_AT_ONCE:

@@ -91,6 +91,9 @@ class Crowd:
                 peers=len(self._ids),
                 loss=2.0 / self._round,
                 accuracy=1 - 1 / self._round,
+                spread={"loss": (1.0 / self._round, 2.0 / self._round, 3.0 / self._round)},
+                spent={"work": 0.3, "wait": 0.1, "aggregate": 0.05, "evaluate": 0.05},
+                norms=dict.fromkeys(self._ids[:200], 1.0 + self._round % 7),
             )
         if number % 100 == 0:
             return COORDINATOR, self._run()

@@ -456,3 +456,18 @@ def test_repeated_words_of_the_coordinator_count_once(count: int, random: Any) -
         fold(other, envelope, NOW)
     other.ignored = one.ignored
     assert one == other
+
+
+def test_who_gave_an_update_is_kept_by_round_and_run() -> None:
+    fleet = new_fleet("A", "B")
+    fold(fleet, said(COORDINATOR, 3, run_at(1)), NOW)
+    fold(fleet, said(COORDINATOR, 4, closed(1, peers=1, norms={"A": 1.0})), NOW)
+    fold(fleet, said(COORDINATOR, 5, closed(2, peers=300)), NOW)
+    fold(fleet, said(COORDINATOR, 6, closed(3, peers=2, norms={"A": 1.0, "B": 1.0})), NOW)
+    assert [peer.given for peer in fleet.peers.values()] == ["1?1", "0?1"]
+    fold(fleet, said(COORDINATOR, 7, closed(3, peers=1, norms={"A": 1.0})), NOW)
+    assert [peer.given for peer in fleet.peers.values()] == ["1?1", "0?0"]
+    for number in range(4, 2 * fleets.GIVEN_KEPT):
+        fold(fleet, said(COORDINATOR, number + 4, closed(number, peers=0)), NOW)
+    assert {len(peer.given) for peer in fleet.peers.values()} == {fleets.GIVEN_KEPT}
+    assert decode(encode(fleet, NOW)) == fleet

@@ -12,7 +12,7 @@ from rich.console import Console
 from coordinator.fleet import Fleet, Peer
 from coordinator.plain import plain_table
 from coordinator.rows import COLUMNS, GAP, chosen, fit, is_faulty, state_cell
-from coordinator.words import age, amount, bars, decimal, progress, stopwatch, trend
+from coordinator.words import age, amount, decimal, progress, rate, stopwatch, trend
 from protocols.messages import Telemetry
 from protocols.states import PauseReason, PeerState
 
@@ -65,16 +65,26 @@ def test_trends() -> None:
     assert trend([5, 5], 8) == "▄▄"
     assert trend([1, None, 2, math.inf], 8) == "▁✕█✕"
     assert trend([], 8) == ""
-    assert bars([1, 2], 2, 2) == [" █", "▁█"]
-    assert bars([1, None], 6, 1) == ["▄▄▄ ✕ "]
 
 
-@given(st.lists(st.none() | st.floats(), max_size=200), st.integers(0, 40), st.integers(1, 9))
-def test_no_value_breaks_a_trend(values: list[float | None], width: int, height: int) -> None:
+def test_rates_fit_their_column() -> None:
+    assert [rate(per_s) for per_s in (0, 812.4, 149_163, 2.5e6)] == [
+        "0/s",
+        "812/s",
+        "149 k/s",
+        "2 M/s",
+    ]
+    assert rate(math.inf) == "0/s"
+
+
+@given(st.floats())
+def test_no_rate_is_too_long(per_s: float) -> None:
+    assert len(rate(max(per_s, 0))) <= 8
+
+
+@given(st.lists(st.none() | st.floats(), max_size=200), st.integers(0, 40))
+def test_no_value_breaks_a_trend(values: list[float | None], width: int) -> None:
     assert len(trend(values, width)) <= width
-    lines = bars(values, width, height)
-    assert len(lines) == height
-    assert all(len(line) <= width for line in lines)
     for value in values:
         assert len(decimal(value)) <= 9
 

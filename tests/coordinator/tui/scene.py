@@ -93,6 +93,7 @@ def _round(number: int) -> RoundClosed:
         diverged=number == 9,
         bytes_up=3_200_000 + 40_000 * number,
         bytes_down=4_100_000,
+        norms={IDS[name]: 1.0 + n for n, name in enumerate(NAMES[: 4 + number % 2])},
     )
 
 
@@ -260,14 +261,15 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
 
 
 async def settled(pilot: Pilot[None]) -> None:
-    """Let the app run until its screen stays the same for more than one drawing interval."""
-    before = ""
-    for _ in range(40):
+    """Let the app run until its screen has stayed the same for some drawing intervals."""
+    before, same = "", 0
+    for _ in range(60):
         now = screen_text(pilot.app)
-        if now == before:
+        same = same + 1 if now == before else 0
+        if same == 3:
             break
         before = now
-        await pilot.pause(4 * view.DRAW_S)
+        await pilot.pause(2 * view.DRAW_S)
 
 
 def screen_text(app: App[None]) -> str:

@@ -28,11 +28,13 @@ sizes = pytest.mark.parametrize("size", SIZES, ids=[f"{w}x{h}" for w, h in SIZES
 
 
 def live(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
-    """Both links are up; then press `keys`."""
+    """Both links are up and what is to be looked at was told; then press `keys`."""
 
     async def before(pilot: Pilot[Any]) -> None:
         following = pilot.app.following  # type: ignore[attr-defined]
         await until(pilot, lambda: following.stream and following.http)
+        pilot.app._draw_ages()  # type: ignore[attr-defined]
+        await settled(pilot)
         await pilot.press(*keys)
         await settled(pilot)
 
@@ -125,9 +127,9 @@ def rich() -> Replay:
             "accuracy": (0.9 * accuracy, accuracy, min(1.05 * accuracy, 1.0)),
         }
         spent = {"work": 1.1, "wait": 0.4, "aggregate": 0.1, "evaluate": 0.3}
-        run.rounds[number] = replace(closed, spread=spread, spent=spent)
-    norms = {peer: 1.0 + number for number, peer in enumerate(IDS.values())}
-    run.rounds[-1] = replace(run.rounds[-1], norms=norms)
+        metrics = {"worst_accuracy": 0.8 * accuracy, "staleness": 0.2 + number % 3}
+        told = replace(closed, spread=spread, spent=spent, metrics=metrics)
+        run.rounds[number] = told
     north = fleet.peers[IDS["north"]]
     north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
     north.policy = {"threads": "2", "share_log": "True"}
@@ -139,17 +141,36 @@ def test_all_plots(size: tuple[int, int], snap_compare: Any) -> None:
     assert snap_compare(monitor(rich()), terminal_size=size, run_before=live("2", "z"))
 
 
+PAGES = {"fleet": (), "rounds": ("2",), "events": ("3",), "peer": ("down", "down", "enter")}
+pages = pytest.mark.parametrize("keys", PAGES.values(), ids=PAGES)
+
+
 @sizes
-def test_light(size: tuple[int, int], snap_compare: Any) -> None:
+@pages
+def test_light(size: tuple[int, int], keys: tuple[str, ...], snap_compare: Any) -> None:
     app = monitor(rich(), config=Config(theme="commonweight-light"))
-    assert snap_compare(app, terminal_size=size, run_before=live())
+    assert snap_compare(app, terminal_size=size, run_before=live(*keys))
 
 
 @sizes
+@pages
 def test_without_colour(
-    size: tuple[int, int], snap_compare: Any, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int],
+    keys: tuple[str, ...],
+    snap_compare: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
+    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live(*keys))
+
+
+@sizes
+def test_run_form(size: tuple[int, int], snap_compare: Any) -> None:
+    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("n"))
+
+
+@sizes
+def test_everything_beside_the_fleet(size: tuple[int, int], snap_compare: Any) -> None:
     assert snap_compare(monitor(rich()), terminal_size=size, run_before=live())
 
 
