@@ -19,8 +19,9 @@ from flwr.clientapp import ClientApp
 from msgspec import Struct
 
 from agent.encoding import Leftovers
+from agent.run_files import Kept, RunFiles
 from agent.tasks import Settings
-from protocols import codecs, identity, messages, schemas
+from protocols import codecs, identity, messages, schemas, schemes
 from protocols.errors import (
     TELLABLE,
     BadMessage,
@@ -70,9 +71,13 @@ class Trainer(Protocol):
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
 
-    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Outcome: ...
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Outcome: ...
 
-    def evaluate(self, task: str, settings: Settings, base: Path) -> Outcome: ...
+    def evaluate(
+        self, task: str, settings: Settings, base: Path, kept: Kept | None = None
+    ) -> Outcome: ...
 
 
 class Finished(Struct, frozen=True, kw_only=True):
@@ -114,6 +119,7 @@ class Client:
         self._coordinator_public = coordinator_public
         self._trainer, self._outbox = trainer, outbox
         self._leftovers = Leftovers(outbox / "leftovers")
+        self._personal = RunFiles(outbox / "personal", ".kept")
         self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
@@ -242,7 +248,7 @@ class Client:
         elif work.kind == "train":
             outcome = self._train(work, settings, base, update)
         else:
-            outcome = self._trainer.evaluate(work.task, settings, base)
+            outcome = self._trainer.evaluate(work.task, settings, base, *self._own(work))
         failpoint("agent.work.done")
         finished = self._kept(work, outcome)
         failpoint("agent.outbox.written")
@@ -272,21 +278,37 @@ class Client:
         )
         with replacing(self._outbox / "finished.json") as file:
             file.write(msgspec.json.encode(finished))
-        self._leftovers.settle(claim.digest)
+        self._settle(claim.digest)
         return finished
 
     def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
         """Train, and write the update as the run's codec has it."""
         codec = codecs.find(work.codec)
+        kept = self._own(work)
         if codec.coding is None:
-            return self._trainer.train(work.task, settings, base, update)
-        trained = self._outbox / "trained.safetensors"
-        try:
-            outcome = self._trainer.train(work.task, settings, base, trained)
-            made = self._leftovers.encode(codec, work.run, trained, base, update)
-        finally:
-            trained.unlink(missing_ok=True)
-        return Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics)
+            outcome = self._trainer.train(work.task, settings, base, update, *kept)
+        else:
+            trained = self._outbox / "trained.safetensors"
+            try:
+                outcome = self._trainer.train(work.task, settings, base, trained, *kept)
+                made = self._leftovers.encode(codec, work.run, trained, base, update)
+            finally:
+                trained.unlink(missing_ok=True)
+            outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics)
+        if kept:
+            self._personal.wait(work.run, outcome.digest)
+        return outcome
+
+    def _own(self, work: Work) -> tuple[Kept, ...]:
+        """Where this peer's own part of the run's model lies, if the run has such a part."""
+        if schemes.SETTINGS.isdisjoint(work.settings):
+            return ()
+        return (self._personal.of(work.run),)
+
+    def _settle(self, digest: str) -> None:
+        """The update with this digest (empty: none) is the one that is sent."""
+        self._leftovers.settle(digest)
+        self._personal.settle(digest)
 
     def _deliver(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
@@ -297,9 +319,9 @@ class Client:
             failpoint("agent.upload.done")
 
     def _settle_last(self) -> None:
-        """Leftovers of an update that was never sent are of no use."""
+        """What belongs to an update that was never sent is of no use."""
         last = self._last()
-        self._leftovers.settle(messages.decode_claim(last.claim).digest if last else "")
+        self._settle(messages.decode_claim(last.claim).digest if last else "")
 
     def _last(self) -> Finished | None:
         """The answer that is in the outbox."""

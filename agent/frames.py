@@ -48,6 +48,7 @@ class Train(Struct, frozen=True, tag=True, kw_only=True):
 
     `journal` is the file of the work in hand, at most every `journal_every_s`; empty for none.
     What it holds is gone on with if it was kept for the same `key`, task, settings and data.
+    `kept` is the file of what is this peer's own in the model, and `kept_out` the one to write.
     """
 
     id: int
@@ -60,10 +61,12 @@ class Train(Struct, frozen=True, tag=True, kw_only=True):
     key: str = ""
     journal: str = ""
     journal_every_s: float = 30.0
+    kept: str = ""
+    kept_out: str = ""
 
 
 class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
-    """Measure the weights in the file `base` on this peer's held-out data."""
+    """Measure the weights in the file `base` on this peer's held-out data; `kept` as in Train."""
 
     id: int
     task: str
@@ -71,6 +74,7 @@ class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
     settings: dict[str, Setting]
     data: DataSettings
     base: str
+    kept: str = ""
 
 
 class Pause(Struct, frozen=True, tag=True):

@@ -200,6 +200,8 @@ def shown(home: Path) -> list[Shown]:
 
 def parsed(name: str, text: str) -> Any:
     """A setting's value as it is written on a command line or in the environment."""
+    if name in ("data", "models"):
+        return data_path(text)
     kind = type(getattr(AgentSettings(), name, text))
     if kind not in (tuple, dict):
         return text

@@ -42,8 +42,18 @@ from agent.frames import (
     encode,
 )
 from agent.journal import Journal
-from agent.tasks import Cancelled, DataSettings, Resumable, Task, Traited, finding
-from protocols import VERSION, schemas, weights
+from agent.personal import Personal, steerable
+from agent.tasks import (
+    Cancelled,
+    DataSettings,
+    Resumable,
+    Setting,
+    Settings,
+    Task,
+    Traited,
+    finding,
+)
+from protocols import VERSION, schemas, schemes, weights
 from protocols.errors import BadWeights, CommonweightError, DiskFull
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
@@ -196,14 +206,22 @@ class Trainer:
         self._load(task, work.data)
         if isinstance(work, Describe):
             return self._described(work, task)
-        schema = _normal(task.schema(work.settings))
+        scheme, settings = _parted(work.settings)
+        model = _normal(task.schema(settings))
+
+        def first_weights(seed: int) -> Weights:
+            chance.seed("init", seed)
+            return _checked(task.init(seed, settings), model)
+
         if isinstance(work, Init):
-            chance.seed("init", work.seed)
-            first = task.init(work.seed, work.settings)
-            return self._written(work.id, first, schema, work.out, 0, {})
+            first = schemes.first_version(first_weights(work.seed), scheme)
+            return self._written(work.id, first, work.out, 0, {})
         base = weights.load(Path(work.base))
+        kept = Path(work.kept) if work.kept else None
+        run_seed = int(settings.get("seed", 0))
+        personal = Personal(model, scheme, lambda: first_weights(run_seed), kept)
         try:
-            weights.check_schema(base.schema, schema)
+            weights.check_schema(base.schema, personal.shared)
         except BadWeights as err:
             message = f"the weights do not fit the task {work.task}: {err.message}"
             return Failed(id=work.id, kind="schema", message=message)
@@ -211,10 +229,8 @@ class Trainer:
         given = (work.settings.get(name, 0) for name in ("seed", "round"))
         chance.seed(type(work).__name__, *given, work.data.index)
         if isinstance(work, Evaluate):
-            on_step = Meter(work.id, "evaluate", self._control, self._send)
-            count, metrics = task.evaluate(base, work.settings, on_step)
-            return _done(work.id, "", 0, count, metrics)
-        return self._trained(work, task, base, schema)
+            return self._evaluated(work, task, settings, base, personal)
+        return self._trained(work, task, settings, base, personal)
 
     def _load(self, task: Task, data: DataSettings) -> None:
         if self._data != data:
@@ -223,13 +239,26 @@ class Trainer:
             self._data = data
 
     def _described(self, work: Describe, task: Task) -> Answer:
-        schema = _normal(task.schema(work.settings))
-        traits = task.traits(work.settings) if isinstance(task, Traited) else {}
+        scheme, settings = _parted(work.settings)
+        schema = schemes.shared(_normal(task.schema(settings)), scheme)
+        traits = task.traits(settings) if isinstance(task, Traited) else {}
         version = str(getattr(task, "version", ""))
         told = schemas.encode(schemas.card(work.task, version, schema, traits))
         return Done(id=work.id, description=told)
 
-    def _trained(self, work: Train, task: Task, base: Weights, schema: Schema) -> Answer:
+    def _evaluated(
+        self, work: Evaluate, task: Task, settings: Settings, base: Weights, personal: Personal
+    ) -> Answer:
+        on_step = Meter(work.id, "evaluate", self._control, self._send)
+        count, metrics = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
+        if personal.stays_at_home:
+            _, own = task.evaluate(personal.model(base), settings, on_step)
+            metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
+        return _done(work.id, "", 0, count, metrics)
+
+    def _trained(
+        self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal
+    ) -> Answer:
         on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
         if work.journal and isinstance(task, Resumable):
             journal, resumable = Journal(Path(work.journal), _key(work), work.journal_every_s), task
@@ -248,9 +277,17 @@ class Trainer:
                 keep=lambda step: journal.keep(step, resumable.snapshot()),
                 resumed=kept is not None,
             )
-        trained, count, metrics = task.train(base, work.settings, on_step)
+        if personal.steers:
+            steerable(task).path(settings)  # refused now, and not after an hour of training
+            steerable(task).steer(personal.correction(base))
+        model = personal.model(base)
+        trained, count, metrics = task.train(model, settings, on_step)
         failpoint("trainer.trained")
-        done = self._written(work.id, trained, schema, work.out, count, metrics)
+        self._control.check(work.id)
+        kept_out = Path(work.kept_out) if work.kept_out else None
+        whole = _checked(trained, model.schema)
+        update = personal.update(task, settings, base, whole, kept_out)
+        done = self._written(work.id, update, work.out, count, metrics)
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
     def _found(self, *named: str) -> Task:
@@ -266,21 +303,31 @@ class Trainer:
     def _written(
         self,
         work: int,
-        tensors: Mapping[str, Array],
-        schema: Schema,
+        update: Weights,
         out: str,
         num_examples: int,
         metrics: Mapping[str, float],
     ) -> Done:
-        if not isinstance(tensors, Weights):
-            bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
-            tensors = Weights(tensors, bf16)
-        weights.check_schema(tensors.schema, schema)
         self._control.check(work)
         path = Path(out)
-        digest = weights.save(tensors, path)
+        digest = weights.save(update, path)
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
+
+
+def _parted(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """The trainer's settings, and those that the task sees."""
+    scheme = {name: settings[name] for name in schemes.SETTINGS & settings.keys()}
+    return scheme, {name: value for name, value in settings.items() if name not in scheme}
+
+
+def _checked(tensors: Mapping[str, Array], schema: Schema) -> Weights:
+    """A task's tensors as weights. Raises BadWeights."""
+    if not isinstance(tensors, Weights):
+        bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
+        tensors = Weights(tensors, bf16)
+    weights.check_schema(tensors.schema, schema)
+    return tensors
 
 
 def _key(work: Train) -> str:

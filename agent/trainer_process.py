@@ -35,6 +35,7 @@ from agent.frames import (
     Train,
     Work,
 )
+from agent.run_files import Kept
 from agent.tasks import DataSettings, Settings
 from protocols.errors import TrainerFailed
 
@@ -102,14 +103,18 @@ class TrainerProcess:
         )
         return self._do(work, out)
 
-    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
         """Train the weights in `base` and write them to `out`. Raises TrainerFailed.
 
         `settings` are the task's own, and the run's "seed" and the "round" that order the data.
         `base` is never written to again: a version's file, named by its digest.
         """
         try:
-            found = base.stat()
+            key = _told(base)
+            if kept is not None and kept.file.exists():
+                key += f" {_told(kept.file)}"
         except OSError as err:
             raise TrainerFailed("file", f"a file cannot be used: {err}") from err
         work = Train(
@@ -120,16 +125,23 @@ class TrainerProcess:
             base=_full(base),
             out=_full(out),
             # Whichever run asks: alike in all this, task, settings and data gives the same result.
-            key=f"{base.name} {found.st_size} {found.st_mtime_ns}",
+            key=key,
             journal=_full(self._journal),
             journal_every_s=self._journal_every_s,
+            kept=_full(kept.file) if kept else "",
+            kept_out=_full(kept.next) if kept else "",
         )
         return self._do(work, out)
 
-    def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
+    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
         """Measure the weights in `base` on the held-out data. Raises TrainerFailed."""
         work = Evaluate(
-            id=0, task=task, settings=dict(settings), data=self._data(), base=_full(base)
+            id=0,
+            task=task,
+            settings=dict(settings),
+            data=self._data(),
+            base=_full(base),
+            kept=_full(kept.file) if kept else "",
         )
         return self._do(work)
 
@@ -314,6 +326,12 @@ class TrainerProcess:
             except Exception:
                 # A fault in somebody's display must not cost the answers that follow.
                 log.exception("on_progress failed")
+
+
+def _told(file: Path) -> str:
+    """What is another for another file, or for the same one written anew. Raises OSError."""
+    found = file.stat()
+    return f"{file.name} {found.st_size} {found.st_mtime_ns}"
 
 
 def _full(path: Path) -> str:

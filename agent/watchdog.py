@@ -14,6 +14,7 @@ from random import Random
 from typing import TypeVar
 
 from agent.frames import Done
+from agent.run_files import Kept
 from agent.tasks import Settings
 from agent.trainer_process import TrainerProcess
 from protocols.backoff import delays
@@ -53,14 +54,16 @@ class Watchdog:
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         return self._do(lambda: self._trainer.init(task, settings, seed, out))
 
-    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
-        done = self._do(lambda: self._trainer.train(task, settings, base, out))
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
+        done = self._do(lambda: self._trainer.train(task, settings, base, out, kept))
         if done.resumed_at:
             log.info("the training went on from step %s of its journal", done.resumed_at)
         return done
 
-    def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
-        return self._do(lambda: self._trainer.evaluate(task, settings, base))
+    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
+        return self._do(lambda: self._trainer.evaluate(task, settings, base, kept))
 
     def close(self) -> None:
         """End the trainer for good; a wait for the next try ends too."""

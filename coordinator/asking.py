@@ -91,6 +91,7 @@ class Questions:
     ) -> ConfigRecord:
         """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
         spec = run.spec
+        for_trainers = self._recipe.trainer_settings(spec.strategy_args)
         parent, patch_bytes = self._model.patch_to(run.head)
         work = Work(
             run=run.id,
@@ -103,7 +104,7 @@ class Questions:
             patch_bytes=patch_bytes,
             codec=spec.codec,
             seed=spec.seed,
-            settings={**spec.settings, **extra},
+            settings={**spec.settings, **extra, **for_trainers},
             card=schemas.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
         )

@@ -67,8 +67,8 @@ def start(
         str,
         typer.Option(
             help="How updates are aggregated: fedavg, fedprox, fedavgm, fedadam, fedyogi, "
-            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, or "
-            "module:Class of one's own."
+            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, scaffold, "
+            "fedbn, or module:Class of one's own."
         ),
     ] = "fedavg",
     strategy_arg: Annotated[
@@ -386,9 +386,8 @@ def export(
     which: Annotated[str, typer.Option(help="best, latest, or a digest.")] = "best",
 ) -> None:
     """Copy a version out of the coordinator's home."""
-    import shutil
-
     from coordinator.lane import Lane
+    from protocols import schemes, weights
 
     found = _remote().run(run)
     digests = {"best": found.best.digest if found.best else "", "latest": found.head}
@@ -398,5 +397,5 @@ def export(
         raise UnknownName(f"run {found.id} has no version {which!r}", "commonweight models list")
     if out.exists():
         raise CommonweightError(f"{out} exists already", "choose another name")
-    shutil.copyfile(path, out)
+    weights.save(schemes.without_controls(weights.load(path)), out)
     sys.stderr.write(f"wrote {out} ({digest[:12]})\n")

@@ -60,7 +60,11 @@ def commit(
             examples=[1 if equal else update.num_examples for update in updates],
             # Not all that they told: Flower's strategies raise when two tell different metrics.
             metrics=[{n: v for n, v in u.metrics.items() if n == asked and v} for u in updates],
-            told={**told, "num-examples": sum(counts.values())},
+            told={
+                **told,
+                "num-examples": sum(counts.values()),
+                "participation": len(contributors) / max(run.eligible, len(contributors)),
+            },
         )
         made = next_version(
             recipe,

@@ -98,9 +98,12 @@ class WeightsInitialised(Struct, frozen=True, tag=True):
 
 
 class RoundOpened(Struct, frozen=True, tag=True):
+    """`eligible`: how many peers could have been asked (0 where nobody counted them)."""
+
     round: int
     base: str
     asked: tuple[str, ...]
+    eligible: int = 0
 
 
 class PeersAsked(Struct, frozen=True, tag=True):

@@ -245,7 +245,7 @@ class RunLoop:
         chosen = decisions.selected(self.run, step.round, step.eligible)
         asked = await self.questions.configure(self.run, chosen, opening=step.round)
         failpoint("round.configured")
-        await self._record(facts.RoundOpened(step.round, step.base, asked))
+        await self._record(facts.RoundOpened(step.round, step.base, asked, len(step.eligible)))
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
         run, lane = self.run, self._around.lane

@@ -16,7 +16,7 @@ from coordinator.fleetwork import Fleetwork
 from coordinator.run_loop import RunLoop
 from coordinator.runs import Run
 from coordinator.strategies import memory
-from protocols import codecs
+from protocols import codecs, schemes, weights
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 from protocols.failpoints import failpoint
 from protocols.states import RunState
@@ -98,6 +98,7 @@ class RunQueue:
         if from_digest and not self._around.lane.has(from_digest):
             raise UnknownName(f"no version {from_digest[:12]}")
         if from_digest:
+            from_digest = self._as_first(spec, from_digest)
             with Stored(self._around.lane.version(from_digest)) as first:
                 memory.told(strategies.find(spec.strategy), spec, first.schema, spec.quorum)
         task = re.sub(r"\W+", "-", spec.task)[:48]
@@ -112,7 +113,20 @@ class RunQueue:
         self._queue.put_nowait(run_id)
         return run_id
 
+    def _as_first(self, spec: RunSpec, digest: str) -> str:
+        """A version as such a run begins with it: with control variates, or without some layers."""
+        scheme = strategies.find(spec.strategy).trainer_settings(spec.strategy_args)
+        lane = self._around.lane
+        given = weights.load(lane.version(digest))
+        first = schemes.first_version(given, scheme)
+        return digest if first.schema == given.schema else lane.commit(first)
+
     def _check(self, spec: RunSpec) -> None:
+        if taken := sorted(schemes.SETTINGS & spec.settings.keys()):
+            raise UsageFault(
+                f"{taken[0]} is no setting of a task: the strategy says it",
+                "--strategy scaffold or fedbn, with --strategy-arg",
+            )
         strategies.check(spec)
         codecs.find(spec.codec)
         if spec.rounds < 1:

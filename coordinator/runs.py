@@ -88,6 +88,7 @@ class Run(Struct, frozen=True, kw_only=True):
     parent: str = ""
     described: dict[str, Description] = {}
     card: SchemaCard | None = None
+    eligible: int = 0
     peers: dict[str, Standing] = {}
     updates: dict[str, Update] = {}
     contributors: tuple[str, ...] = ()
@@ -146,6 +147,7 @@ def _round_opened(run: Run, fact: RoundOpened) -> Run:
         state=RunState.TRAINING,
         round=fact.round,
         parent=fact.base,
+        eligible=fact.eligible or len(fact.asked),
         peers=dict.fromkeys(fact.asked, "asked"),
         updates={},
         contributors=(),

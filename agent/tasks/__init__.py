@@ -133,6 +133,26 @@ class Traited(Protocol):
 
 
 @runtime_checkable
+class Steerable(Protocol):
+    """What a task may do besides: let SCAFFOLD steer its plain SGD (arXiv 1910.06378).
+
+    Arrays are by the names of the weights, and as large as these.
+    """
+
+    def steer(self, correction: Mapping[str, Array]) -> None:
+        """Let the next `train` add this to the gradient of each of its steps."""
+
+    def path(self, settings: Settings) -> float:
+        """Learning rate times steps of a `train` with these settings on this peer's data.
+
+        Raises UsageFault where its steps would be no plain SGD.
+        """
+
+    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over all of this peer's examples."""
+
+
+@runtime_checkable
 class Predicting(Protocol):
     """What a task may do besides: answer from the shared model, on this machine."""
 

@@ -33,7 +33,9 @@ BUILT_IN: dict[str, str] = {
     "text-lm": "agent.tasks.text_lm:TextLM",
 }
 #: Those that are there for TensorFlow as well: schema, settings and wire are the same.
-KERAS: dict[str, str] = {}
+KERAS: dict[str, str] = {
+    "images": "agent.tasks.images_keras:Images",
+}
 #: What pip installs for a built-in task, where it is not the same as its name.
 _EXTRAS = {"mnist": "demo", "text-lm": "agent"}
 _METHODS = ("schema", "init", "load", "train", "evaluate")

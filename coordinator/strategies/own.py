@@ -35,7 +35,7 @@ class Own(Recipe):
     def __init__(self, name: str, known: Mapping[str, Recipe]) -> None:
         super().__init__(name)
         self._class = _found(name)
-        by_class = {recipe.flower: recipe for recipe in known.values()}
+        by_class = {recipe.flower: recipe for recipe in reversed(list(known.values()))}
         near = next((c for c in self._class.__mro__ if c.__name__ in by_class and _is(c)), None)
         self._like = by_class[near.__name__] if near is not None else Recipe("Strategy")
         giver = next(c for c in self._class.__mro__ if "aggregate_train" in c.__dict__)

@@ -44,7 +44,7 @@ _POSITIVE = (lambda value: value > 0, "above 0")
 _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _DECAY = (lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
 Limits = Mapping[str, tuple[Callable[[Any], bool], str]]
-_LIMITS: Limits = {
+LIMITS: Limits = {
     "fraction_train": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "fraction_evaluate": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "server_learning_rate": _POSITIVE,
@@ -74,7 +74,11 @@ class Recipe:
     #: Arguments for which our default is another than Flower's, or for which Flower has none.
     defaults: Mapping[str, Setting] = MappingProxyType({})
     #: What arguments may be, by name: a test and words for it.
-    limits: Limits = _LIMITS
+    limits: Limits = LIMITS
+    #: Arguments that Flower's class does not know: they are for the trainers (`trainer_settings`).
+    for_trainers: Mapping[str, Setting] = MappingProxyType({})
+    #: It moves on from the round's first weights, so it is `put` them though it remembers nothing.
+    needs_base = False
     #: It looks at the weights that it sends out; Flower's own classes only pass them on.
     looks_at_weights = False
     #: Copies of all updates that Flower's class holds at its peak ("models" only; measured).
@@ -103,6 +107,9 @@ class Recipe:
                     found.setdefault(name, parameter)
             if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
                 break
+        for name, default in self.for_trainers.items():
+            kind = inspect.Parameter.KEYWORD_ONLY
+            found[name] = inspect.Parameter(name, kind, default=default, annotation=type(default))
         return found
 
     def arguments(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
@@ -116,7 +123,7 @@ class Recipe:
             if name not in _NOT_ASKED and _kind(parameter) is not None
         }
         chosen: dict[str, Setting] = {}
-        for name, value in {**self.defaults, **given}.items():
+        for name, value in {**self.for_trainers, **self.defaults, **given}.items():
             if name not in asked:
                 raise UnknownName(f"{self.flower} has no argument {name!r}", _told(asked, self))
             chosen[name] = _of_type(name, value, asked[name])
@@ -132,7 +139,8 @@ class Recipe:
 
     def make(self, given: Mapping[str, Setting]) -> Strategy:
         """A new object of Flower's class. Raises UsageFault, UnknownName."""
-        arguments: dict[str, Any] = dict(self.arguments(given))
+        chosen = self.arguments(given)
+        arguments: dict[str, Any] = {n: v for n, v in chosen.items() if n not in self.for_trainers}
         # The run decides who works and how long it waits.
         for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
             if name in self.parameters():
@@ -171,6 +179,10 @@ class Recipe:
     def metric(self, given: Mapping[str, Setting]) -> str:
         """A metric, 0 or more, that every update must tell for it; or empty."""
         return ""
+
+    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
+        """What every trainer is told and no task sees (`protocols.schemes`)."""
+        return {}
 
     # --- what it remembers from round to round ---
 

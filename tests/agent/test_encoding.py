@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.encoding import KEPT_S, Leftovers
+from agent.encoding import Leftovers
+from agent.run_files import KEPT_S
 from protocols import codecs, weights
 from protocols.errors import BadWeights
 from protocols.weights import Weights

@@ -55,14 +55,15 @@ def train(
     correction: dict[str, Array] | None = None,
     **settings: Setting,
 ) -> Weights:
-    made = (local or LocalTraining()).train(
+    local = local or LocalTraining()
+    local.steer(correction or {})
+    made = local.train(
         first(),
         read_plan({"epochs": 3, **settings}),
         examples,
         by_autograd(loss_of),
         on_step,
         buffers=frozenset({"mean"}),
-        correction=correction or {},
     )
     assert isinstance(made.weights, Weights)
     return made.weights

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from agent import tasks
-from agent.tasks import DataSettings, finding, mnist
+from agent.tasks import DataSettings, Setting, finding, mnist
 from agent.tasks.mnist import DIGITS, TRAINED_ON, Mnist, cut
 from protocols import weights
 from protocols.errors import CommonweightError, UnknownName, UsageFault
@@ -279,3 +279,38 @@ def test_the_proximal_term_holds_training_near_the_base(task: Mnist) -> None:
         return float(sum(((made[name] - base[name]) ** 2).sum() for name in base))
 
     assert distance(1.0) < 0.5 * distance(0.1) < 0.5 * distance(0.0)
+
+
+@pytest.mark.parametrize("model", ["2nn", "cnn"])
+def test_a_correction_is_added_to_each_gradient(model: str) -> None:
+    """One full-batch step: the weights move by lr times (gradient + correction)."""
+    task = Mnist()
+    task.load(DataSettings(index=0, parts=200))
+    settings: dict[str, Setting] = {
+        "model": model,
+        "epochs": 1,
+        "batch_size": "all",
+        "lr": 0.5,
+        "round": 1,
+    }
+    first = task.init(1, settings)
+    gradient = task.gradient(first, settings)
+    correction = {name: np.full_like(first[name], 0.01) for name in first}
+    task.steer(correction)
+    steered = task.train(first, settings, lambda *_: None).weights
+    plain = task.train(first, settings, lambda *_: None).weights
+    assert task.path(settings) == 0.5
+    for name in first:
+        moved = np.subtract(first[name], plain[name])
+        np.testing.assert_allclose(moved, 0.5 * np.asarray(gradient[name]), atol=2e-6)
+        np.testing.assert_allclose(np.subtract(plain[name], steered[name]), 0.005, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "bent", [{"momentum": 0.9}, {"optimiser": "adamw"}, {"proximal_mu": 1.0}, {"lr": 0.0}]
+)
+def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
+    task = Mnist()
+    task.load(DataSettings(index=0, parts=200))
+    with pytest.raises(UsageFault, match="SCAFFOLD"):
+        task.path(bent)

@@ -150,13 +150,15 @@ class Nodes(Grid):
 def test_every_strategy_of_flower_that_joins_weights_is_there() -> None:
     left_out = {"FedXgbBagging", "FedXgbCyclic", "Result", "Strategy"}
     left_out |= {name for name in flower.__all__ if name.startswith("DifferentialPrivacy")}
-    assert {strategies.find(name).flower for name in strategies.names()} == (
+    ours = {"Scaffold"}
+    assert {strategies.find(name).flower for name in strategies.names()} - ours == (
         set(flower.__all__) - left_out
     )
     for name in strategies.names():
         recipe = strategies.find(name)
         strategies.check(spec_of(name))
-        assert type(recipe.make(ARGUMENTS.get(name, {}))) is getattr(flower, recipe.flower)
+        if recipe.flower not in ours:
+            assert type(recipe.make(ARGUMENTS.get(name, {}))) is getattr(flower, recipe.flower)
 
 
 def test_an_unknown_strategy_is_told_with_the_known_ones() -> None:

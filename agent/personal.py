@@ -1,0 +1,144 @@
+"""The trainer's half of SCAFFOLD and FedBN: what is this peer's own in a run's model. Pure.
+
+Of a version, the task sees the model alone; what stays at home and this peer's control variate lie
+in a file of its own, which moves on with each update.
+
+SCAFFOLD: Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1. Each step's gradient is corrected
+by c - c_i, the update carries c + (c_i⁺ - c_i), and c_i⁺ is either (I) the gradient at the version
+or (II) the mean of the gradients on the way, c_i - c + (x - y) / path.
+FedBN: Li et al. 2021, arXiv 2102.07623.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.tasks import Settings, Steerable, Task
+from protocols import schemes, weights
+from protocols.errors import BadWeights, UsageFault
+from protocols.schemes import control_of, pick
+from protocols.weights import Array, Schema, Weights
+
+Arrays = dict[str, Array]
+Floats = npt.NDArray[np.floating[Any]]
+
+
+class Personal:
+    """This peer's own part of a model of schema `model`, under the scheme in the settings.
+
+    `first` makes the task's first weights: what stays at home begins with them. `kept` is the file
+    of earlier updates, if there is one.
+    """
+
+    def __init__(
+        self, model: Schema, scheme: Settings, first: Callable[[], Weights], kept: Path | None
+    ) -> None:
+        self._model, self._scheme = model, scheme
+        self.shared = schemes.shared(model, scheme)
+        at_home = {name: spec for name, spec in model.items() if name not in self.shared}
+        controls = {n: s for n, s in self.shared.items() if schemes.is_control(n)}
+        self._schema = at_home | controls
+        fresh = first() if at_home else Weights({})
+        self._newcomers: Arrays = {name: fresh[name] for name in at_home}
+        none = {name: np.zeros(s.shape, weights.DTYPES[s.dtype]) for name, s in controls.items()}
+        found = self._read(kept)
+        self._own: Mapping[str, Array] = {**self._newcomers, **none} if found is None else found
+
+    def _read(self, kept: Path | None) -> Weights | None:
+        if kept is None or not kept.exists():
+            return None
+        try:
+            found = weights.load(kept)
+            weights.check_schema(found.schema, self._schema)
+        except BadWeights as err:
+            sys.stderr.write(f"what this peer kept for itself is dropped: {err.message}\n")
+            return None
+        return found
+
+    def model(self, version: Weights, *, newcomer: bool = False) -> Weights:
+        """The task's model: what is shared, and this peer's own (or a newcomer's) beside it."""
+        at_home = self._newcomers if newcomer else self._own
+        return pick(self._model, lambda n: version[n] if n in self.shared else at_home[n])
+
+    @property
+    def stays_at_home(self) -> bool:
+        return bool(self._newcomers)
+
+    @property
+    def steers(self) -> bool:
+        return bool(self._scheme.get(schemes.SCAFFOLD))
+
+    def correction(self, version: Weights) -> Arrays:
+        """c - c_i, by the weight whose gradient it is added to."""
+        return {
+            name: np.subtract(version[control_of(name)], self._own[control_of(name)])
+            for name in self._model
+            if control_of(name) in self._schema
+        }
+
+    def update(
+        self,
+        task: Task,
+        settings: Settings,
+        version: Weights,
+        trained: Mapping[str, Array],
+        out: Path | None,
+    ) -> Weights:
+        """What travels of a trained model; what does not is written to `out`. Raises UsageFault."""
+        own = {name: trained[name] for name in self._newcomers}
+        change: dict[str, Floats] = {}
+        if self.steers:
+            new = self._control(steerable(task), settings, version, trained)
+            change = {n: _floats(version[n]) + (new[n] - _floats(self._own[n])) for n in new}
+            own |= new
+        if out is not None:
+            weights.save(pick(self._schema, own.__getitem__), out)
+        return pick(self.shared, lambda name: change[name] if name in change else trained[name])
+
+    def _control(
+        self, task: Steerable, settings: Settings, version: Weights, trained: Mapping[str, Array]
+    ) -> dict[str, Floats]:
+        """c_i⁺ by the names of control variates."""
+        moving = [
+            (name, control_of(name), _floats(self._own[control_of(name)]))
+            for name in self._model
+            if control_of(name) in self._schema
+        ]
+        if self._scheme[schemes.SCAFFOLD] == 1:
+            gradient = task.gradient(self.model(version), settings)
+            # What no gradient moves (running statistics) needs no control.
+            return {n: np.asarray(gradient.get(name, own), own.dtype) for name, n, own in moving}
+        path = task.path(settings)
+        return {
+            n: (own - _floats(version[n]) + moved / path).astype(own.dtype)
+            for name, n, own in moving
+            for moved in [self._moved(name, version, trained)]
+        }
+
+    def _moved(self, name: str, version: Weights, trained: Mapping[str, Array]) -> Floats:
+        """x - y as float64."""
+        x, y = version[name], trained[name]
+        if self._model[name].dtype == "BF16":
+            x, y = weights.widen(x), weights.widen(y)
+        return np.subtract(x, y, dtype=np.float64)
+
+
+def _floats(array: Array) -> Floats:
+    return cast(Floats, array)
+
+
+def steerable(task: Task) -> Steerable:
+    """The task, if SCAFFOLD can steer it. Raises UsageFault."""
+    if not isinstance(task, Steerable):
+        raise UsageFault(
+            f"{type(task).__name__} cannot be trained with SCAFFOLD: it lacks steer, path or "
+            "gradient",
+            "another strategy, or these methods: see agent/tasks",
+        )
+    return task

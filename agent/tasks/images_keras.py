@@ -1,0 +1,88 @@
+"""The task "images" on Keras and TensorFlow: what peers without torch train in the same run.
+
+Settings, pictures, tensors and their layout on the wire are those of `images`; an agent's
+`framework` setting says which of the two it takes where both are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import keras
+import numpy as np
+
+from agent.tasks import DataSettings, Settings, architecture, image_plan, pictures
+from agent.tasks.architecture import Layer
+from agent.tasks.image_plan import RESNET
+from agent.tasks.keras_task import Examples, KerasTask
+from agent.tasks.seeds import stream
+from protocols.errors import UsageFault
+from protocols.weights import Array, Schema, Weights
+
+
+class Images(KerasTask):
+    """The task. On a CPU the same inputs give the same bytes."""
+
+    version = "1"
+    defaults = MappingProxyType(image_plan.DEFAULTS)
+
+    def schema(self, settings: Settings) -> Schema:
+        return architecture.schema(_layers(settings))
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+        """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
+        self._found(settings)
+        return pictures.traits(image_plan.read(settings))
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """The same bytes as with torch."""
+        return architecture.init(_layers(settings), stream("init", seed))
+
+    def model(self, settings: Settings) -> Any:
+        plan = image_plan.read(settings)
+        made = [keras.Input((plan.size, plan.size, plan.channels))]
+        flat = False
+        for layer in _layers(settings):
+            if layer.kind == "conv":
+                filters = keras.layers.Conv2D(
+                    layer.units, layer.kernel, padding="same", activation="relu", name=layer.name
+                )
+                made.append(filters)
+            elif layer.kind == "pool":
+                made.append(keras.layers.MaxPooling2D(2))
+            else:
+                if not flat:
+                    made.append(keras.layers.Flatten())
+                flat = True
+                activation = "relu" if layer.kind == "dense" else None
+                made.append(keras.layers.Dense(layer.units, activation, name=layer.name))
+        return keras.Sequential(made)
+
+    def read(self, data: DataSettings, settings: Settings) -> Examples:
+        found = pictures.read(data, image_plan.read(settings))
+        return Examples(found.pixels, found.labels, found.train, found.held_out)
+
+    def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
+        """uint8[n, channels, size, size] -> float32[n, size, size, channels]."""
+        x = (x.transpose(0, 2, 3, 1).astype(np.float32) / 255 - pictures.MEAN) / pictures.SPREAD
+        if training and image_plan.read(settings).flip:
+            mirrored = np.random.random(len(x)) < 0.5
+            x[mirrored] = x[mirrored, :, ::-1]
+        return np.ascontiguousarray(x, np.float32)
+
+    def to_keras(self, weights: Mapping[str, Array], settings: Settings) -> list[Array]:
+        return architecture.to_keras(_layers(settings), weights)
+
+    def from_keras(self, arrays: Sequence[Array], settings: Settings) -> Weights:
+        return architecture.from_keras(_layers(settings), arrays)
+
+
+def _layers(settings: Settings) -> tuple[Layer, ...]:
+    plan = image_plan.read(settings)
+    if plan.network == RESNET:
+        raise UsageFault(
+            "resnet18 is there in torch only", "on such peers: pip install 'commonweight[agent]'"
+        )
+    return architecture.declared(plan.network, plan.channels, plan.size, len(plan.classes))

@@ -1,0 +1,23 @@
+"""FedBN: normalisation layers stay at home. Li et al. 2021, arXiv 2102.07623.
+
+At the server it is FedAvg over the other tensors. Each peer has layers of its own, that fit its own
+features; it also tells how well the model does with them (`personal_accuracy`), beside how it does
+with the first ones, as a newcomer would have it (`accuracy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from coordinator.facts import Setting
+from coordinator.strategies.recipe import Recipe
+from protocols import schemes
+
+
+class FedBN(Recipe):
+    #: Names of tensors, as patterns: such as "norm*,*.bn.*".
+    for_trainers = MappingProxyType({"layers": "*norm*"})
+
+    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
+        return {schemes.AT_HOME: self.arguments(given)["layers"]}
