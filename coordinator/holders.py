@@ -1,9 +1,12 @@
 """Who holds a version, or is fetching it, and whom to send to whom. Pure.
 
-The first of a network to ask is sent to the coordinator; whoever asks later, to those of its own
-network that asked before, the least loaded first. A holder passes on what it has while the rest is
-still coming, so a version crosses the coordinator's line about once for each network. As everybody
-is only sent to those who asked before, nobody waits for somebody who waits for him.
+The first of a network to ask, its seed, is sent to the coordinator; whoever asks later, to those of
+its own network that asked before, the least loaded first. A holder passes on what it has while the
+rest is still coming, so a version crosses the coordinator's line about once for each network. As
+everybody is only sent to those who asked before, nobody waits for somebody who waits for him.
+
+The seed may be the one with the slow line. Until somebody has the version whole, a network is given
+another seed after 5 s, then after 10 s more, 20 s…: soon a quick one is among them, and few are.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from protocols.sharing import MOST_HOLDERS, PlanAsked, host_of, in_networks
 FRESH_S = 3600.0
 #: Holders that are remembered for one version, and versions.
 MOST_REMEMBERED, MOST_VERSIONS = 4096, 4
+#: Until a network is given its second seed; each next one takes twice as long.
+SEED_S = 5.0
 _OLD_SHARE = 0.7  # of a holder's rate, when a new one is measured
 
 
@@ -28,6 +33,13 @@ class _Standing(NamedTuple):
     outside: str  # the address that the coordinator sees: one router, one household
     open: bool
     whole: bool
+
+
+class Advice(NamedTuple):
+    """`holders` are (peer, address), the best first; `seed`: fetch from the coordinator as well."""
+
+    holders: list[tuple[str, str]]
+    seed: bool
 
 
 class Holders:
@@ -42,13 +54,13 @@ class Holders:
         self._load: dict[tuple[str, str], int] = {}
         self._rates: dict[str, float] = {}
         self._asked = 0
+        #: By version and networks: how many seeds, and when the last one was made.
+        self._seeds: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
         #: By holder: who has complained of it.
         self._complaints: dict[str, set[str]] = {}
 
-    def ask(
-        self, digest: str, peer: str, asked: PlanAsked, outside: str, now: float
-    ) -> list[tuple[str, str]]:
-        """Where this peer may fetch the version from: (peer, address), the best first.
+    def ask(self, digest: str, peer: str, asked: PlanAsked, outside: str, now: float) -> Advice:
+        """Where this peer may fetch the version from.
 
         Remembers, if it can be reached itself, that it will hold it soon.
         """
@@ -78,7 +90,16 @@ class Holders:
             standings[peer] = _Standing(
                 now, order, asked.address, asked.networks, outside, asked.open, False
             )
-        return [(other, standings[other].address) for other in chosen]
+        whole = any(standings[other].whole for other in chosen)
+        seed = not chosen or (not whole and self._needs_seed(digest, asked.networks, now))
+        if seed:
+            seeds, _ = self._seeds.get((digest, asked.networks), (0, now))
+            self._seeds[digest, asked.networks] = seeds + 1, now
+        return Advice([(other, standings[other].address) for other in chosen], seed)
+
+    def _needs_seed(self, digest: str, networks: tuple[str, ...], now: float) -> bool:
+        seeds, at = self._seeds.get((digest, networks), (0, now))
+        return now - at >= SEED_S * 2.0 ** (seeds - 1)
 
     def held(
         self, digest: str, peer: str, rates: Mapping[str, float], faulty: tuple[str, ...]
@@ -104,6 +125,8 @@ class Holders:
         """The version is dropped."""
         for other in self._by_version.pop(digest, {}):
             self._load.pop((digest, other), None)
+        for key in [key for key in self._seeds if key[0] == digest]:
+            del self._seeds[key]
 
     def gone(self, peer: str) -> None:
         """The peer was removed: nobody is sent to it any more."""

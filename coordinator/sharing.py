@@ -54,7 +54,7 @@ class SharingDesk:
                 raise HTTPException(404)
             pieces = await self._pieces(digest, path)
             outside = request.client.host if request.client else ""
-            found = self._holders.ask(digest, peer.peer, asked, outside, time.monotonic())
+            advice = self._holders.ask(digest, peer.peer, asked, outside, time.monotonic())
             known = self._registry.peers
             permit = sharing.Permit(
                 peer=peer.peer,
@@ -69,10 +69,11 @@ class SharingDesk:
                 pieces=pieces,
                 holders=tuple(
                     Holder(peer=other, address=address, node_public=known[other].node_public)
-                    for other, address in found
+                    for other, address in advice.holders
                     if other in known and known[other].standing == "enrolled"
                 ),
                 permit=sharing.issue(permit, self._sign),
+                seed=advice.seed,
             )
             return Response(msgspec.json.encode(answer), media_type="application/json")
 

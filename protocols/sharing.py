@@ -55,7 +55,10 @@ class Holder(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """How to get a version: `pieces` are SHA-256 digests, one after the other."""
+    """How to get a version: `pieces` are SHA-256 digests, one after the other.
+
+    `seed`: take from the coordinator also what no holder is sending.
+    """
 
     digest: Digest
     nbytes: Count
@@ -63,6 +66,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     pieces: bytes
     holders: Annotated[tuple[Holder, ...], Meta(max_length=MOST_HOLDERS)] = ()
     permit: bytes = b""
+    seed: bool = False
 
 
 class Held(Struct, frozen=True, kw_only=True):

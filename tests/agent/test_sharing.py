@@ -163,7 +163,7 @@ def test_a_cut_download_goes_on_with_the_pieces_that_it_has(
 def test_a_hostile_holder_costs_time_only(
     site: Site, tmp_path: Path, digest: str, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.swarm._PIECE_S", 1.0)
+    monkeypatch.setattr("agent.holder_link.PIECE_S", 1.0)
     with peers(site, tmp_path, "ann") as (ann,), hostile_holder(site, tmp_path, wrong) as rogue:
         machine, address = rogue
         asked = PlanAsked(address=address, networks=("127.0.0.0/8",), open=True)
@@ -173,7 +173,7 @@ def test_a_hostile_holder_costs_time_only(
         again = PlanAsked(address="", networks=("127.0.0.0/8",), faulty=())
         site.holders.held(digest, "another", {}, (machine.peer,))
         assert machine.peer not in dict(
-            site.holders.ask(digest, "third", again, HOST, time.monotonic())
+            site.holders.ask(digest, "third", again, HOST, time.monotonic()).holders
         ), "the first complaint was told"
 
 

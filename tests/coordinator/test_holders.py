@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.holders import FRESH_S, Holders
+from coordinator.holders import FRESH_S, SEED_S, Holders
 from protocols.sharing import MOST_HOLDERS, PlanAsked
 
 VERSION = "0" * 64
@@ -20,7 +20,7 @@ def at_home(number: int, **changed: object) -> PlanAsked:
 
 def ask(holders: Holders, number: int, now: float = 0.0, **changed: object) -> list[str]:
     asked = at_home(number, **changed)
-    return [peer for peer, _ in holders.ask(VERSION, f"p{number}", asked, ROUTER, now)]
+    return [peer for peer, _ in holders.ask(VERSION, f"p{number}", asked, ROUTER, now).holders]
 
 
 def test_the_first_of_a_network_asks_the_coordinator_and_later_ones_those_before() -> None:
@@ -28,22 +28,25 @@ def test_the_first_of_a_network_asks_the_coordinator_and_later_ones_those_before
     assert ask(holders, 1) == []
     assert ask(holders, 2) == ["p1"]
     assert ask(holders, 3) == ["p2", "p1"], "the less loaded first"
-    assert holders.ask(VERSION, "p9", at_home(9), ROUTER, 0.0)[0] == ("p3", "192.168.1.3:4000")
+    assert holders.ask(VERSION, "p9", at_home(9), ROUTER, 0.0).holders[0] == (
+        "p3",
+        "192.168.1.3:4000",
+    )
 
 
 def test_other_networks_are_another_affair() -> None:
     holders = Holders()
     ask(holders, 1)
     elsewhere = PlanAsked(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
-    assert holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0) == []
+    assert holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders == []
     # The same private numbers behind another router are another home.
-    assert holders.ask(VERSION, "twin", at_home(8), "198.51.100.1", 0.0) == []
+    assert holders.ask(VERSION, "twin", at_home(8), "198.51.100.1", 0.0).holders == []
 
 
 def test_without_a_router_in_between_the_network_is_seen_as_it_is() -> None:
     holders = Holders()
     holders.ask(VERSION, "p1", at_home(1), "192.168.1.1", 0.0)
-    found = holders.ask(VERSION, "p2", at_home(2), "192.168.1.2", 0.0)
+    found = holders.ask(VERSION, "p2", at_home(2), "192.168.1.2", 0.0).holders
     assert [peer for peer, _ in found] == ["p1"]
 
 
@@ -51,7 +54,7 @@ def test_an_open_holder_serves_everybody() -> None:
     holders = Holders()
     ask(holders, 1, open=True)
     elsewhere = PlanAsked(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
-    found = holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0)
+    found = holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders
     assert found == [("p1", "192.168.1.1:4000")]
 
 
@@ -89,6 +92,21 @@ def test_a_whole_version_serves_also_those_who_asked_before() -> None:
     assert ask(holders, 1) == []
     holders.held(VERSION, "p2", {}, ())
     assert ask(holders, 1) == ["p2"]
+
+
+def test_a_network_whose_seed_is_slow_is_given_others_ever_more_seldom() -> None:
+    holders = Holders()
+
+    def seed(number: int, now: float) -> bool:
+        return holders.ask(VERSION, f"p{number}", at_home(number), ROUTER, now).seed
+
+    assert seed(1, 0.0)
+    assert not seed(2, SEED_S - 1)
+    assert seed(3, SEED_S)
+    assert not seed(4, SEED_S + 1.9 * SEED_S)
+    assert seed(4, SEED_S + 2 * SEED_S)
+    holders.held(VERSION, "p4", {}, ())
+    assert not seed(5, 1000.0), "somebody has it whole"
 
 
 @given(
