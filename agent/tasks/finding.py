@@ -29,6 +29,7 @@ BUILT_IN: dict[str, str] = {
     "images": "agent.tasks.images:Images",
     "lora": "agent.tasks.lora:Lora",
     "mnist": "agent.tasks.mnist:Mnist",
+    "motion": "agent.tasks.motion:Motion",
     "ping": "agent.tasks.ping:Ping",
     "text-lm": "agent.tasks.text_lm:TextLM",
 }
@@ -37,7 +38,7 @@ KERAS: dict[str, str] = {
     "images": "agent.tasks.images_keras:Images",
 }
 #: What pip installs for a built-in task, where it is not the same as its name.
-_EXTRAS = {"mnist": "demo", "text-lm": "agent"}
+_EXTRAS = {"mnist": "demo", "motion": "demo", "text-lm": "agent"}
 _METHODS = ("schema", "init", "load", "train", "evaluate")
 #: What a registered task may be called: it becomes part of run names and messages.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
