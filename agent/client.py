@@ -95,7 +95,7 @@ class Client:
     `patch(work)` may make the version that the work is on from its parent, to spare the lane.
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
     `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
-    the version that the work is on is here.
+    the version that the work is on is here. `recall(work)` answers a coordinator without its disk.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Client:
         on_sending: Callable[[], None] = lambda: None,
         on_trained: Callable[[], None] = lambda: None,
         on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
+        recall: Callable[[Work], RecordDict] = lambda work: RecordDict(),
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
@@ -123,7 +124,7 @@ class Client:
         self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
-        self._on_held = on_held
+        self._on_held, self._recall = on_held, recall
         #: The run whose card this agent has found to be that of its own task and data.
         self._fits = ("", "")
         self.app = ClientApp()
@@ -131,6 +132,8 @@ class Client:
         self.app.evaluate()(self._answer)
         self.app.query("describe")(self._answer)
         self.app.query("init")(self._answer)
+        self.app.query("holdings")(self._answer)
+        self.app.query("recall")(self._answer)
 
     def handle(self, message: Message) -> Message:
         """The reply to a message. Raises CommonweightError when the work cannot be done.
@@ -158,6 +161,8 @@ class Client:
     def _answer(self, message: Message, _: Context) -> Message:
         work, payload, signature = self._read(message)
         note("work", run=work.run, round=work.round, kind=work.kind)
+        if work.kind in ("holdings", "recall"):
+            return Message(self._recall(work), reply_to=message)
         self._on_work(work)
         try:
             finished = self._finished(work)

@@ -18,6 +18,7 @@ from agent.frames import Progress
 from agent.kept import prove
 from agent.link import Credentials, Link, NoRoom, SessionLost
 from agent.loop import WorkerLoop
+from agent.recall import Recall
 from agent.report import Report
 from agent.settings import AgentSettings, Enrolment, data_settings
 from agent.sharing import Sharing
@@ -94,6 +95,13 @@ class WorkThread:
             on_sending=lambda: loop.happened_in_thread(SendingBegan()),
             on_trained=self.trainer.forget,
             on_held=partial(prove, cache),
+            recall=Recall(
+                enrolment.peer,
+                credentials.sign_key.sign,
+                enrolment.coordinator_public,
+                cache,
+                self._send,
+            ).answer,
         )
 
     def close(self) -> None:

@@ -98,7 +98,7 @@ class Questions:
             round=number,
             kind=kind,
             task=spec.task,
-            base=run.head if kind != "describe" else "",
+            base=_base(run, kind),
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
@@ -122,17 +122,17 @@ class Questions:
         peers = [p for p in run.pending if p not in reached and p in eligible]
         if not peers:
             return
-        if run.kind in ("describe", "init"):
-            if run.kind == "init":
+        is_query = run.kind not in ("train", "evaluate")
+        if is_query:
+            if run.kind in ("init", "recall"):
                 self._model.await_first()
-            content = RecordDict({"config": self._work_record(run, run.kind, 0)})
+            content = RecordDict({"config": self._work_record(run, run.kind, run.round)})
         else:
             if self._content is None:  # after a restart
                 await self.configure(run, sorted(eligible))
             if self._content is None:
                 return
             content = self._content
-        is_query = run.kind in ("describe", "init")
         message_type = f"query.{run.kind}" if is_query else run.kind
         outgoing: list[Message] = []
         for peer in peers:
@@ -209,3 +209,10 @@ class Questions:
         for question in questions:
             del self._under_way[question]
         self.settle(questions, False)
+
+
+def _base(run: Run, kind: str) -> str:
+    """The version that a question is about."""
+    if kind == "recall":
+        return run.sought.digest if run.sought else ""
+    return run.head if kind in ("train", "evaluate") else ""

@@ -1,10 +1,11 @@
-"""`commonweight doctor` and `commonweight audit`: is it well, and what has happened."""
+"""`commonweight doctor`, `audit`, `backup` and `restore`: how it is, what happened, and safety."""
 
 from __future__ import annotations
 
 import datetime
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,8 @@ audit = typer.Typer(help="Who was let in, sent away or refused, from the ledger.
 def add_to(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
     app.add_typer(audit, name="audit")
+    app.command("backup")(backup)
+    app.command("restore")(restore)
 
 
 def doctor(json: Json = False) -> None:
@@ -36,6 +39,55 @@ def doctor(json: Json = False) -> None:
         sys.stdout.write(output.ok(checks.as_data(made)) + "\n")
     if checks.num_faults(made):
         raise typer.Exit(ExitCode.FAULTS_FOUND)
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="Where the backup is to be written.")],
+    with_versions: Annotated[
+        bool, typer.Option("--with-versions", help="Also the shared weights on this disk.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Keys, peers, settings and the ledger in one file; also while the coordinator runs.
+
+    Who has the file has the coordinator's keys.
+    """
+    from coordinator import backup as backups
+
+    made = backups.write(homes.open_home("coordinator"), file, with_versions=with_versions)
+    if json:
+        data = {"file": file, "fleet": made.fleet, "entries": made.entries, "head": made.head}
+        sys.stdout.write(output.ok(data) + "\n")
+    else:
+        nbytes = sum(one.nbytes for one in made.files.values())
+        sys.stderr.write(
+            f"wrote {file}: {made.entries} entries of the ledger, {nbytes / 1e6:,.1f} MB in all\n"
+            "keep it where only you can read it: the coordinator's keys are in it\n"
+        )
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup.")],
+    from_peers: Annotated[
+        bool,
+        typer.Option("--from-peers", help="Take the newest versions from the agents' disks."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make this machine the coordinator that a backup was made of. The home must be empty."""
+    from coordinator import backup as backups
+
+    home = homes.locate("coordinator")
+    made = backups.restore(file, home, from_peers=from_peers)
+    if json:
+        data = {"home": home, "fleet": made.fleet, "entries": made.entries, "made_at": made.at}
+        sys.stdout.write(output.ok(data) + "\n")
+        return
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(made.at))
+    sys.stderr.write(f"restored {home} as it was on {at}\n")
+    if not from_peers and not any(name.startswith("versions/") for name in made.files):
+        sys.stderr.write("no shared weights are in it: --from-peers takes them from the agents\n")
+    sys.stderr.write("next: commonweight up, under the address that the agents know\n")
 
 
 @audit.callback(invoke_without_command=True)

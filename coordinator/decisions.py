@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from coordinator import merit
+from coordinator import merit, recall
+from coordinator.recall import KeepOwn, Seek
 from coordinator.runs import Run
 from protocols.states import RunState
 
@@ -75,6 +76,8 @@ class Wait(NamedTuple):
 Step = (
     Agree
     | AskInit
+    | Seek
+    | KeepOwn
     | OpenRound
     | AskMore
     | CloseTraining
@@ -93,6 +96,8 @@ _LEAST_DEADLINE_S = 5.0
 
 def deadline_s(run: Run) -> float:
     """Seconds that a phase of this round may take before it goes on with the quorum."""
+    if run.recalling:
+        return min(run.spec.deadline_s, recall.WITHIN_S)
     longest = [max(run.needed[peer]) for peer in run.peers if peer in run.needed]
     if run.spec.deadline == "fixed" or len(longest) < len(run.peers) or not longest:
         return run.spec.deadline_s  # nobody knows yet how long a peer takes that is new
@@ -130,6 +135,8 @@ def decide(run: Run, view: View) -> Step:
 
 
 def _decide_waiting(run: Run, view: View) -> Step:
+    if run.recalling:
+        return _decide_recalling(run, view)
     if run.round >= run.spec.rounds:
         return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
     if (end := _enough(run)) is not None:
@@ -161,6 +168,20 @@ def _enough(run: Run) -> EndRun | None:
         since = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
         return EndRun(RunState.FINISHED, since)
     return None
+
+
+def _decide_recalling(run: Run, view: View) -> Step:
+    match recall.decide(run, view.eligible, view.due):
+        case recall.Ask(peers):
+            return AskMore(peers)
+        case recall.Seek(version):
+            return Seek(version)
+        case recall.KeepOwn():
+            return KeepOwn()
+        case recall.GiveUp():
+            return EndRun(RunState.FINISHED, f"{run.ended_because}; its versions are lost")
+        case str(what):
+            return Wait(what)
 
 
 def _decide_describing(run: Run, view: View) -> Step:

@@ -161,6 +161,43 @@ class VersionLost(Struct, frozen=True, tag=True):
     to: str
 
 
+class Holding(Struct, frozen=True):
+    """A version that a peer has proven to hold: its number in the run, and its digest."""
+
+    round: int
+    digest: str
+
+
+class RecallBegun(Struct, frozen=True, tag=True):
+    """The ledger is a backup: versions newer than its newest may be with the peers.
+
+    `whole`: the backup's own newest version is on disk.
+    """
+
+    whole: bool
+
+
+class HoldingTold(Struct, frozen=True, tag=True):
+    """A peer told which version it holds, and proved it; or that it holds none."""
+
+    peer: str
+    holding: Holding | None
+
+
+class VersionSought(Struct, frozen=True, tag=True):
+    """This version is to come back from a peer."""
+
+    version: Holding
+
+
+class VersionRecalled(Struct, frozen=True, tag=True):
+    """The run goes on from this version. `by` is the peer it came from, or "backup"."""
+
+    version: Holding
+    by: str
+    strategy_state: dict[str, str] = {}
+
+
 class EvaluationOpened(Struct, frozen=True, tag=True):
     round: int
     asked: tuple[str, ...]
@@ -203,6 +240,10 @@ Fact = (
     | TrainingClosed
     | VersionCommitted
     | VersionLost
+    | RecallBegun
+    | HoldingTold
+    | VersionSought
+    | VersionRecalled
     | EvaluationOpened
     | RoundClosed
     | RunEnded

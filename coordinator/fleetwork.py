@@ -20,6 +20,8 @@ class Fleetwork(NamedTuple):
     grid: LaneGrid
     sign: Sign
     verify: Verify
+    #: True for a signature of this coordinator's own, of this life or an earlier one.
+    is_own: Callable[[bytes, bytes], bool]
     eligible: Callable[[], frozenset[str]]
     node_of: Callable[[str], int | None]
     peer_of: Callable[[int], str]

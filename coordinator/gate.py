@@ -97,6 +97,8 @@ def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
 
 def expectation(run: Run, schema: Schema) -> Expected:
     """What an answer to the run's present question must be."""
+    if run.recalling:
+        return Expected(run.kind, run.sought.digest if run.sought else "", {})
     if run.state is RunState.WAITING:
         card = run.card.schema if run.card and run.kind == "init" else {}
         return Expected(run.kind, "", card)

@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,7 @@ class Hub:
             grid=self._grid,
             sign=self._keys.sign_key.sign,
             verify=self.registry.verify,
+            is_own=partial(identity.verify, identity.raw_public(self._keys.sign_key)),
             eligible=self._sessions.eligible,
             node_of=self._sessions.node_of,
             peer_of=self._sessions.peer_of,

@@ -7,12 +7,12 @@ import contextlib
 
 from flwr.app import Message
 
-from coordinator import facts, gate
+from coordinator import facts, gate, recall, retention
 from coordinator.asking import AGENT_FAILED, Asked
 from coordinator.facts import Fact, Update
 from coordinator.fleetwork import Fleetwork
 from coordinator.model import Model
-from coordinator.records import read_claim, read_description
+from coordinator.records import read_claim, read_description, read_proof
 from coordinator.runs import Run
 from protocols import codecs
 from protocols.errors import TELLABLE, BadMessage, UpdateRefused
@@ -44,12 +44,20 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
             return facts.PeerDescribed(peer, read_description(reply, claim))
         except (BadMessage, KeyError, TypeError, ValueError) as err:
             raise UpdateRefused("bad description", str(err)) from err
+    if expected.kind == "holdings":
+        try:
+            return facts.HoldingTold(peer, recall.proven(run, read_proof(reply), around.is_own))
+        except (KeyError, TypeError) as err:
+            raise UpdateRefused("bad proof", str(err)) from err
     norm = 0.0
     if expected.kind != "evaluate":
         norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
-        if expected.kind == "init":
+        if expected.kind in ("init", "recall"):
             around.lane.adopt(peer, claim.digest)
             model.learn(claim.digest)
+            if run.sought:
+                state = retention.state_of(run, run.sought, around.lane)
+                return facts.VersionRecalled(run.sought, peer, state)
             return facts.WeightsInitialised(claim.digest, peer)
     update = Update(
         digest=claim.digest,
@@ -71,7 +79,9 @@ def _measure(
         def uploaded() -> Stored:
             return stack.enter_context(around.lane.open_update(peer, digest))
 
-        if expected.kind == "init":
+        if expected.kind == "recall" and digest != expected.base:
+            raise UpdateRefused("bad weights", f"these are {digest[:12]}, not {expected.base[:12]}")
+        if expected.kind in ("init", "recall"):
             gate.check_weights(expected, uploaded)
             return 0.0
         base = stack.enter_context(Stored(around.lane.version(expected.base)))

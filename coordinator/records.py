@@ -22,7 +22,7 @@ from protocols.schemas import Description
 from protocols.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
-CLAIM, DESCRIPTION = "cw.claim", "cw.description"
+CLAIM, DESCRIPTION, PROOF = "cw.claim", "cw.description", "cw.proof"
 
 
 class VersionRecord(ArrayRecord):
@@ -96,6 +96,17 @@ def read_description(reply: Message, claim: UpdateClaim) -> Description:
     if (len(told), hashlib.sha256(told).hexdigest()) != (claim.nbytes, claim.digest):
         raise BadMessage("the description is not the one that was signed")
     return schemas.decode(told)
+
+
+def read_proof(reply: Message) -> tuple[bytes, bytes] | None:
+    """The signed work that proves which version a peer holds. Raises TypeError, KeyError."""
+    if PROOF not in reply.content:
+        return None
+    record = cast(ConfigRecord, reply.content[PROOF])
+    work, signature = record["work"], record["signature"]
+    if not isinstance(work, bytes) or not isinstance(signature, bytes):
+        raise TypeError("signed work and its signature are bytes")
+    return work, signature
 
 
 class LaneGrid(LinkGrid):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator.facts import Holding
 from coordinator.lane import Lane
 from coordinator.runs import Run
 from coordinator.strategies.state import States
@@ -29,3 +30,13 @@ class Retention:
         self._states.drop(known - still - self._elsewhere)
         failpoint("round.pruned")
         self._on_disk &= keep
+
+
+def state_of(run: Run, version: Holding, lane: Lane) -> dict[str, str]:
+    """What the strategy remembered at a version, if all of it is on disk; else it begins anew."""
+    for closed in run.history:
+        if (closed.round, closed.digest) == (version.round, version.digest):
+            states = States(lane.states)
+            files = closed.strategy_state.values()
+            return closed.strategy_state if all(states.path(d).exists() for d in files) else {}
+    return {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import agreement, closing, decisions, facts, runs, strategies
+from coordinator import agreement, closing, decisions, facts, recall, retention, runs, strategies
 from coordinator.asking import Questions
 from coordinator.bodies import round_body, run_body
 from coordinator.decisions import Step, View
@@ -93,9 +93,9 @@ class RunLoop:
 
     async def drive(self) -> Run:
         """Work until the run has ended. Raises what the ledger or the disk raises."""
-        if self.run.head:
+        if self.run.head and not self.run.recalling:
             await self._find_whole_version()
-        if self.run.head and not self.run.ended:
+        if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.learn(self.run.head)
         self._announce()
         goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
@@ -156,6 +156,14 @@ class RunLoop:
                 await self._wait(what)
             case decisions.Agree():
                 await self._record(*agreement.agree(self.run, self._model.schema))
+            case recall.Seek(version):
+                self._watch.open_phase()
+                await self._record(facts.VersionSought(version))
+            case recall.KeepOwn():
+                own = facts.Holding(self.run.round, self.run.head)
+                self._model.learn(own.digest)
+                state = retention.state_of(self.run, own, self._around.lane)
+                await self._record(facts.VersionRecalled(own, "backup", state))
             case decisions.AskInit(peer):
                 self._watch.open_phase()
                 await self._record(facts.PeersAsked((peer,)))

@@ -9,6 +9,7 @@ Rule 3. What is in the view (who is there, has the deadline passed) may change a
     waiting ──RoundOpened──> training ──TrainingClosed──> aggregating
        ^                                                       │ VersionCommitted
        └───────────RoundClosed─────────── evaluating <─────────┘
+    any ──RecallBegun──> waiting, until VersionRecalled
     any ──RunEnded──> finished | stopped | failed        stopped, failed ──RunResumed──> waiting
 """
 
@@ -27,9 +28,12 @@ from coordinator import merit
 from coordinator.facts import (
     EvaluationOpened,
     Fact,
+    Holding,
+    HoldingTold,
     PeerDescribed,
     PeerLost,
     PeersAsked,
+    RecallBegun,
     RoundClosed,
     RoundOpened,
     RunEnded,
@@ -43,9 +47,11 @@ from coordinator.facts import (
     UpdateRefused,
     VersionCommitted,
     VersionLost,
+    VersionRecalled,
+    VersionSought,
     WeightsInitialised,
 )
-from protocols.messages import Metrics
+from protocols.messages import Metrics, Question
 from protocols.schemas import Description, SchemaCard
 from protocols.states import ENDED, RunState
 
@@ -77,7 +83,8 @@ class Round(Struct, frozen=True, kw_only=True):
 class Run(Struct, frozen=True, kw_only=True):
     """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
     best by `merit`. `card` is what its peers have alike, once they have `described` themselves.
-    `needed`: by peer, seconds that its last answers to training took."""
+    `needed`: by peer, seconds that its last answers to training took.
+    `recalling`: its versions are sought at its peers; `holdings` are theirs."""
 
     id: str
     spec: RunSpec
@@ -100,6 +107,10 @@ class Run(Struct, frozen=True, kw_only=True):
     best: Round | None = None
     strategy_state: dict[str, str] = {}
     needed: dict[str, tuple[float, ...]] = {}
+    recalling: bool = False
+    whole: bool = False
+    holdings: dict[str, Holding | None] = {}
+    sought: Holding | None = None
     ended_in: RunState = RunState.WAITING
     ended_because: str = ""
 
@@ -113,8 +124,10 @@ class Run(Struct, frozen=True, kw_only=True):
         return self.spec.handshake and self.card is None and self.round == 0
 
     @property
-    def kind(self) -> Literal["describe", "init", "train", "evaluate"]:
+    def kind(self) -> Question:
         """What peers are asked for in this state."""
+        if self.recalling:
+            return "recall" if self.sought else "holdings"
         if self.state is RunState.WAITING:
             return "describe" if self.describing else "init"
         return "train" if self.state is RunState.TRAINING else "evaluate"
@@ -189,9 +202,14 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
     present = fact.round == run.round and fact.kind in ("", run.kind)
     if present and peers.get(fact.peer) == "asked":
         peers = peers | {fact.peer: "refused"}
+    holdings = run.holdings
+    if fact.kind == "recall":  # it has not what it told of: another holder, or another version
+        holdings = {peer: held for peer, held in holdings.items() if peer != fact.peer}
     return replace(
         run,
         peers=peers,
+        holdings=holdings,
+        sought=run.sought if run.sought in holdings.values() else None,
         refused=run.refused + 1,
         last_refusal=f"{fact.reason}: {fact.detail}",
         needed=_needed(run, fact.peer, fact.seconds) if fact.kind == "train" else run.needed,
@@ -237,6 +255,51 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         history=kept,
         best=max(kept, key=partial(_merit, run), default=None),
         strategy_state=kept[-1].strategy_state if kept else {},
+    )
+
+
+def _recall_begun(run: Run, fact: RecallBegun) -> Run:
+    begun = {"recalling": True, "whole": fact.whole, "holdings": {}, "sought": None}
+    return replace(_back_to(run, run.history), **begun)
+
+
+def _holding_told(run: Run, fact: HoldingTold) -> Run:
+    peers = run.peers | {fact.peer: "answered"}
+    return replace(run, peers=peers, holdings=run.holdings | {fact.peer: fact.holding})
+
+
+def _version_sought(run: Run, fact: VersionSought) -> Run:
+    return replace(run, sought=fact.version, peers={})
+
+
+def _version_recalled(run: Run, fact: VersionRecalled) -> Run:
+    """Rounds after the version are forgotten; those that the ledger never saw are one entry."""
+    number, digest = fact.version.round, fact.version.digest
+    kept = tuple(closed for closed in run.history if closed.round <= number)
+    if number and (not kept or kept[-1].digest != digest):
+        kept = (*(closed for closed in kept if closed.round < number), _unseen(fact.version))
+    over = {"recalling": False, "holdings": {}, "sought": None, "ended_because": ""}
+    return replace(
+        _back_to(run, kept),
+        first=run.first if number else digest,
+        head=digest,
+        strategy_state=fact.strategy_state,
+        **over,
+    )
+
+
+def _unseen(version: Holding) -> Round:
+    """A round that closed after the backup was made: only its version is known."""
+    return Round(
+        round=version.round,
+        digest=version.digest,
+        contributors=(),
+        refused=0,
+        metrics={},
+        seconds=0.0,
+        bytes_up=0,
+        bytes_down=0,
+        norms={},
     )
 
 
@@ -321,6 +384,10 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
     VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
     VersionLost: (_ANY, _version_lost),
+    RecallBegun: (frozenset(RunState), _recall_begun),
+    HoldingTold: (frozenset({RunState.WAITING}), _holding_told),
+    VersionSought: (frozenset({RunState.WAITING}), _version_sought),
+    VersionRecalled: (frozenset({RunState.WAITING}), _version_recalled),
     EvaluationOpened: (frozenset({RunState.EVALUATING}), _evaluation_opened),
     RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
     RunEnded: (_ANY, _run_ended),

@@ -50,7 +50,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
             if not (home / STAMP).exists():
                 stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
                 write_private(home / STAMP, json.dumps(stamp).encode())
-        text = (home / STAMP).read_bytes()
+        check_stamp(home, kind)
     except FileNotFoundError as err:
         raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
     except OSError as err:
@@ -58,6 +58,14 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
             f"cannot use the folder {home}: {err.strerror}",
             f"give yourself access, or set {_VARIABLES[kind]} to another folder",
         ) from err
+    if not os.access(home, os.W_OK):
+        raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
+    return home
+
+
+def check_stamp(home: Path, kind: Kind) -> None:
+    """Raise HomeTooNew or HomeFault unless this version can use the folder as such a home."""
+    text = (home / STAMP).read_bytes()
     try:
         stamp = json.loads(text)
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
@@ -71,9 +79,6 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
         )
     if found_kind != kind:
         raise HomeFault(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
-    if not os.access(home, os.W_OK):
-        raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
-    return home
 
 
 def exposed(home: Path) -> list[Path]:

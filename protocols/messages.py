@@ -206,6 +206,9 @@ class Envelope(Struct, frozen=True, kw_only=True):
     body: Body
 
 
+Question = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
+
+
 class Work(Struct, frozen=True, kw_only=True):
     """What the coordinator asks of an agent, and signs.
 
@@ -218,7 +221,7 @@ class Work(Struct, frozen=True, kw_only=True):
 
     run: Name
     round: Count
-    kind: Literal["describe", "init", "train", "evaluate"]
+    kind: Question
     task: Name
     base: Name = ""
     nbytes: Count = 0
@@ -240,7 +243,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
 
     run: Name
     round: Count
-    kind: Literal["describe", "init", "train", "evaluate"]
+    kind: Question
     peer: Name
     base: Name
     digest: Name

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Error, Message
 
+from agent import kept
 from agent.client import Client, refusal_text
 from agent.link import Credentials, Link, SessionLost
+from agent.recall import Recall
 from agent.versions import Versions
 from coordinator import facts, settings
 from coordinator.facts import Fact, RunSpec
@@ -170,6 +173,14 @@ class Agent:
             patch=self.versions.rebuild,
             send=lambda digest, path: self._open_link().upload(digest, path),
             allowed=lambda task: task == "softmax",
+            on_held=partial(kept.prove, self._folder / "cache"),
+            recall=Recall(
+                self.peer,
+                self.machine.sign_key.sign,
+                coordinator_public,
+                self._folder / "cache",
+                lambda digest, path: self._open_link().upload(digest, path),
+            ).answer,
         )
         self._thread.start()
 

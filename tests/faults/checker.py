@@ -145,8 +145,11 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
     for fact in facts:
         if fact["type"] in ("WeightsInitialised", "VersionCommitted"):
             made[fact["digest"]] = fact.get("round", 0)
-        if fact["type"] == "VersionLost":
-            again = made.get(fact["to"], 0) + 1
+        if fact["type"] == "VersionRecalled":
+            made[fact["version"]["digest"]] = fact["version"]["round"]
+        if fact["type"] in ("VersionLost", "VersionRecalled"):
+            to = fact["to"] if fact["type"] == "VersionLost" else fact["version"]["digest"]
+            again = made.get(to, 0) + 1
             opened = (n for n, f in enumerate(found) if _opens(f, again))
             del found[next(opened, len(found)) :]
         elif fact["type"] == "RunResumed":
@@ -230,6 +233,9 @@ def _versions(facts: Sequence[Fact]) -> list[str]:
                 if fact["to"] not in made:
                     found.append(f"fell back to {fact['to'][:8]}, which is no version of the run")
                 head, rounds = fact["to"], made.get(fact["to"], 0)
+            case "VersionRecalled":
+                head, rounds = fact["version"]["digest"], fact["version"]["round"]
+                made[head] = rounds
     return found
 
 
@@ -237,7 +243,11 @@ def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
     """B: what a run goes on from lies on disk, and every version's bytes are its name's."""
     found = []
     made = [fact["digest"] for fact in facts if fact["type"] == "WeightsInitialised"][-1:]
-    made += digests(facts)
+    made += [
+        fact["digest"] if fact["type"] == "VersionCommitted" else fact["version"]["digest"]
+        for fact in facts
+        if fact["type"] in ("VersionCommitted", "VersionRecalled")
+    ]
     for digest in made[-1:] if ended(facts) else made[-2:]:
         if not (folder / f"{digest}.safetensors").exists():
             found.append(f"version {digest[:8]} is not on disk")
@@ -250,7 +260,11 @@ def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
 def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
     """A: the fate of an acknowledged answer is in the ledger, and there is one."""
     who = f"{claim['peer'][:8]}'s {claim['kind']} of round {claim['round']}"
-    if claim["kind"] == "init":
+    if claim["kind"] in ("holdings", "recall"):
+        told = {(f["type"], f.get("peer", f.get("by"))) for f in facts}
+        wanted = "HoldingTold" if claim["kind"] == "holdings" else "VersionRecalled"
+        fates = int((wanted, claim["peer"]) in told)
+    elif claim["kind"] == "init":
         made = [f for f in facts if f["type"] == "WeightsInitialised" and f["by"] == claim["peer"]]
         fates = len(made)
     else:
