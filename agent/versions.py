@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from agent import swarm
 from agent.link import Link
-from agent.sharing import Sharing
+from agent.sharing import Sharing, swarm
 from protocols import patches
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.messages import Work

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from agent.link import Link
-from agent.networks import Place
-from agent.peer_server import MOST_PER_ADDRESS, PeerServer, certify
 from agent.sharing import Sharing
+from agent.sharing.networks import Place
+from agent.sharing.server import MOST_PER_ADDRESS, PeerServer, certify
 from agent.versions import Versions
 from protocols import identity, sharing, weights
 from protocols.sharing import PIECE_BYTES, Holder, Permit, Plan, PlanAsked
@@ -163,7 +163,7 @@ def test_a_cut_download_goes_on_with_the_pieces_that_it_has(
 def test_a_hostile_holder_costs_time_only(
     site: Site, tmp_path: Path, digest: str, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.holder_link.PIECE_S", 1.0)
+    monkeypatch.setattr("agent.sharing.holder_link.PIECE_S", 1.0)
     with peers(site, tmp_path, "ann") as (ann,), hostile_holder(site, tmp_path, wrong) as rogue:
         machine, address = rogue
         asked = PlanAsked(address=address, networks=("127.0.0.0/8",), open=True)

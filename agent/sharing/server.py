@@ -23,7 +23,7 @@ from pathlib import Path
 
 import h11
 
-from agent.shelf import Shelf, pieces_of
+from agent.sharing.shelf import Shelf, pieces_of
 from protocols import identity, requests, sharing
 from protocols.errors import BadMessage
 from protocols.identity import NodeKey

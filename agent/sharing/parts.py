@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from agent.shelf import Book
+from agent.sharing.shelf import Book
 from protocols import sharing
 from protocols.sharing import Plan
 

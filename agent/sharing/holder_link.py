@@ -12,7 +12,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 
-from agent.parts import Parts
+from agent.sharing.parts import Parts
 from protocols import identity, sharing
 from protocols.errors import BadWeights, Refused
 from protocols.sharing import Holder, Plan, host_of

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from agent.holder_link import HolderLink, SignRequest
-from agent.parts import Parts
-from agent.shelf import Shelf
+from agent.sharing.holder_link import HolderLink, SignRequest
+from agent.sharing.parts import Parts
+from agent.sharing.shelf import Shelf
 from protocols import sharing
 from protocols.errors import BadWeights
 from protocols.sharing import Held, Plan

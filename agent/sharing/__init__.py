@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from agent.link import Credentials
-from agent.networks import Place, place
-from agent.peer_server import PeerServer, certify
-from agent.shelf import Shelf
+from agent.sharing.networks import Place, place
+from agent.sharing.server import PeerServer, certify
+from agent.sharing.shelf import Shelf
 from protocols.sharing import WORTH_SHARING_BYTES, PlanAsked, address_of, host_of
 
 log = logging.getLogger("commonweight.share")
