@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 20
+#: Where a frozen trainer hears of its parent's death (`trainer._thawed_by_parents_death`).
+FREEZABLE = sys.platform == "linux"
 
 
 class Child:
@@ -29,6 +31,7 @@ class Child:
         self,
         work_dir: Path,
         threads: int,
+        nice: int,
         changed: threading.Condition,
         on_answer: Callable[[Answer], None],
     ) -> None:
@@ -43,7 +46,7 @@ class Child:
         with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
             self._process = subprocess.Popen(
                 # -P: a file in the present folder must not pass for a module.
-                [sys.executable, "-P", "-m", "agent.trainer", "--threads", str(threads)],
+                [sys.executable, "-P", "-m", "agent.trainer", *_options(threads, nice)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -85,6 +88,21 @@ class Child:
         else:
             self._process.kill()
 
+    def freeze(self) -> None:
+        """Stop it, and what it started, wherever they are; only where it is `FREEZABLE`."""
+        self._signal("SIGSTOP")
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal("SIGCONT")
+
+    def _signal(self, name: str) -> None:
+        if FREEZABLE and self.exit is None:
+            try:
+                os.killpg(self.pid, signal.Signals[name])
+            except (ProcessLookupError, PermissionError):  # it ended just now
+                pass
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
@@ -108,6 +126,10 @@ class Child:
         with self._changed:
             self.exit = code
             self._changed.notify_all()
+
+
+def _options(threads: int, nice: int) -> list[str]:
+    return ["--threads", str(threads), "--nice", str(nice)]
 
 
 def _environment(threads: int) -> dict[str, str]:

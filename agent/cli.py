@@ -51,6 +51,18 @@ def join(
     data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
     part: Annotated[str | None, typer.Option(help="i/n: this piece of a shared set.")] = None,
     split: Annotated[str | None, typer.Option(help="iid, or shards: two labels a peer.")] = None,
+    battery: Annotated[
+        str | None, typer.Option(help="Work on battery: always, auto (not), never.")
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option(help="When to work: mon-fri 18:00-08:00; empty is always.")
+    ] = None,
+    cpu_share: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="How much of its CPU time to use.")
+    ] = None,
+    unattended: Annotated[
+        bool, typer.Option("--unattended", help="Ask nothing: defaults for what is not given.")
+    ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Join anew, with a new key.")] = False,
     json: Json = False,
 ) -> None:
@@ -58,15 +70,20 @@ def join(
     from agent import enroll, settings
 
     text = _ticket_text(ticket)
+    asks = sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json)
+    policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
+    if asks:
+        policy |= {name: _asked(name) for name, given in policy.items() if given is None}
     labels = dict(_pair(item) for item in label or [])
     home = homes.open_home("agent", create=True)
     data = settings.data_path(data)
     index, parts = _part(part) if part else (None, None)
-    settings.read(home, data=data, part=index, parts=parts, split=split)
+    chosen: dict[str, Any] = {"data": data, "part": index, "parts": parts, "split": split, **policy}
+    settings.read(home, **chosen)
     enrolment, awaiting = enroll.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )
-    settings.change(home, data=data, part=index, parts=parts, split=split)
+    settings.change(home, **chosen)
     if json:
         told = {"peer": enrolment.peer, "name": enrolment.name, "awaiting": awaiting}
         sys.stdout.write(output.ok(told) + "\n")
@@ -94,6 +111,19 @@ def discover(
         sys.stdout.write(f"{one.name}  {', '.join(one.addresses)}  ca {one.ca.hex()}\n")
     if not found:
         say("none; a coordinator announces itself with: commonweight up --announce")
+
+
+#: The three questions of a first start, and what an empty answer means.
+_QUESTIONS = {
+    "battery": ("train on battery too? always, or auto for not", "auto"),
+    "hours": ("in which hours, such as mon-fri 18:00-08:00? empty for all", ""),
+    "cpu_share": ("how much of its CPU time to use, 0.01 to 1", "1"),
+}
+
+
+def _asked(name: str) -> str:
+    question, default = _QUESTIONS[name]
+    return str(typer.prompt(question, default=default, show_default=bool(default), err=True))
 
 
 def _ticket_text(given: str | None) -> str:
@@ -158,17 +188,12 @@ def run(
 
 def _log_to(home: Path, level: str) -> None:
     import logging
-    import logging.handlers
 
     from agent import logs
 
-    file = logging.handlers.RotatingFileHandler(home / logs.FILE, "a", 1 << 20, logs.ROTATED)
-    file.setFormatter(logs.JsonLines())
     person = logging.StreamHandler(sys.stderr)
     person.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[file, person])
-    for quiet in ("httpx", "httpcore", "commonweight.mqtt"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
+    logs.write_to(home, level, person)
 
 
 @app.command()
@@ -214,6 +239,10 @@ def _status(home: Path, *, json: bool) -> str:
     links = f"coordinator {'●' if told.session else '○'}  mqtt {'●' if told.mqtt else '○'}"
     work = f"  run {told.run} round {told.round}" if told.run else ""
     text = f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n"
+    if told.free_at > time.time():
+        text += f"expects to work again {time.strftime('%a %H:%M', time.localtime(told.free_at))}\n"
+    if told.share < 1:
+        text += f"works {told.share:.0%} of the time\n"
     text += f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n"
     return text + (f"last error: {told.last_error}\n" if told.last_error else "")
 

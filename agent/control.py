@@ -39,17 +39,28 @@ class Status(Struct, kw_only=True):
     bytes_down: int = 0
     rounds_done: int = 0
     last_error: str = ""
+    share: float = 1.0
+    free_at: float = 0.0
+
+
+class Mode(Struct, frozen=True, kw_only=True):
+    """A policy rule's mode until then (Unix s), in place of the one in the settings."""
+
+    value: Literal["always", "auto", "never"]
+    until: float
 
 
 class Wish(Struct, frozen=True, kw_only=True):
     """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed.
 
-    `at` (Unix s) is when it was asked for: the same wish, asked for again, is another.
+    `at` (Unix s) is when it was asked for: the same wish, asked for again, is another. `modes` are
+    the policy's for a while, by rule.
     """
 
     want: Literal["run", "pause", "finish"] = "run"
     until: float = 0.0
     at: float = 0.0
+    modes: dict[str, Mode] = {}
 
 
 def write_status(home: Path, status: Status) -> None:

@@ -14,7 +14,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent import autostart, machine, settings
+from agent import autostart, machine, sensors, settings
+from agent.sensors import Sensors
 from agent.settings import Enrolment
 from protocols import VERSION, homes, identity
 from protocols.checks import Advice, Check, Step, examine
@@ -48,7 +49,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 Step("disk", doctor.disk, ("home",)),
                 Step("packages", machine.packages),
                 Step("device", machine.device),
-                Step("battery", machine.battery),
+                Step("sensors", doctor.sensors, ("settings",)),
                 Step("service", autostart.advice),
                 Step("enrolled", doctor.enrolled, ("home",)),
                 Step("dns", doctor.dns, ("enrolled",)),
@@ -92,6 +93,27 @@ class _Doctor:
     def settings(self) -> str:
         tasks = settings.read(self._home).tasks
         return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
+
+    def sensors(self) -> str | Advice:
+        chosen = settings.read(self._home)
+        sensed = Sensors(self._home).sense()
+        if sensed.on_battery is None:
+            power = "power unknown"
+        elif sensed.on_battery:
+            power = "on battery"
+        else:
+            power = "on mains"
+        charge = f", battery {sensed.battery_percent:.0f} %" if sensed.battery_percent else ""
+        said, unknown = power + charge, sensors.missing(sensed)
+        if not unknown:
+            return said
+        said += f"; no sensor here for {', '.join(unknown)}"
+        if strict := [rule for rule in unknown if getattr(chosen, rule) == "never"]:
+            return Advice(
+                f"{said}, and {strict[0]} is never, which takes unknown for the worst",
+                f"commonweight-agent policy set {strict[0]} auto",
+            )
+        return f"{said}: unknown holds nothing up"
 
     def disk(self) -> str | Advice:
         return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)

@@ -85,6 +85,12 @@ class Resume(Struct, frozen=True, tag=True):
     """Go on."""
 
 
+class Pace(Struct, frozen=True, tag=True):
+    """Work `share` of the time from now on: rest after each batch; 1 is without a rest."""
+
+    share: float
+
+
 class Cancel(Struct, frozen=True, tag=True):
     """Give up the work `id` after the present batch, also while paused."""
 
@@ -138,7 +144,7 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
 
 
 Work = Describe | Init | Train | Evaluate
-Request = Work | Pause | Resume | Cancel
+Request = Work | Pause | Resume | Pace | Cancel
 Answer = Ready | Progress | Done | Failed
 
 encode = msgspec.json.Encoder().encode

@@ -46,6 +46,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError
 
+from agent.bandwidth import Bandwidth
 from agent.settings import Enrolment
 from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
@@ -136,11 +137,12 @@ class Link:
     """One session with the coordinator.
 
     Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
-    longer knows the session (it was restarted, or this machine was removed).
+    longer knows the session (it was restarted, or this machine was removed). `bandwidth` counts and
+    slows the weight lane; the rest is small.
     """
 
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
+    def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
+        self._credentials, self._bandwidth = credentials, bandwidth
         context = ssl.create_default_context(cadata=credentials.ca_pem.decode())
         self._fleet = FleetHttpClient(
             f"https://{credentials.address}",
@@ -349,6 +351,8 @@ class Link:
                 for piece in answer.iter_raw(_PIECE_BYTES):
                     have += len(piece)
                     self.bytes_down += len(piece)
+                    if self._bandwidth is not None:
+                        self._bandwidth.received(len(piece))
                     if have > nbytes:
                         break
                     sha.update(piece)
@@ -373,7 +377,9 @@ class Link:
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
             with _translated():
-                answer = self._http.put(path, headers=headers, content=_pieces(source, offset))
+                answer = self._http.put(
+                    path, headers=headers, content=self._metered(source, offset)
+                )
                 if answer.status_code == 409:
                     offset = min(int(answer.json()["have"]), size)
                 elif answer.status_code == 422 and offset:
@@ -384,6 +390,12 @@ class Link:
                     self._cut_off = ""
                     return
         raise Unreachable("the upload could not be resumed")
+
+    def _metered(self, path: Path, offset: int) -> Iterator[bytes]:
+        for piece in _pieces(path, offset):
+            if self._bandwidth is not None:
+                self._bandwidth.sent(len(piece))
+            yield piece
 
     def _signed(
         self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256

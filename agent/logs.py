@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import time
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 FILE = "agent.log"
-ROTATED = 3
+#: Of the log at most four megabytes are kept.
+FILE_BYTES, ROTATED = 1 << 20, 3
 
 
 class JsonLines(logging.Formatter):
@@ -28,6 +30,20 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+def write_to(home: Path, level: str, *others: logging.Handler) -> None:
+    """Log to the rotated files in `home`, JSON lines, and to `others`."""
+    file = RotatingFileHandler(home / FILE, "a", FILE_BYTES, ROTATED)
+    file.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[file, *others])
+    for quiet in ("httpx", "httpcore", "commonweight.mqtt"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+
+
+def set_level(level: str) -> None:
+    """Log this much from now on."""
+    logging.getLogger().setLevel(level.upper())
 
 
 class Log:

@@ -1,15 +1,12 @@
-"""What this machine brings: its packages, what torch would train on, its battery."""
+"""What this machine brings: its packages, and what torch would train on."""
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
-
-import psutil
 
 from protocols import VERSION
 from protocols.errors import CommonweightError
@@ -69,11 +66,3 @@ def device() -> str:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise CommonweightError(f"torch does not load: {last}", "install torch again")
     return done.stdout.strip()
-
-
-def battery() -> str:
-    """What the power sensor says; a machine may well have none."""
-    sensor = getattr(psutil, "sensors_battery", lambda: None)()
-    if sensor is None:
-        return f"none, or {platform.system()} shows no sensor"
-    return f"{sensor.percent:.0f} %, {'on mains' if sensor.power_plugged else 'discharging'}"

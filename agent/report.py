@@ -60,9 +60,15 @@ class Report:
             coordinator=enrolment.addresses[0],
         )
 
+    def take_up(self, chosen: AgentSettings, now: Worker) -> None:
+        """Say what of the settings others may know, after they were changed."""
+        self._settings = chosen
+        self.announce(now)
+
     def announce(self, now: Worker) -> None:
         """Say what the worker is: on MQTT at once, in the status file within a tick."""
         state, reason = worker.shown(now)
+        free_at, free_until = worker.free(now)
         work = now.work
         self._presence.set_presence(
             Presence(
@@ -76,9 +82,12 @@ class Report:
                 tasks=self._tasks,
                 policy=self._settings.announced(),
                 disk_free_bytes=_disk_free(self._home),
+                free_at=free_at,
+                free_until=free_until,
             )
         )
         self._status.state, self._status.reason = state.value, reason
+        self._status.share, self._status.free_at = now.share, free_at
         self._status.run = work.run if work else ""
         self._status.round = work.round if work else 0
         self._is_old = True

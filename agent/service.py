@@ -13,12 +13,15 @@ import signal
 import time
 from pathlib import Path
 
-from agent import control, logs, shared_log, worker
-from agent.control import Wish
+from agent import logs, sensors, shared_log, worker
+from agent.bandwidth import Bandwidth
 from agent.link import Credentials
 from agent.loop import WorkerLoop
+from agent.owner import Owner
+from agent.polite import Polite
 from agent.presence import PresenceLink
 from agent.report import Report
+from agent.sensors import Sensors
 from agent.sessions import Sessions
 from agent.settings import AgentSettings, Enrolment
 from agent.sharing import Sharing
@@ -34,6 +37,7 @@ from agent.worker import (
     PauseLifted,
     PauseTrainer,
     ResumeTrainer,
+    SetPace,
 )
 from protocols.errors import CommonweightError
 from protocols.messages import Command, Doorbell, LogLine, LogsAsked, LogsTold
@@ -42,15 +46,13 @@ from protocols.states import PauseReason
 log = logging.getLogger("commonweight.agent")
 
 _TICK_S = 0.5
-_ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
 
 
 class Agent:
     """One enrolled machine at work. `serve` runs it until it is told to stop."""
 
     def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
-        self._home, self._settings = home, chosen
-        self._wish = Wish()
+        self._home = home
         self._waking: asyncio.Task[None] | None = None
         credentials = Credentials.of(home, enrolment)
         self._loop = WorkerLoop(self._obey)
@@ -71,8 +73,15 @@ class Agent:
             traffic=lambda: self._sessions.traffic(),
             trainer_bytes=lambda: self._work.trainer.rss_bytes,
         )
+        self._bandwidth = Bandwidth(home, lambda: self._polite.rates())
         self._sessions = Sessions(
-            home, enrolment, credentials, self._loop, self._report, self._presence.move
+            home,
+            enrolment,
+            credentials,
+            self._loop,
+            self._report,
+            self._bandwidth,
+            self._presence.move,
         )
         self._sharing = Sharing(
             chosen.share,
@@ -92,6 +101,9 @@ class Agent:
             link=lambda: self._sessions.link,
             sharing=self._sharing,
         )
+        feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
+        self._polite = Polite(home, chosen, self._loop, feeling, self._bandwidth)
+        self._owner = Owner(home, self._loop, self._polite)
 
     # --- life ---
 
@@ -101,6 +113,8 @@ class Agent:
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 asyncio.get_running_loop().add_signal_handler(name, self.stop)
+        self._owner.heed()
+        await self._polite.decide()
         self._report.announce(self._loop.worker)
         running = [
             asyncio.create_task(work, name=name)
@@ -109,7 +123,8 @@ class Agent:
                 "heartbeat": self._sessions.keep_beating(),
                 "presence": self._presence.run(),
                 "sharing": self._sharing.run(),
-                "wishes": self._keep_wishes(),
+                "policy": self._polite.keep(),
+                "ticks": self._tick(),
             }.items()
         ]
         stopping = asyncio.create_task(self._loop.stopping.wait())
@@ -126,6 +141,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
+            self._bandwidth.keep(at_once=True)
             self._report.stopped(self._loop.worker)
 
     def stop(self) -> None:
@@ -139,6 +155,8 @@ class Agent:
                 self._work.trainer.pause()
             case ResumeTrainer():
                 self._work.trainer.resume()
+            case SetPace(share):
+                self._work.trainer.pace(share)
             case LookForWork():
                 self._sessions.ring()
             case Leave():
@@ -159,7 +177,8 @@ class Agent:
             case LogsAsked():
                 self._sessions.aside(self._tell_logs, command)
             case Command(action="pause", for_s=for_s):
-                self._loop.happened(PauseAsked(PauseReason.OPERATOR))
+                until = time.time() + for_s if for_s else 0.0
+                self._loop.happened(PauseAsked(PauseReason.OPERATOR, until))
                 if for_s:
                     lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
                     self._loop.happens_in(for_s, lifted)
@@ -170,46 +189,38 @@ class Agent:
                 self._loop.happened(FinishAsked())
 
     def _tell_logs(self, asked: LogsAsked) -> None:
-        lines = shared_log.tail(self._home / logs.FILE) if self._settings.share_log else []
+        may = self._polite.chosen.share_log
+        lines = shared_log.tail(self._home / logs.FILE) if may else []
         told = shared_log.shared(lines, asked.most)
-        if not self._settings.share_log:
+        if not may:
             text = "the owner keeps this log private: policy set share_log true"
             told = [LogLine(at=time.time(), level="info", text=text)]
         with contextlib.suppress(CommonweightError):
             self._sessions.link.tell_logs(LogsTold(ask=asked.ask, lines=told))
 
-    # --- the owner ---
+    # --- now and then ---
 
-    async def _keep_wishes(self) -> None:
-        """Obey the wish file, end an idle trainer, keep the status fresh, notice a sleep."""
+    async def _tick(self) -> None:
+        """Obey the owner, end an idle trainer, keep the status fresh, notice a sleep."""
         clocks = Clocks.now()
         while True:
             before, clocks = clocks, Clocks.now()
             if slept := slept_s(before, clocks, _TICK_S):
                 self._waking = asyncio.create_task(self._wake(slept), name="wake")
-            self._heed(control.read_wish(self._home))
+            if self._owner.heed():
+                self._take_up(self._polite.chosen)
             trainer = self._work.trainer
             idle = trainer.running and self._loop.worker.work is None
-            if idle and trainer.idle_s > self._settings.idle_timeout_s:
+            if idle and trainer.idle_s > self._polite.chosen.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)
             self._report.keep_fresh(self._loop.worker)
+            self._bandwidth.keep()
             await asyncio.sleep(_TICK_S)
 
-    def _heed(self, wish: Wish) -> None:
-        if wish.want == "pause" and wish.until and time.time() >= wish.until:
-            wish = Wish()
-            control.write_wish(self._home, wish)
-        if wish == self._wish:
-            return
-        self._wish = wish
-        if wish.want == "pause":
-            self._loop.happened(PauseAsked(PauseReason.USER))
-        else:
-            # The owner's word also lifts what the operator asked for.
-            self._loop.happened(PauseLifted(_ASKED_FOR))
-        if wish.want == "finish":
-            control.write_wish(self._home, Wish())
-            self._loop.happened(FinishAsked())
+    def _take_up(self, chosen: AgentSettings) -> None:
+        """What of changed settings is not asked for each time."""
+        logs.set_level(chosen.log_level)
+        self._report.take_up(chosen, self._loop.worker)
 
     async def _wake(self, slept: float) -> None:
         log.info("back after %.0f s of sleep: connecting anew", slept)

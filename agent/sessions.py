@@ -16,6 +16,7 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent import worker
+from agent.bandwidth import Bandwidth
 from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
 from agent.loop import WorkerLoop
 from agent.report import Report
@@ -47,10 +48,12 @@ class Sessions:
         credentials: Credentials,
         loop: WorkerLoop,
         report: Report,
+        bandwidth: Bandwidth,
         on_moved: Callable[[MqttAddress], None],
     ) -> None:
         self._home, self._enrolment, self._credentials = home, enrolment, credentials
         self._loop, self._report, self._on_moved = loop, report, on_moved
+        self._bandwidth = bandwidth
         self._link: Link | None = None
         self._doorbell = asyncio.Event()
         self._worked_at = 0.0
@@ -134,7 +137,7 @@ class Sessions:
 
     def _open(self) -> None:
         if self._link is None:
-            self._link = Link(self._credentials)
+            self._link = Link(self._credentials, self._bandwidth)
         self._link.open()
         self._learn_mqtt(self._link.mqtt())
         self._keep_certificate(self._link)

@@ -16,6 +16,8 @@ import msgspec
 import tomli_w
 from msgspec import Meta, Struct
 
+from agent import hours
+from agent.policy import PolicySettings
 from agent.tasks import DataSettings
 from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
 from protocols.identity import write_private
@@ -24,10 +26,22 @@ from protocols.mqtt import MqttAddress
 FILE = "settings.toml"
 ENROLLED = "enrolled.json"
 PREFIX = "COMMONWEIGHT_AGENT_"
-_ANNOUNCED = ("threads", "device", "idle_timeout_s", "log_level", "share_log", "share")
+_ANNOUNCED = (
+    *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
+    *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
+)
+#: What the trainer and the session are made with; the rest holds as soon as it is written.
+AT_START = frozenset(
+    {
+        *("part", "parts", "split", "data_seed", "data", "tasks", "task_files", "models"),
+        *("threads", "device", "framework", "compile"),
+        *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
+        *("share", "share_port", "share_mbit_s"),
+    }
+)
 
 
-class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an owner can set; `policy show` shows these descriptions."""
 
     part: Annotated[
@@ -47,7 +61,7 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = ("*",)
     task_files: Annotated[
         dict[str, str], Meta(description="tasks of your own, by name: commonweight-agent task add")
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
     threads: Annotated[
         int, Meta(ge=0, description="threads that train; 0 is half of the cores")
     ] = 0
@@ -102,7 +116,8 @@ class AgentSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def announced(self) -> dict[str, str]:
         """What the operator is told of these settings; nothing of where the data lies."""
-        return {name: str(getattr(self, name)) for name in _ANNOUNCED if hasattr(self, name)}
+        told = {name: str(getattr(self, name)) for name in _ANNOUNCED}
+        return {name: value[:64] for name, value in told.items() if value}
 
     def allows(self, task: str) -> bool:
         """True if the owner lets this task run."""
@@ -172,6 +187,7 @@ def _checked(values: dict[str, Any], hint: str) -> AgentSettings:
         raise UsageFault(f"a setting is not right: {err}", hint) from err
     if chosen.part >= chosen.parts:
         raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
+    hours.parse(chosen.hours)
     return chosen
 
 

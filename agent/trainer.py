@@ -8,10 +8,12 @@ journal, and the next trainer goes on with it. The task decides whether torch is
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import math
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+import psutil
 
 from agent import chance
 from agent.frames import (
@@ -31,6 +34,7 @@ from agent.frames import (
     Evaluate,
     Failed,
     Init,
+    Pace,
     Pause,
     Phase,
     Progress,
@@ -61,6 +65,7 @@ from protocols.room import is_full
 from protocols.weights import Array, Schema, TensorSpec, Weights
 
 PROGRESS_EVERY_S = 0.2
+_PR_SET_PDEATHSIG = 1
 
 
 class Control:
@@ -70,13 +75,17 @@ class Control:
         self._changed = threading.Condition()
         self._paused = False
         self._cancelled = -1
+        #: The part of the time in which to work; read after every batch without a lock.
+        self.share = 1.0
         #: Read after every batch without a lock; true while there may be something to obey.
         self.raised = False
 
-    def told(self, request: Pause | Resume | Cancel) -> None:
+    def told(self, request: Pause | Resume | Pace | Cancel) -> None:
         """Note a command. Called by the reader thread."""
         with self._changed:
-            if isinstance(request, Cancel):
+            if isinstance(request, Pace):
+                self.share = min(1.0, max(0.01, request.share))
+            elif isinstance(request, Cancel):
                 self._cancelled = request.id
             else:
                 self._paused = isinstance(request, Pause)
@@ -87,6 +96,14 @@ class Control:
         """Raise Cancelled if the work is not wanted any more."""
         if self._cancelled == work:
             raise Cancelled
+
+    def rest(self, worked_s: float) -> None:
+        """Rest after so much work, as the pace wants it; a command ends the rest."""
+        with self._changed:
+            share = self.share
+            self._changed.wait_for(
+                lambda: self.raised or self.share != share, min(worked_s * (1 / share - 1), 30.0)
+            )
 
     def obey(self, work: int, on_pause: Callable[[], None]) -> bool:
         """Raise Cancelled, or stand still while paused; True if there was a pause."""
@@ -125,6 +142,7 @@ class Meter:
         self._work, self._phase, self._control, self._send = work, phase, control, send
         self._is_due, self._keep = is_due, keep
         self._sent_at = -math.inf
+        self._rested_at = time.monotonic()
         #: When the present rate's measure began, and the examples at that time; None until the
         #: first step of work that was gone on with.
         self._window = None if resumed else (time.monotonic(), 0)
@@ -160,8 +178,11 @@ class Meter:
             report()
         if self._is_due():
             self._keep(int(step))
+        if self._control.share < 1.0:
+            self._control.rest(time.monotonic() - self._rested_at)
         if self._control.raised and self._control.obey(self._work, pause):
             self._window = time.monotonic(), examples_done  # a pause is no time at work
+        self._rested_at = time.monotonic()
 
 
 class Trainer:
@@ -380,7 +401,7 @@ def _read(requests: IO[bytes], control: Control, works: queue.SimpleQueue[Work])
     try:
         for line in requests:
             request = decode_request(line)
-            if isinstance(request, Pause | Resume | Cancel):
+            if isinstance(request, Pause | Resume | Pace | Cancel):
                 control.told(request)
             else:
                 works.put(request)
@@ -399,11 +420,38 @@ def _offer_to_oom_killer() -> None:
         pass  # another system, or a container that forbids it
 
 
+def _be_nice(nice: int) -> None:
+    """Let others go first, on the CPU and on the disk, as far as this system can."""
+    if nice == 0:
+        return
+    process = psutil.Process()
+    try:
+        if sys.platform == "win32":
+            process.nice(psutil.IDLE_PRIORITY_CLASS)
+            return
+        os.nice(max(0, nice - process.nice()))
+        if sys.platform == "linux":
+            process.ionice(psutil.IOPRIO_CLASS_IDLE)
+            if nice == 19:
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (OSError, psutil.Error):
+        traceback.print_exc()  # it is still nice
+
+
+def _thawed_by_parents_death() -> None:
+    """A parent that dies while this is frozen wakes it, and it finds its input at an end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+
+
 def main() -> None:
     requests, answers = _take_pipes()
     parser = argparse.ArgumentParser(prog="python -m agent.trainer", description=__doc__)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    threads = parser.parse_args().threads
+    parser.add_argument("--nice", type=int, default=0)
+    options = parser.parse_args()
+    _thawed_by_parents_death()
+    _be_nice(options.nice)
     _offer_to_oom_killer()
 
     def send(answer: Answer) -> None:
@@ -416,7 +464,7 @@ def main() -> None:
         target=_read, args=(requests, control, works), name="requests", daemon=True
     )
     reader.start()
-    trainer = Trainer(control, send, threads)
+    trainer = Trainer(control, send, options.threads)
     send(Ready())
     try:
         while True:

@@ -29,8 +29,10 @@ from agent.frames import (
     Evaluate,
     Failed,
     Init,
+    Pace,
     Pause,
     Progress,
+    Ready,
     Resume,
     Train,
     Work,
@@ -40,6 +42,9 @@ from agent.tasks import DataSettings, Settings
 from protocols.errors import TrainerFailed
 
 log = logging.getLogger(__name__)
+
+#: A batch that goes on for longer after a pause is stopped in its middle.
+FREEZE_AFTER_S = 0.5
 
 
 def ignore(_: Progress) -> None:
@@ -65,6 +70,7 @@ class TrainerProcess:
         data: DataSettings,
         *,
         threads: int = 0,
+        nice: int = 0,
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
         grace_s: float = 10.0,
@@ -75,6 +81,7 @@ class TrainerProcess:
         self._sources = sources
         self._work_dir = work_dir
         self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
+        self._nice = nice
         self._threads = threads or max(1, (os.cpu_count() or 2) // 2)
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
@@ -85,7 +92,8 @@ class TrainerProcess:
         self._id = 0
         self._working = False
         self._answer: Done | Failed | None = None
-        self._paused = False
+        self._paused = self._standing = self._ready = False
+        self._share = 1.0
         self._cancel_by: float | None = None
         self._stopping = self._closed = False
         self._oom_kills: int | None = None  # before the child's start
@@ -146,12 +154,23 @@ class TrainerProcess:
         return self._do(work)
 
     def pause(self) -> None:
-        """Make the present work stand still after its batch, or the next one after its first."""
+        """Make the present work stand still after its batch, or the next one after its first.
+
+        A batch that takes too long stands still in its middle, where the system can do that.
+        """
         self._set_paused(True)
+        self._freeze_soon()
 
     def resume(self) -> None:
         """Let the work go on."""
         self._set_paused(False)
+
+    def pace(self, share: float) -> None:
+        """Work `share` of the time from now on, 0 < share ≤ 1."""
+        with self._changed:
+            self._share = share
+            if self._child:
+                self._child.send(Pace(share))
 
     def cancel(self) -> None:
         """Give up the present work, if any: its caller gets TrainerFailed("cancelled")."""
@@ -159,6 +178,7 @@ class TrainerProcess:
             if self._working and self._child and self._cancel_by is None:
                 self._cancel_by = time.monotonic() + self._grace_s
                 self._child.send(Cancel(self._id))
+                self._child.thaw()
                 self._changed.notify_all()
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -169,6 +189,7 @@ class TrainerProcess:
                 return
             self._stopping = self._working
             child.close()
+            child.thaw()
             if not self._changed.wait_for(lambda: child.exit is not None, timeout_s):
                 child.kill()
                 self._changed.wait_for(lambda: child.exit is not None, timeout_s)
@@ -219,11 +240,28 @@ class TrainerProcess:
 
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
-            self._paused = paused
+            self._paused, self._standing = paused, False
             self._alive_at = time.monotonic()
             if self._child:
                 self._child.send(Pause() if paused else Resume())
+                self._child.thaw()
             self._changed.notify_all()
+
+    def _freeze_soon(self) -> None:
+        timer = threading.Timer(FREEZE_AFTER_S, self._freeze)
+        timer.daemon = True
+        timer.start()
+
+    def _freeze(self) -> None:
+        """Stop a batch that did not end since the pause; also a long load of the data."""
+        with self._changed:
+            child = self._child
+            if not self._paused or not self._working or self._standing or child is None:
+                return
+            if not self._ready:  # it has not arranged yet to be woken by our death
+                self._freeze_soon()
+            elif self._cancel_by is None and not self._stopping:
+                child.freeze()
 
     def _do(self, work: Work, out: Path | None = None) -> Done:
         with self._one_at_a_time:
@@ -256,11 +294,15 @@ class TrainerProcess:
         if self._closed:
             raise TrainerFailed("stopped", "the trainer was stopped")
         if self._child is None or self._child.exit is not None:
-            self._oom_kills = memory.oom_kills()
+            self._oom_kills, self._ready = memory.oom_kills(), False
             try:
-                self._child = Child(self._work_dir, self._threads, self._changed, self._on_answer)
+                self._child = Child(
+                    self._work_dir, self._threads, self._nice, self._changed, self._on_answer
+                )
             except OSError as err:
                 raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err
+            if self._share != 1.0:
+                self._child.send(Pace(self._share))
             if self._paused:
                 self._child.send(Pause())
         return self._child
@@ -317,6 +359,9 @@ class TrainerProcess:
         """Called by the reader's thread for every frame."""
         with self._changed:
             self._alive_at = time.monotonic()
+            self._ready |= isinstance(answer, Ready)
+            if isinstance(answer, Progress):
+                self._standing = answer.paused
             if isinstance(answer, Done | Failed) and answer.id == self._id:
                 self._answer = answer
                 self._changed.notify_all()

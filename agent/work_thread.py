@@ -5,6 +5,7 @@ Blocking, in the work thread; what others must know of it goes to the event loop
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -70,6 +71,7 @@ class WorkThread:
             home / "trainer",
             data_settings(chosen, home / "trainer"),
             threads=chosen.threads,
+            nice=chosen.nice,
             on_progress=lambda progress: loop.soon(self._progressed, progress),
             hang_s=chosen.hang_timeout_s,
             journal_every_s=chosen.checkpoint_interval_s,
@@ -103,6 +105,11 @@ class WorkThread:
                 self._send,
             ).answer,
         )
+
+    def pids(self) -> list[int]:
+        """The processes of this agent."""
+        trainer = self.trainer.pid
+        return [os.getpid()] if trainer is None else [os.getpid(), trainer]
 
     def close(self) -> None:
         """End the trainer for good: a wait for it, or for its next try, ends too."""

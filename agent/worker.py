@@ -4,7 +4,8 @@ instructions. No I/O, no clock.
 Rule 1. Presence is a function of the worker (`presence`), so what is shown is what is.
 Rule 2. A pause stops the trainer between two batches and takes no new work; it loses none.
 Rule 3. A trainer that failed again and again is a pause too: no work is taken until it is lifted.
-Rule 4. `finish` lets the work in hand end and be sent, then leaves.
+Rule 4. The policy's decision is one more pause, and how hard to work; it changes no other.
+Rule 5. `finish` lets the work in hand end and be sent, then leaves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from protocols.states import PauseReason, PeerState
 
 
 class Worker(Struct, frozen=True, kw_only=True):
-    """The agent now. `pauses` holds every reason that is in force, `trouble` the trainer's."""
+    """The agent now. `pauses` holds every reason that is in force, `trouble` the trainer's.
+
+    `policy` is why the policy pauses, in words, or empty. `share` of the time is worked.
+    `until`: when the pause that was asked for ends; `free_at`, `free_until`: when the policy's
+    does, and its next begins. All Unix s, 0 is unknown.
+    """
 
     session: bool = False
     mqtt: bool = False
@@ -27,6 +33,11 @@ class Worker(Struct, frozen=True, kw_only=True):
     sending: bool = False
     pauses: frozenset[PauseReason] = frozenset()
     trouble: str = ""
+    policy: str = ""
+    share: float = 1.0
+    until: float = 0.0
+    free_at: float = 0.0
+    free_until: float = 0.0
     finishing: bool = False
     left: bool = False
 
@@ -55,7 +66,10 @@ class WorkEnded(NamedTuple):
 
 
 class PauseAsked(NamedTuple):
+    """`until` (Unix s) is when it will be lifted, 0 if nobody knows."""
+
     reason: PauseReason
+    until: float = 0.0
 
 
 class PauseLifted(NamedTuple):
@@ -66,6 +80,15 @@ class TrainerGaveUp(NamedTuple):
     """The trainer failed again and again; `kind` is the short word for how."""
 
     kind: str
+
+
+class PolicyDecided(NamedTuple):
+    """What `agent.policy` makes of the moment: see `Worker`."""
+
+    reason: str = ""
+    share: float = 1.0
+    free_at: float = 0.0
+    free_until: float = 0.0
 
 
 class FinishAsked(NamedTuple):
@@ -81,6 +104,7 @@ Event = (
     | PauseAsked
     | PauseLifted
     | TrainerGaveUp
+    | PolicyDecided
     | FinishAsked
 )
 
@@ -99,6 +123,12 @@ class ResumeTrainer(NamedTuple):
     pass
 
 
+class SetPace(NamedTuple):
+    """Work `share` of the time from now on."""
+
+    share: float
+
+
 class LookForWork(NamedTuple):
     """Ask the coordinator now: there may be work."""
 
@@ -107,7 +137,7 @@ class Leave(NamedTuple):
     """End the program cleanly."""
 
 
-Instruction = Announce | PauseTrainer | ResumeTrainer | LookForWork | Leave
+Instruction = Announce | PauseTrainer | ResumeTrainer | SetPace | LookForWork | Leave
 
 
 def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
@@ -123,12 +153,16 @@ def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
             after = replace(worker, sending=worker.work is not None)
         case WorkEnded():
             after = replace(worker, work=None, sending=False)
-        case PauseAsked(reason):
-            after = replace(worker, pauses=worker.pauses | {reason})
+        case PauseAsked(reason, until):
+            after = replace(worker, pauses=worker.pauses | {reason}, until=until)
         case PauseLifted(reasons):
-            after = replace(worker, pauses=worker.pauses - reasons)
+            after = replace(worker, pauses=worker.pauses - reasons, until=0.0)
         case TrainerGaveUp(kind):
             after = replace(worker, pauses=worker.pauses | {PauseReason.TRAINER}, trouble=kind)
+        case PolicyDecided(reason, share, free_at, free_until):
+            after = replace(
+                worker, policy=reason, share=share, free_at=free_at, free_until=free_until
+            )
         case FinishAsked():
             after = replace(worker, finishing=True)
     if after.finishing and after.work is None:
@@ -139,10 +173,12 @@ def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
 def _instructions(before: Worker, after: Worker) -> list[Instruction]:
     """What follows from the change alone: no event needs a rule of its own."""
     instructions: list[Instruction] = []
-    if after.pauses and not before.pauses:
+    if is_paused(after) and not is_paused(before):
         instructions.append(PauseTrainer())
-    if before.pauses and not after.pauses:
+    if is_paused(before) and not is_paused(after):
         instructions.append(ResumeTrainer())
+    if after.share != before.share:
+        instructions.append(SetPace(after.share))
     if _presence(before) != _presence(after):
         instructions.append(Announce())
     # Nobody may have rung while the broker was away, and nobody rings from now on if it went.
@@ -153,9 +189,14 @@ def _instructions(before: Worker, after: Worker) -> list[Instruction]:
     return instructions
 
 
+def is_paused(worker: Worker) -> bool:
+    """True if anything holds up the work."""
+    return bool(worker.pauses or worker.policy)
+
+
 def is_willing(worker: Worker) -> bool:
     """True if more work may be taken once none is in hand."""
-    return not worker.pauses and not worker.finishing
+    return not is_paused(worker) and not worker.finishing
 
 
 def can_take_work(worker: Worker) -> bool:
@@ -163,20 +204,28 @@ def can_take_work(worker: Worker) -> bool:
     return worker.work is None and is_willing(worker)
 
 
-def _presence(worker: Worker) -> tuple[PeerState, str, Work | None]:
-    return (*shown(worker), worker.work)
+def _presence(worker: Worker) -> tuple[object, ...]:
+    return (*shown(worker), worker.work, *free(worker))
+
+
+def free(worker: Worker) -> tuple[float, float]:
+    """When it expects to work again, and until when it can from now on; Unix s, 0 is unknown."""
+    if not is_paused(worker):
+        return 0.0, worker.free_until
+    known = [worker.until] * bool(worker.pauses) + [worker.free_at] * bool(worker.policy)
+    return (max(known) if all(known) else 0.0), 0.0
 
 
 def shown(worker: Worker) -> tuple[PeerState, str]:
     """State and reason, as presence and `status` say them."""
-    if worker.pauses:
+    if is_paused(worker):
         reasons = [
             f"{reason}: {worker.trouble}"
             if worker.trouble and reason is PauseReason.TRAINER
             else reason
             for reason in sorted(worker.pauses)
         ]
-        return PeerState.PAUSED, ", ".join(reasons)
+        return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [worker.policy])])
     if worker.sending:
         return PeerState.SENDING, ""
     if worker.work is not None:

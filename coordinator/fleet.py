@@ -140,6 +140,7 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     peer.version, peer.task, peer.run, peer.round = body.version, body.task, body.run, body.round
     peer.name = peer.name or body.name
     peer.tasks, peer.policy, peer.disk_free_bytes = body.tasks, body.policy, body.disk_free_bytes
+    peer.free_at, peer.free_until = body.free_at, body.free_until
     # A retained presence may be old, so it only shows a clock that is ahead.
     if envelope.at > now:
         peer.skew_s = finite(envelope.at - now) or 0.0

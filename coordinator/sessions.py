@@ -1,4 +1,8 @@
-"""Which peers are there and could be given work now, from Flower sessions and presence."""
+"""Which peers are there and could be given work now, from Flower sessions and presence.
+
+A peer that says until when it can work gets none that it would not end by then, as far as its last
+work tells: its measured speed against its declared window.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,9 @@ class Sessions:
         self._heard_at: dict[str, float] = {}
         self._will_at: dict[str, float] = {}
         self._tasks: dict[str, tuple[str, ...]] = {}
+        #: The work that a peer trains at since then, and how long its last one took, in s.
+        self._began: dict[str, tuple[tuple[str, int], float]] = {}
+        self._took_s: dict[str, float] = {}
 
     def admit(self, peer: str, node: int) -> None:
         """This peer's Flower node id, which stays its own even after it was removed."""
@@ -70,8 +77,18 @@ class Sessions:
     def heard_presence(self, peer: str, presence: Presence) -> None:
         if presence.will:
             self._will_at[peer] = time.monotonic()
-        elif presence.tasks:
+            return
+        if presence.tasks:
             self._tasks[peer] = presence.tasks
+        work, now = (presence.run, presence.round), time.monotonic()
+        began = self._began.get(peer)
+        if presence.state is PeerState.TRAINING:
+            if began is None or began[0] != work:
+                self._began[peer] = work, now
+        elif began is not None and presence.state is not PeerState.PAUSED:
+            del self._began[peer]
+            if presence.state is PeerState.SENDING and began[0] == work:
+                self._took_s[peer] = now - began[1]
 
     def tasks(self) -> set[str]:
         """Tasks that somebody who is there can and may run."""
@@ -91,5 +108,9 @@ class Sessions:
             return False
         if shown.state in (PeerState.PAUSED, PeerState.ERROR):
             return False
+        if shown.state is PeerState.IDLE and shown.free_until:
+            left_s = shown.free_until - time.time() - shown.skew_s
+            if left_s < self._took_s.get(peer, 0.0):
+                return False
         # A will alone proves nothing: a peer that has asked us something since then is there.
         return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)

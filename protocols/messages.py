@@ -41,7 +41,8 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     """What a peer says of itself; retained. `tasks` are those it can and may run.
 
     `policy` is what its owner lets others know of the settings; `disk_free_bytes` 0 is unknown.
-    `will` marks the copy that the broker sends on a lost link.
+    A paused peer expects to be free again at `free_at`; another can work until `free_until`. Both
+    Unix s, 0 for unknown. `will` marks the copy that the broker sends on a lost link.
     """
 
     state: PeerState
@@ -54,6 +55,8 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
     disk_free_bytes: Count = 0
+    free_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
+    free_until: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
     will: bool = False
 
 

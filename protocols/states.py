@@ -34,13 +34,10 @@ AVAILABLE = frozenset({PeerState.TRAINING, PeerState.SENDING, PeerState.IDLE})
 
 
 class PauseReason(StrEnum):
-    """Why an agent does not work although it runs. Shown word for word."""
+    """Why an agent does not work although it runs, beside its policy. Shown word for word."""
 
     USER = "by its owner"
     OPERATOR = "by the operator"
-    BATTERY = "battery"
-    BUSY = "other programs are busy"
-    SCHEDULE = "schedule"
     TRAINER = "trainer failed"
     DISK = "disk full"
 

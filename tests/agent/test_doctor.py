@@ -30,7 +30,7 @@ from protocols.mqtt import MqttAddress
 from tests.e2e.fleet_harness import AGENT, Fleet, environment, fleet, run_program, until
 
 HOST = "127.0.0.1"
-HERE = ["home", "permissions", "settings", "disk", "packages", "device", "battery", "service"]
+HERE = ["home", "permissions", "settings", "disk", "packages", "device", "sensors", "service"]
 THERE = ["enrolled", "dns", "tcp", "tls", "clock", "coordinator", "flower", "mqtt", "version"]
 
 Made = dict[str, dict[str, Any]]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from agent.frames import (
     Done,
     Failed,
     Init,
+    Pace,
     Pause,
     Progress,
     Ready,
@@ -67,6 +69,10 @@ class Odd:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             on_step(child.pid, 1 << 40, 0.0, 0)
             time.sleep(600)
+        if do == "long batch":
+            on_step(1, 2, 0.0, 0)
+            while True:
+                pass
         if do == "exit":
             sys.exit(3)
         if do == "read":
@@ -160,6 +166,9 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     site.close()
 
 
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="a child hears of it on Linux")
+
+
 def failure(work: Future[Done]) -> TrainerFailed:
     with pytest.raises(TrainerFailed) as caught:
         work.result(PATIENCE_S)
@@ -238,6 +247,48 @@ def test_pause_and_cancel_act_in_mid_work(site: Site) -> None:
     assert site.trainer.pid == pid, "a cancel does not cost the child"
 
 
+def test_a_slower_pace_rests_after_each_batch(odd: Site) -> None:
+    """The gate alone: a tenth of the time at work is nine times as long at rest."""
+    control, work_s = Control(), 0.02
+    control.told(Pace(0.1))
+    began = time.monotonic()
+    control.rest(work_s)
+    assert time.monotonic() - began >= 9 * work_s
+    done = threading.Event()
+    threading.Thread(target=lambda: (control.rest(1e9), done.set()), daemon=True).start()
+    assert not done.is_set()
+    control.told(Pace(1.0))
+    assert done.wait(PATIENCE_S), "another pace ends the rest"
+    odd.trainer.pace(0.5)
+    assert odd.train("odd").num_examples == 5
+
+
+@only_linux
+def test_a_long_batch_is_paused_in_its_middle(odd: Site) -> None:
+    work = odd.start("odd", do="long batch")
+    odd.frames.wait(lambda p: p.step == 1)
+    pid = odd.trainer.pid
+    assert pid is not None
+    child = psutil.Process(pid)
+
+    def stands(what: bool) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while (child.status() == psutil.STATUS_STOPPED) is not what:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    odd.trainer.pause()
+    stands(True)
+    odd.trainer.resume()
+    stands(False)
+    odd.trainer.pause()
+    stands(True)
+    odd.trainer.cancel()
+    assert failure(work).kind == "cancelled"
+    odd.trainer.resume()
+    assert odd.train("odd").num_examples == 5
+
+
 def test_cancel_that_comes_while_the_pause_is_being_told() -> None:
     control, cancelled = Control(), threading.Event()
     control.told(Pause())
@@ -279,7 +330,10 @@ def test_stop_in_mid_work_leaves_nothing(site: Site) -> None:
     assert not list(site.folder.glob(".*.tmp"))
 
 
-def test_child_leaves_when_its_parent_dies(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "first", ["", pytest.param("os.kill(trainer.pid, 19)", marks=only_linux)], ids=["", "frozen"]
+)
+def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
     code = (
         "import os, pathlib, sys\n"
         "from agent.tasks import DataSettings\n"
@@ -287,6 +341,7 @@ def test_child_leaves_when_its_parent_dies(tmp_path: Path) -> None:
         "folder = pathlib.Path(sys.argv[1])\n"
         "def told(p):\n"
         "    print(trainer.pid, flush=True)\n"
+        f"    {first}\n"
         "    os._exit(9)\n"
         "trainer = TrainerProcess(folder, DataSettings(parts=10), on_progress=told)\n"
         "trainer.init('mnist', {}, 1, folder / 'base')\n"

@@ -18,9 +18,11 @@ from agent.worker import (
     PauseAsked,
     PauseLifted,
     PauseTrainer,
+    PolicyDecided,
     ResumeTrainer,
     SendingBegan,
     SessionChanged,
+    SetPace,
     TrainerGaveUp,
     WorkBegan,
     WorkEnded,
@@ -30,7 +32,7 @@ from protocols.messages import Work
 from protocols.states import PauseReason, PeerState
 
 WORK = Work(run="r", round=1, kind="train", task="t")
-USER, BUSY = PauseReason.USER, PauseReason.BUSY
+USER, DISK = PauseReason.USER, PauseReason.DISK
 IDLE = Worker(session=True, mqtt=True)
 BUSY_NOW = Worker(session=True, mqtt=True, work=WORK)
 
@@ -53,7 +55,7 @@ TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
     ("a pause when idle", IDLE, PauseAsked(USER), [PauseTrainer(), Announce()]),
     ("a trainer that failed", IDLE, TrainerGaveUp("hung"), [PauseTrainer(), Announce()]),
     ("the same pause again", Worker(pauses=one(USER)), PauseAsked(USER), []),
-    ("a second reason", Worker(pauses=one(USER)), PauseAsked(BUSY), [Announce()]),
+    ("a second reason", Worker(pauses=one(USER)), PauseAsked(DISK), [Announce()]),
     (
         "the last reason is lifted",
         Worker(pauses=one(USER)),
@@ -62,7 +64,7 @@ TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
     ),
     (
         "one of two reasons is lifted",
-        Worker(pauses=frozenset({USER, BUSY})),
+        Worker(pauses=frozenset({USER, DISK})),
         PauseLifted(one(USER)),
         [Announce()],
     ),
@@ -103,8 +105,13 @@ def test_the_table(before: Worker, event: Event, expected: list[Instruction]) ->
             (PeerState.PAUSED, "trainer failed: out of memory"),
         ),
         (
-            Worker(pauses=frozenset({USER, PauseReason.BATTERY})),
-            (PeerState.PAUSED, "battery, by its owner"),
+            Worker(pauses=frozenset({USER, PauseReason.DISK})),
+            (PeerState.PAUSED, "by its owner, disk full"),
+        ),
+        (Worker(work=WORK, policy="on battery"), (PeerState.PAUSED, "on battery")),
+        (
+            Worker(pauses=one(USER), policy="on battery"),
+            (PeerState.PAUSED, "by its owner, on battery"),
         ),
     ],
 )
@@ -121,12 +128,44 @@ def test_the_poll_is_slow_where_a_doorbell_rings(
     assert 1 <= worker.poll_s(Worker(mqtt=mqtt), since_work_s) <= most_s
 
 
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (IDLE, (0.0, 0.0)),
+        (Worker(free_until=9.0), (0.0, 9.0)),
+        (Worker(policy="schedule", free_at=5.0, free_until=9.0), (5.0, 0.0)),
+        (Worker(pauses=one(USER), until=7.0), (7.0, 0.0)),
+        (Worker(pauses=one(USER), until=7.0, policy="schedule", free_at=5.0), (7.0, 0.0)),
+        (Worker(pauses=one(USER), until=7.0, policy="on battery"), (0.0, 0.0)),
+        (Worker(pauses=one(USER), policy="schedule", free_at=5.0), (0.0, 0.0)),
+    ],
+)
+def test_when_it_expects_to_be_free(now: Worker, expected: tuple[float, float]) -> None:
+    assert worker.free(now) == expected
+
+
+def test_the_policy_pauses_and_paces_beside_the_owner() -> None:
+    paused, told = worker.handle(BUSY_NOW, PolicyDecided(reason="on battery"))
+    assert told == [PauseTrainer(), Announce()]
+    both, told = worker.handle(paused, PauseAsked(USER))
+    assert told == [Announce()]
+    user, told = worker.handle(both, PolicyDecided(share=0.5))
+    assert told == [SetPace(0.5), Announce()]
+    _, told = worker.handle(user, PauseLifted(one(USER)))
+    assert told == [ResumeTrainer(), Announce()]
+
+
+def told(now: Worker) -> object:
+    return worker.shown(now), now.work, worker.free(now)
+
+
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(SessionChanged, st.booleans()),
     st.builds(BrokerChanged, st.booleans()),
     st.just(WorkBegan(WORK)),
     st.just(SendingBegan()),
     st.just(WorkEnded()),
+    st.builds(PolicyDecided, st.sampled_from(["", "on battery"]), st.sampled_from([0.5, 1.0])),
     st.builds(PauseAsked, st.sampled_from(PauseReason)),
     st.builds(TrainerGaveUp, st.text()),
     st.builds(PauseLifted, st.frozensets(st.sampled_from(PauseReason), max_size=2)),
@@ -145,7 +184,7 @@ def test_whatever_comes(events: list[Event]) -> None:
         for instruction in instructions:
             match instruction:
                 case Announce():
-                    assert (worker.shown(now), now.work) != (worker.shown(before), before.work)
+                    assert told(now) != told(before)
                     announced = worker.shown(now)
                 case PauseTrainer():
                     assert not trainer_paused
@@ -155,15 +194,15 @@ def test_whatever_comes(events: list[Event]) -> None:
                     trainer_paused = False
                 case LookForWork():
                     assert worker.can_take_work(now)
-                    assert not now.pauses
+                    assert not worker.is_paused(now)
                     assert now.work is None
                     assert not now.finishing
                 case Leave():
                     times_left += 1
         # What others see is what is; the trainer stands still exactly while a pause is in force.
         assert announced == worker.shown(now)
-        assert trainer_paused == bool(now.pauses)
-        assert (worker.shown(now)[0] is PeerState.PAUSED) == bool(now.pauses)
+        assert trainer_paused == worker.is_paused(now)
+        assert (worker.shown(now)[0] is PeerState.PAUSED) == worker.is_paused(now)
         assert not (now.sending and now.work is None)
         # It leaves once, and with no work in hand.
         assert times_left == now.left

@@ -108,7 +108,7 @@ def test_columns_at_the_breakpoints(terminal: int, last: str) -> None:
 
 
 def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:
-    paused = peer("a", PeerState.PAUSED, PauseReason.BUSY)
+    paused = peer("a", PeerState.PAUSED, "other programs are busy")
     assert state_cell(paused, NOW, 40).text == "‖ paused: other programs are busy"
     assert state_cell(paused, NOW, 20).text == "‖ paused: other pro…"
     assert state_cell(paused, NOW, 12).text == "‖ paused"

@@ -56,6 +56,9 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
         "COLUMNS": "200",
         "NO_COLOR": "1",
         "COMMONWEIGHT_AGENT_THREADS": "1",
+        # Other tests use these cores too, and nobody waits for them to end.
+        "COMMONWEIGHT_AGENT_WORK": "always",
+        "COMMONWEIGHT_AGENT_NICE": "0",
     }
     return found | settings
 

@@ -29,7 +29,7 @@ from protocols.messages import (
     RunChanged,
     Telemetry,
 )
-from protocols.states import PauseReason, PeerState, RunState
+from protocols.states import PeerState, RunState
 from protocols.topics import COORDINATOR
 
 #: A screen drawn often settles soon.
@@ -147,7 +147,7 @@ def story() -> list[tuple[float, Envelope]]:
         tell(12 - step, IDS["east"], telemetry(step, loss, sent=640_000))
     tell(5, IDS["east"], telemetry(6, None, diverged=True, sent=640_000))
     is_(3, "east", PeerState.TRAINING)
-    is_(40, "lab-workstation-7", PeerState.PAUSED, PauseReason.BATTERY)
+    is_(40, "lab-workstation-7", PeerState.PAUSED, "battery")
     will = Presence(state=PeerState.OFFLINE, name="west", will=True)
     tell(47, IDS["west"], will)
     happened = "round 11 closed: loss 0.574, 5 peers"

@@ -1,0 +1,43 @@
+"""What the owner of this machine wants of a running agent, found in its two files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from agent import control
+from agent.control import Wish
+from agent.loop import WorkerLoop
+from agent.polite import Polite
+from agent.worker import FinishAsked, PauseAsked, PauseLifted
+from protocols.states import PauseReason
+
+_ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
+
+
+class Owner:
+    """Looks at the wish file and the settings, and tells the worker and the policy."""
+
+    def __init__(self, home: Path, loop: WorkerLoop, polite: Polite) -> None:
+        self._home, self._loop, self._polite = home, loop, polite
+        self._wish = Wish()
+
+    def heed(self) -> bool:
+        """Obey what is new; True if the settings may have changed."""
+        wish = control.read_wish(self._home)
+        if wish.want == "pause" and wish.until and time.time() >= wish.until:
+            wish = Wish(modes=wish.modes)
+            control.write_wish(self._home, wish)
+        changed = self._polite.heed(wish)
+        if (wish.want, wish.until, wish.at) == (self._wish.want, self._wish.until, self._wish.at):
+            return changed
+        self._wish = wish
+        if wish.want == "pause":
+            self._loop.happened(PauseAsked(PauseReason.USER, wish.until))
+        else:
+            # The owner's word also lifts what the operator asked for.
+            self._loop.happened(PauseLifted(_ASKED_FOR))
+        if wish.want == "finish":
+            control.write_wish(self._home, Wish(modes=wish.modes))
+            self._loop.happened(FinishAsked())
+        return changed
