@@ -37,6 +37,7 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
         "lines": lambda folder: network.slow_and_flapping(folder, 10.0 if quick else 60.0),
         "ledger": disk.spoilt_ledger,
         "versions": disk.spoilt_versions,
+        "lost": disk.lost_disk,
         "stampede": lambda folder: stampede.real(folder, 50),
         "many": lambda folder: stampede.protocol(folder, many),
         "agent": lambda folder: crashes.agent(folder, seeds),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +147,42 @@ def _spoilt(fleet: Site, how: Callable[[Path], None], where: str) -> list[str]:
     if checker.digests(facts)[-1:] != undisturbed[-1:]:
         found.append(f"{run} {checker.ended(facts)} with other weights")
     return found
+
+
+def lost_disk(folder: Path) -> Row:
+    """The coordinator and its disk are gone in round 4; there is a backup of round 1, without any
+    weights. A new coordinator takes the newest version from the agents."""
+    row = Row("14 coordinator's disk gone, backup and agents left", "rounds lost; s to the version")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*PEERS)
+        undisturbed = checker.digests(fleet.outcome(_ordered(fleet, rounds=12)))
+        run = _ordered(fleet, rounds=12)
+        fleet.until_versions(run)
+        backup = folder / "backup.tar"
+        assert fleet.ask("backup", str(backup)).returncode == 0
+        fleet.until_versions(run, 4)
+        fleet.programs["up"].kill()
+        reached = len(checker.digests(fleet.facts(run)))
+        shutil.rmtree(fleet.home)
+        assert fleet.ask("restore", str(backup), "--from-peers").returncode == 0
+        began = time.monotonic()
+        fleet.rise()
+        until(lambda: fleet.facts(run, "VersionRecalled"), "a version is back", 120)
+        took = time.monotonic() - began
+        facts = fleet.outcome(run)
+        found = fleet.violations([])
+        recalled = next(f["version"] for f in facts if f["type"] == "VersionRecalled")
+        if undisturbed[recalled["round"] - 1] != recalled["digest"]:
+            found.append(f"{run} goes on from what was never its version")
+        if checker.digests(facts)[-1:] != undisturbed[-1:]:
+            found.append(f"{run} {checker.ended(facts)} with other weights")
+        lost = reached - recalled["round"]
+        if lost > 1:
+            found.append(f"{lost} rounds are lost")
+        row.add(f"round {recalled['round']} of {reached}", SEED, found, lost)
+    row.figure = f"{lost}; {took:.0f} s"
+    return row
 
 
 def spoilt_ledger(folder: Path) -> Row:
