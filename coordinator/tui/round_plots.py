@@ -155,7 +155,7 @@ def _participation(width: int, height: int, *, run: Run, fleet: Fleet) -> list[T
     notes = [f"{refused} refused"] if refused else []
     here = [peer for peer in fleet.peers.values() if peer.standing == "enrolled"]
     strips = {called(peer): took_part(peer, run, 60) for peer in here}
-    if not any(strip.strip() for strip in strips.values()) or len(here) > height - 2:
+    if not any(strip.strip() for strip in strips.values()) or len(here) > height - 1:
         values = [float(closed.peers) for closed in rounds]
         parts = [(own.purple, values)]
         return stack_plot(

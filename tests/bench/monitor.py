@@ -26,6 +26,7 @@ from coordinator.cli_monitor import _calm_collector
 from coordinator.fleet import Fleet, decode, encode, fold
 from coordinator.orders import RunOrder
 from coordinator.tui.app import MonitorApp
+from coordinator.tui.fleet_page import FleetPage
 from coordinator.watch import Action
 from protocols.messages import (
     Body,
@@ -207,6 +208,8 @@ async def measure(peers: int, rate: int, seconds: float) -> dict[str, Any]:
     running = asyncio.create_task(app.run_async(size=SIZE))
     try:
         await asyncio.sleep(3)
+        # In its place: a cursor that goes with its peer moves by itself, and a key may be undone.
+        app.query_one(FleetPage).follow = False
         app.frames_ms.clear()
         said, began, cpu = source.said, time.monotonic(), process.cpu_times()
         number = 0

@@ -165,11 +165,6 @@ def test_without_colour(
 
 
 @sizes
-def test_run_form(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("n"))
-
-
-@sizes
 def test_everything_beside_the_fleet(size: tuple[int, int], snap_compare: Any) -> None:
     assert snap_compare(monitor(rich()), terminal_size=size, run_before=live())
 
