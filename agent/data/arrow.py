@@ -1,0 +1,125 @@
+"""CSV and Parquet files of this machine, read by pyarrow piece by piece."""
+
+from __future__ import annotations
+
+import csv
+import glob
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from agent.data import Operation
+from protocols.errors import DataFault
+
+S = TypeVar("S")
+
+_BLOCK_BYTES = 4 << 20
+_ROWS = 65_536
+_SEPARATORS = ",;\t|"
+_PARQUET = (".parquet", ".pq")
+
+
+class ArrowReader:
+    """One file, a folder of them, or a pattern such as `visits-*.csv`; all with one header."""
+
+    def __init__(self, path: str) -> None:
+        self._files = files(path)
+        self._columns: tuple[str, ...] = ()
+
+    def columns(self) -> tuple[str, ...]:
+        if not self._columns:
+            found = dict.fromkeys(name for file in self._files for name in header(file))
+            self._columns = tuple(found)
+        return self._columns
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for file in self._files:
+            with told(file):
+                for batch in _batches(file, columns):
+                    yield _completed(batch, columns)
+
+    def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
+        states = (operation.of(batch) for batch in self.batches(columns))
+        first = next(states, None)
+        return first if first is None else reduce(operation.merged, states, first)
+
+
+def files(path: str) -> list[Path]:
+    """The table's files, sorted. Raises DataFault."""
+    given = Path(path)
+    if given.is_dir():
+        found = [file for file in given.iterdir() if file.suffix.lower() in (".csv", *_PARQUET)]
+    else:
+        found = [given] if given.is_file() else [Path(name) for name in glob.glob(path)]
+    if not found:
+        raise DataFault("there are no data where this peer's owner said", f"no such file: {path}")
+    return sorted(found)
+
+
+def header(file: Path) -> list[str]:
+    """The names of a file's columns. Raises DataFault."""
+    with told(file):
+        if file.suffix.lower() in _PARQUET:
+            names = pq.read_schema(file).names
+        else:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                names = next(csv.reader(lines, delimiter=separator(file)), [])
+    if not names:
+        raise DataFault("a table has no header", f"{file} is empty")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataFault(f"column {twice!r} is there twice", f"in {file}")
+    return names
+
+
+def separator(file: Path) -> str:
+    """What parts the columns: whichever of , ; tab | is most often in the header."""
+    with file.open(encoding="utf-8-sig") as lines:
+        first = lines.readline()
+    return max(_SEPARATORS, key=first.count)
+
+
+def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    here = [name for name in header(file) if name in set(columns)]
+    if file.suffix.lower() in _PARQUET:
+        yield from pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=here)
+        return
+    # All as text: which type a column has is known after its last row, and not in the first block.
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=here, column_types=dict.fromkeys(here, pa.string())
+    )
+    read = pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
+    parse = pyarrow.csv.ParseOptions(delimiter=separator(file), newlines_in_values=True)
+    with pyarrow.csv.open_csv(file, read, parse, convert) as reader:
+        yield from reader
+
+
+def _completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """The batch in the order asked for; a column that this file lacks is null throughout."""
+    arrays = [
+        batch.column(name) if name in batch.schema.names else pa.nulls(len(batch), pa.string())
+        for name in columns
+    ]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """What is wrong with a file, without its name and contents for others. Raises DataFault."""
+    try:
+        yield
+    except (UnicodeDecodeError, pa.ArrowInvalid) as err:
+        if isinstance(err, UnicodeDecodeError) or "UTF8" in str(err).replace("-", ""):
+            raise DataFault(
+                "a file is no UTF-8 text",
+                f"{file}: iconv -f latin1 -t utf-8 OLD > NEW, if it is in that code",
+            ) from err
+        raise DataFault("a file cannot be read as a table", f"{file}: {err}") from err
+    except OSError as err:
+        raise DataFault("a file cannot be read", f"{file}: {err.strerror or err}") from err

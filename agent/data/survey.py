@@ -1,0 +1,159 @@
+"""A survey of a table in two passes: what its columns hold, then their statistics.
+
+Both are operations that any reader folds over its batches (`agent.data.Operation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agent.data import Reader, values
+from agent.data.values import Kinds
+from agent.tasks import DataSettings
+from protocols import statistics
+from protocols.errors import DataFault, SchemaMismatch
+from protocols.preprocessing import MOST_CLASSES, Wanted
+from protocols.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
+
+
+class FindKinds:
+    """What each column could hold: dict of `values.Kinds` by name."""
+
+    def of(self, batch: pa.RecordBatch) -> dict[str, Kinds]:
+        return {name: values.kinds(batch.column(name)) for name in batch.schema.names}
+
+    def merged(self, a: dict[str, Kinds], b: dict[str, Kinds]) -> dict[str, Kinds]:
+        return {name: kinds.merged(b[name]) for name, kinds in a.items()}
+
+
+class Measure(NamedTuple):
+    """Statistics of columns of known kinds.
+
+    Numbers in `counted` are counted by value as well, up to `MOST_CLASSES` different whole ones.
+    """
+
+    kinds: dict[str, Kind]
+    counted: frozenset[str] = frozenset()
+    extremes: bool = False
+
+    def of(self, batch: pa.RecordBatch) -> TableStatistics:
+        columns = {name: self._column(name, batch.column(name)) for name in self.kinds}
+        return TableStatistics(rows=len(batch), columns=columns)
+
+    def merged(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
+        whole = statistics.merged((a, b))
+        return TableStatistics(
+            rows=whole.rows, columns={n: self._bounded(c) for n, c in whole.columns.items()}
+        )
+
+    def _column(self, name: str, column: pa.Array) -> ColumnStatistics:
+        kind = self.kinds[name]
+        if kind == "empty":
+            return ColumnStatistics(kind=kind, missing=len(column))
+        if kind == "text":
+            return _counts(values.texts(column))
+        found = values.numbers(column, kind)
+        there = found[~np.isnan(found)]
+        whole = bool((there == np.floor(there)).all())
+        told = ColumnStatistics(
+            kind=kind,
+            missing=len(found) - len(there),
+            whole=whole,
+            moments=statistics.moments(there),
+            extremes=(
+                (float(there.min()), float(there.max())) if self.extremes and len(there) else None
+            ),
+        )
+        if name not in self.counted:
+            return told
+        counts = _counts(values.whole_texts(there)) if whole else ColumnStatistics(kind=kind)
+        return self._bounded(
+            ColumnStatistics(
+                kind=kind,
+                missing=told.missing,
+                whole=whole,
+                moments=told.moments,
+                extremes=told.extremes,
+                categories=counts.categories,
+                many=counts.many,
+            )
+        )
+
+    def _bounded(self, column: ColumnStatistics) -> ColumnStatistics:
+        """Of a number that takes many values, or broken ones, the values are nobody's affair."""
+        if column.kind not in NUMERIC:
+            return column
+        if column.many or not column.whole or len(column.categories) > MOST_CLASSES:
+            return ColumnStatistics(
+                kind=column.kind,
+                missing=column.missing,
+                whole=column.whole,
+                moments=column.moments,
+                extremes=column.extremes,
+                many=column.many or len(column.categories) > MOST_CLASSES,
+            )
+        return column
+
+
+def _counts(column: pa.StringArray) -> ColumnStatistics:
+    found = {pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(column)}
+    missing = found.pop(None, 0)
+    if len(found) > statistics.MOST_CATEGORIES:
+        total = sum(found.values())
+        return ColumnStatistics(kind="text", missing=missing, others=total, many=True)
+    return ColumnStatistics(kind="text", missing=missing, categories=found)
+
+
+def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistics:
+    """What may be told of a table: the columns that its owner allows, nothing rare.
+
+    Raises DataFault: too few rows for the owner, a column that is not there or not allowed.
+    """
+    names = _allowed(reader.columns(), data.columns, wanted)
+    kinds = reader.partial(FindKinds(), names)
+    if kinds is None:
+        raise DataFault("this peer's table has no rows")
+    found: dict[str, Kind] = {
+        name: "text" if name in wanted.categorical and kinds[name].some else kinds[name].kind
+        for name in names
+    }
+    extremes = wanted.scaling == "minmax"
+    if extremes and not data.extremes:
+        raise DataFault(
+            "the owner does not tell the least and the most of a column, which minmax needs",
+            "commonweight-agent policy set data.extremes true",
+        )
+    measure = Measure(found, frozenset({wanted.target}), extremes)
+    table = reader.partial(measure, names)
+    assert table is not None
+    if table.rows < data.min_rows:
+        raise DataFault(
+            f"the owner asks for at least {data.min_rows} rows, and there are fewer",
+            f"there are {table.rows}: commonweight-agent policy set data.min_rows",
+        )
+    hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
+    return statistics.shared(table, data.min_count, hashed=hashed if wanted.hashed else ())
+
+
+def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: Wanted) -> list[str]:
+    """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
+    allowed = [name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for name in (wanted.target, *wanted.features):
+        if name not in there:
+            near = ", ".join(there[:20])
+            raise SchemaMismatch(f"column {name}", "one", "no such column", f"there are {near}")
+        if name not in allowed:
+            raise SchemaMismatch(
+                f"column {name}",
+                "one",
+                "one that its owner keeps back",
+                "commonweight-agent policy set data.columns",
+            )
+    asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
+    return [name for name in allowed if name in asked]
