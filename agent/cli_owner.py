@@ -225,6 +225,7 @@ def set_policy(
     from agent import settings
 
     home = homes.open_home("agent")
+    key = key.replace(".", "_")  # data.columns
     if duration:
         _set_for(home, key, value, seconds(duration))
         say(f"{key} is {value} for {duration}")

@@ -56,6 +56,26 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     ] = "iid"
     data_seed: Annotated[int, Meta(description="the chance in that cut; alike on all peers")] = 0
     data: Annotated[str, Meta(description="a file or folder of your own data")] = ""
+    data_reader: Annotated[
+        str,
+        Meta(
+            pattern=r"^(arrow|dask(:.+)?|spark(:.+)?)\Z",
+            description="what reads tables: arrow, dask, spark; dask:ADDRESS, spark:URL for a "
+            "cluster of your own",
+        ),
+    ] = "arrow"
+    data_columns: Annotated[
+        tuple[str, ...], Meta(description="columns that may be used; a * stands for anything")
+    ] = ("*",)
+    data_min_rows: Annotated[
+        int, Meta(ge=0, description="tables with fewer rows take no part in a run")
+    ] = 20
+    data_min_count: Annotated[
+        int, Meta(ge=1, description="a value that fewer rows have is not told to anybody")
+    ] = 5
+    data_extremes: Annotated[
+        bool, Meta(description="the least and the most of a column may be told")
+    ] = False
     tasks: Annotated[
         tuple[str, ...], Meta(description="what may be run here; * is whatever is installed")
     ] = ("*",)
@@ -172,6 +192,11 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
         split=chosen.split,
         seed=chosen.data_seed,
         path=chosen.data,
+        reader=chosen.data_reader,
+        columns=chosen.data_columns,
+        min_rows=chosen.data_min_rows,
+        min_count=chosen.data_min_count,
+        extremes=chosen.data_extremes,
         cache=str(cache),
         device=chosen.device,
         compile=chosen.compile,

@@ -53,6 +53,7 @@ from agent.tasks import (
     Resumable,
     Setting,
     Settings,
+    Surveying,
     Task,
     Traited,
     finding,
@@ -261,6 +262,8 @@ class Trainer:
 
     def _described(self, work: Describe, task: Task) -> Answer:
         scheme, settings = _parted(work.settings)
+        if isinstance(task, Surveying) and not settings.get("preprocessing"):
+            return Done(id=work.id, description=schemas.encode(task.survey(settings)))
         schema = schemes.shared(_normal(task.schema(settings)), scheme)
         traits = task.traits(settings) if isinstance(task, Traited) else {}
         version = str(getattr(task, "version", ""))

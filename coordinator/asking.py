@@ -20,7 +20,7 @@ from coordinator.model import Model
 from coordinator.records import VersionRecord, one_config
 from coordinator.runs import Run
 from coordinator.strategies.recipe import Recipe
-from protocols import messages, schemas, weights
+from protocols import messages, preprocessing, schemas, weights
 from protocols.failpoints import failpoint
 from protocols.messages import Work
 from protocols.states import RunState
@@ -93,6 +93,7 @@ class Questions:
         spec = run.spec
         for_trainers = self._recipe.trainer_settings(spec.strategy_args)
         parent, patch_bytes = self._model.patch_to(run.head)
+        shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
         work = Work(
             run=run.id,
             round=number,
@@ -104,7 +105,7 @@ class Questions:
             patch_bytes=patch_bytes,
             codec=spec.codec,
             seed=spec.seed,
-            settings={**spec.settings, **extra, **for_trainers},
+            settings={**spec.settings, **extra, **for_trainers, **shared},
             card=schemas.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
         )
@@ -212,7 +213,9 @@ class Questions:
 
 
 def _base(run: Run, kind: str) -> str:
-    """The version that a question is about."""
+    """The version, or preprocessing, that a question is about."""
+    if kind == "describe":
+        return preprocessing.digest(run.preprocessing)
     if kind == "recall":
         return run.sought.digest if run.sought else ""
     return run.head if kind in ("train", "evaluate") else ""

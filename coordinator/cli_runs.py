@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +46,12 @@ def setting(text: str) -> tuple[str, str | int | float | bool]:
 def start(
     task: Annotated[
         str, typer.Argument(help="What to train: mnist, or ./my_task.py:MyTask that agents have.")
-    ],
+    ] = "",
+    task_: Annotated[str, typer.Option("--task", help="The same, as an option.")] = "",
+    kind: Annotated[str, typer.Option(help="Of a table: auto, classification or regression.")] = "",
+    features: Annotated[
+        str, typer.Option(help="Of a table: columns to predict from; what most peers have.")
+    ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     quorum: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 1,
     deadline: Annotated[
@@ -106,7 +113,11 @@ def start(
         int, typer.Option(min=0, help="End after so many rounds without a better version (0: off).")
     ] = 0,
     target: Annotated[
-        float | None, typer.Option(help="End when the metric has reached this.")
+        list[str] | None,
+        typer.Option(
+            help="A number: end when the metric has reached it. A name: of a table, the column to "
+            "be predicted (task tabular). May be given twice."
+        ),
     ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="First weights: a safetensors file.")
@@ -115,8 +126,13 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a run."""
+    if bool(task) == bool(task_):
+        raise UsageFault("name one task", "commonweight run start mnist")
+    column, goal = _targets(target or [])
+    table = {"target": column, "kind": kind, "features": features}
     order = run_order(
-        task=task,
+        task=task or task_,
+        table={name: value for name, value in table.items() if value},
         rounds=rounds,
         quorum=quorum,
         deadline=deadline,
@@ -133,7 +149,7 @@ def start(
         best_metric=best_metric,
         best_direction=best_direction,
         patience=patience,
-        target=target,
+        target=goal,
         from_=from_,
     )
     remote = _remote()
@@ -170,6 +186,7 @@ def run_order(
     best_direction: str = "",
     patience: int = 0,
     target: float | None = None,
+    table: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
     from coordinator.facts import RunSpec
@@ -191,7 +208,7 @@ def run_order(
         keep_versions=keep_versions,
         strategy=strategy,
         strategy_args=dict(setting(text) for text in strategy_arg or []),
-        settings=dict(setting(text) for text in set_ or []),
+        settings={**dict(setting(text) for text in set_ or []), **table},
         codec=codec,
         seed=seed,
         weighting="equal" if weighting == "equal" else "examples",
@@ -204,6 +221,21 @@ def run_order(
         target=target,
     )
     return RunOrder(spec=spec, from_digest=_adopt(from_) if from_ else "")
+
+
+def _targets(given: list[str]) -> tuple[str, float | None]:
+    """The column and the value of the metric among what was given. Raises UsageFault."""
+    column, goal = "", None
+    for text in given:
+        try:
+            goal = float(text)
+        except ValueError:
+            if column:
+                raise UsageFault(
+                    f"{column} and {text} cannot both be predicted", "start two runs"
+                ) from None
+            column = text
+    return column, goal
 
 
 def _task_name(text: str) -> str:

@@ -84,6 +84,13 @@ class PeerDescribed(Struct, frozen=True, tag=True):
     description: Description
 
 
+class PreprocessingFixed(Struct, frozen=True, tag=True):
+    """From the surveys of these peers follows how rows become numbers, as text of its own."""
+
+    text: str
+    peers: tuple[str, ...]
+
+
 class SchemaAgreed(Struct, frozen=True, tag=True):
     """The card of most peers: who has another one gets no work of this run."""
 
@@ -230,6 +237,7 @@ class RunResumed(Struct, frozen=True, tag=True):
 Fact = (
     RunStarted
     | PeerDescribed
+    | PreprocessingFixed
     | SchemaAgreed
     | WeightsInitialised
     | RoundOpened

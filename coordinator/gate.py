@@ -14,7 +14,7 @@ import numpy as np
 
 from coordinator import strategies
 from coordinator.runs import Run
-from protocols import weights
+from protocols import preprocessing, weights
 from protocols.codecs import Decoded
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages import UpdateClaim, Verify, claim_part
@@ -101,7 +101,8 @@ def expectation(run: Run, schema: Schema) -> Expected:
         return Expected(run.kind, run.sought.digest if run.sought else "", {})
     if run.state is RunState.WAITING:
         card = run.card.schema if run.card and run.kind == "init" else {}
-        return Expected(run.kind, "", card)
+        base = preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""
+        return Expected(run.kind, base, card)
     if run.state is RunState.TRAINING:
         return Expected("train", run.parent, schema)
     return Expected("evaluate", run.head, schema)

@@ -155,7 +155,7 @@ class RunLoop:
             case decisions.Wait(what):
                 await self._wait(what)
             case decisions.Agree():
-                await self._record(*agreement.agree(self.run, self._model.schema))
+                await self._agree()
             case recall.Seek(version):
                 self._watch.open_phase()
                 await self._record(facts.VersionSought(version))
@@ -236,6 +236,13 @@ class RunLoop:
                 news.append(refused)
         await self._record(*news)
         self.questions.settle([question for question, _, _ in answers], True)
+
+    async def _agree(self) -> None:
+        found = agreement.agree(self.run, self._model.schema)
+        await self._record(*found.facts)
+        for peer, words in found.notes:
+            name = f"{self._around.name_of(peer)}: " if peer else ""
+            self._say("warning", f"{name}{words}", peer or self.run.id)
 
     # --- rounds ---
 

@@ -33,6 +33,7 @@ from coordinator.facts import (
     PeerDescribed,
     PeerLost,
     PeersAsked,
+    PreprocessingFixed,
     RecallBegun,
     RoundClosed,
     RoundOpened,
@@ -82,7 +83,8 @@ class Round(Struct, frozen=True, kw_only=True):
 
 class Run(Struct, frozen=True, kw_only=True):
     """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
-    best by `merit`. `card` is what its peers have alike, once they have `described` themselves.
+    best by `merit`. `card` is what its peers have alike, once they have `described` themselves;
+    `preprocessing`, how their rows become numbers, where a task needs that.
     `needed`: by peer, seconds that its last answers to training took.
     `recalling`: its versions are sought at its peers; `holdings` are theirs."""
 
@@ -94,6 +96,7 @@ class Run(Struct, frozen=True, kw_only=True):
     head: str = ""
     parent: str = ""
     described: dict[str, Description] = {}
+    preprocessing: str = ""
     card: SchemaCard | None = None
     eligible: int = 0
     peers: dict[str, Standing] = {}
@@ -144,6 +147,10 @@ def _peer_described(run: Run, fact: PeerDescribed) -> Run:
         peers=run.peers | {fact.peer: "answered"},
         described=run.described | {fact.peer: fact.description},
     )
+
+
+def _preprocessing_fixed(run: Run, fact: PreprocessingFixed) -> Run:
+    return replace(run, preprocessing=fact.text, peers={}, described={})
 
 
 def _schema_agreed(run: Run, fact: SchemaAgreed) -> Run:
@@ -202,12 +209,18 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
     present = fact.round == run.round and fact.kind in ("", run.kind)
     if present and peers.get(fact.peer) == "asked":
         peers = peers | {fact.peer: "refused"}
+    described = run.described
+    if run.describing and fact.kind == "describe" and fact.peer in described:
+        # It was heard, and found not to fit the others.
+        peers = peers | {fact.peer: "refused"}
+        described = {peer: told for peer, told in described.items() if peer != fact.peer}
     holdings = run.holdings
     if fact.kind == "recall":  # it has not what it told of: another holder, or another version
         holdings = {peer: held for peer, held in holdings.items() if peer != fact.peer}
     return replace(
         run,
         peers=peers,
+        described=described,
         holdings=holdings,
         sought=run.sought if run.sought in holdings.values() else None,
         refused=run.refused + 1,
@@ -374,6 +387,7 @@ _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
 #: fact -> (states in which it may happen, what it does). Anywhere else it changes nothing.
 TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     PeerDescribed: (frozenset({RunState.WAITING}), _peer_described),
+    PreprocessingFixed: (frozenset({RunState.WAITING}), _preprocessing_fixed),
     SchemaAgreed: (frozenset({RunState.WAITING}), _schema_agreed),
     WeightsInitialised: (frozenset({RunState.WAITING}), _weights_initialised),
     RoundOpened: (frozenset({RunState.WAITING}), _round_opened),

@@ -245,9 +245,8 @@ def _target(asked: Wanted, column: ColumnStatistics) -> Target:
     if column.kind == "empty":
         raise CommonweightError(f"the target {name} has no values at any peer")
     classes = statistics.vocabulary(column.categories)
-    few = not column.many and (
-        column.kind in ("text", "boolean") or 0 < len(classes) <= MOST_CLASSES
-    )
+    few = not column.many and 0 < len(classes) <= MOST_CLASSES
+    few = few or column.kind in ("text", "boolean")
     if asked.kind == "classification" or (asked.kind == "auto" and few):
         if column.many or column.kind == "date" or (column.kind == "number" and not column.whole):
             raise CommonweightError(

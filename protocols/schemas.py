@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, DataFault, SchemaMismatch
 from protocols.messages import Digest, Name, Text
+from protocols.statistics import TableStatistics
 from protocols.weights import Schema, TensorSpec
 
 #: Of a card, or of what else a peer describes its data by, as JSON.
@@ -78,7 +79,8 @@ def card(
         raise DataFault(f"the schema has a name that cannot be told: {err}") from err
 
 
-Description = SchemaCard
+#: A card; or, while the preprocessing is not agreed on, the statistics that it follows from.
+Description = SchemaCard | TableStatistics
 
 
 def encode(description: Description) -> bytes:
@@ -89,7 +91,7 @@ def encode(description: Description) -> bytes:
     return data
 
 
-_decoder = msgspec.json.Decoder(Description)
+_decoder: msgspec.json.Decoder[Description] = msgspec.json.Decoder(SchemaCard | TableStatistics)
 _card_decoder = msgspec.json.Decoder(SchemaCard)
 
 

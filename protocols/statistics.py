@@ -31,7 +31,7 @@ MOST_CATEGORIES = 1000
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
 
-class Moments(Struct, frozen=True):
+class Moments(Struct, frozen=True, array_like=True):
     """Count, mean, and `m2`, the sum of squared differences from the mean (float64)."""
 
     count: Count = 0

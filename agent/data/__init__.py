@@ -68,7 +68,7 @@ def open_table(data: DataSettings) -> Reader:
 
             return SparkReader(data.path, address)
     except ImportError as err:
-        extra = {"arrow": "agent"}.get(engine, engine)
+        extra = {"arrow": "tabular"}.get(engine, engine)
         raise CommonweightError(
             f"tables are read by {err.name}, which is not installed",
             f"pip install 'commonweight[{extra}]'",

@@ -20,7 +20,7 @@ from protocols.errors import DataFault
 S = TypeVar("S")
 
 _BLOCK_BYTES = 4 << 20
-_ROWS = 65_536
+ROWS = 65_536
 _SEPARATORS = ",;\t|"
 _PARQUET = (".parquet", ".pq")
 
@@ -42,7 +42,7 @@ class ArrowReader:
         for file in self._files:
             with told(file):
                 for batch in _batches(file, columns):
-                    yield _completed(batch, columns)
+                    yield completed(batch, columns)
 
     def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
         states = (operation.of(batch) for batch in self.batches(columns))
@@ -62,11 +62,15 @@ def files(path: str) -> list[Path]:
     return sorted(found)
 
 
+def is_parquet(file: Path) -> bool:
+    return file.suffix.lower() in _PARQUET
+
+
 def header(file: Path) -> list[str]:
     """The names of a file's columns. Raises DataFault."""
     with told(file):
-        if file.suffix.lower() in _PARQUET:
-            names = pq.read_schema(file).names
+        if is_parquet(file):
+            names = list(pq.read_schema(file).names)
         else:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 names = next(csv.reader(lines, delimiter=separator(file)), [])
@@ -87,8 +91,8 @@ def separator(file: Path) -> str:
 
 def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     here = [name for name in header(file) if name in set(columns)]
-    if file.suffix.lower() in _PARQUET:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=here)
+    if is_parquet(file):
+        yield from pq.ParquetFile(file).iter_batches(batch_size=ROWS, columns=here)
         return
     # All as text: which type a column has is known after its last row, and not in the first block.
     convert = pyarrow.csv.ConvertOptions(
@@ -100,7 +104,7 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def _completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+def completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
     """The batch in the order asked for; a column that this file lacks is null throughout."""
     arrays = [
         batch.column(name) if name in batch.schema.names else pa.nulls(len(batch), pa.string())
@@ -114,7 +118,7 @@ def told(file: Path) -> Iterator[None]:
     """What is wrong with a file, without its name and contents for others. Raises DataFault."""
     try:
         yield
-    except (UnicodeDecodeError, pa.ArrowInvalid) as err:
+    except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as err:
         if isinstance(err, UnicodeDecodeError) or "UTF8" in str(err).replace("-", ""):
             raise DataFault(
                 "a file is no UTF-8 text",

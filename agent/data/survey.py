@@ -18,7 +18,7 @@ from agent.data.values import Kinds
 from agent.tasks import DataSettings
 from protocols import statistics
 from protocols.errors import DataFault, SchemaMismatch
-from protocols.preprocessing import MOST_CLASSES, Wanted
+from protocols.preprocessing import MOST_CLASSES, Preprocessing, Wanted
 from protocols.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
 
 
@@ -143,17 +143,40 @@ def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistic
 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: Wanted) -> list[str]:
     """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
-    allowed = [name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)]
     for name in (wanted.target, *wanted.features):
         if name not in there:
-            near = ", ".join(there[:20])
-            raise SchemaMismatch(f"column {name}", "one", "no such column", f"there are {near}")
-        if name not in allowed:
-            raise SchemaMismatch(
-                f"column {name}",
-                "one",
-                "one that its owner keeps back",
-                "commonweight-agent policy set data.columns",
-            )
+            hint = f"there are {', '.join(there[:20])}"
+            raise SchemaMismatch(f"column {name}", "one", "no such column", hint)
+        if not may_use(name, patterns):
+            raise _kept_back(name)
+    allowed = [name for name in there if may_use(name, patterns)]
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
     return [name for name in allowed if name in asked]
+
+
+def may_use(name: str, patterns: Sequence[str]) -> bool:
+    """True if the owner lets this column be used."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kept_back(name: str) -> SchemaMismatch:
+    found, hint = "one that its owner keeps back", "commonweight-agent policy set data.columns"
+    return SchemaMismatch(f"column {name}", "one", found, hint)
+
+
+def compare(
+    reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: Wanted
+) -> None:
+    """Does the table hold what was agreed on? Raises SchemaMismatch, which names the column."""
+    features = {feature.name: feature.kind for feature in preprocessing.features}
+    expected = {**features, preprocessing.target.name: preprocessing.target.kind}
+    there = reader.columns()
+    _allowed(there, data.columns, wanted)
+    names = [name for name in there if name in expected]
+    if kept := [name for name in names if not may_use(name, data.columns)]:
+        raise _kept_back(kept[0])
+    for name, kinds in (reader.partial(FindKinds(), names) or {}).items():
+        kind, agreed = kinds.kind, expected[name]
+        alike = kind in (agreed, "empty") or agreed == "text"
+        if not alike and (kind, agreed) != ("boolean", "number"):
+            raise SchemaMismatch(f"column {name}", agreed, kind)

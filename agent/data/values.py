@@ -48,7 +48,8 @@ class Kinds(NamedTuple):
 def kinds(column: pa.Array) -> Kinds:
     """What the values of one batch could be."""
     column, fixed = _plain(column)
-    if column.null_count == len(column):
+    column = column.drop_null()
+    if not len(column):
         return Kinds()
     if fixed is not None:
         return Kinds(
@@ -88,9 +89,9 @@ def texts(column: pa.Array) -> pa.StringArray:
     if fixed == "boolean":
         return column.cast(pa.int8()).cast(pa.string())
     if pa.types.is_floating(column.type):
-        whole = pc.floor(column)
-        same = pc.all(pc.equal(whole, column)).as_py()
-        return whole.cast(pa.int64()).cast(pa.string()) if same else column.cast(pa.string())
+        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+        number = pc.if_else(whole, column, 0.0).cast(pa.int64())
+        return pc.if_else(whole, number.cast(pa.string()), column.cast(pa.string()))
     return column if pa.types.is_string(column.type) else column.cast(pa.string())
 
 

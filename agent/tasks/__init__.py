@@ -13,6 +13,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from protocols.errors import UnknownName, UsageFault
+from protocols.statistics import TableStatistics
 from protocols.weights import Array, Schema, Weights
 
 Setting = str | int | float | bool
@@ -39,6 +40,9 @@ class DataSettings(Struct, frozen=True, kw_only=True):
 
     `split` says how a shared set is cut: "iid" at random, "shards" so that a part sees few labels.
     `models` is the owner's folder of models that a task may build on, each in a folder of its own.
+    `reader` reads tables (see `agent.data`), of which only `columns` (patterns) may be used, and
+    none with fewer than `min_rows` rows. No value is told that fewer than `min_count` rows have,
+    and the least and most of a column only with `extremes`.
     `cache` is a folder in which a task may keep what it made of the data; empty: nowhere.
     `device` is where the data lie and are trained on (see `devices`), and with `compile` the task
     may let torch compile its model. `framework` chooses where a task is there for more than one.
@@ -49,6 +53,11 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     split: Literal["iid", "shards"] = "iid"
     seed: int = 0
     path: str = ""
+    reader: str = "arrow"
+    columns: tuple[str, ...] = ("*",)
+    min_rows: int = 0
+    min_count: int = 5
+    extremes: bool = False
     cache: str = ""
     models: str = ""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -118,6 +127,18 @@ class Resumable(Protocol):
 
     def restore(self, snapshot: Snapshot) -> None:
         """Let the next `train`, of the same weights, settings and data, go on from here."""
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """What a task may do besides: tell statistics from which follows what all peers share.
+
+    They are merged by the coordinator; what it makes of them (`protocols.preprocessing`) comes with
+    all later settings as "preprocessing". Until then nothing but `load` and `survey` is called.
+    """
+
+    def survey(self, settings: Settings) -> TableStatistics:
+        """Mergeable statistics, no rows. Called after `load`. Raises DataFault."""
 
 
 @runtime_checkable

@@ -31,6 +31,7 @@ BUILT_IN: dict[str, str] = {
     "mnist": "agent.tasks.mnist:Mnist",
     "motion": "agent.tasks.motion:Motion",
     "ping": "agent.tasks.ping:Ping",
+    "tabular": "agent.tasks.tabular:Tabular",
     "text-lm": "agent.tasks.text_lm:TextLM",
 }
 #: Those that are there for TensorFlow as well: schema, settings and wire are the same.

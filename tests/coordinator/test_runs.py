@@ -413,6 +413,7 @@ CARD = schemas.card("t", "1", {})
 _HELD = st.builds(facts.Holding, st.integers(-1, 3), st.sampled_from(["x", "y"]))
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     facts.PeerDescribed: lambda d: facts.PeerDescribed("A", CARD),
+    facts.PreprocessingFixed: lambda d: facts.PreprocessingFixed("{}", ("A",)),
     facts.SchemaAgreed: lambda d: facts.SchemaAgreed(CARD),
     facts.WeightsInitialised: lambda d: facts.WeightsInitialised("x", "A"),
     facts.RoundOpened: lambda d: facts.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),

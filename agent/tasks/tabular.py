@@ -1,0 +1,299 @@
+"""The task "tabular": rows of a table, no code. Classes or a number from the other columns.
+
+    commonweight run start tabular --target price [--kind regression] [--features rooms,area]
+
+Before round 1 the peers survey their tables; from their merged statistics follows one
+preprocessing for all (`protocols.preprocessing` has the rules), which comes with the settings.
+The settings of the loop are in `plan`; besides:
+
+Setting      Default   Meaning
+target                 the column to be predicted
+kind         auto      "classification", "regression", or what the target's values say
+features               columns to predict from; all that at least half of the peers have
+categorical            columns of numbers that are names: years, codes, keys
+scaling      standard  "standard": mean 0 and variance 1; "minmax": 0 to 1, where owners allow it
+hashed       false     categories are told as hashes
+model        linear    "linear" (logistic for classes) or "mlp"
+hidden       64,32     sizes of the mlp's layers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.data import Reader, encode, open_table, survey
+from agent.data.encode import Encoded, Rows
+from agent.tasks import (
+    DataSettings,
+    EvalOutcome,
+    OnStep,
+    Setting,
+    Settings,
+    TrainOutcome,
+    devices,
+)
+from agent.tasks.classifying import measured
+from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.plan import LOOP, read_plan, settings_of
+from agent.tasks.seeds import stream
+from protocols import preprocessing
+from protocols.errors import DataFault, UnknownName, UsageFault
+from protocols.preprocessing import Preprocessing
+from protocols.statistics import TableStatistics
+from protocols.weights import Schema, TensorSpec, Weights
+
+EVALUATION_BATCH = 8192
+DEFAULTS: dict[str, Setting] = {
+    **LOOP,
+    "target": "",
+    "kind": "auto",
+    "features": "",
+    "categorical": "",
+    "scaling": "standard",
+    "hashed": False,
+    "model": "linear",
+    "hidden": "64,32",
+    "epochs": 1,
+    "batch_size": 32,
+    "optimiser": "adamw",
+    "lr": 0.01,
+}
+#: Fewer rows than this cannot be parted into some to train on and some to measure on.
+_FEWEST_ROWS = encode.HELD_OUT_OF
+
+
+class _Model(NamedTuple):
+    """The model's shape: inputs, a table for each category column, hidden layers, outputs."""
+
+    numbers: int
+    embeddings: tuple[tuple[int, int], ...]
+    hidden: tuple[int, ...]
+    outputs: int
+
+    @property
+    def linear(self) -> bool:
+        return not self.hidden
+
+    def schema(self) -> Schema:
+        sizes = {
+            f"embedding{place}.weight": TensorSpec("F32", shape)
+            for place, shape in enumerate(self.embeddings)
+        }
+        # In a linear model an embedding is a bias for each category, straight to the outputs.
+        before = self.numbers + (0 if self.linear else sum(dim for _, dim in self.embeddings))
+        for place, after in enumerate(self.hidden, 1):
+            sizes |= _layer(f"hidden{place}", before, after)
+            before = after
+        return sizes | _layer("output", before, self.outputs)
+
+    def forward(self, w: Tensors, x: Tensor) -> Tensor:
+        """float32[n, numbers + categories] -> float32[n, outputs]."""
+        numbers, indices = x[:, : self.numbers], x[:, self.numbers :].long()
+        found = [
+            F.embedding(indices[:, place], w[f"embedding{place}.weight"])
+            for place in range(len(self.embeddings))
+        ]
+        if self.linear:
+            out = F.linear(numbers, w["output.weight"], w["output.bias"])
+            return sum(found, out)
+        hidden = torch.cat([numbers, *found], 1)
+        for place in range(1, len(self.hidden) + 1):
+            hidden = F.relu(F.linear(hidden, w[f"hidden{place}.weight"], w[f"hidden{place}.bias"]))
+        return F.linear(hidden, w["output.weight"], w["output.bias"])
+
+
+def _layer(name: str, before: int, after: int) -> Schema:
+    return {
+        f"{name}.weight": TensorSpec("F32", (after, before)),
+        f"{name}.bias": TensorSpec("F32", (after,)),
+    }
+
+
+class Tabular:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    version = "1"
+
+    def __init__(self) -> None:
+        self._data = DataSettings()
+        self._encoded: tuple[str, Encoded] | None = None
+        self._local = LocalTraining()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+
+    # --- what the peers have alike ---
+
+    def survey(self, settings: Settings) -> TableStatistics:
+        """Statistics of this peer's table, as much as may leave it. Raises DataFault."""
+        settings_of(settings, DEFAULTS)
+        return survey.survey(self._reader(), self._data, preprocessing.wanted(settings))
+
+    def schema(self, settings: Settings) -> Schema:
+        return _model(settings).schema()
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+        """Reads the table, so that what is wrong with it is told early. Raises DataFault."""
+        made = _preprocessing(settings)
+        survey.compare(self._reader(), self._data, made, preprocessing.wanted(settings))
+        self._rows(settings)
+        return {
+            "features": [feature.name for feature in made.features],
+            "classes": made.target.classes,
+            "target": (made.target.name,),
+            "preprocessing": (preprocessing.digest(str(settings["preprocessing"])),),
+        }
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """Layers uniform in ±1/√fan-in; embeddings and linear models begin at 0."""
+        model, draw = _model(settings), stream("init", seed)
+        made = {}
+        for name, spec in model.schema().items():
+            fan_in = spec.shape[-1] if name.endswith("weight") else 0
+            zero = model.linear or name.startswith("embedding") or not fan_in
+            bound = 0.0 if zero else 1 / math.sqrt(fan_in)
+            made[name] = draw.uniform(-bound, bound, spec.shape).astype(np.float32)
+        return Weights(made)
+
+    # --- data ---
+
+    def load(self, data: DataSettings) -> None:
+        """Note which; rows are read when it is known what they become."""
+        self._data, self._encoded = data, None
+
+    def _reader(self) -> Reader:
+        return open_table(self._data)
+
+    def _rows(self, settings: Settings) -> Encoded:
+        key = str(settings["preprocessing"])
+        if self._encoded is None or self._encoded[0] != key:
+            self._encoded = None  # let go of the old rows first: both may not fit in memory
+            chance = stream("held out", self._data.seed, self._data.index)
+            folder = Path(self._data.cache or ".")
+            made = _preprocessing(settings)
+            rows = encode.encoded(self._reader(), made, chance, folder)
+            count = len(rows.trained_on.y) + len(rows.held_out.y)
+            if count < max(_FEWEST_ROWS, self._data.min_rows):
+                raise DataFault(
+                    f"too few rows have a target that all peers know: fewer than "
+                    f"{max(_FEWEST_ROWS, self._data.min_rows)}",
+                    f"{count} have one, {rows.dropped} do not",
+                )
+            self._encoded = key, rows
+        return self._encoded[1]
+
+    # --- loop ---
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """On cross-entropy, or on squared error of the scaled target."""
+        plan, model = read_plan(settings, DEFAULTS), _model(settings)
+        loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
+
+        def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            return loss(model.forward(w, x), y)
+
+        examples = self._examples(self._rows(settings).trained_on)
+        return self._local.train(weights, plan, examples, by_autograd(loss_of), on_step)
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
+        "mae" (in the target's own units)."""
+        model, target = _model(settings), _preprocessing(settings).target
+        examples = self._examples(self._rows(settings).held_out)
+        if target.classes:
+            return measured(model.forward, weights, examples, EVALUATION_BATCH, on_step)
+        return _measured(model, weights, examples, target.scale, on_step)
+
+    def _examples(self, rows: Rows) -> Examples:
+        device = devices.chosen(self._data.device)
+        x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y)
+        return Examples(x.to(device), y.to(device), self._data.index)
+
+    # --- answers ---
+
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each row of a table: its number, the target, and the probability of a class."""
+        model, made = _model(settings), _preprocessing(settings)
+        target = made.target
+        w = {name: torch.tensor(array) for name, array in weights.items()}
+        reader = open_table(DataSettings(path=source))
+        there = set(reader.columns())
+        names = [feature.name for feature in made.features if feature.name in there]
+        if not names:
+            raise UsageFault(
+                "the table has none of the model's features",
+                f"they are {', '.join(feature.name for feature in made.features)}",
+            )
+        first = 0
+        for batch in reader.batches(names):
+            out = model.forward(w, torch.from_numpy(encode.inputs(batch, made)))
+            rows = {"row": range(first, first + len(batch))}
+            first += len(batch)
+            if target.classes:
+                chances, chosen = out.softmax(1).max(1)
+                classes = [target.classes[place] for place in chosen.tolist()]
+                yield {**rows, target.name: classes, "probability": chances.tolist()}
+            else:
+                yield {
+                    **rows,
+                    target.name: (out[:, 0].double() * target.scale + target.mean).tolist(),
+                }
+
+
+def _preprocessing(settings: Settings) -> Preprocessing:
+    text = settings.get("preprocessing")
+    if not text:
+        raise DataFault("the peers' tables were not surveyed before the run")
+    return preprocessing.decode(str(text))
+
+
+def _model(settings: Settings) -> _Model:
+    """Raises UnknownName, UsageFault, DataFault."""
+    chosen, made = settings_of(settings, DEFAULTS), _preprocessing(settings)
+    numbers, _ = encode.width(made)
+    outputs = len(made.target.classes) or 1
+    sizes = [len(feature.categories) + 2 for feature in made.categorical]
+    if chosen["model"] == "linear":
+        return _Model(numbers, tuple((size, outputs) for size in sizes), (), outputs)
+    if chosen["model"] != "mlp":
+        raise UnknownName(f"there is no model {chosen['model']!r}", "models: linear, mlp")
+    try:
+        hidden = tuple(int(size) for size in str(chosen["hidden"]).split(","))
+    except ValueError:
+        hidden = ()
+    if not hidden or min(hidden) < 1:
+        raise UsageFault(f"hidden cannot be {chosen['hidden']!r}", "such as hidden=64,32")
+    # Half of the categories: Guo and Berkhahn, Entity Embeddings of Categorical Variables, 2016.
+    dims = tuple((size, min(32, -(-size // 2))) for size in sizes)
+    return _Model(numbers, dims, hidden, outputs)
+
+
+@torch.inference_mode()
+def _measured(
+    model: _Model, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
+) -> EvalOutcome:
+    w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
+    squared, absolute, seen = 0.0, 0.0, 0
+    steps = -(-len(held_out.y) // EVALUATION_BATCH)
+    batches = zip(
+        torch.split(held_out.x, EVALUATION_BATCH),
+        torch.split(held_out.y, EVALUATION_BATCH),
+        strict=True,
+    )
+    for number, (x, y) in enumerate(batches, 1):
+        error = (model.forward(w, x) - y).double()
+        squared += float(error.square().sum())
+        absolute += float(error.abs().sum())
+        seen += len(y)
+        on_step(number, steps, squared / seen, seen)
+    loss = squared / seen
+    return EvalOutcome(seen, {"loss": loss, "mse": loss * scale**2, "mae": absolute / seen * scale})

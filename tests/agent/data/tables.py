@@ -1,0 +1,43 @@
+"""Tables that readers are tried on, and what they must come to."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Rows = list[dict[str, Any]]
+
+#: Every kind of column, missing values of all sorts, text that needs quoting.
+MIXED: Rows = [
+    {
+        "age": "" if n % 7 == 0 else str(20 + n % 50),
+        "income": f"{1000.5 * n:.2f}" if n % 11 else "NA",
+        "member": "true" if n % 3 else "False",
+        "since": f"20{10 + n % 12}-0{1 + n % 9}-1{n % 10}",
+        "city": ["Bern", "Zürich", " Basel ", 'a "b", c', "n/a"][n % 5],
+        "note": f"only once {n}",
+        "empty": "",
+        "label": "yes" if n % 3 else "no",
+    }
+    for n in range(200)
+]
+
+
+def write_csv(path: Path, rows: Rows, columns: Sequence[str] = (), separator: str = ",") -> Path:
+    names = list(columns or rows[0])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, delimiter=separator, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, rows: Rows) -> Path:
+    columns = {name: [row[name] or None for row in rows] for name in rows[0]}
+    pq.write_table(pa.table(columns), path, row_group_size=64)
+    return path

@@ -1,0 +1,51 @@
+"""Tables of four owners train together without code; one that does not fit is named, and waits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.agent.data.tables import MIXED, write_csv
+from tests.e2e.fleet_harness import Fleet, fleet
+
+
+def joined(site: Fleet, name: str, table: Path) -> None:
+    words = ("join", "-", "--name", name, "--data", str(table))
+    done = site.ask_agent(name, *words, given=site.ticket())
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> None:
+    tables = {
+        "bern": write_csv(tmp_path / "bern.csv", MIXED[:90]),
+        "basel": write_csv(tmp_path / "basel.csv", MIXED[90:150], sorted(MIXED[0])),
+        "genf": write_csv(tmp_path / "genf.csv", MIXED[150:], separator=";"),
+        "odd": write_csv(tmp_path / "odd.csv", [row | {"age": "old"} for row in MIXED[:60]]),
+    }
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        for name, table in tables.items():
+            joined(site, name, table)
+        site.start(*tables)
+        words = ("--target", "label", "--rounds", "3", "--quorum", "3", "--set", "model=mlp")
+        run = site.ended_run(site.start_run("tabular", *words, "--set", "epochs=5"))
+        assert run["state"] == "finished", run["ended_because"]
+        assert {len(closed["contributors"]) for closed in run["history"]} == {3}
+        assert run["history"][-1]["metrics"]["accuracy"] > 0.9
+        rules = json.loads(run["preprocessing"])
+        assert [feature["name"] for feature in rules["features"]] == [
+            "age", "city", "income", "member", "since",
+        ]  # fmt: skip
+        assert run["card"]["traits"]["classes"] == ["no", "yes"]
+        said = site.events()
+        assert "refused odd: schema: column age: expected number, found text" in said
+        assert any("column note is left out" in text for text in said)
+        # No row left: a value that one row alone has is nowhere in what the coordinator keeps.
+        kept = b"".join(file.read_bytes() for file in site.home.glob("ledger.db*"))
+        assert b"only once" not in kept
+        assert b"1000.5" not in kept
+
+        nobody = site.ended_run(site.start_run("tabular", "--target", "price", "--quorum", "3"))
+        assert nobody["state"] == "failed"
+        assert "column price: expected one, found no such column" in nobody["ended_because"]
