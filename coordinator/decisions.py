@@ -68,7 +68,7 @@ class EndRun(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Nothing to do until something changes; `what` is for a person."""
+    """Nothing to do until something changes; `what` is for a person, but for the peers' ids."""
 
     what: str
 
@@ -89,6 +89,8 @@ Step = (
 )
 
 
+#: So many peers that are waited for are named.
+_NAMED = 4
 #: An automatic deadline is so many times what the slowest peer needed, but no less than that.
 _TIMES_THE_SLOWEST = 2.0
 _LEAST_DEADLINE_S = 5.0
@@ -236,7 +238,7 @@ def _decide_training(run: Run, view: View) -> Step:
         return Wait(f"{_peers(missing)} more for the quorum")
     if view.due:
         return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
-    return Wait(f"updates of {_peers(len(run.pending))}")
+    return Wait(f"updates of {_who(run.pending)}")
 
 
 def _decide_evaluating(run: Run, view: View) -> Step:
@@ -245,7 +247,13 @@ def _decide_evaluating(run: Run, view: View) -> Step:
     enough = run.spec.select and len(run.updates) >= run.spec.quorum
     if view.due or not run.pending or enough:
         return CloseRound()
-    return Wait(f"the evaluation by {_peers(len(run.pending))}")
+    return Wait(f"the evaluation by {_who(run.pending)}")
+
+
+def _who(peers: tuple[str, ...]) -> str:
+    """How many, and which while they are few; whoever shows it puts names for ids."""
+    few = f" ({', '.join(peers)})" if 0 < len(peers) <= _NAMED else ""
+    return _peers(len(peers)) + few
 
 
 def _peers(count: int) -> str:

@@ -190,6 +190,8 @@ class RunLoop:
                 await self._record(facts.RunEnded(state, because))
 
     async def _wait(self, what: str) -> None:
+        for peer in self.run.pending:
+            what = what.replace(peer, self._around.name_of(peer))
         if shortage := self._around.lane.shortage:
             if not self._told_shortage:
                 self._say("error", f"no {shortage}: updates wait at the peers", self.run.id)

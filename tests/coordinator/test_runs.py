@@ -339,7 +339,7 @@ def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -
     loop.record(facts.RoundOpened(1, "first", chosen))
     loop.here = ALL
     loop.answer(chosen[0])
-    assert loop.decide() == decisions.Wait("updates of 2 peers")
+    assert loop.decide() == decisions.Wait(f"updates of 2 peers ({chosen[1]}, {chosen[2]})")
     loop.answer(chosen[2])
     assert loop.decide() == decisions.CloseTraining((chosen[0], chosen[2]))
 

@@ -21,6 +21,7 @@ SEED = 1
 ENDLESS = 100_000
 #: Without a broker a lost peer is seen by its heartbeat; then it takes its reconnection.
 NOTICED_WITHIN_S = 45.0
+WILL_WITHIN_S = 10.0
 HEALED_WITHIN_S = 60.0
 #: Up (the agent's bytes are gone), down, and both.
 ONE_WAY = {"up": Fault(hold_up=True), "down": Fault(hold_down=True)}
@@ -105,6 +106,37 @@ def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float
     if meanwhile < 2:
         found.append(f"{meanwhile} rounds in {lasts_s:.0f} s of a cut")
     return noticed_s, healed_s, found
+
+
+def lost_peer(folder: Path) -> list[Row]:
+    """An agent dies while the run waits for it: its will tells, or else its heartbeat is missed."""
+    rows = []
+    ways = {"will": ((), WILL_WITHIN_S), "heartbeat, no broker": (NO_BROKER, NOTICED_WITHIN_S)}
+    for word, (options, within_s) in ways.items():
+        row = Row(f"13 agent killed, noticed by its {word}", "s until the run knows")
+        (folder / word).mkdir()
+        with site(folder / word) as fleet:
+            fleet.options = options or fleet.options
+            fleet.rise()
+            fleet.enlist("ada", "bob")
+            with endless(fleet, ("ada", "bob"), quorum=1, deadline_s=600.0) as run:
+                agent = fleet.programs["ada"].process.pid
+                os.kill(agent, signal.SIGSTOP)  # with a question in hand
+                before = len(contributors(fleet, run))
+                time.sleep(0.5)  # for the round to come to wait for it
+                fleet.programs["ada"].kill()
+                began = time.monotonic()
+                until(lambda: fleet.facts(run, "PeerLost"), "it is known to be lost", within_s)
+                took = time.monotonic() - began
+                _until_rounds(fleet, run, before + 2)
+            row.add(f"known after {took:.1f} s", SEED, fleet.violations(("ada", "bob")), took)
+        row.figure = f"{row.worst:.1f} s"
+        rows.append(row)
+    return rows
+
+
+def _until_rounds(fleet: Site, run: str, count: int) -> None:
+    until(lambda: len(contributors(fleet, run)) >= count, "the run goes on")
 
 
 def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
