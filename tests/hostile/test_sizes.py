@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from agent import settings
+from agent.client import Client
 from agent.link import Credentials, Link
 from agent.settings import Enrolment
+from agent.tasks import DataSettings
+from agent.trainer_process import TrainerProcess
 from coordinator.lane import MOST_UPLOADS
 from protocols import requests
 from protocols.messages import EXCHANGE_PATH
@@ -57,6 +61,24 @@ class Target:
         lines = [f"{method} {path} HTTP/1.1", "host: x", "connection: close"]
         lines += [f"{name}: {value}" for name, value in (signed | headers).items()]
         return "\r\n".join([*lines, end, ""]).encode()
+
+    def described(self, question: Message) -> Message:
+        """An honest answer to the first question of a run."""
+        trainer = TrainerProcess(self.home, DataSettings())
+        client = Client(
+            peer=self.mine.peer,
+            sign=self.mine.sign_key.sign,
+            coordinator_public=self.enrolment.coordinator_public,
+            trainer=trainer,
+            outbox=self.home,
+            fetch=lambda digest, nbytes: Path(),
+            send=lambda digest, path: None,
+            allowed=lambda task: True,
+        )
+        try:
+            return client.handle(question)
+        finally:
+            trainer.close()
 
     def is_well(self) -> bool:
         """An honest request is served."""
@@ -216,7 +238,9 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
     """Uploads without end, each of another digest, whole or cut off: bounded for each peer."""
     # A run that waits for its first weights takes uploads of any size.
     run = target.site.start_run("ping", "--rounds", "1", "--quorum", "1", "--deadline", "300s")
-    message = until(target.link.pull, "it is asked for first weights")
+    question = until(target.link.pull, "it is asked what it would train")
+    message = target.link.exchange(target.described(question))
+    message = message or until(target.link.pull, "it is asked for first weights")
     try:
         codes = []
         for number in range(12):
