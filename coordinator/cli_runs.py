@@ -12,7 +12,7 @@ import typer
 
 from coordinator.cli_fleet import Json, _remote, _table, seconds
 from protocols import homes, output
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import UsageFault
 
 runs = typer.Typer(help="Training runs: start, stop, look at.", no_args_is_help=True)
 models = typer.Typer(help="The shared weights that runs have made.", no_args_is_help=True)
@@ -417,17 +417,16 @@ def export(
     out: Annotated[Path, typer.Argument(help="Where to write the safetensors file.")],
     which: Annotated[str, typer.Option(help="best, latest, or a digest.")] = "best",
 ) -> None:
-    """Copy a version out of the coordinator's home."""
-    from coordinator.lane import Lane
-    from protocols import schemes, weights
+    """Write a version as safetensors, and beside it a card that says what it is and whence.
 
-    found = _remote().run(run)
-    digests = {"best": found.best.digest if found.best else "", "latest": found.head}
-    digest = digests.get(which, which)
-    path = Lane(homes.open_home("coordinator")).version(digest)
-    if not digest or not path.exists():
-        raise UnknownName(f"run {found.id} has no version {which!r}", "commonweight models list")
-    if out.exists():
-        raise CommonweightError(f"{out} exists already", "choose another name")
-    weights.save(schemes.without_controls(weights.load(path)), out)
-    sys.stderr.write(f"wrote {out} ({digest[:12]})\n")
+    Other forms, such as ONNX, are made where torch is: commonweight-agent export.
+    """
+    from coordinator import model_export
+    from coordinator.fleet import called
+    from protocols import model_card
+
+    remote = _remote()
+    found = remote.run(run)
+    names = {peer.peer: called(peer) for peer in remote.fleet().peers.values()}
+    version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
+    sys.stderr.write(f"wrote {out} ({version[:12]}) and {model_card.beside(out)}\n")

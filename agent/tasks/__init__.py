@@ -7,6 +7,7 @@ has an example). Where a task is found: `agent.tasks.finding`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy.typing as npt
@@ -181,6 +182,23 @@ class Predicting(Protocol):
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any] | npt.NDArray[Any]]]:
         """Answers for the file, folder or text `source`, batch by batch: columns of one length.
+
+        Called without `load`. Raises CommonweightError.
+        """
+
+
+@runtime_checkable
+class Exporting(Protocol):
+    """What a task may do besides: write a model in a form for other programs."""
+
+    @property
+    def forms(self) -> Sequence[str]:
+        """Their names, such as "onnx"."""
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """Write the model to `out`, a file or a folder that is not there yet.
 
         Called without `load`. Raises CommonweightError.
         """

@@ -9,6 +9,7 @@ settings are in `image_plan`. Where TensorFlow is in place of torch, `images_ker
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from agent.tasks import (
     architecture,
     devices,
     image_plan,
+    onnx_file,
     pictures,
     resnet,
 )
@@ -44,6 +46,7 @@ class Images:
     """The task. On a CPU the same inputs and number of threads give the same bytes."""
 
     version = "1"
+    forms = (onnx_file.ONNX,)
 
     def __init__(self) -> None:
         self._data = DataSettings()
@@ -123,6 +126,15 @@ class Images:
             on_step,
         )
 
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: pictures uint8[n, channels, size, size] -> logits float32[n, classes]."""
+        plan = image_plan.read(settings)
+        forward = _forward(plan)
+        example = torch.zeros(2, plan.channels, plan.size, plan.size, dtype=torch.uint8)
+        onnx_file.write(lambda w, x: forward(w, _normal(x), False), weights, example, out)
+
 
 def _examples(found: Pictures, rows: Rows, device: torch.device) -> Examples:
     """Row numbers in place of pixels: those stay in their file until a batch asks for them."""
@@ -132,7 +144,10 @@ def _examples(found: Pictures, rows: Rows, device: torch.device) -> Examples:
 
 def _pixels(found: Pictures, rows: Tensor) -> Tensor:
     """A batch, float32[n, channels, size, size], on the device of its row numbers."""
-    pixels = torch.from_numpy(found.pixels[rows.cpu().numpy()]).to(rows.device)
+    return _normal(torch.from_numpy(found.pixels[rows.cpu().numpy()]).to(rows.device))
+
+
+def _normal(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - pictures.MEAN) / pictures.SPREAD
 
 

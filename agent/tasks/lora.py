@@ -57,6 +57,7 @@ class Lora:
     """The task. On a CPU the same inputs and number of threads give the same bytes."""
 
     version = "1"
+    forms = ("merged",)
 
     def __init__(self) -> None:
         self._data = DataSettings()
@@ -166,10 +167,12 @@ class Lora:
 
         return logits
 
-    def export(self, weights: Weights, settings: Settings, out: Path) -> None:
-        """Write the base model with the adapters merged in: a folder for plain transformers."""
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """The base model with the adapters merged in: a folder for plain transformers."""
         plan = lora_plan.read(settings)
-        found = base_model.folder(self._data, plan.model)
+        found = base_model.folder(data, plan.model)
         made = base_model.adapted(found, plan)
         named = dict(made.model.named_parameters())
         with torch.no_grad():

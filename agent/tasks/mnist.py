@@ -29,7 +29,9 @@ from agent.tasks import (
     Settings,
     TrainOutcome,
     devices,
+    onnx_file,
 )
+from agent.tasks.classifying import measured
 from agent.tasks.local_training import (
     Examples,
     LocalTraining,
@@ -82,6 +84,8 @@ class _Part(NamedTuple):
 
 class Mnist:
     """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    forms = (onnx_file.ONNX,)
 
     def __init__(self) -> None:
         self._part: _Part | None = None
@@ -137,32 +141,21 @@ class Mnist:
         loss_of = _loss_of(_FORWARD[_model(settings)])
         return mean_gradient(weights, self._loaded().trained_on, loss_of)
 
-    @torch.inference_mode()
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
-        held_out, forward = self._loaded().held_out, _FORWARD[_model(settings)]
-        device = held_out.x.device
-        tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-        batches = _batches(held_out, EVALUATION_BATCH)
-        loss, right, seen = 0.0, 0, 0
-        for number, (x, y) in enumerate(batches, 1):
-            logits = forward(tensors, x)
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            right += int((logits.argmax(1) == y).sum())
-            seen += len(y)
-            on_step(number, len(batches), loss / seen, seen)
-        return EvalOutcome(seen, {"loss": loss / seen, "accuracy": right / seen})
+        forward, held_out = _FORWARD[_model(settings)], self._loaded().held_out
+        return measured(forward, weights, held_out, EVALUATION_BATCH, on_step)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
+        onnx_file.write(_FORWARD[_model(settings)], weights, torch.zeros(2, 784), out)
 
     def _loaded(self) -> _Part:
         if self._part is None:
             raise RuntimeError("load() comes before train() and evaluate()")
         return self._part
-
-
-def _batches(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
-    # Nothing would be split into one batch of nothing.
-    x, y, _ = examples
-    return list(zip(torch.split(x, size), torch.split(y, size), strict=True)) if len(y) else []
 
 
 def _model(settings: Settings) -> str:

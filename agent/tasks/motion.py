@@ -35,6 +35,7 @@ from agent.tasks import (
     TrainOutcome,
     devices,
     motion_file,
+    onnx_file,
 )
 from agent.tasks.classifying import measured
 from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
@@ -140,6 +141,7 @@ class Motion:
     """The task. On a CPU the same inputs and number of threads give the same bytes."""
 
     version = "1"
+    forms = (onnx_file.ONNX,)
 
     def __init__(self) -> None:
         self._part: tuple[Examples, Examples] | None = None
@@ -183,6 +185,12 @@ class Motion:
         """Mean cross-entropy ("loss") and "accuracy" on these people's held-out windows."""
         _filters(settings)
         return measured(logits_of, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: two seconds, float32[n, 6, 100] -> logits float32[n, 7]."""
+        onnx_file.write(logits_of, weights, torch.zeros(2, 6, WINDOW), out)
 
     def _loaded(self) -> tuple[Examples, Examples]:
         if self._part is None:

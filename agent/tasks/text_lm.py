@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.export import Dim
 
 from agent.tasks import (
     DataSettings,
@@ -38,6 +39,7 @@ from agent.tasks import (
     TrainOutcome,
     devices,
     next_token,
+    onnx_file,
     text,
 )
 from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
@@ -161,6 +163,7 @@ class TextLM:
     """The task. On a CPU the same inputs and number of threads give the same bytes."""
 
     version = "1"
+    forms = (onnx_file.ONNX,)
 
     def __init__(self) -> None:
         self._data = DataSettings()
@@ -226,3 +229,13 @@ class TextLM:
         found, device = self._read(settings), devices.chosen(self._data.device)
         logits = partial(logits_of, shape)
         return next_token.measured(logits, weights, found, device, plan.batch_size, on_step)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: tokens int64[n, t] -> logits float32[n, t, vocabulary], t up to the context."""
+        shape = shape_of(settings)
+        sides = {0: Dim("n"), 1: Dim("t", min=1, max=shape.context)}
+        example = torch.zeros(2, shape.context, dtype=torch.int64)
+        logits = partial(logits_of, shape, training=False)
+        onnx_file.write(logits, weights, example, out, sides=sides)

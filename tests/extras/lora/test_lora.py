@@ -81,7 +81,7 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
     task = loaded(hub, texts)
     trained = task.train(task.init(1, settings), settings, quiet).weights
     out = tmp_path / "merged"
-    task.export(Weights(trained), settings, out)
+    Lora().export(Weights(trained), settings, "merged", data_of(hub, texts), out)
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
     tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]

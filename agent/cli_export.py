@@ -1,0 +1,91 @@
+"""`commonweight-agent export`: a shared model in a form that other programs read.
+
+It is made here and not at the coordinator, which has neither torch nor the tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agent.cli_owner import Json, say
+from protocols import homes, output
+from protocols.errors import CommonweightError, UnknownName, UsageFault
+
+LATEST = "latest"
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A file of `commonweight models export`, its card beside it; or latest, the "
+            "newest version that this agent has."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="What to write: MODEL.onnx, or a folder for merged.")],
+    form: Annotated[
+        str, typer.Option("--form", help="onnx, or merged (of lora); else as OUT ends.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Write a shared model as ONNX, or with its adapters merged, for programs without us."""
+    from agent import settings
+    from agent.tasks import Exporting, finding
+    from protocols import schemes
+
+    chosen = settings.read(homes.locate("agent"))
+    path, task_name, asked = _found(model)
+    form = form or ("onnx" if out.suffix == ".onnx" else "merged")
+    if out.exists():
+        raise UsageFault(f"{out} exists already", "choose another name")
+    out = out.absolute()
+    if not out.parent.is_dir():
+        raise UsageFault(f"there is no folder {out.parent}")
+    task = finding.find(task_name, chosen.task_files.get(task_name, ""), chosen.framework)
+    forms = task.forms if isinstance(task, Exporting) else ()
+    if form not in forms:
+        known = f"it can be {', '.join(forms)}" if forms else "safetensors and the card are all"
+        raise UnknownName(f"the task {task_name} has no form {form!r}", known)
+    assert isinstance(task, Exporting)
+    if asked.get(schemes.AT_HOME):
+        raise UsageFault(f"this run's {asked[schemes.AT_HOME]} stay at home: no version is whole")
+    plain = {name: value for name, value in asked.items() if name not in schemes.SETTINGS}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
+        data = settings.data_settings(chosen, folder)
+        task.export(_model(path), plain, form, data, out)
+    if json:
+        sys.stdout.write(output.ok({"form": form, "out": out}) + "\n")
+    else:
+        say(f"wrote {out} ({form})")
+
+
+def _found(model: str) -> tuple[Path, str, dict[str, Any]]:
+    """The file, its task and that one's settings. Raises UsageFault, UnknownName, NotEnrolled."""
+    from agent import kept, settings
+    from protocols import model_card
+
+    if model != LATEST:
+        path = Path(model).expanduser()
+        card = model_card.read(path)
+        return path, card.task, card.settings
+    home = homes.open_home("agent")
+    enrolment = settings.read_enrolment(home)
+    for found in kept.held(home / "cache", enrolment.coordinator_public):
+        return found.path, found.work.task, found.work.settings
+    raise UnknownName("this agent has no version yet", "it gets one with its first work")
+
+
+def _model(path: Path) -> Any:
+    from protocols import schemes, weights
+
+    try:
+        return schemes.without_controls(weights.load(path))
+    except OSError as err:
+        raise CommonweightError(f"cannot read {path}: {err.strerror}") from err

@@ -1,0 +1,117 @@
+"""Models as ONNX: what onnxruntime makes of them is what torch does, and knows nothing of us."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from agent.tasks import DataSettings, Exporting, finding, images, mnist, motion, text_lm
+from protocols import model_card
+from protocols.model_card import ModelCard
+from protocols.weights import Weights, save
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[3]
+COLOURS = {"classes": "a,b,c", "size": 16, "model": "conv 4 3, pool, dense 8"}
+RESNET = {"classes": "a,b", "size": 32, "model": "resnet18"}
+TINY = {"layers": 2, "heads": 2, "width": 16, "context": 12}
+
+
+def tokens(n: int) -> torch.Tensor:
+    return torch.randint(0, 257, (n, 9))
+
+
+def pixels(n: int, size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+
+
+def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
+    forward = images._forward(images.image_plan.read(settings))
+    return lambda w, x: forward(w, images._normal(x), False)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
+    "2nn": ("mnist", {}, lambda n: torch.rand(n, 784), mnist._forward_2nn),
+    "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784), mnist._forward_cnn),
+    "images": ("images", COLOURS, lambda n: pixels(n, 16), pictures_by(COLOURS)),
+    "resnet18": ("images", RESNET, lambda n: pixels(n, 32), pictures_by(RESNET)),
+    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), motion.logits_of),
+    "text-lm": (
+        "text-lm",
+        TINY,
+        tokens,
+        lambda w, x: text_lm.logits_of(text_lm.shape_of(TINY), w, x, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
+    name, settings, example, logits_of = CASES[case]
+    task, out = finding.find(name), tmp_path / "model.onnx"
+    assert isinstance(task, Exporting)
+    weights = task.init(3, settings)
+    task.export(weights, settings, "onnx", DataSettings(), out)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert set(weights) & {tensor.name for tensor in onnx.load(out).graph.initializer}
+    session = onnxruntime.InferenceSession(out)
+    w = {name: torch.tensor(array) for name, array in weights.items()}
+    for n in (1, 5):
+        x = example(n)
+        with torch.no_grad():
+            expected = logits_of(w, x).numpy()
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def agent(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"COMMONWEIGHT_AGENT_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "agent.cli", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
+    model = tmp_path / "digits.safetensors"
+    weights: Weights = finding.find("mnist").init(1, {})
+    card = ModelCard(
+        sha256=save(weights, model),
+        version="v",
+        run="r",
+        round=1,
+        task="mnist",
+        settings={"model": "2nn", "scaffold": 1},
+        tensors=model_card.tensors_of(weights.schema),
+    )
+    model_card.beside(model).write_bytes(model_card.encode(card))
+    out = tmp_path / "digits.onnx"
+    done = agent(tmp_path / "home", "export", str(model), str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["data"] == {"form": "onnx", "out": str(out)}
+    session = onnxruntime.InferenceSession(out)
+    assert session.run(None, {"x": np.zeros((3, 784), np.float32)})[0].shape == (3, 10)
+    for words, code, said in (
+        ([str(model), str(out)], 2, "exists already"),
+        ([str(model), str(tmp_path / "folder")], 2, "it can be onnx"),
+        ([str(tmp_path / "none.safetensors"), str(tmp_path / "x.onnx")], 2, "cannot read"),
+        ([str(model), str(tmp_path / "no" / "x.onnx")], 2, "there is no folder"),
+        (["latest", str(tmp_path / "x.onnx")], 5, "there is no agent"),
+    ):
+        done = agent(tmp_path / "home", "export", *words)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr
+    model.write_bytes(b"something else")
+    done = agent(tmp_path / "home", "export", str(model), str(tmp_path / "x.onnx"))
+    assert done.returncode == 2
+    assert "is not the file of its card" in done.stderr
