@@ -162,7 +162,7 @@ async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> No
         run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.3)
         await until(lambda: fleet.facts(run_id, facts.PeersAsked)[1:])
         assert fleet.facts(run_id, facts.PeersAsked)[-1].peers == (fleet.agents[0].peer,)
-        await until(lambda: fleet.waits_for(run_id) == "updates of 1 peer (agent1)")
+        await until(lambda: fleet.waits_for(run_id) == "updates of 1 peer (agent0)")
         assert not fleet.hub.runs.find(run_id).ended
         held.open()
         assert (await fleet.finished(run_id)).state is RunState.FINISHED
