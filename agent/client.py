@@ -268,6 +268,7 @@ class Client:
             run=work.run,
             round=work.round,
             kind=work.kind,
+            turn=work.turn,
             peer=self._peer,
             base=work.base,
             digest=outcome.digest,
@@ -356,7 +357,8 @@ def _settings(work: Work) -> dict[str, str | int | float | bool]:
 
 
 def _key(work: Work) -> str:
-    return f"{work.run} {work.round} {work.kind} {work.base}"
+    turn = f" {work.turn}" if work.turn else ""
+    return f"{work.run} {work.round} {work.kind} {work.base}{turn}"
 
 
 def claim_text(reply: Message) -> str:

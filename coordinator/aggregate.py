@@ -40,6 +40,31 @@ def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[
     return share
 
 
+class Moved:
+    """Weights with the change that they make to `base`, made to `head` instead.
+
+    All three have one schema. Integer and boolean tensors are those of `head`.
+    """
+
+    def __init__(self, weights: Readable, base: Readable, head: Readable) -> None:
+        self.schema = head.schema
+        self._weights, self._base, self._head = weights, base, head
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype."""
+        dtype, to = self.schema[part.name].dtype, self._head.read(part)
+        if dtype not in FLOATING:
+            return to
+        new, old, to = (
+            _floats(array, dtype).astype(np.float64)
+            for array in (self._weights.read(part), self._base.read(part), to)
+        )
+        moved = to + (new - old)
+        if dtype == "BF16":
+            return narrow(moved.astype(np.float32))
+        return moved.astype(DTYPES[dtype])
+
+
 def fold(
     updates: Sequence[Readable],
     share: Sequence[float],

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from coordinator.fleetwork import Fleetwork
 from coordinator.model import Model
 from coordinator.records import VersionRecord, one_config
-from coordinator.runs import Run
+from coordinator.runs import Given, Run
 from coordinator.strategies.recipe import Recipe
 from protocols import messages, preprocessing, schemas, weights
 from protocols.failpoints import failpoint
@@ -27,6 +27,8 @@ from protocols.states import RunState
 
 #: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
 AGENT_FAILED = 2
+#: From turn to turn; a prime, so that no other run's seeds are met soon.
+_SEEDS_APART = 7919
 
 
 class Asked(NamedTuple):
@@ -88,23 +90,30 @@ class Questions:
         kind: Any,
         number: int,
         extra: Mapping[str, int | float] = MappingProxyType({}),
+        given: Given | None = None,
     ) -> ConfigRecord:
-        """The signed work. `extra`: what the strategy tells the task, over the run's settings."""
+        """The signed work. `extra`: what the strategy tells the task, over the run's settings.
+
+        `given` is a peer's own work. Another turn on a version has another seed, or it would be
+        the same training once more.
+        """
         spec = run.spec
+        head, turn = (given.base, given.turn) if given else (run.head, 0)
         for_trainers = self._recipe.trainer_settings(spec.strategy_args)
-        parent, patch_bytes = self._model.patch_to(run.head)
+        parent, patch_bytes = self._model.patch_to(head)
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
         work = Work(
             run=run.id,
             round=number,
             kind=kind,
             task=spec.task,
-            base=_base(run, kind),
+            base=given.base if given else _base(run, kind),
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
             codec=spec.codec,
-            seed=spec.seed,
+            turn=turn,
+            seed=spec.seed + turn * _SEEDS_APART,
             settings={**spec.settings, **extra, **for_trainers, **shared},
             card=schemas.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
@@ -120,7 +129,9 @@ class Questions:
         """Send the open question to every pending peer that has it not yet."""
         reached = {asked.peer for asked in self._under_way.values() if asked.is_of(run)}
         eligible = self._around.eligible()
-        peers = [p for p in run.pending if p not in reached and p in eligible]
+        # Never before its training: another answer would push that one's out of its outbox.
+        waits = run.given.keys() - {a.peer for a in self._under_way.values() if a.kind == "train"}
+        peers = [p for p in run.pending if p not in reached and p in eligible and p not in waits]
         if not peers:
             return
         is_query = run.kind not in ("train", "evaluate")
@@ -135,6 +146,46 @@ class Questions:
                 return
             content = self._content
         message_type = f"query.{run.kind}" if is_query else run.kind
+        await self._put(run, content, message_type, peers, run.round)
+
+    async def ask_given(self, run: Run) -> None:
+        """Buffered: put to each peer the training that it was given, if it has it not yet."""
+        reached = {(a.peer, a.round) for a in self._under_way.values() if a.kind == "train"}
+        eligible = self._around.eligible()
+        alike: dict[Given, list[str]] = {}
+        for peer, given in sorted(run.given.items()):
+            if not given.lost and peer in eligible and (peer, given.round) not in reached:
+                alike.setdefault(given, []).append(peer)
+        for given, peers in alike.items():
+            content = await self._training(run, given, peers)
+            await self._put(run, content, "train", peers, given.round)
+
+    async def _training(self, run: Run, given: Given, peers: Sequence[str]) -> RecordDict:
+        """What the strategy tells those who train on this version: the peers are chosen."""
+        around = self._around
+        around.grid.eligible = {n for p in peers if (n := around.node_of(p)) is not None}
+        model = None
+        if self._recipe.looks_at_weights:
+            model = weights.load(around.lane.version(given.base))
+        base = VersionRecord(given.base, model)
+        chosen = list(
+            await asyncio.to_thread(
+                self._strategy.configure_train, given.round, base, ConfigRecord(), around.grid
+            )
+        )
+        extra = one_config(chosen) if chosen else {}
+        config = self._work_record(run, "train", given.round, extra, given)
+        return RecordDict({"arrays": VersionRecord(given.base), "config": config})
+
+    async def _put(
+        self,
+        run: Run,
+        content: RecordDict,
+        message_type: str,
+        peers: Sequence[str],
+        number: int,
+    ) -> None:
+        """Send one question to these peers."""
         outgoing: list[Message] = []
         for peer in peers:
             if (node := self._around.node_of(peer)) is not None:
@@ -144,7 +195,7 @@ class Questions:
         failpoint("work.pushed")
         nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
         reached_now = {mid: self._around.peer_of(nodes[mid]) for mid in sent}
-        question = (run.round, run.kind, time.monotonic())
+        question = (number, message_type.removeprefix("query."), time.monotonic())
         self._under_way |= {mid: Asked(peer, *question) for mid, peer in reached_now.items()}
         self._around.ring(list(reached_now.values()))
 
@@ -159,7 +210,8 @@ class Questions:
         if not self._under_way:
             return []
         pulled = await asyncio.to_thread(self._around.grid.pull_messages, set(self._under_way))
-        replies = {m.metadata.reply_to_message_id: m for m in (*self._arrived, *pulled)}
+        # The arrived last: of a message that was taken back meanwhile Flower says that it is gone.
+        replies = {m.metadata.reply_to_message_id: m for m in (*pulled, *self._arrived)}
         self._arrived = []
         if replies:
             failpoint("reply.pulled")
@@ -194,6 +246,15 @@ class Questions:
     def take_back_older(self, number: int) -> None:
         """All of the rounds before this one."""
         self._take_back({q for q, asked in self._under_way.items() if asked.round < number})
+
+    def take_back_evaluations(self) -> None:
+        """All of them: another version is to be evaluated."""
+        self._take_back({q for q, asked in self._under_way.items() if asked.kind == "evaluate"})
+
+    def take_back_silent(self, longer_s: float) -> None:
+        """Training that is under way for longer: the question, or its answer, may be lost."""
+        found = self._under_way.items()
+        self._take_back({q for q, a in found if a.kind == "train" and a.seconds > longer_s})
 
     def take_back_all(self) -> None:
         self._take_back(set(self._under_way))

@@ -6,19 +6,22 @@ from coordinator import runs
 from coordinator.runs import Run
 from protocols import messages
 from protocols.messages import RunChanged, printable
+from protocols.states import RunState
 
 
 def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
     """Where a run stands, as the monitor is told."""
+    answered = sum(standing == "answered" for standing in run.peers.values())
     return RunChanged(
         run=run.id,
         task=run.spec.task,
-        state=run.state,
+        # A buffered run evaluates one version and trains for the next at the same time.
+        state=RunState.TRAINING if run.buffered and run.state is RunState.EVALUATING else run.state,
         round=run.round,
         rounds=run.spec.rounds,
-        quorum=run.spec.quorum,
-        asked=len(run.peers),
-        answered=sum(standing == "answered" for standing in run.peers.values()),
+        quorum=run.spec.buffer or run.spec.quorum,
+        asked=len(run.given) if run.buffered else len(run.peers),
+        answered=len(run.buffer) if run.buffered else answered,
         waiting_for="" if run.ended else waiting_for,
         head=run.head,
         best_round=run.best.round if run.best else 0,
@@ -46,4 +49,5 @@ def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
         spread=closed.spread,
         worst=closed.worst,
         spent=closed.spent,
+        staleness=closed.staleness,
     )

@@ -100,6 +100,25 @@ def start(
     clip_norm: Annotated[
         float, typer.Option(min=0.0, help="No update moves the weights further (0: off).")
     ] = 0.0,
+    min_examples: Annotated[
+        int, typer.Option(min=1, help="A peer that trains on fewer gets no work of this run.")
+    ] = 1,
+    mode: Annotated[
+        str,
+        typer.Option(help="synchronous rounds, or buffered: no peer waits for another (FedBuff)."),
+    ] = "synchronous",
+    buffer: Annotated[
+        int, typer.Option(min=0, help="Buffered: so many updates make a version.")
+    ] = 0,
+    max_staleness: Annotated[
+        int, typer.Option(min=0, help="Buffered: an update may be so many versions behind.")
+    ] = 10,
+    concurrency: Annotated[
+        int, typer.Option(min=0, help="Buffered: so many peers train at a time (0: all).")
+    ] = 0,
+    server_lr: Annotated[
+        float, typer.Option("--server-lr", help="Buffered: how far a version follows its updates.")
+    ] = 1.0,
     best_metric: Annotated[
         str,
         typer.Option(
@@ -146,6 +165,12 @@ def start(
         weighting=weighting,
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
+        min_examples=min_examples,
+        mode=mode,
+        buffer=buffer,
+        max_staleness=max_staleness,
+        concurrency=concurrency,
+        server_lr=server_lr,
         best_metric=best_metric,
         best_direction=best_direction,
         patience=patience,
@@ -181,6 +206,12 @@ def run_order(
     from_: Path | None,
     select: str = "",
     keep_versions: int = 2,
+    min_examples: int = 1,
+    mode: str = "synchronous",
+    buffer: int = 0,
+    max_staleness: int = 10,
+    concurrency: int = 0,
+    server_lr: float = 1.0,
     strategy_arg: list[str] | None = None,
     best_metric: str = "",
     best_direction: str = "",
@@ -196,6 +227,8 @@ def run_order(
     codecs.find(codec)
     if weighting not in ("examples", "equal"):
         raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
+    if mode not in ("synchronous", "buffered"):
+        raise UsageFault(f"the mode is synchronous or buffered, not {mode!r}")
     if best_direction not in ("", "max", "min"):
         raise UsageFault(f"the best direction is max or min, not {best_direction!r}")
     spec = RunSpec(
@@ -214,6 +247,12 @@ def run_order(
         weighting="equal" if weighting == "equal" else "examples",
         max_weight_share=max_weight_share,
         clip_norm=clip_norm,
+        min_examples=min_examples,
+        mode="buffered" if mode == "buffered" else "synchronous",
+        buffer=buffer,
+        max_staleness=max_staleness,
+        concurrency=concurrency,
+        server_lr=server_lr,
         handshake=True,
         best_metric=best_metric,
         best_direction=best_direction,  # type: ignore[arg-type]
@@ -291,8 +330,9 @@ def _round_line(run: Any, closed: Any) -> str:
     metrics = " ".join(
         f"{name} {value:.4f}" for name, value in closed.metrics.items() if value is not None
     )
+    behind = f"staleness ≤ {max(closed.staleness.values())} " if closed.staleness else ""
     return (
-        f"round {closed.round}/{run.spec.rounds} {metrics} "
+        f"round {closed.round}/{run.spec.rounds} {metrics} {behind}"
         f"peers {len(closed.contributors)} {closed.seconds:.2f} s "
         f"up {closed.bytes_up / 1e6:.2f} MB down {closed.bytes_down / 1e6:.2f} MB"
     )
@@ -366,12 +406,40 @@ def show(run: str, json: Json = False) -> None:
     sys.stdout.write(f"quorum {found.spec.quorum}, deadline {_deadline(found)}, ")
     selects = f", select {found.spec.select:g}x" if found.spec.select else ""
     sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
+    for line in _buffer_lines(found, remote.fleet().peers):
+        sys.stdout.write(line + "\n")
     for closed in found.history:
         mark = " ★" if found.best and closed.round == found.best.round else ""
         sys.stdout.write(f"{_round_line(found, closed)} {closed.digest[:12]}{mark}\n")
     if found.best is not None:
         for line in _fairness(found.best, remote.fleet().peers):
             sys.stdout.write(line + "\n")
+
+
+def _buffer_lines(run: Any, peers: Any) -> list[str]:
+    """Who is left out, and of a buffered run its settings and how far behind each peer is."""
+    from coordinator import buffered
+    from coordinator.fleet import called
+
+    def name(peer: str) -> str:
+        return called(peers[peer]) if peer in peers else peer
+
+    spec = run.spec
+    lines = [
+        f"{name(peer)} is left out: too few examples; {spec.min_examples} at least"
+        for peer in sorted(run.excluded)
+    ]
+    if not run.buffered:
+        return lines
+    lines.append(
+        f"buffered: {spec.buffer} updates a version, at most {spec.max_staleness} versions behind, "
+        f"{spec.concurrency or 'all'} peers at a time, server learning rate {spec.server_lr:g}"
+    )
+    behind = {name(peer): buffered.staleness(run, given) for peer, given in run.given.items()}
+    if behind:
+        told = ", ".join(f"{who} {count}" for who, count in sorted(behind.items()))
+        lines.append(f"at work, versions behind: {told}")
+    return lines
 
 
 def _fairness(closed: Any, peers: Any) -> list[str]:

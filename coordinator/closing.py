@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple, TypeVar
 
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import aggregate, strategies
+from coordinator import aggregate, buffered, strategies
+from coordinator.facts import Update
 from coordinator.lane import Lane
 from coordinator.runs import Run
 from coordinator.strategies.feeding import Work, as_reply, next_version
 from coordinator.strategies.state import States
 from protocols import codecs
+from protocols.codecs import Codec
 from protocols.messages import Metrics
 from protocols.stored import Stored
+from protocols.weights import Readable
+
+K = TypeVar("K", bound=Hashable)
 
 
 class Committed(NamedTuple):
@@ -35,10 +41,16 @@ def commit(
     """Updates → the strategy → a new version, durable together with the strategy's new state."""
     recipe, codec = strategies.find(run.spec.strategy), codecs.find(run.spec.codec)
     equal = run.spec.weighting == "equal"
-    updates = [run.updates[peer] for peer in contributors]
-    counts = {peer: run.updates[peer].num_examples for peer in contributors}
-    share = aggregate.shares(counts, equal=equal, cap=run.spec.max_weight_share)
-    metrics = _mean_metrics({p: run.updates[p].metrics for p in contributors}, share)
+    if run.buffered:
+        accepted = [(one.peer, one.update) for one in buffered.in_order(run)]
+    else:
+        accepted = [(peer, run.updates[peer]) for peer in contributors]
+    updates = [update for _, update in accepted]
+    examples = [1 if equal else update.num_examples for update in updates]
+    share = _shares([peer for peer, _ in accepted], examples, run.spec.max_weight_share)
+    metrics = _mean_metrics(
+        {number: update.metrics for number, update in enumerate(updates)}, dict(enumerate(share))
+    )
     told = {name: value for name, value in metrics.items() if value is not None}
     asked = recipe.metric(run.spec.strategy_args)
     with contextlib.ExitStack() as stack:
@@ -48,22 +60,23 @@ def commit(
             base=base,
             origin=stack.enter_context(Stored(lane.version(run.head))),
             updates=[
-                codecs.decoded(
-                    codec,
-                    stack.enter_context(Stored(lane.update(peer, run.updates[peer].digest))),
-                    base,
-                )
-                for peer in contributors
+                _on_head(codec, lane, peer, update, run.head, base, stack)
+                for peer, update in accepted
             ],
-            share=[share[peer] for peer in contributors],
-            scale=[_clipped(update.norm, run.spec.clip_norm) for update in updates],
-            examples=[1 if equal else update.num_examples for update in updates],
+            share=share,
+            scale=[
+                _clipped(update.norm, run.spec.clip_norm)
+                * buffered.discount(update.staleness)
+                * run.spec.server_lr
+                for update in updates
+            ],
+            examples=examples,
             # Not all that they told: Flower's strategies raise when two tell different metrics.
             metrics=[{n: v for n, v in u.metrics.items() if n == asked and v} for u in updates],
             told={
                 **told,
-                "num-examples": sum(counts.values()),
-                "participation": len(contributors) / max(run.eligible, len(contributors)),
+                "num-examples": sum(update.num_examples for update in updates),
+                "participation": min(1.0, len(contributors) / max(run.eligible, 1)),
             },
         )
         made = next_version(
@@ -76,6 +89,32 @@ def commit(
         )
         digest = lane.write(base.schema, made.pieces)
     return Committed(digest, metrics, made.state)
+
+
+def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
+    """Each update's share of the mean; `cap` bounds that of a peer with all its updates."""
+    of_peer: dict[str, int] = {}
+    for peer, weight in zip(peers, weights, strict=True):
+        of_peer[peer] = of_peer.get(peer, 0) + weight
+    share = aggregate.shares(of_peer, equal=False, cap=cap)
+    return [share[p] * (w / of_peer[p]) for p, w in zip(peers, weights, strict=True)]
+
+
+def _on_head(
+    codec: Codec,
+    lane: Lane,
+    peer: str,
+    update: Update,
+    digest: str,
+    head: Stored,
+    stack: contextlib.ExitStack,
+) -> Readable:
+    """An update's weights as if it had begun at the newest version, `head`, named by its digest."""
+    file = stack.enter_context(Stored(lane.update(peer, update.digest)))
+    if codec.coding is not None or update.base in ("", digest):
+        return codecs.decoded(codec, file, head)
+    base = stack.enter_context(Stored(lane.version(update.base)))
+    return aggregate.Moved(file, base, head)
 
 
 def evaluation(run: Run, strategy: Strategy) -> Metrics:
@@ -105,7 +144,7 @@ def _clipped(norm: float, most: float) -> float:
     return most / norm if most and norm > most else 1.0
 
 
-def _mean_metrics(found: dict[str, Metrics], share: dict[str, float]) -> Metrics:
+def _mean_metrics(found: Mapping[K, Metrics], share: Mapping[K, float]) -> Metrics:
     """The mean, by share, of the metrics that peers with half of all shares told as finite.
 
     Those who did not are left out of it: one that diverges, or keeps a number back, hides it not

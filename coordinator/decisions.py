@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from coordinator import merit, recall
+from coordinator import buffered, merit, recall
+from coordinator.facts import WorkGiven
 from coordinator.recall import KeepOwn, Seek
 from coordinator.runs import Run
 from protocols.states import RunState
@@ -44,6 +45,12 @@ class AskMore(NamedTuple):
     """Give the open round's work to these peers too."""
 
     peers: tuple[str, ...]
+
+
+class GiveWork(NamedTuple):
+    """Buffered: give each of these peers training of its own."""
+
+    given: tuple[WorkGiven, ...]
 
 
 class CloseTraining(NamedTuple):
@@ -80,6 +87,7 @@ Step = (
     | KeepOwn
     | OpenRound
     | AskMore
+    | GiveWork
     | CloseTraining
     | Aggregate
     | OpenEvaluation
@@ -123,6 +131,9 @@ def selected(run: Run, number: int, eligible: Iterable[str], count: int = 0) -> 
 
 def decide(run: Run, view: View) -> Step:
     """The next step of a run that has not ended."""
+    view = view._replace(eligible=view.eligible - run.excluded)
+    if run.buffered and run.state in (RunState.TRAINING, RunState.EVALUATING):
+        return _decide_buffered(run, view)
     match run.state:
         case RunState.WAITING:
             return _decide_waiting(run, view)
@@ -239,6 +250,25 @@ def _decide_training(run: Run, view: View) -> Step:
     if view.due:
         return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
     return Wait(f"updates of {_who(run.pending)}")
+
+
+def _decide_buffered(run: Run, view: View) -> Step:
+    evaluating = run.state is RunState.EVALUATING
+    if evaluating and not run.evaluating:
+        eligible = tuple(sorted(view.eligible))
+        return OpenEvaluation(eligible) if eligible else Wait("a peer")
+    if buffered.is_over(run):
+        left = view.eligible.intersection(run.pending) - run.given.keys()
+        if view.due or not left:
+            return CloseRound()
+        return Wait(f"the evaluation by {_peers(len(left))}")
+    if buffered.is_full(run):
+        contributors = tuple(one.peer for one in buffered.in_order(run))
+        return CloseRound() if evaluating else CloseTraining(contributors)
+    if given := buffered.work_for(run, view.eligible, view.due):
+        return GiveWork(given)
+    missing = run.spec.buffer - len(run.buffer)
+    return Wait(f"{missing} of {run.spec.buffer} updates; {_peers(len(run.given))} at work")
 
 
 def _decide_evaluating(run: Run, view: View) -> Step:

@@ -34,6 +34,10 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `best_metric` says which version is best (empty: accuracy, else loss), and `best_direction`
     whether more of it is better (empty: as its name says). The run ends early when the metric has
     reached `target`, or has not become better for `patience` rounds (0: never).
+    In the mode "buffered" (FedBuff, arXiv 2106.06639) no peer waits for another: each has work of
+    its own, `concurrency` of them at a time (0: all), and `buffer` updates make a version. One that
+    is `max_staleness` versions behind or less counts 1/√(1 + staleness), times `server_lr`.
+    `min_examples`: a peer that trains on fewer gets no work of this run.
     """
 
     task: str
@@ -51,18 +55,25 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_share: float = 1.0
     max_examples: int = 10_000_000
+    min_examples: int = 1
     clip_norm: float = 0.0
     handshake: bool = False
     best_metric: str = ""
     best_direction: Literal["", "max", "min"] = ""
     patience: int = 0
     target: float | None = None
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer: int = 0
+    max_staleness: int = 10
+    concurrency: int = 0
+    server_lr: float = 1.0
 
 
 class Update(Struct, frozen=True, kw_only=True):
     """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation.
 
-    `seconds`: from the question to the answer (0 in old ledgers).
+    `seconds`: from the question to the answer (0 in old ledgers). Buffered: `base` is the version
+    that it was trained on, `turn` as in `WorkGiven`, `staleness` how many versions came since.
     """
 
     digest: str = ""
@@ -71,6 +82,9 @@ class Update(Struct, frozen=True, kw_only=True):
     metrics: Metrics = {}
     norm: float = 0.0
     seconds: float = 0.0
+    base: str = ""
+    turn: int = 0
+    staleness: int = 0
 
 
 class RunStarted(Struct, frozen=True, tag=True):
@@ -111,6 +125,18 @@ class RoundOpened(Struct, frozen=True, tag=True):
     base: str
     asked: tuple[str, ...]
     eligible: int = 0
+
+
+class WorkGiven(Struct, frozen=True, tag=True):
+    """Buffered: a peer was given training of its own, on the version `base` before `round`.
+
+    `turn`: how many times it was given this version before.
+    """
+
+    peer: str
+    round: int
+    base: str
+    turn: int = 0
 
 
 class PeersAsked(Struct, frozen=True, tag=True):
@@ -241,6 +267,7 @@ Fact = (
     | SchemaAgreed
     | WeightsInitialised
     | RoundOpened
+    | WorkGiven
     | PeersAsked
     | PeerLost
     | UpdateAccepted

@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from coordinator import strategies
-from coordinator.runs import Run
+from coordinator import buffered, strategies
+from coordinator.runs import TOO_FEW, TOO_STALE, Given, Run
 from protocols import preprocessing, weights
 from protocols.codecs import Decoded
 from protocols.errors import BadWeights, UpdateRefused
@@ -31,11 +31,15 @@ MAX_METRICS = 32
 
 
 class Expected(NamedTuple):
-    """What the run waits for: the claim's kind, its base version and the model's schema."""
+    """What the run waits for: the claim's kind, its base version and the model's schema.
+
+    `given`: the work that is this peer's own, in a buffered run.
+    """
 
     kind: str
     base: str
     schema: Schema
+    given: Given | None = None
 
 
 def check_claim(
@@ -52,11 +56,13 @@ def check_claim(
         raise UpdateRefused("bad signature", "the claim is not signed by the peer that sent it")
     if claim.run != run.id:
         raise UpdateRefused("another run", f"it belongs to run {claim.run}")
-    if claim.kind != expected.kind or claim.round != run.round:
+    number = expected.given.round if expected.given else run.round
+    turn = expected.given.turn if expected.given else 0
+    if (claim.kind, claim.round, claim.turn) != (expected.kind, number, turn):
         raise UpdateRefused("late", f"it is for round {claim.round} ({claim.kind})")
-    if run.peers.get(sender) == "answered":
+    if expected.given is None and run.peers.get(sender) == "answered":
         raise UpdateRefused("replay", "this peer's answer was counted already")
-    if sender not in run.peers:
+    if expected.given is None and sender not in run.peers:
         raise UpdateRefused("not asked", "this peer was not asked in this round")
     if claim.base != expected.base:
         raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
@@ -75,7 +81,9 @@ def check_claim(
             raise UpdateRefused(
                 "bad metrics", f"{run.spec.strategy} needs a finite {needed!r}, 0 or more; {told}"
             )
-    cap = run.spec.max_examples
+    least, cap = run.spec.min_examples, run.spec.max_examples
+    if claim.kind == "train" and 0 < claim.num_examples < least:
+        raise UpdateRefused(TOO_FEW, f"it trains on {claim.num_examples}; the run wants {least}")
     if claim.kind in ("train", "evaluate") and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
 
@@ -95,8 +103,13 @@ def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
     return update
 
 
-def expectation(run: Run, schema: Schema) -> Expected:
-    """What an answer to the run's present question must be."""
+def expectation(run: Run, schema: Schema, peer: str = "", kind: str = "") -> Expected:
+    """What an answer to the run's present question must be, or to this peer's own.
+
+    Raises UpdateRefused for an answer to work that this peer does not have, or that is too old.
+    """
+    if run.buffered and kind == "train":
+        return _own(run, schema, peer)
     if run.recalling:
         return Expected(run.kind, run.sought.digest if run.sought else "", {})
     if run.state is RunState.WAITING:
@@ -106,6 +119,21 @@ def expectation(run: Run, schema: Schema) -> Expected:
     if run.state is RunState.TRAINING:
         return Expected("train", run.parent, schema)
     return Expected("evaluate", run.head, schema)
+
+
+def _own(run: Run, schema: Schema, peer: str) -> Expected:
+    given = run.given.get(peer)
+    if given is None:
+        raise UpdateRefused("late", "this peer has no such work any more")
+    if buffered.is_over(run):
+        raise UpdateRefused("late", f"the run's last version, {run.versions}, is made")
+    if buffered.is_stale(run, given):
+        behind, most = buffered.staleness(run, given), run.spec.max_staleness
+        raise UpdateRefused(
+            TOO_STALE,
+            f"trained on version {given.round - 1}, {behind} behind the newest; {most} may be",
+        )
+    return Expected("train", given.base, schema, given)
 
 
 def distance(update: Readable, base: Readable) -> float:

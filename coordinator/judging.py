@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 
 from flwr.app import Message
+from msgspec.structs import replace
 
-from coordinator import facts, gate, recall, retention
+from coordinator import buffered, facts, gate, recall, retention
 from coordinator.asking import AGENT_FAILED, Asked
 from coordinator.facts import Fact, Update
 from coordinator.fleetwork import Fleetwork
@@ -15,7 +16,7 @@ from coordinator.model import Model
 from coordinator.records import read_claim, read_description, read_proof
 from coordinator.runs import Run
 from protocols import codecs
-from protocols.errors import TELLABLE, BadMessage, UpdateRefused
+from protocols.errors import TELLABLE, BadMessage, BadWeights, UpdateRefused
 from protocols.messages import printable
 from protocols.stored import Stored
 
@@ -37,7 +38,7 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         claim, payload, signature = read_claim(reply)
     except (BadMessage, KeyError, TypeError, ValueError) as err:
         raise UpdateRefused("bad claim", str(err)) from err
-    expected = gate.expectation(run, model.schema)
+    expected = gate.expectation(run, model.schema, peer, asked.kind)
     gate.check_claim(run, expected, peer, claim, payload, signature, around.verify)
     if expected.kind == "describe":
         try:
@@ -67,7 +68,11 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         norm=norm,
         seconds=asked.seconds,
     )
-    return facts.UpdateAccepted(run.round, peer, update)
+    if (given := expected.given) is None:
+        return facts.UpdateAccepted(run.round, peer, update)
+    behind = buffered.staleness(run, given)
+    update = replace(update, base=given.base, turn=given.turn, staleness=behind)
+    return facts.UpdateAccepted(given.round, peer, update)
 
 
 def _measure(
@@ -84,6 +89,16 @@ def _measure(
         if expected.kind in ("init", "recall"):
             gate.check_weights(expected, uploaded)
             return 0.0
-        base = stack.enter_context(Stored(around.lane.version(expected.base)))
+        base = stack.enter_context(_base(around, expected))
         update = gate.check_weights(expected, lambda: codecs.decoded(model.codec, uploaded(), base))
         return gate.distance(update, base)
+
+
+def _base(around: Fleetwork, expected: gate.Expected) -> Stored:
+    """The version that an update was trained on. Raises UpdateRefused."""
+    try:
+        return Stored(around.lane.version(expected.base))
+    except (FileNotFoundError, BadWeights) as err:
+        if expected.given is None:
+            raise
+        raise UpdateRefused("base is gone", f"version {expected.base[:12]} is not whole") from err

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -62,6 +62,8 @@ class Lane:
         for path in self._spool.iterdir():
             self._spooled[path.name.rpartition("-")[0]].add(path)
         self.limit_bytes = 0
+        #: Whole uploads that a peer may have here: more where it may count more than once.
+        self.most_uploads = MOST_UPLOADS
         #: What the next version takes: uploads must leave room for it.
         self.version_bytes = 0
         #: Announced by uploads under way and not written yet.
@@ -169,6 +171,13 @@ class Lane:
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 
+    def keep_updates(self, node: str, digests: Set[str]) -> None:
+        """Drop this peer's whole uploads but for these: no other is awaited."""
+        wanted = {self.update(node, digest) for digest in digests}
+        for path in {p for p in self._spooled[node] if p.suffix != ".part"} - wanted:
+            path.unlink(missing_ok=True)
+            self._spooled[node].discard(path)
+
     def drop_updates(self) -> None:
         """Empty the spool: the round that needed it is committed."""
         for paths in self._spooled.values():
@@ -218,7 +227,7 @@ class Lane:
             self._writers.pop(other, None)
             other.unlink(missing_ok=True)
             spooled.discard(other)
-        if sum(path.suffix != ".part" for path in spooled) >= MOST_UPLOADS:
+        if sum(path.suffix != ".part" for path in spooled) >= self.most_uploads:
             raise HTTPException(413, "this round has enough updates of this peer")
         spooled.add(part)
 

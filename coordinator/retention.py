@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator import buffered
 from coordinator.facts import Holding
 from coordinator.lane import Lane
 from coordinator.runs import Run
@@ -22,6 +23,8 @@ class Retention:
     def prune(self, run: Run) -> None:
         keep = {run.head, run.parent, run.best.digest if run.best else ""}
         keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
+        keep |= {given.base for given in run.given.values() if not buffered.is_stale(run, given)}
+        keep |= {accepted.update.base for accepted in run.buffer}
         self._on_disk |= {run.head, run.parent}
         for digest in self._on_disk - keep - self._elsewhere:
             self._lane.drop(digest)

@@ -20,6 +20,7 @@ from coordinator.decisions import Step, View
 from coordinator.facts import Fact
 from coordinator.fleetwork import Fleetwork
 from coordinator.judging import judge
+from coordinator.lane import MOST_UPLOADS
 from coordinator.model import Model
 from coordinator.retention import Retention
 from coordinator.runs import Run
@@ -60,12 +61,15 @@ class RunLoop:
         self._states = States(around.lane.states)
         self._memory_bytes: int | None = None
         self._model = Model(around.lane, codecs.find(run.spec.codec))
+        around.lane.most_uploads = MOST_UPLOADS + run.spec.buffer
         self.questions = Questions(around, self._recipe, self._strategy, self._model)
         #: Peers whose data or model do not fit the run; asked again after they came back.
         self._misfits: set[str] = set()
         self._retention = Retention(run, around.lane, self._states, elsewhere)
         # After a restart nobody has come back yet: that is no reason to call them lost.
-        self._patient_until = time.monotonic() + RETURN_WITHIN_S if run.pending else 0.0
+        self._patient_until = (
+            time.monotonic() + RETURN_WITHIN_S if run.pending or run.given else 0.0
+        )
         self._watch = Stopwatch()
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
@@ -131,8 +135,12 @@ class RunLoop:
 
     async def _turn(self) -> None:
         """Do what there is to do now. What a full disk interrupts can be done again."""
-        await self._collect()
+        if not (self.run.buffered and self.run.state is RunState.AGGREGATING):
+            await self._collect()  # else what comes now belongs to no buffer yet
         await self._notice_losses()
+        if self.run.given:
+            self.questions.take_back_silent(self.run.spec.deadline_s)
+            await self.questions.ask_given(self.run)
         await self.questions.ask_pending(self.run)
         if self._stop_reason:
             await self._record(facts.RunEnded(RunState.STOPPED, self._stop_reason))
@@ -173,6 +181,10 @@ class RunLoop:
                     self._watch.open_phase()
                 self.questions.take_back_present(self.run, peers)
                 await self._record(facts.PeersAsked(peers))
+            case decisions.GiveWork(given):
+                if self._view().due:
+                    self._watch.open_phase()
+                await self._record(*given)
             case decisions.OpenRound():
                 await self._open_round(step)
             case decisions.CloseTraining(contributors):
@@ -203,6 +215,8 @@ class RunLoop:
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
         ahead = [decisions.deadline_s(self.run) - self._watch.phase_s] if timed else []
         ahead.append(self._patient_until - time.monotonic())
+        if self.run.given:
+            ahead.append(self.run.spec.deadline_s)
         if shortage:
             ahead.append(_SHORTAGE_AGAIN_S)
         timeout = min((wait_s for wait_s in ahead if wait_s > 0), default=None)
@@ -217,7 +231,8 @@ class RunLoop:
         if time.monotonic() < self._patient_until:
             return
         eligible = self._around.eligible()
-        lost = [peer for peer in self.run.pending if peer not in eligible]
+        at_work = {peer for peer, given in self.run.given.items() if not given.lost}
+        lost = sorted((at_work | set(self.run.pending)) - eligible)
         for peer in lost:
             self.session_opened(peer)  # take back what it was sent
             self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
@@ -237,7 +252,15 @@ class RunLoop:
                 )
                 news.append(refused)
         await self._record(*news)
+        if self.run.buffered:
+            self._sweep({asked.peer for _, asked, _ in answers})
         self.questions.settle([question for question, _, _ in answers], True)
+
+    def _sweep(self, peers: set[str]) -> None:
+        """Drop the uploads of these peers, who have none under way, that count for nothing."""
+        for peer in peers - self.run.given.keys():
+            counted = {a.update.digest for a in self.run.buffer if a.peer == peer}
+            self._around.lane.keep_updates(peer, counted)
 
     async def _agree(self) -> None:
         found = agreement.agree(self.run, self._model.schema)
@@ -259,8 +282,10 @@ class RunLoop:
         self._watch.open_round()
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
-        chosen = decisions.selected(self.run, step.round, step.eligible)
-        asked = await self.questions.configure(self.run, chosen, opening=step.round)
+        asked: tuple[str, ...] = ()
+        if not self.run.buffered:  # there each peer has work of its own
+            chosen = decisions.selected(self.run, step.round, step.eligible)
+            asked = await self.questions.configure(self.run, chosen, opening=step.round)
         failpoint("round.configured")
         await self._record(facts.RoundOpened(step.round, step.base, asked, len(step.eligible)))
 
@@ -274,7 +299,10 @@ class RunLoop:
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
         )
-        lane.drop_updates()
+        if run.buffered:
+            self._sweep({accepted.peer for accepted in run.buffer})
+        else:
+            lane.drop_updates()
         await asyncio.to_thread(self._model.make_patch, run.head, made.digest)
         self.questions.forget_work()
 
@@ -290,7 +318,10 @@ class RunLoop:
         )
         self.questions.forget_work()
         # What is still under way from the round before is late by more than a round.
-        self.questions.take_back_older(run.round)
+        if run.buffered:
+            self.questions.take_back_evaluations()
+        else:
+            self.questions.take_back_older(run.round)
         await self._record(fact)
         self._around.publish(round_body(self.run.id, self.run.history[-1]))
         self._retention.prune(self.run)

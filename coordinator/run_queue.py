@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Callable
 
-from coordinator import facts, heap, runs, strategies
+from coordinator import buffered, facts, heap, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
@@ -127,6 +127,7 @@ class RunQueue:
                 f"{taken[0]} is no setting of a task: the strategy says it",
                 "--strategy scaffold or fedbn, with --strategy-arg",
             )
+        buffered.check(spec, strategies.find(spec.strategy))
         strategies.check(spec)
         codecs.find(spec.codec)
         if spec.rounds < 1:
@@ -141,6 +142,8 @@ class RunQueue:
             raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
         if spec.select and not 1 <= spec.select <= 10:
             raise UsageFault("--select is from 1x to 10x: so many quorums of peers are asked")
+        if not 1 <= spec.min_examples <= spec.max_examples:
+            raise UsageFault(f"--min-examples is from 1 to {spec.max_examples}")
         if spec.keep_versions < 1:
             raise UsageFault("--keep-versions is 1 or more")
         if not 0 <= spec.clip_norm < float("inf"):

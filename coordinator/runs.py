@@ -51,6 +51,7 @@ from coordinator.facts import (
     VersionRecalled,
     VersionSought,
     WeightsInitialised,
+    WorkGiven,
 )
 from protocols.messages import Metrics, Question
 from protocols.schemas import Description, SchemaCard
@@ -58,6 +59,8 @@ from protocols.states import ENDED, RunState
 
 Standing = Literal["asked", "answered", "refused", "lost"]
 
+#: Words for refusals that a run remembers.
+TOO_STALE, TOO_FEW = "too stale", "too few examples"
 #: Answers of a peer whose times a run remembers.
 _REMEMBERED = 5
 
@@ -79,6 +82,16 @@ class Round(Struct, frozen=True, kw_only=True):
     spread: dict[str, tuple[float, float, float]] = {}
     worst: dict[str, str] = {}
     spent: dict[str, float] = {}
+    staleness: dict[str, int] = {}
+
+
+class Given(Struct, frozen=True):
+    """Buffered: the training that a peer has in hand; `lost` while it is away."""
+
+    round: int
+    base: str
+    turn: int = 0
+    lost: bool = False
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -86,7 +99,11 @@ class Run(Struct, frozen=True, kw_only=True):
     best by `merit`. `card` is what its peers have alike, once they have `described` themselves;
     `preprocessing`, how their rows become numbers, where a task needs that.
     `needed`: by peer, seconds that its last answers to training took.
-    `recalling`: its versions are sought at its peers; `holdings` are theirs."""
+    `recalling`: its versions are sought at its peers; `holdings` are theirs.
+
+    Buffered: `given` is the work in hand and `last` the last that was given, both by peer; `buffer`
+    the updates of the next version; `resting` peers get nothing before that is made. `excluded`
+    get nothing at all."""
 
     id: str
     spec: RunSpec
@@ -114,12 +131,29 @@ class Run(Struct, frozen=True, kw_only=True):
     whole: bool = False
     holdings: dict[str, Holding | None] = {}
     sought: Holding | None = None
+    given: dict[str, Given] = {}
+    last: dict[str, Given] = {}
+    buffer: tuple[UpdateAccepted, ...] = ()
+    resting: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    staleness: dict[str, int] = {}
     ended_in: RunState = RunState.WAITING
     ended_because: str = ""
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def buffered(self) -> bool:
+        """True if no peer waits for another."""
+        return self.spec.mode == "buffered"
+
+    @property
+    def versions(self) -> int:
+        """How many versions there are, the first weights not counted."""
+        made = self.state in (RunState.WAITING, RunState.EVALUATING)
+        return self.round if made else self.round - 1
 
     @property
     def describing(self) -> bool:
@@ -180,13 +214,32 @@ def _peers_asked(run: Run, fact: PeersAsked) -> Run:
     return replace(run, peers=run.peers | dict.fromkeys(fact.peers, "asked"))
 
 
+def _work_given(run: Run, fact: WorkGiven) -> Run:
+    given = Given(fact.round, fact.base, fact.turn)
+    return replace(
+        run,
+        given=run.given | {fact.peer: given},
+        last=run.last | {fact.peer: given},
+        resting=run.resting - {fact.peer},
+    )
+
+
 def _peer_lost(run: Run, fact: PeerLost) -> Run:
+    if (given := run.given.get(fact.peer)) is not None:
+        run = replace(run, given=run.given | {fact.peer: replace(given, lost=True)})
     if run.peers.get(fact.peer) != "asked":
         return run
     return replace(run, peers=run.peers | {fact.peer: "lost"})
 
 
 def _update_accepted(run: Run, fact: UpdateAccepted) -> Run:
+    if run.buffered and fact.update.digest:
+        return replace(
+            run,
+            given=_without(run.given, fact.peer),
+            buffer=(*run.buffer, fact),
+            needed=_needed(run, fact.peer, fact.update.seconds),
+        )
     run = replace(
         run,
         peers=run.peers | {fact.peer: "answered"},
@@ -204,7 +257,18 @@ def _needed(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]
     return run.needed | {peer: (*run.needed.get(peer, ()), seconds)[-_REMEMBERED:]}
 
 
+def _without(given: dict[str, Given], peer: str) -> dict[str, Given]:
+    return {name: work for name, work in given.items() if name != peer}
+
+
 def _update_refused(run: Run, fact: UpdateRefused) -> Run:
+    if fact.reason == TOO_FEW:
+        run = replace(run, excluded=run.excluded | {fact.peer})
+    given = run.given.get(fact.peer)
+    if given is not None and fact.kind == "train" and fact.round == given.round:
+        # What came too late is no fault of its peer: it has new work at once.
+        resting = run.resting if fact.reason == TOO_STALE else run.resting | {fact.peer}
+        run = replace(run, given=_without(run.given, fact.peer), resting=resting)
     peers = run.peers
     present = fact.round == run.round and fact.kind in ("", run.kind)
     if present and peers.get(fact.peer) == "asked":
@@ -230,7 +294,14 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
 
 
 def _training_closed(run: Run, fact: TrainingClosed) -> Run:
-    return replace(run, state=RunState.AGGREGATING, contributors=fact.contributors)
+    run = replace(run, state=RunState.AGGREGATING, contributors=fact.contributors)
+    if not run.buffered:
+        return run
+    staleness: dict[str, int] = {}
+    for peer, update in ((accepted.peer, accepted.update) for accepted in run.buffer):
+        staleness[peer] = max(staleness.get(peer, 0), update.staleness)
+    norms = {accepted.peer: accepted.update.norm for accepted in run.buffer}
+    return replace(run, norms=norms, staleness=staleness)
 
 
 def _version_committed(run: Run, fact: VersionCommitted) -> Run:
@@ -241,6 +312,8 @@ def _version_committed(run: Run, fact: VersionCommitted) -> Run:
         strategy_state=fact.strategy_state,
         peers={},
         updates={},
+        buffer=(),
+        resting=frozenset(),
     )
 
 
@@ -265,6 +338,10 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         evaluating=False,
         norms={},
         refused=0,
+        given={},
+        buffer=(),
+        resting=frozenset(),
+        staleness={},
         history=kept,
         best=max(kept, key=partial(_merit, run), default=None),
         strategy_state=kept[-1].strategy_state if kept else {},
@@ -344,6 +421,7 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         spread=_spread(run.updates) if run.evaluating else {},
         worst=merit.worst(run.updates) if run.evaluating else {},
         spent=fact.spent,
+        staleness=run.staleness,
     )
     best = run.best
     if best is None or _merit(run, closed) > _merit(run, best):
@@ -371,6 +449,8 @@ def _run_ended(run: Run, fact: RunEnded) -> Run:
         ended_because=fact.because,
         peers={},
         updates={},
+        given={},
+        buffer=(),
     )
 
 
@@ -391,9 +471,10 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     SchemaAgreed: (frozenset({RunState.WAITING}), _schema_agreed),
     WeightsInitialised: (frozenset({RunState.WAITING}), _weights_initialised),
     RoundOpened: (frozenset({RunState.WAITING}), _round_opened),
+    WorkGiven: (_OPEN, _work_given),
     PeersAsked: (_OPEN | {RunState.WAITING}, _peers_asked),
     PeerLost: (_OPEN | {RunState.WAITING}, _peer_lost),
-    UpdateAccepted: (_OPEN, _update_accepted),
+    UpdateAccepted: (_OPEN | {RunState.WAITING}, _update_accepted),
     UpdateRefused: (_ANY, _update_refused),
     TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
     VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),

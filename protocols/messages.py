@@ -173,6 +173,7 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     spread: dict[Name, tuple[float, float, float]] = {}
     worst: dict[Name, Name] = {}
     spent: dict[Name, float] = {}
+    staleness: dict[Name, Count] = {}
 
 
 class Happened(Struct, frozen=True, tag=True, kw_only=True):
@@ -219,7 +220,8 @@ class Work(Struct, frozen=True, kw_only=True):
     and `nbytes` its size; for "init" both are empty, and for "describe" `base` is the digest of the
     preprocessing that was agreed on, if it was. `codec` is the one to send the update with. A patch
     of `patch_bytes` (0: none) leads from the version `parent` to `base`. `card` is what the peers
-    have alike, a `schemas.SchemaCard` as JSON; empty while that is not known.
+    have alike, a `schemas.SchemaCard` as JSON; empty while that is not known. `turn`: how many
+    times this peer has trained this version before.
     """
 
     run: Name
@@ -231,6 +233,7 @@ class Work(Struct, frozen=True, kw_only=True):
     parent: Name = ""
     patch_bytes: Count = 0
     codec: Name = "fp32"
+    turn: Count = 0
     seed: int = 0
     settings: dict[Name, str | int | float | bool] = {}
     card: str = ""
@@ -238,7 +241,7 @@ class Work(Struct, frozen=True, kw_only=True):
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):
-    """What an agent says of its update, and signs.
+    """What an agent says of its update, and signs; `turn` is that of the work.
 
     `base` is the version it trained on; `digest`, `nbytes` are those of the file as it was sent, or
     of the description.
@@ -247,6 +250,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     run: Name
     round: Count
     kind: Question
+    turn: Count = 0
     peer: Name
     base: Name
     digest: Name

@@ -33,7 +33,7 @@ class Scaffold(FedAvg):
         mean, metrics = super().aggregate_train(server_round, replies)
         if mean is None or metrics is None:
             return mean, metrics
-        participation = metrics[PARTICIPATION]
+        participation = metrics.get(PARTICIPATION, 1.0)
         assert isinstance(participation, float), "a share is one number"
         moved = {}
         for name, array in mean.items():
