@@ -48,6 +48,12 @@ def read_facts(home: Path, run: str, kind: str = "") -> list[Fact]:
     return [json.loads(row[0]) for row in _rows(home, select, run, f'{{"type":"{kind}%')]
 
 
+def count(home: Path, kind: str) -> int:
+    """How many facts of a kind there are, of all runs."""
+    select = "SELECT COUNT(*) FROM log WHERE CAST(body AS TEXT) LIKE ?"
+    return int(_rows(home, select, f'{{"type":"{kind}"%')[0][0])
+
+
 def run_names(home: Path) -> set[str]:
     """All runs of the ledger."""
     return {row[0] for row in _rows(home, "SELECT subject FROM log")} - {"fleet"}

@@ -29,28 +29,33 @@ _MB = 1 << 20
 
 
 class Memory:
-    """Resident bytes of processes over time; `slope` is a least-squares line's, in MB an hour."""
+    """Resident bytes of processes over time; `slope` is a least-squares line's, in MB an hour.
+
+    The coordinator keeps a few KB of each round that a run has closed: `rounds` says how many those
+    were, so that what grows with the work can be told from what grows with time.
+    """
 
     def __init__(self) -> None:
-        self._samples: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._samples: defaultdict[str, list[tuple[float, float, int]]] = defaultdict(list)
 
-    def look(self, name: str, pid: int) -> None:
+    def look(self, name: str, pid: int, rounds: int) -> None:
         with suppress(psutil.NoSuchProcess):
             rss = psutil.Process(pid).memory_info().rss
-            self._samples[f"{name} {pid}"].append((time.monotonic(), rss / _MB))
+            self._samples[f"{name} {pid}"].append((time.monotonic(), rss / _MB, rounds))
 
-    def slope(self, name: str) -> tuple[float, float] | None:
-        """MB an hour and seconds of the longest life of this program; None if it was too short."""
+    def slope(self, name: str) -> tuple[float, float, int] | None:
+        """MB an hour, seconds and rounds of this program's longest life; None if too short."""
         lives = [samples for key, samples in self._samples.items() if key.split()[0] == name]
         life = max(lives, key=len, default=[])
         settled = [sample for sample in life if sample[0] > life[0][0] + _SETTLED_AFTER_S]
         if len(settled) < 10:
             return None
-        mean_t = sum(t for t, _ in settled) / len(settled)
-        mean_y = sum(y for _, y in settled) / len(settled)
-        over = sum((t - mean_t) * (y - mean_y) for t, y in settled)
-        slope = over / sum((t - mean_t) ** 2 for t, _ in settled)
-        return slope * 3600, settled[-1][0] - settled[0][0]
+        mean_t = sum(t for t, _, _ in settled) / len(settled)
+        mean_y = sum(y for _, y, _ in settled) / len(settled)
+        over = sum((t - mean_t) * (y - mean_y) for t, y, _ in settled)
+        slope = over / sum((t - mean_t) ** 2 for t, _, _ in settled)
+        first, last = settled[0], settled[-1]
+        return slope * 3600, last[0] - first[0], last[2] - first[2]
 
 
 class Soak:
@@ -72,9 +77,10 @@ class Soak:
             self._keep_a_run()
             if now >= sampled + _SAMPLE_EVERY_S:
                 sampled = now
-                self.memory.look("coordinator", self._fleet.programs["up"].process.pid)
+                rounds = checker.count(self._fleet.home, "RoundClosed")
+                self.memory.look("coordinator", self._fleet.programs["up"].process.pid, rounds)
                 for name in STEADY:
-                    self.memory.look(name, self._fleet.programs[name].process.pid)
+                    self.memory.look(name, self._fleet.programs[name].process.pid, rounds)
             if now >= next_fault:
                 self._fault(early=now < began + minutes * 20)
                 next_fault = time.monotonic() + self._random.uniform(3, 12)
@@ -178,7 +184,10 @@ def soak(folder: Path, minutes: float, seed: int) -> Row:
             told = []
             for name in ("coordinator", *STEADY):
                 if slope := chaos.memory.slope(name):
-                    told.append(f"{name} {slope[0]:+.1f} MB an hour over {slope[1]:.0f} s")
+                    told.append(
+                        f"{name} {slope[0]:+.1f} MB an hour over {slope[1]:.0f} s"
+                        f" and {slope[2]:,} rounds"
+                    )
             row.figure = f"{chaos.runs} runs; " + ("; ".join(told) or "too short for a slope")
             print(f"  {dict(chaos.faults)}", flush=True)
         finally:
