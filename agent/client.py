@@ -27,6 +27,7 @@ from protocols.errors import (
     BadMessage,
     CommonweightError,
     DiskFull,
+    OutOfMemory,
     Refused,
     SchemaMismatch,
     TrainerFailed,
@@ -369,6 +370,6 @@ def claim_text(reply: Message) -> str:
 def refusal_text(err: CommonweightError) -> str:
     """What the coordinator is told of a failure; a task's own words may quote data."""
     if isinstance(err, TrainerFailed):
-        told = err.kind in TELLABLE
+        told = err.kind in TELLABLE or err.kind == OutOfMemory.code
         return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
     return f"{err.code}: {err.message}"[:300]

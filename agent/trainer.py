@@ -58,8 +58,9 @@ from agent.tasks import (
     Traited,
     finding,
 )
+from agent.tasks.fitting import is_out_of_memory
 from protocols import VERSION, schemas, schemes, weights
-from protocols.errors import BadWeights, CommonweightError, DiskFull
+from protocols.errors import BadWeights, CommonweightError, DiskFull, OutOfMemory
 from protocols.failpoints import failpoint, note
 from protocols.messages import Metrics
 from protocols.room import is_full
@@ -218,8 +219,11 @@ class Trainer:
             traceback.print_exc()
             if self._resumed is not None:
                 self._resumed.drop()  # it may be why: the next try begins anew
-            kind = "out of memory" if _is_out_of_memory(err) else "task"
-            answer = Failed(id=work.id, kind=kind, message=f"{type(err).__name__}: {err}")
+            if is_out_of_memory(err):  # its kind's words leave the machine: none of the task's own
+                kind, words = OutOfMemory.code, "the task ran out of memory"
+            else:
+                kind, words = "task", f"{type(err).__name__}: {err}"
+            answer = Failed(id=work.id, kind=kind, message=words)
         self._resumed = None
         self._send(answer)
 
@@ -377,15 +381,6 @@ def _done(
 def _normal(schema: Schema) -> Schema:
     """The schema with TensorSpec values, where a task may have used plain tuples."""
     return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in schema.items()}
-
-
-def _is_out_of_memory(err: BaseException) -> bool:
-    """True also for torch's own errors, which are told by name and text: torch is not imported."""
-    return (
-        isinstance(err, MemoryError)
-        or type(err).__name__ == "OutOfMemoryError"
-        or (isinstance(err, RuntimeError) and "memory" in str(err) and "alloc" in str(err))
-    )
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:

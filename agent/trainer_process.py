@@ -39,7 +39,7 @@ from agent.frames import (
 )
 from agent.run_files import Kept
 from agent.tasks import DataSettings, Settings
-from protocols.errors import TrainerFailed
+from protocols.errors import OutOfMemory, TrainerFailed
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class TrainerProcess:
                     self._ended_at = time.monotonic()
             if isinstance(answer, Done):
                 return answer
-            if answer.kind == "out of memory":
+            if answer.kind == OutOfMemory.code:
                 # What the failed work took is given back only by the process's end.
                 self.stop()
             if out is not None:
@@ -345,7 +345,7 @@ class TrainerProcess:
                 kills = memory.oom_kills()
                 if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
                     message = "the system ended the trainer: it was out of memory"
-                    return self._failed("out of memory", message)
+                    return self._failed(OutOfMemory.code, message)
                 if kills is None:
                     name += ", probably out of memory"
             return self._failed("killed", f"the trainer was killed ({name})")

@@ -18,6 +18,7 @@ CommonweightError                     1  something failed
 ├── BadWeights                        1  bytes that are not weights, or not these weights
 ├── DataFault                         1  a peer's data cannot serve the run
 │   └── SchemaMismatch                   they, the model or the task are not those of the others
+├── OutOfMemory                       1  a step of training takes more memory than there is
 ├── TaskUnusable                      1  a task's own file or package cannot be loaded
 ├── TrainerFailed                     1  the child process that trains failed or was ended
 └── UpdateRefused                     1  an update that must not be summed
@@ -173,6 +174,18 @@ class SchemaMismatch(DataFault):
     def __init__(self, field: str, expected: str, found: str, hint: str = "") -> None:
         super().__init__(f"{field}: expected {expected}, found {found}", hint)
         self.field, self.expected, self.found = field, expected, found
+
+
+class OutOfMemory(CommonweightError):
+    """A step of training takes more memory than there is; `fits` examples (0: not one) would do."""
+
+    code = "out of memory"
+
+    def __init__(self, batch_size: int, fits: int) -> None:
+        would = f"{fits} would fit" if fits else "not even one would fit"
+        hint = f"commonweight run start … --set batch_size={fits}" if fits else "a smaller model"
+        super().__init__(f"{batch_size} examples a step do not fit into memory; {would}", hint)
+        self.fits = fits
 
 
 class TaskUnusable(CommonweightError):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -40,6 +41,7 @@ from agent.tasks import (
     Snapshot,
     TrainOutcome,
 )
+from agent.tasks.fitting import tried
 from agent.tasks.plan import LOOP, Plan, read_plan, settings_of
 from agent.tasks.seeds import seed_of
 from protocols.errors import TaskUnusable, UsageFault
@@ -170,7 +172,7 @@ class KerasTask:
                         break
                     rows = order[start : start + batch]
                     x = self.prepared(examples.x[rows], settings, True)
-                    loss = float(step(tf.constant(x), tf.constant(examples.y[rows])))
+                    loss = tried(partial(_step_of, step, x, examples.y[rows]), len(rows))
                     at.done += 1
                     at.passed += len(rows)
                     at.total += loss * len(rows)
@@ -272,6 +274,11 @@ class KerasTask:
             return loss
 
         return step
+
+
+def _step_of(step: Any, x: Any, y: Any, size: int) -> float:
+    """A step of the first `size` examples of a batch."""
+    return float(step(tf.constant(x[:size]), tf.constant(y[:size])))
 
 
 def _optimiser(plan: Plan) -> Any:

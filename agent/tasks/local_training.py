@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from agent.tasks import OnStep, Snapshot, TrainOutcome
+from agent.tasks.fitting import tried
 from agent.tasks.plan import Plan
 from agent.tasks.seeds import seed_of
 from protocols.errors import UsageFault
@@ -169,7 +171,7 @@ class LocalTraining:
                 for x, y in _batches(examples, order, batch):
                     if at.done == steps:
                         break
-                    loss = step(x, y)
+                    loss = tried(partial(_step_of, step, x, y), len(y))
                     at.done += 1
                     at.passed += len(y)
                     at.total += loss * len(y)
@@ -234,6 +236,11 @@ def mean_gradient(
         for name, tensor in trained.items()
         if tensor.grad is not None
     }
+
+
+def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
+    """A step of the first `size` examples of a batch."""
+    return step(x, y) if size == len(y) else step(x[:size], y[:size])
 
 
 def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
