@@ -1,5 +1,6 @@
 # make demo   four agents learn real digits together on this machine
 # make test   format, lint, types, import contracts, all tests
+# make test-extras   tests of Keras, LoRA, Dask, Spark, each in an environment of its own
 # make setup  only build .venv
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
@@ -8,13 +9,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup bench bench-quick quality faults faults-quick soak clean
+.PHONY: demo test test-extras check setup bench bench-quick quality faults faults-quick soak clean
 
 demo: setup
 	$(BIN)/commonweight demo
 
 test: check
 	$(BIN)/pytest
+
+# Tests of the extras, each in an environment of its own; EXTRAS="dask spark" for some of them.
+EXTRAS ?=
+test-extras: setup
+	$(BIN)/python -m tests.extras $(EXTRAS)
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -53,4 +59,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) .venv-extras dist build

@@ -6,7 +6,7 @@ A cluster's workers need commonweight installed, and see the same files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, TypeVar
 
 import dask
@@ -20,16 +20,20 @@ from agent.data.arrow import ROWS, completed, files, header, is_parquet, separat
 S = TypeVar("S")
 
 
+@cache
+def client(address: str) -> Any:
+    """The one connection of this process to a scheduler."""
+    from distributed import Client
+
+    return Client(address)
+
+
 class DaskReader:
     """Files by path, folder or pattern. `address` is a scheduler's, such as tcp://10.0.0.5:8786."""
 
     def __init__(self, path: str, address: str = "") -> None:
         self._files = files(path)
-        self._scheduler: Any = "threads"
-        if address:
-            from distributed import Client
-
-            self._scheduler = Client(address)
+        self._scheduler: Any = client(address) if address else "threads"
 
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for file in self._files for name in header(file)))

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -37,6 +38,8 @@ class SparkReader:
     def __init__(self, path: str, url: str = "") -> None:
         check_java()
         self._files = files(path)
+        if not url or url.startswith("local"):  # whatever `python3` is here lacks what we need
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         self._session = (
             SparkSession.builder.master(url or "local[*]")
             .appName("commonweight")

@@ -1,0 +1,101 @@
+"""Tests of the extras, each in an environment of its own: `make test-extras EXTRAS="dask spark"`.
+
+An environment lies in .venv-extras/NAME on top of .venv and holds only what the extra adds. What
+cannot be installed, or lacks Java, is printed as *not run* and is no failure; a test that fails is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+INSTALL_WITHIN_S, TESTED_WITHIN_S = 300, 600
+
+
+class NotRun(Exception):
+    """Something from outside is missing."""
+
+
+def main(names: list[str]) -> int:
+    """Exit status 1 if a test failed."""
+    told = {name: outcome(name) for name in names or tested()}
+    for name, words in told.items():
+        print(f"{name:12} {words}")
+    return int(any(words.startswith("FAILED") for words in told.values()))
+
+
+def tested() -> list[str]:
+    """Every extra that has tests."""
+    return sorted({path.parent.name for path in HERE.glob("*/test_*.py")})
+
+
+def outcome(name: str) -> str:
+    """Install and test one extra; what came of it."""
+    began = time.monotonic()
+    try:
+        python = environment(name)
+    except NotRun as why:
+        return f"not run: {why}"
+    words = [str(python), "-m", "pytest", "-n", "1", str(HERE / name)]
+    try:
+        done = subprocess.run(words, cwd=ROOT, timeout=TESTED_WITHIN_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"FAILED: no end after {TESTED_WITHIN_S} s"
+    took = f"in {time.monotonic() - began:.0f} s"
+    return f"passed {took}" if done.returncode == 0 else f"FAILED {took}"
+
+
+def environment(name: str) -> Path:
+    """The interpreter of an environment with this extra. Raises NotRun."""
+    folder = ROOT / ".venv-extras" / name
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    site = next(folder.glob("**/site-packages"))
+    # What is installed in .venv is there too, after the extra's own.
+    standard = sysconfig.get_path("stdlib")
+    shared = [path for path in sys.path if Path(path).is_dir() and not path.startswith(standard)]
+    shared += [path for path in sys.path if path.startswith(f"{standard}/site-packages")]
+    (site / "shared.pth").write_text("\n".join(dict.fromkeys([*shared, str(ROOT)])) + "\n")
+    words = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    try:
+        done = subprocess.run(
+            [*words, *requirements(name)], timeout=INSTALL_WITHIN_S, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired:
+        raise NotRun(f"not installed within {INSTALL_WITHIN_S} s") from None
+    if done.returncode:
+        raise NotRun(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    if "spark" in name:
+        java = [str(python), "-c", "from agent.data.spark import check_java; check_java()"]
+        if (said := subprocess.run(java, capture_output=True, text=True)).returncode:
+            raise NotRun(said.stderr.strip().splitlines()[-1])
+    return python
+
+
+def requirements(name: str) -> list[str]:
+    """What the extra adds, with that of the extras that it names; ONE_and_OTHER is both."""
+    if "_and_" in name:
+        return [words for part in name.split("_and_") for words in requirements(part)]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    found: list[str] = []
+    for requirement in extras[name]:
+        if ours := re.fullmatch(r"commonweight\[(\w+)\]", requirement):
+            found += requirements(ours[1])
+        else:
+            found.append(requirement)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
