@@ -1,4 +1,4 @@
-"""A torch model as an ONNX file, made where torch is; its tensors keep their names."""
+"""A torch model as an ONNX file, made where torch is, and tried before it is given away."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agent.tasks.local_training import Tensors
-from protocols.errors import TaskUnusable
+from protocols.errors import CommonweightError, TaskUnusable
 from protocols.weights import Array
 
 ONNX = "onnx"
@@ -49,15 +50,19 @@ def write(
     """Write the model, from the input "x" to the output "logits".
 
     `example` is an input of two examples or more; `sides` are its dimensions that may have another
-    length, by default the first. Raises TaskUnusable where the extra is not installed.
+    length, by default the first. What onnxruntime makes of `example` is compared with torch. Raises
+    TaskUnusable where the extra is not installed, CommonweightError where the two differ.
     """
     free = sides or {0: torch.export.Dim("n")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    net = _Net(logits_of, weights).eval()
     try:
+        import onnxruntime
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
-                _Net(logits_of, weights).eval(),
+                net,
                 (example,),
                 dynamo=True,
                 verbose=False,
@@ -73,6 +78,12 @@ def write(
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         made.save(temporary)
+        session = onnxruntime.InferenceSession(temporary)
+        (found,) = session.run(None, {"x": example.numpy()})
+        if not np.allclose(found, net(example).numpy(), rtol=1e-2, atol=1e-3):
+            raise CommonweightError(
+                "the ONNX model does not give what torch gives", "another version of onnxruntime"
+            )
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
