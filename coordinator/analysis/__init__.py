@@ -1,0 +1,1 @@
+"""Answers of peers made one: merged, turned into figures, and shown."""
