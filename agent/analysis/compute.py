@@ -6,7 +6,7 @@ Rows are numbered in the reader's order, so that the guard can tell which rows a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +66,10 @@ def compute(question: Question, reader: Reader) -> Computed:
         table = _Batch(batch, held)
         where = table.mask(question.where)
         for group, place in table.groups(question.by, where):
-            found = tuple(_state(operation, table, place) for operation in question.operations)
+            found = tuple(
+                _state(operation, table, place, question.bounds)
+                for operation in question.operations
+            )
             old = cells.get(group)
             if old is None and len(cells) >= MOST_GROUPS:
                 raise UsageFault(
@@ -169,8 +172,10 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def _state(operation: Operation, table: _Batch, place: Places) -> State:
-    """An operation's state over the rows at these places."""
+def _state(
+    operation: Operation, table: _Batch, place: Places, bounds: Mapping[str, tuple[float, float]]
+) -> State:
+    """An operation's state over the rows at these places, values cut to their bounds."""
     if operation.kind == "count":
         return Counted(len(place))
     name = operation.columns[0]
@@ -185,6 +190,8 @@ def _state(operation: Operation, table: _Batch, place: Places) -> State:
         both = ~np.isnan(values) & ~np.isnan(other)
         return states.comeasured(values[both], other[both])
     values = values[~np.isnan(values)]
+    if name in bounds:
+        values = np.clip(values, *bounds[name])
     match operation.kind:
         case "min" | "max":
             if not len(values):

@@ -13,14 +13,15 @@ Rule 3 compares pairs. Many questions put together can tell more than any two (D
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
 from agent.analysis.compute import Computed, Group, Rows
+from agent.data.survey import may_use
 from protocols.analysis.question import Question
 from protocols.errors import Refused
 
@@ -31,8 +32,14 @@ MOST_REMEMBERED = 512
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What the owner lets others ask. `columns` and `operations`: names, or * for all."""
+    """What the owner lets others ask. `columns` are patterns; `operations` names, or * for all.
 
+    `mode`: nothing, after a look at each question, or all that the limits allow. `epsilon`: what
+    all answers together may cost in privacy; 0: they carry noise only on wish.
+    """
+
+    mode: Literal["off", "ask", "on"] = "off"
+    epsilon: float = 0.0
     min_rows: int = 10
     columns: tuple[str, ...] = ("*",)
     operations: tuple[str, ...] = ("*",)
@@ -50,7 +57,7 @@ class Guarded(NamedTuple):
 def check(question: Question, limits: Limits) -> None:
     """Raise Refused if the owner does not let this be asked at all."""
     for name in question.columns:
-        if "*" not in limits.columns and name not in limits.columns:
+        if not may_use(name, limits.columns):
             raise Refused(f"the owner lets nobody ask for column {name!r}")
     for operation in question.operations:
         if "*" not in limits.operations and operation.kind not in limits.operations:
@@ -105,4 +112,3 @@ def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: in
 def packed(mask: Rows) -> Bits:
     """A set of rows as bits."""
     return np.packbits(mask)
-

@@ -45,6 +45,11 @@ class Condition(Struct, frozen=True):
     comparison: Comparison
     values: Annotated[tuple[Number | Text, ...], Meta(min_length=1, max_length=64)]
 
+    def __str__(self) -> str:
+        told = [f"{v:g}" if isinstance(v, float) else repr(v) for v in self.values]
+        right = f"({', '.join(told)})" if self.comparison == "in" else told[0]
+        return f"{self.column} {self.comparison} {right}"
+
 
 class Question(Struct, frozen=True, kw_only=True):
     """What is asked of every peer. `epsilon` (0: none) is what each answer may cost in privacy.
@@ -64,6 +69,12 @@ class Question(Struct, frozen=True, kw_only=True):
         named = [name for operation in self.operations for name in operation.columns]
         named += [*self.by, *(condition.column for condition in self.where)]
         return tuple(dict.fromkeys(named))
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.operations))
+        text += f" by {', '.join(self.by)}" if self.by else ""
+        text += f" where {' and '.join(map(str, self.where))}" if self.where else ""
+        return text + (f" with ε = {self.epsilon:g}" if self.epsilon else "")
 
     @property
     def digest(self) -> str:
