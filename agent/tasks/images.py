@@ -8,9 +8,12 @@ settings are in `image_plan`. Where TensorFlow is in place of torch, `images_ker
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,6 +128,23 @@ class Images:
             EVALUATION_BATCH,
             on_step,
         )
+
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each picture at `source`: its name, its class, and how probable that is."""
+        plan = image_plan.read(settings)
+        forward, w = _forward(plan), {name: torch.tensor(array) for name, array in weights.items()}
+        found = pictures.loose(source, plan)
+        while batch := list(islice(found, EVALUATION_BATCH)):
+            pixels = torch.from_numpy(np.stack([row for _, row in batch]))
+            chances, labels = forward(w, _normal(pixels), False).softmax(1).max(1)
+            yield {
+                "file": [name for name, _ in batch],
+                "class": [plan.classes[label] for label in labels.tolist()],
+                "probability": chances.tolist(),
+            }
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

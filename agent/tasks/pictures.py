@@ -21,7 +21,7 @@ from agent.tasks import DataSettings, class_folders
 from agent.tasks.class_folders import Found, Rows
 from agent.tasks.image_plan import ImagePlan
 from protocols import weights
-from protocols.errors import BadWeights, TaskUnusable
+from protocols.errors import BadWeights, TaskUnusable, UsageFault
 from protocols.stored import Writer
 from protocols.weights import Part, TensorSpec
 
@@ -34,6 +34,8 @@ _KEPT = "pictures-{key}.safetensors"
 
 #: A batch is (pixels / 255 - MEAN) / SPREAD.
 MEAN, SPREAD = 0.5, 0.25
+
+Row = npt.NDArray[np.uint8]
 
 
 class Pictures(NamedTuple):
@@ -76,6 +78,23 @@ def read(data: DataSettings, plan: ImagePlan) -> Pictures:
     return Pictures(pixels, found.labels, *class_folders.cut(found.names, readable))
 
 
+def loose(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
+    """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
+
+    What cannot be read is left out. Raises UsageFault where there is none.
+    """
+    root = Path(source)
+    within = root.rglob("*") if root.is_dir() else [root]
+    paths = sorted(p for p in within if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not paths:
+        raise UsageFault(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
+    for path, row in zip(paths, _decoded(paths, plan.channels, plan.size), strict=True):
+        if row is None:
+            sys.stderr.write(f"{path} cannot be read\n")
+        else:
+            yield (path.relative_to(root).as_posix() if root.is_dir() else path.name), row
+
+
 def _stamps(found: Found) -> list[list[object]]:
     stamps: list[list[object]] = []
     for path, name in zip(found.paths, found.names, strict=True):
@@ -84,7 +103,6 @@ def _stamps(found: Found) -> list[list[object]]:
     return stamps
 
 
-Row = npt.NDArray[np.uint8]
 Stored = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]
 
 

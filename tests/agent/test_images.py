@@ -16,6 +16,7 @@ from agent.tasks import DataSettings, image_plan, pictures, resnet
 from agent.tasks.images import Images
 from protocols import weights
 from protocols.errors import DataFault, UnknownName, UsageFault
+from protocols.weights import Weights
 
 SMALL = {"classes": "light,dark", "size": 12, "channels": 1, "model": "conv 4 3, pool, dense 8"}
 
@@ -150,6 +151,23 @@ def test_a_peer_with_one_class_numbers_it_as_the_others(folder: Path) -> None:
         path.unlink()
     found = pictures.read(data_of(folder), image_plan.read(SMALL))
     assert set(found.labels) == {1}
+
+
+def test_answers_for_pictures_that_it_has_never_seen(folder: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"epochs": 4, "batch_size": 8, "lr": 0.02}
+    task = loaded(folder)
+    made = Weights(task.train(task.init(3, settings), settings, quiet).weights)
+    picture(tmp_path / "new" / "bright.png", 190)
+    picture(tmp_path / "new" / "deep" / "night.jpg", 5)
+    (tmp_path / "new" / "odd.png").write_text("no picture")
+    (answers,) = Images().predict(made, settings, str(tmp_path / "new"))
+    assert answers["file"] == ["bright.png", "deep/night.jpg"]
+    assert answers["class"] == ["light", "dark"]
+    assert all(0.5 < chance <= 1 for chance in answers["probability"])
+    (one,) = Images().predict(made, settings, str(tmp_path / "new" / "bright.png"))
+    assert one["class"] == ["light"]
+    with pytest.raises(UsageFault, match="no picture at"):
+        list(Images().predict(made, settings, str(tmp_path / "none")))
 
 
 def bomb() -> bytes:

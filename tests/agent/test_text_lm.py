@@ -13,6 +13,7 @@ from agent.tasks import DataSettings, next_token, text
 from agent.tasks.text_lm import TextLM, logits_of, shape_of
 from protocols import weights
 from protocols.errors import DataFault, SchemaMismatch, UsageFault
+from protocols.weights import Weights
 
 TINY = {"layers": 1, "heads": 2, "width": 32, "context": 16}
 SAYING = "the quick brown fox jumps over the lazy dog; "
@@ -57,6 +58,17 @@ def test_learns_and_gives_the_same_bytes_again(folder: Path) -> None:
     assert before.metrics["loss"] == pytest.approx(np.log(257), abs=0.3)
     assert after.metrics["loss"] < 0.6 * before.metrics["loss"]
     assert before.num_examples == after.num_examples
+
+
+def test_continues_what_it_has_learnt_by_heart(folder: Path, tmp_path: Path) -> None:
+    settings = TINY | {"width": 64, "epochs": 12, "lr": 0.01, "batch_size": 8}
+    task = loaded(folder)
+    made = Weights(task.train(task.init(1, settings), settings, quiet).weights)
+    (tmp_path / "begun.txt").write_text("the quick brown ")
+    for source in ("the quick brown ", str(tmp_path / "begun.txt")):
+        (answer,) = TextLM().predict(made, settings, source)
+        assert answer["text"] == ["the quick brown "]
+        assert answer["continuation"][0].startswith("fox jumps over the lazy dog; the ")
 
 
 def test_a_token_is_guessed_from_those_before_it_alone() -> None:
