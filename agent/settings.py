@@ -76,6 +76,20 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     data_extremes: Annotated[
         bool, Meta(description="the least and the most of a column may be told")
     ] = False
+    analyze: Annotated[
+        Literal["off", "ask", "on"],
+        Meta(
+            description="answer questions about your data: off; ask, after your look at each "
+            "(commonweight-agent questions); on, all that the limits allow"
+        ),
+    ] = "off"
+    analyze_operations: Annotated[
+        tuple[str, ...], Meta(description="what may be asked: count, mean and so on; * is all")
+    ] = ("*",)
+    analyze_epsilon: Annotated[
+        float,
+        Meta(ge=0, description="what all answers may cost in privacy (ε); 0: noise only on wish"),
+    ] = 0.0
     tasks: Annotated[
         tuple[str, ...], Meta(description="what may be run here; * is whatever is installed")
     ] = ("*",)

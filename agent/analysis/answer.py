@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from agent.analysis import guard, privacy
 from agent.analysis.compute import compute
-from agent.analysis.guard import Limits
+from agent.analysis.limits import Limits
 from agent.analysis.memory import Memory
 from agent.data import open_table
 from agent.data.arrow import files

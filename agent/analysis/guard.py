@@ -14,13 +14,13 @@ Rule 3 compares pairs. Many questions put together can tell more than any two (D
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
 
 from agent.analysis.compute import Computed, Group, Rows
+from agent.analysis.limits import Limits
 from agent.data.survey import may_use
 from protocols.analysis.question import Question
 from protocols.errors import Refused
@@ -29,21 +29,6 @@ Bits = npt.NDArray[np.uint8]
 
 #: Sets of rows that are remembered of one requester; then it is told nothing new.
 MOST_REMEMBERED = 512
-
-
-class Limits(Struct, frozen=True, kw_only=True):
-    """What the owner lets others ask. `columns` are patterns; `operations` names, or * for all.
-
-    `mode`: nothing, after a look at each question, or all that the limits allow. `epsilon`: what
-    all answers together may cost in privacy; 0: they carry noise only on wish.
-    """
-
-    mode: Literal["off", "ask", "on"] = "off"
-    epsilon: float = 0.0
-    min_rows: int = 10
-    columns: tuple[str, ...] = ("*",)
-    operations: tuple[str, ...] = ("*",)
-    extremes: bool = False
 
 
 class Guarded(NamedTuple):

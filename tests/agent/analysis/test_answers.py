@@ -14,14 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.analysis import child
 from agent.analysis.answer import answered
-from agent.analysis.guard import MOST_REMEMBERED, Limits
+from agent.analysis.guard import MOST_REMEMBERED
+from agent.analysis.limits import Limits
 from agent.analysis.memory import Memory
+from agent.settings import AgentSettings
 from agent.tasks import DataSettings
 from coordinator.analysis.figures import Answer, answer, fits
 from protocols.analysis.grammar import question
 from protocols.analysis.question import Question
 from protocols.analysis.states import ALPHA, Told
+from protocols.errors import BadMessage
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
 
@@ -297,3 +301,17 @@ def test_an_answer_of_a_wrong_form_is_told(tmp_path: Path) -> None:
         with pytest.raises(msgspec.ValidationError):
             msgspec.json.decode(wrong, type=Told)
     assert math.isfinite(msgspec.json.decode(b'{"rows":5}', type=Told).rows)
+
+
+def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
+    file = Peer(tmp_path / "table", people()).file
+    home = tmp_path / "home"
+    home.mkdir()
+    chosen = AgentSettings(analyze="on", data=str(file))
+    told = msgspec.json.decode(child.answer(question("count"), chosen, home), type=Told)
+    assert told.cells[0].rows == 200
+    (entry,) = Memory(home / "analysis.db").entries()
+    assert (entry.question, entry.cells, entry.refused) == ("count", 1, "")
+    assert (home / "analysis.db").stat().st_mode & 0o077 == 0
+    with pytest.raises(BadMessage):
+        child.read_question('{"operations":[]}')
