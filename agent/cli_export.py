@@ -6,6 +6,7 @@ It is made here and not at the coordinator, which has neither torch nor the task
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +26,7 @@ def export(
         str,
         typer.Argument(
             help="A file of `commonweight models export`, its card beside it; or latest, the "
-            "newest version that this agent has."
+            "newest version that this agent has; or a version's digest."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="What to write: MODEL.onnx, or a folder for merged.")],
@@ -40,7 +41,7 @@ def export(
     from protocols import schemes
 
     chosen = settings.read(homes.locate("agent"))
-    path, task_name, asked = _found(model)
+    path, task_name, asked = found_model(model)
     form = form or ("onnx" if out.suffix == ".onnx" else "merged")
     if out.exists():
         raise UsageFault(f"{out} exists already", "choose another name")
@@ -59,30 +60,36 @@ def export(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
         data = settings.data_settings(chosen, folder)
-        task.export(_model(path), plain, form, data, out)
+        task.export(weights_of(path), plain, form, data, out)
     if json:
         sys.stdout.write(output.ok({"form": form, "out": out}) + "\n")
     else:
         say(f"wrote {out} ({form})")
 
 
-def _found(model: str) -> tuple[Path, str, dict[str, Any]]:
+def found_model(model: str) -> tuple[Path, str, dict[str, Any]]:
     """The file, its task and that one's settings. Raises UsageFault, UnknownName, NotEnrolled."""
     from agent import kept, settings
     from protocols import model_card
 
-    if model != LATEST:
-        path = Path(model).expanduser()
+    path = Path(model).expanduser()
+    is_digest = re.fullmatch(r"[0-9a-f]{6,64}", model) and not path.exists()
+    if model != LATEST and not is_digest:
         card = model_card.read(path)
         return path, card.task, card.settings
     home = homes.open_home("agent")
     enrolment = settings.read_enrolment(home)
-    for found in kept.held(home / "cache", enrolment.coordinator_public):
-        return found.path, found.work.task, found.work.settings
+    mine = kept.held(home / "cache", enrolment.coordinator_public)
+    for found in mine:
+        if not is_digest or found.work.base.startswith(model):
+            return found.path, found.work.task, found.work.settings
+    if mine:
+        here = ", ".join(found.work.base[:12] for found in mine)
+        raise UnknownName(f"this agent has no version {model}", f"it has {here}")
     raise UnknownName("this agent has no version yet", "it gets one with its first work")
 
 
-def _model(path: Path) -> Any:
+def weights_of(path: Path) -> Any:
     from protocols import schemes, weights
 
     try:

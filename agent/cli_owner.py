@@ -29,6 +29,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("id")(show_id)
     app.command("paths")(paths)
     app.command("logs")(show_logs)
+    app.command("ledger")(show_ledger)
     app.command("doctor")(doctor)
     app.command("leave")(leave)
     app.add_typer(policy, name="policy")
@@ -145,6 +146,27 @@ def show_logs(
             return
         time.sleep(_LOOK_EVERY_S)
         found = log.new_lines()
+
+
+def show_ledger(
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last.")] = 50,
+    told: Annotated[bool, typer.Option("--told", help="Statistics word for word.")] = False,
+    json: Json = False,
+) -> None:
+    """What has left this machine in its work: statistics, weights, metrics."""
+    from agent import departures
+
+    found = departures.read(homes.open_home("agent"))
+    found = found[max(0, len(found) - lines) :]
+    if json:
+        sys.stdout.write(output.ok(found) + "\n")
+        return
+    for departure in found:
+        sys.stdout.write(departures.in_words(departure) + "\n")
+        if told and departure.told:
+            sys.stdout.write(f"    {departure.told}\n")
+    if not found:
+        say("nothing has left this machine yet")
 
 
 def doctor(json: Json = False) -> None:

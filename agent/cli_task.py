@@ -146,7 +146,7 @@ class _Trial:
         """Raises TrainerFailed."""
         import msgspec
 
-        from protocols import schemas
+        from protocols import preprocessing, schemas
 
         began = time.monotonic()
         told = schemas.decode(trainer.describe(name, settings))
@@ -154,7 +154,12 @@ class _Trial:
         found: dict[str, Any] = {"task": name, "schema": msgspec.to_builtins(told)}
         found |= {"load_s": ready_s, "memory_bytes": trainer.rss_bytes}
         if not isinstance(told, schemas.SchemaCard):
-            return found  # what it trains on is known only together with others
+            # In a run it follows from all peers' tables; here from this one.
+            derived = preprocessing.derive({"here": told}, settings)
+            found["notes"] = [words for _, words in derived.notes]
+            settings = {**settings, "preprocessing": preprocessing.encode(derived.preprocessing)}
+            told = schemas.decode(trainer.describe(name, settings))
+            found |= {"schema": msgspec.to_builtins(told), "load_s": time.monotonic() - began}
         base = folder / "first.safetensors"
         first = trainer.init(name, settings, 0, base)
         found["weights_bytes"] = first.nbytes
@@ -198,6 +203,8 @@ def _show(told: dict[str, Any]) -> None:
         write(f"{name}: {shown}\n")
     for name, (dtype, shape) in schema.get("tensors", {}).items():
         write(f"  {name:32} {dtype:5} {shape}\n")
+    for words in told.get("notes", ()):
+        write(f"{words}\n")
     if "weights_bytes" in told:
         write(f"weights {told['weights_bytes'] / 1e6:,.2f} MB, sent up each round as fp32\n")
     write(f"data and model ready in {told['load_s']:.1f} s\n")

@@ -97,6 +97,7 @@ class Client:
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
     `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
     the version that the work is on is here. `recall(work)` answers a coordinator without its disk.
+    `on_leaving(claim, task, description)` is told of each answer before it goes.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Client:
         on_trained: Callable[[], None] = lambda: None,
         on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
         recall: Callable[[Work], RecordDict] = lambda work: RecordDict(),
+        on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None,
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
@@ -126,6 +128,7 @@ class Client:
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
         self._on_held, self._recall = on_held, recall
+        self._on_leaving = on_leaving
         #: The run whose card this agent has found to be that of its own task and data.
         self._fits = ("", "")
         self.app = ClientApp()
@@ -177,6 +180,8 @@ class Client:
                 finished = self._do(work, base)
         finally:
             self._on_work(None)
+        claim = messages.decode_claim(finished.claim)
+        self._on_leaving(claim, work.task, finished.description)
         content = RecordDict(
             {
                 CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),

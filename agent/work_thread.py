@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
-from agent import worker
+from agent import departures, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.frames import Progress
 from agent.kept import prove
@@ -97,6 +97,7 @@ class WorkThread:
             on_sending=lambda: loop.happened_in_thread(SendingBegan()),
             on_trained=self.trainer.forget,
             on_held=partial(prove, cache),
+            on_leaving=partial(departures.write, home),
             recall=Recall(
                 enrolment.peer,
                 credentials.sign_key.sign,

@@ -37,6 +37,8 @@ def card_of(
     rounds = run.history if is_open else run.history[:upto]
     counted = Counter(peer for closed in rounds for peer in closed.contributors)
     counted.update(run.contributors if is_open else ())
+    # How rows become numbers is part of a model of tables.
+    shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
     lineage = (run.first, *(closed.digest for closed in rounds))
     return ModelCard(
         sha256=sha256,
@@ -45,7 +47,7 @@ def card_of(
         round=run.round if is_open else upto and rounds[-1].round,
         task=run.spec.task,
         task_version=run.card.version if run.card else "",
-        settings=run.spec.settings,
+        settings={**run.spec.settings, **shared},
         seed=run.spec.seed,
         strategy=run.spec.strategy,
         tensors=model_card.tensors_of(schema),

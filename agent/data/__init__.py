@@ -9,7 +9,7 @@ alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from agent.tasks import DataSettings
 from protocols.errors import CommonweightError, DataFault, UnknownName
@@ -21,8 +21,13 @@ S = TypeVar("S")
 
 
 class Operation(Protocol[S]):
-    """A fold over batches whose states merge in any order. It and its state can be pickled:
-    a cluster of this machine's owner may run it elsewhere."""
+    """A fold over batches whose states merge in any order. A cluster of this machine's owner may
+    run it elsewhere; its states then travel as msgpack."""
+
+    @property
+    def state(self) -> Any:
+        """The type of a state, as msgspec decodes it."""
+        ...
 
     def of(self, batch: pa.RecordBatch) -> S:
         """The state of one batch."""

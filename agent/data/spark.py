@@ -6,7 +6,6 @@ A cluster's workers need commonweight installed, and see the same files. Spark n
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
@@ -64,12 +64,11 @@ class SparkReader:
         def folded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             states = [operation.of(completed(batch, names)) for batch in batches]
             if states:
-                state = pickle.dumps(reduce(operation.merged, states))
+                state = msgspec.msgpack.encode(reduce(operation.merged, states))
                 yield pa.record_batch({"state": pa.array([state], pa.binary())})
 
         rows = self._told(iter(self._frame(columns).mapInArrow(folded, "state binary").collect()))
-        # From workers of this machine's owner, who runs the code in them: nothing of a peer's.
-        found = [pickle.loads(row.state) for row in rows]  # noqa: S301
+        found = [msgspec.msgpack.decode(row.state, type=operation.state) for row in rows]
         return reduce(operation.merged, found) if found else None
 
     def _frame(self, columns: Sequence[str]) -> DataFrame:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,10 @@ from protocols.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistic
 class FindKinds:
     """What each column could hold: dict of `values.Kinds` by name."""
 
+    @property
+    def state(self) -> Any:
+        return dict[str, Kinds]
+
     def of(self, batch: pa.RecordBatch) -> dict[str, Kinds]:
         return {name: values.kinds(batch.column(name)) for name in batch.schema.names}
 
@@ -41,6 +45,10 @@ class Measure(NamedTuple):
     kinds: dict[str, Kind]
     counted: frozenset[str] = frozenset()
     extremes: bool = False
+
+    @property
+    def state(self) -> Any:
+        return TableStatistics
 
     def of(self, batch: pa.RecordBatch) -> TableStatistics:
         columns = {name: self._column(name, batch.column(name)) for name in self.kinds}

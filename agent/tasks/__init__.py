@@ -183,7 +183,7 @@ class Predicting(Protocol):
     ) -> Iterator[Mapping[str, Sequence[Any] | npt.NDArray[Any]]]:
         """Answers for the file, folder or text `source`, batch by batch: columns of one length.
 
-        Called without `load`. Raises CommonweightError.
+        `load` was called before if the owner has set data. Raises CommonweightError.
         """
 
 
@@ -200,7 +200,7 @@ class Exporting(Protocol):
     ) -> None:
         """Write the model to `out`, a file or a folder that is not there yet.
 
-        Called without `load`. Raises CommonweightError.
+        `load` was called before if the owner has set data. Raises CommonweightError.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         kept = b"".join(file.read_bytes() for file in site.home.glob("ledger.db*"))
         assert b"only once" not in kept
         assert b"1000.5" not in kept
+
+        # Each owner can see what left, word for word, and ask the model without anybody.
+        done = site.ask_agent("bern", "ledger", "--json")
+        left = json.loads(done.stdout)["data"]
+        assert [one["what"] for one in left[:2]] == ["description"] * 2
+        assert json.loads(left[0]["told"])["rows"] == 90
+        assert {one["what"] for one in left[2:]} <= {"first weights", "weights", "evaluation"}
+        assert sum(one["what"] == "weights" for one in left) == 3
+        out = tmp_path / "answers.csv"
+        table = str(write_csv(tmp_path / "new.csv", [row | {"label": ""} for row in MIXED[:30]]))
+        done = site.ask_agent("bern", "predict", table, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        answers = list(csv.DictReader(out.read_text().splitlines()))
+        right = sum(a["label"] == row["label"] for a, row in zip(answers, MIXED[:30], strict=True))
+        assert right >= 27
+        done = site.ask_agent("bern", "predict", table, "--model", "0" * 12)
+        assert done.returncode == 2
+        assert run["head"][:12] in done.stderr
 
         nobody = site.ended_run(site.start_run("tabular", "--target", "price", "--quorum", "3"))
         assert nobody["state"] == "failed"

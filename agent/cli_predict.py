@@ -1,0 +1,53 @@
+"""`commonweight-agent predict`: answers from the shared model, on this machine and offline."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agent.cli_owner import say
+from protocols import homes
+from protocols.errors import UnknownName, UsageFault
+
+
+def predict(
+    source: Annotated[
+        str,
+        typer.Argument(help="What to answer for: a table, a folder, a text; as the task has it."),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="latest: the newest version that this agent has; a version's digest; or a file "
+            "of `commonweight models export`."
+        ),
+    ] = "latest",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to: .csv, .jsonl or .parquet; else stdout.")
+    ] = None,
+) -> None:
+    """Answer from the shared model, here and offline."""
+    from agent import answers, settings
+    from agent.cli_export import found_model, weights_of
+    from agent.tasks import Predicting, finding
+    from protocols import schemes
+
+    if out is not None and out.exists():
+        raise UsageFault(f"{out} exists already", "choose another name")
+    chosen = settings.read(homes.locate("agent"))
+    path, name, asked = found_model(model)
+    task = finding.find(name, chosen.task_files.get(name, ""), chosen.framework)
+    if not isinstance(task, Predicting):
+        raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
+    plain = {key: value for key, value in asked.items() if key not in schemes.SETTINGS}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
+        if chosen.data:
+            task.load(settings.data_settings(chosen, folder))
+        count = answers.write(task.predict(weights_of(path), plain, source), out)
+    where = f" in {out}" if out else ""
+    say(f"{count} answers{where}, by {path.stem[:12]} of the task {name}")

@@ -1,0 +1,102 @@
+"""What has left this machine in its work, for its owner: a line of JSON for each answer.
+
+Statistics stand in it word for word; of weights, which the owner can make again, size and digest.
+docs/what-leaves.md says what leaves besides (state, telemetry, the log's last lines on request).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from protocols.messages import Metrics, UpdateClaim
+
+FILE = "left.jsonl"
+MOST_BYTES = 4 << 20
+
+What = Literal["description", "first weights", "weights", "evaluation"]
+_WHAT: dict[str, What] = {
+    "describe": "description",
+    "init": "first weights",
+    "train": "weights",
+    "evaluate": "evaluation",
+}
+
+
+class Departure(Struct, frozen=True, kw_only=True):
+    """One answer. `told` is a description as JSON; `digest` and `nbytes` are those of the bytes."""
+
+    at: float
+    run: str
+    task: str
+    round: int
+    what: What
+    digest: str = ""
+    nbytes: int = 0
+    codec: str = ""
+    num_examples: int = 0
+    metrics: Metrics = {}
+    told: str = ""
+
+
+def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
+    """Add an answer, before it leaves. Raises OSError: what cannot be noted does not go."""
+    what = _WHAT.get(claim.kind)
+    if what is None:
+        return
+    departure = Departure(
+        at=time.time(),
+        run=claim.run,
+        task=task,
+        round=claim.round,
+        what=what,
+        digest=claim.digest,
+        nbytes=claim.nbytes,
+        codec=claim.codec if what == "weights" else "",
+        num_examples=claim.num_examples,
+        metrics=claim.metrics,
+        told=told.decode(),
+    )
+    path = home / FILE
+    if path.exists() and path.stat().st_size > MOST_BYTES:
+        path.replace(_older(home))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as file:
+        # A line of its own, also after one that a power cut has left without its end.
+        file.write(b"\n" + msgspec.json.encode(departure) + b"\n")
+
+
+def read(home: Path) -> list[Departure]:
+    """All that is noted, oldest first; a line that is cut off is passed over."""
+    found = []
+    for path in (_older(home), home / FILE):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                found.append(msgspec.json.decode(line, type=Departure))
+            except msgspec.DecodeError:
+                continue
+    return found
+
+
+def in_words(departure: Departure) -> str:
+    """One line for a person."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(departure.at))
+    said = f"{at}  {departure.run}  round {departure.round}  {departure.what}"
+    if departure.nbytes:
+        said += f", {departure.nbytes:,} bytes {departure.digest[:12]}"
+    if departure.codec:
+        said += f" as {departure.codec}"
+    if departure.num_examples:
+        said += f", {departure.num_examples} examples"
+    numbers = {name: value for name, value in departure.metrics.items() if value is not None}
+    return said + "".join(f", {name} {value:.4g}" for name, value in numbers.items())
+
+
+def _older(home: Path) -> Path:
+    return home / f"1.{FILE}"
