@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
+from coordinator import late
 from coordinator.fleetwork import Fleetwork
 from coordinator.model import Model
 from coordinator.records import VersionRecord, one_config
@@ -127,6 +128,8 @@ class Questions:
 
     async def ask_pending(self, run: Run) -> None:
         """Send the open question to every pending peer that has it not yet."""
+        if run.state is RunState.AGGREGATING:  # who is still pending is late: nothing more is asked
+            return
         reached = {asked.peer for asked in self._under_way.values() if asked.is_of(run)}
         eligible = self._around.eligible()
         # Never before its training: another answer would push that one's out of its outbox.
@@ -233,6 +236,14 @@ class Questions:
             if waiting is not None and not waiting.done():
                 waiting.set_result(settled)
 
+    def trained_on(self, run: Run) -> dict[str, str]:
+        """By peer that is still at the training of a round that has closed: its base."""
+        return {
+            asked.peer: late.base_of(run, asked.round)
+            for asked in self._under_way.values()
+            if asked.kind == "train" and late.is_late(run, asked.round)
+        }
+
     # --- taking them back ---
 
     def take_back_from(self, peer: str) -> None:
@@ -243,9 +254,10 @@ class Questions:
         found = self._under_way.items()
         self._take_back({q for q, asked in found if asked.peer in peers and asked.is_of(run)})
 
-    def take_back_older(self, number: int) -> None:
-        """All of the rounds before this one."""
-        self._take_back({q for q, asked in self._under_way.items() if asked.round < number})
+    def take_back_older(self, run: Run) -> None:
+        """All of rounds that are too long ago."""
+        found = self._under_way.items()
+        self._take_back({q for q, asked in found if late.is_over(run, asked.kind, asked.round)})
 
     def take_back_evaluations(self) -> None:
         """All of them: another version is to be evaluated."""

@@ -67,6 +67,13 @@ def start(
             help="Ask so many quorums of peers (1.2x), and go on as soon as the quorum is there."
         ),
     ] = "",
+    late: Annotated[
+        str,
+        typer.Option(
+            help="An update whose round has closed: drop, or fold it into the next with less "
+            "weight the later it is."
+        ),
+    ] = "drop",
     keep_versions: Annotated[
         int, typer.Option(min=1, help="So many of the newest versions stay on disk, and the best.")
     ] = 2,
@@ -156,6 +163,7 @@ def start(
         quorum=quorum,
         deadline=deadline,
         select=select,
+        late=late,
         keep_versions=keep_versions,
         strategy=strategy,
         strategy_arg=strategy_arg,
@@ -205,6 +213,7 @@ def run_order(
     clip_norm: float,
     from_: Path | None,
     select: str = "",
+    late: str = "drop",
     keep_versions: int = 2,
     min_examples: int = 1,
     mode: str = "synchronous",
@@ -227,6 +236,8 @@ def run_order(
     codecs.find(codec)
     if weighting not in ("examples", "equal"):
         raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
+    if late not in ("drop", "fold"):
+        raise UsageFault(f"--late is drop or fold, not {late!r}")
     if mode not in ("synchronous", "buffered"):
         raise UsageFault(f"the mode is synchronous or buffered, not {mode!r}")
     if best_direction not in ("", "max", "min"):
@@ -238,6 +249,7 @@ def run_order(
         deadline_s=_LONGEST_AUTO_S if deadline == "auto" else seconds(deadline),
         deadline="auto" if deadline == "auto" else "fixed",
         select=_times(select) if select else 0.0,
+        late="fold" if late == "fold" else "drop",
         keep_versions=keep_versions,
         strategy=strategy,
         strategy_args=dict(setting(text) for text in strategy_arg or []),
@@ -405,6 +417,7 @@ def show(run: str, json: Json = False) -> None:
     sys.stdout.write(f"strategy {found.spec.strategy}{arguments}, codec {found.spec.codec}, ")
     sys.stdout.write(f"quorum {found.spec.quorum}, deadline {_deadline(found)}, ")
     selects = f", select {found.spec.select:g}x" if found.spec.select else ""
+    selects += ", late updates folded" if found.spec.late == "fold" else ""
     sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
     for line in _buffer_lines(found, remote.fleet().peers):
         sys.stdout.write(line + "\n")

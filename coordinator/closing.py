@@ -41,10 +41,8 @@ def commit(
     """Updates → the strategy → a new version, durable together with the strategy's new state."""
     recipe, codec = strategies.find(run.spec.strategy), codecs.find(run.spec.codec)
     equal = run.spec.weighting == "equal"
-    if run.buffered:
-        accepted = [(one.peer, one.update) for one in buffered.in_order(run)]
-    else:
-        accepted = [(peer, run.updates[peer]) for peer in contributors]
+    accepted = sorted(run.updates.items())
+    accepted += [(one.peer, one.update) for one in buffered.in_order(run)]
     updates = [update for _, update in accepted]
     examples = [1 if equal else update.num_examples for update in updates]
     share = _shares([peer for peer, _ in accepted], examples, run.spec.max_weight_share)

@@ -234,7 +234,8 @@ def _decide_training(run: Run, view: View) -> Step:
     answered = len(run.updates)
     waits_for_all = not run.spec.select
     if answered >= run.spec.quorum and (view.due or not (waits_for_all and run.pending)):
-        return CloseTraining(tuple(sorted(run.updates)))
+        late = {accepted.peer for accepted in run.buffer}
+        return CloseTraining(tuple(sorted(run.updates.keys() | late)))
     back = {p for p, standing in run.peers.items() if standing == "lost"} & view.eligible
     if back:
         return AskMore(tuple(sorted(back)))

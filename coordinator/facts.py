@@ -26,6 +26,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     (`decisions.deadline_s`).
     `select`: how many peers are asked, in quorums (1.2: a fifth more than are needed); a round then
     goes on as soon as the quorum is there. 0: all are asked, and all are waited for.
+    `late`: what becomes of an update whose round has closed (`coordinator.late`).
     `keep_versions`: how many of the newest stay on disk, beside the best.
     `codec`: how updates are made smaller, one of `protocols.codecs`.
     `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
@@ -51,6 +52,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     deadline_s: float = 600.0
     deadline: Literal["fixed", "auto"] = "fixed"
     select: float = 0.0
+    late: Literal["drop", "fold"] = "drop"
     keep_versions: int = 2
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_share: float = 1.0
@@ -72,8 +74,9 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 class Update(Struct, frozen=True, kw_only=True):
     """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation.
 
-    `seconds`: from the question to the answer (0 in old ledgers). Buffered: `base` is the version
-    that it was trained on, `turn` as in `WorkGiven`, `staleness` how many versions came since.
+    `seconds`: from the question to the answer (0 in old ledgers). Buffered, and of a late one:
+    `base` is the version that it was trained on, `turn` as in `WorkGiven`, `staleness` how many
+    versions came since.
     """
 
     digest: str = ""

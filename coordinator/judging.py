@@ -8,7 +8,7 @@ import contextlib
 from flwr.app import Message
 from msgspec.structs import replace
 
-from coordinator import buffered, facts, gate, recall, retention
+from coordinator import buffered, facts, gate, late, recall, retention
 from coordinator.asking import AGENT_FAILED, Asked
 from coordinator.facts import Fact, Update
 from coordinator.fleetwork import Fleetwork
@@ -38,7 +38,11 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         claim, payload, signature = read_claim(reply)
     except (BadMessage, KeyError, TypeError, ValueError) as err:
         raise UpdateRefused("bad claim", str(err)) from err
-    expected = gate.expectation(run, model.schema, peer, asked.kind)
+    if asked.kind == "train" and not run.buffered and late.is_late(run, asked.round):
+        given = late.given(run, peer, asked.round)
+        expected = gate.Expected("train", given.base, model.schema, given)
+    else:
+        expected = gate.expectation(run, model.schema, peer, asked.kind)
     gate.check_claim(run, expected, peer, claim, payload, signature, around.verify)
     if expected.kind == "describe":
         try:
@@ -68,11 +72,11 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         norm=norm,
         seconds=asked.seconds,
     )
-    if (given := expected.given) is None:
+    if (own := expected.given) is None:
         return facts.UpdateAccepted(run.round, peer, update)
-    behind = buffered.staleness(run, given)
-    update = replace(update, base=given.base, turn=given.turn, staleness=behind)
-    return facts.UpdateAccepted(given.round, peer, update)
+    behind = buffered.staleness(run, own)
+    update = replace(update, base=own.base, turn=own.turn, staleness=behind)
+    return facts.UpdateAccepted(own.round, peer, update)
 
 
 def _measure(

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Set
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -178,9 +178,11 @@ class Lane:
             path.unlink(missing_ok=True)
             self._spooled[node].discard(path)
 
-    def drop_updates(self) -> None:
-        """Empty the spool: the round that needed it is committed."""
-        for paths in self._spooled.values():
+    def drop_updates(self, but_of: Collection[str] = ()) -> None:
+        """Empty the spool: the round that needed it is committed. `but_of`: peers still at work."""
+        for node, paths in self._spooled.items():
+            if node in but_of:
+                continue
             for path in paths - self._writers.keys():
                 path.unlink(missing_ok=True)
                 paths.discard(path)

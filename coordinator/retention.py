@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from coordinator import buffered
 from coordinator.facts import Holding
 from coordinator.lane import Lane
@@ -20,8 +22,9 @@ class Retention:
         self._lane, self._states, self._elsewhere = lane, states, elsewhere
         self._on_disk = {closed.digest for closed in run.history}
 
-    def prune(self, run: Run) -> None:
-        keep = {run.head, run.parent, run.best.digest if run.best else ""}
+    def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
+        """Drop the others. `in_use`: digests that peers still train on."""
+        keep = {run.head, run.parent, run.best.digest if run.best else "", *in_use}
         keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
         keep |= {given.base for given in run.given.values() if not buffered.is_stale(run, given)}
         keep |= {accepted.update.base for accepted in run.buffer}

@@ -13,7 +13,16 @@ from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 
-from coordinator import agreement, closing, decisions, facts, recall, retention, runs, strategies
+from coordinator import (
+    agreement,
+    closing,
+    decisions,
+    facts,
+    recall,
+    retention,
+    runs,
+    strategies,
+)
 from coordinator.asking import Questions
 from coordinator.bodies import round_body, run_body
 from coordinator.decisions import Step, View
@@ -61,7 +70,8 @@ class RunLoop:
         self._states = States(around.lane.states)
         self._memory_bytes: int | None = None
         self._model = Model(around.lane, codecs.find(run.spec.codec))
-        around.lane.most_uploads = MOST_UPLOADS + run.spec.buffer
+        folds = run.spec.late == "fold"
+        around.lane.most_uploads = MOST_UPLOADS + run.spec.buffer + folds
         self.questions = Questions(around, self._recipe, self._strategy, self._model)
         #: Peers whose data or model do not fit the run; asked again after they came back.
         self._misfits: set[str] = set()
@@ -135,7 +145,8 @@ class RunLoop:
 
     async def _turn(self) -> None:
         """Do what there is to do now. What a full disk interrupts can be done again."""
-        if not (self.run.buffered and self.run.state is RunState.AGGREGATING):
+        folds = self.run.buffered or self.run.spec.late == "fold"
+        if not (folds and self.run.state is RunState.AGGREGATING):
             await self._collect()  # else what comes now belongs to no buffer yet
         await self._notice_losses()
         if self.run.given:
@@ -156,7 +167,11 @@ class RunLoop:
 
     def _view(self) -> View:
         due = self._watch.phase_s >= decisions.deadline_s(self.run)
-        return View(self._around.eligible() - self._misfits, due)
+        eligible = self._around.eligible() - self._misfits
+        free = eligible
+        if self.run.spec.late == "fold":  # who is still at an older round's work gets no other
+            free = eligible - self.questions.trained_on(self.run).keys()
+        return View(free if len(free) >= self.run.spec.quorum else eligible, due)
 
     async def _do(self, step: Step) -> None:
         match step:
@@ -301,6 +316,8 @@ class RunLoop:
         )
         if run.buffered:
             self._sweep({accepted.peer for accepted in run.buffer})
+        elif run.spec.late == "fold":
+            lane.drop_updates(but_of=self.questions.trained_on(self.run).keys())
         else:
             lane.drop_updates()
         await asyncio.to_thread(self._model.make_patch, run.head, made.digest)
@@ -321,10 +338,10 @@ class RunLoop:
         if run.buffered:
             self.questions.take_back_evaluations()
         else:
-            self.questions.take_back_older(run.round)
+            self.questions.take_back_older(run)
         await self._record(fact)
         self._around.publish(round_body(self.run.id, self.run.history[-1]))
-        self._retention.prune(self.run)
+        self._retention.prune(self.run, self.questions.trained_on(self.run).values())
 
     # --- writing down and telling ---
 

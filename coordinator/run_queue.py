@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Callable
 
-from coordinator import buffered, facts, heap, runs, strategies
+from coordinator import buffered, facts, heap, late, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
@@ -144,6 +144,7 @@ class RunQueue:
             raise UsageFault("--select is from 1x to 10x: so many quorums of peers are asked")
         if not 1 <= spec.min_examples <= spec.max_examples:
             raise UsageFault(f"--min-examples is from 1 to {spec.max_examples}")
+        late.check(spec, strategies.find(spec.strategy))
         if spec.keep_versions < 1:
             raise UsageFault("--keep-versions is 1 or more")
         if not 0 <= spec.clip_norm < float("inf"):

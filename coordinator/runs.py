@@ -101,8 +101,10 @@ class Run(Struct, frozen=True, kw_only=True):
     `needed`: by peer, seconds that its last answers to training took.
     `recalling`: its versions are sought at its peers; `holdings` are theirs.
 
+    `buffer`: late updates that go into the next version.
+
     Buffered: `given` is the work in hand and `last` the last that was given, both by peer; `buffer`
-    the updates of the next version; `resting` peers get nothing before that is made. `excluded`
+    all updates of the next version; `resting` peers get nothing before that is made. `excluded`
     get nothing at all."""
 
     id: str
@@ -233,7 +235,7 @@ def _peer_lost(run: Run, fact: PeerLost) -> Run:
 
 
 def _update_accepted(run: Run, fact: UpdateAccepted) -> Run:
-    if run.buffered and fact.update.digest:
+    if fact.update.base:
         return replace(
             run,
             given=_without(run.given, fact.peer),
@@ -295,12 +297,10 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
 
 def _training_closed(run: Run, fact: TrainingClosed) -> Run:
     run = replace(run, state=RunState.AGGREGATING, contributors=fact.contributors)
-    if not run.buffered:
-        return run
     staleness: dict[str, int] = {}
     for peer, update in ((accepted.peer, accepted.update) for accepted in run.buffer):
         staleness[peer] = max(staleness.get(peer, 0), update.staleness)
-    norms = {accepted.peer: accepted.update.norm for accepted in run.buffer}
+    norms = {accepted.peer: accepted.update.norm for accepted in run.buffer} | run.norms
     return replace(run, norms=norms, staleness=staleness)
 
 

@@ -156,6 +156,39 @@ async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(tmp_pa
         assert {(peer, word) for _, peer, word in refusals} == {(straggler.peer, "late")}
 
 
+async def test_a_late_update_is_folded_into_the_next_round_with_less_weight(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        straggler, other = fleet.agents
+        held, next_round = Door(straggler, 1), Door(other, 2)
+        run_id = fleet.start(rounds=3, quorum=1, deadline_s=0.5, late="fold", keep_versions=3)
+        await until(next_round.reached.is_set)
+        held.open()
+        await until(lambda: fleet.hub.runs.find(run_id).buffer)
+        first = fleet.facts(run_id, facts.WeightsInitialised)[0].digest
+        v0 = np.array(fleet.version(first)["w"])
+        next_round.open()
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        assert fleet.refusals(run_id) == []
+        (late,) = [f for f in fleet.facts(run_id, facts.UpdateAccepted) if f.update.staleness]
+        assert (late.round, late.peer, late.update.base) == (1, straggler.peer, first)
+        # Nothing else was asked of it before it had answered.
+        asked = [fact.asked for fact in fleet.facts(run_id, facts.RoundOpened)]
+        assert asked[1] == (other.peer,)
+        closed = fleet.facts(run_id, facts.TrainingClosed)
+        assert closed[0].contributors == (other.peer,)
+        assert set(closed[1].contributors) == {straggler.peer, other.peer}
+        # Version 2 is version 1 and both changes, that of round 1 divided by the root of 2.
+        counts = [len(part.y) for part in THREE[:2]]
+        v1, v2 = (np.asarray(fleet.version(closed.digest)["w"]) for closed in run.history[:2])
+        late_change = np.asarray(straggler.trainer.made[1]["w"]) - v0
+        change = np.asarray(other.trainer.made[2]["w"]) - v1
+        mean = (counts[0] * late_change / math.sqrt(2) + counts[1] * change) / sum(counts)
+        np.testing.assert_allclose(v2, v1 + mean, atol=1e-6)
+
+
 async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
@@ -631,6 +664,7 @@ async def test_what_cannot_be_met_is_said_before_the_start(tmp_path: Path) -> No
             ({"select": 0.5}, UsageFault),
             ({"select": math.nan}, UsageFault),
             ({"keep_versions": 0}, UsageFault),
+            ({"late": "fold", "strategy": "fedmedian"}, UsageFault),
             ({"max_weight_share": 0.0}, UsageFault),
             ({"max_weight_share": 1.5}, UsageFault),
             ({"strategy": "magic"}, UnknownName),

@@ -418,6 +418,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     facts.WeightsInitialised: lambda d: facts.WeightsInitialised("x", "A"),
     facts.RoundOpened: lambda d: facts.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
     facts.PeersAsked: lambda d: facts.PeersAsked(d(_SOME)),
+    facts.WorkGiven: lambda d: facts.WorkGiven(d(_ONE), d(st.integers(-1, 3)), "x"),
     facts.PeerLost: lambda d: facts.PeerLost(d(_ONE), "x"),
     facts.UpdateAccepted: lambda d: facts.UpdateAccepted(1, d(_ONE), Update(num_examples=1)),
     facts.UpdateRefused: lambda d: facts.UpdateRefused(1, d(_ONE), "x", "x"),

@@ -189,10 +189,13 @@ def _counted(facts: Sequence[Fact]) -> list[str]:
     found: list[str] = []
     accepted: Counter[str] = Counter()
     number, training, closed = 0, False, list[str]()
+    late: Counter[tuple[str, int, int]] = Counter()
     for fact in facts:
         match fact["type"]:
             case "RoundOpened":
                 number, training, accepted = fact["round"], True, Counter()
+            case "UpdateAccepted" if fact["update"].get("base"):
+                late[fact["peer"], fact["round"], fact["update"].get("turn", 0)] += 1
             case "UpdateAccepted":
                 accepted[fact["peer"]] += 1
                 if fact["round"] != number:
@@ -201,11 +204,13 @@ def _counted(facts: Sequence[Fact]) -> list[str]:
                 twice = [peer for peer, times in accepted.items() if times > 1]
                 if twice:
                     found.append(f"round {number} counts {twice} more than once")
-                if sorted(fact["contributors"]) != sorted(accepted):
+                found += [f"{one} is folded {n} times" for one, n in late.items() if n > 1]
+                if set(fact["contributors"]) != set(accepted) | {peer for peer, _, _ in late}:
                     found.append(f"round {number} sums other updates than it accepted")
                 if not training:
                     found.append(f"round {number} was closed twice")
                 closed, training, accepted = fact["contributors"], False, Counter()
+                late = Counter()
             case "VersionCommitted" if fact["contributors"] != closed:
                 found.append(f"version {number} has other contributors than its round")
             case "RoundClosed" if any(times > 1 for times in accepted.values()):
