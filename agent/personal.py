@@ -1,12 +1,12 @@
-"""The trainer's half of SCAFFOLD and FedBN: what is this peer's own in a run's model. Pure.
+"""The trainer's half of SCAFFOLD, FedBN and DiLoCo: what is this peer's own in a run. Pure.
 
-Of a version, the task sees the model alone; what stays at home and this peer's control variate lie
-in a file of its own, which moves on with each update.
+Of a version, the task sees the model alone; what stays at home, this peer's control variate and its
+optimiser lie in a file of its own, which moves on with each update.
 
 SCAFFOLD: Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1. Each step's gradient is corrected
 by c - c_i, the update carries c + (c_i⁺ - c_i), and c_i⁺ is either (I) the gradient at the version
 or (II) the mean of the gradients on the way, c_i - c + (x - y) / path.
-FedBN: Li et al. 2021, arXiv 2102.07623.
+FedBN: Li et al. 2021, arXiv 2102.07623. DiLoCo: Douillard et al. 2023, arXiv 2311.08105.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import Settings, Steerable, Task
+from agent.tasks import Continuing, Settings, Steerable, Task
 from protocols import schemes, weights
 from protocols.errors import BadWeights, UsageFault
 from protocols.schemes import control_of, pick
 from protocols.weights import Array, Schema, Weights
+
+#: Begins the names of the optimiser's arrays in the file.
+_OPTIMISER = "optimiser:"
 
 Arrays = dict[str, Array]
 Floats = npt.NDArray[np.floating[Any]]
@@ -33,7 +36,7 @@ class Personal:
     """This peer's own part of a model of schema `model`, under the scheme in the settings.
 
     `first` makes the task's first weights: what stays at home begins with them. `kept` is the file
-    of earlier updates, if there is one.
+    of earlier updates, if there is one. `optimiser` is that of the update before.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Personal:
         fresh = first() if at_home else Weights({})
         self._newcomers: Arrays = {name: fresh[name] for name in at_home}
         none = {name: np.zeros(s.shape, weights.DTYPES[s.dtype]) for name, s in controls.items()}
+        self.optimiser: Arrays = {}
         found = self._read(kept)
         self._own: Mapping[str, Array] = {**self._newcomers, **none} if found is None else found
 
@@ -54,11 +58,16 @@ class Personal:
         if kept is None or not kept.exists():
             return None
         try:
-            found = weights.load(kept)
+            whole = weights.load(kept)
+            names = [name for name in whole if not name.startswith(_OPTIMISER)]
+            found = pick({name: whole.schema[name] for name in names}, whole.__getitem__)
             weights.check_schema(found.schema, self._schema)
         except BadWeights as err:
             sys.stderr.write(f"what this peer kept for itself is dropped: {err.message}\n")
             return None
+        self.optimiser = {
+            name.removeprefix(_OPTIMISER): whole[name] for name in whole if name not in names
+        }
         return found
 
     def model(self, version: Weights, *, newcomer: bool = False) -> Weights:
@@ -73,6 +82,10 @@ class Personal:
     @property
     def steers(self) -> bool:
         return bool(self._scheme.get(schemes.SCAFFOLD))
+
+    @property
+    def continues(self) -> bool:
+        return bool(self._scheme.get(schemes.KEEP_OPTIMISER))
 
     def correction(self, version: Weights) -> Arrays:
         """c - c_i, by the weight whose gradient it is added to."""
@@ -98,7 +111,11 @@ class Personal:
             change = {n: _floats(version[n]) + (new[n] - _floats(self._own[n])) for n in new}
             own |= new
         if out is not None:
-            weights.save(pick(self._schema, own.__getitem__), out)
+            kept = pick(self._schema, own.__getitem__)
+            if self.continues:
+                left = continuing(task).remembered()
+                kept = Weights({**kept, **{_OPTIMISER + name: left[name] for name in left}})
+            weights.save(kept, out)
         return pick(self.shared, lambda name: change[name] if name in change else trained[name])
 
     def _control(
@@ -131,6 +148,16 @@ class Personal:
 
 def _floats(array: Array) -> Floats:
     return cast(Floats, array)
+
+
+def continuing(task: Task) -> Continuing:
+    """The task, if its optimiser can go on from round to round. Raises UsageFault."""
+    if not isinstance(task, Continuing):
+        raise UsageFault(
+            f"{type(task).__name__} cannot keep its optimiser: it lacks recall or remembered",
+            "--strategy-arg keep_optimiser=false, or these methods: see agent/tasks",
+        )
+    return task
 
 
 def steerable(task: Task) -> Steerable:

@@ -46,7 +46,7 @@ from agent.frames import (
     encode,
 )
 from agent.journal import Journal
-from agent.personal import Personal, steerable
+from agent.personal import Personal, continuing, steerable
 from agent.tasks import (
     Cancelled,
     DataSettings,
@@ -308,6 +308,8 @@ class Trainer:
         if personal.steers:
             steerable(task).path(settings)  # refused now, and not after an hour of training
             steerable(task).steer(personal.correction(base))
+        if personal.continues:
+            continuing(task).recall(personal.optimiser)
         model = personal.model(base)
         trained, count, metrics = task.train(model, settings, on_step)
         failpoint("trainer.trained")

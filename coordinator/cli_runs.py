@@ -81,8 +81,8 @@ def start(
         str,
         typer.Option(
             help="How updates are aggregated: fedavg, fedprox, fedavgm, fedadam, fedyogi, "
-            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, scaffold, "
-            "fedbn, or module:Class of one's own."
+            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, diloco, "
+            "scaffold, fedbn, or module:Class of one's own."
         ),
     ] = "fedavg",
     strategy_arg: Annotated[

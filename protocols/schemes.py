@@ -1,9 +1,10 @@
 """What of a model its versions hold: all of it, less what stays at home, more what travels beside.
 
-Two schemes are the trainers' matter and no task's. SCAFFOLD's control variates (arXiv 1910.06378)
+Three schemes are the trainers' matter and no task's. SCAFFOLD's control variates (arXiv 1910.06378)
 travel as extra tensors of the version, one for each that is trained: so they are averaged, checked,
 coded and kept like weights. Tensors that stay at home (FedBN, arXiv 2102.07623) are in no version
-at all. Both are told by settings that every trainer obeys and no task sees. Pure.
+at all. An optimiser that goes on from round to round (DiLoCo, arXiv 2311.08105) stays at home too,
+beside the model. All are told by settings that every trainer obeys and no task sees. Pure.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from protocols.weights import DTYPES, FLOATING, Array, Schema, TensorSpec, Weigh
 SCAFFOLD = "scaffold"
 #: The setting that names tensors which stay at home: patterns such as "norm*", with commas between.
 AT_HOME = "at_home"
-SETTINGS = frozenset({SCAFFOLD, AT_HOME})
+#: The setting by which a peer's optimiser goes on where its last round left it.
+KEEP_OPTIMISER = "keep_optimiser"
+SETTINGS = frozenset({SCAFFOLD, AT_HOME, KEEP_OPTIMISER})
 #: Begins the name of a control variate.
 CONTROL = "control:"
 

@@ -175,6 +175,17 @@ class Steerable(Protocol):
 
 
 @runtime_checkable
+class Continuing(Protocol):
+    """What a task may do besides: go on in each round with the optimiser of the one before."""
+
+    def recall(self, optimiser: Mapping[str, Array]) -> None:
+        """Let the next `train` begin with this; nothing: with a new one."""
+
+    def remembered(self) -> Mapping[str, Array]:
+        """The optimiser as the last `train` left it, for `recall`."""
+
+
+@runtime_checkable
 class Predicting(Protocol):
     """What a task may do besides: answer from the shared model, on this machine."""
 

@@ -56,6 +56,7 @@ class Images:
         self._pictures: tuple[ImagePlan, Pictures] | None = None
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
 
     # --- config ---
 

@@ -1,4 +1,4 @@
-"""Local training of a torch task: the loop, and the place in it to go on from.
+"""Local training of a torch task: the loop, in which `position` is the place to go on from.
 
 A torch task is a model, its data, and this loop; its settings are in `plan`. On a CPU the same
 inputs and number of threads give the same bytes.
@@ -28,11 +28,9 @@ from torch import Tensor
 from agent.tasks import OnStep, Snapshot, TrainOutcome
 from agent.tasks.fitting import tried
 from agent.tasks.plan import Plan
-from agent.tasks.seeds import seed_of
+from agent.tasks.position import Position, Tensors, as_arrays
 from protocols.errors import UsageFault
 from protocols.weights import Array, Weights
-
-Tensors = dict[str, Tensor]
 
 #: Examples that are put in order at a time, so that an epoch needs no second copy of the data.
 _ORDERED = 4096
@@ -53,96 +51,16 @@ Step = Callable[[Tensor, Tensor], float]
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
 
 
-class Position:
-    """Training between two batches: what a snapshot holds, and nothing else.
-
-    `weights` and the optimiser's `state` (tensors by slot and weight, named as torch names them)
-    are changed in place. `trained` are the names of the weights that gradients move; the others
-    (integers, running statistics) are the model's own affair. `done` counts steps; `passed` and
-    `seen` the examples of this epoch and of those before it; `total` is the sum of this epoch's
-    losses. `origin` holds the first weights for the proximal term, `correction` what is added to
-    each gradient: a snapshot need not hold what is there anyway.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, Array],
-        plan: Plan,
-        device: torch.device,
-        part: int,
-        buffers: frozenset[str],
-        correction: Mapping[str, Array],
-    ) -> None:
-        self.weights = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-        self.trained = [
-            name
-            for name, t in self.weights.items()
-            if t.is_floating_point() and name not in buffers
-        ]
-        self.state = {slot: self._zeros(slot) for slot in _slots(plan)}
-        self.origin: Tensors = {}
-        if plan.proximal_mu:
-            self.origin = {name: self.weights[name].clone() for name in self.trained}
-        self.correction = {
-            name: torch.tensor(array, device=device) for name, array in correction.items()
-        }
-        order = seed_of("order", plan.seed, plan.round, part)
-        self._order = torch.Generator().manual_seed(order)
-        self._epoch_began = self._order.get_state()
-        self.done = self.passed = self.seen = 0
-        self.total = 0.0
-
-    def _zeros(self, slot: str) -> Tensors:
-        if slot == "step":  # torch counts on the CPU, for each weight
-            return {name: torch.zeros(()) for name in self.trained}
-        return {name: torch.zeros_like(self.weights[name]) for name in self.trained}
-
-    def permutation(self, examples: int) -> Tensor:
-        """The order of the present epoch."""
-        self._order.set_state(self._epoch_began)
-        return torch.randperm(examples, generator=self._order)
-
-    def next_epoch(self) -> None:
-        self._epoch_began = self._order.get_state()
-        self.seen += self.passed
-        self.passed, self.total = 0, 0.0
-
-    def snapshot(self) -> Snapshot:
-        arrays = {
-            f"{slot} {name}": tensor.detach().cpu().numpy()
-            for slot, tensors in self._slots().items()
-            for name, tensor in tensors.items()
-        }
-        arrays["order"] = self._epoch_began.numpy()
-        counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
-        return Snapshot(arrays, {**counts, "total": self.total})
-
-    def restore(self, snapshot: Snapshot) -> None:
-        arrays, values = snapshot
-        for slot, tensors in self._slots().items():
-            for name, tensor in tensors.items():
-                tensor.copy_(torch.tensor(arrays[f"{slot} {name}"]))
-        self._epoch_began = torch.tensor(arrays["order"])
-        self.done, self.passed, self.seen = (int(values[n]) for n in ("done", "passed", "seen"))
-        self.total = float(values["total"])
-
-    def _slots(self) -> dict[str, Tensors]:
-        return {"weight": self.weights, **self.state}
-
-
-def _slots(plan: Plan) -> tuple[str, ...]:
-    if plan.optimiser == "adamw":
-        return ("step", "exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if plan.momentum else ()
-
-
 class LocalTraining:
-    """The loop, and `Resumable`'s and `Steerable`'s methods for the task that it works for."""
+    """The loop, and methods of `Resumable`, `Steerable` and `Continuing` for the task that it
+    works for."""
 
     def __init__(self) -> None:
         self._at: Position | None = None
         self._restored: Snapshot | None = None
         self._correction: Mapping[str, Array] = {}
+        self._recalled: Mapping[str, Array] = {}
+        self._left: Mapping[str, Array] = {}
 
     def train(
         self,
@@ -160,9 +78,10 @@ class LocalTraining:
         """
         device, count = examples.x.device, len(examples.y)
         at = Position(weights, plan, device, examples.part, buffers, self._correction)
+        at.recall(self._recalled)
         if self._restored is not None:
             at.restore(self._restored)
-        self._at, self._restored, self._correction = at, None, {}
+        self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
         step, steps = make_step(at, plan), plan.steps(count)
         batch = plan.batch_size or count
         try:
@@ -181,6 +100,7 @@ class LocalTraining:
                 at.next_epoch()
         finally:
             self._at = None
+        self._left = as_arrays(at.state)
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
         return TrainOutcome(Weights(arrays), count, {"loss": at.total / at.passed})
 
@@ -197,6 +117,14 @@ class LocalTraining:
         """Let the next `train` add this to each step's gradient: SCAFFOLD's c - c_i, by weight
         (arXiv 1910.06378, equation 3)."""
         self._correction = correction
+
+    def recall(self, optimiser: Mapping[str, Array]) -> None:
+        """Let the next `train` begin with the state that an earlier one `remembered`."""
+        self._recalled = optimiser
+
+    def remembered(self) -> Mapping[str, Array]:
+        """The optimiser's state after the last `train`."""
+        return self._left
 
 
 def path(plan: Plan, examples: int) -> float:
@@ -244,9 +172,7 @@ def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
 
 
 def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if not len(
-        order
-    ):  # cut off at an epoch's end; nothing would be split into one batch of nothing
+    if not len(order):  # cut off at an epoch's end: it would be split into one batch of nothing
         return
     for rows in torch.split(order, size * max(1, _ORDERED // size)):
         x, y = examples.x[rows], examples.y[rows]

@@ -65,6 +65,7 @@ class Lora:
         self._examples: tuple[LoraPlan, Windows | _Texts] | None = None
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
 
     # --- model ---
 

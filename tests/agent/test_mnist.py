@@ -314,3 +314,19 @@ def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
     task.load(DataSettings(index=0, parts=200))
     with pytest.raises(UsageFault, match="SCAFFOLD"):
         task.path(bent)
+
+
+# --- pixels ----------------------------------------------------------------------------------
+
+
+def test_standard_pixels_have_mean_0_and_deviation_1(task: Mnist) -> None:
+    x, _, _ = mnist._scaled(task._loaded().trained_on, {"pixels": "standard"})
+    assert abs(float(x.mean())) < 0.05
+    assert abs(float(x.std()) - 1) < 0.05
+    base = task.init(1, {})
+    settings: dict[str, tasks.Setting] = {"epochs": 1, "batch_size": "all"}
+    unit = task.train(base, settings, quiet)
+    standard = task.train(base, settings | {"pixels": "standard"}, quiet)
+    assert unit.metrics["loss"] != standard.metrics["loss"]
+    with pytest.raises(UnknownName, match="pixels"):
+        task.schema({"pixels": "loud"})

@@ -150,7 +150,7 @@ class Nodes(Grid):
 def test_every_strategy_of_flower_that_joins_weights_is_there() -> None:
     left_out = {"FedXgbBagging", "FedXgbCyclic", "Result", "Strategy"}
     left_out |= {name for name in flower.__all__ if name.startswith("DifferentialPrivacy")}
-    ours = {"Scaffold"}
+    ours = {"DiLoCo", "Scaffold"}
     assert {strategies.find(name).flower for name in strategies.names()} - ours == (
         set(flower.__all__) - left_out
     )

@@ -21,6 +21,7 @@ from flwr.app import Message
 from agent.client import Client
 from agent.frames import Answer, Done, Evaluate, Init, Train, Work
 from agent.link import _pack, _unpack
+from agent.run_files import Kept
 from agent.tasks import DataSettings, Settings
 from agent.trainer import Control, Trainer
 from coordinator import facts, runs
@@ -70,7 +71,9 @@ class InProcess:
             )
         )
 
-    def train(self, task: str, settings: Settings, base: Path, out: Path) -> Done:
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
         return self._do(
             Train(
                 id=0,
@@ -79,12 +82,21 @@ class InProcess:
                 data=self._data,
                 base=str(base),
                 out=str(out),
+                kept=str(kept.file) if kept else "",
+                kept_out=str(kept.next) if kept else "",
             )
         )
 
-    def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
+    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
         return self._do(
-            Evaluate(id=0, task=task, settings=dict(settings), data=self._data, base=str(base))
+            Evaluate(
+                id=0,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                base=str(base),
+                kept=str(kept.file) if kept else "",
+            )
         )
 
 

@@ -1,0 +1,129 @@
+"""Tallies: what peers count when they evaluate, and the metrics of all of them together. Pure.
+
+A mean over peers is right for a loss or an accuracy, not for what is no mean over examples, such as
+an F1 score or a correlation. So a peer also tells sums that can be added, lists of numbers by name.
+
+Tally        Numbers
+confusion    k² counts: row by row what is true, within a row what was guessed
+calibration  for each of 10 bins of confidence: examples, the sum of confidences, how many are right
+regression   examples; sums of (ŷ - y)², |ŷ - y|, y and y²
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+BINS = 10
+#: Classes of a confusion that is told: with more it says little to a person and weighs much.
+MOST_CLASSES = 32
+_SIZES = {"calibration": 3 * BINS, "regression": 5}
+
+Tally = Sequence[float]
+Tallies = Mapping[str, Tally]
+
+
+def fault(tallies: Tallies, num_examples: int) -> str:
+    """What is wrong with a peer's tallies of so many examples; empty if they can be."""
+    for name, tally in tallies.items():
+        size = len(tally)
+        if name == "confusion":
+            if not 0 < size <= MOST_CLASSES**2 or math.isqrt(size) ** 2 != size:
+                return f"a confusion of {size} numbers"
+        elif name not in _SIZES:
+            return f"an unknown tally {name!r}"
+        elif size != _SIZES[name]:
+            return f"a {name} of {size} numbers"
+        if not all(map(math.isfinite, tally)):
+            return f"a {name} that is not finite"
+        signed = tally[3:4] if name == "regression" else ()  # the sum of y
+        if min(tally) < 0 and min(tally) not in signed:
+            return f"a {name} with less than nothing"
+        examples = {"calibration": tally[::3], "regression": tally[:1]}.get(name, tally)
+        if abs(sum(examples) - num_examples) > 0.5:
+            return f"a {name} of {sum(examples):g} examples, not {num_examples}"
+    return ""
+
+
+def merged(told: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
+    """The sum of all, each times its scale. Those of another size than the first are left out."""
+    total: dict[str, list[float]] = {}
+    for tallies, by in zip(told, scale, strict=True):
+        for name, tally in tallies.items():
+            mine = [by * value for value in tally]
+            if name not in total:
+                total[name] = mine
+            elif len(total[name]) == len(mine):
+                total[name] = [a + b for a, b in zip(total[name], mine, strict=True)]
+    return total
+
+
+def metrics(tallies: Tallies) -> dict[str, float]:
+    """What the tallies amount to.
+
+    confusion: balanced_accuracy (the mean recall of the classes that occur), macro_f1.
+    calibration: ece, the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
+    regression: rmse, mae, and r2 where y varies.
+    """
+    found: dict[str, float] = {}
+    if "confusion" in tallies:
+        found |= _classified(tallies["confusion"])
+    if "calibration" in tallies:
+        count, confidence, right = np.reshape(tallies["calibration"], (-1, 3)).T
+        found["ece"] = float(np.abs(right - confidence).sum() / max(count.sum(), 1e-12))
+    if "regression" in tallies:
+        found |= _regressed(tallies["regression"])
+    return found
+
+
+def _classified(confusion: Tally) -> dict[str, float]:
+    table = np.reshape(confusion, (math.isqrt(len(confusion)), -1))
+    right, true, guessed = table.diagonal(), table.sum(1), table.sum(0)
+    there = true > 0
+    if not there.any():
+        return {}
+    return {
+        "balanced_accuracy": float((right[there] / true[there]).mean()),
+        "macro_f1": float((2 * right[there] / (true + guessed)[there]).mean()),
+    }
+
+
+def _regressed(sums: Tally) -> dict[str, float]:
+    count, squares, distances, total, total_squares = sums
+    if not count:
+        return {}
+    found = {"rmse": math.sqrt(squares / count), "mae": distances / count}
+    variation = total_squares - total * total / count
+    if variation > 1e-12 * max(total_squares, 1e-300):
+        found["r2"] = 1 - squares / variation
+    return found
+
+
+def confusion_of(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:
+    """A confusion, of class numbers from 0."""
+    pairs = np.asarray(truth, np.int64) * classes + np.asarray(guess, np.int64)
+    return [float(n) for n in np.bincount(pairs, minlength=classes * classes)]
+
+
+def calibration_of(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:
+    """A calibration, of the probability of each guess and whether it was right."""
+    sure = np.asarray(confidence, np.float64)
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    sums = [
+        np.bincount(bins, w, BINS) for w in (np.ones_like(sure), sure, np.asarray(right, float))
+    ]
+    return [float(n) for n in np.stack(sums, 1).reshape(-1)]
+
+
+def regression_of(truth: Sequence[float], guess: Sequence[float]) -> list[float]:
+    """A regression's sums."""
+    y, error = np.asarray(truth, np.float64), np.subtract(guess, truth, dtype=np.float64)
+    return [
+        float(len(y)),
+        float((error**2).sum()),
+        float(np.abs(error).sum()),
+        float(y.sum()),
+        float((y**2).sum()),
+    ]
