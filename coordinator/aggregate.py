@@ -2,7 +2,8 @@
 
 Updates wait on disk until the round is closed and are then summed in the order given (the run gives
 name order), in float64, so the same updates give the same digest in whatever order they arrived.
-Only one piece of the model is in memory at a time: the peak grows with neither peers nor model.
+Only a few pieces of the model are in memory: the peak grows with neither peers nor model. While a
+piece is in the strategy, the next one is summed, and the one before is hashed and written.
 
 A weighted mean of updates is itself an update, so the strategy gets one reply that holds the mean.
 Integer and boolean tensors are not averaged: they keep the base version's value. bf16 is widened to
@@ -11,11 +12,27 @@ float32 for the sum and rounded to nearest even after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from protocols.weights import DTYPES, FLOATING, Array, Part, Readable, Weights, pieces
+from coordinator.pipeline import ahead
+from protocols.weights import (
+    DTYPES,
+    FLOATING,
+    PIECE_BYTES,
+    Array,
+    Part,
+    Readable,
+    Weights,
+    narrow,
+    pieces,
+    widen,
+)
+
+#: Elements that are summed at once: blocks of all updates stay in the processor's cache.
+_BLOCK = 1 << 15
 
 #: What a strategy makes of a piece of the mean: flat arrays by part, float dtypes only.
 Through = Callable[[dict[Part, Array]], dict[Part, Array]]
@@ -71,7 +88,7 @@ def fold(
     scale: Sequence[float],
     base: Readable,
     through: Through,
-) -> Iterator[dict[Part, Array]]:
+) -> Generator[dict[Part, Array], None, None]:
     """The version that follows `base`, piece by piece in file order.
 
     `share` adds up to 1. An update counts as `base + scale · (update - base)` (norm clipping).
@@ -79,18 +96,36 @@ def fold(
     """
     kept = sum(part * (1.0 - by) for part, by in zip(share, scale, strict=True))
     weights = [part * by for part, by in zip(share, scale, strict=True)]
-    for piece in pieces(base.schema):
-        mean: dict[Part, Array] = {}
-        for part in piece:
-            if base.schema[part.name].dtype in FLOATING:
-                mean[part] = _mean(part, updates, weights, base, kept)
+
+    def means() -> Generator[_Piece, None, None]:
+        for piece in pieces(base.schema):
+            mean: dict[Part, Array] = {}
+            still: dict[Part, Array] = {}
+            for part in piece:
+                if base.schema[part.name].dtype in FLOATING:
+                    mean[part] = _mean(part, updates, weights, base, kept)
+                else:
+                    still[part] = base.read(part)
+            yield _Piece(piece, mean, still)
+
+    # A thread costs more than a model of one piece takes.
+    small = sum(spec.nbytes for spec in base.schema.values()) <= PIECE_BYTES
+    for piece, mean, still in means() if small else ahead(means()):
         new = through(mean) if mean else {}
         yield {
-            part: _as_stored(new[part], base.schema[part.name].dtype)
-            if part in mean
-            else base.read(part)
+            part: still[part]
+            if part in still
+            else _as_stored(new[part], base.schema[part.name].dtype)
             for part in piece
         }
+
+
+class _Piece(NamedTuple):
+    """Parts in file order; the mean of those that are averaged, the base's value of the others."""
+
+    parts: list[Part]
+    mean: dict[Part, Array]
+    still: dict[Part, Array]
 
 
 def weighted_mean(
@@ -111,17 +146,25 @@ def weighted_mean(
 def _mean(
     part: Part, updates: Sequence[Readable], weights: Sequence[float], base: Readable, kept: float
 ) -> Array:
-    """The weighted mean of one part; float32 for bf16, else in the tensor's dtype."""
+    """The weighted mean of one part; float32 for bf16, else in the tensor's dtype.
+
+    Block by block, so that what is summed stays in the processor's cache.
+    """
     dtype = base.schema[part.name].dtype
-    total = np.zeros(part.stop - part.start, np.float64)
-    term = np.empty_like(total)
-    for update, weight in zip(updates, weights, strict=True):
-        np.multiply(_floats(update.read(part), dtype), weight, out=term, dtype=np.float64)
-        total += term
-    if kept:
-        np.multiply(_floats(base.read(part), dtype), kept, out=term, dtype=np.float64)
-        total += term
-    return total.astype(np.float32 if dtype == "BF16" else DTYPES[dtype])
+    mean = np.empty(part.stop - part.start, np.float32 if dtype == "BF16" else DTYPES[dtype])
+    total, term = np.empty(_BLOCK), np.empty(_BLOCK)
+    terms = [*zip(updates, weights, strict=True), *([(base, kept)] if kept else [])]
+    for start in range(part.start, part.stop, _BLOCK):
+        block = Part(part.name, start, min(start + _BLOCK, part.stop))
+        size = block.stop - block.start
+        total[:size] = 0.0
+        for source, weight in terms:
+            np.multiply(
+                _floats(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
+            )
+            total[:size] += term[:size]
+        mean[start - part.start : block.stop - part.start] = total[:size]
+    return mean
 
 
 def _floats(array: Array, dtype: str) -> Array:
@@ -130,15 +173,3 @@ def _floats(array: Array, dtype: str) -> Array:
 
 def _as_stored(array: Array, dtype: str) -> Array:
     return narrow(array.astype(np.float32)) if dtype == "BF16" else array
-
-
-def widen(bits: Array) -> Array:
-    """bf16 bits (uint16) as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def narrow(values: Array) -> Array:
-    """float32 as bf16 bits (uint16), rounded to nearest even."""
-    bits = values.view(np.uint32)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    return (rounded >> 16).astype(np.uint16)

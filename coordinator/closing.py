@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from coordinator import aggregate, buffered, strategies
 from coordinator.facts import Update
 from coordinator.lane import Lane
+from coordinator.pipeline import ahead
 from coordinator.runs import Run
 from coordinator.strategies.feeding import Work, as_reply, next_version
 from coordinator.strategies.state import States
@@ -22,7 +23,7 @@ from protocols import codecs
 from protocols.codecs import Codec
 from protocols.messages import Metrics
 from protocols.stored import Stored
-from protocols.weights import Readable
+from protocols.weights import PIECE_BYTES, Readable
 
 K = TypeVar("K", bound=Hashable)
 
@@ -85,7 +86,11 @@ def commit(
             run.strategy_state,
             lambda: recipe.make(run.spec.strategy_args),
         )
-        digest = lane.write(base.schema, made.pieces)
+        # A thread for a model of one piece costs more than it saves.
+        pieces = made.pieces
+        if base.nbytes > PIECE_BYTES:
+            pieces = stack.enter_context(contextlib.closing(ahead(pieces)))
+        digest = lane.write(base.schema, pieces)
     return Committed(digest, metrics, made.state)
 
 

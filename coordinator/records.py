@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from coordinator.lane import Lane
@@ -25,6 +26,28 @@ WEIGHTS = "cw.weights"
 CLAIM, DESCRIPTION, PROOF = "cw.claim", "cw.description", "cw.proof"
 
 
+class HeldArray(Array):
+    """An Array of this process: the numpy array as it is, and bytes of it only if asked.
+
+    Flower's own writes each array out and reads it again whenever a strategy looks at it.
+    """
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.__dict__["held"] = array
+        super().__init__(str(array.dtype), array.shape, "numpy.ndarray", b"")
+
+    def numpy(self) -> npt.NDArray[Any]:
+        return cast("npt.NDArray[Any]", self.__dict__["held"])
+
+    @property
+    def data(self) -> bytes:
+        return Array(self.numpy()).data
+
+    @data.setter
+    def data(self, _: bytes) -> None:
+        """Flower's constructor sets it."""
+
+
 class VersionRecord(ArrayRecord):
     """A version that the lane already holds, named by its digest.
 
@@ -32,7 +55,9 @@ class VersionRecord(ArrayRecord):
     """
 
     def __init__(self, digest: str, model: Weights | None = None) -> None:
-        super().__init__({name: Array(np.asarray(array)) for name, array in (model or {}).items()})
+        super().__init__()
+        for name, array in (model or {}).items():
+            self[name] = HeldArray(np.asarray(array))
         self.__dict__["digest"] = digest
 
     @property

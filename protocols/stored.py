@@ -32,7 +32,7 @@ class Stored:
     """A canonical safetensors file that is open for reading. Raises BadWeights, OSError."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+        self._file = path.open("rb", buffering=0)
         try:
             size = os.fstat(self._file.fileno()).st_size
             length = int.from_bytes(self._file.read(8), "little")
@@ -54,9 +54,13 @@ class Stored:
         dtype = DTYPES[self.schema[part.name].dtype]
         self._file.seek(self._offsets[part.name] + part.start * dtype.itemsize)
         count = part.stop - part.start
-        array = np.fromfile(self._file, dtype, count)
-        if len(array) != count:
-            raise BadWeights("the file ends too soon")
+        array = np.empty(count, dtype)
+        left = array.view(np.uint8).data
+        while left:
+            got = self._file.readinto(left)
+            if not got:
+                raise BadWeights("the file ends too soon")
+            left = left[got:]
         return array
 
     def close(self) -> None:

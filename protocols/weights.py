@@ -26,7 +26,7 @@ from protocols.errors import BadWeights
 Array = npt.NDArray[np.generic]
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
-PIECE_BYTES = 16 * 1024 * 1024
+PIECE_BYTES = 4 * 1024 * 1024
 #: What numpy can hold in every version that we allow.
 MAX_DIMENSIONS = 32
 MAX_TENSOR_BYTES = 2**62

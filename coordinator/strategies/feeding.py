@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import aggregate
-from coordinator.records import part_key
+from coordinator.records import HeldArray, part_key
 from coordinator.strategies.recipe import Recipe
 from coordinator.strategies.state import States, StateWriter
 from protocols import weights
@@ -220,7 +220,9 @@ def as_reply(kind: str, arrays: ArrayRecord | None, metrics: Mapping[str, Any]) 
 
 
 def _reply(arrays: Mapping[str, npt.NDArray[Any]], told: Mapping[str, Any]) -> Message:
-    record = ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    record = ArrayRecord()
+    for name, array in arrays.items():  # one by one: its constructor makes plain Arrays of them
+        record[name] = HeldArray(np.asarray(array))
     return as_reply("train", record, told)
 
 
