@@ -48,6 +48,7 @@ from google.protobuf.message import DecodeError
 
 from agent.bandwidth import Bandwidth
 from agent.settings import Enrolment
+from agent.wire import OverWire, Wire
 from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
@@ -56,7 +57,7 @@ from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, 
 from protocols.messages import EXCHANGE_PATH, LOGS_PATH, Exchange, Exchanged, LogsTold, Parcel
 from protocols.mqtt import MqttAddress
 from protocols.sharing import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
-from protocols.weights import file_digest, sync_folder
+from protocols.weights import file_digest, write_all
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
@@ -143,16 +144,20 @@ class Link:
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         self._credentials, self._bandwidth = credentials, bandwidth
-        context = ssl.create_default_context(cadata=credentials.ca_pem.decode())
-        self._fleet = FleetHttpClient(
-            f"https://{credentials.address}",
-            interceptors=[_Signed(credentials)],
-            verify=context,
-            timeout=_TIMEOUT_S,
+        self._wire = Wire(
+            credentials.address,
+            ssl.create_default_context(cadata=credentials.ca_pem.decode()),
+            timeout_s=_TIMEOUT_S,
+            kept_s=CONNECTION_S,
         )
-        self._tls = context
-        self._http = self._fleet._client
-        self.reconnect()
+        self._http = httpx.Client(
+            base_url=f"https://{credentials.address}", transport=OverWire(self._wire)
+        )
+        self._fleet = FleetHttpClient(
+            f"https://{credentials.address}", interceptors=[_Signed(credentials)]
+        )
+        # Flower's client gives no way to say so, and a second pool is a second connection.
+        self._fleet._client = self._http
         self._node: Node | None = None
         self._heard_at = 0.0
         self._cut_off = ""
@@ -162,16 +167,7 @@ class Link:
 
     def reconnect(self) -> None:
         """Let go of all connections, and make others when they are needed."""
-        dropped = self._http
-        self._http = httpx.Client(
-            base_url=f"https://{self._credentials.address}",
-            verify=self._tls,
-            timeout=_TIMEOUT_S,
-            limits=httpx.Limits(keepalive_expiry=CONNECTION_S),
-        )
-        # Flower's client gives no way to say so, and a second pool is a second connection.
-        self._fleet._client = self._http
-        dropped.close()
+        self._wire.drop()
 
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""
@@ -204,14 +200,13 @@ class Link:
     def close(self) -> None:
         """Say goodbye if anybody listens, and drop the connections."""
         if self._node is not None:
-            self._http.timeout = httpx.Timeout(_GOODBYE_S)
+            self._wire.timeout_s = _GOODBYE_S
             try:
                 with _translated():
                     self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
             except (Unreachable, Refused):
                 pass  # it will see the missing heartbeat
         self._node = None
-        self._fleet.close()
         self._http.close()
 
     def beat(self) -> None:
@@ -271,10 +266,10 @@ class Link:
         headers = self._signed("POST", EXCHANGE_PATH, hashlib.sha256(body).hexdigest())
         with _translated():
             asked_at = time.monotonic()
-            answer = self._http.post(EXCHANGE_PATH, content=body, headers=headers)
-            answer.raise_for_status()
+            answer = self._wire.ask("POST", EXCHANGE_PATH, headers, body)
+            _check(answer.status)
             self._heard_at = asked_at
-            told = msgspec.msgpack.decode(answer.content, type=Exchanged)
+            told = msgspec.msgpack.decode(answer.body, type=Exchanged)
             if reply is not None:  # a heartbeat may come between a reply and the look at this
                 self.settled = told.settled
             return _unpack(told.work) if told.work is not None else None
@@ -298,7 +293,6 @@ class Link:
             part.unlink()
             raise BadWeights("the version's bytes are not those of its digest")
         part.replace(target)
-        sync_folder(target.parent)
 
     def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
         """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
@@ -319,15 +313,14 @@ class Link:
         """Bytes `start` to `stop` of a version, as they come."""
         path = f"/cw/v1/weights/{digest}"
         headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
-        with _translated(), self._http.stream("GET", path, headers=headers) as answer:
-            answer.raise_for_status()
-            left = stop - start
-            for piece in answer.iter_raw(_PIECE_BYTES):
-                self.bytes_down += len(piece)
-                yield piece[:left]
-                left -= len(piece)
-                if left <= 0:
-                    return
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        left = stop - start
+        with self._wire.stream("GET", path, headers) as answer:
+            _check(answer.status)
+            while left > 0 and (got := answer.read_into(buffer[: min(left, len(buffer))])):
+                self.bytes_down += got
+                left -= got
+                yield bytes(buffer[:got])
 
     def _post(self, path: str, body: bytes) -> bytes:
         headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())
@@ -343,23 +336,23 @@ class Link:
             for piece in _pieces(part):
                 sha.update(piece)
         headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
-        with _translated(), self._http.stream("GET", path, headers=headers) as answer:
-            answer.raise_for_status()
-            if have and answer.status_code != 206:
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        with self._wire.stream("GET", path, headers) as answer:
+            _check(answer.status)
+            if have and answer.status != 206:
                 have, sha = 0, hashlib.sha256()
-            with part.open("ab" if have else "wb") as file:
-                for piece in answer.iter_raw(_PIECE_BYTES):
-                    have += len(piece)
-                    self.bytes_down += len(piece)
+            # Not synced: after a power cut whatever is there is looked at before it is used.
+            with part.open("ab" if have else "wb", buffering=0) as file:
+                while have <= nbytes and (got := answer.read_into(buffer)):
+                    have += got
+                    self.bytes_down += got
                     if self._bandwidth is not None:
-                        self._bandwidth.received(len(piece))
+                        self._bandwidth.received(got)
                     if have > nbytes:
                         break
-                    sha.update(piece)
-                    file.write(piece)
+                    sha.update(buffer[:got])
+                    write_all(file, buffer[:got])
                     failpoint("agent.download.piece")
-                file.flush()
-                os.fsync(file.fileno())
         return have, sha.hexdigest()
 
     def upload(self, digest: str, source: Path) -> None:
@@ -377,15 +370,13 @@ class Link:
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
             with _translated():
-                answer = self._http.put(
-                    path, headers=headers, content=self._metered(source, offset)
-                )
-                if answer.status_code == 409:
-                    offset = min(int(answer.json()["have"]), size)
-                elif answer.status_code == 422 and offset:
+                answer = self._wire.ask("PUT", path, headers, self._metered(source, offset))
+                if answer.status == 409:
+                    offset = min(int(msgspec.json.decode(answer.body)["have"]), size)
+                elif answer.status == 422 and offset:
                     offset = 0  # what was there already was not the beginning of this
                 else:
-                    answer.raise_for_status()
+                    _check(answer.status)
                     self.bytes_up += size - offset
                     self._cut_off = ""
                     return
@@ -438,19 +429,28 @@ class _translated:
         self, kind: type[BaseException] | None, err: BaseException | None, _: object
     ) -> None:
         if isinstance(err, httpx.HTTPStatusError):
-            status = err.response.status_code
-            if status in (401, 403, 404, 412):
-                raise SessionLost(f"the coordinator answered {status}") from err
-            if status == 507:
-                raise NoRoom("the coordinator has no room on its disk") from err
-            if status in (413, 422):  # it will say the same the next time
-                raise Refused(f"the coordinator does not take it ({status})") from err
-            raise Unreachable(f"the coordinator answered {status}") from err
+            raise _refused(err.response.status_code) from err
         if isinstance(err, _NONSENSE):
             raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
         if isinstance(err, httpx.HTTPError):
             why = str(err) or type(err).__name__
             raise Unreachable(f"the coordinator does not answer: {why}") from err
+
+
+def _check(status: int) -> None:
+    """Raise the error of ours that an answer's status amounts to."""
+    if status >= 300:
+        raise _refused(status)
+
+
+def _refused(status: int) -> Unreachable | Refused:
+    if status in (401, 403, 404, 412):
+        return SessionLost(f"the coordinator answered {status}")
+    if status == 507:
+        return NoRoom("the coordinator has no room on its disk")
+    if status in (413, 422):  # it will say the same the next time
+        return Refused(f"the coordinator does not take it ({status})")
+    return Unreachable(f"the coordinator answered {status}")
 
 
 def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:

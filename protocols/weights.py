@@ -194,6 +194,12 @@ class replacing:
             sync_folder(self._path.parent)
 
 
+def write_all(file: IO[bytes], data: memoryview) -> None:
+    """Write to a file without a buffer, which may take less than it is given at a time."""
+    while data:
+        data = data[file.write(data) :]
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
     if os.name == "nt":

@@ -211,11 +211,23 @@ def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> Non
     assert mine.peer == identity.peer_id(identity.raw_public(mine.sign_key))
 
 
-def test_connections_are_let_go_and_made_again(link: Link) -> None:
+def test_connections_are_kept_let_go_and_made_again(link: Link) -> None:
     link.open()
     link.beat()
-    before = link._http
+    [(kept, _)] = link._wire._idle
+    link.beat()
+    assert link._wire._idle[0][0] is kept
     link.reconnect()
-    assert before.is_closed
+    assert kept.sock is None
     link.beat()
     assert link.pull() is None
+
+
+def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
+    site: Site, link: Link
+) -> None:
+    link.open()
+    [(kept, _)] = link._wire._idle
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    link.beat()
+    assert link._wire._idle[0][0] is not kept
