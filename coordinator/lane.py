@@ -12,7 +12,6 @@ A peer has one `.part` file at most, and `MOST_UPLOADS` whole ones until the rou
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.auth import Auth
+from coordinator.streams import Spooling, WholeFile
 from protocols import patches, room, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
@@ -35,8 +35,6 @@ from protocols.weights import Array, Part, Schema, Weights
 OFFSET = "x-cw-offset"
 #: Whole uploads that a peer may have in the spool: one that counts, and one made anew.
 MOST_UPLOADS = 2
-#: Such a version is sent from memory: FileResponse asks four threads for it.
-_SMALL_BYTES = 128 * 1024
 #: Left to the ledger, beside the room for the next version, when an upload is let in.
 _RESERVE_BYTES = 4 * 1024 * 1024
 #: An agent that was turned away for want of room tries again sooner than that.
@@ -199,17 +197,18 @@ class Lane:
                 raise HTTPException(404)
             size = path.stat().st_size
             self.bytes_down += _range_bytes(request, size)
-            if size <= _SMALL_BYTES and "range" not in request.headers:
-                return Response(path.read_bytes(), media_type="application/octet-stream")
-            return FileResponse(path, media_type="application/octet-stream")
+            if "range" in request.headers:
+                return FileResponse(path, media_type="application/octet-stream")
+            return WholeFile(path, size)
 
         async def download_patch(request: Request) -> Response:
             await auth.peer(request)
             path = self.patch(digest_of(request))
             if not path.exists():
                 raise HTTPException(404)
-            self.bytes_down += path.stat().st_size
-            return FileResponse(path, media_type="application/octet-stream")
+            size = path.stat().st_size
+            self.bytes_down += size
+            return WholeFile(path, size)
 
         async def upload(request: Request) -> Response:
             digest = digest_of(request)
@@ -250,29 +249,30 @@ class Lane:
         self._writers[part] = me = object()
         self._promised += length
         try:
-            sha = hashlib.sha256()
-            if offset:
-                await asyncio.to_thread(_feed, sha, part)
             # Without a buffer: what a stuck upload has not written by now is never written.
             with part.open("ab" if offset else "wb", buffering=0) as file:
-                async for piece in request.stream():
-                    if self._writers.get(part) is not me:  # nor may we touch what it has made
-                        return JSONResponse({"have": 0}, status_code=409)
-                    if not auth.is_enrolled(node):  # removed since it began
-                        part.unlink(missing_ok=True)
-                        raise HTTPException(401)
-                    failpoint("upload.piece")
-                    length -= len(piece)
-                    self._promised -= len(piece)
-                    self.bytes_up += len(piece)
-                    sha.update(piece)
-                    while piece:
-                        piece = piece[file.write(piece) :]
+                spooling = Spooling(file, lambda: self._writers.get(part) is me)
+                if offset:
+                    await asyncio.to_thread(spooling.read_again, part)
+                try:
+                    async for piece in request.stream():
+                        if self._writers.get(part) is not me:  # nor may we touch what it has made
+                            return JSONResponse({"have": 0}, status_code=409)
+                        if not auth.is_enrolled(node):  # removed since it began
+                            part.unlink(missing_ok=True)
+                            raise HTTPException(401)
+                        failpoint("upload.piece")
+                        length -= len(piece)
+                        self._promised -= len(piece)
+                        self.bytes_up += len(piece)
+                        await spooling.put(piece)
+                finally:
+                    await spooling.flush()
                 # Durable before it is acknowledged: the agent forgets it then.
                 await asyncio.to_thread(os.fsync, file.fileno())
             if self._writers.get(part) is not me:
                 return JSONResponse({"have": 0}, status_code=409)
-            if length != 0 or sha.hexdigest() != digest:
+            if length != 0 or spooling.digest != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
             failpoint("upload.synced")
@@ -292,12 +292,6 @@ class Lane:
             if self._writers.get(part) is me:
                 del self._writers[part]
         return JSONResponse({"stored": True})
-
-
-def _feed(sha: hashlib._Hash, path: Path) -> None:
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
 
 
 def digest_of(request: Request) -> str:
