@@ -52,6 +52,9 @@ from protocols.mqtt import (
 from protocols.states import PeerState
 
 TELEMETRY_EVERY_S = 0.25
+#: What an agent at work does next is said no faster than that; a pause or a fault is, at once.
+PRESENCE_EVERY_S = 0.25
+_AT_WORK = frozenset({PeerState.IDLE, PeerState.TRAINING, PeerState.SENDING})
 #: Presence is said again at least this often; watchers call a peer stale after three times that.
 SIGN_OF_LIFE_S = 30.0
 NOTICES_KEPT = 32
@@ -199,14 +202,18 @@ class PresenceLink:
 
     async def _say_all(self, client: aiomqtt.Client, voice: Voice) -> None:
         said: Presence | None = None
-        say_again, telemetry_from = math.inf, 0.0
+        say_again, telemetry_from, presence_from = math.inf, 0.0, 0.0
         while True:
             self._wake.clear()
             presence = self._presence
-            if presence is not None and (presence is not said or time.monotonic() >= say_again):
+            if said is not None and presence is not None and presence != said:
+                steady = {presence.state, said.state} <= _AT_WORK
+                say_again = presence_from if steady else 0.0
+            if presence is not None and (said is None or time.monotonic() >= say_again):
                 payload = voice.seal(self._presence_topic, presence)
                 await client.publish(self._presence_topic, payload, qos=1, retain=True)
                 said = presence
+                presence_from = time.monotonic() + PRESENCE_EVERY_S
                 say_again = time.monotonic() + SIGN_OF_LIFE_S * self._rng.uniform(0.8, 1.0)
             while self._notices:
                 notice = self._notices.popleft()

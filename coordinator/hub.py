@@ -36,7 +36,7 @@ from coordinator.log_desk import LogDesk
 from coordinator.records import LaneGrid
 from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
-from coordinator.sessions import NoSession, Sessions
+from coordinator.sessions import Lingering, NoSession, Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.sharing import SharingDesk
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
@@ -65,6 +65,8 @@ from protocols.topics import COORDINATOR, Kind
 log = logging.getLogger("commonweight.hub")
 
 BEAT_S = 5.0
+#: Who hands in an answer is told of work that comes so soon after, without doorbell and question.
+LINGER_S = 1.0
 ONLINE_EVERY_S = 2.0
 #: Events that wait for a broker that hangs.
 MOST_OUTGOING = 10_000
@@ -98,6 +100,7 @@ class Hub:
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self.logs = LogDesk(self._ask_logs)
         self._sessions = Sessions(self.fleet)
+        self._lingering = Lingering()
         self._holders = Holders(self._sessions.is_open)
         self.sharing = SharingDesk(self.lane, self.registry, self._holders, keys.sign_key.sign)
         self._broker = self._make_broker()
@@ -289,10 +292,13 @@ class Hub:
         failpoint("reply.taken")
         self._on_request("push-object", node)
         settled = await self.runs.settled(settling)
-        work = None
-        if asked.want:
-            work = (await self._superlink.exchange_soon(node, Exchange())).work
-        return Exchanged(work=work, settled=settled)
+        if not asked.want:
+            return Exchanged(settled=settled)
+        answer = await self._superlink.exchange_soon(node, Exchange())
+        if answer.work is None and self.runs.current is not None:
+            await self._lingering.wait(peer, LINGER_S)
+            answer = await self._superlink.exchange_soon(node, Exchange())
+        return Exchanged(work=answer.work, settled=settled)
 
     async def _ask_logs(self, peer: str, asked: LogsAsked) -> bool:
         topic = topics.command(self._keys.fleet, peer)
@@ -320,7 +326,8 @@ class Hub:
     def _ring(self, peers: Sequence[str]) -> None:
         assert self._feed is not None
         for peer in peers:
-            self._say_soon(self._feed.ring(peer))
+            if not self._lingering.wake(peer):
+                self._say_soon(self._feed.ring(peer))
 
     def _say_soon(self, saying: Coroutine[Any, Any, bool]) -> None:
         """Something on MQTT that nobody waits for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any
 
@@ -51,6 +52,7 @@ RETURN_WITHIN_S = 20.0
 _LOOK_FOR_ROOM_S = 1.0
 _TRIES_WITHOUT_ROOM = 30
 _SHORTAGE_AGAIN_S = 5.0
+_ANNOUNCE_EVERY_S = 0.1
 
 
 class RunLoop:
@@ -83,6 +85,8 @@ class RunLoop:
         self._watch = Stopwatch()
         self._bytes_at_open = (0, 0)
         self._waiting_for = ""
+        self._announced_at = -math.inf
+        self._announcing: asyncio.TimerHandle | None = None
         self._stop_reason = ""
         self._stands_still = self._told_shortage = False
 
@@ -107,6 +111,12 @@ class RunLoop:
 
     async def drive(self) -> Run:
         """Work until the run has ended. Raises what the ledger or the disk raises."""
+        try:
+            return await self._driven()
+        finally:
+            self._announce_now()
+
+    async def _driven(self) -> Run:
         if self.run.head and not self.run.recalling:
             await self._find_whole_version()
         if self.run.head and not (self.run.ended or self.run.recalling):
@@ -391,6 +401,19 @@ class RunLoop:
                 break
 
     def _announce(self) -> None:
+        """Tell the monitors where the run stands; of what changes faster than that, the last."""
+        wait_s = self._announced_at + _ANNOUNCE_EVERY_S - time.monotonic()
+        if wait_s <= 0:
+            self._announce_now()
+        elif self._announcing is None:
+            loop = asyncio.get_running_loop()
+            self._announcing = loop.call_later(wait_s, self._announce_now)
+
+    def _announce_now(self) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
+            self._announcing = None
+        self._announced_at = time.monotonic()
         self._around.publish(run_body(self.run, self._waiting_for, self._memory_bytes or 0))
 
     def _say(self, level: Any, text: str, subject: str) -> None:
