@@ -164,7 +164,7 @@ class WorkThread:
         """Upload; waits a while for a coordinator whose disk is full."""
         for _ in range(_UPLOAD_TRIES):
             try:
-                return self._link().upload(digest, path)
+                return self._link().hand_in(digest, path)
             except NoRoom as err:
                 self._report.trouble(err.message)
                 self._rest(_UPLOAD_AGAIN_S)

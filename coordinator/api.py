@@ -134,6 +134,8 @@ def make_app(
         peer, body = await auth.peer_and_body(request, MAX_EXCHANGE_BYTES)
         try:
             asked = msgspec.msgpack.decode(body, type=Exchange)
+            if asked.reply is not None and asked.update:
+                await desk.lane.take(peer.peer, asked.update)
             answer = await desk.exchange(peer.peer, asked)
         except NoSession as err:
             raise HTTPException(412) from err

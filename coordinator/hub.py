@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator import fleet as fleets
@@ -60,6 +61,7 @@ from protocols.messages import (
     printable,
 )
 from protocols.mqtt import MqttAddress, Voice
+from protocols.states import RunState
 from protocols.topics import COORDINATOR, Kind
 
 log = logging.getLogger("commonweight.hub")
@@ -284,7 +286,7 @@ class Hub:
         if asked.reply is None:
             answer = await self._superlink.exchange_soon(node, asked)
             self._on_request("exchange", node)
-            return answer
+            return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
         settling = self.runs.settling(self._superlink.question_of(asked.reply))
         handed_in = Exchange(reply=asked.reply, want=False)
@@ -298,7 +300,16 @@ class Hub:
         if answer.work is None and self.runs.current is not None:
             await self._lingering.wait(peer, LINGER_S)
             answer = await self._superlink.exchange_soon(node, Exchange())
-        return Exchanged(work=answer.work, settled=settled)
+        return self._with_version(Exchanged(work=answer.work, settled=settled))
+
+    def _with_version(self, answer: Exchanged) -> Exchanged:
+        """An answer with the version that its work is on, if that is new to all and small."""
+        loop = self.runs.current
+        if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
+            return answer
+        version = self.lane.few_bytes(loop.run.head)
+        self.lane.bytes_down += len(version)
+        return msgspec.structs.replace(answer, version=version)
 
     async def _ask_logs(self, peer: str, asked: LogsAsked) -> bool:
         topic = topics.command(self._keys.fleet, peer)

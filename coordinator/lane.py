@@ -6,12 +6,14 @@
 
 A Flower message holds only the digest. An upload is size-checked before and hash-checked while it
 streams; what is cut short stays as a `.part` file and can be resumed from its end (`x-cw-offset`).
+A few bytes come with the message itself.
 A peer has one `.part` file at most, and `MOST_UPLOADS` whole ones until the round is committed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import os
 import re
@@ -29,6 +31,7 @@ from coordinator.streams import Spooling, WholeFile
 from protocols import patches, room, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
+from protocols.messages import FEW_BYTES
 from protocols.stored import Stored, Writer
 from protocols.weights import Array, Part, Schema, Weights
 
@@ -160,6 +163,52 @@ class Lane:
         """Where this peer's upload with this digest lies, or would."""
         return self._spool / f"{node}-{digest}.safetensors"
 
+    async def take(self, node: str, data: bytes) -> None:
+        """Keep the few bytes of an update that came with its claim. Raises HTTPException."""
+        digest = hashlib.sha256(data).hexdigest()
+        done = self.update(node, digest)
+        if done.exists():
+            return
+        self._check_size(len(data))
+        part = self._spool / f"{node}-{digest}.part"
+        self._make_room(node, part)
+        if not self.has_room(len(data)):
+            raise self._no_room()
+        self._writers[part] = me = object()
+        failpoint("upload.piece")
+        self.bytes_up += len(data)
+        try:
+            await asyncio.to_thread(_write_synced, part, data)
+            if self._writers.get(part) is me:
+                await self._whole_now(node, part, done)
+        except OSError as err:
+            if not room.is_full(err):
+                raise
+            raise self._no_room() from err
+        finally:
+            if self._writers.get(part) is me:
+                del self._writers[part]
+
+    async def _whole_now(self, node: str, part: Path, done: Path) -> None:
+        """Give a whole, synced upload its name."""
+        failpoint("upload.synced")
+        os.replace(part, done)
+        self._spooled[node].discard(part)
+        self._spooled[node].add(done)
+        await asyncio.to_thread(weights.sync_folder, self._spool)
+        failpoint("upload.stored")
+
+    def _check_size(self, nbytes: int) -> None:
+        if nbytes > self.limit_bytes:
+            raise HTTPException(413, f"an update may have {self.limit_bytes} bytes")
+
+    def few_bytes(self, digest: str) -> bytes:
+        """A version that is so small that it goes with the work; empty for any other."""
+        path = self.version(digest)
+        if not path.exists() or path.stat().st_size > FEW_BYTES:
+            return b""
+        return path.read_bytes()
+
     def open_update(self, node: str, digest: str) -> Stored:
         """An uploaded update, open for reading. Raises BadWeights."""
         if not _DIGEST.fullmatch(digest):  # a claim's is text that a peer chose
@@ -237,8 +286,7 @@ class Lane:
         if done.exists():
             return JSONResponse({"stored": True})
         length, offset = _whole(request, "content-length"), _whole(request, OFFSET, 0)
-        if offset + length > self.limit_bytes:
-            raise HTTPException(413, f"an update may have {self.limit_bytes} bytes")
+        self._check_size(offset + length)
         part = self._spool / f"{node}-{digest}.part"
         self._make_room(node, part)
         have = part.stat().st_size if part.exists() else 0
@@ -275,12 +323,7 @@ class Lane:
             if length != 0 or spooling.digest != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
-            failpoint("upload.synced")
-            part.replace(done)
-            self._spooled[node].discard(part)
-            self._spooled[node].add(done)
-            await asyncio.to_thread(weights.sync_folder, self._spool)
-            failpoint("upload.stored")
+            await self._whole_now(node, part, done)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it; what came can be resumed
         except OSError as err:
@@ -292,6 +335,12 @@ class Lane:
             if self._writers.get(part) is me:
                 del self._writers[part]
         return JSONResponse({"stored": True})
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb", buffering=0) as file:
+        weights.write_all(file, memoryview(data))
+        os.fsync(file.fileno())
 
 
 def digest_of(request: Request) -> str:

@@ -270,10 +270,14 @@ class Parcel(Struct, frozen=True, kw_only=True):
 
 
 class Exchange(Struct, frozen=True, kw_only=True):
-    """An agent's request: a reply to hand in, if it has one, and whether it takes new work."""
+    """An agent's request: a reply to hand in, if it has one, and whether it takes new work.
+
+    `update`: the bytes that the reply's claim names, if they are few; else they are on the lane.
+    """
 
     reply: Parcel | None = None
     want: bool = True
+    update: bytes = b""
 
 
 class Exchanged(Struct, frozen=True, kw_only=True):
@@ -281,13 +285,17 @@ class Exchanged(Struct, frozen=True, kw_only=True):
 
     `settled`: what became of the reply is in the ledger and outlives the coordinator's death. False
     if nobody waits for the reply, or if that is not known yet: the question may come again.
+    `version`: the bytes of the version that the work is on, if they are few and new.
     """
 
     work: Parcel | None = None
     settled: bool = False
+    version: bytes = b""
 
 
 EXCHANGE_PATH = "/cw/v1/exchange"
+#: Weights of this size travel with the messages: a request on the lane costs more than they do.
+FEW_BYTES = 64 * 1024
 LOGS_PATH = "/cw/v1/logs"
 
 _envelope = msgspec.json.Decoder(Envelope)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from agent.link import Credentials, Link, SessionLost
+from agent.link import Credentials, Link, NoRoom, SessionLost
 from protocols import identity, weights
 from protocols.errors import ExitCode, Refused, Unreachable
+from protocols.messages import FEW_BYTES
 from tests.site_fixtures import HOST, Machine, Site
 
 
@@ -231,3 +232,59 @@ def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
     kept.sock.shutdown(socket.SHUT_RDWR)
     link.beat()
     assert link._wire._idle[0][0] is not kept
+
+
+def answered(link: Link, question: Message) -> Message:
+    return Message(RecordDict({"c": ConfigRecord({"a": 1})}), reply_to=question)
+
+
+def asked(site: Site, link: Link, machine: Machine) -> Message:
+    content = RecordDict({"config": ConfigRecord()})
+    site.grid.push_messages([Message(content, site.nodes[machine.peer], "train")])
+    question = link.pull()
+    assert question is not None
+    return question
+
+
+def test_a_small_update_goes_with_the_answer(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(b"small")
+    digest = weights.file_digest(source)
+    link.open()
+    question = asked(site, link, machine)
+    link.hand_in(digest, source)
+    assert not site.lane.update(machine.peer, digest).exists()
+    link.push(answered(link, question))
+    assert site.lane.update(machine.peer, digest).read_bytes() == b"small"
+    assert link.bytes_up == 5
+
+
+def test_a_large_update_goes_at_once(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(bytes(FEW_BYTES + 1))
+    digest = weights.file_digest(source)
+    link.hand_in(digest, source)
+    assert site.lane.update(machine.peer, digest).exists()
+
+
+def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are(
+    site: Site, machine: Machine, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(b"small")
+    link.open()
+    question = asked(site, link, machine)
+    monkeypatch.setattr(site.lane, "limit_bytes", 3)
+    link.hand_in(weights.file_digest(source), source)
+    with pytest.raises(Refused, match="413"):
+        link.push(answered(link, question))
+    monkeypatch.setattr(site.lane, "limit_bytes", 100)
+    monkeypatch.setattr(site.lane, "version_bytes", 2**60)
+    link.hand_in(weights.file_digest(source), source)
+    with pytest.raises(NoRoom):
+        link.push(answered(link, question))
+    assert not site.lane.update(machine.peer, weights.file_digest(source)).exists()

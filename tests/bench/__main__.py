@@ -21,7 +21,7 @@ _OUT = Path(__file__).resolve().parents[2] / "docs" / "bench"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="all cases; about half an hour")
+    size.add_argument("--full", action="store_true", help="all cases; about 20 minutes")
     size.add_argument("--tiny", action="store_true", help="only to see that the benchmark works")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-stock", action="store_true", help="leave stock Flower out")

@@ -242,5 +242,6 @@ async def test_whatever_is_wrong_with_a_patch_the_version_comes_whole(
         assert all(closed.bytes_down >= 2 * model for closed in run.history[1:])
         for agent in fleet.agents:
             assert all(
-                path.suffix == ".safetensors" for path in (agent._folder / "cache").iterdir()
+                path.name.endswith((".safetensors", ".work.json"))
+                for path in (agent._folder / "cache").iterdir()
             )

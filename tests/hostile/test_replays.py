@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.link import Link, _pack
+from agent.wire import Answer, Body
 from coordinator import facts
 from coordinator.records import CLAIM
 from protocols import identity, messages, requests, weights
@@ -45,12 +47,18 @@ class Tap:
 
     def __init__(self, link: Link) -> None:
         self.seen: list[httpx.Request] = []
-        for http in (link._fleet._client, link._http):
-            http.event_hooks = {"request": [self._note]}
+        self._ask = link._wire.ask
+        link._wire.ask = self._noted  # type: ignore[method-assign]
 
-    def _note(self, request: httpx.Request) -> None:
-        request.read()
-        self.seen.append(request)
+    def _noted(
+        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+    ) -> Answer:
+        content = body if isinstance(body, bytes) else b"".join(body)
+        headers = {name: value for name, value in headers.items() if name != "content-length"}
+        self.seen.append(
+            httpx.Request(method, f"https://tapped{path}", headers=headers, content=content)
+        )
+        return self._ask(method, path, headers, content)
 
     def again(self, http: httpx.Client, *, without_ours: bool = False) -> dict[str, int]:
         """Send all of them again, byte for byte; statuses by path."""
