@@ -417,6 +417,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     facts.SchemaAgreed: lambda d: facts.SchemaAgreed(CARD),
     facts.WeightsInitialised: lambda d: facts.WeightsInitialised("x", "A"),
     facts.RoundOpened: lambda d: facts.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
+    facts.WorkGiven: lambda d: facts.WorkGiven(d(_ONE), 1, "x", d(st.integers(0, 2))),
     facts.PeersAsked: lambda d: facts.PeersAsked(d(_SOME)),
     facts.WorkGiven: lambda d: facts.WorkGiven(d(_ONE), d(st.integers(-1, 3)), "x"),
     facts.PeerLost: lambda d: facts.PeerLost(d(_ONE), "x"),
