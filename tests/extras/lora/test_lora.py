@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent.tasks import DataSettings, base_model, finding, lora_plan
+from agent.tasks import DataSettings, base_model, finding, lora_plan, text
 from agent.tasks.lora import Lora
+from agent.tasks.text_lm import TextLM
 from coordinator.facts import RunSpec
 from protocols import weights
 from protocols.errors import DataFault, UsageFault
 from protocols.states import RunState
-from protocols.weights import Weights
+from protocols.weights import Weights, file_digest
 from tests.extras.lora.conftest import write_model
 from tests.quality.fleet import fleet_of
 
@@ -92,6 +93,27 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
         torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(merged(tokens).logits, plain(tokens).logits, atol=1e-3)
     assert load_file(out / "model.safetensors").keys() == dict(merged.named_parameters()).keys()
+
+
+def test_text_lm_on_byte_pairs_of_a_tokenizer_that_the_run_names(hub: Path, texts: Path) -> None:
+    shutil.copyfile(hub / "tiny" / "tokenizer.json", texts / "one" / "tokenizer.json")
+    digest = file_digest(texts / "one" / "tokenizer.json")
+    settings = {"tokens": digest, "vocabulary": 321, "layers": 1, "width": 32, "context": 16}
+    task = TextLM()
+    task.load(data_of(hub, texts))
+    assert task.traits(settings)["tokens"] == (digest,)
+    base = task.init(1, settings)
+    assert base["tokens.weight"].shape == (321, 32)
+    trained = task.train(base, settings | {"epochs": 3, "lr": 0.01}, quiet)
+    assert trained.metrics["loss"] < 0.8 * np.log(321)
+    (answer,) = task.predict(Weights(trained.weights), settings, "many hands make")
+    assert answer["continuation"][0].isprintable()
+    bytes_of = text.tokens(data_of(hub, texts), text.tokenizer("bytes", texts))
+    pairs_of = text.tokens(data_of(hub, texts), text.tokenizer(digest, texts / "one"))
+    assert len(pairs_of) < len(bytes_of) / 2
+    (texts / "one" / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataFault, match="cannot be read"):
+        text.tokenizer(file_digest(texts / "one" / "tokenizer.json"), texts / "one")
 
 
 def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
