@@ -12,6 +12,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -204,6 +205,7 @@ class InProcessFleet:
             verify=lambda peer, signature, signed: identity.verify(
                 identity.raw_public(self.peers[peer].sign_key), signature, signed
             ),
+            is_own=partial(identity.verify, identity.raw_public(self._sign_key)),
             eligible=lambda: frozenset(self.peers),
             node_of=self._node_of.get,
             peer_of=lambda node: self._peer_of[node],
