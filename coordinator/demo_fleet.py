@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -93,8 +93,10 @@ class DemoFleet:
         self._await(lambda: (self.home / UP_FILE).exists(), "the coordinator did not come up")
         return Remote(self.home)
 
-    def start_agents(self, remote: Remote, count: int, split: str, threads: int) -> None:
-        """Join and start `count` agents, each with its part of the data."""
+    def start_agents(
+        self, remote: Remote, count: int, split: str, threads: int, tables: Sequence[Path] = ()
+    ) -> None:
+        """Join and start `count` agents, each with its part of the data, or a table of its own."""
         order = TicketOrder(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
         # Somebody waits for a demo: it does not yield to what else this machine does.
@@ -102,6 +104,8 @@ class DemoFleet:
         names = [f"agent{number}" for number in range(1, count + 1)]
         for part, name in enumerate(names):
             words = ["join", "-", "--name", name, "--part", f"{part}/{count}", "--split", split]
+            if tables:
+                words += ["--data", str(tables[part])]
             # By standard input: an argument list can be read by everybody on the machine.
             self._joining[name] = self._spawn(name, ["agent.cli", *words], settings, ticket)
         waiting = list(names)
