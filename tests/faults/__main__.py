@@ -33,6 +33,7 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
         "broker": network.no_broker,
         "stopped": lambda folder: network.stopped_peer(folder, 4.0 if quick else 10.0),
         "dead": network.lost_peer,
+        "late": network.late_update,
         "twins": network.twins,
         "links": lambda folder: network.cut_links(folder, cut_s),
         "lines": lambda folder: network.slow_and_flapping(folder, 10.0 if quick else 60.0),

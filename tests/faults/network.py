@@ -258,6 +258,53 @@ def stopped_peer(folder: Path, deadline_s: float) -> Row:
     return row
 
 
+def late_update(folder: Path) -> Row:
+    """A peer stands still over the end of its round; its update counts in a later one, once."""
+    row = Row("24 stale update, folded by policy", "versions behind")
+    names = ("ada", "bob", "cyd")
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*names)
+        run = fleet.order(
+            seed=SEED,
+            rounds=20,
+            quorum=2,
+            deadline_s=2.0,
+            late="fold",
+            settings={"epochs": 2, "max_steps": 150},
+        )
+        agent = fleet.programs["ada"].process.pid
+        folded: list[checker.Fact] = []
+        while not folded and not fleet.ended(run):
+            opened = len(fleet.facts(run, "RoundOpened"))
+            _until_opened(fleet, run, opened + 1)
+            family = [agent, *(child.pid for child in descendants(agent))]
+            for pid in family:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(4)  # past the deadline, and short of its will
+            for pid in family:
+                os.kill(pid, signal.SIGCONT)
+            _until_opened(fleet, run, len(fleet.facts(run, "RoundOpened")) + 2)
+            accepted = fleet.facts(run, "UpdateAccepted")
+            folded = [fact for fact in accepted if fact["update"].get("staleness")]
+        ended = checker.ended(fleet.outcome(run))
+        found = fleet.violations(names)
+        if not folded or ended != "finished":
+            found.append(f"{run} {ended}, {len(folded)} late updates folded")
+        behind = max((fact["update"]["staleness"] for fact in folded), default=0)
+        row.add(f"{len(folded)} folded", SEED, found, behind)
+    row.figure = f"{row.worst:.0f}"
+    return row
+
+
+def _until_opened(fleet: Site, run: str, count: int) -> None:
+    """Wait until so many rounds have been opened, or the run has ended."""
+    until(
+        lambda: len(fleet.facts(run, "RoundOpened")) >= count or fleet.ended(run),
+        f"round {count} is open",
+    )
+
+
 def twins(folder: Path) -> Row:
     """Two agents with one identity take each other's session; nothing is counted twice."""
     row = Row("22 two agents, one identity", "double counts")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -122,6 +123,7 @@ class Site(Fleet):
         task: str = "mnist",
         deadline_s: float = 600.0,
         settings: dict[str, Setting] | None = None,
+        late: Literal["drop", "fold"] = "drop",
     ) -> str:
         """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
         known = checker.run_names(self.home)
@@ -132,6 +134,7 @@ class Site(Fleet):
             seed=seed,
             deadline_s=deadline_s,
             settings=TRAINING if settings is None else settings,
+            late=late,
         )
         remote, said = Remote(self.home), "nothing"
         try:
