@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-extras check setup bench bench-quick quality faults faults-quick soak clean
+.PHONY: demo test test-extras check setup docs man month upgrade bench bench-quick quality faults \
+	faults-quick soak clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -42,6 +43,23 @@ soak: setup
 
 quality: setup
 	$(BIN)/python -m tests.quality
+
+# The docs as a site in build/site, with a reference made from the code; no warning passes
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
+man: setup
+	$(BIN)/python deploy/manual.py build/man
+
+# A month in an hour: ROUNDS=10000 of a tiny model, and how memory and open files grew with them
+ROUNDS ?= 10000
+month: setup
+	$(BIN)/python -m tests.faults.month --rounds $(ROUNDS)
+
+# Old agents with a new coordinator and the reverse, from wheels of three versions
+upgrade: setup
+	$(BIN)/pytest -n 0 tests/e2e/upgrade.py
 
 bench: setup
 	$(BIN)/python -m tests.bench --full

@@ -18,7 +18,7 @@ import typer
 
 from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_task
 from agent.cli_owner import Json, is_running, say
-from protocols import VERSION, homes, output
+from protocols import VERSION, crashes, homes, output
 from protocols.errors import CommonweightError, ExitCode, NotRunning, UsageFault
 
 app = typer.Typer(
@@ -181,6 +181,9 @@ def run(
     say(f"agent {enrolment.name} ({enrolment.peer}) of fleet {enrolment.fleet}; Ctrl-C stops it")
     try:
         asyncio.run(Agent(home, enrolment, chosen).serve())
+    except Exception as err:
+        crashes.keep(home, err)
+        raise
     finally:
         held.release()
     say("agent stopped")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from agent import autostart, machine, sensors, settings
 from agent.sensors import Sensors
 from agent.settings import Enrolment
-from protocols import VERSION, homes, identity
+from protocols import VERSION, compat, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
-from protocols.folder import check_private, check_room
+from protocols.folder import check_crashes, check_private, check_room
 
 if TYPE_CHECKING:
     import httpx
@@ -47,6 +47,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 Step("permissions", doctor.permissions, ("home",)),
                 Step("settings", doctor.settings, ("home",)),
                 Step("disk", doctor.disk, ("home",)),
+                Step("crashes", doctor.crashes, ("home",)),
                 Step("packages", machine.packages),
                 Step("device", machine.device),
                 Step("sensors", doctor.sensors, ("settings",)),
@@ -86,6 +87,9 @@ class _Doctor:
 
     def home(self) -> str:
         return str(homes.open_home("agent"))
+
+    def crashes(self) -> str | Advice:
+        return check_crashes(self._home)
 
     def permissions(self) -> str:
         return check_private(self._home)
@@ -255,7 +259,7 @@ class _Doctor:
             return f"{VERSION}, as the coordinator"
         said = f"{VERSION} here, {theirs} there"
         fix = f"pip install 'commonweight=={theirs}'"
-        if theirs.split(".")[:2] != VERSION.split(".")[:2]:
+        if not compat.is_near(theirs, VERSION):
             raise CommonweightError(said, fix)
         return Advice(said, fix)
 

@@ -22,9 +22,9 @@ from agent.loop import WorkerLoop
 from agent.report import Report
 from agent.settings import Enrolment, write_enrolment
 from agent.worker import SessionChanged
-from protocols import identity
+from protocols import compat, crashes, identity
 from protocols.backoff import delays
-from protocols.errors import CommonweightError, Unreachable
+from protocols.errors import CommonweightError, Unreachable, VersionSkew
 from protocols.mqtt import MqttAddress
 
 log = logging.getLogger("commonweight.agent")
@@ -57,6 +57,7 @@ class Sessions:
         self._link: Link | None = None
         self._doorbell = asyncio.Event()
         self._worked_at = 0.0
+        self._skew = ""
         self._working = ThreadPoolExecutor(1, "work")
         self._beating = ThreadPoolExecutor(1, "heartbeat")
 
@@ -103,13 +104,18 @@ class Sessions:
                 waits = delays(Random(), 0.3, 15.0)
                 await self._work_on(answer)
             except CommonweightError as err:
-                if self._loop.worker.session:
+                if isinstance(err, VersionSkew):
+                    if err.message != self._skew:
+                        log.error("%s; %s", err.message, err.hint)
+                    self._skew = err.message
+                elif self._loop.worker.session:
                     log.warning("lost the coordinator: %s", err.message)
                 else:
                     log.debug("no session: %s", err.message)
                 self._report.trouble(err.message)
             except Exception as err:  # an agent runs for months: no surprise may end it
                 log.exception("unexpected trouble with the link")
+                crashes.keep(self._home, err)
                 self._report.complain(f"unexpected trouble: {type(err).__name__}")
             self._loop.happened(SessionChanged(False))
             self._report.changed()
@@ -138,6 +144,7 @@ class Sessions:
     def _open(self) -> None:
         if self._link is None:
             self._link = Link(self._credentials, self._bandwidth)
+        compat.check(self._link.standing().version, "the coordinator")
         self._link.open()
         self._learn_mqtt(self._link.mqtt())
         self._keep_certificate(self._link)

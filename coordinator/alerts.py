@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from coordinator.fleet import Fleet, Level, Peer, called, current_run, num_available, shown_state
 from coordinator.words import age, amount
-from protocols import VERSION
+from protocols import VERSION, compat
 from protocols.states import ENDED, PeerState
 
 #: An agent keeps some versions of the model and its own update: with less, it soon cannot.
@@ -64,8 +64,10 @@ def _of_peer(peer: Peer, now: float) -> Iterator[Alert]:
         text = f"{name} has only {amount(peer.disk_free_bytes)} of disk left"
         yield Alert(f"disk {who}", "warning", text, who)
     if peer.version and peer.version != VERSION:
+        near = compat.is_near(VERSION, peer.version)
         text = f"{name} runs commonweight {peer.version}; this is {VERSION}"
-        yield Alert(f"version {who} {peer.version}", "warning", text, who)
+        text += "" if near else ": too far apart, it gets no work"
+        yield Alert(f"version {who} {peer.version}", "warning" if near else "error", text, who)
 
 
 def _clocks(fleet: Fleet) -> Iterator[Alert]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator import cli_care, cli_fleet, cli_monitor, cli_runs
-from protocols import VERSION, homes, output
+from protocols import VERSION, crashes, homes, output
 from protocols.errors import CommonweightError, ExitCode
 
 app = typer.Typer(
@@ -132,6 +132,9 @@ def up(
 
     try:
         asyncio.run(run())
+    except Exception as err:
+        crashes.keep(home, err)
+        raise
     finally:
         held.release()
     say("coordinator stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -41,20 +42,51 @@ def doctor(json: Json = False) -> None:
         raise typer.Exit(ExitCode.FAULTS_FOUND)
 
 
+PassphraseFile = Annotated[
+    Path | None,
+    typer.Option(help="A file whose first line is the passphrase; asked for if left out."),
+]
+
+
+def _passphrase(file: Path | None, *, new: bool) -> str:
+    """Never from the command line, which everybody on the machine can read. Raises UsageFault."""
+    if file is None:
+        if not sys.stdin.isatty():
+            raise UsageFault(
+                "a passphrase is asked for, and there is no terminal", "--passphrase-file"
+            )
+        return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))
+    try:
+        return file.read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as err:
+        raise UsageFault(f"cannot read the passphrase: {err}") from err
+
+
 def backup(
     file: Annotated[Path, typer.Argument(help="Where the backup is to be written.")],
     with_versions: Annotated[
         bool, typer.Option("--with-versions", help="Also the shared weights on this disk.")
     ] = False,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Under a passphrase.")] = False,
+    passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
     """Keys, peers, settings and the ledger in one file; also while the coordinator runs.
 
-    Who has the file has the coordinator's keys.
+    Who has the file has the coordinator's keys, unless it is encrypted.
     """
     from coordinator import backup as backups
+    from coordinator import sealed
 
-    made = backups.write(homes.open_home("coordinator"), file, with_versions=with_versions)
+    home = homes.open_home("coordinator")
+    if encrypt or passphrase_file:
+        words = _passphrase(passphrase_file, new=True)
+        with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
+            plain = Path(folder) / "backup"
+            made = backups.write(home, plain, with_versions=with_versions)
+            sealed.seal(plain, file, words)
+    else:
+        made = backups.write(home, file, with_versions=with_versions)
     if json:
         data = {"file": file, "fleet": made.fleet, "entries": made.entries, "head": made.head}
         sys.stdout.write(output.ok(data) + "\n")
@@ -62,7 +94,11 @@ def backup(
         nbytes = sum(one.nbytes for one in made.files.values())
         sys.stderr.write(
             f"wrote {file}: {made.entries} entries of the ledger, {nbytes / 1e6:,.1f} MB in all\n"
-            "keep it where only you can read it: the coordinator's keys are in it\n"
+            + (
+                "without the passphrase nobody can open it, you neither\n"
+                if encrypt or passphrase_file
+                else "keep it where only you can read it: the coordinator's keys are in it\n"
+            )
         )
 
 
@@ -72,13 +108,23 @@ def restore(
         bool,
         typer.Option("--from-peers", help="Take the newest versions from the agents' disks."),
     ] = False,
+    passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
     """Make this machine the coordinator that a backup was made of. The home must be empty."""
     from coordinator import backup as backups
+    from coordinator import sealed
 
     home = homes.locate("coordinator")
-    made = backups.restore(file, home, from_peers=from_peers)
+    if sealed.is_sealed(file):
+        words = _passphrase(passphrase_file, new=False)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".restore-", dir=home.parent) as folder:
+            plain = Path(folder) / "backup"
+            sealed.unseal(file, plain, words)
+            made = backups.restore(plain, home, from_peers=from_peers)
+    else:
+        made = backups.restore(file, home, from_peers=from_peers)
     if json:
         data = {"home": home, "fleet": made.fleet, "entries": made.entries, "made_at": made.at}
         sys.stdout.write(output.ok(data) + "\n")

@@ -21,7 +21,7 @@ from coordinator.settings import UP_FILE, Settings
 from protocols import VERSION, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, HomeFault, PortInUse, Unreachable
-from protocols.folder import check_private, check_room
+from protocols.folder import check_crashes, check_private, check_room
 from protocols.mqtt import MqttAddress, tls_context, why_down
 
 ENGINE = "1.41"
@@ -49,6 +49,7 @@ def examine_coordinator(home: Path) -> Iterator[Check]:
             Step("permissions", doctor.permissions, ("home",)),
             Step("settings", doctor.settings),
             Step("disk", doctor.disk, ("home",)),
+            Step("crashes", doctor.crashes, ("home",)),
             Step("engine", engine),
             Step("ledger", doctor.ledger, ("home",)),
             Step("versions", doctor.versions, ("home",)),
@@ -77,6 +78,9 @@ class _Doctor:
     def home(self) -> str:
         home = homes.open_home("coordinator")
         return f"{home}, fleet {settings.open_keys(home).fleet}"
+
+    def crashes(self) -> str | Advice:
+        return check_crashes(self._home)
 
     def permissions(self) -> str:
         return check_private(self._home)

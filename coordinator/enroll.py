@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator.ledger import Ledger
-from protocols import identity
+from protocols import compat, identity
 from protocols.errors import BadMessage, Refused, UnknownName
 from protocols.joining import Joining, OperatorJoining, claimed, operator_claimed
 from protocols.tickets import Ticket, hash_secret
@@ -177,6 +177,7 @@ class Registry:
         if known is not None:  # the answer to its first try was lost: the ticket is spent already
             return known
         _check_unspent(ticket)
+        compat.check(joining.version, "the agent on that machine")
         # Flower takes a node key once, also one that was removed: a second would fail every start.
         if any(peer.node_public == joining.node_public for peer in self.peers.values()):
             raise Refused("another machine has this node key", "join again with --replace")

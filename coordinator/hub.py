@@ -83,7 +83,10 @@ class Hub:
         _share_memory()
         self._stopping = asyncio.Event()
         self._names = chosen.names or settings.reachable_names(chosen.host)
-        settings.certify(home, keys.ca_key, keys.ca_pem, self._names)
+        self._public = chosen.public_addresses
+        public_names = [address.rpartition(":")[0].strip("[]") for address in self._public]
+        self._certified = [*self._names, *public_names]
+        settings.certify(home, keys.ca_key, keys.ca_pem, self._certified)
         self._socket = listen(chosen.host, chosen.port)
         self.port: int = self._socket.getsockname()[1]
         self._ledger = Ledger(home / "ledger.db")
@@ -253,7 +256,7 @@ class Hub:
         while True:
             await asyncio.sleep(CERTIFICATE_EVERY_S)
             keys = self._keys
-            if settings.certify(self._home, keys.ca_key, keys.ca_pem, self._names):
+            if settings.certify(self._home, keys.ca_key, keys.ca_pem, self._certified):
                 server.renew()
                 log.info("renewed the TLS certificate")
 
@@ -263,7 +266,8 @@ class Hub:
     # --- what the HTTP routes ask (api.Desk) ---
 
     def addresses(self) -> tuple[str, ...]:
-        return tuple(f"{name}:{self.port}" for name in self._names[:8])
+        hosts = (f"[{name}]" if ":" in name else name for name in self._names)
+        return (*self._public, *(f"{host}:{self.port}" for host in hosts))[:8]
 
     def mqtt_for(self, host: str) -> MqttAddress:
         return self._broker.address(host, self._keys.ca_pem.decode())

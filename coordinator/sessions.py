@@ -10,6 +10,7 @@ import asyncio
 import time
 
 from coordinator.fleet import Fleet
+from protocols import VERSION, compat
 from protocols.messages import Presence
 from protocols.states import PeerState
 
@@ -108,6 +109,8 @@ class Sessions:
         if shown is None or shown.standing != "enrolled":
             return False
         if shown.state in (PeerState.PAUSED, PeerState.ERROR):
+            return False
+        if not compat.is_near(VERSION, shown.version):
             return False
         if shown.state is PeerState.IDLE and shown.free_until:
             left_s = shown.free_until - time.time() - shown.skew_s

@@ -8,12 +8,12 @@ import socket
 import ssl
 import tomllib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import psutil
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -37,9 +37,10 @@ class Settings(BaseSettings):
 
     `host` and `port`: where agents connect. `mqtt_port` 0 means the port after. `mqtt_url`: a
     broker of your own instead of the embedded one. `names`: host names and addresses under which
-    agents reach this machine, if they are not those found. `approve`: new peers wait for
-    `peers approve`. `announce`: say in this network where the coordinator is. `metrics_port`:
-    Prometheus finds /metrics there, on loopback; 0 is off.
+    agents reach this machine, if they are not those found. `public_addresses`: host:port by which
+    they reach it through something that stands before it, a proxy or a router. `approve`: new peers
+    wait for `peers approve`. `announce`: say in this network where the coordinator is.
+    `metrics_port`: Prometheus finds /metrics there, on loopback; 0 is off.
     """
 
     model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
@@ -50,6 +51,7 @@ class Settings(BaseSettings):
     mqtt_url: str = ""
     mqtt_ca: str = ""
     names: list[str] = []
+    public_addresses: list[Annotated[str, StringConstraints(pattern=r"^.+:\d{1,5}$")]] = []
     approve: bool = False
     metrics_port: int = Field(0, ge=0, le=65535)
     announce: bool = False
@@ -178,10 +180,18 @@ def reachable_names(host: str) -> list[str]:
     if host not in ("0.0.0.0", "::", ""):
         return [host]
     found: list[str] = []
+    later: list[str] = []
     for addresses in psutil.net_if_addrs().values():
         for address in addresses:
             if address.family == socket.AF_INET and not address.address.startswith("127."):
                 found.append(address.address)
+            # Not loopback, and not those that hold on one link only.
+            elif address.family == socket.AF_INET6 and not address.address.startswith(
+                ("::1", "fe80")
+            ):
+                later.append(address.address)
+    if host == "::":
+        found += later
     with contextlib.suppress(OSError):
         found.append(socket.gethostname())
     return found or ["127.0.0.1"]

@@ -7,7 +7,8 @@ CommonweightError                     1  something failed
 │   └── CannotBeMet                      a quorum or deadline that cannot be met
 ├── Unreachable                       3  nobody answers at that address
 ├── Refused                           4  the other side said no
-│   └── NotEnrolled                      this machine has not joined
+│   ├── NotEnrolled                      this machine has not joined
+│   └── VersionSkew                      the two programs are too far apart
 ├── NotRunning                        5  the program asked for is not up
 ├── HomeFault                         1  the home folder cannot be used
 │   ├── HomeLocked                       another process works in it
@@ -105,6 +106,12 @@ class NotEnrolled(Refused):
     """This machine holds no certificate of a coordinator."""
 
     code = "not_enrolled"
+
+
+class VersionSkew(Refused):
+    """Agent and coordinator are more than one minor version apart."""
+
+    code = "version_skew"
 
 
 class NotRunning(CommonweightError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from protocols import homes
+from protocols import crashes, homes
 from protocols.checks import Advice
 from protocols.errors import CommonweightError
 
@@ -29,3 +29,12 @@ def check_room(home: Path, little_bytes: float, too_little_bytes: float) -> str 
     if free < too_little_bytes:
         raise CommonweightError(said, fix)
     return Advice(said, fix) if free < little_bytes else said
+
+
+def check_crashes(home: Path) -> str | Advice:
+    """Whether a program fell here over something that nobody expected."""
+    found = crashes.kept(home)
+    if not found:
+        return "none"
+    said = f"{len(found)} kept here, the last {crashes.in_words(found[-1])}"
+    return Advice(said, f"report it with {found[-1]}: no data is in it; then delete the file")

@@ -14,7 +14,7 @@ from typing import Literal
 import platformdirs
 from filelock import FileLock, Timeout
 
-from protocols import VERSION
+from protocols import VERSION, migrations
 from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
 from protocols.identity import write_private
 
@@ -48,9 +48,8 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
         if create:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not (home / STAMP).exists():
-                stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
-                write_private(home / STAMP, json.dumps(stamp).encode())
-        check_stamp(home, kind)
+                _write_stamp(home, kind)
+        found = check_stamp(home, kind)
     except FileNotFoundError as err:
         raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
     except OSError as err:
@@ -60,11 +59,29 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
         ) from err
     if not os.access(home, os.W_OK):
         raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
+    if found < FORMAT:
+        _migrate(home, kind)
     return home
 
 
-def check_stamp(home: Path, kind: Kind) -> None:
-    """Raise HomeTooNew or HomeFault unless this version can use the folder as such a home."""
+def _write_stamp(home: Path, kind: Kind) -> None:
+    stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
+    write_private(home / STAMP, json.dumps(stamp).encode())
+
+
+def _migrate(home: Path, kind: Kind) -> None:
+    """Bring an older home to this format, if no program of the older version works in it."""
+    held = lock(home, f"{kind} of an older version")
+    try:
+        if (found := check_stamp(home, kind)) < FORMAT:
+            migrations.migrate(home, migrations.STEPS[kind], found, FORMAT)
+            _write_stamp(home, kind)
+    finally:
+        held.release()
+
+
+def check_stamp(home: Path, kind: Kind) -> int:
+    """The format of the home. Raises HomeTooNew, HomeFault if this version cannot use it."""
     text = (home / STAMP).read_bytes()
     try:
         stamp = json.loads(text)
@@ -79,6 +96,7 @@ def check_stamp(home: Path, kind: Kind) -> None:
         )
     if found_kind != kind:
         raise HomeFault(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
+    return found
 
 
 def exposed(home: Path) -> list[Path]:

@@ -30,7 +30,17 @@ from protocols.mqtt import MqttAddress
 from tests.e2e.fleet_harness import AGENT, Fleet, environment, fleet, run_program, until
 
 HOST = "127.0.0.1"
-HERE = ["home", "permissions", "settings", "disk", "packages", "device", "sensors", "service"]
+HERE = [
+    "home",
+    "permissions",
+    "settings",
+    "disk",
+    "crashes",
+    "packages",
+    "device",
+    "sensors",
+    "service",
+]
 THERE = ["enrolled", "dns", "tcp", "tls", "clock", "coordinator", "flower", "mqtt", "version"]
 
 Made = dict[str, dict[str, Any]]
@@ -84,7 +94,7 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
     assert made["home"]["ok"] is False
     assert "commonweight-agent join" in made["home"]["fix"]
     assert {name for name, check in made.items() if check["ok"] is None} == {
-        "permissions", "settings", "disk", *THERE
+        "permissions", "settings", "disk", "crashes", *THERE
     }  # fmt: skip
     assert not (site.folder / "nobody").exists()
 

@@ -19,8 +19,8 @@ from protocols.errors import CommonweightError, PortInUse
 from tests.e2e.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
 
 NAMES = [
-    "home", "permissions", "settings", "disk", "engine", "ledger", "versions", "clock", "running",
-    "certificate", "ports", "broker", "peers",
+    "home", "permissions", "settings", "disk", "crashes", "engine", "ledger", "versions", "clock",
+    "running", "certificate", "ports", "broker", "peers",
 ]  # fmt: skip
 
 Made = dict[str, dict[str, Any]]

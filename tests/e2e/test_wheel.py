@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-import sysconfig
-import venv
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import wheels
 from tests.e2e.fleet_harness import ROOT, environment, fleet
-
-SCRIPTS = "Scripts" if sys.platform == "win32" else "bin"
-
-
-def python_in(folder: Path) -> Path:
-    return folder / SCRIPTS / ("python.exe" if sys.platform == "win32" else "python")
+from tests.e2e.wheels import SCRIPTS, python_in
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel in it; what it depends on is borrowed from this one."""
     folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    # Where hatchling is not here already, pip fetches it from its index.
-    isolated = [] if find_spec("hatchling") is None else ["--no-build-isolation"]
-    build = [*pip, "wheel", "--quiet", "--no-deps", *isolated, "-w", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, cwd=folder)
-    (wheel,) = folder.glob("commonweight-*.whl")
-
-    home = folder / "env"
-    venv.create(home, with_pip=False, symlinks=sys.platform != "win32")
-    into = [*pip, "--python", str(python_in(home)), "install", "--quiet", "--no-deps", str(wheel)]
-    subprocess.run(into, check=True, cwd=folder)
-    inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.check_output([python_in(home), "-c", inside], text=True).strip()
-    # A plain path: the editable install of the source tree that lies there is not followed.
-    Path(packages, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return home
+    return wheels.installed(wheels.wheel(ROOT, folder / "wheel"), folder / "env")
 
 
 def test_init_up_join_run_and_two_rounds(installed: Path, tmp_path: Path) -> None:

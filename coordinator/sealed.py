@@ -1,0 +1,104 @@
+"""A file under a passphrase: scrypt (RFC 7914) makes the key, AES-256-GCM seals piece by piece.
+
+`cwsealed1\\n`, log2 of scrypt's n, a salt of 16 bytes, a nonce's first 7; then pieces of 1 MiB,
+each 16 bytes longer for its tag. A nonce ends in the piece's number (4 bytes) and 1 for the last,
+so that pieces cannot be left out, put elsewhere or cut off (STREAM, Hoang et al. 2015).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
+from protocols.errors import HomeFault, Refused, UsageFault
+
+MAGIC = b"cwsealed1\n"
+#: 128 MB of memory and some tenths of a second for each guess at a passphrase.
+LOG_N = 17
+_MOST_LOG_N = 20
+_PIECE_BYTES, _TAG_BYTES = 1 << 20, 16
+_SALT_BYTES, _NONCE_BYTES = 16, 7
+_HEAD_BYTES = len(MAGIC) + 1 + _SALT_BYTES + _NONCE_BYTES
+
+
+def is_sealed(file: Path) -> bool:
+    """True if the file begins as a sealed one does. Raises UsageFault if it cannot be read."""
+    try:
+        with file.open("rb") as source:
+            return source.read(len(MAGIC)) == MAGIC
+    except OSError as err:
+        raise UsageFault(f"cannot read {file}: {err.strerror}") from err
+
+
+def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> None:
+    """Write `source`, sealed, to the new file `out`. Raises UsageFault, HomeFault."""
+    head = MAGIC + bytes([log_n]) + os.urandom(_SALT_BYTES + _NONCE_BYTES)
+    cipher = _cipher(head, passphrase)
+    try:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as err:
+        raise UsageFault(f"{out} exists already", "choose another name") from err
+    except OSError as err:
+        raise HomeFault(f"cannot write {out}: {err.strerror}") from err
+    try:
+        with os.fdopen(descriptor, "wb") as target, source.open("rb") as plain:
+            target.write(head)
+            for number, piece, last in _pieces(plain, _PIECE_BYTES):
+                target.write(cipher.encrypt(_nonce(head, number, last), piece, head))
+            target.flush()
+            os.fsync(target.fileno())
+    except OSError as err:
+        out.unlink(missing_ok=True)
+        raise HomeFault(f"cannot write {out}: {err.strerror}") from err
+
+
+def unseal(source: Path, out: Path, passphrase: str) -> None:
+    """Write what `source` holds to `out`. Raises Refused (passphrase, or damaged), HomeFault."""
+    try:
+        with source.open("rb") as sealed:
+            head = sealed.read(_HEAD_BYTES)
+            if len(head) < _HEAD_BYTES or not head.startswith(MAGIC):
+                raise HomeFault(f"{source} is not sealed, or was cut off")
+            if head[len(MAGIC)] > _MOST_LOG_N:
+                raise HomeFault(f"{source} asks for more memory than a passphrase needs")
+            cipher = _cipher(head, passphrase)
+            descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as plain:
+                for number, piece, last in _pieces(sealed, _PIECE_BYTES + _TAG_BYTES):
+                    plain.write(cipher.decrypt(_nonce(head, number, last), piece, head))
+    except InvalidTag as err:
+        raise Refused(
+            f"{source} does not open: the passphrase is another, or the file is damaged",
+            "try the passphrase again; no other way leads into it",
+        ) from err
+    except OSError as err:
+        raise HomeFault(f"cannot read {source}: {err.strerror}") from err
+
+
+def _cipher(head: bytes, passphrase: str) -> AESGCM:
+    if not passphrase:
+        raise UsageFault("an empty passphrase keeps nobody out")
+    log_n = head[len(MAGIC)]
+    salt = head[len(MAGIC) + 1 : len(MAGIC) + 1 + _SALT_BYTES]
+    return AESGCM(Scrypt(salt=salt, length=32, n=1 << log_n, r=8, p=1).derive(passphrase.encode()))
+
+
+def _nonce(head: bytes, number: int, last: bool) -> bytes:
+    return head[-_NONCE_BYTES:] + number.to_bytes(4, "big") + bytes([last])
+
+
+def _pieces(file: IO[bytes], nbytes: int) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, bytes, whether it is the last); one empty piece of an empty file."""
+    piece, number = file.read(nbytes), 0
+    while True:
+        following = file.read(nbytes) if len(piece) == nbytes else b""
+        yield number, piece, not following
+        if not following:
+            return
+        piece, number = following, number + 1

@@ -1,0 +1,54 @@
+"""The docs' reference page, made from the code: commands, settings, errors. An MkDocs hook."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_type_hints
+
+from mkdocs.structure.files import File, Files
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+import manual  # noqa: E402
+
+from agent.settings import AgentSettings, in_words  # noqa: E402
+from protocols import errors  # noqa: E402
+
+
+def on_files(files: Files, config: object) -> Files:
+    """Add the page that no file holds."""
+    text = "\n".join(page())
+    files.append(File.generated(config, "reference.md", content=text))  # type: ignore[arg-type]
+    return files
+
+
+def page() -> Iterator[str]:
+    yield "# Reference"
+    for program in manual.PROGRAMS:
+        yield f"\n## {program}\n"
+        for command in manual.told(program):
+            yield f"\n### `{command.words}`\n\n{command.help}\n"
+            yield f"```text\n{command.words} {command.usage}\n```\n"
+            if command.parameters:
+                yield "| | |\n|---|---|"
+                yield from (
+                    f"| `{_cell(typed)}` | {_cell(said)} |" for typed, said in command.parameters
+                )
+    yield "\n## Settings of an agent\n\n`commonweight-agent policy set KEY VALUE`\n"
+    yield "| key | default | |\n|---|---|---|"
+    defaults = AgentSettings()
+    for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
+        about = next((m.description for m in getattr(hint, "__metadata__", ())), "") or ""
+        shown = in_words(getattr(defaults, name))
+        yield f"| `{name}` | {f'`{shown}`' if shown else ''} | {_cell(about)} |"
+    yield (
+        "\n## Errors and exit codes\n\n```text\n"
+        + (errors.__doc__ or "").partition("\n\n")[2]
+        + "```\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

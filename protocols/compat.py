@@ -1,0 +1,30 @@
+"""Which versions work together: those at most one minor version apart. Pure.
+
+So a fleet is upgraded machine by machine, the coordinator first or last.
+"""
+
+from __future__ import annotations
+
+import re
+
+from protocols import VERSION
+from protocols.errors import VersionSkew
+
+_NUMBERS = re.compile(r"(\d+)\.(\d+)(?:\.|\Z|[a-z])")
+
+
+def is_near(one: str, other: str) -> bool:
+    """True if these versions work together; also if one of them does not say what it is."""
+    a, b = _NUMBERS.match(one), _NUMBERS.match(other)
+    if a is None or b is None or "0.0.0" in (one, other):  # a source tree that was never installed
+        return True
+    return a[1] == b[1] and abs(int(a[2]) - int(b[2])) <= 1
+
+
+def check(theirs: str, who: str, ours: str = VERSION) -> None:
+    """Raise VersionSkew if `who`, of version `theirs`, is too far from this program."""
+    if not is_near(ours, theirs):
+        raise VersionSkew(
+            f"{who} runs commonweight {theirs}, this is {ours}: more than one minor version apart",
+            "update the older one: pip install --upgrade commonweight",
+        )

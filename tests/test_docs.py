@@ -1,0 +1,77 @@
+"""Every command line in the docs is one that the programs take; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+import agent.cli
+import coordinator.cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PROGRAMS = {"commonweight": coordinator.cli.app, "commonweight-agent": agent.cli.app}
+#: Programs that are not ours; what they are asked is theirs.
+OTHERS = {"pip", "python3", ".", "uv", "pipx", "make", "sudo", "~/commonweight/bin/pip", "cp"}
+_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`((?:commonweight|commonweight-agent) [^`…]+)`")
+_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def lines() -> list[tuple[str, str]]:
+    """(page, command line) of each line that a reader may copy."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        whole = re.sub(r"\\\n", " ", "".join(_BLOCK.findall(text)))
+        copied = [line for line in whole.splitlines() if line.strip() and line[0] != "#"]
+        found += [(page.name, line) for line in [*copied, *_INLINE.findall(text)]]
+    return found
+
+
+def check(words: list[str]) -> None:
+    """Raise unless the program has this command and takes these options. Nothing is run."""
+    command: click.Command = typer.main.get_command(PROGRAMS[words[0]])
+    context, rest = click.Context(command, info_name=words[0]), words[1:]
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        name, rest = rest[0], rest[1:]
+        sub = command.get_command(context, name)
+        assert sub is not None, f"there is no {name}"
+        command, context = sub, click.Context(sub, info_name=name, parent=context)
+    if not isinstance(command, click.Group):
+        command.make_context(context.info_name, rest, parent=context.parent)
+    elif rest:
+        command.make_parser(context).parse_args(list(rest))
+
+
+@pytest.mark.parametrize(("page", "line"), lines())
+def test_a_command_line_is_one_that_is_there(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] in PROGRAMS:
+        try:
+            check(words)
+        except click.ClickException as err:
+            pytest.fail(f"{page}: {line}: {err.format_message()}")
+    else:
+        assert words[0] in OTHERS, f"{page}: what is {words[0]}?"
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    made = {"reference.md"}  # from the code, by make docs
+    for target in _LINK.findall(page.read_text()):
+        assert target in made or (page.parent / target).exists(), target
+
+
+def test_what_is_no_command_is_found() -> None:
+    with pytest.raises(AssertionError, match="there is no nonsense"):
+        check(["commonweight", "nonsense"])
+    with pytest.raises(click.ClickException):
+        check(["commonweight-agent", "pause", "--until", "2h"])
