@@ -94,7 +94,18 @@ REFERENCE = (
     ),
 )
 
+_ADAPTIVE: Mapping[str, Setting] = {"eta": 0.01, "tau": 0.001}
+_MOMENTUM: Mapping[str, Setting] = {"server_momentum": 0.9, "server_learning_rate": 0.3}
+
 #: What else was tried on two label shards a peer.
-BETTER: tuple[Course, ...] = ()
+BETTER = (
+    Course("fedavgm, shards", "shards", strategy="fedavgm", strategy_args=_MOMENTUM),
+    Course("fedadam, shards", "shards", strategy="fedadam", strategy_args=_ADAPTIVE),
+    Course("fedyogi, shards", "shards", strategy="fedyogi", strategy_args=_ADAPTIVE),
+    Course("fedprox, shards", "shards", strategy="fedprox", strategy_args={"proximal_mu": 0.1}),
+    Course("scaffold, shards", "shards", strategy="scaffold"),
+    Course("scaffold + topk, shards", "shards", "topk", "scaffold"),
+    Course("fedadam + sign, shards", "shards", "sign", "fedadam", _ADAPTIVE),
+)
 
 ALL = (*REFERENCE, *BETTER)
