@@ -204,7 +204,7 @@ from agent.tasks.mnist import Mnist
 
 class Paced(Mnist):
     def train(self, weights, settings, on_step):
-        pace_s = float(os.environ["COMMONWEIGHT_AGENT_BENCH_PACE_S"])
+        pace_s = float(os.environ["PACE_S"])
 
         def step(*told):
             time.sleep(pace_s)
@@ -226,7 +226,7 @@ def real() -> dict[str, dict[str, float]]:
             def _env(self, name: str = "coordinator") -> dict[str, str]:
                 slow = name in ("peer6", "peer7")
                 pace = fast_s * (TIMES if slow else 1.0)
-                return super()._env(name) | {"COMMONWEIGHT_AGENT_BENCH_PACE_S": str(pace)}
+                return super()._env(name) | {"PACE_S": str(pace)}
 
         made = Stretched(Path(folder), {"COMMONWEIGHT_AGENT_THREADS": "1"})
         with fleet_harness.closing(made):
@@ -267,7 +267,13 @@ def real() -> dict[str, dict[str, float]]:
                     "--deadline",
                     "5m",
                 )
-                shown = made.ended_run(run)
+                fleet_harness.until(
+                    lambda run=run: made.run(run)["state"] in ("finished", "stopped", "failed"),
+                    f"{name} has ended",
+                    within_s=400.0,
+                    every_s=2.0,
+                )
+                shown = made.run(run)
                 reached = next(
                     r for r in shown["history"] if (r["metrics"].get("accuracy") or 0) >= GOAL
                 )
@@ -296,9 +302,7 @@ def main() -> None:
     if "real" in sys.argv[1:]:
         real()
         return
-    print(
-        f"{'mode':<16}{'time':>8}{'× sync':>8}{'versions':>10}{'uploads':>9}{'refused':>9}{'τ ≤':>5}"
-    )
+    print("mode                time  × sync  versions  uploads  refused  τ ≤")
     whole = 0.0
     for name, figures in virtual().items():
         good = [figure for figure in figures if figure is not None]

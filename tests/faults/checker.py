@@ -186,6 +186,8 @@ def _chain(lines: Sequence[Line], before: Sequence[Line]) -> list[str]:
 
 def _counted(facts: Sequence[Fact]) -> list[str]:
     """A: within each round, accepted once, and summed if accepted in time."""
+    if facts and facts[0].get("spec", {}).get("mode") == "buffered":
+        return _buffered(facts)
     found: list[str] = []
     accepted: Counter[str] = Counter()
     number, training, closed = 0, False, list[str]()
@@ -215,6 +217,29 @@ def _counted(facts: Sequence[Fact]) -> list[str]:
                 found.append(f"version {number} has other contributors than its round")
             case "RoundClosed" if any(times > 1 for times in accepted.values()):
                 found.append(f"round {number} counts an evaluation more than once")
+    return found
+
+
+def _buffered(facts: Sequence[Fact]) -> list[str]:
+    """A, where nobody waits: accepted once, and summed in the next version that is made."""
+    found: list[str] = []
+    buffer: list[str] = []
+    closed: list[str] = []
+    ever: Counter[tuple[Any, ...]] = Counter()
+    for fact in facts:
+        match fact["type"]:
+            case "UpdateAccepted" if fact["update"].get("digest"):
+                buffer.append(fact["peer"])
+                ever[fact["peer"], fact["round"], fact["update"].get("turn", 0)] += 1
+            case "TrainingClosed":
+                if sorted(buffer) != sorted(fact["contributors"]):
+                    found.append(f"version {fact['round']} sums other updates than were accepted")
+                closed, buffer = fact["contributors"], []
+            case "VersionCommitted" if fact["contributors"] != closed:
+                found.append(f"version {fact['round']} has other contributors than its buffer")
+            case "VersionLost":
+                buffer = []
+    found += [f"{key} counts {times} times" for key, times in ever.items() if times > 1]
     return found
 
 
@@ -295,6 +320,7 @@ def _is_fate(fact: Fact, claim: Fact) -> bool:
     return (
         fact["type"] == "UpdateAccepted"
         and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
+        and fact["update"].get("turn", 0) == claim.get("turn", 0)
         and fact["update"].get("digest", "") == claim["digest"]
         and bool(claim["digest"]) == (claim["kind"] == "train")
     )

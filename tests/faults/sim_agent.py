@@ -187,6 +187,7 @@ class Agent:
             run=work.run,
             round=work.round,
             kind=work.kind,
+            turn=work.turn,
             peer=self.peer,
             base=work.base,
             digest=digest,
@@ -222,4 +223,4 @@ class Agent:
 
 
 def _key(work: Work) -> str:
-    return f"{work.run} {work.round} {work.kind} {work.base}"
+    return f"{work.run} {work.round} {work.kind} {work.base} {work.turn}"

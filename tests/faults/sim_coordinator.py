@@ -7,11 +7,12 @@ wherever the process can die. Planted bugs are what must not be.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
-from coordinator import decisions, facts, gate, runs
+from coordinator import buffered, decisions, facts, gate, runs
 from coordinator import fleet as fleets
 from coordinator.decisions import View
 from coordinator.facts import Fact, Update
@@ -19,7 +20,7 @@ from coordinator.fleet import Fleet
 from coordinator.runs import Run
 from protocols.errors import UpdateRefused
 from protocols.messages import Envelope, PeerKnown, UpdateClaim, Work
-from protocols.states import PeerState
+from protocols.states import PeerState, RunState
 from protocols.topics import COORDINATOR
 from tests.faults.checker import Violation
 from tests.faults.sim_disk import Disk
@@ -79,10 +80,11 @@ class Coordinator:
         self.replies: dict[str, bytes] = {}
         self.waits: set[str] = set()
         self.outstanding: dict[str, Asked] = {}
+        self._asked_at: dict[str, float] = {}
         self._arrived: dict[str, bytes] = {}
         self._settling: dict[str, Settling] = {}
         self._phase_at = self.now
-        self._patient_until = self.now + _PATIENCE if self.run.pending else 0.0
+        self._patient_until = self.now + _PATIENCE if self.run.pending or self.run.given else 0.0
         self._changed = True
         self._doing = self._drive()
 
@@ -164,8 +166,10 @@ class Coordinator:
     def _drive(self) -> Generator[None, None, None]:
         while not self.run.ended:
             yield
-            yield from self._collect()
+            if not (self.run.buffered and self.run.state is RunState.AGGREGATING):
+                yield from self._collect()
             yield from self._notice_losses()
+            yield from self._ask_given()
             yield from self._ask_pending()
             step = decisions.decide(self.run, self.view())
             if isinstance(step, decisions.Wait):
@@ -192,9 +196,14 @@ class Coordinator:
                 found = self.outstanding.items()
                 self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
                 yield from self._record(facts.PeersAsked(peers))
+            case decisions.GiveWork(given):
+                if self.view().due:
+                    self._phase_at = self.now
+                yield from self._record(*given)
             case decisions.OpenRound(number, base, eligible):
                 self._phase_at = self.now
-                yield from self._record(facts.RoundOpened(number, base, eligible))
+                asked = () if run.buffered else eligible
+                yield from self._record(facts.RoundOpened(number, base, asked))
             case decisions.CloseTraining(contributors):
                 yield from self._record(facts.TrainingClosed(run.round, contributors))
             case decisions.Aggregate(contributors):
@@ -203,7 +212,10 @@ class Coordinator:
                 self._phase_at = self.now
                 yield from self._record(facts.EvaluationOpened(run.round, eligible))
             case decisions.CloseRound():
-                old = {q for q, asked in self.outstanding.items() if asked.round < run.round}
+                found = self.outstanding.items()
+                old = {q for q, asked in found if asked.round < run.round}
+                if run.buffered:
+                    old = {q for q, asked in found if asked.kind == "evaluate"}
                 self._take_back(old)
                 yield from self._record(facts.RoundClosed(run.round, {}, 1.0, 0, 0))
             case decisions.EndRun(state, because):
@@ -211,8 +223,10 @@ class Coordinator:
 
     def _aggregate(self, contributors: tuple[str, ...]) -> Iterator[None]:
         parts = [self.run.head]
-        for peer in contributors:
-            digest = self.run.updates[peer].digest
+        counted = [(peer, self.run.updates[peer]) for peer in contributors if not self.run.buffered]
+        counted += [(one.peer, one.update) for one in buffered.in_order(self.run)]
+        for peer, update in counted:
+            digest = update.digest
             if self.disk.read(f"update {peer} {digest}") is None:
                 raise Violation(f"{peer}'s accepted update {digest} is not on disk")
             parts.append(digest)
@@ -224,43 +238,74 @@ class Coordinator:
             self.disk.sync()
         fact = facts.VersionCommitted(self.run.round, digest, self.run.head, contributors, {})
         yield from self._record(fact)
-        for name in self.disk.names("update "):
-            self.disk.remove(name)
+        if self.run.buffered:
+            self._sweep({peer for peer, _ in counted})
+        else:
+            for name in self.disk.names("update "):
+                self.disk.remove(name)
         yield
+
+    def _sweep(self, peers: set[str]) -> None:
+        """Uploads of these peers, who have none under way, that count for nothing."""
+        for peer in peers - self.run.given.keys():
+            kept = {f"update {peer} {one.update.digest}" for one in self.run.buffer}
+            for name in self.disk.names(f"update {peer} "):
+                if name not in kept:
+                    self.disk.remove(name)
+
+    def _ask_given(self) -> Iterator[None]:
+        """Buffered: each peer's own training."""
+        longest = self.run.spec.deadline_s
+        found = [(q, a) for q, a in self.outstanding.items() if a.kind == "train"]
+        if self.run.given:
+            self._take_back({q for q, _ in found if self.now - self._asked_at[q] > longest})
+        reached = {(a.peer, a.round) for a in self.outstanding.values() if a.kind == "train"}
+        for peer, given in sorted(self.run.given.items()):
+            if not given.lost and peer in self._eligible() and (peer, given.round) not in reached:
+                yield
+                self._put(peer, given.round, "train", given.base, given.turn)
 
     def _ask_pending(self) -> Iterator[None]:
         run = self.run
         question = (run.round, run.kind)
         reached = {asked.peer for asked in self.outstanding.values() if asked[1:] == question}
-        peers = [p for p in run.pending if p not in reached and p in self._eligible()]
+        waits = run.given.keys() - {a.peer for a in self.outstanding.values() if a.kind == "train"}
+        here = self._eligible()
+        peers = [p for p in run.pending if p not in reached and p in here and p not in waits]
         if not peers:
             return
         yield
         for peer in peers:
-            if peer not in self.sessions:
-                continue
-            self._questions += 1
-            message = f"q{self._questions}"
-            work = Work(
-                run=RUN,
-                round=run.round,
-                kind=run.kind,
-                task="t",
-                base=run.head,
-                nbytes=0,
-                seed=0,
-                deadline_s=1.0,
-            )
-            self.waits.add(message)
-            self.mailbox[peer].append((message, work))
-            self.outstanding[message] = Asked(peer, *question)
-            self._network.publish(peer)
+            self._put(peer, *question, run.head)
         yield
+
+    def _put(self, peer: str, number: int, kind: Any, base: str, turn: int = 0) -> None:
+        if peer not in self.sessions:
+            return
+        self._questions += 1
+        message = f"q{self._questions}"
+        work = Work(
+            run=RUN,
+            round=number,
+            kind=kind,
+            turn=turn,
+            task="t",
+            base=base,
+            nbytes=0,
+            seed=0,
+            deadline_s=1.0,
+        )
+        self.waits.add(message)
+        self.mailbox[peer].append((message, work))
+        self.outstanding[message] = Asked(peer, number, kind)
+        self._asked_at[message] = self.now
+        self._network.publish(peer)
 
     def _notice_losses(self) -> Iterator[None]:
         if self.now < self._patient_until:
             return
-        lost = [peer for peer in self.run.pending if peer not in self._eligible()]
+        at_work = {peer for peer, given in self.run.given.items() if not given.lost}
+        lost = sorted((at_work | set(self.run.pending)) - self._eligible())
         for peer in lost:
             self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
         yield from self._record(*(facts.PeerLost(peer, "went away") for peer in lost))
@@ -291,19 +336,21 @@ class Coordinator:
         news: list[Fact] = []
         for question, asked in asked_of.items():
             try:
-                news.append(self._judged(asked.peer, answers[question]))
+                news.append(self._judged(asked, answers[question]))
             except UpdateRefused as err:
                 news.append(
                     facts.UpdateRefused(asked.round, asked.peer, err.reason, "", asked.kind)
                 )
             yield
         yield from self._record(*news)
+        if self.run.buffered:
+            self._sweep({asked.peer for asked in asked_of.values()})
         for question in asked_of:
             self._settle(question, True)
 
-    def _judged(self, peer: str, payload: bytes) -> Fact:
-        claim = _decode_claim(payload)
-        expected = gate.expectation(self.run, {})
+    def _judged(self, asked: Asked, payload: bytes) -> Fact:
+        peer, claim = asked.peer, _decode_claim(payload)
+        expected = gate.expectation(self.run, {}, peer, asked.kind)
         try:
             gate.check_claim(self.run, expected, peer, claim, payload, b"", lambda *signed: True)
         except UpdateRefused as err:
@@ -317,7 +364,11 @@ class Coordinator:
         if claim.digest and self.disk.read(f"update {peer} {claim.digest}") is None:
             raise UpdateRefused("bad weights", "the update's bytes were never uploaded")
         update = Update(digest=claim.digest, num_examples=claim.num_examples)
-        return facts.UpdateAccepted(self.run.round, peer, update)
+        if (given := expected.given) is None:
+            return facts.UpdateAccepted(self.run.round, peer, update)
+        behind = buffered.staleness(self.run, given)
+        update = replace(update, base=given.base, turn=given.turn, staleness=behind)
+        return facts.UpdateAccepted(given.round, peer, update)
 
     def _record(self, *news: Fact) -> Iterator[None]:
         if not news:

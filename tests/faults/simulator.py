@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from coordinator import decisions, facts, runs
 from coordinator.facts import RunSpec
@@ -47,6 +48,9 @@ class Schedule:
             quorum=self.random.randint(1, 3),
             deadline_s=self.random.choice((20.0, 60.0, 200.0)),
         )
+        if seed % 3 == 0:  # no draw: the others are what they were
+            buffer, most = 1 + seed // 3 % 4, seed // 12 % 4
+            spec = replace(spec, mode="buffered", quorum=1, buffer=buffer, max_staleness=most)
         news: list[facts.Fact] = [facts.RunStarted(spec)]
         disk = Disk(self.random)
         if self.random.random() < 0.7:  # the others begin with the first weights of a peer
@@ -130,7 +134,8 @@ class Schedule:
         run, disk = self.coordinator.run, self.coordinator.disk
         if run.head and disk.read(f"version {run.head}") is None:
             yield f"version {run.head} is not on disk"
-        for peer, update in run.updates.items():
+        accepted = [*run.updates.items(), *((one.peer, one.update) for one in run.buffer)]
+        for peer, update in accepted:
             if update.digest and disk.read(f"update {peer} {update.digest}") is None:
                 yield f"{peer}'s accepted update {update.digest} is not on disk"
 
