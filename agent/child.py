@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,8 +30,8 @@ class Child:
     def __init__(
         self,
         work_dir: Path,
+        program: Sequence[str],
         threads: int,
-        nice: int,
         changed: threading.Condition,
         on_answer: Callable[[Answer], None],
     ) -> None:
@@ -46,7 +46,7 @@ class Child:
         with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
             self._process = subprocess.Popen(
                 # -P: a file in the present folder must not pass for a module.
-                [sys.executable, "-P", "-m", "agent.trainer", *_options(threads, nice)],
+                [sys.executable, "-P", "-m", *program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -126,10 +126,6 @@ class Child:
         with self._changed:
             self.exit = code
             self._changed.notify_all()
-
-
-def _options(threads: int, nice: int) -> list[str]:
-    return ["--threads", str(threads), "--nice", str(nice)]
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -134,6 +134,13 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="the operator may see the log's last lines, without paths or quotations"),
     ] = True
 
+    fleet: Annotated[
+        str,
+        Meta(
+            description="the home of a coordinator on this machine, whose fleet trains in this "
+            "agent's place (commonweight up --upstream sets it)"
+        ),
+    ] = ""
     share: Annotated[
         Literal["lan", "on", "off"],
         Meta(

@@ -71,6 +71,7 @@ class TrainerProcess:
         *,
         threads: int = 0,
         nice: int = 0,
+        fleet: str = "",
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
         grace_s: float = 10.0,
@@ -81,8 +82,9 @@ class TrainerProcess:
         self._sources = sources
         self._work_dir = work_dir
         self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
-        self._nice = nice
         self._threads = threads or max(1, (os.cpu_count() or 2) // 2)
+        options = ["--threads", str(self._threads), "--nice", str(nice)]
+        self._program = ["agent.fleet_trainer", fleet] if fleet else ["agent.trainer", *options]
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
         self._one_at_a_time = threading.Lock()
@@ -297,7 +299,7 @@ class TrainerProcess:
             self._oom_kills, self._ready = memory.oom_kills(), False
             try:
                 self._child = Child(
-                    self._work_dir, self._threads, self._nice, self._changed, self._on_answer
+                    self._work_dir, self._program, self._threads, self._changed, self._on_answer
                 )
             except OSError as err:
                 raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err

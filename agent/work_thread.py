@@ -72,6 +72,7 @@ class WorkThread:
             data_settings(chosen, home / "trainer"),
             threads=chosen.threads,
             nice=chosen.nice,
+            fleet=chosen.fleet,
             on_progress=lambda progress: loop.soon(self._progressed, progress),
             hang_s=chosen.hang_timeout_s,
             journal_every_s=chosen.checkpoint_interval_s,

@@ -83,6 +83,13 @@ def up(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus metrics on this port of 127.0.0.1.")
     ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            help="Join another fleet with this ticket (or file:PATH, or -): this one's mean goes "
+            "there as one update."
+        ),
+    ] = None,
     announce: Annotated[
         bool | None,
         typer.Option("--announce", help="Let machines in this network find the coordinator."),
@@ -117,6 +124,11 @@ def up(
         logging.getLogger(quiet).setLevel(logging.WARNING)
 
     from coordinator.hub import Hub
+
+    if upstream is not None:
+        from coordinator import upstream as above
+
+        above.join(home, above.read_ticket(upstream))
 
     async def run() -> None:
         hub = Hub(home, settings.open_keys(home), chosen)

@@ -150,7 +150,9 @@ def decide(run: Run, view: View) -> Step:
 def _decide_waiting(run: Run, view: View) -> Step:
     if run.recalling:
         return _decide_recalling(run, view)
-    if run.round >= run.spec.rounds:
+    if _errand_is_done(run):
+        return EndRun(RunState.FINISHED, f"it was for {run.spec.only} only")
+    if run.round >= run.spec.rounds and run.spec.only != "evaluate":
         return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
     if (end := _enough(run)) is not None:
         return end
@@ -160,7 +162,15 @@ def _decide_waiting(run: Run, view: View) -> Step:
         return _decide_init(run, view)
     if len(view.eligible) < run.spec.quorum:
         return Wait(f"{_peers(run.spec.quorum - len(view.eligible))} more for the quorum")
+    if run.spec.only == "evaluate":
+        return OpenEvaluation(tuple(sorted(view.eligible)))
     return OpenRound(run.round + 1, run.head, tuple(sorted(view.eligible)))
+
+
+def _errand_is_done(run: Run) -> bool:
+    """True if the one part of a run that was asked for is there."""
+    done = {"describe": run.card is not None, "init": bool(run.head)}
+    return bool(run.spec.only) and done.get(run.spec.only, bool(run.history))
 
 
 def _enough(run: Run) -> EndRun | None:
@@ -274,6 +284,8 @@ def _decide_buffered(run: Run, view: View) -> Step:
 
 def _decide_evaluating(run: Run, view: View) -> Step:
     if not run.evaluating:
+        if run.spec.only == "train":
+            return CloseRound()
         return OpenEvaluation(tuple(sorted(view.eligible))) if view.eligible else CloseRound()
     enough = run.spec.select and len(run.updates) >= run.spec.quorum
     if view.due or not run.pending or enough:

@@ -39,10 +39,14 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     its own, `concurrency` of them at a time (0: all), and `buffer` updates make a version. One that
     is `max_staleness` versions behind or less counts 1/√(1 + staleness), times `server_lr`.
     `min_examples`: a peer that trains on fewer gets no work of this run.
+    `only` (empty: all): the one part of a run that a fleet further up asks this one for, in its own
+    round `first_round`.
     """
 
     task: str
     rounds: int
+    first_round: int = 1
+    only: Literal["", "describe", "init", "train", "evaluate"] = ""
     strategy: str = "fedavg"
     strategy_args: dict[str, Setting] = {}
     settings: dict[str, Setting] = {}

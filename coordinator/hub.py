@@ -21,7 +21,7 @@ import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator import fleet as fleets
-from coordinator import metrics, settings
+from coordinator import metrics, settings, upstream
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
@@ -193,6 +193,8 @@ class Hub:
         ]
         if port := self._settings.metrics_port:
             tasks.append(asyncio.create_task(metrics.serve(port, self._metrics), name="metrics"))
+        if (self._home / "upstream" / "enrolled.json").exists():
+            tasks.append(asyncio.create_task(upstream.keep(self._home), name="upstream"))
         if self._settings.announce:
             tasks.append(asyncio.create_task(self._announce(), name="announcement"))
         failure: list[BaseException] = []

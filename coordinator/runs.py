@@ -67,7 +67,7 @@ _REMEMBERED = 5
 
 class Round(Struct, frozen=True, kw_only=True):
     """A closed round; `spread` has by metric the least, the median and the most of all peers,
-    `worst` the peer that is served worst."""
+    `worst` the peer that is served worst. `num_examples`: of all contributors together."""
 
     round: int
     digest: str
@@ -83,6 +83,8 @@ class Round(Struct, frozen=True, kw_only=True):
     worst: dict[str, str] = {}
     spent: dict[str, float] = {}
     staleness: dict[str, int] = {}
+    num_examples: int = 0
+    num_evaluated: int = 0
 
 
 class Given(Struct, frozen=True):
@@ -139,6 +141,7 @@ class Run(Struct, frozen=True, kw_only=True):
     resting: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     staleness: dict[str, int] = {}
+    num_examples: int = 0
     ended_in: RunState = RunState.WAITING
     ended_because: str = ""
 
@@ -160,7 +163,7 @@ class Run(Struct, frozen=True, kw_only=True):
     @property
     def describing(self) -> bool:
         """True while it is not known what the peers have alike."""
-        return self.spec.handshake and self.card is None and self.round == 0
+        return self.spec.handshake and self.card is None and self.round < self.spec.first_round
 
     @property
     def kind(self) -> Question:
@@ -296,7 +299,13 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
 
 
 def _training_closed(run: Run, fact: TrainingClosed) -> Run:
-    run = replace(run, state=RunState.AGGREGATING, contributors=fact.contributors)
+    examples = sum(run.updates[p].num_examples for p in fact.contributors if p in run.updates)
+    run = replace(
+        run,
+        state=RunState.AGGREGATING,
+        contributors=fact.contributors,
+        num_examples=examples,
+    )
     staleness: dict[str, int] = {}
     for peer, update in ((accepted.peer, accepted.update) for accepted in run.buffer):
         staleness[peer] = max(staleness.get(peer, 0), update.staleness)
@@ -394,7 +403,12 @@ def _unseen(version: Holding) -> Round:
 
 
 def _evaluation_opened(run: Run, fact: EvaluationOpened) -> Run:
-    return replace(run, evaluating=True, peers=dict.fromkeys(fact.asked, "asked"))
+    return replace(
+        run,
+        state=RunState.EVALUATING,
+        evaluating=True,
+        peers=dict.fromkeys(fact.asked, "asked"),
+    )
 
 
 def _spread(answers: dict[str, Update]) -> dict[str, tuple[float, float, float]]:
@@ -422,6 +436,10 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         worst=merit.worst(run.updates) if run.evaluating else {},
         spent=fact.spent,
         staleness=run.staleness,
+        num_examples=run.num_examples,
+        num_evaluated=sum(update.num_examples for update in run.updates.values())
+        if run.evaluating
+        else 0,
     )
     best = run.best
     if best is None or _merit(run, closed) > _merit(run, best):
@@ -483,7 +501,10 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     HoldingTold: (frozenset({RunState.WAITING}), _holding_told),
     VersionSought: (frozenset({RunState.WAITING}), _version_sought),
     VersionRecalled: (frozenset({RunState.WAITING}), _version_recalled),
-    EvaluationOpened: (frozenset({RunState.EVALUATING}), _evaluation_opened),
+    EvaluationOpened: (
+        frozenset({RunState.EVALUATING, RunState.WAITING}),
+        _evaluation_opened,
+    ),
     RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
     RunEnded: (_ANY, _run_ended),
     RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), _run_resumed),
@@ -500,7 +521,9 @@ def replay(run_id: str, facts: list[Fact]) -> Run:
     """The run that these facts, the first of them RunStarted, add up to."""
     first = facts[0]
     assert isinstance(first, RunStarted), "a run's first fact is RunStarted"
-    run = Run(id=run_id, spec=first.spec)
+    # An evaluation alone is one of the round's version, and no round opens.
+    before = 0 if first.spec.only == "evaluate" else 1
+    run = Run(id=run_id, spec=first.spec, round=first.spec.first_round - before)
     for fact in facts[1:]:
         run = apply(run, fact)
     return run

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,12 @@ class Fleet:
 
     def join(self, *names: str) -> None:
         """Let these machines join, each with its part of the shared data."""
-        ticket = self.ticket(len(names))
-        for number, name in enumerate(names):
-            part = f"{number}/{len(names)}"
+        self.join_parts({name: f"{number}/{len(names)}" for number, name in enumerate(names)})
+
+    def join_parts(self, parts: Mapping[str, str]) -> None:
+        """Let machines join, each with the part of the shared data that is named."""
+        ticket = self.ticket(len(parts))
+        for name, part in parts.items():
             done = self.ask_agent(name, "join", "-", "--name", name, "--part", part, given=ticket)
             assert done.returncode == 0, done.stderr
 
