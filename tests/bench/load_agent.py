@@ -26,10 +26,11 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from agent.client import CLAIM
+from agent.client import CLAIM, DESCRIPTION
 from agent.link import BEAT_EVERY_S, CONNECTION_S, HEARTBEAT_S, _pack, _unpack
 from agent.presence import SIGN_OF_LIFE_S
-from protocols import VERSION, identity, messages, requests, topics, weights
+from agent.tasks.ping import Ping
+from protocols import VERSION, identity, messages, requests, schemas, topics, weights
 from protocols.joining import JOIN_PATH, JoinAnswer, Joining, claimed
 from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Presence, UpdateClaim, Work
 from protocols.mqtt import KEEPALIVE_S, Voice
@@ -78,6 +79,7 @@ class StandIn:
         self._doorbell = asyncio.Event()
         self._mqtt = Mqtt(lambda _: self._doorbell.set())
         self._cache: list[str] = []
+        self._attached = b""
         self._tasks: list[asyncio.Task[None]] = []
         self.paused = False
         #: (number of the presence, when it was published) of the last one.
@@ -182,12 +184,21 @@ class StandIn:
                     await self._open()
 
     async def _exchange(self, reply: Message | None, *, want: bool = True) -> Message | None:
-        asked = Exchange(reply=_pack(reply) if reply is not None else None, want=want)
+        packed, update = None, b""
+        if reply is not None:
+            packed, update, self._attached = _pack(reply), self._attached, b""
+        asked = Exchange(reply=packed, want=want, update=update)
         asked_at = time.monotonic()
         answer = await self._ask("POST", EXCHANGE_PATH, msgspec.msgpack.encode(asked))
         self._heard_at = asked_at
-        work = msgspec.msgpack.decode(answer, type=Exchanged).work
-        return _unpack(work) if work is not None else None
+        told = msgspec.msgpack.decode(answer, type=Exchanged)
+        if told.version:
+            self._hold(hashlib.sha256(told.version).hexdigest(), told.version)
+        return _unpack(told.work) if told.work is not None else None
+
+    def _hold(self, digest: str, data: bytes) -> None:
+        self._tally.versions[digest] = data
+        self._cache = [*self._cache, digest][-2:]
 
     async def _answered(self, message: Message) -> Message:
         config = message.content.config_records["config"]
@@ -212,8 +223,10 @@ class StandIn:
             nonce=secrets.token_hex(12),
         )
         digest, data = await self._made(work)
-        if data:
-            await self._ask("PUT", f"/cw/v1/updates/{digest}", data, {"x-cw-offset": "0"})
+        if work.kind == "describe":
+            claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data), num_examples=0)
+        elif data:
+            self._attached = data  # few bytes go with the answer
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data))
         payload, signature = messages.sign_claim(claim, self._sign_key.sign)
         self.say()
@@ -223,18 +236,21 @@ class StandIn:
                 "metrics": MetricRecord(),
             }
         )
+        if work.kind == "describe":
+            content[DESCRIPTION] = ConfigRecord({"description": data})
         return Message(content, reply_to=message)
 
     async def _made(self, work: Work) -> tuple[str, bytes]:
-        """The update that answers the work; empty for an evaluation."""
-        if work.kind == "init":
-            count = int(work.settings["kilobytes"]) * 256
-            data = weights.to_bytes(weights.Weights({"block": np.zeros(count, np.float32)}))
+        """The bytes that answer the work; none for an evaluation."""
+        if work.kind in ("init", "describe"):
+            settings = {name: v for name, v in work.settings.items() if name == "kilobytes"}
+            if work.kind == "init":
+                data = weights.to_bytes(Ping().init(0, settings))
+            else:
+                data = schemas.encode(schemas.card("ping", "", Ping().schema(settings)))
             return hashlib.sha256(data).hexdigest(), data
         if work.base not in self._cache:
-            data = await self._ask("GET", f"/cw/v1/weights/{work.base}", b"")
-            self._tally.versions[work.base] = data
-            self._cache = [*self._cache, work.base][-2:]
+            self._hold(work.base, await self._ask("GET", f"/cw/v1/weights/{work.base}", b""))
         return self._tally.update(work.base) if work.kind == "train" else ("", b"")
 
     def _presence(
