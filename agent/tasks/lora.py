@@ -9,7 +9,7 @@ model is the same everywhere is checked by its digest before round 1. The settin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +167,29 @@ class Lora:
             return made.float()
 
         return logits
+
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """How texts go on, or their classes: `source` itself, or the files that it names."""
+        plan = lora_plan.read(settings)
+        of, device = self._adapted(plan), devices.chosen(self._data.device)
+        w = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+        for name, words in text.given(source):
+            tokens = list(of.tokens.encode(words)) or [of.tokens.end]
+            told: dict[str, Sequence[Any]] = {"file": [name], "text": [words]}
+            if plan.kind == "causal":
+                after = next_token.continued(
+                    self._next_token(of), w, tokens, of.tokens.end, plan.context
+                )
+                told["continuation"] = [of.tokens.decode(after)]
+            else:
+                x = torch.tensor(tokens[: plan.context], device=device)[None]
+                chances = self._output(of, w, False, input_ids=x).float().softmax(1)
+                told["class"] = [plan.classes[int(chances.argmax())]]
+                told["probability"] = [float(chances.max())]
+            yield told
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

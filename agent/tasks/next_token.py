@@ -5,7 +5,7 @@ An example is `context` tokens, each of which has the next to guess. Every tenth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from protocols.errors import DataFault
 from protocols.weights import Array
 
 HELD_OUT = 10
+#: Tokens by which a text is continued at most.
+CONTINUED = 200
 
 #: `logits_of(weights, int64[n, t], training) -> float32[n, t, vocabulary]`
 LogitsOf = Callable[[Tensors, Tensor, bool], Tensor]
@@ -49,6 +51,22 @@ def windows(tokens: Tokens, context: int) -> Windows:
         )
     out = torch.arange(len(starts)) % HELD_OUT == min(HELD_OUT, len(starts)) - 1
     return Windows(tokens, context, starts[~out], starts[out])
+
+
+@torch.inference_mode()
+def continued(
+    logits_of: LogitsOf, w: Tensors, tokens: Sequence[int], end: int, context: int
+) -> list[int]:
+    """The most probable tokens after these, one by one, to the end of a text or `CONTINUED`."""
+    device = next(iter(w.values())).device
+    after: list[int] = []
+    while len(after) < CONTINUED:
+        seen = torch.tensor([*tokens, *after][-context:], device=device)[None]
+        following = int(logits_of(w, seen, False)[0, -1].argmax())
+        if following == end:
+            break
+        after.append(following)
+    return after
 
 
 def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:

@@ -31,6 +31,8 @@ TOKENIZER = "tokenizer.json"
 SUFFIXES = (".md", ".text", ".txt")
 
 _PIECE_BYTES = 1 << 20
+#: Longer is no path.
+_MOST_PATH = 1024
 _KEPT = "text-{key}.tokens"
 
 Tokens = npt.NDArray[np.int32]
@@ -123,6 +125,15 @@ def pieces(path: Path) -> Iterator[str]:
             if not data:
                 return
             done += len(data)
+
+
+def given(source: str) -> Iterator[tuple[str, str]]:
+    """Names and texts that `source` means: a file, all in a folder, or a text itself, ""."""
+    is_path = len(source) < _MOST_PATH and Path(source).exists()
+    for path in files(source) if is_path else []:
+        yield path.name, "".join(pieces(path))
+    if not is_path:
+        yield "", source
 
 
 def tokens(data: DataSettings, made: Tokenizer) -> Tokens:

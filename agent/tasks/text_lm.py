@@ -67,10 +67,6 @@ DEFAULTS: dict[str, Setting] = {
 }
 
 
-#: Tokens by which `predict` continues a text, and how long a path can be at most.
-CONTINUED, MAX_PATH = 200, 1024
-
-
 class Shape(NamedTuple):
     """The model's sides."""
 
@@ -235,28 +231,17 @@ class TextLM:
         logits = partial(logits_of, shape)
         return next_token.measured(logits, weights, found, device, plan.batch_size, on_step)
 
-    @torch.inference_mode()
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """How the text goes on: `source` itself, or the text file that it names.
-
-        The most probable token each time, until the end of a text or `CONTINUED` tokens.
-        """
+        """How texts go on: `source` itself, or the files that it names."""
         shape, kind = shape_of(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
-        made = text.tokenizer(kind, Path(self._data.path))
+        made, logits = text.tokenizer(kind, Path(self._data.path)), partial(logits_of, shape)
         w = {name: torch.tensor(array) for name, array in weights.items()}
-        is_file = len(source) < MAX_PATH and Path(source).is_file()
-        given = "".join(text.pieces(Path(source))) if is_file else source
-        tokens = list(made.encode(given)) or [made.end]
-        after: list[int] = []
-        while len(after) < CONTINUED:
-            seen = torch.tensor([*tokens, *after][-shape.context :])[None]
-            following = int(logits_of(shape, w, seen, False)[0, -1].argmax())
-            if following == made.end:
-                break
-            after.append(following)
-        yield {"text": [given], "continuation": [made.decode(after)]}
+        for name, words in text.given(source):
+            tokens = list(made.encode(words)) or [made.end]
+            after = next_token.continued(logits, w, tokens, made.end, shape.context)
+            yield {"file": [name], "text": [words], "continuation": [made.decode(after)]}
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

@@ -83,6 +83,8 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
     trained = task.train(task.init(1, settings), settings, quiet).weights
     out = tmp_path / "merged"
     Lora().export(Weights(trained), settings, "merged", data_of(hub, texts), out)
+    (answer,) = task.predict(Weights(trained), settings, "a stitch in")
+    assert answer["continuation"][0]
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
     tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]
@@ -151,6 +153,11 @@ def test_a_classification_learns_with_its_head(hub: Path, tmp_path: Path) -> Non
     trained = task.train(base, settings, quiet)
     assert trained.num_examples == 48
     assert task.evaluate(trained.weights, settings, quiet).metrics["accuracy"] > 0.9
+    (answer,) = task.predict(Weights(trained.weights), settings, "warm kind glad fine warm")
+    assert answer["class"] == ["good"]
+    answers = list(task.predict(Weights(trained.weights), settings, str(tmp_path / "bad")))
+    assert {a["class"][0] for a in answers} == {"bad"}
+    assert len(answers) == 30
 
 
 def test_another_base_model_is_another_trait(hub: Path, texts: Path, tmp_path: Path) -> None:
