@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
-from agent.tasks.local_training import Examples, Tensors
+from agent.tasks.local_training import Examples
+from agent.tasks.position import Tensors
 from protocols.weights import Array
 
 

@@ -35,9 +35,10 @@ from agent.tasks.architecture import Layer
 from agent.tasks.class_folders import Rows
 from agent.tasks.classifying import measured
 from agent.tasks.image_plan import RESNET, ImagePlan
-from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.pictures import Pictures
 from agent.tasks.plan import read_plan
+from agent.tasks.position import Tensors
 from agent.tasks.resnet import Forward
 from agent.tasks.seeds import stream
 from protocols.weights import Schema, Weights

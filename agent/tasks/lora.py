@@ -34,10 +34,11 @@ from agent.tasks import (
 )
 from agent.tasks.base_model import Adapted
 from agent.tasks.classifying import measured
-from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.lora_plan import LoraPlan
 from agent.tasks.next_token import LogitsOf, Windows, windows
 from agent.tasks.plan import read_plan
+from agent.tasks.position import Tensors
 from agent.tasks.seeds import seed_of
 from protocols.weights import Schema, Weights
 

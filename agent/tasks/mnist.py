@@ -39,14 +39,13 @@ from agent.tasks.local_training import (
     Examples,
     LocalTraining,
     LossOf,
-    Position,
     Step,
-    Tensors,
     by_autograd,
     mean_gradient,
     path,
 )
 from agent.tasks.plan import LOOP, Plan, read_plan
+from agent.tasks.position import Position, Tensors
 from agent.tasks.seeds import stream
 from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
 from protocols.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save

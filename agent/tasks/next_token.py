@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
-from agent.tasks.local_training import LossOf, Tensors
+from agent.tasks.local_training import LossOf
+from agent.tasks.position import Tensors
 from agent.tasks.text import Tokens
 from protocols.errors import DataFault
 from protocols.weights import Array

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agent.tasks.local_training import Tensors
+from agent.tasks.position import Tensors
 from protocols.errors import CommonweightError, TaskUnusable
 from protocols.weights import Array
 

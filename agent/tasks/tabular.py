@@ -41,8 +41,9 @@ from agent.tasks import (
     devices,
 )
 from agent.tasks.classifying import measured
-from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.plan import LOOP, read_plan, settings_of
+from agent.tasks.position import Tensors
 from agent.tasks.seeds import stream
 from protocols import preprocessing
 from protocols.errors import DataFault, UnknownName, UsageFault

@@ -42,9 +42,10 @@ from agent.tasks import (
     onnx_file,
     text,
 )
-from agent.tasks.local_training import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.next_token import Windows, windows
 from agent.tasks.plan import LOOP, read_plan, settings_of
+from agent.tasks.position import Tensors
 from agent.tasks.seeds import stream
 from protocols.errors import SchemaMismatch, UsageFault
 from protocols.weights import Array, Schema, TensorSpec, Weights

@@ -1,4 +1,4 @@
-"""The demo's tables: every row is in one clinic's file, each with an order of columns of its own."""
+"""The tables of the demo: every row is in one clinic's file, each with its own order of columns."""
 
 from __future__ import annotations
 

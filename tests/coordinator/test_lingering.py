@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from coordinator.sessions import Lingering
-from protocols.states import RunState
-from tests.hub_fixtures import fleet_of, some_data
 
 
 async def test_a_peer_is_woken_once_and_only_while_it_waits() -> None:

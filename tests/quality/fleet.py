@@ -207,7 +207,6 @@ class InProcessFleet:
             ),
             is_own=partial(identity.verify, identity.raw_public(self._sign_key)),
             eligible=lambda: frozenset(self.peers),
-            is_own=partial(identity.verify, identity.raw_public(self._sign_key)),
             node_of=self._node_of.get,
             peer_of=lambda node: self._peer_of[node],
             name_of=lambda peer: peer,
