@@ -279,7 +279,9 @@ def _decide_buffered(run: Run, view: View) -> Step:
     if given := buffered.work_for(run, view.eligible, view.due):
         return GiveWork(given)
     missing = run.spec.buffer - len(run.buffer)
-    return Wait(f"{missing} of {run.spec.buffer} updates; {_peers(len(run.given))} at work")
+    behind = max((buffered.staleness(run, given) for given in run.given.values()), default=0)
+    at_work = f"{_peers(len(run.given))} at work, at most {behind} versions behind"
+    return Wait(f"{missing} of {run.spec.buffer} updates; {at_work}")
 
 
 def _decide_evaluating(run: Run, view: View) -> Step:
