@@ -54,6 +54,8 @@ class Outcome(Protocol):
     def num_examples(self) -> int: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def tallies(self) -> dict[str, list[float]]: ...
 
 
 class Coded(NamedTuple):
@@ -63,6 +65,7 @@ class Coded(NamedTuple):
     nbytes: int
     num_examples: int
     metrics: Metrics
+    tallies: dict[str, list[float]]
 
 
 class Trainer(Protocol):
@@ -229,7 +232,7 @@ class Client:
         told = self._trainer.describe(work.task, _settings(work))
         self._settle_last()
         digest = hashlib.sha256(told).hexdigest()
-        return self._kept(work, Coded(digest, len(told), 0, {}), told)
+        return self._kept(work, Coded(digest, len(told), 0, {}, {}), told)
 
     def _compare(self, work: Work) -> None:
         """Is this peer's card the run's? Looked at once a run, as it may need the data.
@@ -282,6 +285,7 @@ class Client:
             codec=work.codec if work.kind == "train" else codecs.WHOLE,
             num_examples=outcome.num_examples,
             metrics=outcome.metrics,
+            tallies=outcome.tallies,
             nonce=secrets.token_hex(12),
         )
         payload, signature = messages.sign_claim(claim, self._sign)
@@ -306,7 +310,7 @@ class Client:
                 made = self._leftovers.encode(codec, work.run, trained, base, update)
             finally:
                 trained.unlink(missing_ok=True)
-            outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics)
+            outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics, {})
         if kept:
             self._personal.wait(work.run, outcome.digest)
         return outcome

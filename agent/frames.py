@@ -130,6 +130,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     nbytes: int = 0
     num_examples: int = 0
     metrics: Metrics = {}
+    tallies: dict[str, list[float]] = {}
     description: bytes = b""
     resumed_at: int = 0
 

@@ -50,6 +50,7 @@ from agent.personal import Personal, continuing, steerable
 from agent.tasks import (
     Cancelled,
     DataSettings,
+    EvalOutcome,
     Resumable,
     Setting,
     Settings,
@@ -278,11 +279,13 @@ class Trainer:
         self, work: Evaluate, task: Task, settings: Settings, base: Weights, personal: Personal
     ) -> Answer:
         on_step = Meter(work.id, "evaluate", self._control, self._send)
-        count, metrics = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
+        found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
+        count, metrics, told = EvalOutcome(*found)
         if personal.stays_at_home:
-            _, own = task.evaluate(personal.model(base), settings, on_step)
+            _, own, *_ = task.evaluate(personal.model(base), settings, on_step)
             metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
-        return _done(work.id, "", 0, count, metrics)
+        tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
+        return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 
     def _trained(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal

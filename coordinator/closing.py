@@ -19,7 +19,7 @@ from coordinator.pipeline import ahead
 from coordinator.runs import Run
 from coordinator.strategies.feeding import Work, as_reply, next_version
 from coordinator.strategies.state import States
-from protocols import codecs
+from protocols import codecs, tallies
 from protocols.codecs import Codec
 from protocols.messages import Metrics
 from protocols.stored import Stored
@@ -120,26 +120,37 @@ def _on_head(
     return aggregate.Moved(file, base, head)
 
 
-def evaluation(run: Run, strategy: Strategy) -> Metrics:
-    """The round's federated evaluation, through the strategy.
+class Evaluation(NamedTuple):
+    """The metrics of all peers together, and the sum of their tallies."""
+
+    metrics: Metrics
+    tallies: dict[str, list[float]]
+
+
+def evaluation(run: Run, strategy: Strategy) -> Evaluation:
+    """The round's federated evaluation: means through the strategy, and what the tallies amount to.
 
     One reply holds the mean of all: Flower's strategies raise when two replies tell different
     metrics, and know no cap on a peer's share.
     """
     answers = dict(sorted(run.updates.items()))
     if not answers:
-        return {}
+        return Evaluation({}, {})
     counts = {peer: update.num_examples for peer, update in answers.items()}
     share = aggregate.shares(counts, equal=False, cap=run.spec.max_weight_share)
     mean = _mean_metrics({p: update.metrics for p, update in answers.items()}, share)
     told = {name: value for name, value in mean.items() if value is not None}
     reply = as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
     found = strategy.aggregate_evaluate(run.round, [reply])
-    return {
+    means: Metrics = {
         name: float(value) if math.isfinite(value) else None
         for name, value in (found or {}).items()
         if isinstance(value, int | float)
     }
+    # As a peer's share may be capped, so is what it counted.
+    scale = [share[peer] * sum(counts.values()) / counts[peer] for peer in answers]
+    total = tallies.merged((update.tallies for update in answers.values()), scale)
+    return Evaluation({**means, **tallies.metrics(total)}, total)
 
 
 def _clipped(norm: float, most: float) -> float:

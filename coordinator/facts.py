@@ -87,6 +87,7 @@ class Update(Struct, frozen=True, kw_only=True):
     nbytes: int = 0
     num_examples: int
     metrics: Metrics = {}
+    tallies: dict[str, list[float]] = {}
     norm: float = 0.0
     seconds: float = 0.0
     base: str = ""
@@ -256,6 +257,7 @@ class RoundClosed(Struct, frozen=True, tag=True):
     bytes_up: int
     bytes_down: int
     spent: dict[str, float] = {}
+    tallies: dict[str, list[float]] = {}
 
 
 class RunEnded(Struct, frozen=True, tag=True):

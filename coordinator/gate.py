@@ -14,7 +14,7 @@ import numpy as np
 
 from coordinator import buffered, strategies
 from coordinator.runs import TOO_FEW, TOO_STALE, Given, Run
-from protocols import preprocessing, weights
+from protocols import preprocessing, tallies, weights
 from protocols.codecs import Decoded
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages import UpdateClaim, Verify, claim_part
@@ -70,6 +70,8 @@ def check_claim(
         raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {run.spec.codec}")
     if len(claim.metrics) > MAX_METRICS:
         raise UpdateRefused("bad metrics", f"{len(claim.metrics)} of them; {MAX_METRICS} may be")
+    if claim.tallies and (fault := tallies.fault(claim.tallies, claim.num_examples)):
+        raise UpdateRefused("bad metrics", fault)
     accuracy = claim.metrics.get("accuracy")
     if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is best
         raise UpdateRefused("bad metrics", f"an accuracy of {accuracy:g}")

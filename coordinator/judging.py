@@ -69,6 +69,7 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         nbytes=claim.nbytes,
         num_examples=claim.num_examples,
         metrics=claim.metrics,
+        tallies=claim.tallies,
         norm=norm,
         seconds=asked.seconds,
     )

@@ -335,13 +335,15 @@ class RunLoop:
 
     async def _close_round(self) -> None:
         run, lane = self.run, self._around.lane
+        found = closing.evaluation(run, self._strategy)
         fact = facts.RoundClosed(
             run.round,
-            closing.evaluation(run, self._strategy),
+            found.metrics,
             self._watch.round_s,
             lane.bytes_up - self._bytes_at_open[0],
             lane.bytes_down - self._bytes_at_open[1],
             self._watch.spent(),
+            found.tallies,
         )
         self.questions.forget_work()
         # What is still under way from the round before is late by more than a round.

@@ -81,6 +81,7 @@ class Round(Struct, frozen=True, kw_only=True):
     strategy_state: dict[str, str] = {}
     spread: dict[str, tuple[float, float, float]] = {}
     worst: dict[str, str] = {}
+    tallies: dict[str, list[float]] = {}
     spent: dict[str, float] = {}
     staleness: dict[str, int] = {}
     num_examples: int = 0
@@ -434,6 +435,7 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         strategy_state=run.strategy_state,
         spread=_spread(run.updates) if run.evaluating else {},
         worst=merit.worst(run.updates) if run.evaluating else {},
+        tallies=fact.tallies,
         spent=fact.spent,
         staleness=run.staleness,
         num_examples=run.num_examples,

@@ -28,6 +28,8 @@ Text = Annotated[str, Meta(max_length=400, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+#: Lists of numbers by name that add up over peers: `protocols.tallies`.
+Tallies = Annotated[dict[Name, Annotated[list[float], Meta(max_length=1024)]], Meta(max_length=8)]
 #: A NaN or an infinity has no JSON form: it travels as null and arrives as None.
 Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
 
@@ -258,6 +260,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     codec: Name = "fp32"
     num_examples: int
     metrics: Metrics = {}
+    tallies: Tallies = {}
     nonce: Name
 
 

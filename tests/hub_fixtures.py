@@ -93,11 +93,15 @@ def loss_of(model: Weights, data: Data) -> float:
 # --- agents ----------------------------------------------------------------------------------
 
 
+NO_TALLIES: dict[str, list[float]] = {}
+
+
 class Outcome(NamedTuple):
     num_examples: int
     metrics: Metrics
     digest: str = ""
     nbytes: int = 0
+    tallies: dict[str, list[float]] = NO_TALLIES
 
 
 class Trainer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from msgspec import Struct
 
 from protocols.errors import UnknownName, UsageFault
 from protocols.statistics import TableStatistics
+from protocols.tallies import Tallies
 from protocols.weights import Array, Schema, Weights
 
 Setting = str | int | float | bool
@@ -75,10 +77,14 @@ class TrainOutcome(NamedTuple):
 
 
 class EvalOutcome(NamedTuple):
-    """The number of held-out examples and metrics over them, such as "loss" and "accuracy"."""
+    """The number of held-out examples and metrics over them, such as "loss" and "accuracy".
+
+    `tallies` (which may be left out) are what is added up over peers: see `protocols.tallies`.
+    """
 
     num_examples: int
     metrics: Mapping[str, float]
+    tallies: Tallies = MappingProxyType({})
 
 
 class Snapshot(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.local_training import Examples
 from agent.tasks.position import Tensors
+from protocols import tallies
 from protocols.weights import Array
 
 
@@ -22,7 +23,7 @@ def measured(
     batch: int,
     on_step: OnStep,
 ) -> EvalOutcome:
-    """Mean cross-entropy ("loss") and "accuracy" on held-out examples.
+    """Mean cross-entropy ("loss") and "accuracy" on held-out examples; confusion and calibration.
 
     `logits_of(weights, x)` gives float32[n, classes].
     """
@@ -30,12 +31,27 @@ def measured(
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     steps = -(-len(held_out.y) // batch)
     loss, right, seen = 0.0, 0, 0
+    told: list[tallies.Tallies] = []
     for number, (x, y) in enumerate(
         zip(torch.split(held_out.x, batch), torch.split(held_out.y, batch), strict=True), 1
     ):
         logits = logits_of(tensors, x)
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
-        right += int((logits.argmax(1) == y).sum())
+        sure, guess = logits.float().softmax(1).max(1)
+        right += int((guess == y).sum())
+        told.append(_tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1]))
         seen += len(y)
         on_step(number, steps, loss / seen, seen)
-    return EvalOutcome(seen, {"loss": loss / seen, "accuracy": right / seen})
+    metrics = {"loss": loss / seen, "accuracy": right / seen}
+    if not all(told):
+        return EvalOutcome(seen, metrics)  # the training went to NaN: no guess has a probability
+    return EvalOutcome(seen, metrics, tallies.merged(told, [1.0] * len(told)))
+
+
+def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> tallies.Tallies:
+    if not bool(sure.isfinite().all()):
+        return {}
+    found = {"calibration": tallies.calibration_of(sure.tolist(), (guess == y).tolist())}
+    if classes <= tallies.MOST_CLASSES:
+        found["confusion"] = tallies.confusion_of(y.tolist(), guess.tolist(), classes)
+    return found

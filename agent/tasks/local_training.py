@@ -28,7 +28,9 @@ from torch import Tensor
 from agent.tasks import OnStep, Snapshot, TrainOutcome
 from agent.tasks.fitting import tried
 from agent.tasks.plan import Plan
-from agent.tasks.position import Position, Tensors, as_arrays
+from agent.tasks.position import Position as Position
+from agent.tasks.position import Tensors as Tensors
+from agent.tasks.position import as_arrays
 from protocols.errors import UsageFault
 from protocols.weights import Array, Weights
 

@@ -45,7 +45,7 @@ from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.plan import LOOP, read_plan, settings_of
 from agent.tasks.position import Tensors
 from agent.tasks.seeds import stream
-from protocols import preprocessing
+from protocols import preprocessing, tallies
 from protocols.errors import DataFault, UnknownName, UsageFault
 from protocols.preprocessing import Preprocessing
 from protocols.statistics import TableStatistics
@@ -284,6 +284,7 @@ def _measured(
 ) -> EvalOutcome:
     w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
     squared, absolute, seen = 0.0, 0.0, 0
+    told: list[tallies.Tallies] = []
     steps = -(-len(held_out.y) // EVALUATION_BATCH)
     batches = zip(
         torch.split(held_out.x, EVALUATION_BATCH),
@@ -291,10 +292,17 @@ def _measured(
         strict=True,
     )
     for number, (x, y) in enumerate(batches, 1):
-        error = (model.forward(w, x) - y).double()
+        guess = model.forward(w, x)
+        error = (guess - y).double()
+        # Of which the mean is taken away: no sum says where the target lies.
+        in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
+        told.append({"regression": tallies.regression_of(*in_units)})
         squared += float(error.square().sum())
         absolute += float(error.abs().sum())
         seen += len(y)
         on_step(number, steps, squared / seen, seen)
     loss = squared / seen
-    return EvalOutcome(seen, {"loss": loss, "mse": loss * scale**2, "mae": absolute / seen * scale})
+    metrics = {"loss": loss, "mse": loss * scale**2, "mae": absolute / seen * scale}
+    if not math.isfinite(loss):
+        return EvalOutcome(seen, metrics)
+    return EvalOutcome(seen, metrics, tallies.merged(told, [1.0] * len(told)))

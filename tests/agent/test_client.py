@@ -30,6 +30,7 @@ KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
 
 
 METRICS: messages.Metrics = {"loss": 0.5}
+TALLIES: dict[str, list[float]] = {}
 
 
 class Outcome(NamedTuple):
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     nbytes: int = 6
     num_examples: int = 5
     metrics: messages.Metrics = METRICS
+    tallies: dict[str, list[float]] = TALLIES
 
 
 class Trainer:

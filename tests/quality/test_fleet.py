@@ -38,6 +38,11 @@ def trained(data: Sequence[DataSettings], **spec: object) -> tuple[list[str], We
         run = fleet.run(RunSpec(task="mnist", seed=4, quorum=2, **spec))  # type: ignore[arg-type]
         assert run.state is RunState.FINISHED
         assert [closed.refused for closed in run.history] == [0] * len(run.history)
+        for closed in run.history:
+            confusion = np.reshape(closed.tallies["confusion"], (10, 10))
+            assert confusion.sum() == pytest.approx(1000)
+            assert confusion.trace() / 1000 == pytest.approx(closed.metrics["accuracy"])
+            assert 0 < closed.metrics["macro_f1"] < 1
         return [closed.digest for closed in run.history], weights.load(fleet.lane.version(run.head))
 
 
