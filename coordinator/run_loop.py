@@ -12,6 +12,7 @@ import math
 import time
 from typing import Any
 
+from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import (
@@ -24,7 +25,7 @@ from coordinator import (
     runs,
     strategies,
 )
-from coordinator.asking import Questions
+from coordinator.asking import Asked, Questions
 from coordinator.bodies import round_body, run_body
 from coordinator.decisions import Step, View
 from coordinator.facts import Fact
@@ -266,20 +267,21 @@ class RunLoop:
     async def _collect(self) -> None:
         """Judge the answers that are there, and write down what becomes of each."""
         answers = await self.questions.answers()
-        news: list[Fact] = []
-        for _, asked, reply in answers:
-            try:
-                news.append(await judge(self.run, self._around, self._model, asked, reply))
-            except UpdateRefused as err:
-                text, seconds = err.message[:400], asked.seconds
-                refused = facts.UpdateRefused(
-                    asked.round, asked.peer, err.reason, text, asked.kind, seconds
-                )
-                news.append(refused)
+        # At the same time: to measure large updates takes as long as to receive them.
+        news = await asyncio.gather(*(self._judged(asked, reply) for _, asked, reply in answers))
         await self._record(*news)
         if self.run.buffered:
             self._sweep({asked.peer for _, asked, _ in answers})
         self.questions.settle([question for question, _, _ in answers], True)
+
+    async def _judged(self, asked: Asked, reply: Message) -> Fact:
+        try:
+            return await judge(self.run, self._around, self._model, asked, reply)
+        except UpdateRefused as err:
+            text, seconds = err.message[:400], asked.seconds
+            return facts.UpdateRefused(
+                asked.round, asked.peer, err.reason, text, asked.kind, seconds
+            )
 
     def _sweep(self, peers: set[str]) -> None:
         """Drop the uploads of these peers, who have none under way, that count for nothing."""
