@@ -1,0 +1,45 @@
+"""Three owners, each with another reader of tables, train in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.agent.data.tables import MIXED, write_csv, write_parquet
+from tests.e2e.fleet_harness import fleet, until
+from tests.e2e.test_tabular import joined
+
+
+@pytest.mark.timeout(540)  # Spark's JVM starts on the cores that three agents share
+def test_arrow_dask_and_spark_train_together(tmp_path: Path) -> None:
+    tables = {
+        "arrow": write_csv(tmp_path / "arrow.csv", MIXED[:80]),
+        "dask": write_csv(tmp_path / "dask.csv", MIXED[80:150], sorted(MIXED[0])),
+        "spark": write_parquet(tmp_path / "spark.parquet", MIXED[150:]),
+    }
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        for name, table in tables.items():
+            joined(site, name, table)
+            assert site.ask_agent(name, "policy", "set", "data.reader", name).returncode == 0
+        site.start(*tables)
+        words = ("--target", "label", "--rounds", "3", "--quorum", "3", "--set", "epochs=5")
+        started = site.start_run("tabular", *words)
+        ended = ("finished", "stopped", "failed")
+        until(
+            lambda: site.run(started)["state"] in ended,
+            "the run ended",
+            within_s=500.0,
+            every_s=2.0,
+        )
+        run = site.run(started)
+        assert run["state"] == "finished", run["ended_because"]
+        assert {len(closed["contributors"]) for closed in run["history"]} == {3}
+        assert run["history"][-1]["metrics"]["accuracy"] > 0.9
+        features = {f["name"]: f for f in json.loads(run["preprocessing"])["features"]}
+        ages = [float(row["age"]) for row in MIXED if row["age"]]
+        mean = sum(ages) / len(ages)
+        assert abs(features["age"]["mean"] - mean) < 1e-9 * mean
