@@ -21,7 +21,6 @@ from msgspec import Meta, Struct
 from agent import hours
 
 Mode = Literal["always", "auto", "never"]
-Percent = Annotated[float, Meta(ge=0, le=100)]
 
 #: What has a mode, in the order in which reasons are told.
 RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
@@ -37,11 +36,12 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     battery: Annotated[Mode, Meta(description="work on battery; never: at no charge")] = "auto"
     battery_least_percent: Annotated[
-        Percent, Meta(description="on battery, work above this charge; 100 is not at all")
+        float,
+        Meta(ge=0, le=100, description="on battery, work above this charge; 100 is not at all"),
     ] = 100.0
     busy: Annotated[Mode, Meta(description="work while other programs use the CPU")] = "auto"
     busy_percent: Annotated[
-        Percent, Meta(description="so much of all cores, used by others, is busy")
+        float, Meta(ge=0, le=100, description="so much of all cores, used by others, is busy")
     ] = 25.0
     user: Annotated[
         Mode, Meta(description="work while somebody uses this machine; auto: on the CPU alone")
@@ -58,7 +58,7 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hot_c: Annotated[float, Meta(ge=30, le=120, description="degrees Celsius that are hot")] = 85.0
     memory: Annotated[Mode, Meta(description="work while memory runs short")] = "auto"
     memory_free_percent: Annotated[
-        Percent, Meta(description="less free memory than this is short")
+        float, Meta(ge=0, le=100, description="less free memory than this is short")
     ] = 5.0
     traffic: Annotated[Mode, Meta(description="work when the day's traffic is used up")] = "auto"
     up_mb_a_day: Annotated[float, Meta(ge=0, description="MB a day sent; 0 is any number")] = 0.0

@@ -61,7 +61,7 @@ class Sensors:
         root = root or Path(os.environ.get(VARIABLE) or "/sys")
         self._gpu = gpu
         self._others = Others(ours)
-        self._battery = _Every(1.0, lambda: battery(root))
+        self._battery = _Every(0.2, lambda: battery(root))
         self._hottest = _Every(5.0, lambda: hottest_c(root))
         self._memory = _Every(2.0, memory_free_percent)
         self._idle = _Every(20.0, user_idle_s)

@@ -94,7 +94,7 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
     assert made["home"]["ok"] is False
     assert "commonweight-agent join" in made["home"]["fix"]
     assert {name for name, check in made.items() if check["ok"] is None} == {
-        "permissions", "settings", "disk", "crashes", *THERE
+        "permissions", "settings", "disk", "crashes", "sensors", *THERE
     }  # fmt: skip
     assert not (site.folder / "nobody").exists()
 

@@ -31,7 +31,7 @@ from tests.e2e.fleet_harness import Fleet, fleet, until
 RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
 _STILL_S = 0.25
 _TIMES = 5
-_BYTES = 4_000_000
+_BYTES = 3_000_000
 
 
 def heeding(*rules: str, **settings: str) -> dict[str, str]:
@@ -104,6 +104,7 @@ def pauses() -> dict[str, Any]:
             times = []
             for _ in range(_TIMES):
                 times.append(stands_after_s(trainer, lambda: on_mains(folder / "sys", False)))
+                _say(f"stands still after {times[-1]:.2f} s")
                 assert site.agent("ada")["reason"] == "on battery"
                 on_mains(folder / "sys", True)
                 site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
@@ -138,8 +139,7 @@ def beside_busy_programs() -> dict[str, Any]:
 
 
 def compress(seed: int) -> int:
-    words = [random.Random(seed).randbytes(24) for _ in range(4000)]
-    text = b"".join(random.Random(seed + 1).choices(words, k=_BYTES // 24))
+    text = bytes(random.Random(seed).choices(range(97, 123), k=_BYTES))
     return len(lzma.compress(text, preset=5))
 
 
@@ -164,13 +164,20 @@ CASES = {
 }
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def impact(times: int = 3) -> dict[str, Any]:
     alone = [foreground_s() for _ in range(times)]
     base = statistics.median(alone)
+    _say(f"alone: {alone}")
     found: dict[str, Any] = {"alone, s": [round(t, 2) for t in alone]}
     for name, settings in CASES.items():
+        _say(name)
         with tempfile.TemporaryDirectory() as place, training(Path(place), **settings):
             beside = [foreground_s() for _ in range(times)]
+        _say(f"{beside}")
         slower = 100 * (statistics.median(beside) / base - 1)
         found[name] = {"s": [round(t, 2) for t in beside], "slower, %": round(slower, 1)}
     return found

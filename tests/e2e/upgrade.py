@@ -80,7 +80,8 @@ def test_further_apart_they_refuse_and_name_both(versions: dict[str, Path], tmp_
     with closing(site):
         site.up(port=0)
         site.join("ada")
-        port = json.loads((site.home / "up.json").read_text())["port"]
+        enrolled = json.loads((tmp_path / "ada" / "enrolled.json").read_text())
+        port = int(enrolled["addresses"][0].rpartition(":")[2])
         site.programs["up"].stop()
         site.of["coordinator"] = "0.3.0"
         site.up(port=port)
