@@ -91,11 +91,12 @@ def schema(layers: Sequence[Layer]) -> Schema:
 def init(layers: Sequence[Layer], draw: np.random.RandomState) -> Weights:
     """First weights: uniform with variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), biases 0.
 
-    The same bytes whatever framework trains them.
+    Less before the logits, so that no class is believed in yet. The same bytes whatever framework
+    trains them.
     """
     tensors: dict[str, Array] = {}
     for layer in _with_weights(layers):
-        bound = math.sqrt(6 / math.prod(layer.shape[1:]))
+        bound = math.sqrt((0.1 if layer.kind == "output" else 6) / math.prod(layer.shape[1:]))
         weight = draw.uniform(-bound, bound, layer.shape)
         tensors[f"{layer.name}.weight"] = weight.astype(np.float32)
         tensors[f"{layer.name}.bias"] = np.zeros(layer.units, np.float32)

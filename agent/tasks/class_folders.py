@@ -87,9 +87,7 @@ def cut(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
     order = order[usable[order]]
     if len(order) < 2:
-        raise DataFault(
-            f"{len(order)} of {len(names)} examples can be read; two are needed",
-            "look into the trainer's log: commonweight-agent logs",
-        )
+        # Without a hint of ours the agent names the trainer's log, where each is told.
+        raise DataFault(f"{len(order)} of {len(names)} examples can be read; two are needed")
     held_out = max(1, len(order) // _HELD_OUT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -42,7 +42,6 @@ def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
-    "2nn": ("mnist", {}, lambda n: torch.rand(n, 784), mnist._forward_2nn),
     "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784), mnist._forward_cnn),
     "images": ("images", COLOURS, lambda n: pixels(n, 16), pictures_by(COLOURS)),
     "resnet18": ("images", RESNET, lambda n: pixels(n, 32), pictures_by(RESNET)),
