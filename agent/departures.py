@@ -29,7 +29,8 @@ _WHAT: dict[str, What] = {
 
 
 class Departure(Struct, frozen=True, kw_only=True):
-    """One answer. `told` is a description as JSON; `digest` and `nbytes` are those of the bytes."""
+    """One answer. `told` is a description as JSON; `digest` and `nbytes` are those of the bytes;
+    `tallies`, what an evaluation adds up over peers."""
 
     at: float
     run: str
@@ -41,6 +42,7 @@ class Departure(Struct, frozen=True, kw_only=True):
     codec: str = ""
     num_examples: int = 0
     metrics: Metrics = {}
+    tallies: dict[str, list[float]] = {}
     told: str = ""
 
 
@@ -60,6 +62,7 @@ def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
         codec=claim.codec if what == "weights" else "",
         num_examples=claim.num_examples,
         metrics=claim.metrics,
+        tallies={name: list(counts) for name, counts in claim.tallies.items()},
         told=told.decode(),
     )
     path = home / FILE
@@ -95,7 +98,8 @@ def in_words(departure: Departure) -> str:
     if departure.num_examples:
         said += f", {departure.num_examples} examples"
     numbers = {name: value for name, value in departure.metrics.items() if value is not None}
-    return said + "".join(f", {name} {value:.4g}" for name, value in numbers.items())
+    said += "".join(f", {name} {value:.4g}" for name, value in numbers.items())
+    return said + "".join(f", {len(n)} sums of {name}" for name, n in departure.tallies.items())
 
 
 def _older(home: Path) -> Path:

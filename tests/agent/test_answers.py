@@ -69,9 +69,12 @@ def test_what_left_is_noted_for_the_owner_alone(tmp_path: Path) -> None:
     departures.write(tmp_path, claim(kind="recall"), "tabular", b"")
     with (tmp_path / departures.FILE).open("ab") as file:
         file.write(b'{"at": 1, "run"')  # a power cut
-    departures.write(tmp_path, claim(kind="evaluate"), "tabular", b"")
+    sums = {"confusion": [3.0, 1.0, 0.0, 4.0]}
+    departures.write(tmp_path, claim(kind="evaluate", tallies=sums), "tabular", b"")
     told = departures.read(tmp_path)
-    assert told.pop().what == "evaluation"
+    last = told.pop()
+    assert (last.what, last.tallies) == ("evaluation", sums)
+    assert departures.in_words(last).endswith("4 sums of confusion")
     assert [(one.what, one.told) for one in told] == [
         ("description", '{"rows":3}'),
         ("weights", ""),
