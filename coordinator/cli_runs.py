@@ -350,6 +350,48 @@ def _round_line(run: Any, closed: Any) -> str:
     )
 
 
+@runs.command("metrics")
+def metrics(
+    run: str,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay until it has ended.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Event files into this folder, in place of JSON lines.")
+    ] = None,
+    mlflow: Annotated[
+        str, typer.Option(help="To MLflow at this address, in place of JSON lines.")
+    ] = "",
+) -> None:
+    """Every round's metrics for other programs: a line of JSON each."""
+    import time
+
+    from coordinator import tracking
+
+    remote = _remote()
+    found = remote.run(run)
+    sinks: list[tracking.Sink] = []
+    if tensorboard is not None:
+        sinks.append(tracking.TensorBoard(tensorboard))
+    if mlflow:
+        sinks.append(tracking.MLflow(mlflow, found))
+    told = 0
+    try:
+        while True:
+            for closed in found.history[told:]:
+                for sink in sinks:
+                    sink.put(found, closed)
+                if not sinks:
+                    sys.stdout.write(tracking.line(found, closed) + "\n")
+                    sys.stdout.flush()
+            told = len(found.history)
+            if found.ended or not follow:
+                break
+            time.sleep(0.5)
+            found = remote.run(found.id)
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
 @runs.command("stop")
 def stop(run: str) -> None:
     """End a run; what is committed stays."""
