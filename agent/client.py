@@ -99,8 +99,9 @@ class Client:
     `patch(work)` may make the version that the work is on from its parent, to spare the lane.
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
     `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
-    the version that the work is on is here. `recall(work)` answers a coordinator without its disk.
-    `on_leaving(claim, task, description)` is told of each answer before it goes.
+    the version that the work is on is here. `recall(work)` answers a coordinator without its disk,
+    and `jobs(message)` a unit of a job. `on_leaving(claim, task, description)` is told of each
+    answer before it goes.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Client:
         on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
         recall: Callable[[Work], RecordDict] = lambda work: RecordDict(),
         on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None,
+        jobs: Callable[[Message], RecordDict] | None = None,
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
@@ -141,6 +143,9 @@ class Client:
         self.app.query("init")(self._answer)
         self.app.query("holdings")(self._answer)
         self.app.query("recall")(self._answer)
+        if jobs is not None:
+            self.app.query("infer")(lambda message, _: Message(jobs(message), reply_to=message))
+            self.app.query("analyze")(lambda message, _: Message(jobs(message), reply_to=message))
 
     def handle(self, message: Message) -> Message:
         """The reply to a message. Raises CommonweightError when the work cannot be done.

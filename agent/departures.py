@@ -14,12 +14,13 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from protocols.jobs import Answer, Scatter, Unit
 from protocols.messages import Metrics, UpdateClaim
 
 FILE = "left.jsonl"
 MOST_BYTES = 4 << 20
 
-What = Literal["description", "first weights", "weights", "evaluation"]
+What = Literal["description", "first weights", "weights", "evaluation", "answer"]
 _WHAT: dict[str, What] = {
     "describe": "description",
     "init": "first weights",
@@ -65,6 +66,30 @@ def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
         tallies={name: list(counts) for name, counts in claim.tallies.items()},
         told=told.decode(),
     )
+    _add(home, departure)
+
+
+def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
+    """Add the answer to a unit of a job, word for word if it is over rows of this machine's own.
+
+    Raises OSError, as `write` does.
+    """
+    spread = isinstance(unit.question, Scatter)
+    departure = Departure(
+        at=time.time(),
+        run=unit.job,
+        task=unit.task,
+        round=unit.unit,
+        what="answer",
+        digest=answer.digest,
+        nbytes=answer.nbytes,
+        num_examples=answer.rows,
+        told="" if spread else body.decode(errors="replace"),
+    )
+    _add(home, departure)
+
+
+def _add(home: Path, departure: Departure) -> None:
     path = home / FILE
     if path.exists() and path.stat().st_size > MOST_BYTES:
         path.replace(_older(home))

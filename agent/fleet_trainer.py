@@ -31,6 +31,7 @@ from agent.frames import (
     Failed,
     Init,
     Phase,
+    Predict,
     Progress,
     Ready,
     Request,
@@ -127,6 +128,8 @@ class FleetTrainer:
                 card = self._errand(work, {"only": "describe", "handshake": True})["card"]
                 told = msgspec.convert(card, schemas.SchemaCard)
                 return Done(id=work.id, description=schemas.encode(told))
+            case Predict():
+                raise Refused("a fleet answers for no rows", "ask its own coordinator")
             case Init():
                 run = self._errand(work, {"only": "init", "seed": work.seed})
                 return self._given(work.id, run["head"], Path(work.out))

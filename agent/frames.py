@@ -15,7 +15,7 @@ from msgspec import Struct
 from agent.tasks import DataSettings, Setting
 from protocols.messages import Metrics
 
-Phase = Literal["describe", "train", "evaluate"]
+Phase = Literal["describe", "train", "evaluate", "predict"]
 
 
 class Describe(Struct, frozen=True, tag=True, kw_only=True):
@@ -75,6 +75,23 @@ class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
     data: DataSettings
     base: str
     kept: str = ""
+
+
+class Predict(Struct, frozen=True, tag=True, kw_only=True):
+    """Answer, with the weights in the file `base`, for the files `sources` of `rows` rows each.
+
+    The answers go to the file `out` (`agent.predicting`). This peer's own data are not loaded.
+    """
+
+    id: int
+    task: str
+    source: str = ""
+    settings: dict[str, Setting]
+    data: DataSettings = DataSettings()
+    base: str
+    sources: list[str]
+    rows: list[int]
+    out: str
 
 
 class Pause(Struct, frozen=True, tag=True):
@@ -144,7 +161,7 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     hint: str = ""
 
 
-Work = Describe | Init | Train | Evaluate
+Work = Describe | Init | Train | Evaluate | Predict
 Request = Work | Pause | Resume | Pace | Cancel
 Answer = Ready | Progress | Done | Failed
 

@@ -79,6 +79,8 @@ _GOODBYE_S = 3.0
 #: coordinator keeps one for 75 s.
 CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
+VERSION_PATH = "/cw/v1/weights/{digest}"
+UPDATE_PATH = "/cw/v1/updates/{digest}"
 
 
 class Credentials(NamedTuple):
@@ -305,8 +307,8 @@ class Link:
 
     # --- the weight lane ---
 
-    def download(self, digest: str, nbytes: int, target: Path) -> None:
-        """Fetch a version to `target`, going on where an earlier try was cut off.
+    def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
+        """Fetch a version, or what else is `at` this path, going on where an earlier try was cut.
 
         Raises BadWeights when the bytes are not those of `digest`.
         """
@@ -320,7 +322,7 @@ class Link:
             return
         have = part.stat().st_size if part.exists() else 0
         if have < nbytes:
-            have, found = self._fetch(f"/cw/v1/weights/{digest}", nbytes, part, have)
+            have, found = self._fetch(at.format(digest=digest), nbytes, part, have)
         else:  # cut off after the last byte: there is nothing left to ask for
             found = file_digest(part)
         if have < nbytes:
@@ -399,12 +401,12 @@ class Link:
         self._attached = _Attached(digest, source)
         failpoint("agent.upload.piece")
 
-    def upload(self, digest: str, source: Path) -> None:
-        """Send an update's bytes; does nothing when the coordinator has them.
+    def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
+        """Send an update's bytes, or an answer's; does nothing when the coordinator has them.
 
         Raises Refused when it does not take them.
         """
-        path = f"/cw/v1/updates/{digest}"
+        path = at.format(digest=digest)
         size = source.stat().st_size
         # After a cut: an offset at the end sends nothing and asks how much has arrived.
         offset = size if digest == self._cut_off else 0

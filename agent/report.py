@@ -101,7 +101,7 @@ class Report:
             Telemetry(
                 run=now.work.run,
                 round=now.work.round,
-                phase="" if progress.phase == "describe" else progress.phase,
+                phase=progress.phase if progress.phase in ("train", "evaluate") else "",
                 step=progress.step,
                 steps=progress.steps,
                 loss=progress.loss,

@@ -141,6 +141,10 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             "agent's place (commonweight up --upstream sets it)"
         ),
     ] = ""
+    jobs_scatter: Annotated[
+        Literal["on", "off"],
+        Meta(description="answer for rows that others send; they and the answers are not yours"),
+    ] = "off"
     share: Annotated[
         Literal["lan", "on", "off"],
         Meta(

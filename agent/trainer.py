@@ -25,7 +25,7 @@ from typing import IO
 import msgspec
 import psutil
 
-from agent import chance
+from agent import chance, predicting
 from agent.frames import (
     Answer,
     Cancel,
@@ -37,6 +37,7 @@ from agent.frames import (
     Pace,
     Pause,
     Phase,
+    Predict,
     Progress,
     Ready,
     Resume,
@@ -230,6 +231,8 @@ class Trainer:
 
     def _do(self, work: Work) -> Answer:
         task = self._found(work.task, work.source, work.data.framework)
+        if isinstance(work, Predict):
+            return self._predicted(work, task)
         self._load(task, work.data)
         if isinstance(work, Describe):
             return self._described(work, task)
@@ -286,6 +289,14 @@ class Trainer:
             metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
+
+    def _predicted(self, work: Predict, task: Task) -> Answer:
+        _, settings = _parted(work.settings)
+        on_step = Meter(work.id, "predict", self._control, self._send)
+        model = schemes.without_controls(weights.load(Path(work.base)))
+        out = Path(work.out)
+        count = predicting.write(task, model, settings, work.sources, work.rows, out, on_step)
+        return _done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
 
     def _trained(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,6 +31,7 @@ from agent.frames import (
     Init,
     Pace,
     Pause,
+    Predict,
     Progress,
     Ready,
     Resume,
@@ -154,6 +155,31 @@ class TrainerProcess:
             kept=_full(kept.file) if kept else "",
         )
         return self._do(work)
+
+    def predict(
+        self,
+        task: str,
+        settings: Settings,
+        base: Path,
+        sources: Sequence[Path],
+        rows: Sequence[int],
+        out: Path,
+    ) -> Done:
+        """Answer for files with the weights in `base`; answers go to `out`. Raises TrainerFailed.
+
+        `rows` are how many each file must have; none: any.
+        """
+        work = Predict(
+            id=0,
+            task=task,
+            settings=dict(settings),
+            data=self._data(),
+            base=_full(base),
+            sources=[_full(source) for source in sources],
+            rows=list(rows),
+            out=_full(out),
+        )
+        return self._do(work, out)
 
     def pause(self) -> None:
         """Make the present work stand still after its batch, or the next one after its first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -64,6 +64,17 @@ class Watchdog:
 
     def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
         return self._do(lambda: self._trainer.evaluate(task, settings, base, kept))
+
+    def predict(
+        self,
+        task: str,
+        settings: Settings,
+        base: Path,
+        sources: Sequence[Path],
+        rows: Sequence[int],
+        out: Path,
+    ) -> Done:
+        return self._do(lambda: self._trainer.predict(task, settings, base, sources, rows, out))
 
     def close(self) -> None:
         """End the trainer for good; a wait for the next try ends too."""

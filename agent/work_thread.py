@@ -13,9 +13,11 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
-from agent import departures, worker
+from agent import departures, settings, worker
 from agent.client import Client, claim_text, refusal_text
 from agent.frames import Progress
+from agent.inferring import Inferring, find_version
+from agent.jobs import Handler, Jobs
 from agent.kept import prove
 from agent.link import Credentials, Link, NoRoom, SessionLost
 from agent.loop import WorkerLoop
@@ -36,6 +38,8 @@ from agent.worker import (
 )
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
+from protocols.jobs import ANSWER_PATH, INPUT_PATH, Private, Question, Scatter
+from protocols.messages import Work
 from protocols.room import free_bytes
 from protocols.states import PauseReason
 
@@ -65,8 +69,8 @@ class WorkThread:
     ) -> None:
         self._home, self._loop, self._report, self._link = home, loop, report, link
         cache, outbox = home / "cache", home / "outbox"
-        for folder in (cache, outbox, home / "trainer"):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in (cache, outbox, home / "trainer", home / "jobs" / "models"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.trainer = TrainerProcess(
             home / "trainer",
             data_settings(chosen, home / "trainer"),
@@ -94,11 +98,21 @@ class WorkThread:
             patch=versions.rebuild,
             send=self._send,
             allowed=chosen.allows,
-            on_work=lambda work: loop.happened_in_thread(WorkBegan(work) if work else WorkEnded()),
+            on_work=self._on_work,
             on_sending=lambda: loop.happened_in_thread(SendingBegan()),
             on_trained=self.trainer.forget,
             on_held=partial(prove, cache),
             on_leaving=partial(departures.write, home),
+            jobs=Jobs(
+                peer=enrolment.peer,
+                sign=credentials.sign_key.sign,
+                coordinator_public=enrolment.coordinator_public,
+                outbox=outbox / "answers",
+                send=self._send_answer,
+                handlers=self._handlers(),
+                on_work=self._on_work,
+                on_leaving=partial(departures.write_answer, home),
+            ).answer,
             recall=Recall(
                 enrolment.peer,
                 credentials.sign_key.sign,
@@ -107,6 +121,24 @@ class WorkThread:
                 self._send,
             ).answer,
         )
+
+    def _handlers(self) -> dict[type[Question], Handler]:
+        """What this agent can do for jobs, by the type of the question."""
+        pinned = Versions(self._home / "jobs" / "models", self._link)
+        inferring = Inferring(
+            self._watchdog,
+            lambda: settings.read(self._home),
+            lambda model: find_version(self._home / "cache", model, pinned.fetch),
+            lambda digest, nbytes, target: self._link().download(
+                digest, nbytes, target, INPUT_PATH
+            ),
+            self._home / "jobs",
+            self._home / "predictions",
+        )
+        return {Scatter: inferring.scatter, Private: inferring.private}
+
+    def _on_work(self, work: Work | None) -> None:
+        self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())
 
     def pids(self) -> list[int]:
         """The processes of this agent."""
@@ -162,10 +194,18 @@ class WorkThread:
         self._rest(_TRY_AGAIN_S, lambda: free_bytes(self._home) >= enough_bytes)
 
     def _send(self, digest: str, path: Path) -> None:
-        """Upload; waits a while for a coordinator whose disk is full."""
+        """Hand in an update."""
+        self._patiently(lambda: self._link().hand_in(digest, path))
+
+    def _send_answer(self, digest: str, path: Path) -> None:
+        """Hand in a job's answer."""
+        self._patiently(lambda: self._link().upload(digest, path, ANSWER_PATH))
+
+    def _patiently(self, send: Callable[[], None]) -> None:
+        """Send; waits a while for a coordinator whose disk is full."""
         for _ in range(_UPLOAD_TRIES):
             try:
-                return self._link().hand_in(digest, path)
+                return send()
             except NoRoom as err:
                 self._report.trouble(err.message)
                 self._rest(_UPLOAD_AGAIN_S)

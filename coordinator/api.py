@@ -9,7 +9,7 @@
     POST /cw/v1/leave                  its key is refused from now on      (a peer)
     GET  /cw/v1/fleet                  the snapshot of the fleet            (operator)
     GET  /cw/v1/watch                  what a watcher needs for MQTT        (operator)
-    *    /cw/v1/runs, /tickets, /peers, /operators                          (operator)
+    *    /cw/v1/runs, /jobs, /tickets, /peers, /operators                          (operator)
     POST /cw/v1/operators/join         somebody with a ticket for watching
     POST /cw/v1/logs                   log lines that were asked for        (an enrolled peer)
 
@@ -34,8 +34,12 @@ from starlette.routing import Route
 
 from coordinator import fleet as fleets
 from coordinator.auth import Auth, read_body
+from coordinator.bodies import job_body
 from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
+from coordinator.job_facts import JobSpec
+from coordinator.job_lane import JobLane
+from coordinator.job_queue import JobQueue
 from coordinator.lane import Lane
 from coordinator.log_desk import LogDesk
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
@@ -74,6 +78,8 @@ class Desk(Protocol):
     registry: Registry
     fleet: Fleet
     lane: Lane
+    job_lane: JobLane
+    jobs: JobQueue
     runs: RunQueue
     logs: LogDesk
     sharing: SharingDesk
@@ -189,6 +195,26 @@ def make_app(
         desk.runs.resume(request.path_params["run"])
         return _json({})
 
+    async def start_job(_: Request, body: bytes) -> Response:
+        return _json({"job": desk.jobs.start(_decode(body, JobSpec))})
+
+    async def list_jobs(_: Request, __: bytes) -> Response:
+        return _json(desk.jobs.all())
+
+    async def show_job(request: Request, _: bytes) -> Response:
+        return _json(desk.jobs.find(request.path_params["job"]))
+
+    async def stands_job(request: Request, _: bytes) -> Response:
+        return _json(job_body(desk.jobs.find(request.path_params["job"])))
+
+    async def stop_job(request: Request, _: bytes) -> Response:
+        desk.jobs.stop(desk.jobs.find(request.path_params["job"]).id)
+        return _json({})
+
+    async def resume_job(request: Request, _: bytes) -> Response:
+        desk.jobs.resume(request.path_params["job"])
+        return _json({})
+
     async def make_ticket(_: Request, body: bytes) -> Response:
         order = _decode(body, TicketOrder)
         if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
@@ -300,6 +326,12 @@ def make_app(
         Route("/cw/v1/runs/{run}", observer(show_run)),
         Route("/cw/v1/runs/{run}/stop", operator(stop_run), methods=["POST"]),
         Route("/cw/v1/runs/{run}/resume", operator(resume_run), methods=["POST"]),
+        Route("/cw/v1/jobs", observer(list_jobs)),
+        Route("/cw/v1/jobs", operator(start_job), methods=["POST"]),
+        Route("/cw/v1/jobs/{job}", observer(show_job)),
+        Route("/cw/v1/jobs/{job}/stands", observer(stands_job)),
+        Route("/cw/v1/jobs/{job}/stop", operator(stop_job), methods=["POST"]),
+        Route("/cw/v1/jobs/{job}/resume", operator(resume_job), methods=["POST"]),
         Route("/cw/v1/tickets", observer(list_tickets)),
         Route("/cw/v1/tickets", operator(make_ticket), methods=["POST"]),
         Route("/cw/v1/tickets/{ticket}/revoke", operator(revoke_ticket), methods=["POST"]),
@@ -313,7 +345,11 @@ def make_app(
         Route("/cw/v1/operators", observer(list_operators)),
         Route("/cw/v1/operators/{operator}/remove", operator(remove_operator), methods=["POST"]),
     ]
-    for method, path, endpoint in (*desk.lane.routes(auth), *desk.sharing.routes(auth)):
+    for method, path, endpoint in (
+        *desk.lane.routes(auth),
+        *desk.job_lane.routes(auth),
+        *desk.sharing.routes(auth),
+    ):
         routes.append(Route(path, endpoint, methods=[method]))
     return Starlette(routes=routes)
 

@@ -24,7 +24,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from coordinator import facts, runs, settings
+from coordinator import facts, job_facts, runs, settings
 from coordinator.enroll import SUBJECT
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
@@ -251,7 +251,7 @@ def _begin_recall(home: Path) -> None:
     found = [
         runs.replay(subject, [facts.decode(entry.body) for entry in ledger.entries(subject)])
         for subject in ledger.subjects()
-        if subject != SUBJECT
+        if subject != SUBJECT and not subject.startswith(job_facts.PREFIX)
     ]
     for run in found:
         if not run.ended or (run.state is RunState.FINISHED and run is found[-1]):

@@ -1,11 +1,12 @@
-"""Where a run and its rounds stand, as the monitors are told. Pure."""
+"""Where runs, their rounds and jobs stand, as the monitors are told. Pure."""
 
 from __future__ import annotations
 
 from coordinator import runs
+from coordinator.jobs import Job
 from coordinator.runs import Run
 from protocols import messages
-from protocols.messages import RunChanged, printable
+from protocols.messages import JobChanged, RunChanged, printable
 from protocols.states import RunState
 
 
@@ -50,4 +51,20 @@ def round_body(run_id: str, closed: runs.Round) -> messages.RoundClosed:
         worst=closed.worst,
         spent=closed.spent,
         staleness=closed.staleness,
+    )
+
+
+def job_body(job: Job) -> JobChanged:
+    """Where a job stands, as the monitors are told."""
+    spread = job.is_spread
+    verified = sum(bool(unit.verified) for unit in job.units.values())
+    return JobChanged(
+        job=job.id,
+        kind=job.spec.kind,
+        task=job.spec.task,
+        state=job.state.value,
+        done=job.verified_rows if spread else verified,
+        total=job.total_rows if spread else len(job.units),
+        peers=len({peer for _, peer, _ in job.leases()}),
+        ended_because=printable(job.ended_because),
     )

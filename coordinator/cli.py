@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator import cli_care, cli_fleet, cli_monitor, cli_runs
+from coordinator import cli_care, cli_fleet, cli_jobs, cli_monitor, cli_runs
 from protocols import VERSION, crashes, homes, output
 from protocols.errors import CommonweightError, ExitCode
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 cli_monitor.add_to(app)
 cli_fleet.add_to(app)
 cli_runs.add_to(app)
+cli_jobs.add_to(app)
 cli_care.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]

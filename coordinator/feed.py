@@ -36,6 +36,7 @@ from protocols.messages import (
     Doorbell,
     Envelope,
     Happened,
+    JobChanged,
     Links,
     Notice,
     PeerKnown,
@@ -55,7 +56,7 @@ _ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
     "presence": (Presence,),
     "telemetry": (Telemetry,),
     "notice": (Notice,),
-    "event": (PeerKnown, RunChanged, RoundClosed, Happened, Links),
+    "event": (PeerKnown, RunChanged, RoundClosed, JobChanged, Happened, Links),
 }
 _MOST_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
 _MOST_PER_WAKE = 256  # messages that are read from the socket before others have their turn
@@ -230,7 +231,9 @@ class Feed:
         """Send an operator's command. True says that the broker has it, not that `peer` obeyed."""
         return await self.publish(topics.command(self._fleet, peer), command)
 
-    async def event(self, body: PeerKnown | RunChanged | RoundClosed | Happened | Links) -> bool:
+    async def event(
+        self, body: PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links
+    ) -> bool:
         """Tell the monitors. One that was not sent leaves a gap in the numbers that they notice."""
         if isinstance(body, RoundClosed) and len(body.norms) > 200:
             # Named by peer, the norms of a large round do not fit; a snapshot has them.

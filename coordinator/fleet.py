@@ -25,6 +25,7 @@ from coordinator.shape import Event, Fleet, Level, Peer, Run, decode, encode, fi
 from protocols.messages import (
     Envelope,
     Happened,
+    JobChanged,
     Links,
     Notice,
     PeerKnown,
@@ -84,7 +85,7 @@ def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
             _event(fleet, now, body.level, f"{called(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
         fleet.ignored += 1
-    elif isinstance(body, PeerKnown | RunChanged | RoundClosed | Happened | Links):
+    elif isinstance(body, PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links):
         _coordinator(fleet, envelope, body, now)
     # Doorbells and commands are between the coordinator and one agent: nothing to show.
     return fleet
@@ -192,7 +193,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
 def _coordinator(
     fleet: Fleet,
     envelope: Envelope,
-    body: PeerKnown | RunChanged | RoundClosed | Happened | Links,
+    body: PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links,
     now: float,
 ) -> None:
     if envelope.epoch == fleet.epoch:
@@ -213,6 +214,8 @@ def _coordinator(
         _run_changed(fleet, body, now)
     elif isinstance(body, RoundClosed):
         _round_closed(fleet, body)
+    elif isinstance(body, JobChanged):
+        _job_changed(fleet, body)
     elif isinstance(body, Happened):
         _event(fleet, now, body.level, body.text, body.subject)
     else:
@@ -238,6 +241,12 @@ def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
     if len(fleet.runs) > RUNS_KEPT:
         ended = (name for name, run in fleet.runs.items() if run.changed.state in ENDED)
         del fleet.runs[next(ended, next(iter(fleet.runs)))]
+
+
+def _job_changed(fleet: Fleet, body: JobChanged) -> None:
+    fleet.jobs[body.job] = body
+    if len(fleet.jobs) > RUNS_KEPT:
+        del fleet.jobs[next(iter(fleet.jobs))]
 
 
 def _round_closed(fleet: Fleet, body: RoundClosed) -> None:

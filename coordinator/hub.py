@@ -31,6 +31,8 @@ from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.fleetwork import Fleetwork
 from coordinator.holders import Holders
+from coordinator.job_lane import JobLane
+from coordinator.job_queue import JobQueue
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.log_desk import LogDesk
@@ -97,6 +99,7 @@ class Hub:
         if removed != keys.login.removed:
             self._login = settings.new_login(home, removed)
         self.lane = Lane(home)
+        self.job_lane = JobLane(home / "jobs")
         self._superlink = Superlink(self._on_request)
         self._grid = LaneGrid(self._superlink, self.lane)
         self._voice = Voice(COORDINATOR, keys.sign_key.sign)
@@ -118,6 +121,7 @@ class Hub:
         self.registry.on_change = self._on_peer
         self.runs = RunQueue(self._fleetwork(), self.registry, self._sessions.tasks)
         self.lane.on_short = self.runs.nudge
+        self.jobs = JobQueue(self._fleetwork(), self.job_lane, self.registry)
 
     def _make_broker(self) -> EmbeddedBroker | ExternalBroker:
         chosen = self._settings
@@ -189,6 +193,7 @@ class Hub:
                 "sessions": self._watch_sessions(),
                 "certificate": self._keep_certificate(server),
                 "runs": self.runs.work(resume),
+                "jobs": self.jobs.work(resume),
             }.items()
         ]
         if port := self._settings.metrics_port:
@@ -294,7 +299,8 @@ class Hub:
             self._on_request("exchange", node)
             return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
-        settling = self.runs.settling(self._superlink.question_of(asked.reply))
+        question = self._superlink.question_of(asked.reply)
+        settling = self.jobs.settling(question) or self.runs.settling(question)
         handed_in = Exchange(reply=asked.reply, want=False)
         await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
@@ -374,7 +380,7 @@ class Hub:
             if self._feed is not None:
                 self._say_soon(self._feed.forget(peer.peer))
             self._tell_of(peer)
-            self.runs.nudge()
+            self._nudge()
         else:
             self._admit(peer)
         text = f"{peer.name} {words[peer.standing]}"
@@ -391,11 +397,16 @@ class Hub:
             )
         )
 
+    def _nudge(self) -> None:
+        """Something changed that runs and jobs may care for."""
+        self.runs.nudge()
+        self.jobs.nudge()
+
     def _on_request(self, action: str, node_id: int) -> None:
         """A Fleet request of this node succeeded."""
         if action in ARRIVALS:
             self._grid.wake()
-            self.runs.nudge()
+            self._nudge()
         peer = self._sessions.peer_of(node_id)
         if self._sessions.node_of(peer) is None:
             return
@@ -405,20 +416,21 @@ class Hub:
             self._holders.forgive(peer)
             if self.runs.current is not None:
                 self.runs.current.session_opened(peer)
+            self.jobs.session_opened(peer)
             self._tell_links()
         elif action == "deactivate-node":
             self._sessions.closed(peer)
-            self.runs.nudge()
+            self._nudge()
             self._tell_links()
         elif news:
-            self.runs.nudge()
+            self._nudge()
 
     async def _watch_sessions(self) -> None:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
             # In this thread: a session that opens meanwhile must not be overlooked.
             if self._sessions.set_online(self._superlink.online()):
-                self.runs.nudge()
+                self._nudge()
             self._tell_links()  # also how many messages were rejected: not one by one
             await asyncio.sleep(ONLINE_EVERY_S)
 
@@ -445,7 +457,7 @@ class Hub:
         if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.heard_presence(envelope.sender, body)
             if before != self._sessions.is_eligible(envelope.sender):
-                self.runs.nudge()
+                self._nudge()
 
     def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
         """What changes with each presence that the fold takes."""

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Set
 from pathlib import Path
 
@@ -48,6 +48,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 class Lane:
     """Versions and uploads on disk. `limit_bytes` bounds an upload; the run in work sets it."""
 
+    suffix = ".safetensors"
+
     def __init__(self, folder: Path) -> None:
         self._versions = folder / "versions"
         self._spool = folder / "spool"
@@ -62,6 +64,9 @@ class Lane:
         self._spooled: defaultdict[str, set[Path]] = defaultdict(set)
         for path in self._spool.iterdir():
             self._spooled[path.name.rpartition("-")[0]].add(path)
+        #: Versions that jobs use, by how many, and those of them that are not wanted else.
+        self._pins: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
         self.limit_bytes = 0
         #: Whole uploads that a peer may have here: more where it may count more than once.
         self.most_uploads = MOST_UPLOADS
@@ -77,7 +82,7 @@ class Lane:
 
     def version(self, digest: str) -> Path:
         """Where the version with this digest lies, or would."""
-        return self._versions / f"{digest}.safetensors"
+        return self._versions / f"{digest}{self.suffix}"
 
     def has(self, digest: str) -> bool:
         return self.version(digest).exists()
@@ -94,8 +99,22 @@ class Lane:
         except OSError:  # a full disk: the version itself is safe, and is sent whole
             return 0
 
+    def pin(self, digests: Iterable[str]) -> None:
+        """Keep these versions, whoever drops them, until they are unpinned as often."""
+        self._pins.update(digests)
+
+    def unpin(self, digests: Iterable[str]) -> None:
+        """Drop now what was dropped meanwhile."""
+        self._pins.subtract(digests)
+        for digest in [digest for digest in self._unwanted if self._pins[digest] <= 0]:
+            self._unwanted.discard(digest)
+            self.drop(digest)
+
     def drop(self, digest: str) -> None:
         """Forget a version."""
+        if self._pins[digest] > 0:
+            self._unwanted.add(digest)
+            return
         self.version(digest).unlink(missing_ok=True)
         self.patch(digest).unlink(missing_ok=True)
 
@@ -161,7 +180,7 @@ class Lane:
 
     def update(self, node: str, digest: str) -> Path:
         """Where this peer's upload with this digest lies, or would."""
-        return self._spool / f"{node}-{digest}.safetensors"
+        return self._spool / f"{node}-{digest}{self.suffix}"
 
     async def take(self, node: str, data: bytes) -> None:
         """Keep the few bytes of an update that came with its claim. Raises HTTPException."""
@@ -225,6 +244,11 @@ class Lane:
             path.unlink(missing_ok=True)
             self._spooled[node].discard(path)
 
+    def drop_update(self, node: str, digest: str) -> None:
+        """Forget one upload."""
+        self.update(node, digest).unlink(missing_ok=True)
+        self._spooled[node].discard(self.update(node, digest))
+
     def drop_updates(self, but_of: Collection[str] = ()) -> None:
         """Empty the spool: the round that needed it is committed. `but_of`: peers still at work."""
         for node, paths in self._spooled.items():
@@ -238,6 +262,25 @@ class Lane:
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
         """(method, path, endpoint) of the lane."""
 
+        async def download_patch(request: Request) -> Response:
+            await auth.peer(request)
+            path = self.patch(digest_of(request))
+            if not path.exists():
+                raise HTTPException(404)
+            size = path.stat().st_size
+            self.bytes_down += size
+            return WholeFile(path, size)
+
+        return [
+            ("GET", "/cw/v1/patches/{digest}", download_patch),
+            *self._both_ways(auth, "/cw/v1/weights/{digest}", "/cw/v1/updates/{digest}"),
+        ]
+
+    def _both_ways(
+        self, auth: Auth, down: str, up: str
+    ) -> list[tuple[str, str, Callable[..., object]]]:
+        """The routes by which versions go down and uploads come in."""
+
         async def download(request: Request) -> Response:
             await auth.peer(request)
             digest = digest_of(request)
@@ -250,25 +293,12 @@ class Lane:
                 return FileResponse(path, media_type="application/octet-stream")
             return WholeFile(path, size)
 
-        async def download_patch(request: Request) -> Response:
-            await auth.peer(request)
-            path = self.patch(digest_of(request))
-            if not path.exists():
-                raise HTTPException(404)
-            size = path.stat().st_size
-            self.bytes_down += size
-            return WholeFile(path, size)
-
         async def upload(request: Request) -> Response:
             digest = digest_of(request)
             peer = await auth.peer(request, body_sha256=digest)
             return await self._receive(request, auth, peer.peer, digest)
 
-        return [
-            ("GET", "/cw/v1/weights/{digest}", download),
-            ("GET", "/cw/v1/patches/{digest}", download_patch),
-            ("PUT", "/cw/v1/updates/{digest}", upload),
-        ]
+        return [("GET", down, download), ("PUT", up, upload)]
 
     def _make_room(self, node: str, part: Path) -> None:
         """Drop this peer's other unfinished upload. Raises 413 if it has enough whole ones."""

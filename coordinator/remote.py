@@ -21,12 +21,14 @@ from coordinator import access
 from coordinator import fleet as fleets
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
+from coordinator.job_facts import JobSpec
+from coordinator.jobs import Job
 from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.runs import Run
 from coordinator.watch import Action
 from protocols import identity, requests
 from protocols.errors import NotRunning, Unreachable
-from protocols.messages import Command, Envelope, LogLine, PeerKnown
+from protocols.messages import Command, Envelope, JobChanged, LogLine, PeerKnown
 from protocols.topics import COORDINATOR, Kind
 
 T = TypeVar("T")
@@ -71,6 +73,24 @@ class Remote:
 
     def resume_run(self, run_id: str) -> None:
         self._ask("POST", f"/cw/v1/runs/{run_id}/resume")
+
+    def start_job(self, spec: JobSpec) -> str:
+        return self._post("/cw/v1/jobs", spec)["job"]
+
+    def jobs(self) -> list[Job]:
+        return self._get("/cw/v1/jobs", list[Job])
+
+    def job(self, job_id: str) -> Job:
+        return self._get(f"/cw/v1/jobs/{job_id}", Job)
+
+    def job_stands(self, job_id: str) -> JobChanged:
+        return self._get(f"/cw/v1/jobs/{job_id}/stands", JobChanged)
+
+    def stop_job(self, job_id: str) -> None:
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/stop")
+
+    def resume_job(self, job_id: str) -> None:
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/resume")
 
     def make_ticket(self, order: TicketOrder) -> dict[str, str]:
         return self._post("/cw/v1/tickets", order)

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Callable
 
-from coordinator import buffered, facts, heap, late, runs, strategies
+from coordinator import buffered, facts, heap, job_facts, late, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
@@ -43,7 +43,7 @@ class RunQueue:
     def _recall(self) -> None:
         ledger = self._around.ledger
         for subject in ledger.subjects():
-            if subject != SUBJECT:
+            if subject != SUBJECT and not subject.startswith(job_facts.PREFIX):
                 past = [facts.decode(entry.body) for entry in ledger.entries(subject)]
                 self._runs[subject] = runs.replay(subject, past)
         failpoint("runs.recalled")

@@ -9,7 +9,16 @@ import msgspec
 from msgspec import Struct
 
 from protocols.errors import BadMessage
-from protocols.messages import Count, Links, Name, RoundClosed, RunChanged, Telemetry, Text
+from protocols.messages import (
+    Count,
+    JobChanged,
+    Links,
+    Name,
+    RoundClosed,
+    RunChanged,
+    Telemetry,
+    Text,
+)
 from protocols.states import PeerState
 
 Level = Literal["info", "warning", "error"]
@@ -84,6 +93,7 @@ class Fleet(Struct, kw_only=True):
     at: float = 0.0
     peers: dict[Name, Peer] = {}
     runs: dict[Name, Run] = {}
+    jobs: dict[Name, JobChanged] = {}
     events: list[Event] = []
     num_events: int = 0
     links: Links = Links(mqtt=False, flower=False)

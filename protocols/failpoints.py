@@ -66,8 +66,19 @@ AGENT = (
     "agent.claim.sending",
     "agent.claim.sent",
 )
+#: Reached in jobs beside training only.
+JOB_FACTS = ("UnitLeased", "UnitReturned", "UnitVerified", "JobEnded")
+JOBS = (
+    "job.queued",
+    "job.pushing",
+    "job.pushed",
+    "job.reply.pulled",
+    *(f"job.recording.{fact}" for fact in JOB_FACTS),
+    *(f"job.recorded.{fact}" for fact in JOB_FACTS),
+)
+AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + AGENT + TRAINER)
+NAMES = frozenset(COORDINATOR + JOBS + AGENT + AGENT_JOBS + TRAINER)
 
 _HANG_S = 3600.0
 

@@ -178,6 +178,22 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     staleness: dict[Name, Count] = {}
 
 
+class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
+    """Where a job beside training stands, said whole each time.
+
+    `done` of `total`: rows that were spread, or peers that were asked; `peers` are at it now.
+    """
+
+    job: Name
+    kind: Name
+    task: Name = ""
+    state: Name
+    done: Count
+    total: Count
+    peers: Count = 0
+    ended_because: Text = ""
+
+
 class Happened(Struct, frozen=True, tag=True, kw_only=True):
     """A line for the Events screen. `subject` is a peer or a run, or empty."""
 
@@ -196,7 +212,15 @@ class Links(Struct, frozen=True, tag=True, kw_only=True):
 
 PeerBody = Presence | Telemetry | Notice
 CoordinatorBody = (
-    Doorbell | Command | LogsAsked | PeerKnown | RunChanged | RoundClosed | Happened | Links
+    Doorbell
+    | Command
+    | LogsAsked
+    | PeerKnown
+    | RunChanged
+    | RoundClosed
+    | JobChanged
+    | Happened
+    | Links
 )
 Body = PeerBody | CoordinatorBody
 

@@ -20,8 +20,11 @@ from flwr.app import Error, Message
 
 from agent import kept
 from agent.client import Client, refusal_text
+from agent.inferring import Inferring
+from agent.jobs import Jobs
 from agent.link import Credentials, Link, SessionLost
 from agent.recall import Recall
+from agent.settings import AgentSettings
 from agent.versions import Versions
 from coordinator import facts, settings
 from coordinator.facts import Fact, RunSpec
@@ -31,6 +34,7 @@ from coordinator.runs import Run
 from coordinator.settings import Settings
 from protocols import identity, schemas, tickets, weights
 from protocols.errors import CommonweightError, Unreachable
+from protocols.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
 from protocols.messages import Metrics
 from protocols.weights import Weights
 from tests.site_fixtures import HOST, Machine
@@ -144,6 +148,21 @@ class Trainer:
         self.made[number] = self.step(weights.load(base), self.data)
         return self._save(self.made[number], out)._replace(metrics={"train_loss": 1.0})
 
+    def predict(
+        self, task: str, settings: Any, base: Path, sources: Any, rows: Any, out: Path
+    ) -> Outcome:
+        """Scores of the first class for CSV files of features."""
+        self._begin("predict", len(self.worked))
+        model, done = weights.load(base), 0
+        with out.open("w") as file:
+            file.write('["row","score"]\n')
+            for source in sources:
+                x = np.loadtxt(source, delimiter=",", skiprows=1, ndmin=2, dtype=np.float32)
+                for number, score in enumerate(x @ np.asarray(model["w"])[:, 0]):
+                    file.write(f"[{number},{float(score)!r}]\n")
+                done += len(x)
+        return Outcome(done, {}, weights.file_digest(out), out.stat().st_size)
+
     def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
         self._begin("evaluate", int(settings["round"]))
         return Outcome(len(self.data.y), {"loss": self.loss(weights.load(base), self.data)})
@@ -158,6 +177,7 @@ class Agent:
         self.machine, self.peer = machine, machine.peer
         self.trainer = Trainer(data)
         self.failures: list[BaseException] = []
+        self.owner = AgentSettings(jobs_scatter="on", tasks=("softmax",))
         self._folder, self._credentials = folder, credentials
         (folder / "cache").mkdir(parents=True, exist_ok=True)
         self.versions = Versions(folder / "cache", self._open_link)
@@ -178,6 +198,7 @@ class Agent:
             send=lambda digest, path: self._open_link().upload(digest, path),
             allowed=lambda task: task == "softmax",
             on_held=partial(kept.prove, self._folder / "cache"),
+            jobs=self.jobs(coordinator_public).answer,
             recall=Recall(
                 self.peer,
                 self.machine.sign_key.sign,
@@ -187,6 +208,24 @@ class Agent:
             ).answer,
         )
         self._thread.start()
+
+    def jobs(self, coordinator_public: bytes) -> Jobs:
+        inferring = Inferring(
+            self.trainer,
+            lambda: self.owner,
+            lambda model: self.versions.fetch(model.digest, model.nbytes),
+            lambda digest, nbytes, to: self._open_link().download(digest, nbytes, to, INPUT_PATH),
+            self._folder / "jobs",
+            self._folder / "predictions",
+        )
+        return Jobs(
+            peer=self.peer,
+            sign=self.machine.sign_key.sign,
+            coordinator_public=coordinator_public,
+            outbox=self._folder / "answers",
+            send=lambda digest, path: self._open_link().upload(digest, path, ANSWER_PATH),
+            handlers={Scatter: inferring.scatter, Private: inferring.private},
+        )
 
     def stop(self) -> None:
         self._stopping.set()

@@ -23,6 +23,7 @@ from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
 from coordinator.fleet import Fleet
 from coordinator.holders import Holders
+from coordinator.job_lane import JobLane
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.records import LaneGrid
@@ -92,6 +93,7 @@ class Site:
         self.fleet = Fleet(fleet=self.fleet_id, name="test")
         self.lane = Lane(folder)
         self.lane.limit_bytes = 1 << 20
+        self.job_lane = JobLane(folder / "jobs")
         self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
         self.holders = Holders()
         self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)

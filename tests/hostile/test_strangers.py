@@ -74,7 +74,11 @@ def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
     found = []
     for route in app.routes:
         assert isinstance(route, Route)
-        path = route.path.replace("{digest}", "0" * 64).replace("{run}", "softmax-1")
+        path = (
+            route.path.replace("{digest}", "0" * 64)
+            .replace("{run}", "softmax-1")
+            .replace("{job}", "x-1")
+        )
         path = path.replace("{ticket}", "abcdef01").replace("{peer}", fleet.agents[0].peer)
         path = path.replace("{operator}", "laptop")
         assert "{" not in path

@@ -1,0 +1,156 @@
+"""What a job has found: scattered rows merged in order, or a matrix of peers and models."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from coordinator.job_lane import JobLane
+from coordinator.jobs import Job
+from coordinator.merit import less_is_better
+from protocols import jobs as wire
+from protocols.errors import CommonweightError, UsageFault
+from protocols.jobs import Score
+
+Row = list[Any]
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
+_BATCH = 65_536
+
+
+def check_target(out: Path) -> None:
+    """Raise UsageFault unless rows can be written to this new file."""
+    if out.exists():
+        raise UsageFault(f"{out} exists already", "choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UsageFault(f"there is no folder {out.absolute().parent}")
+    if out.suffix not in _SUFFIXES:
+        raise UsageFault(f"{out.name} is no kind of table", "OUT.csv, OUT.jsonl or OUT.parquet")
+
+
+def merge(job: Job, lane: JobLane, out: Path) -> int:
+    """Write the answers of a finished job to `out`, in the order of its rows; how many they are.
+
+    A column named "row", which each task counts from 0 in each block, counts through. Raises
+    CommonweightError when an answer is not on disk any more, or of other columns than the first.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    done = 0
+    try:
+        with _opened(temporary, out.suffix) as add:
+            names: Row = []
+            for unit in sorted(job.units.values(), key=lambda unit: unit.first):
+                lines = lane.read(unit.answer).splitlines()
+                found, *rows = map(_decode, lines)
+                if found != (names := names or found):
+                    raise CommonweightError(f"unit {unit.number} was answered with other columns")
+                if "row" in names:
+                    place = names.index("row")
+                    for number, row in enumerate(rows, done):
+                        row[place] = number
+                add(names, rows)
+                done += len(rows)
+        temporary.replace(out)
+    except OSError as err:
+        raise CommonweightError(f"cannot merge the answers: {err.strerror or err}") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+    return done
+
+
+_decode = msgspec.json.Decoder(list[Any]).decode
+
+
+@contextlib.contextmanager
+def _opened(path: Path, suffix: str) -> Iterator[Callable[[Row, list[Row]], None]]:
+    with contextlib.ExitStack() as stack:
+        if suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            writers: list[Any] = []
+
+            def add_table(names: Row, rows: list[Row]) -> None:
+                columns = zip(*rows, strict=True)
+                table = pa.table(dict(zip(names, map(list, columns), strict=True)))
+                if not writers:
+                    writers.append(stack.enter_context(pq.ParquetWriter(path, table.schema)))
+                writers[0].write_table(table)
+
+            yield add_table
+            return
+        file = stack.enter_context(path.open("w", newline=""))
+        writer, encode = csv.writer(file), msgspec.json.Encoder().encode
+        first = True
+
+        def add_lines(names: Row, rows: list[Row]) -> None:
+            nonlocal first
+            if suffix == ".csv":
+                writer.writerows([names, *rows] if first else rows)
+            else:
+                for row in rows:
+                    file.write(encode(dict(zip(names, row, strict=True))).decode() + "\n")
+            first = False
+
+        yield add_lines
+
+
+# --- peers and models --------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """One metric: by peer and by model's digest; the mean weighted by rows, and the worst peer's.
+
+    None where a peer told none, as it has too few rows.
+    """
+
+    metric: str
+    by_peer: dict[str, dict[str, float | None]]
+    weighted: dict[str, float | None]
+    worst: dict[str, tuple[str, float] | None]
+
+
+def scores_of(job: Job) -> dict[str, dict[str, Score]]:
+    """By peer, by model."""
+    return {
+        unit.only: wire.decode_scores(unit.answer.body)
+        for unit in job.units.values()
+        if unit.verified
+    }
+
+
+def matrices(scores: Mapping[str, Mapping[str, Score]]) -> list[Matrix]:
+    """A matrix for each metric that any peer told. Losses and errors are worst where highest."""
+    told = [score for row in scores.values() for score in row.values()]
+    metrics = sorted({name for score in told for name in score.metrics})
+    models = sorted({model for row in scores.values() for model in row})
+    return [_matrix(metric, scores, models) for metric in metrics]
+
+
+def _matrix(metric: str, scores: Mapping[str, Mapping[str, Score]], models: list[str]) -> Matrix:
+    sign = -1.0 if less_is_better(metric) else 1.0
+    weighted: dict[str, float | None] = {}
+    worst: dict[str, tuple[str, float] | None] = {}
+    for model in models:
+        told = [
+            (peer, row[model].num_examples, value)
+            for peer, row in scores.items()
+            if model in row
+            and (value := row[model].metrics.get(metric)) is not None
+            and math.isfinite(value)
+        ]
+        total = sum(count for _, count, _ in told)
+        weighted[model] = sum(count * value for _, count, value in told) / total if total else None
+        peer, _, value = min(told, key=lambda one: sign * one[2], default=("", 0, 0.0))
+        worst[model] = (peer, value) if told else None
+    by_peer = {
+        peer: {model: row[model].metrics.get(metric) for model in row}
+        for peer, row in scores.items()
+    }
+    return Matrix(metric, by_peer, weighted, worst)
