@@ -10,9 +10,12 @@ def delays(rng: Random, first_s: float = 0.5, most_s: float = 15.0) -> Iterator[
     """Seconds to wait, one after another: growing up to `most_s`, and nowhere near in step.
 
     Each is drawn between `first_s` and three times the one before ("decorrelated jitter"), so a
-    fleet that lost its broker in one moment does not come back in one moment.
+    fleet that lost its broker in one moment does not come back in one moment. But none is longer
+    than half of what was waited so far: who is back after 4 s is found again within 2.
     """
-    last = first_s
+    last, waited = first_s, 0.0
     while True:
-        last = min(most_s, rng.uniform(first_s, last * 3))
+        longest = max(2 * first_s, min(last * 3, waited / 2))
+        last = min(most_s, rng.uniform(first_s, longest))
+        waited += last
         yield last
