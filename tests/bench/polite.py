@@ -100,7 +100,10 @@ def pauses() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         on_mains(folder / "sys", True)
-        with training(folder, **heeding("battery", sysfs=str(folder / "sys"))) as (site, trainer):
+        with training(folder, **heeding("battery", sysfs=str(folder / "sys"), nice="0")) as (
+            site,
+            trainer,
+        ):
             times = []
             for _ in range(_TIMES):
                 times.append(stands_after_s(trainer, lambda: on_mains(folder / "sys", False)))

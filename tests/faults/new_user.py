@@ -107,6 +107,7 @@ class Machines:
         began = time.monotonic()
         done = subprocess.run(words, env=env, input=given, capture_output=True, text=True)
         self.took.append((f"{host}: {line}", time.monotonic() - began))
+        print(f"{self.took[-1][1]:6.2f} s  {host}: {line}", file=sys.stderr, flush=True)
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -190,6 +191,8 @@ def back_after(
 
 
 def main() -> None:
+    # Ended from outside as by Ctrl-C: so that namespaces and programs end as well.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = argparse.ArgumentParser(prog="python -m tests.faults.new_user", description=__doc__)
     parser.add_argument("--install", action="store_true", help="from the index, into nothing")
     parser.add_argument("--ipv6", action="store_true", help="IPv6 alone")
