@@ -14,6 +14,7 @@ from pathlib import Path
 from flwr.app import Error, Message
 
 from agent import departures, settings, worker
+from agent.analysis import unit
 from agent.client import Client, claim_text, refusal_text
 from agent.frames import Progress
 from agent.inferring import Inferring, find_version
@@ -38,7 +39,7 @@ from agent.worker import (
 )
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
-from protocols.jobs import ANSWER_PATH, INPUT_PATH, Private, Question, Scatter
+from protocols.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Question, Scatter
 from protocols.messages import Work
 from protocols.room import free_bytes
 from protocols.states import PauseReason
@@ -135,7 +136,11 @@ class WorkThread:
             self._home / "jobs",
             self._home / "predictions",
         )
-        return {Scatter: inferring.scatter, Private: inferring.private}
+        return {
+            Scatter: inferring.scatter,
+            Private: inferring.private,
+            Analyze: unit.handler(lambda: settings.read(self._home), self._home),
+        }
 
     def _on_work(self, work: Work | None) -> None:
         self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator import cli_care, cli_fleet, cli_jobs, cli_monitor, cli_runs
+from coordinator import cli_analyze, cli_care, cli_fleet, cli_jobs, cli_monitor, cli_runs
 from protocols import VERSION, crashes, homes, output
 from protocols.errors import CommonweightError, ExitCode
 
@@ -28,6 +28,7 @@ cli_monitor.add_to(app)
 cli_fleet.add_to(app)
 cli_runs.add_to(app)
 cli_jobs.add_to(app)
+cli_analyze.add_to(app)
 cli_care.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from coordinator import dispatch, job_facts, jobs
+from coordinator.analysis import ask
 from coordinator.asking import AGENT_FAILED
 from coordinator.bodies import job_body
 from coordinator.dispatch import View
@@ -331,7 +332,8 @@ class JobLoop:
                 if wire.decode_scores(self._lane.read(given)).keys() != pinned:
                     raise BadMessage("it does not measure the models that were asked about")
             case "analyze":
-                pass  # what a state may be is for whoever merges it
+                if wrong := ask.check(self.job.spec.query, self._lane.read(given)):
+                    raise BadMessage(wrong)
 
     # --- taking back, writing down, telling ---
 
