@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_task
+from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_serve, cli_task
 from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, crashes, homes, output
 from protocols.errors import CommonweightError, ExitCode, NotRunning, UsageFault
@@ -260,6 +260,7 @@ app.add_typer(cli_task.task, name="task")
 app.add_typer(cli_questions.questions, name="questions")
 app.command("export")(cli_export.export)
 app.command("predict")(cli_predict.predict)
+app.command("serve")(cli_serve.serve)
 
 
 def main() -> None:

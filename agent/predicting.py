@@ -80,17 +80,3 @@ def write(
                 file.write(_encoder.encode(list(batch)) + b"\n")
             file.write(_encoder.encode_lines(list(zip(*batch.values(), strict=True))))
     return done
-
-
-def read(path: Path) -> Iterator[list[Any]]:
-    """The lines of such a file, the names first."""
-    decoder = msgspec.json.Decoder(list[Any])
-    with path.open("rb") as file:
-        yield from map(decoder.decode, file)
-
-
-def columns_of(lines: Iterator[list[Any]]) -> dict[str, list[Any]]:
-    """All lines as columns."""
-    names = next(lines, [])
-    rows = list(lines)
-    return {name: [row[place] for row in rows] for place, name in enumerate(names)}

@@ -1,0 +1,125 @@
+"""`commonweight-agent serve`: answers in real time from the shared model, for this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket as net
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.cli_owner import say
+from protocols import homes
+from protocols.errors import PortInUse, UnknownName, UsageFault
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from agent.serving import Served
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes any.")] = 9100,
+    socket: Annotated[
+        Path | None, typer.Option(help="A Unix socket in place of a port, for this user only.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="latest, which follows the runs; a digest; or an exported file.")
+    ] = "latest",
+) -> None:
+    """Answer over HTTP from the agent's copy of the shared model, until Ctrl-C."""
+    if socket is not None and socket.exists():
+        raise UsageFault(f"{socket} exists already", "another service, or what a dead one left")
+    os.umask(0o077)
+    try:
+        asyncio.run(_serve(_load(model), model, port, socket))
+    finally:
+        if socket is not None:
+            socket.unlink(missing_ok=True)
+
+
+def _load(model: str) -> Served:
+    """Raises UnknownName, UsageFault, NotEnrolled."""
+    from agent import settings
+    from agent.cli_export import found_model, weights_of
+    from agent.serving import Served
+    from agent.tasks import Predicting, finding
+    from protocols import schemes
+
+    chosen = settings.read(homes.locate("agent"))
+    path, name, asked = found_model(model)
+    task = finding.find(name, chosen.task_files.get(name, ""), chosen.framework)
+    if not isinstance(task, Predicting):
+        raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
+    plain = {key: value for key, value in asked.items() if key not in schemes.SETTINGS}
+    return Served(path.stem, name, task, weights_of(path), plain)
+
+
+async def _serve(served: Served, model: str, port: int, socket: Path | None) -> None:
+    import uvicorn
+
+    from agent.serving import Server
+
+    server = Server(served, lambda old: _newer(old, model))
+    http = uvicorn.Server(
+        uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
+    )
+    # uvicorn would end the process by the signal itself, and leave the socket's file.
+    http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
+            asyncio.get_running_loop().add_signal_handler(name, _end, http)
+    listener = _listen(port, socket)
+    where = f"the socket {socket}" if socket else f"http://{HOST}:{listener.getsockname()[1]}"
+    say(f"{served.name} {served.version[:12]} answers at {where}, /predict; Ctrl-C stops it")
+    works = [asyncio.create_task(work) for work in (server.work(), server.watch())]
+    serving = asyncio.create_task(http.serve([listener]))
+    done, _ = await asyncio.wait({serving, *works}, return_when=asyncio.FIRST_COMPLETED)
+    http.should_exit = True
+    for work in works:
+        work.cancel()
+    await serving
+    for task in done - {serving}:
+        task.result()
+
+
+def _end(http: uvicorn.Server) -> None:
+    http.should_exit = True
+
+
+def _listen(port: int, path: Path | None) -> net.socket:
+    """A bound socket. uvicorn's own would let everybody in by a Unix socket (0666)."""
+    try:
+        if path is not None:
+            listener = net.socket(net.AF_UNIX)
+            listener.bind(str(path))  # 0600 by the umask
+            return listener
+        listener = net.socket(net.AF_INET)
+        listener.setsockopt(net.SOL_SOCKET, net.SO_REUSEADDR, 1)
+        # asyncio sets it only on sockets that name their protocol: 40 ms an answer without.
+        listener.setsockopt(net.IPPROTO_TCP, net.TCP_NODELAY, 1)
+        listener.bind((HOST, port))
+    except OSError as err:
+        what = f"the socket {path}" if path else f"port {port}"
+        raise PortInUse(f"{what} cannot be opened: {err.strerror}", "choose another") from err
+    return listener
+
+
+def _newer(old: Served, model: str) -> Served | None:
+    """A version that has come since, if the newest is followed."""
+    if model != "latest":
+        return None
+    home = homes.open_home("agent")
+    newest = max(
+        (home / "cache").glob("*.safetensors"), key=lambda path: path.stat().st_mtime, default=None
+    )
+    if newest is None or newest.stem == old.version:
+        return None
+    found = _load(model)
+    return found if found.version != old.version else None
