@@ -152,13 +152,12 @@ def start(
     json: Json = False,
 ) -> None:
     """Start a run."""
-    if bool(task) == bool(task_):
-        raise UsageFault("name one task", "commonweight run start mnist")
-    column, goal = _targets(target or [])
-    table = {"target": column, "kind": kind, "features": features}
-    order = run_order(
-        task=task or task_,
-        table={name: value for name, value in table.items() if value},
+    order = typed_order(
+        task=task,
+        task_=task_,
+        target=target,
+        kind=kind,
+        features=features,
         rounds=rounds,
         quorum=quorum,
         deadline=deadline,
@@ -182,7 +181,6 @@ def start(
         best_metric=best_metric,
         best_direction=best_direction,
         patience=patience,
-        target=goal,
         from_=from_,
     )
     remote = _remote()
@@ -196,6 +194,27 @@ def start(
         sys.stdout.write(output.ok({"run": run_id}) + "\n")
     else:
         sys.stderr.write(f"started {run_id}; watch it: commonweight monitor\n")
+
+
+def typed_order(
+    *,
+    task: str,
+    task_: str,
+    target: list[str] | tuple[str, ...] | None,
+    kind: str,
+    features: str,
+    **others: Any,
+) -> Any:
+    """The order for the options of `start` as they were typed, there or in the monitor's form.
+
+    Raises UsageFault and its kin.
+    """
+    if bool(task) == bool(task_):
+        raise UsageFault("name one task", "commonweight run start mnist")
+    column, goal = _targets(list(target or []))
+    table = {"target": column, "kind": kind, "features": features}
+    chosen = {name: value for name, value in table.items() if value}
+    return run_order(task=task or task_, table=chosen, target=goal, **others)
 
 
 def run_order(
@@ -228,7 +247,7 @@ def run_order(
     target: float | None = None,
     table: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
-    """The order for the options of `start`; the monitor's form makes it too. Raises UsageFault."""
+    """The order for these options. Raises UsageFault."""
     from coordinator.facts import RunSpec
     from coordinator.orders import RunOrder
     from protocols import codecs

@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PROGRAMS = {"commonweight": coordinator.cli.app, "commonweight-agent": agent.cli.app}
 #: Programs that are not ours; what they are asked is theirs.
-OTHERS = {"pip", "python3", ".", "uv", "pipx", "make", "sudo", "~/commonweight/bin/pip", "cp"}
+OTHERS = {
+    "curl",
+    "pip",
+    "python3",
+    ".",
+    "uv",
+    "pipx",
+    "make",
+    "sudo",
+    "~/commonweight/bin/pip",
+    "cp",
+}
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:commonweight|commonweight-agent) [^`…]+)`")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

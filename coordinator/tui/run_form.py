@@ -23,8 +23,8 @@ from coordinator.orders import RunOrder
 from coordinator.tui.theme import colours
 from protocols.errors import CommonweightError, UsageFault
 
-#: They say how the command behaves, not what is trained.
-_NOT_ASKED = frozenset({"follow", "json", "help"})
+#: They say how the command behaves, not what is trained; or the same as another.
+_NOT_ASKED = frozenset({"follow", "json", "help", "task_"})
 
 
 def _command() -> click.Command:
@@ -78,7 +78,7 @@ def order(typed: dict[str, str]) -> RunOrder:
     known: dict[str, Any] = {
         name: value for name, value in context.params.items() if name not in _NOT_ASKED
     }
-    made: RunOrder = cli_runs.run_order(**known)
+    made: RunOrder = cli_runs.typed_order(**known, task_="")
     return made
 
 

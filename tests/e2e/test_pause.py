@@ -58,7 +58,7 @@ def test_finish_ends_the_round_and_then_the_agent(tmp_path: Path) -> None:
         site.up()
         site.join("ada", "bob")
         site.start("ada", "bob")
-        words = ("--rounds", "2", "--quorum", "1", "--set", "epochs=10")
+        words = ("--rounds", "2", "--quorum", "1", "--set", "epochs=40")
         run = site.start_run("mnist", *words)
         site.until_agent("bob", "trains", lambda told: (told["state"], told["round"]) == FIRST)
         assert site.ask_agent("bob", "finish").returncode == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.e2e.fleet_harness import fleet
 
 RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
-LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=8")
+LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=40")
 
 
 def on_mains(folder: Path, online: bool) -> None:

@@ -18,7 +18,7 @@ from coordinator.tui.keys import KEYS, REPLAY
 from coordinator.tui.peer_screen import TABS, PeerScreen
 from coordinator.tui.replay_app import ReplayApp
 from coordinator.tui.rounds_page import RoundsPage
-from coordinator.tui.run_form import RunForm, order
+from coordinator.tui.run_form import RunForm, fields, order
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages import Envelope, PeerKnown, RunChanged
 from protocols.states import PeerState, RunState
@@ -91,12 +91,13 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.screen, RunForm))
         await pilot.press("enter")
-        await until(pilot, lambda: "Missing argument" in screen_text(app))
+        await until(pilot, lambda: "name one task" in screen_text(app))
         app.screen.query(Input).first().value = "ping"
-        app.screen.query(Input)[1].value = "0"
+        rounds = [field.flag for field in fields()].index("--rounds")
+        app.screen.query(Input)[rounds].value = "0"
         await pilot.press("enter")
         await until(pilot, lambda: "rounds" in screen_text(app) and "0 is not" in screen_text(app))
-        app.screen.query(Input)[1].value = "3"
+        app.screen.query(Input)[rounds].value = "3"
         await pilot.press("enter")
         await until(pilot, lambda: bool(source.orders))
         assert (source.orders[0].spec.task, source.orders[0].spec.rounds) == ("ping", 3)
