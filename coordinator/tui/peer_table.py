@@ -113,7 +113,8 @@ class PeerTable(ScrollView, can_focus=True):
         self, cells: Sequence[Cell], base: Style, width: int, only: Style | None = None
     ) -> Strip:
         tones, segments, used = styles(), [], 0
-        for cell, (column, wide) in zip(cells, self._columns, strict=True):
+        # Not strict: a line may be drawn between a change of columns and the next `show`.
+        for cell, (column, wide) in zip(cells, self._columns, strict=False):
             text = fitted(cell.text, wide, right=column.right)
             style = only or (tones[cell.tone] if cell.tone != "plain" else None)
             segments.append(Segment(f" {text} ", base + style if style else base))
