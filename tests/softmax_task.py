@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from agent.frames import Describe, Done, Evaluate, Failed, Init, Train
+from agent.meter import Control
 from agent.run_files import Kept
 from agent.tasks import DataSettings, OnStep, Settings, checked
-from agent.trainer import Control, Trainer
+from agent.training import Trainer
 from protocols.errors import TrainerFailed
 from protocols.weights import Array, Schema, TensorSpec, Weights
 from tests.hub_fixtures import CLASSES, Data, Outcome, first_weights, some_data

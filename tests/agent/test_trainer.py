@@ -30,8 +30,8 @@ from agent.frames import (
     decode_answer,
     encode,
 )
+from agent.meter import Control
 from agent.tasks import Cancelled, DataSettings
-from agent.trainer import Control
 from agent.trainer_process import TrainerProcess
 from protocols import weights
 from protocols.errors import TrainerFailed

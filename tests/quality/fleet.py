@@ -22,9 +22,10 @@ from flwr.app import Message
 from agent.client import Client
 from agent.frames import Answer, Done, Evaluate, Init, Train, Work
 from agent.link import _pack, _unpack
+from agent.meter import Control
 from agent.run_files import Kept
 from agent.tasks import DataSettings, Settings
-from agent.trainer import Control, Trainer
+from agent.training import Trainer
 from coordinator import facts, runs
 from coordinator.facts import RunSpec
 from coordinator.fleetwork import Fleetwork
