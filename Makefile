@@ -1,5 +1,6 @@
 # make demo   four agents learn real digits together on this machine
-# make test   format, lint, types, import contracts, all tests
+# make test   format, lint, types, import contracts, and the tests: below ten minutes
+# make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark, each in an environment of its own
 # make setup  only build .venv
 # make quality  how well it learns, beside the known behaviour: about a minute a row
@@ -9,14 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-extras check setup docs man month upgrade bench bench-quick quality faults \
-	faults-quick soak clean
+.PHONY: demo test test-long test-extras check setup docs man month upgrade bench bench-quick \
+	quality faults faults-quick soak clean
 
 demo: setup
 	$(BIN)/commonweight demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not long'
+
+test-long: setup
+	$(BIN)/pytest -m long
 
 # Tests of the extras, each in an environment of its own; EXTRAS="dask spark" for some of them.
 EXTRAS ?=

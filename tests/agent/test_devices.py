@@ -48,6 +48,7 @@ def test_every_device_learns_alike(name: str) -> None:
     assert all(np.allclose(there[name], on_cpu[name], atol=1e-4) for name in on_cpu)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
 def test_a_compiled_model_learns_alike() -> None:
     plain, compiled = trained(device="cpu"), trained(device="cpu", compile=True)

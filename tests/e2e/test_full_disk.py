@@ -10,7 +10,10 @@ import pytest
 from tests.e2e.fleet_harness import Fleet, fleet, until
 from tests.faults.disk import can_mount, fill, small_disk
 
-pytestmark = pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk"),
+]
 LONG = 200
 RUN = ("ping", "--quorum", "2", "--set", "kilobytes=1000", "--rounds")
 

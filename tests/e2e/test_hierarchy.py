@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from tests.e2e.fleet_harness import Fleet, fleet, until
+
+pytestmark = pytest.mark.long
 
 ROUNDS = 2
 TRAINING = ("mnist", "--rounds", str(ROUNDS), "--set", "epochs=1", "--set", "max_steps=8")

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.fleet_harness import Fleet, fleet
+
+pytestmark = pytest.mark.long
 
 #: What an agent says of itself while it trains in the first round.
 FIRST = ("training", 1)

@@ -10,7 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.fleet_harness import fleet
+
+pytestmark = pytest.mark.long
 
 RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
 LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=40")

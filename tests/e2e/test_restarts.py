@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports, until
+
+pytestmark = pytest.mark.long
 
 #: Seconds of work a round on one core, and the same in every test run.
 SLOW = ["--set", "epochs=30", "--seed", "7"]

@@ -21,10 +21,13 @@ import pytest
 
 from tests.e2e.fleet_harness import AGENT, COORDINATOR, command, environment, until
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0,
-    reason="network namespaces need root and iproute2",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0,
+        reason="network namespaces need root and iproute2",
+    ),
+]
 
 HUB, AGENTS = "10.77.1.2", {"quick": "10.77.2.2", "slow1": "10.77.2.3", "slow2": "10.77.2.4"}
 MODEL_KB = 2 * 1024

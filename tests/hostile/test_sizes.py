@@ -266,6 +266,7 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
         target.site.ask("run", "stop", run)
 
 
+@pytest.mark.long
 def test_a_slow_sender_is_shown_the_door(target: Target) -> None:
     """A byte a second, in a head, in a body and in a TLS handshake; each ends within its limit."""
     digest = hashlib.sha256(b"x").hexdigest()
