@@ -1,7 +1,8 @@
-"""python -m tests.faults [--quick] [--only WORD] [--soak MINUTES] [--seeds 3] [--out FILE]
+"""python -m tests.faults [--quick] [--only WORD…] [--seeds N…] [--add] [--soak MINUTES]
 
 Every fault of the list that one machine can have, on real processes and in the simulator. Prints a
-table, writes docs/faults/fault-results.json and ends with 1 if an invariant was violated.
+table, writes docs/faults/fault-results.json and ends with 1 if an invariant was violated. A long
+case can be played in parts: `--only coordinator --seeds 1`, then `--seeds 2 3 --add`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, shorter faults")
-    parser.add_argument("--only", default="", help="cases whose word begins so")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose word begins so")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the crash cases"
+    )
+    parser.add_argument("--add", action="store_true", help="to the cases that the results hold")
     parser.add_argument("--soak", type=float, default=0.0, help="only the soak, so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the soak; 0 is by the clock")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
@@ -65,16 +69,17 @@ def main() -> int:
     # Ended from outside as by Ctrl-C: so that we end what we have started.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
-    seeds = [1] if asked.quick else list(range(1, asked.seeds + 1))
+    seeds = [1] if asked.quick else asked.seeds
     chosen = cases(seeds, quick=asked.quick)
     if asked.soak:
         seed = asked.seed or int(time.time())
         chosen = {"soak": lambda folder: soak.soak(folder, asked.soak, seed)}
     rows: list[Row] = []
     for word, case in chosen.items():
-        if word.startswith(asked.only):
-            rows += _played(word, case)
-            results.write(asked.out, rows, _uncovered())
+        if word.startswith(tuple(asked.only)):
+            played = _played(word, case)
+            results.write(asked.out, played, _uncovered(), add=asked.add)
+            rows += played
     print(results.table(rows))
     wrong = [text for row in rows for text in row.violations]
     for text in wrong:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+Entry = dict[str, Any]
+
 
 @dataclass
 class Row:
-    """One fault. `figure` is what FAULTS.md asks for; `worst` the largest of the cases' figures."""
+    """One fault. `figure` is what FAULTS.md asks for; a `{worst}` in it stands for `worst`, the
+    largest of the cases' figures."""
 
     fault: str
     about: str
@@ -34,12 +37,33 @@ class Row:
         told = "; ".join(found) or "ok"
         print(f"  {case} (seed {seed}): {told}, {figure:.1f}", flush=True)
 
+    def entry(self) -> Entry:
+        """The row of the results file."""
+        return {
+            "fault": self.fault,
+            "cases": self.cases,
+            "violations": len(self.violations),
+            "figure": self.figure.format(worst=self.worst),
+            "worst": round(self.worst, 2),
+            "seed": self.seed,
+        }
+
+    def entry_with(self, before: Entry) -> Entry:
+        """The row with the cases of an earlier part, which had other seeds."""
+        both = self.entry() | {
+            key: self.entry()[key] + before[key] for key in ("cases", "violations")
+        }
+        worst = max(self.worst, before["worst"])
+        seeds = sorted({*before["seed"].split(), *self.seed.split()})
+        told = {"figure": self.figure.format(worst=worst), "worst": worst, "seed": " ".join(seeds)}
+        return both | told
+
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a person."""
     lines = [f"{'fault':58} {'cases':>8} {'violations':>10}  figure"]
     for row in rows:
-        figure = f"{row.figure} ({row.about})" if row.about else row.figure
+        figure = row.entry()["figure"] + (f" ({row.about})" if row.about else "")
         lines.append(f"{row.fault[:58]:58} {row.cases:8,} {len(row.violations):10}  {figure}")
     return "\n".join(lines)
 
@@ -50,23 +74,15 @@ def _number(fault: str) -> int:
     return int(found[0]) if found else 99
 
 
-def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str]) -> None:
-    """The results as one JSON file; rows of faults that were not played this time stay in it."""
-    told: list[dict[str, Any]] = [
-        {
-            "fault": row.fault,
-            "cases": row.cases,
-            "violations": len(row.violations),
-            "figure": row.figure,
-            "seed": row.seed,
-        }
-        for row in rows
-    ]
+def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str], *, add: bool = False) -> None:
+    """The results as one JSON file; rows of faults that were not played this time stay in it.
+    `add`: what was played is a further part of rows that are in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    played = {row["fault"] for row in told}
-    if path.exists():
-        before = json.loads(path.read_text())["rows"]
-        told = [row for row in before if row["fault"] not in played] + told
-    told.sort(key=lambda row: (_number(row["fault"]), row["fault"]))
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    entries: dict[str, Entry] = {entry["fault"]: entry for entry in known}
+    for row in rows:
+        part = add and row.fault in entries
+        entries[row.fault] = row.entry_with(entries[row.fault]) if part else row.entry()
+    told = sorted(entries.values(), key=lambda row: (_number(row["fault"]), row["fault"]))
     whole = {"rows": told, "not_covered": uncovered}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
