@@ -54,13 +54,12 @@ class FleetPage(Vertical):
         self._now = 0.0
         #: Why there is no fleet yet.
         self.trouble: CommonweightError | None = None
-        self.columns: list[tuple[Column, int]] = []
 
     def compose(self) -> ComposeResult:
         yield FilterBar("name, id, state or label")
         with Horizontal(id="sides"):
             with Vertical(id="left"):
-                yield PeerTable(self._row, id="peers")
+                yield PeerTable(self._cell, id="peers")
                 yield Static(id="nothing")
                 yield RoundPlots(id="under", only=3)
                 yield Latest(self._zone, id="latest")
@@ -132,15 +131,15 @@ class FleetPage(Vertical):
         beside.display = wide > 0
         beside.styles.width = wide
         # One character for the scroll bar, so that it never covers a column.
-        self.columns = fit(self.size.width - wide - 1, self.app.size.width)
-        if not self.columns:  # not laid out yet
+        columns = fit(self.size.width - wide - 1, self.app.size.width)
+        if not columns:  # not laid out yet
             return
         peers = chosen(
             fleet, now, words=self.words, faults=self.faults, by=self.by, reverse=self.reverse
         )
         table, here = self.table, self.under_cursor
         order = [peer.peer for peer in peers]
-        table.show(order, self.columns, self.by, reverse=self.reverse)
+        table.show(order, columns, self.by, reverse=self.reverse)
         if self.follow and here is not None and here != table.under_cursor and here in order:
             table.move_cursor(order.index(here))
         if dirty is None:
@@ -182,17 +181,13 @@ class FleetPage(Vertical):
         self._now = now
         self.table.refresh()
 
-    def _row(self, peer_id: str) -> list[Cell]:
+    def _cell(self, peer_id: str, column: Column, width: int) -> Cell:
         peer = self._fleet.peers.get(peer_id) if self._fleet else None
         if peer is None:
-            return [Cell("") for _ in self.columns]
-        cells = []
-        for column, width in self.columns:
-            cell = column.cell(peer, self._now, width)
-            if column.key == "peer" and peer_id in self.marked:
-                cell = Cell(cut(f"✓ {called(peer)}", width), "strong")
-            cells.append(cell)
-        return cells
+            return Cell("")
+        if column.key == "peer" and peer_id in self.marked:
+            return Cell(cut(f"✓ {called(peer)}", width), "strong")
+        return column.cell(peer, self._now, width)
 
     def _why_empty(self, fleet: Fleet) -> Text:
         if fleet.peers:

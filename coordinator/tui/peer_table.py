@@ -25,7 +25,11 @@ from coordinator.tui.theme import colours, styles
 
 
 class PeerTable(ScrollView, can_focus=True):
-    """`cells(id)` gives the cells of a row; the header stays on top."""
+    """`cell(id, column, width)` gives what stands in a row; the header stays on top.
+
+    Order and columns have one owner, this table, and change together in `show`: a line that is
+    drawn at any other time is one of the last picture, never half of it.
+    """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"peers--cursor", "peers--hover"}
     DEFAULT_CSS = """
@@ -55,10 +59,10 @@ class PeerTable(ScrollView, can_focus=True):
             super().__init__()
             self.column = column
 
-    def __init__(self, cells: Callable[[str], Sequence[Cell]], *, id: str) -> None:  # noqa: A002
+    def __init__(self, cell: Callable[[str, Column, int], Cell], *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
-        self._cells = cells
-        self._columns: list[tuple[Column, int]] = []
+        self._cell = cell
+        self.columns: list[tuple[Column, int]] = []
         self._sorted = ("", False)
         self.order: list[str] = []
 
@@ -71,7 +75,7 @@ class PeerTable(ScrollView, can_focus=True):
         reverse: bool = False,
     ) -> None:
         """Show these rows in this order, which is that of column `by`; the cursor stays inside."""
-        self.order, self._columns, self._sorted = order, columns, (by, reverse)
+        self.order, self.columns, self._sorted = order, columns, (by, reverse)
         size = Size(self.size.width, len(order) + 1)
         if self.virtual_size != size:
             self.virtual_size = size
@@ -99,7 +103,7 @@ class PeerTable(ScrollView, can_focus=True):
         width = self.size.width
         if y == 0:
             dim = Style(color=colours().dim)
-            titles = [Cell(self._title(column, wide)) for column, wide in self._columns]
+            titles = [Cell(self._title(column, wide)) for column, wide in self.columns]
             return self._line(titles, self.rich_style, width, dim)
         row = self.scroll_offset.y + y - 1
         if row >= len(self.order):
@@ -107,14 +111,15 @@ class PeerTable(ScrollView, can_focus=True):
         base = self.rich_style
         if row == self.cursor_row:
             base += self.get_component_rich_style("peers--cursor", partial=True)
-        return self._line(self._cells(self.order[row]), base, width)
+        peer = self.order[row]
+        cells = [self._cell(peer, column, wide) for column, wide in self.columns]
+        return self._line(cells, base, width)
 
     def _line(
         self, cells: Sequence[Cell], base: Style, width: int, only: Style | None = None
     ) -> Strip:
         tones, segments, used = styles(), [], 0
-        # Not strict: a line may be drawn between a change of columns and the next `show`.
-        for cell, (column, wide) in zip(cells, self._columns, strict=False):
+        for cell, (column, wide) in zip(cells, self.columns, strict=True):
             text = fitted(cell.text, wide, right=column.right)
             style = only or (tones[cell.tone] if cell.tone != "plain" else None)
             segments.append(Segment(f" {text} ", base + style if style else base))
@@ -169,7 +174,7 @@ class PeerTable(ScrollView, can_focus=True):
             self.move_cursor(row)
 
     def _click_title(self, x: int) -> None:
-        for column, wide in self._columns:
+        for column, wide in self.columns:
             if x < wide + GAP:
                 self.post_message(self.Sorted(column.key))
                 return

@@ -84,18 +84,7 @@ class Crowd:
         number = self.said
         if number % 500 == 0:
             self._round += 1
-            return COORDINATOR, RoundClosed(
-                run="bench-1",
-                round=self._round,
-                digest=f"{number:064x}",
-                seconds=0.5,
-                peers=len(self._ids),
-                loss=2.0 / self._round,
-                accuracy=1 - 1 / self._round,
-                spread={"loss": (1.0 / self._round, 2.0 / self._round, 3.0 / self._round)},
-                spent={"work": 0.3, "wait": 0.1, "aggregate": 0.05, "evaluate": 0.05},
-                norms=dict.fromkeys(self._ids[:200], 1.0 + self._round % 7),
-            )
+            return COORDINATOR, self._closed(self._round)
         if number % 100 == 0:
             return COORDINATOR, self._run()
         if number % 250 == 1:
@@ -103,8 +92,26 @@ class Crowd:
         peer = self._ids[number % len(self._ids)]
         if number % 20 == 0:
             return peer, _presence(PeerState.IDLE if number % 40 else PeerState.TRAINING)
+        return peer, self._telemetry(number)
+
+    def _closed(self, number: int) -> RoundClosed:
+        share = 1.0 / (number + 1)
+        return RoundClosed(
+            run="bench-1",
+            round=number,
+            digest=f"{number:064x}",
+            seconds=0.5,
+            peers=len(self._ids),
+            loss=2.0 * share,
+            accuracy=1 - share,
+            spread={"loss": (share, 2.0 * share, 3.0 * share)},
+            spent={"work": 0.3, "wait": 0.1, "aggregate": 0.05, "evaluate": 0.05},
+            norms=dict.fromkeys(self._ids[:200], 1.0 + number % 7),
+        )
+
+    def _telemetry(self, number: int) -> Telemetry:
         step = number // len(self._ids) % 40
-        return peer, Telemetry(
+        return Telemetry(
             run="bench-1",
             round=self._round,
             phase="train",
@@ -117,6 +124,19 @@ class Crowd:
             memory_bytes=400_000_000,
         )
 
+    def fill(self, *, losses: int, rounds: int, events: int) -> None:
+        """Begin with histories of this length, as if it had run for long."""
+        now = time.time()
+        for number in range(rounds):
+            fold(self._fleet, self._envelope(COORDINATOR, self._closed(number)), now)
+        self._round = rounds
+        for _ in range(events):
+            happened = Happened(level="info", text="a round goes on")
+            fold(self._fleet, self._envelope(COORDINATOR, happened), now)
+        for peer in self._ids:
+            for number in range(losses):
+                fold(self._fleet, self._envelope(peer, self._telemetry(number)), now)
+
     async def snapshot(self) -> Fleet:
         return decode(encode(self._fleet, time.time()))
 
@@ -127,8 +147,7 @@ class Crowd:
             while self.said - first < due:
                 sender, body = self._next()
                 envelope = self._envelope(sender, body)
-                if sender == COORDINATOR:
-                    fold(self._fleet, envelope, time.time())
+                fold(self._fleet, envelope, time.time())
                 yield envelope
             await asyncio.sleep(TICK_S)
 

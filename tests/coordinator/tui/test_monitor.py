@@ -268,16 +268,33 @@ async def test_a_flood_of_errors_is_a_few_toasts_and_all_events() -> None:
 async def test_resizing_changes_columns_and_says_when_it_is_too_small() -> None:
     async with running(busy(), size=(140, 40)) as (app, pilot):
         page = app.query_one(FleetPage)
-        assert page.columns[-1][0].key == "given"
+        assert page.table.columns[-1][0].key == "given"
         await pilot.press("z")
-        await until(pilot, lambda: page.columns[-1][0].key == "version")
+        await until(pilot, lambda: page.table.columns[-1][0].key == "version")
         await pilot.resize_terminal(60, 20)
-        await until(pilot, lambda: page.columns[-1][0].key == "seen")
+        await until(pilot, lambda: page.table.columns[-1][0].key == "seen")
         assert page.table.row_count == 6
         await pilot.resize_terminal(39, 12)
         await until(pilot, lambda: "this terminal is 39×12" in " ".join(screen_text(app).split()))
         await pilot.resize_terminal(80, 24)
         await until(pilot, lambda: "● training" in screen_text(app))
+
+
+async def test_a_line_drawn_while_there_is_no_room_is_one_of_the_last_picture() -> None:
+    async with running(busy(), size=(100, 30)) as (app, pilot):
+        page = app.query_one(FleetPage)
+        table = page.table
+        before = [table.render_line(y).text for y in range(7)]
+        columns = table.columns
+        page.styles.display = "none"
+        await until(pilot, lambda: page.size.width == 0)
+        page.draw(app.fleet, NOW, None)
+        assert [table.render_line(y).text for y in range(7)] == [""] * 7
+        assert (table.columns, table.row_count) == (columns, 6)
+        page.styles.display = "block"
+        await until(pilot, lambda: page.size.width == 100)
+        page.draw(app.fleet, NOW, None)
+        assert [table.render_line(y).text for y in range(7)] == before
 
 
 @pytest.mark.parametrize("width", range(40, 160, 7))
