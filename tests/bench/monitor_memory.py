@@ -1,0 +1,109 @@
+"""python -m tests.bench.monitor_memory [--peers 500 2000] [--rate 1000] [--seconds 600] [--trace]
+
+Whether the monitor's memory stays flat. Histories are full before the clock starts (losses of every
+peer, 2,000 rounds, 1,000 events), so what grows after that grows for ever. Each peer count runs in
+a process of its own. Told are resident MB and Python's blocks at the first and the last quarter,
+and the slope of a line through all of it. `--trace` (slow) names the lines that hold more than
+before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from typing import Any
+
+import psutil
+from textual import events
+
+from coordinator.cli_monitor import _calm_collector
+from coordinator.fleet import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT
+from tests.bench.monitor import SIZE, Crowd, Watched
+
+LOOK_EVERY_S = 5.0
+WARM_UP_S = 30.0
+#: What a person does meanwhile: every page, a peer, moving about.
+KEYS = ("j", "j", "2", "j", "3", "k", "1", "G", "g", "enter", "2", "escape", "s", "z", "z")
+
+
+async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict[str, Any]:
+    """Figures of one crowd."""
+    source = Crowd(peers, rate)
+    source.fill(losses=LOSSES_KEPT, rounds=ROUNDS_KEPT, events=EVENTS_KEPT + 100)
+    app = Watched(source)
+    process, looks = psutil.Process(), []
+    running = asyncio.create_task(app.run_async(size=SIZE))
+    try:
+        await asyncio.sleep(WARM_UP_S)
+        before = _traced(trace)
+        said, began, number = source.said, time.monotonic(), 0
+        while (at := time.monotonic() - began) < seconds:
+            app.frames_ms.clear()
+            app.post_message(events.Key(KEYS[number % len(KEYS)], None))
+            number += 1
+            looks.append((at, process.memory_info().rss / 1e6, sys.getallocatedblocks()))
+            await asyncio.sleep(LOOK_EVERY_S)
+        took = time.monotonic() - began
+        if before is not None:
+            _tell_growth(before)
+        quarter = max(len(looks) // 4, 1)
+        first, last = looks[:quarter], looks[-quarter:]
+        slope = statistics.linear_regression([a for a, _, _ in looks], [m for _, m, _ in looks])
+        return {
+            "peers": peers,
+            "messages_per_s": round((source.said - said) / took),
+            "seconds": round(took),
+            "rss_mb_first_quarter": round(statistics.median(m for _, m, _ in first), 1),
+            "rss_mb_last_quarter": round(statistics.median(m for _, m, _ in last), 1),
+            "rss_mb_most": round(max(m for _, m, _ in looks), 1),
+            "slope_mb_in_10_min": round(slope.slope * 600, 2),
+            "blocks_first_quarter": round(statistics.median(b for _, _, b in first)),
+            "blocks_last_quarter": round(statistics.median(b for _, _, b in last)),
+        }
+    finally:
+        app.exit()
+        await running
+
+
+def _traced(trace: bool) -> tracemalloc.Snapshot | None:
+    if not trace:
+        return None
+    tracemalloc.start(8)
+    gc.collect()
+    return tracemalloc.take_snapshot()
+
+
+def _tell_growth(before: tracemalloc.Snapshot) -> None:
+    gc.collect()
+    for stat in tracemalloc.take_snapshot().compare_to(before, "traceback")[:12]:
+        sys.stderr.write(f"{stat.size_diff / 1e3:+.0f} kB, {stat.count_diff:+} blocks\n")
+        sys.stderr.write("\n".join(stat.traceback.format()) + "\n")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
+    options.add_argument("--peers", type=int, nargs="+", default=[500, 2000])
+    options.add_argument("--rate", type=int, default=1000)
+    options.add_argument("--seconds", type=float, default=600)
+    options.add_argument("--trace", action="store_true")
+    chosen = options.parse_args()
+    if len(chosen.peers) > 1:
+        for peers in chosen.peers:
+            words = [sys.executable, "-m", __spec__.name, "--peers", str(peers)]
+            words += ["--rate", str(chosen.rate), "--seconds", str(chosen.seconds)]
+            subprocess.run([*words, *(["--trace"] if chosen.trace else [])], check=True)
+        return
+    _calm_collector()
+    figures = asyncio.run(measure(chosen.peers[0], chosen.rate, chosen.seconds, trace=chosen.trace))
+    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
