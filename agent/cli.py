@@ -18,8 +18,8 @@ import typer
 
 from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_serve, cli_task
 from agent.cli_owner import Json, is_running, say
-from protocols import VERSION, crashes, homes, output
-from protocols.errors import CommonweightError, ExitCode, NotRunning, UsageFault
+from protocols import VERSION, crashes, entry, homes, output
+from protocols.errors import NotRunning, UsageFault
 
 app = typer.Typer(
     name="commonweight-agent",
@@ -134,14 +134,7 @@ def _ticket_text(given: str | None) -> str:
             for one in discovery.look(1.5):
                 say(f"in this network: {one.name} at {one.addresses[0]}")
         return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
-    if given == "-":
-        return sys.stdin.read()
-    if given.startswith("file:"):
-        try:
-            return Path(given.removeprefix("file:")).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as err:
-            raise UsageFault(f"cannot read the ticket: {err}") from err
-    return given
+    return entry.ticket_text(given)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -265,33 +258,7 @@ app.command("serve")(cli_serve.serve)
 
 def main() -> None:
     """The entry point: our errors become a message, a hint and an exit code."""
-    raise SystemExit(run_app(app))
-
-
-def run_app(command: Any) -> int:
-    import click
-
-    as_json = "--json" in sys.argv
-    try:
-        result = command(standalone_mode=False)
-    except CommonweightError as err:
-        if as_json:
-            sys.stdout.write(output.error(err) + "\n")
-        else:
-            say(output.in_words(err))
-        return int(err.exit_code)
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        say("interrupted")
-        return int(ExitCode.INTERRUPTED)
-    except click.ClickException as err:
-        err.show()
-        return int(ExitCode.USAGE)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return int(ExitCode.OK)
-    return result if isinstance(result, int) else 0
+    raise SystemExit(entry.run(app))
 
 
 if __name__ == "__main__":

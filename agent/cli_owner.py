@@ -172,18 +172,9 @@ def show_ledger(
 def doctor(json: Json = False) -> None:
     """Look for what keeps this agent from working. Exit status 6 when something does."""
     from agent.doctor import examine_agent
-    from protocols import checks
+    from protocols import entry
 
-    made = []
-    for check in examine_agent(homes.locate("agent")):
-        made.append(check)
-        if not json:
-            sys.stdout.write(checks.in_words(check) + "\n")
-            sys.stdout.flush()
-    if json:
-        sys.stdout.write(output.ok(checks.as_data(made)) + "\n")
-    if checks.num_faults(made):
-        raise typer.Exit(ExitCode.FAULTS_FOUND)
+    entry.tell_checks(examine_agent(homes.locate("agent")), json=json)
 
 
 def leave(

@@ -8,13 +8,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coordinator import cli_analyze, cli_care, cli_fleet, cli_jobs, cli_monitor, cli_runs
-from protocols import VERSION, crashes, homes, output
-from protocols.errors import CommonweightError, ExitCode
+from coordinator import (
+    cli_analyze,
+    cli_care,
+    cli_fleet,
+    cli_jobs,
+    cli_models,
+    cli_monitor,
+    cli_runs,
+)
+from protocols import VERSION, crashes, entry, homes, output
 
 app = typer.Typer(
     name="commonweight",
@@ -26,7 +33,8 @@ app = typer.Typer(
 )
 cli_monitor.add_to(app)
 cli_fleet.add_to(app)
-cli_runs.add_to(app)
+app.add_typer(cli_runs.runs, name="run")
+app.add_typer(cli_models.models, name="models")
 cli_jobs.add_to(app)
 cli_analyze.add_to(app)
 cli_care.add_to(app)
@@ -130,7 +138,7 @@ def up(
     if upstream is not None:
         from coordinator import upstream as above
 
-        above.join(home, above.read_ticket(upstream))
+        above.join(home, entry.ticket_text(upstream))
 
     async def run() -> None:
         hub = Hub(home, settings.open_keys(home), chosen)
@@ -191,33 +199,7 @@ def demo(
 
 def main() -> None:
     """The entry point: our errors become a message, a hint and an exit code."""
-    raise SystemExit(run_app(app))
-
-
-def run_app(command: Any) -> int:
-    import click
-
-    as_json = "--json" in sys.argv
-    try:
-        result = command(standalone_mode=False)
-    except CommonweightError as err:
-        if as_json:
-            sys.stdout.write(output.error(err) + "\n")
-        else:
-            say(output.in_words(err))
-        return int(err.exit_code)
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        say("interrupted")
-        return int(ExitCode.INTERRUPTED)
-    except click.ClickException as err:
-        err.show()
-        return int(ExitCode.USAGE)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return int(ExitCode.OK)
-    return result if isinstance(result, int) else 0
+    raise SystemExit(entry.run(app))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import typer
 
 from coordinator.cli_fleet import Json, seconds
 from protocols import homes, output
-from protocols.errors import CommonweightError, ExitCode, UsageFault
+from protocols.errors import CommonweightError, UsageFault
 
 audit = typer.Typer(help="Who was let in, sent away or refused, from the ledger.")
 
@@ -28,18 +28,9 @@ def add_to(app: typer.Typer) -> None:
 def doctor(json: Json = False) -> None:
     """Look for what keeps this coordinator from working. Exit status 6 when something does."""
     from coordinator.doctor import examine_coordinator
-    from protocols import checks
+    from protocols import entry
 
-    made = []
-    for check in examine_coordinator(homes.locate("coordinator")):
-        made.append(check)
-        if not json:
-            sys.stdout.write(checks.in_words(check) + "\n")
-            sys.stdout.flush()
-    if json:
-        sys.stdout.write(output.ok(checks.as_data(made)) + "\n")
-    if checks.num_faults(made):
-        raise typer.Exit(ExitCode.FAULTS_FOUND)
+    entry.tell_checks(examine_coordinator(homes.locate("coordinator")), json=json)
 
 
 PassphraseFile = Annotated[

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from protocols import output
-from protocols.errors import UsageFault
+from protocols import entry, output
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
@@ -72,22 +71,8 @@ def monitor(
 def _join(given: str) -> None:
     from coordinator import access
 
-    found = access.join(_ticket(given))
+    found = access.join(entry.ticket_text(given))
     say(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
-
-
-def _ticket(given: str) -> str:
-    if given == "-":
-        prompt = sys.stdin.isatty()
-        return (
-            str(typer.prompt("ticket", hide_input=True, err=True)) if prompt else sys.stdin.read()
-        )
-    if given.startswith("file:"):
-        try:
-            return Path(given.removeprefix("file:")).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as err:
-            raise UsageFault(f"cannot read the ticket: {err}") from err
-    return given
 
 
 def _print(fleet: Any, now: float, *, ascii_only: bool = False) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from protocols.backoff import delays
-from protocols.errors import CommonweightError, Refused
+from protocols.errors import Refused
 
 log = logging.getLogger("commonweight.upstream")
 
@@ -83,15 +83,3 @@ def _environment(home: Path) -> dict[str, str]:
         # Nothing trains in this agent: the machines below it are polite by rules of their own.
         "COMMONWEIGHT_AGENT_WORK": "always",
     }
-
-
-def read_ticket(given: str) -> str:
-    """The ticket: itself, in `file:PATH`, or on standard input. Raises CommonweightError."""
-    if given == "-":
-        return sys.stdin.read()
-    if given.startswith("file:"):
-        try:
-            return Path(given.removeprefix("file:")).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as err:
-            raise CommonweightError(f"cannot read the ticket: {err}") from err
-    return given

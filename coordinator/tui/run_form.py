@@ -18,7 +18,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
-from coordinator import cli_runs
+from coordinator import cli_runs, typed
 from coordinator.orders import RunOrder
 from coordinator.tui.theme import colours
 from protocols.errors import CommonweightError, UsageFault
@@ -62,12 +62,12 @@ def fields() -> list[Field]:
     return [Field(one) for one in asked if not getattr(one, "is_flag", False)]
 
 
-def order(typed: dict[str, str]) -> RunOrder:
+def order(words: dict[str, str]) -> RunOrder:
     """The run that these words, by flag, ask for. Raises CommonweightError as the command does."""
     options: list[str] = []
     arguments: list[str] = []
     for field in fields():
-        if text := typed.get(field.flag, "").strip():
+        if text := words.get(field.flag, "").strip():
             (arguments if field.is_argument else options).extend(field.words(text))
     command = _command()
     try:
@@ -78,7 +78,7 @@ def order(typed: dict[str, str]) -> RunOrder:
     known: dict[str, Any] = {
         name: value for name, value in context.params.items() if name not in _NOT_ASKED
     }
-    made: RunOrder = cli_runs.typed_order(**known, task_="")
+    made: RunOrder = typed.order(**known, task_="")
     return made
 
 
@@ -121,11 +121,11 @@ class RunForm(ModalScreen[RunOrder | None]):
     @on(Input.Submitted)
     def action_send(self) -> None:
         """Check and answer; what is wrong is said in the form."""
-        typed = {
+        words = {
             field.flag: one.value for field, one in zip(fields(), self.query(Input), strict=True)
         }
         try:
-            made = order(typed)
+            made = order(words)
         except CommonweightError as err:
             said = f"✕ {err.message}. {err.hint}".rstrip(" .")
             self.query_one("#form-says", Static).update(Text(said, colours().vermilion))
