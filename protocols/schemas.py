@@ -115,7 +115,12 @@ def _decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def digest(told: SchemaCard) -> Digest:
-    """SHA-256 (hex) of the card: equal cards, and only they, have equal digests."""
+    """SHA-256 (hex) of the card: cards without a difference, and only they, have equal digests.
+
+    A trait without a word says nothing: a card that has it is like one that lacks it.
+    """
+    said = {name: words for name, words in told.traits.items() if words}
+    told = msgspec.structs.replace(told, traits=said)
     return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
 
 
