@@ -377,7 +377,9 @@ def _key(work: Work) -> str:
 
 
 def claim_text(reply: Message) -> str:
-    """The claim in an answer of ours, as JSON."""
+    """The claim in an answer of ours, as JSON; empty for what holds none: a failure, a job's."""
+    if reply.has_error() or CLAIM not in reply.content:
+        return ""
     return bytes(cast(ConfigRecord, reply.content[CLAIM])["claim"]).decode()  # type: ignore[arg-type]
 
 

@@ -177,8 +177,8 @@ class WorkThread:
             following = link.exchange(reply)
         else:
             link.push(reply)
-        if link.settled and not reply.has_error():
-            note("acknowledged", claim=claim_text(reply))
+        if link.settled and (claim := claim_text(reply)):
+            note("acknowledged", claim=claim)
         failpoint("agent.claim.sent")
         return following
 

@@ -62,3 +62,5 @@ def test_a_question_goes_to_all_and_each_owner_decides(tmp_path: Path) -> None:
         assert answers[0]["question"].startswith("count, mean(age) by sex")
         jobs = site.data("job", "list")
         assert len(jobs) == 2
+        for name in ("ann", "bob", "cyd"):
+            assert "unexpected trouble" not in site.programs[name].log
