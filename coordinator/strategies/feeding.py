@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import aggregate
-from coordinator.records import HeldArray, part_key
+from coordinator.records import HeldRecord, part_key
 from coordinator.strategies.recipe import Recipe
 from coordinator.strategies.state import States, StateWriter
 from protocols import weights
@@ -220,10 +220,7 @@ def as_reply(kind: str, arrays: ArrayRecord | None, metrics: Mapping[str, Any]) 
 
 
 def _reply(arrays: Mapping[str, npt.NDArray[Any]], told: Mapping[str, Any]) -> Message:
-    record = ArrayRecord()
-    for name, array in arrays.items():  # one by one: its constructor makes plain Arrays of them
-        record[name] = HeldArray(np.asarray(array))
-    return as_reply("train", record, told)
+    return as_reply("train", HeldRecord(arrays), told)
 
 
 def _aggregated(strategy: Strategy, work: Work, replies: list[Message]) -> dict[str, Floats]:

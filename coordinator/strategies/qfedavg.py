@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from coordinator.facts import Setting
 from coordinator.strategies.recipe import Arrays, Recipe
 
@@ -22,9 +20,9 @@ class QFedAvg(Recipe):
     copies = 1.1
 
     def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        from flwr.app import Array, ArrayRecord
+        from coordinator.records import HeldRecord
 
-        made.current_arrays = ArrayRecord({name: Array(np.asarray(base[name])) for name in base})
+        made.current_arrays = HeldRecord(base)
 
     def metric(self, given: Mapping[str, Setting]) -> str:
         return str({**self.defaults, **given}["train_loss_key"])
