@@ -171,7 +171,9 @@ async def test_a_restart_goes_on_with_work_buffer_and_answers(tmp_path: Path) ->
         for agent in fleet.agents:
             trained = [work for work in agent.trainer.worked if work == ("train", 1)]
             counted = [f for f in accepted(fleet, run_id, agent.peer) if f.round == 1]
-            late = [r for r in fleet.refusals(run_id) if r[:2] == (1, agent.peer)]
+            # Not of an evaluation that came as the next version was made.
+            refused = fleet.facts(run_id, facts.UpdateRefused)
+            late = [f for f in refused if (f.round, f.peer, f.kind) == (1, agent.peer, "train")]
             assert len(trained) == len(counted) + len(late)
         committed = fleet.facts(run_id, facts.VersionCommitted)
         assert sum(len(fact.contributors) for fact in committed) <= len(accepted(fleet, run_id))
