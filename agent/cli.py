@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_serve, 
 from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, crashes, entry, homes, output
 from protocols.errors import NotRunning, UsageFault
+
+if TYPE_CHECKING:
+    from agent.control import Status
 
 app = typer.Typer(
     name="commonweight-agent",
@@ -237,10 +240,23 @@ def _status(home: Path, *, json: bool) -> str:
     text = f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n"
     if told.free_at > time.time():
         text += f"expects to work again {time.strftime('%a %H:%M', time.localtime(told.free_at))}\n"
+    text += _knows(told)
     if told.share < 1:
         text += f"works {told.share:.0%} of the time\n"
     text += f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n"
     return text + (f"last error: {told.last_error}\n" if told.last_error else "")
+
+
+def _knows(told: Status) -> str:
+    """Which version is here, and what peers hold while the coordinator is away."""
+    if told.head is None:
+        return ""
+    head = told.head
+    text = f"holds version {head.version} of {head.run} ({head.digest[:12]})"
+    if not told.session and told.heard:
+        text += f"; {told.alike} of {told.heard} peers heard hold the same"
+    text += f"; shares it at {told.shares_at}" if told.shares_at else ""
+    return text + "\n"
 
 
 def _ago(since: float) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from protocols.gossip import Head
 from protocols.identity import write_private
 from protocols.room import is_full
 
@@ -20,7 +21,11 @@ STATUS, WISH = "status.json", "wish.json"
 
 
 class Status(Struct, kw_only=True):
-    """The agent's own words. `at` and `since` are Unix s."""
+    """The agent's own words. `at` and `since` are Unix s.
+
+    `head` is the newest version here; without the coordinator `heard` peers were heard of lately,
+    and `alike` of them hold the same. `shares_at` is where this agent serves other peers.
+    """
 
     pid: int
     at: float
@@ -41,6 +46,10 @@ class Status(Struct, kw_only=True):
     last_error: str = ""
     share: float = 1.0
     free_at: float = 0.0
+    shares_at: str = ""
+    head: Head | None = None
+    heard: int = 0
+    alike: int = 0
 
 
 class Mode(Struct, frozen=True, kw_only=True):

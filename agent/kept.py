@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from protocols import identity, messages
 from protocols.errors import BadMessage
+from protocols.gossip import Head
 from protocols.messages import Work
 from protocols.weights import file_digest
 
@@ -52,23 +53,72 @@ def prove(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
             other.unlink(missing_ok=True)
 
 
+def read(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
+    """The work in a proof's file, and its bytes with their signature. Raises BadMessage."""
+    try:
+        told = msgspec.json.decode(proof, type=_Proof)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"not a proof: {err}") from err
+    work = messages.read_work(
+        told.work,
+        told.signature,
+        lambda signature, signed: identity.verify(coordinator_public, signature, signed),
+    )
+    return work, told.work, told.signature
+
+
 def held(folder: Path, coordinator_public: bytes) -> list[Kept]:
     """Versions whose bytes and proof are both good, the one that came last first."""
     found = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
-            told = msgspec.json.decode(proof.read_bytes(), type=_Proof)
-            work = messages.read_work(
-                told.work,
-                told.signature,
-                lambda signature, signed: identity.verify(coordinator_public, signature, signed),
-            )
             path = _version(proof)
-            if proof.name == f"{work.base}{SUFFIX}" and file_digest(path) == work.base:
-                found.append((path.stat().st_mtime, Kept(path, work, told.work, told.signature)))
-        except (OSError, msgspec.DecodeError, BadMessage):
+            kept = Kept(path, *read(proof.read_bytes(), coordinator_public))
+            if proof.name == f"{kept.work.base}{SUFFIX}" and file_digest(path) == kept.work.base:
+                found.append((path.stat().st_mtime, kept))
+        except (OSError, BadMessage):
             continue  # damaged: the other version, or another peer, may do better
     return [kept for _, kept in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+class Heads:
+    """The newest version of a folder, and the proofs in it; cheap enough to ask all the time.
+
+    What a proof says is looked at once, and the version's bytes not at all: who fetches them does.
+    """
+
+    def __init__(self, folder: Path, coordinator_public: bytes) -> None:
+        self._folder, self._coordinator_public = folder, coordinator_public
+        self._read: dict[str, Head | None] = {}
+
+    def newest(self) -> Head | None:
+        """None while no version here is proven."""
+        proofs = {proof.name: proof for proof in self._folder.glob(f"*{SUFFIX}")}
+        self._read = {
+            name: self._read[name] if name in self._read else self._head(proof)
+            for name, proof in proofs.items()
+        }
+        here = [head for head in self._read.values() if head and self.path(head.digest).exists()]
+        return max(here, default=None)
+
+    def path(self, digest: str) -> Path:
+        """Where the version of this digest lies, or would."""
+        return self._folder / f"{digest}.safetensors"
+
+    def proof(self, digest: str) -> bytes | None:
+        """The proof of a version, as it travels to other peers."""
+        try:
+            return (self._folder / f"{digest}{SUFFIX}").read_bytes()
+        except OSError:
+            return None
+
+    def _head(self, proof: Path) -> Head | None:
+        try:
+            work, _, _ = read(proof.read_bytes(), self._coordinator_public)
+            head = Head.of(work)
+        except (OSError, BadMessage):
+            return None
+        return head if proof.name == f"{head.digest}{SUFFIX}" else None
 
 
 def _version(proof: Path) -> Path:

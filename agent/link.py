@@ -52,6 +52,7 @@ from agent.wire import OverWire, Wire
 from protocols import identity, requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
+from protocols.gossip import NEIGHBOURS_PATH, Neighbours
 from protocols.identity import NodeKey, SigningKey, node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import (
@@ -346,6 +347,11 @@ class Link:
     def tell_held(self, digest: str, held: Held) -> None:
         """Say that a version is here now, and who helped."""
         self._post(HELD_PATH.format(digest=digest), msgspec.json.encode(held))
+
+    def neighbours(self, asked: PlanAsked) -> Neighbours:
+        """Whom to ask while the coordinator is away; it hears where this agent serves."""
+        answer = self._post(NEIGHBOURS_PATH, msgspec.json.encode(asked))
+        return msgspec.json.decode(answer, type=Neighbours)
 
     def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes `start` to `stop` of a version, as they come."""

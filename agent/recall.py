@@ -12,6 +12,7 @@ from agent.client import CLAIM
 from agent.kept import Kept, held
 from protocols import messages
 from protocols.errors import Refused
+from protocols.gossip import version_of
 from protocols.messages import UpdateClaim, Work
 
 PROOF = "cw.proof"
@@ -46,7 +47,7 @@ class Recall:
     def _tell(self, mine: list[Kept], work: Work) -> RecordDict:
         content = RecordDict({CLAIM: self._claim(work, "", 0)})
         if mine:
-            newest = max(mine, key=_version)
+            newest = max(mine, key=lambda kept: version_of(kept.work))
             content[PROOF] = ConfigRecord({"work": newest.payload, "signature": newest.signature})
         return content
 
@@ -64,8 +65,3 @@ class Recall:
         )
         payload, signature = messages.sign_claim(claim, self._sign)
         return ConfigRecord({"claim": payload, "signature": signature})
-
-
-def _version(kept: Kept) -> int:
-    """Training in round 5 is on version 4; the evaluation of round 5 is of version 5."""
-    return kept.work.round - (kept.work.kind == "train")

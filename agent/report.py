@@ -17,10 +17,12 @@ from agent.control import Status
 from agent.frames import Progress
 from agent.presence import PresenceLink
 from agent.settings import AgentSettings, Enrolment
+from agent.sharing.gossip import Known
 from agent.tasks import finding
 from agent.worker import Worker
 from protocols import VERSION
 from protocols.messages import Notice, Presence, Telemetry
+from protocols.states import PeerState
 
 log = logging.getLogger("commonweight.agent")
 
@@ -28,7 +30,8 @@ _AT_LEAST_EVERY_S = 10.0
 
 
 class Report:
-    """Speaks for one agent. `traffic()` gives bytes up and down, `trainer_bytes()` its memory.
+    """Speaks for one agent. `traffic()` gives bytes up and down, `trainer_bytes()` its memory,
+    `known()` what it knows of versions and peers.
 
     All but `answered` and `trouble` are for the event loop's thread.
     """
@@ -41,12 +44,15 @@ class Report:
         presence: PresenceLink,
         traffic: Callable[[], tuple[int, int]],
         trainer_bytes: Callable[[], int],
+        known: Callable[[], Known],
     ) -> None:
         self._home, self._settings, self._presence = home, chosen, presence
-        self._traffic, self._trainer_bytes = traffic, trainer_bytes
+        self._traffic, self._trainer_bytes, self._known = traffic, trainer_bytes, known
         here = {*finding.names(), *chosen.task_files}
         self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
         self._process = psutil.Process()
+        #: What was last said of the state.
+        self.presence = Presence(state=PeerState.IDLE)
         self._is_old = True
         self._written_at = -math.inf
         self._status = Status(
@@ -70,22 +76,21 @@ class Report:
         state, reason = worker.shown(now)
         free_at, free_until = worker.free(now)
         work = now.work
-        self._presence.set_presence(
-            Presence(
-                state=state,
-                reason=reason,
-                name=self._status.name,
-                version=VERSION,
-                task=work.task if work else "",
-                run=work.run if work else "",
-                round=work.round if work else 0,
-                tasks=self._tasks,
-                policy=self._settings.announced(),
-                disk_free_bytes=_disk_free(self._home),
-                free_at=free_at,
-                free_until=free_until,
-            )
+        self.presence = Presence(
+            state=state,
+            reason=reason,
+            name=self._status.name,
+            version=VERSION,
+            task=work.task if work else "",
+            run=work.run if work else "",
+            round=work.round if work else 0,
+            tasks=self._tasks,
+            policy=self._settings.announced(),
+            disk_free_bytes=_disk_free(self._home),
+            free_at=free_at,
+            free_until=free_until,
         )
+        self._presence.set_presence(self.presence)
         self._status.state, self._status.reason = state.value, reason
         self._status.share, self._status.free_at = now.share, free_at
         self._status.run = work.run if work else ""
@@ -150,6 +155,9 @@ class Report:
         self._status.at = time.time()
         self._status.session, self._status.mqtt = now.session, now.mqtt
         self._status.bytes_up, self._status.bytes_down = self._traffic()
+        known = self._known()
+        self._status.head, self._status.shares_at = known.head, known.shares_at
+        self._status.heard, self._status.alike = known.heard, known.alike
         try:
             control.write_status(self._home, self._status)
         except OSError as err:  # a full disk must not end the agent

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent import logs, sensors, shared_log, worker
 from agent.bandwidth import Bandwidth
+from agent.kept import Heads
 from agent.link import Credentials
 from agent.loop import WorkerLoop
 from agent.owner import Owner
@@ -25,6 +26,8 @@ from agent.sensors import Sensors
 from agent.sessions import Sessions
 from agent.settings import AgentSettings, Enrolment
 from agent.sharing import Sharing
+from agent.sharing.gossip import Gossip
+from agent.sharing.spread import Spread
 from agent.wake import Clocks, slept_s
 from agent.work_thread import WorkThread
 from agent.worker import (
@@ -72,6 +75,15 @@ class Agent:
             self._presence,
             traffic=lambda: self._sessions.traffic(),
             trainer_bytes=lambda: self._work.trainer.rss_bytes,
+            known=lambda: self._gossip.known(),
+        )
+        self._gossip = Gossip(
+            home,
+            enrolment,
+            credentials,
+            Heads(home / "cache", enrolment.coordinator_public),
+            presence=lambda: self._report.presence,
+            address=lambda: self._sharing.asked().address,
         )
         self._bandwidth = Bandwidth(home, lambda: self._polite.rates())
         self._sessions = Sessions(
@@ -90,6 +102,7 @@ class Agent:
             enrolment.coordinator_public,
             port=chosen.share_port,
             mbit_s=chosen.share_mbit_s,
+            hearsay=self._gossip,
         )
         self._work = WorkThread(
             home,
@@ -100,6 +113,17 @@ class Agent:
             self._report,
             link=lambda: self._sessions.link,
             sharing=self._sharing,
+        )
+        self._spread = Spread(
+            home / "cache",
+            credentials,
+            enrolment.coordinator_public,
+            self._loop,
+            self._gossip,
+            self._sharing,
+            self._work.versions,
+            self._bandwidth,
+            link=lambda: self._sessions.link,
         )
         feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
         self._polite = Polite(home, chosen, self._loop, feeling, self._bandwidth)
@@ -123,6 +147,7 @@ class Agent:
                 "heartbeat": self._sessions.keep_beating(),
                 "presence": self._presence.run(),
                 "sharing": self._sharing.run(),
+                "spread": self._spread.run(),
                 "policy": self._polite.keep(),
                 "ticks": self._tick(),
             }.items()

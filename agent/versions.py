@@ -76,6 +76,13 @@ class Versions:
         self._keep(digest)  # before it is told of: whoever is sent here shall find it
         link.tell_held(digest, held)
 
+    def adopt(self, part: Path, digest: str) -> None:
+        """A version has come otherwise, into this file: keep it under its name."""
+        part.replace(self._path(digest))
+        sync_folder(self._folder)
+        self._keep(digest)
+        self._drop_old()
+
     def _keep(self, digest: str) -> None:
         self._whole.add(digest)
         if self._sharing is not None:
@@ -113,5 +120,5 @@ class Versions:
         for old in versions[:-KEPT]:
             if self._sharing is not None:
                 self._sharing.shelf.drop(old.stem)
-            old.unlink()
+            old.unlink(missing_ok=True)
             self._whole.discard(old.stem)

@@ -88,7 +88,7 @@ class WorkThread:
             tries=chosen.trainer_tries,
             on_given_up=lambda kind: loop.soon(self._rest_trainer, kind),
         )
-        versions = Versions(cache, link, sharing)
+        self.versions = versions = Versions(cache, link, sharing)
         self._client = Client(
             peer=enrolment.peer,
             sign=credentials.sign_key.sign,

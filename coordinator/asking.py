@@ -105,6 +105,7 @@ class Questions:
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
         work = Work(
             run=run.id,
+            since=run.since,
             round=number,
             kind=kind,
             task=spec.task,

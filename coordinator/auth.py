@@ -19,7 +19,7 @@ from coordinator.enroll import Peer, Registry
 from protocols import identity, requests
 from protocols.errors import BadMessage, Refused
 from protocols.messages import printable
-from protocols.requests import EMPTY_SHA256, Nonces, Signed
+from protocols.requests import EMPTY_SHA256, SENDER, Nonces, Signed
 
 log = logging.getLogger("commonweight.auth")
 
@@ -77,6 +77,13 @@ class Auth:
                 "ask for one: commonweight ticket create --role operator",
             )
         return await self._body(request, signed, MAX_JSON_BYTES)
+
+    def operator_key(self, request: Request) -> tuple[str, bytes]:
+        """Who signed a request that `operator` has let in, and the key."""
+        sender = request.headers[SENDER]
+        if sender == OPERATOR:
+            return sender, self._operator
+        return sender, self._registry.operators[sender].sign_public
 
     def is_enrolled(self, peer_id: str) -> bool:
         """True while this peer may take part."""

@@ -96,7 +96,10 @@ class Update(Struct, frozen=True, kw_only=True):
 
 
 class RunStarted(Struct, frozen=True, tag=True):
+    """`at`: Unix s; 0 in ledgers of before."""
+
     spec: RunSpec
+    at: float = 0.0
 
 
 class PeerDescribed(Struct, frozen=True, tag=True):

@@ -79,7 +79,7 @@ class Holders:
             and other not in asked.faulty
             and (there.whole or there.order < order)
             and now - there.at < FRESH_S
-            and self._is_near(there, asked, outside)
+            and is_near(there.address, there.outside, asked, outside, is_open=there.open)
             and self._is_here(other)
             and len(self._complaints.get(other, ())) < 2
         ]
@@ -137,14 +137,17 @@ class Holders:
         """The peer has opened a new session: what was held against it is over."""
         self._complaints.pop(peer, None)
 
-    @staticmethod
-    def _is_near(there: _Standing, asked: PlanAsked, outside: str) -> bool:
-        if there.open:
-            return True
-        if not in_networks(host_of(there.address), asked.networks):
-            return False
-        # Two homes may use the same private numbers: behind one router both look alike to us; and
-        # without a router in between we see the very addresses of that network.
-        return there.outside == outside or all(
-            in_networks(seen, asked.networks) for seen in (there.outside, outside)
-        )
+
+def is_near(
+    address: str, there_outside: str, asked: PlanAsked, outside: str, *, is_open: bool
+) -> bool:
+    """May a peer that serves at `address` help the one that asks? `outside` is what we see."""
+    if is_open:
+        return True
+    if not in_networks(host_of(address), asked.networks):
+        return False
+    # Two homes may use the same private numbers: behind one router both look alike to us; and
+    # without a router in between we see the very addresses of that network.
+    return there_outside == outside or all(
+        in_networks(seen, asked.networks) for seen in (there_outside, outside)
+    )

@@ -377,6 +377,7 @@ class Hub:
             if (node := self._sessions.dismiss(peer.peer)) is not None:
                 self._superlink.forget(node)
             self._holders.gone(peer.peer)
+            self.sharing.neighbours.book.gone(peer.peer)
             if self._feed is not None:
                 self._say_soon(self._feed.forget(peer.peer))
             self._tell_of(peer)

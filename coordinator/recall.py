@@ -15,6 +15,7 @@ from coordinator.facts import Holding
 from coordinator.runs import Run
 from protocols import messages
 from protocols.errors import BadMessage, UpdateRefused
+from protocols.gossip import version_of
 
 #: How long to listen for a newer version than those that were told of.
 WITHIN_S = 30.0
@@ -84,5 +85,4 @@ def proven(
         raise UpdateRefused("bad proof", err.message) from err
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):
         raise UpdateRefused("bad proof", "it proves no version of this run")
-    # Training in round 5 is on version 4; the evaluation of round 5 is of version 5.
-    return Holding(work.round - (work.kind == "train"), work.base)
+    return Holding(version_of(work), work.base)

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import secrets
+import time
 from collections.abc import Callable
 
 from coordinator import buffered, facts, heap, job_facts, late, runs, strategies
@@ -103,7 +104,7 @@ class RunQueue:
                 memory.told(strategies.find(spec.strategy), spec, first.schema, spec.quorum)
         task = re.sub(r"\W+", "-", spec.task)[:48]
         run_id = f"{task}-{secrets.token_hex(3)}"
-        news: list[facts.Fact] = [RunStarted(spec)]
+        news: list[facts.Fact] = [RunStarted(spec, time.time())]
         if from_digest:
             news.append(facts.WeightsInitialised(from_digest, "file"))
         self._around.ledger.append(run_id, [facts.encode(fact) for fact in news])

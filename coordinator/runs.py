@@ -98,9 +98,10 @@ class Given(Struct, frozen=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """Where a run stands. `first` are its first weights, `head` is the newest version; `best` the
-    best by `merit`. `card` is what its peers have alike, once they have `described` themselves;
-    `preprocessing`, how their rows become numbers, where a task needs that.
+    """Where a run stands. It was started at `since` (Unix s). `first` are its first weights, `head`
+    is the newest version; `best` the best by `merit`. `card` is what its peers have alike, once
+    they have `described` themselves; `preprocessing`, how their rows become numbers, where a task
+    needs that.
     `needed`: by peer, seconds that its last answers to training took.
     `recalling`: its versions are sought at its peers; `holdings` are theirs.
 
@@ -112,6 +113,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
     id: str
     spec: RunSpec
+    since: float = 0.0
     state: RunState = RunState.WAITING
     round: int = 0
     first: str = ""
@@ -525,7 +527,7 @@ def replay(run_id: str, facts: list[Fact]) -> Run:
     assert isinstance(first, RunStarted), "a run's first fact is RunStarted"
     # An evaluation alone is one of the round's version, and no round opens.
     before = 0 if first.spec.only == "evaluate" else 1
-    run = Run(id=run_id, spec=first.spec, round=first.spec.first_round - before)
+    run = Run(id=run_id, spec=first.spec, since=first.at, round=first.spec.first_round - before)
     for fact in facts[1:]:
         run = apply(run, fact)
     return run

@@ -22,6 +22,7 @@ from coordinator.auth import Auth
 from coordinator.enroll import Registry
 from coordinator.holders import Holders
 from coordinator.lane import Lane, digest_of
+from coordinator.neighbours import NeighbourDesk
 from protocols import sharing
 from protocols.messages import Sign
 from protocols.sharing import HELD_PATH, PERMIT_S, PIECE_BYTES, PLAN_PATH, Held, Holder, PlanAsked
@@ -39,11 +40,12 @@ class SharingDesk:
 
     def __init__(self, lane: Lane, registry: Registry, holders: Holders, sign: Sign) -> None:
         self._lane, self._registry, self._holders, self._sign = lane, registry, holders, sign
+        self.neighbours = NeighbourDesk(registry, sign)
         #: Piece lists by version, made when the first agent asks.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
-        """(method, path, endpoint) of the plans."""
+        """(method, path, endpoint) of the plans, and of the neighbours."""
 
         async def plan(request: Request) -> Response:
             digest = digest_of(request)
@@ -86,7 +88,8 @@ class SharingDesk:
                 log.warning("%s found %s of no help with a version", peer.name, name)
             return Response(status_code=204)
 
-        return [("POST", PLAN_PATH, plan), ("POST", HELD_PATH, held)]
+        plans = [("POST", PLAN_PATH, plan), ("POST", HELD_PATH, held)]
+        return [*plans, *self.neighbours.routes(auth)]
 
     async def _pieces(self, digest: str, path: Path) -> bytes:
         """The version's piece list, made once however many ask."""

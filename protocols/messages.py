@@ -247,10 +247,11 @@ class Work(Struct, frozen=True, kw_only=True):
     preprocessing that was agreed on, if it was. `codec` is the one to send the update with. A patch
     of `patch_bytes` (0: none) leads from the version `parent` to `base`. `card` is what the peers
     have alike, a `schemas.SchemaCard` as JSON; empty while that is not known. `turn`: how many
-    times this peer has trained this version before.
+    times this peer has trained this version before. `since` is when the run was started (Unix s).
     """
 
     run: Name
+    since: float = 0.0
     round: Count
     kind: Question
     task: Name

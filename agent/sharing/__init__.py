@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from agent.link import Credentials
+from agent.sharing.gossip import Gossip
 from agent.sharing.networks import Place, place
 from agent.sharing.server import PeerServer, certify
 from agent.sharing.shelf import Shelf
@@ -37,8 +38,10 @@ class Sharing:
         *,
         port: int = 0,
         mbit_s: float = 0.0,
+        hearsay: Gossip | None = None,
     ) -> None:
         self.shelf = Shelf()
+        self._gossip = hearsay
         self.sign = credentials.signed
         self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
         self._home, self._credentials = home, credentials
@@ -92,6 +95,7 @@ class Sharing:
             certificate=certificate,
             key=self._home / "node.key",
             bytes_per_s=self._bytes_per_s,
+            hearsay=self._gossip,
         )
         try:
             port = server.listen(here.host, self._port)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import logging
-import socket
-import ssl
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
 
 from agent.sharing.parts import Parts
-from protocols import identity, sharing
+from agent.sharing.pinned import Pinned
+from protocols import sharing
 from protocols.errors import BadWeights, Refused
-from protocols.sharing import Holder, Plan, host_of
+from protocols.sharing import Holder, Plan
 
 log = logging.getLogger("commonweight.share")
 
-_CONNECT_S = 3.0
 #: For one piece, whole: a slower holder is no help.
 PIECE_S = 8.0
 #: So often in a row a holder may say that it has not got a piece itself yet.
@@ -41,7 +38,7 @@ class HolderLink:
         self.failed = False
         self.rate = 0.0
         self._parts, self._plan, self._sign = parts, plan, sign
-        self._connection = _Pinned(holder)
+        self._connection = Pinned(holder.address, holder.node_public)
         self._thread = threading.Thread(
             target=self._work, name=f"holder {holder.peer}", daemon=True
         )
@@ -52,18 +49,12 @@ class HolderLink:
         return self._thread.is_alive()
 
     def end_if_overdue(self) -> None:
-        """Break off what takes too long.
-
-        A time-out of the socket alone never ends a holder that sends a byte now and then.
-        """
-        if time.monotonic() > self._connection.due:
-            self.end()
+        """Break off what takes too long."""
+        self._connection.end_if_overdue()
 
     def end(self) -> None:
         """Break off, from another thread."""
-        if (sock := self._connection.sock) is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        self._connection.end()
 
     def join(self) -> None:
         self._thread.join()
@@ -100,30 +91,7 @@ class _NotYet(Exception):
     """The holder waits for the piece itself."""
 
 
-class _Pinned(http.client.HTTPSConnection):
-    """A TLS connection to whoever holds this node key, and to nobody else."""
-
-    def __init__(self, holder: Holder) -> None:
-        port = int(holder.address.rpartition(":")[2])
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # The key decides, not a name that a CA vouches for; it is looked at before we say a word.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        super().__init__(host_of(holder.address), port, timeout=_CONNECT_S, context=context)
-        self._expected = holder.node_public
-        #: When what is under way must be done (monotonic s).
-        self.due = float("inf")
-
-    def connect(self) -> None:
-        super().connect()
-        shown = self.sock.getpeercert(binary_form=True)
-        if shown is None or not identity.is_of_key(shown, self._expected):
-            self.close()
-            raise Refused("somebody else answers at a holder's address")
-
-
-def _piece(connection: _Pinned, plan: Plan, sign: SignRequest, start: int, stop: int) -> bytes:
+def _piece(connection: Pinned, plan: Plan, sign: SignRequest, start: int, stop: int) -> bytes:
     """Bytes `start` to `stop`, in time or not at all."""
     path = f"/cw/v1/weights/{plan.digest}"
     connection.due = time.monotonic() + PIECE_S

@@ -1,33 +1,36 @@
-"""Serves versions to other peers, if the owner lets it: read only, piece by piece, over TLS.
+"""Serves other peers, if the owner lets it: read only, over TLS.
 
-    GET /cw/v1/weights/{digest}     whole or a range; 503 if its first piece does not come soon
+    GET  /cw/v1/weights/{digest}   whole or a range; 503 if its first piece does not come soon
+    GET  /cw/v1/proofs/{digest}    the coordinator's word that it is a version
+    POST /cw/v1/words              words of peers for words of peers
 
-Whoever asks shows the coordinator's permit for that version and signs the request with the key
-that is named in it; the TLS certificate is one of this machine's node key, which the plan has told
-him. Strangers get a bare refusal. Connections, their time and the bandwidth are bounded.
+Whoever asks shows the coordinator's permit for that version, or its pass, and signs the request
+with the key that is named in it; the TLS certificate is one of this machine's node key, which he
+has been told. Strangers get a bare refusal. Connections, their time and the bandwidth are bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 import socket
 import ssl
 import time
-from base64 import b64decode
-from binascii import Error as BadBase64
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import h11
+import msgspec
 
+from agent.sharing.entry import Entry
+from agent.sharing.gossip import Gossip
 from agent.sharing.shelf import Shelf, pieces_of
-from protocols import identity, requests, sharing
-from protocols.errors import BadMessage
+from protocols import identity
+from protocols.gossip import MOST_TOLD_BYTES, WORDS_PATH, Told
 from protocols.identity import NodeKey
-from protocols.requests import EMPTY_SHA256, Nonces
 from protocols.sharing import PIECE_BYTES
 
 log = logging.getLogger("commonweight.share")
@@ -39,7 +42,9 @@ _HEAD_S = 10.0
 #: A reader that takes nothing, and a piece that does not come.
 _READER_S, _PIECE_S = 15.0, 4.0
 _MOST_HEAD_BYTES = 16 * 1024
-_PATH = re.compile(r"/cw/v1/weights/([0-9a-f]{64})\Z")
+VERSION_PATH = "/cw/v1/weights/{digest}"
+_VERSION = re.compile(r"/cw/v1/weights/([0-9a-f]{64})\Z")
+_PROOF = re.compile(r"/cw/v1/proofs/([0-9a-f]{64})\Z")
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})\Z")
 
 
@@ -75,13 +80,14 @@ class PeerServer:
         certificate: Path,
         key: Path,
         bytes_per_s: float = 0.0,
+        hearsay: Gossip | None = None,
     ) -> None:
-        self._shelf, self._coordinator_public = shelf, coordinator_public
+        self._shelf, self._gossip = shelf, hearsay
+        self._entry = Entry(coordinator_public, hearsay)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.load_cert_chain(certificate, key)
         self._pace = Pace(bytes_per_s)
-        self._nonces = Nonces(limit=20_000)
         self._held: Counter[str] = Counter()
         self._serving: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -153,22 +159,79 @@ class PeerServer:
             request = await _event(http, reader)
             if not isinstance(request, h11.Request):
                 return False
-            if not isinstance(await _event(http, reader), h11.EndOfMessage):  # a GET has no body
-                return False
+            path = request.target.decode("ascii", "replace")
+            headers = {
+                name.decode("ascii"): value.decode("latin-1") for name, value in request.headers
+            }
+            try:
+                digest, announced = self._admitted(request.method.decode(), path, headers)
+            except _Refused as err:
+                return await self._refuse(http, writer, err.status)
+            body = await _body(http, reader)
+        if body is None or hashlib.sha256(body).hexdigest() != announced:
+            return await self._refuse(http, writer, 401)
+        if digest and path == VERSION_PATH.format(digest=digest):
+            return await self._send_version(http, writer, digest, headers)
+        answer = self._say(body) if not digest else self._proof(digest)
+        if answer is None:
+            return await self._refuse(http, writer, 404)
+        head = h11.Response(status_code=200, headers=[("content-length", str(len(answer)))])
+        await self._send(writer, http.send(head))
+        await self._send(writer, http.send(h11.Data(data=answer)))
+        await self._send(writer, http.send(h11.EndOfMessage()))
+        return http.our_state is h11.DONE and http.their_state is h11.DONE
+
+    def _admitted(self, method: str, path: str, headers: dict[str, str]) -> tuple[str, str]:
+        """The version that is asked for (empty: words) and its body's digest, if this may be."""
+        version, proof = _VERSION.match(path), _PROOF.match(path)
+        digest = ""
+        if method == "GET" and (found := version or proof):
+            digest = found[1]
+        elif (method, path) != ("POST", WORDS_PATH):
+            raise _Refused(404)
+        announced = self._entry.admits(method, path, headers, digest if version else "")
+        if not announced:
+            raise _Refused(401)
+        return digest, announced
+
+    def _say(self, body: bytes) -> bytes | None:
+        """Our words for those in `body`."""
+        if self._gossip is None:
+            return None
         try:
-            digest, headers = self._digest(request)
-            book = await self._shelf.find(digest, _PIECE_S)
-            if book is None:
-                raise _Refused(503)
+            self._gossip.take(msgspec.msgpack.decode(body, type=Told))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        return msgspec.msgpack.encode(self._gossip.told())
+
+    def _proof(self, digest: str) -> bytes | None:
+        return self._gossip.heads.proof(digest) if self._gossip is not None else None
+
+    async def _refuse(
+        self, http: h11.Connection, writer: asyncio.StreamWriter, status: int
+    ) -> bool:
+        bare = [("content-length", "0"), ("connection", "close")]
+        await self._send(writer, http.send(h11.Response(status_code=status, headers=bare)))
+        await self._send(writer, http.send(h11.EndOfMessage()))
+        return False
+
+    async def _send_version(
+        self,
+        http: h11.Connection,
+        writer: asyncio.StreamWriter,
+        digest: str,
+        headers: dict[str, str],
+    ) -> bool:
+        """Send a version or a range of it; True if another request may follow."""
+        book = await self._shelf.find(digest, _PIECE_S)
+        if book is None:
+            return await self._refuse(http, writer, 503)
+        try:
             start, stop, partial = _range(headers, book.nbytes)
-            if not await book.wait(start // PIECE_BYTES, _PIECE_S):
-                raise _Refused(503)
         except _Refused as err:
-            bare = [("content-length", "0"), ("connection", "close")]
-            refusal = h11.Response(status_code=err.status, headers=bare)
-            await self._send(writer, http.send(refusal))
-            await self._send(writer, http.send(h11.EndOfMessage()))
-            return False
+            return await self._refuse(http, writer, err.status)
+        if not await book.wait(start // PIECE_BYTES, _PIECE_S):
+            return await self._refuse(http, writer, 503)
         described = [("content-length", str(stop - start))]
         if partial:
             described.append(("content-range", f"bytes {start}-{stop - 1}/{book.nbytes}"))
@@ -191,42 +254,6 @@ class PeerServer:
             async with asyncio.timeout(_READER_S):
                 await writer.drain()
 
-    def _digest(self, request: h11.Request) -> tuple[str, dict[str, str]]:
-        """The version that is asked for by somebody who may have it, and the request's headers."""
-        path = request.target.decode("ascii", "replace")
-        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
-        match = _PATH.match(path)
-        if request.method != b"GET" or match is None:
-            raise _Refused(404)
-        self._check(path, match[1], headers)
-        return match[1], headers
-
-    def _check(self, path: str, digest: str, headers: dict[str, str]) -> None:
-        """Raise _Refused unless the coordinator lets this caller have this version now."""
-        now = time.time()
-        try:
-            sealed = b64decode(headers.get(sharing.PERMIT, ""), validate=True)
-            permit = sharing.read_permit(
-                sealed,
-                lambda signature, signed: identity.verify(
-                    self._coordinator_public, signature, signed
-                ),
-                digest,
-                now,
-            )
-            signed = requests.read("GET", path, headers, now)
-        except (BadMessage, BadBase64, ValueError) as err:
-            log.debug("refused a request for %s: %s", digest[:12], err)
-            raise _Refused(401) from err
-        genuine = (
-            signed.sender == permit.peer
-            and signed.body_sha256 == EMPTY_SHA256
-            and identity.verify(permit.sign_public, signed.signature, signed.message)
-        )
-        if not genuine or not self._nonces.spend(signed.sender, signed.nonce, now):
-            log.debug("refused a request for %s: not signed by its permit's key", digest[:12])
-            raise _Refused(401)
-
 
 def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int, bool]:
     """Bytes `start` to `stop` that are asked for, and whether that is a range."""
@@ -246,6 +273,16 @@ async def _event(http: h11.Connection, reader: asyncio.StreamReader) -> object:
     while (event := http.next_event()) is h11.NEED_DATA:
         http.receive_data(await reader.read(_MOST_HEAD_BYTES))
     return event
+
+
+async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | None:
+    """A request's body; None if it is too long, or cut off."""
+    body = bytearray()
+    while isinstance(event := await _event(http, reader), h11.Data):
+        body += event.data
+        if len(body) > MOST_TOLD_BYTES:
+            return None
+    return bytes(body) if isinstance(event, h11.EndOfMessage) else None
 
 
 def certify(path: Path, key: NodeKey, peer: str) -> None:
