@@ -62,7 +62,8 @@ STALE_RESTING_S = 90.0
 
 LOSSES_KEPT = 120
 GIVEN_KEPT = 40
-ROUNDS_KEPT = 2_000
+#: Rounds of one run, and of all; of those the oldest runs lose theirs first.
+ROUNDS_KEPT, ROUNDS_IN_ALL = 2_000, 2_500
 EVENTS_KEPT = 1_000
 RUNS_KEPT = 20
 EPOCHS_KEPT = 8
@@ -269,6 +270,17 @@ def _round_closed(fleet: Fleet, body: RoundClosed) -> None:
     else:
         rounds.insert(index, msgspec.structs.replace(body, norms={}))
     del rounds[:-ROUNDS_KEPT]
+    _bound_rounds(fleet)
+
+
+def _bound_rounds(fleet: Fleet) -> None:
+    too_many = sum(len(run.rounds) for run in fleet.runs.values()) - ROUNDS_IN_ALL
+    for run in fleet.runs.values():
+        if too_many <= 0:
+            return
+        gone = min(too_many, len(run.rounds))
+        del run.rounds[:gone]
+        too_many -= gone
 
 
 def _who_gave(fleet: Fleet, body: RoundClosed, *, again: bool) -> None:

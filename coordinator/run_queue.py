@@ -9,6 +9,8 @@ import secrets
 import time
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from coordinator import buffered, facts, heap, job_facts, late, runs, strategies
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
@@ -30,7 +32,11 @@ _SETTLED_WITHIN_S = 10.0
 
 
 class RunQueue:
-    """All runs of the ledger. `known_tasks()` are those that some present peer can run."""
+    """All runs of the ledger. `known_tasks()` are those that some present peer can run.
+
+    Of runs that have ended only the last rounds are kept in memory, whose versions may still be
+    there: a coordinator lives for months. `find` reads the others in the ledger.
+    """
 
     def __init__(
         self, around: Fleetwork, registry: Registry, known_tasks: Callable[[], set[str]]
@@ -42,16 +48,25 @@ class RunQueue:
         self._recall()
 
     def _recall(self) -> None:
-        ledger = self._around.ledger
-        for subject in ledger.subjects():
-            if subject != SUBJECT and not subject.startswith(job_facts.PREFIX):
-                past = [facts.decode(entry.body) for entry in ledger.entries(subject)]
-                self._runs[subject] = runs.replay(subject, past)
+        found = [
+            subject
+            for subject in self._around.ledger.subjects()
+            if subject != SUBJECT and not subject.startswith(job_facts.PREFIX)
+        ]
+        shown = frozenset(found[-_SHOWN_RUNS:])
+        for subject in found:
+            run = self._whole(subject)
+            self._runs[subject] = _light(run)
+            if subject in shown:
+                self._around.publish(run_body(run, ""))
+                for closed in run.history:
+                    self._around.publish(round_body(run.id, closed))
         failpoint("runs.recalled")
-        for run in list(self._runs.values())[-_SHOWN_RUNS:]:
-            self._around.publish(run_body(run, ""))
-            for closed in run.history:
-                self._around.publish(round_body(run.id, closed))
+
+    def _whole(self, run_id: str) -> Run:
+        """A run with all its rounds, as the ledger has it."""
+        past = [facts.decode(entry.body) for entry in self._around.ledger.entries(run_id)]
+        return runs.replay(run_id, past)
 
     async def work(self, resume: bool) -> None:
         """One run after the other, unfinished ones of the last life first."""
@@ -73,7 +88,7 @@ class RunQueue:
             try:
                 await self.current.drive()
             finally:
-                self._runs[run.id] = self.current.run
+                self._runs[run.id] = _light(self.current.run)
                 self.current = None
             heap.trim()
 
@@ -186,14 +201,14 @@ class RunQueue:
         self._check(run.spec)
         fact = facts.RunResumed()
         self._around.ledger.append(run.id, [facts.encode(fact)])
-        self._runs[run.id] = runs.apply(run, fact)
+        self._runs[run.id] = self._whole(run.id)
         self._around.publish(run_body(self._runs[run.id], "its turn"))
         self._queue.put_nowait(run.id)
 
     def _end(self, run_id: str, because: str) -> None:
         fact = facts.RunEnded(RunState.STOPPED, because)
         self._around.ledger.append(run_id, [facts.encode(fact)])
-        self._runs[run_id] = runs.apply(self._runs[run_id], fact)
+        self._runs[run_id] = _light(runs.apply(self._runs[run_id], fact))
         self._around.publish(run_body(self._runs[run_id], ""))
 
     def find(self, run_id: str) -> Run:
@@ -201,10 +216,16 @@ class RunQueue:
         found = [run for run in self.all() if run.id.startswith(run_id)]
         if len(found) != 1:
             raise UnknownName(f"no run {run_id!r}", "commonweight run list")
-        return found[0]
+        return self._whole(found[0].id) if found[0].ended else found[0]
 
     def all(self) -> list[Run]:
-        """Every run, oldest first."""
+        """Every run, oldest first; ended ones with their last rounds."""
         if self.current is not None:
             self._runs[self.current.run.id] = self.current.run
         return list(self._runs.values())
+
+
+def _light(run: Run) -> Run:
+    """The run without the rounds of before, once it has ended."""
+    kept = run.history[-run.spec.keep_versions :]
+    return replace(run, history=kept) if run.ended else run

@@ -471,3 +471,17 @@ def test_who_gave_an_update_is_kept_by_round_and_run() -> None:
         fold(fleet, said(COORDINATOR, number + 4, closed(number, peers=0)), NOW)
     assert {len(peer.given) for peer in fleet.peers.values()} == {fleets.GIVEN_KEPT}
     assert decode(encode(fleet, NOW)) == fleet
+
+
+def test_rounds_of_all_runs_are_bounded_and_the_oldest_go_first() -> None:
+    fleet, seq = new_fleet(), 0
+    for number in range(6):
+        run = f"r{number}"
+        seq += 1
+        fold(fleet, said(COORDINATOR, seq, run_at(1, run)), NOW)
+        for round_ in range(500):
+            seq += 1
+            fold(fleet, said(COORDINATOR, seq, closed(round_, run=run)), NOW)
+    kept = [len(run.rounds) for run in fleet.runs.values()]
+    assert sum(kept) == fleets.ROUNDS_IN_ALL
+    assert kept == [0, 500, 500, 500, 500, 500]

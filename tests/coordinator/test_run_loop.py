@@ -81,9 +81,12 @@ def accepted(fleet: Fleet, run_id: str, number: int, peer: str) -> bool:
 
 async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
-        run_id = fleet.start(rounds=3, quorum=3, seed=5)
+        run_id = fleet.start(rounds=3, quorum=3, seed=5, keep_versions=2)
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
+        await until(lambda: fleet.hub.runs.current is None)
+        assert [listed.history for listed in fleet.hub.runs.all()] == [run.history[-2:]]
+        assert fleet.hub.runs.find(run_id) == run
         assert contributors(run) == [named(fleet.agents)] * 3
         assert [set(closed.metrics) for closed in run.history] == [{"loss"}] * 3
         assert all(closed.bytes_up > 0 for closed in run.history)
