@@ -47,6 +47,10 @@ def monitor(
         str | None,
         typer.Option(help="A ticket with a role (file:PATH, or - to paste): watch from here on."),
     ] = None,
+    via: Annotated[
+        str | None,
+        typer.Option(help="Ask this peer (name or HOST:PORT) while the coordinator is away."),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="In a browser on this machine (extra: serve).")
     ] = False,
@@ -64,6 +68,8 @@ def monitor(
         serve_monitor(host, port, options)
     elif replay is not None:
         _replay(replay, speed, once=once, ascii_only=ascii_)
+    elif via is not None:
+        _via(via, once=once, ascii_only=ascii_)
     else:
         _live(once=once, read_only=read_only, ascii_only=ascii_, record=record)
 
@@ -75,7 +81,7 @@ def _join(given: str) -> None:
     say(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
 
 
-def _print(fleet: Any, now: float, *, ascii_only: bool = False) -> None:
+def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "") -> None:
     from rich.console import Console
 
     from coordinator.plain import plain_table
@@ -83,10 +89,10 @@ def _print(fleet: Any, now: float, *, ascii_only: bool = False) -> None:
 
     console = Console()
     if not ascii_only:
-        console.print(plain_table(fleet, now))
+        console.print(plain_table(fleet, now, heading))
         return
     with console.capture() as taken:
-        console.print(plain_table(fleet, now))
+        console.print(plain_table(fleet, now, heading))
     for line in taken.get().split("\n")[:-1]:
         # Colours are escape codes: they are ASCII, and left alone.
         sys.stdout.write(in_ascii(line) + "\n")
@@ -122,6 +128,21 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
     finally:
         if recorder is not None:
             recorder.close()
+
+
+def _via(peer: str, *, once: bool, ascii_only: bool) -> None:
+    from coordinator import access
+    from coordinator.via import ViaSource
+
+    source = ViaSource(access.open_home(), peer)
+    if once or not sys.stdout.isatty():
+        shown = asyncio.run(source.snapshot())
+        _print(shown, time.time(), ascii_only=ascii_only, heading=source.heading)
+        return
+    from coordinator.tui import config
+    from coordinator.tui.app import MonitorApp
+
+    _run(MonitorApp(source, read_only=True, config=config.read(), ascii_only=ascii_only))
 
 
 def _record(source: Any) -> None:

@@ -24,13 +24,14 @@ STYLES: dict[Tone, str] = {
 _SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
 
 
-def plain_table(fleet: Fleet, now: float) -> Table:
-    """Every peer in one table, what needs a person first; the run stands above it."""
+def plain_table(fleet: Fleet, now: float, heading: str = "") -> Table:
+    """Every peer in one table, what needs a person first; `heading` and the run stand above it."""
     run = current_run(fleet)
     words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
     left = seconds_left(run) if run else None
     words += "" if left is None else f" · about {age(left)} left"
-    title = Text(f"{run_words(run)} · {words}" if run else words, style="bold")
+    words = f"{run_words(run)} · {words}" if run else words
+    title = Text(f"{heading} · {words}" if heading else words, style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [column for column in COLUMNS if column.key in _SHOWN]
     for column in columns:

@@ -7,9 +7,11 @@ an access that was joined from elsewhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from coordinator import access
+from coordinator import access, via
 from coordinator import fleet as fleets
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
@@ -27,11 +29,15 @@ from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.runs import Run
 from coordinator.watch import Action
 from protocols import identity, requests
-from protocols.errors import NotRunning, Unreachable
+from protocols.errors import CommonweightError, NotRunning, Unreachable
+from protocols.gossip import NEIGHBOURS_PATH, Neighbours
 from protocols.messages import Command, Envelope, JobChanged, LogLine, PeerKnown
 from protocols.topics import COORDINATOR, Kind
 
 T = TypeVar("T")
+
+#: So often a watcher is told anew whom to ask while the coordinator is away.
+_KEEP_EVERY_S = 600.0
 
 
 class Remote:
@@ -54,6 +60,10 @@ class Remote:
 
     def fleet(self) -> Fleet:
         return fleets.decode(self._ask("GET", "/cw/v1/fleet"))
+
+    def neighbours(self) -> Neighbours:
+        """Whom to ask while the coordinator is away, and a pass for it."""
+        return self._get(NEIGHBOURS_PATH, Neighbours)
 
     def watch(self) -> WatchAnswer:
         return self._get("/cw/v1/watch", WatchAnswer)
@@ -168,10 +178,15 @@ class LiveSource:
         self._home = home
         self._remote: Remote | None = None
         self._keys: dict[str, bytes] = {}
+        self._keep_at = 0.0
 
     async def snapshot(self) -> Fleet:
         fleet = await self._call(lambda remote: remote.fleet())
         self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
+        if time.monotonic() >= self._keep_at:
+            self._keep_at = time.monotonic() + _KEEP_EVERY_S
+            with contextlib.suppress(CommonweightError, OSError):  # a help for later, no more
+                via.keep(self._home, await self._call(lambda remote: remote.neighbours()))
         return fleet
 
     async def messages(self) -> AsyncIterator[Envelope]:

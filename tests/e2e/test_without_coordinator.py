@@ -1,0 +1,40 @@
+"""A coordinator that is gone for good: its agents end on the newest version, and tell of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.fleet_harness import fleet, until
+
+
+@pytest.mark.long
+def test_agents_end_on_the_newest_version(tmp_path: Path) -> None:
+    with fleet(tmp_path, COMMONWEIGHT_AGENT_SHARE="on") as site:
+        site.up()
+        site.join("ada", "bob")
+        site.start("ada", "bob")
+        for name in ("ada", "bob"):
+            site.until_agent(name, "serves", lambda told: told["shares_at"])
+        knows_bob = site.folder / "ada" / "neighbours.json"
+        until(lambda: knows_bob.exists() and b"bob" in knows_bob.read_bytes(), "ada knows bob")
+        site.programs["bob"].stop()
+        run = site.start_run("ping", "--rounds", "2", "--quorum", "1", "--set", "kilobytes=4")
+        assert site.ended_run(run)["state"] == "finished"
+        assert site.ask("monitor", "--once").returncode == 0
+        site.programs["up"].kill()
+        held = site.agent("ada")["head"]
+        assert (held["run"], held["version"]) == (run, 2)
+
+        site._start("bob", ["agent.cli", "run"], site._env("bob"))
+        site.until_agent("bob", "has the version", lambda told: told["head"] == held)
+        site.until_agent("ada", "knows that", lambda told: told["alike"] == 1)
+        told = site.ask_agent("bob", "status").stdout
+        assert f"holds version 2 of {run}" in told
+        assert "1 of 1 peers heard hold the same" in told
+
+        shown = site.ask("monitor", "--via", "ada", "--once")
+        assert shown.returncode == 0, shown.stderr
+        assert "as ada knows it" in shown.stdout
+        assert "bob" in shown.stdout
