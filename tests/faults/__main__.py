@@ -16,7 +16,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import crashes, disk, elsewhere, network, results, schedules, soak, stampede
+from tests.faults import (
+    crashes,
+    disk,
+    elsewhere,
+    job_crashes,
+    network,
+    results,
+    schedules,
+    soak,
+    stampede,
+)
 from tests.faults.results import Row
 
 _OUT = Path(__file__).resolve().parents[2] / "docs" / "faults" / "fault-results.json"
@@ -46,6 +56,10 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
         "agent": lambda folder: crashes.agent(folder, seeds),
         "trainer": lambda folder: crashes.trainer(folder, seeds),
         "coordinator": lambda folder: crashes.coordinator(folder, seeds),
+        "job-agent": job_crashes.agent,
+        "job-infer": lambda folder: job_crashes.coordinator(folder, "infer"),
+        "job-eval": lambda folder: job_crashes.coordinator(folder, "eval"),
+        "job-analyze": lambda folder: job_crashes.coordinator(folder, "analyze"),
     }
     if disk.can_mount():
         found |= {"full-coordinator": disk.full_coordinator, "full-agent": disk.full_agent}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from protocols import failpoints
 from protocols.failpoints import NAMES
-from tests.faults import crashes
+from tests.faults import crashes, job_crashes
 
 
 def test_every_step_of_a_round_is_a_case() -> None:
@@ -24,3 +26,25 @@ def test_a_coordinator_killed_in_a_round_loses_nothing(tmp_path: Path) -> None:
 
 def test_an_agent_killed_with_its_claim_on_the_way_is_counted_once(tmp_path: Path) -> None:
     assert crashes.agent(tmp_path, [1], ("agent.claim.sending:2",)).violations == []
+
+
+@pytest.mark.parametrize("kind", job_crashes.KINDS)
+def test_every_step_of_a_unit_is_a_case(kind: str) -> None:
+    played = {point.partition(":")[0] for point in job_crashes.coordinator_points(kind)}
+    assert played == set(failpoints.JOBS)
+
+
+def test_work_on_what_is_verified_is_found() -> None:
+    ended = {"type": "JobEnded", "state": "finished"}
+    leased, verified = {"type": "UnitLeased", "unit": 1}, {"type": "UnitVerified", "unit": 1}
+    assert job_crashes.done_again([leased, leased, verified, ended]) == []
+    (found,) = job_crashes.done_again([leased, verified, leased, ended])
+    assert found == "unit 1 was verified, and then came UnitLeased"
+    assert job_crashes.done_again([leased, verified])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", job_crashes.KINDS)
+def test_a_coordinator_killed_in_a_job_loses_nothing(tmp_path: Path, kind: str) -> None:
+    points = ("job.recorded.UnitVerified", "job.reply.pulled")
+    assert job_crashes.coordinator(tmp_path, kind, points).violations == []
