@@ -95,8 +95,7 @@ def _measure(
             gate.check_weights(expected, uploaded)
             return 0.0
         base = stack.enter_context(_base(around, expected))
-        update = gate.check_weights(expected, lambda: codecs.decoded(model.codec, uploaded(), base))
-        return gate.distance(update, base)
+        return gate.measure(expected, lambda: codecs.decoded(model.codec, uploaded(), base), base)
 
 
 def _base(around: Fleetwork, expected: gate.Expected) -> Stored:

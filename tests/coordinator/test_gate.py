@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -180,9 +181,10 @@ def test_good_weights_pass() -> None:
     ],
 )
 def test_weights_that_must_not_be_summed(word: str, update: Weights) -> None:
-    with pytest.raises(UpdateRefused) as caught:
-        gate.check_weights(EXPECTED, lambda: update)
-    assert caught.value.reason == word
+    for gate_of in (gate.check_weights, partial(gate.measure, base=MODEL)):
+        with pytest.raises(UpdateRefused) as caught:
+            gate_of(EXPECTED, lambda: update)
+        assert caught.value.reason == word
 
 
 def test_missing_bytes_are_refused() -> None:
@@ -225,6 +227,34 @@ def test_bf16_counts_too() -> None:
         return Weights({"w": bits.astype(np.uint16)}, ["w"])
 
     assert gate.distance(bf16(1.0), bf16(3.0)) == 4.0
+
+
+def test_the_norm_of_a_large_tensor_is_right_to_float32() -> None:
+    rng = np.random.default_rng(1)
+    old = rng.standard_normal(200_001).astype(np.float32)
+    new = (old + 1e-3 * rng.standard_normal(200_001)).astype(np.float32)
+    exact = np.linalg.norm(new.astype(np.float64) - old)
+    assert gate.distance(Weights({"w": new}), Weights({"w": old})) == pytest.approx(exact, rel=2e-7)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("far", [1e-30, 1e-21, 1.0, 1e19, 1e38])
+def test_the_norm_is_right_where_squares_do_not_fit_float32(far: float) -> None:
+    update = Weights({"w": np.full(1000, far, np.float32)})
+    base = Weights({"w": np.zeros(1000, np.float32)})
+    assert gate.distance(update, base) == pytest.approx(far * math.sqrt(1000), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 511, 512, 70_000])
+def test_what_is_not_finite_is_found_by_the_norm_wherever_it_is(wrong: float, at: int) -> None:
+    model = Weights({"w": np.ones(70_001, np.float32)})
+    update = np.zeros(70_001, np.float32)
+    update[at] = wrong
+    expected = gate.Expected("train", BASE, model.schema)
+    with pytest.raises(UpdateRefused, match="'w'") as caught:
+        gate.measure(expected, lambda: Weights({"w": update}), model)
+    assert caught.value.reason == "not finite"
 
 
 @pytest.mark.filterwarnings("error")
