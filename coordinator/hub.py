@@ -309,7 +309,7 @@ class Hub:
         if not asked.want:
             return Exchanged(settled=settled)
         answer = await self._superlink.exchange_soon(node, Exchange())
-        if answer.work is None and self.runs.current is not None:
+        if answer.work is None and (self.runs.current is not None or self.jobs.at_work):
             await self._lingering.wait(peer, LINGER_S)
             answer = await self._superlink.exchange_soon(node, Exchange())
         return self._with_version(Exchanged(work=answer.work, settled=settled))

@@ -7,8 +7,9 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from protocols.errors import CommonweightError, UsageFault
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 #: So many blocks there are about, of so many rows at least and at most.
 _BLOCKS, _LEAST_ROWS, _MOST_ROWS = 256, 16, 8192
+_PIECE_BYTES = 1 << 20
+#: Without these in it, a piece of CSV has a record a line.
+_ODD = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
 
 
 class Prepared(NamedTuple):
@@ -77,34 +81,38 @@ def _size(rows: int) -> int:
 
 def _csv(path: Path) -> Iterator[tuple[int, bytes]]:
     """Blocks that each begin with the names. A quoted value may hold line ends."""
+    size = _size(_count_lines(path) - 1)
+    with path.open("rb") as file:
+        names = next(_records(file), b"")
+        while lines := list(islice(file, size)):
+            data = b"".join(lines)
+            if data.endswith(b"\n") and not any(odd in b"\n" + data for odd in _ODD):
+                yield len(lines), names + data
+                continue
+            # So many records are as many lines or more: none of these is left over.
+            records = list(islice(_records(chain(lines, file)), size))
+            if records:
+                yield len(records), names + b"".join(records)
 
-    def records() -> Iterator[bytes]:
-        with path.open("rb") as file:
-            for line in file:
-                while line.count(b'"') % 2 and (more := file.readline()):
-                    line += more
-                if line.strip():
-                    yield line if line.endswith(b"\n") else line + b"\n"
 
-    size = _size(sum(1 for _ in records()) - 1)
-    found = records()
-    names = next(found, b"")
-    yield from _together(found, size, names)
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(partial(file.read, _PIECE_BYTES), b""))
+
+
+def _records(lines: Iterator[bytes]) -> Iterator[bytes]:
+    for line in lines:
+        while line.count(b'"') % 2 and (more := next(lines, b"")):
+            line += more
+        if line.strip():
+            yield line if line.endswith(b"\n") else line + b"\n"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    size = _size(_count_lines(path))
     with path.open("rb") as file:
-        size = _size(sum(1 for _ in file))
-        file.seek(0)
-        yield from _together((line.rstrip(b"\r\n") + b"\n" for line in file), size)
-
-
-def _together(
-    records: Iterable[bytes], size: int, head: bytes = b""
-) -> Iterator[tuple[int, bytes]]:
-    found = iter(records)
-    while block := list(islice(found, size)):
-        yield len(block), head + b"".join(block)
+        while lines := [line.rstrip(b"\r\n") + b"\n" for line in islice(file, size)]:
+            yield len(lines), b"".join(lines)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -6,9 +6,9 @@ import contextlib
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
 import msgspec
 
@@ -21,7 +21,8 @@ from protocols.jobs import Score
 
 Row = list[Any]
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
-_BATCH = 65_536
+#: All that is in an answer of numbers.
+_NUMBERS = b"0123456789+-.eE,[]\n"
 
 
 def check_target(out: Path) -> None:
@@ -43,19 +44,14 @@ def merge(job: Job, lane: JobLane, out: Path) -> int:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     done = 0
     try:
-        with _opened(temporary, out.suffix) as add:
+        with _opened(temporary, out.suffix) as table:
             names: Row = []
             for unit in sorted(job.units.values(), key=lambda unit: unit.first):
-                lines = lane.read(unit.answer).splitlines()
-                found, *rows = map(_decode, lines)
+                head, _, body = lane.read(unit.answer).partition(b"\n")
+                found = _decode(head)
                 if found != (names := names or found):
                     raise CommonweightError(f"unit {unit.number} was answered with other columns")
-                if "row" in names:
-                    place = names.index("row")
-                    for number, row in enumerate(rows, done):
-                        row[place] = number
-                add(names, rows)
-                done += len(rows)
+                done += table.add(names, body, done)
         temporary.replace(out)
     except OSError as err:
         raise CommonweightError(f"cannot merge the answers: {err.strerror or err}") from err
@@ -64,41 +60,82 @@ def merge(job: Job, lane: JobLane, out: Path) -> int:
     return done
 
 
+def _numbered(names: Row, body: bytes, first: int) -> list[Row]:
+    """Rows of an answer, with the column "row" counting on from `first`."""
+    rows = list(map(_decode, body.splitlines()))
+    if "row" in names:
+        place = names.index("row")
+        for number, row in enumerate(rows, first):
+            row[place] = number
+    return rows
+
+
 _decode = msgspec.json.Decoder(list[Any]).decode
 
 
+class _Table(Protocol):
+    """Takes the answers of one unit after the other; how many rows they were."""
+
+    def add(self, names: Row, body: bytes, first: int) -> int: ...
+
+
 @contextlib.contextmanager
-def _opened(path: Path, suffix: str) -> Iterator[Callable[[Row, list[Row]], None]]:
+def _opened(path: Path, suffix: str) -> Iterator[_Table]:
     with contextlib.ExitStack() as stack:
         if suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+            yield _Parquet(path, stack)
+        elif suffix == ".csv":
+            yield _Csv(stack.enter_context(path.open("w", newline="")))
+        else:
+            yield _JsonLines(stack.enter_context(path.open("wb")))
 
-            writers: list[Any] = []
 
-            def add_table(names: Row, rows: list[Row]) -> None:
-                columns = zip(*rows, strict=True)
-                table = pa.table(dict(zip(names, map(list, columns), strict=True)))
-                if not writers:
-                    writers.append(stack.enter_context(pq.ParquetWriter(path, table.schema)))
-                writers[0].write_table(table)
+class _Csv:
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._writer, self._begun = file, csv.writer(file), False
 
-            yield add_table
-            return
-        file = stack.enter_context(path.open("w", newline=""))
-        writer, encode = csv.writer(file), msgspec.json.Encoder().encode
-        first = True
+    def add(self, names: Row, body: bytes, first: int) -> int:
+        if not self._begun:
+            self._writer.writerow(names)
+            self._begun = True
+        plain = body.count(b"[") == body.count(b"\n") and not body.translate(None, _NUMBERS)
+        if names[0] != "row" or len(names) == 1 or not plain:
+            rows = _numbered(names, body, first)
+            self._writer.writerows(rows)
+            return len(rows)
+        # Arrays of numbers are CSV but for their brackets: three times quicker than as values.
+        lines = body.decode().replace("]\n", "\r\n").splitlines(keepends=True)
+        rest = (line.partition(",")[2] for line in lines)
+        self._file.writelines(f"{n},{values}" for n, values in enumerate(rest, first))
+        return len(lines)
 
-        def add_lines(names: Row, rows: list[Row]) -> None:
-            nonlocal first
-            if suffix == ".csv":
-                writer.writerows([names, *rows] if first else rows)
-            else:
-                for row in rows:
-                    file.write(encode(dict(zip(names, row, strict=True))).decode() + "\n")
-            first = False
 
-        yield add_lines
+class _JsonLines:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._encode = file, msgspec.json.Encoder().encode_lines
+
+    def add(self, names: Row, body: bytes, first: int) -> int:
+        rows = _numbered(names, body, first)
+        self._file.write(self._encode(dict(zip(names, row, strict=True)) for row in rows))
+        return len(rows)
+
+
+class _Parquet:
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self._path, self._stack = path, stack
+        self._writer: Any = None
+
+    def add(self, names: Row, body: bytes, first: int) -> int:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = _numbered(names, body, first)
+        columns = map(list, zip(*rows, strict=True))
+        table = pa.table(dict(zip(names, columns, strict=True)))
+        if self._writer is None:
+            self._writer = self._stack.enter_context(pq.ParquetWriter(self._path, table.schema))
+        self._writer.write_table(table)
+        return len(rows)
 
 
 # --- peers and models --------------------------------------------------------------------------

@@ -73,13 +73,18 @@ class JobQueue:
         for loop in self._loops.values():
             loop.changed.set()
 
+    @property
+    def at_work(self) -> bool:
+        """True while any job has not ended."""
+        return bool(self._loops)
+
     def session_opened(self, peer: str) -> None:
         for loop in self._loops.values():
             loop.session_opened(peer)
 
     def settling(self, question: str) -> asyncio.Future[bool] | None:
         """What `RunQueue.settled` waits for, if the question is one of a job."""
-        found = (loop.settling(question) for loop in self._loops.values())
+        found = (loop.questions.settling(question) for loop in self._loops.values())
         return next((settling for settling in found if settling is not None), None)
 
     def start(self, spec: JobSpec) -> str:

@@ -111,6 +111,11 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
         """Blocks that belong to a unit already."""
         return max((unit.stop for unit in self.units.values()), default=0)
 
+    @cached_property
+    def cut_rows(self) -> int:
+        """Rows that belong to a unit already."""
+        return sum(block.rows for block in self.spec.blocks[: self.cut])
+
     def rows(self, unit: Unit) -> int:
         """Rows of a scattered unit."""
         return sum(block.rows for block in self.spec.blocks[unit.first : unit.stop])

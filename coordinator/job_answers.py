@@ -1,0 +1,59 @@
+"""What an answer to a unit must be before it counts: signed by whom was asked, whole, to the point.
+
+First it is read, as it comes; what is valid so far is a fact, and then its bytes are looked into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+from flwr.app import ConfigRecord, Message
+
+from coordinator.analysis import ask
+from coordinator.job_facts import Given
+from coordinator.job_lane import JobLane
+from coordinator.job_questions import Asked
+from coordinator.jobs import Job, Unit
+from protocols import jobs as wire
+from protocols.errors import BadMessage
+from protocols.messages import Verify
+
+ANSWER = "cw.answer"
+
+
+def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
+    """The answer in a reply that is no failure. Raises BadMessage, KeyError, TypeError."""
+    record = cast(ConfigRecord, reply.content[ANSWER])
+    payload, signature, body = record["answer"], record["signature"], record["body"]
+    if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
+        raise TypeError("an answer and its signature are bytes")
+    answer = wire.decode_answer(payload)
+    signed = verify(asked.peer, signature, wire.answer_part(payload))
+    if answer.peer != asked.peer or not signed:
+        raise BadMessage("the answer is not signed by the peer that sent it")
+    if answer.key != asked.key:
+        raise BadMessage("it answers another question")
+    if not isinstance(body, bytes):
+        raise TypeError("an answer's body is bytes")
+    if body and (len(body), hashlib.sha256(body).hexdigest()) != (answer.nbytes, answer.digest):
+        raise BadMessage("the answer's bytes are not those that were signed")
+    return Given(
+        digest=answer.digest, nbytes=answer.nbytes, rows=answer.rows, seconds=seconds, body=body
+    )
+
+
+def check(job: Job, unit: Unit, given: Given, lane: JobLane) -> None:
+    """Raise BadMessage unless this can be an answer to the unit's question; OSError."""
+    match job.spec.kind:
+        case "scatter":
+            rows, lines = job.rows(unit), lane.count_lines(given)
+            if (given.rows, lines) != (rows, rows + 1):
+                raise BadMessage(f"{lines - 1} rows are answered where {rows} were asked for")
+        case "private":
+            pinned = {model.digest for model in job.spec.models}
+            if wire.decode_scores(lane.read(given)).keys() != pinned:
+                raise BadMessage("it does not measure the models that were asked about")
+        case "analyze":
+            if wrong := ask.check(job.spec.query, lane.read(given)):
+                raise BadMessage(wrong)

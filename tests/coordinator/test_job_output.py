@@ -1,0 +1,68 @@
+"""Answers merged: of numbers or of anything, in each kind of file, the rows count through."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.job_facts import Block, Given, JobSpec
+from coordinator.job_lane import JobLane
+from coordinator.job_output import merge
+from coordinator.jobs import Job, Unit
+
+TABLES: dict[str, list[list[Any]]] = {
+    "numbers": [[0, 3, 0.25], [1, -4, 1e-9], [2, 0, 5.0]],
+    "text": [[0, "a,b", 0.5], [1, 'say "c"', 1.0], [2, "d\ne", 2.5]],
+    "missing": [[0, None, 1.5], [1, 2, 3.5], [2, True, 4.5]],
+    "lists": [[0, [1, 2], 1.0], [1, [3], 2.0], [2, [], 3.0]],
+}
+
+
+def answered(tmp_path: Path, rows: list[list[Any]]) -> tuple[Job, JobLane]:
+    """A job of two units with the same answer; one's is in the ledger, the other's on disk."""
+    lane = JobLane(tmp_path / "jobs")
+    lines = [["row", "class", "probability"], *rows]
+    body = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
+    given = Given(digest="d" * 64, nbytes=len(body), rows=len(rows))
+    lane.version(given.digest).write_bytes(body)
+    units = {
+        n: Unit(number=n, first=n, stop=n + 1, given={"ada": one}, verified=given.digest)
+        for n, one in enumerate((given, Given(**{**_fields(given), "body": body})))
+    }
+    blocks = (Block(len(rows), 1),) * 2
+    return Job(id="job", spec=JobSpec(kind="scatter", blocks=blocks), units=units), lane
+
+
+def _fields(given: Given) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in given.__struct_fields__}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_merged(name: str, tmp_path: Path) -> None:
+    rows = TABLES[name]
+    job, lane = answered(tmp_path, rows)
+    expected = [[n, *row[1:]] for n, row in enumerate(rows * 2)]
+    assert merge(job, lane, tmp_path / "out.jsonl") == 6
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row.values()) for row in found] == expected
+    assert merge(job, lane, tmp_path / "out.csv") == 6
+    with (tmp_path / "out.csv").open(newline="") as file:
+        names, *table = csv.reader(file)
+    assert names == ["row", "class", "probability"]
+    assert [int(row[0]) for row in table] == list(range(6))
+    for told, values in zip(table, expected, strict=True):
+        assert told[1] == ("" if values[1] is None else str(values[1]))
+        assert float(told[2]) == values[2]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", reason="Parquet is of the extra tabular")
+    job, lane = answered(tmp_path, TABLES["text"])
+    assert merge(job, lane, tmp_path / "out.parquet") == 6
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["row"].to_pylist() == list(range(6))
+    assert table["class"].to_pylist() == [row[1] for row in TABLES["text"]] * 2
