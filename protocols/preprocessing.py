@@ -157,6 +157,9 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
             for name in names
             if name not in table.columns
         ]
+    for name in sorted(set(names) - whole.columns.keys()):
+        names.remove(name)
+        notes.append(("", f"column {name} is left out: no peer whose table fits has it"))
     features = [
         feature
         for name in names
@@ -175,7 +178,7 @@ def _chosen(
     misfits: dict[str, SchemaMismatch],
     notes: list[tuple[str, str]],
 ) -> list[str]:
-    """The features' names, sorted: those asked for, else those that half of all peers have."""
+    """The features' names, sorted: those asked for, else those that half of the peers have."""
     having = Counter(name for table in tables.values() for name in table.columns)
     for name in (asked.target, *asked.features):
         what = "target" if name == asked.target else "feature"
@@ -187,9 +190,11 @@ def _chosen(
                 misfits[peer] = SchemaMismatch(f"column {name}", f"the {what}", "no such column")
     if asked.features:
         return sorted(asked.features)
+    fitting = [table for peer, table in tables.items() if peer not in misfits]
+    having = Counter(name for table in fitting for name in table.columns)
     del having[asked.target]
-    few = sorted(name for name, count in having.items() if 2 * count < len(tables))
-    notes += [("", f"column {n} is left out: {having[n]} of {len(tables)} have it") for n in few]
+    few = sorted(name for name, count in having.items() if 2 * count < len(fitting))
+    notes += [("", f"column {n} is left out: {having[n]} of {len(fitting)} have it") for n in few]
     return sorted(having.keys() - set(few))
 
 

@@ -38,6 +38,17 @@ def test_numbers_are_scaled_by_all_peers_together() -> None:
     assert len(preprocessing.digest(text)) == 64
 
 
+def test_a_column_that_only_misfits_have_is_no_feature() -> None:
+    without_target = TableStatistics(rows=100, columns={"x": number(), "extra": number()})
+    other_kind = TableStatistics(
+        rows=100, columns={"x": number(), "extra": number(), "label": number(1.0)}
+    )
+    for misfit in (without_target, other_kind):
+        made = derived(table(x=number()), misfit)
+        assert [feature.name for feature in made.preprocessing.features] == ["x"]
+        assert list(made.misfits) == ["b"]
+
+
 def test_a_constant_column_is_not_divided_by_nothing() -> None:
     constant = ColumnStatistics(kind="number", moments=Moments(100, 7.0, 0.0))
     assert derived(table(x=constant)).preprocessing.features[0].scale == 1.0
