@@ -138,6 +138,7 @@ def told(runs: Mapping[str, Sequence[Fact]], acknowledged: Iterable[Fact]) -> li
     for run, facts in runs.items():
         found += [f"{run}: {text}" for text in _versions(facts)]
         found += [f"{run}: {text}" for text in _counted(standing(facts))]
+        found += [f"{run}: {text}" for text in _described(facts)]
     for claim in acknowledged:
         found += _acknowledged(claim, runs.get(claim["run"], []))
     return found
@@ -243,6 +244,25 @@ def _buffered(facts: Sequence[Fact]) -> list[str]:
     return found
 
 
+def _described(facts: Sequence[Fact]) -> list[str]:
+    """A, before round 1: each peer is heard once, and then it is agreed, once, before any work."""
+    found: list[str] = []
+    heard: Counter[str] = Counter()
+    agreed: Counter[str] = Counter()
+    waits = any(fact.get("spec", {}).get("handshake") for fact in facts[:1])
+    for fact in facts:
+        match fact["type"]:
+            case "PeerDescribed":
+                heard[fact["peer"]] += 1
+            case "PreprocessingFixed" | "SchemaAgreed":
+                found += [f"{peer} is heard {n} times" for peer, n in heard.items() if n > 1]
+                agreed[fact["type"]] += 1
+                heard = Counter()
+            case "RoundOpened" if waits and not agreed["SchemaAgreed"]:
+                found.append(f"round {fact['round']} opens before anything is agreed on")
+    return found + [f"{what} {times} times" for what, times in agreed.items() if times > 1]
+
+
 def _versions(facts: Sequence[Fact]) -> list[str]:
     """B: one version a round, each the child of the one before."""
     found: list[str] = []
@@ -300,6 +320,8 @@ def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
         told = {(f["type"], f.get("peer", f.get("by"))) for f in facts}
         wanted = "HoldingTold" if claim["kind"] == "holdings" else "VersionRecalled"
         fates = int((wanted, claim["peer"]) in told)
+    elif claim["kind"] == "describe":
+        fates = int(any(f["type"] == "PeerDescribed" and f["peer"] == claim["peer"] for f in facts))
     elif claim["kind"] == "init":
         made = [f for f in facts if f["type"] == "WeightsInitialised" and f["by"] == claim["peer"]]
         fates = len(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from random import Random
@@ -20,25 +21,39 @@ from agent.worker import (
     WorkEnded,
     Worker,
 )
+from protocols import schemas
+from protocols.errors import SchemaMismatch
 from protocols.messages import Envelope, Presence, UpdateClaim, Work
 from protocols.states import PauseReason
+from tests.faults import sim_handshake
 from tests.faults.sim_coordinator import Coordinator
 from tests.faults.sim_disk import Disk
+from tests.faults.sim_handshake import Told
 from tests.faults.sim_network import Lost, Network
 
 _STEPS = 3
 _POLL_S = 15.0
 _SIGN_OF_LIFE_S = 30.0
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(UpdateClaim).decode
 
 
 class Agent:
-    """One peer. `disk` outlives its death; `acknowledged` is what it was told, for the checker."""
+    """One peer. `disk` outlives its death; `acknowledged` is what it was told, for the checker.
+
+    `fits`: its data and model are as those of the others."""
 
     def __init__(
-        self, peer: str, disk: Disk, network: Network, coordinator: Coordinator, random: Random
+        self,
+        peer: str,
+        disk: Disk,
+        network: Network,
+        coordinator: Coordinator,
+        random: Random,
+        *,
+        fits: bool = True,
     ) -> None:
-        self.peer = peer
+        self.peer, self._fits = peer, fits
         self._disk, self._network = disk, network
         self._coordinator, self._random = coordinator, random
         self.acknowledged: list[bytes] = []
@@ -146,33 +161,41 @@ class Agent:
 
     def _answer(self, question: str, work: Work) -> Generator[None, None, tuple[str, Work] | None]:
         self._happened(WorkBegan(work))
+        told: Told | None = None
         try:
-            claim = self._finished(work)
-            if claim is None:
-                claim = yield from self._do(work)
-            yield from self._deliver(claim)
+            sim_handshake.compare(work, fits=self._fits)
+            told = self._finished(work)
+            if told is None:
+                told = yield from self._do(work)
+            yield from self._deliver(_decode(told.claim))
+            payload = told.pack()
+        except SchemaMismatch as err:
+            payload = sim_handshake.failure(err)
         finally:
             self._happened(WorkEnded())
-        payload = _encode(claim)
         settling = self._network.request(
             self.peer, lambda: self._coordinator.hand_in(question, payload)
         )
         while settling.settled is None:
             self._look()
             yield
-        if settling.settled:
-            self.acknowledged.append(payload)
+        if settling.settled and told is not None:
+            self.acknowledged.append(told.claim)
         yield
         if not worker.is_willing(self._worker):
             return None
         return self._network.request(self.peer, lambda: self._coordinator.pull(self.peer))
 
-    def _do(self, work: Work) -> Generator[None, None, UpdateClaim]:
-        if work.kind != "evaluate":
+    def _do(self, work: Work) -> Generator[None, None, Told]:
+        makes = work.kind in ("init", "train")
+        if makes:
             self._forget()
             yield
-        digest = ""
-        if work.kind != "evaluate":
+        digest, description = "", b""
+        if work.kind == "describe":
+            description = schemas.encode(sim_handshake.describe(work, fits=self._fits))
+            digest = hashlib.sha256(description).hexdigest()
+        if makes:
             self.trained[_key(work)] += 1
             for _ in range(_STEPS):
                 yield
@@ -196,10 +219,11 @@ class Agent:
             nonce=str(self._made),
         )
         self._forget(work)
-        self._disk.write("finished", f"{_key(work)}\n{_encode(claim).decode()}")
+        told = Told(_encode(claim), description)
+        self._disk.write("finished", f"{_key(work)}\n{told.pack().decode()}")
         self._disk.sync()
         yield
-        return claim
+        return told
 
     def _forget(self, work: Work | None = None) -> None:
         """The outbox gives way to another question's answer."""
@@ -209,12 +233,12 @@ class Agent:
                 self.forgot[key] += 1
             self._disk.remove("finished")
 
-    def _finished(self, work: Work) -> UpdateClaim | None:
-        key, _, claim = (self._disk.read("finished") or "").partition("\n")
-        return msgspec.json.decode(claim, type=UpdateClaim) if key == _key(work) else None
+    def _finished(self, work: Work) -> Told | None:
+        key, _, told = (self._disk.read("finished") or "").partition("\n")
+        return sim_handshake.unpack(told.encode()) if key == _key(work) else None
 
     def _deliver(self, claim: UpdateClaim) -> Iterator[None]:
-        if claim.digest:
+        if claim.digest and claim.kind != "describe":
             self._happened(SendingBegan())
             yield
             digest = claim.digest

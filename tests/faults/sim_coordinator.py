@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 from msgspec.structs import replace
 
-from coordinator import buffered, decisions, facts, gate, runs
+from coordinator import agreement, buffered, decisions, facts, runs
 from coordinator import fleet as fleets
 from coordinator.decisions import View
-from coordinator.facts import Fact, Update
+from coordinator.facts import Fact
 from coordinator.fleet import Fleet
 from coordinator.runs import Run
-from protocols.errors import UpdateRefused
-from protocols.messages import Envelope, PeerKnown, UpdateClaim, Work
+from protocols import preprocessing, schemas
+from protocols.errors import TELLABLE, CommonweightError, UpdateRefused
+from protocols.messages import Envelope, PeerKnown, Work
 from protocols.states import PeerState, RunState
 from protocols.topics import COORDINATOR
+from tests.faults import sim_handshake
 from tests.faults.checker import Violation
 from tests.faults.sim_disk import Disk
+from tests.faults.sim_judging import judged
 from tests.faults.sim_network import Network
 
 RUN = "r"
@@ -32,10 +34,10 @@ BUGS = {
     "no-sync": "an upload is acknowledged before its folder is synced",
     "count-twice": "the gate takes a second answer of the same peer",
     "forget-pending": "a replay forgets who was asked",
+    "forget-described": "a replay forgets what the peers told of themselves",
     "skip-sync-version": "a version is named in the ledger before it is synced",
 }
 _PATIENCE = 20.0
-_decode_claim = msgspec.json.Decoder(UpdateClaim).decode
 
 
 class Asked(NamedTuple):
@@ -68,7 +70,9 @@ class Coordinator:
         past = [facts.decode(body) for body in self.ledger]
         self.run: Run = runs.replay(RUN, past)
         if self._bug == "forget-pending" and len(past) > 1:
-            self.run = msgspec.structs.replace(self.run, peers={})
+            self.run = replace(self.run, peers={})
+        if self._bug == "forget-described":
+            self.run = replace(self.run, described={})
         self.applied = len(past)
         self.fleet = Fleet(fleet="f", name="c")
         for seq, peer in enumerate(self._peers):
@@ -83,6 +87,7 @@ class Coordinator:
         self._asked_at: dict[str, float] = {}
         self._arrived: dict[str, bytes] = {}
         self._settling: dict[str, Settling] = {}
+        self._misfits: set[str] = set()
         self._phase_at = self.now
         self._patient_until = self.now + _PATIENCE if self.run.pending or self.run.given else 0.0
         self._changed = True
@@ -107,6 +112,7 @@ class Coordinator:
         """A session's number; what the last one was given is taken back."""
         self.sessions[peer] = self.sessions.get(peer, 0) + 1
         self.mailbox[peer].clear()
+        self._misfits.discard(peer)
         self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
         self._changed = True
         return self.sessions[peer]
@@ -161,7 +167,8 @@ class Coordinator:
         return frozenset(p for p in self.sessions if self.fleet.peers[p].state not in paused)
 
     def view(self) -> View:
-        return View(self._eligible(), self.now - self._phase_at >= self.run.spec.deadline_s)
+        here = self._eligible() - self._misfits
+        return View(here, self.now - self._phase_at >= self.run.spec.deadline_s)
 
     def _drive(self) -> Generator[None, None, None]:
         while not self.run.ended:
@@ -186,6 +193,12 @@ class Coordinator:
     def _do(self, step: decisions.Step) -> Iterator[None]:
         run = self.run
         match step:
+            case decisions.Agree():
+                try:
+                    news = agreement.agree(run, {}).facts
+                except CommonweightError as err:
+                    news = [facts.RunEnded(RunState.FAILED, err.message)]
+                yield from self._record(*news)
             case decisions.AskInit(peer):
                 self._phase_at = self.now
                 yield from self._record(facts.PeersAsked((peer,)))
@@ -276,8 +289,13 @@ class Coordinator:
             return
         yield
         for peer in peers:
-            self._put(peer, *question, run.head)
+            self._put(peer, *question, self._base())
         yield
+
+    def _base(self) -> str:
+        if self.run.kind == "describe":
+            return preprocessing.digest(self.run.preprocessing)
+        return self.run.head if self.run.kind != "init" else ""
 
     def _put(self, peer: str, number: int, kind: Any, base: str, turn: int = 0) -> None:
         if peer not in self.sessions:
@@ -293,6 +311,8 @@ class Coordinator:
             base=base,
             nbytes=0,
             seed=0,
+            settings=sim_handshake.settings(self.run.spec, self.run.preprocessing),
+            card=schemas.encode(self.run.card).decode() if self.run.card else "",
             deadline_s=1.0,
         )
         self.waits.add(message)
@@ -336,7 +356,11 @@ class Coordinator:
         news: list[Fact] = []
         for question, asked in asked_of.items():
             try:
-                news.append(self._judged(asked, answers[question]))
+                news.append(
+                    judged(
+                        self.run, self.disk, asked.peer, asked.kind, answers[question], self._bug
+                    )
+                )
             except UpdateRefused as err:
                 news.append(
                     facts.UpdateRefused(asked.round, asked.peer, err.reason, "", asked.kind)
@@ -348,28 +372,6 @@ class Coordinator:
         for question in asked_of:
             self._settle(question, True)
 
-    def _judged(self, asked: Asked, payload: bytes) -> Fact:
-        peer, claim = asked.peer, _decode_claim(payload)
-        expected = gate.expectation(self.run, {}, peer, asked.kind)
-        try:
-            gate.check_claim(self.run, expected, peer, claim, payload, b"", lambda *signed: True)
-        except UpdateRefused as err:
-            if not (self._bug == "count-twice" and err.reason in ("replay", "late")):
-                raise
-        if claim.kind == "init":
-            self.disk.remove(f"update {peer} {claim.digest}")
-            self.disk.write(f"version {claim.digest}", claim.digest)
-            self.disk.sync()
-            return facts.WeightsInitialised(claim.digest, peer)
-        if claim.digest and self.disk.read(f"update {peer} {claim.digest}") is None:
-            raise UpdateRefused("bad weights", "the update's bytes were never uploaded")
-        update = Update(digest=claim.digest, num_examples=claim.num_examples)
-        if (given := expected.given) is None:
-            return facts.UpdateAccepted(self.run.round, peer, update)
-        behind = buffered.staleness(self.run, given)
-        update = replace(update, base=given.base, turn=given.turn, staleness=behind)
-        return facts.UpdateAccepted(given.round, peer, update)
-
     def _record(self, *news: Fact) -> Iterator[None]:
         if not news:
             return
@@ -378,4 +380,6 @@ class Coordinator:
         yield
         for fact in news:
             self.run = runs.apply(self.run, fact)
+            if isinstance(fact, facts.UpdateRefused) and fact.reason in TELLABLE:
+                self._misfits.add(fact.peer)
         self.applied = len(self.ledger)

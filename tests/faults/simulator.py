@@ -4,9 +4,10 @@
 
 `coordinator.runs`, `gate` and `fleet`, and `agent.worker` are the product's own; around them is
 what their shells do, cut into steps between which anything can die. A schedule is a seed: some
-hundred steps of whoever comes next, with delayed, doubled, reordered and lost messages, crashes,
-lost unsynced writes, wrong clocks, pauses and deadlines; then calm, in which the run must end. The
-checker that judges real fleets judges what is left on the simulated disk.
+hundred steps of whoever comes next, in some of them from the peers' first look at each other on,
+with delayed, doubled, reordered and lost messages, crashes, lost unsynced writes, wrong clocks,
+pauses and deadlines; then calm, in which the run must end. The checker that judges real fleets
+judges what is left on the simulated disk.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ class Schedule:
         if seed % 3 == 0:  # no draw: the others are what they were
             buffer, most = 1 + seed // 3 % 4, seed // 12 % 4
             spec = replace(spec, mode="buffered", quorum=1, buffer=buffer, max_staleness=most)
+        misfit = ""
+        if seed % 4 == 1:  # no draw here either
+            misfit = PEERS[-1] if seed // 4 % 3 == 1 else ""
+            tables = {"target": "y"} if seed // 4 % 2 else {}
+            quorum = min(spec.quorum, len(PEERS) - bool(misfit))  # who does not fit, never will
+            spec = replace(spec, handshake=True, settings=tables, quorum=quorum)
         news: list[facts.Fact] = [facts.RunStarted(spec)]
         disk = Disk(self.random)
         if self.random.random() < 0.7:  # the others begin with the first weights of a peer
@@ -60,7 +67,14 @@ class Schedule:
         ledger = [facts.encode(fact) for fact in news]
         self.coordinator = Coordinator(ledger, disk, self.network, PEERS, bug)
         self.agents = {
-            peer: Agent(peer, Disk(self.random), self.network, self.coordinator, self.random)
+            peer: Agent(
+                peer,
+                Disk(self.random),
+                self.network,
+                self.coordinator,
+                self.random,
+                fits=peer != misfit,
+            )
             for peer in PEERS
         }
         self.network.agents = self.agents

@@ -5,6 +5,7 @@ A seed that fails is in the message; `python -m tests.faults.simulator SEED` pla
 
 from __future__ import annotations
 
+import json
 import os
 from random import Random
 
@@ -36,6 +37,21 @@ def test_a_seed_is_the_whole_of_its_schedule() -> None:
     one, two = Schedule(11), Schedule(11)
     assert one.play() == two.play()
     assert one.coordinator.ledger == two.coordinator.ledger
+
+
+def test_peers_meet_before_round_1_and_misfits_are_told() -> None:
+    said: set[tuple[str, str]] = set()
+    for seed in range(1, 60, 4):
+        schedule = Schedule(seed)
+        assert schedule.play() == [], f"seed {seed}"
+        found = [json.loads(body) for body in schedule.coordinator.ledger]
+        said |= {(fact["type"], fact.get("kind", "")) for fact in found}
+    assert said >= {
+        ("PeerDescribed", ""),
+        ("PreprocessingFixed", ""),
+        ("SchemaAgreed", ""),
+        ("UpdateRefused", "describe"),
+    }
 
 
 class Machine(RuleBasedStateMachine):
