@@ -11,6 +11,7 @@ from typing import IO
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from protocols.early import Early
 from protocols.weights import write_all
 
 #: A thread costs more than such a piece takes.
@@ -30,6 +31,7 @@ class Spooling:
     def __init__(self, file: IO[bytes], is_mine: Callable[[], bool]) -> None:
         self._file, self._is_mine = file, is_mine
         self._sha = hashlib.sha256()
+        self._early = Early(file.fileno(), file.tell())
         self._waiting: list[bytes] = []
         self._working: asyncio.Task[None] | None = None
 
@@ -76,6 +78,7 @@ class Spooling:
                 return
             self._sha.update(piece)
             write_all(self._file, memoryview(piece))
+            self._early.wrote(len(piece))
 
 
 class WholeFile(Response):

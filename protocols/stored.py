@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from protocols.early import Early
 from protocols.errors import BadWeights
 from protocols.weights import (
     DTYPES,
@@ -85,6 +86,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self._file: IO[bytes] = self._replacing.__enter__()
+        self._early = Early(self._file.fileno())
         self._put(header_bytes(self._schema))
         return self
 
@@ -100,6 +102,7 @@ class Writer:
     def _put(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
         self._file.write(data)
+        self._early.wrote(len(data))
         self.nbytes += len(data)
 
     def __exit__(

@@ -21,6 +21,7 @@ from typing import IO, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from protocols.early import Early
 from protocols.errors import BadWeights
 
 Array = npt.NDArray[np.generic]
@@ -161,9 +162,13 @@ def save(weights: Weights, path: Path) -> str:
     """Write the canonical file so that a crash leaves the old one or the new one; its digest."""
     sha = hashlib.sha256()
     with replacing(path) as file:
-        for piece in chunks(weights):
-            sha.update(piece)
-            file.write(piece)
+        early = Early(file.fileno())
+        for chunk in chunks(weights):
+            for start in range(0, len(chunk), PIECE_BYTES):
+                piece = memoryview(chunk)[start : start + PIECE_BYTES]
+                sha.update(piece)
+                file.write(piece)
+                early.wrote(len(piece))
     return sha.hexdigest()
 
 

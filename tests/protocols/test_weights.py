@@ -300,3 +300,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
     assert ended.returncode == 7
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tensor_of_many_pieces_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = Weights({"w": np.arange(3 * weights.PIECE_BYTES // 4 + 5, dtype=np.float32)})
+    digest = weights.save(model, tmp_path / "model")
+    assert digest == weights.digest(model) == weights.file_digest(tmp_path / "model")
