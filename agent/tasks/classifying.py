@@ -1,8 +1,9 @@
-"""How well weights classify: the evaluation that the torch tasks with labels share."""
+"""How weights classify, and how well: what the torch tasks with labels share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,16 @@ def measured(
     if not all(told):
         return EvalOutcome(seen, metrics)  # the training went to NaN: no guess has a probability
     return EvalOutcome(seen, metrics, tallies.merged(told, [1.0] * len(told)))
+
+
+def classes_of(logits: Tensor) -> dict[str, list[Any]]:
+    """Of each row of float32[n, classes] the class, and how probable that is."""
+    chances, chosen = logits.softmax(1).max(1)
+    return {"class": chosen.tolist(), "probability": chances.tolist()}
+
+
+def tensors_of(weights: Mapping[str, Array]) -> Tensors:
+    return {name: torch.tensor(array) for name, array in weights.items()}
 
 
 def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> tallies.Tallies:

