@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Month:
         self.rounds = 0
         self.events: defaultdict[str, int] = defaultdict(int)
 
-    def live(self, rounds: int, of: int) -> None:
+    def live(self, rounds: int, of: int, on_run: Callable[[], None]) -> None:
         """Runs of so many rounds each, and after each of them something that happens."""
         happenings = (self.sleep, self.new_settings, self.broker_restarts, self.much_is_logged)
         while self.rounds < rounds:
@@ -76,6 +77,7 @@ class Month:
             happening = happenings[self.rounds // of % len(happenings)]
             self.events[happening.__name__] += 1
             happening()
+            on_run()
 
     def _look(self) -> None:
         for name in ("up", *NAMES):
@@ -121,33 +123,39 @@ class Month:
         )
 
 
-def month(rounds: int, of: int) -> dict[str, Any]:
+def month(rounds: int, of: int, told: Callable[[dict[str, Any]], None]) -> None:
+    """Live it; tell what was found after each run, so that one who breaks off has the last."""
+    about, began = machine(), time.monotonic()
     with tempfile.TemporaryDirectory() as place, site(Path(place)) as fleet:
         fleet.rise()
         fleet.enlist(*NAMES)
-        began = time.monotonic()
         life = Month(fleet)
-        life.live(rounds, of)
-        found = {name: slope(values) for name, values in life.samples.items()}
-        kept = sum(file.stat().st_size for file in (fleet.folder / "ada").glob("agent.log*"))
-        ledger = (fleet.home / "ledger.db").stat().st_size
-    return {
-        "machine": machine(),
-        "rounds": life.rounds,
-        "seconds": round(time.monotonic() - began),
-        "events": dict(life.events),
-        "ledger, bytes a round": round(ledger / life.rounds),
-        "log, bytes at most": kept,
-        "growth per 1,000 rounds": {
-            name: {
-                "slope": round(line.per_1000, 3),
-                "error": round(line.error, 3),
-                "first": round(line.first, 1),
-                "last": round(line.last, 1),
-            }
-            for name, line in found.items()
-        },
-    }
+
+        def tell() -> None:
+            kept = sum(file.stat().st_size for file in (fleet.folder / "ada").glob("agent.log*"))
+            ledger = (fleet.home / "ledger.db").stat().st_size
+            found = {name: slope(values) for name, values in life.samples.items()}
+            told(
+                {
+                    "machine": about,
+                    "rounds": life.rounds,
+                    "seconds": round(time.monotonic() - began),
+                    "events": dict(life.events),
+                    "ledger, bytes a round": round(ledger / life.rounds),
+                    "log, bytes at most": kept,
+                    "growth per 1,000 rounds": {
+                        name: {
+                            "slope": round(line.per_1000, 3),
+                            "error": round(line.error, 3),
+                            "first": round(line.first, 1),
+                            "last": round(line.last, 1),
+                        }
+                        for name, line in found.items()
+                    },
+                }
+            )
+
+        life.live(rounds, of, tell)
 
 
 def main() -> None:
@@ -156,10 +164,16 @@ def main() -> None:
     parser.add_argument("--of", type=int, default=250, help="rounds in a run")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    told = json.dumps(month(asked.rounds, asked.of), indent=1)
-    if asked.out:
-        asked.out.write_text(told + "\n")
-    print(told)
+    last = ""
+
+    def told(found: dict[str, Any]) -> None:
+        nonlocal last
+        last = json.dumps(found, indent=1)
+        if asked.out:
+            asked.out.write_text(last + "\n")
+
+    month(asked.rounds, asked.of, told)
+    print(last)
 
 
 if __name__ == "__main__":
