@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent import cli_export, cli_owner, cli_predict, cli_questions, cli_serve, cli_task
+from agent import (
+    cli_export,
+    cli_owner,
+    cli_policy,
+    cli_predict,
+    cli_questions,
+    cli_serve,
+    cli_service,
+    cli_task,
+)
 from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, crashes, entry, homes, output
 from protocols.errors import NotRunning, UsageFault
@@ -265,6 +274,8 @@ def _ago(since: float) -> str:
 
 
 cli_owner.add_to(app)
+app.add_typer(cli_policy.policy, name="policy")
+app.add_typer(cli_service.service, name="service")
 app.add_typer(cli_task.task, name="task")
 app.add_typer(cli_questions.questions, name="questions")
 app.command("export")(cli_export.export)

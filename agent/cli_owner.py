@@ -11,12 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from protocols import homes, output
-from protocols.errors import ExitCode, HomeLocked, NotRunning, UsageFault
+from protocols.errors import HomeLocked, NotRunning, UsageFault
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
-
-service = typer.Typer(help="Start the agent with this machine, without root.", no_args_is_help=True)
-policy = typer.Typer(help="What the agent may do here.", no_args_is_help=True)
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LOOK_EVERY_S = 0.3
@@ -32,8 +29,6 @@ def add_to(app: typer.Typer) -> None:
     app.command("ledger")(show_ledger)
     app.command("doctor")(doctor)
     app.command("leave")(leave)
-    app.add_typer(policy, name="policy")
-    app.add_typer(service, name="service")
 
 
 def say(text: str) -> None:
@@ -207,147 +202,3 @@ def leave(
     if offline:
         say(f"the coordinator was not told: commonweight peers remove {enrolment.name}")
     say("to join again: commonweight-agent join TICKET")
-
-
-# --- policy ----------------------------------------------------------------------------------
-
-
-@policy.command("show")
-def show_policy(json: Json = False) -> None:
-    """Every setting: its value, where that comes from, and what it is for."""
-    from agent import settings
-
-    found = settings.shown(homes.open_home("agent"))
-    if json:
-        sys.stdout.write(output.ok([setting._asdict() for setting in found]) + "\n")
-        return
-    for setting in found:
-        value = settings.in_words(setting.value) or "(none)"
-        sys.stdout.write(f"{setting.name:21} {value:12} {setting.source}\n    {setting.about}\n")
-
-
-@policy.command("set")
-def set_policy(
-    key: Annotated[str, typer.Argument(help="Which; commonweight-agent policy show.")],
-    value: Annotated[str, typer.Argument(help="Several, as of tasks, are parted by commas.")],
-    duration: Annotated[
-        str, typer.Option("--for", help="A rule's mode for a while, such as 2h.")
-    ] = "",
-) -> None:
-    """Change a setting of this machine: always, auto, never, or whatever it takes."""
-    from agent import settings
-
-    home = homes.open_home("agent")
-    key = key.replace(".", "_")  # data.columns
-    if duration:
-        _set_for(home, key, value, seconds(duration))
-        say(f"{key} is {value} for {duration}")
-        return
-    settings.change(home, **{key: settings.parsed(key, value)})
-    source = next(setting.source for setting in settings.shown(home) if setting.name == key)
-    say(f"{key} is {value} in {home / settings.FILE}")
-    if source != settings.FILE:
-        say(f"but {source} is set, and goes before it")
-    if is_running(home) and key in settings.AT_START:
-        say("the running agent takes it up when it is started again")
-
-
-def _set_for(home: Path, key: str, value: str, for_s: float) -> None:
-    """A mode that holds for a while, over the one in the settings. Raises UsageFault."""
-    import msgspec
-
-    from agent import control, policy
-
-    if key not in ("work", *policy.RULES):
-        raise UsageFault(f"{key} has no mode", f"for a while: work, {', '.join(policy.RULES)}")
-    try:
-        mode = msgspec.convert({"value": value, "until": time.time() + for_s}, control.Mode)
-    except msgspec.ValidationError as err:
-        raise UsageFault(f"{value!r} is no mode", "always, auto or never") from err
-    wish = control.read_wish(home)
-    kept = {name: old for name, old in wish.modes.items() if old.until > time.time()}
-    control.write_wish(home, msgspec.structs.replace(wish, modes=kept | {key: mode}))
-
-
-@policy.command("now")
-def policy_now(json: Json = False) -> None:
-    """What the policy says now, and what the sensors say."""
-    from agent import policy as rules
-    from agent import sensors, settings
-    from agent.polite import in_words
-
-    home = homes.open_home("agent")
-    chosen = settings.read(home)
-    feeling = sensors.Sensors(home, gpu=sensors.has_gpu(chosen.device))
-    feeling.sense()
-    time.sleep(_LOOK_EVERY_S)  # other programs' use of the CPU is told from two looks
-    sensed = feeling.sense()
-    decided = in_words(rules.decide(chosen, sensed))
-    if json:
-        sys.stdout.write(output.ok({"decision": decided, "sensed": sensed._asdict()}) + "\n")
-        return
-    sys.stdout.write(decided + "\n")
-    for name, value in sensed._asdict().items():
-        sys.stdout.write(f"{name:21} {'unknown' if value is None else value}\n")
-
-
-# --- service ---------------------------------------------------------------------------------
-
-
-def _system() -> Any:
-    from agent import autostart
-
-    return autostart.choose(autostart.plan())
-
-
-@service.command("install")
-def install_service() -> None:
-    """Run the agent from now on, and whenever this machine starts."""
-    from agent import autostart, settings
-    from protocols.checks import Advice
-
-    home = homes.open_home("agent")
-    settings.read_enrolment(home)
-    system, running = _system(), is_running(home)
-    system.install(start=not running)
-    say(f"installed {system.file}")
-    if running:
-        say("an agent runs here by hand: end it, then commonweight-agent service start")
-    advice = autostart.advice()
-    if isinstance(advice, Advice):
-        say(f"{advice.detail}: {advice.fix}")
-
-
-@service.command("uninstall")
-def uninstall_service() -> None:
-    """End the service and take it away; the agent's home stays."""
-    system = _system()
-    system.uninstall()
-    say(f"removed {system.file}")
-
-
-@service.command("start")
-def start_service() -> None:
-    """Start the installed service."""
-    _system().start()
-    say("started; commonweight-agent status")
-
-
-@service.command("stop")
-def stop_service() -> None:
-    """Stop the service until the next start; work in hand is given up."""
-    _system().stop()
-    say("stopped")
-
-
-@service.command("status")
-def service_status(json: Json = False) -> None:
-    """Whether the service is installed and runs (exit status 5: it does not)."""
-    system = _system()
-    state = system.status()
-    if json:
-        sys.stdout.write(output.ok({"state": state, "file": system.file}) + "\n")
-    else:
-        sys.stdout.write(f"{state}  {system.file}\n")
-    if state != "active":
-        raise typer.Exit(ExitCode.NOT_RUNNING)
