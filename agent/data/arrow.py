@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,18 @@ def header(file: Path) -> list[str]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataFault(f"column {twice!r} is there twice", f"in {file}")
     return names
+
+
+def check_text(file: Path) -> None:
+    """Raise DataFault unless a CSV file is UTF-8 to its end: for readers that replace what is not.
+
+    Goes through it once, in pieces.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with told(file), file.open("rb") as data:
+        while piece := data.read(_BLOCK_BYTES):
+            decoder.decode(piece)
+        decoder.decode(b"", final=True)
 
 
 def separator(file: Path) -> str:

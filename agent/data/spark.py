@@ -21,7 +21,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from agent.data import Operation
-from agent.data.arrow import completed, files, header, is_parquet, separator
+from agent.data.arrow import check_text, completed, files, header, is_parquet, separator
 from protocols.errors import CommonweightError, DataFault
 
 S = TypeVar("S")
@@ -37,7 +37,7 @@ class SparkReader:
 
     def __init__(self, path: str, url: str = "") -> None:
         check_java()
-        self._files = files(path)
+        self._files, self._checked = files(path), set[Path]()
         if not url or url.startswith("local"):  # whatever `python3` is here lacks what we need
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         self._session = (
@@ -81,6 +81,9 @@ class SparkReader:
         if is_parquet(file):
             frame = read.parquet(str(file))
         else:
+            if file not in self._checked:  # Spark replaces what is no text, and says nothing
+                check_text(file)
+                self._checked.add(file)
             # All as text: what it means is decided in `values`, for all readers alike.
             frame = read.csv(
                 str(file), sep=separator(file), header=True, multiLine=True, escape='"'

@@ -1,19 +1,22 @@
-"""Rows spread over four peers, beside one machine and Pool. `python -m tests.bench.jobs [--tiny]`
+"""Rows spread over four peers, and other ways. `python -m tests.bench.jobs [--tiny]`
 
 Real processes: a coordinator, four agents with a trainer each, one of which is killed in the middle
 and one of which is ten times slower. Each row must be there once and equal to what one process
 finds. All of it shares this machine's cores, so a fleet cannot be faster here than a Pool is; what
-is measured is what the way through coordinator, ledger and lane costs.
+is measured is what the way through coordinator, ledger and lane costs. Beside it, over the same
+blocks: one process, a Pool, and a local Dask cluster in the environment of that extra, each without
+its start, without the cutting of the rows and without the writing of answers, which the fleet's
+seconds hold; they are from the command's start to the file with all answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -26,8 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.job_input import prepare
-from tests.bench.rows_task import Rows
+from tests.bench.rows_task import Rows, answers
 from tests.e2e.fleet_harness import Fleet, closing, until
+from tests.extras.__main__ import NotRun, environment
 
 PEERS = ("ada", "bob", "cyd", "slow")
 KILLED, SLOWNESS = "bob", "10"
@@ -69,12 +73,6 @@ def _table(path: Path, x: npt.NDArray[np.float32]) -> None:
 # --- beside -----------------------------------------------------------------------------------
 
 
-def _answers(part: tuple[Any, Path]) -> Found:
-    model, source = part
-    (batch,) = Rows().predict(model, {}, str(source))
-    return np.column_stack([batch["class"], batch["probability"]])
-
-
 def _timed(work: Callable[[], list[Found]]) -> tuple[float, Found]:
     began = time.monotonic()
     parts = work()
@@ -92,26 +90,30 @@ def _blocks(source: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def _beside(model: Any, source: Path, folder: Path) -> tuple[dict[str, float], Found]:
-    """Seconds of each other way, and the rows as one process finds them."""
+def _beside(model: Any, source: Path, folder: Path) -> tuple[dict[str, float | str], Found]:
+    """Seconds of each other way, or why it was not tried; the rows as one process finds them."""
     parts = [(model, path) for path in _blocks(source, folder)]
-    seconds: dict[str, float] = {}
-    seconds["one process"], expected = _timed(lambda: list(map(_answers, parts)))
+    seconds: dict[str, float | str] = {}
+    seconds["one process"], expected = _timed(lambda: list(map(answers, parts)))
     cores = os.cpu_count() or 2
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         pool.map(abs, range(cores))  # its start is not counted: the fleet is up too
-        seconds[f"Pool({cores})"], _ = _timed(lambda: pool.map(_answers, parts))
-    if importlib.util.find_spec("distributed"):
-        from distributed import Client, LocalCluster
-
-        with (
-            LocalCluster(n_workers=cores, threads_per_worker=1) as cluster,
-            Client(cluster) as dask,
-        ):
-            seconds[f"Dask, {cores} workers"], _ = _timed(
-                lambda: dask.gather(dask.map(_answers, parts))
-            )
+        seconds[f"Pool({cores})"], _ = _timed(lambda: pool.map(answers, parts))
+    seconds[f"Dask, {cores} workers"] = _dask(model, folder, cores)
     return seconds, expected
+
+
+def _dask(model: dict[str, Any], folder: Path, cores: int) -> float | str:
+    np.savez(folder / "model.npz", **model)
+    try:
+        python = environment("dask")
+    except NotRun as why:
+        return f"not run: {why}"
+    words = [str(python), "-m", "tests.bench.jobs_dask", str(folder), str(cores)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1]}"
+    return float(done.stdout)
 
 
 # --- the fleet --------------------------------------------------------------------------------

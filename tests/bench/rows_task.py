@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,3 +56,10 @@ class Rows:
         if slowness := float(os.environ.get("SLOWNESS", 1)) - 1:
             time.sleep(slowness * (time.monotonic() - began))
         yield answer
+
+
+def answers(part: tuple[Mapping[str, Any], Path]) -> np.ndarray[Any, Any]:
+    """Of a model and a block of rows: float64[n, 2], the class and its probability."""
+    model, source = part
+    (batch,) = Rows().predict(model, {}, str(source))
+    return np.column_stack([batch["class"], batch["probability"]])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import strategies as st
 
+from agent.analysis.compute import compute
 from agent.data import Reader, open_table, survey
 from agent.tasks import DataSettings
+from coordinator.analysis import figures
+from protocols.analysis.grammar import question
 from protocols.preprocessing import wanted
 from tests.agent.data.tables import MIXED, write_csv, write_parquet
 
@@ -59,3 +64,89 @@ def check_statistics(data: DataSettings) -> None:
             msgspec.to_builtins(column.moments), msgspec.to_builtins(other.moments), strict=True
         ):
             assert one == pytest.approx(two, rel=1e-12)
+
+
+# --- any tables ------------------------------------------------------------------------------
+
+_CITIES = ("Bern", "Zürich", " Basel ", 'a "b", c', "two\nlines", "", "n/a", "\ufffd")
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "age": st.one_of(st.just(""), st.integers(-5, 120).map(str)),
+            "income": st.one_of(
+                st.sampled_from(["", "NA"]),
+                st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: f"{value:.6g}"),
+            ),
+            "city": st.sampled_from(_CITIES),
+            "label": st.sampled_from(["yes", "no"]),
+        }
+    ),
+    min_size=3,
+    max_size=60,
+).map(lambda rows: [*rows, {"age": "41", "income": "12.5", "city": "Bern", "label": "no"}])
+QUESTIONS = tuple(
+    map(
+        question,
+        (
+            "count, missing(age), sum(income), mean(age), var(income), min(age), max(income), "
+            "cov(age, income), corr(age, income), quantile(income, 0.5), "
+            "histogram(age, 5, 0, 100), distinct(city)",
+            "count, mean(age), distinct(age) by city",
+            "count, mean(income) by label",
+        ),
+        ("", "", "age >= 20 and city != 'Bern'"),
+    )
+)
+
+
+def check_answers(data: DataSettings) -> None:
+    """Every question comes to the same statistics and groups as with the default reader."""
+    for asked in QUESTIONS:
+        found, expected = (
+            compute(asked, open_table(one))
+            for one in (data, msgspec.structs.replace(data, reader="arrow"))
+        )
+        assert (found.rows, found.kinds) == (expected.rows, expected.kinds)
+        assert found.cells.keys() == expected.cells.keys()
+        for group, states in found.cells.items():
+            assert found.members[group].sum() == expected.members[group].sum()
+            for state, other in zip(states, expected.cells[group], strict=True):
+                check_alike(msgspec.to_builtins(state), msgspec.to_builtins(other))
+
+
+def check_alike(one: Any, two: Any) -> None:
+    """The same structure, and the same numbers to what float64 can hold."""
+    match two:
+        case dict():
+            assert one.keys() == two.keys()
+            for key, value in two.items():
+                check_alike(one[key], value)
+        case list() | tuple():
+            assert len(one) == len(two)
+            for value, other in zip(one, two, strict=True):
+                check_alike(value, other)
+        case float():
+            assert one == pytest.approx(two, rel=1e-9, abs=1e-6)
+        case _:
+            assert one == two
+
+
+def check_pandas(path: Path) -> None:
+    """What the default reader comes to is what pandas says of the same file."""
+    import pandas as pd
+
+    frame = pd.read_csv(path, keep_default_na=False, na_values={"age": [""], "income": ["", "NA"]})
+    asked = question("count, missing(age), sum(income), mean(age), min(age), max(income)")
+    cells = compute(asked, open_table(DataSettings(path=str(path)))).cells[()]
+    told = [figures.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
+    assert told == pytest.approx(
+        [
+            len(frame),
+            frame.age.isna().sum(),
+            frame.income.sum(),
+            frame.age.mean(),
+            frame.age.min(),
+            frame.income.max(),
+        ],
+        nan_ok=True,
+    )

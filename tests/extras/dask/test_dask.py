@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
 
 from agent.data import open_table
 from agent.data.dask import client
 from agent.tasks import DataSettings
 from protocols.errors import DataFault
-from tests.extras.same_tables import FORMS, check_rows, check_statistics, table
+from tests.agent.data.tables import Rows, write_csv
+from tests.extras.same_tables import (
+    FORMS,
+    ROWS,
+    check_answers,
+    check_pandas,
+    check_rows,
+    check_statistics,
+    table,
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -19,6 +30,17 @@ def test_the_same_rows_and_statistics(tmp_path: Path, form: str) -> None:
     data = DataSettings(path=str(path), reader="dask", min_count=1, extremes=True)
     check_rows(open_table(data), path)
     check_statistics(data)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS)
+def test_any_table_has_the_same_answers_and_statistics(rows: Rows) -> None:
+    with TemporaryDirectory() as folder:
+        path = write_csv(Path(folder) / "t.csv", rows)
+        data = DataSettings(path=str(path), reader="dask", min_count=1, extremes=True)
+        check_answers(data)
+        check_statistics(data)
+        check_pandas(path)
 
 
 def test_on_a_cluster_of_ones_own(tmp_path: Path) -> None:

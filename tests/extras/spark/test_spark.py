@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
 
 from agent.data import open_table
 from agent.data.spark import check_java
 from agent.tasks import DataSettings
-from protocols.errors import CommonweightError
-from tests.extras.same_tables import FORMS, check_rows, check_statistics, table
+from protocols.errors import CommonweightError, DataFault
+from tests.agent.data.tables import Rows, write_csv
+from tests.extras.same_tables import (
+    FORMS,
+    ROWS,
+    check_answers,
+    check_rows,
+    check_statistics,
+    table,
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -19,6 +29,27 @@ def test_the_same_rows_and_statistics(tmp_path: Path, form: str) -> None:
     data = DataSettings(path=str(path), reader="spark:local[2]", min_count=1, extremes=True)
     check_rows(open_table(data), path)
     check_statistics(data)
+
+
+@settings(max_examples=6, deadline=None)
+@given(rows=ROWS)
+def test_any_table_has_the_same_answers_and_statistics(rows: Rows) -> None:
+    with TemporaryDirectory() as folder:
+        path = write_csv(Path(folder) / "t.csv", rows)
+        data = DataSettings(path=str(path), reader="spark:local[2]", min_count=1, extremes=True)
+        check_answers(data)
+        check_statistics(data)
+
+
+def test_bytes_that_are_no_text_are_told_and_not_replaced(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("x,y\nplain,1\nZürich,1\n".encode("latin-1"))
+    with pytest.raises(DataFault, match="no UTF-8 text") as caught:
+        list(open_table(DataSettings(path=str(latin), reader="spark:local[2]")).batches(["x"]))
+    assert "latin.csv" not in caught.value.message
+    replaced = write_csv(tmp_path / "replaced.csv", [{"x": "Z\ufffdrich", "y": "1"}])
+    (batch,) = open_table(DataSettings(path=str(replaced), reader="spark:local[2]")).batches(["x"])
+    assert batch.column("x").to_pylist() == ["Z\ufffdrich"]
 
 
 def test_without_java_it_says_how_to_get_it(
