@@ -24,7 +24,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from coordinator import facts, job_facts, runs, settings
+from coordinator import facts, job_facts, settings, transitions
 from coordinator.enroll import SUBJECT
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
@@ -249,7 +249,7 @@ def _begin_recall(home: Path) -> None:
     """Write down for each run that goes on, and for the newest, that its versions are sought."""
     ledger, lane = Ledger(home / LEDGER), Lane(home)
     found = [
-        runs.replay(subject, [facts.decode(entry.body) for entry in ledger.entries(subject)])
+        transitions.replay(subject, [facts.decode(entry.body) for entry in ledger.entries(subject)])
         for subject in ledger.subjects()
         if subject != SUBJECT and not subject.startswith(job_facts.PREFIX)
     ]

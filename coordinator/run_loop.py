@@ -22,8 +22,8 @@ from coordinator import (
     facts,
     recall,
     retention,
-    runs,
     strategies,
+    transitions,
 )
 from coordinator.asking import Asked, Questions
 from coordinator.bodies import round_body, run_body
@@ -375,7 +375,7 @@ class RunLoop:
                 await self._wait_for_room(err)
         failpoint("run.recorded", type(news[-1]).__name__)
         for fact in news:
-            self.run = runs.apply(self.run, fact)
+            self.run = transitions.apply(self.run, fact)
             if isinstance(fact, facts.UpdateRefused):
                 self._tell_refusal(fact)
         if self._stands_still:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from coordinator import buffered, facts, heap, job_facts, late, runs, strategies
+from coordinator import buffered, facts, heap, job_facts, late, strategies, transitions
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
@@ -66,7 +66,7 @@ class RunQueue:
     def _whole(self, run_id: str) -> Run:
         """A run with all its rounds, as the ledger has it."""
         past = [facts.decode(entry.body) for entry in self._around.ledger.entries(run_id)]
-        return runs.replay(run_id, past)
+        return transitions.replay(run_id, past)
 
     async def work(self, resume: bool) -> None:
         """One run after the other, unfinished ones of the last life first."""
@@ -124,7 +124,7 @@ class RunQueue:
             news.append(facts.WeightsInitialised(from_digest, "file"))
         self._around.ledger.append(run_id, [facts.encode(fact) for fact in news])
         failpoint("runs.queued")
-        self._runs[run_id] = runs.replay(run_id, news)
+        self._runs[run_id] = transitions.replay(run_id, news)
         self._around.publish(run_body(self._runs[run_id], "its turn"))
         self._queue.put_nowait(run_id)
         return run_id
@@ -208,7 +208,7 @@ class RunQueue:
     def _end(self, run_id: str, because: str) -> None:
         fact = facts.RunEnded(RunState.STOPPED, because)
         self._around.ledger.append(run_id, [facts.encode(fact)])
-        self._runs[run_id] = _light(runs.apply(self._runs[run_id], fact))
+        self._runs[run_id] = _light(transitions.apply(self._runs[run_id], fact))
         self._around.publish(run_body(self._runs[run_id], ""))
 
     def find(self, run_id: str) -> Run:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coordinator import buffered, closing, decisions, facts, gate, runs, strategies
+from coordinator import buffered, closing, decisions, facts, gate, strategies, transitions
 from coordinator.decisions import View
 from coordinator.facts import RunSpec, Update
 from coordinator.lane import Lane
@@ -84,7 +84,7 @@ class Virtual:
         self.fleet, self.lane, self.spec = fleet, Lane(folder), spec
         self.states = States(self.lane.states)
         self.strategy = strategies.find(spec.strategy).make(spec.strategy_args)
-        self.run = runs.replay("r", [facts.RunStarted(spec)])
+        self.run = transitions.replay("r", [facts.RunStarted(spec)])
         first = self.lane.commit(fleet.tasks[0].init(spec.seed, SETTINGS))
         self.record(facts.WeightsInitialised(first, "file"))
         self.now, self.chance = 0.0, Random(spec.seed)
@@ -93,7 +93,7 @@ class Virtual:
         self.at_work: list[tuple[float, str, int, str, int]] = []
 
     def record(self, fact: facts.Fact) -> None:
-        self.run = runs.apply(self.run, fact)
+        self.run = transitions.apply(self.run, fact)
 
     def begin(self, peer: str, number: int, base: str, turn: int) -> None:
         slow = int(peer[1:]) >= PEERS - SLOW

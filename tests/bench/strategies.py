@@ -49,7 +49,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     """Two rounds of a strategy; the figures are of the second, which has a state to read."""
     from flwr.supercore.task_identity import TaskIdentity
 
-    from coordinator import closing, facts, runs, strategies
+    from coordinator import closing, facts, strategies, transitions
     from coordinator.facts import RunSpec, Update
     from coordinator.lane import Lane
     from coordinator.strategies.state import States
@@ -70,9 +70,9 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         states = States(lane.states)
         recipe = strategies.find(name)
         strategy = recipe.make(spec.strategy_args)
-        run = runs.replay("r", [facts.RunStarted(spec)])
+        run = transitions.replay("r", [facts.RunStarted(spec)])
         first = lane.write(schema, _noise(schema, 0))
-        run = runs.apply(run, facts.WeightsInitialised(first, "file"))
+        run = transitions.apply(run, facts.WeightsInitialised(first, "file"))
         before_bytes = cpu_s = 0.0
         for number in (1, 2):
             news: list[facts.Fact] = [facts.RoundOpened(number, run.head, tuple(names))]
@@ -82,7 +82,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
                 update = Update(digest=digest, num_examples=10, metrics={"loss": 1.0})
                 news.append(facts.UpdateAccepted(number, peer, update))
             for fact in (*news, facts.TrainingClosed(number, tuple(names))):
-                run = runs.apply(run, fact)
+                run = transitions.apply(run, fact)
             if number == 1:
                 before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             began = time.process_time()
@@ -91,8 +91,8 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
             committed = facts.VersionCommitted(
                 number, made.digest, run.head, run.contributors, made.metrics, made.state
             )
-            run = runs.apply(run, committed)
-            run = runs.apply(run, facts.RoundClosed(number, {}, 1.0, 0, 0))
+            run = transitions.apply(run, committed)
+            run = transitions.apply(run, facts.RoundClosed(number, {}, 1.0, 0, 0))
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         state_bytes = sum(states.path(d).stat().st_size for d in run.strategy_state.values())
     return {

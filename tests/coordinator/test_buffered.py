@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator import buffered, decisions, facts, gate, runs
+from coordinator import buffered, decisions, facts, gate, transitions
 from coordinator.decisions import View
 from coordinator.facts import Fact, RunSpec, Update
 from coordinator.runs import Given
@@ -35,7 +35,7 @@ class Machine(RuleBasedStateMachine):
             max_staleness=staleness,
         )
         self.facts: list[Fact] = []
-        self.run = runs.replay("r", [facts.RunStarted(spec)])
+        self.run = transitions.replay("r", [facts.RunStarted(spec)])
         self.facts.append(facts.RunStarted(spec))
         self.here = set(PEERS)
         self.counted: Counter[Key] = Counter()
@@ -46,7 +46,7 @@ class Machine(RuleBasedStateMachine):
     def record(self, *news: Fact) -> None:
         for fact in news:
             self.facts.append(fact)
-            self.run = runs.apply(self.run, fact)
+            self.run = transitions.apply(self.run, fact)
 
     @rule(due=st.booleans(), steps=st.integers(1, 8))
     def coordinator_works(self, due: bool, steps: int) -> None:
@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def coordinator_is_started_again(self) -> None:
-        again = runs.replay("r", self.facts)
+        again = transitions.replay("r", self.facts)
         assert again == self.run
         assert [facts.decode(facts.encode(fact)) for fact in self.facts] == self.facts
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator import facts, gate, runs
+from coordinator import facts, gate, transitions
 from coordinator.facts import RunSpec, Update
 from coordinator.runs import Run
 from protocols import identity, messages
@@ -27,7 +27,7 @@ MODEL = Weights({"w": np.zeros((20, 10), np.float32), "steps": np.array(3, np.in
 def a_run(*then: facts.Fact, **spec: Any) -> Run:
     asked = facts.RoundOpened(1, BASE, ("A", "B"))
     started = facts.RunStarted(RunSpec(task="t", rounds=2, **spec))
-    return runs.replay("r", [started, facts.WeightsInitialised(BASE, "A"), asked, *then])
+    return transitions.replay("r", [started, facts.WeightsInitialised(BASE, "A"), asked, *then])
 
 
 @dataclass
@@ -204,7 +204,7 @@ def test_first_weights_have_no_schema_to_meet_but_must_be_finite() -> None:
 
 def test_what_is_expected_in_each_state() -> None:
     closed = a_run(facts.TrainingClosed(1, ("A",)))
-    committed = runs.apply(closed, facts.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
+    committed = transitions.apply(closed, facts.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
     waiting = Run(id="r", spec=a_run().spec)
     assert gate.expectation(waiting, MODEL.schema)[:3] == ("init", "", {})
     assert gate.expectation(a_run(), MODEL.schema)[:3] == ("train", BASE, MODEL.schema)

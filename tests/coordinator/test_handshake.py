@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from agent.client import DESCRIPTION
-from coordinator import decisions, facts, runs
+from coordinator import decisions, facts, runs, transitions
 from coordinator.decisions import View
 from coordinator.facts import RunSpec
 from protocols import schemas
@@ -168,7 +168,7 @@ async def test_a_description_that_was_not_signed_is_refused(tmp_path: Path) -> N
 
 def a_run(*news: facts.Fact, quorum: int = 2) -> runs.Run:
     spec = RunSpec(task="softmax", rounds=1, quorum=quorum, handshake=True)
-    return runs.replay("r", [facts.RunStarted(spec), *news])
+    return transitions.replay("r", [facts.RunStarted(spec), *news])
 
 
 def here(*peers: str, due: bool = False) -> View:
@@ -187,7 +187,7 @@ def test_it_agrees_when_all_have_told_or_the_deadline_has_passed() -> None:
     run = a_run(asked, *two)
     assert isinstance(decisions.decide(run, here("a", "b", "c")), decisions.Wait)
     assert decisions.decide(run, here("a", "b", "c", due=True)) == decisions.Agree()
-    lost = runs.apply(run, facts.PeerLost("c", "went away"))
+    lost = transitions.apply(run, facts.PeerLost("c", "went away"))
     assert decisions.decide(lost, here("a", "b")) == decisions.Agree()
     assert decisions.decide(lost, here("a", "b", "c")) == decisions.AskMore(("c",))
     silent = a_run(asked, two[0])
@@ -208,5 +208,5 @@ def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
 
 def test_ledgers_of_before_the_handshake_do_without() -> None:
     spec = facts.decode(b'{"type":"RunStarted","spec":{"task":"mnist","rounds":1}}')
-    run = runs.replay("r", [spec])
+    run = transitions.replay("r", [spec])
     assert decisions.decide(run, here("a")) == decisions.AskInit("a")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import decisions, facts, merit, runs
+from coordinator import decisions, facts, merit, transitions
 from coordinator.decisions import View
 from coordinator.facts import RunSpec, Update
 from coordinator.runs import Run
@@ -55,7 +55,9 @@ def test_a_metrics_name_says_its_direction(name: str, less: bool) -> None:
 
 def after(told: list[Metrics], **changed: Any) -> Run:
     """A run whose rounds were evaluated so."""
-    run = runs.replay("r", [facts.RunStarted(spec(**changed)), facts.WeightsInitialised("0", "A")])
+    run = transitions.replay(
+        "r", [facts.RunStarted(spec(**changed)), facts.WeightsInitialised("0", "A")]
+    )
     for number, metrics in enumerate(told, 1):
         for fact in (
             facts.RoundOpened(number, run.head, ("A",)),
@@ -64,7 +66,7 @@ def after(told: list[Metrics], **changed: Any) -> Run:
             facts.VersionCommitted(number, str(number), run.head, ("A",), {}),
             facts.RoundClosed(number, metrics, 1.0, 0, 0),
         ):
-            run = runs.apply(run, fact)
+            run = transitions.apply(run, fact)
     assert run.round == len(told)
     return run
 

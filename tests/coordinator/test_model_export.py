@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from coordinator import facts, model_export, runs
+from coordinator import facts, model_export, transitions
 from coordinator.facts import RunSpec, Update
 from coordinator.lane import Lane
 from coordinator.runs import Run
@@ -53,7 +53,7 @@ def trained(lane: Lane, rounds: int, *, close: bool = True, **more: float) -> Ru
         head = digest
         if close or number < rounds:
             told.append(facts.RoundClosed(number, {"accuracy": number / 10}, 1.0, 0, 0))
-    return runs.replay("r1", told)
+    return transitions.replay("r1", told)
 
 
 def test_both_files_say_all_there_is_to_say(lane: Lane, tmp_path: Path) -> None:

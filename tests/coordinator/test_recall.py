@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from coordinator import facts, recall, runs
+from coordinator import facts, recall, transitions
 from coordinator.facts import Fact, Holding, RunSpec, Update
 from coordinator.runs import Run
 from protocols import identity, messages
@@ -30,7 +30,7 @@ BEFORE: list[Fact] = [
 
 
 def seeking(*then: Fact, whole: bool = False) -> Run:
-    return runs.replay("r", [*BEFORE, facts.RecallBegun(whole), *then])
+    return transitions.replay("r", [*BEFORE, facts.RecallBegun(whole), *then])
 
 
 def told(**held: Holding | None) -> list[Fact]:
@@ -59,13 +59,13 @@ def test_a_holder_that_has_it_not_is_passed_over_and_then_the_next_best_is_taken
     assert recall.decide(run, HERE, False) == recall.Ask(("B",))
     for peer in "BC":
         assert recall.decide(run, HERE, False) == recall.Ask((peer,))
-        run = runs.apply(run, facts.PeersAsked((peer,)))
+        run = transitions.apply(run, facts.PeersAsked((peer,)))
         assert isinstance(recall.decide(run, HERE, False), str)
-        run = runs.apply(run, facts.UpdateRefused(1, peer, "agent failed", "x", "recall"))
+        run = transitions.apply(run, facts.UpdateRefused(1, peer, "agent failed", "x", "recall"))
     again = recall.decide(run, frozenset("A"), True)
     assert again == recall.Ask(("A",))  # asked anew: what it holds may have changed
-    run = runs.apply(run, facts.PeersAsked(("A",)))
-    run = runs.apply(run, facts.HoldingTold("A", old))
+    run = transitions.apply(run, facts.PeersAsked(("A",)))
+    run = transitions.apply(run, facts.HoldingTold("A", old))
     assert recall.decide(run, frozenset("A"), True) == recall.Seek(old)
 
 
@@ -78,7 +78,7 @@ def test_the_backups_own_version_is_kept_if_nobody_has_a_newer_one() -> None:
 
 def test_a_run_that_had_finished_does_not_wait_for_ever() -> None:
     finished = facts.RunEnded(RunState.FINISHED, "all 3 rounds are done")
-    run = runs.replay("r", [*BEFORE, finished, facts.RecallBegun(False), *told(A=None)])
+    run = transitions.replay("r", [*BEFORE, finished, facts.RecallBegun(False), *told(A=None)])
     assert recall.decide(run, frozenset("A"), True) == recall.GiveUp()
     assert isinstance(recall.decide(seeking(*told(A=None)), frozenset("A"), True), str)
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from coordinator import decisions, facts, runs
+from coordinator import decisions, facts, transitions
 from coordinator.decisions import View
 from coordinator.facts import Fact, RunSpec, Update
 from coordinator.runs import Run
@@ -33,7 +33,7 @@ class Loop:
 
     def __init__(self, spec: RunSpec) -> None:
         self.facts: list[Fact] = [facts.RunStarted(spec)]
-        self.run = runs.replay("r", self.facts)
+        self.run = transitions.replay("r", self.facts)
         self.here: frozenset[str] = frozenset()
         self.due = False
         self.accepted: set[str] = set()
@@ -41,7 +41,7 @@ class Loop:
     def record(self, *news: Fact) -> None:
         for fact in news:
             self.facts.append(fact)
-            self.run = runs.apply(self.run, fact)
+            self.run = transitions.apply(self.run, fact)
 
     def lose(self, peer: str) -> None:
         self.here -= {peer}
@@ -167,7 +167,7 @@ class RunMachine(RuleBasedStateMachine):
     def a_replay_gives_the_same_run(self) -> None:
         if hasattr(self, "loop"):
             stored = [facts.decode(facts.encode(fact)) for fact in self.loop.facts]
-            assert runs.replay("r", stored) == self.loop.run
+            assert transitions.replay("r", stored) == self.loop.run
 
     @invariant()
     def rounds_only_go_on(self) -> None:
@@ -443,7 +443,7 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
     run = Run(id="r", spec=RunSpec(task="t", rounds=2))
     for kind in data.draw(st.lists(st.sampled_from(list(FACTS)), max_size=20)):
         before = run
-        run = runs.apply(run, FACTS[kind](data.draw))
+        run = transitions.apply(run, FACTS[kind](data.draw))
         if before.ended and kind not in (facts.RunResumed, facts.RecallBegun):
             assert run == before
         decisions.decide(run, View(ALL, data.draw(st.booleans())))
@@ -451,10 +451,10 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
 
 
 def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
-    assert set(FACTS) == set(runs.TRANSITIONS)
-    leaves = {kind for kind, (states, _) in runs.TRANSITIONS.items() if states & ENDED}
+    assert set(FACTS) == set(transitions.TRANSITIONS)
+    leaves = {kind for kind, (states, _) in transitions.TRANSITIONS.items() if states & ENDED}
     assert leaves == {facts.RunResumed, facts.RecallBegun}
-    assert RunState.FINISHED not in runs.TRANSITIONS[facts.RunResumed][0]
+    assert RunState.FINISHED not in transitions.TRANSITIONS[facts.RunResumed][0]
 
 
 @pytest.mark.parametrize("state", sorted(ENDED))

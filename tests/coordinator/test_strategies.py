@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator import aggregate, closing, facts, gate, runs, strategies
+from coordinator import aggregate, closing, facts, gate, strategies, transitions
 from coordinator.facts import RunSpec, Setting, Update
 from coordinator.lane import Lane
 from coordinator.strategies import feeding
@@ -77,7 +77,7 @@ class Table:
         folder.mkdir(exist_ok=True)
         self.lane = Lane(folder)
         self.spec = spec
-        self.run = runs.replay("r", [facts.RunStarted(spec)])
+        self.run = transitions.replay("r", [facts.RunStarted(spec)])
         self.record(facts.WeightsInitialised(self.lane.commit(first), "file"))
         self.restart()
 
@@ -87,7 +87,7 @@ class Table:
         self.strategy = strategies.find(self.spec.strategy).make(self.spec.strategy_args)
 
     def record(self, fact: facts.Fact) -> None:
-        self.run = runs.apply(self.run, fact)
+        self.run = transitions.apply(self.run, fact)
 
     def open_round(self, updates: Mapping[str, Weights], losses: Mapping[str, float] = {}) -> None:
         number, base = self.run.round + 1, self.model()

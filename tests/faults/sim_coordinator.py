@@ -1,4 +1,4 @@
-"""The simulated coordinator: `runs`, `gate` and `fleet` are the product's, the rest is its shell.
+"""The simulated coordinator: transitions, gate and fold are the product's, the rest is its shell.
 
 It does what `run_loop`, `asking`, `lane`, `hub` and `superlink` do, in their order, with a `yield`
 wherever the process can die. Planted bugs are what must not be.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from coordinator import agreement, buffered, decisions, facts, runs
+from coordinator import agreement, buffered, decisions, facts, transitions
 from coordinator import fleet as fleets
 from coordinator.decisions import View
 from coordinator.facts import Fact
@@ -68,7 +68,7 @@ class Coordinator:
     def _begin(self) -> None:
         """A new life: everything in memory comes from the ledger."""
         past = [facts.decode(body) for body in self.ledger]
-        self.run: Run = runs.replay(RUN, past)
+        self.run: Run = transitions.replay(RUN, past)
         if self._bug == "forget-pending" and len(past) > 1:
             self.run = replace(self.run, peers={})
         if self._bug == "forget-described":
@@ -379,7 +379,7 @@ class Coordinator:
         self.ledger += [facts.encode(fact) for fact in news]
         yield
         for fact in news:
-            self.run = runs.apply(self.run, fact)
+            self.run = transitions.apply(self.run, fact)
             if isinstance(fact, facts.UpdateRefused) and fact.reason in TELLABLE:
                 self._misfits.add(fact.peer)
         self.applied = len(self.ledger)

@@ -2,7 +2,7 @@
 
     python -m tests.faults.simulator [SEED [BUG]]     one schedule again, with what it did
 
-`coordinator.runs`, `gate` and `fleet`, and `agent.worker` are the product's own; around them is
+`coordinator.transitions`, `gate`, `fleet` and `agent.worker` are the product's own; around them is
 what their shells do, cut into steps between which anything can die. A schedule is a seed: some
 hundred steps of whoever comes next, in some of them from the peers' first look at each other on,
 with delayed, doubled, reordered and lost messages, crashes, lost unsynced writes, wrong clocks,
@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from coordinator import decisions, facts, runs
+from coordinator import decisions, facts, transitions
 from coordinator.facts import RunSpec
 from tests.faults import checker
 from tests.faults.sim_agent import Agent
@@ -159,7 +159,7 @@ class Schedule:
         if len(past) < self._seen:
             self.found.append("the ledger has lost an entry")
         self._seen = len(past)
-        replayed = runs.replay(RUN, past)
+        replayed = transitions.replay(RUN, past)
         if self.coordinator.applied == len(past) and replayed != self.coordinator.run:
             self.found.append("a replay of the ledger gives another run")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from coordinator import facts, runs
+from coordinator import facts, runs, transitions
 from coordinator import fleet as fleets
 from coordinator.records import CLAIM
 from protocols import messages, weights
@@ -189,7 +189,7 @@ async def test_lies_about_an_evaluation_move_nothing(tmp_path: Path) -> None:
         assert plain.best is not None
         assert run.best.digest == plain.best.digest
         # What the live run says is what the ledger says: no infinity was rounded to nothing there.
-        again = runs.replay(run_id, fleet.facts(run_id))
+        again = transitions.replay(run_id, fleet.facts(run_id))
         assert again == run
 
 

@@ -26,7 +26,7 @@ from agent.meter import Control
 from agent.run_files import Kept
 from agent.tasks import DataSettings, Settings
 from agent.training import Trainer
-from coordinator import facts, runs
+from coordinator import facts, runs, transitions
 from coordinator.facts import RunSpec
 from coordinator.fleetwork import Fleetwork
 from coordinator.lane import Lane
@@ -168,7 +168,7 @@ class InProcessFleet:
         run_id = f"run{spec.seed}"
         started = facts.RunStarted(spec)
         self.ledger.append(run_id, [facts.encode(started)])
-        ended = asyncio.run(self._driven(runs.replay(run_id, [started]), on_round))
+        ended = asyncio.run(self._driven(transitions.replay(run_id, [started]), on_round))
         if len(ended.history) < spec.rounds and not ended.ended:
             raise CommonweightError(f"the run ended early: {ended.ended_because}")
         return ended
