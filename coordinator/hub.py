@@ -270,7 +270,7 @@ class Hub:
     def _metrics(self) -> str:
         return metrics.exposition(self.fleet, time.time(), self._refused)
 
-    # --- what the HTTP routes ask (api.Desk) ---
+    # --- what the HTTP routes ask (desk.Desk) ---
 
     def addresses(self) -> tuple[str, ...]:
         hosts = (f"[{name}]" if ":" in name else name for name in self._names)
