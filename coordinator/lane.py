@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.auth import Auth
+from coordinator.doorkeeper import connection_of
 from coordinator.streams import Spooling, WholeFile
 from protocols import patches, room, weights
 from protocols.errors import BadWeights
@@ -344,12 +345,19 @@ class Lane:
                         self._promised -= len(piece)
                         self.bytes_up += len(piece)
                         await spooling.put(piece)
+                        taken = await _take_in_thread(request, spooling, length)
+                        length -= taken
+                        self._promised -= taken
+                        self.bytes_up += taken
                 finally:
                     await spooling.flush()
                 # Durable before it is acknowledged: the agent forgets it then.
                 await asyncio.to_thread(os.fsync, file.fileno())
             if self._writers.get(part) is not me:
                 return JSONResponse({"have": 0}, status_code=409)
+            if not auth.is_enrolled(node):
+                part.unlink(missing_ok=True)
+                raise HTTPException(401)
             if length != 0 or spooling.digest != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
@@ -365,6 +373,20 @@ class Lane:
             if self._writers.get(part) is me:
                 del self._writers[part]
         return JSONResponse({"stored": True})
+
+
+async def _take_in_thread(request: Request, spooling: Spooling, left: int) -> int:
+    """Have a thread receive what it can of `left` bytes; how many it has spooled."""
+    connection = connection_of(request.scope)
+    if connection is None or not connection.can_be_lent(left):
+        return 0
+    await spooling.flush()
+
+    def put(piece: memoryview) -> None:
+        failpoint("upload.piece")
+        spooling.write_now(piece)
+
+    return await connection.take(left, put)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

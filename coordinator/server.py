@@ -24,23 +24,11 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from coordinator.doorkeeper import Doorkeeper
 from protocols.errors import PortInUse, UsageFault
 
 HANDSHAKE_S = 10.0
-#: For the head of a request, and for a body that does not keep up `MIN_BYTES_PER_S`.
-PATIENCE_S = 15.0
-MIN_BYTES_PER_S = 1024
-#: For a reader that takes nothing of what it asked for.
-READER_PATIENCE_S = 120.0
-MAX_HEAD_BYTES = 32 * 1024
-MAX_HEADERS = 100
-#: Requests sent ahead of the answer to the one before.
-MAX_PIPELINED = 16
-#: What may still come of a body after its request was answered, so that its sender reads why.
-MAX_UNWANTED_BYTES = 1024**3
-UNWANTED_S = 60.0
 #: Many honest agents, two connections each, may share one address behind a router.
 MAX_PER_ADDRESS = 4096
 #: New connections: so many at once, then so many a second. A handshake costs about 1 ms of CPU.
@@ -125,95 +113,6 @@ def household(host: str) -> str:
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
-
-
-class Doorkeeper(HttpToolsProtocol):
-    """One connection, with a time by which the other side must have done its part (`_due`)."""
-
-    _head_bytes = 0
-    _num_headers = 0
-    _in_body = False
-    _unwanted = 0
-    _due = float("inf")
-    _stuck_since: float | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._due = time.monotonic() + PATIENCE_S
-
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        if not self._in_body:
-            if not self._head_bytes and not self._is_answering():
-                self._due = now + PATIENCE_S  # for the whole head: a drop now and then is too slow
-            self._head_bytes += len(data)
-            # Counts the piece that holds the head's end as well: hence a generous limit.
-            if self._head_bytes > MAX_HEAD_BYTES + 256 * 1024:
-                self.transport.abort()
-                return
-        elif self._is_answering():
-            self._due = min(now + PATIENCE_S, self._due + len(data) / MIN_BYTES_PER_S)
-        else:
-            # A body goes on after its request was refused: only then can the other side read why.
-            if not self._unwanted:
-                self._due = now + UNWANTED_S
-            self._unwanted += len(data)
-            if self._unwanted > MAX_UNWANTED_BYTES:
-                self.transport.abort()
-                return
-        super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        self._num_headers = 0
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
-        if self._num_headers > MAX_HEADERS:
-            raise ValueError("too many headers")  # the parser stops, and uvicorn answers 400
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > MAX_HEAD_BYTES:
-            raise ValueError("the head is too long")
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many requests at once")
-        self._head_bytes, self._in_body, self._unwanted = 0, True, 0
-        self._due = time.monotonic() + PATIENCE_S
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._in_body, self._unwanted = False, 0
-        super().on_message_complete()
-
-    def pause_writing(self) -> None:
-        self._stuck_since = time.monotonic()
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        self._stuck_since = None
-        super().resume_writing()
-
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def is_overdue(self, now: float) -> bool:
-        """True if the other side owes us bytes, or the reading of ours, for too long."""
-        if self._stuck_since is not None:
-            return now - self._stuck_since > READER_PATIENCE_S
-        if self._is_answering():
-            if self.flow.read_paused:  # our own back-pressure: its time begins anew
-                self._due = now + PATIENCE_S
-            # Once the body is in it is our turn.
-            return self.cycle.more_body and now > self._due
-        if self._in_body:
-            return now > self._due
-        idle_between_requests = self.timeout_keep_alive_task is not None and not self._head_bytes
-        return not idle_between_requests and now > self._due
-
-    def is_idle(self) -> bool:
-        return not self._is_answering() and not self.transport.get_write_buffer_size()
 
 
 def _parting(app: ASGIApp) -> ASGIApp:

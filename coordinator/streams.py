@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from coordinator.doorkeeper import connection_of
 from protocols.early import Early
 from protocols.weights import write_all
 
@@ -67,12 +68,16 @@ class Spooling:
                 rest, self._waiting = self._waiting, []
             self._write(rest)
 
+    def write_now(self, piece: memoryview) -> None:
+        """Write the next bytes, in a thread that has flushed. Raises OSError."""
+        self._write([piece])
+
     async def _work_on(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             await asyncio.to_thread(self._write, batch)
 
-    def _write(self, batch: list[bytes]) -> None:
+    def _write(self, batch: Sequence[bytes | memoryview]) -> None:
         for piece in batch:
             if not self._is_mine():
                 return
@@ -93,10 +98,18 @@ class WholeFile(Response):
         self._path, self._size = path, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = connection_of(scope)
         with self._path.open("rb", buffering=0) as file:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             left = self._size
-            while left > 0 and (piece := file.read(min(left, _PIECE_BYTES))):
+            while left > 0:
+                if connection is not None and (given := await connection.give(file, left)):
+                    left -= given
+                    if not left:
+                        await send({"type": "http.response.body", "body": b""})
+                    continue
+                if not (piece := file.read(min(left, _PIECE_BYTES))):
+                    return  # cut short on disk: the connection ends
                 left -= len(piece)
                 await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
                 await asyncio.sleep(0)

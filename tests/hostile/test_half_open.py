@@ -13,11 +13,11 @@ import psutil
 
 from agent import settings
 from agent.link import Credentials, Link
+from coordinator.doorkeeper import PATIENCE_S
 from coordinator.server import (
     HANDSHAKE_S,
     MAX_PER_ADDRESS,
     NEW_AT_ONCE,
-    PATIENCE_S,
     Listener,
     household,
     listen,
