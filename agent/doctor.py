@@ -209,7 +209,8 @@ class _Doctor:
 
     def _open_link(self) -> Link:
         if self._link is None:
-            from agent.link import Credentials, Link
+            from agent.credentials import Credentials
+            from agent.link import Link
 
             self._link = Link(Credentials.of(self._home, self._enrolment))
         return self._link

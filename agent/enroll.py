@@ -99,7 +99,8 @@ def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
     Raises Unreachable, Refused, and keeps everything then.
     """
     if not offline:
-        from agent.link import Credentials, Link
+        from agent.credentials import Credentials
+        from agent.link import Link
 
         link = Link(Credentials.of(home, enrolment))
         without = "leave here without its knowing: commonweight-agent leave --yes --offline"

@@ -14,10 +14,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import ssl
 import time
 from base64 import b64encode
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -44,16 +42,15 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from google.protobuf.message import DecodeError
 
 from agent.bandwidth import Bandwidth
-from agent.settings import Enrolment
-from agent.wire import OverWire, Wire
-from protocols import identity, requests
-from protocols.errors import BadWeights, Refused, Unreachable
+from agent.credentials import Credentials
+from agent.lane import Lane, check, translated
+from agent.wire import OverWire
+from protocols.errors import Refused, Unreachable
 from protocols.failpoints import failpoint
 from protocols.gossip import NEIGHBOURS_PATH, Neighbours
-from protocols.identity import NodeKey, SigningKey, node_public
+from protocols.identity import node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
 from protocols.messages import (
     EXCHANGE_PATH,
@@ -66,7 +63,6 @@ from protocols.messages import (
 )
 from protocols.mqtt import MqttAddress
 from protocols.sharing import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
-from protocols.weights import file_digest, write_all
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
@@ -74,53 +70,7 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 HEARTBEAT_S = 20.0
 #: Longer than an idle agent's poll, so that the poll is its heartbeat.
 BEAT_EVERY_S = 0.8 * HEARTBEAT_S
-_TIMEOUT_S = 30.0
 _GOODBYE_S = 3.0
-#: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
-#: coordinator keeps one for 75 s.
-CONNECTION_S = 60.0
-_PIECE_BYTES = 1 << 20
-VERSION_PATH = "/cw/v1/weights/{digest}"
-UPDATE_PATH = "/cw/v1/updates/{digest}"
-
-
-class Credentials(NamedTuple):
-    """Who this agent is, and whom it trusts."""
-
-    address: str
-    ca_pem: bytes
-    peer: str
-    node_key: NodeKey
-    sign_key: SigningKey
-
-    @classmethod
-    def of(cls, home: Path, enrolment: Enrolment) -> Credentials:
-        """Those of the machine that joined in this home. Raises HomeFault."""
-        return cls(
-            address=enrolment.addresses[0],
-            ca_pem=enrolment.ca_pem.encode(),
-            peer=enrolment.peer,
-            node_key=identity.load_node_key(home / "node.key"),
-            sign_key=identity.load_signing_key(home / "sign.key"),
-        )
-
-    def signed(
-        self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256
-    ) -> dict[str, str]:
-        """The headers of one request."""
-        return requests.headers(self.peer, self.sign_key.sign, method, path, body_sha256)
-
-
-class SessionLost(Refused):
-    """The coordinator does not know this session: open a new one."""
-
-    code = "session_lost"
-
-
-class NoRoom(Unreachable):
-    """The coordinator's disk is full: it takes the bytes when there is room again."""
-
-    code = "no_room"
 
 
 class _Attached(NamedTuple):
@@ -152,22 +102,16 @@ class _Signed:
         return call_next(context)
 
 
-class Link:
+class Link(Lane):
     """One session with the coordinator.
 
     Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
     longer knows the session (it was restarted, or this machine was removed). `bandwidth` counts and
-    slows the weight lane; the rest is small.
+    slows the weight lane alone; the rest is small.
     """
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
-        self._credentials, self._bandwidth = credentials, bandwidth
-        self._wire = Wire(
-            credentials.address,
-            ssl.create_default_context(cadata=credentials.ca_pem.decode()),
-            timeout_s=_TIMEOUT_S,
-            kept_s=CONNECTION_S,
-        )
+        super().__init__(credentials, bandwidth)
         self._http = httpx.Client(
             base_url=f"https://{credentials.address}", transport=OverWire(self._wire)
         )
@@ -178,13 +122,10 @@ class Link:
         self._fleet._client = self._http
         self._node: Node | None = None
         self._heard_at = 0.0
-        self._cut_off = ""
-        #: Goes with the next answer; came with the last work.
+        #: Goes with the next answer.
         self._attached: _Attached | None = None
-        self._brought = b""
         #: The coordinator has written down what became of the last reply.
         self.settled = False
-        self.bytes_up = self.bytes_down = 0
 
     def reconnect(self) -> None:
         """Let go of all connections, and make others when they are needed."""
@@ -192,7 +133,7 @@ class Link:
 
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""
-        with _translated():
+        with translated():
             answer = self._fleet.ActivateNode(
                 ActivateNodeRequest(
                     public_key=node_public(self._credentials.node_key),
@@ -207,7 +148,7 @@ class Link:
 
         Flower looks at signature and key first, and then refuses the heartbeat that no node has.
         """
-        with _translated():
+        with translated():
             try:
                 self._fleet.ActivateNode(
                     ActivateNodeRequest(
@@ -223,7 +164,7 @@ class Link:
         if self._node is not None:
             self._wire.timeout_s = _GOODBYE_S
             try:
-                with _translated():
+                with translated():
                     self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
             except (Unreachable, Refused):
                 pass  # it will see the missing heartbeat
@@ -241,21 +182,21 @@ class Link:
 
     def mqtt(self) -> MqttAddress:
         """The broker and the login for it, as they are now: the password changes now and then."""
-        with _translated():
+        with translated():
             answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=MqttAddress)
 
     def standing(self) -> StandingAnswer:
         """How this machine stands with the coordinator; needs no session."""
-        with _translated():
+        with translated():
             answer = self._http.get(STANDING_PATH, headers=self._signed("GET", STANDING_PATH))
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=StandingAnswer)
 
     def leave(self) -> None:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
-        with _translated():
+        with translated():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
 
     def tell_logs(self, told: LogsTold) -> None:
@@ -264,7 +205,7 @@ class Link:
 
     def renew(self) -> bytes:
         """A new node certificate for the same keys."""
-        with _translated():
+        with translated():
             answer = self._http.post(RENEW_PATH, headers=self._signed("POST", RENEW_PATH))
             answer.raise_for_status()
         return answer.content
@@ -290,13 +231,13 @@ class Link:
         packed = _pack(reply) if reply is not None else None
         body = msgspec.msgpack.encode(Exchange(reply=packed, want=want, update=update))
         headers = self._signed("POST", EXCHANGE_PATH, hashlib.sha256(body).hexdigest())
-        with _translated():
+        with translated():
             asked_at = time.monotonic()
             answer = self._wire.ask("POST", EXCHANGE_PATH, headers, body)
             if attached is not None and answer.status in (413, 507):
                 self.upload(attached.digest, attached.source)  # says why, or succeeds now
                 return self._exchange(reply, want=want)
-            _check(answer.status)
+            check(answer.status)
             self.bytes_up += len(update)
             self._heard_at = asked_at
             told = msgspec.msgpack.decode(answer.body, type=Exchanged)
@@ -305,39 +246,6 @@ class Link:
             if reply is not None:  # a heartbeat may come between a reply and the look at this
                 self.settled = told.settled
             return _unpack(told.work) if told.work is not None else None
-
-    # --- the weight lane ---
-
-    def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
-        """Fetch a version, or what else is `at` this path, going on where an earlier try was cut.
-
-        Raises BadWeights when the bytes are not those of `digest`.
-        """
-        part = target.with_suffix(".part")
-        brought, self._brought = self._brought, b""
-        if brought and hashlib.sha256(brought).hexdigest() == digest:
-            self.bytes_down += len(brought)
-            part.write_bytes(brought)
-            failpoint("agent.download.piece")
-            part.replace(target)
-            return
-        have = part.stat().st_size if part.exists() else 0
-        if have < nbytes:
-            have, found = self._fetch(at.format(digest=digest), nbytes, part, have)
-        else:  # cut off after the last byte: there is nothing left to ask for
-            found = file_digest(part)
-        if have < nbytes:
-            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
-        if found != digest:
-            part.unlink()
-            raise BadWeights("the version's bytes are not those of its digest")
-        part.replace(target)
-
-    def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
-        """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
-        have, _ = self._fetch(f"/cw/v1/patches/{digest}", nbytes, target, 0)
-        if have != nbytes:
-            raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
 
     def plan(self, digest: str, asked: PlanAsked) -> Plan:
         """Where a version can be had from, piece by piece."""
@@ -353,51 +261,12 @@ class Link:
         answer = self._post(NEIGHBOURS_PATH, msgspec.json.encode(asked))
         return msgspec.json.decode(answer, type=Neighbours)
 
-    def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes `start` to `stop` of a version, as they come."""
-        path = f"/cw/v1/weights/{digest}"
-        headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
-        buffer = memoryview(bytearray(_PIECE_BYTES))
-        left = stop - start
-        with self._wire.stream("GET", path, headers) as answer:
-            _check(answer.status)
-            while left > 0 and (got := answer.read_into(buffer[: min(left, len(buffer))])):
-                self.bytes_down += got
-                left -= got
-                yield bytes(buffer[:got])
-
     def _post(self, path: str, body: bytes) -> bytes:
         headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())
-        with _translated():
+        with translated():
             answer = self._http.post(path, content=body, headers=headers)
             answer.raise_for_status()
             return answer.content
-
-    def _fetch(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
-        """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
-        sha = hashlib.sha256()
-        if have:
-            for piece in _pieces(part):
-                sha.update(piece)
-        headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
-        buffer = memoryview(bytearray(_PIECE_BYTES))
-        with self._wire.stream("GET", path, headers) as answer:
-            _check(answer.status)
-            if have and answer.status != 206:
-                have, sha = 0, hashlib.sha256()
-            # Not synced: after a power cut whatever is there is looked at before it is used.
-            with part.open("ab" if have else "wb", buffering=0) as file:
-                while have <= nbytes and (got := answer.read_into(buffer)):
-                    have += got
-                    self.bytes_down += got
-                    if self._bandwidth is not None:
-                        self._bandwidth.received(got)
-                    if have > nbytes:
-                        break
-                    sha.update(buffer[:got])
-                    write_all(file, buffer[:got])
-                    failpoint("agent.download.piece")
-        return have, sha.hexdigest()
 
     def hand_in(self, digest: str, source: Path) -> None:
         """Send an update's bytes: few of them with the answer that is pushed next."""
@@ -406,44 +275,6 @@ class Link:
             return
         self._attached = _Attached(digest, source)
         failpoint("agent.upload.piece")
-
-    def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
-        """Send an update's bytes, or an answer's; does nothing when the coordinator has them.
-
-        Raises Refused when it does not take them.
-        """
-        path = at.format(digest=digest)
-        size = source.stat().st_size
-        # After a cut: an offset at the end sends nothing and asks how much has arrived.
-        offset = size if digest == self._cut_off else 0
-        self._cut_off = digest
-        for _ in range(3):
-            headers = self._signed("PUT", path, digest)
-            headers["content-length"] = str(size - offset)
-            headers["x-cw-offset"] = str(offset)
-            with _translated():
-                answer = self._wire.ask("PUT", path, headers, self._metered(source, offset))
-                if answer.status == 409:
-                    offset = min(int(msgspec.json.decode(answer.body)["have"]), size)
-                elif answer.status == 422 and offset:
-                    offset = 0  # what was there already was not the beginning of this
-                else:
-                    _check(answer.status)
-                    self.bytes_up += size - offset
-                    self._cut_off = ""
-                    return
-        raise Unreachable("the upload could not be resumed")
-
-    def _metered(self, path: Path, offset: int) -> Iterator[bytes]:
-        for piece in _pieces(path, offset):
-            if self._bandwidth is not None:
-                self._bandwidth.sent(len(piece))
-            yield piece
-
-    def _signed(
-        self, method: str, path: str, body_sha256: str = requests.EMPTY_SHA256
-    ) -> dict[str, str]:
-        return self._credentials.signed(method, path, body_sha256)
 
 
 def _pack(reply: Message) -> Parcel:
@@ -465,49 +296,3 @@ def _unpack(work: Parcel) -> Message:
     message = cast(Message, inflate_object_from_contents(message_id, dict(work.objects)))
     message.metadata.__dict__["_message_id"] = message_id
     return message
-
-
-#: What parsing an answer raises that no coordinator of this version gives.
-_NONSENSE = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
-
-
-class _translated:
-    """Turns the transport's errors into ours, and those of parsing what it brought."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, _: object
-    ) -> None:
-        if isinstance(err, httpx.HTTPStatusError):
-            raise _refused(err.response.status_code) from err
-        if isinstance(err, _NONSENSE):
-            raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
-        if isinstance(err, httpx.HTTPError):
-            why = str(err) or type(err).__name__
-            raise Unreachable(f"the coordinator does not answer: {why}") from err
-
-
-def _check(status: int) -> None:
-    """Raise the error of ours that an answer's status amounts to."""
-    if status >= 300:
-        raise _refused(status)
-
-
-def _refused(status: int) -> Unreachable | Refused:
-    if status in (401, 403, 404, 412):
-        return SessionLost(f"the coordinator answered {status}")
-    if status == 507:
-        return NoRoom("the coordinator has no room on its disk")
-    if status in (413, 422):  # it will say the same the next time
-        return Refused(f"the coordinator does not take it ({status})")
-    return Unreachable(f"the coordinator answered {status}")
-
-
-def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while piece := file.read(_PIECE_BYTES):
-            yield piece
-            failpoint("agent.upload.piece")

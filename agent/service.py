@@ -15,8 +15,8 @@ from pathlib import Path
 
 from agent import logs, sensors, shared_log, worker
 from agent.bandwidth import Bandwidth
+from agent.credentials import Credentials
 from agent.kept import Heads
-from agent.link import Credentials
 from agent.loop import WorkerLoop
 from agent.owner import Owner
 from agent.polite import Polite

@@ -17,7 +17,9 @@ from msgspec.structs import replace
 
 from agent import worker
 from agent.bandwidth import Bandwidth
-from agent.link import BEAT_EVERY_S, Credentials, Link, SessionLost
+from agent.credentials import Credentials
+from agent.lane import SessionLost
+from agent.link import BEAT_EVERY_S, Link
 from agent.loop import WorkerLoop
 from agent.report import Report
 from agent.settings import Enrolment, write_enrolment

@@ -16,11 +16,13 @@ from flwr.app import Error, Message
 from agent import departures, settings, worker
 from agent.analysis import unit
 from agent.client import Client, claim_text, refusal_text
+from agent.credentials import Credentials
 from agent.frames import Progress
 from agent.inferring import Inferring, find_version
 from agent.jobs import Handler, Jobs
 from agent.kept import prove
-from agent.link import Credentials, Link, NoRoom, SessionLost
+from agent.lane import NoRoom, SessionLost
+from agent.link import Link
 from agent.loop import WorkerLoop
 from agent.recall import Recall
 from agent.report import Report

@@ -20,9 +20,11 @@ from flwr.app import Error, Message
 
 from agent import kept
 from agent.client import Client, refusal_text
+from agent.credentials import Credentials
 from agent.inferring import Inferring
 from agent.jobs import Jobs
-from agent.link import Credentials, Link, SessionLost
+from agent.lane import SessionLost
+from agent.link import Link
 from agent.recall import Recall
 from agent.settings import AgentSettings
 from agent.versions import Versions

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agent.link import Credentials
+from agent.credentials import Credentials
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.direct import direct

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from agent.link import Credentials
+from agent.credentials import Credentials
 from agent.sharing.gossip import Gossip
 from agent.sharing.networks import Place, place
 from agent.sharing.server import PeerServer, certify

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from agent.credentials import Credentials
 from agent.kept import Heads
-from agent.link import Credentials
 from agent.settings import Enrolment
 from protocols import gossip, identity
 from protocols.errors import BadMessage

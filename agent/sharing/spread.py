@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.bandwidth import Bandwidth
+from agent.credentials import Credentials
 from agent.kept import held, prove, read
-from agent.link import Credentials, Link
+from agent.link import Link
 from agent.loop import WorkerLoop
 from agent.sharing import Sharing
 from agent.sharing.asking import Asking

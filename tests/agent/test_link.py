@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from agent.link import Credentials, Link, NoRoom, SessionLost
+from agent.credentials import Credentials
+from agent.lane import NoRoom, SessionLost
+from agent.link import Link
 from protocols import identity, weights
 from protocols.errors import ExitCode, Refused, Unreachable
 from protocols.messages import FEW_BYTES

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from agent.sharing import Sharing
 from agent.versions import Versions
 from protocols import identity, weights

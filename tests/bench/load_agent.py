@@ -27,7 +27,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from agent.client import CLAIM, DESCRIPTION
-from agent.link import BEAT_EVERY_S, CONNECTION_S, HEARTBEAT_S, _pack, _unpack
+from agent.lane import CONNECTION_S
+from agent.link import BEAT_EVERY_S, HEARTBEAT_S, _pack, _unpack
 from agent.presence import SIGN_OF_LIFE_S
 from agent.tasks.ping import Ping
 from protocols import VERSION, identity, messages, requests, schemas, topics, weights

@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from agent.link import Link, NoRoom, SessionLost
+from agent.lane import NoRoom, SessionLost
+from agent.link import Link
 from coordinator.lane import OFFSET
 from protocols import weights
 from protocols.errors import BadWeights, CommonweightError, Refused, Unreachable

@@ -28,7 +28,8 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.link import Link, SessionLost, _pack, _unpack
+from agent.lane import SessionLost
+from agent.link import Link, _pack, _unpack
 from coordinator.records import read_claim
 from coordinator.superlink import MAX_BODY_BYTES
 from protocols.errors import BadMessage, Unreachable

@@ -12,8 +12,9 @@ from flwr.app import Error, Message
 
 from agent import settings
 from agent.client import Client, refusal_text
+from agent.credentials import Credentials
 from agent.frames import Done
-from agent.link import Credentials, Link
+from agent.link import Link
 from agent.tasks import Settings
 from agent.tasks.mnist import Mnist
 from protocols import schemas, topics, weights

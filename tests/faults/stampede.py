@@ -12,7 +12,8 @@ import httpx
 import msgspec
 
 from agent.client import claim_text
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from coordinator.server import allow_many_connections
 from protocols import tickets
 from protocols.joining import JOIN_PATH, JoinAnswer

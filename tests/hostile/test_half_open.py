@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from agent import settings
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from coordinator.doorkeeper import PATIENCE_S
 from coordinator.server import (
     HANDSHAKE_S,

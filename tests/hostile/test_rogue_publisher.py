@@ -14,7 +14,8 @@ import aiomqtt
 import pytest
 
 from agent import presence, settings
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from agent.presence import PresenceLink
 from coordinator.remote import Remote
 from protocols import topics

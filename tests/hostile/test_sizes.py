@@ -16,7 +16,8 @@ from flwr.app import Message
 
 from agent import settings
 from agent.client import Client
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from agent.settings import Enrolment
 from agent.tasks import DataSettings
 from agent.trainer_process import TrainerProcess

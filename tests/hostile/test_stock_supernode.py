@@ -14,7 +14,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from agent import settings
-from agent.link import Credentials, Link
+from agent.credentials import Credentials
+from agent.link import Link
 from protocols import identity
 from tests.e2e.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports, until
 from tests.hostile.tools import bounded_growth

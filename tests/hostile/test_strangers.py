@@ -14,7 +14,9 @@ import pytest
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.routing import Route
 
-from agent.link import Credentials, Link, SessionLost
+from agent.credentials import Credentials
+from agent.lane import SessionLost
+from agent.link import Link
 from coordinator.api import make_app
 from coordinator.auth import OPERATOR, Auth
 from protocols import identity, requests, tickets
