@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from coordinator import buffered
 from coordinator.facts import Holding
@@ -36,6 +36,12 @@ class Retention:
         self._states.drop(known - still - self._elsewhere)
         failpoint("round.pruned")
         self._on_disk &= keep
+
+
+def newest_whole(run: Run, is_whole: Callable[[str], bool]) -> str:
+    """The newest of a run's versions that is not damaged on disk; empty if there is none."""
+    versions = (run.head, *(closed.digest for closed in reversed(run.history)), run.first)
+    return next(filter(is_whole, dict.fromkeys(versions)), "")
 
 
 def state_of(run: Run, version: Holding, lane: Lane) -> dict[str, str]:

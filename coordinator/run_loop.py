@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
@@ -23,10 +21,10 @@ from coordinator import (
     recall,
     retention,
     strategies,
-    transitions,
 )
 from coordinator.asking import Asked, Questions
-from coordinator.bodies import round_body, run_body
+from coordinator.bodies import round_body
+from coordinator.chronicle import Chronicle
 from coordinator.decisions import Step, View
 from coordinator.facts import Fact
 from coordinator.fleetwork import Fleetwork
@@ -39,9 +37,8 @@ from coordinator.strategies import memory
 from coordinator.strategies.state import States
 from coordinator.timing import Stopwatch
 from protocols import codecs
-from protocols.errors import TELLABLE, CommonweightError, DiskFull, HomeFault, UpdateRefused
+from protocols.errors import CommonweightError, DiskFull, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
-from protocols.messages import Happened, printable
 from protocols.room import is_full
 from protocols.states import RunState
 
@@ -49,11 +46,7 @@ log = logging.getLogger("commonweight.run")
 
 #: How long peers that were at work may take to come back after the coordinator's restart.
 RETURN_WITHIN_S = 20.0
-#: While the disk is full: how often to look, and after how many looks to try all the same.
-_LOOK_FOR_ROOM_S = 1.0
-_TRIES_WITHOUT_ROOM = 30
 _SHORTAGE_AGAIN_S = 5.0
-_ANNOUNCE_EVERY_S = 0.1
 
 
 class RunLoop:
@@ -65,31 +58,25 @@ class RunLoop:
     def __init__(
         self, run: Run, around: Fleetwork, elsewhere: frozenset[str] = frozenset()
     ) -> None:
-        self.run = run
+        self._watch = Stopwatch()
+        self._chronicle = Chronicle(run, around, self._watch)
         self.changed = asyncio.Event()
         self._around = around
         self._recipe = strategies.find(run.spec.strategy)
         self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
         self._states = States(around.lane.states)
-        self._memory_bytes: int | None = None
         self._model = Model(around.lane, codecs.find(run.spec.codec))
         folds = run.spec.late == "fold"
         around.lane.most_uploads = MOST_UPLOADS + run.spec.buffer + folds
         self.questions = Questions(around, self._recipe, self._strategy, self._model)
-        #: Peers whose data or model do not fit the run; asked again after they came back.
-        self._misfits: set[str] = set()
         self._retention = Retention(run, around.lane, self._states, elsewhere)
         # After a restart nobody has come back yet: that is no reason to call them lost.
         self._patient_until = (
             time.monotonic() + RETURN_WITHIN_S if run.pending or run.given else 0.0
         )
-        self._watch = Stopwatch()
         self._bytes_at_open = (0, 0)
-        self._waiting_for = ""
-        self._announced_at = -math.inf
-        self._announcing: asyncio.TimerHandle | None = None
         self._stop_reason = ""
-        self._stands_still = self._told_shortage = False
+        self._told_shortage = self._told_memory = False
 
     # --- from outside ---
 
@@ -100,13 +87,18 @@ class RunLoop:
 
     def session_opened(self, peer: str) -> None:
         """A peer's new session knows nothing of messages that its last one took."""
-        self._misfits.discard(peer)
+        self._chronicle.misfits.discard(peer)
         self.questions.take_back_from(peer)
         self.changed.set()
 
     @property
+    def run(self) -> Run:
+        """Where it stands now."""
+        return self._chronicle.run
+
+    @property
     def waiting_for(self) -> str:
-        return self._waiting_for
+        return self._chronicle.waiting_for
 
     # --- the loop ---
 
@@ -115,16 +107,16 @@ class RunLoop:
         try:
             return await self._driven()
         finally:
-            self._announce_now()
+            self._chronicle.announce_now()
 
     async def _driven(self) -> Run:
         if self.run.head and not self.run.recalling:
             await self._find_whole_version()
         if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.learn(self.run.head)
-        self._announce()
+        self._chronicle.announce()
         goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
-        self._say("info", f"run {self.run.id} {goes_on}", self.run.id)
+        self._chronicle.say("info", f"run {self.run.id} {goes_on}")
         while not self.run.ended:
             self.changed.clear()
             try:
@@ -132,27 +124,27 @@ class RunLoop:
             except (OSError, DiskFull) as err:
                 if not is_full(err):
                     raise
-                await self._wait_for_room(err)  # nothing was decided: the same again
+                await self._chronicle.wait_for_room(err)  # nothing was decided: the same again
         self.questions.take_back_all()
         await self._collect()
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
-        self._say("error" if self.run.state is RunState.FAILED else "info", text, self.run.id)
+        self._chronicle.say("error" if self.run.state is RunState.FAILED else "info", text)
         return self.run
 
     async def _find_whole_version(self) -> None:
         """Go back to the newest version that is not damaged on disk; end if there is none."""
-        run, is_whole = self.run, self._around.lane.is_whole
-        if await asyncio.to_thread(is_whole, run.head):
+        head, is_whole = self.run.head, self._around.lane.is_whole
+        found = await asyncio.to_thread(retention.newest_whole, self.run, is_whole)
+        if found == head:
             return
-        lost = f"version {run.head[:12]} is damaged on disk"
-        earlier = [*(closed.digest for closed in reversed(run.history)), run.first]
-        for digest in earlier:
-            if digest != run.head and await asyncio.to_thread(is_whole, digest):
-                await self._record(facts.VersionLost(run.head, digest))
-                text = f"{lost}: run {run.id} goes on from {digest[:12]}"
-                self._say("warning", text, run.id)
-                return
-        await self._record(facts.RunEnded(RunState.FAILED, f"{lost}, and no earlier one is whole"))
+        lost = f"version {head[:12]} is damaged on disk"
+        if found:
+            await self._chronicle.record(facts.VersionLost(head, found))
+            words = f"{lost}: run {self.run.id} goes on from {found[:12]}"
+            self._chronicle.say("warning", words)
+        else:
+            because = f"{lost}, and no earlier one is whole"
+            await self._chronicle.record(facts.RunEnded(RunState.FAILED, because))
 
     async def _turn(self) -> None:
         """Do what there is to do now. What a full disk interrupts can be done again."""
@@ -165,7 +157,7 @@ class RunLoop:
             await self.questions.ask_given(self.run)
         await self.questions.ask_pending(self.run)
         if self._stop_reason:
-            await self._record(facts.RunEnded(RunState.STOPPED, self._stop_reason))
+            await self._chronicle.record(facts.RunEnded(RunState.STOPPED, self._stop_reason))
             return
         step = decisions.decide(self.run, self._view())
         try:
@@ -174,11 +166,11 @@ class RunLoop:
             raise
         except CommonweightError as err:
             log.error("run %s failed: %s", self.run.id, err.message)
-            await self._record(facts.RunEnded(RunState.FAILED, err.message))
+            await self._chronicle.record(facts.RunEnded(RunState.FAILED, err.message))
 
     def _view(self) -> View:
         due = self._watch.phase_s >= decisions.deadline_s(self.run)
-        eligible = self._around.eligible() - self._misfits
+        eligible = self._around.eligible() - self._chronicle.misfits
         free = eligible
         if self.run.spec.late == "fold":  # who is still at an older round's work gets no other
             free = eligible - self.questions.trained_on(self.run).keys()
@@ -192,52 +184,50 @@ class RunLoop:
                 await self._agree()
             case recall.Seek(version):
                 self._watch.open_phase()
-                await self._record(facts.VersionSought(version))
+                await self._chronicle.record(facts.VersionSought(version))
             case recall.KeepOwn():
                 own = facts.Holding(self.run.round, self.run.head)
                 self._model.learn(own.digest)
                 state = retention.state_of(self.run, own, self._around.lane)
-                await self._record(facts.VersionRecalled(own, "backup", state))
+                await self._chronicle.record(facts.VersionRecalled(own, "backup", state))
             case decisions.AskInit(peer):
                 self._watch.open_phase()
-                await self._record(facts.PeersAsked((peer,)))
+                await self._chronicle.record(facts.PeersAsked((peer,)))
             case decisions.AskMore(peers):
                 # Not whenever a peer comes back: one that comes and goes would hold up the round.
                 if self._view().due:
                     self._watch.open_phase()
                 self.questions.take_back_present(self.run, peers)
-                await self._record(facts.PeersAsked(peers))
+                await self._chronicle.record(facts.PeersAsked(peers))
             case decisions.GiveWork(given):
                 if self._view().due:
                     self._watch.open_phase()
-                await self._record(*given)
+                await self._chronicle.record(*given)
             case decisions.OpenRound():
                 await self._open_round(step)
             case decisions.CloseTraining(contributors):
-                await self._record(facts.TrainingClosed(self.run.round, contributors))
+                await self._chronicle.record(facts.TrainingClosed(self.run.round, contributors))
             case decisions.Aggregate(contributors):
                 await self._aggregate(contributors)
             case decisions.OpenEvaluation(eligible):
                 chosen = decisions.selected(self.run, self.run.round, eligible)
                 asked = await self.questions.configure(self.run, chosen)
                 self._watch.open_phase()
-                await self._record(facts.EvaluationOpened(self.run.round, asked))
+                await self._chronicle.record(facts.EvaluationOpened(self.run.round, asked))
             case decisions.CloseRound():
                 await self._close_round()
             case decisions.EndRun(state, because):
-                await self._record(facts.RunEnded(state, because))
+                await self._chronicle.record(facts.RunEnded(state, because))
 
     async def _wait(self, what: str) -> None:
         for peer in self.run.pending:
             what = what.replace(peer, self._around.name_of(peer))
         if shortage := self._around.lane.shortage:
             if not self._told_shortage:
-                self._say("error", f"no {shortage}: updates wait at the peers", self.run.id)
+                self._chronicle.say("error", f"no {shortage}: updates wait at the peers")
             what = f"{shortage}, then {what}"
         self._told_shortage = bool(shortage)
-        if what != self._waiting_for:
-            self._waiting_for = what
-            self._announce()
+        self._chronicle.waits_for(what)
         timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
         ahead = [decisions.deadline_s(self.run) - self._watch.phase_s] if timed else []
         ahead.append(self._patient_until - time.monotonic())
@@ -261,15 +251,17 @@ class RunLoop:
         lost = sorted((at_work | set(self.run.pending)) - eligible)
         for peer in lost:
             self.session_opened(peer)  # take back what it was sent
-            self._say("warning", f"{self._around.name_of(peer)} went away in its work", peer)
-        await self._record(*(facts.PeerLost(peer, "went away") for peer in lost))
+            self._chronicle.say(
+                "warning", f"{self._around.name_of(peer)} went away in its work", peer
+            )
+        await self._chronicle.record(*(facts.PeerLost(peer, "went away") for peer in lost))
 
     async def _collect(self) -> None:
         """Judge the answers that are there, and write down what becomes of each."""
         answers = await self.questions.answers()
         # At the same time: to measure large updates takes as long as to receive them.
         news = await asyncio.gather(*(self._judged(asked, reply) for _, asked, reply in answers))
-        await self._record(*news)
+        await self._chronicle.record(*news)
         if self.run.buffered:
             self._sweep({asked.peer for _, asked, _ in answers})
         self.questions.settle([question for question, _, _ in answers], True)
@@ -291,21 +283,21 @@ class RunLoop:
 
     async def _agree(self) -> None:
         found = agreement.agree(self.run, self._model.schema)
-        await self._record(*found.facts)
+        await self._chronicle.record(*found.facts)
         for peer, words in found.notes:
             name = f"{self._around.name_of(peer)}: " if peer else ""
-            self._say("warning", f"{name}{words}", peer or self.run.id)
+            self._chronicle.say("warning", f"{name}{words}", peer)
 
     # --- rounds ---
 
     async def _open_round(self, step: decisions.OpenRound) -> None:
-        if self._memory_bytes is None:  # the first of this life: it is known now who is here
-            peers = len(step.eligible)
-            self._memory_bytes, warning = memory.told(
-                self._recipe, self.run.spec, self._model.schema, peers
+        if not self._told_memory:  # the first of this life: it is known now who is here
+            self._told_memory = True
+            self._chronicle.memory_bytes, warning = memory.told(
+                self._recipe, self.run.spec, self._model.schema, len(step.eligible)
             )
             if warning:
-                self._say("warning", warning, self.run.id)
+                self._chronicle.say("warning", warning)
         self._watch.open_round()
         lane = self._around.lane
         self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
@@ -314,14 +306,16 @@ class RunLoop:
             chosen = decisions.selected(self.run, step.round, step.eligible)
             asked = await self.questions.configure(self.run, chosen, opening=step.round)
         failpoint("round.configured")
-        await self._record(facts.RoundOpened(step.round, step.base, asked, len(step.eligible)))
+        await self._chronicle.record(
+            facts.RoundOpened(step.round, step.base, asked, len(step.eligible))
+        )
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
         run, lane = self.run, self._around.lane
         made = await asyncio.to_thread(
             closing.commit, run, lane, self._states, self._strategy, contributors
         )
-        await self._record(
+        await self._chronicle.record(
             facts.VersionCommitted(
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
@@ -353,73 +347,6 @@ class RunLoop:
             self.questions.take_back_evaluations()
         else:
             self.questions.take_back_older(run)
-        await self._record(fact)
+        await self._chronicle.record(fact)
         self._around.publish(round_body(self.run.id, self.run.history[-1]))
         self._retention.prune(self.run, self.questions.trained_on(self.run).values())
-
-    # --- writing down and telling ---
-
-    async def _record(self, *news: Fact) -> None:
-        """Write facts down, and act on none of them before: a full disk holds up the run here."""
-        if not news:
-            return
-        failpoint("run.recording", type(news[0]).__name__)
-        for fact in news:
-            self._watch.mark(fact)
-        bodies = [facts.encode(fact) for fact in news]
-        while True:
-            try:
-                self._around.ledger.append(self.run.id, bodies)
-                break
-            except DiskFull as err:
-                await self._wait_for_room(err)
-        failpoint("run.recorded", type(news[-1]).__name__)
-        for fact in news:
-            self.run = transitions.apply(self.run, fact)
-            if isinstance(fact, facts.UpdateRefused):
-                self._tell_refusal(fact)
-        if self._stands_still:
-            self._stands_still, self._waiting_for = False, ""
-            self._say("info", f"there is room again: run {self.run.id} goes on", self.run.id)
-        self._announce()
-
-    def _tell_refusal(self, fact: facts.UpdateRefused) -> None:
-        if fact.reason in TELLABLE:
-            self._misfits.add(fact.peer)
-        self._around.refused[fact.reason] += 1
-        name = self._around.name_of(fact.peer)
-        self._say("warning", f"refused {name}: {fact.reason}: {fact.detail}", fact.peer)
-
-    async def _wait_for_room(self, err: Exception) -> None:
-        """The disk is full: stand still, say so, and come back when there is room."""
-        lane = self._around.lane
-        self._waiting_for = f"room on the coordinator's disk ({lane.free_bytes / 1e6:,.0f} MB free)"
-        self._announce()
-        if not self._stands_still:
-            self._stands_still = True
-            self._say("error", f"run {self.run.id} stands still: {err}", self.run.id)
-        # Not at once, as little room may be too little; and also without, as a quota shows none.
-        for _ in range(_TRIES_WITHOUT_ROOM):
-            await asyncio.sleep(_LOOK_FOR_ROOM_S)
-            if lane.has_room():
-                break
-
-    def _announce(self) -> None:
-        """Tell the monitors where the run stands; of what changes faster than that, the last."""
-        wait_s = self._announced_at + _ANNOUNCE_EVERY_S - time.monotonic()
-        if wait_s <= 0:
-            self._announce_now()
-        elif self._announcing is None:
-            loop = asyncio.get_running_loop()
-            self._announcing = loop.call_later(wait_s, self._announce_now)
-
-    def _announce_now(self) -> None:
-        if self._announcing is not None:
-            self._announcing.cancel()
-            self._announcing = None
-        self._announced_at = time.monotonic()
-        self._around.publish(run_body(self.run, self._waiting_for, self._memory_bytes or 0))
-
-    def _say(self, level: Any, text: str, subject: str) -> None:
-        log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
-        self._around.publish(Happened(level=level, text=printable(text), subject=subject))
