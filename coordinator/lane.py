@@ -18,8 +18,8 @@ import math
 import os
 import re
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Set
+from collections import defaultdict
+from collections.abc import Callable, Collection, Set
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -29,12 +29,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from coordinator.auth import Auth
 from coordinator.doorkeeper import connection_of
 from coordinator.streams import Spooling, WholeFile
-from protocols import patches, room, weights
+from coordinator.versions import Versions
+from protocols import room, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
-from protocols.messages import FEW_BYTES
-from protocols.stored import Stored, Writer
-from protocols.weights import Array, Part, Schema, Weights
+from protocols.stored import Stored
 
 OFFSET = "x-cw-offset"
 #: Whole uploads that a peer may have in the spool: one that counts, and one made anew.
@@ -46,17 +45,15 @@ _SHORT_S = 20.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class Lane:
+class Lane(Versions):
     """Versions and uploads on disk. `limit_bytes` bounds an upload; the run in work sets it."""
 
-    suffix = ".safetensors"
-
     def __init__(self, folder: Path) -> None:
-        self._versions = folder / "versions"
+        super().__init__(folder / "versions")
         self._spool = folder / "spool"
         #: What strategies remember (`strategies.state`); it never travels.
         self.states = folder / "states"
-        for part in (self._versions, self._spool, self.states):
+        for part in (self._spool, self.states):
             part.mkdir(mode=0o700, exist_ok=True)
         #: Who writes a `.part` file now: a second upload takes the place of a stuck one.
         self._writers: dict[Path, object] = {}
@@ -65,9 +62,6 @@ class Lane:
         self._spooled: defaultdict[str, set[Path]] = defaultdict(set)
         for path in self._spool.iterdir():
             self._spooled[path.name.rpartition("-")[0]].add(path)
-        #: Versions that jobs use, by how many, and those of them that are not wanted else.
-        self._pins: Counter[str] = Counter()
-        self._unwanted: set[str] = set()
         self.limit_bytes = 0
         #: Whole uploads that a peer may have here: more where it may count more than once.
         self.most_uploads = MOST_UPLOADS
@@ -80,71 +74,6 @@ class Lane:
         self.bytes_up = self.bytes_down = 0
 
     # --- versions ---
-
-    def version(self, digest: str) -> Path:
-        """Where the version with this digest lies, or would."""
-        return self._versions / f"{digest}{self.suffix}"
-
-    def has(self, digest: str) -> bool:
-        return self.version(digest).exists()
-
-    def patch(self, digest: str) -> Path:
-        """Where the patch to this version from its parent lies, or would."""
-        return self._versions / f"{digest}.patch"
-
-    def make_patch(self, parent: str, digest: str) -> int:
-        """Make the patch to a version, if a small one does; its bytes, else 0."""
-        try:
-            with Stored(self.version(parent)) as old, Stored(self.version(digest)) as new:
-                return patches.make(old, new, self.patch(digest))
-        except OSError:  # a full disk: the version itself is safe, and is sent whole
-            return 0
-
-    def pin(self, digests: Iterable[str]) -> None:
-        """Keep these versions, whoever drops them, until they are unpinned as often."""
-        self._pins.update(digests)
-
-    def unpin(self, digests: Iterable[str]) -> None:
-        """Drop now what was dropped meanwhile."""
-        self._pins.subtract(digests)
-        for digest in [digest for digest in self._unwanted if self._pins[digest] <= 0]:
-            self._unwanted.discard(digest)
-            self.drop(digest)
-
-    def drop(self, digest: str) -> None:
-        """Forget a version."""
-        if self._pins[digest] > 0:
-            self._unwanted.add(digest)
-            return
-        self.version(digest).unlink(missing_ok=True)
-        self.patch(digest).unlink(missing_ok=True)
-
-    def is_whole(self, digest: str) -> bool:
-        """True if a version's bytes are there and are its own. Damaged ones are put aside."""
-        path = self.version(digest)
-        if not path.exists():
-            return False
-        if weights.file_digest(path) == digest:
-            return True
-        path.replace(path.with_suffix(".damaged"))
-        return False
-
-    def commit(self, model: Weights) -> str:
-        """Keep a small model as a version, durably; its digest."""
-        parts = weights.pieces(model.schema)
-        return self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
-
-    def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
-        """Keep a version, durably; its digest. `pieces` come in file order."""
-        temporary = self._versions / ".new.safetensors"
-        with Writer(temporary, schema) as writer:
-            for piece in pieces:
-                writer.write(piece)
-        failpoint("version.written")
-        temporary.replace(self.version(writer.digest))
-        failpoint("version.renamed")
-        weights.sync_folder(self._versions)
-        return writer.digest
 
     def adopt(self, node: str, digest: str) -> None:
         """Turn an upload into a version (the first weights of a run)."""
@@ -221,13 +150,6 @@ class Lane:
     def _check_size(self, nbytes: int) -> None:
         if nbytes > self.limit_bytes:
             raise HTTPException(413, f"an update may have {self.limit_bytes} bytes")
-
-    def few_bytes(self, digest: str) -> bytes:
-        """A version that is so small that it goes with the work; empty for any other."""
-        path = self.version(digest)
-        if not path.exists() or path.stat().st_size > FEW_BYTES:
-            return b""
-        return path.read_bytes()
 
     def open_update(self, node: str, digest: str) -> Stored:
         """An uploaded update, open for reading. Raises BadWeights."""

@@ -2,10 +2,10 @@
 
 With `agent/link.py` the only file that uses Flower's private names (1.41; see the contract tests).
 No Control API, no Runtime API, no docs page is mounted, so nobody can submit a run or take a
-ServerApp's token, and of the Fleet routes only the two that our agents use are open: `_Door`.
-LinkState is no authority: it is made anew at every start
-from the ledger's peers, and one Flower run lives as long as the coordinator. So it is kept in
-memory: on SQLite four fifths of a small round's CPU went into a database that was thrown away.
+ServerApp's token, and of the Fleet routes only the two that our agents use are open: see `door`.
+LinkState is no authority: it is made anew at every start from the ledger's peers, and one Flower
+run lives as long as the coordinator. So it is kept in memory: on SQLite four fifths of a small
+round's CPU went into a database that was thrown away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 import time
-from base64 import b64encode
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -63,15 +62,14 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as ASGIMessage
 
 from coordinator.auth import Auth
+from coordinator.door import Door
 from coordinator.sessions import NoSession
 from protocols.errors import BadMessage
 from protocols.messages import Exchange, Exchanged, Parcel
@@ -79,8 +77,6 @@ from protocols.messages import Exchange, Exchanged, Parcel
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
 
-#: A key or a node id, and a number.
-MAX_BODY_BYTES = 16 * 1024
 FLEET_PREFIX = "/v1/fleet/"
 #: What our agents use of Flower's routes; messages and heartbeats travel on the exchange route.
 OPEN = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
@@ -246,7 +242,7 @@ class Superlink:
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
         app.include_router(fleet_router)
-        return _Door(self._watched(app), auth)
+        return Door(self._watched(app), auth, OPEN, FLEET_HTTP_PUBLIC_KEY_HEADER)
 
     async def _end_last_session(
         self, request: Request, call_next: RequestResponseEndpoint
@@ -284,58 +280,6 @@ class Superlink:
             self._on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
 
         return watch
-
-
-class _Door:
-    """Lets requests of ours through to Flower: three routes, signed as on our own routes.
-
-    Flower parses a body before it looks who sent it, and its node authentication signs a timestamp
-    alone. So a request that somebody captured could be sent again for five minutes, with another
-    body even: a pull swallows the message that the agent waits for, a deactivation takes it
-    offline. Our signature covers path, body, time and nonce, and is good once. It is the whole
-    price that a stock SuperNode, which does not sign so, is refused like any stranger.
-    """
-
-    def __init__(self, app: ASGIApp, auth: Auth) -> None:
-        self._app, self._auth = app, auth
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await self._checked(Request(scope, receive))
-        except HTTPException as err:
-            await Response(status_code=err.status_code)(scope, receive, send)
-            return
-        scope.setdefault("state", {})
-        given = False
-
-        async def give() -> ASGIMessage:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        refused = False
-
-        async def say(message: ASGIMessage) -> None:
-            """Flower's answer; of a refusal only that it is one."""
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                refused = True
-                await Response(status_code=message["status"])(scope, receive, send)
-            elif not refused:
-                await send(message)
-
-        await self._app(scope, give, say)
-
-    async def _checked(self, request: Request) -> bytes:
-        if request.method != "POST" or request.scope["path"] not in OPEN:
-            raise HTTPException(404)
-        peer, body = await self._auth.peer_and_body(request, MAX_BODY_BYTES)
-        node_key = b64encode(peer.node_public).decode()
-        if request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER) != node_key:
-            raise HTTPException(401)  # a peer that has got hold of another's node key
-        return body
 
 
 def _check_objects(tree: ObjectTree, parcel: Parcel) -> None:

@@ -30,8 +30,8 @@ from hypothesis import strategies as st
 
 from agent.lane import SessionLost
 from agent.link import Link, _pack, _unpack
+from coordinator.door import MAX_BODY_BYTES
 from coordinator.records import read_claim
-from coordinator.superlink import MAX_BODY_BYTES
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages import EXCHANGE_PATH, Exchange, Parcel
 from tests.site_fixtures import Machine, Site, until
