@@ -11,17 +11,11 @@ import numpy as np
 
 from agent import answers
 from agent.tasks import OnStep, Predicting, Settings
-from protocols.errors import CommonweightError, DataFault
+from protocols.errors import CannotPredict, DataFault
 from protocols.weights import Weights
 
 _encoder = msgspec.json.Encoder()
 Columns = Mapping[str, Sequence[Any]]
-
-
-class CannotPredict(CommonweightError):
-    """The task trains, but answers nothing."""
-
-    code = "no predict"
 
 
 def batches(
@@ -32,7 +26,9 @@ def batches(
     Raises CannotPredict, DataFault (columns of several lengths), and what the task raises.
     """
     if not isinstance(task, Predicting):
-        raise CannotPredict("the task cannot predict", "it needs a method predict: docs/tasks.md")
+        raise CannotPredict(
+            "the task answers for no rows", "it needs a method predict: docs/tasks.md"
+        )
     for batch in task.predict(model, settings, source):
         columns = {
             str(name): column.tolist() if isinstance(column, np.ndarray) else list(column)

@@ -26,12 +26,15 @@ T = TypeVar("T")
 
 #: What another child may not meet again. All else is said of the work itself, or was asked for.
 WORTH_A_TRY = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
+#: The same for what others ask in jobs: the same rows meet the same exception.
+WORTH_A_TRY_IN_JOBS = WORTH_A_TRY - {"task"}
 
 
 class Watchdog:
     """A trainer for `client.Client` that survives its children.
 
     After `tries` failures of one work it raises the last one, having told `on_given_up(kind)`.
+    Failures of a kind that is not in `worth` are raised at once.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Watchdog:
         tries: int = 4,
         first_s: float = 0.5,
         most_s: float = 15.0,
+        worth: frozenset[str] = WORTH_A_TRY,
         on_given_up: Callable[[str], None] = lambda kind: None,
     ) -> None:
-        self._trainer, self._tries = trainer, tries
+        self._trainer, self._tries, self._worth = trainer, tries, worth
         self._first_s, self._most_s = first_s, most_s
         self._on_given_up = on_given_up
         self._closed = threading.Event()
@@ -87,7 +91,7 @@ class Watchdog:
             try:
                 return work()
             except TrainerFailed as err:
-                if err.kind not in WORTH_A_TRY or self._closed.is_set():
+                if err.kind not in self._worth or self._closed.is_set():
                     raise
                 # Whatever state it is in: the next try gets a child that has done nothing yet.
                 self._trainer.stop()

@@ -30,7 +30,7 @@ from agent.settings import AgentSettings, Enrolment, data_settings
 from agent.sharing import Sharing
 from agent.trainer_process import TrainerProcess
 from agent.versions import Versions
-from agent.watchdog import WORTH_A_TRY, Watchdog
+from agent.watchdog import WORTH_A_TRY_IN_JOBS, Watchdog
 from agent.worker import (
     PauseAsked,
     PauseLifted,
@@ -88,8 +88,10 @@ class WorkThread:
         self._watchdog = Watchdog(
             self.trainer,
             tries=chosen.trainer_tries,
-            on_given_up=lambda kind: loop.soon(self._rest_trainer, kind),
+            on_given_up=self._on_given_up,
         )
+        #: The trainer's rest that follows is not in force yet.
+        self._gave_up = False
         self.versions = versions = Versions(cache, link, sharing)
         self._client = Client(
             peer=enrolment.peer,
@@ -128,8 +130,10 @@ class WorkThread:
     def _handlers(self) -> dict[type[Question], Handler]:
         """What this agent can do for jobs, by the type of the question."""
         pinned = Versions(self._home / "jobs" / "models", self._link)
+        # What others ask may fail as it likes: no reason to take no work for a while.
+        patient = Watchdog(self.trainer, tries=2, worth=WORTH_A_TRY_IN_JOBS)
         inferring = Inferring(
-            self._watchdog,
+            patient,
             lambda: settings.read(self._home),
             lambda model: find_version(self._home / "cache", model, pinned.fetch),
             lambda digest, nbytes, target: self._link().download(
@@ -159,7 +163,7 @@ class WorkThread:
     def answer(self, message: Message) -> Message | None:
         """Do the work of a message and send the reply; the next message. Raises Unreachable."""
         failpoint("agent.message.taken")
-        gave_up = False  # the pause that follows is not in force yet
+        self._gave_up = False
         try:
             reply = self._handled(message)
         except (Unreachable, SessionLost):
@@ -169,13 +173,12 @@ class WorkThread:
                 return None
             if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
                 self._loop.soon(self._report.complain, f"the work failed: {err.message}")
-            gave_up = isinstance(err, TrainerFailed) and err.kind in WORTH_A_TRY
             reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
         self._report.answered()
         following: Message | None = None
         failpoint("agent.claim.sending")
         link = self._link()
-        if worker.is_willing(self._loop.worker) and not gave_up:
+        if worker.is_willing(self._loop.worker) and not self._gave_up:
             following = link.exchange(reply)
         else:
             link.push(reply)
@@ -225,6 +228,10 @@ class WorkThread:
         until = time.monotonic() + most_s
         while time.monotonic() < until and not self._loop.stopping.is_set() and not ready():
             time.sleep(_LOOK_EVERY_S)
+
+    def _on_given_up(self, kind: str) -> None:
+        self._gave_up = True
+        self._loop.soon(self._rest_trainer, kind)
 
     # --- on the event loop ---
 

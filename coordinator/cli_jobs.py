@@ -86,12 +86,12 @@ def _scattered(
     if remote.role != "operator" or not (homes.locate("coordinator") / homes.STAMP).exists():
         raise UsageFault("rows are spread from the coordinator's own machine")
     lane = JobLane(homes.open_home("coordinator") / "jobs")
+    given = prepare(source, lane.version("").parent, lane.suffix)
     sys.stderr.write(
         f"the rows of {source} leave this machine: peers whose owners take such rows see them\n"
     )
     if sys.stdin.isatty() and not (yes or json):
         typer.confirm("go on?", abort=True, err=True)
-    given = prepare(source, lane.version("").parent, lane.suffix)
     spec = JobSpec(
         kind="scatter",
         task=pins.task,

@@ -35,13 +35,14 @@ _PROBES = 16
 class View(NamedTuple):
     """What is so now, and no fact: who can be given work, and which leases (unit, peer) are up.
 
-    `due`: the job's own deadline has passed.
+    `due`: the job's own deadline has passed. `deserted`: nobody has been there for a while.
     """
 
     eligible: frozenset[str]
     gone: frozenset[tuple[int, str]] = frozenset()
     overdue: frozenset[tuple[int, str]] = frozenset()
     due: bool = False
+    deserted: bool = False
 
 
 class Lease(NamedTuple):
@@ -113,7 +114,8 @@ def _end(job: Job, view: View) -> End | None:
 def _stuck(job: Job, view: View) -> End | None:
     """A scattered job ends if nobody who is there can bring it on, and nothing is under way."""
     able = view.eligible - job.excused.keys()
-    if not view.eligible or any(job.leases()):
+    anybody = view.eligible or (view.deserted and job.excused)
+    if not anybody or any(job.leases()):
         return None
     if not able:
         reasons = sorted(set(job.excused.values()))

@@ -44,6 +44,8 @@ class JobLoop:
         now = time.monotonic()
         self._patient_until = now + RETURN_WITHIN_S if any(job.leases()) else 0.0
         self._ends_at = now + job.spec.deadline_s if job.spec.deadline_s else float("inf")
+        #: When anybody could be given work the last time (monotonic s).
+        self._attended_at = now
         #: Peers that Flower could not reach get no more until then (monotonic s), or a new session.
         self._lost_until: dict[str, float] = {}
         self._stop_reason = ""
@@ -114,7 +116,10 @@ class JobLoop:
                 gone.add((unit.number, peer))
         due = self.questions.due(asked)
         overdue = frozenset(lease for lease, at in due.items() if now >= at)
-        return View(eligible, frozenset(gone), overdue, now >= self._ends_at)
+        if eligible:
+            self._attended_at = now
+        deserted = now >= self._attended_at + RETURN_WITHIN_S
+        return View(eligible, frozenset(gone), overdue, now >= self._ends_at, deserted)
 
     async def _wait(self) -> None:
         if self.job.ended:
@@ -122,7 +127,7 @@ class JobLoop:
         now = time.monotonic()
         leases = ((u.number, p) for u, p, lease in self.job.leases() if lease == "open")
         times = [*self.questions.due(leases).values(), *self._lost_until.values()]
-        times += [self._patient_until, self._ends_at]
+        times += [self._patient_until, self._ends_at, self._attended_at + RETURN_WITHIN_S]
         ahead = min((at - now for at in times if at > now), default=None)
         try:
             async with asyncio.timeout(None if ahead == float("inf") else ahead):

@@ -21,6 +21,7 @@ CommonweightError                     1  something failed
 │   └── SchemaMismatch                   they, the model or the task are not those of the others
 ├── OutOfMemory                       1  a step of training takes more memory than there is
 ├── TaskUnusable                      1  a task's own file or package cannot be loaded
+├── CannotPredict                     1  the task trains, but answers for no rows
 ├── TrainerFailed                     1  the child process that trains failed or was ended
 └── UpdateRefused                     1  an update that must not be summed
 """
@@ -201,8 +202,14 @@ class TaskUnusable(CommonweightError):
     code = "task_unusable"
 
 
+class CannotPredict(CommonweightError):
+    """The task trains, but answers for no rows."""
+
+    code = "no predict"
+
+
 #: Codes of errors whose words are fit for the other side.
-TELLABLE = frozenset({DataFault.code, SchemaMismatch.code})
+TELLABLE = frozenset({DataFault.code, SchemaMismatch.code, CannotPredict.code})
 
 
 class TrainerFailed(CommonweightError):

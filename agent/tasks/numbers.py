@@ -26,38 +26,38 @@ def batches(
 ) -> Iterator[npt.NDArray[Any]]:
     """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` a value must be.
 
-    Raises DataFault, which quotes no value.
+    Raises DataFault.
     """
     path = Path(source)
     if path.suffix.lower() != ".csv" or not path.is_file():
-        raise DataFault(f"{path.name} is no CSV file", f"CSV, {columns} columns, each {what}")
+        raise DataFault(
+            f"the rows are in no CSV file: {columns} columns, each {what}", f"found: {path}"
+        )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             names = next(csv.reader(file), [])
             chosen = [place for place, name in enumerate(names) if name.strip() != LABEL]
             if len(chosen) != columns:
                 raise DataFault(
-                    f"{path.name} has {len(chosen)} columns of numbers, and {columns} are needed",
-                    f"a line of names, then an example a line: {columns} columns, each {what}",
+                    f"the table has {len(chosen)} columns, and {columns} are needed, each {what}",
+                    "a line of names, then an example a line",
                 )
             first = 2
             while lines := list(islice(file, _BATCH)):
-                yield _numbers(path, lines, first, chosen, dtype, what)
+                yield _numbers(lines, first, chosen, dtype, what)
                 first += len(lines)
     except UnicodeDecodeError as err:
-        raise DataFault(f"{path.name} is no text in UTF-8") from err
+        raise DataFault("a file is no UTF-8 text", str(path)) from err
 
 
 def _numbers(
-    path: Path, lines: list[str], first: int, chosen: list[int], dtype: npt.DTypeLike, what: str
+    lines: list[str], first: int, chosen: list[int], dtype: npt.DTypeLike, what: str
 ) -> npt.NDArray[Any]:
     try:
         found = np.loadtxt(lines, dtype, delimiter=",", usecols=chosen, ndmin=2, quotechar='"')
     except ValueError as err:
         last = first + len(lines) - 1
-        raise DataFault(
-            f"{path.name}, lines {first} to {last}: a value is missing or is not {what}"
-        ) from err
+        raise DataFault(f"in lines {first} to {last} a value is missing or is not {what}") from err
     if found.dtype.kind == "f" and not np.isfinite(found).all():
-        raise DataFault(f"{path.name}: a value is missing or is not {what}")
+        raise DataFault(f"a value is missing or is not {what}")
     return found

@@ -41,8 +41,8 @@ def test_each_row_once_and_no_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b,c\n1,2,3\n", "has 3 columns of numbers, and 2 are needed"),
-        ("a,b\n1,2\n3,secret\n", "lines 2 to 3: a value is missing or is not a whole number"),
+        ("a,b,c\n1,2,3\n", "has 3 columns, and 2 are needed"),
+        ("a,b\n1,2\n3,secret\n", "in lines 2 to 3 a value is missing or is not a whole number"),
         ("a,b\n1,256\n", "is not a whole number from 0 to 255"),
         ("a,b\n1,0.5\n", "is not a whole number"),
         ("a,b\n1,\n", "a value is missing"),
@@ -57,15 +57,16 @@ def test_what_does_not_fit_is_told_and_quotes_no_value(
     with pytest.raises(DataFault, match=words) as caught:
         read(path)
     assert "secret" not in str(caught.value)
+    assert path.name not in caught.value.message
 
 
 def test_other_files(tmp_path: Path) -> None:
     for name in ("rows.parquet", "missing.csv"):
-        with pytest.raises(DataFault, match="is no CSV file"):
+        with pytest.raises(DataFault, match="in no CSV file"):
             read(tmp_path / name)
     path = tmp_path / "rows.csv"
     path.write_bytes("a,b\n1,ä\n".encode("latin-1"))
-    with pytest.raises(DataFault, match="no text in UTF-8"):
+    with pytest.raises(DataFault, match="no UTF-8 text"):
         read(path)
     floats = tmp_path / "floats.csv"
     floats.write_text("a,b\n1,nan\n")

@@ -180,6 +180,14 @@ def test_a_unit_that_fails_everywhere_fails_the_job() -> None:
     assert end == (JobState.FAILED, "unit 0 failed on 3 peers: the trainer: task")
 
 
+def test_a_job_that_nobody_can_do_ends_also_when_they_have_left() -> None:
+    job = jobs.apply(scattered(), job_facts.PeerExcused("ada", "refused"))
+    assert dispatch.decide(job, View(frozenset())) == []  # others may come yet
+    (end,) = dispatch.decide(job, View(frozenset(), deserted=True))
+    assert end == dispatch.End(JobState.FAILED, "no peer can do it: refused")
+    assert dispatch.decide(scattered(), View(frozenset(), deserted=True)) == []
+
+
 def test_a_job_over_own_rows_tells_who_answered() -> None:
     job = jobs.started("job", JobSpec(kind="private", peers=("ada", "bob", "cyd")))
     steps = leases(job, "ada", "bob")
