@@ -115,10 +115,10 @@ class Frames:
 class Site:
     """A trainer with its folder, its frames, and the first weights of the 2NN."""
 
-    def __init__(self, folder: Path, **options: float) -> None:
+    def __init__(self, folder: Path, cache: str = "", **options: float) -> None:
         self.folder = folder
         self.frames = Frames()
-        self.data = DataSettings(index=1, parts=10)
+        self.data = DataSettings(index=1, parts=10, cache=cache)
         self.trainer = TrainerProcess(
             folder,
             self.data,
