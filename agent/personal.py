@@ -5,7 +5,8 @@ optimiser lie in a file of its own, which moves on with each update.
 
 SCAFFOLD: Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1. Each step's gradient is corrected
 by c - c_i, the update carries c + (c_i⁺ - c_i), and c_i⁺ is either (I) the gradient at the version
-or (II) the mean of the gradients on the way, c_i - c + (x - y) / path.
+or (II) the mean of the gradients on the way, c_i - c + (x - y) / path. As (II) follows from the
+weights and the path alone, the coordinator can add it up itself: with option 3 it does.
 FedBN: Li et al. 2021, arXiv 2102.07623. DiLoCo: Douillard et al. 2023, arXiv 2311.08105.
 """
 
@@ -84,15 +85,19 @@ class Personal:
         return bool(self._scheme.get(schemes.SCAFFOLD))
 
     @property
+    def tells_path(self) -> bool:
+        """The coordinator makes the control variates of the weights and of how far they went."""
+        return self._scheme.get(schemes.SCAFFOLD) == 3
+
+    @property
     def continues(self) -> bool:
         return bool(self._scheme.get(schemes.KEEP_OPTIMISER))
 
     def correction(self, version: Weights) -> Arrays:
         """c - c_i, by the weight whose gradient it is added to."""
         return {
-            name: np.subtract(version[control_of(name)], self._own[control_of(name)])
-            for name in self._model
-            if control_of(name) in self._schema
+            name: np.subtract(version[control], self._own[control])
+            for name, control in self._controlled()
         }
 
     def update(
@@ -108,7 +113,8 @@ class Personal:
         change: dict[str, Floats] = {}
         if self.steers:
             new = self._control(steerable(task), settings, version, trained)
-            change = {n: _floats(version[n]) + (new[n] - _floats(self._own[n])) for n in new}
+            if not self.tells_path:
+                change = {n: _floats(version[n]) + (new[n] - _floats(self._own[n])) for n in new}
             own |= new
         if out is not None:
             kept = pick(self._schema, own.__getitem__)
@@ -116,16 +122,20 @@ class Personal:
                 left = continuing(task).remembered()
                 kept = Weights({**kept, **{_OPTIMISER + name: left[name] for name in left}})
             weights.save(kept, out)
-        return pick(self.shared, lambda name: change[name] if name in change else trained[name])
+        travels = {**version, **trained, **change}
+        return pick(self.shared, travels.__getitem__)
+
+    def _controlled(self) -> list[tuple[str, str]]:
+        """The model's tensors that have control variates, and the names of those."""
+        named = [(name, control_of(name, self._scheme)) for name in self._model]
+        return [(name, control) for name, control in named if control in self._schema]
 
     def _control(
         self, task: Steerable, settings: Settings, version: Weights, trained: Mapping[str, Array]
     ) -> dict[str, Floats]:
         """c_i⁺ by the names of control variates."""
         moving = [
-            (name, control_of(name), _floats(self._own[control_of(name)]))
-            for name in self._model
-            if control_of(name) in self._schema
+            (name, control, _floats(self._own[control])) for name, control in self._controlled()
         ]
         if self._scheme[schemes.SCAFFOLD] == 1:
             gradient = task.gradient(self.model(version), settings)

@@ -180,6 +180,8 @@ class Trainer:
         self._control.check(work.id)
         kept_out = Path(work.kept_out) if work.kept_out else None
         whole = _checked(trained, model.schema)
+        if personal.tells_path:
+            metrics = {**metrics, schemes.PATH: steerable(task).path(settings)}
         update = personal.update(task, settings, base, whole, kept_out)
         done = self._written(work.id, update, work.out, count, metrics)
         return msgspec.structs.replace(done, resumed_at=resumed_at)

@@ -59,7 +59,12 @@ def commit(
             base=base,
             origin=stack.enter_context(Stored(lane.version(run.head))),
             updates=[
-                _on_head(codec, lane, peer, update, run.head, base, stack)
+                recipe.seen(
+                    run.spec.strategy_args,
+                    _on_head(codec, lane, peer, update, run.head, base, stack),
+                    base,
+                    update.metrics,
+                )
                 for peer, update in accepted
             ],
             share=share,

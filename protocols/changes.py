@@ -1,7 +1,8 @@
 """What training changed, as one long row of float32 numbers, block by block. Pure numpy.
 
-All floating-point tensors of a model, in name order, are the flat axis of a `Layout`. A block fits
-a core's cache, and its buffer is used again.
+All floating-point tensors of a model, in name order, are the flat axis of a `Layout`, but for those
+that follow from the others (`schemes.is_derived`). A block fits a core's cache, and its buffer is
+used again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from protocols import schemes
 from protocols.errors import BadWeights
 from protocols.weights import DTYPES, FLOATING, Array, Part, Readable, Schema, narrow, widen
 
@@ -40,7 +42,7 @@ class Field(NamedTuple):
 
 
 class Layout:
-    """Where each floating-point tensor of a schema lies on the flat axis."""
+    """Where each floating-point tensor of a schema that travels up lies on the flat axis."""
 
     def __init__(self, schema: Schema) -> None:
         self.fields: dict[str, Field] = {}
@@ -48,7 +50,7 @@ class Layout:
         for name in sorted(schema):
             dtype, shape = schema[name]
             count = math.prod(shape)
-            if dtype in FLOATING and count:
+            if dtype in FLOATING and count and not schemes.is_derived(name):
                 row = _row(shape)
                 number = len(self.fields)
                 self.fields[name] = Field(name, number, dtype, count, start, row, rows, nbytes)

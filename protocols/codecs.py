@@ -21,7 +21,6 @@ from protocols.codings import Bf16, Coding, Int8, Sign, TopK
 from protocols.errors import UnknownName, UsageFault
 from protocols.stored import Writer
 from protocols.weights import (
-    FLOATING,
     Array,
     Part,
     Readable,
@@ -159,10 +158,12 @@ class Decoded:
         """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
         old = self._base.read(part)
         dtype = self.schema[part.name].dtype
-        return add(old, self.change(part), dtype) if dtype in FLOATING else old
+        return add(old, self.change(part), dtype) if part.name in self._fields else old
 
     def change(self, part: Part) -> Floats:
         """What the update adds to a part of a floating-point tensor, before it is rounded."""
+        if part.name not in self._fields:
+            return np.zeros(part.stop - part.start, np.float32)
         out = np.empty(part.stop - part.start, np.float32)
         for start in range(part.start, part.stop, BLOCK):
             stop = min(start + BLOCK, part.stop)

@@ -17,26 +17,33 @@ import numpy as np
 from protocols.errors import UsageFault
 from protocols.weights import DTYPES, FLOATING, Array, Schema, TensorSpec, Weights
 
-#: The setting that asks for control variates: SCAFFOLD's option, 1 or 2.
+#: The setting that asks for control variates: SCAFFOLD's option, 1 or 2; 3: they do not travel up.
 SCAFFOLD = "scaffold"
+#: With option 3, the metric by which a peer tells its learning rate times its steps.
+PATH = "path"
 #: The setting that names tensors which stay at home: patterns such as "norm*", with commas between.
 AT_HOME = "at_home"
 #: The setting by which a peer's optimiser goes on where its last round left it.
 KEEP_OPTIMISER = "keep_optimiser"
 SETTINGS = frozenset({SCAFFOLD, AT_HOME, KEEP_OPTIMISER})
-#: Begins the name of a control variate.
-CONTROL = "control:"
+#: Begins the name of a control variate; and of one that no update holds, as it follows from it.
+CONTROL, DERIVED = "control:", "control:="
 
 Settings = Mapping[str, str | int | float | bool]
 
 
-def control_of(name: str) -> str:
+def control_of(name: str, settings: Settings) -> str:
     """The name of the control variate that belongs to a tensor."""
-    return CONTROL + name
+    return (DERIVED if settings.get(SCAFFOLD) == 3 else CONTROL) + name
 
 
 def is_control(name: str) -> bool:
     return name.startswith(CONTROL)
+
+
+def is_derived(name: str) -> bool:
+    """True for a control variate that no update holds."""
+    return name.startswith(DERIVED)
 
 
 def stays(name: str, settings: Settings) -> bool:
@@ -50,7 +57,7 @@ def controls(schema: Schema, settings: Settings) -> Schema:
     if not settings.get(SCAFFOLD):
         return {}
     return {
-        control_of(name): TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        control_of(name, settings): TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
         for name, spec in schema.items()
         if spec.dtype in FLOATING
     }

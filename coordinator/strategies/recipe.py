@@ -19,6 +19,9 @@ from protocols.errors import CannotBeMet, UnknownName, UsageFault
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
+    from protocols.messages import Metrics
+    from protocols.weights import Readable
+
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 #: What a strategy's `aggregate_train` is given.
@@ -179,6 +182,12 @@ class Recipe:
     def metric(self, given: Mapping[str, Setting]) -> str:
         """A metric, 0 or more, that every update must tell for it; or empty."""
         return ""
+
+    def seen(
+        self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
+    ) -> Readable:
+        """An update as it is to be aggregated: with what follows from it and from its metrics."""
+        return update
 
     def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
         """What every trainer is told and no task sees (`protocols.schemes`)."""

@@ -3,6 +3,10 @@
 Karimireddy et al. 2020, arXiv 1910.06378. Versions hold c beside the model (`protocols.schemes`),
 updates c + (c_i⁺ - c_i), and the trainer does the client's half (`agent.personal`); Flower has no
 such strategy, so the server's half is a class of ours: `control_variates`.
+
+With option 3 an update holds the weights alone, in as many bytes as FedAvg's: c_i⁺ of option 2
+follows from them and from the path (learning rate times steps) that the peer tells, so c moves
+by what arrived, whatever the codec left out.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from coordinator.facts import Setting
 from coordinator.strategies.recipe import LIMITS, Arrays, Recipe
 from protocols import schemes
+from protocols.messages import Metrics
+from protocols.weights import DTYPES, Array, Part, Readable, widen
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
 class Scaffold(Recipe):
-    #: c_i⁺ as the gradient at the version (1), or as the mean of those on the way (2).
+    #: c_i⁺ as the gradient at the version (1), or as the mean of those on the way: sent (2) or
+    #: made by the coordinator (3).
     for_trainers = MappingProxyType({"option": 2})
-    limits = MappingProxyType({**LIMITS, "option": (lambda value: value in (1, 2), "1 or 2")})
+    limits = MappingProxyType({**LIMITS, "option": (lambda value: value in (1, 2, 3), "1, 2 or 3")})
     needs_base = True
 
     def flower_class(self) -> type[Strategy]:
@@ -33,5 +42,39 @@ class Scaffold(Recipe):
     def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
         made.base = base
 
+    def metric(self, given: Mapping[str, Setting]) -> str:
+        return schemes.PATH if self.arguments(given)["option"] == 3 else ""
+
+    def seen(
+        self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
+    ) -> Readable:
+        if self.arguments(given)["option"] != 3:
+            return update
+        return WithControls(update, base, metrics[schemes.PATH] or 0.0)
+
     def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
         return {schemes.SCAFFOLD: self.arguments(given)["option"]}
+
+
+class WithControls:
+    """An update and the control variates that follow from it: c + (c_i⁺ - c_i) = (x - y) / path.
+
+    A peer that took no step leaves c as it is.
+    """
+
+    def __init__(self, update: Readable, base: Readable, path: float) -> None:
+        self.schema = base.schema
+        self._update, self._base, self._path = update, base, path
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype."""
+        if not schemes.is_derived(part.name):
+            return self._update.read(part)
+        if not self._path:
+            return self._base.read(part)
+        of = part._replace(name=part.name.removeprefix(schemes.DERIVED))
+        x, y = self._base.read(of), self._update.read(of)
+        if self.schema[of.name].dtype == "BF16":
+            x, y = widen(x), widen(y)
+        moved = np.subtract(x, y, dtype=np.float64) / self._path
+        return moved.astype(DTYPES[self.schema[part.name].dtype])

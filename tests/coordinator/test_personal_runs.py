@@ -25,7 +25,7 @@ from tests.hub_fixtures import (
 )
 from tests.softmax_task import FEATURES, NAME, SIZES, InProcess, part
 
-OPTIONS = pytest.mark.parametrize("option", [1, 2])
+OPTIONS = pytest.mark.parametrize("option", [1, 2, 3])
 PARTS = [part(index) for index in range(len(SIZES))]
 UNION = Data(*(np.concatenate(arrays) for arrays in zip(*PARTS, strict=True)))
 
@@ -95,12 +95,18 @@ def slope(model: Weights) -> float:
     return float(sum(squares)) ** 0.5
 
 
-async def test_the_shared_control_is_the_mean_of_the_peers_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "control"), [(2, "control:"), (3, "control:=")])
+async def test_the_shared_control_is_the_mean_of_the_peers_own(
+    tmp_path: Path, option: int, control: str
+) -> None:
     async with trainers(tmp_path) as fleet:
-        run = await finished(fleet, rounds=3, strategy="scaffold", settings={"steps": 4})
+        args = {"option": option}
+        run = await finished(
+            fleet, rounds=3, strategy="scaffold", strategy_args=args, settings={"steps": 4}
+        )
         version, own = fleet.version(run.head), kept(fleet)
-        assert set(version) == {"w", "b", "control:w", "control:b"}
-        for name in ("control:w", "control:b"):
+        assert set(version) == {"w", "b", f"{control}w", f"{control}b"}
+        for name in (f"{control}w", f"{control}b"):
             share = np.array(SIZES) / sum(SIZES)
             mean = np.tensordot(share, np.stack([np.asarray(o[name]) for o in own]), 1)
             assert np.abs(mean).max() > 1e-3
@@ -117,6 +123,17 @@ async def test_control_variates_travel_coded_and_begin_with_a_model_of_ones_own(
         assert run.state is RunState.FINISHED
         assert fleet.refusals(run.id) == []
         assert np.asarray(fleet.version(run.head)["control:w"]).any()
+
+
+async def test_controls_that_the_coordinator_makes_cost_no_bytes(tmp_path: Path) -> None:
+    """With the codec of one bit too: the change of the weights is all that an update holds."""
+    async with trainers(tmp_path) as fleet:
+        spec: dict[str, Any] = {"rounds": 2, "settings": {"steps": 4}, "codec": "sign"}
+        plain = await finished(fleet, **spec)
+        args = {"option": 3}
+        steered = await finished(fleet, strategy="scaffold", strategy_args=args, **spec)
+        assert [r.bytes_up for r in steered.history] == [r.bytes_up for r in plain.history]
+        assert np.asarray(fleet.version(steered.head)["control:=w"]).any()
 
 
 async def test_layers_that_stay_at_home_are_in_no_version(tmp_path: Path) -> None:
@@ -137,7 +154,7 @@ async def test_layers_that_stay_at_home_are_in_no_version(tmp_path: Path) -> Non
 async def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     async with trainers(tmp_path) as fleet:
         for spec, words in (
-            ({"strategy": "scaffold", "strategy_args": {"option": 3}}, "1 or 2"),
+            ({"strategy": "scaffold", "strategy_args": {"option": 4}}, "1, 2 or 3"),
             ({"settings": {"scaffold": 1}}, "the strategy says it"),
             ({"settings": {"at_home": "*"}}, "the strategy says it"),
         ):

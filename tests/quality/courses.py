@@ -100,15 +100,25 @@ REFERENCE = (
 _ADAPTIVE: Mapping[str, Setting] = {"eta": 0.01, "tau": 0.001}
 _MOMENTUM: Mapping[str, Setting] = {"server_momentum": 0.9, "server_learning_rate": 0.3}
 
+_STANDARD: Mapping[str, Setting] = {"pixels": "standard"}
+_DERIVED: Mapping[str, Setting] = {"option": 3}
+
 #: What else was tried on two label shards a peer.
 BETTER = (
+    Course("scaffold, shards", "shards", strategy="scaffold"),
+    Course("scaffold + sign, shards", "shards", "sign", "scaffold", _DERIVED),
+    Course("scaffold + topk, shards", "shards", "topk", "scaffold", _DERIVED),
+    Course("scaffold, standard pixels", "shards", strategy="scaffold", settings=_STANDARD),
+    Course(
+        "scaffold, standard pixels, lr 0.05",
+        "shards",
+        strategy="scaffold",
+        settings={**_STANDARD, "lr": 0.05},
+    ),
     Course("fedavgm, shards", "shards", strategy="fedavgm", strategy_args=_MOMENTUM),
     Course("fedadam, shards", "shards", strategy="fedadam", strategy_args=_ADAPTIVE),
     Course("fedyogi, shards", "shards", strategy="fedyogi", strategy_args=_ADAPTIVE),
     Course("fedprox, shards", "shards", strategy="fedprox", strategy_args={"proximal_mu": 0.1}),
-    Course("scaffold, shards", "shards", strategy="scaffold"),
-    Course("scaffold + topk, shards", "shards", "topk", "scaffold"),
-    Course("fedadam + sign, shards", "shards", "sign", "fedadam", _ADAPTIVE),
 )
 
 ALL = (*REFERENCE, *BETTER)
