@@ -131,6 +131,11 @@ class Link(Lane):
         """Let go of all connections, and make others when they are needed."""
         self._wire.drop()
 
+    @property
+    def peer_ip(self) -> str:
+        """The IP address that the last connection went to; empty before the first."""
+        return self._wire.peer_ip
+
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""
         with translated():

@@ -22,6 +22,7 @@ from agent.owner import Owner
 from agent.polite import Polite
 from agent.presence import PresenceLink
 from agent.report import Report
+from agent.route import RouteWatch
 from agent.sensors import Sensors
 from agent.sessions import Sessions
 from agent.settings import AgentSettings, Enrolment
@@ -49,6 +50,7 @@ from protocols.states import PauseReason
 log = logging.getLogger("commonweight.agent")
 
 _TICK_S = 0.5
+_ROUTE_TICKS = 4
 
 
 class Agent:
@@ -226,12 +228,16 @@ class Agent:
     # --- now and then ---
 
     async def _tick(self) -> None:
-        """Obey the owner, end an idle trainer, keep the status fresh, notice a sleep."""
-        clocks = Clocks.now()
+        """Obey the owner, end an idle trainer, keep the status fresh, notice sleep and moves."""
+        clocks, route, ticks = Clocks.now(), RouteWatch(), 0
         while True:
-            before, clocks = clocks, Clocks.now()
+            before, clocks, ticks = clocks, Clocks.now(), ticks + 1
             if slept := slept_s(before, clocks, _TICK_S):
-                self._waking = asyncio.create_task(self._wake(slept), name="wake")
+                why = f"back after {slept:.0f} s of sleep"
+                self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
+            elif ticks % _ROUTE_TICKS == 0 and route.has_changed(self._sessions.peer_ip):
+                why = "this machine's network has changed"
+                self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
             if self._owner.heed():
                 self._take_up(self._polite.chosen)
             trainer = self._work.trainer
@@ -247,7 +253,7 @@ class Agent:
         logs.set_level(chosen.log_level)
         self._report.take_up(chosen, self._loop.worker)
 
-    async def _wake(self, slept: float) -> None:
-        log.info("back after %.0f s of sleep: connecting anew", slept)
+    async def _connect_anew(self, why: str) -> None:
+        log.info("%s: connecting anew", why)
         self._presence.reconnect()
         await self._sessions.reconnect()

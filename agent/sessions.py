@@ -70,6 +70,11 @@ class Sessions:
             raise Unreachable("the coordinator was not asked yet")
         return self._link
 
+    @property
+    def peer_ip(self) -> str:
+        """The IP address that the last connection went to; empty before the first."""
+        return self._link.peer_ip if self._link else ""
+
     def traffic(self) -> tuple[int, int]:
         """Bytes up and down since the agent's start."""
         return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)
@@ -197,7 +202,8 @@ class Sessions:
     async def reconnect(self) -> None:
         """Connect anew at once: what was open before a sleep is dead, and nobody says so."""
         if self._link is not None:
-            await self._in_thread(self._link.reconnect, pool=self._beating)
+            # In neither of our threads: both may wait on what is dead.
+            await asyncio.to_thread(self._link.reconnect)
             if self._loop.worker.session:
                 await self._beat(self._link)
         self.ring()

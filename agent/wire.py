@@ -14,6 +14,9 @@ import socket
 import ssl
 import threading
 import time
+import urllib.parse
+import urllib.request
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -61,7 +64,10 @@ class Wire:
         self._tls, self._kept_s, self.timeout_s = tls, kept_s, timeout_s
         self._lock = threading.Lock()
         self._idle: list[tuple[http.client.HTTPSConnection, float]] = []
+        self._busy: set[http.client.HTTPSConnection] = set()
         self._life = 0
+        #: The IP address that the last connection went to; a proxy's, if one is between.
+        self.peer_ip = ""
 
     def ask(self, method: str, path: str, headers: Mapping[str, str], body: Body = b"") -> Answer:
         """The answer to a request. A body in pieces needs a content-length in `headers`."""
@@ -75,10 +81,14 @@ class Wire:
             yield Stream(response)
 
     def drop(self) -> None:
-        """Let go of all connections; others are made when they are needed."""
+        """Let go of all connections, also of those that wait; others are made when needed."""
         with self._lock:
             self._life += 1
             idle, self._idle = self._idle, []
+            for connection in self._busy:
+                if connection.sock is not None:  # not closed: its own thread reads from it
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
         for connection, _ in idle:
             connection.close()
 
@@ -89,6 +99,8 @@ class Wire:
         life, done = self._life, False
         with _told():
             connection = self._connected()
+        with self._lock:
+            self._busy.add(connection)
         try:
             with _told():
                 connection.putrequest(method, path, skip_accept_encoding=True)
@@ -104,6 +116,8 @@ class Wire:
             yield response
             done = response.isclosed() and not response.will_close
         finally:
+            with self._lock:
+                self._busy.discard(connection)
             if done:
                 self._give_back(connection, life)
             else:
@@ -120,11 +134,22 @@ class Wire:
                 connection.sock.settimeout(self.timeout_s)
                 return connection
             connection.close()
-        connection = http.client.HTTPSConnection(
-            self._host, self._port, timeout=self.timeout_s, context=self._tls
-        )
+        connection = self._new()
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peer_ip = str(connection.sock.getpeername()[0])
+        return connection
+
+    def _new(self) -> http.client.HTTPSConnection:
+        proxy = proxy_for(self._host, self._port)
+        if proxy is None:
+            return http.client.HTTPSConnection(
+                self._host, self._port, timeout=self.timeout_s, context=self._tls
+            )
+        connection = http.client.HTTPSConnection(
+            proxy.host, proxy.port, timeout=self.timeout_s, context=self._tls
+        )
+        connection.set_tunnel(self._host, self._port, proxy.headers)
         return connection
 
     def _give_back(self, connection: http.client.HTTPSConnection, life: int) -> None:
@@ -133,6 +158,29 @@ class Wire:
                 self._idle.append((connection, time.monotonic()))
                 return
         connection.close()
+
+
+class Proxy(NamedTuple):
+    """An HTTP proxy that lets CONNECT through, and what it must be told."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
+
+
+def proxy_for(host: str, port: int) -> Proxy | None:
+    """The way out that HTTPS_PROXY names, unless NO_PROXY names this host."""
+    url = urllib.request.getproxies_environment().get("https", "")
+    bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    if not url or bypass(f"{host}:{port}"):
+        return None
+    told = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    headers = {}
+    if told.username is not None:
+        user, password = (urllib.parse.unquote(x or "") for x in (told.username, told.password))
+        login = b64encode(f"{user}:{password}".encode()).decode()
+        headers["proxy-authorization"] = f"Basic {login}"
+    return Proxy(told.hostname or "", told.port or 3128, headers)
 
 
 class OverWire(httpx.BaseTransport):

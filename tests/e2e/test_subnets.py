@@ -207,6 +207,34 @@ def test_the_one_with_the_quick_line_helps_the_others(tmp_path: Path) -> None:
         assert versions < 5
 
 
+def test_an_agent_whose_address_changes_is_back_before_its_links_time_out(tmp_path: Path) -> None:
+    with three_agents(tmp_path) as (hub, hosts):
+        moving, log = hosts["slow1"], hosts["slow1"].folder / "agent" / "agent.log"
+        with moving.running(AGENT, "run"):
+            until(lambda: linked(moving), "the agent")
+            old, new = AGENTS["slow1"], "10.77.2.33"
+            ip = ("ip", "-n", moving.space)
+            do(*ip, "addr", "del", f"{old}/24", "dev", "eth0")
+            do(*ip, "addr", "add", f"{new}/24", "dev", "eth0")
+            do(*ip, "route", "replace", "default", "via", "10.77.2.1")
+            changed = time.monotonic()
+            until(lambda: "network has changed" in log.read_text(), "it has noticed")
+            words = ("ping", "--rounds", "1", "--quorum", "1", "--set", "kilobytes=4")
+            started = json.loads(hub.run(COORDINATOR, "run", "start", *words, "--json"))
+            run = started["data"]["run"]
+            until(lambda: _state(hub, run) == "finished", "the run", within_s=120, every_s=0.3)
+            print(f"a run is done {time.monotonic() - changed:.1f} s after the address has changed")
+            assert any(f"{new}:" in line for line in connections(hub.space))
+
+
+def connections(space: str) -> list[str]:
+    """Established TCP connections of a namespace."""
+    done = subprocess.run(
+        ("ip", "netns", "exec", space, "ss", "-Htn"), check=True, capture_output=True, text=True
+    )
+    return done.stdout.splitlines()
+
+
 def linked(host: Host) -> bool:
     """True if the agent says that it has both its links."""
     try:
