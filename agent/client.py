@@ -8,20 +8,17 @@ surely over, so that the same question, asked again after a lost link, costs not
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
-import msgspec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from msgspec import Struct
 
-from agent.encoding import Leftovers
-from agent.run_files import Kept, RunFiles
+from agent.outbox import Coded, Finished, Outbox, Outcome
+from agent.run_files import Kept
 from agent.tasks import Settings
-from protocols import codecs, identity, messages, schemas, schemes
+from protocols import codecs, identity, messages, schemas
 from protocols.errors import (
     TELLABLE,
     BadMessage,
@@ -33,39 +30,13 @@ from protocols.errors import (
     TrainerFailed,
 )
 from protocols.failpoints import failpoint, note
-from protocols.messages import Metrics, UpdateClaim, Work
+from protocols.messages import UpdateClaim, Work
 from protocols.room import check_room, is_full
-from protocols.weights import replacing
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
 #: Of disk beside the weights: claims, logs, the trainer's own.
 _SPARE_BYTES = 4 * 1024 * 1024
 _MAKE_ROOM = "make room: the agent goes on by itself"
-
-
-class Outcome(Protocol):
-    """What a trainer gives back for a piece of work."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def num_examples(self) -> int: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    @property
-    def tallies(self) -> dict[str, list[float]]: ...
-
-
-class Coded(NamedTuple):
-    """An outcome whose update a codec has made smaller."""
-
-    digest: str
-    nbytes: int
-    num_examples: int
-    metrics: Metrics
-    tallies: dict[str, list[float]]
 
 
 class Trainer(Protocol):
@@ -82,15 +53,6 @@ class Trainer(Protocol):
     def evaluate(
         self, task: str, settings: Settings, base: Path, kept: Kept | None = None
     ) -> Outcome: ...
-
-
-class Finished(Struct, frozen=True, kw_only=True):
-    """A finished answer in the outbox; `description` goes with the claim of one."""
-
-    key: str
-    claim: bytes
-    signature: bytes
-    description: bytes = b""
 
 
 class Client:
@@ -126,9 +88,7 @@ class Client:
     ) -> None:
         self._peer, self._sign = peer, sign
         self._coordinator_public = coordinator_public
-        self._trainer, self._outbox = trainer, outbox
-        self._leftovers = Leftovers(outbox / "leftovers")
-        self._personal = RunFiles(outbox / "personal", ".kept")
+        self._trainer, self._outbox = trainer, Outbox(outbox, peer, sign)
         self._fetch, self._send, self._patch = fetch, send, patch
         self._allowed = allowed
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
@@ -177,7 +137,9 @@ class Client:
             return Message(self._recall(work), reply_to=message)
         self._on_work(work)
         try:
-            finished = self._finished(work)
+            finished = self._outbox.finished(work)
+            if finished is not None:
+                self._deliver(finished)
             if finished is None and work.kind == "describe":
                 finished = self._describe(work)
             if finished is None:
@@ -225,7 +187,7 @@ class Client:
         if work.kind == "init":
             return Path()
         # Before an hour of training, not after it: the version, perhaps, and the update.
-        check_room(self._outbox, 2 * work.nbytes + _SPARE_BYTES)
+        check_room(self._outbox.folder, 2 * work.nbytes + _SPARE_BYTES)
         if work.patch_bytes:
             self._patch(work)
         base = self._fetch(work.base, work.nbytes)
@@ -235,9 +197,9 @@ class Client:
     def _describe(self, work: Work) -> Finished:
         """Tell of data and model."""
         told = self._trainer.describe(work.task, _settings(work))
-        self._settle_last()
+        self._outbox.settle_last()
         digest = hashlib.sha256(told).hexdigest()
-        return self._kept(work, Coded(digest, len(told), 0, {}, {}), told)
+        return self._outbox.keep(work, Coded(digest, len(told), 0, {}, {}), told)
 
     def _compare(self, work: Work) -> None:
         """Is this peer's card the run's? Looked at once a run, as it may need the data.
@@ -256,10 +218,10 @@ class Client:
 
     def _do(self, work: Work, base: Path) -> Finished:
         settings = _settings(work)
-        update = self._outbox / "update.safetensors"
-        self._settle_last()
+        update = self._outbox.update
+        self._outbox.settle_last()
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
-            (self._outbox / "finished.json").unlink(missing_ok=True)
+            self._outbox.clear()
             failpoint("agent.outbox.cleared")
         outcome: Outcome
         if work.kind == "init":
@@ -267,113 +229,45 @@ class Client:
         elif work.kind == "train":
             outcome = self._train(work, settings, base, update)
         else:
-            outcome = self._trainer.evaluate(work.task, settings, base, *self._own(work))
+            outcome = self._trainer.evaluate(work.task, settings, base, *self._outbox.own(work))
         failpoint("agent.work.done")
-        finished = self._kept(work, outcome)
+        finished = self._outbox.keep(work, outcome)
         failpoint("agent.outbox.written")
         if work.kind == "train":
             self._on_trained()
         self._deliver(finished)
         return finished
 
-    def _kept(self, work: Work, outcome: Outcome, description: bytes = b"") -> Finished:
-        """The outcome as a signed claim, safe in the outbox."""
-        claim = UpdateClaim(
-            run=work.run,
-            round=work.round,
-            kind=work.kind,
-            turn=work.turn,
-            peer=self._peer,
-            base=work.base,
-            digest=outcome.digest,
-            nbytes=outcome.nbytes,
-            codec=work.codec if work.kind == "train" else codecs.WHOLE,
-            num_examples=outcome.num_examples,
-            metrics=outcome.metrics,
-            tallies=outcome.tallies,
-            nonce=secrets.token_hex(12),
-        )
-        payload, signature = messages.sign_claim(claim, self._sign)
-        finished = Finished(
-            key=_key(work), claim=payload, signature=signature, description=description
-        )
-        with replacing(self._outbox / "finished.json") as file:
-            file.write(msgspec.json.encode(finished))
-        self._settle(claim.digest)
-        return finished
-
     def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
         """Train, and write the update as the run's codec has it."""
         codec = codecs.find(work.codec)
-        kept = self._own(work)
+        kept = self._outbox.own(work)
         if codec.coding is None:
             outcome = self._trainer.train(work.task, settings, base, update, *kept)
         else:
-            trained = self._outbox / "trained.safetensors"
+            trained = self._outbox.trained
             try:
                 outcome = self._trainer.train(work.task, settings, base, trained, *kept)
-                made = self._leftovers.encode(codec, work.run, trained, base, update)
+                made = self._outbox.leftovers.encode(codec, work.run, trained, base, update)
             finally:
                 trained.unlink(missing_ok=True)
             outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics, {})
         if kept:
-            self._personal.wait(work.run, outcome.digest)
+            self._outbox.personal.wait(work.run, outcome.digest)
         return outcome
-
-    def _own(self, work: Work) -> tuple[Kept, ...]:
-        """Where this peer's own part of the run's model lies, if the run has such a part."""
-        if schemes.SETTINGS.isdisjoint(work.settings):
-            return ()
-        return (self._personal.of(work.run),)
-
-    def _settle(self, digest: str) -> None:
-        """The update with this digest (empty: none) is the one that is sent."""
-        self._leftovers.settle(digest)
-        self._personal.settle(digest)
 
     def _deliver(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
         digest = "" if finished.description else messages.decode_claim(finished.claim).digest
         if digest:
             self._on_sending()
-            self._send(digest, self._outbox / "update.safetensors")
+            self._send(digest, self._outbox.update)
             failpoint("agent.upload.done")
-
-    def _settle_last(self) -> None:
-        """What belongs to an update that was never sent is of no use."""
-        last = self._last()
-        self._settle(messages.decode_claim(last.claim).digest if last else "")
-
-    def _last(self) -> Finished | None:
-        """The answer that is in the outbox."""
-        try:
-            last = msgspec.json.decode((self._outbox / "finished.json").read_bytes(), type=Finished)
-            claim = messages.decode_claim(last.claim)
-            update = self._outbox / "update.safetensors"
-            if not claim.digest or last.description:
-                return last
-            # Whatever became of the bytes, another training makes them anew.
-            return last if update.stat().st_size == claim.nbytes else None
-        except (OSError, msgspec.DecodeError, BadMessage):
-            return None
-
-    def _finished(self, work: Work) -> Finished | None:
-        """The answer that is in the outbox already, sent again."""
-        finished = self._last()
-        if finished is None or finished.key != _key(work):
-            return None
-        self._deliver(finished)
-        return finished
 
 
 def _settings(work: Work) -> dict[str, str | int | float | bool]:
     """The run's settings, and what the caller of a task adds to them."""
     return {**work.settings, "seed": work.seed, "round": work.round}
-
-
-def _key(work: Work) -> str:
-    turn = f" {work.turn}" if work.turn else ""
-    return f"{work.run} {work.round} {work.kind} {work.base}{turn}"
 
 
 def claim_text(reply: Message) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from agent.client import Outcome
 from agent.jobs import Result
+from agent.outbox import Outcome
 from agent.settings import AgentSettings
 from agent.tasks import Settings
 from protocols import jobs
