@@ -238,8 +238,15 @@ def _disk(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> s
         return ""
     if sensed.home_bytes is None:
         return None
-    over = sensed.home_bytes > chosen.disk_gb * 1e9
+    over = over_cap(chosen, sensed) > 0
     return f"more than {chosen.disk_gb:g} GB in the agent's folder" if over else ""
+
+
+def over_cap(chosen: PolicySettings, sensed: Sensed) -> int:
+    """Bytes in the agent's folder beyond its cap; 0 without a cap, or where that is unknown."""
+    if not chosen.disk_gb or chosen.disk == "always" or sensed.home_bytes is None:
+        return 0
+    return max(0, sensed.home_bytes - int(chosen.disk_gb * 1e9))
 
 
 _ASKED: dict[str, _Rule] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -26,7 +27,10 @@ _WORKING_S, _RESTING_S = 0.3, 5.0
 
 
 class Polite:
-    """Holds the settings of the moment: those in the file, and the owner's for a while on top."""
+    """Holds the settings of the moment: those in the file, and the owner's for a while on top.
+
+    `make_room(nbytes)` drops what can be spared in the agent's folder, and says how much.
+    """
 
     def __init__(
         self,
@@ -35,9 +39,11 @@ class Polite:
         loop: WorkerLoop,
         sensors: Sensors,
         bandwidth: Bandwidth,
+        make_room: Callable[[int], int],
     ) -> None:
         self._home, self._chosen, self._loop = home, chosen, loop
         self._sensors, self._bandwidth = sensors, bandwidth
+        self._make_room = make_room
         self._modes: dict[str, policy.Mode] = {}
         self._file_at = self._changed_at()
         self._again = asyncio.Event()
@@ -88,6 +94,12 @@ class Polite:
         sensed = await asyncio.to_thread(self._sensors.sense, *self._bandwidth.today())
         held = self._decision.rules if isinstance(self._decision, Pause) else frozenset()
         chosen = self.chosen
+        if (over := policy.over_cap(chosen, sensed)) > 0:
+            freed = await asyncio.to_thread(self._make_room, over)
+            if freed:
+                log.info("dropped %d bytes of old versions: disk_gb", freed)
+                sensed = sensed._replace(home_bytes=(sensed.home_bytes or 0) - freed)
+                self._sensors.look_at_home_again()
         decision = policy.decide(chosen, sensed, held)
         ahead = policy.window(chosen, sensed, decision)
         # To the minute, as the schedule has it: what is told must not change with each look.

@@ -38,6 +38,10 @@ class _Every(Generic[T]):
         self._due = -1.0
         self._last: T
 
+    def expire(self) -> None:
+        """Read anew the next time."""
+        self._due = -1.0
+
     def __call__(self, now: float) -> T:
         if now >= self._due:
             self._last, self._due = self._read(), now + self._every_s
@@ -67,6 +71,10 @@ class Sensors:
         self._idle = _Every(20.0, user_idle_s)
         self._metered = _Every(60.0, metered)
         self._home_bytes = _Every(60.0, lambda: home_bytes(home))
+
+    def look_at_home_again(self) -> None:
+        """Something was dropped there."""
+        self._home_bytes.expire()
 
     def sense(self, up_today_bytes: int = 0, down_today_bytes: int = 0) -> Sensed:
         """All of them as they are now."""

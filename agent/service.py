@@ -128,7 +128,9 @@ class Agent:
             link=lambda: self._sessions.link,
         )
         feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
-        self._polite = Polite(home, chosen, self._loop, feeling, self._bandwidth)
+        self._polite = Polite(
+            home, chosen, self._loop, feeling, self._bandwidth, self._work.make_room
+        )
         self._owner = Owner(home, self._loop, self._polite)
 
     # --- life ---

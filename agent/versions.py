@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from agent.link import Link
@@ -20,6 +20,7 @@ from protocols.weights import file_digest, sync_folder
 log = logging.getLogger("commonweight.agent")
 
 KEPT = 2
+_LEFTOVERS = frozenset({".part", ".pieces", ".patch", ".made", ".spread"})
 
 
 class Versions:
@@ -115,10 +116,31 @@ class Versions:
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.safetensors"
 
+    def shrink(self, nbytes: int, needed: Collection[str]) -> int:
+        """Drop versions, oldest first, until so many bytes are free; the bytes that became free.
+
+        Never those with a `needed` digest. What a cut-off download has left goes as well.
+        """
+        freed = 0
+        for leftover in (p for p in self._folder.glob("*.*") if p.suffix in _LEFTOVERS):
+            if leftover.stem not in needed and freed < nbytes:
+                freed += leftover.stat().st_size
+                leftover.unlink(missing_ok=True)
+        for old in self._by_age():
+            if old.stem not in needed and freed < nbytes:
+                freed += old.stat().st_size
+                self._drop(old)
+        return freed
+
+    def _by_age(self) -> list[Path]:
+        return sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+
     def _drop_old(self) -> None:
-        versions = sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
-        for old in versions[:-KEPT]:
-            if self._sharing is not None:
-                self._sharing.shelf.drop(old.stem)
-            old.unlink(missing_ok=True)
-            self._whole.discard(old.stem)
+        for old in self._by_age()[:-KEPT]:
+            self._drop(old)
+
+    def _drop(self, old: Path) -> None:
+        if self._sharing is not None:
+            self._sharing.shelf.drop(old.stem)  # its open file would keep the room
+        old.unlink(missing_ok=True)
+        self._whole.discard(old.stem)

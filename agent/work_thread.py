@@ -20,7 +20,7 @@ from agent.credentials import Credentials
 from agent.frames import Progress
 from agent.inferring import Inferring, find_version
 from agent.jobs import Handler, Jobs
-from agent.kept import prove
+from agent.kept import Heads, prove
 from agent.lane import NoRoom, SessionLost
 from agent.link import Link
 from agent.loop import WorkerLoop
@@ -92,6 +92,7 @@ class WorkThread:
         )
         #: The trainer's rest that follows is not in force yet.
         self._gave_up = False
+        self._heads = Heads(cache, enrolment.coordinator_public)
         self.versions = versions = Versions(cache, link, sharing)
         self._client = Client(
             peer=enrolment.peer,
@@ -129,7 +130,7 @@ class WorkThread:
 
     def _handlers(self) -> dict[type[Question], Handler]:
         """What this agent can do for jobs, by the type of the question."""
-        pinned = Versions(self._home / "jobs" / "models", self._link)
+        pinned = self._pinned = Versions(self._home / "jobs" / "models", self._link)
         # What others ask may fail as it likes: no reason to take no work for a while.
         patient = Watchdog(self.trainer, tries=2, worth=WORTH_A_TRY_IN_JOBS)
         inferring = Inferring(
@@ -155,6 +156,17 @@ class WorkThread:
         """The processes of this agent."""
         trainer = self.trainer.pid
         return [os.getpid()] if trainer is None else [os.getpid(), trainer]
+
+    def make_room(self, nbytes: int) -> int:
+        """Drop versions that nothing needs, up to so many bytes; how many became free.
+
+        Kept are the newest, for answers and for peers, and all while there is work.
+        """
+        if self._loop.worker.work is not None:
+            return 0
+        newest = self._heads.newest()
+        freed = self._pinned.shrink(nbytes, ())
+        return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
 
     def close(self) -> None:
         """End the trainer for good: a wait for it, or for its next try, ends too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
@@ -44,3 +45,22 @@ def test_a_damaged_version_is_fetched_again_by_the_next_process(
     path.write_bytes(spoilt or path.read_bytes()[:-1] + b"?")
     assert weights.file_digest(life().fetch(digest, MODEL.nbytes)) == digest
     assert source.fetched == [digest, digest]
+
+
+def test_what_is_needed_stays_when_room_is_made(tmp_path: Path) -> None:
+    versions = Versions(tmp_path, lambda: cast(Link, Source()))
+    for age, name in enumerate(("newest", "old", "older")):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(bytes(100))
+        os.utime(file, (1000 - age, 1000 - age))
+    (tmp_path / "cut.part").write_bytes(bytes(30))
+    (tmp_path / "newest.work.json").write_bytes(bytes(10))
+
+    def here() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert versions.shrink(20, ()) == 30
+    assert versions.shrink(20, ()) == 100
+    assert here() == ["newest.safetensors", "newest.work.json", "old.safetensors"]
+    assert versions.shrink(10_000, {"newest"}) == 100
+    assert here() == ["newest.safetensors", "newest.work.json"]
