@@ -23,7 +23,7 @@ from protocols.errors import CommonweightError
 log = logging.getLogger("commonweight.agent")
 
 #: A pause is to be felt within a second of its cause; an agent without work has time.
-_WORKING_S, _RESTING_S = 0.3, 5.0
+_WORKING_S, _RESTING_S = 0.2, 5.0
 
 
 class Polite:

@@ -23,8 +23,9 @@ import psutil
 from agent.policy import Sensed
 
 VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
-#: The windows over which other programs' use of the CPU is measured.
-SHORT_S, LONG_S = 2.0, 30.0
+#: The windows over which other programs' use of the CPU is measured. The short one decides how soon
+#: they are noticed: one core of two is a quarter of all after half of it.
+SHORT_S, LONG_S = 0.8, 30.0
 _ASK_WITHIN_S = 2.0
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class _Every(Generic[T]):
 class Sensors:
     """The sensors of this machine. `ours()` are the processes whose CPU time is the agent's own.
 
-    Cheap enough for twice a second; `asks` are small programs that are run once a minute.
+    Cheap enough for five times a second; `asks` are small programs that are run once a minute.
     """
 
     def __init__(

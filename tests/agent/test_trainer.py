@@ -229,7 +229,8 @@ def test_pause_stands_still_and_resume_finishes(site: Site) -> None:
     assert site.frames.seen[-1].step == site.frames.seen[-1].steps == 120
 
 
-def test_pause_and_cancel_act_in_mid_work(site: Site) -> None:
+def test_pause_and_cancel_act_in_mid_work(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
     work = site.start(**ENDLESS)
     site.frames.wait(lambda p: p.step > 1)
     assert site.trainer.idle_s == 0

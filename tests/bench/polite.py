@@ -1,4 +1,4 @@
-"""python -m tests.bench.polite [--only pause|impact]
+"""python -m tests.bench.polite [--only pause|busy|impact] [--percent 25]
 
 How soon an agent stands still, and what somebody who works beside it feels. A real agent trains
 2NN on MNIST without end; the machine's /sys is a folder, other programs are busy loops, and the
@@ -113,32 +113,51 @@ def pauses() -> dict[str, Any]:
                 site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
                 time.sleep(1.0)
             found["mains pulled, s"] = [round(t, 2) for t in times]
-    return found | beside_busy_programs()
+    return found
 
 
-def beside_busy_programs() -> dict[str, Any]:
-    hogs: list[subprocess.Popen[bytes]] = []
-
-    def hog() -> None:
-        for _ in range(os.cpu_count() or 1):
-            hogs.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-
+def beside_busy_programs(percent: float) -> dict[str, Any]:
+    """`percent`: above what others use on this machine already, and below what the loops use."""
+    every = os.cpu_count() or 1
     found: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as place,
-        training(Path(place), **heeding("busy", nice="0")) as (site, trainer),
+        training(Path(place), **heeding("busy", nice="0", busy_percent=str(percent))) as (
+            site,
+            trainer,
+        ),
     ):
-        try:
-            found["other programs on every core, s"] = round(stands_after_s(trainer, hog), 2)
-            found["reason"] = site.agent("ada")["reason"]
-        finally:
-            for one in hogs:
-                one.kill()
-                one.wait()
-        ended = time.monotonic()
-        site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
-        found["works again after, s"] = round(time.monotonic() - ended, 1)
+        for cores in sorted({every // 2, every} - {0}):
+            if 100 * cores / every <= percent:
+                continue
+            times, again = [], []
+            for _ in range(_TIMES):
+                times.append(_beside_hogs(cores, trainer))
+                found["reason"] = site.agent("ada")["reason"]
+                _say(f"{cores} busy programs: stands still after {times[-1]:.2f} s")
+                ended = time.monotonic()
+                site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
+                again.append(time.monotonic() - ended)
+                time.sleep(2.0)
+            found[f"{cores} of {every} cores taken by others, s"] = [round(t, 2) for t in times]
+            found["works again after, s, at most"] = round(max(again), 1)
     return found
+
+
+def _beside_hogs(cores: int, trainer: psutil.Process) -> float:
+    """Seconds until the trainer stands still beside so many programs that never rest."""
+    hogs: list[subprocess.Popen[bytes]] = []
+
+    def hog() -> None:
+        for _ in range(cores):
+            hogs.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+
+    try:
+        return stands_after_s(trainer, hog)
+    finally:
+        for one in hogs:
+            one.kill()
+            one.wait()
 
 
 def compress(seed: int) -> int:
@@ -188,13 +207,16 @@ def impact(times: int = 3) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.polite", description=__doc__)
-    parser.add_argument("--only", choices=["pause", "impact"], default="")
+    parser.add_argument("--only", choices=["pause", "busy", "impact"], default="")
+    parser.add_argument("--percent", type=float, default=25.0, help="what is busy")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
     if asked.only in ("", "impact"):
         results["impact"] = impact()
     if asked.only in ("", "pause"):
         results["pauses"] = pauses()
+    if asked.only in ("", "busy"):
+        results["beside others"] = beside_busy_programs(asked.percent)
     print(json.dumps(results, indent=1))
 
 
