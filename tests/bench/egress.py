@@ -54,14 +54,20 @@ def main() -> None:
         return
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "egress-results.json"
+    kept = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    about = report.machine()
     if asked.slow:
-        kept = json.loads(file.read_text()) if file.exists() else {}
-        slow = {"machine": report.machine(), **_row(8, _SLOW_MB, _SLOW_MBIT)}
-        file.write_text(json.dumps(kept | {"slow": slow}, indent=1) + "\n")
-        return
-    rows = [_row(peers, asked.mb, asked.mbit) for peers in asked.peers]
-    file.write_text(json.dumps({"machine": report.machine(), "rows": rows}, indent=1) + "\n")
-    _plot(asked.out / "egress.svg", f"{asked.mb} MB, line of {asked.mbit:g} Mbit/s", rows)
+        kept["slow"] = {"load_before": about["load_before"], **_row(8, _SLOW_MB, _SLOW_MBIT)}
+    kept["machine"] = about
+    rows = {row["peers"]: row for row in kept["rows"]}
+    for peers in () if asked.slow else asked.peers:
+        load = report.machine()["load_before"]
+        rows[peers] = {"load_before": load, **_row(peers, asked.mb, asked.mbit)}
+        kept["rows"] = [rows[number] for number in sorted(rows)]
+        file.write_text(json.dumps(kept, indent=1) + "\n")
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    title = f"{asked.mb} MB, line of {asked.mbit:g} Mbit/s"
+    _plot(asked.out / "egress.svg", title, kept["rows"])
 
 
 def _row(peers: int, mb: int, mbit: float) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def _measured(peers: int, mb: int, mbit: float, policy: str) -> dict[str, Any]:
                     for process in running:
                         process.stdin.close()  # type: ignore[union-attr]
                     for process in running:
-                        process.wait(30)
+                        process.wait(120)
     return {"seconds": seconds, "egress": egress, "nbytes": nbytes}
 
 
