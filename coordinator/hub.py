@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -12,22 +11,20 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from coordinator import fleet as fleets
-from coordinator import metrics, settings, upstream
+from coordinator import heap, metrics, settings, upstream
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
 from coordinator.direct import direct
 from coordinator.enroll import Peer, Registry
-from coordinator.feed import Feed
+from coordinator.exchanges import Exchanges, Lingering
 from coordinator.fleet import Fleet
 from coordinator.fleetwork import Fleetwork
 from coordinator.holders import Holders
@@ -36,44 +33,29 @@ from coordinator.job_queue import JobQueue
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from coordinator.log_desk import LogDesk
+from coordinator.mirror import Mirror
 from coordinator.records import LaneGrid
 from coordinator.run_queue import RunQueue
 from coordinator.server import Server, allow_many_connections, listen
-from coordinator.sessions import Lingering, NoSession, Sessions
+from coordinator.sessions import Sessions
 from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.sharing import SharingDesk
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
-from protocols import identity, topics
-from protocols.errors import (
-    BadMessage,
-    Unreachable,
-)
-from protocols.failpoints import failpoint
+from coordinator.supervision import supervised
+from protocols import identity
 from protocols.messages import (
     Command,
-    CoordinatorBody,
-    Envelope,
     Exchange,
     Exchanged,
     Happened,
-    Links,
-    LogsAsked,
     PeerKnown,
-    Presence,
-    printable,
 )
-from protocols.mqtt import MqttAddress, Voice
-from protocols.states import RunState
-from protocols.topics import COORDINATOR, Kind
+from protocols.mqtt import MqttAddress
 
 log = logging.getLogger("commonweight.hub")
 
 BEAT_S = 5.0
-#: Who hands in an answer is told of work that comes so soon after, without doorbell and question.
-LINGER_S = 1.0
 ONLINE_EVERY_S = 2.0
-#: Events that wait for a broker that hangs.
-MOST_OUTGOING = 10_000
 CERTIFICATE_EVERY_S = 6 * 3600.0
 
 
@@ -82,7 +64,7 @@ class Hub:
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
-        _share_memory()
+        heap.share()
         self._stopping = asyncio.Event()
         self._names = chosen.names or settings.reachable_names(chosen.host)
         self._public = chosen.public_addresses
@@ -102,19 +84,14 @@ class Hub:
         self.job_lane = JobLane(home / "jobs")
         self._superlink = Superlink(self._on_request)
         self._grid = LaneGrid(self._superlink, self.lane)
-        self._voice = Voice(COORDINATOR, keys.sign_key.sign)
-        self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MOST_OUTGOING)
-        self._saying: set[asyncio.Task[bool]] = set()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
-        self.logs = LogDesk(self._ask_logs)
         self._sessions = Sessions(self.fleet)
+        self._mirror = Mirror(self.fleet, self._sessions, keys, self._nudge, self._on_mqtt_up)
+        self.logs = LogDesk(self._mirror.ask_logs)
         self._lingering = Lingering()
         self._holders = Holders(self._sessions.is_open)
         self.sharing = SharingDesk(self.lane, self.registry, self._holders, keys.sign_key.sign)
         self._broker = self._make_broker()
-        self._feed: Feed | None = None
-        self._mqtt_up = False
-        self._rejected = 0
         self._refused: Counter[str] = Counter()
         for peer in self.registry.peers.values():
             self._admit(peer)
@@ -122,6 +99,15 @@ class Hub:
         self.runs = RunQueue(self._fleetwork(), self.registry, self._sessions.tasks)
         self.lane.on_short = self.runs.nudge
         self.jobs = JobQueue(self._fleetwork(), self.job_lane, self.registry)
+        self._exchanges = Exchanges(
+            self._superlink,
+            self._sessions,
+            self.lane,
+            self.runs,
+            self.jobs,
+            self._lingering,
+            self._on_request,
+        )
 
     def _make_broker(self) -> EmbeddedBroker | ExternalBroker:
         chosen = self._settings
@@ -152,16 +138,7 @@ class Hub:
         )
         await self._broker.start()
         try:
-            self._feed = Feed(
-                self._broker.address("127.0.0.1", self._keys.ca_pem.decode()),
-                self._keys.fleet,
-                self.registry.verify,
-                self._on_envelope,
-                self._on_mqtt,
-                self._on_rejected,
-                sign=self._keys.sign_key.sign,
-            )
-            async with self._workers(server, resume):
+            async with supervised(self._work(server, resume), self.stop):
                 serving = asyncio.create_task(server.serve())
                 await server.up(serving)
                 self._write_up_file()
@@ -179,47 +156,26 @@ class Hub:
     def stop(self) -> None:
         self._stopping.set()
 
-    @contextlib.asynccontextmanager
-    async def _workers(self, server: Server, resume: bool) -> AsyncIterator[None]:
-        """The background tasks; one that fails stops the coordinator with its error."""
-        assert self._feed is not None
-        tasks = [
-            asyncio.create_task(work, name=name)
-            for name, work in {
-                "broker": self._broker.supervise(self._on_broker),
-                "feed": self._feed.run(),
-                "publisher": self._publish_all(),
-                "heartbeat": self._beat(),
-                "sessions": self._watch_sessions(),
-                "certificate": self._keep_certificate(server),
-                "runs": self.runs.work(resume),
-                "jobs": self.jobs.work(resume),
-            }.items()
-        ]
+    def _work(self, server: Server, resume: bool) -> dict[str, Coroutine[Any, Any, None]]:
+        """The background tasks, by name."""
+        broker = self._broker.address("127.0.0.1", self._keys.ca_pem.decode())
+        work = {
+            "broker": self._broker.supervise(self._on_broker),
+            "feed": self._mirror.listen(broker, self.registry.verify),
+            "publisher": self._mirror.relay(),
+            "heartbeat": self._beat(),
+            "sessions": self._watch_sessions(),
+            "certificate": self._keep_certificate(server),
+            "runs": self.runs.work(resume),
+            "jobs": self.jobs.work(resume),
+        }
         if port := self._settings.metrics_port:
-            tasks.append(asyncio.create_task(metrics.serve(port, self._metrics), name="metrics"))
+            work["metrics"] = metrics.serve(port, self._metrics)
         if (self._home / "upstream" / "enrolled.json").exists():
-            tasks.append(asyncio.create_task(upstream.keep(self._home), name="upstream"))
+            work["upstream"] = upstream.keep(self._home)
         if self._settings.announce:
-            tasks.append(asyncio.create_task(self._announce(), name="announcement"))
-        failure: list[BaseException] = []
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (err := task.exception()) is not None:
-                log.error("%s failed", task.get_name(), exc_info=err)
-                failure.append(err)
-                self.stop()
-
-        for task in tasks:
-            task.add_done_callback(ended)
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if failure:
-            raise failure[0]
+            work["announcement"] = self._announce()
+        return work
 
     async def _announce(self) -> None:
         from coordinator.announce import announce, own_addresses
@@ -281,51 +237,12 @@ class Hub:
 
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command; words of the outcome. Raises Unreachable."""
-        assert self._feed is not None
-        if not await self._feed.command(peer, command):
-            raise Unreachable(
-                "the MQTT broker is away, and commands travel over it",
-                "training goes on; try again when the monitor shows mqtt ●",
-            )
+        await self._mirror.command(peer, command)
         return f"{command.action} sent to {self._name_of(peer)}"
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
         """A peer hands in a reply and takes its next message. Raises BadMessage, NoSession."""
-        node = self._sessions.node_of(peer)
-        if node is None or not self._sessions.is_open(peer):
-            raise NoSession(f"{peer} has no session")
-        if asked.reply is None:
-            answer = await self._superlink.exchange_soon(node, asked)
-            self._on_request("exchange", node)
-            return self._with_version(answer)
-        # Before it is handed over: the run may be quicker than we are.
-        question = self._superlink.question_of(asked.reply)
-        settling = self.jobs.settling(question) or self.runs.settling(question)
-        handed_in = Exchange(reply=asked.reply, want=False)
-        await self._superlink.exchange_soon(node, handed_in)
-        failpoint("reply.taken")
-        self._on_request("push-object", node)
-        settled = await self.runs.settled(settling)
-        if not asked.want:
-            return Exchanged(settled=settled)
-        answer = await self._superlink.exchange_soon(node, Exchange())
-        if answer.work is None and (self.runs.current is not None or self.jobs.at_work):
-            await self._lingering.wait(peer, LINGER_S)
-            answer = await self._superlink.exchange_soon(node, Exchange())
-        return self._with_version(Exchanged(work=answer.work, settled=settled))
-
-    def _with_version(self, answer: Exchanged) -> Exchanged:
-        """An answer with the version that its work is on, if that is new to all and small."""
-        loop = self.runs.current
-        if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
-            return answer
-        version = self.lane.few_bytes(loop.run.head)
-        self.lane.bytes_down += len(version)
-        return msgspec.structs.replace(answer, version=version)
-
-    async def _ask_logs(self, peer: str, asked: LogsAsked) -> bool:
-        topic = topics.command(self._keys.fleet, peer)
-        return self._feed is not None and await self._feed.publish(topic, asked)
+        return await self._exchanges.exchange(peer, asked)
 
     # --- runs ---
 
@@ -342,21 +259,12 @@ class Hub:
             peer_of=self._sessions.peer_of,
             name_of=self._name_of,
             ring=self._ring,
-            publish=self.publish,
+            publish=self._mirror.publish,
             refused=self._refused,
         )
 
     def _ring(self, peers: Sequence[str]) -> None:
-        assert self._feed is not None
-        for peer in peers:
-            if not self._lingering.wake(peer):
-                self._say_soon(self._feed.ring(peer))
-
-    def _say_soon(self, saying: Coroutine[Any, Any, bool]) -> None:
-        """Something on MQTT that nobody waits for."""
-        task = asyncio.create_task(saying)
-        self._saying.add(task)
-        task.add_done_callback(self._saying.discard)
+        self._mirror.ring([peer for peer in peers if not self._lingering.wake(peer)])
 
     # --- peers ---
 
@@ -378,17 +286,16 @@ class Hub:
                 self._superlink.forget(node)
             self._holders.gone(peer.peer)
             self.sharing.neighbours.book.gone(peer.peer)
-            if self._feed is not None:
-                self._say_soon(self._feed.forget(peer.peer))
+            self._mirror.forget(peer.peer)
             self._tell_of(peer)
             self._nudge()
         else:
             self._admit(peer)
         text = f"{peer.name} {words[peer.standing]}"
-        self.publish(Happened(level="info", text=text, subject=peer.peer))
+        self._mirror.publish(Happened(level="info", text=text, subject=peer.peer))
 
     def _tell_of(self, peer: Peer) -> None:
-        self.publish(
+        self._mirror.publish(
             PeerKnown(
                 peer=peer.peer,
                 name=peer.name,
@@ -418,11 +325,11 @@ class Hub:
             if self.runs.current is not None:
                 self.runs.current.session_opened(peer)
             self.jobs.session_opened(peer)
-            self._tell_links()
+            self._mirror.tell_links()
         elif action == "deactivate-node":
             self._sessions.closed(peer)
             self._nudge()
-            self._tell_links()
+            self._mirror.tell_links()
         elif news:
             self._nudge()
 
@@ -432,68 +339,13 @@ class Hub:
             # In this thread: a session that opens meanwhile must not be overlooked.
             if self._sessions.set_online(self._superlink.online()):
                 self._nudge()
-            self._tell_links()  # also how many messages were rejected: not one by one
+            self._mirror.tell_links()  # also how many messages were rejected: not one by one
             await asyncio.sleep(ONLINE_EVERY_S)
-
-    # --- MQTT ---
-
-    def publish(self, body: CoordinatorBody) -> None:
-        """Fold one of our own messages and queue it for the monitors."""
-        envelope = self._voice.envelope(body)
-        fleets.fold(self.fleet, envelope, time.time())
-        if not self._outgoing.full():  # monitors see the gap in the numbers, and ask for a snapshot
-            self._outgoing.put_nowait(envelope)
-
-    async def _publish_all(self) -> None:
-        assert self._feed is not None
-        while True:
-            await self._feed.relay(await self._outgoing.get())
-
-    def _on_envelope(self, _: Kind, envelope: Envelope) -> None:
-        body = envelope.body
-        before = self._sessions.is_eligible(envelope.sender)
-        known = self._presence_numbers(envelope.sender)
-        fleets.fold(self.fleet, envelope, time.time())
-        # One that the fold has ignored was sent again by somebody: it moves nothing here either.
-        if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
-            self._sessions.heard_presence(envelope.sender, body)
-            if before != self._sessions.is_eligible(envelope.sender):
-                self._nudge()
-
-    def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
-        """What changes with each presence that the fold takes."""
-        shown = self.fleet.peers.get(peer)
-        return (shown.epoch, shown.presence_seq, shown.will_seq) if shown else None
-
-    def _on_rejected(self, topic: str, err: BadMessage) -> None:
-        self._rejected += 1
-        if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th…: a flood stays quiet
-            log.warning("ignored a message on %s: %s", printable(topic), printable(err.message))
-            text = f"ignored {self._rejected} malformed or forged MQTT messages so far"
-            self.publish(Happened(level="warning", text=text))
 
     def _on_broker(self, up: bool, why: str) -> None:
         if not up:
             log.warning("the MQTT broker is down: %s", why)
 
-    def _on_mqtt(self, up: bool, why: str) -> None:
-        changed = up != self._mqtt_up
-        self._mqtt_up = up
-        self._tell_links()
-        if changed:
-            text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
-            self.publish(Happened(level="info" if up else "warning", text=printable(text)))
-        if up and self.runs.current is not None:
+    def _on_mqtt_up(self) -> None:
+        if self.runs.current is not None:
             self.runs.current.questions.ring_again()
-
-    def _tell_links(self) -> None:
-        links = Links(mqtt=self._mqtt_up, flower=self._sessions.any_online, rejected=self._rejected)
-        if links != self.fleet.links:
-            self.publish(links)
-
-
-def _share_memory() -> None:
-    """Let all threads share two heaps: glibc's one heap a thread keeps what each once needed."""
-    m_arena_max = -8
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(m_arena_max, 2)

@@ -6,7 +6,6 @@ work tells: its measured speed against its declared window.
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from coordinator.fleet import Fleet
@@ -118,32 +117,3 @@ class Sessions:
                 return False
         # A will alone proves nothing: a peer that has asked us something since then is there.
         return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)
-
-
-class Lingering:
-    """Peers that have handed in an answer and wait for the answer to that: they need no doorbell.
-
-    For the event loop's thread.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, asyncio.Future[None]] = {}
-
-    async def wait(self, peer: str, most_s: float) -> None:
-        """Until there is work for this peer, or for that long."""
-        woken = asyncio.get_running_loop().create_future()
-        self.wake(peer)  # a request that its sender has given up
-        self._waiting[peer] = woken
-        try:
-            await asyncio.wait({woken}, timeout=most_s)
-        finally:
-            if self._waiting.get(peer) is woken:
-                del self._waiting[peer]
-
-    def wake(self, peer: str) -> bool:
-        """There is work for it. False if this peer does not wait."""
-        woken = self._waiting.pop(peer, None)
-        if woken is None or woken.done():
-            return False
-        woken.set_result(None)
-        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from coordinator.sessions import Lingering
+from coordinator.exchanges import Lingering
 
 
 async def test_a_peer_is_woken_once_and_only_while_it_waits() -> None:
