@@ -34,6 +34,12 @@ FACTS = (
     "RoundClosed",
     "RunEnded",
 )
+#: Before round 1, when peers compare themselves.
+MEETING = tuple(
+    f"run.{step}.{fact}"
+    for fact in ("PeerDescribed", "SchemaAgreed")
+    for step in ("recording", "recorded")
+)
 COORDINATOR = (
     *(f"run.recording.{fact}" for fact in FACTS),
     *(f"run.recorded.{fact}" for fact in FACTS),
@@ -78,7 +84,7 @@ JOBS = (
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + JOBS + AGENT + AGENT_JOBS + TRAINER)
+NAMES = frozenset(COORDINATOR + MEETING + JOBS + AGENT + AGENT_JOBS + TRAINER)
 
 _HANG_S = 3600.0
 

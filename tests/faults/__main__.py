@@ -56,6 +56,7 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
         "agent": lambda folder: crashes.agent(folder, seeds),
         "trainer": lambda folder: crashes.trainer(folder, seeds),
         "coordinator": lambda folder: crashes.coordinator(folder, seeds),
+        "meeting": lambda folder: crashes.meeting(folder, seeds),
         "job-agent": job_crashes.agent,
         "job-infer": lambda folder: job_crashes.coordinator(folder, "infer"),
         "job-eval": lambda folder: job_crashes.coordinator(folder, "eval"),

@@ -61,15 +61,37 @@ def coordinator(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) 
     return row
 
 
+def meeting(folder: Path, seeds: Iterable[int]) -> Row:
+    """SIGKILL while peers compare themselves before round 1; the same weights as without."""
+    row = Row("1, 2 coordinator kill -9 while peers compare themselves", "back within s")
+    row.figure = "{worst:.1f} s"
+    with site(folder) as fleet:
+        fleet.rise()
+        fleet.enlist(*PEERS)
+        for seed in seeds:
+            undisturbed = _weights(fleet, seed)
+            for point in failpoints.MEETING:
+                _coordinator_dies(fleet, row, seed, undisturbed, point, handshake=True)
+    return row
+
+
 def _weights(fleet: Site, seed: int) -> list[str]:
     run = fleet.order(seed=seed, rounds=ROUNDS, quorum=len(PEERS))
     return checker.digests(fleet.outcome(run))
 
 
-def _coordinator_dies(fleet: Site, row: Row, seed: int, undisturbed: list[str], point: str) -> None:
+def _coordinator_dies(
+    fleet: Site,
+    row: Row,
+    seed: int,
+    undisturbed: list[str],
+    point: str,
+    *,
+    handshake: bool = False,
+) -> None:
     fleet.programs["up"].stop()
     fleet.rise(point)
-    run = fleet.order(seed=seed, rounds=ROUNDS, quorum=len(PEERS))
+    run = fleet.order(seed=seed, rounds=ROUNDS, quorum=len(PEERS), handshake=handshake)
     fleet.dead("up")
     _goes_on(fleet, row, seed, undisturbed, point, run)
 

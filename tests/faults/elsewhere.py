@@ -77,6 +77,10 @@ TESTS: dict[str, tuple[str, tuple[str, ...]]] = {
             "tests/protocols/test_homes.py::test_a_newer_format_is_refused_and_kept",
         ),
     ),
+    "29 version N±1": (
+        "works one minor version apart, refuses beyond and names both",
+        ("tests/protocols/test_compat.py", f"{_E2E}/upgrade.py"),
+    ),
     "30 300 slow-loris": (
         "the honest are served",
         (
@@ -112,7 +116,6 @@ NOT_COVERED = {
     "not synced; that SQLite and the file system keep their word is taken on trust.",
     "18 clock jump": "of a running process: there is no libfaketime. The simulator moves clocks "
     "under the pure cores; deadlines and heartbeats use the monotonic clock.",
-    "29 version N±1": "there is one version of the protocol so far: no older program to meet.",
     "35 certificate expired": "node certificates last a year and renew themselves in the last two "
     "months; a test would need another clock for the whole process.",
 }

@@ -124,6 +124,7 @@ class Site(Fleet):
         deadline_s: float = 600.0,
         settings: dict[str, Setting] | None = None,
         late: Literal["drop", "fold"] = "drop",
+        handshake: bool = False,
     ) -> str:
         """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
         known = checker.run_names(self.home)
@@ -135,6 +136,7 @@ class Site(Fleet):
             deadline_s=deadline_s,
             settings=TRAINING if settings is None else settings,
             late=late,
+            handshake=handshake,
         )
         remote, said = Remote(self.home), "nothing"
         try:
