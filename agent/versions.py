@@ -13,6 +13,7 @@ from agent.sharing import Sharing, swarm
 from protocols import patches
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.messages import Work
+from protocols.removal import letting_go
 from protocols.room import is_full
 from protocols.stored import Stored
 from protocols.weights import file_digest, sync_folder
@@ -137,7 +138,8 @@ class Versions:
 
     def _drop_old(self) -> None:
         for old in self._by_age()[:-KEPT]:
-            self._drop(old)
+            with letting_go(old):
+                self._drop(old)
 
     def _drop(self, old: Path) -> None:
         if self._sharing is not None:

@@ -33,6 +33,7 @@ from coordinator.versions import Versions
 from protocols import room, weights
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
+from protocols.removal import remove
 from protocols.stored import Stored
 
 OFFSET = "x-cw-offset"
@@ -164,12 +165,12 @@ class Lane(Versions):
         """Drop this peer's whole uploads but for these: no other is awaited."""
         wanted = {self.update(node, digest) for digest in digests}
         for path in {p for p in self._spooled[node] if p.suffix != ".part"} - wanted:
-            path.unlink(missing_ok=True)
+            remove(path)
             self._spooled[node].discard(path)
 
     def drop_update(self, node: str, digest: str) -> None:
         """Forget one upload."""
-        self.update(node, digest).unlink(missing_ok=True)
+        remove(self.update(node, digest))
         self._spooled[node].discard(self.update(node, digest))
 
     def drop_updates(self, but_of: Collection[str] = ()) -> None:
@@ -178,7 +179,7 @@ class Lane(Versions):
             if node in but_of:
                 continue
             for path in paths - self._writers.keys():
-                path.unlink(missing_ok=True)
+                remove(path)
                 paths.discard(path)
         failpoint("updates.dropped")
 

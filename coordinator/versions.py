@@ -9,6 +9,7 @@ from pathlib import Path
 from protocols import patches, weights
 from protocols.failpoints import failpoint
 from protocols.messages import FEW_BYTES
+from protocols.removal import remove
 from protocols.stored import Stored, Writer
 from protocols.weights import Array, Part, Schema, Weights
 
@@ -60,7 +61,7 @@ class Versions:
         if self._pins[digest] > 0:
             self._unwanted.add(digest)
             return
-        self.version(digest).unlink(missing_ok=True)
+        remove(self.version(digest))
         self.patch(digest).unlink(missing_ok=True)
 
     def is_whole(self, digest: str) -> bool:

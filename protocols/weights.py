@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from protocols.early import Early
 from protocols.errors import BadWeights
+from protocols.removal import letting_go
 
 Array = npt.NDArray[np.generic]
 
@@ -191,7 +192,8 @@ class replacing:
                     self._file.flush()
                     os.fsync(self._file.fileno())
             if kind is None:
-                os.replace(self._temporary, self._path)
+                with letting_go(self._path):
+                    os.replace(self._temporary, self._path)
         finally:
             # What a full disk or an error left behind; after a rename there is nothing.
             self._temporary.unlink(missing_ok=True)

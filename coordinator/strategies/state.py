@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from protocols import weights
 from protocols.errors import BadWeights, CommonweightError
+from protocols.removal import remove
 from protocols.stored import Stored, Writer
 from protocols.weights import DTYPES, FLOATING, Part, Schema, TensorSpec, Weights
 
@@ -75,7 +76,7 @@ class States:
     def drop(self, digests: Iterable[str]) -> None:
         """Their versions are gone."""
         for digest in digests:
-            self.path(digest).unlink(missing_ok=True)
+            remove(self.path(digest))
 
     def _prove(self, slot: str, digest: str) -> None:
         """Once in a coordinator's life: a disk may have lost or changed it since the last."""
