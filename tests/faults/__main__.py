@@ -1,8 +1,9 @@
 """python -m tests.faults [--quick] [--only WORD…] [--seeds N…] [--add] [--soak MINUTES]
 
 Every fault of the list that one machine can have, on real processes and in the simulator. Prints a
-table, writes docs/faults/fault-results.json and ends with 1 if an invariant was violated. A long
-case can be played in parts: `--only coordinator --seeds 1`, then `--seeds 2 3 --add`.
+table, writes docs/faults/fault-results.json and the table in docs/reliability.md, and ends with 1
+if an invariant was violated. A long case can be played in parts: `--only coordinator --seeds 1`,
+then `--seeds 2 3 --add`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tests.faults import (
 )
 from tests.faults.results import Row
 
-_OUT = Path(__file__).resolve().parents[2] / "docs" / "faults" / "fault-results.json"
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
+_OUT, _PAGE = _DOCS / "faults" / "fault-results.json", _DOCS / "reliability.md"
 
 Case = Callable[[Path], Row | list[Row]]
 
@@ -81,8 +83,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the soak; 0 is by the clock")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
-    # Ended from outside as by Ctrl-C: so that we end what we have started.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Ended from outside as by Ctrl-C, also where that is ignored, as in the background of a shell:
+    # so that we end what we have started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     seeds = [1] if asked.quick else asked.seeds
     chosen = cases(seeds, quick=asked.quick)
@@ -96,6 +99,8 @@ def main() -> int:
             results.write(asked.out, played, _uncovered(), add=asked.add)
             rows += played
     print(results.table(rows))
+    if asked.out == _OUT:
+        results.tell(_PAGE, _OUT)
     wrong = [text for row in rows for text in row.violations]
     for text in wrong:
         print(f"VIOLATION {text}", file=sys.stderr)

@@ -1,8 +1,9 @@
-"""What the cases of one fault came to: a row of the table and of fault-results.json."""
+"""What the cases of a fault came to: a row of the table, of fault-results.json, and of the docs."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,14 @@ from typing import Any
 
 Entry = dict[str, Any]
 
+#: Marks in the page of docs between which the table stands.
+BEGINS, ENDS = "<!-- faults: begins -->", "<!-- faults: ends -->"
+
 
 @dataclass
 class Row:
-    """One fault. `figure` is what FAULTS.md asks for; a `{worst}` in it stands for `worst`, the
-    largest of the cases' figures."""
+    """One fault. `figure` is what FAULTS.md asks for, `about` says what that is; a `{worst}` in it
+    stands for `worst`, the largest of the cases' figures."""
 
     fault: str
     about: str
@@ -44,8 +48,10 @@ class Row:
             "cases": self.cases,
             "violations": len(self.violations),
             "figure": self.figure.format(worst=self.worst),
+            "about": self.about,
             "worst": round(self.worst, 2),
             "seed": self.seed,
+            "load": round(os.getloadavg()[0], 1),
         }
 
     def entry_with(self, before: Entry) -> Entry:
@@ -86,3 +92,23 @@ def write(path: Path, rows: Sequence[Row], uncovered: dict[str, str], *, add: bo
     told = sorted(entries.values(), key=lambda row: (_number(row["fault"]), row["fault"]))
     whole = {"rows": told, "not_covered": uncovered}
     path.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def page(path: Path) -> str:
+    """The results file as a table in Markdown."""
+    whole = json.loads(path.read_text())
+    lines = ["| fault | cases | violations | figure |", "|---|---|---|---|"]
+    for row in whole["rows"]:
+        about = f" ({row['about']})" if row.get("about") else ""
+        told = f"{row['cases']:,} | {row['violations']} | {row['figure']}{about}"
+        lines.append(f"| {row['fault']} | {told} |")
+    for fault, why in whole["not_covered"].items():
+        lines.append(f"| {fault} | – | – | not played: {why} |")
+    return "\n".join(lines)
+
+
+def tell(page_path: Path, results: Path) -> None:
+    """Put the table into a page, between its two marks."""
+    head, _, rest = page_path.read_text().partition(BEGINS)
+    tail = rest.partition(ENDS)[2]
+    page_path.write_text(f"{head}{BEGINS}\n\n{page(results)}\n\n{ENDS}{tail}")
