@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,8 @@ def _scattered(
             "the same command goes on where it stopped",
         )
     rows = job_output.merge(job, lane, out)
+    with contextlib.suppress(CommonweightError):  # then the files stay for a while
+        remote.took_job(job.id)
     if json:
         told = {"job": job.id, "out": out, "rows": rows, "dropped": job.dropped}
         sys.stdout.write(output.ok(told) + "\n")
@@ -118,13 +121,16 @@ def _scattered(
 
 
 def _same(remote: Any, spec: Any) -> str:
-    """The job that was asked the same before, made to go on if it had ended early; or none."""
+    """The job that was asked the same before and whose answers nobody has taken, or none.
+
+    One that had ended early is made to go on.
+    """
     from msgspec.structs import replace
 
     for job in reversed(remote.jobs()):
         old = job.spec
         models = tuple(replace(model, nbytes=0) for model in old.models)
-        if replace(old, models=models, names=spec.names) == spec:
+        if not job.taken and replace(old, models=models, names=spec.names) == spec:
             if job.state in ("stopped", "failed"):
                 remote.resume_job(job.id)
             return str(job.id)

@@ -134,6 +134,10 @@ class JobResumed(Struct, frozen=True, tag=True):
     """A job that was stopped or has failed goes on; whom it had excused may try again."""
 
 
+class JobTaken(Struct, frozen=True, tag=True):
+    """The requester has the answers: rows and answers need not be kept any more."""
+
+
 Fact = (
     JobStarted
     | UnitLeased
@@ -144,6 +148,7 @@ Fact = (
     | PeerExcused
     | JobEnded
     | JobResumed
+    | JobTaken
 )
 
 encode = msgspec.json.Encoder().encode

@@ -9,8 +9,10 @@ one's spool.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from coordinator.auth import Auth
@@ -23,6 +25,8 @@ from protocols.jobs import ANSWER_PATH, INLINE_BYTES, INPUT_PATH, Scatter
 #: Of one answer: a unit is some seconds of work.
 _LIMIT_BYTES = 256 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
+#: A job's rows are here for a moment before the job is; what is here for longer is nobody's.
+_STRAY_S = 3600.0
 
 
 class JobLane(Lane):
@@ -98,3 +102,11 @@ class JobLane(Lane):
             while piece := file.read(_PIECE_BYTES):
                 lines += piece.count(b"\n")
         return lines
+
+    def sweep(self, wanted: Set[str]) -> None:
+        """Drop what no job wants, if it has been here for a while."""
+        for path in self._versions.iterdir():
+            if path.name.removesuffix(self.suffix) not in wanted:
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > _STRAY_S:
+                        path.unlink()

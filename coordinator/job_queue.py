@@ -11,7 +11,15 @@ from coordinator import job_facts, jobs
 from coordinator.bodies import job_body
 from coordinator.enroll import Registry
 from coordinator.fleetwork import Fleetwork
-from coordinator.job_facts import PREFIX, JobEnded, JobResumed, JobSpec, JobStarted, JobState
+from coordinator.job_facts import (
+    PREFIX,
+    JobEnded,
+    JobResumed,
+    JobSpec,
+    JobStarted,
+    JobState,
+    JobTaken,
+)
 from coordinator.job_lane import JobLane
 from coordinator.job_loop import JobLoop
 from coordinator.jobs import Job
@@ -21,6 +29,8 @@ from protocols.jobs import Model
 
 #: Jobs that the monitor still sees after a restart.
 _SHOWN_JOBS = 5
+#: Ended jobs whose answers nobody has taken yet: the newest so many keep their files.
+_KEPT_JOBS = 8
 
 
 class JobQueue:
@@ -42,6 +52,7 @@ class JobQueue:
 
     async def work(self, resume: bool) -> None:
         """Drive all jobs, those of the last life first. One that fails of a disk ends them all."""
+        self._sweep()
         for job in self._jobs.values():
             if not job.ended:
                 if resume:
@@ -63,8 +74,21 @@ class JobQueue:
             await loop.drive()
         finally:
             self._around.lane.unpin(models)
-            self._jobs[loop.job.id] = loop.job
-            del self._loops[loop.job.id]
+            if self._loops.get(loop.job.id) is loop:  # else it was made to go on already
+                self._jobs[loop.job.id] = loop.job
+                del self._loops[loop.job.id]
+        self._sweep()
+
+    def _wanted(self) -> set[str]:
+        """Digests of files that somebody may ask for yet."""
+        jobs = list(self._jobs.values())
+        ended = [job for job in jobs if job.ended and not job.taken and job.on_disk]
+        kept = [job for job in jobs if not job.ended] + ended[-_KEPT_JOBS:]
+        return {digest for job in kept for digest in job.on_disk}
+
+    def _sweep(self) -> None:
+        if not self.at_work:  # else there are units' rows, which no job's facts name
+            self._lane.sweep(self._wanted())
 
     # --- from outside ---
 
@@ -139,8 +163,19 @@ class JobQueue:
         job = self.find(job_id)
         if job.state in (JobState.WORKING, JobState.FINISHED):
             raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+        self._loops.pop(job.id, None)  # it may have something to put away yet
         self._record(job.id, JobResumed())
         self._new.put_nowait(job.id)
+
+    def take(self, job_id: str) -> None:
+        """The requester of a finished job has its answers: drop them. Raises CannotBeMet."""
+        job = self.find(job_id)
+        if job.state is not JobState.FINISHED:
+            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+        if not job.taken:
+            self._record(job.id, JobTaken())
+        for digest in job.on_disk - self._wanted():
+            self._lane.drop(digest)
 
     def _record(self, job_id: str, fact: job_facts.Fact) -> None:
         self._around.ledger.append(PREFIX + job_id, [job_facts.encode(fact)])

@@ -30,6 +30,7 @@ from coordinator.job_facts import (
     JobSpec,
     JobStarted,
     JobState,
+    JobTaken,
     LeaseEnded,
     PeerExcused,
     UnitLeased,
@@ -86,7 +87,10 @@ class Unit(Struct, frozen=True, kw_only=True, dict=True):
 
 
 class Job(Struct, frozen=True, kw_only=True, dict=True):
-    """A job now. `rates` are rows a second by peer; `dropped` counts answers by reason."""
+    """A job now. `rates` are rows a second by peer; `dropped` counts answers by reason.
+
+    `taken`: the requester has the answers.
+    """
 
     id: str
     spec: JobSpec
@@ -96,6 +100,7 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
     excused: dict[str, str] = {}
     dropped: dict[str, int] = {}
     ended_because: str = ""
+    taken: bool = False
 
     @property
     def ended(self) -> bool:
@@ -132,6 +137,12 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
             for unit in self.units.values()
             if unit.verified
         )
+
+    @property
+    def on_disk(self) -> set[str]:
+        """Digests of the rows and answers that are kept in files."""
+        given = (given for unit in self.units.values() for given in unit.given.values())
+        return {one.digest for one in given if not one.body} | {self.spec.input} - {""}
 
     def leases(self) -> Iterator[tuple[Unit, str, Lease]]:
         for unit in self.units.values():
@@ -212,6 +223,8 @@ def apply(job: Job, fact: Fact) -> Job:
         case JobResumed():
             units = {n: replace(unit, failed=frozenset()) for n, unit in job.units.items()}
             return replace(job, state=JobState.WORKING, ended_because="", excused={}, units=units)
+        case JobTaken():
+            return replace(job, taken=True)
         case JobStarted():
             return job
         case _:

@@ -86,6 +86,10 @@ def operator_routes(
         desk.jobs.stop(desk.jobs.find(request.path_params["job"]).id)
         return json_answer({})
 
+    async def take_job(request: Request, _: bytes) -> Response:
+        desk.jobs.take(request.path_params["job"])
+        return json_answer({})
+
     async def resume_job(request: Request, _: bytes) -> Response:
         desk.jobs.resume(request.path_params["job"])
         return json_answer({})
@@ -179,6 +183,7 @@ def operator_routes(
         Route("/cw/v1/jobs/{job}", observer(show_job)),
         Route("/cw/v1/jobs/{job}/stands", observer(stands_job)),
         Route("/cw/v1/jobs/{job}/stop", operator(stop_job), methods=["POST"]),
+        Route("/cw/v1/jobs/{job}/taken", operator(take_job), methods=["POST"]),
         Route("/cw/v1/jobs/{job}/resume", operator(resume_job), methods=["POST"]),
         Route("/cw/v1/tickets", observer(list_tickets)),
         Route("/cw/v1/tickets", operator(make_ticket), methods=["POST"]),

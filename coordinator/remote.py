@@ -99,6 +99,10 @@ class Remote:
     def stop_job(self, job_id: str) -> None:
         self._ask("POST", f"/cw/v1/jobs/{job_id}/stop")
 
+    def took_job(self, job_id: str) -> None:
+        """Its answers are taken: they need not be kept."""
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/taken")
+
     def resume_job(self, job_id: str) -> None:
         self._ask("POST", f"/cw/v1/jobs/{job_id}/resume")
 

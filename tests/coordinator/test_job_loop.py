@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,31 @@ async def test_rows_are_spread_and_merged_while_a_run_trains(tmp_path: Path) -> 
         assert (await fleet.finished(run_id)).round == 3
         did = {fact.peer for fact in facts_of(fleet, job.id, job_facts.UnitReturned)}
         assert did == {agent.peer for agent in fleet.agents}
-        # Nothing of it is left but what was given and what was found.
-        await until(lambda: not list((fleet.home / "jobs" / "spool").iterdir()))
+        # Nothing of it is left but what was given and what was found, and then not that.
+        folder = fleet.home / "jobs"
+        await until(lambda: not list((folder / "spool").iterdir()))
+        assert {path.stem for path in (folder / "versions").iterdir()} == job.on_disk
+        fleet.hub.jobs.take(job.id)
+        assert list((folder / "versions").iterdir()) == []
+        assert fleet.hub.jobs.find(job.id).taken
+
+
+async def test_what_nobody_takes_is_kept_for_some_jobs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.job_queue._KEPT_JOBS", 1)
+    async with fleet_of(tmp_path, THREE[0]) as fleet:
+        folder = fleet.home / "jobs" / "versions"
+        jobs = []
+        for seed in range(3):
+            spec, _ = scattered(fleet, features() + seed)
+            jobs.append(await ended(fleet, fleet.hub.jobs.start(spec)))
+            for path in folder.iterdir():  # long ago
+                os.utime(path, (0, 0))
+        just_prepared = folder / ("f" * 64 + ".bytes")
+        just_prepared.write_bytes(b"a,b\n1,2\n")
+        fleet.hub.jobs._sweep()
+        assert {path.stem for path in folder.iterdir()} == jobs[-1].on_disk | {just_prepared.stem}
 
 
 async def test_a_peer_that_dies_and_one_that_dawdles_cost_no_row(tmp_path: Path) -> None:

@@ -249,6 +249,17 @@ def test_the_same_question_a_thousand_times_is_one_answer(tmp_path: Path) -> Non
     assert peer.memory.spent == 0.5
 
 
+@pytest.mark.long
+def test_a_thousand_questions_that_mean_the_same_share_one_budget(tmp_path: Path) -> None:
+    """Each is noised anew; what all of them together tell is bounded by the budget."""
+    peer = Peer(tmp_path, people(), Limits(mode="on", epsilon=1.0))
+    told = [peer.ask("count", f"age > -{number}", epsilon=0.01) for number in range(1, 1001)]
+    answered = [one for one in told if not one.refused]
+    assert len(answered) == 100
+    assert all("budget is spent" in one.refused for one in told[100:])
+    assert peer.memory.spent == pytest.approx(1.0)
+
+
 def test_noisy_figures_are_near_and_never_exact_by_rule(tmp_path: Path) -> None:
     rows = people(2000)
     peer = Peer(tmp_path, rows, Limits(mode="on", epsilon=1000.0))
