@@ -157,7 +157,7 @@ def test_a_pause_is_kept_at_once(calm: Site, tmp_path: Path) -> None:
     """It may well end with the machine switched off."""
     site = Site(tmp_path / "site", journal_every_s=PATIENCE_S, cache=calm.data.cache)
     try:
-        shutil.copyfile(calm.base, site.base)
+        site.trainer.init("mnist", {}, 1, site.base)
         site.trainer.pause()
         work = site.start(epochs=1)
         stood = site.frames.wait(lambda p: p.paused)
@@ -182,7 +182,7 @@ def test_a_second_kill_goes_on_from_the_second_journal(calm: Site, site: Site) -
 def test_the_journal_is_kept_by_the_clock(calm: Site, tmp_path: Path) -> None:
     site = Site(tmp_path / "site", journal_every_s=0.05, cache=calm.data.cache)
     try:
-        shutil.copyfile(calm.base, site.base)
+        site.trainer.init("mnist", {}, 1, site.base)
         work = site.start(**ENDLESS)
         site.frames.wait(lambda p: (tmp_path / "site/journal").exists() and p.step > 100)
         assert site.trainer.pid is not None
@@ -199,18 +199,19 @@ def test_the_journal_is_kept_by_the_clock(calm: Site, tmp_path: Path) -> None:
 
 def test_other_work_begins_anew_and_drops_the_journal(calm: Site, site: Site) -> None:
     killed_at(site, 5, epochs=1, round=1)
-    journal_file = site.folder / "journal"
-    kept = journal_file.read_bytes()
-    for other in ({"round": 2}, {"round": 1, "lr": 2}, {"round": 1}):
-        if other == {"round": 1}:
-            calm.trainer.init("mnist", {}, 2, site.base)
-        journal_file.write_bytes(kept)
-        assert site.train(epochs=1, **other).resumed_at == 0
+    file, base = site.folder / "journal", site.base
+    kept = file.read_bytes()
+    other_base = site.folder / "other.safetensors"
+    calm.trainer.init("mnist", {}, 2, other_base)
+    for begins, other in ((base, {"round": 2}), (base, {"lr": 2}), (other_base, {})):
+        file.write_bytes(kept)
+        site.base = begins
+        assert site.train(**{"epochs": 1, "round": 1} | other).resumed_at == 0
         site.trainer.forget()
-    shutil.copyfile(calm.base, site.base)
-    journal_file.write_bytes(kept)
+    site.base = base
+    file.write_bytes(kept)
     assert site.train(epochs=1, round=1).resumed_at == 5, "the same work goes on from it"
-    journal_file.write_bytes(kept)
+    file.write_bytes(kept)
     site.trainer.forget()
     site.trainer.forget()
     assert site.train(epochs=1, round=1).resumed_at == 0, "what is done is forgotten"

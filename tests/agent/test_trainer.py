@@ -117,6 +117,7 @@ class Site:
 
     def __init__(self, folder: Path, cache: str = "", **options: float) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.frames = Frames()
         self.data = DataSettings(index=1, parts=10, cache=cache)
         self.trainer = TrainerProcess(
