@@ -39,6 +39,7 @@ from protocols import identity
 from protocols.errors import CommonweightError
 from protocols.identity import SigningKey
 from protocols.messages import Exchange
+from protocols.weights import Weights
 
 #: Where there is one, a folder in memory: what is synced here need not survive a power cut.
 MEMORY = Path("/dev/shm")
@@ -161,14 +162,19 @@ class InProcessFleet:
         self.ledger.close()
 
     def run(
-        self, spec: RunSpec, on_round: Callable[[runs.Round], None] = lambda closed: None
+        self,
+        spec: RunSpec,
+        on_round: Callable[[runs.Round], None] = lambda closed: None,
+        first: Weights | None = None,
     ) -> Run:
-        """The whole of a run. Raises CommonweightError when it fails."""
+        """The whole of a run, from `first` on. Raises CommonweightError when it fails."""
         random.seed(spec.seed)  # Flower samples from here
         run_id = f"run{spec.seed}"
-        started = facts.RunStarted(spec)
-        self.ledger.append(run_id, [facts.encode(started)])
-        ended = asyncio.run(self._driven(transitions.replay(run_id, [started]), on_round))
+        begun: list[facts.Fact] = [facts.RunStarted(spec)]
+        if first is not None:
+            begun.append(facts.WeightsInitialised(self.lane.commit(first), "file"))
+        self.ledger.append(run_id, [facts.encode(fact) for fact in begun])
+        ended = asyncio.run(self._driven(transitions.replay(run_id, begun), on_round))
         if len(ended.history) < spec.rounds and not ended.ended:
             raise CommonweightError(f"the run ended early: {ended.ended_because}")
         return ended
