@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from protocols.durable import replacing
 from protocols.errors import CommonweightError, UsageFault
-from protocols.weights import replacing
 
 Batch = Mapping[str, Any]
 

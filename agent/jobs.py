@@ -18,11 +18,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec import Struct
 
 from protocols import identity, jobs, messages
+from protocols.durable import replacing
 from protocols.errors import BadMessage, Refused
 from protocols.failpoints import failpoint, note
 from protocols.jobs import INLINE_BYTES, Answer, Question, Unit
 from protocols.messages import Work
-from protocols.weights import file_digest, replacing
+from protocols.weights import file_digest
 
 ANSWER = "cw.answer"
 #: Answers that are kept for being asked again, the newest.

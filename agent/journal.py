@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from agent import chance
 from agent.tasks import Snapshot
-from protocols.weights import replacing
+from protocols.durable import replacing
 
 _MAGIC = b"cwwork1\n"
 _SHA_BYTES = 32

@@ -15,9 +15,10 @@ from agent.bandwidth import Bandwidth
 from agent.credentials import Credentials
 from agent.wire import Wire
 from protocols import requests
+from protocols.durable import write_all
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
-from protocols.weights import file_digest, write_all
+from protocols.weights import file_digest
 
 _TIMEOUT_S = 30.0
 #: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The

@@ -15,9 +15,9 @@ from msgspec import Struct
 from agent.encoding import Leftovers
 from agent.run_files import Kept, RunFiles
 from protocols import codecs, messages, schemes
+from protocols.durable import replacing
 from protocols.errors import BadMessage
 from protocols.messages import Metrics, UpdateClaim, Work
-from protocols.weights import replacing
 
 
 class Outcome(Protocol):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from protocols.weights import sync_folder
+from protocols.durable import sync_folder
 
 #: What nobody has asked for so long is of a run that is over.
 KEPT_S = 30 * 86400.0

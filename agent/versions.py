@@ -11,12 +11,13 @@ from pathlib import Path
 from agent.link import Link
 from agent.sharing import Sharing, swarm
 from protocols import patches
+from protocols.durable import sync_folder
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.messages import Work
 from protocols.removal import letting_go
 from protocols.room import is_full
 from protocols.stored import Stored
-from protocols.weights import file_digest, sync_folder
+from protocols.weights import file_digest
 
 log = logging.getLogger("commonweight.agent")
 

@@ -29,9 +29,9 @@ from coordinator.enroll import SUBJECT
 from coordinator.lane import Lane
 from coordinator.ledger import Ledger
 from protocols import VERSION, homes
+from protocols.durable import sync_folder
 from protocols.errors import CommonweightError, HomeFault, HomeTooNew, UsageFault
 from protocols.states import RunState
-from protocols.weights import sync_folder
 
 FORMAT = 1
 LEDGER = "ledger.db"

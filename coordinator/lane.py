@@ -30,7 +30,7 @@ from coordinator.auth import Auth
 from coordinator.doorkeeper import connection_of
 from coordinator.streams import Spooling, WholeFile
 from coordinator.versions import Versions
-from protocols import room, weights
+from protocols import durable, room
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.removal import remove
@@ -81,7 +81,7 @@ class Lane(Versions):
         update = self.update(node, digest)
         update.replace(self.version(digest))
         self._spooled[node].discard(update)
-        weights.sync_folder(self._versions)
+        durable.sync_folder(self._versions)
         failpoint("version.adopted")
 
     # --- room ---
@@ -145,7 +145,7 @@ class Lane(Versions):
         os.replace(part, done)
         self._spooled[node].discard(part)
         self._spooled[node].add(done)
-        await asyncio.to_thread(weights.sync_folder, self._spool)
+        await asyncio.to_thread(durable.sync_folder, self._spool)
         failpoint("upload.stored")
 
     def _check_size(self, nbytes: int) -> None:
@@ -314,7 +314,7 @@ async def _take_in_thread(request: Request, spooling: Spooling, left: int) -> in
 
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb", buffering=0) as file:
-        weights.write_all(file, memoryview(data))
+        durable.write_all(file, memoryview(data))
         os.fsync(file.fileno())
 
 

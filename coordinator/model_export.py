@@ -9,9 +9,10 @@ from pathlib import Path
 from coordinator.lane import Lane
 from coordinator.runs import Run
 from protocols import VERSION, model_card, schemes, weights
+from protocols.durable import replacing
 from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.model_card import Contributor, ModelCard
-from protocols.weights import Schema, replacing
+from protocols.weights import Schema
 
 
 def chosen(run: Run, which: str) -> str:

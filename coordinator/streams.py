@@ -12,8 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coordinator.doorkeeper import connection_of
+from protocols.durable import write_all
 from protocols.early import Early
-from protocols.weights import write_all
 
 #: A thread costs more than such a piece takes.
 _SMALL_BYTES = 16 * 1024

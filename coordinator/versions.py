@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from protocols import patches, weights
+from protocols import durable, patches, weights
 from protocols.failpoints import failpoint
 from protocols.messages import FEW_BYTES
 from protocols.removal import remove
@@ -88,7 +88,7 @@ class Versions:
         failpoint("version.written")
         temporary.replace(self.version(writer.digest))
         failpoint("version.renamed")
-        weights.sync_folder(self._versions)
+        durable.sync_folder(self._versions)
         return writer.digest
 
     def few_bytes(self, digest: str) -> bytes:

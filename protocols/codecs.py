@@ -18,18 +18,10 @@ import numpy as np
 
 from protocols.changes import BLOCK, Changes, Floats, Layout, add
 from protocols.codings import Bf16, Coding, Int8, Sign, TopK
+from protocols.durable import replacing
 from protocols.errors import UnknownName, UsageFault
 from protocols.stored import Writer
-from protocols.weights import (
-    Array,
-    Part,
-    Readable,
-    Schema,
-    TensorSpec,
-    check_schema,
-    header_bytes,
-    replacing,
-)
+from protocols.weights import Array, Part, Readable, Schema, TensorSpec, check_schema, header_bytes
 
 WHOLE = "fp32"
 KNOWN = ("fp32", "bf16", "int8", "sign", "topk")

@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from protocols.durable import replacing
 from protocols.early import Early
 from protocols.errors import BadWeights
 from protocols.weights import (
@@ -25,7 +26,6 @@ from protocols.weights import (
     Schema,
     check_header,
     header_bytes,
-    replacing,
 )
 
 

@@ -16,14 +16,14 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from protocols.durable import replacing
 from protocols.early import Early
 from protocols.errors import BadWeights
-from protocols.removal import letting_go
 
 Array = npt.NDArray[np.generic]
 
@@ -171,51 +171,6 @@ def save(weights: Weights, path: Path) -> str:
                 file.write(piece)
                 early.wrote(len(piece))
     return sha.hexdigest()
-
-
-class replacing:
-    """A binary file that takes its place at `path`, synced, only when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> IO[bytes]:
-        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._file = os.fdopen(descriptor, "wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._file:
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                with letting_go(self._path):
-                    os.replace(self._temporary, self._path)
-        finally:
-            # What a full disk or an error left behind; after a rename there is nothing.
-            self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            sync_folder(self._path.parent)
-
-
-def write_all(file: IO[bytes], data: memoryview) -> None:
-    """Write to a file without a buffer, which may take less than it is given at a time."""
-    while data:
-        data = data[file.write(data) :]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:

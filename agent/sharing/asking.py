@@ -18,9 +18,9 @@ import msgspec
 
 from agent.sharing.pinned import Pinned
 from protocols import gossip
+from protocols.durable import write_all
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.gossip import MOST_TOLD_BYTES, PROOF_PATH, WORDS_PATH, Neighbour, Told
-from protocols.weights import write_all
 
 _WITHIN_S = 10.0
 #: A version comes at least so fast, or somebody else is asked.

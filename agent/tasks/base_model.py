@@ -18,8 +18,9 @@ import torch
 from agent.tasks import DataSettings
 from agent.tasks.lora_plan import LoraPlan
 from agent.tasks.text import Tokenizer
+from protocols.durable import replacing
 from protocols.errors import DataFault, TaskUnusable
-from protocols.weights import Schema, TensorSpec, replacing
+from protocols.weights import Schema, TensorSpec
 
 #: What makes a model the same model: its weights, its sides, its tokens.
 _COUNTED = re.compile(

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.tasks import DataSettings
+from protocols.durable import replacing
 from protocols.errors import DataFault, SchemaMismatch, TaskUnusable
-from protocols.weights import replacing
 
 BYTES = "bytes"
 BYTE_VOCABULARY = 257

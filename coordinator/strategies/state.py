@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from protocols import weights
+from protocols import durable, weights
 from protocols.errors import BadWeights, CommonweightError
 from protocols.removal import remove
 from protocols.stored import Stored, Writer
@@ -69,7 +69,7 @@ class States:
     def adopt(self, temporary: Path, digest: str) -> str:
         """Give a whole, synced file its name."""
         temporary.replace(self.path(digest))
-        weights.sync_folder(self._folder)
+        durable.sync_folder(self._folder)
         self._proven.add(digest)
         return digest
 

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load as library_load
 from safetensors.numpy import save as library_save
 
-from protocols import weights
+from protocols import durable, weights
 from protocols.errors import BadWeights
 from protocols.weights import DTYPES, TensorSpec, Weights
 
@@ -266,7 +266,7 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def break_off() -> None:
-        with weights.replacing(path) as file:
+        with durable.replacing(path) as file:
             file.write(b"new")
             raise RuntimeError("power cut")
 
@@ -274,7 +274,7 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
         break_off()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    with weights.replacing(path) as file:
+    with durable.replacing(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
 
@@ -282,7 +282,7 @@ def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
 _FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from protocols.weights import replacing
+from protocols.durable import replacing
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with replacing(Path(sys.argv[1])) as file:
