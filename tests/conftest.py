@@ -12,6 +12,9 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# Hundreds of programs are started here; each would compile the same sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
