@@ -17,8 +17,10 @@ from flwr.clientapp import ClientApp
 
 from agent.outbox import Coded, Finished, Outbox, Outcome
 from agent.run_files import Kept
+from agent.syncing import Syncing
 from agent.tasks import Settings
 from protocols import codecs, identity, messages, schemas
+from protocols.durable import sync
 from protocols.errors import (
     TELLABLE,
     BadMessage,
@@ -233,9 +235,15 @@ class Client:
         failpoint("agent.work.done")
         finished = self._outbox.keep(work, outcome)
         failpoint("agent.outbox.written")
-        if work.kind == "train":
-            self._on_trained()
-        self._deliver(finished)
+        if not outcome.digest:
+            return finished
+        syncing = Syncing(update)
+        try:
+            self._deliver(finished)
+        finally:
+            syncing.wait()
+            if work.kind == "train":  # its journal is of no use any more
+                self._on_trained()
         return finished
 
     def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
@@ -253,6 +261,7 @@ class Client:
                 trained.unlink(missing_ok=True)
             outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics, {})
         if kept:
+            sync(update)  # first: what is kept moves on with this update
             self._outbox.personal.wait(work.run, outcome.digest)
         return outcome
 

@@ -18,6 +18,8 @@ from protocols import codecs, messages, schemes
 from protocols.durable import replacing
 from protocols.errors import BadMessage
 from protocols.messages import Metrics, UpdateClaim, Work
+from protocols.removal import remove
+from protocols.weights import file_digest
 
 
 class Outcome(Protocol):
@@ -64,10 +66,14 @@ class Outbox:
         self.leftovers = Leftovers(folder / "leftovers")
         self.personal = RunFiles(folder / "personal", ".kept")
         self._file = folder / "finished.json"
+        #: The update that is known to be whole; what a life before has left is looked at.
+        self._made = ""
 
     def clear(self) -> None:
         """The update is about to be overwritten: its answer goes first."""
         self._file.unlink(missing_ok=True)
+        # Some file systems write out at once what takes another file's place.
+        remove(self.update)
 
     def finished(self, work: Work) -> Finished | None:
         """The answer to this work, if it is in the outbox already."""
@@ -82,12 +88,17 @@ class Outbox:
             if not claim.digest or last.description:
                 return last
             # Whatever became of the bytes, another training makes them anew.
-            return last if self.update.stat().st_size == claim.nbytes else None
+            if self.update.stat().st_size != claim.nbytes:
+                return None
+            if claim.digest != self._made and file_digest(self.update) != claim.digest:
+                return None  # the power failed before its sync
+            self._made = claim.digest
+            return last
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
 
     def keep(self, work: Work, outcome: Outcome, description: bytes = b"") -> Finished:
-        """The outcome as a signed claim, safe in the outbox."""
+        """The outcome as a signed claim, safe in the outbox; its update has still to be synced."""
         claim = UpdateClaim(
             run=work.run,
             round=work.round,
@@ -110,6 +121,7 @@ class Outbox:
         with replacing(self._file) as file:
             file.write(msgspec.json.encode(finished))
         self.settle(claim.digest)
+        self._made = claim.digest
         return finished
 
     def own(self, work: Work) -> tuple[Kept, ...]:

@@ -206,7 +206,7 @@ class Trainer:
     ) -> Done:
         self._control.check(work)
         path = Path(out)
-        digest = weights.save(update, path)
+        digest = weights.save(update, path, synced=False)  # the agent syncs it while it sends it
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
 

@@ -10,10 +10,10 @@ from protocols.removal import letting_go
 
 
 class replacing:
-    """A binary file that takes its place at `path`, synced, only when the block ends well."""
+    """A binary file that takes its place at `path`, `synced`, only when the block ends well."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, synced: bool = True) -> None:
+        self._path, self._synced = path, synced
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> IO[bytes]:
@@ -24,7 +24,7 @@ class replacing:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             with self._file:
-                if kind is None:
+                if kind is None and self._synced:
                     self._file.flush()
                     os.fsync(self._file.fileno())
             if kind is None:
@@ -33,8 +33,15 @@ class replacing:
         finally:
             # What a full disk or an error left behind; after a rename there is nothing.
             self._temporary.unlink(missing_ok=True)
-        if kind is None:
+        if kind is None and self._synced:
             sync_folder(self._path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file that was written before durable. Raises OSError."""
+    with path.open("r+b") as file:  # for writing: Windows syncs no other
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:

@@ -33,8 +33,12 @@ METRICS: messages.Metrics = {"loss": 0.5}
 TALLIES: dict[str, list[float]] = {}
 
 
+#: Of what the trainer below makes.
+DIGEST = hashlib.sha256(b"update").hexdigest()
+
+
 class Outcome(NamedTuple):
-    digest: str = "d" * 64
+    digest: str = DIGEST
     nbytes: int = 6
     num_examples: int = 5
     metrics: messages.Metrics = METRICS
@@ -162,7 +166,7 @@ def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
         kind="train",
         peer="P",
         base="b" * 64,
-        digest="d" * 64,
+        digest=DIGEST,
         nbytes=6,
         num_examples=5,
         metrics={"loss": 0.5},
@@ -170,7 +174,7 @@ def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
     )
     settings = {"lr": 0.1, "seed": 3, "round": 2}
     assert desk.trainer.did == [("train", "mnist", settings, "b" * 64 + "-7")]
-    assert desk.sent == [("d" * 64, b"update")]
+    assert desk.sent == [(DIGEST, b"update")]
     assert desk.hands == ["train", "sending", "nothing"]
 
 
@@ -184,7 +188,7 @@ def test_evaluation_sends_no_weights(desk: Desk) -> None:
 def test_first_weights_come_from_the_seed(desk: Desk) -> None:
     desk.ask(some_work(kind="init", round=0, base="", nbytes=0))
     assert desk.trainer.did == [("init", "mnist", {"lr": 0.1}, 3)]
-    assert desk.sent == [("d" * 64, b"first!")]
+    assert desk.sent == [(DIGEST, b"first!")]
 
 
 def test_the_same_question_is_answered_from_the_outbox(desk: Desk) -> None:
@@ -202,7 +206,7 @@ def test_an_answer_that_could_not_be_sent_waits_in_the_outbox(desk: Desk) -> Non
     desk.lane_is_up = True
     desk.ask()
     assert len(desk.trainer.did) == 1
-    assert desk.sent == [("d" * 64, b"update")]
+    assert desk.sent == [(DIGEST, b"update")]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,15 @@ def test_a_damaged_outbox_costs_a_training_and_no_more(desk: Desk, content: byte
     (desk.folder / "finished.json").write_bytes(content)
     desk.ask()
     assert len(desk.trainer.did) == 1
+
+
+def test_bytes_that_a_power_cut_has_lost_cost_a_training_and_no_more(desk: Desk) -> None:
+    desk.ask()
+    (desk.folder / "update.safetensors").write_bytes(b"\0" * len(b"update"))
+    desk.client = desk.made_again()
+    desk.ask()
+    assert len(desk.trainer.did) == 2
+    assert desk.sent[-1] == (DIGEST, b"update")
 
 
 @pytest.mark.parametrize("left", [None, b"upd"])
