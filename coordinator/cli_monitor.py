@@ -6,7 +6,6 @@ Textual is imported inside the commands that need it: `--help` stays quick.
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 import time
@@ -173,16 +172,11 @@ def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
 
 def _run(app: Any) -> None:
     """Show `app`. Asked to end (SIGTERM), it gives the terminal back as it was."""
-    _calm_collector()
+    from coordinator.tui.calm import calm
+
+    calm()
     signal.signal(signal.SIGTERM, lambda *_: app.exit())
     app.run()
-
-
-def _calm_collector() -> None:
-    """Full collections of Textual's many objects stop the screen for 40 ms: make them rare."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 def status(

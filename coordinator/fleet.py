@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from coordinator.shape import Event, Fleet, Level, Peer, Run, decode, encode, finite, rebased
+from coordinator.shape import Event, Fleet, Job, Level, Peer, Run, decode, encode, finite, rebased
 from protocols.messages import (
     Envelope,
     Happened,
@@ -40,6 +40,7 @@ from protocols.topics import COORDINATOR
 __all__ = [
     "Event",
     "Fleet",
+    "Job",
     "Level",
     "Peer",
     "Run",
@@ -216,7 +217,7 @@ def _coordinator(
     elif isinstance(body, RoundClosed):
         _round_closed(fleet, body)
     elif isinstance(body, JobChanged):
-        _job_changed(fleet, body)
+        _job_changed(fleet, body, now - envelope.at, now)
     elif isinstance(body, Happened):
         _event(fleet, now, body.level, body.text, body.subject)
     else:
@@ -244,10 +245,20 @@ def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
         del fleet.runs[next(ended, next(iter(fleet.runs)))]
 
 
-def _job_changed(fleet: Fleet, body: JobChanged) -> None:
-    fleet.jobs[body.job] = body
+def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> None:
+    """`behind`: what the coordinator's clock lacks of ours."""
+    behind = finite(behind) or 0.0
+    began, ended = finite(body.began_at), finite(body.ended_at)
+    body = msgspec.structs.replace(body, rows_per_s=finite(body.rows_per_s) or 0.0)
+    fleet.jobs[body.job] = Job(
+        changed=body,
+        changed_at=now,
+        began_at=began + behind if began else 0.0,
+        ended_at=ended + behind if ended else 0.0,
+    )
     if len(fleet.jobs) > RUNS_KEPT:
-        del fleet.jobs[next(iter(fleet.jobs))]
+        ended_first = (name for name, job in fleet.jobs.items() if job.changed.state != "working")
+        del fleet.jobs[next(ended_first, next(iter(fleet.jobs)))]
 
 
 def _round_closed(fleet: Fleet, body: RoundClosed) -> None:

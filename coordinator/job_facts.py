@@ -74,7 +74,10 @@ class Given(Struct, frozen=True, kw_only=True):
 
 
 class JobStarted(Struct, frozen=True, tag=True):
+    """`at` is Unix s, as in JobEnded."""
+
     spec: JobSpec
+    at: float = 0.0
 
 
 class UnitLeased(Struct, frozen=True, tag=True):
@@ -128,6 +131,7 @@ class PeerExcused(Struct, frozen=True, tag=True):
 class JobEnded(Struct, frozen=True, tag=True):
     state: JobState
     because: str
+    at: float = 0.0
 
 
 class JobResumed(Struct, frozen=True, tag=True):

@@ -88,7 +88,7 @@ class JobLoop:
         try:
             await self._dispatch()
         except BadMessage as err:  # what the requester gave is not there any more
-            self._record(job_facts.JobEnded(JobState.FAILED, err.message))
+            self._record(job_facts.JobEnded(JobState.FAILED, err.message, time.time()))
 
     async def _dispatch(self) -> None:
         while not self.job.ended:
@@ -237,4 +237,4 @@ def _fact(step: dispatch.Step) -> Fact:
         case dispatch.EndLease(unit, peer, reason):
             return LeaseEnded(unit, peer, reason)
         case dispatch.End(state, because):
-            return job_facts.JobEnded(state, because)
+            return job_facts.JobEnded(state, because, time.time())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 
 from msgspec.structs import replace
 
@@ -58,7 +59,7 @@ class JobQueue:
                 if resume:
                     self._new.put_nowait(job.id)
                 else:
-                    self._record(job.id, JobEnded(JobState.STOPPED, "not resumed"))
+                    self._record(job.id, JobEnded(JobState.STOPPED, "not resumed", time.time()))
         async with asyncio.TaskGroup() as group:
             while True:
                 job = self._jobs[await self._new.get()]
@@ -115,9 +116,10 @@ class JobQueue:
         """Write a job down and begin; its id. Raises UsageFault and its kin."""
         spec = self._checked(spec)
         job_id = f"{spec.kind}-{secrets.token_hex(3)}"
-        self._around.ledger.append(PREFIX + job_id, [job_facts.encode(JobStarted(spec))])
+        fact = JobStarted(spec, time.time())
+        self._around.ledger.append(PREFIX + job_id, [job_facts.encode(fact)])
         failpoint("job.queued")
-        self._jobs[job_id] = jobs.started(job_id, spec)
+        self._jobs[job_id] = jobs.started(job_id, spec, fact.at)
         self._around.publish(job_body(self._jobs[job_id]))
         self._new.put_nowait(job_id)
         return job_id
@@ -156,7 +158,7 @@ class JobQueue:
         if loop := self._loops.get(job_id):
             loop.stop("stopped by the operator")
         elif not self._jobs[job_id].ended:
-            self._record(job_id, JobEnded(JobState.STOPPED, "stopped by the operator"))
+            self._record(job_id, JobEnded(JobState.STOPPED, "stopped by the operator", time.time()))
 
     def resume(self, job_id: str) -> None:
         """Let a job that was stopped or has failed go on. Raises CannotBeMet."""

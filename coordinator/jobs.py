@@ -89,7 +89,7 @@ class Unit(Struct, frozen=True, kw_only=True, dict=True):
 class Job(Struct, frozen=True, kw_only=True, dict=True):
     """A job now. `rates` are rows a second by peer; `dropped` counts answers by reason.
 
-    `taken`: the requester has the answers.
+    `taken`: the requester has the answers. `began_at` and `ended_at` are Unix s, 0 where that is not known.
     """
 
     id: str
@@ -101,6 +101,8 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
     dropped: dict[str, int] = {}
     ended_because: str = ""
     taken: bool = False
+    began_at: float = 0.0
+    ended_at: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -124,6 +126,10 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
     def rows(self, unit: Unit) -> int:
         """Rows of a scattered unit."""
         return sum(block.rows for block in self.spec.blocks[unit.first : unit.stop])
+
+    def nbytes(self, unit: Unit) -> int:
+        """Bytes of a scattered unit's rows; 0 of one's own rows, which go nowhere."""
+        return sum(block.nbytes for block in self.spec.blocks[unit.first : unit.stop])
 
     @cached_property
     def total_rows(self) -> int:
@@ -217,12 +223,13 @@ def apply(job: Job, fact: Fact) -> Job:
     match fact:
         case PeerExcused(peer, reason):
             return replace(job, excused={**job.excused, peer: reason})
-        case JobEnded(state, because):
+        case JobEnded(state, because, at):
             units = {n: replace(unit, leases={}) for n, unit in job.units.items()}
-            return replace(job, state=state, ended_because=because, units=units)
+            return replace(job, state=state, ended_because=because, ended_at=at, units=units)
         case JobResumed():
             units = {n: replace(unit, failed=frozenset()) for n, unit in job.units.items()}
-            return replace(job, state=JobState.WORKING, ended_because="", excused={}, units=units)
+            again = replace(job, ended_because="", ended_at=0.0, excused={}, units=units)
+            return replace(again, state=JobState.WORKING)
         case JobTaken():
             return replace(job, taken=True)
         case JobStarted():
@@ -237,17 +244,17 @@ def apply(job: Job, fact: Fact) -> Job:
             return transition(job, unit, fact) if unit.state in states else job
 
 
-def started(job_id: str, spec: JobSpec) -> Job:
+def started(job_id: str, spec: JobSpec, at: float = 0.0) -> Job:
     """A job at its beginning. One of the peers' own rows has a unit for each of them."""
     own = {n: Unit(number=n, only=peer) for n, peer in enumerate(spec.peers)}
-    return Job(id=job_id, spec=spec, units={} if spec.kind == "scatter" else own)
+    return Job(id=job_id, spec=spec, units={} if spec.kind == "scatter" else own, began_at=at)
 
 
 def replay(job_id: str, facts: list[Fact]) -> Job:
     """The job that these facts, the first of them JobStarted, add up to."""
     first = facts[0]
     assert isinstance(first, JobStarted), "a job's first fact is JobStarted"
-    job = started(job_id, first.spec)
+    job = started(job_id, first.spec, first.at)
     for fact in facts[1:]:
         job = apply(job, fact)
     return job

@@ -68,6 +68,10 @@ def _of_peer(peer: Peer, awaited: Awaited) -> str:
 
 
 def _of_run(fleet: Fleet, awaited: Awaited) -> str:
+    """Of a job too: it can be stopped."""
+    if (job := fleet.jobs.get(awaited.subject)) is not None:
+        working = job.changed.state == "working"
+        return "" if working else f"job {awaited.name} has ended: {job.changed.state}"
     run = fleet.runs.get(awaited.subject)
     if run is None:
         return ""

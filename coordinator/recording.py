@@ -160,6 +160,9 @@ class RecordingSource:
     async def stop_run(self, run: str) -> None:
         await self._source.stop_run(run)
 
+    async def stop_job(self, job: str) -> None:
+        await self._source.stop_job(job)
+
     async def logs(self, peer: str) -> list[LogLine]:
         return await self._source.logs(peer)
 

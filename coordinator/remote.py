@@ -246,6 +246,9 @@ class LiveSource:
     async def stop_run(self, run: str) -> None:
         await self._call(lambda remote: remote.stop_run(run))
 
+    async def stop_job(self, job: str) -> None:
+        await self._call(lambda remote: remote.stop_job(job))
+
     async def logs(self, peer: str) -> list[LogLine]:
         return await self._call(lambda remote: remote.logs(peer))
 

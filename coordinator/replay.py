@@ -176,5 +176,8 @@ class ReplaySource:
     async def stop_run(self, run: str) -> None:
         raise only_a_recording()
 
+    async def stop_job(self, job: str) -> None:
+        raise only_a_recording()
+
     async def logs(self, peer: str) -> list[LogLine]:
         raise only_a_recording()

@@ -5,8 +5,8 @@ A cell is a text and a tone. The text alone says everything; the tone only choos
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from coordinator.fleet import Fleet, Peer, called, shown_state
 from coordinator.words import (
@@ -22,6 +22,7 @@ from coordinator.words import (
 )
 from protocols.states import PauseReason, PeerState, label
 
+Row = TypeVar("Row")
 Tone = Literal["plain", "quiet", "good", "busy", "warn", "bad", "ask", "strong"]
 
 TONES: dict[PeerState, Tone] = {
@@ -52,7 +53,7 @@ class Cell(NamedTuple):
 # --- the fleet's table -----------------------------------------------------------------------
 
 
-class Column(NamedTuple):
+class Column(NamedTuple, Generic[Row]):
     """A column; `least` and `most` are widths in characters, `group` its breakpoint."""
 
     key: str
@@ -60,7 +61,7 @@ class Column(NamedTuple):
     least: int
     most: int
     group: int
-    cell: Callable[[Peer, float, int], Cell]
+    cell: Callable[[Row, float, int], Cell]
     right: bool = False
 
 
@@ -116,7 +117,7 @@ def _battery(peer: Peer, now: float, width: int) -> Cell:
 
 
 #: In drop order: the last ones go first when the terminal is narrow.
-COLUMNS: tuple[Column, ...] = (
+COLUMNS: tuple[Column[Peer], ...] = (
     Column("state", "State", 19, 26, 0, state_cell),
     Column("peer", "Peer", 12, 22, 0, lambda peer, now, width: Cell(cut(called(peer), width))),
     Column(
@@ -172,11 +173,11 @@ COLUMNS: tuple[Column, ...] = (
 GAP = 2  # blank characters that each column takes besides its width
 
 
-def fit(width: int, terminal: int) -> list[tuple[Column, int]]:
-    """The columns for a table `width` wide in a `terminal` wide, each with its width."""
-    chosen: list[Column] = []
+def fit(columns: Sequence[Column[Row]], width: int, terminal: int) -> list[tuple[Column[Row], int]]:
+    """Those for a table `width` wide in a `terminal` wide, each with its width."""
+    chosen: list[Column[Row]] = []
     left = width
-    for column in COLUMNS:
+    for column in columns:
         if column.group > terminal or column.least + GAP > left:
             break
         chosen.append(column)

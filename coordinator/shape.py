@@ -85,6 +85,15 @@ class Run(Struct, kw_only=True):
     rounds: list[RoundClosed] = []
 
 
+class Job(Struct, kw_only=True):
+    """A job beside training. Its times are Unix s by the clock of the one who folds, or 0."""
+
+    changed: JobChanged
+    changed_at: float
+    began_at: float = 0.0
+    ended_at: float = 0.0
+
+
 class Fleet(Struct, kw_only=True):
     """Everything that the monitor, `status` and the metrics show. `at` is when it was encoded."""
 
@@ -93,7 +102,7 @@ class Fleet(Struct, kw_only=True):
     at: float = 0.0
     peers: dict[Name, Peer] = {}
     runs: dict[Name, Run] = {}
-    jobs: dict[Name, JobChanged] = {}
+    jobs: dict[Name, Job] = {}
     events: list[Event] = []
     num_events: int = 0
     links: Links = Links(mqtt=False, flower=False)
@@ -139,5 +148,9 @@ def rebased(fleet: Fleet, now: float) -> Fleet:
         peer.seen_at = peer.seen_at + ahead if peer.seen_at else 0.0
     for run in fleet.runs.values():
         run.changed_at += ahead
+    for job in fleet.jobs.values():
+        job.changed_at += ahead
+        job.began_at += ahead if job.began_at else 0.0
+        job.ended_at += ahead if job.ended_at else 0.0
     fleet.events = [msgspec.structs.replace(event, at=event.at + ahead) for event in fleet.events]
     return fleet

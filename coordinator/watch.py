@@ -39,6 +39,10 @@ class Source(Protocol):
         """Ask for the end of a run."""
         ...
 
+    async def stop_job(self, job: str) -> None:
+        """Ask for the end of a job."""
+        ...
+
     async def logs(self, peer: str) -> list[LogLine]:
         """The last lines of the peer's log that it lets others see."""
         ...

@@ -73,6 +73,19 @@ def brief(value: float) -> str:
     return NOTHING if number is None else f"{number:#.3g}" if abs(number) < 100 else f"{number:.3g}"
 
 
+def count(number: float) -> str:
+    """`12,345`, then `123 k`, `1.23 M`: at most seven characters."""
+    value = finite(number) or 0.0
+    if value < 100_000:
+        return f"{value:,.0f}"
+    unit = ""
+    for unit in ("k", "M", "G", "T"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{min(value, 9999):.0f} {unit}"
+
+
 def percent(value: float) -> str:
     """`95.2 %` for 0.952."""
     number = finite(value)
@@ -86,7 +99,7 @@ def rate(per_s: float) -> str:
         if value < 999.5:
             return f"{value:.0f}{unit}/s"
         value /= 1000
-    return f"{min(value, 9999):.0f} T/s"
+    return f"{min(value, 999):.0f} T/s"
 
 
 # --- trends ----------------------------------------------------------------------------------

@@ -181,7 +181,12 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
 class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     """Where a job beside training stands, said whole each time.
 
-    `done` of `total`: rows that were spread, or peers that were asked; `peers` are at it now.
+    `done` of `total`: rows that were spread, or peers that were asked; of what is left, `peers`
+    have `leased` in hand. `units` are answered for good. `rows` were answered for, `rows_per_s` by
+    all who answered together. Bytes are those of answers (`bytes_up`) and of spread rows
+    (`bytes_down`). `dropped` answers did not count; `num_excused` peers take no part, `excused`
+    says why (of the first of them).
+    `began_at` and `ended_at` are Unix s by the coordinator's clock, 0 where that is not known.
     """
 
     job: Name
@@ -192,6 +197,17 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     total: Count
     peers: Count = 0
     ended_because: Text = ""
+    leased: Count = 0
+    units: Count = 0
+    rows: Count = 0
+    rows_per_s: float = 0.0
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    dropped: Count = 0
+    num_excused: Count = 0
+    excused: Annotated[dict[Name, Text], Meta(max_length=32)] = {}
+    began_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
+    ended_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
 
 
 class Happened(Struct, frozen=True, tag=True, kw_only=True):

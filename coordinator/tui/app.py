@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -14,15 +14,17 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, DataTable, Input
 
 from coordinator.fleet import called, current_run
+from coordinator.job_rows import is_working
 from coordinator.outcomes import Deed
 from coordinator.tui import export
+from coordinator.tui.cell_table import CellTable
 from coordinator.tui.dialogs import AskDialog, HelpDialog, TicketDialog
 from coordinator.tui.events_page import EventsPage
 from coordinator.tui.fleet_page import FleetPage
 from coordinator.tui.footer import Footer
+from coordinator.tui.jobs_page import JobsPage
 from coordinator.tui.keys import KEYS, REPLAY, bindings
 from coordinator.tui.peer_screen import PeerScreen
-from coordinator.tui.peer_table import PeerTable
 from coordinator.tui.rounds_page import RoundsPage
 from coordinator.tui.run_form import RunForm
 from coordinator.tui.tabs import Tabs
@@ -63,7 +65,7 @@ class MonitorApp(MonitorView):
     def action_page(self, page: str) -> None:
         self._main(ContentSwitcher).current = page
         self._main(Tabs).page = self._main(Footer).page = page
-        tables = {"fleet": "#peers", "rounds": "#closed", "events": "#said"}
+        tables = {"fleet": "#peers", "rounds": "#closed", "events": "#said", "jobs": "#asked"}
         self.screen.query_one(tables[page]).focus()
         self.call_after_refresh(self._draw, None)
 
@@ -72,7 +74,7 @@ class MonitorApp(MonitorView):
             self._main(FleetPage).toggle_mark()
 
     def action_filter(self) -> None:
-        if self.page == "rounds":
+        if self.page in ("rounds", "jobs"):
             self.action_page("fleet")
         page = self._main(EventsPage) if self.page == "events" else self._main(FleetPage)
         page.bar.ask()
@@ -91,7 +93,7 @@ class MonitorApp(MonitorView):
         self._draw(None)
 
     def action_zoom(self) -> None:
-        for page in (self._main(FleetPage), self._main(RoundsPage)):
+        for page in (self._main(FleetPage), self._main(RoundsPage), self._main(JobsPage)):
             page.zoomed = not page.zoomed
         self._main(FleetPage).lay_out()
         self._draw(None)
@@ -133,7 +135,10 @@ class MonitorApp(MonitorView):
 
     def action_copy(self) -> None:
         """The id of what is under the cursor; on Events the line."""
-        if self.page == "rounds":
+        if self.page == "jobs":
+            job = self._main(JobsPage).under_cursor
+            text = job.changed.job if job else ""
+        elif self.page == "rounds":
             run = current_run(self.fleet) if self.fleet else None
             text = run.changed.run if run else ""
         elif self.page == "events" and self.peer_screen is None:
@@ -155,6 +160,8 @@ class MonitorApp(MonitorView):
             what, rows = "peers", export.peer_rows(peers, self._clock())
         elif self.page == "rounds":
             what, rows = "rounds", export.round_rows(current_run(fleet))
+        elif self.page == "jobs":
+            what, rows = "jobs", export.job_rows(self._main(JobsPage).shown)
         else:
             what, rows = "events", export.event_rows(self._main(EventsPage).shown)
         try:
@@ -243,17 +250,36 @@ class MonitorApp(MonitorView):
             self.deeds.expect("start", run, run)
 
     @work
-    async def action_stop_run(self) -> None:
+    async def action_stop(self) -> None:
+        """End the run that matters; on Jobs the job under the cursor."""
+        if self.page == "jobs":
+            await self._stop_job()
+        else:
+            await self._stop_run()
+
+    async def _stop_job(self) -> None:
+        job = self._main(JobsPage).under_cursor
+        if job is None or not is_working(job):
+            self.notify("this job is not under way", timeout=3)
+            return
+        name = job.changed.job
+        dialog = AskDialog(f"Stop job {name}?", "Answers stay; the same command goes on later.")
+        if await self.push_screen_wait(dialog):
+            await self._stop(self._source.stop_job, name)
+
+    async def _stop_run(self) -> None:
         run = current_run(self.fleet) if self.fleet else None
         if run is None or run.changed.state in ENDED:
             self.notify("no run is under way", timeout=3)
             return
         name = run.changed.run
         dialog = AskDialog(f"Stop run {name}?", "What is committed stays; it cannot go on later.")
-        if not await self.push_screen_wait(dialog):
-            return
+        if await self.push_screen_wait(dialog):
+            await self._stop(self._source.stop_run, name)
+
+    async def _stop(self, ask: Callable[[str], Awaitable[None]], name: str) -> None:
         try:
-            await self._source.stop_run(name)
+            await ask(name)
         except CommonweightError as err:
             self.fail(f"{name} was not stopped", err)
         else:
@@ -277,7 +303,7 @@ class MonitorApp(MonitorView):
             yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
         yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
-    @on(PeerTable.Chosen)
+    @on(CellTable.Chosen)
     def _open_peer(self) -> None:
         if (peer := self._main(FleetPage).under_cursor) is not None:
             self._show_peer(peer)

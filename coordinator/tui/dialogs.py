@@ -52,6 +52,8 @@ ABOUT = {
     "best. The plots show the median of all peers, and from the least to the most.",
     "events": "Events: everything that was said here, toasts too. enter goes to the peer that a "
     "line is about.",
+    "jobs": "Jobs: what the fleet is asked beside training. Left is what nobody has answered for "
+    "or has in hand yet. The job under the cursor is told whole below the table.",
     "peer": "Peer: 1 overview, 2 metrics, 3 its log (asked for when it is opened; never data, "
     "paths or secrets), 4 what its owner lets you know of the settings. esc goes back.",
     "filter": "Filter: every word must be in the name, id, labels, task, state or text. enter "

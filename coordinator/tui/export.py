@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.fleet import Event, Fleet, Peer, Run, shown_state
+from coordinator.fleet import Event, Fleet, Job, Peer, Run, shown_state
 from protocols.errors import CommonweightError
 
 Row = dict[str, Any]
@@ -48,8 +48,19 @@ def round_rows(run: Run | None) -> list[Row]:
     rows: list[Row] = []
     for closed in run.rounds if run else []:
         row: Row = msgspec.to_builtins(closed)
-        for nested in ("metrics", "norms", "spread", "spent"):
+        for nested in ("metrics", "norms", "spread", "worst", "spent", "staleness"):
             row[nested] = json.dumps(row[nested])
+        rows.append(row)
+    return rows
+
+
+def job_rows(jobs: Sequence[Job]) -> list[Row]:
+    """A row a job."""
+    rows: list[Row] = []
+    for job in jobs:
+        row: Row = msgspec.to_builtins(job.changed)
+        row |= {"began_at": job.began_at or None, "ended_at": job.ended_at or None}
+        row["excused"] = json.dumps(row["excused"])
         rows.append(row)
     return rows
 

@@ -13,11 +13,11 @@ from textual.events import Resize
 from textual.message import Message
 from textual.widgets import Static
 
-from coordinator.fleet import Event, Fleet, called, current_run
-from coordinator.rows import SORTS, Cell, Column, chosen, fit
+from coordinator.fleet import Event, Fleet, Peer, called, current_run
+from coordinator.rows import COLUMNS, SORTS, Cell, Column, chosen, fit
+from coordinator.tui.cell_table import CellTable
 from coordinator.tui.filter_bar import FilterBar
 from coordinator.tui.latest import Latest
-from coordinator.tui.peer_table import PeerTable
 from coordinator.tui.round_plots import RoundPlots
 from coordinator.tui.theme import colours
 from coordinator.words import cut
@@ -59,7 +59,7 @@ class FleetPage(Vertical):
         yield FilterBar("name, id, state or label")
         with Horizontal(id="sides"):
             with Vertical(id="left"):
-                yield PeerTable(self._cell, id="peers")
+                yield CellTable(self._cell, id="peers")
                 yield Static(id="nothing")
                 yield RoundPlots(id="under", only=3)
                 yield Latest(self._zone, id="latest")
@@ -70,8 +70,8 @@ class FleetPage(Vertical):
             self.query_one(part).display = False
 
     @property
-    def table(self) -> PeerTable:
-        return self.query_one("#peers", PeerTable)
+    def table(self) -> CellTable:
+        return self.query_one("#peers", CellTable)
 
     @property
     def words(self) -> str:
@@ -131,7 +131,7 @@ class FleetPage(Vertical):
         beside.display = wide > 0
         beside.styles.width = wide
         # One character for the scroll bar, so that it never covers a column.
-        columns = fit(self.size.width - wide - 1, self.app.size.width)
+        columns = fit(COLUMNS, self.size.width - wide - 1, self.app.size.width)
         if not columns:  # not laid out yet
             return
         peers = chosen(
@@ -181,7 +181,7 @@ class FleetPage(Vertical):
         self._now = now
         self.table.refresh()
 
-    def _cell(self, peer_id: str, column: Column, width: int) -> Cell:
+    def _cell(self, peer_id: str, column: Column[Peer], width: int) -> Cell:
         peer = self._fleet.peers.get(peer_id) if self._fleet else None
         if peer is None:
             return Cell("")
@@ -217,8 +217,8 @@ class FleetPage(Vertical):
             self.table.action_move(1)
             self.post_message(self.Viewed())
 
-    @on(PeerTable.Sorted)
-    def _sort_by(self, event: PeerTable.Sorted) -> None:
+    @on(CellTable.Sorted)
+    def _sort_by(self, event: CellTable.Sorted) -> None:
         """A click on a title: by this column, a second time the other way round."""
         if event.column in SORTS:
             self.reverse = not self.reverse if self.by == event.column else False

@@ -93,7 +93,7 @@ class PeerScreen(Screen[None]):
 
     def draw(self) -> None:
         """Show the open tab as things are now."""
-        if not self.is_current and not self.is_mounted:
+        if not self.is_mounted:  # it is the current screen before it has any parts
             return
         header = self.query_one(Header)
         header.now = self._clock()

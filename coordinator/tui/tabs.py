@@ -10,13 +10,15 @@ from textual.widget import Widget
 from coordinator.fleet import Run
 from coordinator.round_rows import round_progress, seconds_left
 from coordinator.tui.theme import colours
-from coordinator.words import age
+from coordinator.words import age, count
 
-PAGES = ("fleet", "rounds", "events")
+PAGES = ("fleet", "rounds", "events", "jobs")
+#: Below that the pages stand closer.
+ROOMY = 60
 
 
 class Tabs(Widget):
-    """`1 Fleet  2 Rounds  3 Events`, the open page underlined; at the right filter, sort, marks.
+    """`1 Fleet  2 Rounds  3 Events  4 Jobs`, the open one underlined; at the right filter and sort.
 
     In the plain view it is the round at a glance: who has answered, and how long the run will take.
     """
@@ -30,6 +32,8 @@ class Tabs(Widget):
     view: reactive[str] = reactive("")
     """Words on filter, order, marks, freeze."""
     run: Run | None = None
+    num_jobs = 0
+    """Jobs under way."""
 
     def render(self) -> Text:
         line = Text(no_wrap=True, end="")
@@ -44,7 +48,10 @@ class Tabs(Widget):
             line.append(
                 f"{number} ", Style(color=colours().blue if here else colours().faint) + click
             )
-            line.append(page.capitalize(), word + click).append("   ")
+            line.append(page.capitalize(), word + click)
+            if page == "jobs" and self.num_jobs:
+                line.append(f" {count(self.num_jobs)}", colours().green)
+            line.append("   " if self.content_size.width >= ROOMY else "  ")
         room = self.content_size.width - len(line)
         if not self.view:
             end = self._round(room)

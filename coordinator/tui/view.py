@@ -24,12 +24,15 @@ from textual.widgets import ContentSwitcher, Static
 from coordinator.alerts import Watchman
 from coordinator.fleet import Event, Fleet, Level, current_run
 from coordinator.following import Following, jittered
+from coordinator.job_rows import num_working
+from coordinator.tui.calm import TIDY_EVERY_S, tidy
 from coordinator.tui.config import Config
 from coordinator.tui.deeds import Deeds
 from coordinator.tui.events_page import EventsPage
 from coordinator.tui.fleet_page import FleetPage
 from coordinator.tui.footer import Footer
 from coordinator.tui.header import Header
+from coordinator.tui.jobs_page import JobsPage
 from coordinator.tui.peer_screen import PeerScreen
 from coordinator.tui.plain_filter import PlainFilter
 from coordinator.tui.rounds_page import RoundsPage
@@ -104,6 +107,7 @@ class MonitorView(App[None]):
             yield FleetPage(self._zone, read_only=self.read_only)
             yield RoundsPage()
             yield EventsPage(self._zone)
+            yield JobsPage()
         yield self.make_footer("fleet")
         yield Static(id="too-small")
 
@@ -121,12 +125,14 @@ class MonitorView(App[None]):
         self.run_worker(self.following.run(), name="following", exit_on_error=True)
         self.set_interval(DRAW_S, self._draw_news)
         self.set_interval(1.0, self._draw_ages)
+        self.set_interval(TIDY_EVERY_S, tidy)
         self._draw(None)
 
     def _use_theme(self, theme: Theme) -> None:
         """Whatever is drawn as text has its colours in it: draw all of it again."""
         use(theme)
-        for page in (self._main(FleetPage), self._main(RoundsPage), self._main(EventsPage)):
+        rows = (self._main(RoundsPage), self._main(EventsPage), self._main(JobsPage))
+        for page in (self._main(FleetPage), *rows):
             page.forget()
         self.call_after_refresh(self._draw, None)
 
@@ -172,6 +178,8 @@ class MonitorView(App[None]):
             self._main(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
         elif self.page == "rounds":
             self._main(RoundsPage).draw(self.fleet)
+        elif self.page == "jobs":
+            self._main(JobsPage).draw(self.fleet, now)
         else:
             self._main(EventsPage).draw(self.events)
         self._toast_new_events()
@@ -183,8 +191,11 @@ class MonitorView(App[None]):
         now = self._clock()
         self._tell_outcomes()
         self._tell_alerts(now)
-        if self.page == "fleet" and not self.frozen and self.peer_screen is None:
-            self._main(FleetPage).ages(now)
+        if not self.frozen and self.peer_screen is None:
+            if self.page == "fleet":
+                self._main(FleetPage).ages(now)
+            elif self.page == "jobs":
+                self._main(JobsPage).ages(now)
         self._draw_frame(now)
 
     def _draw_frame(self, now: float) -> None:
@@ -196,6 +207,7 @@ class MonitorView(App[None]):
         view += ["frozen: u goes on"] if self.frozen else []
         tabs.view = " · ".join(word for word in view if word)
         tabs.run = current_run(self.fleet) if self.fleet else None
+        tabs.num_jobs = num_working(self.fleet) if self.fleet else 0
         tabs.refresh()
         news = self.following
         lost = not news.connected and (news.trouble is not None)

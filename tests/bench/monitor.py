@@ -22,10 +22,10 @@ from textual import events
 from textual._compositor import Compositor
 from textual.drivers.headless_driver import HeadlessDriver
 
-from coordinator.cli_monitor import _calm_collector
 from coordinator.fleet import Fleet, decode, encode, fold
 from coordinator.orders import RunOrder
 from coordinator.tui.app import MonitorApp
+from coordinator.tui.calm import calm
 from coordinator.tui.fleet_page import FleetPage
 from coordinator.watch import Action
 from protocols.messages import (
@@ -163,6 +163,9 @@ class Crowd:
     async def stop_run(self, run: str) -> None:
         return None
 
+    async def stop_job(self, job: str) -> None:
+        return None
+
     async def logs(self, peer: str) -> list[LogLine]:
         return []
 
@@ -286,7 +289,7 @@ def main() -> None:
     options.add_argument("--rate", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=20)
     chosen = options.parse_args()
-    _calm_collector()
+    calm()
     for peers in chosen.peers:
         print(json.dumps(asyncio.run(measure(peers, chosen.rate, chosen.seconds))), flush=True)
 

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 from textual import events
 
-from coordinator.cli_monitor import _calm_collector
 from coordinator.fleet import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT
+from coordinator.tui.calm import calm
 from tests.bench.monitor import SIZE, Crowd, Watched
 
 LOOK_EVERY_S = 5.0
@@ -100,7 +100,7 @@ def main() -> None:
             words += ["--rate", str(chosen.rate), "--seconds", str(chosen.seconds)]
             subprocess.run([*words, *(["--trace"] if chosen.trace else [])], check=True)
         return
-    _calm_collector()
+    calm()
     figures = asyncio.run(measure(chosen.peers[0], chosen.rate, chosen.seconds, trace=chosen.trace))
     print(json.dumps(figures), flush=True)
 

@@ -97,14 +97,14 @@ def test_progress() -> None:
 
 @given(st.integers(0, 260))
 def test_columns_never_overflow_and_leave_in_order(width: int) -> None:
-    columns = fit(width, width)
+    columns = fit(COLUMNS, width, width)
     assert sum(wide + GAP for _, wide in columns) <= width
     assert [column.key for column, _ in columns] == [c.key for c in COLUMNS][: len(columns)]
 
 
 @pytest.mark.parametrize(("terminal", "last"), [(60, "seen"), (80, "trend"), (200, "version")])
 def test_columns_at_the_breakpoints(terminal: int, last: str) -> None:
-    assert fit(terminal - 1, terminal)[-1][0].key == last
+    assert fit(COLUMNS, terminal - 1, terminal)[-1][0].key == last
 
 
 def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:

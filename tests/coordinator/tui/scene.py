@@ -20,6 +20,7 @@ from protocols.messages import (
     Body,
     Envelope,
     Happened,
+    JobChanged,
     Links,
     LogLine,
     Notice,
@@ -129,6 +130,9 @@ def story() -> list[tuple[float, Envelope]]:
     )
     tell(20, COORDINATOR, late)
 
+    for ago, job in zip((3_688, 1_999, 887, 2), _jobs(), strict=True):
+        tell(ago, COORDINATOR, job)
+
     def is_(ago: float, name: str, state: PeerState, reason: str = "") -> None:
         body = Presence(
             state=state, reason=reason, version="0.1.0", run="motion-7", round=12, name=name
@@ -156,6 +160,71 @@ def story() -> list[tuple[float, Envelope]]:
     tell(5, COORDINATOR, Happened(level="error", text=worse, subject=IDS["east"]))
     told.sort(key=lambda heard: heard[0])
     return [(at, say(sender, body, at=at)) for at, sender, body in told]
+
+
+def _jobs() -> list[JobChanged]:
+    """A job that peers are at, and how three others ended."""
+    asked = {"kind": "private", "task": "watch-motion", "total": 5}
+    return [
+        JobChanged(
+            job="private-91c0e2",
+            state="finished",
+            done=4,
+            units=4,
+            rows=12_431,
+            rows_per_s=1_034.0,
+            bytes_up=2_130,
+            ended_because="4 of 5 peers answered",
+            num_excused=1,
+            excused={IDS["west"]: "its owner lets nobody ask: jobs.private is off"},
+            began_at=NOW - 3_700,
+            ended_at=NOW - 3_688,
+            **asked,  # type: ignore[arg-type]
+        ),
+        JobChanged(
+            job="analyze-0b77d1",
+            kind="analyze",
+            state="failed",
+            done=0,
+            total=5,
+            ended_because="no peer has a table with a column age",
+            began_at=NOW - 2_000,
+            ended_at=NOW - 1_999,
+        ),
+        JobChanged(
+            job="scatter-5ad3f0",
+            kind="scatter",
+            task="watch-motion",
+            state="stopped",
+            done=8_192,
+            total=50_000,
+            units=3,
+            rows=8_192,
+            rows_per_s=640.0,
+            bytes_up=91_000,
+            bytes_down=1_300_000,
+            ended_because="stopped by the operator",
+            began_at=NOW - 900,
+            ended_at=NOW - 887,
+        ),
+        JobChanged(
+            job="scatter-c41e88",
+            kind="scatter",
+            task="watch-motion",
+            state="working",
+            done=31_744,
+            total=50_000,
+            peers=3,
+            leased=6_144,
+            units=14,
+            rows=31_744,
+            rows_per_s=812.0,
+            bytes_up=352_000,
+            bytes_down=6_100_000,
+            dropped=1,
+            began_at=NOW - 41,
+        ),
+    ]
 
 
 def busy_fleet() -> Fleet:
@@ -216,6 +285,9 @@ class Replay:
 
     async def stop_run(self, run: str) -> None:
         self.stopped.append(run)
+
+    async def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
 
     async def logs(self, peer: str) -> list[LogLine]:
         if peer == IDS["west"]:

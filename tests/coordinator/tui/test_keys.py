@@ -31,7 +31,7 @@ from tests.coordinator.tui.test_monitor import busy, running, says
 PRESSED = {
     "mark", "pause", "resume", "finish", "filter", "faults", "open", "approve", "remove", "drain",
     "start", "stop", "ticket", "sort", "reverse", "zoom", "follow", "freeze", "copy", "export",
-    "picture", "reconnect", "fleet", "rounds", "events", "plain", "help", "palette", "quit",
+    "picture", "reconnect", "fleet", "rounds", "events", "jobs", "plain", "help", "palette", "quit",
     *REPLAY,
 }  # fmt: skip
 

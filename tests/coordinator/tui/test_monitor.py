@@ -182,6 +182,13 @@ async def test_dialogs_open_and_close() -> None:
             assert app.page == "fleet", "keys of the pages do nothing under a dialog"
 
 
+async def test_news_that_come_while_a_peer_is_opened() -> None:
+    async with running(busy()) as (app, pilot):
+        app._show_peer(IDS["north"])
+        app._draw(None)  # the screen is there, its parts are not yet
+        await until(pilot, lambda: "disk left" in screen_text(app))
+
+
 async def test_the_palette_runs_commands_by_name() -> None:
     async with running(busy()) as (app, pilot):
         await pilot.press("ctrl+p")

@@ -1,4 +1,4 @@
-"""The fleet's table: draws only the lines that are in sight, straight from what they show.
+"""A table that draws only the lines that are in sight, straight from what they show.
 
 Textual's DataTable keeps and lays out every cell: 2,000 peers that all speak each second cost it
 seconds. Here a row that is out of sight costs nothing but its place.
@@ -7,7 +7,7 @@ seconds. Here a row that is out of sight costs nothing but its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -24,17 +24,17 @@ from coordinator.signs import fitted
 from coordinator.tui.theme import colours, styles
 
 
-class PeerTable(ScrollView, can_focus=True):
+class CellTable(ScrollView, can_focus=True):
     """`cell(id, column, width)` gives what stands in a row; the header stays on top.
 
     Order and columns have one owner, this table, and change together in `show`: a line that is
     drawn at any other time is one of the last picture, never half of it.
     """
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"peers--cursor", "peers--hover"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"cells--cursor", "cells--hover"}
     DEFAULT_CSS = """
-    PeerTable > .peers--cursor { background: $block-cursor-background; }
-    PeerTable > .peers--hover { background: $panel; }
+    CellTable > .cells--cursor { background: $block-cursor-background; }
+    CellTable > .cells--hover { background: $panel; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j,down", "move(1)", "Down", show=False),
@@ -52,6 +52,9 @@ class PeerTable(ScrollView, can_focus=True):
     class Chosen(Message):
         """Enter, or a click on the row under the cursor."""
 
+    class Moved(Message):
+        """Another row is under the cursor."""
+
     class Sorted(Message):
         """A click on the title of a column."""
 
@@ -59,17 +62,17 @@ class PeerTable(ScrollView, can_focus=True):
             super().__init__()
             self.column = column
 
-    def __init__(self, cell: Callable[[str, Column, int], Cell], *, id: str) -> None:  # noqa: A002
+    def __init__(self, cell: Callable[[str, Column[Any], int], Cell], *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
         self._cell = cell
-        self.columns: list[tuple[Column, int]] = []
+        self.columns: list[tuple[Column[Any], int]] = []
         self._sorted = ("", False)
         self.order: list[str] = []
 
     def show(
         self,
         order: list[str],
-        columns: list[tuple[Column, int]],
+        columns: list[tuple[Column[Any], int]],
         by: str = "",
         *,
         reverse: bool = False,
@@ -110,9 +113,9 @@ class PeerTable(ScrollView, can_focus=True):
             return Strip.blank(width, self.rich_style)
         base = self.rich_style
         if row == self.cursor_row:
-            base += self.get_component_rich_style("peers--cursor", partial=True)
-        peer = self.order[row]
-        cells = [self._cell(peer, column, wide) for column, wide in self.columns]
+            base += self.get_component_rich_style("cells--cursor", partial=True)
+        here = self.order[row]
+        cells = [self._cell(here, column, wide) for column, wide in self.columns]
         return self._line(cells, base, width)
 
     def _line(
@@ -127,7 +130,7 @@ class PeerTable(ScrollView, can_focus=True):
         segments.append(Segment(" " * max(width - used, 0), base))
         return Strip(segments, max(width, used)).crop(0, width)
 
-    def _title(self, column: Column, width: int) -> str:
+    def _title(self, column: Column[Any], width: int) -> str:
         """The title, with an arrow where the order comes from if there is room for it."""
         by, reverse = self._sorted
         if column.key != by or len(column.title) + 2 > width:
@@ -149,6 +152,7 @@ class PeerTable(ScrollView, can_focus=True):
         elif row >= top + room:
             self.scroll_to(y=row - room + 1, animate=False, force=True)
         self.refresh()
+        self.post_message(self.Moved())
 
     def action_move(self, step: int) -> None:
         self.move_cursor(self.cursor_row + step)
