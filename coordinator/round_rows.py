@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coordinator.fleet import Peer, Run
+from coordinator.fleet import Fleet, Peer, Run, called
 from coordinator.rows import GIVEN, Cell
 from coordinator.words import DIVERGED, NOTHING, amount, decimal, duration, percent
 from protocols.messages import RoundClosed
@@ -26,6 +26,7 @@ def best_round(run: Run) -> int:
 #: Metrics that have a column of their own, or say nothing by round.
 _NAMED = frozenset({"loss", "accuracy", "num-examples"})
 METRIC_WIDE = 14
+WORST_WIDE = 14
 MOST_SIGNS = 16
 
 
@@ -65,6 +66,13 @@ def round_cells(closed: RoundClosed, best: int) -> list[Cell]:
         Cell(amount(closed.bytes_up)),
         Cell(amount(closed.bytes_down)),
     ]
+
+
+def worst_peer(closed: RoundClosed, fleet: Fleet, metric: str = "") -> str:
+    """Who was served worst by the round's version, by `metric` or the first that tells; else ""."""
+    metrics = (metric,) if metric else ("accuracy", "loss", *closed.worst)
+    peer = next((closed.worst[name] for name in metrics if name in closed.worst), "")
+    return called(fleet.peers[peer]) if peer in fleet.peers else peer
 
 
 def metric_cells(closed: RoundClosed, names: Iterable[str]) -> list[Cell]:

@@ -112,6 +112,9 @@ class ViaSource:
     async def stop_run(self, run: str) -> None:
         _read_only()
 
+    async def stop_job(self, job: str) -> None:
+        _read_only()
+
     async def logs(self, peer: str) -> list[LogLine]:
         _read_only()
 

@@ -15,7 +15,7 @@ from textual.widget import Widget
 
 from coordinator.curves import Values
 from coordinator.fleet import Fleet, Run, called, current_run
-from coordinator.round_rows import best_round, metric_names, run_words, took_part
+from coordinator.round_rows import best_round, metric_names, run_words, took_part, worst_peer
 from coordinator.tui.plots import Rounds, curve_plot, head, ruled, side_by_side, stack_plot
 from coordinator.tui.theme import colours
 from coordinator.words import amount, brief, cut, decimal, duration, percent
@@ -92,11 +92,12 @@ def draw(shown: list[Pane], width: int, height: int) -> list[Text]:
 
 def panes(run: Run, fleet: Fleet) -> list[Pane]:
     """Every plot of `run`, the most important first."""
-    run_and_fleet = {"run": run, "fleet": fleet}
-    first: list[Pane] = [partial(_metric, run, "loss"), partial(_metric, run, "accuracy")]
-    others: list[Pane] = [partial(_metric, run, name) for name in metric_names(run)]
-    told: tuple[Callable[..., list[Text]], ...] = (_participation, _time, _norms, _bytes)
-    return [*first, *(partial(one, **run_and_fleet) for one in told), *others]
+    names = ("loss", "accuracy", *metric_names(run))
+    metrics: list[Pane] = [partial(_metric, name, run=run, fleet=fleet) for name in names]
+    behind = (_staleness,) if any(closed.staleness for closed in run.rounds) else ()
+    told: tuple[Callable[..., list[Text]], ...]
+    told = (*behind, _participation, _time, _norms, _bytes)
+    return [*metrics[:2], *(partial(one, run=run, fleet=fleet) for one in told), *metrics[2:]]
 
 
 def _of(run: Run) -> list[RoundClosed]:
@@ -114,7 +115,7 @@ def _value(closed: RoundClosed, name: str) -> float | None:
     return closed.spread[name][1] if value is None and name in closed.spread else value
 
 
-def _metric(run: Run, name: str, width: int, height: int) -> list[Text]:
+def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
     """The mean of all peers by their examples, and from the least to the most of them."""
     own = colours()
     color = {"loss": own.blue, "accuracy": own.green}.get(name, own.accent)
@@ -134,7 +135,9 @@ def _metric(run: Run, name: str, width: int, height: int) -> list[Text]:
         ]
         between = ([low for low, _ in ends], [high for _, high in ends])
         if spread and (last := spread[-1]):
-            notes.insert(0, f"peers {form(last[0])} to {form(last[2])}")
+            told = f"peers {form(last[0])} to {form(last[2])}"
+            worst = worst_peer(held[-1], fleet, name)
+            notes = [f"{told}, worst {worst}"] * bool(worst) + [told, *notes]
     return curve_plot(
         name.replace("_", " ").capitalize(),
         values,
@@ -145,6 +148,25 @@ def _metric(run: Run, name: str, width: int, height: int) -> list[Text]:
         form=form,
         notes=notes,
         between=between,
+    )
+
+
+def _staleness(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
+    """How many versions the updates of a version were behind: their mean, and least to most."""
+    held = [closed for closed in _of(run) if closed.staleness]
+    counts = [list(closed.staleness.values()) for closed in held]
+    lows, highs = [float(min(of)) for of in counts], [float(max(of)) for of in counts]
+    peer, most = max(held[-1].staleness.items(), key=lambda item: item[1]) if held else ("", 0)
+    name = called(fleet.peers[peer]) if peer in fleet.peers else peer
+    return curve_plot(
+        "Staleness",
+        [sum(of) / len(of) for of in counts],
+        width,
+        height,
+        colours().purple,
+        rounds=_between(held),
+        notes=[f"{name} is {most} behind"] if most else ["nobody is behind"],
+        between=(lows, highs) if lows != highs else None,
     )
 
 

@@ -12,6 +12,7 @@ from coordinator.fleet import Fleet, Run, current_run
 from coordinator.round_rows import (
     METRIC_WIDE,
     ROUND_TITLES,
+    WORST_WIDE,
     accuracy_trend,
     best_round,
     loss_trend,
@@ -19,7 +20,9 @@ from coordinator.round_rows import (
     metric_names,
     round_cells,
     run_words,
+    worst_peer,
 )
+from coordinator.rows import Cell
 from coordinator.tui.round_plots import RoundPlots
 from coordinator.tui.row_table import RowTable
 from coordinator.tui.theme import colours, painted
@@ -62,8 +65,8 @@ class RoundsPage(Vertical):
             if run
             else Text("No run yet.  commonweight run start TASK  starts one.", colours().dim)
         )
-        if run is not None:
-            self._fill(run)
+        if run is not None and fleet is not None:
+            self._fill(run, fleet)
 
     def _standing(self, run: Run, *, lines: bool) -> Text:
         text = Text(run_words(run), no_wrap=True, overflow="ellipsis")
@@ -77,12 +80,12 @@ class RoundsPage(Vertical):
             )
         return text
 
-    def _fill(self, run: Run) -> None:
+    def _fill(self, run: Run, fleet: Fleet) -> None:
         """A new round adds one row, but it stands on top: the table is small, so it is rebuilt."""
         table, width = self.table, self.size.width
         best = best_round(run)
         last = run.rounds[-1] if run.rounds else None
-        drawn = (run.changed.run, len(run.rounds), last, best, width)
+        drawn = (run.changed.run, len(run.rounds), last, best, width, self.follow)
         if drawn == self._drawn:
             return
         self._drawn = drawn
@@ -90,13 +93,17 @@ class RoundsPage(Vertical):
         table.clear(columns=True)
         count, room, names = 0, width - 1, metric_names(run)
         titles = [cut(name.replace("_", " "), METRIC_WIDE) for name in names]
-        for title, wide in (*ROUND_TITLES, *((title, max(len(title), 8)) for title in titles)):
+        worst = any(closed.worst for closed in run.rounds)
+        columns = [*ROUND_TITLES, *[("Worst", WORST_WIDE)] * worst]
+        for title, wide in (*columns, *((title, max(len(title), 8)) for title in titles)):
             if room < wide + 2:
                 break
             table.add_column(Text(title, colours().dim, justify="right"), width=wide)
             count, room = count + 1, room - wide - 2
         for closed in reversed(run.rounds[-SHOWN_MOST:]):
-            cells = [*round_cells(closed, best), *metric_cells(closed, names)][:count]
+            cells = round_cells(closed, best)
+            cells += [Cell(cut(worst_peer(closed, fleet), WORST_WIDE))] * worst
+            cells = [*cells, *metric_cells(closed, names)][:count]
             table.add_row(*(painted(cell, right=True) for cell in cells))
         table.move_cursor(row=0 if self.follow else cursor, animate=False)
 
