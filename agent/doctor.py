@@ -21,6 +21,7 @@ from protocols import VERSION, compat, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
 from protocols.folder import check_crashes, check_private, check_room
+from protocols.reach import why
 
 if TYPE_CHECKING:
     import httpx
@@ -201,7 +202,9 @@ class _Doctor:
             before = time.time()
             answer = self._http.get(CA_PATH).raise_for_status()
         except httpx.HTTPError as err:
-            raise Unreachable(f"no answer over HTTPS: {err}", "commonweight doctor, there") from err
+            raise Unreachable(
+                f"no answer over HTTPS: {why(err)}", "commonweight doctor, there"
+            ) from err
         if "date" not in answer.headers:
             return "the coordinator's answer carries no time"
         theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()

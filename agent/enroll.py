@@ -25,6 +25,7 @@ from protocols.errors import (
 )
 from protocols.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining, claimed
 from protocols.mqtt import MqttAddress
+from protocols.reach import why
 from protocols.tickets import Ticket
 
 _TIMEOUT_S = 10.0
@@ -176,7 +177,7 @@ def _ask(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
                 f"https://{address}{JOIN_PATH}", content=msgspec.json.encode(joining)
             )
     except httpx.HTTPError as err:
-        raise Unreachable(f"{address} broke off: {err}", "try again") from err
+        raise Unreachable(f"{address}: {why(err)}", "try again") from err
     if answer.status_code != 200:
         raise _refusal(answer)
     try:

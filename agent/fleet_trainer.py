@@ -43,6 +43,7 @@ from agent.frames import (
 from protocols import identity, requests, schemas
 from protocols.errors import CommonweightError, NotRunning, Refused, Unreachable
 from protocols.messages import Metrics
+from protocols.reach import why
 from protocols.weights import file_digest
 
 _LOOK_S, _TIMEOUT_S = 0.2, 30.0
@@ -76,7 +77,7 @@ class LocalFleet:
                 url = f"https://{address}{path}"
                 answer = http.request(method, url, content=data, headers=headers)
         except httpx.HTTPError as err:
-            raise Unreachable(f"this fleet's own coordinator does not answer: {err}") from err
+            raise Unreachable(f"this fleet's own coordinator does not answer: {why(err)}") from err
         told = json.loads(answer.content or b"{}")
         if answer.status_code >= 300:
             raise Refused(str(told.get("message", answer.status_code)), str(told.get("hint", "")))

@@ -18,6 +18,7 @@ from protocols import requests
 from protocols.durable import write_all
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
+from protocols.reach import why
 from protocols.weights import file_digest
 
 _TIMEOUT_S = 30.0
@@ -188,8 +189,7 @@ class translated:
         if isinstance(err, _NONSENSE):
             raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
         if isinstance(err, httpx.HTTPError):
-            why = str(err) or type(err).__name__
-            raise Unreachable(f"the coordinator does not answer: {why}") from err
+            raise Unreachable(f"the coordinator does not answer: {why(err)}") from err
 
 
 def check(status: int) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import httpx
 
 from protocols.errors import Unreachable
+from protocols.reach import why
 
 Body = bytes | Iterable[bytes]
 
@@ -229,5 +230,4 @@ def _told() -> Iterator[None]:
 
 
 def _unreachable(err: Exception) -> Unreachable:
-    why = str(err) or type(err).__name__
-    return Unreachable(f"the coordinator does not answer: {why}")
+    return Unreachable(f"the coordinator does not answer: {why(err)}")

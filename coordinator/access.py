@@ -37,6 +37,7 @@ from protocols.joining import (
     OperatorJoining,
     operator_claimed,
 )
+from protocols.reach import why
 from protocols.tickets import Ticket
 
 FILE = "access.json"
@@ -123,7 +124,7 @@ def join(text: str, name: str = "") -> Access:
                 f"https://{address}{OPERATOR_JOIN_PATH}", content=msgspec.json.encode(joining)
             )
     except httpx.HTTPError as err:
-        raise Unreachable(f"{address} broke off: {err}", "try again") from err
+        raise Unreachable(f"{address}: {why(err)}", "try again") from err
     if not answer.is_success:
         raise refusal(answer)
     told = msgspec.json.decode(answer.content, type=OperatorAnswer)

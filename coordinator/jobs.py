@@ -89,7 +89,7 @@ class Unit(Struct, frozen=True, kw_only=True, dict=True):
 class Job(Struct, frozen=True, kw_only=True, dict=True):
     """A job now. `rates` are rows a second by peer; `dropped` counts answers by reason.
 
-    `taken`: the requester has the answers. `began_at` and `ended_at` are Unix s, 0 where that is not known.
+    `taken`: the requester has the answers. `began_at` and `ended_at` are Unix s, 0 for not known.
     """
 
     id: str

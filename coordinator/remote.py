@@ -32,6 +32,7 @@ from protocols import identity, requests
 from protocols.errors import CommonweightError, NotRunning, Unreachable
 from protocols.gossip import NEIGHBOURS_PATH, Neighbours
 from protocols.messages import Command, Envelope, JobChanged, LogLine, PeerKnown
+from protocols.reach import why
 from protocols.topics import COORDINATOR, Kind
 
 T = TypeVar("T")
@@ -158,10 +159,10 @@ class Remote:
             try:
                 answer = self._http.request(method, url, content=body, headers=signed)
             except httpx.ConnectError as err:
-                tried.append(f"{address}: {err}")
+                tried.append(f"{address}: {why(err)}")
                 continue
             except httpx.HTTPError as err:  # it may have heard it: asked once is enough
-                tried.append(f"{address}: {err}")
+                tried.append(f"{address}: {why(err)}")
                 break
             self.address = address
             if answer.is_success:

@@ -165,7 +165,8 @@ def _staleness(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]
         height,
         colours().purple,
         rounds=_between(held),
-        notes=[f"{name} is {most} behind"] if most else ["nobody is behind"],
+        form=lambda versions: f"{versions:.1f}",
+        notes=[f"{name} is {most} behind", f"{most} at most"] if most else ["nobody is behind"],
         between=(lows, highs) if lows != highs else None,
     )
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
@@ -93,14 +93,15 @@ class RunForm(ModalScreen[RunOrder | None]):
     ]
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(id="form", can_focus=False) as box:
+        with Vertical(id="form") as box:
             box.border_title = "A new run"
             box.border_subtitle = "enter starts it · esc closes"
-            for field in fields():
-                with Horizontal(classes="field"):
-                    yield Label(field.label)
-                    yield Input(field.default, placeholder=field.meaning, compact=True)
-            yield Static(id="form-says")
+            with Vertical(id="fields"):  # no VerticalScroll: that has up and down for itself
+                for field in fields():
+                    with Horizontal(classes="field"):
+                        yield Label(field.label)
+                        yield Input(field.default, placeholder=field.meaning, compact=True)
+            yield Static(id="form-says")  # in sight however far the fields are scrolled
 
     def on_mount(self) -> None:
         for one in self.query(Input):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import UTC
 
+from msgspec.structs import replace
 from textual.app import App
 from textual.pilot import Pilot
 
@@ -235,6 +236,87 @@ def busy_fleet() -> Fleet:
     return fleet
 
 
+def rich_fleet() -> Fleet:
+    """The busy fleet with all that a newer coordinator and newer agents tell."""
+    fleet = busy_fleet()
+    run = fleet.runs["motion-7"]
+    for number, closed in enumerate(run.rounds):
+        loss, accuracy = closed.loss or 1.0, closed.accuracy or 0.5
+        spread = {
+            "loss": (0.8 * loss, loss, 1.3 * loss),
+            "accuracy": (0.9 * accuracy, accuracy, min(1.05 * accuracy, 1.0)),
+        }
+        spent = {"work": 1.1, "wait": 0.4, "aggregate": 0.1, "evaluate": 0.3}
+        metrics = {"worst_accuracy": 0.8 * accuracy, "margin": 0.2 + number % 3}
+        worst = {"accuracy": IDS["east"], "loss": IDS["south-attic"]}
+        told = replace(closed, spread=spread, spent=spent, metrics=metrics, worst=worst)
+        run.rounds[number] = told
+    north = fleet.peers[IDS["north"]]
+    north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
+    north.policy = {"threads": "2", "share_log": "True"}
+    return fleet
+
+
+def buffered_fleet() -> Fleet:
+    """The rich fleet where no peer waits for another: some updates are versions behind."""
+    fleet = rich_fleet()
+    run = fleet.runs["motion-7"]
+    for number, closed in enumerate(run.rounds):
+        behind = {peer: (number * (n + 1)) % (n + 2) for n, peer in enumerate(closed.norms)}
+        behind = behind or {IDS["west"]: number % 4, IDS["east"]: 0}
+        run.rounds[number] = replace(closed, staleness=behind)
+    words = "3 updates more; east is 2 versions behind"
+    run.changed = replace(run.changed, task="watch-motion", waiting_for=words)
+    return fleet
+
+
+def troubled_fleet() -> Fleet:
+    """Most peers are away, one has an error, and the run cannot go on."""
+    fleet = busy_fleet()
+    for name in ("north", "south-attic"):
+        fleet.peers[IDS[name]].seen_at = NOW - 300
+    east = fleet.peers[IDS["east"]]
+    east.state, east.reason = PeerState.ERROR, "the data folder /data/motion is gone"
+    east.disk_free_bytes = 300_000_000
+    run = fleet.runs["motion-7"]
+    words = "3 peers; 1 is there (lab-workstation-7, paused: battery)"
+    run.changed = replace(run.changed, state=RunState.WAITING, asked=0, waiting_for=words)
+    return fleet
+
+
+def ended_fleet() -> Fleet:
+    """A run that has reached its end."""
+    fleet = rich_fleet()
+    run = fleet.runs["motion-7"]
+    run.changed = replace(
+        run.changed,
+        state=RunState.FINISHED,
+        round=11,
+        rounds=11,
+        asked=0,
+        waiting_for="",
+        ended_because="11 rounds are done",
+    )
+    return fleet
+
+
+def crowd_fleet(peers: int = 300) -> Fleet:
+    """The busy fleet with many more peers."""
+    fleet, say = busy_fleet(), Said()
+    for number in range(peers):
+        name = f"reader-{number:03}"
+        body = PeerKnown(peer=name, name=name, public_key=bytes(32))
+        seq = fleet.seq + 1
+        known = Envelope(sender=COORDINATOR, epoch=fleet.epoch, seq=seq, at=NOW, body=body)
+        fold(fleet, known, NOW)
+        state = (PeerState.TRAINING, PeerState.IDLE, PeerState.SENDING)[number % 3]
+        there = Presence(state=state, version="0.1.0", run="motion-7", round=12)
+        fold(fleet, say(name, there), NOW - number % 20)
+        fold(fleet, say(name, telemetry(number % 40, 2.0 / (1 + number % 40))), NOW - number % 20)
+    fleet.gap = False
+    return fleet
+
+
 def empty_fleet() -> Fleet:
     return Fleet(fleet="0123456789abcdef", name="home")
 
@@ -296,6 +378,11 @@ class Replay:
 
     async def ticket(self) -> str:
         return "cw1-" + "k7Qp2m" * 16
+
+
+def serving(fleet: Fleet) -> Replay:
+    """A coordinator with this fleet; both links are up."""
+    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
 
 
 def links(seq: int = 1, *, epoch: str = "e9") -> Envelope:

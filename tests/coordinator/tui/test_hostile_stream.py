@@ -17,6 +17,7 @@ from protocols.messages import (
     Body,
     Envelope,
     Happened,
+    JobChanged,
     Links,
     Notice,
     PeerKnown,
@@ -122,8 +123,31 @@ def body(rng: random.Random) -> Body:
             norms={rng.choice(peers): number()},
             spread={"loss": (number(), number(), number()), "accuracy": (0.1, number(), 0.3)},
             spent={rng.choice(["work", "wait", word()]): number()},
+            worst={rng.choice(["loss", word()]): rng.choice([*peers, word()])},
+            staleness={rng.choice(peers): count()} if rng.random() < 0.3 else {},
         ),
         Links(mqtt=rng.random() < 0.5, flower=rng.random() < 0.5, rejected=count()),
+        JobChanged(
+            job=rng.choice(["j1", "j2", word()]),
+            kind=rng.choice(["scatter", "private", "analyze", word()]),
+            task=word(),
+            state=rng.choice(["working", "finished", "stopped", "failed", word()]),
+            done=count(),
+            total=count(),
+            peers=count(),
+            ended_because=word(),
+            leased=count(),
+            units=count(),
+            rows=count(),
+            rows_per_s=number(),
+            bytes_up=count(),
+            bytes_down=count(),
+            dropped=count(),
+            num_excused=count(),
+            excused={rng.choice([*peers, word()]): word()},
+            began_at=number(),
+            ended_at=number(),
+        ),
     ]
     return rng.choice(made)
 
@@ -195,7 +219,18 @@ async def test_the_screens_take_it_and_send_no_escape_code(
     app = monitor(source)
     async with app.run_test(size=size, notifications=True) as pilot:
         await until(pilot, lambda: app.fleet is not None and source.live.empty())
-        for keys in (["1"], ["2"], ["z"], ["3"], ["1", "enter", "2"], ["3"], ["4"]):
+        for keys in (
+            ["1"],
+            ["2"],
+            ["4"],
+            ["j"],
+            ["z"],
+            ["2"],
+            ["3"],
+            ["1", "enter", "2"],
+            ["3"],
+            ["4"],
+        ):
             await pilot.press(*keys)
             await pilot.pause(0.1)
             assert not ESCAPES.search(written(app))

@@ -1,4 +1,4 @@
-"""Every key of the monitor, pressed; what it does, how it is remapped, what read-only leaves."""
+"""What comes of the keys in the end, how they are remapped, what read-only leaves."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input
 
-from coordinator.recording import DEMO
-from coordinator.replay import ReplaySource
 from coordinator.tui import config, export
 from coordinator.tui.config import Config
 from coordinator.tui.dialogs import AskDialog, HelpDialog, TicketDialog
 from coordinator.tui.events_page import EventsPage
-from coordinator.tui.fleet_page import FleetPage
-from coordinator.tui.keys import KEYS, REPLAY
+from coordinator.tui.keys import KEYS
 from coordinator.tui.peer_screen import TABS, PeerScreen
-from coordinator.tui.replay_app import ReplayApp
-from coordinator.tui.rounds_page import RoundsPage
 from coordinator.tui.run_form import RunForm, fields, order
+from coordinator.tui.theme import colours
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages import Envelope, PeerKnown, RunChanged
 from protocols.states import PeerState, RunState
@@ -26,20 +22,6 @@ from protocols.topics import COORDINATOR
 from tests.coordinator.tui.scene import IDS, NOW, Replay, busy_fleet, monitor, screen_text, until
 from tests.coordinator.tui.scene import KEYS as PEER_KEYS
 from tests.coordinator.tui.test_monitor import busy, running, says
-
-#: The keys whose effect is checked in this file or in test_monitor.py, by id.
-PRESSED = {
-    "mark", "pause", "resume", "finish", "filter", "faults", "open", "approve", "remove", "drain",
-    "start", "stop", "ticket", "sort", "reverse", "zoom", "follow", "freeze", "copy", "export",
-    "picture", "reconnect", "fleet", "rounds", "events", "jobs", "plain", "help", "palette", "quit",
-    *REPLAY,
-}  # fmt: skip
-
-
-def test_no_key_is_forgotten() -> None:
-    assert {key.id for key in KEYS} == PRESSED
-    keys = [one for key in KEYS for one in key.key.split(",")]
-    assert len(keys) == len(set(keys))
 
 
 def told(source: Replay, number: int, body: PeerKnown | RunChanged) -> None:
@@ -127,25 +109,6 @@ def test_the_form_refuses_what_the_command_line_refuses() -> None:
         with pytest.raises(UsageFault):
             order(typed)
     assert order({"task": "--help"}).spec.task == "--help", "an argument is no option"
-
-
-async def test_follow_zoom_copy_and_reconnect() -> None:
-    async with running(busy(), size=(140, 40)) as (app, pilot):
-        await pilot.press("down", "y")
-        await until(pilot, lambda: app.clipboard == IDS["east"])
-        await pilot.press("f")
-        assert not app.query_one(FleetPage).follow
-        await pilot.press("z")
-        assert app.query_one(FleetPage).zoomed
-        await pilot.press("2", "y", "f")
-        await until(pilot, lambda: app.clipboard == "motion-7")
-        assert not app.query_one(RoundsPage).follow
-        await pilot.press("3", "f")
-        await until(pilot, lambda: app.page == "events")
-        await until(pilot, lambda: not app.query_one(EventsPage).follow)
-        await pilot.press("r", "escape")
-        await until(pilot, lambda: any("trying the links" in e.text for e in app.events))
-        assert app.query_one(EventsPage).follow
 
 
 async def test_events_are_filtered_and_lead_to_their_peer() -> None:
@@ -280,32 +243,13 @@ async def test_read_only_has_no_key_that_changes_things() -> None:
 
 
 async def test_every_theme_draws() -> None:
-    async with running(busy()) as (app, pilot):
+    """Each in turn over a page of its own kind; all that is drawn takes the theme's colours."""
+    async with running(busy(), size=(60, 14)) as (app, pilot):
+        grounds = set()
         for name in app.available_themes:
             app.theme = name
             await pilot.pause()
-            assert "● training" in screen_text(app)
-        await pilot.press("2", "3", "1")
-
-
-async def test_a_recording_is_stopped_stepped_and_sought() -> None:
-    source = ReplaySource(DEMO, 0.5)
-    app = ReplayApp(source)
-    async with app.run_test(size=(100, 30)) as pilot:
-        await until(pilot, lambda: app.fleet is not None)
-        await pilot.press("p")
-        assert not source.playing
-        await until(pilot, lambda: "‖ 00:0" in screen_text(app))
-        before = source.position_s
-        await pilot.press("full_stop")
-        await until(pilot, lambda: source.position_s > before)
-        await pilot.press("right_square_bracket")
-        await until(pilot, lambda: "agent5" in screen_text(app))
-        assert source.position_s > 10
-        await pilot.press("left_square_bracket", "plus")
-        await until(pilot, lambda: source.position_s < 5)
-        assert source.speed == 1
-        await pilot.press("minus", "P", "t", "n")
-        assert source.speed == 0.5
-        assert len(app.screen_stack) == 1
-        await pilot.press("q")
+            app._draw(None)
+            grounds.add(colours().ground)
+            assert "● training" in screen_text(app), name
+        assert len(grounds) > len(app.available_themes) // 2

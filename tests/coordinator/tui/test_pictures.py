@@ -1,196 +1,182 @@
-"""How the monitor looks, in three sizes and in every state it can be in."""
+"""How the monitor looks: every screen and state in three sizes, dark, light and without colour."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import pytest
-from msgspec.structs import replace
 from textual.pilot import Pilot
 
+from coordinator.fleet import Fleet
+from coordinator.tui.app import MonitorApp
 from coordinator.tui.config import Config
 from protocols.errors import Unreachable
-from tests.coordinator.tui.scene import (
-    IDS,
-    NOW,
-    Replay,
-    busy_fleet,
-    empty_fleet,
-    links,
-    monitor,
-    settled,
-    until,
-)
-
-SIZES = [(60, 20), (80, 24), (140, 40)]
-sizes = pytest.mark.parametrize("size", SIZES, ids=[f"{w}x{h}" for w, h in SIZES])
+from tests.coordinator.tui import scene
+from tests.coordinator.tui.pictures import FOLDER, SIZES, Album, still, tour
+from tests.coordinator.tui.scene import NOW, Replay, monitor, serving, until
 
 
-def live(*keys: str) -> Callable[[Pilot[Any]], Awaitable[None]]:
-    """Both links are up and what is to be looked at was told; then press `keys`."""
+class State(NamedTuple):
+    """A state of the fleet, and the keys that lead to each picture of it."""
 
-    async def before(pilot: Pilot[Any]) -> None:
-        following = pilot.app.following  # type: ignore[attr-defined]
-        await until(pilot, lambda: following.stream and following.http)
-        pilot.app._draw_ages()  # type: ignore[attr-defined]
-        await settled(pilot)
-        await pilot.press(*keys)
-        await settled(pilot)
-
-    return before
+    fleet: Callable[[], Fleet]
+    shows: dict[str, tuple[str, ...]]
 
 
-def busy() -> Replay:
-    fleet = busy_fleet()
-    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
+ON_NORTH = ("down", "down", "enter")
+STATES = {
+    "going": State(
+        scene.rich_fleet,
+        {
+            "fleet": (),
+            "rounds": ("2",),
+            "events": ("3",),
+            "jobs": ("4",),
+            "peer": ON_NORTH,
+            "plots": ("2", "z", "z", "z"),
+        },
+    ),
+    "peer": State(
+        scene.rich_fleet,
+        {"metrics": (*ON_NORTH, "2"), "log": (*ON_NORTH, "3"), "policy": (*ON_NORTH, "4")},
+    ),
+    "boxes": State(
+        scene.busy_fleet,
+        {
+            "help": ("question_mark",),
+            "question": ("down", "ctrl+d"),
+            "form": ("n",),
+            "ticket": ("t",),
+            "job": ("4", "j"),
+            "stop-job": ("4", "X"),
+        },
+    ),
+    "empty": State(
+        scene.empty_fleet, {"fleet": (), "rounds": ("2",), "events": ("3",), "jobs": ("4",)}
+    ),
+    "troubled": State(scene.troubled_fleet, {"fleet": (), "rounds": ("2",)}),
+    "buffered": State(scene.buffered_fleet, {"rounds": ("2",), "plots": ("2", "z", "z", "z")}),
+    "ended": State(scene.ended_fleet, {"fleet": (), "rounds": ("2",)}),
+    "many": State(scene.crowd_fleet, {"fleet": (), "end": ("end",), "rounds": ("2",)}),
+}
+#: What is not a state of the fleet, but of the way to it.
+LINKS = ("connecting", "unreachable", "gone", "brokerless", "filtered", "small", "ascii")
+LOOKS = ("dark", "light", "plain")
 
 
-@sizes
-def test_fleet(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live())
+@pytest.fixture
+def album() -> Iterator[Album]:
+    kept = Album()
+    yield kept
+    kept.check()
 
 
-@sizes
-def test_rounds(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("2"))
+def app_of(source: Replay, look: str, monkeypatch: pytest.MonkeyPatch) -> MonitorApp:
+    if look == "plain":
+        monkeypatch.setenv("NO_COLOR", "1")
+    theme = "commonweight-light" if look == "light" else ""
+    return monitor(source, config=Config(theme=theme))
 
 
-@sizes
-def test_events(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("3"))
-
-
-@sizes
-def test_empty(size: tuple[int, int], snap_compare: Any) -> None:
-    source = Replay(empty_fleet(), [links()])
-    assert snap_compare(monitor(source), terminal_size=size, run_before=live())
-
-
-@sizes
-def test_disconnected(size: tuple[int, int], snap_compare: Any) -> None:
-    source = busy()
-    clock = {"now": NOW}
-    app = monitor(source)
-    app.following._clock = app._clock = lambda: clock["now"]
-
-    async def before(pilot: Pilot[Any]) -> None:
-        following = app.following
-        await until(pilot, lambda: following.stream and following.http)
-        source.http_up = source.mqtt_up = False
-        source.live.put_nowait(Unreachable("the broker at 192.0.2.7:1883 does not answer"))
-        await until(pilot, lambda: not following.connected)
-        clock["now"] += 5
+@asynccontextmanager
+async def running(app: MonitorApp, size: tuple[int, int] = SIZES[0]) -> AsyncIterator[Pilot[None]]:
+    async with app.run_test(size=size) as pilot:
+        await until(pilot, lambda: app.following.stream and app.following.http)
         app._draw_ages()
-        await settled(pilot)
-
-    assert snap_compare(app, terminal_size=size, run_before=before)
-
-
-@sizes
-def test_marked_and_filtered(size: tuple[int, int], snap_compare: Any) -> None:
-    before = live("space", "down", "space", "slash", "t", "enter", "s", "s", "s", "s")
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
+        await still(pilot)
+        yield pilot
 
 
-@sizes
-def test_peer(size: tuple[int, int], snap_compare: Any) -> None:
-    before = live("down", "down", "enter")
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
+def label_of(state: str, look: str) -> str:
+    return state if look == "dark" else f"{state}-{look}"
 
 
-@sizes
-def test_help(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=live("question_mark"))
+@pytest.mark.parametrize("state", STATES)
+async def test_every_state(state: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _pictures(state, "dark", album, monkeypatch)
 
 
-@sizes
-def test_never_reached(size: tuple[int, int], snap_compare: Any) -> None:
-    source = Replay(None)
-    source.mqtt_up = False
-    app = monitor(source)
-
-    async def before(pilot: Pilot[Any]) -> None:
-        await until(pilot, lambda: app.following.trouble is not None)
-
-    assert snap_compare(app, terminal_size=size, run_before=before)
-
-
-def rich() -> Replay:
-    """The scene with all that a newer coordinator and newer agents tell."""
-    fleet = busy_fleet()
-    run = fleet.runs["motion-7"]
-    for number, closed in enumerate(run.rounds):
-        loss, accuracy = closed.loss or 1.0, closed.accuracy or 0.5
-        spread = {
-            "loss": (0.8 * loss, loss, 1.3 * loss),
-            "accuracy": (0.9 * accuracy, accuracy, min(1.05 * accuracy, 1.0)),
-        }
-        spent = {"work": 1.1, "wait": 0.4, "aggregate": 0.1, "evaluate": 0.3}
-        metrics = {"worst_accuracy": 0.8 * accuracy, "staleness": 0.2 + number % 3}
-        told = replace(closed, spread=spread, spent=spent, metrics=metrics)
-        run.rounds[number] = told
-    north = fleet.peers[IDS["north"]]
-    north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
-    north.policy = {"threads": "2", "share_log": "True"}
-    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
-
-
-@sizes
-def test_all_plots(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live("2", "z"))
-
-
-PAGES = {"fleet": (), "rounds": ("2",), "events": ("3",), "peer": ("down", "down", "enter")}
-pages = pytest.mark.parametrize("keys", PAGES.values(), ids=PAGES)
-
-
-@sizes
-@pages
-def test_light(size: tuple[int, int], keys: tuple[str, ...], snap_compare: Any) -> None:
-    app = monitor(rich(), config=Config(theme="commonweight-light"))
-    assert snap_compare(app, terminal_size=size, run_before=live(*keys))
-
-
-@sizes
-@pages
-def test_without_colour(
-    size: tuple[int, int],
-    keys: tuple[str, ...],
-    snap_compare: Any,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.long
+@pytest.mark.parametrize("look", LOOKS[1:])
+@pytest.mark.parametrize("state", STATES)
+async def test_every_state_in_other_looks(
+    state: str, look: str, album: Album, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live(*keys))
+    await _pictures(state, look, album, monkeypatch)
 
 
-@sizes
-def test_everything_beside_the_fleet(size: tuple[int, int], snap_compare: Any) -> None:
-    assert snap_compare(monitor(rich()), terminal_size=size, run_before=live())
+async def _pictures(state: str, look: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = STATES[state]
+    async with running(app_of(serving(of.fleet()), look, monkeypatch)) as pilot:
+        await tour(pilot, album, label_of(state, look), of.shows)
 
 
-@pytest.mark.parametrize("keys", ["1", "2", "3"])
-def test_ascii(keys: str, snap_compare: Any) -> None:
-    app = monitor(rich(), ascii_only=True)
-    assert snap_compare(app, terminal_size=(80, 24), run_before=live(keys))
+async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
+    """Both links go; five seconds later."""
+    source.http_up = source.mqtt_up = False
+    source.live.put_nowait(Unreachable("the broker at 192.0.2.7:1883 does not answer"))
+    await until(pilot, lambda: not app.following.connected)
+    app.following._clock = app._clock = lambda: NOW + 5
+    app._draw_ages()
+    await still(pilot)
 
 
-@pytest.mark.parametrize("tab", ["2", "3", "4"])
-def test_peer_tabs(tab: str, snap_compare: Any) -> None:
-    before = live("down", "down", "enter", tab)
-    assert snap_compare(monitor(rich()), terminal_size=(80, 24), run_before=before)
+async def test_the_ways_to_the_fleet(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _links("dark", album, monkeypatch)
 
 
-@pytest.mark.parametrize("size", [(60, 20), (80, 24)], ids=["60x20", "80x24"])
-def test_a_question(size: tuple[int, int], snap_compare: Any) -> None:
-    before = live("down", "ctrl+d")
-    assert snap_compare(monitor(busy()), terminal_size=size, run_before=before)
+@pytest.mark.long
+@pytest.mark.parametrize("look", LOOKS[1:])
+async def test_the_ways_to_the_fleet_in_other_looks(
+    look: str, album: Album, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _links(look, album, monkeypatch)
 
 
-def test_ticket(snap_compare: Any) -> None:
-    source = Replay(empty_fleet(), [links()])
-    assert snap_compare(monitor(source), terminal_size=(80, 24), run_before=live("t"))
+async def _links(look: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(state: str) -> str:
+        return label_of(state, look)
+
+    nobody = Replay(None)
+    app = app_of(nobody, look, monkeypatch)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        app.following.trouble = None
+        await tour(pilot, album, name("connecting"), {"fleet": ()})
+    nobody.mqtt_up = False
+    app = app_of(nobody, look, monkeypatch)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        await until(pilot, lambda: app.following.trouble is not None)
+        await until(pilot, lambda: app.following.retry_at is not None)
+        await tour(pilot, album, name("unreachable"), {"fleet": (), "jobs": ("4",)})
+    source = serving(scene.rich_fleet())
+    app = app_of(source, look, monkeypatch)
+    async with running(app) as pilot:
+        keys = ("space", "down", "space", "slash", "t", "enter", "S")
+        await tour(pilot, album, name("filtered"), {"fleet": keys}, SIZES[:2])
+        await pilot.resize_terminal(38, 11)
+        await still(pilot)
+        album.take(app, name("small"))
+        await lost(app, pilot, source)
+        await tour(pilot, album, name("gone"), {"fleet": (), "rounds": ("2",)})
+    source = serving(scene.rich_fleet())
+    source.mqtt_up = False
+    app = app_of(source, look, monkeypatch)
+    async with app.run_test(size=SIZES[0]) as pilot:
+        await until(pilot, lambda: app.following.http and not app.following.stream)
+        await tour(pilot, album, name("brokerless"), {"fleet": ()})
 
 
-def test_too_small(snap_compare: Any) -> None:
-    assert snap_compare(monitor(busy()), terminal_size=(38, 11), run_before=live())
+async def test_in_ascii(album: Album) -> None:
+    app = monitor(serving(scene.rich_fleet()), ascii_only=True)
+    async with running(app, (80, 24)) as pilot:
+        shows = {"fleet": (), "rounds": ("2",), "events": ("3",), "jobs": ("4",)}
+        await tour(pilot, album, "ascii", shows, ((80, 24),))
+
+
+def test_no_picture_is_left_over() -> None:
+    known = {label_of(state, look) for state in (*STATES, *LINKS) for look in LOOKS}
+    for path in FOLDER.iterdir():
+        stem = path.stem
+        assert any(stem == name or stem.startswith(f"{name}-") for name in known), stem
