@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from agent import autostart, machine, sensors, settings
 from agent.sensors import Sensors
 from agent.settings import Enrolment
-from protocols import VERSION, compat, homes, identity
+from protocols import VERSION, addresses, compat, homes, identity
 from protocols.checks import Advice, Check, Step, examine
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
 from protocols.folder import check_crashes, check_private, check_room
@@ -137,8 +137,8 @@ class _Doctor:
 
     @property
     def _address(self) -> tuple[str, int]:
-        host, _, port = self._enrolment.addresses[0].rpartition(":")
-        return host.strip("[]"), int(port)
+        found = addresses.parse(self._enrolment.addresses[0])
+        return found.host, found.port
 
     def dns(self) -> str:
         host, port = self._address

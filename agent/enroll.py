@@ -15,7 +15,7 @@ import msgspec
 
 from agent import control
 from agent.settings import ENROLLED, Enrolment, write_enrolment
-from protocols import VERSION, identity, tickets
+from protocols import VERSION, addresses, identity, tickets
 from protocols.errors import (
     BadMessage,
     CommonweightError,
@@ -196,5 +196,4 @@ def _refusal(answer: httpx.Response) -> CommonweightError:
 
 def _reachable(mqtt: MqttAddress, address: str) -> MqttAddress:
     """The broker as this machine reaches it: by default where the coordinator answered."""
-    host = address.rpartition(":")[0].strip("[]")
-    return msgspec.structs.replace(mqtt, host=mqtt.host or host)
+    return msgspec.structs.replace(mqtt, host=mqtt.host or addresses.parse(address).host)

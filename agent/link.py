@@ -47,6 +47,7 @@ from agent.bandwidth import Bandwidth
 from agent.credentials import Credentials
 from agent.lane import Lane, check, translated
 from agent.wire import OverWire
+from protocols import addresses
 from protocols.errors import Refused, Unreachable
 from protocols.failpoints import failpoint
 from protocols.gossip import NEIGHBOURS_PATH, Neighbours
@@ -112,12 +113,10 @@ class Link(Lane):
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         super().__init__(credentials, bandwidth)
-        self._http = httpx.Client(
-            base_url=f"https://{credentials.address}", transport=OverWire(self._wire)
-        )
-        self._fleet = FleetHttpClient(
-            f"https://{credentials.address}", interceptors=[_Signed(credentials)]
-        )
+        # Without the address's path: it is no part of what is signed, and the wire puts it before.
+        base = f"https://{addresses.parse(credentials.address).netloc}"
+        self._http = httpx.Client(base_url=base, transport=OverWire(self._wire))
+        self._fleet = FleetHttpClient(base, interceptors=[_Signed(credentials)])
         # Flower's client gives no way to say so, and a second pool is a second connection.
         self._fleet._client = self._http
         self._node: Node | None = None
@@ -132,9 +131,9 @@ class Link(Lane):
         self._wire.drop()
 
     @property
-    def peer_ip(self) -> str:
-        """The IP address that the last connection went to; empty before the first."""
-        return self._wire.peer_ip
+    def ends(self) -> tuple[str, str]:
+        """The last connection's IP addresses, ours and the other's; empty before the first."""
+        return self._wire.ends
 
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""

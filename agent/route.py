@@ -25,36 +25,35 @@ def source(host: str) -> str | None:
 
 
 class Way:
-    """Remembers the last way that was there. Pure."""
+    """Compares the way of the last connection with the one of the moment. Pure."""
 
     def __init__(self) -> None:
-        self._last: str | None = None
         self._was_cut = False
         self._told_at = float("-inf")
 
-    def has_changed(self, found: str | None, now: float) -> bool:
-        """True if what was open is of no use now, and another connection may be."""
+    def has_changed(self, used: str, found: str | None, now: float) -> bool:
+        """True if what was open is of no use now, and another connection may be.
+
+        `used` is this machine's address on the last connection, `found` the one of the moment.
+        """
         if found is None:
-            self._was_cut = self._last is not None
+            self._was_cut = True
             return False
-        changed = self._last is not None and (self._was_cut or found != self._last)
-        if changed and now - self._told_at < _APART_S:
-            return False  # remembered as it was, so told later
-        self._last, self._was_cut = found, False
-        if changed:
-            self._told_at = now
-        return changed
+        if not self._was_cut and found == used:
+            return False
+        if now - self._told_at < _APART_S:
+            return False  # seen again by the next look
+        self._was_cut, self._told_at = False, now
+        return True
 
 
 class RouteWatch:
-    """The way to a host that becomes known, and may become another, with each connection."""
+    """Looks at the way that the last connection took; `ends` are both its IP addresses."""
 
     def __init__(self) -> None:
-        self._host = ""
         self._way = Way()
 
-    def has_changed(self, host: str) -> bool:
-        """Look again; `host` is where the last connection went, empty before the first."""
-        if host != self._host:
-            self._host, self._way = host, Way()
-        return bool(host) and self._way.has_changed(source(host), time.monotonic())
+    def has_changed(self, ends: tuple[str, str]) -> bool:
+        """Look; `ends` are ours and the other's, empty before the first connection."""
+        own, other = ends
+        return bool(other) and self._way.has_changed(own, source(other), time.monotonic())

@@ -237,7 +237,7 @@ class Agent:
             if slept := slept_s(before, clocks, _TICK_S):
                 why = f"back after {slept:.0f} s of sleep"
                 self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
-            elif ticks % _ROUTE_TICKS == 0 and route.has_changed(self._sessions.peer_ip):
+            elif ticks % _ROUTE_TICKS == 0 and route.has_changed(self._sessions.ends):
                 why = "this machine's network has changed"
                 self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
             if self._owner.heed():

@@ -71,9 +71,9 @@ class Sessions:
         return self._link
 
     @property
-    def peer_ip(self) -> str:
-        """The IP address that the last connection went to; empty before the first."""
-        return self._link.peer_ip if self._link else ""
+    def ends(self) -> tuple[str, str]:
+        """The last connection's IP addresses, ours and the other's; empty before the first."""
+        return self._link.ends if self._link else ("", "")
 
     def traffic(self) -> tuple[int, int]:
         """Bytes up and down since the agent's start."""

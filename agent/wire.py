@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import httpx
 
+from protocols import addresses
 from protocols.errors import Unreachable
 from protocols.reach import why
 
@@ -52,7 +53,9 @@ class Stream:
 
 
 class Wire:
-    """Connections to one address, `host:port`. Whatever is wrong with them is Unreachable.
+    """Connections to one address, `host:port` or `host:port/path`.
+
+    Whatever is wrong with them is Unreachable.
 
     `kept_s`: how long one that nobody uses is kept. `timeout_s`: for each step of a request.
     """
@@ -60,15 +63,14 @@ class Wire:
     def __init__(
         self, address: str, tls: ssl.SSLContext, *, timeout_s: float, kept_s: float
     ) -> None:
-        host, _, port = address.rpartition(":")
-        self._host, self._port = host.strip("[]"), int(port)
+        self._host, self._port, self._prefix = addresses.parse(address)
         self._tls, self._kept_s, self.timeout_s = tls, kept_s, timeout_s
         self._lock = threading.Lock()
         self._idle: list[tuple[http.client.HTTPSConnection, float]] = []
         self._busy: set[http.client.HTTPSConnection] = set()
         self._life = 0
-        #: The IP address that the last connection went to; a proxy's, if one is between.
-        self.peer_ip = ""
+        #: The last connection's IP addresses: ours, and the other's (a proxy's, if one is between).
+        self.ends = ("", "")
 
     def ask(self, method: str, path: str, headers: Mapping[str, str], body: Body = b"") -> Answer:
         """The answer to a request. A body in pieces needs a content-length in `headers`."""
@@ -104,7 +106,7 @@ class Wire:
             self._busy.add(connection)
         try:
             with _told():
-                connection.putrequest(method, path, skip_accept_encoding=True)
+                connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
                 for name, value in headers.items():
                     connection.putheader(name, value)
                 if isinstance(body, bytes) and (body or method != "GET"):
@@ -138,7 +140,8 @@ class Wire:
         connection = self._new()
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.peer_ip = str(connection.sock.getpeername()[0])
+        ends = connection.sock.getsockname(), connection.sock.getpeername()
+        self.ends = str(ends[0][0]), str(ends[1][0])
         return connection
 
     def _new(self) -> http.client.HTTPSConnection:

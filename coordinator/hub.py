@@ -42,7 +42,7 @@ from coordinator.settings import UP_FILE, Keys, Settings
 from coordinator.sharing import SharingDesk
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from coordinator.supervision import supervised
-from protocols import identity
+from protocols import addresses, identity
 from protocols.messages import (
     Command,
     Exchange,
@@ -68,7 +68,7 @@ class Hub:
         self._stopping = asyncio.Event()
         self._names = chosen.names or settings.reachable_names(chosen.host)
         self._public = chosen.public_addresses
-        public_names = [address.rpartition(":")[0].strip("[]") for address in self._public]
+        public_names = [addresses.parse(address).host for address in self._public]
         self._certified = [*self._names, *public_names]
         settings.certify(home, keys.ca_key, keys.ca_pem, self._certified)
         self._socket = listen(chosen.host, chosen.port)

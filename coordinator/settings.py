@@ -37,10 +37,10 @@ class Settings(BaseSettings):
 
     `host` and `port`: where agents connect. `mqtt_port` 0 means the port after. `mqtt_url`: a
     broker of your own instead of the embedded one. `names`: host names and addresses under which
-    agents reach this machine, if they are not those found. `public_addresses`: host:port by which
-    they reach it through something that stands before it, a proxy or a router. `approve`: new peers
-    wait for `peers approve`. `announce`: say in this network where the coordinator is.
-    `metrics_port`: Prometheus finds /metrics there, on loopback; 0 is off.
+    agents reach this machine, if they are not those found. `public_addresses`: host:port, or
+    host:port/path, by which they reach it through something that stands before it, a proxy or a
+    router. `approve`: new peers wait for `peers approve`. `announce`: say in this network where the
+    coordinator is. `metrics_port`: Prometheus finds /metrics there, on loopback; 0 is off.
     """
 
     model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     mqtt_url: str = ""
     mqtt_ca: str = ""
     names: list[str] = []
-    public_addresses: list[Annotated[str, StringConstraints(pattern=r"^.+:\d{1,5}$")]] = []
+    public_addresses: list[
+        Annotated[str, StringConstraints(pattern=r"^[^/]+:\d{1,5}(/[\w./-]*)?$")]
+    ] = []
     approve: bool = False
     metrics_port: int = Field(0, ge=0, le=65535)
     announce: bool = False

@@ -15,7 +15,8 @@ from agent.sharing.gossip import Gossip
 from agent.sharing.networks import Place, place
 from agent.sharing.server import PeerServer, certify
 from agent.sharing.shelf import Shelf
-from protocols.sharing import WORTH_SHARING_BYTES, PlanAsked, address_of, host_of
+from protocols import addresses, identity
+from protocols.sharing import WORTH_SHARING_BYTES, PlanAsked, address_of
 
 log = logging.getLogger("commonweight.share")
 
@@ -81,11 +82,23 @@ class Sharing:
 
     def _look(self) -> Place | None:
         """Where we may serve now."""
-        address = self._credentials.address
-        here = place(host_of(address), int(address.rpartition(":")[2]))
+        coordinator = addresses.parse(self._credentials.address)
+        here = place(coordinator.host, coordinator.port)
         if here is None or (self._policy == "lan" and not here.is_private):
             return None
         return here
+
+    def _listen(self, server: PeerServer, host: str) -> int:
+        """Listen on the owner's port, else on that of the last time: peers remember it."""
+        if self._port:
+            return server.listen(host, self._port)
+        remembered = self._home / "share.port"
+        try:
+            return server.listen(host, int(remembered.read_text()))
+        except (OSError, ValueError, OverflowError):
+            port = server.listen(host, 0)
+        identity.write_private(remembered, str(port).encode())
+        return port
 
     async def _serve(self, here: Place, certificate: Path) -> None:
         """Serve at this place until the machine has left it."""
@@ -98,7 +111,7 @@ class Sharing:
             hearsay=self._gossip,
         )
         try:
-            port = server.listen(here.host, self._port)
+            port = self._listen(server, here.host)
         except OSError as err:
             log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)
             await asyncio.sleep(_LOOK_S)

@@ -37,8 +37,9 @@ _LOOK_S = 1.0
 FIRST_S, MOST_S = 2.0, 60.0
 _ASKED_AT_ONCE = 2
 _HOLDERS_TRIED = 3
-#: So often the coordinator is asked for neighbours and a new pass; and after a failure.
-_LEARN_EVERY_S, _LEARN_AGAIN_S = 3600.0, 60.0
+#: When the coordinator is asked for neighbours and a new pass again: soon in a session, as others
+#: may just have come, then so often. And after a failure.
+_LEARN_SOON_S, _LEARN_EVERY_S, _LEARN_AGAIN_S = (10.0, 60.0, 600.0), 3600.0, 60.0
 #: Versions that nobody could prove or send.
 _MOST_FAILED = 256
 
@@ -68,17 +69,18 @@ class Spread:
     async def run(self) -> None:
         """Until cancelled."""
         learn_at, learnt_as, ask_at, every_s = 0.0, "", 0.0, FIRST_S
+        waits = iter(_LEARN_SOON_S)
         while True:
             now = time.monotonic()
             if self._loop.worker.session:
                 address = self._sharing.asked().address
                 if now >= learn_at or address != learnt_as:
                     done = await asyncio.to_thread(self._learn)
-                    learn_at = now + (_LEARN_EVERY_S if done else _LEARN_AGAIN_S)
+                    learn_at = now + (next(waits, _LEARN_EVERY_S) if done else _LEARN_AGAIN_S)
                     learnt_as = address
                 ask_at, every_s = now + FIRST_S, FIRST_S
             else:
-                learn_at = min(learn_at, now)
+                learn_at, waits = now, iter(_LEARN_SOON_S)
                 if now >= ask_at:
                     every_s = FIRST_S if await self._ask() else min(1.5 * every_s, MOST_S)
                     ask_at = time.monotonic() + every_s * random.uniform(0.8, 1.2)

@@ -19,6 +19,10 @@ _STREAM = next(
 )
 
 
+#: Bodies that nginx would write down before it passes them on.
+_TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
 def _pump(one: socket.socket, other: socket.socket) -> None:
     try:
         while piece := one.recv(65536):
@@ -80,15 +84,14 @@ def test_an_agent_gets_out_through_a_proxy(tmp_path: Path) -> None:
 
 
 @contextmanager
-def nginx(site: Fleet, name: str, port: int, upstream: int) -> Iterator[None]:
-    """nginx as deploy/nginx.conf has it, on other ports."""
-    text = (Path(__file__).parents[2] / "deploy" / "nginx.conf").read_text()
+def nginx(site: Fleet, name: str, port: int, changed: dict[str, str]) -> Iterator[None]:
+    """nginx as deploy/`name` has it, on another port and with other words."""
+    text = (Path(__file__).parents[2] / "deploy" / name).read_text()
     for old, new in {
-        "modules/ngx_stream_module.so": str(_STREAM),
-        "train.example.org": name,
-        "127.0.0.1:9092": f"{HOST}:{upstream}",
+        "train.example.org": "localhost",
         "listen 443": f"listen {HOST}:{port}",
         "events {}": f"daemon off; pid {site.folder}/nginx.pid; events {{}}",
+        **changed,
     }.items():
         assert old in text, old
         text = text.replace(old, new)
@@ -122,8 +125,36 @@ def test_a_coordinator_behind_nginx_has_a_name_of_its_own(tmp_path: Path) -> Non
     front, back = two_free_ports()
     with fleet(tmp_path, COMMONWEIGHT_PUBLIC_ADDRESSES=f'["localhost:{front}"]') as site:
         site.up(port=back)
-        with nginx(site, "localhost", front, back):
+        words = {
+            "modules/ngx_stream_module.so": str(_STREAM),
+            "127.0.0.1:9092": f"{HOST}:{back}",
+        }
+        with nginx(site, "nginx.conf", front, words):
             site.join("ada")
             site.start("ada")
             assert site.agent("ada")["coordinator"] == f"localhost:{front}"
             assert site.ended_run(site.start_run("ping", "--rounds", "2"))["state"] == "finished"
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_a_coordinator_behind_nginx_has_a_path_of_its_own(tmp_path: Path) -> None:
+    front, back = two_free_ports()
+    public = f"localhost:{front}/fleet"
+    with fleet(tmp_path, COMMONWEIGHT_PUBLIC_ADDRESSES=f'["{public}"]') as site:
+        site.up(port=back)
+        words = {
+            "/var/lib/commonweight": str(site.home),
+            "127.0.0.1:9092": f"{HOST}:{back}",
+            "http {": f"http {{ access_log {site.folder}/access.log; "
+            + " ".join(f"{kind}_temp_path {site.folder}/temp;" for kind in _TEMPORARY),
+        }
+        with nginx(site, "nginx-path.conf", front, words):
+            site.join("ada")
+            site.start("ada")
+            assert site.agent("ada")["coordinator"] == public
+            run = site.start_run("ping", "--rounds", "2", "--set", "kilobytes=3000")
+            assert site.ended_run(run)["state"] == "finished"
+            assert site.ask_agent("ada", "doctor").returncode == 0
+        asked = (site.folder / "access.log").read_text()
+        assert "PUT /fleet/cw/v1/updates/" in asked
+        assert " /cw/" not in asked

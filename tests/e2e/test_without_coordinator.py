@@ -17,8 +17,9 @@ def test_agents_end_on_the_newest_version(tmp_path: Path) -> None:
         site.start("ada", "bob")
         for name in ("ada", "bob"):
             site.until_agent(name, "serves", lambda told: told["shares_at"])
-        knows_bob = site.folder / "ada" / "neighbours.json"
-        until(lambda: knows_bob.exists() and b"bob" in knows_bob.read_bytes(), "ada knows bob")
+        for name, other in (("ada", b"bob"), ("bob", b"ada")):
+            book = site.folder / name / "neighbours.json"
+            until(lambda: book.exists() and other in book.read_bytes(), f"{name} knows the other")  # noqa: B023
         site.programs["bob"].stop()
         run = site.start_run("ping", "--rounds", "2", "--quorum", "1", "--set", "kilobytes=4")
         assert site.ended_run(run)["state"] == "finished"
