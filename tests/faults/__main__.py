@@ -1,4 +1,4 @@
-"""python -m tests.faults [--quick] [--only WORD…] [--seeds N…] [--add] [--soak MINUTES]
+"""python -m tests.faults [--quick] [--only WORD…] [--seeds N…] [--points P…] [--add] …
 
 Every fault of the list that one machine can have, on real processes and in the simulator. Prints a
 table, writes docs/faults/fault-results.json and the table in docs/reliability.md, and ends with 1
@@ -36,7 +36,7 @@ _OUT, _PAGE = _DOCS / "faults" / "fault-results.json", _DOCS / "reliability.md"
 Case = Callable[[Path], Row | list[Row]]
 
 
-def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
+def cases(seeds: list[int], points: list[str], *, quick: bool) -> dict[str, Case]:
     """Every case by a word for `--only`, the quick ones first."""
     cut_s = 8.0 if quick else 60.0
     many = 200 if quick else 2000
@@ -55,14 +55,14 @@ def cases(seeds: list[int], *, quick: bool) -> dict[str, Case]:
         "lost": disk.lost_disk,
         "stampede": lambda folder: stampede.real(folder, 50),
         "many": lambda folder: stampede.protocol(folder, many),
-        "agent": lambda folder: crashes.agent(folder, seeds),
-        "trainer": lambda folder: crashes.trainer(folder, seeds),
-        "coordinator": lambda folder: crashes.coordinator(folder, seeds),
+        "agent": lambda folder: crashes.agent(folder, seeds, points),
+        "trainer": lambda folder: crashes.trainer(folder, seeds, points),
+        "coordinator": lambda folder: crashes.coordinator(folder, seeds, points),
         "meeting": lambda folder: crashes.meeting(folder, seeds),
-        "job-agent": job_crashes.agent,
-        "job-infer": lambda folder: job_crashes.coordinator(folder, "infer"),
-        "job-eval": lambda folder: job_crashes.coordinator(folder, "eval"),
-        "job-analyze": lambda folder: job_crashes.coordinator(folder, "analyze"),
+        "job-agent": lambda folder: job_crashes.agent(folder, points),
+        "job-infer": lambda folder: job_crashes.coordinator(folder, "infer", points),
+        "job-eval": lambda folder: job_crashes.coordinator(folder, "eval", points),
+        "job-analyze": lambda folder: job_crashes.coordinator(folder, "analyze", points),
     }
     if disk.can_mount():
         found |= {"full-coordinator": disk.full_coordinator, "full-agent": disk.full_agent}
@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the crash cases"
     )
+    parser.add_argument("--points", nargs="+", default=[], help="only these, of the crash cases")
     parser.add_argument("--add", action="store_true", help="to the cases that the results hold")
     parser.add_argument("--soak", type=float, default=0.0, help="only the soak, so many minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the soak; 0 is by the clock")
@@ -88,7 +89,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     seeds = [1] if asked.quick else asked.seeds
-    chosen = cases(seeds, quick=asked.quick)
+    chosen = cases(seeds, asked.points, quick=asked.quick)
     if asked.soak:
         seed = asked.seed or int(time.time())
         chosen = {"soak": lambda folder: soak.soak(folder, asked.soak, seed)}
