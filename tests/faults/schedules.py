@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tests.faults.results import Row
 from tests.faults.simulator import BUGS, violations
 
-_BATCH = 500
+_BATCH, _TELL_EVERY = 500, 10_000
 
 
 def _batch(first: int) -> tuple[int, list[tuple[int, str]]]:
@@ -28,6 +28,8 @@ def simulate(count: int, first: int = 0) -> Row:
         for done, found in pool.imap_unordered(_batch, range(first, first + count, _BATCH)):
             row.cases += done
             row.violations += [f"seed {seed}: {text}" for seed, text in found]
+            if row.cases % _TELL_EVERY == 0:
+                print(f"  {row.cases:,} schedules, {len(row.violations)} violations", flush=True)
     row.worst = row.cases / (time.monotonic() - began) * 60
     row.figure, row.seed = f"{row.worst:,.0f}", f"{first}–{first + row.cases - 1}"
     for text in row.violations[:20]:
