@@ -19,7 +19,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 COORDINATOR, AGENT = "coordinator.cli", "agent.cli"
 HOST = "127.0.0.1"
-WITHIN_S = 60.0
+WITHIN_S = 120.0
 LOOK_EVERY_S = 0.05
 
 

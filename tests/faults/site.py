@@ -24,7 +24,7 @@ from tests.faults.checker import Fact, Line
 TRAINING: dict[str, Setting] = {"epochs": 1, "max_steps": 5}
 #: Nobody listens there.
 NO_BROKER = ("--mqtt-url", "mqtt://127.0.0.1:9")
-WITHIN_S = 90.0
+WITHIN_S = 180.0
 
 
 class Site(Fleet):
