@@ -516,9 +516,12 @@ def test_robust_strategies_hold_where_the_mean_does_not(tmp_path: Path) -> None:
     data = {peer: some(60) for peer in peers}
     unseen = some(500)
 
-    def accuracy(name: str, liars: Sequence[str], args: dict[str, Setting]) -> float:
-        folder = tmp_path / f"{name}{len(liars)}"
-        table = Table(folder, spec_of(name, strategy_args=args, quorum=10), first_weights(5))
+    def accuracy(
+        name: str, liars: Sequence[str], args: dict[str, Setting], clip_norm: float = 0.0
+    ) -> float:
+        folder = tmp_path / f"{name}{len(liars)}{clip_norm}"
+        spec = spec_of(name, strategy_args=args, quorum=10, clip_norm=clip_norm)
+        table = Table(folder, spec, first_weights(5))
         for _ in range(12):
             base, updates = table.model(), {}
             for peer in peers:
@@ -537,6 +540,8 @@ def test_robust_strategies_hold_where_the_mean_does_not(tmp_path: Path) -> None:
     clean = accuracy("fedavg", [], {})
     assert clean > 0.9
     assert accuracy("fedavg", peers[-2:], {}) < clean - 0.2
+    # A bound on the norm takes the tenfold away, but not the turned sign.
+    assert clean - 0.2 < accuracy("fedavg", peers[-2:], {}, clip_norm=0.5) < clean - 0.03
     chosen: dict[str, dict[str, Setting]] = {
         "fedtrimmedavg": {"beta": 0.2},
         "fedmedian": {},
