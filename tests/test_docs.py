@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer.main
 
 import agent.cli
 import coordinator.cli
+from tests.bench import page as figures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -86,3 +88,13 @@ def test_what_is_no_command_is_found() -> None:
         check(["commonweight", "nonsense"])
     with pytest.raises(click.ClickException):
         check(["commonweight-agent", "pause", "--until", "2h"])
+
+
+def test_the_readme_has_a_place_for_the_figures(tmp_path: Path) -> None:
+    results = json.loads((ROOT / "docs" / "bench" / "bench-results.json").read_bytes())
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text())
+    for _ in range(2):  # it finds its place again
+        figures.write(page, results)
+    assert page.read_text().count(figures.table(results)) == 1
+    assert len(figures.table(results).splitlines()) == len(results["cases"]) + 4

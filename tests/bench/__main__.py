@@ -11,17 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, codecs, floor, load, ours, report, stock, training
+from tests.bench import cases, codecs, floor, load, ours, page, report, stock, training
 from tests.bench.cases import Case
 from tests.bench.figures import merged
 
-_OUT = Path(__file__).resolve().parents[2] / "docs" / "bench"
+_ROOT = Path(__file__).resolve().parents[2]
+_OUT, _README = _ROOT / "docs" / "bench", _ROOT / "README.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="all cases; about 20 minutes")
+    size.add_argument(
+        "--full",
+        action="store_true",
+        help="all cases; writes the README's table too",
+    )
     size.add_argument("--tiny", action="store_true", help="only to see that the benchmark works")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-stock", action="store_true", help="leave stock Flower out")
@@ -64,6 +69,8 @@ def main() -> None:
     if len(results["cases"]) > 1:
         report.plot(asked.out, results)
     report.show(results)
+    if asked.full and asked.out == _OUT and not (asked.only or asked.no_stock or asked.no_load):
+        page.write(_README, results)
 
 
 def _loads(asked: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:
