@@ -233,11 +233,11 @@ class Client:
         else:
             outcome = self._trainer.evaluate(work.task, settings, base, *self._outbox.own(work))
         failpoint("agent.work.done")
-        finished = self._outbox.keep(work, outcome)
+        finished = self._outbox.keep(work, outcome, synced=self._moves_on(work))
         failpoint("agent.outbox.written")
-        if not outcome.digest:
+        if not outcome.digest:  # an evaluation: it costs less than a sync
             return finished
-        syncing = Syncing(update)
+        syncing = Syncing(update, self._outbox.answer)
         try:
             self._deliver(finished)
         finally:
@@ -245,6 +245,12 @@ class Client:
             if work.kind == "train":  # its journal is of no use any more
                 self._on_trained()
         return finished
+
+    def _moves_on(self, work: Work) -> bool:
+        """True if something that this peer keeps for itself moves on with this update."""
+        if work.kind != "train":
+            return False
+        return codecs.find(work.codec).coding is not None or bool(self._outbox.own(work))
 
     def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
         """Train, and write the update as the run's codec has it."""

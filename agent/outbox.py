@@ -65,13 +65,13 @@ class Outbox:
         self.trained = folder / "trained.safetensors"
         self.leftovers = Leftovers(folder / "leftovers")
         self.personal = RunFiles(folder / "personal", ".kept")
-        self._file = folder / "finished.json"
+        self.answer = folder / "finished.json"
         #: The update that is known to be whole; what a life before has left is looked at.
         self._made = ""
 
     def clear(self) -> None:
         """The update is about to be overwritten: its answer goes first."""
-        self._file.unlink(missing_ok=True)
+        self.answer.unlink(missing_ok=True)
         # Some file systems write out at once what takes another file's place.
         remove(self.update)
 
@@ -83,7 +83,7 @@ class Outbox:
     def _last(self) -> Finished | None:
         """The answer that is in the outbox."""
         try:
-            last = msgspec.json.decode(self._file.read_bytes(), type=Finished)
+            last = msgspec.json.decode(self.answer.read_bytes(), type=Finished)
             claim = messages.decode_claim(last.claim)
             if not claim.digest or last.description:
                 return last
@@ -97,8 +97,13 @@ class Outbox:
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
 
-    def keep(self, work: Work, outcome: Outcome, description: bytes = b"") -> Finished:
-        """The outcome as a signed claim, safe in the outbox; its update has still to be synced."""
+    def keep(
+        self, work: Work, outcome: Outcome, description: bytes = b"", *, synced: bool = True
+    ) -> Finished:
+        """The outcome as a signed claim, safe in the outbox; its update has still to be synced.
+
+        Not `synced`: a power cut may cost the answer, which can be given again, until `answer` is.
+        """
         claim = UpdateClaim(
             run=work.run,
             round=work.round,
@@ -118,7 +123,7 @@ class Outbox:
         finished = Finished(
             key=_key(work), claim=payload, signature=signature, description=description
         )
-        with replacing(self._file) as file:
+        with replacing(self.answer, synced=synced) as file:
             file.write(msgspec.json.encode(finished))
         self.settle(claim.digest)
         self._made = claim.digest

@@ -1,4 +1,4 @@
-"""An update becomes durable while it is sent: neither waits for the other."""
+"""An answer becomes durable while it is sent: neither waits for the other."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from protocols.durable import sync
 
 
 class Syncing:
-    """A file that is being synced in a thread."""
+    """Files that are being synced in a thread, one after the other."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, *paths: Path) -> None:
+        self._paths = paths
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, name="sync")
         self._thread.start()
 
     def _work(self) -> None:
         try:
-            sync(self._path)
+            for path in self._paths:
+                sync(path)
         except OSError as err:  # for who waits
             self._error = err
 
     def wait(self) -> None:
-        """Return when it is durable. Raises OSError."""
+        """Return when all are durable. Raises OSError."""
         self._thread.join()
         if self._error is not None:
             raise self._error
