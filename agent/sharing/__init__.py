@@ -52,6 +52,11 @@ class Sharing:
         self._server: PeerServer | None = None
 
     @property
+    def is_off(self) -> bool:
+        """True if the owner wants this agent to have nothing to do with peers."""
+        return self._policy == "off"
+
+    @property
     def bytes_sent(self) -> int:
         """What other peers have got from here."""
         return self._sent + (self._server.bytes_sent if self._server else 0)
@@ -69,7 +74,7 @@ class Sharing:
 
     async def run(self) -> None:
         """Serve while there is a place to, and move with the machine; until cancelled."""
-        if self._policy == "off":
+        if self.is_off:
             await asyncio.Event().wait()
         certificate = self._home / "share.pem"
         certify(certificate, self._credentials.node_key, self._credentials.peer)

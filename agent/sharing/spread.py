@@ -68,6 +68,8 @@ class Spread:
 
     async def run(self) -> None:
         """Until cancelled."""
+        if self._sharing.is_off:
+            await asyncio.Event().wait()
         learn_at, learnt_as, ask_at, every_s = 0.0, "", 0.0, FIRST_S
         waits = iter(_LEARN_SOON_S)
         while True:

@@ -38,19 +38,35 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None:
-    ann, bob, cyd = (Peer(site, tmp_path, name) for name in ("ann", "bob", "cyd"))
-    dan = Peer(site, tmp_path, "dan", "off")  # hears, and is heard, though it serves nobody
+    ann, bob, cyd = fleet = [Peer(site, tmp_path, name) for name in ("ann", "bob", "cyd")]
     old, newest = ann.hold(1), bob.hold(4)
     cyd.hold(7, since=0.5)  # of an earlier run
-    fleet = (ann, bob, cyd, dan)
     async with without_coordinator(*fleet):
         await until(lambda: all(peer.heads.newest() == newest for peer in fleet))
-        await until(lambda: all(peer.gossip.known().alike == 3 for peer in fleet))
+        await until(lambda: all(peer.gossip.known().alike == 2 for peer in fleet))
         for peer in fleet:
             assert weights.file_digest(peer.heads.path(newest.digest)) == newest.digest
-            assert bool(peer.gossip.known().shares_at) == (peer is not dan)
+            assert peer.gossip.known().shares_at
         assert ann.heads.path(old.digest).exists(), "the last two are kept"
         assert len(kept.held(cyd.cache, cyd.public)) == 2, "each with its proof"
+
+
+async def test_whose_owner_shares_nothing_says_and_takes_nothing(
+    site: Site, tmp_path: Path
+) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    dan = Peer(site, tmp_path, "dan", "off")
+    newest = bob.hold(4)
+    async with without_coordinator(ann, bob, dan):
+        await until(lambda: ann.heads.newest() == newest)
+        await until(lambda: ann.gossip.known().alike)
+        assert dan.heads.newest() is None
+        assert dan.gossip.known() == (None, 0, 0, "")
+        for peer in (ann, bob):
+            assert {word.peer for word, _, _ in peer.gossip.heard()} < {
+                ann.machine.peer,
+                bob.machine.peer,
+            }
 
 
 async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
