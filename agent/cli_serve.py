@@ -99,12 +99,14 @@ def _listen(port: int, path: Path | None) -> net.socket:
         if path is not None:
             listener = net.socket(net.AF_UNIX)
             listener.bind(str(path))  # 0600 by the umask
+            listener.listen()
             return listener
         listener = net.socket(net.AF_INET)
         listener.setsockopt(net.SOL_SOCKET, net.SO_REUSEADDR, 1)
         # asyncio sets it only on sockets that name their protocol: 40 ms an answer without.
         listener.setsockopt(net.IPPROTO_TCP, net.TCP_NODELAY, 1)
         listener.bind((HOST, port))
+        listener.listen()  # who reads that it answers may ask at once
     except OSError as err:
         what = f"the socket {path}" if path else f"port {port}"
         raise PortInUse(f"{what} cannot be opened: {err.strerror}", "choose another") from err

@@ -171,6 +171,8 @@ def _measured(remote: Any, pins: Any, min_group: int, deadline_s: float, *, json
     else:
         _show_matrices(found, pins, called)
         sys.stderr.write(f"{len(scores)} of {len(job.units)} peers answered\n")
+        if scores and not found:
+            sys.stderr.write("no metric: each peer has fewer rows than it tells metrics of\n")
         for name, reason in missing.items():
             sys.stderr.write(f"{name}: {reason}\n")
     if not scores:
