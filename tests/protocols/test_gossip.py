@@ -74,6 +74,17 @@ def test_the_newest_word_of_a_peer_counts() -> None:
         gossip.speak(word(time.time()), CERTIFICATE, identity.new_signing_key().sign),
         spoken(time.time())[:-1],
     ],
+    ids=[
+        "nothing",
+        "cut",
+        "another fleet",
+        "another peer",
+        "another CA",
+        "expired",
+        "of tomorrow",
+        "another key",
+        "one byte less",
+    ],
 )
 def test_a_forged_word_is_not_heard(forged: bytes) -> None:
     assert Words(CA_PEM, "f").take([forged], time.time()) == 0
