@@ -151,12 +151,12 @@ class Doorkeeper(HttpToolsProtocol):
         """
         if not self.can_be_lent(left):
             return 0
-        here, self.cycle.body = self.cycle.body, bytearray()  # is parsed already
-        moved = 0
+        moved, lent_it = 0, False
 
         def work(connection: Lent) -> None:
-            nonlocal moved
-            moved = len(here)
+            nonlocal moved, lent_it
+            here, self.cycle.body = self.cycle.body, bytearray()  # is parsed already
+            moved, lent_it = len(here), True
             put(memoryview(here))
             try:
                 connection.read(min(left - moved, lent.MOST_BYTES), put)
@@ -166,7 +166,7 @@ class Doorkeeper(HttpToolsProtocol):
         try:
             await self._lend(work)
         finally:
-            if not self.transport.is_closing():
+            if lent_it and not self.transport.is_closing():
                 self._go_on_with(left - moved)
         return moved
 
@@ -189,14 +189,21 @@ class Doorkeeper(HttpToolsProtocol):
         return moved
 
     async def _lend(self, work: Callable[[Lent], None]) -> None:
+        """Have it done, unless the connection cannot be lent after all."""
         self._is_lent = True
+        self.transport.pause_reading()
+        # What asyncio was about to do with the connection comes first, and finds it paused.
+        await asyncio.sleep(0)
         began = time.monotonic()
         try:
-            moved = await lent.lend(self.transport, work)
-            self._is_slow = lent.is_slow(moved, time.monotonic() - began)
+            if lent.is_free(self.transport):
+                moved = await lent.lend(self.transport, work)
+                self._is_slow = lent.is_slow(moved, time.monotonic() - began)
         finally:
             self._is_lent = False
             self._due = time.monotonic() + PATIENCE_S
+            if not (self.flow.read_paused or self.transport.is_closing()):
+                self.transport.resume_reading()
 
     def _go_on_with(self, left: int) -> None:
         """The parser has missed a part of the body: make one that waits for the rest of it."""
