@@ -10,10 +10,12 @@ from textual.pilot import Pilot
 
 from coordinator.tui.app import MonitorApp
 from coordinator.tui.dialogs import HelpDialog, TicketDialog
+from coordinator.tui.events_page import EventsPage
 from coordinator.tui.fleet_page import FleetPage
 from coordinator.tui.footer import footer_line
 from coordinator.tui.header import header_line
 from coordinator.tui.peer_screen import PeerScreen
+from coordinator.tui.row_table import CELLS_KEPT, LINES_KEPT
 from protocols.errors import Unreachable
 from protocols.messages import Envelope, Happened, Presence
 from protocols.states import PauseReason, PeerState
@@ -302,6 +304,20 @@ async def test_a_line_drawn_while_there_is_no_room_is_one_of_the_last_picture() 
         await until(pilot, lambda: page.size.width == 100)
         page.draw(app.fleet, NOW, None)
         assert [table.render_line(y).text for y in range(7)] == before
+
+
+async def test_a_table_keeps_little_of_what_it_showed() -> None:
+    source = busy()
+    async with running(source) as (app, pilot):
+        await pilot.press("3")
+        table = app.query_one(EventsPage).table
+        for number in range(80):
+            app.say("info", f"line {number}", toast=False)
+            app._draw(None)
+            await pilot.pause()
+        assert table.row_count > 60
+        assert 0 < len(table._cell_render_cache) <= CELLS_KEPT
+        assert 0 < len(table._line_cache) <= LINES_KEPT
 
 
 @pytest.mark.parametrize("width", range(40, 160, 7))
