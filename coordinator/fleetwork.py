@@ -30,3 +30,5 @@ class Fleetwork(NamedTuple):
     publish: Callable[[CoordinatorBody], None]
     #: Refused updates by reason, since the coordinator started.
     refused: Counter[str]
+    #: Look anew who is there; else a heartbeat that has run out is seen within seconds.
+    look: Callable[[], object] = lambda: None

@@ -261,6 +261,7 @@ class Hub:
             ring=self._ring,
             publish=self._mirror.publish,
             refused=self._refused,
+            look=self._look,
         )
 
     def _ring(self, peers: Sequence[str]) -> None:
@@ -336,11 +337,15 @@ class Hub:
     async def _watch_sessions(self) -> None:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
-            # In this thread: a session that opens meanwhile must not be overlooked.
-            if self._sessions.set_online(self._superlink.online()):
+            if self._look():
                 self._nudge()
             self._mirror.tell_links()  # also how many messages were rejected: not one by one
             await asyncio.sleep(ONLINE_EVERY_S)
+
+    def _look(self) -> bool:
+        """Take over from Flower whose heartbeats hold; True if that is news."""
+        # In this thread: a session that opens meanwhile must not be overlooked.
+        return self._sessions.set_online(self._superlink.online())
 
     def _on_broker(self, up: bool, why: str) -> None:
         if not up:

@@ -27,8 +27,10 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
     if reply.has_error():
         # Flower's own words: the node is gone. From a peer that is there they are a lie, and
         # to believe it would be to ask again, and again.
-        if reply.error.code != AGENT_FAILED and peer not in around.eligible():
-            return facts.PeerLost(peer, "went away")
+        if reply.error.code != AGENT_FAILED:
+            around.look()
+            if peer not in around.eligible():
+                return facts.PeerLost(peer, "went away")
         reason = printable(reply.error.reason or "no reason given")
         code, colon, words = reason.partition(": ")
         if colon and code in TELLABLE:  # its own word that it does not fit the run

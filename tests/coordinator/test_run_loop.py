@@ -138,6 +138,29 @@ async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
 # --- peers that dawdle, leave and fail -------------------------------------------------------
 
 
+async def test_flowers_word_that_a_node_is_gone_is_believed_as_soon_as_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeat has run out, and our own look at all sessions is still to come."""
+    monkeypatch.setattr("coordinator.hub.ONLINE_EVERY_S", 600.0)
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        gone = fleet.agents[1]
+        door = Door(gone, 1)
+        run_id = fleet.start(rounds=1, quorum=2)
+        await until(door.reached.is_set)
+        superlink, node = fleet.hub._superlink, fleet.hub._sessions.node_of(gone.peer)
+        assert node is not None
+        with superlink.lock:
+            superlink.state.acknowledge_node_heartbeat(node, -1.0)
+        fleet.hub.runs.nudge()
+        await until(lambda: fleet.facts(run_id, facts.PeerLost))
+        door.open()
+        run = await fleet.finished(run_id)
+        assert contributors(run) == [named(fleet.agents[:2])]
+        assert fleet.refusals(run_id) == []
+        assert gone.trainer.worked.count(("train", 1)) == 1
+
+
 async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         straggler, *prompt = fleet.agents
