@@ -41,7 +41,7 @@ from agent.frames import (
     encode,
 )
 from protocols import identity, requests, schemas
-from protocols.errors import CommonweightError, NotRunning, Refused, Unreachable
+from protocols.errors import CommonweightError, DataFault, NotRunning, Refused, Unreachable
 from protocols.messages import Metrics
 from protocols.reach import why
 from protocols.weights import file_digest
@@ -126,8 +126,13 @@ class FleetTrainer:
     def _do(self, work: Work) -> Done:
         match work:
             case Describe():
-                card = self._errand(work, {"only": "describe", "handshake": True})["card"]
-                told = msgspec.convert(card, schemas.SchemaCard)
+                run = self._errand(work, {"only": "describe", "handshake": True})
+                if run["preprocessing"] and "preprocessing" not in work.settings:
+                    raise DataFault(
+                        "tables are not surveyed over two levels of fleets",
+                        "let the peers of this fleet join the upper one themselves",
+                    )
+                told = msgspec.convert(run["card"], schemas.SchemaCard)
                 return Done(id=work.id, description=schemas.encode(told))
             case Predict():
                 raise Refused("a fleet answers for no rows", "ask its own coordinator")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.agent.data.tables import MIXED, write_csv
 from tests.e2e.fleet_harness import ROOT, Fleet, fleet, until
+from tests.e2e.test_tabular import joined
 
 pytestmark = pytest.mark.long
 
@@ -75,3 +77,21 @@ def linked(low: Path) -> bool:
     except FileNotFoundError:
         return False
     return bool(status["session"] and status["mqtt"])
+
+
+def test_tables_of_a_fleet_inside_a_fleet_are_refused_in_words(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+    top_folder, low_folder = tmp_path / "top", tmp_path / "low"
+    for folder in (top_folder, low_folder):
+        folder.mkdir()
+    with fleet(top_folder) as top, fleet(low_folder) as low:
+        top.up()
+        ticket = low_folder / "ticket"
+        ticket.write_text(top.ticket())
+        low.up("--upstream", f"file:{ticket}")
+        joined(low, "ann", write_csv(low_folder / "ann.csv", MIXED))
+        low.start("ann")
+        until(lambda: top.data("peers", "list"), "the fleet has joined the upper one")
+        top.start_run("tabular", "--target", "label", "--rounds", "1", "--quorum", "1")
+        words = "tables are not surveyed over two levels of fleets"
+        until(lambda: words in top.programs["up"].log, "the upper fleet's log says why")
