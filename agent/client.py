@@ -96,6 +96,7 @@ class Client:
         self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
         self._on_held, self._recall = on_held, recall
         self._on_leaving = on_leaving
+        self._syncing: Syncing | None = None
         #: The run whose card this agent has found to be that of its own task and data.
         self._fits = ("", "")
         self.app = ClientApp()
@@ -221,6 +222,9 @@ class Client:
     def _do(self, work: Work, base: Path) -> Finished:
         settings = _settings(work)
         update = self._outbox.update
+        if (syncing := self._syncing) is not None:  # the last answer's
+            self._syncing = None
+            syncing.wait()
         self._outbox.settle_last()
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
             self._outbox.clear()
@@ -237,13 +241,13 @@ class Client:
         failpoint("agent.outbox.written")
         if not outcome.digest:  # an evaluation: it costs less than a sync
             return finished
-        syncing = Syncing(update, self._outbox.answer)
-        try:
-            self._deliver(finished)
-        finally:
-            syncing.wait()
-            if work.kind == "train":  # its journal is of no use any more
-                self._on_trained()
+        # The journal is of no use any more when all of the answer is safe.
+        self._syncing = Syncing(
+            update,
+            self._outbox.answer,
+            then=self._on_trained if work.kind == "train" else lambda: None,
+        )
+        self._deliver(finished)
         return finished
 
     def _moves_on(self, work: Work) -> bool:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from protocols.durable import sync
 
 
 class Syncing:
-    """Files that are being synced in a thread, one after the other."""
+    """Files of one folder that are being synced in a thread, and what is to be done `then`.
 
-    def __init__(self, *paths: Path) -> None:
-        self._paths = paths
+    A file that is gone by now needs no sync.
+    """
+
+    def __init__(self, *paths: Path, then: Callable[[], None]) -> None:
+        self._paths, self._then = paths, then
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, name="sync")
         self._thread.start()
 
     def _work(self) -> None:
         try:
-            for path in self._paths:
-                sync(path)
+            sync(*self._paths)
+            self._then()
         except OSError as err:  # for who waits
             self._error = err
 
     def wait(self) -> None:
-        """Return when all are durable. Raises OSError."""
+        """Return when all is done. Raises OSError."""
         self._thread.join()
         if self._error is not None:
             raise self._error

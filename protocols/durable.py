@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import IO
@@ -37,11 +38,15 @@ class replacing:
             sync_folder(self._path.parent)
 
 
-def sync(path: Path) -> None:
-    """Make a file that was written before durable. Raises OSError."""
-    with path.open("r+b") as file:  # for writing: Windows syncs no other
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
+def sync(*paths: Path) -> None:
+    """Make files of one folder durable that were written before, if they are still there.
+
+    Raises OSError.
+    """
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+            os.fsync(file.fileno())  # opened for writing: Windows syncs no other
+    sync_folder(paths[0].parent)
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:
