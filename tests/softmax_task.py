@@ -9,19 +9,13 @@ norm     false    scale and shift the features first, by the tensors norm.scale 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agent.frames import Describe, Done, Evaluate, Failed, Init, Train
-from agent.meter import Control
-from agent.run_files import Kept
 from agent.tasks import DataSettings, OnStep, Settings, checked
-from agent.training import Trainer
-from protocols.errors import TrainerFailed
 from protocols.weights import Array, Schema, TensorSpec, Weights
-from tests.hub_fixtures import CLASSES, Data, Outcome, first_weights, some_data
+from tests.hub_fixtures import CLASSES, Data, first_weights, some_data
 
 FEATURES = 5
 SIZES = (30, 70, 200)
@@ -101,67 +95,3 @@ class Unsteerable:
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> Any:
         return dict(weights), 1, {}
-
-
-class InProcess:
-    """The trainer's own code without its process, for an agent of `hub_fixtures`."""
-
-    def __init__(self, index: int) -> None:
-        self._answers: list[Any] = []
-        self._trainer = Trainer(Control(), self._answers.append, threads=1)
-        self._data = DataSettings(index=index)
-        self.worked: list[tuple[str, int]] = []
-
-    def describe(self, task: str, settings: Any) -> bytes:
-        self._done(Describe(id=1, task=task, settings=dict(settings), data=self._data))
-        told: bytes = self._answers[-1].description
-        return told
-
-    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
-        return self._done(
-            Init(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                seed=seed,
-                out=str(out),
-            )
-        )
-
-    def train(
-        self, task: str, settings: Any, base: Path, out: Path, kept: Kept | None = None
-    ) -> Outcome:
-        self.worked.append(("train", int(settings["round"])))
-        return self._done(
-            Train(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                out=str(out),
-                kept=str(kept.file) if kept else "",
-                kept_out=str(kept.next) if kept else "",
-            )
-        )
-
-    def evaluate(self, task: str, settings: Any, base: Path, kept: Kept | None = None) -> Outcome:
-        return self._done(
-            Evaluate(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                kept=str(kept.file) if kept else "",
-            )
-        )
-
-    def _done(self, work: Any) -> Outcome:
-        self._trainer.serve(work)
-        answer = self._answers[-1]
-        if isinstance(answer, Failed):
-            raise TrainerFailed(answer.kind, answer.message, answer.hint)
-        assert isinstance(answer, Done)
-        return Outcome(answer.num_examples, answer.metrics, answer.digest, answer.nbytes)

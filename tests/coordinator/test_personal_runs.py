@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.tasks import finding
+from agent.tasks import DataSettings, finding
 from coordinator.facts import RunSpec
 from protocols import schemes, weights
 from protocols.errors import CommonweightError, UsageFault
@@ -23,7 +23,8 @@ from tests.hub_fixtures import (
     fleet_of,
     gradient_step,
 )
-from tests.softmax_task import FEATURES, NAME, SIZES, InProcess, part
+from tests.in_process import InProcess
+from tests.softmax_task import FEATURES, NAME, SIZES, part
 
 OPTIONS = pytest.mark.parametrize("option", [1, 2, 3])
 PARTS = [part(index) for index in range(len(SIZES))]
@@ -40,7 +41,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def trainers(folder: Path) -> AsyncIterator[Fleet]:
     async with fleet_of(folder, *PARTS) as fleet:
         for index, agent in enumerate(fleet.agents):
-            agent.client._trainer = InProcess(index)  # type: ignore[union-attr]
+            agent.client._trainer = InProcess(DataSettings(index=index))  # type: ignore[union-attr]
         yield fleet
 
 
@@ -171,7 +172,7 @@ async def test_a_task_that_cannot_be_steered_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(finding.BUILT_IN, "softmax", NAME.replace("Softmax", "Unsteerable"))
-    trainer = InProcess(0)
+    trainer = InProcess(DataSettings(index=0))
     first, out = tmp_path / "first", tmp_path / "out"
     settings = {"scaffold": 2, "round": 1}
     trainer.init("softmax", settings, 0, first)

@@ -20,12 +20,8 @@ from typing import Any
 from flwr.app import Message
 
 from agent.client import Client
-from agent.frames import Answer, Done, Evaluate, Init, Train, Work
 from agent.link import _pack, _unpack
-from agent.meter import Control
-from agent.run_files import Kept
-from agent.tasks import DataSettings, Settings
-from agent.training import Trainer
+from agent.tasks import DataSettings
 from coordinator import facts, runs, transitions
 from coordinator.facts import RunSpec
 from coordinator.fleetwork import Fleetwork
@@ -40,67 +36,10 @@ from protocols.errors import CommonweightError
 from protocols.identity import SigningKey
 from protocols.messages import Exchange
 from protocols.weights import Weights
+from tests.in_process import InProcess
 
 #: Where there is one, a folder in memory: what is synced here need not survive a power cut.
 MEMORY = Path("/dev/shm")
-
-
-class InProcess:
-    """The trainer's work, without a process of its own."""
-
-    def __init__(self, data: DataSettings, threads: int) -> None:
-        self._data = data
-        self._answer: Answer | None = None
-        self._trainer = Trainer(Control(), self._told, threads)
-
-    def _told(self, answer: Answer) -> None:
-        self._answer = answer
-
-    def _do(self, work: Work) -> Done:
-        self._trainer.serve(work)
-        if not isinstance(self._answer, Done):
-            raise CommonweightError(f"the trainer failed: {self._answer}")
-        return self._answer
-
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
-        return self._do(
-            Init(
-                id=0,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                seed=seed,
-                out=str(out),
-            )
-        )
-
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Done:
-        return self._do(
-            Train(
-                id=0,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                out=str(out),
-                kept=str(kept.file) if kept else "",
-                kept_out=str(kept.next) if kept else "",
-            )
-        )
-
-    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
-        return self._do(
-            Evaluate(
-                id=0,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                kept=str(kept.file) if kept else "",
-            )
-        )
 
 
 class Peer:

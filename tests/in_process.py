@@ -1,0 +1,76 @@
+"""The trainer's work without a process of its own, for an agent that lives in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.frames import Answer, Describe, Done, Evaluate, Failed, Init, Train, Work
+from agent.meter import Control
+from agent.run_files import Kept
+from agent.tasks import DataSettings, Settings
+from agent.training import Trainer
+from protocols.errors import TrainerFailed
+
+
+class InProcess:
+    """What `TrainerProcess` does, over `data`, in the caller's thread."""
+
+    def __init__(self, data: DataSettings, threads: int = 1) -> None:
+        self._data = data
+        self._answer: Answer | None = None
+        self._trainer = Trainer(Control(), self._told, threads)
+
+    def _told(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def _done(self, work: Work) -> Done:
+        self._trainer.serve(work)
+        answer = self._answer
+        if isinstance(answer, Failed):
+            raise TrainerFailed(answer.kind, answer.message, answer.hint)
+        assert isinstance(answer, Done), answer
+        return answer
+
+    def describe(self, task: str, settings: Settings) -> bytes:
+        work = Describe(id=1, task=task, settings=dict(settings), data=self._data)
+        return self._done(work).description
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
+        return self._done(
+            Init(
+                id=1,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                seed=seed,
+                out=str(out),
+            )
+        )
+
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
+        return self._done(
+            Train(
+                id=1,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                base=str(base),
+                out=str(out),
+                kept=str(kept.file) if kept else "",
+                kept_out=str(kept.next) if kept else "",
+            )
+        )
+
+    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
+        return self._done(
+            Evaluate(
+                id=1,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                base=str(base),
+                kept=str(kept.file) if kept else "",
+            )
+        )
