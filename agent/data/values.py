@@ -13,6 +13,9 @@ from protocols.statistics import Kind
 
 #: Texts that say that a value is missing, in any case and with any spaces around.
 MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
+#: What `messages.Text` does not take, as RE2 writes it.
+_STEERING = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
+_MOST_CHARACTERS = 400
 _DAY_US = 86_400_000_000.0
 
 Floats = npt.NDArray[np.float64]
@@ -84,7 +87,11 @@ def numbers(column: pa.Array, kind: Kind) -> Floats:
 
 
 def texts(column: pa.Array) -> pa.StringArray:
-    """The values as text without spaces around; null where missing. A whole number has no dot."""
+    """The values as text without spaces around; null where missing. A whole number has no dot.
+
+    Categories and groups travel as `messages.Text`: what could steer a terminal, such as a line's
+    end, is a space here, and a long text is cut.
+    """
     column, fixed = _plain(column)
     if fixed == "boolean":
         return column.cast(pa.int8()).cast(pa.string())
@@ -92,7 +99,8 @@ def texts(column: pa.Array) -> pa.StringArray:
         whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
         number = pc.if_else(whole, column, 0.0).cast(pa.int64())
         return pc.if_else(whole, number.cast(pa.string()), column.cast(pa.string()))
-    return column if pa.types.is_string(column.type) else column.cast(pa.string())
+    plain = pc.replace_substring_regex(column.cast(pa.string()), _STEERING, " ")
+    return pc.utf8_slice_codeunits(plain, 0, _MOST_CHARACTERS)
 
 
 def whole_texts(values: Floats) -> pa.StringArray:

@@ -14,7 +14,7 @@ import pytest
 from agent.data import arrow, open_table, survey, values
 from agent.data.survey import FindKinds
 from agent.tasks import DataSettings
-from protocols import preprocessing
+from protocols import preprocessing, schemas
 from protocols.errors import CommonweightError, DataFault, SchemaMismatch
 from protocols.preprocessing import wanted
 from protocols.statistics import Kind, TableStatistics
@@ -46,6 +46,17 @@ def test_every_kind_of_column_is_found_and_measured(tmp_path: Path) -> None:
     assert set(found.columns["city"].categories) == {"Bern", "Zürich", "Basel", 'a "b", c'}
     days = np.array([date.fromisoformat(row["since"]).toordinal() - 719163 for row in MIXED])
     assert found.columns["since"].moments.mean == pytest.approx(days.mean(), rel=1e-12)
+
+
+def test_what_categories_hold_can_be_told(tmp_path: Path) -> None:
+    """Line ends, marks that turn the writing round, and texts without end, in a quoted value."""
+    odd = ["two\nlines", "tab\there", "turned\u202eround", "long " * 100]
+    rows = [{"city": odd[n % 4], "label": "yes" if n % 3 else "no"} for n in range(40)]
+    found = surveyed(write_csv(tmp_path / "a.csv", rows))
+    assert schemas.decode(schemas.encode(found)) == found
+    assert set(found.columns["city"].categories) == {
+        "two lines", "tab here", "turned round", ("long " * 100)[:400],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["semicolons", "tabs", "folder", "pattern", "parquet", "order"])
