@@ -13,8 +13,10 @@ import pytest
 from agent.link import Link
 from coordinator import access
 from coordinator.access import Access
+from coordinator.facts import RunSpec
+from coordinator.job_facts import JobSpec
 from coordinator.log_desk import LogDesk
-from coordinator.orders import TicketOrder
+from coordinator.orders import RunOrder, TicketOrder
 from coordinator.remote import Remote
 from protocols import identity, tickets
 from protocols.errors import CommonweightError, Refused, UnknownName, Unreachable
@@ -57,7 +59,12 @@ def test_an_observer_sees_and_changes_nothing(site: Site) -> None:
         lambda: remote.make_ticket(TicketOrder()),
         lambda: remote.revoke_ticket("x"),
         lambda: remote.command(machine.peer, Command(action="pause")),
+        lambda: remote.start_run(RunOrder(spec=RunSpec(task="ping", rounds=1))),
         lambda: remote.stop_run("x"),
+        lambda: remote.resume_run("x"),
+        lambda: remote.start_job(JobSpec(kind="private")),
+        lambda: remote.stop_job("x"),
+        lambda: remote.resume_job("x"),
         lambda: remote.remove_operator("laptop"),
     )
     for forbidden in tries:
