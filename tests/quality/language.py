@@ -54,7 +54,7 @@ def parts(folder: Path) -> list[DataSettings]:
 def loss_on_held_out(tasks: list[TextLM], model: Weights) -> float:
     """Nats a token over all peers' held-out windows."""
     found = [task.evaluate(model, {**MODEL, "batch_size": 64}, lambda *_: None) for task in tasks]
-    return sum(n * m["loss"] for n, m in found) / sum(n for n, _ in found)
+    return sum(n * m["loss"] for n, m, *_ in found) / sum(n for n, *_ in found)
 
 
 def warmed(data: list[DataSettings], steps: int, lr: float) -> Weights:
