@@ -31,7 +31,8 @@ def test_the_same_rows_and_statistics(tmp_path: Path, form: str) -> None:
     check_statistics(data)
 
 
-@settings(max_examples=6, deadline=None)
+@pytest.mark.timeout(540)  # each example is a dozen jobs of a JVM
+@settings(max_examples=4, deadline=None)
 @given(rows=ROWS)
 def test_any_table_has_the_same_answers_and_statistics(rows: Rows) -> None:
     with TemporaryDirectory() as folder:
