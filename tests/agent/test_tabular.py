@@ -23,6 +23,7 @@ from protocols.preprocessing import Feature, Preprocessing, Target
 from protocols.statistics import hashed_category
 from protocols.weights import Array
 from tests.agent.data.tables import MIXED, write_csv
+from tests.bench.analyze import made
 
 SHARES = (0.4, 0.25, 0.2, 0.1, 0.05)
 Weights = dict[str, Array]
@@ -206,6 +207,25 @@ def test_five_skewed_peers_learn_what_the_union_does(
     else:
         assert told["mse"] ** 0.5 <= 1.05 * central["mse"] ** 0.5
         assert told["loss"] < 0.7, "it explains more than the mean"
+
+
+@pytest.mark.long
+def test_a_peer_for_each_carrier_learns_the_delay_as_the_union_does(tmp_path: Path) -> None:
+    """Flights by carrier, from a third of all to some dozens; every table has another order."""
+    chance, paths = np.random.default_rng(0), []
+    flights = made(30_000)[["month", "dep_delay", "distance", "origin", "arr_delay", "carrier"]]
+    for carrier, part in flights.groupby("carrier"):
+        if len(part) >= 30:
+            columns = chance.permutation(part.columns.drop("carrier"))
+            paths.append(tmp_path / f"{carrier}.csv")
+            part[columns].dropna().to_csv(paths[-1], index=False)
+    assert len(paths) >= 12
+    chosen = {"target": "arr_delay", "model": "linear", "epochs": 2}
+    federation = Federation.of(paths, chosen)
+    told, central = federation.train(8), federation.union().train(8)
+    assert told["mse"] ** 0.5 <= 1.05 * central["mse"] ** 0.5
+    spread = float(flights.arr_delay.std())
+    assert told["mse"] ** 0.5 < 0.8 * spread, "it explains more than the mean"
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
