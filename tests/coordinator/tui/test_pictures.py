@@ -113,11 +113,19 @@ async def _pictures(state: str, look: str, album: Album, monkeypatch: pytest.Mon
         await tour(pilot, album, label_of(state, look), of.shows)
 
 
+async def held(app: MonitorApp, pilot: Pilot[None], retry_at: float | None = None) -> None:
+    """The links stand still: on a slow machine a retry would come between two pictures."""
+    app.workers.cancel_all()
+    await pilot.pause()
+    app.following._next_try = {} if retry_at is None else {"http": retry_at}
+
+
 async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
     """Both links go; five seconds later."""
     source.http_up = source.mqtt_up = False
     source.live.put_nowait(Unreachable("the broker at 192.0.2.7:1883 does not answer"))
     await until(pilot, lambda: not app.following.connected)
+    await held(app, pilot, NOW + 8)
     app.following._clock = app._clock = lambda: NOW + 5
     app._draw_ages()
     await still(pilot)
@@ -142,13 +150,14 @@ async def _links(look: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> No
     nobody = Replay(None)
     app = app_of(nobody, look, monkeypatch)
     async with app.run_test(size=SIZES[0]) as pilot:
+        await held(app, pilot)
         app.following.trouble = None
         await tour(pilot, album, name("connecting"), {"fleet": ()})
     nobody.mqtt_up = False
     app = app_of(nobody, look, monkeypatch)
     async with app.run_test(size=SIZES[0]) as pilot:
         await until(pilot, lambda: app.following.trouble is not None)
-        await until(pilot, lambda: app.following.retry_at is not None)
+        await held(app, pilot, NOW + 8)
         await tour(pilot, album, name("unreachable"), {"fleet": (), "jobs": ("4",)})
     source = serving(scene.rich_fleet())
     app = app_of(source, look, monkeypatch)
