@@ -139,6 +139,9 @@ def _joined(folder: Path, name: str, environment: dict[str, str]) -> dict[str, s
     ticket = subprocess.run(words, env=own, check=True, capture_output=True).stdout
     words = [sys.executable, "-m", "agent.cli", "join", "-", "--name", name]
     subprocess.run(words, env=own, check=True, input=ticket, capture_output=True)
+    # On a busy machine an agent would rather wait than be idle.
+    words = [sys.executable, "-m", "agent.cli", "policy", "set", "busy", "always"]
+    subprocess.run(words, env=own, check=True, capture_output=True)
     up = json.loads((folder / "home" / "up.json").read_text())
     (folder / "port").write_text(up["address"].rpartition(":")[2])
     return own
