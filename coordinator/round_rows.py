@@ -122,7 +122,7 @@ def round_progress(run: Run, width: int) -> str:
     if len(count) > width:
         return ""
     signs = min(changed.asked, max(width - len(count), 0), MOST_SIGNS)
-    done = changed.answered * signs // changed.asked
+    done = min(changed.answered * signs // changed.asked, signs)
     return "▰" * done + "▱" * (signs - done) + count
 
 

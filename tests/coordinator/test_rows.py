@@ -11,10 +11,12 @@ from rich.console import Console
 
 from coordinator.fleet import Fleet, Peer
 from coordinator.plain import plain_table
+from coordinator.round_rows import round_progress
 from coordinator.rows import COLUMNS, GAP, chosen, fit, is_faulty, state_cell
+from coordinator.shape import Run
 from coordinator.words import age, amount, decimal, progress, rate, stopwatch, trend
-from protocols.messages import Telemetry
-from protocols.states import PauseReason, PeerState
+from protocols.messages import RunChanged, Telemetry
+from protocols.states import PauseReason, PeerState, RunState
 
 NOW = 1_790_000_000.0
 
@@ -93,6 +95,22 @@ def test_progress() -> None:
     assert progress(3, 6, 6) == "━━━───"
     assert progress(9, 6, 6) == "━━━━━━"
     assert progress(1, 0, 4) == "────"
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 200))
+def test_a_round_fits_its_room(asked: int, answered: int, width: int) -> None:
+    """Whatever a coordinator tells: also more answers than were asked for."""
+    changed = RunChanged(
+        run="r",
+        task="t",
+        state=RunState.TRAINING,
+        round=1,
+        rounds=2,
+        quorum=1,
+        asked=asked,
+        answered=answered,
+    )
+    assert len(round_progress(Run(changed=changed, changed_at=0.0), width)) <= width
 
 
 @given(st.integers(0, 260))
