@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -12,13 +13,19 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+_NUMBERS = itertools.count()
+
 # Hundreds of programs are started here; each would compile the same sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's own COMMONWEIGHT_… variables must not steer a test."""
+def _no_settings_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A developer's own COMMONWEIGHT_… variables must not steer a test, nor one touch his home."""
     for name in list(os.environ):
         if name.startswith("COMMONWEIGHT_"):
             monkeypatch.delenv(name)
+    data = tmp_path_factory.getbasetemp() / f"data{next(_NUMBERS)}"
+    monkeypatch.setenv("XDG_DATA_HOME", str(data))

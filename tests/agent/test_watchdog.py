@@ -61,7 +61,7 @@ def watched(odd: Site) -> Iterator[Watched]:
 def test_killed_again_and_again_it_goes_on_to_the_end(
     drawing: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = whole(drawing, "drawing")
+    undisturbed = whole(drawing, drawing.base, "drawing")
     drawing.trainer.stop()
     watched = Watched(drawing, tries=3)
     # Each child dies at its eighth step, seven of which are in the journal.

@@ -106,7 +106,7 @@ def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(lane: Lane, tmp_
 
 
 def test_control_variates_are_no_part_of_the_model(lane: Lane, tmp_path: Path) -> None:
-    run = trained(lane, 1, **{schemes.control_of("w"): 1.0})
+    run = trained(lane, 1, **{schemes.control_of("w", {}): 1.0})
     out = tmp_path / "a.safetensors"
     version = model_export.export(tmp_path / "home", run, "latest", NAMES, out)
     assert set(load_file(out)) == {"w"}
