@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coordinator import asking, facts, lane, retention, run_loop
+from coordinator import asking, chronicle, facts, retention, run_loop, versions
 from coordinator.facts import RunSpec
 from coordinator.strategies import memory, state
 from protocols.errors import CannotBeMet, UsageFault
@@ -31,7 +31,7 @@ class Axe:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.at, self.left = "", 0
-        for module in (run_loop, asking, retention, lane):
+        for module in (run_loop, asking, chronicle, retention, versions):
             patch.setattr(module, "failpoint", self.reached)
         adopt = state.States.adopt
 
