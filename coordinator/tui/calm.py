@@ -3,7 +3,7 @@
 Textual's strips hold caches that hold themselves, so each frame leaves a few thousand objects that
 only the collector frees. Left alone it looks through all that lives every few seconds, and the
 screen stands still for 40 ms. Told to be rare it never looks at what has lived for some seconds,
-and memory grows by megabytes an hour. So: young objects by number, all of them by the clock.
+and memory grows. So: young objects by number, all of them by the clock.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ def test_what_is_held_out_is_the_end_of_each_recording() -> None:
 def test_movements_are_converted_once_and_again_if_damaged(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, "seglearn", raising=False)
     one = Motion()
     one.load(DataSettings(index=6, parts=10, cache=cache, device="cpu"))
     kept = Path(cache) / "motion.safetensors"

@@ -174,7 +174,9 @@ async def test_a_restart_goes_on_with_work_buffer_and_answers(tmp_path: Path) ->
             # Not of an evaluation that came as the next version was made.
             refused = fleet.facts(run_id, facts.UpdateRefused)
             late = [f for f in refused if (f.round, f.peer, f.kind) == (1, agent.peer, "train")]
-            assert len(trained) == len(counted) + len(late)
+            # The run may have ended before it could answer what it trained last.
+            in_hand = agent.trainer.worked[-1:] == [("train", 1)]
+            assert len(trained) - len(counted) - len(late) in ({0, 1} if in_hand else {0})
         committed = fleet.facts(run_id, facts.VersionCommitted)
         assert sum(len(fact.contributors) for fact in committed) <= len(accepted(fleet, run_id))
     finally:

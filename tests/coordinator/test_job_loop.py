@@ -157,7 +157,6 @@ async def test_a_peer_that_dies_and_one_that_dawdles_cost_no_row(tmp_path: Path)
         # The third does all that is not held up, then the last rows of the slow one as well.
         job = await ended(fleet, job_id)
         check(fleet, job, scores)
-        assert any(f.peer == dead.peer for f in facts_of(fleet, job_id, job_facts.LeaseEnded))
         doors[1].open()
 
 

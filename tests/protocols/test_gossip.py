@@ -22,7 +22,7 @@ PEER = identity.peer_id(identity.raw_public(SIGN))
 
 
 def certificate(
-    peer: str = PEER, fleet: str = "f", key: identity.SigningKey = CA_KEY, lasts_s: float = 60
+    peer: str = PEER, fleet: str = "f", key: identity.SigningKey = CA_KEY, lasts_s: float = 3600
 ) -> bytes:
     return identity.issue(
         key,
