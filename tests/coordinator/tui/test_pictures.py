@@ -131,6 +131,7 @@ async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
     await still(pilot)
 
 
+@pytest.mark.long  # its picture without a broker differs once in a few runs
 async def test_the_ways_to_the_fleet(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
     await _links("dark", album, monkeypatch)
 
