@@ -11,6 +11,8 @@ import typer
 from coordinator import run_words, typed
 from coordinator.cli_fleet import Json, _remote, _table
 from protocols import output
+from protocols.errors import CommonweightError
+from protocols.states import RunState
 
 runs = typer.Typer(help="Training runs: start, stop, look at.", no_args_is_help=True)
 
@@ -160,6 +162,10 @@ def start(
     run_id = remote.start_run(order)
     if follow:
         run = _follow(remote, run_id, quiet=json)
+        if run.state is RunState.FAILED:
+            raise CommonweightError(
+                f"{run.id} failed: {run.ended_because}", f"commonweight run show {run.id}"
+            )
         if json:
             sys.stdout.write(output.ok(run) + "\n")
         return
@@ -170,18 +176,21 @@ def start(
 
 
 def _follow(remote: Any, run_id: str, *, quiet: bool) -> Any:
-    """Print a line a round until the run has ended; the run."""
+    """Print a line for each round, and whom the run last refused, until it has ended; the run."""
     import time
 
-    told = 0
+    told = refused = 0
     while True:
         run = remote.run(run_id)
+        if run.refused > refused and not quiet:
+            refused = run.refused
+            sys.stderr.write(run_words.refusal(run, remote.fleet().peers) + "\n")
         for closed in run.history[told:]:
             if not quiet:
                 sys.stderr.write(run_words.round_line(run, closed) + "\n")
         told = len(run.history)
         if run.ended:
-            if not quiet:
+            if not quiet and run.state is not RunState.FAILED:
                 sys.stderr.write(f"{run.id} {run.state}: {run.ended_because}\n")
             return run
         time.sleep(0.5)
@@ -287,11 +296,14 @@ def show(run: str, json: Json = False) -> None:
     selects = f", select {found.spec.select:g}x" if found.spec.select else ""
     selects += ", late updates folded" if found.spec.late == "fold" else ""
     sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
-    for line in run_words.buffer_lines(found, remote.fleet().peers):
+    peers = remote.fleet().peers
+    if found.refused:
+        sys.stdout.write(run_words.refusal(found, peers) + "\n")
+    for line in run_words.buffer_lines(found, peers):
         sys.stdout.write(line + "\n")
     for closed in found.history:
         mark = " ★" if found.best and closed.round == found.best.round else ""
         sys.stdout.write(f"{run_words.round_line(found, closed)} {closed.digest[:12]}{mark}\n")
     if found.best is not None:
-        for line in run_words.fairness(found.best, remote.fleet().peers):
+        for line in run_words.fairness(found.best, peers):
             sys.stdout.write(line + "\n")

@@ -35,6 +35,16 @@ def best(run: Run) -> str:
     return f"round {run.best.round}{figure}"
 
 
+def refusal(run: Run, peers: Mapping[str, Peer]) -> str:
+    """Whom the run refused last, and why; how often it has refused anything."""
+    from coordinator.fleet import called
+
+    peer = run.last_refused
+    who = called(peers[peer]) if peer in peers else peer
+    often = "" if run.refused == 1 else f" ({run.refused} refusals so far)"
+    return f"refused {who}: {run.last_refusal}{often}"
+
+
 def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> list[str]:
     """Who is left out, and of a buffered run its settings and how far behind each peer is."""
     from coordinator import buffered

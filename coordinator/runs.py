@@ -84,6 +84,7 @@ class Run(Struct, frozen=True, kw_only=True):
     evaluating: bool = False
     refused: int = 0
     last_refusal: str = ""
+    last_refused: str = ""
     norms: dict[str, float] = {}
     history: tuple[Round, ...] = ()
     best: Round | None = None

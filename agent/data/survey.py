@@ -6,6 +6,7 @@ Both are operations that any reader folds over its batches (`agent.data.Operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -153,8 +154,11 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: Wanted) -> l
     """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
     for name in (wanted.target, *wanted.features):
         if name not in there:
+            usable = {column.lower(): column for column in there if may_use(column, patterns)}
+            near = [usable[low] for low in get_close_matches(name.lower(), usable, 3)]
+            found = f"no such column, but {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
-            raise SchemaMismatch(f"column {name}", "one", "no such column", hint)
+            raise SchemaMismatch(f"column {name}", "one", found, hint)
         if not may_use(name, patterns):
             raise _kept_back(name)
     allowed = [name for name in there if may_use(name, patterns)]

@@ -58,7 +58,7 @@ def find(name: str, source: str = "", framework: str = "auto") -> Task:
     """
     try:
         made = (_from_file(source) if source else _installed(name, framework))()
-    except UnknownName:
+    except (UnknownName, TaskUnusable):
         raise
     except Exception as err:  # a task's file is another's code: whatever it raises on import
         traceback.print_exc()
@@ -99,6 +99,8 @@ def _to_install(name: str) -> str:
 
 def _from_file(source: str) -> Any:
     path, attribute = parted(source)
+    if not path.is_file():
+        raise TaskUnusable(f"there is no file {path.name}", f"looked for {path}")
     # Its own imports find its neighbours; after ours, so that none of them passes for another.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

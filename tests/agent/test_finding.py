@@ -81,6 +81,9 @@ def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
     assert (code, said) == (1, "")
     assert "broken.py" in err
     assert "ValueError: row 7 is odd" in err
+    code, _, err = agent(home, "task", "check", f"{tmp_path / 'absent.py'}:Task")
+    assert code == 1
+    assert err.startswith("error: there is no file absent.py")
 
 
 def test_a_file_that_cannot_be_loaded_tells_others_nothing_of_itself(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.agent.data.tables import MIXED, write_csv
 from tests.e2e.fleet_harness import Fleet, fleet
 
@@ -16,6 +18,7 @@ def joined(site: Fleet, name: str, table: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> None:
     tables = {
         "bern": write_csv(tmp_path / "bern.csv", MIXED[:90]),
@@ -64,6 +67,9 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         assert done.returncode == 2
         assert run["head"][:12] in done.stderr
 
-        nobody = site.ended_run(site.start_run("tabular", "--target", "price", "--quorum", "2"))
-        assert nobody["state"] == "failed"
-        assert "column price: expected one, found no such column" in nobody["ended_because"]
+        done = site.ask(
+            "run", "start", "tabular", "--target", "Labels", "--quorum", "2", "--follow"
+        )
+        assert done.returncode == 1
+        assert "column Labels: expected one, found no such column, but label" in done.stderr
+        assert "refused " in done.stderr

@@ -163,6 +163,8 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
         assert path.name not in caught.value.message
     with pytest.raises(SchemaMismatch, match=r"column price: expected one, found no such column"):
         surveyed(write_csv(tmp_path / "a.csv", MIXED), target="price")
+    with pytest.raises(SchemaMismatch, match="found no such column, but city"):
+        surveyed(write_csv(tmp_path / "a.csv", MIXED), target="City ")
     with pytest.raises(DataFault, match="no data"):
         open_table(DataSettings())
     with pytest.raises(CommonweightError, match="no reader"):
