@@ -172,6 +172,7 @@ def events(site: Fleet, name: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 def test_an_agent_that_leaves_is_refused_from_then_on(site: Fleet) -> None:
     site.join("one")
     site.start("one")

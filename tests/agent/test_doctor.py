@@ -150,6 +150,7 @@ async def test_an_mqtt_login_is_really_tried(site: Fleet) -> None:
     assert "certificate" in await try_login(stranger)
 
 
+@pytest.mark.long
 def test_one_that_awaits_approval_and_a_coordinator_that_is_down(tmp_path: Path) -> None:
     with fleet(tmp_path) as made:
         up = made.up("--approve")

@@ -134,6 +134,7 @@ def site(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
+@pytest.mark.long
 def test_the_audit_of_a_real_fleet(site: Fleet) -> None:
     assert site.ask("audit").returncode == 5
     up = site.up("--approve")

@@ -157,6 +157,7 @@ def test_names_given_to_init_are_those_that_up_certifies(site: Fleet) -> None:
 # --- draining ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_drained_peer_has_stopped_when_the_command_ends(site: Fleet) -> None:
     site.up()
     site.join("box", "other")

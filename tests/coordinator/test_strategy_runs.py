@@ -66,7 +66,8 @@ _STEPS = (
 )
 
 
-@pytest.mark.parametrize("name", ["fedadam", pytest.param("fedavgm", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fedadam", "fedavgm"])
 async def test_killed_at_any_step_the_weights_are_those_of_the_undisturbed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.fleet_harness import Fleet, descendants, fleet, until
 
@@ -45,6 +46,7 @@ def test_an_agent_that_was_ended_or_killed_goes_on_where_it_was(tmp_path: Path) 
         assert ended["history"][0]["digest"] == whole["history"][0]["digest"]
 
 
+@pytest.mark.long
 def test_a_trainer_that_fails_again_and_again_pauses_its_agent_alone(tmp_path: Path) -> None:
     with fleet(tmp_path, COMMONWEIGHT_AGENT_TRAINER_TRIES="2") as site:
         site.up()

@@ -27,6 +27,7 @@ def table(file: Path, rows: int, seed: int) -> list[dict[str, object]]:
     return made
 
 
+@pytest.mark.long
 def test_a_question_goes_to_all_and_each_owner_decides(tmp_path: Path) -> None:
     rows = []
     with fleet(tmp_path) as site:

@@ -24,6 +24,7 @@ def test_a_coordinator_killed_in_a_round_loses_nothing(tmp_path: Path) -> None:
     assert crashes.coordinator(tmp_path, [1], points).violations == []
 
 
+@pytest.mark.long
 def test_an_agent_killed_with_its_claim_on_the_way_is_counted_once(tmp_path: Path) -> None:
     assert crashes.agent(tmp_path, [1], ("agent.claim.sending:2",)).violations == []
 

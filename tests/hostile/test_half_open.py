@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from agent import settings
 from agent.credentials import Credentials
@@ -46,6 +47,7 @@ def is_open(sock: socket.socket) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Path) -> None:
     with fleet(tmp_path) as site:
         site.up()

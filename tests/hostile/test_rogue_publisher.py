@@ -166,6 +166,7 @@ def site(tmp_path: Path) -> Any:
         yield made
 
 
+@pytest.mark.long
 async def test_whatever_a_rogue_publishes_moves_nothing(site: Fleet, tmp_path: Path) -> None:
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
     peer, here = victim.peer, rogue.enrolment.fleet
