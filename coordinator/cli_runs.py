@@ -116,8 +116,8 @@ def start(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="A number: end when the metric has reached it. A name: of a table, the column to "
-            "be predicted (task tabular). May be given twice."
+            help="A number, or METRIC=NUMBER: end when the metric has reached it. A name: of a "
+            "table, the column to be predicted (task tabular). May be given twice."
         ),
     ] = None,
     from_: Annotated[

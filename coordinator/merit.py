@@ -6,12 +6,44 @@ import math
 from collections.abc import Mapping
 
 from coordinator.facts import RunSpec, Update
+from protocols.errors import UnknownName
 from protocols.messages import Metrics
 
 #: What makes a version best where nothing else was asked for: the first of these that is told.
 USUAL = ("accuracy", "loss")
 #: Of metrics with one of these as their last word less is better; of all others more is.
 _LESS = frozenset({"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"})
+_CLASSES = frozenset({"accuracy", "balanced_accuracy", "ece", "loss", "macro_f1"})
+_NUMBERS = frozenset({"loss", "mae", "mse", "r2", "rmse"})
+#: What the built-in tasks tell of a version. What a task of one's own tells, only its peers know.
+TOLD: Mapping[str, frozenset[str]] = {
+    "images": _CLASSES,
+    "lora": _CLASSES,
+    "mnist": _CLASSES,
+    "motion": _CLASSES,
+    "ping": frozenset(),
+    "tabular": _CLASSES | _NUMBERS,
+    "text-lm": frozenset({"accuracy", "loss"}),
+}
+_KINDS = {"classification": _CLASSES, "regression": _NUMBERS}
+#: Begins what a peer tells of a model with its own layers in it (FedBN).
+_PERSONAL = "personal_"
+
+
+def check(spec: RunSpec) -> None:
+    """Raises UnknownName where a version would be chosen by a metric that the task never tells."""
+    if spec.task not in TOLD:
+        return
+    known = TOLD[spec.task]
+    if spec.task == "tabular":
+        known = _KINDS.get(str(spec.settings.get("kind", "")), known)
+    if spec.best_metric and spec.best_metric.removeprefix(_PERSONAL) in known:
+        return
+    if not spec.best_metric and (known or (spec.target is None and not spec.patience)):
+        return
+    asked = spec.best_metric or " or ".join(USUAL)
+    told = ", ".join(sorted(known)) or "it has none"
+    raise UnknownName(f"the task {spec.task} tells no metric {asked!r}", f"its metrics: {told}")
 
 
 def less_is_better(name: str) -> bool:

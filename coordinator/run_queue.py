@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from coordinator import buffered, facts, heap, job_facts, late, strategies, transitions
+from coordinator import buffered, facts, heap, job_facts, late, merit, strategies, transitions
 from coordinator.bodies import round_body, run_body
 from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
@@ -173,6 +173,7 @@ class RunQueue:
             raise UsageFault("--target is a finite number")
         if spec.best_direction and not spec.best_metric:
             raise UsageFault("--best-direction needs --best-metric")
+        merit.check(spec)
         known = self._known_tasks()
         if known and spec.task not in known:
             raise UnknownName(

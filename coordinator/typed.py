@@ -30,9 +30,16 @@ def order(
     """
     if bool(task) == bool(task_):
         raise UsageFault("name one task", "commonweight run start mnist")
-    column, goal = _targets(list(target or []))
+    column, goal, metric = _targets(list(target or []))
     table = {"target": column, "kind": kind, "features": features}
     chosen = {name: value for name, value in table.items() if value}
+    if metric:
+        if others.get("best_metric") not in (None, "", metric):
+            raise UsageFault(
+                f"--target {metric} and --best-metric {others['best_metric']} are two metrics",
+                "name one of them",
+            )
+        others["best_metric"] = metric
     return run_order(task=task or task_, table=chosen, target=goal, **others)
 
 
@@ -127,19 +134,23 @@ def setting(text: str) -> tuple[str, str | int | float | bool]:
     return key, value
 
 
-def _targets(given: list[str]) -> tuple[str, float | None]:
-    """The column and the value of the metric among what was given. Raises UsageFault."""
-    column, goal = "", None
+def _targets(given: list[str]) -> tuple[str, float | None, str]:
+    """The column, the value of the metric and its name among what was given. Raises UsageFault.
+
+    A metric's value is `0.9` or `macro_f1=0.9`; all else is a column.
+    """
+    column, goal, metric = "", None, ""
     for text in given:
+        name, _, value = text.rpartition("=")
         try:
-            goal = float(text)
+            goal, metric = float(value), name
         except ValueError:
             if column:
                 raise UsageFault(
                     f"{column} and {text} cannot both be predicted", "start two runs"
                 ) from None
             column = text
-    return column, goal
+    return column, goal, metric
 
 
 def _task_name(text: str) -> str:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import decisions, facts, merit, transitions
+from agent.tasks import DataSettings, Task
+from agent.tasks.mnist import Mnist
+from agent.tasks.text_lm import TextLM
+from coordinator import decisions, facts, merit, transitions, typed
 from coordinator.decisions import View
 from coordinator.facts import RunSpec, Update
 from coordinator.runs import Run
+from protocols import tallies
+from protocols.errors import UnknownName, UsageFault
 from protocols.messages import Metrics
 from protocols.states import RunState
 
@@ -51,6 +57,81 @@ def test_a_metrics_name_says_its_direction(name: str, less: bool) -> None:
     for direction, expected in (("max", high), ("min", low)):
         asked = spec(best_metric=name, best_direction=direction)
         assert max(low, high, key=lambda m: merit.merit(asked, m)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        (
+            RunSpec(task="mnist", rounds=1, best_metric="f1score"),
+            "accuracy, balanced_accuracy, ece, loss",
+        ),
+        (RunSpec(task="text-lm", rounds=1, best_metric="macro_f1"), "accuracy, loss"),
+        (
+            RunSpec(
+                task="tabular", rounds=1, best_metric="r2", settings={"kind": "classification"}
+            ),
+            "ece",
+        ),
+        (
+            RunSpec(task="tabular", rounds=1, best_metric="ece", settings={"kind": "regression"}),
+            "rmse",
+        ),
+        (RunSpec(task="mnist", rounds=1, best_metric="personal_"), "accuracy"),
+        (RunSpec(task="ping", rounds=1, target=0.9), "it has none"),
+        (RunSpec(task="ping", rounds=1, best_metric="accuracy"), "it has none"),
+    ],
+)
+def test_a_metric_that_no_task_tells_is_refused_with_the_known_ones(
+    asked: RunSpec, known: str
+) -> None:
+    with pytest.raises(UnknownName) as refused:
+        merit.check(asked)
+    assert known in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        RunSpec(task="mnist", rounds=1, best_metric="macro_f1", target=0.9),
+        RunSpec(task="mnist", rounds=1, target=0.9, patience=2),
+        RunSpec(task="mnist", rounds=1, best_metric="personal_accuracy"),
+        RunSpec(task="tabular", rounds=1, best_metric="r2"),
+        RunSpec(task="mine.py:Mine", rounds=1, best_metric="f1score"),  # its peers alone know
+        RunSpec(task="ping", rounds=1),
+    ],
+)
+def test_metrics_that_are_told_or_may_be_pass(asked: RunSpec) -> None:
+    merit.check(asked)
+
+
+def test_a_target_may_name_its_metric() -> None:
+    def typed_as(*target: str, **more: Any) -> RunSpec:
+        usual = {"rounds": 1, "quorum": 1, "deadline": "auto", "strategy": "fedavg", "set_": []}
+        usual |= {"codec": "fp32", "seed": 0, "weighting": "examples", "max_weight_share": 1.0}
+        usual |= {"clip_norm": 0.0, "from_": None, "kind": "", "features": "", "task_": ""}
+        made: RunSpec = typed.order(task="tabular", target=target, **usual, **more).spec
+        return made
+
+    found = typed_as("price", "rmse=2.5")
+    assert (found.best_metric, found.target) == ("rmse", 2.5)
+    assert found.settings["target"] == "price"
+    found = typed_as("0.9", best_metric="macro_f1")
+    assert (found.best_metric, found.target) == ("macro_f1", 0.9)
+    assert typed_as("a=b").settings["target"] == "a=b"
+    with pytest.raises(UsageFault, match="two metrics"):
+        typed_as("rmse=2.5", best_metric="mae")
+
+
+@pytest.mark.parametrize(("name", "made"), [("mnist", Mnist), ("text-lm", TextLM)])
+def test_the_known_metrics_are_those_that_tasks_tell(
+    name: str, made: type[Task], tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text("all that is gold does not glitter " * 99)
+    task = made()
+    task.load(DataSettings(index=0, parts=20, path=str(tmp_path), device="cpu"))
+    _, metrics, *counted = task.evaluate(task.init(1, {}), {}, lambda *_: None)
+    assert {*metrics, *tallies.metrics(counted[0])} == merit.TOLD[name]
 
 
 def after(told: list[Metrics], **changed: Any) -> Run:

@@ -85,6 +85,10 @@ def test_a_run_that_cannot_be_is_refused_before_its_start(site: Fleet) -> None:
         (["ping", "--set", "kilobytes"], ["key=value"]),
         (["ping", "--weighting", "luck"], ["examples or equal"]),
         (["ping", "--from", "/none.safetensors"], ["/none.safetensors"]),
+        (["mnist", "--best-metric", "f1score"], ["'f1score'", "macro_f1"]),
+        (["mnist", "--target", "f1score=0.9"], ["'f1score'", "macro_f1"]),
+        (["mnist", "--target", "loss=0.1", "--best-metric", "accuracy"], ["two metrics"]),
+        (["ping", "--patience", "3"], ["'accuracy or loss'", "it has none"]),
     ):
         fails(site.ask("run", "start", *words), 2, *said)
     fails(site.ask("run", "show", "nothing"), 2, "no run 'nothing'")
