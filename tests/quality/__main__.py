@@ -19,6 +19,7 @@ _PLOTS = (
     ("iid.svg", "Digits at random", [c.name for c in courses.REFERENCE if c.split == "iid"]),
     ("shards.svg", "Two labels a peer", [c.name for c in courses.REFERENCE if c.split != "iid"]),
     ("better.svg", "Two labels a peer, other ways", [c.name for c in courses.BETTER]),
+    ("lying.svg", "Two of ten peers lie", [c.name for c in courses.LYING]),
 )
 
 
@@ -26,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.quality", description=__doc__)
     parser.add_argument("--only", default="", help="courses whose name contains this")
     parser.add_argument("--seed", type=int, nargs="+", default=courses.SEEDS)
-    parser.add_argument("--rounds", type=int, default=courses.ROUNDS)
+    parser.add_argument("--rounds", type=int, help="instead of the course's")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
             for seed in asked.seed:
                 if (course.name, seed) in have and not asked.again:
                     continue
-                row = measured.measure(course, seed, asked.rounds, cache)
+                row = measured.measure(course, seed, asked.rounds or course.rounds, cache)
                 measured.write(asked.out, [row])
                 told = f"best {row['best']:.3f}, end {row['end']:.3f}, {row['seconds']:.0f} s"
                 print(f"{course.name}, seed {seed}: {told}", file=sys.stderr, flush=True)

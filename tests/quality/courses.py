@@ -32,7 +32,8 @@ class Band(NamedTuple):
 
 
 class Course(NamedTuple):
-    """One row of a table. `bands`: by figure, for the mean over the seeds."""
+    """One row of a table. `bands`: by figure, for the mean over the seeds; `TRAINING` peers take
+    part in each round."""
 
     name: str
     split: Split
@@ -41,6 +42,10 @@ class Course(NamedTuple):
     strategy_args: Mapping[str, Setting] = {}
     settings: Mapping[str, Setting] = {}
     bands: Mapping[str, Band] = {}
+    rounds: int = ROUNDS
+    peers: int = PEERS
+    #: By the peer's number: what its change is multiplied by before it is sent.
+    attack: Mapping[int, float] = {}
 
     def spec(self, seed: int, rounds: int) -> RunSpec:
         return RunSpec(
@@ -50,16 +55,16 @@ class Course(NamedTuple):
             quorum=TRAINING,
             codec=self.codec,
             strategy=self.strategy,
-            strategy_args={"fraction_train": TRAINING / PEERS, **self.strategy_args},
+            strategy_args={"fraction_train": TRAINING / self.peers, **self.strategy_args},
             settings={"pixels": PIXELS[self.split], **self.settings},
         )
 
     def parts(self, seed: int, cache: str) -> list[DataSettings]:
         return [
             DataSettings(
-                index=i, parts=PEERS, split=self.split, seed=seed, cache=cache, device="cpu"
+                index=i, parts=self.peers, split=self.split, seed=seed, cache=cache, device="cpu"
             )
-            for i in range(PEERS)
+            for i in range(self.peers)
         ]
 
 
@@ -121,4 +126,30 @@ BETTER = (
     Course("fedprox, shards", "shards", strategy="fedprox", strategy_args={"proximal_mu": 0.1}),
 )
 
-ALL = (*REFERENCE, *BETTER)
+#: Two of ten peers turn the sign of what they learnt, and send it so or four times as large.
+_TURNED: Mapping[int, float] = {0: -1.0, 1: -1.0}
+_LARGE: Mapping[int, float] = {0: -4.0, 1: -4.0}
+_AGAINST: Mapping[str, Mapping[str, Setting]] = {
+    "fedavg": {},
+    "fedtrimmedavg": {"beta": 0.2},
+    "fedmedian": {},
+    "multikrum": {"num_malicious_nodes": 2, "num_nodes_to_select": 6},
+}
+
+#: Peers that lie: ten, of which all train in each of 30 rounds.
+LYING = tuple(
+    Course(
+        f"{strategy}, {name}",
+        "iid",
+        strategy=strategy,
+        strategy_args=arguments,
+        rounds=30,
+        peers=TRAINING,
+        attack=attack,
+    )
+    for name, attack in (("nobody lies", {}), ("sign turned", _TURNED), ("fourfold", _LARGE))
+    for strategy, arguments in _AGAINST.items()
+    if attack or strategy == "fedavg"
+)
+
+ALL = (*REFERENCE, *BETTER, *LYING)

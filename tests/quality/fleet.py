@@ -11,17 +11,22 @@ import contextlib
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
+from msgspec.structs import replace
 
 from agent.client import Client
+from agent.frames import Done
 from agent.link import _pack, _unpack
-from agent.tasks import DataSettings
+from agent.run_files import Kept
+from agent.tasks import DataSettings, Settings
 from coordinator import facts, runs, transitions
 from coordinator.facts import RunSpec
 from coordinator.fleetwork import Fleetwork
@@ -31,7 +36,7 @@ from coordinator.records import LaneGrid
 from coordinator.run_loop import RunLoop
 from coordinator.runs import Run
 from coordinator.superlink import Superlink
-from protocols import identity
+from protocols import identity, weights
 from protocols.errors import CommonweightError
 from protocols.identity import SigningKey
 from protocols.messages import Exchange
@@ -72,10 +77,33 @@ class Peer:
         self._lane.bytes_up += path.stat().st_size
 
 
-class InProcessFleet:
-    """A coordinator's parts and its peers, over one folder. `parts[i]` are peer i's data."""
+class Liar(InProcess):
+    """A trainer that multiplies what it learnt by `factor`."""
 
-    def __init__(self, folder: Path, parts: Sequence[DataSettings], threads: int = 1) -> None:
+    def __init__(self, data: DataSettings, threads: int, factor: float) -> None:
+        super().__init__(data, threads)
+        self._factor = factor
+
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
+        done = super().train(task, settings, base, out, kept)
+        before, made = weights.load(base), weights.load(out)
+        lie = {n: before[n] + np.float32(self._factor) * (made[n] - before[n]) for n in made}
+        return replace(done, digest=weights.save(Weights(lie), out), nbytes=out.stat().st_size)
+
+
+class InProcessFleet:
+    """A coordinator's parts and its peers, over one folder. `parts[i]` are peer i's data, and
+    `attack[i]` is what it multiplies its changes by."""
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[DataSettings],
+        threads: int = 1,
+        attack: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
         self.lane = Lane(folder)
         self.ledger = Ledger(folder / "ledger.db")
         self.superlink = Superlink(lambda action, node: None)
@@ -91,9 +119,9 @@ class InProcessFleet:
             name = f"peer{number:02}"
             self.superlink.state.activate_node(node, 1e6)
             self._node_of[name] = node
-            self.peers[name] = Peer(
-                name, folder / name, self.lane, self._sign_key, InProcess(data, threads)
-            )
+            factor = attack.get(number)
+            trainer = InProcess(data, threads) if factor is None else Liar(data, threads, factor)
+            self.peers[name] = Peer(name, folder / name, self.lane, self._sign_key, trainer)
         self._peer_of = {node: name for name, node in self._node_of.items()}
         self._rung: asyncio.Queue[str] = asyncio.Queue()
 
@@ -177,11 +205,15 @@ class InProcessFleet:
 
 
 @contextlib.contextmanager
-def fleet_of(parts: Sequence[DataSettings], threads: int = 1) -> Iterator[InProcessFleet]:
+def fleet_of(
+    parts: Sequence[DataSettings],
+    threads: int = 1,
+    attack: Mapping[int, float] = MappingProxyType({}),
+) -> Iterator[InProcessFleet]:
     """A fleet over a temporary folder."""
     memory = str(MEMORY) if MEMORY.is_dir() else None
     with TemporaryDirectory(prefix="commonweight-quality-", dir=memory) as folder:
-        fleet = InProcessFleet(Path(folder), parts, threads)
+        fleet = InProcessFleet(Path(folder), parts, threads, attack)
         try:
             yield fleet
         finally:

@@ -1,41 +1,66 @@
 """DiLoCo beside an exchange at every step, at equal tokens: a small GPT on Python's own manual.
 
-`python -m tests.quality.language dp|diloco|fedavg [--warm N] [--steps N] [--inner H] [--codec C]`
+`python -m tests.quality.language [--arm every-step|diloco] [--seed N…] [--inner H] [--codec C] …`
 
 The text is that of `pydoc_data.topics`, which ships with Python: its topics are dealt to the peers,
-and of each peer's windows every tenth is held out. "dp" is what exchanging gradients at every step
-computes: one AdamW on the mean gradient of all peers' batches; each step would send one model up
-and one down for each peer. Both see the same number of tokens with the same learning rate, which
-falls to 0 over the run as half a cosine, and both begin where one peer alone came to in `--warm`
-steps (the paper, too, begins with a model that was trained before).
+and of each peer's windows every tenth is held out. "every-step" is what exchanging gradients at
+every step computes: one AdamW on the mean gradient of all peers' batches; each step would send one
+model up and one down for each peer. Both see the same number of tokens with the same learning
+rate, which falls to 0 over the run as half a cosine, and both begin where one peer alone came to in
+`--warm` steps (the paper, too, begins with a model that was trained before). What was measured is
+in `docs/quality/language.json`, and is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import pydoc_data.topics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agent.tasks import DataSettings, Setting, next_token
+from agent.tasks.plan import read_plan
 from agent.tasks.seeds import seed_of
-from agent.tasks.text_lm import TextLM, logits_of, shape_of
+from agent.tasks.text_lm import DEFAULTS, TextLM, logits_of, shape_of
 from coordinator.facts import RunSpec
 from protocols.weights import Weights
 from tests.quality.fleet import fleet_of
 
 PEERS = 4
-SEED = 1
 BATCH = 16
 MODEL: dict[str, Setting] = {"layers": 2, "heads": 4, "width": 64, "context": 64}
+OUTER = ("server_learning_rate=0.9", "server_momentum=0.5")
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "quality" / "language.json"
+
+
+class Way(NamedTuple):
+    """How it is trained: `steps` of each peer, after `warm` of the first one alone; an exchange
+    after every `inner` (with "every-step": an evaluation)."""
+
+    arm: str
+    seed: int
+    warm: int
+    steps: int
+    inner: int
+    lr: float
+    codec: str
+    outer: tuple[str, ...]
+
+    @property
+    def rounds(self) -> int:
+        return self.steps // self.inner
+
+    def settings(self) -> dict[str, Setting]:
+        """Those of a run."""
+        whole = {"lr_schedule": "cosine", "lr_rounds": self.rounds}
+        return {**_local(self.inner, self.lr), **whole}
 
 
 def parts(folder: Path) -> list[DataSettings]:
@@ -57,14 +82,14 @@ def loss_on_held_out(tasks: list[TextLM], model: Weights) -> float:
     return sum(n * m["loss"] for n, m, *_ in found) / sum(n for n, *_ in found)
 
 
-def warmed(data: list[DataSettings], steps: int, lr: float) -> Weights:
-    """The first weights after so many steps of the first peer alone. Nothing is exchanged."""
-    first = TextLM().init(SEED, MODEL)
-    if not steps:
+def warmed(data: list[DataSettings], way: Way) -> Weights:
+    """The first weights after some steps of the first peer alone. Nothing is exchanged."""
+    first = TextLM().init(way.seed, MODEL)
+    if not way.warm:
         return first
     task = TextLM()
     task.load(data[0])
-    settings = {**_local(steps, lr), "seed": SEED, "round": 0}
+    settings = {**_local(way.warm, way.lr), "seed": way.seed, "round": 0}
     return Weights(task.train(first, settings, lambda *_: None)[0])
 
 
@@ -72,10 +97,8 @@ def _local(steps: int, lr: float) -> dict[str, Setting]:
     return {**MODEL, "batch_size": BATCH, "max_steps": steps, "epochs": 1000, "lr": lr}
 
 
-def every_step(
-    data: list[DataSettings], first: Weights, steps: int, every: int, lr: float
-) -> list[float]:
-    """Held-out losses, each after `every` steps of AdamW on the mean of all peers' gradients."""
+def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, Any]:
+    """Held-out losses, each after `inner` steps of AdamW on the mean of all peers' gradients."""
     torch.set_num_threads(1)
     tasks = [TextLM() for _ in data]
     for task, mine in zip(tasks, data, strict=True):
@@ -87,92 +110,119 @@ def every_step(
         next_token.loss_of(lambda t, x, training: logits_of(shape, t, x, training), found)
         for found in windows
     ]
-    optimiser = torch.optim.AdamW([t.requires_grad_() for t in w.values()], lr=lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [t.requires_grad_() for t in w.values()], lr=way.lr, weight_decay=0.0
+    )
     orders: list[Tensor] = [torch.empty(0, dtype=torch.int64) for _ in data]
-    chance = torch.Generator().manual_seed(seed_of("every step", SEED))
-    told = []
-    for step in range(1, steps + 1):
-        # As the trainers have it: one rate for each round of so many steps.
-        passed = (step - 1) // every * every / steps
-        optimiser.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * passed)) / 2
-        optimiser.zero_grad()
-        for peer, found in enumerate(windows):
-            if len(orders[peer]) < BATCH:
-                fresh = torch.randperm(len(found.train), generator=chance)
-                orders[peer] = torch.cat([orders[peer], fresh])
-            rows, orders[peer] = orders[peer][:BATCH], orders[peer][BATCH:]
-            starts = found.train[rows]
-            (losses_of[peer](w, starts, starts) / len(data)).backward()
-        optimiser.step()
-        if step % every == 0:
-            arrays = {name: t.detach().numpy() for name, t in w.items()}
-            told.append(loss_on_held_out(tasks, Weights(arrays)))
-            print(f"step {step}: {told[-1]:.4f}", file=sys.stderr, flush=True)
-    return told
+    chance = torch.Generator().manual_seed(seed_of("every step", way.seed))
+    losses: list[float] = []
+    for number in range(1, way.rounds + 1):
+        plan = read_plan({**way.settings(), "round": number}, DEFAULTS)
+        optimiser.param_groups[0]["lr"] = plan.lr
+        for _ in range(way.inner):
+            optimiser.zero_grad()
+            for peer, found in enumerate(windows):
+                if len(orders[peer]) < BATCH:
+                    fresh = torch.randperm(len(found.train), generator=chance)
+                    orders[peer] = torch.cat([orders[peer], fresh])
+                rows, orders[peer] = orders[peer][:BATCH], orders[peer][BATCH:]
+                starts = found.train[rows]
+                (losses_of[peer](w, starts, starts) / len(data)).backward()
+            optimiser.step()
+        arrays = {name: t.detach().numpy() for name, t in w.items()}
+        losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))
+    return {"losses": losses}
 
 
-def by_rounds(
-    data: list[DataSettings],
-    first: Weights,
-    strategy: str,
-    steps: int,
-    inner: int,
-    lr: float,
-    codec: str,
-    **more: Any,
-) -> dict[str, Any]:
-    """Held-out losses by round, and the bytes that went up and would go up at every step."""
-    rounds = steps // inner
+def by_rounds(data: list[DataSettings], first: Weights, way: Way) -> dict[str, Any]:
+    """Held-out losses by round; how many times fewer bytes went up, and up and down, than if a
+    model went up and one down for each peer at every step."""
     spec = RunSpec(
         task="text-lm",
-        rounds=rounds,
-        seed=SEED,
+        rounds=way.rounds,
+        seed=way.seed,
         quorum=PEERS,
-        codec=codec,
-        strategy=strategy,
-        strategy_args=more,
+        codec=way.codec,
+        strategy=way.arm,
+        strategy_args={name: float(value) for name, _, value in map(_parted, way.outer)},
         weighting="equal",
-        settings={**_local(inner, lr), "lr_schedule": "cosine", "lr_rounds": rounds},
+        settings=way.settings(),
     )
     losses: list[float] = []
     with fleet_of(data) as fleet:
-
-        def note(closed: Any) -> None:
-            losses.append(closed.metrics["loss"])
-            print(f"round {closed.round}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
-
-        run = fleet.run(spec, note, first)
-        model_bytes = fleet.lane.version(run.head).stat().st_size
-    bytes_up = sum(closed.bytes_up for closed in run.history)
+        run = fleet.run(
+            spec, lambda closed: losses.append(_told(closed.round, closed.metrics["loss"])), first
+        )
+        model = fleet.lane.version(run.head).stat().st_size
+    assert not any(closed.refused for closed in run.history)
+    up, down = sum(closed.bytes_up for closed in run.history), model * PEERS * way.rounds
+    whole = model * PEERS * way.steps
     return {
         "losses": losses,
-        "bytes_up": bytes_up,
-        "times_fewer": round(model_bytes * PEERS * steps / bytes_up, 1),
+        "bytes_up": up,
+        "fewer_up": round(whole / up, 1),
+        "fewer": round(2 * whole / (up + down), 1),
     }
+
+
+def _parted(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
+
+
+def _told(number: int, loss: float | None) -> float:
+    assert loss is not None
+    print(f"round {number}: {loss:.4f}", file=sys.stderr, flush=True)
+    return round(loss, 4)
+
+
+def measured(way: Way) -> dict[str, Any]:
+    """One row of the results."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="commonweight-quality-") as folder:
+        data = parts(Path(folder))
+        first = warmed(data, way)
+        found = (every_step if way.arm == "every-step" else by_rounds)(data, first, way)
+    return {**way._asdict(), **found, "seconds": round(time.monotonic() - began)}
+
+
+def read() -> dict[Way, dict[str, Any]]:
+    """What was measured; nothing if there is no file."""
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return {_way(**{name: row[name] for name in Way._fields}): row for row in rows}
+
+
+def _way(**of: Any) -> Way:
+    return Way(**{**of, "outer": tuple(of["outer"]) if of["arm"] != "every-step" else ()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.quality.language", description=__doc__)
-    parser.add_argument("arm", choices=("dp", "diloco", "fedavg"))
-    parser.add_argument("--warm", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--inner", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--codec", default="fp32")
-    parser.add_argument("--outer", nargs="*", default=[], metavar="NAME=NUMBER")
-    asked = parser.parse_args()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="commonweight-quality-") as folder:
-        data = parts(Path(folder))
-        first = warmed(data, asked.warm, asked.lr)
-        if asked.arm == "dp":
-            found: Any = {"losses": every_step(data, first, asked.steps, asked.inner, asked.lr)}
-        else:
-            outer = {n: float(v) for n, v in (word.split("=") for word in asked.outer)}
-            found = by_rounds(
-                data, first, asked.arm, asked.steps, asked.inner, asked.lr, asked.codec, **outer
-            )
-    print(json.dumps({**vars(asked), **found, "seconds": round(time.monotonic() - began)}))
+    arms = ("every-step", "diloco", "fedavg")
+    parser.add_argument("--arm", nargs="+", default=arms[:2], choices=arms)
+    parser.add_argument("--seed", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--warm", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1280)
+    parser.add_argument("--inner", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--outer", nargs="*", default=OUTER, metavar="NAME=NUMBER")
+    asked = vars(parser.parse_args())
+    have = read()
+    ways = [
+        _way(**{**asked, "arm": arm, "seed": seed})
+        for seed in asked["seed"]
+        for arm in asked["arm"]
+    ]
+    for way in ways:
+        if way not in have:
+            have[way] = measured(way)
+            body = ",\n".join(json.dumps(row) for _, row in sorted(have.items()))
+            RESULTS.write_text(f'{{"rows": [\n{body}\n]}}\n')
+        row = have[way]
+        fewer = "".join(
+            f", {row[name]} times {name}" for name in ("fewer_up", "fewer") if name in row
+        )
+        print(f"{way.arm}, seed {way.seed}: {row['losses'][-1]:.4f} nats a token{fewer}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
         bytes_up.append(closed.bytes_up)
 
     began = time.monotonic()
-    with fleet_of(course.parts(seed, cache)) as fleet:
+    with fleet_of(course.parts(seed, cache), attack=course.attack) as fleet:
         fleet.run(course.spec(seed, rounds), note)
     return {
         "course": course.name,

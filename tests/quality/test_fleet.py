@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,11 @@ def parts(cache: str, count: int = 3) -> list[DataSettings]:
     ]
 
 
-def trained(data: Sequence[DataSettings], **spec: object) -> tuple[list[str], Weights]:
+def trained(
+    data: Sequence[DataSettings], attack: Mapping[int, float] | None = None, **spec: object
+) -> tuple[list[str], Weights]:
     """The digests of all versions, and the last one."""
-    with fleet_of(data) as fleet:
+    with fleet_of(data, attack=attack or {}) as fleet:
         run = fleet.run(RunSpec(task="mnist", seed=4, quorum=2, **spec))  # type: ignore[arg-type]
         assert run.state is RunState.FINISHED
         assert [closed.refused for closed in run.history] == [0] * len(run.history)
@@ -87,6 +89,15 @@ def test_one_full_batch_a_round_is_gradient_descent_on_all_data(cache: str) -> N
         optimiser.step()
     for name, expected in w.items():
         np.testing.assert_allclose(found[name], expected.detach().numpy(), rtol=0, atol=1e-6)
+
+
+def test_liars_send_the_opposite_of_what_they_learnt(cache: str) -> None:
+    spec = {"rounds": 1, "settings": SHORT}
+    _, learnt = trained(parts(cache), **spec)
+    _, turned = trained(parts(cache), attack=dict.fromkeys(range(3), -1.0), **spec)
+    for name, first in Mnist().init(4, {}).items():
+        np.testing.assert_allclose(first - learnt[name], turned[name] - first, rtol=0, atol=1e-6)
+        assert np.abs(first - learnt[name]).max() > 1e-3
 
 
 def test_a_course_is_measured_kept_and_shown(cache: str, tmp_path: Path) -> None:
