@@ -40,10 +40,10 @@ class WorkerLoop:
         """Tell the machine soon (from any thread)."""
         self.soon(self.happened, event)
 
-    def happens_in(self, wait_s: float, event: worker.Event) -> None:
-        """Tell the machine later (on the event loop)."""
+    def happens_in(self, wait_s: float, event: worker.Event) -> asyncio.TimerHandle:
+        """Tell the machine later (on the event loop), unless what is given back is cancelled."""
         assert self._loop is not None
-        self._loop.call_later(wait_s, self.happened, event)
+        return self._loop.call_later(wait_s, self.happened, event)
 
     def soon(self, call: Callable[..., None], *arguments: object) -> None:
         """Call this on the event loop (from any thread)."""

@@ -10,6 +10,7 @@ from agent.control import Wish
 from agent.loop import WorkerLoop
 from agent.polite import Polite
 from agent.worker import FinishAsked, PauseAsked, PauseLifted
+from protocols.room import is_full
 from protocols.states import PauseReason
 
 _ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
@@ -27,7 +28,7 @@ class Owner:
         wish = control.read_wish(self._home)
         if wish.want == "pause" and wish.until and time.time() >= wish.until:
             wish = Wish(modes=wish.modes)
-            control.write_wish(self._home, wish)
+            self._keep(wish)
         changed = self._polite.heed(wish)
         if (wish.want, wish.until, wish.at) == (self._wish.want, self._wish.until, self._wish.at):
             return changed
@@ -38,6 +39,14 @@ class Owner:
             # The owner's word also lifts what the operator asked for.
             self._loop.happened(PauseLifted(_ASKED_FOR))
         if wish.want == "finish":
-            control.write_wish(self._home, Wish(modes=wish.modes))
+            self._keep(Wish(modes=wish.modes))
             self._loop.happened(FinishAsked())
         return changed
+
+    def _keep(self, wish: Wish) -> None:
+        """What was asked for is over. On a full disk it is still written there, and over again."""
+        try:
+            control.write_wish(self._home, wish)
+        except OSError as err:
+            if not is_full(err):
+                raise

@@ -59,6 +59,7 @@ class Agent:
     def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
         self._home = home
         self._waking: asyncio.Task[None] | None = None
+        self._lifting: asyncio.TimerHandle | None = None
         credentials = Credentials.of(home, enrolment)
         self._loop = WorkerLoop(self._obey)
         self._presence = PresenceLink(
@@ -206,11 +207,13 @@ class Agent:
             case LogsAsked():
                 self._sessions.aside(self._tell_logs, command)
             case Command(action="pause", for_s=for_s):
+                if self._lifting is not None:  # the end of an earlier pause is not this one's
+                    self._lifting.cancel()
                 until = time.time() + for_s if for_s else 0.0
                 self._loop.happened(PauseAsked(PauseReason.OPERATOR, until))
                 if for_s:
                     lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
-                    self._loop.happens_in(for_s, lifted)
+                    self._lifting = self._loop.happens_in(for_s, lifted)
             case Command(action="resume"):
                 asked = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
                 self._loop.happened(PauseLifted(asked))

@@ -1,0 +1,65 @@
+"""An agent's shell, not at work: what it makes of commands and of its owner's wishes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import control, enroll, settings
+from agent.control import Wish
+from agent.service import Agent
+from protocols import tickets
+from protocols.messages import Command
+from protocols.states import PauseReason
+from tests.agent.lone_peers import until
+from tests.faults.disk import can_mount, fill, small_disk
+from tests.site_fixtures import Site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    (tmp_path / "site").mkdir()
+    with Site(tmp_path / "site").up() as running:
+        yield running
+
+
+def an_agent(site: Site, home: Path) -> Agent:
+    home.mkdir(exist_ok=True)
+    ticket = tickets.encode(site.ticket())
+    enrolment, _ = enroll.join(home, ticket, name="box", labels={})
+    agent = Agent(home, enrolment, settings.read(home))
+    agent._loop.begin()
+    return agent
+
+
+async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_path: Path) -> None:
+    agent = an_agent(site, tmp_path / "box")
+    agent._on_command(Command(action="pause", for_s=0.01))
+    agent._on_command(Command(action="resume"))
+    assert not agent._loop.worker.pauses
+    agent._on_command(Command(action="pause"))
+    await asyncio.sleep(0.05)  # the first one's end has passed
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR}
+    agent._on_command(Command(action="pause", for_s=0.01))
+    await until(lambda: not agent._loop.worker.pauses)
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
+@pytest.mark.parametrize("wish", [Wish(want="pause", until=1.0, at=1.0), Wish(want="finish")])
+async def test_a_wish_that_ends_on_a_full_disk_does_not_end_the_agent(
+    site: Site, tmp_path: Path, wish: Wish
+) -> None:
+    home = tmp_path / "box"
+    home.mkdir()
+    with small_disk(home):
+        agent = an_agent(site, home)
+        control.write_wish(home, wish)
+        ballast = fill(home, 0)
+        agent._owner.heed()
+        assert control.read_wish(home) == wish
+        ballast.unlink()
+        agent._owner.heed()
+        assert not agent._loop.worker.pauses
