@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.auth import OPERATOR
+from coordinator.orders import STATUS
 from coordinator.settings import UP_FILE
 from protocols import VERSION, homes, identity, tickets
 from protocols.errors import (
@@ -176,7 +177,6 @@ def refusal(answer: httpx.Response) -> CommonweightError:
         return Refused(f"the coordinator refused ({answer.status_code})", "commonweight doctor")
     error = CommonweightError(message, hint)
     error.code = code
-    error.exit_code = {422: ExitCode.USAGE, 403: ExitCode.REFUSED}.get(
-        answer.status_code, ExitCode.FAILED
-    )
+    by_status = {status: exit_code for exit_code, status in STATUS.items()}
+    error.exit_code = by_status.get(answer.status_code, ExitCode.FAILED)
     return error

@@ -24,12 +24,10 @@ from coordinator.auth import Auth
 from coordinator.bodies import job_body
 from coordinator.desk import Desk, error_answer, host_of, json_answer
 from coordinator.job_facts import JobSpec
-from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
+from coordinator.orders import STATUS, RunOrder, TicketOrder, WatchAnswer
 from protocols import tickets
-from protocols.errors import CommonweightError, ExitCode, UsageFault
+from protocols.errors import CommonweightError, UsageFault
 from protocols.messages import Command
-
-_STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.NOT_RUNNING: 409}
 
 Endpoint = Callable[[Request, bytes], Awaitable[Response]]
 T = TypeVar("T")
@@ -166,7 +164,7 @@ def operator_routes(
                 body = await auth.operator(request, changes=changes)
                 return await endpoint(request, body)
             except CommonweightError as err:
-                return error_answer(err, _STATUS.get(err.exit_code, 400))
+                return error_answer(err, STATUS.get(err.exit_code, 400))
 
         return checked
 

@@ -7,7 +7,11 @@ from typing import Literal
 from msgspec import Struct
 
 from coordinator.facts import RunSpec
+from protocols.errors import ExitCode
 from protocols.mqtt import MqttAddress
+
+#: How an error of the coordinator's travels: the HTTP status that stands for a command's exit code.
+STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.UNREACHABLE: 503}
 
 
 class RunOrder(Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from coordinator.log_desk import LogDesk
 from coordinator.orders import RunOrder, TicketOrder
 from coordinator.remote import Remote
 from protocols import identity, tickets
-from protocols.errors import CommonweightError, Refused, UnknownName, Unreachable
+from protocols.errors import CommonweightError, ExitCode, Refused, UnknownName, Unreachable
 from protocols.messages import Command, LogLine, LogsAsked, LogsTold
 from tests.site_fixtures import Machine, Site
 
@@ -86,6 +86,22 @@ def test_an_operator_elsewhere_may_change_things_until_removed(site: Site) -> No
         remote.fleet()
     with pytest.raises(UnknownName):
         site.registry.remove_operator(found.operator)
+
+
+def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> None:
+    site.registry.join(Machine("north").joining(site.ticket()))
+    _, remote = joined(site, "operator")
+
+    async def unsent(peer: str, question: LogsAsked) -> bool:
+        return False  # there is no broker
+
+    site.logs = LogDesk(unsent)
+    with pytest.raises(CommonweightError, match="broker is away") as away:
+        remote.logs("north")
+    assert (away.value.code, away.value.exit_code) == ("unreachable", ExitCode.UNREACHABLE)
+    with pytest.raises(CommonweightError) as unknown:
+        remote.approve("south")
+    assert (unknown.value.code, unknown.value.exit_code) == ("unknown_name", ExitCode.USAGE)
 
 
 def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
