@@ -30,7 +30,7 @@ def write(folder: Path, peers: int, seed: int) -> list[Path]:
     for number, size in enumerate(_sizes(len(rows), peers), 1):
         order = chance.sample(range(len(names) + 1), len(names) + 1)
         path = folder / f"clinic{number}.csv"
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([[*names, TARGET][place] for place in order])
             part = rows[first : first + size]

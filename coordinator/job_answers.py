@@ -6,8 +6,10 @@ First it is read, as it comes; what is valid so far is a fact, and then its byte
 from __future__ import annotations
 
 import hashlib
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
+import msgspec
 from flwr.app import ConfigRecord, Message
 
 from coordinator.analysis import ask
@@ -20,6 +22,9 @@ from protocols.errors import BadMessage
 from protocols.messages import Verify
 
 ANSWER = "cw.answer"
+
+_names = msgspec.json.Decoder(list[str]).decode
+_row = msgspec.json.Decoder(list[Any]).decode
 
 
 def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
@@ -47,13 +52,30 @@ def check(job: Job, unit: Unit, given: Given, lane: JobLane) -> None:
     """Raise BadMessage unless this can be an answer to the unit's question; OSError."""
     match job.spec.kind:
         case "scatter":
-            rows, lines = job.rows(unit), lane.count_lines(given)
-            if (given.rows, lines) != (rows, rows + 1):
-                raise BadMessage(f"{lines - 1} rows are answered where {rows} were asked for")
+            rows, found = job.rows(unit), _count_rows(lane.lines(given))
+            if (given.rows, found) != (rows, rows):
+                raise BadMessage(f"{found} rows are answered where {rows} were asked for")
         case "private":
+            if given.nbytes and not given.body:  # it is read from the ledger
+                raise BadMessage("it is longer than any measures of models are")
             pinned = {model.digest for model in job.spec.models}
             if wire.decode_scores(lane.read(given)).keys() != pinned:
                 raise BadMessage("it does not measure the models that were asked about")
         case "analyze":
             if wrong := ask.check(job.spec.query, lane.read(given)):
                 raise BadMessage(wrong)
+
+
+def _count_rows(lines: Iterator[bytes]) -> int:
+    """How many rows a table has. Raises BadMessage unless each has a value for every name."""
+    rows = 0
+    try:
+        names = _names(next(lines, b""))
+        for rows, line in enumerate(lines, 1):
+            if not line.endswith(b"\n") or len(_row(line)) != len(names):
+                raise BadMessage(f"row {rows} is not one of {len(names)} values")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"it is no table: {err}") from err
+    if not names or len(set(names)) < len(names):
+        raise BadMessage("its columns have no names, or the same")
+    return rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 
@@ -33,24 +34,24 @@ def check_target(out: Path) -> None:
         raise UsageFault(f"there is no folder {out.absolute().parent}")
     if out.suffix not in _SUFFIXES:
         raise UsageFault(f"{out.name} is no kind of table", "OUT.csv, OUT.jsonl or OUT.parquet")
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UsageFault(
+            "Parquet needs pyarrow", "pip install 'commonweight[tabular]', or --out OUT.csv"
+        )
 
 
 def merge(job: Job, lane: JobLane, out: Path) -> int:
     """Write the answers of a finished job to `out`, in the order of its rows; how many they are.
 
     A column named "row", which each task counts from 0 in each block, counts through. Raises
-    CommonweightError when an answer is not on disk any more, or of other columns than the first.
+    CommonweightError when an answer is not on disk any more, of other columns than the first, or
+    of values that no one column of the file can hold.
     """
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     done = 0
     try:
-        with _opened(temporary, out.suffix) as table:
-            names: Row = []
-            for unit in sorted(job.units.values(), key=lambda unit: unit.first):
-                head, _, body = lane.read(unit.answer).partition(b"\n")
-                found = _decode(head)
-                if found != (names := names or found):
-                    raise CommonweightError(f"unit {unit.number} was answered with other columns")
+        with _opened(temporary, out.suffix, lambda: _answers(job, lane)) as table:
+            for names, body in _answers(job, lane):
                 done += table.add(names, body, done)
         temporary.replace(out)
     except OSError as err:
@@ -58,6 +59,17 @@ def merge(job: Job, lane: JobLane, out: Path) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return done
+
+
+def _answers(job: Job, lane: JobLane) -> Iterator[tuple[Row, bytes]]:
+    """The columns and rows of each unit, in the order of the rows."""
+    names: Row = []
+    for unit in sorted(job.units.values(), key=lambda unit: unit.first):
+        head, _, body = lane.read(unit.answer).partition(b"\n")
+        found = _decode(head)
+        if found != (names := names or found):
+            raise CommonweightError(f"unit {unit.number} was answered with other columns")
+        yield names, body
 
 
 def _numbered(names: Row, body: bytes, first: int) -> list[Row]:
@@ -80,12 +92,14 @@ class _Table(Protocol):
 
 
 @contextlib.contextmanager
-def _opened(path: Path, suffix: str) -> Iterator[_Table]:
+def _opened(
+    path: Path, suffix: str, answers: Callable[[], Iterator[tuple[Row, bytes]]]
+) -> Iterator[_Table]:
     with contextlib.ExitStack() as stack:
         if suffix == ".parquet":
-            yield _Parquet(path, stack)
+            yield _Parquet(path, stack, answers())
         elif suffix == ".csv":
-            yield _Csv(stack.enter_context(path.open("w", newline="")))
+            yield _Csv(stack.enter_context(path.open("w", newline="", encoding="utf-8")))
         else:
             yield _JsonLines(stack.enter_context(path.open("wb")))
 
@@ -121,21 +135,44 @@ class _JsonLines:
 
 
 class _Parquet:
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self._path, self._stack = path, stack
-        self._writer: Any = None
+    """Knows all answers before the first row is written: a file has one type for each column."""
 
-    def add(self, names: Row, body: bytes, first: int) -> int:
+    def __init__(
+        self, path: Path, stack: contextlib.ExitStack, answers: Iterator[tuple[Row, bytes]]
+    ) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = _numbered(names, body, first)
-        columns = map(list, zip(*rows, strict=True))
-        table = pa.table(dict(zip(names, columns, strict=True)))
-        if self._writer is None:
-            self._writer = self._stack.enter_context(pq.ParquetWriter(self._path, table.schema))
+        with _fitting():
+            schemas = [_arrow(names, body, 0).schema for names, body in answers]
+            self._schema = pa.unify_schemas(schemas, promote_options="permissive")
+        self._writer = stack.enter_context(pq.ParquetWriter(path, self._schema))
+
+    def add(self, names: Row, body: bytes, first: int) -> int:
+        with _fitting():
+            table = _arrow(names, body, first).cast(self._schema)
         self._writer.write_table(table)
-        return len(rows)
+        return int(table.num_rows)
+
+
+def _arrow(names: Row, body: bytes, first: int) -> Any:
+    import pyarrow as pa
+
+    columns = zip(*_numbered(names, body, first), strict=True)
+    return pa.table(dict(zip(names, map(list, columns), strict=True)))
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OverflowError) as err:
+        raise CommonweightError(
+            f"the answers do not fit into columns of one type: {err}",
+            "the same command with --out OUT.jsonl takes them as they are",
+        ) from err
 
 
 # --- peers and models --------------------------------------------------------------------------

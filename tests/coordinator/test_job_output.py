@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from coordinator.job_facts import Block, Given, JobSpec
 from coordinator.job_lane import JobLane
 from coordinator.job_output import merge
 from coordinator.jobs import Job, Unit
+from protocols.errors import CommonweightError
+from tests.other_letters import in_ascii
 
 TABLES: dict[str, list[list[Any]]] = {
     "numbers": [[0, 3, 0.25], [1, -4, 1e-9], [2, 0, 5.0]],
@@ -66,3 +69,53 @@ def test_parquet(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "out.parquet")
     assert table["row"].to_pylist() == list(range(6))
     assert table["class"].to_pylist() == [row[1] for row in TABLES["text"]] * 2
+
+
+def of_units(tmp_path: Path, *columns: list[Any]) -> tuple[Job, JobLane]:
+    """A job whose units answered with these values."""
+    units = {}
+    for n, values in enumerate(columns):
+        lines = [["row", "value"], *([row, value] for row, value in enumerate(values))]
+        body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        given = Given(digest=f"{n}", nbytes=len(body), rows=len(values), body=body)
+        units[n] = Unit(number=n, first=n, stop=n + 1, given={"ada": given}, verified=f"{n}")
+    blocks = tuple(Block(len(values), 1) for values in columns)
+    lane = JobLane(tmp_path / "jobs")
+    return Job(id="job", spec=JobSpec(kind="scatter", blocks=blocks), units=units), lane
+
+
+@pytest.mark.parametrize(
+    "columns", [([None, None], [1, 2]), ([1, 2], [0.5, None]), ([None], ["a"]), ([1], [None], [2])]
+)
+def test_a_column_has_one_type_in_all_units(tmp_path: Path, columns: tuple[list[Any], ...]) -> None:
+    pq = pytest.importorskip("pyarrow.parquet", reason="Parquet is of the extra tabular")
+    job, lane = of_units(tmp_path, *columns)
+    values = [value for column in columns for value in column]
+    assert merge(job, lane, tmp_path / "out.parquet") == len(values)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["value"].to_pylist() == values
+    assert table["row"].to_pylist() == list(range(len(values)))
+
+
+@pytest.mark.parametrize("columns", [([1, "a"],), ([1], ["a"]), ([[1]], [2]), ([2**70],)])
+def test_what_no_column_holds_is_told(tmp_path: Path, columns: tuple[list[Any], ...]) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet is of the extra tabular")
+    job, lane = of_units(tmp_path, *columns)
+    with pytest.raises(CommonweightError, match="do not fit") as caught:
+        merge(job, lane, tmp_path / "out.parquet")
+    assert "OUT.jsonl" in caught.value.hint
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
+    job, _ = of_units(tmp_path, ["Zürich", "東京"])
+    in_ascii(f"""
+        import msgspec
+        from pathlib import Path
+        from coordinator.job_lane import JobLane
+        from coordinator.job_output import merge
+        from coordinator.jobs import Job
+        job = msgspec.json.decode({msgspec.json.encode(job)!r}, type=Job)
+        merge(job, JobLane(Path({str(tmp_path / "jobs")!r})), Path({str(tmp_path / "out.csv")!r}))
+    """)
+    assert "東京" in (tmp_path / "out.csv").read_text(encoding="utf-8")
