@@ -291,7 +291,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _from_file(home: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads((home / FILE).read_text())
+        return tomllib.loads((home / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:

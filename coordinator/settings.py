@@ -123,7 +123,7 @@ def init(names: list[str]) -> tuple[Path, bool]:
 def keep_names(home: Path, names: list[str]) -> None:
     """Write the names under which agents reach this machine into the file: `up` certifies them."""
     try:
-        values = tomllib.loads((home / FILE).read_text())
+        values = tomllib.loads((home / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         values = {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:

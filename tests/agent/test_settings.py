@@ -12,6 +12,7 @@ from agent import settings
 from agent.settings import AgentSettings, Enrolment
 from protocols.errors import ExitCode, HomeFault, NotEnrolled, UsageFault
 from protocols.mqtt import MqttAddress
+from tests.other_letters import in_ascii
 
 
 def file(home: Path, text: str) -> None:
@@ -140,3 +141,12 @@ def test_a_damaged_enrolment_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / settings.ENROLLED).write_bytes(content)
     with pytest.raises(HomeFault, match="damaged"):
         settings.read_enrolment(tmp_path)
+
+
+def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
+    settings.change(tmp_path, data="/home/jürgen/data.csv")
+    in_ascii(f"""
+        from pathlib import Path
+        from agent import settings
+        assert settings.read(Path({str(tmp_path)!r})).data == "/home/j\\u00fcrgen/data.csv"
+    """)
