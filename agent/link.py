@@ -17,7 +17,7 @@ import os
 import time
 from base64 import b64encode
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -64,6 +64,8 @@ from protocols.messages import (
 )
 from protocols.mqtt import MqttAddress
 from protocols.sharing import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
+
+T = TypeVar("T")
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
@@ -253,8 +255,7 @@ class Link(Lane):
 
     def plan(self, digest: str, asked: PlanAsked) -> Plan:
         """Where a version can be had from, piece by piece."""
-        body, path = msgspec.json.encode(asked), PLAN_PATH.format(digest=digest)
-        return msgspec.json.decode(self._post(path, body), type=Plan)
+        return self._told(PLAN_PATH.format(digest=digest), asked, Plan)
 
     def tell_held(self, digest: str, held: Held) -> None:
         """Say that a version is here now, and who helped."""
@@ -262,8 +263,11 @@ class Link(Lane):
 
     def neighbours(self, asked: PlanAsked) -> Neighbours:
         """Whom to ask while the coordinator is away; it hears where this agent serves."""
-        answer = self._post(NEIGHBOURS_PATH, msgspec.json.encode(asked))
-        return msgspec.json.decode(answer, type=Neighbours)
+        return self._told(NEIGHBOURS_PATH, asked, Neighbours)
+
+    def _told(self, path: str, asked: PlanAsked, kind: type[T]) -> T:
+        with translated():
+            return msgspec.json.decode(self._post(path, msgspec.json.encode(asked)), type=kind)
 
     def _post(self, path: str, body: bytes) -> bytes:
         headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())

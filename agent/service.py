@@ -85,6 +85,7 @@ class Agent:
             enrolment,
             credentials,
             Heads(home / "cache", enrolment.coordinator_public),
+            certificate=lambda: self._sessions.certificate,
             presence=lambda: self._report.presence,
             address=lambda: self._sharing.asked().address,
         )

@@ -71,6 +71,11 @@ class Sessions:
         return self._link
 
     @property
+    def certificate(self) -> bytes:
+        """The node certificate of the moment: it is renewed now and then."""
+        return self._enrolment.certificate
+
+    @property
     def ends(self) -> tuple[str, str]:
         """The last connection's IP addresses, ours and the other's; empty before the first."""
         return self._link.ends if self._link else ("", "")

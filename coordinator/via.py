@@ -8,6 +8,7 @@ signs with its key. What it tells are words that each peer has signed of itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import http.client
 import ssl
@@ -30,6 +31,7 @@ from protocols.errors import BadMessage, NotRunning, Refused, UnknownName, Unrea
 from protocols.gossip import MOST_TOLD_BYTES, WORDS_PATH, Heard, Neighbours, Told, Words
 from protocols.identity import SigningKey
 from protocols.messages import Envelope, LogLine
+from protocols.reach import why
 
 BOOK = "neighbours.json"
 _TIMEOUT_S = 10.0
@@ -64,7 +66,7 @@ def _partner(given: Neighbours, word: str) -> _Partner:
         if word in (one.name, one.peer, one.address):
             return _Partner(one.name, one.address, frozenset({one.node_public}))
     host, _, port = word.rpartition(":")
-    if host and port.isdigit():  # it has moved: any of the fleet may answer there
+    if host and port.isdecimal():  # it has moved: any of the fleet may answer there
         return _Partner(word, word, frozenset(one.node_public for one in given.near))
     known = ", ".join(sorted(one.name for one in given.near)) or "none"
     raise UnknownName(
@@ -123,27 +125,31 @@ class ViaSource:
         digest = hashlib.sha256(body).hexdigest()
         headers = requests.headers(self._holder, self._key.sign, "POST", WORDS_PATH, digest)
         headers[gossip.PASS] = b64encode(self._pass).decode()
-        name, address = self._partner.name, self._partner.address
-        connection = _connection(address)
+        heard = self._answer(body, headers)
         try:
-            connection.connect()
-            shown = connection.sock.getpeercert(binary_form=True) or b""
-            if not any(identity.is_of_key(shown, key) for key in self._partner.keys):
-                raise Refused(f"somebody else than {name} answers at {address}")
-            connection.request("POST", WORDS_PATH, body=body, headers=headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise Refused(
-                    f"{name} refused ({answer.status})",
-                    "the pass may have ended: watch once while the coordinator is up",
-                )
-            return msgspec.msgpack.decode(answer.read(MOST_TOLD_BYTES), type=Told)
-        except (OSError, http.client.HTTPException) as err:
-            raise Unreachable(f"{name} does not answer at {address}: {err}") from err
+            return msgspec.msgpack.decode(heard, type=Told)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise BadMessage(f"{name} tells what is not understood: {err}") from err
-        finally:
-            connection.close()
+            raise BadMessage(f"{self._partner.name} tells what is not understood: {err}") from err
+
+    def _answer(self, body: bytes, headers: dict[str, str]) -> bytes:
+        name, address = self._partner.name, self._partner.address
+        try:
+            with contextlib.closing(_connection(address)) as connection:
+                connection.connect()
+                shown = connection.sock.getpeercert(binary_form=True) or b""
+                if not any(identity.is_of_key(shown, key) for key in self._partner.keys):
+                    raise Refused(f"somebody else than {name} answers at {address}")
+                connection.request("POST", WORDS_PATH, body=body, headers=headers)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise Refused(
+                        f"{name} refused ({answer.status})",
+                        "the pass may have ended: watch once while the coordinator is up",
+                    )
+                return answer.read(MOST_TOLD_BYTES)
+        # A host and port that somebody typed may be neither: UnicodeError, OverflowError.
+        except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
+            raise Unreachable(f"{name} does not answer at {address}: {why(err)}") from err
 
 
 def _connection(address: str) -> http.client.HTTPSConnection:

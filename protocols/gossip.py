@@ -18,6 +18,7 @@ from protocols import identity
 from protocols.errors import BadMessage
 from protocols.identity import NodeCertificate
 from protocols.messages import Count, Digest, Name, Presence, Sign, Work
+from protocols.sharing import Serving
 
 NEIGHBOURS_PATH = "/cw/v1/neighbours"
 WORDS_PATH = "/cw/v1/words"
@@ -30,10 +31,10 @@ MOST_NEIGHBOURS = 16
 #: Words that are remembered and told, the newest; each has at most so many bytes.
 MOST_WORDS, MOST_WORD_BYTES = 256, 8 * 1024
 MOST_TOLD_BYTES = 1 << 20
+#: What MessagePack adds to a word, and to all of them, at most.
+_FRAME_BYTES = 16
 #: A word may be dated so far ahead: clocks differ.
 _AHEAD_S = 600.0
-
-_Address = Annotated[str, Meta(max_length=128)]
 
 
 class Head(Struct, frozen=True, kw_only=True, order=True):
@@ -65,7 +66,7 @@ class Word(Struct, frozen=True, kw_only=True):
     at: Annotated[float, Meta(ge=0, le=2**40)]
     presence: Presence
     head: Head | None = None
-    address: _Address = ""
+    address: Serving = ""
 
 
 class _Spoken(Struct, frozen=True, kw_only=True):
@@ -96,7 +97,7 @@ class Neighbour(Struct, frozen=True, kw_only=True):
 
     peer: Name
     name: Name
-    address: _Address
+    address: Serving
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
 
@@ -194,9 +195,15 @@ class Words:
         """Every peer's newest word, the newest first."""
         return sorted(self._heard.values(), key=lambda heard: -heard.word.at)
 
-    def told(self) -> Told:
-        """What is told to others."""
-        return Told(words=tuple(heard.spoken for heard in self.all()))
+    def told(self, own: bytes) -> Told:
+        """What is told to others: one's `own` word, and the newest that one message can hold."""
+        words, left = [own], MOST_TOLD_BYTES - len(own) - _FRAME_BYTES
+        for heard in self.all()[: MOST_WORDS - 1]:
+            left -= len(heard.spoken) + _FRAME_BYTES
+            if left < 0:
+                break
+            words.append(heard.spoken)
+        return Told(words=tuple(words))
 
     def forget(self, peers: Iterable[str]) -> None:
         """These were removed from the fleet."""

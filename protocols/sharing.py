@@ -30,6 +30,16 @@ PLAN_PATH = "/cw/v1/plans/{digest}"
 HELD_PATH = "/cw/v1/plans/{digest}/held"
 PERMIT = "x-cw-permit"
 
+#: Where a peer serves: an IP address (IPv6 in brackets) and a port, or empty. What else a peer
+#: could write there would be looked up, or break who connects.
+Serving = Annotated[
+    str,
+    Meta(
+        max_length=128,
+        pattern=r"^((\d{1,3}(\.\d{1,3}){3}|\[[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,32})?\]):\d{1,5})?\Z",
+    ),
+]
+
 _Hosts = Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)]
 
 
@@ -40,7 +50,7 @@ class PlanAsked(Struct, frozen=True, kw_only=True):
     `faulty` are holders that failed it in this download: it is not given them again.
     """
 
-    address: Annotated[str, Meta(max_length=128)] = ""
+    address: Serving = ""
     networks: _Hosts = ()
     open: bool = False
     faulty: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
@@ -50,7 +60,7 @@ class Holder(Struct, frozen=True, kw_only=True):
     """A peer that has the version, or is fetching it; `node_public` (PEM) is the key to expect."""
 
     peer: Name
-    address: Annotated[str, Meta(max_length=128)]
+    address: Serving
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
 

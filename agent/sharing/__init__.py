@@ -20,6 +20,7 @@ from protocols.sharing import WORTH_SHARING_BYTES, PlanAsked, address_of
 
 log = logging.getLogger("commonweight.share")
 
+CERTIFICATE, PORT = "share.pem", "share.port"
 #: How often a machine that moves between networks looks where it is.
 _LOOK_S = 15.0
 
@@ -76,14 +77,12 @@ class Sharing:
         """Serve while there is a place to, and move with the machine; until cancelled."""
         if self.is_off:
             await asyncio.Event().wait()
-        certificate = self._home / "share.pem"
-        certify(certificate, self._credentials.node_key, self._credentials.peer)
         while True:
             here = await asyncio.to_thread(self._look)
             if here is None:
                 await asyncio.sleep(_LOOK_S)
             else:
-                await self._serve(here, certificate)
+                await self._serve(here)
 
     def _look(self) -> Place | None:
         """Where we may serve now."""
@@ -97,7 +96,7 @@ class Sharing:
         """Listen on the owner's port, else on that of the last time: peers remember it."""
         if self._port:
             return server.listen(host, self._port)
-        remembered = self._home / "share.port"
+        remembered = self._home / PORT
         try:
             return server.listen(host, int(remembered.read_text()))
         except (OSError, ValueError, OverflowError):
@@ -105,9 +104,11 @@ class Sharing:
         identity.write_private(remembered, str(port).encode())
         return port
 
-    async def _serve(self, here: Place, certificate: Path) -> None:
-        """Serve at this place until the machine has left it."""
-        server = PeerServer(
+    def _make_server(self) -> PeerServer:
+        """Raises OSError."""
+        certificate = self._home / CERTIFICATE
+        certify(certificate, self._credentials.node_key, self._credentials.peer)
+        return PeerServer(
             self.shelf,
             coordinator_public=self._coordinator_public,
             certificate=certificate,
@@ -115,7 +116,11 @@ class Sharing:
             bytes_per_s=self._bytes_per_s,
             hearsay=self._gossip,
         )
+
+    async def _serve(self, here: Place) -> None:
+        """Serve at this place until the machine has left it."""
         try:
+            server = self._make_server()
             port = self._listen(server, here.host)
         except OSError as err:
             log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)

@@ -43,7 +43,10 @@ class Known(NamedTuple):
 
 
 class Gossip:
-    """`presence()` is what this agent says of itself, `address()` where it serves, or empty."""
+    """`certificate()` is this agent's own, `presence()` what it says of itself.
+
+    `address()` is where it serves, or empty.
+    """
 
     def __init__(
         self,
@@ -51,11 +54,12 @@ class Gossip:
         enrolment: Enrolment,
         credentials: Credentials,
         heads: Heads,
+        certificate: Callable[[], bytes],
         presence: Callable[[], Presence],
         address: Callable[[], str] = lambda: "",
     ) -> None:
         self._file = home / FILE
-        self._certificate, self._credentials = enrolment.certificate, credentials
+        self._certificate, self._credentials = certificate, credentials
         self._coordinator_public = enrolment.coordinator_public
         self.heads = heads
         self._presence, self._address = presence, address
@@ -69,9 +73,12 @@ class Gossip:
             return None
 
     def learn(self, given: Neighbours) -> None:
-        """The coordinator has given this for a time without it. Raises OSError."""
+        """The coordinator has given this for a time without it; still to be kept."""
         self.given = given
         self._words.forget(given.removed)
+
+    def keep(self, given: Neighbours) -> None:
+        """Keep what was given for the next start (from any thread). Raises OSError."""
         write_private(self._file, msgspec.json.encode(given))
 
     def told(self) -> Told:
@@ -83,8 +90,8 @@ class Gossip:
             head=self.heads.newest(),
             address=self._address(),
         )
-        own = gossip.speak(word, self._certificate, self._credentials.sign_key.sign)
-        return Told(words=(own, *self._words.told().words)[: gossip.MOST_WORDS])
+        own = gossip.speak(word, self._certificate(), self._credentials.sign_key.sign)
+        return self._words.told(own)
 
     def take(self, told: Told) -> None:
         """Keep what is new and right of what somebody has told."""

@@ -25,7 +25,7 @@ from agent.sharing.asking import Asking
 from agent.sharing.gossip import Gossip
 from agent.versions import Versions
 from agent.worker import is_willing
-from protocols.errors import BadMessage, CommonweightError
+from protocols.errors import BadMessage, BadWeights, CommonweightError
 from protocols.gossip import Head, Neighbour, Told
 from protocols.messages import Work
 from protocols.room import check_room
@@ -36,11 +36,13 @@ _LOOK_S = 1.0
 #: Between two rounds of asking, first and at most.
 FIRST_S, MOST_S = 2.0, 60.0
 _ASKED_AT_ONCE = 2
-_HOLDERS_TRIED = 3
+#: In one round, and of each version: who lies, or serves nobody, holds up no other.
+_VERSIONS_TRIED, _HOLDERS_TRIED = 4, 3
 #: When the coordinator is asked for neighbours and a new pass again: soon in a session, as others
 #: may just have come, then so often. And after a failure.
 _LEARN_SOON_S, _LEARN_EVERY_S, _LEARN_AGAIN_S = (10.0, 60.0, 600.0), 3600.0, 60.0
-#: Versions that nobody could prove or send.
+#: Who did not answer may later; who has sent what is not the version is not asked for it soon.
+_SILENT_S, _WRONG_S = 60.0, 3600.0
 _MOST_FAILED = 256
 
 
@@ -63,7 +65,8 @@ class Spread:
         self._coordinator_public = coordinator_public
         self._loop, self._gossip, self._sharing = loop, hearsay, sharing
         self._versions, self._bandwidth, self._link = versions, bandwidth, link
-        self._failed: set[Head] = set()
+        #: By version and peer: until when (monotonic s) it is not asked for it again.
+        self._failed: dict[tuple[Head, str], float] = {}
         self._stocked = False
 
     async def run(self) -> None:
@@ -77,7 +80,7 @@ class Spread:
             if self._loop.worker.session:
                 address = self._sharing.asked().address
                 if now >= learn_at or address != learnt_as:
-                    done = await asyncio.to_thread(self._learn)
+                    done = await self._learn()
                     learn_at = now + (next(waits, _LEARN_EVERY_S) if done else _LEARN_AGAIN_S)
                     learnt_as = address
                 ask_at, every_s = now + FIRST_S, FIRST_S
@@ -88,10 +91,12 @@ class Spread:
                     ask_at = time.monotonic() + every_s * random.uniform(0.8, 1.2)
             await asyncio.sleep(_LOOK_S)
 
-    def _learn(self) -> bool:
+    async def _learn(self) -> bool:
         """Ask the coordinator whom to ask without it; False if that failed."""
         try:
-            self._gossip.learn(self._link().neighbours(self._sharing.asked()))
+            link, asked = self._link(), self._sharing.asked()
+            self._gossip.learn(given := await asyncio.to_thread(link.neighbours, asked))
+            await asyncio.to_thread(self._gossip.keep, given)
         except (CommonweightError, OSError) as err:
             log.debug("no neighbours from the coordinator: %s", err)
             return False
@@ -114,7 +119,8 @@ class Spread:
 
     def _stock(self) -> None:
         for kept in held(self._folder, self._coordinator_public):
-            self._sharing.shelf.put(kept.work.base, kept.path)
+            with contextlib.suppress(OSError):  # dropped meanwhile
+                self._sharing.shelf.put(kept.work.base, kept.path)
 
     def _asking(self, partner: Neighbour) -> Asking:
         assert self._gossip.given is not None
@@ -128,30 +134,40 @@ class Spread:
             return None
 
     async def _take_newest(self, partners: list[Neighbour]) -> bool:
-        """Fetch the newest version that a peer holds, if it is newer than ours."""
+        """Fetch the newest version that a peer sends, if it is newer than ours."""
         worker = self._loop.worker
         if worker.work is not None or not is_willing(worker):  # what it works on must stay here
             return False
-        own = self._gossip.heads.newest()
+        own, now = self._gossip.heads.newest(), time.monotonic()
         told = {word.peer: word.head for word, _, _ in self._gossip.heard() if word.head}
-        newer = {head for head in told.values() if own is None or head > own} - self._failed
-        if not newer:
-            return False
-        head = max(newer)
-        holders = [one for one in partners if told.get(one.peer) == head]
-        for holder in random.sample(holders, min(_HOLDERS_TRIED, len(holders))):
-            try:
-                await asyncio.to_thread(self._fetch, head, holder)
-            except (CommonweightError, OSError) as err:
-                log.info("version %d of %s does not come: %s", head.version, head.run, err)
+        holders: dict[Head, list[Neighbour]] = {}
+        for one in partners:
+            head = told.get(one.peer)
+            if head is None or (own is not None and head <= own):
                 continue
-            log.info("took version %d of %s from %s", head.version, head.run, holder.name)
-            return True
-        if holders:
-            self._failed.add(head)
-            while len(self._failed) > _MOST_FAILED:
-                self._failed.pop()
+            if self._failed.get((head, one.peer), 0.0) <= now:
+                holders.setdefault(head, []).append(one)
+        for head in sorted(holders, reverse=True)[:_VERSIONS_TRIED]:
+            near = holders[head]
+            for holder in random.sample(near, min(_HOLDERS_TRIED, len(near))):
+                if await self._took(head, holder):
+                    return True
         return False
+
+    async def _took(self, head: Head, holder: Neighbour) -> bool:
+        """Fetch a version from this peer; False if it does not come."""
+        try:
+            await asyncio.to_thread(self._fetch, head, holder)
+        except (CommonweightError, OSError) as err:
+            log.info("version %d of %s does not come: %s", head.version, head.run, err)
+            wait_s = _WRONG_S if isinstance(err, BadMessage | BadWeights) else _SILENT_S
+            self._failed.pop((head, holder.peer), None)
+            self._failed[head, holder.peer] = time.monotonic() + wait_s
+            while len(self._failed) > _MOST_FAILED:
+                del self._failed[next(iter(self._failed))]
+            return False
+        log.info("took version %d of %s from %s", head.version, head.run, holder.name)
+        return True
 
     def _fetch(self, head: Head, holder: Neighbour) -> None:
         """Bring a version and its proof. Raises CommonweightError, OSError."""

@@ -56,7 +56,7 @@ class Peer:
         self.credentials = credentials = site.credentials(self.machine)
         self.signs = identity.raw_public(self.machine.sign_key)
         self.public = public = identity.raw_public(site.sign_key)
-        self.serves_nobody = policy == "off"
+        self.serves_nobody = policy != "on"  # the address of all tests is no private network's
         self._enrolment = Enrolment(
             peer=self.machine.peer,
             name=name,
@@ -98,6 +98,7 @@ class Peer:
             self._enrolment,
             self.credentials,
             self.heads,
+            lambda: self._enrolment.certificate,
             lambda: IDLE,
             lambda: self.sharing.asked().address,
         )
@@ -135,7 +136,7 @@ async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
         for peer in peers:
             await until(lambda p=peer: p.serves_nobody or p.sharing.asked().address)
         for peer in (*peers, *peers):  # once more, now that all have told where they serve
-            assert await asyncio.to_thread(peer.spread._learn)
+            assert await peer.spread._learn()
         running = [asyncio.create_task(peer.spread.run()) for peer in peers]
         yield
     finally:

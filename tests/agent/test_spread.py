@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent import kept
+from agent import kept, sharing
+from agent.sharing import server
 from agent.sharing import spread as spreading
 from agent.sharing.asking import Asking
 from agent.sharing.gossip import FILE
@@ -18,8 +20,11 @@ from agent.worker import WorkBegan, WorkEnded
 from protocols import gossip, identity, weights
 from protocols.errors import Unreachable
 from protocols.gossip import Head, Neighbour, Pass, Told
-from tests.agent.lone_peers import Peer, made, until, without_coordinator
-from tests.site_fixtures import Site
+from protocols.messages import Presence
+from protocols.sharing import PlanAsked
+from protocols.states import PeerState
+from tests.agent.lone_peers import Peer, certificate, made, until, without_coordinator
+from tests.site_fixtures import Machine, Site
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +105,7 @@ async def test_a_peer_that_lies_about_what_it_holds(
     monkeypatch.setattr(rogue.heads, "newest", lambda: lie)
     rogue.sharing.shelf.put(real.digest, file)
     async with without_coordinator(ann, rogue):
-        await until(lambda: lie in ann.spread._failed)
+        await until(lambda: (lie, rogue.machine.peer) in ann.spread._failed)
         assert ann.heads.newest() == base
         assert {path.name for path in ann.cache.iterdir()} == {
             f"{base.digest}.safetensors",
@@ -141,7 +146,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
 
         site.registry.remove(eve.machine.peer, "a thief")
         assert await let_in(eve, eve.gossip.given.pass_)
-        assert await asyncio.to_thread(ann.spread._learn)
+        assert await ann.spread._learn()
         assert not await let_in(eve, eve.gossip.given.pass_)
         assert eve.machine.peer not in {one.peer for one in ann.gossip.partners()}
 
@@ -153,3 +158,87 @@ async def test_whom_to_ask_outlives_a_restart(site: Site, tmp_path: Path) -> Non
         assert [one.name for one in again.partners()] == ["bob"]
         (ann.home / FILE).write_text("{")
         assert ann.new_gossip().partners() == []
+
+
+async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    cyd, rogue = Peer(site, tmp_path, "cyd", "lan"), Peer(site, tmp_path, "rogue")
+    cyd.hold(9)  # in no private network now: it says so, and serves nobody
+    ann.hold(1)
+    lies = iter(range(100, 10_000))  # another one each time
+    monkeypatch.setattr(
+        rogue.heads,
+        "newest",
+        lambda: Head(since=1e12, run="mine", version=next(lies), digest="9" * 64),
+    )
+    newest = bob.hold(4)
+    async with without_coordinator(ann, bob, cyd, rogue):
+        await until(lambda: ann.gossip.known().heard == 3)
+        await until(lambda: ann.heads.newest() == newest)
+
+
+async def test_who_did_not_send_it_is_asked_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spreading, "_SILENT_S", 0.1)
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    newest = bob.hold(4)
+    file = bob.heads.path(newest.digest)
+    bob.spread._stocked = True  # it says that it holds what it cannot send yet
+    monkeypatch.setattr(server, "_PIECE_S", 0.05)
+    async with without_coordinator(ann, bob):
+        await until(lambda: (newest, bob.machine.peer) in ann.spread._failed)
+        bob.sharing.shelf.put(newest.digest, file)
+        await until(lambda: ann.heads.newest() == newest)
+
+
+@pytest.mark.parametrize("address", ["x", "h:1", f"{'a' * 70}:80", "127.0.0.1 :80", "[::1]:²"])
+async def test_an_address_that_is_none_harms_nobody(
+    site: Site, tmp_path: Path, address: str
+) -> None:
+    ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
+    nowhere = PlanAsked(address=address, open=True)
+    rogue.sharing.asked = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
+    with pytest.raises(Unreachable):  # nor at the coordinator's door
+        await asyncio.to_thread(rogue.link.neighbours, nowhere)
+    ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
+    assert await ann.spread._learn()
+    ann.gossip.take(rogue.gossip.told())
+    assert not ann.gossip.heard()
+    assert not await ann.spread._ask()
+    ann.link.close()
+    rogue.link.close()
+
+
+async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
+    ann = Peer(site, tmp_path, "ann")
+    tasks = tuple(f"{number:060}" for number in range(64))  # as many and as long as may be
+    long = Presence(state=PeerState.IDLE, tasks=tasks, reason="long " * 60)
+    for number in range(gossip.MOST_WORDS):
+        machine = Machine(f"m{number}")
+        word = gossip.Word(peer=machine.peer, at=time.time(), presence=long)
+        said = gossip.speak(word, certificate(site, machine), machine.sign_key.sign)
+        ann.gossip.take(Told(words=(said,)))
+    told = ann.gossip.told()
+    assert 100 < len(told.words) < len(ann.gossip.heard())
+    assert len(msgspec.msgpack.encode(told)) <= gossip.MOST_TOLD_BYTES
+    ann.link.close()
+
+
+async def test_an_agent_lives_without_a_certificate_to_share_with(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_LOOK_S", 0.01)
+    ann = Peer(site, tmp_path, "ann")
+    there = ann.home / sharing.CERTIFICATE
+    there.mkdir()  # it cannot be written, as on a full disk
+    running = asyncio.create_task(ann.sharing.run())
+    await asyncio.wait({running}, timeout=0.2)
+    assert not running.done()
+    there.rmdir()
+    await until(lambda: ann.sharing.asked().address)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    ann.link.close()

@@ -55,7 +55,7 @@ def test_the_newest_word_of_a_peer_counts() -> None:
     assert words.take([old, new], now) == 2
     assert words.take([old, new], now) == 0
     assert [heard.word.at for heard in words.all()] == [now]
-    assert words.told() == Told(words=(new,))
+    assert words.told(b"own") == Told(words=(b"own", new))
     assert words.take([spoken(now + 1)], now, but=[PEER]) == 0
     words.forget([PEER])
     assert not words.all()
@@ -105,7 +105,7 @@ def test_words_are_bounded() -> None:
         assert words.take([said], now) == 1
     assert len(words.all()) == MOST_WORDS
     assert f"{0:016x}" not in {heard.word.peer for heard in words.all()}
-    assert len(msgspec.msgpack.encode(words.told())) < gossip.MOST_TOLD_BYTES
+    assert len(msgspec.msgpack.encode(words.told(b""))) < gossip.MOST_TOLD_BYTES
 
 
 def test_versions_follow_each_other() -> None:
