@@ -15,6 +15,8 @@ import msgspec
 
 from agent import control
 from agent.settings import ENROLLED, Enrolment, write_enrolment
+from agent.sharing import CERTIFICATE
+from agent.sharing.gossip import FILE as NEIGHBOURS
 from protocols import VERSION, addresses, identity, tickets
 from protocols.errors import (
     BadMessage,
@@ -125,7 +127,7 @@ def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
 
 def _forget(home: Path) -> None:
     """Delete the keys and what was got for them. The enrolment goes first: without it, no agent."""
-    for file in (ENROLLED, *_KEYS, control.STATUS):
+    for file in (ENROLLED, *_KEYS, control.STATUS, NEIGHBOURS, CERTIFICATE):
         (home / file).unlink(missing_ok=True)
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from agent import enroll
 from agent.settings import ENROLLED, read_enrolment
+from agent.sharing import CERTIFICATE
+from agent.sharing.gossip import FILE
 from protocols import identity, tickets
 from protocols.errors import HomeFault, Refused, TicketMalformed, Unreachable
 from protocols.joining import CA_PATH, JOIN_PATH
@@ -133,6 +135,19 @@ def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home:
     second = join(home, site.ticket(), replace=True)
     assert second != first
     assert read_enrolment(home).peer == second
+
+
+@pytest.mark.parametrize("how", ["replace", "leave"])
+def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, how: str) -> None:
+    join(home, site.ticket())
+    for file in (FILE, CERTIFICATE):  # a pass and peers' addresses, and what its key has signed
+        identity.write_private(home / file, b"of the last fleet")
+    if how == "replace":
+        join(home, site.ticket(), replace=True)
+    else:
+        enroll.leave(home, read_enrolment(home), offline=True)
+    assert not (home / FILE).exists()
+    assert not (home / CERTIFICATE).exists()
 
 
 def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) -> None:
