@@ -30,22 +30,21 @@ _MOST_LISTED = 4096
 
 
 class _Place(NamedTuple):
-    at: float
     asked: PlanAsked
     outside: str  # the address that the coordinator sees
 
 
 class Neighbourhood:
-    """Who serves where. Pure; times are monotonic s."""
+    """Who serves where. Pure."""
 
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
 
-    def tell(self, peer: str, asked: PlanAsked, outside: str, now: float) -> None:
+    def tell(self, peer: str, asked: PlanAsked, outside: str) -> None:
         """A peer says where it serves, or that it does not."""
         self._places.pop(peer, None)
         if asked.address:
-            self._places[peer] = _Place(now, asked, outside)
+            self._places[peer] = _Place(asked, outside)
 
     def near(self, peer: str, asked: PlanAsked, outside: str) -> list[tuple[str, str]]:
         """(peer, address) of some that this one may ask, who told of it last first."""
@@ -84,20 +83,22 @@ class NeighbourDesk:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
                 raise HTTPException(400) from err
             outside = request.client.host if request.client else ""
-            self.book.tell(peer.peer, asked, outside, time.monotonic())
+            self.book.tell(peer.peer, asked, outside)
             near = self.book.near(peer.peer, asked, outside)
-            return self._answer(peer.peer, peer.sign_public, near)
+            return self._answer(peer.peer, peer.sign_public, near, words_only=False)
 
         async def of_operator(request: Request) -> Response:
             await auth.operator(request, changes=False)
             holder, public = auth.operator_key(request)
-            return self._answer(holder, public, self.book.everywhere())
+            return self._answer(holder, public, self.book.everywhere(), words_only=True)
 
         return [("POST", NEIGHBOURS_PATH, of_peer), ("GET", NEIGHBOURS_PATH, of_operator)]
 
-    def _answer(self, holder: str, public: bytes, near: list[tuple[str, str]]) -> Response:
-        known = self._registry.peers
-        given = Pass(holder=holder, sign_public=public, until=time.time() + gossip.PASS_S)
+    def _answer(
+        self, holder: str, public: bytes, near: list[tuple[str, str]], *, words_only: bool
+    ) -> Response:
+        known, until = self._registry.peers, time.time() + gossip.PASS_S
+        given = Pass(holder=holder, sign_public=public, until=until, words_only=words_only)
         removed = [p.peer for p in known.values() if p.standing == "removed"]
         removed += [o.operator for o in self._registry.operators.values() if o.removed]
         answer = Neighbours(

@@ -113,11 +113,15 @@ class Neighbours(Struct, frozen=True, kw_only=True):
 
 
 class Pass(Struct, frozen=True, kw_only=True):
-    """The coordinator's word that who holds this key may ask peers, until `until` (Unix s)."""
+    """The coordinator's word that who holds this key may ask peers, until `until` (Unix s).
+
+    `words_only`: who watches hears how the fleet is, and gets no version.
+    """
 
     holder: Name
     sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
     until: float
+    words_only: bool = False
 
 
 def issue(given: Pass, sign: Sign) -> bytes:

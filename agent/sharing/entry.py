@@ -1,8 +1,8 @@
 """Who may be served: the check of what peers ask.
 
 A permit of the coordinator lets its peer have one version; a pass, for a time without the
-coordinator, lets its holder hear words and have what this agent holds. Either names the key that
-the request must be signed with.
+coordinator, lets its holder hear words and, if it is a peer's, have what this agent holds. Either
+names the key that the request must be signed with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
         """
         now = time.time()
         try:
-            holder, key = self._bearer(headers, digest, now)
+            holder, key = self._bearer(path, headers, digest, now)
             signed = requests.read(method, path, headers, now)
         except (BadMessage, BadBase64, ValueError) as err:
             log.debug("refused %s: %s", path, err)
@@ -44,10 +44,14 @@ class Entry:
             return ""
         return signed.body_sha256
 
-    def _bearer(self, headers: dict[str, str], digest: str, now: float) -> tuple[str, bytes]:
+    def _bearer(
+        self, path: str, headers: dict[str, str], digest: str, now: float
+    ) -> tuple[str, bytes]:
         """Whose request this must be, and his key. Raises BadMessage, ValueError."""
         if gossip.PASS in headers and self._gossip is not None:
             given = self._gossip.admit(b64decode(headers[gossip.PASS], validate=True))
+            if given.words_only and path != gossip.WORDS_PATH:
+                raise BadMessage("the pass of who watches is for words alone")
             return given.holder, given.sign_public
         permit = sharing.read_permit(
             b64decode(headers.get(sharing.PERMIT, ""), validate=True),

@@ -8,12 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.sharing.asking import Asking
 from coordinator import via
+from coordinator.auth import OPERATOR
 from coordinator.plain import plain_table
 from coordinator.via import ViaSource
-from protocols import identity
+from protocols import identity, requests
 from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
-from protocols.gossip import NEIGHBOURS_PATH, Neighbours
+from protocols.gossip import NEIGHBOURS_PATH, Neighbours, Told
 from protocols.states import PeerState
 from tests.agent.lone_peers import Peer, until, without_coordinator
 from tests.site_fixtures import HOST, Site
@@ -67,6 +69,39 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
                 await source.stop_run("r")
             with pytest.raises(Unreachable):
                 await anext(aiter(source.messages()))
+
+
+async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+        head = ann.hold(3)
+
+        def sign(method: str, path: str, digest: str) -> dict[str, str]:
+            return requests.headers(OPERATOR, site.operator_key.sign, method, path, digest)
+
+        async with without_coordinator(ann, bob):
+            await until(lambda: bob.heads.newest() == head)
+            given = await told(site)
+            near = next(one for one in given.near if one.name == "ann")
+            asking = Asking(near, given.pass_, sign)
+            assert (await asyncio.to_thread(asking.words, Told())).words
+            with pytest.raises(Unreachable, match="401"):
+                await asyncio.to_thread(asking.proof, head.digest)
+            nbytes = ann.heads.path(head.digest).stat().st_size
+            part = tmp_path / "part"
+            with pytest.raises(Unreachable, match="401"):
+                await asyncio.to_thread(asking.version, head.digest, nbytes, part, lambda got: None)
+
+
+@pytest.mark.parametrize("word", ["127.0.0.1:70000", f"{'a' * 70}:80", "a b:80"])
+async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        home = home_of(site, tmp_path)
+        via.keep(home, await told(site))
+        with pytest.raises(Unreachable, match="does not answer at"):
+            await ViaSource(home, word).snapshot()
 
 
 async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
