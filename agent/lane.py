@@ -103,6 +103,8 @@ class Lane:
             check(answer.status)
             while left > 0 and (got := answer.read_into(buffer[: min(left, len(buffer))])):
                 self.bytes_down += got
+                if self._bandwidth is not None:
+                    self._bandwidth.received(got)
                 left -= got
                 yield bytes(buffer[:got])
 

@@ -117,6 +117,7 @@ class Agent:
             self._report,
             link=lambda: self._sessions.link,
             sharing=self._sharing,
+            received=self._bandwidth.received,
         )
         self._spread = Spread(
             home / "cache",

@@ -28,13 +28,19 @@ _LEFTOVERS = frozenset({".part", ".pieces", ".patch", ".made", ".spread"})
 class Versions:
     """A folder of versions by digest. `link` gives the session of the moment; blocking.
 
-    With `sharing`, large versions come piece by piece, from other peers too, and go to them.
+    With `sharing`, large versions come piece by piece, from other peers too, and go to them;
+    `received(n)` is told of what came from peers.
     """
 
     def __init__(
-        self, folder: Path, link: Callable[[], Link], sharing: Sharing | None = None
+        self,
+        folder: Path,
+        link: Callable[[], Link],
+        sharing: Sharing | None = None,
+        received: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self._folder, self._link, self._sharing = folder, link, sharing
+        self._received = received
         #: Those that this process has made or looked at: what a crash left may be anything.
         self._whole: set[str] = set()
 
@@ -64,6 +70,7 @@ class Versions:
                 ask=lambda faulty: link.plan(digest, sharing.asked(faulty)),
                 stream=link.stream,
                 sign=sharing.sign,
+                received=self._received,
             )
         except (BadMessage, OSError) as err:
             if is_full(err):

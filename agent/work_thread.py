@@ -69,6 +69,7 @@ class WorkThread:
         report: Report,
         link: Callable[[], Link],
         sharing: Sharing | None = None,
+        received: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self._home, self._loop, self._report, self._link = home, loop, report, link
         cache, outbox = home / "cache", home / "outbox"
@@ -93,7 +94,7 @@ class WorkThread:
         #: The trainer's rest that follows is not in force yet.
         self._gave_up = False
         self._heads = Heads(cache, enrolment.coordinator_public)
-        self.versions = versions = Versions(cache, link, sharing)
+        self.versions = versions = Versions(cache, link, sharing, received)
         self._client = Client(
             peer=enrolment.peer,
             sign=credentials.sign_key.sign,

@@ -31,13 +31,22 @@ class HolderLink:
     """Takes pieces from one holder until all are here or it is no help any more.
 
     `failed`: it sent wrong bytes, too many, or none in time. `rate`: bytes a second, 0 for none.
+    `received(n)` is told of bytes that came, and may make us wait.
     """
 
-    def __init__(self, holder: Holder, parts: Parts, plan: Plan, sign: SignRequest) -> None:
+    def __init__(
+        self,
+        holder: Holder,
+        parts: Parts,
+        plan: Plan,
+        sign: SignRequest,
+        received: Callable[[int], None],
+    ) -> None:
         self.peer = holder.peer
         self.failed = False
         self.rate = 0.0
         self._parts, self._plan, self._sign = parts, plan, sign
+        self._received = received
         self._connection = Pinned(holder.address, holder.node_public)
         self._thread = threading.Thread(
             target=self._work, name=f"holder {holder.peer}", daemon=True
@@ -69,6 +78,7 @@ class HolderLink:
                     continue
                 try:
                     data = _piece(self._connection, self._plan, self._sign, *parts.span(piece))
+                    self._received(len(data))
                     if not parts.put(piece, data):
                         raise BadWeights("wrong bytes")
                 except _NotYet:

@@ -36,8 +36,10 @@ class _Swarm:
         ask: Callable[[tuple[str, ...]], Plan],
         stream: Callable[[str, int, int], Iterator[bytes]],
         sign: SignRequest,
+        received: Callable[[int], None],
     ) -> None:
         self._parts, self._ask, self._stream, self._sign = parts, ask, stream, sign
+        self._received = received
         self._links: list[HolderLink] = []
         self._row = 1
         self._every_s = _PLAN_S
@@ -73,7 +75,8 @@ class _Swarm:
         working = {link.peer for link in self._links if link.is_working}
         for holder in plan.holders:
             if holder.peer not in working:
-                self._links.append(HolderLink(holder, self._parts, plan, self._sign))
+                link = HolderLink(holder, self._parts, plan, self._sign, self._received)
+                self._links.append(link)
 
     def _plan_again(self, helped: bool) -> None:
         """Ask who else could help, if this goes slowly or a holder has failed."""
@@ -125,10 +128,12 @@ def fetch(
     ask: Callable[[tuple[str, ...]], Plan],
     stream: Callable[[str, int, int], Iterator[bytes]],
     sign: SignRequest,
+    received: Callable[[int], None] = lambda nbytes: None,
 ) -> Held:
     """Bring the version into `part`; who helped, and who failed.
 
-    `ask(faulty)` gets a plan from the coordinator, `stream(digest, start, stop)` those bytes.
+    `ask(faulty)` gets a plan from the coordinator, `stream(digest, start, stop)` those bytes, and
+    `received(n)` is told of bytes from holders.
     Raises BadMessage, BadWeights, OSError and what these two raise; what has come stays in `part`.
     """
 
@@ -141,7 +146,7 @@ def fetch(
     part.touch(mode=0o600)
     parts = Parts(part, plan, shelf.begin(digest, part, nbytes))
     try:
-        swarm = _Swarm(plan, parts, asked, stream, sign)
+        swarm = _Swarm(plan, parts, asked, stream, sign, received)
         swarm.run()
         parts.sync()
     except BaseException:

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from agent.bandwidth import Bandwidth
 from agent.link import Link
 from agent.sharing import Sharing
 from agent.sharing.networks import Place
@@ -84,10 +85,13 @@ class Peer:
             credentials,
             identity.raw_public(site.sign_key),
         )
-        self.link = Link(credentials)
+        self.bandwidth = Bandwidth(home)
+        self.link = Link(credentials, self.bandwidth)
         self.folder = home / "cache"
         self.folder.mkdir()
-        self.versions = Versions(self.folder, lambda: self.link, self.sharing)
+        self.versions = Versions(
+            self.folder, lambda: self.link, self.sharing, self.bandwidth.received
+        )
 
     def fetch(self, digest: str) -> Path:
         return self.versions.fetch(digest, SIZE)
@@ -116,6 +120,8 @@ def test_a_version_crosses_the_coordinators_line_once(
         assert site.lane.bytes_down == SIZE
         assert sum(peer.sharing.bytes_sent for peer in fleet) == 2 * SIZE
         assert fleet[2].link.bytes_down == 0
+        # The owner's caps count what came, from wherever.
+        assert [peer.bandwidth.today() for peer in fleet] == [(0, SIZE)] * 3
 
 
 def test_who_is_still_fetching_passes_on_what_has_come(
