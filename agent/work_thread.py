@@ -5,6 +5,7 @@ Blocking, in the work thread; what others must know of it goes to the event loop
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable
@@ -93,6 +94,7 @@ class WorkThread:
         )
         #: The trainer's rest that follows is not in force yet.
         self._gave_up = False
+        self._resting: asyncio.TimerHandle | None = None
         self._heads = Heads(cache, enrolment.coordinator_public)
         self.versions = versions = Versions(cache, link, sharing, received)
         self._client = Client(
@@ -251,7 +253,10 @@ class WorkThread:
     def _rest_trainer(self, kind: str) -> None:
         """No more work for now: the trainer failed again and again."""
         self._loop.happened(TrainerGaveUp(kind))
-        self._loop.happens_in(TRAINER_REST_S, PauseLifted(frozenset({PauseReason.TRAINER})))
+        if self._resting is not None:  # the owner has ended that rest: its end is not this one's
+            self._resting.cancel()
+        lifted = PauseLifted(frozenset({PauseReason.TRAINER}))
+        self._resting = self._loop.happens_in(TRAINER_REST_S, lifted)
 
     def _progressed(self, progress: Progress) -> None:
         self._report.progress(self._loop.worker, progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import control, enroll, settings
+from agent import control, enroll, settings, work_thread
 from agent.control import Wish
 from agent.service import Agent
 from protocols import tickets
@@ -45,6 +45,19 @@ async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_pat
     assert agent._loop.worker.pauses == {PauseReason.OPERATOR}
     agent._on_command(Command(action="pause", for_s=0.01))
     await until(lambda: not agent._loop.worker.pauses)
+
+
+async def test_nor_is_that_of_the_trainers_rest(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = an_agent(site, tmp_path / "box")
+    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 0.01)
+    agent._work._rest_trainer("died")
+    agent._on_command(Command(action="resume"))
+    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 600.0)
+    agent._work._rest_trainer("died")
+    await asyncio.sleep(0.05)  # the first one's end has passed
+    assert agent._loop.worker.pauses == {PauseReason.TRAINER}
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
