@@ -29,7 +29,7 @@ from agent import (
 )
 from agent.cli_owner import Json, is_running, say
 from protocols import VERSION, crashes, entry, homes, output
-from protocols.errors import NotRunning, UsageFault
+from protocols.errors import NotRunning, Unreachable, UsageFault
 
 if TYPE_CHECKING:
     from agent.control import Status
@@ -144,8 +144,9 @@ def _ticket_text(given: str | None) -> str:
         if sys.stdin.isatty():
             from agent import discovery
 
-            for one in discovery.look(1.5):
-                say(f"in this network: {one.name} at {one.addresses[0]}")
+            with contextlib.suppress(Unreachable):  # a help for the question, no more
+                for one in discovery.look(1.5):
+                    say(f"in this network: {one.name} at {one.addresses[0]}")
         return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
     return entry.ticket_text(given)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from zeroconf import ServiceBrowser, ServiceListener, Zeroconf
+from zeroconf import Error, ServiceBrowser, ServiceListener, Zeroconf
 
 from protocols.announcing import SERVICE, read
-from protocols.errors import UnknownName
+from protocols.errors import UnknownName, Unreachable
 from protocols.sharing import address_of
 from protocols.tickets import Ticket
 
@@ -50,12 +50,21 @@ class _Listener(ServiceListener):
 
 
 def look(within_s: float = LISTEN_S, interfaces: list[str] | None = None) -> list[Found]:
-    """The coordinators that answer in that time, by name. `interfaces`: addresses, else all."""
+    """The coordinators that answer in that time, by name. `interfaces`: addresses, else all.
+
+    Raises Unreachable where nothing can be heard.
+    """
     listener = _Listener()
-    with Zeroconf(interfaces=interfaces) if interfaces else Zeroconf() as network:
-        browser = ServiceBrowser(network, SERVICE, listener)
-        time.sleep(within_s)
-        browser.cancel()
+    try:
+        with Zeroconf(interfaces=interfaces) if interfaces else Zeroconf() as network:
+            browser = ServiceBrowser(network, SERVICE, listener)
+            time.sleep(within_s)
+            browser.cancel()
+    except (OSError, RuntimeError, Error) as err:
+        raise Unreachable(
+            f"cannot look for coordinators in a network: {err}",
+            "use the whole ticket: commonweight ticket create",
+        ) from err
     return sorted(listener.found.values())
 
 

@@ -14,14 +14,32 @@ from protocols.announcing import SERVICE, properties
 
 log = logging.getLogger("commonweight.announce")
 
+AGAIN_S = 60.0
+
 
 async def announce(
     name: str, port: int, ca_sha256: bytes, addresses: Sequence[str], interfaces: Sequence[str] = ()
 ) -> None:
     """Say where the coordinator is until cancelled; then take it back.
 
-    `addresses` are IP addresses. `interfaces`: addresses on which to speak, else all.
+    `addresses` are IP addresses. `interfaces`: addresses on which to speak, else all. Where that
+    cannot be done, as before there is a network, it is tried again: training needs none of it.
     """
+    told = ""
+    while True:
+        try:
+            await _announced(name, port, ca_sha256, addresses, interfaces)
+        except (OSError, RuntimeError, Error, BadTypeInNameException) as err:
+            if str(err) != told:
+                told = str(err)
+                log.warning("cannot announce the coordinator in this network: %s", told)
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _announced(
+    name: str, port: int, ca_sha256: bytes, addresses: Sequence[str], interfaces: Sequence[str]
+) -> None:
+    """Announce it until cancelled. Raises RuntimeError (no network) and what zeroconf raises."""
     network = AsyncZeroconf(interfaces=list(interfaces)) if interfaces else AsyncZeroconf()
     try:
         host = "".join(letter if letter.isalnum() else "-" for letter in name)[:40] or "coordinator"
@@ -35,10 +53,6 @@ async def announce(
         )
         await network.async_register_service(info, allow_name_change=True)
         log.info("announced in this network: commonweight-agent join finds it")
-        await asyncio.Event().wait()
-    except (OSError, Error, BadTypeInNameException) as err:
-        # Training needs no announcement.
-        log.warning("cannot announce the coordinator in this network: %s", err)
         await asyncio.Event().wait()
     finally:
         await network.async_close()

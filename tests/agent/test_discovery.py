@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,17 +12,20 @@ import pytest
 
 from agent import discovery, enroll
 from agent.discovery import Found
+from coordinator import announce as announcing
 from coordinator.announce import announce, own_addresses
 from protocols import identity, tickets
 from protocols.announcing import properties, read
-from protocols.errors import Refused, TicketMalformed, UnknownName
-from tests.site_fixtures import HOST, Site
+from protocols.errors import Refused, TicketMalformed, UnknownName, Unreachable
+from tests.site_fixtures import HOST, Site, until
 
 
 @contextmanager
-def announced(name: str, port: int, ca_sha256: bytes) -> Iterator[None]:
+def announced(
+    name: str, port: int, ca_sha256: bytes, on: Sequence[str] = (HOST,)
+) -> Iterator[None]:
     loop = asyncio.new_event_loop()
-    task = loop.create_task(announce(name, port, ca_sha256, [HOST], [HOST]))
+    task = loop.create_task(announce(name, port, ca_sha256, [HOST], on))
     thread = threading.Thread(target=lambda: loop.run_until_complete(_quietly(task)))
     thread.start()
     try:
@@ -97,3 +100,24 @@ def test_a_code_that_is_cut_or_mistyped_is_told_before_anything_is_asked() -> No
 
 def test_only_addresses_are_announced() -> None:
     assert own_addresses(["box", "192.168.1.5", "fe80::1"]) == ["192.168.1.5", "fe80::1"]
+
+
+#: Of the block for documentation: no machine has it.
+NOBODYS = "203.0.113.7"
+
+
+def test_where_there_is_no_network_yet_it_is_announced_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(announcing, "AGAIN_S", 0.1)
+    interfaces = [NOBODYS]
+    with announced("own", 1, bytes(32), interfaces):
+        until(lambda: "cannot announce" in caplog.text)
+        interfaces[:] = [HOST]
+        assert [one.name for one in seen(at_least=1)] == ["own"]
+
+
+def test_where_nothing_can_be_heard_that_is_told() -> None:
+    with pytest.raises(Unreachable, match="cannot look") as told:
+        discovery.look(0.1, [NOBODYS])
+    assert "whole ticket" in told.value.hint
