@@ -31,6 +31,7 @@ from protocols.reach import why
 from protocols.tickets import Ticket
 
 _TIMEOUT_S = 10.0
+_MOST_CA_BYTES = 64 * 1024
 _KEYS = ("sign.key", "node.key")
 _NEW = ".new"
 
@@ -149,16 +150,16 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
         for address in ticket.addresses:
             try:
-                answer = http.get(f"https://{address}{CA_PATH}").raise_for_status()
+                ca_pem = _ca_at(http, address)
             except (httpx.HTTPError, httpx.InvalidURL) as err:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue
             try:
-                genuine = tickets.is_genuine(ticket, identity.ca_fingerprint(answer.content))
+                genuine = tickets.is_genuine(ticket, identity.ca_fingerprint(ca_pem))
             except BadMessage:
                 genuine = False
             if genuine:
-                return address, answer.content
+                return address, ca_pem
             strangers.append(address)  # another address may do better
     if strangers:
         raise Refused(
@@ -169,6 +170,18 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
         f"no coordinator answers: {'; '.join(tried)}",
         "is it up (commonweight up), and can this machine reach it?",
     )
+
+
+def _ca_at(http: httpx.Client, address: str) -> bytes:
+    """What is shown as a CA there; of more than one can have, no more. Raises httpx.HTTPError."""
+    shown = bytearray()
+    with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
+        answer.raise_for_status()
+        for piece in answer.iter_raw():
+            shown += piece
+            if len(shown) > _MOST_CA_BYTES:
+                break
+    return bytes(shown)
 
 
 def _ask(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:

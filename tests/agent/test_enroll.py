@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from agent import enroll
 from agent.settings import ENROLLED, read_enrolment
 from agent.sharing import CERTIFICATE
 from agent.sharing.gossip import FILE
+from agent.sharing.server import certify
 from protocols import identity, tickets
 from protocols.errors import HomeFault, Refused, TicketMalformed, Unreachable
 from protocols.joining import CA_PATH, JOIN_PATH
@@ -216,3 +219,35 @@ def test_a_waiting_machine_is_told(tmp_path: Path, home: Path) -> None:
     with Site(tmp_path / "careful", approve=True).up() as careful:
         _, awaiting = enroll.join(home, tickets.encode(careful.ticket()), name="box", labels={})
     assert awaiting
+
+
+def test_of_a_certificate_without_end_little_is_read(
+    site: Site, home: Path, tmp_path: Path
+) -> None:
+    key = identity.new_node_key()
+    identity.save_key(tmp_path / "own.key", key)
+    certify(tmp_path / "own.pem", key, "forger")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem", tmp_path / "own.key")
+    sent = 0
+
+    def answer(listener: socket.socket) -> None:
+        nonlocal sent
+        with contextlib.suppress(OSError):
+            accepted, _ = listener.accept()
+            with context.wrap_socket(accepted, server_side=True) as call:
+                call.recv(65536)
+                call.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while sent < 256 << 20:
+                    call.sendall(bytes(65536))
+                    sent += 65536
+
+    with socket.create_server((HOST, 0)) as listener:
+        forger = threading.Thread(target=answer, args=(listener,))
+        forger.start()
+        address = f"{HOST}:{listener.getsockname()[1]}"
+        ticket = msgspec.structs.replace(site.ticket(), addresses=(address,))
+        with pytest.raises(Refused, match="is not the coordinator"):
+            join(home, ticket)
+        forger.join(20)
+    assert sent < 32 << 20
