@@ -104,7 +104,7 @@ def _scattered(
         blocks=given.blocks,
         quorum=quorum,
     )
-    job = _ended(remote, _same(remote, spec) or remote.start_job(spec), quiet=json)
+    job = _ended(remote, _same(remote, spec, lane) or remote.start_job(spec), quiet=json)
     if job.state != "finished":
         raise CommonweightError(
             f"job {job.id} {job.state}: {job.ended_because}",
@@ -120,17 +120,18 @@ def _scattered(
         sys.stderr.write(f"wrote {rows:,} answers to {out}\n")
 
 
-def _same(remote: Any, spec: Any) -> str:
+def _same(remote: Any, spec: Any, lane: Any) -> str:
     """The job that was asked the same before and whose answers nobody has taken, or none.
 
-    One that had ended early is made to go on.
+    One that had ended early is made to go on; one whose answers were dropped is of no use.
     """
     from msgspec.structs import replace
 
     for job in reversed(remote.jobs()):
         old = job.spec
         models = tuple(replace(model, nbytes=0) for model in old.models)
-        if not job.taken and replace(old, models=models, names=spec.names) == spec:
+        same = not job.taken and replace(old, models=models, names=spec.names) == spec
+        if same and all(map(lane.has, job.on_disk)):
             if job.state in ("stopped", "failed"):
                 remote.resume_job(job.id)
             return str(job.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from coordinator import job_facts, job_output
+from coordinator.cli_jobs import _same
 from coordinator.job_facts import PREFIX, Block, JobSpec, JobState
 from coordinator.job_input import prepare
 from coordinator.jobs import Job
 from coordinator.ledger import Ledger
+from coordinator.remote import Remote
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 from protocols.jobs import Model
 from tests.hub_fixtures import (
@@ -131,6 +135,8 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coordinator.job_queue._KEPT_JOBS", 1)
+    for side in ("agent.jobs", "coordinator.job_lane"):
+        monkeypatch.setattr(f"{side}.INLINE_BYTES", 64)  # so answers are files
     async with fleet_of(tmp_path, THREE[0]) as fleet:
         folder = fleet.home / "jobs" / "versions"
         jobs = []
@@ -143,6 +149,19 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
         just_prepared.write_bytes(b"a,b\n1,2\n")
         fleet.hub.jobs._sweep()
         assert {path.stem for path in folder.iterdir()} == jobs[-1].on_disk | {just_prepared.stem}
+
+        def asked_again(job: Job) -> str:
+            """As `commonweight infer --scatter` looks for what was asked before."""
+            fleet.hub.job_lane.version(job.spec.input).touch()
+            remote, model = Remote(fleet.home), job.spec.models[0]
+            spec = replace(job.spec, models=(Model(model.digest, 0),))
+            try:
+                return _same(remote, spec, fleet.hub.job_lane)
+            finally:
+                remote.close()
+
+        assert await asyncio.to_thread(asked_again, jobs[-1]) == jobs[-1].id
+        assert await asyncio.to_thread(asked_again, jobs[0]) == "", "its answers are dropped"
 
 
 async def test_a_peer_that_dies_and_one_that_dawdles_cost_no_row(tmp_path: Path) -> None:
