@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,7 +28,7 @@ from coordinator.orders import RunOrder, TicketOrder, WatchAnswer
 from coordinator.runs import Run
 from coordinator.watch import Action
 from protocols import identity, requests
-from protocols.errors import CommonweightError, NotRunning, Unreachable
+from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
 from protocols.gossip import NEIGHBOURS_PATH, Neighbours
 from protocols.messages import Command, Envelope, JobChanged, LogLine, PeerKnown
 from protocols.reach import why
@@ -44,7 +43,7 @@ _KEEP_EVERY_S = 600.0
 class Remote:
     """A coordinator that runs over `home`, or that it has access to.
 
-    Every method raises Unreachable, Refused, UsageFault.
+    Every method raises Unreachable, Refused, UsageFault, and BadMessage: of another version.
 
     Raises NotRunning when the home says that none is up.
     """
@@ -70,8 +69,7 @@ class Remote:
         return self._get("/cw/v1/watch", WatchAnswer)
 
     def start_run(self, order: RunOrder) -> str:
-        answer = self._ask("POST", "/cw/v1/runs", msgspec.json.encode(order))
-        return str(json.loads(answer)["run"])
+        return self._post("/cw/v1/runs", order)["run"]
 
     def runs(self) -> list[Run]:
         return self._get("/cw/v1/runs", list[Run])
@@ -138,11 +136,10 @@ class Remote:
         self._ask("POST", f"/cw/v1/operators/{operator}/remove")
 
     def _get(self, path: str, kind: type[T]) -> T:
-        return msgspec.json.decode(self._ask("GET", path), type=kind)
+        return _decoded(self._ask("GET", path), kind)
 
     def _post(self, path: str, body: Any) -> dict[str, str]:
-        answer: dict[str, str] = json.loads(self._ask("POST", path, msgspec.json.encode(body)))
-        return answer
+        return _decoded(self._ask("POST", path, msgspec.json.encode(body)), dict[str, str])
 
     def _ask(self, method: str, path: str, body: bytes = b"") -> bytes:
         """The answer of the first address that gives one; it is asked first from then on."""
@@ -171,6 +168,16 @@ class Remote:
         raise Unreachable(
             f"the coordinator does not answer: {'; '.join(tried)}", "is it running? commonweight up"
         )
+
+
+def _decoded(answer: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(
+            f"the coordinator's answer is not understood: {err}",
+            "it may be of another version: commonweight doctor",
+        ) from err
 
 
 class LiveSource:

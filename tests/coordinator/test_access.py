@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
+from starlette.responses import JSONResponse
 
 from agent.link import Link
-from coordinator import access
+from coordinator import access, operator_api
 from coordinator.access import Access
 from coordinator.facts import RunSpec
 from coordinator.job_facts import JobSpec
@@ -19,7 +21,14 @@ from coordinator.log_desk import LogDesk
 from coordinator.orders import RunOrder, TicketOrder
 from coordinator.remote import Remote
 from protocols import identity, tickets
-from protocols.errors import CommonweightError, ExitCode, Refused, UnknownName, Unreachable
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    ExitCode,
+    Refused,
+    UnknownName,
+    Unreachable,
+)
 from protocols.messages import Command, LogLine, LogsAsked, LogsTold
 from tests.site_fixtures import Machine, Site
 
@@ -102,6 +111,18 @@ def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> No
     with pytest.raises(CommonweightError) as unknown:
         remote.approve("south")
     assert (unknown.value.code, unknown.value.exit_code) == ("unknown_name", ExitCode.USAGE)
+
+
+def test_the_answer_of_another_version_is_told_in_words(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = joined(site, "operator")
+    monkeypatch.setattr(operator_api, "json_answer", lambda _: JSONResponse("new"))
+    ticket = partial(remote.make_ticket, TicketOrder())
+    for ask in (remote.watch, remote.peers, remote.tickets, remote.operators, ticket):
+        with pytest.raises(BadMessage, match="not understood") as told:
+            ask()
+        assert "another version" in told.value.hint
 
 
 def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
