@@ -115,6 +115,14 @@ def measure(expected: Expected, open_update: Callable[[], Readable], base: Reada
     return distance(update, base)
 
 
+def check_measured(run: Run, claim: UpdateClaim, norm: float) -> None:
+    """Raise UpdateRefused if what the strategy makes of an update so far away is no number."""
+    if claim.kind == "train":
+        recipe = strategies.find(run.spec.strategy)
+        if fault := recipe.fault(run.spec.strategy_args, claim.metrics, norm):
+            raise UpdateRefused("bad metrics", fault)
+
+
 def _of_schema(expected: Expected, open_update: Callable[[], R]) -> R:
     try:
         update = open_update()

@@ -59,6 +59,7 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
     norm = 0.0
     if expected.kind != "evaluate":
         norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
+        gate.check_measured(run, claim, norm)
         if expected.kind in ("init", "recall"):
             around.lane.adopt(peer, claim.digest)
             model.learn(claim.digest)

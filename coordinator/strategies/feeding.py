@@ -101,6 +101,7 @@ def _written(
     state_after: dict[str, str],
 ) -> Generator[Piece, None, None]:
     schema, slots = work.base.schema, recipe.slots(strategy)
+    surely_finite = recipe.feed == "mean" and not slots and _is_mean(recipe, work)
     known = {slot: digest for slot, digest in state.items() if slot in slots}
     # Also before the first version: what was begun and failed must leave no trace.
     if recipe.remembered(strategy) is not None:
@@ -109,12 +110,19 @@ def _written(
     with states.open(known, schema) as before, states.write(slots, schema) as after:
         feed = {"mean": _by_mean, "parts": _by_parts, "models": _by_models}[recipe.feed]
         for piece in feed(recipe, strategy, work, before, after):
-            if recipe.feed != "mean" or slots:  # a mean of finite updates is finite
+            if not surely_finite:
                 _check_finite(piece, schema)
             yield piece
     state_after.update(after.digests)
     if (remembered := recipe.remembered(strategy)) is not None:
         state_after[OWN] = states.save(Weights(remembered))
+
+
+def _is_mean(recipe: Recipe, work: Work) -> bool:
+    """True if the mean is one of updates as the gate has found them, finite: so is it then."""
+    moved = any(isinstance(update, aggregate.Moved) for update in work.updates)
+    as_sent = type(recipe).seen is Recipe.seen and not moved
+    return as_sent and all(scale <= 1 for scale in work.scale)
 
 
 # --- the three ways --------------------------------------------------------------------------

@@ -183,6 +183,10 @@ class Recipe:
         """A metric, 0 or more, that every update must tell for it; or empty."""
         return ""
 
+    def fault(self, given: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
+        """What is wrong with an update so far from its base, and its metrics; or empty."""
+        return ""
+
     def seen(
         self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
     ) -> Readable:

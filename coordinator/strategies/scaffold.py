@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
+#: No element of a control variate, which is float32 or wider, is beyond it.
+_MOST = float(np.finfo(np.float32).max)
+
+
 class Scaffold(Recipe):
     #: c_i⁺ as the gradient at the version (1), or as the mean of those on the way: sent (2) or
     #: made by the coordinator (3).
@@ -44,6 +48,12 @@ class Scaffold(Recipe):
 
     def metric(self, given: Mapping[str, Setting]) -> str:
         return schemes.PATH if self.arguments(given)["option"] == 3 else ""
+
+    def fault(self, given: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
+        path = metrics.get(schemes.PATH) if self.metric(given) else None
+        if path and not norm / path <= _MOST:
+            return f"a {schemes.PATH} of {path:g} for a change of {norm:g} makes infinities"
+        return ""
 
     def seen(
         self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics

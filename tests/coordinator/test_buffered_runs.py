@@ -266,3 +266,15 @@ async def test_a_slow_peer_is_asked_once_in_a_time(tmp_path: Path) -> None:
         slow.open()
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
+
+
+async def test_what_is_moved_beyond_all_numbers_is_no_version(tmp_path: Path) -> None:
+    """Each update is finite; three times its change is not."""
+    async with fleet_of(tmp_path, THREE[0]) as fleet:
+        huge = Weights({n: np.full_like(a, 3e38) for n, a in first_weights(5, 7).items()})
+        fleet.agents[0].trainer.step = lambda model, data: huge
+        run = await fleet.finished(start(fleet, rounds=1, buffer=1, server_lr=3.0))
+        assert run.state is RunState.FAILED
+        assert "not finite" in run.ended_because
+        version = fleet.version(run.head)
+        assert all(np.isfinite(version[name]).all() for name in version)

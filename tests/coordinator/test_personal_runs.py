@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from agent.frames import Done
 from agent.tasks import DataSettings, finding
 from coordinator.facts import RunSpec
 from protocols import schemes, weights
@@ -135,6 +137,26 @@ async def test_controls_that_the_coordinator_makes_cost_no_bytes(tmp_path: Path)
         steered = await finished(fleet, strategy="scaffold", strategy_args=args, **spec)
         assert [r.bytes_up for r in steered.history] == [r.bytes_up for r in plain.history]
         assert np.asarray(fleet.version(steered.head)["control:=w"]).any()
+
+
+class Liar(InProcess):
+    """Tells that it has gone next to nowhere, so that what follows from that is infinite."""
+
+    def train(self, *arguments: Any) -> Done:
+        done = super().train(*arguments)
+        return replace(done, metrics={**done.metrics, schemes.PATH: 1e-300})
+
+
+async def test_no_path_makes_infinite_controls(tmp_path: Path) -> None:
+    async with trainers(tmp_path) as fleet:
+        fleet.agents[0].client._trainer = Liar(DataSettings(index=0))  # type: ignore[union-attr]
+        spec: dict[str, Any] = {"strategy": "scaffold", "strategy_args": {"option": 3}}
+        run = await fleet.finished(fleet.start(quorum=2, rounds=2, deadline_s=5.0, **spec))
+        assert run.state is RunState.FINISHED, run.ended_because
+        liar = fleet.agents[0].peer
+        assert fleet.refusals(run.id) == [(n, liar, "bad metrics") for n in (1, 2)]
+        version = fleet.version(run.head)
+        assert all(np.isfinite(version[name]).all() for name in version)
 
 
 async def test_layers_that_stay_at_home_are_in_no_version(tmp_path: Path) -> None:
