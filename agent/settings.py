@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli_w
@@ -230,11 +230,23 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
     )
 
 
+def _wrong(said: str, values: Mapping[str, Any]) -> str:
+    """What msgspec says of a value, as a sentence about its setting."""
+    why, _, place = said.partition(" - at `$.")
+    name = place.rstrip("`").partition("[")[0]
+    if name not in values:
+        return f"a setting is not right: {said}"
+    kind = get_type_hints(AgentSettings)[name]
+    if get_origin(kind) is Literal:
+        return f"{name} is {', '.join(map(str, get_args(kind)))}; not {values[name]!r}"
+    return f"{name} is not right: {why}, not {values[name]!r}"
+
+
 def _checked(values: dict[str, Any], hint: str) -> AgentSettings:
     try:
         chosen = msgspec.convert(values, AgentSettings, strict=False)
     except msgspec.ValidationError as err:
-        raise UsageFault(f"a setting is not right: {err}", hint) from err
+        raise UsageFault(_wrong(str(err), values), hint) from err
     if chosen.part >= chosen.parts:
         raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     hours.parse(chosen.hours)

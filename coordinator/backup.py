@@ -98,7 +98,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
             os.link(part, out)  # unlike a rename it replaces nothing
             sync_folder(out.parent)
         except OSError as err:
-            raise HomeFault(f"cannot write the backup {out}: {err}") from err
+            raise HomeFault(f"cannot write the backup {out}: {err.strerror}") from err
         finally:
             part.unlink(missing_ok=True)
     return manifest

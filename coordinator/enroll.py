@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from coordinator.ledger import Ledger
 from protocols import compat, identity
-from protocols.errors import BadMessage, Refused, UnknownName
+from protocols.errors import BadMessage, CannotBeMet, Refused, UnknownName
 from protocols.joining import Joining, OperatorJoining, claimed, operator_claimed
 from protocols.tickets import Ticket, hash_secret
 
@@ -256,6 +256,15 @@ class Registry:
 
     def enrolled(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.standing == "enrolled"]
+
+    def check_quorum(self, quorum: int) -> None:
+        """Raises CannotBeMet for one that the peers enrolled now can never meet."""
+        there = len(self.enrolled())
+        if not 1 <= quorum <= max(there, 1):
+            raise CannotBeMet(
+                f"a quorum of {quorum} cannot be met: {there} enrolled",
+                "lower --quorum, or let more machines join first",
+            )
 
     def verify(self, peer_id: str, signature: bytes, message: bytes) -> bool:
         """True if an enrolled or waiting peer of this id signed `message`."""

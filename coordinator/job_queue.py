@@ -136,12 +136,7 @@ class JobQueue:
         if spec.kind == "scatter":
             if not spec.blocks or not self._lane.has(spec.input):
                 raise UsageFault("the job has no input")
-            enrolled = len(self._registry.enrolled())
-            if not 1 <= spec.quorum <= max(enrolled, 1):
-                raise CannotBeMet(
-                    f"a quorum of {spec.quorum} cannot be met: {enrolled} peers are enrolled",
-                    "lower --quorum, or let more machines join first",
-                )
+            self._registry.check_quorum(spec.quorum)
             return spec
         peers = spec.peers or tuple(sorted(self._around.eligible()))
         if not peers:

@@ -148,12 +148,7 @@ class RunQueue:
         codecs.find(spec.codec)
         if spec.rounds < 1:
             raise UsageFault("a run has at least one round")
-        enrolled = len(self._registry.enrolled())
-        if not 1 <= spec.quorum <= max(enrolled, 1):
-            raise CannotBeMet(
-                f"a quorum of {spec.quorum} cannot be met: {enrolled} peers are enrolled",
-                "lower --quorum, or let more machines join first",
-            )
+        self._registry.check_quorum(spec.quorum)
         if not spec.deadline_s > 0:
             raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
         if spec.select and not 1 <= spec.select <= 10:

@@ -150,3 +150,18 @@ def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
         from agent import settings
         assert settings.read(Path({str(tmp_path)!r})).data == "/home/j\\u00fcrgen/data.csv"
     """)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("battery", "maybe", "battery is always, auto, never; not 'maybe'"),
+        ("cpu_share", "200", "cpu_share is not right: .* <= 1.0, not '200'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(settings.PREFIX + name.upper(), value)
+    with pytest.raises(UsageFault, match=words):
+        settings.read(tmp_path)
