@@ -48,6 +48,7 @@ STATES = {
             "help": ("question_mark",),
             "question": ("down", "ctrl+d"),
             "form": ("n",),
+            "form-wrong": ("n", "ctrl+s"),
             "ticket": ("t",),
             "job": ("4", "j"),
             "stop-job": ("4", "X"),
@@ -131,7 +132,6 @@ async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
     await still(pilot)
 
 
-@pytest.mark.long  # its picture without a broker differs once in a few runs
 async def test_the_ways_to_the_fleet(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
     await _links("dark", album, monkeypatch)
 
@@ -175,6 +175,8 @@ async def _links(look: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> No
     app = app_of(source, look, monkeypatch)
     async with app.run_test(size=SIZES[0]) as pilot:
         await until(pilot, lambda: app.following.http and not app.following.stream)
+        await held(app, pilot)
+        app._draw_ages()  # the alerts come with it, and are among the latest events
         await tour(pilot, album, name("brokerless"), {"fleet": ()})
 
 
