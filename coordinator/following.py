@@ -149,7 +149,12 @@ class Following:
         for envelope in self._since_fetch:
             fold(fleet, envelope, now)
         self._since_fetch.clear()
-        self.fleet, self.fresh_at = fleet, now
+        if self.fleet is None:
+            self.fleet = fleet
+        else:  # the same object for ever: whoever has drawn it keeps no old one alive
+            for name in fleet.__struct_fields__:
+                setattr(self.fleet, name, getattr(fleet, name))
+        self.fresh_at = now
         self.http, self.whole, self.trouble = True, True, None
         self._fetching = False
 

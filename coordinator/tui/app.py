@@ -303,7 +303,7 @@ class MonitorApp(MonitorView):
             yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
         yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
-    @on(CellTable.Chosen)
+    @on(CellTable.Chosen, "#peers")
     def _open_peer(self) -> None:
         if (peer := self._main(FleetPage).under_cursor) is not None:
             self._show_peer(peer)

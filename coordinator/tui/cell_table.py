@@ -33,6 +33,7 @@ class CellTable(ScrollView, can_focus=True):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"cells--cursor", "cells--hover"}
     DEFAULT_CSS = """
+    CellTable { overflow-x: hidden; }
     CellTable > .cells--cursor { background: $block-cursor-background; }
     CellTable > .cells--hover { background: $panel; }
     """
@@ -51,6 +52,14 @@ class CellTable(ScrollView, can_focus=True):
 
     class Chosen(Message):
         """Enter, or a click on the row under the cursor."""
+
+        def __init__(self, table: CellTable) -> None:
+            super().__init__()
+            self.table = table
+
+        @property
+        def control(self) -> CellTable:
+            return self.table
 
     class Moved(Message):
         """Another row is under the cursor."""
@@ -164,7 +173,7 @@ class CellTable(ScrollView, can_focus=True):
         self.move_cursor(len(self.order) if way > 0 else 0)
 
     def action_choose(self) -> None:
-        self.post_message(self.Chosen())
+        self.post_message(self.Chosen(self))
 
     def on_click(self, event: Click) -> None:
         row = self.scroll_offset.y + event.y - 1

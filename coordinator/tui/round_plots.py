@@ -53,7 +53,8 @@ class RoundPlots(Widget):
         run = current_run(fleet) if fleet else None
         last = run.rounds[-1] if run and run.rounds else None
         words = run_words(run) if run and self._words else ""
-        shown = (run and run.changed.run, last, words, len(fleet.peers) if fleet else 0, colours())
+        counts = (len(run.rounds) if run else 0, len(fleet.peers) if fleet else 0)
+        shown = (run and run.changed.run, last, words, counts, colours())
         if shown != self._shown or fleet is not self.fleet:
             self.fleet, self._shown = fleet, shown
             self.refresh()
@@ -125,7 +126,8 @@ def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> li
     spread = [closed.spread.get(name) for closed in held]
     between: tuple[Values, Values] | None = None
     notes: list[str] = []
-    best = next((closed for closed in held if closed.round == best_round(run)), None)
+    number = best_round(run)
+    best = next((closed for closed in held if closed.round == number), None)
     if best is not None and (at_best := _value(best, name)) is not None:
         notes = [f"★ {form(at_best)} in {best.round}", f"★ {form(at_best)}"]
     if any(three and three[0] < three[2] for three in spread):

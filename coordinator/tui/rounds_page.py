@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import partial
+
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
@@ -22,14 +26,18 @@ from coordinator.round_rows import (
     run_words,
     worst_peer,
 )
-from coordinator.rows import Cell
+from coordinator.rows import Cell, Column, fit
+from coordinator.tui.cell_table import CellTable
 from coordinator.tui.round_plots import RoundPlots
-from coordinator.tui.row_table import RowTable
-from coordinator.tui.theme import colours, painted
+from coordinator.tui.theme import colours
 from coordinator.words import cut, trend
 
 TALL = 22
-SHOWN_MOST = 500
+
+
+def _nth(number: int, cells: Sequence[Cell], now: float, width: int) -> Cell:
+    """What stands in column `number` of a line."""
+    return cells[number] if number < len(cells) else Cell("")
 
 
 class RoundsPage(Vertical):
@@ -40,17 +48,22 @@ class RoundsPage(Vertical):
         self.zoomed = False
         #: The cursor stays on the newest round.
         self.follow = True
-        self._run: Run | None = None
         self._drawn: tuple[object, ...] = ()
+        self._fleet: Fleet | None = None
+        self._run = ""
+        self._line: tuple[str, list[Cell]] = ("", [])
+        self._names: list[str] = []
+        self._worst = False
+        self._best = 0
 
     def compose(self) -> ComposeResult:
         yield Static(id="standing")
         yield RoundPlots(id="above")
-        yield RowTable(id="closed")
+        yield CellTable(self._cell, id="closed")
 
     @property
-    def table(self) -> RowTable:
-        return self.query_one("#closed", RowTable)
+    def table(self) -> CellTable:
+        return self.query_one("#closed", CellTable)
 
     def draw(self, fleet: Fleet | None) -> None:
         """Show the run that matters."""
@@ -81,35 +94,53 @@ class RoundsPage(Vertical):
         return text
 
     def _fill(self, run: Run, fleet: Fleet) -> None:
-        """A new round adds one row, but it stands on top: the table is small, so it is rebuilt."""
-        table, width = self.table, self.size.width
-        best = best_round(run)
-        last = run.rounds[-1] if run.rounds else None
-        drawn = (run.changed.run, len(run.rounds), last, best, width, self.follow)
+        """The table, if its rounds or its room are others than they were."""
+        best, last = best_round(run), run.rounds[-1] if run.rounds else None
+        drawn = (run.changed.run, len(run.rounds), last, best, self.size.width, self.follow)
         if drawn == self._drawn:
             return
-        self._drawn = drawn
-        cursor = table.cursor_row
-        table.clear(columns=True)
-        count, room, names = 0, width - 1, metric_names(run)
-        titles = [cut(name.replace("_", " "), METRIC_WIDE) for name in names]
-        worst = any(closed.worst for closed in run.rounds)
-        columns = [*ROUND_TITLES, *[("Worst", WORST_WIDE)] * worst]
-        for title, wide in (*columns, *((title, max(len(title), 8)) for title in titles)):
-            if room < wide + 2:
-                break
-            table.add_column(Text(title, colours().dim, justify="right"), width=wide)
-            count, room = count + 1, room - wide - 2
-        for closed in reversed(run.rounds[-SHOWN_MOST:]):
-            cells = round_cells(closed, best)
-            cells += [Cell(cut(worst_peer(closed, fleet), WORST_WIDE))] * worst
-            cells = [*cells, *metric_cells(closed, names)][:count]
-            table.add_row(*(painted(cell, right=True) for cell in cells))
-        table.move_cursor(row=0 if self.follow else cursor, animate=False)
+        self._drawn, self._line = drawn, ("", [])
+        self._fleet, self._run, self._best = fleet, run.changed.run, best
+        self._names = metric_names(run)
+        self._worst = any(closed.worst for closed in run.rounds)
+        # One character for the scroll bar, so that it never covers a column.
+        columns = fit(self._columns(), self.size.width - 1, self.app.size.width)
+        self.table.show([str(closed.round) for closed in reversed(run.rounds)], columns)
+        if self.follow:
+            self.table.move_cursor(0)
+
+    def _columns(self) -> list[Column[list[Cell]]]:
+        """What every run has, who was served worst if that is told, and its task's own metrics."""
+        titles = [*ROUND_TITLES, *[("Worst", WORST_WIDE)] * self._worst]
+        own = (cut(name.replace("_", " "), METRIC_WIDE) for name in self._names)
+        titles += [(title, max(len(title), 8)) for title in own]
+        return [
+            Column(title, title, wide, wide, 0, partial(_nth, number), right=True)
+            for number, (title, wide) in enumerate(titles)
+        ]
+
+    def _cell(self, number: str, column: Column[list[Cell]], width: int) -> Cell:
+        """One of a line's cells: the table asks for them in order, and a line is made once."""
+        if self._line[0] != number:
+            self._line = (number, self._cells(int(number)))
+        return column.cell(self._line[1], 0.0, width)
+
+    def _cells(self, number: int) -> list[Cell]:
+        """The line of a round, looked up: no round is kept here that the fleet has let go."""
+        run = self._fleet.runs.get(self._run) if self._fleet else None
+        rounds = run.rounds if run else []
+        at = bisect_left(rounds, number, key=lambda closed: closed.round)
+        if self._fleet is None or at == len(rounds) or rounds[at].round != number:
+            return []
+        cells = round_cells(rounds[at], self._best)
+        if self._worst:
+            cells.append(Cell(cut(worst_peer(rounds[at], self._fleet), WORST_WIDE)))
+        return [*cells, *metric_cells(rounds[at], self._names)]
 
     def forget(self) -> None:
         """The next drawing begins anew: the colours are others."""
-        self._drawn = ()
+        self._drawn, self._line = (), ("", [])
+        self.table.refresh()
 
     def on_resize(self, event: Resize) -> None:
         if self.query_one(RoundPlots).fleet is not None:

@@ -1,10 +1,10 @@
 """python -m tests.bench.monitor_memory [--peers 500 2000] [--rate 1000] [--seconds 600] [--trace]
 
 Whether the monitor's memory stays flat. Histories are full before the clock starts (losses of every
-peer, 2,000 rounds, 1,000 events), so what grows after that grows for ever. Each peer count runs in
-a process of its own. Told are resident MB and Python's blocks at the first and the last quarter,
-and the slope of a line through all of it. `--trace` (slow) names the lines that hold more than
-before.
+peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched anew twice beside
+the one that is there, so what grows after that grows for ever. Each peer count runs in a process of
+its own. Told are resident MB and Python's blocks in the first and the last quarter, and the slope
+of a line through all of it. `--trace` (slow) names the lines that hold more than before.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import AsyncIterator
 from typing import Any
 
 import psutil
 from textual import events
 
 from coordinator.fleet import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT
+from coordinator.following import RESYNC_S
 from coordinator.tui.calm import calm
 from tests.bench.monitor import SIZE, Crowd, Watched
 
 LOOK_EVERY_S = 5.0
-WARM_UP_S = 30.0
+#: Two fetches of the whole fleet, every key below twice.
+WARM_UP_S = 2 * RESYNC_S + 30.0
 #: What a person does meanwhile: every page, a peer, moving about.
 KEYS = ("j", "j", "2", "j", "3", "k", "1", "G", "g", "enter", "2", "escape", "s", "z", "z")
 
@@ -41,15 +45,12 @@ async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict
     process, looks = psutil.Process(), []
     running = asyncio.create_task(app.run_async(size=SIZE))
     try:
-        await asyncio.sleep(WARM_UP_S)
+        async for _ in _used(app, WARM_UP_S):
+            pass
         before = _traced(trace)
-        said, began, number = source.said, time.monotonic(), 0
-        while (at := time.monotonic() - began) < seconds:
-            app.frames_ms.clear()
-            app.post_message(events.Key(KEYS[number % len(KEYS)], None))
-            number += 1
+        said, began = source.said, time.monotonic()
+        async for at in _used(app, seconds):
             looks.append((at, process.memory_info().rss / 1e6, sys.getallocatedblocks()))
-            await asyncio.sleep(LOOK_EVERY_S)
         took = time.monotonic() - began
         if before is not None:
             _tell_growth(before)
@@ -63,13 +64,26 @@ async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict
             "rss_mb_first_quarter": round(statistics.median(m for _, m, _ in first), 1),
             "rss_mb_last_quarter": round(statistics.median(m for _, m, _ in last), 1),
             "rss_mb_most": round(max(m for _, m, _ in looks), 1),
-            "slope_mb_in_10_min": round(slope.slope * 600, 2),
+            "slope_mb_per_min": round(slope.slope * 60, 3),
             "blocks_first_quarter": round(statistics.median(b for _, _, b in first)),
             "blocks_last_quarter": round(statistics.median(b for _, _, b in last)),
         }
     finally:
         app.exit()
         await running
+
+
+async def _used(app: Watched, seconds: float) -> AsyncIterator[float]:
+    """Press a key at each look; how many seconds have passed."""
+    began = time.monotonic()
+    for number in itertools.count():
+        at = time.monotonic() - began
+        if at >= seconds:
+            return
+        app.frames_ms.clear()
+        app.post_message(events.Key(KEYS[number % len(KEYS)], None))
+        yield at
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _traced(trace: bool) -> tracemalloc.Snapshot | None:

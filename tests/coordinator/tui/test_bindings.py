@@ -65,6 +65,9 @@ class Desk(NamedTuple):
     def at_row(self, query: str) -> int:
         return int(self.app.screen_stack[0].query_one(query).cursor_row)  # type: ignore[attr-defined]
 
+    def num_rows(self, query: str) -> int:
+        return int(self.app.screen_stack[0].query_one(query).row_count)  # type: ignore[attr-defined]
+
     def in_field(self) -> int:
         inputs = list(self.app.screen.query("Input"))
         return inputs.index(self.app.focused) if self.app.focused in inputs else -1
@@ -163,18 +166,18 @@ PEER: dict[str, Case] = {
 }
 
 
-def rows(query: str, first: tuple[str, ...], last: int) -> dict[str, Case]:
+def rows(query: str, *first: str) -> dict[str, Case]:
     """The ways through a table."""
 
     def at(row: int) -> Callable[[Desk], object]:
-        return lambda desk: desk.at_row(query) == row
+        return lambda desk: desk.at_row(query) == row % desk.num_rows(query)
 
-    ways = {"j": (at(1), "home"), "k": (at(last - 1), "end"), "g": (at(0), "end")}
-    ways |= {"G": (at(last), "home"), "end": (at(last), "home"), "home": (at(0), "end")}
+    ways = {"j": (at(1), "home"), "k": (at(-2), "end"), "g": (at(0), "end")}
+    ways |= {"G": (at(-1), "home"), "end": (at(-1), "home"), "home": (at(0), "end")}
     return {key: Case(so, (*first, start)) for key, (so, start) in ways.items()}
 
 
-CELLS = rows("#peers", (), 65) | {
+CELLS = rows("#peers") | {
     "down": Case(lambda desk: desk.at_row("#peers") == 1, ("home",)),
     "up": Case(lambda desk: desk.at_row("#peers") == 64, ("end",)),
     **{
@@ -186,7 +189,7 @@ CELLS = rows("#peers", (), 65) | {
     },
     "enter": Case(lambda desk: desk.shows(PeerScreen, "disk left")),
 }
-ROWS = rows("#closed", ("2",), 10)
+ROWS = rows("#said", "3")
 BOXES: dict[type[Any], dict[str, Case]] = {
     Dialog: {key: Case(alone, ("question_mark",)) for key in ("escape", "q", "enter")},
     TicketDialog: {"y": Case(lambda desk: desk.app.clipboard.startswith("cw1-"), ("t",))},
@@ -265,6 +268,7 @@ async def pressed(
     app = monitor(source)
     async with app.run_test(size=size) as pilot:
         await until(pilot, lambda: app.following.stream and app.following.http)
+        app._draw_ages()  # the alerts are among the events before a key is pressed
         for key, case in cases.items():
             await press(Desk(app, source), pilot, key.rpartition(" ")[2], case)
 
@@ -289,6 +293,17 @@ async def test_keys_of_a_peer() -> None:
 async def test_ways_through_the_tables() -> None:
     await pressed(CELLS, serving(crowd_fleet(60)), (80, 24))
     await pressed(ROWS, serving(busy_fleet()))
+
+
+async def test_enter_opens_a_peer_only_where_one_is_under_the_cursor() -> None:
+    source = serving(busy_fleet())
+    app = monitor(source)
+    async with app.run_test(size=(120, 30)) as pilot:
+        await until(pilot, lambda: app.following.stream and app.following.http)
+        for page in ("2", "4"):
+            await pilot.press(page, "home", "j", "enter")
+            await pilot.pause()
+            assert alone(Desk(app, source)), page
 
 
 async def test_keys_of_the_boxes() -> None:

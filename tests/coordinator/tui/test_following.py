@@ -61,6 +61,7 @@ async def test_a_gap_fetches_a_new_snapshot() -> None:
     source = Replay(fleet, [])
     async with following(source) as follow:
         await eventually(lambda: source.snapshots == 1)
+        before = follow.fleet
         unseen = Envelope(sender=COORDINATOR, epoch="e9", seq=2, at=NOW, body=known("north"))
         fold(fleet, unseen, NOW)
         fold(fleet, links(3), NOW)
@@ -68,6 +69,7 @@ async def test_a_gap_fetches_a_new_snapshot() -> None:
         await eventually(lambda: state_of(follow) is not None)
         assert follow.fleet is not None
         assert not follow.fleet.gap
+        assert follow.fleet is before, "a page that holds the fleet holds no old one"
 
 
 async def test_it_polls_while_there_is_no_stream() -> None:
