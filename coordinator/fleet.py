@@ -233,6 +233,7 @@ def _known(fleet: Fleet, body: PeerKnown) -> None:
         peer = Peer(peer=body.peer, name=body.name, public_key=body.public_key)
         fleet.peers[body.peer] = peer
     peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.standing
+    peer.flower = body.flower
 
 
 def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:

@@ -303,6 +303,7 @@ class Hub:
                 labels=peer.labels,
                 standing=peer.standing,
                 public_key=peer.sign_public,
+                flower=self._sessions.is_open(peer.peer),
             )
         )
 
@@ -326,11 +327,11 @@ class Hub:
             if self.runs.current is not None:
                 self.runs.current.session_opened(peer)
             self.jobs.session_opened(peer)
-            self._mirror.tell_links()
+            self._mirror.tell_links([peer])
         elif action == "deactivate-node":
             self._sessions.closed(peer)
             self._nudge()
-            self._mirror.tell_links()
+            self._mirror.tell_links([peer])
         elif news:
             self._nudge()
 
@@ -339,7 +340,8 @@ class Hub:
         while True:
             if self._look():
                 self._nudge()
-            self._mirror.tell_links()  # also how many messages were rejected: not one by one
+            # Also how many messages were rejected: not one by one.
+            self._mirror.tell_links(list(self.fleet.peers))
             await asyncio.sleep(ONLINE_EVERY_S)
 
     def _look(self) -> bool:

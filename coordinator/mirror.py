@@ -25,6 +25,7 @@ from protocols.messages import (
     Happened,
     Links,
     LogsAsked,
+    PeerKnown,
     Presence,
     Verify,
     printable,
@@ -119,8 +120,21 @@ class Mirror:
         topic = topics.command(self._keys.fleet, peer)
         return self._feed is not None and await self._feed.publish(topic, asked)
 
-    def tell_links(self) -> None:
-        """What is up, and how many messages were rejected, if that is news."""
+    def tell_links(self, peers: Sequence[str] = ()) -> None:
+        """What is up, how many messages were rejected, whose session holds, if that is news."""
+        for peer in peers:
+            shown, holds = self._fleet.peers.get(peer), self._sessions.is_open(peer)
+            if shown is not None and shown.flower is not holds:
+                self.publish(
+                    PeerKnown(
+                        peer=shown.peer,
+                        name=shown.name,
+                        labels=shown.labels,
+                        standing=shown.standing,
+                        public_key=shown.public_key,
+                        flower=holds,
+                    )
+                )
         online = self._sessions.any_online
         links = Links(mqtt=self._up, flower=online, rejected=self._rejected)
         if links != self._fleet.links:

@@ -116,6 +116,24 @@ def _battery(peer: Peer, now: float, width: int) -> Cell:
     return Cell(NOTHING if charge is None else f"{charge:.0f} %")
 
 
+def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
+    """Whether its messages come over MQTT; whether it holds a Flower session (None: not told)."""
+    return shown_state(peer, now) not in (PeerState.OFFLINE, PeerState.STALE), peer.flower
+
+
+def light(up: bool | None) -> str:
+    """A link that is up, down, or of which nothing is known."""
+    return NOTHING if up is None else "●" if up else "○"
+
+
+def _links(peer: Peer, now: float, width: int) -> Cell:
+    if peer.standing == "awaiting":
+        return Cell(NOTHING)
+    mqtt, flower = links(peer, now)
+    tone: Tone = "good" if mqtt and flower is not False else "warn" if mqtt or flower else "bad"
+    return Cell(f"m{light(mqtt)} f{light(flower)}", tone)
+
+
 #: In drop order: the last ones go first when the terminal is narrow.
 COLUMNS: tuple[Column[Peer], ...] = (
     Column("state", "State", 19, 26, 0, state_cell),
@@ -166,6 +184,7 @@ COLUMNS: tuple[Column[Peer], ...] = (
         right=True,
     ),
     Column("battery", "Battery", 7, 7, 120, _battery, right=True),
+    Column("links", "Links", 5, 5, 120, _links),
     Column(
         "version", "Version", 7, 10, 120, lambda peer, now, width: Cell(cut(peer.version, width))
     ),

@@ -39,7 +39,8 @@ class Peer(Struct, kw_only=True):
     `said_at` is the newest date on its messages, by its own clock and not beyond ours. `skew_s`:
     how far its clock was ahead of ours when it last spoke live. `given` has a sign for each of the
     last rounds of the run `given_run`, the newest at the end: `1` its update is in the round's
-    version, `0` it is not, `?` not told here.
+    version, `0` it is not, `?` not told here. `flower`: it holds a Flower session, None for not
+    told.
     """
 
     peer: Name
@@ -47,6 +48,7 @@ class Peer(Struct, kw_only=True):
     labels: dict[Name, Name] = {}
     standing: Literal["awaiting", "enrolled"] = "enrolled"
     public_key: bytes
+    flower: bool | None = None
     state: PeerState = PeerState.OFFLINE
     reason: Text = "not seen yet"
     version: Name = ""

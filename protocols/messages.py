@@ -121,13 +121,18 @@ class LogsTold(Struct, frozen=True, kw_only=True):
 
 
 class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
-    """A peer was enrolled, approved or removed; `public_key` is its Ed25519 key (raw, 32 bytes)."""
+    """A peer was enrolled, approved or removed, or its session opened or ended.
+
+    `public_key` is its Ed25519 key (raw, 32 bytes); `flower` says whether it holds a Flower
+    session, None in the words of a coordinator that does not tell.
+    """
 
     peer: Name
     name: Name
     labels: dict[Name, Name] = {}
     standing: Literal["awaiting", "enrolled", "removed"] = "enrolled"
     public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    flower: bool | None = None
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):

@@ -47,7 +47,8 @@ class Dialog(ModalScreen[Answer], Generic[Answer]):
 #: What each page is about; the help shows it first where the focus is.
 ABOUT = {
     "fleet": "Fleet: one row a peer, what needs a person first. Commands go to the marked peers, "
-    "or to the one under the cursor. What a peer last said is shown with its age.",
+    "or to the one under the cursor. What a peer last said is shown with its age. Links: m is "
+    "over MQTT, f its Flower session; ● up, ○ down.",
     "rounds": "Rounds: the run that matters, one row a closed round, the newest first; ★ is the "
     "best. The plots show the median of all peers, and from the least to the most.",
     "events": "Events: everything that was said here, toasts too. enter goes to the peer that a "

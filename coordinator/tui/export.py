@@ -31,6 +31,7 @@ def peer_rows(peers: Sequence[Peer], now: float) -> list[Row]:
                 "reason": peer.reason,
                 "run": peer.run,
                 "round": peer.round,
+                "flower": peer.flower,
                 "seen_s_ago": round(now - peer.seen_at, 1) if peer.seen_at else None,
                 "loss": sent.loss if sent else None,
                 "diverged": peer.diverged,

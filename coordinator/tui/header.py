@@ -7,7 +7,7 @@ from textual.widget import Widget
 
 from coordinator.fleet import current_run, num_available, num_enrolled
 from coordinator.following import Following
-from coordinator.rows import Cell
+from coordinator.rows import Cell, light
 from coordinator.tui.theme import colours, styles
 from coordinator.words import age, cut
 from protocols.states import ENDED
@@ -92,4 +92,4 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
 
 
 def _light(name: str, up: bool) -> Cell:
-    return Cell(f"{name} {'●' if up else '○'}", "good" if up else "warn")
+    return Cell(f"{name} {light(up)}", "good" if up else "warn")

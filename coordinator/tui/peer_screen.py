@@ -19,7 +19,7 @@ from textual.widgets import Static
 
 from coordinator.fleet import Event, Fleet, Peer, called, shown_state
 from coordinator.following import Following
-from coordinator.rows import GIVEN, LEVELS, Cell, state_cell
+from coordinator.rows import GIVEN, LEVELS, Cell, light, links, state_cell
 from coordinator.tui.events_page import clock_time
 from coordinator.tui.filter_bar import FilterBar
 from coordinator.tui.footer import Footer
@@ -248,6 +248,9 @@ def _facts(peer: Peer, now: float) -> Table:
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
     table.add_row("labels", Text(labels or NOTHING))
     table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
+    if peer.standing == "enrolled":
+        mqtt, flower = links(peer, now)
+        table.add_row("links", f"mqtt {light(mqtt)} · flower {light(flower)}")
     table.add_row("version", Text(peer.version or NOTHING))
     table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
     if sent := peer.telemetry:

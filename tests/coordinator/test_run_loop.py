@@ -161,6 +161,17 @@ async def test_flowers_word_that_a_node_is_gone_is_believed_as_soon_as_it_comes(
         assert gone.trainer.worked.count(("train", 1)) == 1
 
 
+async def test_the_fleet_knows_whose_session_holds(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        gone, there = fleet.agents
+        shown = fleet.hub.fleet.peers
+        assert shown[gone.peer].flower, "told as it opens, not at the next look"
+        assert shown[there.peer].flower
+        gone.stop()
+        await until(lambda: shown[gone.peer].flower is False)
+        assert shown[there.peer].flower
+
+
 async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         straggler, *prompt = fleet.agents

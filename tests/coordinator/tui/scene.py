@@ -251,6 +251,8 @@ def rich_fleet() -> Fleet:
         worst = {"accuracy": IDS["east"], "loss": IDS["south-attic"]}
         told = replace(closed, spread=spread, spent=spent, metrics=metrics, worst=worst)
         run.rounds[number] = told
+    for name in NAMES:
+        fleet.peers[IDS[name]].flower = name not in ("west", "garden")
     north = fleet.peers[IDS["north"]]
     north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
     north.policy = {"threads": "2", "share_log": "True"}

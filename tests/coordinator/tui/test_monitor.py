@@ -279,7 +279,7 @@ async def test_resizing_changes_columns_and_says_when_it_is_too_small() -> None:
         page = app.query_one(FleetPage)
         assert page.table.columns[-1][0].key == "given"
         await pilot.press("z")
-        await until(pilot, lambda: page.table.columns[-1][0].key == "version")
+        await until(pilot, lambda: page.table.columns[-1][0].key == "links")
         await pilot.resize_terminal(60, 20)
         await until(pilot, lambda: page.table.columns[-1][0].key == "seen")
         assert page.table.row_count == 6
