@@ -57,13 +57,22 @@ def monitor(
     port: Annotated[int, typer.Option(help="For --serve (0: any).")] = 0,
 ) -> None:
     """Watch the fleet in the terminal."""
+    if record is not None and (serve or replay is not None or via is not None):
+        from protocols.errors import UsageFault
+
+        raise UsageFault(
+            "--record writes what a coordinator says to this terminal's monitor",
+            "leave --serve, --replay and --via out",
+        )
     if join is not None:
         _join(join)
     if serve:
         from coordinator.browser import serve_monitor
 
         options = ["--read-only"] if read_only else []
+        options += ["--ascii"] if ascii_ else []
         options += ["--replay", replay, "--speed", str(speed)] if replay else []
+        options += ["--via", via] if via else []
         serve_monitor(host, port, options)
     elif replay is not None:
         _replay(replay, speed, once=once, ascii_only=ascii_)
@@ -87,11 +96,12 @@ def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "
     from coordinator.signs import ascii_only as in_ascii
 
     console = Console()
+    table = plain_table(fleet, now, heading, width=console.width)
     if not ascii_only:
-        console.print(plain_table(fleet, now, heading))
+        console.print(table)
         return
     with console.capture() as taken:
-        console.print(plain_table(fleet, now, heading))
+        console.print(table)
     for line in taken.get().split("\n")[:-1]:
         # Colours are escape codes: they are ASCII, and left alone.
         sys.stdout.write(in_ascii(line) + "\n")
@@ -213,7 +223,8 @@ def _watch(*, json: bool) -> None:
     from protocols.errors import CommonweightError
 
     home, remote = access.open_home(), None
-    live = None if json or not sys.stdout.isatty() else Live(console=Console(), auto_refresh=False)
+    console = Console()
+    live = None if json or not sys.stdout.isatty() else Live(console=console, auto_refresh=False)
     told: object = None
     with live or _Nothing():
         while True:
@@ -232,7 +243,8 @@ def _watch(*, json: bool) -> None:
                 told = err.message
             else:
                 if live is not None:
-                    live.update(plain_table(fleet, time.time()), refresh=True)
+                    table = plain_table(fleet, time.time(), width=console.width)
+                    live.update(table, refresh=True)
                 elif told != (fleet.epoch, fleet.seq):
                     _show(fleet, json=json)
                     sys.stdout.flush()

@@ -69,7 +69,8 @@ class DemoView:
         """The fleet now; call it a few times a second."""
         run = current_run(fleet)
         if self._live is not None:
-            parts: list[RenderableType] = [plain_table(fleet, time.time())]
+            table = plain_table(fleet, time.time(), width=self._console.width)
+            parts: list[RenderableType] = [table]
             parts.append(_run_line(run) if run and run.rounds else Spinner("dots", self._step))
             self._live.update(Group(*parts))
         elif run is not None:

@@ -132,6 +132,24 @@ def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:
     assert state_cell(paused, NOW, 12).text == "‖ paused"
 
 
+def test_the_links_of_a_peer_one_by_one() -> None:
+    column = next(column for column in COLUMNS if column.key == "links")
+
+    def cell(state: PeerState, flower: bool | None, now: float = NOW) -> tuple[str, str]:
+        one = peer("a", state)
+        one.flower = flower
+        return column.cell(one, now, column.most)
+
+    assert cell(PeerState.IDLE, True) == ("m● f●", "good")
+    assert cell(PeerState.IDLE, False) == ("m● f○", "warn")
+    assert cell(PeerState.OFFLINE, True) == ("m○ f●", "warn")
+    assert cell(PeerState.TRAINING, False, NOW + 31) == ("m○ f○", "bad"), "silent"
+    assert cell(PeerState.IDLE, None) == ("m● f–", "good"), "an older coordinator"
+    asking = peer("b")
+    asking.standing = "awaiting"
+    assert column.cell(asking, NOW, column.most).text == "–"
+
+
 def test_faults_filter_and_order() -> None:
     fleet = Fleet(fleet="0" * 16)
     failed = peer("failed", PeerState.PAUSED, PauseReason.TRAINER)
@@ -149,6 +167,25 @@ def test_faults_filter_and_order() -> None:
     assert [one.name for one in chosen(fleet, NOW, by="loss")][:2] == ["wild", "fine"]
     assert chosen(fleet, NOW, reverse=True)[0].name == "lost"
     assert is_faulty(fine, NOW + 31), "silence is a fault"
+
+
+@pytest.mark.parametrize("width", range(20, 110, 10))
+def test_the_plain_table_leaves_out_what_has_no_room(width: int) -> None:
+    fleet = Fleet(fleet="0" * 16)
+    for name in ("north", "a-name-of-some-length"):
+        fleet.peers[name] = peer(name, PeerState.TRAINING)
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(plain_table(fleet, NOW, width=width))
+    head, *rows = captured.get().splitlines()[-5:]
+    titles = head.split()
+    assert (
+        titles
+        == ["State", "Peer", "Round", "Seen", "Loss", "Trend", "Sent", "Version"][: len(titles)]
+    )
+    assert len(titles) == 8 or width < 100
+    if len(titles) > 1:
+        assert not any("…" in row for row in rows), "what is shown is whole"
 
 
 def test_the_plain_table_says_everything_without_colour() -> None:
