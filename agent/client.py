@@ -31,8 +31,8 @@ from protocols.errors import (
     SchemaMismatch,
     TrainerFailed,
 )
+from protocols.exchange import UpdateClaim, Work, decode_claim, read_work
 from protocols.failpoints import failpoint, note
-from protocols.messages import UpdateClaim, Work
 from protocols.room import check_room, is_full
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
@@ -153,7 +153,7 @@ class Client:
                 finished = self._do(work, base)
         finally:
             self._on_work(None)
-        claim = messages.decode_claim(finished.claim)
+        claim = decode_claim(finished.claim)
         self._on_leaving(claim, work.task, finished.description)
         content = RecordDict(
             {
@@ -171,7 +171,7 @@ class Client:
         payload, signature = config.get("work"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
             raise BadMessage("a message without signed work")
-        work = messages.read_work(
+        work = read_work(
             payload,
             signature,
             lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
@@ -277,7 +277,7 @@ class Client:
 
     def _deliver(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
-        digest = "" if finished.description else messages.decode_claim(finished.claim).digest
+        digest = "" if finished.description else decode_claim(finished.claim).digest
         if digest:
             self._on_sending()
             self._send(digest, self._outbox.update)

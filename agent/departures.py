@@ -14,8 +14,9 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from protocols.exchange import UpdateClaim
 from protocols.jobs import Answer, Scatter, Unit
-from protocols.messages import Metrics, UpdateClaim
+from protocols.messages import Metrics
 
 FILE = "left.jsonl"
 MOST_BYTES = 4 << 20

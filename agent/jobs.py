@@ -20,9 +20,9 @@ from msgspec import Struct
 from protocols import identity, jobs, messages
 from protocols.durable import replacing
 from protocols.errors import BadMessage, Refused
+from protocols.exchange import Work
 from protocols.failpoints import failpoint, note
 from protocols.jobs import INLINE_BYTES, Answer, Question, Unit
-from protocols.messages import Work
 from protocols.weights import file_digest
 
 ANSWER = "cw.answer"

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from protocols import identity, messages
+from protocols import identity
 from protocols.errors import BadMessage
+from protocols.exchange import Work, read_work
 from protocols.gossip import Head
-from protocols.messages import Work
 from protocols.weights import file_digest
 
 SUFFIX = ".work.json"
@@ -30,7 +30,7 @@ class _Proof(Struct, frozen=True, kw_only=True):
 class Kept(NamedTuple):
     """A version in the file `path`, and the work that the coordinator signed for it.
 
-    `work.base` is its digest. `payload` and `signature` are for `messages.read_work`.
+    `work.base` is its digest. `payload` and `signature` are for `exchange.read_work`.
     """
 
     path: Path
@@ -59,7 +59,7 @@ def read(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
         told = msgspec.json.decode(proof, type=_Proof)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a proof: {err}") from err
-    work = messages.read_work(
+    work = read_work(
         told.work,
         told.signature,
         lambda signature, signed: identity.verify(coordinator_public, signature, signed),

@@ -49,19 +49,12 @@ from agent.lane import Lane, check, translated
 from agent.wire import OverWire
 from protocols import addresses
 from protocols.errors import Refused, Unreachable
+from protocols.exchange import EXCHANGE_PATH, FEW_BYTES, Exchange, Exchanged, Parcel
 from protocols.failpoints import failpoint
 from protocols.gossip import NEIGHBOURS_PATH, Neighbours
 from protocols.identity import node_public
 from protocols.joining import LEAVE_PATH, MQTT_PATH, RENEW_PATH, STANDING_PATH, StandingAnswer
-from protocols.messages import (
-    EXCHANGE_PATH,
-    FEW_BYTES,
-    LOGS_PATH,
-    Exchange,
-    Exchanged,
-    LogsTold,
-    Parcel,
-)
+from protocols.messages import LOGS_PATH, LogsTold
 from protocols.mqtt import MqttAddress
 from protocols.sharing import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
 

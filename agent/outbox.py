@@ -17,7 +17,8 @@ from agent.run_files import Kept, RunFiles
 from protocols import codecs, messages, schemes
 from protocols.durable import replacing
 from protocols.errors import BadMessage
-from protocols.messages import Metrics, UpdateClaim, Work
+from protocols.exchange import UpdateClaim, Work, decode_claim, sign_claim
+from protocols.messages import Metrics
 from protocols.removal import remove
 from protocols.weights import file_digest
 
@@ -84,7 +85,7 @@ class Outbox:
         """The answer that is in the outbox."""
         try:
             last = msgspec.json.decode(self.answer.read_bytes(), type=Finished)
-            claim = messages.decode_claim(last.claim)
+            claim = decode_claim(last.claim)
             if not claim.digest or last.description:
                 return last
             # Whatever became of the bytes, another training makes them anew.
@@ -119,7 +120,7 @@ class Outbox:
             tallies=outcome.tallies,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = messages.sign_claim(claim, self._sign)
+        payload, signature = sign_claim(claim, self._sign)
         finished = Finished(
             key=_key(work), claim=payload, signature=signature, description=description
         )
@@ -143,7 +144,7 @@ class Outbox:
     def settle_last(self) -> None:
         """What belongs to an update that was never sent is of no use."""
         last = self._last()
-        self.settle(messages.decode_claim(last.claim).digest if last else "")
+        self.settle(decode_claim(last.claim).digest if last else "")
 
 
 def _key(work: Work) -> str:

@@ -12,8 +12,8 @@ from agent.client import CLAIM
 from agent.kept import Kept, held
 from protocols import messages
 from protocols.errors import Refused
+from protocols.exchange import UpdateClaim, Work, sign_claim
 from protocols.gossip import version_of
-from protocols.messages import UpdateClaim, Work
 
 PROOF = "cw.proof"
 
@@ -63,5 +63,5 @@ class Recall:
             num_examples=0,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = messages.sign_claim(claim, self._sign)
+        payload, signature = sign_claim(claim, self._sign)
         return ConfigRecord({"claim": payload, "signature": signature})

@@ -13,7 +13,7 @@ from agent.sharing import Sharing, swarm
 from protocols import patches
 from protocols.durable import sync_folder
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
-from protocols.messages import Work
+from protocols.exchange import Work
 from protocols.removal import letting_go
 from protocols.room import is_full
 from protocols.stored import Stored

@@ -41,9 +41,9 @@ from agent.worker import (
     WorkEnded,
 )
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
+from protocols.exchange import Work
 from protocols.failpoints import failpoint, note
 from protocols.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Question, Scatter
-from protocols.messages import Work
 from protocols.room import free_bytes
 from protocols.states import PauseReason
 

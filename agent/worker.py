@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
-from protocols.messages import Work
+from protocols.exchange import Work
 from protocols.states import PauseReason, PeerState
 
 

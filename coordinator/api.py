@@ -33,6 +33,7 @@ from coordinator.operator_api import operator_routes
 from coordinator.sessions import NoSession
 from protocols import VERSION, identity
 from protocols.errors import BadMessage, CommonweightError
+from protocols.exchange import EXCHANGE_PATH, Exchange
 from protocols.identity import NodeCertificate
 from protocols.joining import (
     CA_PATH,
@@ -48,7 +49,7 @@ from protocols.joining import (
     OperatorJoining,
     StandingAnswer,
 )
-from protocols.messages import EXCHANGE_PATH, LOGS_PATH, Exchange, LogsTold
+from protocols.messages import LOGS_PATH, LogsTold
 
 #: Messages are small: weights travel on the lane.
 MAX_EXCHANGE_BYTES = 1024 * 1024

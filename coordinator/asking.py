@@ -21,9 +21,9 @@ from coordinator.model import Model
 from coordinator.records import VersionRecord, one_config
 from coordinator.runs import Given, Run
 from coordinator.strategies.recipe import Recipe
-from protocols import messages, preprocessing, schemas, weights
+from protocols import preprocessing, schemas, weights
+from protocols.exchange import Work, sign_work
 from protocols.failpoints import failpoint
-from protocols.messages import Work
 from protocols.states import RunState
 
 #: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
@@ -120,7 +120,7 @@ class Questions:
             card=schemas.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
         )
-        payload, signature = messages.sign_work(work, self._around.sign)
+        payload, signature = sign_work(work, self._around.sign)
         return ConfigRecord({"work": payload, "signature": signature})
 
     def forget_work(self) -> None:

@@ -17,7 +17,8 @@ from coordinator.log_desk import LogDesk
 from coordinator.run_queue import RunQueue
 from coordinator.sharing import SharingDesk
 from protocols.errors import CommonweightError
-from protocols.messages import Command, Exchange, Exchanged
+from protocols.exchange import Exchange, Exchanged
+from protocols.messages import Command
 from protocols.mqtt import MqttAddress
 
 

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from protocols.messages import EXCHANGE_PATH
+from protocols.exchange import EXCHANGE_PATH
 
 _DIGEST = "{digest}"
 _OFTEN = (EXCHANGE_PATH, f"/cw/v1/weights/{_DIGEST}", f"/cw/v1/updates/{_DIGEST}")

@@ -12,8 +12,8 @@ from coordinator.lane import Lane
 from coordinator.run_queue import RunQueue
 from coordinator.sessions import NoSession, Sessions
 from coordinator.superlink import Superlink
+from protocols.exchange import Exchange, Exchanged
 from protocols.failpoints import failpoint
-from protocols.messages import Exchange, Exchanged
 from protocols.states import RunState
 
 #: Who hands in an answer is told of work that comes so soon after, without doorbell and question.

@@ -17,7 +17,8 @@ from coordinator.runs import TOO_FEW, TOO_STALE, Given, Run
 from protocols import preprocessing, tallies, weights
 from protocols.codecs import Decoded
 from protocols.errors import BadWeights, UpdateRefused
-from protocols.messages import UpdateClaim, Verify, claim_part
+from protocols.exchange import UpdateClaim, claim_part
+from protocols.messages import Verify
 from protocols.states import RunState
 from protocols.weights import FLOATING, Array, Readable, Schema, pieces, widen
 

@@ -43,13 +43,8 @@ from coordinator.sharing import SharingDesk
 from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from coordinator.supervision import supervised
 from protocols import addresses, identity
-from protocols.messages import (
-    Command,
-    Exchange,
-    Exchanged,
-    Happened,
-    PeerKnown,
-)
+from protocols.exchange import Exchange, Exchanged
+from protocols.messages import Command, Happened, PeerKnown
 from protocols.mqtt import MqttAddress
 
 log = logging.getLogger("commonweight.hub")

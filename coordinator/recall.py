@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from coordinator.facts import Holding
 from coordinator.runs import Run
-from protocols import messages
 from protocols.errors import BadMessage, UpdateRefused
+from protocols.exchange import read_work
 from protocols.gossip import version_of
 
 #: How long to listen for a newer version than those that were told of.
@@ -80,7 +80,7 @@ def proven(
     if proof is None:
         return None
     try:
-        work = messages.read_work(*proof, verify)
+        work = read_work(*proof, verify)
     except BadMessage as err:
         raise UpdateRefused("bad proof", err.message) from err
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):

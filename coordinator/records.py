@@ -18,7 +18,7 @@ from coordinator.lane import Lane
 from coordinator.superlink import LinkGrid, Superlink
 from protocols import schemas
 from protocols.errors import BadMessage, CommonweightError
-from protocols.messages import UpdateClaim, decode_claim
+from protocols.exchange import UpdateClaim, decode_claim
 from protocols.schemas import Description
 from protocols.weights import Part, Weights
 

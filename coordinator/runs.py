@@ -10,7 +10,8 @@ from typing import Literal
 from msgspec import Struct
 
 from coordinator.facts import Holding, RunSpec, Update, UpdateAccepted
-from protocols.messages import Metrics, Question
+from protocols.exchange import Question
+from protocols.messages import Metrics
 from protocols.schemas import Description, SchemaCard
 from protocols.states import ENDED, RunState
 

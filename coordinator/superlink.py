@@ -72,7 +72,7 @@ from coordinator.auth import Auth
 from coordinator.door import Door
 from coordinator.sessions import NoSession
 from protocols.errors import BadMessage
-from protocols.messages import Exchange, Exchanged, Parcel
+from protocols.exchange import Exchange, Exchanged, Parcel
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from protocols import durable, patches, weights
+from protocols.exchange import FEW_BYTES
 from protocols.failpoints import failpoint
-from protocols.messages import FEW_BYTES
 from protocols.removal import remove
 from protocols.stored import Stored, Writer
 from protocols.weights import Array, Part, Schema, Weights

@@ -16,8 +16,9 @@ from msgspec import Meta, Struct
 
 from protocols import identity
 from protocols.errors import BadMessage
+from protocols.exchange import Work
 from protocols.identity import NodeCertificate
-from protocols.messages import Count, Digest, Name, Presence, Sign, Work
+from protocols.messages import Count, Digest, Name, Presence, Sign
 from protocols.sharing import Serving
 
 NEIGHBOURS_PATH = "/cw/v1/neighbours"

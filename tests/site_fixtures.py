@@ -31,8 +31,8 @@ from coordinator.server import Server, listen
 from coordinator.sharing import SharingDesk
 from coordinator.superlink import FLEET_PREFIX, Superlink
 from protocols import identity, requests, tickets
+from protocols.exchange import Exchange, Exchanged
 from protocols.joining import Joining, claimed
-from protocols.messages import Exchange, Exchanged
 from protocols.mqtt import MqttAddress
 
 HOST = "127.0.0.1"

@@ -26,8 +26,8 @@ from agent.sharing.gossip import Gossip
 from agent.versions import Versions
 from agent.worker import is_willing
 from protocols.errors import BadMessage, BadWeights, CommonweightError
+from protocols.exchange import Work
 from protocols.gossip import Head, Neighbour, Told
-from protocols.messages import Work
 from protocols.room import check_room
 
 log = logging.getLogger("commonweight.share")

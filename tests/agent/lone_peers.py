@@ -19,10 +19,11 @@ from agent.sharing import Sharing
 from agent.sharing.gossip import Gossip
 from agent.sharing.spread import Spread
 from agent.versions import Versions
-from protocols import identity, messages
+from protocols import identity
+from protocols.exchange import Work, sign_work
 from protocols.gossip import Head
 from protocols.identity import NodeCertificate
-from protocols.messages import Presence, Work
+from protocols.messages import Presence
 from protocols.mqtt import MqttAddress
 from protocols.states import PeerState
 from tests.site_fixtures import HOST, Machine, Site
@@ -89,7 +90,7 @@ class Peer:
         """Let it have a version of a run, with the coordinator's word."""
         head, work, data = made(version, since)
         (self.cache / f"{head.digest}.safetensors").write_bytes(data)
-        kept.prove(self.cache, work, *messages.sign_work(work, self.site.sign_key.sign))
+        kept.prove(self.cache, work, *sign_work(work, self.site.sign_key.sign))
         return head
 
     def new_gossip(self) -> Gossip:

@@ -14,7 +14,7 @@ import pytest
 
 from agent import answers, departures
 from protocols.errors import UsageFault
-from protocols.messages import UpdateClaim
+from protocols.exchange import UpdateClaim
 
 
 def two_batches() -> Iterator[dict[str, Any]]:

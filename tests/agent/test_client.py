@@ -23,7 +23,7 @@ from protocols.errors import (
     TrainerFailed,
     Unreachable,
 )
-from protocols.messages import UpdateClaim, Work
+from protocols.exchange import UpdateClaim, Work, claim_part, decode_claim, read_work, sign_work
 from protocols.weights import TensorSpec
 
 KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
@@ -113,8 +113,8 @@ class Desk:
         payload, signature = record["claim"], record["signature"]
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
-        assert identity.verify(identity.raw_public(KEY), signature, messages.claim_part(payload))
-        return messages.decode_claim(payload)
+        assert identity.verify(identity.raw_public(KEY), signature, claim_part(payload))
+        return decode_claim(payload)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Des
 
 
 def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
-    payload, signature = messages.sign_work(work, key.sign)
+    payload, signature = sign_work(work, key.sign)
     config = ConfigRecord({"work": payload, "signature": signature})
     kind = f"query.{work.kind}" if work.kind in ("describe", "init") else work.kind
     return Message(RecordDict({"config": config}), 9, kind)
@@ -269,9 +269,7 @@ def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None
     [(work, payload, signature)] = told
     assert work == some_work()
     public = identity.raw_public(COORDINATOR)
-    signed = messages.read_work(
-        payload, signature, lambda sig, part: identity.verify(public, sig, part)
-    )
+    signed = read_work(payload, signature, lambda sig, part: identity.verify(public, sig, part))
     assert signed == work
 
 

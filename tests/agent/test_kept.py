@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from agent import kept
-from protocols import identity, messages, weights
-from protocols.messages import Work
+from protocols import identity, weights
+from protocols.exchange import Work, read_work, sign_work
 from protocols.weights import Weights
 
 COORDINATOR = identity.new_signing_key()
@@ -22,7 +22,7 @@ def bring(folder: Path, number: int, key: identity.SigningKey = COORDINATOR) -> 
     digest = weights.save(Weights({"w": np.full(3, number, np.float32)}), file)
     file.rename(folder / f"{digest}.safetensors")
     work = Work(run="r", round=number, kind="train", task="t", base=digest)
-    kept.prove(folder, work, *messages.sign_work(work, key.sign))
+    kept.prove(folder, work, *sign_work(work, key.sign))
     return work
 
 
@@ -33,7 +33,7 @@ def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
     for held in found:
         assert held.work in works
         assert weights.file_digest(held.path) == held.work.base
-        signed = messages.read_work(
+        signed = read_work(
             held.payload, held.signature, lambda sig, part: identity.verify(PUBLIC, sig, part)
         )
         assert signed == held.work
@@ -42,7 +42,7 @@ def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
 def test_the_first_proof_of_a_version_stays(tmp_path: Path) -> None:
     work = bring(tmp_path, 1)
     later = Work(run="r", round=2, kind="train", task="t", base=work.base)
-    kept.prove(tmp_path, later, *messages.sign_work(later, COORDINATOR.sign))
+    kept.prove(tmp_path, later, *sign_work(later, COORDINATOR.sign))
     assert [held.work for held in kept.held(tmp_path, PUBLIC)] == [work]
 
 

@@ -17,7 +17,7 @@ from agent.lane import NoRoom, SessionLost
 from agent.link import Link
 from protocols import identity, weights
 from protocols.errors import ExitCode, Refused, Unreachable
-from protocols.messages import FEW_BYTES
+from protocols.exchange import FEW_BYTES
 from tests.site_fixtures import HOST, Machine, Site
 
 

@@ -28,7 +28,7 @@ from agent.worker import (
     WorkEnded,
     Worker,
 )
-from protocols.messages import Work
+from protocols.exchange import Work
 from protocols.states import PauseReason, PeerState
 
 WORK = Work(run="r", round=1, kind="train", task="t")

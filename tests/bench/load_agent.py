@@ -32,8 +32,17 @@ from agent.link import BEAT_EVERY_S, HEARTBEAT_S, _pack, _unpack
 from agent.presence import SIGN_OF_LIFE_S
 from agent.tasks.ping import Ping
 from protocols import VERSION, identity, messages, requests, schemas, topics, weights
+from protocols.exchange import (
+    EXCHANGE_PATH,
+    Exchange,
+    Exchanged,
+    UpdateClaim,
+    Work,
+    read_work,
+    sign_claim,
+)
 from protocols.joining import JOIN_PATH, JoinAnswer, Joining, claimed
-from protocols.messages import EXCHANGE_PATH, Exchange, Exchanged, Presence, UpdateClaim, Work
+from protocols.messages import Presence
 from protocols.mqtt import KEEPALIVE_S, Voice
 from protocols.states import PeerState
 from protocols.tickets import Ticket
@@ -206,7 +215,7 @@ class StandIn:
         payload, signature = config["work"], config["signature"]
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
-        work = messages.read_work(
+        work = read_work(
             payload,
             signature,
             lambda sig, signed: identity.verify(self._answer.coordinator_public, sig, signed),
@@ -229,7 +238,7 @@ class StandIn:
         elif data:
             self._attached = data  # few bytes go with the answer
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data))
-        payload, signature = messages.sign_claim(claim, self._sign_key.sign)
+        payload, signature = sign_claim(claim, self._sign_key.sign)
         self.say()
         content = RecordDict(
             {

@@ -12,9 +12,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.client import CLAIM
 from coordinator.facts import RunSpec
-from protocols import codecs, messages, weights
+from protocols import codecs, weights
 from protocols.errors import UnknownName, UsageFault
-from protocols.messages import UpdateClaim
+from protocols.exchange import UpdateClaim, decode_claim, sign_claim
 from protocols.states import RunState
 from tests.hub_fixtures import (
     Agent,
@@ -76,7 +76,7 @@ async def test_int8_is_as_good_as_whole_weights(tmp_path: Path) -> None:
 def claim_of(reply: Message) -> UpdateClaim:
     payload = reply.content.config_records[CLAIM]["claim"]
     assert isinstance(payload, bytes)
-    return messages.decode_claim(payload)
+    return decode_claim(payload)
 
 
 def claims_instead(agent: Agent, codec: str) -> None:
@@ -89,7 +89,7 @@ def claims_instead(agent: Agent, codec: str) -> None:
         if claim.kind != "train":
             return reply
         changed = msgspec.structs.replace(claim, codec=codec)
-        payload, signature = messages.sign_claim(changed, agent.machine.sign_key.sign)
+        payload, signature = sign_claim(changed, agent.machine.sign_key.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         return Message(RecordDict({CLAIM: record}), reply_to=message)
 
@@ -109,7 +109,7 @@ def sends_instead(agent: Agent, model: weights.Weights) -> None:
         digest = weights.save(model, path)
         agent._open_link().upload(digest, path)
         changed = msgspec.structs.replace(claim, digest=digest)
-        payload, signature = messages.sign_claim(changed, agent.machine.sign_key.sign)
+        payload, signature = sign_claim(changed, agent.machine.sign_key.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         return Message(RecordDict({CLAIM: record}), reply_to=message)
 

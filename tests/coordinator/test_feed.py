@@ -75,7 +75,7 @@ import asyncio, json, sys
 import msgspec
 from agent.presence import PresenceLink
 from protocols.identity import load_signing_key
-from protocols.messages import Presence
+from protocols.messages import (Presence)
 from protocols.mqtt import MqttAddress
 from protocols.states import PeerState
 from pathlib import Path

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from coordinator import facts, gate, transitions
 from coordinator.facts import RunSpec, Update
 from coordinator.runs import Run
-from protocols import identity, messages
+from protocols import identity
 from protocols.errors import BadWeights, UpdateRefused
-from protocols.messages import UpdateClaim
+from protocols.exchange import UpdateClaim, sign_claim
 from protocols.states import RunState
 from protocols.weights import Weights
 
@@ -56,7 +56,7 @@ class Desk:
             nonce="n",
         )
         claim = replace(claim, **changed)
-        payload, signature = messages.sign_claim(claim, self.keys[signer].sign)
+        payload, signature = sign_claim(claim, self.keys[signer].sign)
         self.present_bytes(sender, claim, payload, signature)
 
     def present_bytes(
@@ -108,7 +108,7 @@ def test_a_payload_that_was_changed_is_not_signed() -> None:
         num_examples=5,
         nonce="n",
     )
-    payload, signature = messages.sign_claim(claim, desk.keys["A"].sign)
+    payload, signature = sign_claim(claim, desk.keys["A"].sign)
     for wrong, by in ((payload.replace(b"5", b"6"), signature), (payload, bytes(64))):
         with pytest.raises(UpdateRefused, match="not signed"):
             desk.present_bytes("A", claim, wrong, by)

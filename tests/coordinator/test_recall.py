@@ -9,9 +9,9 @@ import pytest
 from coordinator import facts, recall, transitions
 from coordinator.facts import Fact, Holding, RunSpec, Update
 from coordinator.runs import Run
-from protocols import identity, messages
+from protocols import identity
 from protocols.errors import UpdateRefused
-from protocols.messages import Question, Work
+from protocols.exchange import Question, Work, sign_work
 from protocols.states import RunState
 
 OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
@@ -95,7 +95,7 @@ def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
 
 def signed(kind: Question, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
     work = Work(run=run, round=number, kind=kind, task="t", base="d" if kind != "init" else "")
-    return messages.sign_work(work, key.sign)
+    return sign_work(work, key.sign)
 
 
 def test_work_proves_the_version_that_it_is_on() -> None:

@@ -26,7 +26,7 @@ from protocols.errors import (
     Unreachable,
     UsageFault,
 )
-from protocols.messages import UpdateClaim
+from protocols.exchange import UpdateClaim, decode_claim, sign_claim
 from protocols.states import RunState
 from protocols.weights import Weights
 from tests.hub_fixtures import Agent, Fleet, Outcome, first_weights, fleet_of, some_data, until
@@ -548,13 +548,13 @@ class Cheat:
 
     def answer(self, message: Message) -> Message:
         reply = self._honest(message)
-        claim = messages.decode_claim(reply.content.config_records[CLAIM]["claim"])  # type: ignore[arg-type]
+        claim = decode_claim(reply.content.config_records[CLAIM]["claim"])  # type: ignore[arg-type]
         if claim.kind != "train":
             return reply
         self.changed, self.signer, self.content = {}, self.agent.machine.sign_key, None
         self.tricks[claim.round - 1](self, claim)
         changed = msgspec.structs.replace(claim, **self.changed)
-        payload, signature = messages.sign_claim(changed, self.signer.sign)
+        payload, signature = sign_claim(changed, self.signer.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         content = RecordDict({CLAIM: record}) if self.content is None else self.content
         return Message(content, reply_to=message)

@@ -33,7 +33,7 @@ from agent.link import Link, _pack, _unpack
 from coordinator.door import MAX_BODY_BYTES
 from coordinator.records import read_claim
 from protocols.errors import BadMessage, Unreachable
-from protocols.messages import EXCHANGE_PATH, Exchange, Parcel
+from protocols.exchange import EXCHANGE_PATH, Exchange, Parcel
 from tests.site_fixtures import Machine, Site, until
 
 # --- the contract with flwr 1.41 -------------------------------------------------------------

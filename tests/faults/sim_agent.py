@@ -23,7 +23,8 @@ from agent.worker import (
 )
 from protocols import schemas
 from protocols.errors import SchemaMismatch
-from protocols.messages import Envelope, Presence, UpdateClaim, Work
+from protocols.exchange import UpdateClaim, Work
+from protocols.messages import Envelope, Presence
 from protocols.states import PauseReason
 from tests.faults import sim_handshake
 from tests.faults.sim_coordinator import Coordinator

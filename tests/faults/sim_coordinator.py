@@ -19,7 +19,8 @@ from coordinator.fleet import Fleet
 from coordinator.runs import Run
 from protocols import preprocessing, schemas
 from protocols.errors import TELLABLE, CommonweightError, UpdateRefused
-from protocols.messages import Envelope, PeerKnown, Work
+from protocols.exchange import Work
+from protocols.messages import Envelope, PeerKnown
 from protocols.states import PeerState, RunState
 from protocols.topics import COORDINATOR
 from tests.faults import sim_handshake

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from coordinator.facts import RunSpec
 from protocols import preprocessing, schemas
 from protocols.errors import BadMessage, SchemaMismatch, UpdateRefused
-from protocols.messages import Work
+from protocols.exchange import Work
 from protocols.schemas import Description, SchemaCard
 from protocols.statistics import ColumnStatistics, Moments, TableStatistics
 from protocols.weights import TensorSpec

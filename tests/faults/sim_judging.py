@@ -9,7 +9,7 @@ from coordinator import buffered, facts, gate
 from coordinator.facts import Fact, Update
 from coordinator.runs import Run
 from protocols.errors import UpdateRefused
-from protocols.messages import UpdateClaim
+from protocols.exchange import UpdateClaim
 from tests.faults import sim_handshake
 from tests.faults.sim_disk import Disk
 

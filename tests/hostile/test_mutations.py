@@ -43,17 +43,19 @@ from protocols.errors import (
     TicketMalformed,
     UpdateRefused,
 )
-from protocols.joining import Joining
-from protocols.messages import (
+from protocols.exchange import (
     EXCHANGE_PATH,
     Exchange,
-    Presence,
-    Telemetry,
+    Parcel,
     UpdateClaim,
     Work,
-    seal,
-    unseal,
+    claim_part,
+    read_work,
+    sign_claim,
+    sign_work,
 )
+from protocols.joining import Joining
+from protocols.messages import Presence, Telemetry, seal, unseal
 from protocols.mqtt import MqttAddress, Voice
 from protocols.states import PeerState, RunState
 from protocols.stored import Stored
@@ -259,7 +261,7 @@ def judge(payload: bytes, signature: bytes) -> UpdateClaim | None:
 @few(900)
 def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     tried["claim"] += 1
-    payload, signature = messages.sign_claim(GOOD, KEY.sign)
+    payload, signature = sign_claim(GOOD, KEY.sign)
     assert judge(payload, signature) == GOOD
     assert judge(mutated(payload, changes), signature) is None
     assert judge(payload, mutated(signature, changes)) is None
@@ -270,7 +272,7 @@ def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
 def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
     tried["claim"] += 1
     payload = as_json(distorted(plain_of(GOOD), places))
-    claim = judge(payload, KEY.sign(messages.claim_part(payload)))
+    claim = judge(payload, KEY.sign(claim_part(payload)))
     if claim is not None:  # what is accepted is what was asked, within its bounds
         assert (claim.run, claim.round, claim.kind, claim.peer) == ("mnist-1", 2, "train", PEER)
         assert claim.base == "a" * 64
@@ -287,14 +289,14 @@ def test_work(
     changes: list[tuple[str, int, bytes]], places: list[tuple[int, Any, bool]], raw: bool
 ) -> None:
     tried["work"] += 1
-    payload, signature = messages.sign_work(WORK, KEY.sign)
+    payload, signature = sign_work(WORK, KEY.sign)
     if raw:
         with pytest.raises(BadMessage):
-            messages.read_work(mutated(payload, changes), signature, _by_key)
+            read_work(mutated(payload, changes), signature, _by_key)
         return
     payload = as_json(distorted(plain_of(WORK), places))
     with contextlib.suppress(BadMessage):
-        messages.read_work(payload, KEY.sign(b"commonweight work 1\n" + payload), _by_key)
+        read_work(payload, KEY.sign(b"commonweight work 1\n" + payload), _by_key)
 
 
 def _by_key(signature: bytes, signed: bytes) -> bool:
@@ -390,7 +392,7 @@ class Asked:
         self.node = site.nodes[self.machine.peer]
         site.superlink.state.activate_node(self.node, 60.0)
 
-    def parcel(self) -> messages.Parcel:
+    def parcel(self) -> Parcel:
         content = RecordDict({"config": ConfigRecord({"text": "q"})})
         question = Message(content, self.node, "train", group_id="r")
         self.ids = set(self.site.grid.push_messages([question]))

@@ -15,8 +15,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from coordinator import facts, runs, transitions
 from coordinator import fleet as fleets
 from coordinator.records import CLAIM
-from protocols import messages, weights
-from protocols.messages import UpdateClaim
+from protocols import weights
+from protocols.exchange import UpdateClaim, claim_part, decode_claim, sign_claim
 from protocols.states import RunState
 from protocols.weights import Weights
 from tests.hub_fixtures import Agent, first_weights, fleet_of, some_data
@@ -51,7 +51,7 @@ class Poisoner:
         record = reply.content.config_records.get(CLAIM)
         if record is None:
             return reply
-        claim = messages.decode_claim(record["claim"])  # type: ignore[arg-type]
+        claim = decode_claim(record["claim"])  # type: ignore[arg-type]
         if claim.kind == "init":
             return reply
         changed = dict(
@@ -59,10 +59,10 @@ class Poisoner:
         )
         if claim.kind == "train" and claim.round in self.models:
             changed |= self._send(claim)
-        payload = messages.sign_claim(msgspec.structs.replace(claim, **changed), self._sign)[0]
+        payload = sign_claim(msgspec.structs.replace(claim, **changed), self._sign)[0]
         if claim.kind == "train" and claim.round in self.raw:
             payload = self.raw[claim.round](payload)
-        signature = self._sign(messages.claim_part(payload))
+        signature = self._sign(claim_part(payload))
         content = RecordDict({CLAIM: ConfigRecord({"claim": payload, "signature": signature})})
         return Message(content, reply_to=message)
 

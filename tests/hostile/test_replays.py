@@ -18,9 +18,9 @@ from agent.link import Link, _pack
 from agent.wire import Answer, Body
 from coordinator import facts
 from coordinator.records import CLAIM
-from protocols import identity, messages, requests, weights
+from protocols import identity, requests, weights
+from protocols.exchange import EXCHANGE_PATH, Exchange, UpdateClaim, decode_claim, sign_claim
 from protocols.joining import MQTT_PATH, STANDING_PATH
-from protocols.messages import EXCHANGE_PATH, Exchange, UpdateClaim
 from protocols.states import RunState
 from protocols.weights import Weights
 from tests.hostile.tools import (
@@ -186,7 +186,7 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
         def answer(message: Message) -> Message:
             reply = honest(message)
             record = reply.content.config_records[CLAIM]
-            claim = messages.decode_claim(record["claim"])  # type: ignore[arg-type]
+            claim = decode_claim(record["claim"])  # type: ignore[arg-type]
             if claim.kind != "train":
                 return reply
             if claim.round == 2:  # the claim of round 1, with its good signature
@@ -232,7 +232,7 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
         def overheard(message: Message) -> Message:
             reply = theirs(message)
             record = reply.content.config_records[CLAIM]
-            claim = messages.decode_claim(record["claim"])  # type: ignore[arg-type]
+            claim = decode_claim(record["claim"])  # type: ignore[arg-type]
             if claim.kind == "train":
                 seen[claim.round] = (claim, record["claim"], record["signature"])  # type: ignore[assignment]
             return reply
@@ -240,7 +240,7 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
         def answer(message: Message) -> Message:
             reply = honest(message)
             record = reply.content.config_records[CLAIM]
-            mine = messages.decode_claim(record["claim"])  # type: ignore[arg-type]
+            mine = decode_claim(record["claim"])  # type: ignore[arg-type]
             if mine.kind != "train":
                 return reply
             end = time.monotonic() + 30
@@ -248,11 +248,11 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
                 rogue._stopping.wait(0.01)
             claim, payload, signature = seen[mine.round]
             if mine.round == 1:  # its digest, signed by me
-                payload, signature = messages.sign_claim(
+                payload, signature = sign_claim(
                     msgspec.structs.replace(mine, digest=claim.digest), rogue.machine.sign_key.sign
                 )
             elif mine.round == 3:  # its whole claim under my name
-                payload, signature = messages.sign_claim(
+                payload, signature = sign_claim(
                     msgspec.structs.replace(claim, peer=rogue.peer), rogue.machine.sign_key.sign
                 )
             elif mine.round == 4:  # the reply itself in its node's name

@@ -23,7 +23,7 @@ from agent.tasks import DataSettings
 from agent.trainer_process import TrainerProcess
 from coordinator.lane import MOST_UPLOADS
 from protocols import requests
-from protocols.messages import EXCHANGE_PATH
+from protocols.exchange import EXCHANGE_PATH
 from tests.e2e.fleet_harness import Fleet, fleet, until
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
 

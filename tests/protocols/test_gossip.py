@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from protocols import gossip, identity
 from protocols.errors import BadMessage
+from protocols.exchange import Work
 from protocols.gossip import MOST_WORDS, Head, Pass, Told, Word, Words
 from protocols.identity import NodeCertificate
-from protocols.messages import Presence, Work
+from protocols.messages import Presence
 from protocols.states import PeerState
 
 CA_KEY, CA_PEM = identity.new_ca("test")

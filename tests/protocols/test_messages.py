@@ -14,6 +14,15 @@ from hypothesis import strategies as st
 
 from protocols import identity, messages
 from protocols.errors import BadMessage
+from protocols.exchange import (
+    UpdateClaim,
+    Work,
+    claim_part,
+    decode_claim,
+    read_work,
+    sign_claim,
+    sign_work,
+)
 from protocols.joining import Joining
 from protocols.messages import (
     Command,
@@ -27,8 +36,6 @@ from protocols.messages import (
     RoundClosed,
     RunChanged,
     Telemetry,
-    UpdateClaim,
-    Work,
 )
 from protocols.states import PeerState, RunState
 
@@ -179,7 +186,7 @@ def test_no_steering_character_passes(steering: str, where: str) -> None:
         messages.unseal(TOPIC, sealed(presence, sender=text), accept)
     claim = a_claim_as_json() | {"metrics": {text: 1.0}}
     with pytest.raises(BadMessage):
-        messages.decode_claim(json.dumps(claim).encode())
+        decode_claim(json.dumps(claim).encode())
 
 
 @given(st.text())
@@ -267,30 +274,30 @@ def verify(signature: bytes, signed: bytes) -> bool:
 
 def test_work_is_read_when_the_coordinator_signed_it() -> None:
     work = Work(run="r", round=3, kind="train", task="mnist", base="b", settings={"lr": 0.1})
-    payload, signature = messages.sign_work(work, KEY.sign)
-    assert messages.read_work(payload, signature, verify) == work
+    payload, signature = sign_work(work, KEY.sign)
+    assert read_work(payload, signature, verify) == work
     for wrong in (payload + b" ", payload.replace(b"mnist", b"other"), b""):
         with pytest.raises(BadMessage, match="not signed"):
-            messages.read_work(wrong, signature, verify)
+            read_work(wrong, signature, verify)
     with pytest.raises(BadMessage, match="not signed"):
-        messages.read_work(payload, bytes(64), verify)
+        read_work(payload, bytes(64), verify)
 
 
 def test_a_signature_for_one_purpose_serves_no_other() -> None:
     claim = msgspec.convert(a_claim_as_json(), UpdateClaim)
-    payload, signature = messages.sign_claim(claim, KEY.sign)
-    assert messages.decode_claim(payload) == claim
-    assert verify(signature, messages.claim_part(payload))
+    payload, signature = sign_claim(claim, KEY.sign)
+    assert decode_claim(payload) == claim
+    assert verify(signature, claim_part(payload))
     with pytest.raises(BadMessage, match="not signed"):
-        messages.read_work(payload, signature, verify)
+        read_work(payload, signature, verify)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"\xff", b"[" * 5000])
 def test_signed_nonsense_is_refused(body: bytes) -> None:
     with pytest.raises(BadMessage, match="not a piece of work"):
-        messages.read_work(body, KEY.sign(b"commonweight work 1\n" + body), verify)
+        read_work(body, KEY.sign(b"commonweight work 1\n" + body), verify)
     with pytest.raises(BadMessage, match="not a claim"):
-        messages.decode_claim(body)
+        decode_claim(body)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +305,7 @@ def test_signed_nonsense_is_refused(body: bytes) -> None:
 )
 def test_a_claim_with_wrong_fields_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(BadMessage):
-        messages.decode_claim(json.dumps(a_claim_as_json() | changed).encode())
+        decode_claim(json.dumps(a_claim_as_json() | changed).encode())
 
 
 @pytest.mark.parametrize("name", ["", "x\n", "x\x1b", "a/b", "n" * 65])

@@ -38,8 +38,8 @@ from coordinator.runs import Run
 from coordinator.superlink import Superlink
 from protocols import identity, weights
 from protocols.errors import CommonweightError
+from protocols.exchange import Exchange
 from protocols.identity import SigningKey
-from protocols.messages import Exchange
 from protocols.weights import Weights
 from tests.in_process import InProcess
 
