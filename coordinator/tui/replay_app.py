@@ -37,6 +37,7 @@ class ReplayApp(MonitorApp):
     def action_seek(self, by_s: float) -> None:
         self._recording.seek(by_s)
         self._events_seen = None  # what was jumped over is no news
+        self.clear_notifications()  # nor is what was said at another time
         self._draw_frame(self._clock())
 
     def action_pace(self, factor: float) -> None:

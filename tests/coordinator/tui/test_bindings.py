@@ -326,6 +326,7 @@ async def test_keys_of_a_recording() -> None:
             before = source.position_s
             await pilot.press(key)
             await until(pilot, lambda so=so, before=before: so(before))  # type: ignore[misc]
+        assert not app._notifications, "said at another time"
         await pilot.press("plus", "plus")
         await until(pilot, lambda: "×4" in screen_text(app))
         await pilot.press("minus")
