@@ -1,0 +1,84 @@
+"""python -m tests.bench.monitor_picture [--out docs/monitor.svg]
+
+The README's first picture: the real monitor at 140x40, watching the real demo. A coordinator and
+five agents are started, each agent with a few of the digits; late in the run the screen is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from coordinator.demo_fleet import DemoFleet, Interrupts
+from coordinator.facts import RunSpec
+from coordinator.fleet import Fleet, current_run, num_available
+from coordinator.orders import RunOrder
+from coordinator.remote import LiveSource
+from coordinator.tui.app import MonitorApp
+from protocols.states import PeerState, RunState
+
+AGENTS, ROUNDS = 5, 16
+SIZE = (140, 40)
+
+
+def is_telling(fleet: Fleet | None) -> bool:
+    """True late in the run, while some peers train and others have done so."""
+    run = current_run(fleet) if fleet else None
+    if fleet is None or run is None or len(run.rounds) < ROUNDS // 2:
+        return False
+    states = [peer.state for peer in fleet.peers.values()]
+    training = states.count(PeerState.TRAINING)
+    return run.changed.state is RunState.TRAINING and 2 <= training < AGENTS
+
+
+async def picture(home: Path) -> str:
+    """The screen as SVG. Raises RuntimeError if the run ended before it was worth a picture."""
+    app = MonitorApp(LiveSource(home))
+    async with app.run_test(size=SIZE) as pilot:
+        while not is_telling(app.fleet):
+            await pilot.pause(0.02)
+            run = current_run(app.fleet) if app.fleet else None
+            if run and len(run.rounds) == ROUNDS:
+                raise RuntimeError("no moment was worth a picture: once again")
+        app._draw(None)
+        await pilot.pause()
+        return app.export_screenshot(title="commonweight monitor")
+
+
+def watched(folder: Path) -> str:
+    """A demo in `folder`, and its picture."""
+    with Interrupts() as interrupts:
+        fleet = DemoFleet(folder, interrupts)
+        try:
+            remote = fleet.start_coordinator()
+            threads = max(1, (os.cpu_count() or 1) // AGENTS)
+            fleet.start_agents(remote, AGENTS, "shards", threads)
+            while num_available(remote.fleet(), time.time()) < AGENTS:
+                fleet.check()
+                interrupts.wait(0.2)
+            spec = RunSpec(task="mnist", rounds=ROUNDS, quorum=AGENTS - 1, deadline_s=120.0)
+            remote.start_run(RunOrder(spec=spec))
+            remote.close()
+            return asyncio.run(picture(fleet.home))
+        finally:
+            fleet.stop()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
+    options.add_argument("--out", type=Path, default=Path("docs/monitor.svg"))
+    chosen = options.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="commonweight-picture-"))
+    try:
+        chosen.out.write_text(watched(folder), encoding="utf-8")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
