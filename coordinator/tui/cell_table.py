@@ -77,6 +77,7 @@ class CellTable(ScrollView, can_focus=True):
         self.columns: list[tuple[Column[Any], int]] = []
         self._sorted = ("", False)
         self.order: list[str] = []
+        self._base = Style()
 
     def show(
         self,
@@ -111,16 +112,19 @@ class CellTable(ScrollView, can_focus=True):
 
     # --- drawing ---
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        self._base = self.rich_style  # once a frame: it is put together of all ancestors' styles
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
-        width = self.size.width
+        width, base = self.size.width, self._base
         if y == 0:
             dim = Style(color=colours().dim)
             titles = [Cell(self._title(column, wide)) for column, wide in self.columns]
-            return self._line(titles, self.rich_style, width, dim)
+            return self._line(titles, base, width, dim)
         row = self.scroll_offset.y + y - 1
         if row >= len(self.order):
-            return Strip.blank(width, self.rich_style)
-        base = self.rich_style
+            return Strip.blank(width, base)
         if row == self.cursor_row:
             base += self.get_component_rich_style("cells--cursor", partial=True)
         here = self.order[row]

@@ -11,6 +11,8 @@ from textwrap import wrap
 
 from rich.style import Style
 from rich.text import Text
+from textual.geometry import Region
+from textual.strip import Strip
 from textual.widget import Widget
 
 from coordinator.curves import Values
@@ -47,6 +49,9 @@ class RoundPlots(Widget):
         self.fleet: Fleet | None = None
         self._only, self._words = only, words
         self._shown: tuple[object, ...] = ()
+        self._drawn: tuple[object, ...] = ()
+        self._plots: list[Strip] = []
+        self._strips: list[Strip] = []
 
     def show(self, fleet: Fleet | None) -> None:
         """Draw `fleet`'s run, if what is drawn of it has changed."""
@@ -54,19 +59,40 @@ class RoundPlots(Widget):
         last = run.rounds[-1] if run and run.rounds else None
         words = run_words(run) if run and self._words else ""
         counts = (len(run.rounds) if run else 0, len(fleet.peers) if fleet else 0)
-        shown = (run and run.changed.run, last, words, counts, colours())
+        shown = (run and run.changed.run, last, counts, colours(), words)
         if shown != self._shown or fleet is not self.fleet:
             self.fleet, self._shown = fleet, shown
             self.refresh()
 
-    def render(self) -> Text:
+    def render_lines(self, crop: Region) -> list[Strip]:
+        # By lines: Textual takes three times as long to make them of one text.
+        self._strips = self._made()
+        return super().render_lines(crop)
+
+    def render_line(self, y: int) -> Strip:
+        if y < len(self._strips):
+            return self._strips[y]
+        return Strip.blank(self.content_size.width, self.rich_style)
+
+    def _made(self) -> list[Strip]:
         run = current_run(self.fleet) if self.fleet else None
         width, height = self.content_size
         if self.fleet is None or run is None or width < 12 or height < 3:
-            return Text("")
-        lines = _standing(run, width) if self._words else []
-        shown = panes(run, self.fleet)[: self._only]
-        return Text("\n").join([*lines, *draw(shown, width, height - len(lines))])
+            return []
+        standing = _standing(run, width) if self._words else []
+        base = self.rich_style
+        drawn = (*self._shown[:-1], width, height - len(standing), base)
+        if drawn != self._drawn:  # what a run waits for changes far more often than its plots
+            lines = draw(panes(run, self.fleet)[: self._only], width, height - len(standing))
+            self._drawn, self._plots = drawn, self._as_strips(lines, width, base)
+        return [*self._as_strips(standing, width, base), *self._plots]
+
+    def _as_strips(self, lines: list[Text], width: int, base: Style) -> list[Strip]:
+        console = self.app.console
+        return [
+            Strip(line.render(console)).apply_style(base).adjust_cell_length(width, base)
+            for line in lines
+        ]
 
 
 def _standing(run: Run, width: int) -> list[Text]:

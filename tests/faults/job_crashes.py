@@ -242,11 +242,14 @@ def agent(folder: Path, points: Sequence[str] = ()) -> Row:
     with job_site(folder) as fleet:
         jobs = Jobs(fleet)
         for kind, point in product(KINDS, points or agent_points()):
-            fleet.programs["ada"].stop()
+            for name in PEERS:
+                fleet.programs[name].stop()
+            # The other is away until then: on few rows it would be quicker than the one to die.
             fleet.come_back("ada", point)
             job = jobs.order(kind)
             fleet.dead("ada")
-            fleet.come_back("ada")
+            for name in PEERS:
+                fleet.come_back(name)
             row.add(f"{kind} {point}", 1, _judged(fleet, jobs, kind, job))
     row.figure = "0"
     return row
