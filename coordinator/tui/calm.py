@@ -13,6 +13,8 @@ import gc
 from rich.segment import Segment
 from textual.strip import Strip
 
+from coordinator import heap
+
 #: Between two looks at everything; so long what nobody needs may stay.
 TIDY_EVERY_S = 60.0
 #: New objects before a look at them, and how many such looks before one at what has outlived one.
@@ -27,11 +29,11 @@ def calm() -> None:
 
 
 def tidy() -> None:
-    """Free everything that nobody needs, and what is remembered of screens that are gone.
+    """Free and give back what nobody needs, also what is remembered of screens that are gone.
 
     Text on the screen has a style of its own for every place, so that the mouse can mark it. Rich
     and Textual remember 16,384 of each: ten minutes fill them, and what is needed is soon back.
     """
     Strip.render_ansi.cache_clear()
     Segment._split_cells.cache_clear()
-    gc.collect()
+    heap.trim()
