@@ -42,6 +42,7 @@ class Exchanges:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
+        session = self._sessions.number(peer)
         if asked.reply is None:
             answer = await self._superlink.exchange_soon(node, asked)
             self._on_request("exchange", node)
@@ -59,6 +60,9 @@ class Exchanges:
         answer = await self._superlink.exchange_soon(node, Exchange())
         if answer.work is None and (self._runs.current is not None or self._jobs.at_work):
             await self._lingering.wait(peer, LINGER_S)
+            if self._sessions.number(peer) != session:
+                # It was started again meanwhile: what is there now is for who asks in that life.
+                raise NoSession(f"{peer} has another session")
             answer = await self._superlink.exchange_soon(node, Exchange())
         return self._with_version(Exchanged(work=answer.work, settled=settled))
 

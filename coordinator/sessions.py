@@ -26,6 +26,7 @@ class Sessions:
         self._node_of: dict[str, int] = {}
         self._peer_of: dict[int, str] = {}
         self._online: frozenset[str] = frozenset()
+        self._opened: dict[str, int] = {}
         self._heard_at: dict[str, float] = {}
         self._will_at: dict[str, float] = {}
         self._tasks: dict[str, tuple[str, ...]] = {}
@@ -64,6 +65,11 @@ class Sessions:
 
     def opened(self, peer: str) -> None:
         self._online |= {peer}
+        self._opened[peer] = self.number(peer) + 1
+
+    def number(self, peer: str) -> int:
+        """Which of its sessions this is, counted from 1; 0 before the first."""
+        return self._opened.get(peer, 0)
 
     def closed(self, peer: str) -> None:
         self._online -= {peer}
