@@ -166,6 +166,7 @@ class PeerServer:
             try:
                 digest, announced = self._admitted(request.method.decode(), path, headers)
             except _Refused as err:
+                await _body(http, reader)  # what is unread at the end takes the answer with it
                 return await self._refuse(http, writer, err.status)
             body = await _body(http, reader)
         if body is None or hashlib.sha256(body).hexdigest() != announced:

@@ -300,6 +300,22 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
             )
 
 
+def test_a_refusal_comes_after_the_body(site: Site, tmp_path: Path, digest: str) -> None:
+    """Told before it, the answer would be lost with the bytes that nobody reads."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with peers(site, tmp_path, "ann") as (ann,):
+        host, _, port = ann.sharing.asked().address.rpartition(":")
+        with context.wrap_socket(socket.create_connection((host, int(port)))) as caller:
+            caller.sendall(b"POST /cw/v1/words HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n")
+            caller.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                caller.recv(1)
+            caller.sendall(b"word")
+            caller.settimeout(30)
+            assert caller.recv(64).startswith(b"HTTP/1.1 401 ")
+
+
 def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest: str) -> None:
     with peers(site, tmp_path, "ann") as (ann,):
         host, _, port = ann.sharing.asked().address.rpartition(":")
