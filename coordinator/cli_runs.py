@@ -280,7 +280,8 @@ def show(run: str, json: Json = False) -> None:
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
-    shown = remote.fleet().runs.get(found.id)
+    fleet = remote.fleet()
+    shown, peers = fleet.runs.get(found.id), fleet.peers
     waiting = shown.changed.waiting_for if shown else ""
     sys.stdout.write(f"{found.id}: {found.state}, round {found.round}/{found.spec.rounds}\n")
     if shown and shown.changed.memory_bytes and not found.ended:
@@ -296,7 +297,6 @@ def show(run: str, json: Json = False) -> None:
     selects = f", select {found.spec.select:g}x" if found.spec.select else ""
     selects += ", late updates folded" if found.spec.late == "fold" else ""
     sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
-    peers = remote.fleet().peers
     if found.refused:
         sys.stdout.write(run_words.refusal(found, peers) + "\n")
     for line in run_words.buffer_lines(found, peers):

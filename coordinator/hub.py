@@ -44,7 +44,7 @@ from coordinator.superlink import ARRIVALS, FLEET_PREFIX, Superlink
 from coordinator.supervision import supervised
 from protocols import addresses, identity
 from protocols.exchange import Exchange, Exchanged
-from protocols.messages import Command, Happened, PeerKnown
+from protocols.messages import Command, Happened
 from protocols.mqtt import MqttAddress
 
 log = logging.getLogger("commonweight.hub")
@@ -273,7 +273,7 @@ class Hub:
         if peer.standing == "enrolled" and self._sessions.node_of(peer.peer) is None:
             self._sessions.admit(peer.peer, self._superlink.register(peer.node_public))
         if peer.standing != "removed":
-            self._tell_of(peer)
+            self._mirror.tell_of(peer)
 
     def _on_peer(self, peer: Peer) -> None:
         words = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was removed"}
@@ -283,24 +283,12 @@ class Hub:
             self._holders.gone(peer.peer)
             self.sharing.neighbours.book.gone(peer.peer)
             self._mirror.forget(peer.peer)
-            self._tell_of(peer)
+            self._mirror.tell_of(peer)
             self._nudge()
         else:
             self._admit(peer)
         text = f"{peer.name} {words[peer.standing]}"
         self._mirror.publish(Happened(level="info", text=text, subject=peer.peer))
-
-    def _tell_of(self, peer: Peer) -> None:
-        self._mirror.publish(
-            PeerKnown(
-                peer=peer.peer,
-                name=peer.name,
-                labels=peer.labels,
-                standing=peer.standing,
-                public_key=peer.sign_public,
-                flower=self._sessions.is_open(peer.peer),
-            )
-        )
 
     def _nudge(self) -> None:
         """Something changed that runs and jobs may care for."""
@@ -322,11 +310,11 @@ class Hub:
             if self.runs.current is not None:
                 self.runs.current.session_opened(peer)
             self.jobs.session_opened(peer)
-            self._mirror.tell_links([peer])
+            self._mirror.tell_links([self.registry.peers[peer]])
         elif action == "deactivate-node":
             self._sessions.closed(peer)
             self._nudge()
-            self._mirror.tell_links([peer])
+            self._mirror.tell_links([self.registry.peers[peer]])
         elif news:
             self._nudge()
 
@@ -336,7 +324,7 @@ class Hub:
             if self._look():
                 self._nudge()
             # Also how many messages were rejected: not one by one.
-            self._mirror.tell_links(list(self.fleet.peers))
+            self._mirror.tell_links(self.registry.peers.values())
             await asyncio.sleep(ONLINE_EVERY_S)
 
     def _look(self) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Set
+from io import BytesIO
 from pathlib import Path
 
 from coordinator.auth import Auth
@@ -98,10 +99,8 @@ class JobLane(Lane):
 
         One that is longer than any should be comes in parts.
         """
-        if given.body or not given.nbytes:
-            yield from given.body.splitlines(keepends=True)
-            return
-        with self.version(given.digest).open("rb") as file:
+        inline = given.body or not given.nbytes
+        with BytesIO(given.body) if inline else self.version(given.digest).open("rb") as file:
             while line := file.readline(_MOST_LINE_BYTES):
                 yield line
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from coordinator import fleet as fleets
+from coordinator.enroll import Peer
 from coordinator.feed import Feed
 from coordinator.fleet import Fleet
 from coordinator.sessions import Sessions
@@ -120,21 +121,25 @@ class Mirror:
         topic = topics.command(self._keys.fleet, peer)
         return self._feed is not None and await self._feed.publish(topic, asked)
 
-    def tell_links(self, peers: Sequence[str] = ()) -> None:
+    def tell_of(self, peer: Peer) -> None:
+        """Who a peer is, and whether its session holds."""
+        self.publish(
+            PeerKnown(
+                peer=peer.peer,
+                name=peer.name,
+                labels=peer.labels,
+                standing=peer.standing,
+                public_key=peer.sign_public,
+                flower=self._sessions.is_open(peer.peer),
+            )
+        )
+
+    def tell_links(self, peers: Iterable[Peer] = ()) -> None:
         """What is up, how many messages were rejected, whose session holds, if that is news."""
         for peer in peers:
-            shown, holds = self._fleet.peers.get(peer), self._sessions.is_open(peer)
-            if shown is not None and shown.flower is not holds:
-                self.publish(
-                    PeerKnown(
-                        peer=shown.peer,
-                        name=shown.name,
-                        labels=shown.labels,
-                        standing=shown.standing,
-                        public_key=shown.public_key,
-                        flower=holds,
-                    )
-                )
+            shown = self._fleet.peers.get(peer.peer)
+            if shown is not None and shown.flower is not self._sessions.is_open(peer.peer):
+                self.tell_of(peer)
         online = self._sessions.any_online
         links = Links(mqtt=self._up, flower=online, rejected=self._rejected)
         if links != self._fleet.links:

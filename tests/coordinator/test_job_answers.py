@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import job_answers, jobs
+from coordinator import job_answers, job_output, jobs
 from coordinator.job_facts import Block, Given, JobSpec
 from coordinator.job_lane import JobLane
 from coordinator.jobs import Unit
@@ -72,3 +72,13 @@ def test_measures_are_in_the_ledger(lane: JobLane) -> None:
     padded = scores + b" " * INLINE_BYTES  # so it comes by the lane, and who asks cannot read it
     with pytest.raises(BadMessage, match="longer"):
         job_answers.check(PRIVATE, UNIT, given(lane, padded, inline=False), lane)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobLane, inline: bool) -> None:
+    body = b'["row","class"]\n[0,\r"a"]\n[1,"b"]\n'
+    answer = given(lane, body, inline=inline)
+    job_answers.check(SCATTER, UNIT, answer, lane)
+    assert [line[-1:] for line in lane.lines(answer)] == [b"\n"] * 3
+    rows = job_output._numbered(["row", "class"], body.partition(b"\n")[2], 5)
+    assert rows == [[5, "a"], [6, "b"]]
