@@ -11,22 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from protocols.changes import BLOCK, Changes, Floats, Layout, add
-from protocols.codings import Bf16, Coding, Int8, Sign, TopK
+from protocols.codings import Bf16, Coding, Int8, Sign
 from protocols.durable import replacing
 from protocols.errors import UnknownName, UsageFault
+from protocols.sparse import Ternary, TopK
 from protocols.stored import Writer
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec, check_schema, header_bytes
 
 WHOLE = "fp32"
-KNOWN = ("fp32", "bf16", "int8", "sign", "topk")
-_DEFAULT_SHARE = 0.01
-#: Above this, int8 has fewer bytes.
+KNOWN = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
+#: Those that send few elements, how large a share of them, and with what.
+SPARSE: dict[str, tuple[float, Callable[[float], Coding]]] = {
+    "ternary": (0.1, Ternary),
+    "topk": (0.01, TopK),
+}
+#: Above this, int8 or sign has fewer bytes.
 _MOST_SHARE = 0.25
 
 
@@ -38,29 +44,38 @@ class Codec(NamedTuple):
 
 
 def find(name: str) -> Codec:
-    """The codec that `name` means: one of `KNOWN`, or `topk:SHARE` for another share than 1 %.
+    """The codec that `name` means: one of `KNOWN`, or a sparse one with its share: `topk:0.02`.
 
     Raises UnknownName, UsageFault.
     """
     kind, colon, argument = name.partition(":")
-    if kind not in KNOWN or (colon and kind != "topk"):
-        raise UnknownName(f"unknown codec {name!r}; known: {', '.join(KNOWN)}, topk:SHARE")
-    if kind == "topk":
-        share = _share(argument) if colon else _DEFAULT_SHARE
-        return Codec(f"topk:{share:g}", TopK(share))
+    if kind not in KNOWN or (colon and kind not in SPARSE):
+        shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
+        raise UnknownName(f"unknown codec {name!r}; known: {', '.join(KNOWN)}, {shares}")
+    if kind in SPARSE:
+        default, coding = SPARSE[kind]
+        share = _share(kind, argument) if colon else default
+        return Codec(f"{kind}:{share:g}", coding(share))
     codings: dict[str, Coding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
     return Codec(kind, codings.get(kind))
 
 
-def _share(text: str) -> float:
+def is_sparse(name: str) -> bool:
+    """True if such updates say nothing of most elements."""
+    return name.partition(":")[0] in SPARSE
+
+
+def _share(kind: str, text: str) -> float:
     try:
         share = float(text)
     except ValueError:
         share = 0.0
     if not 0 < share <= _MOST_SHARE:
+        other = {"topk": "int8", "ternary": "sign"}[kind]
         raise UsageFault(
-            f"topk:{text}: the share is above 0 and at most {_MOST_SHARE:g}",
-            "topk:0.01 sends the largest hundredth; above a quarter int8 has fewer bytes",
+            f"{kind}:{text}: the share is above 0 and at most {_MOST_SHARE:g}",
+            f"{kind}:{SPARSE[kind][0]} sends the largest {SPARSE[kind][0]:.0%}; above a quarter "
+            f"{other} has fewer bytes",
         )
     return share
 

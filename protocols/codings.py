@@ -1,26 +1,24 @@
 """How each codec writes a change of the weights in few bytes, and reads it. Pure numpy.
 
-A coded change is a canonical safetensors file with one or two tensors over the flat axis of
+A coded change is a canonical safetensors file with one to three tensors over the flat axis of
 `changes`, whatever the number of the model's own, so its header is as good as free:
 
     bf16   d BF16[n]
     int8   q I8[n]         s F32[rows]      change = q * scale of its row
     sign   b U8[bytes]     s F32[tensors]   change = scale of its tensor, minus where the bit is set
-    topk   i U8[gaps]      v F32[count]     change = v at the positions in i (see gaps), else 0
+
+Those that send few elements are in `sparse`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from protocols.changes import BLOCK, MOST, Changes, Field, Floats, Layout
 from protocols.errors import BadWeights
-from protocols.gaps import GapReader, GapWriter
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec, check_schema, narrow, widen
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -46,7 +44,7 @@ class Coding(Protocol):
     """One codec's mathematics."""
 
     def schema(self, layout: Layout) -> Schema:
-        """The coded file's; topk's is the largest that may be."""
+        """The coded file's; of a sparse one the largest that may be."""
         ...
 
     def encode(self, changes: Changes, to: Sink) -> None: ...
@@ -120,7 +118,7 @@ class Int8:
 
     def open(self, file: Readable, layout: Layout) -> Opened:
         check_schema(file.schema, self.schema(layout))
-        _check_scales(file, layout.rows)
+        check_scales(file, layout.rows)
         return _OpenedInt8(file)
 
 
@@ -179,7 +177,7 @@ class Sign:
 
     def open(self, file: Readable, layout: Layout) -> Opened:
         check_schema(file.schema, self.schema(layout))
-        _check_scales(file, len(layout.fields))
+        check_scales(file, len(layout.fields))
         for field in layout.fields.values():
             if field.size % 8:
                 last = field.first_byte + field.size // 8
@@ -210,96 +208,8 @@ class _OpenedSign:
         out[:] = signs[start - first * 8 : stop - first * 8]
 
 
-class TopK:
-    """The largest changes of the whole model, exact; all others are left over."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def most(self, layout: Layout) -> int:
-        """How many elements may be sent."""
-        return min(layout.count, math.ceil(layout.count * self.share))
-
-    def schema(self, layout: Layout) -> Schema:
-        most = self.most(layout)
-        gaps = min(most + layout.count // 255 + 1, layout.count)
-        return {"i": TensorSpec("U8", (gaps,)), "v": TensorSpec("F32", (most,))}
-
-    def encode(self, changes: Changes, to: Sink) -> None:
-        positions = self._largest(changes)
-        writer = GapWriter()
-        starts = range(0, max(len(positions), 1), BLOCK)
-        gaps = np.concatenate([writer.encode(positions[at : at + BLOCK]) for at in starts])
-        shapes = {"i": ("U8", len(gaps)), "v": ("F32", len(positions))}
-        to.begin({name: TensorSpec(dtype, (count,)) for name, (dtype, count) in shapes.items()})
-        to.put("i", gaps)
-        values: list[Floats] = []
-        done = 0
-        for field, start, stop, change in changes.blocks():
-            end = done + int(np.searchsorted(positions[done:], field.start + stop))
-            here = positions[done:end] - (field.start + start)
-            values.append(change[here])
-            change[here] = 0
-            to.keep(change)
-            done = end
-        to.put("v", np.concatenate(values) if values else np.empty(0, np.float32))
-
-    def _largest(self, changes: Changes) -> npt.NDArray[np.int64]:
-        """Positions of the largest changes, ascending; never of a 0."""
-        most = self.most(changes.layout)
-        least = np.float32(0)
-        where, sizes = np.empty(0, np.int64), np.empty(0, np.float32)
-        waiting: list[tuple[npt.NDArray[np.int64], Floats]] = []
-        held = 0
-        scratch = np.empty(BLOCK, np.float32)
-
-        def settle() -> None:
-            nonlocal where, sizes, least, held
-            where = np.concatenate([where, *(at for at, _ in waiting)])
-            sizes = np.concatenate([sizes, *(size for _, size in waiting)])
-            waiting.clear()
-            held = 0
-            if len(sizes) > most:
-                chosen = np.argpartition(sizes, len(sizes) - most)[len(sizes) - most :]
-                where, sizes = where[chosen], sizes[chosen]
-                least = sizes.min()
-
-        for field, start, stop, change in changes.blocks():
-            size = np.abs(change, out=scratch[: stop - start])
-            found = np.flatnonzero(size > least)
-            waiting.append((found + (field.start + start), size[found]))
-            held += len(found)
-            if held > max(most // 4, BLOCK):
-                settle()
-        settle()
-        return np.sort(where)
-
-    def open(self, file: Readable, layout: Layout) -> Opened:
-        most = self.schema(layout)
-        found = file.schema
-        if [(name, spec.dtype, len(spec.shape)) for name, spec in sorted(found.items())] != [
-            (name, spec.dtype, 1) for name, spec in sorted(most.items())
-        ] or any(found[name].nbytes > most[name].nbytes for name in most):
-            raise BadWeights(f"not at most {self.most(layout)} changes as gaps i and values v")
-        return _OpenedTopK(file, layout)
-
-
-class _OpenedTopK:
-    def __init__(self, file: Readable, layout: Layout) -> None:
-        self._file = file
-        self._gaps = GapReader(file, "i", layout.count)
-        if self._gaps.count * 4 != file.schema["v"].nbytes:
-            raise BadWeights(f"{self._gaps.count} positions, but not as many values")
-
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
-        before, positions = self._gaps.between(field.start + start, field.start + stop)
-        out[:] = 0
-        if len(positions):
-            values = self._file.read(Part("v", before, before + len(positions)))
-            out[positions - (field.start + start)] = values
-
-
-def _check_scales(file: Readable, count: int) -> None:
+def check_scales(file: Readable, count: int) -> None:
+    """Raise BadWeights unless the tensor s holds so many numbers from 0 on."""
     for start in range(0, count, BLOCK):
         scales = np.asarray(file.read(Part("s", start, min(start + BLOCK, count))), np.float32)
         if not (scales.max() <= MOST and scales.min() >= 0):

@@ -10,6 +10,7 @@ from typing import Any
 
 from coordinator.facts import RunSpec
 from coordinator.strategies.recipe import Recipe, least
+from protocols import codecs
 from protocols.errors import UsageFault
 
 
@@ -38,7 +39,7 @@ def refuse_sparse(spec: RunSpec) -> None:
 
     In most coordinates most updates then say "no change", and so does their median.
     """
-    if str(getattr(spec, "codec", "")).startswith("topk"):
+    if codecs.is_sparse(str(getattr(spec, "codec", ""))):
         raise UsageFault(
             f"{spec.strategy} and the codec {getattr(spec, 'codec', '')} do not go together: "
             "few peers send the same coordinate, and what few say is cut off",

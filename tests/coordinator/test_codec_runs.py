@@ -39,7 +39,8 @@ def gently(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "fewer"), [("bf16", 1.9), ("int8", 3.9), ("sign", 25.0), ("topk:0.02", 30.0)]
+    ("codec", "fewer"),
+    [("bf16", 1.9), ("int8", 3.9), ("sign", 25.0), ("ternary", 35.0), ("topk:0.02", 30.0)],
 )
 async def test_a_run_with_a_codec_learns_with_fewer_bytes(
     tmp_path: Path, codec: str, fewer: float
@@ -160,7 +161,7 @@ async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Pat
 
 async def test_an_unknown_codec_is_refused_before_the_start(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *DATA) as fleet:
-        with pytest.raises(UnknownName, match="known: fp32, bf16, int8, sign, topk"):
+        with pytest.raises(UnknownName, match="known: fp32, bf16, int8, sign, ternary, topk"):
             fleet.start(rounds=1, codec="zip")
         with pytest.raises(UsageFault, match="share"):
             fleet.start(rounds=1, codec="topk:7")

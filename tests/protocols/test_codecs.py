@@ -19,7 +19,8 @@ from protocols.errors import BadWeights, UnknownName, UsageFault
 from protocols.stored import Stored
 from protocols.weights import FLOATING, Array, Part, Schema, Weights, narrow, pieces, widen
 
-LOSSY = [codecs.find(name) for name in KNOWN[1:]]
+#: Dense and sparse positions have two forms.
+LOSSY = [codecs.find(name) for name in (*KNOWN[1:], "ternary:0.02")]
 NAMES = [codec.name for codec in LOSSY]
 
 #: The "2NN" of the FedAvg paper: 199,210 parameters.
@@ -132,12 +133,13 @@ def codec(request: pytest.FixtureRequest) -> codecs.Codec:
 
 def test_unknown_codecs_are_refused_with_the_known() -> None:
     for name in ("zip", "", "int8:3", "fp32:", "INT8"):
-        with pytest.raises(UnknownName, match="fp32, bf16, int8, sign, topk"):
+        with pytest.raises(UnknownName, match="fp32, bf16, int8, sign, ternary, topk"):
             codecs.find(name)
-    for name in ("topk:", "topk:0", "topk:nan", "topk:-1", "topk:0.5", "topk:much"):
-        with pytest.raises(UsageFault, match="share"):
-            codecs.find(name)
+    for kind, share in itertools.product(codecs.SPARSE, ("", "0", "nan", "-1", "0.5", "much")):
+        with pytest.raises(UsageFault, match=f"{kind}:{share}: the share"):
+            codecs.find(f"{kind}:{share}")
     assert codecs.find("topk").name == codecs.find("topk:0.01").name == "topk:0.01"
+    assert codecs.find("ternary").name == codecs.find("ternary:0.1").name == "ternary:0.1"
     assert codecs.find("fp32").coding is None
 
 
@@ -170,6 +172,26 @@ def test_error_bounds(tmp_path: Path) -> None:
     sent = (off["topk:0.01"] == 0) & (real != 0)
     assert sent.sum() >= math.ceil(len(real) * 0.01)
     assert np.abs(real[sent]).min() >= np.abs(real[~sent]).max()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.1, 0.05, 0.02])
+def test_ternary_sends_the_largest_by_the_mean_of_their_tensor(
+    share: float, tmp_path: Path
+) -> None:
+    base = model(TWO_NN, 3)
+    trained = moved(base, 4)
+    real, kind = truth(trained, base), codecs.find(f"ternary:{share}")
+    files = encode(kind, trained, base, tmp_path)
+    sent = change(decode(kind, files.update, base), base.schema)
+    assert np.count_nonzero(sent) == math.ceil(len(real) * share)
+    assert np.abs(real[sent != 0]).min() >= np.abs(real[sent == 0]).max()
+    for field in Layout(base.schema).fields.values():
+        mine = slice(field.start, field.start + field.size)
+        here = sent[mine][sent[mine] != 0]
+        of = real[mine][sent[mine] != 0]
+        assert np.array_equal(np.sign(here), np.sign(of))
+        if len(here):
+            np.testing.assert_allclose(np.abs(here), np.abs(of).mean(), rtol=1e-6)
 
 
 def test_integers_keep_the_base_and_floats_their_dtype(codec: codecs.Codec, tmp_path: Path) -> None:
@@ -262,7 +284,15 @@ def test_a_file_and_memory_read_the_same(codec: codecs.Codec, tmp_path: Path) ->
     ids=["2nn", "3 million"],
 )
 @pytest.mark.parametrize(
-    ("name", "least"), [("bf16", 1.98), ("int8", 3.9), ("sign", 30.0), ("topk", 45.0)]
+    ("name", "least"),
+    [
+        ("bf16", 1.98),
+        ("int8", 3.9),
+        ("sign", 30.0),
+        ("topk", 45.0),
+        ("ternary", 45.0),
+        ("ternary:0.2", 30.0),
+    ],
 )
 def test_sizes_with_headers(
     shapes: dict[str, tuple[int, ...]], name: str, least: float, tmp_path: Path
@@ -301,7 +331,7 @@ def test_a_file_of_another_codec_or_model_is_not_read(tmp_path: Path) -> None:
             if reader != kind:
                 with pytest.raises(BadWeights):
                     decode(reader, path, base)
-        if kind.name != "topk:0.01":  # which does not say how long the model is
+        if not codecs.is_sparse(kind.name):  # which does not say how long the model is
             with pytest.raises(BadWeights):
                 decode(kind, path, other)
         with pytest.raises(BadWeights):
@@ -313,6 +343,15 @@ def _coded(**tensors: Array) -> Weights:
 
 
 F = np.float32
+
+
+def _ternary(
+    gaps: list[int], signs: int, first: int = 0, scales: list[float] | None = None
+) -> Weights:
+    bits = np.zeros(-(-signs // 8), np.uint8)
+    bits[:1] = first
+    scale = np.array([1.0] if scales is None else scales, F)
+    return _coded(b=bits, i=np.array(gaps, np.uint8), s=scale)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +374,17 @@ F = np.float32
         ("topk", _coded(i=np.zeros((1, 1), np.uint8), v=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(1, np.uint8), v=np.zeros(1, F), w=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(0, np.uint8))),
+        ("ternary", _ternary([0x00] * 51, 102)),  # more than may be sent
+        ("ternary", _ternary([0x00] * 5, 8)),  # ten positions, eight signs
+        ("ternary", _ternary([0x0F], 9)),  # one position, two bytes of signs
+        ("ternary", _ternary([0x0F], 1, first=0x40)),  # a sign beyond it
+        ("ternary", _ternary([0xFF], 0)),  # the fill of nothing
+        ("ternary", _ternary([0x0F, 0xFF], 1)),  # a gap that does not end
+        ("ternary", _ternary([0xFF] * 33 + [0xEF], 1)),  # beyond the model
+        ("ternary", _ternary([0x0F], 1, scales=[0.0, 0.0])),
+        ("ternary", _ternary([0x0F], 1, scales=[np.nan])),
+        ("ternary", _ternary([0x0F], 1, scales=[-1.0])),
+        ("ternary", _ternary([0x0F], 1, scales=[])),
     ],
 )
 def test_lies_are_refused(name: str, file: Weights) -> None:
