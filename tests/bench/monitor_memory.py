@@ -1,10 +1,11 @@
 """python -m tests.bench.monitor_memory [--peers 500 2000] [--rate 1000] [--seconds 600] [--trace]
 
 Whether the monitor's memory stays flat. Histories are full before the clock starts (losses of every
-peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched anew twice beside
-the one that is there, so what grows after that grows for ever. Each peer count runs in a process of
-its own. Told are resident MB and Python's blocks in the first and the last quarter, and the slope
-of a line through all of it. `--trace` (slow) names the lines that hold more than before.
+peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched anew several times
+beside the one that is there, so what grows after that grows for ever. The crowd lives in a process
+of its own and speaks JSON, as a coordinator does: what it remembers is not the monitor's. Told are
+resident MB and Python's blocks in the first and the last quarter, and the slope of a line through
+all of it. `--trace` (slow) names the lines that hold more than before.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import psutil
 from textual import events
 
-from coordinator.fleet import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT
+from coordinator.fleet import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT, Fleet, decode, encode
 from coordinator.following import RESYNC_S
 from coordinator.tui.calm import calm
+from protocols.messages import Envelope
 from tests.bench.monitor import SIZE, Crowd, Watched
 
 LOOK_EVERY_S = 5.0
@@ -37,10 +40,84 @@ WARM_UP_S = 2 * RESYNC_S + 30.0
 KEYS = ("j", "j", "2", "j", "3", "k", "1", "G", "g", "enter", "2", "escape", "s", "z", "z")
 
 
-async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict[str, Any]:
-    """Figures of one crowd."""
+class Apart(Crowd):
+    """A crowd in a process of its own: a line of JSON for each message, and for each snapshot that
+    is asked for."""
+
+    def __init__(self, peers: int, rate: int) -> None:
+        super().__init__(1, rate)  # it makes nothing itself
+        self._peers = peers
+        self._asked: asyncio.Queue[asyncio.Future[bytes]] = asyncio.Queue()
+        self._lines: asyncio.Queue[bytes] = asyncio.Queue()
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def begin(self) -> None:
+        words = [sys.executable, "-m", __spec__.name, "--peers", str(self._peers)]
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            *words, "--rate", str(self._rate), "--crowd", stdin=pipe, stdout=pipe, limit=2**28
+        )
+        self._reading = asyncio.create_task(self._read(), name="crowd")
+
+    async def end(self) -> None:
+        assert self._process is not None
+        self._reading.cancel()
+        self._process.kill()
+        await self._process.wait()
+
+    def _pipe(self, name: str) -> Any:
+        return getattr(self._process, name)
+
+    async def _read(self) -> None:
+        async for line in self._pipe("stdout"):
+            if line[:1] == b"F":
+                self._asked.get_nowait().set_result(line[1:])
+            else:
+                self._lines.put_nowait(line)
+
+    async def snapshot(self) -> Fleet:
+        found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked.put_nowait(found)
+        self._pipe("stdin").write(b"\n")
+        return decode(await found)
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        read = msgspec.json.Decoder(Envelope).decode
+        while True:
+            line = await self._lines.get()
+            self.said += 1
+            yield read(line)
+
+
+async def crowd(peers: int, rate: int) -> None:
+    """The other end of `Apart`: messages, and a snapshot for each line that comes in."""
     source = Crowd(peers, rate)
     source.fill(losses=LOSSES_KEPT, rounds=ROUNDS_KEPT, events=EVENTS_KEPT + 100)
+    asked = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(asked), sys.stdin
+    )
+
+    async def answer() -> None:
+        while await asked.readline():
+            _say(b"F" + encode(await source.snapshot(), time.time()))
+
+    answering = asyncio.create_task(answer())
+    async for envelope in source.messages():
+        if answering.done():
+            return
+        _say(msgspec.json.encode(envelope))
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
+
+
+async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict[str, Any]:
+    """Figures of one crowd."""
+    source = Apart(peers, rate)
+    await source.begin()
     app = Watched(source)
     process, looks = psutil.Process(), []
     running = asyncio.create_task(app.run_async(size=SIZE))
@@ -54,23 +131,31 @@ async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict
         took = time.monotonic() - began
         if before is not None:
             _tell_growth(before)
-        quarter = max(len(looks) // 4, 1)
-        first, last = looks[:quarter], looks[-quarter:]
-        slope = statistics.linear_regression([a for a, _, _ in looks], [m for _, m, _ in looks])
         return {
             "peers": peers,
             "messages_per_s": round((source.said - said) / took),
             "seconds": round(took),
-            "rss_mb_first_quarter": round(statistics.median(m for _, m, _ in first), 1),
-            "rss_mb_last_quarter": round(statistics.median(m for _, m, _ in last), 1),
-            "rss_mb_most": round(max(m for _, m, _ in looks), 1),
-            "slope_mb_per_min": round(slope.slope * 60, 3),
-            "blocks_first_quarter": round(statistics.median(b for _, _, b in first)),
-            "blocks_last_quarter": round(statistics.median(b for _, _, b in last)),
+            **_figures(looks),
         }
     finally:
         app.exit()
         await running
+        await source.end()
+
+
+def _figures(looks: list[tuple[float, float, int]]) -> dict[str, Any]:
+    """Of (second, resident MB, blocks)."""
+    quarter = max(len(looks) // 4, 1)
+    first, last = looks[:quarter], looks[-quarter:]
+    slope = statistics.linear_regression([at for at, _, _ in looks], [mb for _, mb, _ in looks])
+    return {
+        "rss_mb_first_quarter": round(statistics.median(mb for _, mb, _ in first), 1),
+        "rss_mb_last_quarter": round(statistics.median(mb for _, mb, _ in last), 1),
+        "rss_mb_most": round(max(mb for _, mb, _ in looks), 1),
+        "slope_mb_per_min": round(slope.slope * 60, 3),
+        "blocks_first_quarter": round(statistics.median(blocks for _, _, blocks in first)),
+        "blocks_last_quarter": round(statistics.median(blocks for _, _, blocks in last)),
+    }
 
 
 async def _used(app: Watched, seconds: float) -> AsyncIterator[float]:
@@ -107,7 +192,11 @@ def main() -> None:
     options.add_argument("--rate", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=600)
     options.add_argument("--trace", action="store_true")
+    options.add_argument("--crowd", action="store_true", help=argparse.SUPPRESS)
     chosen = options.parse_args()
+    if chosen.crowd:
+        asyncio.run(crowd(chosen.peers[0], chosen.rate))
+        return
     if len(chosen.peers) > 1:
         for peers in chosen.peers:
             words = [sys.executable, "-m", __spec__.name, "--peers", str(peers)]

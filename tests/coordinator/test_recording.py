@@ -132,10 +132,11 @@ def test_the_demo_is_here_and_has_a_story() -> None:
     fleet = shown(source)
     run = fleets.current_run(fleet)
     assert run is not None
-    assert len(run.rounds) == run.changed.rounds == 12
+    assert len(run.rounds) == run.changed.rounds == 16
     assert run.rounds[-1].spent.keys() == {"work", "wait", "aggregate", "evaluate"}
     assert len(fleet.peers) == 5
     assert any(event.level != "info" for event in fleet.events)
+    assert [job.changed.kind for job in fleet.jobs.values()] == ["private"]
 
 
 def test_signs_keep_their_width_and_lose_their_teeth() -> None:
