@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -17,7 +18,7 @@ from coordinator.enroll import SUBJECT, Registry
 from coordinator.facts import RunSpec, RunStarted
 from coordinator.fleetwork import Fleetwork
 from coordinator.run_loop import RunLoop
-from coordinator.runs import Run
+from coordinator.runs import Round, Run
 from coordinator.strategies import memory
 from protocols import codecs, schemes, weights
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
@@ -27,6 +28,8 @@ from protocols.stored import Stored
 
 #: Runs whose rounds the monitor still sees after a restart.
 _SHOWN_RUNS = 5
+#: What a round tells of single peers, or for plots.
+_OF_PEERS = ("norms", "spread", "worst", "tallies", "spent", "staleness")
 #: Well within an agent's patience. One that hears no more than that keeps its answer.
 _SETTLED_WITHIN_S = 10.0
 
@@ -35,7 +38,8 @@ class RunQueue:
     """All runs of the ledger. `known_tasks()` are those that some present peer can run.
 
     Of runs that have ended only the last rounds are kept in memory, whose versions may still be
-    there: a coordinator lives for months. `find` reads the others in the ledger.
+    there, and nothing of single peers: a coordinator lives for months. `find` reads all of it in
+    the ledger.
     """
 
     def __init__(
@@ -204,8 +208,9 @@ class RunQueue:
     def _end(self, run_id: str, because: str) -> None:
         fact = facts.RunEnded(RunState.STOPPED, because)
         self._around.ledger.append(run_id, [facts.encode(fact)])
-        self._runs[run_id] = _light(transitions.apply(self._runs[run_id], fact))
-        self._around.publish(run_body(self._runs[run_id], ""))
+        run = transitions.apply(self._runs[run_id], fact)
+        self._runs[run_id] = _light(run)
+        self._around.publish(run_body(run, ""))
 
     def find(self, run_id: str) -> Run:
         """A run by its id or the beginning of it. Raises UnknownName."""
@@ -222,6 +227,29 @@ class RunQueue:
 
 
 def _light(run: Run) -> Run:
-    """The run without the rounds of before, once it has ended."""
-    kept = run.history[-run.spec.keep_versions :]
-    return replace(run, history=kept) if run.ended else run
+    """The run, if it has ended without early rounds and what was told of single peers."""
+    if not run.ended:
+        return run
+    return replace(
+        run,
+        history=tuple(map(_bare, run.history[-run.spec.keep_versions :])),
+        best=_bare(run.best) if run.best else None,
+        described={},
+        peers={},
+        updates={},
+        contributors=(),
+        norms={},
+        needed={},
+        holdings={},
+        given={},
+        last={},
+        buffer=(),
+        resting=frozenset(),
+        excluded=frozenset(),
+        staleness={},
+    )
+
+
+def _bare(closed: Round) -> Round:
+    nobody: dict[str, Any] = {name: {} for name in _OF_PEERS}
+    return replace(closed, contributors=(), **nobody)

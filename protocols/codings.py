@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from protocols.changes import BLOCK, MOST, Changes, Field, Floats, Layout
+from protocols.changes import BLOCK, MOST, Block, Changes, Field, Floats, Layout
 from protocols.errors import BadWeights
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec, check_schema, narrow, widen
 
@@ -97,32 +98,49 @@ class Int8:
 
     def encode(self, changes: Changes, to: Sink) -> None:
         to.begin(self.schema(changes.layout))
-        scales: list[Floats] = []
-        steps, coded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
-        for field, start, stop, change in changes.blocks(lambda field: field.row):
-            for first, last in _by_row(0, stop - start, field.row):
-                shape = (-1, min(field.row, last - first))
-                rows = change[first:last].reshape(shape)
-                scale = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
-                # Below this, 1 / scale is infinite: nothing is sent, all is left over.
-                scale[scale < _SMALLEST] = 0
-                scales.append(scale)
-                inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-                step = steps[first:last].reshape(shape)
-                np.rint(np.multiply(rows, inverse[:, None], out=step), out=step)
-                np.copyto(coded[first:last].reshape(shape), step, casting="unsafe")
-                rows -= np.multiply(step, scale[:, None], out=step)
-            to.put("q", coded[: stop - start])
-            to.keep(change)
-        to.put("s", np.concatenate(scales) if scales else np.empty(0, np.float32))
+        whole, scales = Quantiser(), [np.empty(0, np.float32)]
+        for block in changes.blocks(lambda field: field.row):
+            steps, scale = whole.quantise(block)
+            scales.append(scale)
+            to.put("q", steps)
+            to.keep(block.change)
+        to.put("s", np.concatenate(scales))
 
     def open(self, file: Readable, layout: Layout) -> Opened:
         check_schema(file.schema, self.schema(layout))
         check_scales(file, layout.rows)
-        return _OpenedInt8(file)
+        return OpenedInt8(file)
 
 
-class _OpenedInt8:
+class Quantiser:
+    """Turns blocks of whole rows into steps and scales."""
+
+    def __init__(self) -> None:
+        self._steps, self._coded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
+
+    def quantise(self, block: Block) -> tuple[npt.NDArray[np.int8], Floats]:
+        """Steps, in a buffer that is used again, and the rows' scales; the block's change becomes
+        what is left."""
+        change, row = block.change, block.field.row
+        scales: list[Floats] = []
+        for first, last in _by_row(0, len(change), row):
+            shape = (-1, min(row, last - first))
+            rows = change[first:last].reshape(shape)
+            scale = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
+            # Below this, 1 / scale is infinite: nothing is sent, all is left over.
+            scale[scale < _SMALLEST] = 0
+            scales.append(scale)
+            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+            step = self._steps[first:last].reshape(shape)
+            np.rint(np.multiply(rows, inverse[:, None], out=step), out=step)
+            np.copyto(self._coded[first:last].reshape(shape), step, casting="unsafe")
+            rows -= np.multiply(step, scale[:, None], out=step)
+        return self._coded[: len(change)], np.concatenate(scales)
+
+
+class OpenedInt8:
+    """Steps in the tensor q, scales in the tensor s."""
+
     def __init__(self, file: Readable) -> None:
         self._file = file
 
@@ -209,7 +227,7 @@ class _OpenedSign:
 
 
 def check_scales(file: Readable, count: int) -> None:
-    """Raise BadWeights unless the tensor s holds so many numbers from 0 on."""
+    """Raise BadWeights unless the tensor s, of so many scales, holds numbers from 0 on."""
     for start in range(0, count, BLOCK):
         scales = np.asarray(file.read(Part("s", start, min(start + BLOCK, count))), np.float32)
         if not (scales.max() <= MOST and scales.min() >= 0):

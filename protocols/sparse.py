@@ -1,23 +1,25 @@
 """Codecs that send the largest changes of the whole model alone; all others are left over. Pure.
 
     topk     i U8[gaps]   v F32[count]                   change = v at the positions in i, else 0
-    ternary  b U8[bytes]  i U8[gaps]  s F32[tensors]     change = scale of its tensor at the
-             positions in i, minus where the bit is set, else 0
+    ternary  b U8[bytes]  i U8[gaps]  s F32[rows]        change = scale of its row at the positions
+             q I8[n]                                     in i, minus where the bit is set, else 0;
+                                                         of small tensors q * scale of its row
 
 Positions are gaps (see there) of a byte each; in a ternary update of which every twentieth element
 or more is sent, of half a byte. Ternary: Sattler et al. 2019, arXiv 1903.02891, algorithm 1, with a
-scale for each tensor.
+scale for each row; biases and narrow layers, on which much depends, go as int8.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from protocols.changes import BLOCK, Block, Changes, Field, Floats, Layout
-from protocols.codings import Opened, Sink, check_scales
+from protocols.codings import Opened, OpenedInt8, Quantiser, Sink, check_scales
 from protocols.errors import BadWeights
 from protocols.gaps import BYTE, NIBBLE, GapReader, GapWriter, Positions, packed
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec
@@ -35,7 +37,7 @@ class TopK:
         self.share = share
 
     def schema(self, layout: Layout) -> Schema:
-        most = _most(self.share, layout)
+        most = _most(self.share, layout.count)
         return {"i": _gaps_schema(most, layout, BYTE), "v": TensorSpec("F32", (most,))}
 
     def encode(self, changes: Changes, to: Sink) -> None:
@@ -70,54 +72,64 @@ class _OpenedTopK:
 
 
 class Ternary:
-    """The largest changes, up or down by the mean size of those of their tensor."""
+    """The largest changes, up or down by the mean size of those of their row; small tensors as
+    int8."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self._top = NIBBLE if share >= _DENSE else BYTE
 
     def schema(self, layout: Layout) -> Schema:
-        most = _most(self.share, layout)
+        small = _Small(layout)
+        most = _most(self.share, layout.count - small.count)
         return {
             "b": TensorSpec("U8", (-(-most // 8),)),
             "i": _gaps_schema(most, layout, self._top),
-            "s": TensorSpec("F32", (len(layout.fields),)),
+            "q": TensorSpec("I8", (small.count,)),
+            "s": TensorSpec("F32", (layout.rows,)),
         }
 
     def encode(self, changes: Changes, to: Sink) -> None:
-        chosen = _Chosen(changes, self.share)
+        small = _Small(changes.layout)
+        chosen = _Chosen(changes, self.share, small)
         gaps, bits = chosen.gaps(self._top), np.packbits(np.signbit(chosen.values))
-        scale = np.zeros(len(changes.layout.fields), np.float32)
-        for field in changes.layout.fields.values():
-            first, last = np.searchsorted(chosen.positions, (field.start, field.start + field.size))
-            if first < last:
-                sizes = np.abs(chosen.values[first:last])
-                scale[field.number] = sizes.mean(dtype=np.float64)
-        shapes = {"b": ("U8", len(bits)), "i": ("U8", len(gaps)), "s": ("F32", len(scale))}
-        to.begin({name: TensorSpec(dtype, (count,)) for name, (dtype, count) in shapes.items()})
+        lengths = {"b": len(bits), "i": len(gaps)}
+        to.begin(
+            {
+                name: TensorSpec(spec.dtype, (lengths.get(name, *spec.shape),))
+                for name, spec in self.schema(changes.layout).items()
+            }
+        )
         to.put("b", bits)
         to.put("i", gaps)
-        to.put("s", scale)
-        for block in changes.blocks():
-            here = chosen.within(block)
-            block.change[here] -= np.copysign(scale[block.field.number], block.change[here])
+        scales = [np.empty(0, np.float32)]
+        whole = Quantiser()
+        for block in changes.blocks(lambda field: field.row):
+            if block.field.name in small.fields:
+                steps, scale = whole.quantise(block)
+                to.put("q", steps)
+            else:
+                scale = _scaled(block, chosen.within(block))
+            scales.append(scale)
             to.keep(block.change)
+        to.put("s", np.concatenate(scales))
 
     def open(self, file: Readable, layout: Layout) -> Opened:
-        schema = self.schema(layout)
+        schema, small = self.schema(layout), _Small(layout)
         _check_schema(file, schema)
-        if file.schema["s"] != schema["s"]:
-            raise BadWeights(f"not a scale for each of {len(layout.fields)} tensors")
-        check_scales(file, len(layout.fields))
+        if any(file.schema[name] != schema[name] for name in ("q", "s")):
+            raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")
+        check_scales(file, layout.rows)
         gaps = GapReader(file, "i", layout.count, self._top)
-        if gaps.count > (most := _most(self.share, layout)):
+        if gaps.count > (most := _most(self.share, layout.count - small.count)):
             raise BadWeights(f"{gaps.count} positions, but {most} at most")
-        return _OpenedTernary(file, gaps)
+        return _OpenedTernary(file, gaps, small)
 
 
 class _OpenedTernary:
-    def __init__(self, file: Readable, gaps: GapReader) -> None:
-        self._file, self._gaps = file, gaps
+    def __init__(self, file: Readable, gaps: GapReader, small: _Small) -> None:
+        self._file, self._gaps, self._small = file, gaps, small
+        self._steps = OpenedInt8(file)
         count, nbytes = gaps.count, file.schema["b"].nbytes
         if nbytes != -(-count // 8):
             raise BadWeights(f"{count} positions, but not as many signs")
@@ -128,19 +140,54 @@ class _OpenedTernary:
         return np.unpackbits(np.asarray(self._file.read(Part("b", first, last)), np.uint8))
 
     def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+        if (among := self._small.fields.get(field.name)) is not None:
+            self._steps.change(among, start, stop, out)
+            return
         before, positions = self._gaps.between(field.start + start, field.start + stop)
         out[:] = 0
         if not len(positions):
             return
         after = before + len(positions)
         minus = self._bits(before // 8, -(-after // 8))[before % 8 :][: len(positions)]
-        scale = np.asarray(self._file.read(Part("s", field.number, field.number + 1)), np.float32)
+        rows = (positions - field.start) // field.row
+        first, last = field.first_row + int(rows[0]), field.first_row + int(rows[-1]) + 1
+        scale = np.asarray(self._file.read(Part("s", first, last)), np.float32)[rows - rows[0]]
         out[positions - (field.start + start)] = np.where(minus, -scale, scale)
 
 
-def _most(share: float, layout: Layout) -> int:
-    """How many elements may be sent."""
-    return min(layout.count, math.ceil(layout.count * share))
+def _scaled(block: Block, here: Positions) -> Floats:
+    """The scale of each row of a block; `here`, its chosen elements keep what is left of them."""
+    change, row = block.change, block.field.row
+    sizes, of = np.abs(change[here]), here // row
+    count = -(-len(change) // row)
+    sums = np.bincount(of, sizes, minlength=count)
+    scale = (sums / np.maximum(np.bincount(of, minlength=count), 1)).astype(np.float32)
+    change[here] -= np.copysign(scale[of], change[here])
+    return scale
+
+
+class _Small:
+    """The smallest tensors, together at most a fiftieth of the model; their places among each
+    other."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.fields: dict[str, Field] = {}
+        self.count = 0
+        total, names = 0, set()
+        for field in sorted(layout.fields.values(), key=lambda field: field.size):
+            total += field.size
+            if total * 50 > layout.count:
+                break
+            names.add(field.name)
+        for name, field in layout.fields.items():
+            if name in names:
+                self.fields[name] = field._replace(start=self.count)
+                self.count += field.size
+
+
+def _most(share: float, count: int) -> int:
+    """How many of so many elements may be sent."""
+    return math.ceil(count * share)
 
 
 def _gaps_schema(most: int, layout: Layout, top: int) -> TensorSpec:
@@ -159,14 +206,18 @@ def _check_schema(file: Readable, most: Schema) -> None:
 
 
 class _Chosen:
-    """The largest changes, never a 0: ascending `positions` on the flat axis, and `values`."""
+    """The largest changes, never a 0: ascending `positions` on the flat axis, and `values`.
 
-    def __init__(self, changes: Changes, share: float) -> None:
-        most = _most(share, changes.layout)
-        least = _cut(changes, most)
+    Those of `small` tensors do not count.
+    """
+
+    def __init__(self, changes: Changes, share: float, small: _Small | None = None) -> None:
+        skipped = small.fields if small else {}
+        most = _most(share, changes.layout.count - (small.count if small else 0))
+        least = _cut(changes, most, skipped)
         where: list[Positions] = [np.empty(0, np.int64)]
         values: list[Floats] = [np.empty(0, np.float32)]
-        for block in changes.blocks():
+        for block in _without(skipped, changes):
             here = np.flatnonzero(_size(block.change) >= max(least << _DROPPED, 1))
             where.append(here + (block.field.start + block.start))
             values.append(block.change[here])
@@ -196,10 +247,14 @@ def _size(change: Floats) -> npt.NDArray[np.uint32]:
     return change.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
-def _cut(changes: Changes, most: int) -> int:
+def _without(skipped: Container[str], changes: Changes) -> Iterator[Block]:
+    return (block for block in changes.blocks() if block.field.name not in skipped)
+
+
+def _cut(changes: Changes, most: int, skipped: Container[str]) -> int:
     """The largest class of sizes so that it and those above have `most` elements, or all."""
     counts = np.zeros(1 << (31 - _DROPPED), np.int64)
-    for block in changes.blocks():
+    for block in _without(skipped, changes):
         classes = (_size(block.change) >> _DROPPED).astype(np.intp)  # else bincount does it, slowly
         counts += np.bincount(classes, minlength=len(counts))
     from_above = np.cumsum(counts[::-1])

@@ -15,7 +15,7 @@ import numpy as np
 from protocols import codecs, weights
 from protocols.changes import BLOCK, Changes, Floats
 from protocols.codings import Coding
-from protocols.weights import Array, Readable, Schema, Weights, pieces
+from protocols.weights import DTYPES, Array, Readable, Schema, Weights, pieces
 
 #: The 2NN of the FedAvg paper.
 TWO_NN = {
@@ -39,9 +39,10 @@ class _Memory:
 
     def begin(self, schema: Schema) -> None:
         self._schema = schema
+        self._parts = {name: [np.empty(0, DTYPES[spec.dtype])] for name, spec in schema.items()}
 
     def put(self, name: str, array: Array) -> None:
-        self._parts.setdefault(name, []).append(array.copy())
+        self._parts[name].append(array.copy())
 
     def keep(self, left: Floats) -> None:
         if self.left is not None:

@@ -2,16 +2,19 @@
 
 A month in an hour: rounds of a tiny model by the thousand on a real fleet, and between runs of them
 what a month brings: machines that sleep, a broker that restarts, settings that change, logs that
-rotate. Tells how memory and open files of each program grew with the rounds.
+rotate. Tells how memory and open files of each program grew with the rounds, and where they stood
+after each tenth: caches that fill make an ever flatter line, a leak a straight one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import signal
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -53,6 +56,16 @@ def slope(samples: list[tuple[int, float]]) -> Slope:
     rest = sum((y - mean_y - steep * (x - mean_x)) ** 2 for x, y in settled)
     error = math.sqrt(rest / max(1, count - 2) / width)
     return Slope(1000 * steep, 1000 * error, settled[0][1], settled[-1][1])
+
+
+def tenths(samples: list[tuple[int, float]]) -> list[float]:
+    """The median value in each tenth of the samples."""
+    cuts = [len(samples) * tenth // 10 for tenth in range(11)]
+    return [
+        round(statistics.median(value for _, value in samples[start:stop]), 1)
+        for start, stop in itertools.pairwise(cuts)
+        if start < stop
+    ]
 
 
 class Month:
@@ -149,6 +162,7 @@ def month(rounds: int, of: int, told: Callable[[dict[str, Any]], None]) -> None:
                             "error": round(line.error, 3),
                             "first": round(line.first, 1),
                             "last": round(line.last, 1),
+                            "by tenths": tenths(life.samples[name]),
                         }
                         for name, line in found.items()
                     },

@@ -139,7 +139,7 @@ def test_unknown_codecs_are_refused_with_the_known() -> None:
         with pytest.raises(UsageFault, match=f"{kind}:{share}: the share"):
             codecs.find(f"{kind}:{share}")
     assert codecs.find("topk").name == codecs.find("topk:0.01").name == "topk:0.01"
-    assert codecs.find("ternary").name == codecs.find("ternary:0.1").name == "ternary:0.1"
+    assert codecs.find("ternary").name == codecs.find("ternary:0.15").name == "ternary:0.15"
     assert codecs.find("fp32").coding is None
 
 
@@ -175,23 +175,27 @@ def test_error_bounds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 0.05, 0.02])
-def test_ternary_sends_the_largest_by_the_mean_of_their_tensor(
-    share: float, tmp_path: Path
-) -> None:
+def test_ternary_sends_the_largest_by_the_mean_of_their_row(share: float, tmp_path: Path) -> None:
     base = model(TWO_NN, 3)
     trained = moved(base, 4)
     real, kind = truth(trained, base), codecs.find(f"ternary:{share}")
     files = encode(kind, trained, base, tmp_path)
     sent = change(decode(kind, files.update, base), base.schema)
-    assert np.count_nonzero(sent) == math.ceil(len(real) * share)
-    assert np.abs(real[sent != 0]).min() >= np.abs(real[sent == 0]).max()
-    for field in Layout(base.schema).fields.values():
-        mine = slice(field.start, field.start + field.size)
-        here = sent[mine][sent[mine] != 0]
-        of = real[mine][sent[mine] != 0]
-        assert np.array_equal(np.sign(here), np.sign(of))
-        if len(here):
-            np.testing.assert_allclose(np.abs(here), np.abs(of).mean(), rtol=1e-6)
+    # Biases and the output are small: they go as int8.
+    wide = [f for f in Layout(base.schema).fields.values() if f.size > 2000]
+    large = np.concatenate([np.arange(f.start, f.start + f.size) for f in wide])
+    small = np.delete(np.arange(len(real)), large)
+    np.testing.assert_allclose(sent[small], real[small], rtol=0, atol=0.5 / 127)
+    assert np.count_nonzero(sent[large]) == math.ceil(len(large) * share)
+    is_sent = large[sent[large] != 0]
+    assert np.abs(real[is_sent]).min() >= np.abs(np.delete(real[large], sent[large] != 0)).max()
+    for field in wide:
+        for start in range(field.start, field.start + field.size, field.row):
+            row = slice(start, min(start + field.row, field.start + field.size))
+            here, of = sent[row][sent[row] != 0], real[row][sent[row] != 0]
+            assert np.array_equal(np.sign(here), np.sign(of))
+            if len(here):
+                np.testing.assert_allclose(np.abs(here), np.abs(of).mean(), rtol=1e-6)
 
 
 def test_integers_keep_the_base_and_floats_their_dtype(codec: codecs.Codec, tmp_path: Path) -> None:
@@ -290,8 +294,8 @@ def test_a_file_and_memory_read_the_same(codec: codecs.Codec, tmp_path: Path) ->
         ("int8", 3.9),
         ("sign", 30.0),
         ("topk", 45.0),
-        ("ternary", 45.0),
-        ("ternary:0.2", 30.0),
+        ("ternary", 30.0),
+        ("ternary:0.1", 42.0),
     ],
 )
 def test_sizes_with_headers(
@@ -351,7 +355,7 @@ def _ternary(
     bits = np.zeros(-(-signs // 8), np.uint8)
     bits[:1] = first
     scale = np.array([1.0] if scales is None else scales, F)
-    return _coded(b=bits, i=np.array(gaps, np.uint8), s=scale)
+    return _coded(b=bits, i=np.array(gaps, np.uint8), q=np.empty(0, np.int8), s=scale)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +378,7 @@ def _ternary(
         ("topk", _coded(i=np.zeros((1, 1), np.uint8), v=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(1, np.uint8), v=np.zeros(1, F), w=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(0, np.uint8))),
-        ("ternary", _ternary([0x00] * 51, 102)),  # more than may be sent
+        ("ternary", _ternary([0x00] * 76, 152)),  # more than may be sent
         ("ternary", _ternary([0x00] * 5, 8)),  # ten positions, eight signs
         ("ternary", _ternary([0x0F], 9)),  # one position, two bytes of signs
         ("ternary", _ternary([0x0F], 1, first=0x40)),  # a sign beyond it
@@ -385,6 +389,7 @@ def _ternary(
         ("ternary", _ternary([0x0F], 1, scales=[np.nan])),
         ("ternary", _ternary([0x0F], 1, scales=[-1.0])),
         ("ternary", _ternary([0x0F], 1, scales=[])),
+        ("ternary", _coded(**{**_ternary([0x0F], 1), "q": np.zeros(1, np.int8)})),
     ],
 )
 def test_lies_are_refused(name: str, file: Weights) -> None:

@@ -112,6 +112,7 @@ _DERIVED: Mapping[str, Setting] = {"option": 3}
 BETTER = (
     Course("scaffold, shards", "shards", strategy="scaffold"),
     Course("scaffold + sign, shards", "shards", "sign", "scaffold", _DERIVED),
+    Course("scaffold + ternary, shards", "shards", "ternary", "scaffold", _DERIVED),
     Course("scaffold + topk, shards", "shards", "topk", "scaffold", _DERIVED),
     Course("scaffold, standard pixels", "shards", strategy="scaffold", settings=_STANDARD),
     Course(
