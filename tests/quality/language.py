@@ -1,9 +1,10 @@
-"""DiLoCo beside an exchange at every step, at equal tokens: a small GPT on Python's own manual.
+"""DiLoCo beside an exchange at every step, at equal tokens: a small GPT on Python's own words.
 
 `python -m tests.quality.language [--arm every-step|diloco] [--seed N…] [--inner H] [--codec C] …`
 
-The text is that of `pydoc_data.topics`, which ships with Python: its topics are dealt to the peers,
-and of each peer's windows every tenth is held out. "every-step" is what exchanging gradients at
+The text is the documentation that ships with Python: the topics of its manual in `pydoc_data`, and
+the docstrings of its library. Both are dealt to the peers, a topic or module at a time, and of each
+peer's windows every tenth is held out. "every-step" is what exchanging gradients at
 every step computes: one AdamW on the mean gradient of all peers' batches; each step would send one
 model up and one down for each peer. Both see the same number of tokens with the same learning
 rate, which rises over the first rounds and falls to 0 over the run as half a cosine, and both
@@ -14,9 +15,11 @@ trained before). What was measured is in `docs/quality/language.json`, and is no
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import pydoc_data.topics
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -71,15 +74,31 @@ class Way(NamedTuple):
         return {**_local(self.inner, self.lr), **whole}
 
 
+def texts() -> list[str]:
+    """Of each topic and each module, the docstrings of this joined."""
+    found = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for module in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(module.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(module.read_bytes())
+        except SyntaxError:  # a file that shows what is not Python
+            continue
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        told = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        found.append("\n\n".join(text for text in told if text))
+    return [text for text in found if text]
+
+
 def parts(folder: Path) -> list[DataSettings]:
-    """Each peer's folder of text: every fourth topic."""
-    topics = sorted(pydoc_data.topics.topics.items())
-    made = []
+    """Each peer's folder of text: every fourth."""
+    dealt, made = texts(), []
     for peer in range(PEERS):
         mine = folder / str(peer)
         mine.mkdir()
-        for name, text in topics[peer::PEERS]:
-            (mine / f"{name}.txt").write_text(text)
+        for number, text in enumerate(dealt[peer::PEERS]):
+            (mine / f"{number:05}.txt").write_text(text)
         made.append(DataSettings(index=peer, parts=PEERS, path=str(mine), device="cpu"))
     return made
 
