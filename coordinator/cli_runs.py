@@ -71,7 +71,7 @@ def start(
         str,
         typer.Option(
             help="How updates travel: fp32 (whole), or their change as bf16, int8, sign, ternary, "
-            "topk (topk:0.02 and ternary:0.2 for another share than 1 and 10 %)."
+            "topk (ternary:0.1 and topk:0.02 for another share than 20 and 1 %)."
         ),
     ] = "fp32",
     seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,

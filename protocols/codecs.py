@@ -29,7 +29,7 @@ WHOLE = "fp32"
 KNOWN = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
 #: Those that send few elements, how large a share of them, and with what.
 SPARSE: dict[str, tuple[float, Callable[[float], Coding]]] = {
-    "ternary": (0.15, Ternary),
+    "ternary": (0.2, Ternary),
     "topk": (0.01, TopK),
 }
 #: Above this, int8 or sign has fewer bytes.

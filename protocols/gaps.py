@@ -4,11 +4,13 @@ The gap to the position before (the first: to -1), less one, is written as so ma
 one below it. So every list of positions has one form, and every form but one that ends in 255 is
 an ascending list without doubles: there is nothing else to check but its end. Where positions are
 dense a digit is half a byte: 15 for 255, the first in the upper half, and one of 15 fills the last
-byte.
+byte. Chunks of such bytes can be deflated, each by itself: training moves some inputs far more than
+others, so the digits are unlike chance.
 """
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left, bisect_right
 
 import numpy as np
@@ -23,6 +25,8 @@ Positions = npt.NDArray[np.int64]
 BYTE, NIBBLE = 255, 15
 #: Bytes of gaps that are decoded at a time.
 CHUNK_BYTES = 16 * 1024
+#: More than deflating can add to a chunk.
+_ADDED = 64
 
 
 class GapWriter:
@@ -54,6 +58,19 @@ def packed(digits: npt.NDArray[np.uint8], top: int) -> npt.NDArray[np.uint8]:
     return np.bitwise_or(np.left_shift(digits[::2], np.uint8(4)), digits[1::2])
 
 
+def deflated(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """The bytes of chunks, each deflated, and how many bytes each has then."""
+    starts = range(0, len(data), CHUNK_BYTES)
+    chunks = [zlib.compress(data[at : at + CHUNK_BYTES].tobytes()) for at in starts]
+    return np.frombuffer(b"".join(chunks), np.uint8), np.array([*map(len, chunks)], np.int32)
+
+
+def most_deflated(nbytes: int) -> tuple[int, int]:
+    """How many bytes so many can have at most, and how many chunks."""
+    chunks = -(-nbytes // CHUNK_BYTES)
+    return nbytes + chunks * _ADDED, chunks
+
+
 def _unpacked(data: Array) -> Array:
     """Half bytes of bytes."""
     digits = np.empty(2 * len(data), np.uint8)
@@ -65,16 +82,27 @@ def _unpacked(data: Array) -> Array:
 class GapReader:
     """Positions below `limit`, read from the U8 tensor `name` of a file as they are needed.
 
-    Raises BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
+    `lengths`: the I32 tensor that says how long each chunk is, if they are deflated. Raises
+    BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
     """
 
-    def __init__(self, file: Readable, name: str, limit: int, top: int = BYTE) -> None:
+    def __init__(
+        self, file: Readable, name: str, limit: int, top: int = BYTE, lengths: str = ""
+    ) -> None:
         self._file, self._name, self._top = file, name, top
         self._size = file.schema[name].nbytes
+        self._deflated = bool(lengths)
+        self._ends = [0, *range(CHUNK_BYTES, self._size, CHUNK_BYTES)]
+        self._ends += [self._size] if self._size else []
+        if lengths:
+            each = file.read(Part(lengths, 0, file.schema[lengths].nbytes // 4))
+            self._ends = [0, *np.cumsum(each, dtype=np.int64).tolist()]
+            if self._ends[-1] != self._size or (np.diff(self._ends) <= 0).any():
+                raise BadWeights(f"chunks of {self._ends[-1]} bytes in {self._size}")
         #: For each chunk: positions before it, and the least that one in it can be.
         self._counts, self._least = [0], [0]
         last = 0
-        for chunk in range(-(-self._size // CHUNK_BYTES)):
+        for chunk in range(len(self._ends) - 1):
             stream = self._read(chunk)
             found = len(stream) - int(np.count_nonzero(stream == top))
             self._counts.append(self._counts[-1] + found)
@@ -106,11 +134,26 @@ class GapReader:
         return self._kept[1]
 
     def _read(self, chunk: int) -> Array:
-        start = chunk * CHUNK_BYTES
-        stop = min(start + CHUNK_BYTES, self._size)
-        data = self._file.read(Part(self._name, start, stop))
+        """The digits of a chunk."""
+        is_last = chunk == len(self._ends) - 2
+        data = self._file.read(Part(self._name, self._ends[chunk], self._ends[chunk + 1]))
+        if self._deflated:
+            data = _inflated(data, is_last)
         if self._top == BYTE:
             return data
         digits = _unpacked(data)
-        fills = stop == self._size and digits[-1] == NIBBLE
+        fills = is_last and digits[-1] == NIBBLE
         return digits[:-1] if fills else digits
+
+
+def _inflated(data: Array, is_last: bool) -> Array:
+    """A chunk as it was; never more than a chunk is made of it. Raises BadWeights."""
+    stream = zlib.decompressobj()
+    try:
+        chunk = stream.decompress(data.tobytes(), CHUNK_BYTES)
+    except zlib.error as err:
+        raise BadWeights(f"a chunk of gaps cannot be read: {err}") from err
+    whole = bool(chunk) if is_last else len(chunk) == CHUNK_BYTES
+    if not whole or not stream.eof or stream.unused_data:
+        raise BadWeights("a chunk of gaps is too short or too long")
+    return np.frombuffer(chunk, np.uint8)

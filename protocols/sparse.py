@@ -2,12 +2,13 @@
 
     topk     i U8[gaps]   v F32[count]                   change = v at the positions in i, else 0
     ternary  b U8[bytes]  i U8[gaps]  s F32[rows]        change = scale of its row at the positions
-             q I8[n]                                     in i, minus where the bit is set, else 0;
+             q I8[n]      l I32[chunks]                  in i, minus where the bit is set, else 0;
                                                          of small tensors q * scale of its row
 
-Positions are gaps (see there) of a byte each; in a ternary update of which every twentieth element
-or more is sent, of half a byte. Ternary: Sattler et al. 2019, arXiv 1903.02891, algorithm 1, with a
-scale for each row; biases and narrow layers, on which much depends, go as int8.
+Positions are gaps (see there) of a byte each; those of a ternary update are deflated in chunks that
+are l bytes long, and of half a byte where every twentieth element or more is sent. Ternary: Sattler
+et al. 2019, arXiv 1903.02891, algorithm 1, with a scale for each row; biases and narrow layers, on
+which much depends, go as int8.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ import numpy.typing as npt
 from protocols.changes import BLOCK, Block, Changes, Field, Floats, Layout
 from protocols.codings import Opened, OpenedInt8, Quantiser, Sink, check_scales
 from protocols.errors import BadWeights
-from protocols.gaps import BYTE, NIBBLE, GapReader, GapWriter, Positions, packed
+from protocols.gaps import (
+    BYTE,
+    NIBBLE,
+    GapReader,
+    GapWriter,
+    Positions,
+    deflated,
+    most_deflated,
+    packed,
+)
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec
 
 #: From this share on, half a byte for a gap is fewer bytes than a whole one.
@@ -82,9 +92,11 @@ class Ternary:
     def schema(self, layout: Layout) -> Schema:
         small = _Small(layout)
         most = _most(self.share, layout.count - small.count)
+        longest, chunks = most_deflated(_gaps_schema(most, layout, self._top).nbytes)
         return {
             "b": TensorSpec("U8", (-(-most // 8),)),
-            "i": _gaps_schema(most, layout, self._top),
+            "i": TensorSpec("U8", (longest,)),
+            "l": TensorSpec("I32", (chunks,)),
             "q": TensorSpec("I8", (small.count,)),
             "s": TensorSpec("F32", (layout.rows,)),
         }
@@ -92,8 +104,9 @@ class Ternary:
     def encode(self, changes: Changes, to: Sink) -> None:
         small = _Small(changes.layout)
         chosen = _Chosen(changes, self.share, small)
-        gaps, bits = chosen.gaps(self._top), np.packbits(np.signbit(chosen.values))
-        lengths = {"b": len(bits), "i": len(gaps)}
+        bits = np.packbits(np.signbit(chosen.values))
+        gaps, chunks = deflated(chosen.gaps(self._top))
+        lengths = {"b": len(bits), "i": len(gaps), "l": len(chunks)}
         to.begin(
             {
                 name: TensorSpec(spec.dtype, (lengths.get(name, *spec.shape),))
@@ -102,6 +115,7 @@ class Ternary:
         )
         to.put("b", bits)
         to.put("i", gaps)
+        to.put("l", chunks)
         scales = [np.empty(0, np.float32)]
         whole = Quantiser()
         for block in changes.blocks(lambda field: field.row):
@@ -120,7 +134,7 @@ class Ternary:
         if any(file.schema[name] != schema[name] for name in ("q", "s")):
             raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")
         check_scales(file, layout.rows)
-        gaps = GapReader(file, "i", layout.count, self._top)
+        gaps = GapReader(file, "i", layout.count, self._top, "l")
         if gaps.count > (most := _most(self.share, layout.count - small.count)):
             raise BadWeights(f"{gaps.count} positions, but {most} at most")
         return _OpenedTernary(file, gaps, small)
@@ -235,7 +249,7 @@ class _Chosen:
         first, last = np.searchsorted(self.positions, (start + block.start, start + block.stop))
         return self.positions[first:last] - (start + block.start)
 
-    def gaps(self, top: int) -> Array:
+    def gaps(self, top: int) -> npt.NDArray[np.uint8]:
         writer = GapWriter(top)
         starts = range(0, max(len(self.positions), 1), BLOCK)
         digits = [writer.encode(self.positions[at : at + BLOCK]) for at in starts]

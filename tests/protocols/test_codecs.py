@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from protocols import codecs, weights
 from protocols.changes import BLOCK, Floats, Layout
 from protocols.codecs import KNOWN, Decoded, Encoded
 from protocols.errors import BadWeights, UnknownName, UsageFault
+from protocols.gaps import deflated
 from protocols.stored import Stored
 from protocols.weights import FLOATING, Array, Part, Schema, Weights, narrow, pieces, widen
 
@@ -139,7 +141,7 @@ def test_unknown_codecs_are_refused_with_the_known() -> None:
         with pytest.raises(UsageFault, match=f"{kind}:{share}: the share"):
             codecs.find(f"{kind}:{share}")
     assert codecs.find("topk").name == codecs.find("topk:0.01").name == "topk:0.01"
-    assert codecs.find("ternary").name == codecs.find("ternary:0.15").name == "ternary:0.15"
+    assert codecs.find("ternary").name == codecs.find("ternary:0.2").name == "ternary:0.2"
     assert codecs.find("fp32").coding is None
 
 
@@ -294,7 +296,7 @@ def test_a_file_and_memory_read_the_same(codec: codecs.Codec, tmp_path: Path) ->
         ("int8", 3.9),
         ("sign", 30.0),
         ("topk", 45.0),
-        ("ternary", 30.0),
+        ("ternary", 27.0),
         ("ternary:0.1", 42.0),
     ],
 )
@@ -355,7 +357,14 @@ def _ternary(
     bits = np.zeros(-(-signs // 8), np.uint8)
     bits[:1] = first
     scale = np.array([1.0] if scales is None else scales, F)
-    return _coded(b=bits, i=np.array(gaps, np.uint8), q=np.empty(0, np.int8), s=scale)
+    i, chunks = deflated(np.array(gaps, np.uint8))
+    return _coded(b=bits, i=i, l=chunks, q=np.empty(0, np.int8), s=scale)
+
+
+def _bomb(nbytes: int) -> Weights:
+    """An update whose gaps are so many bytes of 0, deflated as one chunk."""
+    i = np.frombuffer(zlib.compress(bytes(nbytes)), np.uint8)
+    return _coded(**{**_ternary([0x0F], 1), "i": i, "l": np.array([len(i)], np.int32)})
 
 
 @pytest.mark.parametrize(
@@ -378,7 +387,7 @@ def _ternary(
         ("topk", _coded(i=np.zeros((1, 1), np.uint8), v=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(1, np.uint8), v=np.zeros(1, F), w=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(0, np.uint8))),
-        ("ternary", _ternary([0x00] * 76, 152)),  # more than may be sent
+        ("ternary", _ternary([0x00] * 101, 202)),  # more than may be sent
         ("ternary", _ternary([0x00] * 5, 8)),  # ten positions, eight signs
         ("ternary", _ternary([0x0F], 9)),  # one position, two bytes of signs
         ("ternary", _ternary([0x0F], 1, first=0x40)),  # a sign beyond it
@@ -390,6 +399,10 @@ def _ternary(
         ("ternary", _ternary([0x0F], 1, scales=[-1.0])),
         ("ternary", _ternary([0x0F], 1, scales=[])),
         ("ternary", _coded(**{**_ternary([0x0F], 1), "q": np.zeros(1, np.int8)})),
+        ("ternary", _coded(**{**_ternary([0x0F], 1), "l": np.zeros(1, np.int32)})),
+        ("ternary", _coded(**{**_ternary([0x0F], 1), "i": np.zeros(9, np.uint8)})),  # no deflate
+        ("ternary", _bomb(1 << 20)),
+        ("ternary", _bomb(0)),
     ],
 )
 def test_lies_are_refused(name: str, file: Weights) -> None:
