@@ -85,7 +85,11 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
         await until(lambda: fleet.hub.runs.current is None)
-        assert [listed.history for listed in fleet.hub.runs.all()] == [run.history[-2:]]
+        (listed,) = fleet.hub.runs.all()
+        assert [closed.digest for closed in listed.history] == [c.digest for c in run.history[-2:]]
+        assert listed.best is not None
+        assert not any(closed.norms or closed.contributors for closed in listed.history)
+        assert not any((listed.needed, listed.described, listed.best.norms))
         assert fleet.hub.runs.find(run_id) == run
         assert contributors(run) == [named(fleet.agents)] * 3
         assert [set(closed.metrics) for closed in run.history] == [{"loss"}] * 3
