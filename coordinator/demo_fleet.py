@@ -8,6 +8,7 @@ Rule 2: each child has a session of its own: a Ctrl-C in the terminal is for us,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -81,6 +82,7 @@ class DemoFleet:
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
         self._joining: dict[str, subprocess.Popen[bytes]] = {}
+        self._settings: dict[str, str] = {}
 
     def start_coordinator(self) -> Remote:
         """Start it on a free port of this machine and wait until it answers.
@@ -100,14 +102,14 @@ class DemoFleet:
         order = TicketOrder(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
         # Somebody waits for a demo: it does not yield to what else this machine does.
-        settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}
+        self._settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}
         names = [f"agent{number}" for number in range(1, count + 1)]
         for part, name in enumerate(names):
             words = ["join", "-", "--name", name, "--part", f"{part}/{count}", "--split", split]
             if tables:
                 words += ["--data", str(tables[part])]
             # By standard input: an argument list can be read by everybody on the machine.
-            self._joining[name] = self._spawn(name, ["agent.cli", *words], settings, ticket)
+            self._joining[name] = self._spawn(name, ["agent.cli", *words], ticket)
         waiting = list(names)
 
         def all_run() -> bool:
@@ -117,11 +119,24 @@ class DemoFleet:
                     raise self._failed(f"{name} could not join", name)
                 if code == 0:
                     waiting.remove(name)
-                    self._agents[name] = self._spawn(name, ["agent.cli", "run"], settings)
+                    self.start_agent(name)
             return not waiting
 
         within_s = START_WITHIN_S + count * AGENT_WITHIN_S
         self._await(all_run, "the agents did not join", within_s)
+
+    def start_agent(self, name: str) -> None:
+        """Start an agent that has joined."""
+        self._agents[name] = self._spawn(name, ["agent.cli", "run"])
+
+    def kill_agent(self, name: str) -> None:
+        """As a power cut would: without a word, its trainer with it."""
+        family = _descendants(agent := self._agents[name])
+        agent.kill()
+        agent.wait()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
     def start_monitor(self) -> subprocess.Popen[bytes]:
         """The monitor of this fleet, on our own terminal."""
@@ -182,10 +197,8 @@ class DemoFleet:
         # What our children started ends with them; this only makes sure of it.
         _, left = psutil.wait_procs(family, timeout=0 if self._interrupts.hurry.is_set() else 2)
         for survivor in left:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(left, timeout=2)
 
     def _end(self, group: list[subprocess.Popen[bytes]]) -> None:
@@ -198,13 +211,11 @@ class DemoFleet:
                 process.kill()
                 process.wait()
 
-    def _spawn(
-        self, name: str, words: list[str], settings: dict[str, str] | None = None, said: bytes = b""
-    ) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, words: list[str], said: bytes = b"") -> subprocess.Popen[bytes]:
         environment = _environment()
         variable = "COMMONWEIGHT_HOME" if name == "coordinator" else "COMMONWEIGHT_AGENT_HOME"
         environment[variable] = str(self._folder / name)
-        environment |= {f"COMMONWEIGHT_AGENT_{k}": v for k, v in (settings or {}).items()}
+        environment |= {f"COMMONWEIGHT_AGENT_{k}": v for k, v in self._settings.items()}
         with self._log(name).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", *words],

@@ -90,7 +90,9 @@ class Ternary:
         self._top = NIBBLE if share >= _DENSE else BYTE
 
     def schema(self, layout: Layout) -> Schema:
-        small = _Small(layout)
+        return self._schema(layout, _Small(layout))
+
+    def _schema(self, layout: Layout, small: _Small) -> Schema:
         most = _most(self.share, layout.count - small.count)
         longest, chunks = most_deflated(_gaps_schema(most, layout, self._top).nbytes)
         return {
@@ -110,7 +112,7 @@ class Ternary:
         to.begin(
             {
                 name: TensorSpec(spec.dtype, (lengths.get(name, *spec.shape),))
-                for name, spec in self.schema(changes.layout).items()
+                for name, spec in self._schema(changes.layout, small).items()
             }
         )
         to.put("b", bits)
@@ -129,7 +131,8 @@ class Ternary:
         to.put("s", np.concatenate(scales))
 
     def open(self, file: Readable, layout: Layout) -> Opened:
-        schema, small = self.schema(layout), _Small(layout)
+        small = _Small(layout)
+        schema = self._schema(layout, small)
         _check_schema(file, schema)
         if any(file.schema[name] != schema[name] for name in ("q", "s")):
             raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")

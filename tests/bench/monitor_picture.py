@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import shutil
-import tempfile
-import time
 from pathlib import Path
 
-from coordinator.demo_fleet import DemoFleet, Interrupts
-from coordinator.facts import RunSpec
-from coordinator.fleet import Fleet, current_run, num_available
-from coordinator.orders import RunOrder
+from coordinator.fleet import Fleet, current_run
 from coordinator.remote import LiveSource
 from coordinator.tui.app import MonitorApp
 from protocols.states import PeerState, RunState
+from tests.bench.demo import AGENTS, ROUNDS, demo
 
-AGENTS, ROUNDS = 5, 16
 SIZE = (140, 40)
 
 
@@ -50,34 +43,14 @@ async def picture(home: Path) -> str:
         return app.export_screenshot(title="commonweight monitor")
 
 
-def watched(folder: Path) -> str:
-    """A demo in `folder`, and its picture."""
-    with Interrupts() as interrupts:
-        fleet = DemoFleet(folder, interrupts)
-        try:
-            remote = fleet.start_coordinator()
-            threads = max(1, (os.cpu_count() or 1) // AGENTS)
-            fleet.start_agents(remote, AGENTS, "shards", threads)
-            while num_available(remote.fleet(), time.time()) < AGENTS:
-                fleet.check()
-                interrupts.wait(0.2)
-            spec = RunSpec(task="mnist", rounds=ROUNDS, quorum=AGENTS - 1, deadline_s=120.0)
-            remote.start_run(RunOrder(spec=spec))
-            remote.close()
-            return asyncio.run(picture(fleet.home))
-        finally:
-            fleet.stop()
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
     options.add_argument("--out", type=Path, default=Path("docs/monitor.svg"))
     chosen = options.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="commonweight-picture-"))
-    try:
-        chosen.out.write_text(watched(folder), encoding="utf-8")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with demo() as shown:
+        shown.join()
+        shown.learn()
+        chosen.out.write_text(asyncio.run(picture(shown.fleet.home)), encoding="utf-8")
 
 
 if __name__ == "__main__":

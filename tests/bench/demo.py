@@ -1,0 +1,67 @@
+"""A demo's fleet in a temporary folder, for what shows the monitor at work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coordinator.demo_fleet import DemoFleet, Interrupts
+from coordinator.facts import RunSpec
+from coordinator.fleet import Fleet, num_available
+from coordinator.orders import RunOrder
+
+AGENTS, ROUNDS = 5, 16
+SPEC = RunSpec(task="mnist", rounds=ROUNDS, quorum=AGENTS - 1, deadline_s=120.0)
+
+
+class Demo:
+    """Five agents, each with a few of the digits, and their coordinator, which runs already."""
+
+    def __init__(self, folder: Path, interrupts: Interrupts, fleet: DemoFleet) -> None:
+        self.folder = folder
+        self.fleet = fleet
+        self.remote = fleet.start_coordinator()
+        self._interrupts = interrupts
+
+    def join(self) -> None:
+        """Start the agents; wait until all are there."""
+        threads = max(1, (os.cpu_count() or 1) // AGENTS)
+        self.fleet.start_agents(self.remote, AGENTS, "shards", threads)
+        self.until(all_there)
+
+    def learn(self) -> None:
+        """Start the run."""
+        self.remote.start_run(RunOrder(spec=SPEC))
+
+    def until(self, holds: Callable[[Fleet], bool]) -> None:
+        """Wait. Raises KeyboardInterrupt, and CommonweightError if two processes ended."""
+        while not holds(self.remote.fleet()):
+            self.fleet.check(AGENTS - 1)
+            self.wait(0.1)
+
+    def wait(self, seconds: float) -> None:
+        self._interrupts.wait(seconds)
+
+
+def all_there(fleet: Fleet) -> bool:
+    return num_available(fleet, time.time()) == AGENTS
+
+
+@contextmanager
+def demo() -> Iterator[Demo]:
+    """No process and no file of it is left behind."""
+    folder = Path(tempfile.mkdtemp(prefix="commonweight-shown-"))
+    with Interrupts() as interrupts:
+        fleet = DemoFleet(folder, interrupts)
+        try:
+            lived = Demo(folder, interrupts, fleet)
+            yield lived
+            lived.remote.close()
+        finally:
+            fleet.stop()
+            shutil.rmtree(folder, ignore_errors=True)
