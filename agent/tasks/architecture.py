@@ -3,10 +3,13 @@
     conv 32 5, pool, conv 64 5, pool, dense 512
 
 `conv N K` is N filters of K by K (odd) with zeros around, then ReLU; `pool` the largest of 2 by 2;
-`dense N` N units, then ReLU; what comes before the first of them is made flat. A last dense layer
-with a unit for each class is always there. Tensors are named and laid out as PyTorch has them,
-`weight` as [out, in] or [out, in, K, K], pictures as [channel, row, column]: that is the form in
-which they travel. Another framework's layout is made of it, and back, by `to_keras`, `from_keras`.
+`dense N` N units, then ReLU; what comes before the first of them is made flat. `conv N K norm` and
+`dense N norm` normalise over the batch before the ReLU, and have no other bias than the norm's
+(Ioffe and Szegedy 2015, arXiv 1502.03167).
+A last dense layer with a unit for each class is always there. Tensors are named and laid out as
+PyTorch has them, `weight` as [out, in] or [out, in, K, K], pictures as [channel, row, column]: that
+is the form in which they travel. Another framework's layout is made of it, and back, by `to_keras`,
+`from_keras`.
 """
 
 from __future__ import annotations
@@ -21,20 +24,30 @@ import numpy as np
 from protocols.errors import UsageFault
 from protocols.weights import Array, Schema, TensorSpec, Weights
 
-_LAYER = re.compile(r"conv (\d+) (\d+)|pool|dense (\d+)")
-_EXAMPLE = "such as 'conv 32 3, pool, dense 64'"
+_LAYER = re.compile(r"conv (\d+) (\d+)( norm)?|pool|dense (\d+)( norm)?")
+_EXAMPLE = "such as 'conv 32 3, pool, dense 64', or 'conv 32 3 norm'"
+_STATISTICS = ("norm.running_mean", "norm.running_var")
+#: The tensors of a layer, in Keras' order.
+_PLAIN = ("weight", "bias")
+_NORMED = ("weight", "norm.weight", "norm.bias", *_STATISTICS)
 _MOST = 4096
 
 
 class Layer(NamedTuple):
     """One layer. `units` are its outputs or filters, `given` what it gets: one number of inputs, or
-    channels, rows and columns; `kernel` is the side of a filter."""
+    channels, rows and columns; `kernel` is the side of a filter. `norm`: it is normalised."""
 
     name: str
     kind: Literal["conv", "pool", "dense", "output"]
     given: tuple[int, ...]
     units: int = 0
     kernel: int = 0
+    norm: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its tensors, after its own."""
+        return () if self.kind == "pool" else _NORMED if self.norm else _PLAIN
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,11 +77,12 @@ def declared(text: str, channels: int, size: int, classes: int) -> tuple[Layer, 
             units, kernel = _count(match[1]), _count(match[2])
             if len(given) != 3 or kernel % 2 == 0:
                 raise UsageFault(f"layer {number} cannot be {words!r}", _EXAMPLE)
-            layers.append(Layer(f"conv{number}", "conv", given, units, kernel))
+            layers.append(Layer(f"conv{number}", "conv", given, units, kernel, bool(match[3])))
             given = (units, *given[1:])
         else:
-            layers.append(Layer(f"dense{number}", "dense", given, _count(match[3])))
-            given = (layers[-1].units,)
+            units, norm = _count(match[4]), bool(match[5])
+            layers.append(Layer(f"dense{number}", "dense", given, units, norm=norm))
+            given = (units,)
     return (*layers, Layer("output", "output", given, classes))
 
 
@@ -82,14 +96,24 @@ def _count(digits: str) -> int:
 def schema(layers: Sequence[Layer]) -> Schema:
     """Tensors of all layers, float32."""
     return {
-        f"{layer.name}.{part}": TensorSpec("F32", shape)
-        for layer in _with_weights(layers)
-        for part, shape in (("weight", layer.shape), ("bias", layer.shape[:1]))
+        f"{layer.name}.{part}": TensorSpec(
+            "F32", layer.shape if part == "weight" else (layer.units,)
+        )
+        for layer in layers
+        for part in layer.parts
     }
 
 
+def buffers(layers: Sequence[Layer]) -> frozenset[str]:
+    """Names of the running statistics: averaged over peers like weights, moved by no gradient."""
+    return frozenset(
+        f"{layer.name}.{part}" for layer in layers for part in layer.parts if part in _STATISTICS
+    )
+
+
 def init(layers: Sequence[Layer], draw: np.random.RandomState) -> Weights:
-    """First weights: uniform with variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), biases 0.
+    """First weights: uniform with variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), biases 0;
+    norms that change nothing.
 
     Less before the logits, so that no class is believed in yet. The same bytes whatever framework
     trains them.
@@ -99,12 +123,14 @@ def init(layers: Sequence[Layer], draw: np.random.RandomState) -> Weights:
         bound = math.sqrt((0.1 if layer.kind == "output" else 6) / math.prod(layer.shape[1:]))
         weight = draw.uniform(-bound, bound, layer.shape)
         tensors[f"{layer.name}.weight"] = weight.astype(np.float32)
-        tensors[f"{layer.name}.bias"] = np.zeros(layer.units, np.float32)
+        for part in layer.parts[1:]:
+            fill = 1 if part in ("norm.weight", "norm.running_var") else 0
+            tensors[f"{layer.name}.{part}"] = np.full(layer.units, fill, np.float32)
     return Weights(tensors)
 
 
 def to_keras(layers: Sequence[Layer], weights: Mapping[str, Array]) -> list[Array]:
-    """The tensors in Keras' order and layout: for each layer its kernel, then its bias.
+    """The tensors in Keras' order and layout: for each layer its kernel, then its bias or norm.
 
     A filter is [K, K, in, out] there, a dense kernel [in, out], and pictures are [row, column,
     channel]: so the first dense kernel's inputs come in another order too.
@@ -119,7 +145,11 @@ def to_keras(layers: Sequence[Layer], weights: Mapping[str, Array]) -> list[Arra
             kernel = kernel.reshape(-1, layer.units)
         else:
             kernel = weight.T
-        made += [np.ascontiguousarray(kernel), np.asarray(weights[f"{layer.name}.bias"])]
+        made.append(np.ascontiguousarray(kernel))
+        for part in layer.parts[1:]:
+            array = np.asarray(weights[f"{layer.name}.{part}"])
+            # A codec may have brought a variance below 0.
+            made.append(np.maximum(array, 0) if part == "norm.running_var" else array)
     return made
 
 
@@ -138,7 +168,8 @@ def from_keras(layers: Sequence[Layer], arrays: Sequence[Array]) -> Weights:
         else:
             weight = kernel.T
         tensors[f"{layer.name}.weight"] = np.ascontiguousarray(weight)
-        tensors[f"{layer.name}.bias"] = np.asarray(next(found))
+        for part in layer.parts[1:]:
+            tensors[f"{layer.name}.{part}"] = np.asarray(next(found))
     return Weights(tensors)
 
 

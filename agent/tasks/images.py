@@ -35,13 +35,19 @@ from agent.tasks.architecture import Layer
 from agent.tasks.class_folders import Rows
 from agent.tasks.classifying import measured
 from agent.tasks.image_plan import RESNET, ImagePlan
-from agent.tasks.local_training import Examples, LocalTraining, by_autograd
+from agent.tasks.local_training import (
+    Examples,
+    LocalTraining,
+    by_autograd,
+    mean_gradient,
+    path,
+)
 from agent.tasks.pictures import Pictures
 from agent.tasks.plan import read_plan
 from agent.tasks.position import Tensors
 from agent.tasks.resnet import Forward
 from agent.tasks.seeds import stream
-from protocols.weights import Schema, Weights
+from protocols.weights import Array, Schema, Weights
 
 EVALUATION_BATCH = 256
 
@@ -58,6 +64,7 @@ class Images:
         self._local = LocalTraining()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
         self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.steer = self._local.steer
 
     # --- config ---
 
@@ -111,12 +118,26 @@ class Images:
             return F.cross_entropy(forward(w, x, True), labels)
 
         examples = _examples(found, found.train, device)
-        buffers = (
-            resnet.buffers(plan.channels, plan.norm) if plan.network == RESNET else frozenset()
-        )
         return self._local.train(
-            weights, loop, examples, by_autograd(loss_of), on_step, buffers=buffers
+            weights, loop, examples, by_autograd(loss_of), on_step, buffers=_buffers(plan)
         )
+
+    def path(self, settings: Settings) -> float:
+        """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
+        found = self._found(image_plan.read(settings))
+        return path(read_plan(settings, image_plan.DEFAULTS), len(found.train))
+
+    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's pictures, none of them mirrored."""
+        plan = image_plan.read(settings)
+        found, device = self._found(plan), devices.chosen(self._data.device)
+        forward = _forward(plan)
+
+        def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(forward(w, _pixels(found, rows), True), labels)
+
+        examples = _examples(found, found.train, device)
+        return mean_gradient(weights, examples, loss_of, _buffers(plan), EVALUATION_BATCH)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out pictures."""
@@ -173,6 +194,12 @@ def _normal(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - pictures.MEAN) / pictures.SPREAD
 
 
+def _buffers(plan: ImagePlan) -> frozenset[str]:
+    if plan.network == RESNET:
+        return resnet.buffers(plan.channels, plan.norm)
+    return architecture.buffers(_layers(plan))
+
+
 def _layers(plan: ImagePlan) -> tuple[Layer, ...]:
     return architecture.declared(plan.network, plan.channels, plan.size, len(plan.classes))
 
@@ -183,17 +210,20 @@ def _forward(plan: ImagePlan) -> Forward:
         return resnet.forward
     layers = _layers(plan)
 
-    def forward(w: Tensors, x: Tensor, _: bool) -> Tensor:
+    def forward(w: Tensors, x: Tensor, training: bool) -> Tensor:
         for layer in layers:
             if layer.kind == "pool":
                 x = F.max_pool2d(x, 2)
                 continue
-            weight, bias = w[f"{layer.name}.weight"], w[f"{layer.name}.bias"]
+            weight, *rest = (w[f"{layer.name}.{part}"] for part in layer.parts)
+            bias = None if layer.norm else rest[0]
             if layer.kind == "conv":
-                x = F.relu(F.conv2d(x, weight, bias, padding=layer.kernel // 2))
+                x = F.conv2d(x, weight, bias, padding=layer.kernel // 2)
             else:
                 x = F.linear(x.flatten(1), weight, bias)
-                x = F.relu(x) if layer.kind == "dense" else x
+            if layer.norm:
+                x = resnet.normalised(x, rest, training)
+            x = x if layer.kind == "output" else F.relu(x)
         return x
 
     return forward

@@ -45,19 +45,30 @@ class Images(KerasTask):
         made = [keras.Input((plan.size, plan.size, plan.channels))]
         flat = False
         for layer in _layers(settings):
+            if layer.kind == "pool":
+                made.append(keras.layers.MaxPooling2D(2))
+                continue
             if layer.kind == "conv":
                 filters = keras.layers.Conv2D(
-                    layer.units, layer.kernel, padding="same", activation="relu", name=layer.name
+                    layer.units,
+                    layer.kernel,
+                    padding="same",
+                    use_bias=not layer.norm,
+                    name=layer.name,
                 )
                 made.append(filters)
-            elif layer.kind == "pool":
-                made.append(keras.layers.MaxPooling2D(2))
             else:
                 if not flat:
                     made.append(keras.layers.Flatten())
                 flat = True
-                activation = "relu" if layer.kind == "dense" else None
-                made.append(keras.layers.Dense(layer.units, activation, name=layer.name))
+                made.append(
+                    keras.layers.Dense(layer.units, use_bias=not layer.norm, name=layer.name)
+                )
+            if layer.norm:
+                # As PyTorch has it.
+                made.append(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
+            if layer.kind != "output":
+                made.append(keras.layers.ReLU())
         return keras.Sequential(made)
 
     def read(self, data: DataSettings, settings: Settings) -> Examples:

@@ -149,8 +149,10 @@ def mean_gradient(
     examples: Examples,
     loss_of: LossOf,
     buffers: frozenset[str] = frozenset(),
+    batch: int = _ORDERED,
 ) -> dict[str, Array]:
-    """The gradient of the mean loss over all examples, by weight; `buffers` have none."""
+    """The gradient of the mean loss over all examples, so many at a time, by weight; `buffers`
+    have none."""
     device, count = examples.x.device, len(examples.y)
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     trained = {
@@ -158,7 +160,7 @@ def mean_gradient(
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and name not in buffers
     }
-    for rows in torch.arange(count, device=device).split(_ORDERED):  # type: ignore[no-untyped-call]
+    for rows in torch.arange(count, device=device).split(batch):  # type: ignore[no-untyped-call]
         x, y = examples.x[rows], examples.y[rows]
         (loss_of(tensors, x, y) * (len(y) / count)).backward()  # type: ignore[no-untyped-call]
     return {

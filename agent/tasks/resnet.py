@@ -8,7 +8,7 @@ moved by no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +111,18 @@ def init(channels: int, classes: int, norm: str, draw: np.random.RandomState) ->
     return Weights(tensors)
 
 
+def normalised(x: Tensor, norm: Sequence[Tensor], training: bool) -> Tensor:
+    """Batch normalisation; `norm` are scale, shift, running mean and running variance.
+
+    The last batch of an epoch may be a single example, of which there is no variance: then the
+    running statistics serve, as in an evaluation. A codec may have brought a variance below 0.
+    """
+    scale, shift, mean, variance = norm
+    if training and x.numel() > x.shape[1]:
+        return F.batch_norm(x, mean, variance, scale, shift, True)
+    return F.batch_norm(x, mean, variance.clamp_min(0), scale, shift, False)
+
+
 def forward(w: Tensors, x: Tensor, training: bool) -> Tensor:
     """Pictures float32[n, channels, size, size] -> logits float32[n, classes].
 
@@ -122,7 +134,8 @@ def forward(w: Tensors, x: Tensor, training: bool) -> Tensor:
         scale, shift = w[f"{conv.norm}.weight"], w[f"{conv.norm}.bias"]
         if (mean := w.get(f"{conv.norm}.running_mean")) is None:
             return F.group_norm(x, _GROUPS, scale, shift)
-        return F.batch_norm(x, mean, w[f"{conv.norm}.running_var"], scale, shift, training)
+        variance = w[f"{conv.norm}.running_var"]
+        return normalised(x, (scale, shift, mean, variance), training)
 
     x = F.max_pool2d(F.relu(normed(_stem(x.shape[1]), x)), 3, 2, 1)
     for block in _blocks():

@@ -12,14 +12,21 @@ from agent.tasks.seeds import stream
 from protocols import weights
 from protocols.errors import UsageFault
 
-TEXTS = ("dense 3", "conv 4 3, pool, dense 5, dense 2", "conv 2 1,conv 3 5, pool, pool, conv 2 3")
+TEXTS = (
+    "dense 3",
+    "conv 4 3, pool, dense 5, dense 2",
+    "conv 2 1,conv 3 5, pool, pool, conv 2 3",
+    "conv 4 3 norm, pool, dense 5 norm",
+)
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[architecture.Layer, ...]:
     text = ", ".join(
-        draw(st.lists(st.sampled_from(("conv 3 1", "conv 2 3", "conv 4 5", "pool")), max_size=4))
-        + draw(st.lists(st.sampled_from(("dense 3", "dense 7")), max_size=2))
+        draw(
+            st.lists(st.sampled_from(("conv 3 1", "conv 2 3 norm", "conv 4 5", "pool")), max_size=4)
+        )
+        + draw(st.lists(st.sampled_from(("dense 3", "dense 7 norm")), max_size=2))
     )
     size = draw(st.integers(16, 21))
     return architecture.declared(text or "pool", draw(st.sampled_from((1, 3))), size, 4)
@@ -59,6 +66,8 @@ def test_a_filter_is_turned_with_its_rows_and_columns_in_place() -> None:
     ("text", "said"),
     [
         ("conv 8", "'conv 8' is no layer"),
+        ("pool norm", "'pool norm' is no layer"),
+        ("norm", "'norm' is no layer"),
         ("", "'' is no layer"),
         ("conv 8 4", "cannot be 'conv 8 4'"),
         ("dense 4, conv 8 3", "layer 2 cannot be"),
@@ -78,3 +87,26 @@ def test_first_weights_follow_from_the_seed(text: str) -> None:
     layers = architecture.declared(text, 3, 12, 2)
     one, again, other = (architecture.init(layers, stream("init", s)) for s in (1, 1, 2))
     assert weights.digest(one) == weights.digest(again) != weights.digest(other)
+
+
+def test_a_norm_has_a_scale_a_shift_and_running_statistics() -> None:
+    layers = architecture.declared("conv 4 3 norm, dense 5", 1, 8, 2)
+    parts = ("weight", "bias", "running_mean", "running_var")
+    names = {f"conv1.norm.{part}" for part in parts}
+    first = architecture.init(layers, stream("norm"))
+    assert names | {"conv1.weight"} == {name for name in first if name.startswith("conv1")}
+    assert {name: first[name].tolist() for name in names} == {
+        "conv1.norm.weight": [1] * 4,
+        "conv1.norm.bias": [0] * 4,
+        "conv1.norm.running_mean": [0] * 4,
+        "conv1.norm.running_var": [1] * 4,
+    }
+    assert architecture.buffers(layers) == {f"conv1.norm.{part}" for part in parts[2:]}
+    assert architecture.buffers(architecture.declared("conv 4 3", 1, 8, 2)) == frozenset()
+
+
+def test_no_variance_is_below_zero_in_keras() -> None:
+    layers = architecture.declared("dense 5 norm", 1, 8, 2)
+    first = architecture.init(layers, stream("norm"))
+    there = architecture.to_keras(layers, {**first, "dense1.norm.running_var": np.full(5, -0.5)})
+    assert there[4].tolist() == [0] * 5

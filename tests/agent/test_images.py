@@ -110,6 +110,42 @@ def test_resnet_trains_and_keeps_its_statistics_out_of_the_gradients(
     assert torch.isfinite(found).all()
 
 
+def test_a_normalised_network_learns_and_moves_its_statistics(folder: Path) -> None:
+    """The 33rd picture is a batch of its own, of which there is no variance."""
+    picture(folder / "data" / "dark" / "one.png", 30)
+    model = "conv 4 3 norm, pool, dense 8 norm"
+    settings = SMALL | {"model": model, "epochs": 4, "batch_size": 8, "lr": 0.02, "flip": False}
+    task = loaded(folder)
+    base = task.init(3, settings)
+    made = task.train(base, settings, quiet)
+    assert made.num_examples % 8 == 1
+    assert all(not np.array_equal(made.weights[name], base[name]) for name in base)
+    assert task.evaluate(made.weights, settings, quiet).metrics["accuracy"] == 1.0
+    # What no gradient moves has none, whatever the decay of weights.
+    assert set(base) - set(task.gradient(base, settings)) == {
+        f"{layer}.norm.running_{part}" for layer in ("conv1", "dense3") for part in ("mean", "var")
+    }
+    bent = {**made.weights, "conv1.norm.running_var": np.full(4, -1, np.float32)}
+    assert np.isfinite(task.evaluate(Weights(bent), settings, quiet).metrics["loss"])
+
+
+def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
+    """What SCAFFOLD's first option and its path rely on."""
+    settings = SMALL | {"batch_size": "all", "lr": 0.5, "momentum": 0.0, "flip": False}
+    task = loaded(folder)
+    base = task.init(5, settings)
+    gradient = task.gradient(base, settings)
+    made = task.train(base, settings, quiet).weights
+    assert task.path(settings) == 0.5
+    for name in base:
+        np.testing.assert_allclose(made[name], base[name] - 0.5 * gradient[name], atol=1e-6)
+    correction = {name: np.ones_like(array) for name, array in base.items()}
+    task.steer(correction)
+    steered = task.train(base, settings, quiet).weights
+    for name in base:
+        np.testing.assert_allclose(steered[name], made[name] - 0.5, atol=1e-6)
+
+
 def test_pictures_are_read_once_and_small(folder: Path) -> None:
     plan = image_plan.read(SMALL)
     first = pictures.read(data_of(folder), plan)

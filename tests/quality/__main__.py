@@ -19,6 +19,7 @@ _PLOTS = (
     ("iid.svg", "Digits at random", [c.name for c in courses.REFERENCE if c.split == "iid"]),
     ("shards.svg", "Two labels a peer", [c.name for c in courses.REFERENCE if c.split != "iid"]),
     ("better.svg", "Two labels a peer, other ways", [c.name for c in courses.BETTER]),
+    ("cameras.svg", "Ten cameras", [c.name for c in courses.SHIFTED]),
     ("lying.svg", "Two of ten peers lie", [c.name for c in courses.LYING]),
 )
 

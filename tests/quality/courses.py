@@ -10,18 +10,33 @@ accuracy is that of the shared model on all 1,000 held-out digits: every peer ev
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from agent.tasks import DataSettings, Setting
 from coordinator.facts import RunSpec
+from tests.quality import cameras
 
 PEERS = 20
 TRAINING = 10
 ROUNDS = 100
 SEEDS = (1, 2, 3)
-Split = Literal["iid", "shards"]
+Split = Literal["iid", "shards", "cameras"]
 #: How the pixels of a split are scaled, whatever the strategy and the codec.
 PIXELS: Mapping[Split, str] = {"iid": "standard", "shards": "unit"}
+#: A small CNN over pictures, and the same with a normalisation before each ReLU.
+_PLAIN = "conv 16 5, pool, conv 32 5, pool, dense 64"
+_NORMED = "conv 16 5 norm, pool, conv 32 5 norm, pool, dense 64 norm"
+_PICTURES: Mapping[str, Setting] = {
+    "classes": ",".join(map(str, range(10))),
+    "size": cameras.SIDE,
+    "channels": 1,
+    "flip": False,
+    "epochs": 1,
+    "batch_size": 32,
+    "lr": 0.05,
+    "momentum": 0.0,
+}
 
 
 class Band(NamedTuple):
@@ -46,20 +61,31 @@ class Course(NamedTuple):
     peers: int = PEERS
     #: By the peer's number: what its change is multiplied by before it is sent.
     attack: Mapping[int, float] = {}
+    #: What the accuracy is called: that of the shared model, or with the peers' own layers in it.
+    metric: str = "accuracy"
 
     def spec(self, seed: int, rounds: int) -> RunSpec:
+        if self.split == "cameras":
+            task, settings = "images", {**_PICTURES, **self.settings}
+        else:
+            task, settings = "mnist", {"pixels": PIXELS[self.split], **self.settings}
         return RunSpec(
-            task="mnist",
+            task=task,
             rounds=rounds,
             seed=seed,
             quorum=TRAINING,
             codec=self.codec,
             strategy=self.strategy,
             strategy_args={"fraction_train": TRAINING / self.peers, **self.strategy_args},
-            settings={"pixels": PIXELS[self.split], **self.settings},
+            settings=settings,
         )
 
     def parts(self, seed: int, cache: str) -> list[DataSettings]:
+        if self.split == "cameras":
+            return [
+                DataSettings(index=i, path=str(folder), cache=str(folder), device="cpu")
+                for i, folder in enumerate(cameras.folders(Path(cache), self.peers, seed))
+            ]
         return [
             DataSettings(
                 index=i, parts=self.peers, split=self.split, seed=seed, cache=cache, device="cpu"
@@ -153,4 +179,23 @@ LYING = tuple(
     if attack or strategy == "fedavg"
 )
 
-ALL = (*REFERENCE, *BETTER, *LYING)
+#: The same digits through ten cameras.
+SHIFTED = tuple(
+    Course(
+        f"{name}, cameras",
+        "cameras",
+        strategy=strategy,
+        settings={"model": network},
+        rounds=30,
+        peers=TRAINING,
+        metric=metric,
+    )
+    for name, strategy, network, metric in (
+        ("fedavg, no norm", "fedavg", _PLAIN, "accuracy"),
+        ("fedavg", "fedavg", _NORMED, "accuracy"),
+        ("scaffold", "scaffold", _NORMED, "accuracy"),
+        ("fedbn", "fedbn", _NORMED, "personal_accuracy"),
+    )
+)
+
+ALL = (*REFERENCE, *BETTER, *SHIFTED, *LYING)

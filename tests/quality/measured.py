@@ -24,13 +24,16 @@ Row = dict[str, Any]
 
 
 def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
-    """Train the course from its first weights; accuracies and losses by round."""
+    """Train the course from its first weights; accuracies and losses by round. `newcomer`: the
+    accuracy without the peers' own layers, where `accuracy` is with them."""
     accuracy: list[float | None] = []
+    newcomer: list[float | None] = []
     loss: list[float | None] = []
     bytes_up: list[int] = []
 
     def note(closed: Round) -> None:
-        accuracy.append(_rounded(closed.metrics.get("accuracy")))
+        accuracy.append(_rounded(closed.metrics.get(course.metric)))
+        newcomer.append(_rounded(closed.metrics.get("accuracy")))
         loss.append(_rounded(closed.metrics.get("loss")))
         bytes_up.append(closed.bytes_up)
 
@@ -50,6 +53,7 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
         **figures(accuracy),
         "accuracy": accuracy,
         "loss": loss,
+        **({"newcomer": newcomer} if course.metric != "accuracy" else {}),
     }
 
 

@@ -77,10 +77,11 @@ def both(folders: Path) -> tuple[images.Images, images_keras.Images]:
         {},
         {"momentum": 0.9, "weight_decay": 0.05},
         {"clip_norm": 0.1, "proximal_mu": 0.5},
+        {"model": "conv 8 3 norm, pool, dense 24 norm"},
     ],
 )
 def test_both_make_the_same_steps_of_the_same_weights(
-    both: tuple[images.Images, images_keras.Images], settings: dict[str, float]
+    both: tuple[images.Images, images_keras.Images], settings: dict[str, Any]
 ) -> None:
     """Full batches, so that no order matters: the same sums but for rounding."""
     asked: dict[str, Any] = DIGITS | {"batch_size": "all", "epochs": 4, "lr": 0.05, "momentum": 0.0}
@@ -95,7 +96,11 @@ def test_both_make_the_same_steps_of_the_same_weights(
     assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
     for name in base:
         moved = np.abs(np.asarray(one.weights[name]) - base[name]).max()
-        np.testing.assert_allclose(other.weights[name], one.weights[name], atol=1e-3 * moved + 1e-6)
+        # Of some 360 pictures torch's running variance divides by one less, Keras' does not.
+        rtol = 3e-3 if name.endswith("running_var") else 0.0
+        np.testing.assert_allclose(
+            other.weights[name], one.weights[name], rtol=rtol, atol=1e-3 * moved + 1e-6
+        )
         assert moved > 1e-5
     measured = [task.evaluate(one.weights, asked, quiet) for task in both]
     assert measured[0].num_examples == measured[1].num_examples
