@@ -13,7 +13,8 @@ from agent.worker import FinishAsked, PauseAsked, PauseLifted
 from protocols.room import is_full
 from protocols.states import PauseReason
 
-_ASKED_FOR = frozenset({PauseReason.USER, PauseReason.OPERATOR, PauseReason.TRAINER})
+_OWN = frozenset({PauseReason.USER})
+_ASKED_FOR = _OWN | {PauseReason.OPERATOR, PauseReason.TRAINER}
 
 
 class Owner:
@@ -26,7 +27,8 @@ class Owner:
     def heed(self) -> bool:
         """Obey what is new; True if the settings may have changed."""
         wish = control.read_wish(self._home)
-        if wish.want == "pause" and wish.until and time.time() >= wish.until:
+        over = wish.want == "pause" and 0 < wish.until <= time.time()
+        if over:
             wish = Wish(modes=wish.modes)
             self._keep(wish)
         changed = self._polite.heed(wish)
@@ -36,8 +38,8 @@ class Owner:
         if wish.want == "pause":
             self._loop.happened(PauseAsked(PauseReason.USER, wish.until))
         else:
-            # The owner's word also lifts what the operator asked for.
-            self._loop.happened(PauseLifted(_ASKED_FOR))
+            # The owner's word also lifts what the operator asked for; the clock says no word.
+            self._loop.happened(PauseLifted(_OWN if over else _ASKED_FOR))
         if wish.want == "finish":
             self._keep(Wish(modes=wish.modes))
             self._loop.happened(FinishAsked())

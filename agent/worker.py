@@ -10,6 +10,7 @@ Rule 5. `finish` lets the work in hand end and be sent, then leaves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -20,22 +21,22 @@ from protocols.states import PauseReason, PeerState
 
 
 class Worker(Struct, frozen=True, kw_only=True):
-    """The agent now. `pauses` holds every reason that is in force, `trouble` the trainer's.
+    """The agent now. `pauses` holds every reason that is in force and when it ends, `trouble` the
+    trainer's.
 
     `policy` is why the policy pauses, in words, or empty. `share` of the time is worked.
-    `until`: when the pause that was asked for ends; `free_at`, `free_until`: when the policy's
-    does, and its next begins. All Unix s, 0 is unknown.
+    `free_at`, `free_until`: when the policy's pause ends, and its next begins. All Unix s, 0 is
+    unknown.
     """
 
     session: bool = False
     mqtt: bool = False
     work: Work | None = None
     sending: bool = False
-    pauses: frozenset[PauseReason] = frozenset()
+    pauses: Mapping[PauseReason, float] = {}
     trouble: str = ""
     policy: str = ""
     share: float = 1.0
-    until: float = 0.0
     free_at: float = 0.0
     free_until: float = 0.0
     finishing: bool = False
@@ -154,11 +155,14 @@ def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
         case WorkEnded():
             after = replace(worker, work=None, sending=False)
         case PauseAsked(reason, until):
-            after = replace(worker, pauses=worker.pauses | {reason}, until=until)
+            after = replace(worker, pauses={**worker.pauses, reason: until})
         case PauseLifted(reasons):
-            after = replace(worker, pauses=worker.pauses - reasons, until=0.0)
+            left = {why: until for why, until in worker.pauses.items() if why not in reasons}
+            after = replace(worker, pauses=left)
         case TrainerGaveUp(kind):
-            after = replace(worker, pauses=worker.pauses | {PauseReason.TRAINER}, trouble=kind)
+            after = replace(
+                worker, pauses={**worker.pauses, PauseReason.TRAINER: 0.0}, trouble=kind
+            )
         case PolicyDecided(reason, share, free_at, free_until):
             after = replace(
                 worker, policy=reason, share=share, free_at=free_at, free_until=free_until
@@ -212,7 +216,7 @@ def free(worker: Worker) -> tuple[float, float]:
     """When it expects to work again, and until when it can from now on; Unix s, 0 is unknown."""
     if not is_paused(worker):
         return 0.0, worker.free_until
-    known = [worker.until] * bool(worker.pauses) + [worker.free_at] * bool(worker.policy)
+    known = [*worker.pauses.values(), *([worker.free_at] if worker.policy else [])]
     return (max(known) if all(known) else 0.0), 0.0
 
 

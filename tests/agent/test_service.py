@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_pat
     assert not agent._loop.worker.pauses
     agent._on_command(Command(action="pause"))
     await asyncio.sleep(0.05)  # the first one's end has passed
-    assert agent._loop.worker.pauses == {PauseReason.OPERATOR}
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
     agent._on_command(Command(action="pause", for_s=0.01))
     await until(lambda: not agent._loop.worker.pauses)
 
@@ -57,7 +58,25 @@ async def test_nor_is_that_of_the_trainers_rest(
     monkeypatch.setattr(work_thread, "TRAINER_REST_S", 600.0)
     agent._work._rest_trainer("died")
     await asyncio.sleep(0.05)  # the first one's end has passed
-    assert agent._loop.worker.pauses == {PauseReason.TRAINER}
+    assert agent._loop.worker.pauses == {PauseReason.TRAINER: 0.0}
+
+
+async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
+    site: Site, tmp_path: Path
+) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    agent._on_command(Command(action="pause"))
+    control.write_wish(home, Wish(want="pause", until=time.time() + 0.05, at=1.0))
+    agent._owner.heed()
+    assert set(agent._loop.worker.pauses) == {PauseReason.OPERATOR, PauseReason.USER}
+    await asyncio.sleep(0.1)
+    agent._owner.heed()
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    # The owner's word is another thing.
+    control.write_wish(home, Wish(at=2.0))
+    agent._owner.heed()
+    assert not agent._loop.worker.pauses
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")

@@ -41,6 +41,10 @@ def one(reason: PauseReason) -> frozenset[PauseReason]:
     return frozenset({reason})
 
 
+def on(*reasons: PauseReason, until: float = 0.0) -> dict[PauseReason, float]:
+    return dict.fromkeys(reasons, until)
+
+
 TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
     ("a session alone says nothing", Worker(), SessionChanged(True), []),
     ("a broker that is back: look", Worker(), BrokerChanged(True), [LookForWork()]),
@@ -54,17 +58,17 @@ TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
     ("a pause at work", BUSY_NOW, PauseAsked(USER), [PauseTrainer(), Announce()]),
     ("a pause when idle", IDLE, PauseAsked(USER), [PauseTrainer(), Announce()]),
     ("a trainer that failed", IDLE, TrainerGaveUp("hung"), [PauseTrainer(), Announce()]),
-    ("the same pause again", Worker(pauses=one(USER)), PauseAsked(USER), []),
-    ("a second reason", Worker(pauses=one(USER)), PauseAsked(DISK), [Announce()]),
+    ("the same pause again", Worker(pauses=on(USER)), PauseAsked(USER), []),
+    ("a second reason", Worker(pauses=on(USER)), PauseAsked(DISK), [Announce()]),
     (
         "the last reason is lifted",
-        Worker(pauses=one(USER)),
+        Worker(pauses=on(USER)),
         PauseLifted(one(USER)),
         [ResumeTrainer(), Announce(), LookForWork()],
     ),
     (
         "one of two reasons is lifted",
-        Worker(pauses=frozenset({USER, DISK})),
+        Worker(pauses=on(USER, DISK)),
         PauseLifted(one(USER)),
         [Announce()],
     ),
@@ -77,7 +81,7 @@ TABLE: list[tuple[str, Worker, Event, list[Instruction]]] = [
         WorkEnded(),
         [Announce(), Leave()],
     ),
-    ("finish while paused", Worker(pauses=one(USER)), FinishAsked(), [Leave()]),
+    ("finish while paused", Worker(pauses=on(USER)), FinishAsked(), [Leave()]),
     ("finish again", Worker(finishing=True, left=True), FinishAsked(), []),
     ("a broker after leaving", Worker(finishing=True, left=True), BrokerChanged(True), []),
 ]
@@ -99,18 +103,18 @@ def test_the_table(before: Worker, event: Event, expected: list[Instruction]) ->
         (BUSY_NOW, (PeerState.TRAINING, "")),
         (Worker(work=WORK, finishing=True), (PeerState.TRAINING, "finishing")),
         (Worker(work=WORK, sending=True), (PeerState.SENDING, "")),
-        (Worker(work=WORK, pauses=one(USER)), (PeerState.PAUSED, "by its owner")),
+        (Worker(work=WORK, pauses=on(USER)), (PeerState.PAUSED, "by its owner")),
         (
-            Worker(pauses=one(PauseReason.TRAINER), trouble="out of memory"),
+            Worker(pauses=on(PauseReason.TRAINER), trouble="out of memory"),
             (PeerState.PAUSED, "trainer failed: out of memory"),
         ),
         (
-            Worker(pauses=frozenset({USER, PauseReason.DISK})),
+            Worker(pauses=on(USER, PauseReason.DISK)),
             (PeerState.PAUSED, "by its owner, disk full"),
         ),
         (Worker(work=WORK, policy="on battery"), (PeerState.PAUSED, "on battery")),
         (
-            Worker(pauses=one(USER), policy="on battery"),
+            Worker(pauses=on(USER), policy="on battery"),
             (PeerState.PAUSED, "by its owner, on battery"),
         ),
     ],
@@ -134,10 +138,12 @@ def test_the_poll_is_slow_where_a_doorbell_rings(
         (IDLE, (0.0, 0.0)),
         (Worker(free_until=9.0), (0.0, 9.0)),
         (Worker(policy="schedule", free_at=5.0, free_until=9.0), (5.0, 0.0)),
-        (Worker(pauses=one(USER), until=7.0), (7.0, 0.0)),
-        (Worker(pauses=one(USER), until=7.0, policy="schedule", free_at=5.0), (7.0, 0.0)),
-        (Worker(pauses=one(USER), until=7.0, policy="on battery"), (0.0, 0.0)),
-        (Worker(pauses=one(USER), policy="schedule", free_at=5.0), (0.0, 0.0)),
+        (Worker(pauses=on(USER, until=7.0)), (7.0, 0.0)),
+        (Worker(pauses=on(USER, until=7.0), policy="schedule", free_at=5.0), (7.0, 0.0)),
+        (Worker(pauses=on(USER, until=7.0), policy="on battery"), (0.0, 0.0)),
+        (Worker(pauses=on(USER), policy="schedule", free_at=5.0), (0.0, 0.0)),
+        (Worker(pauses={USER: 7.0, PauseReason.OPERATOR: 9.0}), (9.0, 0.0)),
+        (Worker(pauses={USER: 7.0, PauseReason.OPERATOR: 0.0}), (0.0, 0.0)),
     ],
 )
 def test_when_it_expects_to_be_free(now: Worker, expected: tuple[float, float]) -> None:
