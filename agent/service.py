@@ -49,8 +49,9 @@ from protocols.states import PauseReason
 
 log = logging.getLogger("commonweight.agent")
 
-_TICK_S = 0.5
-_ROUTE_TICKS = 4
+#: An owner's word is heeded within half a second; an agent that does nothing has more time.
+_TICK_S, _RESTING_TICK_S = 0.5, 1.0
+_ROUTE_EVERY_S = 2.0
 
 
 class Agent:
@@ -236,15 +237,17 @@ class Agent:
 
     async def _tick(self) -> None:
         """Obey the owner, end an idle trainer, keep the status fresh, notice sleep and moves."""
-        clocks, route, ticks = Clocks.now(), RouteWatch(), 0
+        clocks, route, looked_s, tick_s = Clocks.now(), RouteWatch(), 0.0, 0.0
         while True:
-            before, clocks, ticks = clocks, Clocks.now(), ticks + 1
-            if slept := slept_s(before, clocks, _TICK_S):
+            before, clocks, looked_s = clocks, Clocks.now(), looked_s + tick_s
+            if slept := slept_s(before, clocks, tick_s):
                 why = f"back after {slept:.0f} s of sleep"
                 self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
-            elif ticks % _ROUTE_TICKS == 0 and route.has_changed(self._sessions.ends):
-                why = "this machine's network has changed"
-                self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
+            elif looked_s >= _ROUTE_EVERY_S:
+                looked_s = 0.0
+                if route.has_changed(self._sessions.ends):
+                    why = "this machine's network has changed"
+                    self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
             if self._owner.heed():
                 self._take_up(self._polite.chosen)
             trainer = self._work.trainer
@@ -253,7 +256,9 @@ class Agent:
                 await asyncio.to_thread(trainer.stop)
             self._report.keep_fresh(self._loop.worker)
             self._bandwidth.keep()
-            await asyncio.sleep(_TICK_S)
+            resting = not trainer.running and self._loop.worker.work is None
+            tick_s = _RESTING_TICK_S if resting else _TICK_S
+            await asyncio.sleep(tick_s)
 
     def _take_up(self, chosen: AgentSettings) -> None:
         """What of changed settings is not asked for each time."""
