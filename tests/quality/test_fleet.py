@@ -16,7 +16,7 @@ from coordinator.facts import RunSpec
 from protocols import weights
 from protocols.states import RunState
 from protocols.weights import Weights
-from tests.quality import courses, measured, shown
+from tests.quality import cameras, courses, measured, shown
 from tests.quality.fleet import fleet_of
 
 
@@ -112,6 +112,27 @@ def test_a_course_is_measured_kept_and_shown(cache: str, tmp_path: Path) -> None
     assert not shown.table([course], [row], None)  # two rounds teach it too little
     shown.curves(tmp_path / "curve.svg", "title", [course.name], [row])
     assert "title" in (tmp_path / "curve.svg").read_text()
+
+
+def test_cameras_show_the_same_digits_and_own_layers_are_told_apart(cache: str) -> None:
+    course = courses.SHIFTED[-1]
+    assert (course.strategy, course.metric) == ("fedbn", "personal_accuracy")
+    row = measured.measure(
+        course._replace(settings={**course.settings, "max_steps": 2}), 1, 2, cache
+    )
+    assert len(row["accuracy"]) == len(row["newcomer"]) == 2
+    assert row["accuracy"] != row["newcomer"]
+    digit = np.arange(0, 256, 51, dtype=np.uint8)
+    views = [cameras.seen(digit, camera, 4) for camera in range(4)]
+    assert (views[0] == digit).all()
+    assert np.ptp(views[3]) == pytest.approx(51, abs=1)
+    # As they are, or turned: nothing is clipped away.
+    assert [np.sign(np.diff(row.astype(int))).tolist() for row in views] == [
+        [1] * 5,
+        [-1] * 5,
+        [1] * 5,
+        [-1] * 5,
+    ]
 
 
 def test_figures_of_a_curve() -> None:
