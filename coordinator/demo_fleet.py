@@ -131,7 +131,8 @@ class DemoFleet:
 
     def kill_agent(self, name: str) -> None:
         """As a power cut would: without a word, its trainer with it."""
-        family = _descendants(agent := self._agents[name])
+        agent = self._agents[name]
+        family = _descendants(agent)
         agent.kill()
         agent.wait()
         for child in family:

@@ -1,7 +1,7 @@
 """Digits as peers with different cameras see them: the same task, other features (feature shift).
 
-Every peer has as many digits of each kind as the others, drawn at random; its camera makes them
-paler or brighter and every second one turns black into white.
+Every peer has as many digits as the others, drawn at random; its camera makes them paler or
+brighter, and every second one turns black into white.
 """
 
 from __future__ import annotations

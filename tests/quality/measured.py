@@ -93,7 +93,10 @@ def write(folder: Path, new: Iterable[Row]) -> list[Row]:
         **{name: version(name) for name in ("torch", "numpy", "flwr", "commonweight")},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    about = "accuracy of the shared model on the 1,000 held-out digits, after each round"
+    about = (
+        "accuracy of the shared model on the held-out digits after each round; where there is a "
+        "newcomer's, accuracy is that with each peer's own layers"
+    )
     body = {"about": about, "machine": machine, "rows": ordered}
     text = json.dumps(body, indent=1)
     # One line for each curve rather than one for each number.
