@@ -22,6 +22,7 @@ from agent.tasks import Settings
 from protocols import codecs, identity, messages, schemas
 from protocols.durable import sync
 from protocols.errors import (
+    OF_SETTINGS,
     TELLABLE,
     BadMessage,
     CommonweightError,
@@ -299,6 +300,9 @@ def claim_text(reply: Message) -> str:
 def refusal_text(err: CommonweightError) -> str:
     """What the coordinator is told of a failure; a task's own words may quote data."""
     if isinstance(err, TrainerFailed):
+        if err.kind in OF_SETTINGS:
+            hint = f" ({err.hint})" if err.hint else ""
+            return f"{err.kind}: {err.message}{hint}"[:300]
         told = err.kind in TELLABLE or err.kind == OutOfMemory.code
         return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
     return f"{err.code}: {err.message}"[:300]

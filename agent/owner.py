@@ -41,14 +41,18 @@ class Owner:
             # The owner's word also lifts what the operator asked for; the clock says no word.
             self._loop.happened(PauseLifted(_OWN if over else _ASKED_FOR))
         if wish.want == "finish":
-            self._keep(Wish(modes=wish.modes))
+            kept = Wish(modes=wish.modes)
+            if self._keep(kept):
+                self._wish = kept  # or else it would look like a new one, and lift every pause
             self._loop.happened(FinishAsked())
         return changed
 
-    def _keep(self, wish: Wish) -> None:
+    def _keep(self, wish: Wish) -> bool:
         """What was asked for is over. On a full disk it is still written there, and over again."""
         try:
             control.write_wish(self._home, wish)
         except OSError as err:
             if not is_full(err):
                 raise
+            return False
+        return True

@@ -252,7 +252,7 @@ class WorkThread:
 
     def _rest_trainer(self, kind: str) -> None:
         """No more work for now: the trainer failed again and again."""
-        self._loop.happened(TrainerGaveUp(kind))
+        self._loop.happened(TrainerGaveUp(kind, time.time() + TRAINER_REST_S))
         if self._resting is not None:  # the owner has ended that rest: its end is not this one's
             self._resting.cancel()
         lifted = PauseLifted(frozenset({PauseReason.TRAINER}))

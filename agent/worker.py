@@ -78,9 +78,11 @@ class PauseLifted(NamedTuple):
 
 
 class TrainerGaveUp(NamedTuple):
-    """The trainer failed again and again; `kind` is the short word for how."""
+    """The trainer failed again and again; `kind` is the short word for how, `until` (Unix s) when
+    it is tried again."""
 
     kind: str
+    until: float = 0.0
 
 
 class PolicyDecided(NamedTuple):
@@ -159,10 +161,9 @@ def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
         case PauseLifted(reasons):
             left = {why: until for why, until in worker.pauses.items() if why not in reasons}
             after = replace(worker, pauses=left)
-        case TrainerGaveUp(kind):
-            after = replace(
-                worker, pauses={**worker.pauses, PauseReason.TRAINER: 0.0}, trouble=kind
-            )
+        case TrainerGaveUp(kind, until):
+            resting = {**worker.pauses, PauseReason.TRAINER: until}
+            after = replace(worker, pauses=resting, trouble=kind)
         case PolicyDecided(reason, share, free_at, free_until):
             after = replace(
                 worker, policy=reason, share=share, free_at=free_at, free_until=free_until

@@ -15,6 +15,7 @@ from coordinator import buffered, merit, recall
 from coordinator.facts import WorkGiven
 from coordinator.recall import KeepOwn, Seek
 from coordinator.runs import Run
+from protocols.errors import OF_SETTINGS
 from protocols.states import RunState
 
 
@@ -97,6 +98,8 @@ Step = (
 )
 
 
+#: Begins what an agent tells that cannot work with the run's settings.
+_OF_SETTINGS = tuple(f"agent failed: {code}: " for code in sorted(OF_SETTINGS))
 #: So many peers that are waited for are named.
 _NAMED = 4
 #: An automatic deadline is so many times what the slowest peer needed, but no less than that.
@@ -252,6 +255,8 @@ def _decide_training(run: Run, view: View) -> Step:
     if view.due and (others := view.eligible - run.updates.keys()):
         # The new, those that failed, and those that were asked: the question may have been lost.
         return AskMore(tuple(sorted(others)))
+    if (end := _cannot_begin(run, view)) is not None:
+        return end
     if answered + len(run.pending) < run.spec.quorum:
         new = view.eligible - run.peers.keys()
         missing = run.spec.quorum - answered - len(run.pending)
@@ -261,6 +266,16 @@ def _decide_training(run: Run, view: View) -> Step:
     if view.due:
         return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
     return Wait(f"updates of {_who(run.pending)}")
+
+
+def _cannot_begin(run: Run, view: View) -> EndRun | None:
+    """The end of a run whose settings nobody who is here can train with, from its first round on:
+    asking again gives the same answer. What was trained for rounds does not end by this."""
+    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
+    nobody = not (run.history or run.updates or run.pending) and view.eligible <= refused
+    if nobody and refused and run.last_refusal.startswith(_OF_SETTINGS):
+        return EndRun(RunState.FAILED, f"nobody could train: {run.last_refusal}")
+    return None
 
 
 def _decide_buffered(run: Run, view: View) -> Step:

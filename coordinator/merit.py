@@ -9,7 +9,8 @@ from coordinator.facts import RunSpec, Update
 from protocols.errors import UnknownName
 from protocols.messages import Metrics
 
-#: What makes a version best where nothing else was asked for: the first of these that is told.
+#: What makes a version best where nothing else was asked for: the first of these that is told, as
+#: it is with each peer's own layers where there are such.
 USUAL = ("accuracy", "loss")
 #: Of metrics with one of these as their last word less is better; of all others more is.
 _LESS = frozenset({"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"})
@@ -52,7 +53,8 @@ def less_is_better(name: str) -> bool:
 
 def metric_of(spec: RunSpec, metrics: Metrics) -> str:
     """The metric by which this run's versions are compared; empty if none is told."""
-    names = (spec.best_metric,) if spec.best_metric else USUAL
+    usual = [prefix + name for name in USUAL for prefix in (_PERSONAL, "")]
+    names = (spec.best_metric,) if spec.best_metric else usual
     return next((name for name in names if name in metrics), "")
 
 

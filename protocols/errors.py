@@ -210,6 +210,8 @@ class CannotPredict(CommonweightError):
 
 #: Codes of errors whose words are fit for the other side.
 TELLABLE = frozenset({DataFault.code, SchemaMismatch.code, CannotPredict.code})
+#: And of errors that speak of a run's settings, which come from there.
+OF_SETTINGS = frozenset({UsageFault.code, UnknownName.code})
 
 
 class TrainerFailed(CommonweightError):

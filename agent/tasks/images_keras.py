@@ -65,7 +65,8 @@ class Images(KerasTask):
                     keras.layers.Dense(layer.units, use_bias=not layer.norm, name=layer.name)
                 )
             if layer.norm:
-                # As PyTorch has it.
+                # As PyTorch has it, but for a last batch of few pictures: its variance is not made
+                # larger by n / (n - 1), and a single one is not left to the running statistics.
                 made.append(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
             if layer.kind != "output":
                 made.append(keras.layers.ReLU())

@@ -137,7 +137,7 @@ def path(plan: Plan, examples: int) -> float:
     bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
     if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
         raise UsageFault(
-            "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} left at 0"
+            "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} at 0"
         )
     if not plan.lr:
         raise UsageFault("SCAFFOLD needs a learning rate above 0", "lr=0.1")

@@ -380,6 +380,8 @@ def test_a_card_that_is_none_is_refused(desk: Desk) -> None:
 def test_of_a_task_only_what_is_made_to_be_told_leaves() -> None:
     told = TrainerFailed("data", "the target has one class")
     assert refusal_text(told) == "data: the target has one class"
+    of_settings = TrainerFailed("usage", "the setting lr cannot be -1", "such as lr=0.1")
+    assert refusal_text(of_settings) == "usage: the setting lr cannot be -1 (such as lr=0.1)"
     assert refusal_text(TrainerFailed("task_unusable", "row 5 is odd")) == (
         "the trainer: task_unusable"
     )

@@ -58,7 +58,7 @@ async def test_nor_is_that_of_the_trainers_rest(
     monkeypatch.setattr(work_thread, "TRAINER_REST_S", 600.0)
     agent._work._rest_trainer("died")
     await asyncio.sleep(0.05)  # the first one's end has passed
-    assert agent._loop.worker.pauses == {PauseReason.TRAINER: 0.0}
+    assert agent._loop.worker.pauses.keys() == {PauseReason.TRAINER}
 
 
 async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
@@ -73,10 +73,21 @@ async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
     await asyncio.sleep(0.1)
     agent._owner.heed()
     assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
-    # The owner's word is another thing.
+    # The owner's word is another thing: once.
     control.write_wish(home, Wish(at=2.0))
     agent._owner.heed()
     assert not agent._loop.worker.pauses
+
+
+async def test_to_finish_is_said_once(site: Site, tmp_path: Path) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    control.write_wish(home, Wish(want="finish", at=1.0))
+    agent._owner.heed()
+    agent._on_command(Command(action="pause"))
+    agent._owner.heed()  # the wish that is over is no new one
+    assert agent._loop.worker.finishing
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")

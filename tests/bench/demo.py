@@ -32,16 +32,17 @@ class Demo:
         """Start the agents; wait until all are there."""
         threads = max(1, (os.cpu_count() or 1) // AGENTS)
         self.fleet.start_agents(self.remote, AGENTS, "shards", threads)
-        self.until(all_there)
+        self.until(all_there, AGENTS)
 
     def learn(self) -> None:
         """Start the run."""
         self.remote.start_run(RunOrder(spec=SPEC))
 
-    def until(self, holds: Callable[[Fleet], bool]) -> None:
-        """Wait. Raises KeyboardInterrupt, and CommonweightError if two processes ended."""
+    def until(self, holds: Callable[[Fleet], bool], quorum: int = AGENTS - 1) -> None:
+        """Wait. Raises KeyboardInterrupt, and CommonweightError if the coordinator ended, or fewer
+        agents than the quorum are left."""
         while not holds(self.remote.fleet()):
-            self.fleet.check(AGENTS - 1)
+            self.fleet.check(quorum)
             self.wait(0.1)
 
     def wait(self, seconds: float) -> None:

@@ -34,6 +34,9 @@ def test_the_usual_metric_is_accuracy_else_loss() -> None:
     assert score(accuracy=0.9, loss=9.0) > score(accuracy=0.8, loss=0.1)
     assert score(loss=0.1) > score(loss=0.2)
     assert score(loss=9e9) > score(loss=None) == score() == -math.inf
+    # Where norms stay at home, what a newcomer would have says little.
+    assert score(accuracy=0.2, personal_accuracy=0.9) == score(accuracy=0.9)
+    assert score(loss=7.0, personal_loss=0.3) == score(loss=0.3)
 
 
 @pytest.mark.parametrize(

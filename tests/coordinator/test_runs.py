@@ -58,8 +58,8 @@ class Loop:
         update = Update(digest=f"u{peer}", num_examples=examples, metrics={"loss": 1.0}, norm=0.5)
         self.record(facts.UpdateAccepted(self.run.round, peer, update))
 
-    def refuse(self, peer: str) -> None:
-        self.record(facts.UpdateRefused(self.run.round, peer, "not finite", "x", self.run.kind))
+    def refuse(self, peer: str, reason: str = "not finite", detail: str = "x") -> None:
+        self.record(facts.UpdateRefused(self.run.round, peer, reason, detail, self.run.kind))
 
     def decide(self) -> decisions.Step:
         return decisions.decide(self.run, View(self.here, self.due))
@@ -267,6 +267,23 @@ def test_who_failed_may_try_again_after_a_deadline() -> None:
     assert loop.decide() == decisions.Wait("1 peer more for the quorum")
     loop.due = True
     assert loop.decide() == decisions.AskMore(("B",))
+
+
+def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() -> None:
+    why = ("agent failed", "usage: SCAFFOLD steers plain SGD only (momentum=0)")
+    loop = training()
+    loop.refuse("A", *why)
+    assert isinstance(loop.decide(), decisions.Wait)  # B may do better
+    loop.refuse("B", *why)
+    ended = decisions.EndRun(RunState.FAILED, f"nobody could train: {': '.join(why)}")
+    assert loop.decide() == ended
+    loop.here |= {"C"}
+    assert loop.decide() == decisions.AskMore(("C",))
+    # What else goes wrong may go right the next time.
+    other = training()
+    other.refuse("A", *why)
+    other.refuse("B", "agent failed", "the trainer: task")
+    assert isinstance(other.decide(), decisions.Wait)
 
 
 def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:

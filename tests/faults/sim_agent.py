@@ -99,7 +99,7 @@ class Agent:
             self._happened(PauseAsked(PauseReason.USER))
 
     def lift_pauses(self) -> None:
-        self._happened(PauseLifted(self._worker.pauses))
+        self._happened(PauseLifted(frozenset(self._worker.pauses)))
 
     # --- the shell ---
 

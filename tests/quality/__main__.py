@@ -7,7 +7,6 @@ takes about a minute; one that is in the results already is only measured `--aga
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -44,8 +43,12 @@ def main() -> int:
                 told = f"best {row['best']:.3f}, end {row['end']:.3f}, {row['seconds']:.0f} s"
                 print(f"{course.name}, seed {seed}: {told}", file=sys.stderr, flush=True)
     rows = measured.write(asked.out, [])
-    whole = [row["bytes_up_a_round"] for row in rows if row["course"] == "fp32, iid"]
-    held = shown.table(chosen, rows, statistics.mean(whole) if whole else None)
+    whole = {
+        row["split"]: row["bytes_up_a_round"]
+        for row in rows
+        if (row["codec"], row["strategy"]) == ("fp32", "fedavg")
+    }
+    held = shown.table(chosen, rows, whole)
     for name, title, names in _PLOTS:
         if any(row["course"] in names for row in rows):
             shown.curves(asked.out / name, title, names, rows)

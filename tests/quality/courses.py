@@ -5,6 +5,9 @@ on, 1,000 held out, the 2NN, 20 peers of which 10 train in a round, 5 local epoc
 at a learning rate of 0.1. Digits at random are learnt with pixels of mean 0 and deviation 1, two
 labels a peer with pixels from 0 to 1: each in the known figures' own scaling (`PIXELS`). The
 accuracy is that of the shared model on all 1,000 held-out digits: every peer evaluates its 50.
+
+Where peers have cameras (`SHIFTED`) it is another setting: ten of them, all of which train, and a
+small CNN over pictures.
 """
 
 from __future__ import annotations

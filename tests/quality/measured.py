@@ -34,7 +34,7 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
     def note(closed: Round) -> None:
         accuracy.append(_rounded(closed.metrics.get(course.metric)))
         newcomer.append(_rounded(closed.metrics.get("accuracy")))
-        loss.append(_rounded(closed.metrics.get("loss")))
+        loss.append(_rounded(closed.metrics.get(course.metric.replace("accuracy", "loss"))))
         bytes_up.append(closed.bytes_up)
 
     began = time.monotonic()
@@ -95,7 +95,7 @@ def write(folder: Path, new: Iterable[Row]) -> list[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     about = (
         "accuracy of the shared model on the held-out digits after each round; where there is a "
-        "newcomer's, accuracy is that with each peer's own layers"
+        "newcomer's, accuracy and loss are those with each peer's own layers"
     )
     body = {"about": about, "machine": machine, "rows": ordered}
     text = json.dumps(body, indent=1)

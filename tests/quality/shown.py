@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ _FIGURES = ("end", "best", "to_90", "to_92", "to_93")
 _COLOURS = ("#1f6f8b", "#d08a2e", "#6a4c93", "#4f9d69", "#c44536", "#7a7a7a", "#b5838d", "#2f4858")
 
 
-def table(courses: Sequence[Course], rows: Sequence[Row], fp32_bytes: float | None) -> bool:
-    """Print mean ± deviation over the seeds; True if every band held."""
+def table(courses: Sequence[Course], rows: Sequence[Row], whole: Mapping[str, float]) -> bool:
+    """Print mean ± deviation over the seeds; True if every band held. `whole` are the bytes up of
+    whole weights, by split."""
     shown = Table("course", "seeds", "end", "best", "to 90", "to 92", "to 93 %", "bytes up", "held")
     all_held = True
     for course in courses:
@@ -32,7 +34,8 @@ def table(courses: Sequence[Course], rows: Sequence[Row], fp32_bytes: float | No
         ]
         all_held &= not misses
         nbytes = statistics.mean(row["bytes_up_a_round"] for row in mine)
-        ratio = f"1/{fp32_bytes / nbytes:.1f}" if fp32_bytes else f"{nbytes:,.0f}"
+        base = whole.get(course.split)
+        ratio = f"1/{base / nbytes:.1f}" if base else f"{nbytes:,.0f}"
         held = ("no: " + ", ".join(misses) if misses else "yes") if course.bands else ""
         shown.add_row(
             course.name,
@@ -85,7 +88,9 @@ def curves(file: Path, title: str, names: Sequence[str], rows: Sequence[Row]) ->
             axes.plot(across, [statistics.mean(at) for at in by_round], color=colour, label=name)
             low, high = [min(at) for at in by_round], [max(at) for at in by_round]
             axes.fill_between(across, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(xlabel="round", ylabel="accuracy", ylim=(0.7, 0.97))
+        ends = [row["accuracy"][-1] or 0.0 for row in rows if row["course"] in names]
+        lowest = min(0.7, math.floor(10 * min(ends)) / 10) if ends else 0.7
+        axes.set(xlabel="round", ylabel="accuracy", ylim=(lowest, 0.97))
         axes.grid(True, which="major", lw=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(title, fontsize=9, loc="left")

@@ -109,7 +109,7 @@ def test_a_course_is_measured_kept_and_shown(cache: str, tmp_path: Path) -> None
     assert measured.write(tmp_path, [row]) == measured.read(tmp_path) == [row]
     again = {**row, "best": 0.5}
     assert measured.write(tmp_path, [again]) == [again]
-    assert not shown.table([course], [row], None)  # two rounds teach it too little
+    assert not shown.table([course], [row], {})  # two rounds teach it too little
     shown.curves(tmp_path / "curve.svg", "title", [course.name], [row])
     assert "title" in (tmp_path / "curve.svg").read_text()
 
