@@ -231,7 +231,7 @@ def _decide_describing(run: Run, view: View) -> Step:
 
 
 def _decide_init(run: Run, view: View) -> Step:
-    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
+    refused = _refused(run)
     if view.eligible and view.eligible <= refused and not run.pending:
         # Nobody who is here can do it, and asking again gives the same answer.
         return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
@@ -271,11 +271,15 @@ def _decide_training(run: Run, view: View) -> Step:
 def _cannot_begin(run: Run, view: View) -> EndRun | None:
     """The end of a run whose settings nobody who is here can train with, from its first round on:
     asking again gives the same answer. What was trained for rounds does not end by this."""
-    refused = {peer for peer, standing in run.peers.items() if standing == "refused"}
+    refused = _refused(run)
     nobody = not (run.history or run.updates or run.pending) and view.eligible <= refused
     if nobody and refused and run.last_refusal.startswith(_OF_SETTINGS):
         return EndRun(RunState.FAILED, f"nobody could train: {run.last_refusal}")
     return None
+
+
+def _refused(run: Run) -> set[str]:
+    return {peer for peer, standing in run.peers.items() if standing == "refused"}
 
 
 def _decide_buffered(run: Run, view: View) -> Step:

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -21,7 +20,13 @@ import platformdirs
 from rich.console import Console
 
 from coordinator import demo_tables
-from coordinator.demo_fleet import AGENT_WITHIN_S, START_WITHIN_S, DemoFleet, Interrupts
+from coordinator.demo_fleet import (
+    AGENT_WITHIN_S,
+    START_WITHIN_S,
+    DemoFleet,
+    Interrupts,
+    temporary,
+)
 from coordinator.demo_view import DemoView, rounds_table
 from coordinator.facts import RunSpec
 from coordinator.fleet import Fleet, num_available
@@ -81,20 +86,15 @@ def run_demo(
     shown = _checked(task, agents, split, with_monitor, out)
     agents = agents or shown.agents
     console = Console(stderr=True)
-    with Interrupts() as interrupts:
-        folder = Path(tempfile.mkdtemp(prefix="commonweight-demo-"))
-        fleet = DemoFleet(folder, interrupts)
+    with temporary() as (fleet, interrupts):
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
-            tables = demo_tables.write(folder, agents, seed) if task == TABULAR else []
+            tables = demo_tables.write(fleet.folder, agents, seed) if task == TABULAR else []
             run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor, tables)
             model = _keep(fleet.home, run, out)
         except KeyboardInterrupt:
             console.print("interrupted: stopping everything …")
             raise
-        finally:
-            fleet.stop()
-            shutil.rmtree(folder, ignore_errors=True)
     if as_json:
         sys.stdout.write(output.ok(_result(run, model)) + "\n")
         return

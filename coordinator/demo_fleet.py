@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -77,7 +79,7 @@ class DemoFleet:
 
     def __init__(self, folder: Path, interrupts: Interrupts) -> None:
         self.home = folder / "coordinator"
-        self._folder = folder
+        self.folder = folder
         self._interrupts = interrupts
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
@@ -135,9 +137,7 @@ class DemoFleet:
         family = _descendants(agent)
         agent.kill()
         agent.wait()
-        for child in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        _kill(family)
 
     def start_monitor(self) -> subprocess.Popen[bytes]:
         """The monitor of this fleet, on our own terminal."""
@@ -197,9 +197,7 @@ class DemoFleet:
             self._end(group)
         # What our children started ends with them; this only makes sure of it.
         _, left = psutil.wait_procs(family, timeout=0 if self._interrupts.hurry.is_set() else 2)
-        for survivor in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                survivor.kill()
+        _kill(left)
         psutil.wait_procs(left, timeout=2)
 
     def _end(self, group: list[subprocess.Popen[bytes]]) -> None:
@@ -215,7 +213,7 @@ class DemoFleet:
     def _spawn(self, name: str, words: list[str], said: bytes = b"") -> subprocess.Popen[bytes]:
         environment = _environment()
         variable = "COMMONWEIGHT_HOME" if name == "coordinator" else "COMMONWEIGHT_AGENT_HOME"
-        environment[variable] = str(self._folder / name)
+        environment[variable] = str(self.folder / name)
         environment |= {f"COMMONWEIGHT_AGENT_{k}": v for k, v in self._settings.items()}
         with self._log(name).open("ab") as log:
             process = subprocess.Popen(
@@ -236,7 +234,26 @@ class DemoFleet:
         return process
 
     def _log(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
+        return self.folder / f"{name}.log"
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[tuple[DemoFleet, Interrupts]]:
+    """A fleet over a folder that goes with it: no process and no file of them is left behind."""
+    with Interrupts() as interrupts:
+        folder = Path(tempfile.mkdtemp(prefix="commonweight-demo-"))
+        fleet = DemoFleet(folder, interrupts)
+        try:
+            yield fleet, interrupts
+        finally:
+            fleet.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

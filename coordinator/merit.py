@@ -29,6 +29,7 @@ TOLD: Mapping[str, frozenset[str]] = {
 _KINDS = {"classification": _CLASSES, "regression": _NUMBERS}
 #: Begins what a peer tells of a model with its own layers in it (FedBN).
 _PERSONAL = "personal_"
+_FIRST_TOLD = tuple(prefix + name for name in USUAL for prefix in (_PERSONAL, ""))
 
 
 def check(spec: RunSpec) -> None:
@@ -53,8 +54,7 @@ def less_is_better(name: str) -> bool:
 
 def metric_of(spec: RunSpec, metrics: Metrics) -> str:
     """The metric by which this run's versions are compared; empty if none is told."""
-    usual = [prefix + name for name in USUAL for prefix in (_PERSONAL, "")]
-    names = (spec.best_metric,) if spec.best_metric else usual
+    names = (spec.best_metric,) if spec.best_metric else _FIRST_TOLD
     return next((name for name in names if name in metrics), "")
 
 

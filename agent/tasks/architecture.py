@@ -5,11 +5,10 @@
 `conv N K` is N filters of K by K (odd) with zeros around, then ReLU; `pool` the largest of 2 by 2;
 `dense N` N units, then ReLU; what comes before the first of them is made flat. `conv N K norm` and
 `dense N norm` normalise over the batch before the ReLU, and have no other bias than the norm's
-(Ioffe and Szegedy 2015, arXiv 1502.03167).
-A last dense layer with a unit for each class is always there. Tensors are named and laid out as
-PyTorch has them, `weight` as [out, in] or [out, in, K, K], pictures as [channel, row, column]: that
-is the form in which they travel. Another framework's layout is made of it, and back, by `to_keras`,
-`from_keras`.
+(Ioffe and Szegedy 2015, arXiv 1502.03167). A last dense layer with a unit for each class is always
+there. Tensors are named and laid out as PyTorch has them, `weight` as [out, in] or [out, in, K, K],
+pictures as [channel, row, column]: that is the form in which they travel. Another framework's
+layout is made of it, and back, by `to_keras`, `from_keras`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from agent.tasks.image_plan import RESNET, ImagePlan
 from agent.tasks.local_training import (
     Examples,
     LocalTraining,
+    LossOf,
     by_autograd,
     mean_gradient,
     path,
@@ -109,17 +110,10 @@ class Images:
         forward = _forward(plan)
         if self._data.compile:
             forward = torch.compile(forward)
-
-        def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
-            x = _pixels(found, rows)
-            if plan.flip:
-                mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
-                x = torch.where(mirrored, x.flip(3), x)
-            return F.cross_entropy(forward(w, x, True), labels)
-
+        make_step = by_autograd(_loss_of(forward, found, plan.flip))
         examples = _examples(found, found.train, device)
         return self._local.train(
-            weights, loop, examples, by_autograd(loss_of), on_step, buffers=_buffers(plan)
+            weights, loop, examples, make_step, on_step, buffers=_buffers(plan)
         )
 
     def path(self, settings: Settings) -> float:
@@ -131,11 +125,7 @@ class Images:
         """The gradient of the mean loss over this peer's pictures, none of them mirrored."""
         plan = image_plan.read(settings)
         found, device = self._found(plan), devices.chosen(self._data.device)
-        forward = _forward(plan)
-
-        def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(forward(w, _pixels(found, rows), True), labels)
-
+        loss_of = _loss_of(_forward(plan), found, flip=False)
         examples = _examples(found, found.train, device)
         return mean_gradient(weights, examples, loss_of, _buffers(plan), EVALUATION_BATCH)
 
@@ -192,6 +182,19 @@ def _pixels(found: Pictures, rows: Tensor) -> Tensor:
 
 def _normal(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - pictures.MEAN) / pictures.SPREAD
+
+
+def _loss_of(forward: Forward, found: Pictures, flip: bool) -> LossOf:
+    """The mean loss in training of a batch of row numbers; with `flip` half of it is mirrored."""
+
+    def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
+        x = _pixels(found, rows)
+        if flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(3), x)
+        return F.cross_entropy(forward(w, x, True), labels)
+
+    return loss_of
 
 
 def _buffers(plan: ImagePlan) -> frozenset[str]:

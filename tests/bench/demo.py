@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from coordinator.demo_fleet import DemoFleet, Interrupts
+from coordinator.demo_fleet import DemoFleet, Interrupts, temporary
 from coordinator.facts import RunSpec
 from coordinator.fleet import Fleet, num_available
 from coordinator.orders import RunOrder
@@ -22,8 +19,7 @@ SPEC = RunSpec(task="mnist", rounds=ROUNDS, quorum=AGENTS - 1, deadline_s=120.0)
 class Demo:
     """Five agents, each with a few of the digits, and their coordinator, which runs already."""
 
-    def __init__(self, folder: Path, interrupts: Interrupts, fleet: DemoFleet) -> None:
-        self.folder = folder
+    def __init__(self, fleet: DemoFleet, interrupts: Interrupts) -> None:
         self.fleet = fleet
         self.remote = fleet.start_coordinator()
         self._interrupts = interrupts
@@ -55,14 +51,8 @@ def all_there(fleet: Fleet) -> bool:
 
 @contextmanager
 def demo() -> Iterator[Demo]:
-    """No process and no file of it is left behind."""
-    folder = Path(tempfile.mkdtemp(prefix="commonweight-shown-"))
-    with Interrupts() as interrupts:
-        fleet = DemoFleet(folder, interrupts)
-        try:
-            lived = Demo(folder, interrupts, fleet)
-            yield lived
-            lived.remote.close()
-        finally:
-            fleet.stop()
-            shutil.rmtree(folder, ignore_errors=True)
+    """A demo, gone at the end."""
+    with temporary() as (fleet, interrupts):
+        lived = Demo(fleet, interrupts)
+        yield lived
+        lived.remote.close()

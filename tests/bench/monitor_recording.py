@@ -70,8 +70,9 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("coordinator/recordings/demo.cwrec"))
     chosen = options.parse_args()
     with demo() as lived:
-        record(lived, lived.folder / "demo.cwrec")
-        shutil.move(lived.folder / "demo.cwrec", chosen.out)
+        recorded = lived.fleet.folder / "demo.cwrec"
+        record(lived, recorded)
+        shutil.move(recorded, chosen.out)
 
 
 if __name__ == "__main__":
