@@ -65,8 +65,8 @@ class Client:
     `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
     `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
     the version that the work is on is here. `recall(work)` answers a coordinator without its disk,
-    and `jobs(message)` a unit of a job. `on_leaving(claim, task, description)` is told of each
-    answer before it goes.
+    and `jobs(message)` a unit of a job. `on_leaving(claim, task, description)` is called
+    before any part of an answer is sent; if it raises, nothing is sent.
     """
 
     def __init__(
@@ -143,10 +143,11 @@ class Client:
         try:
             finished = self._outbox.finished(work)
             if finished is not None:
-                self._deliver(finished)
-            if finished is None and work.kind == "describe":
+                self._deliver(work, finished)
+            elif work.kind == "describe":
                 finished = self._describe(work)
-            if finished is None:
+                self._deliver(work, finished)
+            else:
                 self._compare(work)
                 base = self._brought(work)
                 if work.base:
@@ -154,8 +155,6 @@ class Client:
                 finished = self._do(work, base)
         finally:
             self._on_work(None)
-        claim = decode_claim(finished.claim)
-        self._on_leaving(claim, work.task, finished.description)
         content = RecordDict(
             {
                 CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),
@@ -241,14 +240,20 @@ class Client:
         finished = self._outbox.keep(work, outcome, synced=self._moves_on(work))
         failpoint("agent.outbox.written")
         if not outcome.digest:  # an evaluation: it costs less than a sync
+            self._deliver(work, finished)
             return finished
-        # The journal is of no use any more when all of the answer is safe.
-        self._syncing = Syncing(
-            update,
-            self._outbox.answer,
-            then=self._on_trained if work.kind == "train" else lambda: None,
-        )
-        self._deliver(finished)
+        try:
+            self._note_departure(work, finished)
+        finally:
+            # Start the sync after the ledger's own short one, so that this one does not wait for
+            # it; start it even if the ledger fails, as the answer is in the outbox all the same.
+            # The journal is of no use any more when all of the answer is safe.
+            self._syncing = Syncing(
+                update,
+                self._outbox.answer,
+                then=self._on_trained if work.kind == "train" else lambda: None,
+            )
+        self._send_update(finished)
         return finished
 
     def _moves_on(self, work: Work) -> bool:
@@ -276,7 +281,15 @@ class Client:
             self._outbox.personal.wait(work.run, outcome.digest)
         return outcome
 
-    def _deliver(self, finished: Finished) -> None:
+    def _deliver(self, work: Work, finished: Finished) -> None:
+        """Write the answer into the owner's ledger, then send its update, if it has one."""
+        self._note_departure(work, finished)
+        self._send_update(finished)
+
+    def _note_departure(self, work: Work, finished: Finished) -> None:
+        self._on_leaving(decode_claim(finished.claim), work.task, finished.description)
+
+    def _send_update(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
         digest = "" if finished.description else decode_claim(finished.claim).digest
         if digest:

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from protocols.durable import sync_folder
 from protocols.exchange import UpdateClaim
 from protocols.jobs import Answer, Scatter, Unit
 from protocols.messages import Metrics
@@ -49,7 +50,10 @@ class Departure(Struct, frozen=True, kw_only=True):
 
 
 def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
-    """Add an answer, before it leaves. Raises OSError: what cannot be noted does not go."""
+    """Add an answer to the ledger, fsynced; call it before any part of the answer is sent.
+
+    Raises OSError: an answer that cannot be noted must not be sent.
+    """
     what = _WHAT.get(claim.kind)
     if what is None:
         return
@@ -91,13 +95,19 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
 
 
 def _add(home: Path, departure: Departure) -> None:
+    """Append one entry and fsync it, so that a power cut after the sending cannot lose it."""
     path = home / FILE
     if path.exists() and path.stat().st_size > MOST_BYTES:
         path.replace(_older(home))
+    is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
         # A line of its own, also after one that a power cut has left without its end.
         file.write(b"\n" + msgspec.json.encode(departure) + b"\n")
+        file.flush()
+        os.fsync(descriptor)
+    if is_new:
+        sync_folder(home)
 
 
 def read(home: Path) -> list[Departure]:

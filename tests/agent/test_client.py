@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from agent import departures
 from agent.client import CLAIM, DESCRIPTION, Client, refusal_text
 from protocols import identity, messages, schemas
 from protocols.errors import (
@@ -86,6 +90,7 @@ class Desk:
         self.sent: list[tuple[str, bytes]] = []
         self.lane_is_up = True
         self.hands: list[str] = []
+        self.on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None
         self.client = self.made_again()
 
     def made_again(self) -> Client:
@@ -100,6 +105,7 @@ class Desk:
             allowed=lambda task: task == "mnist",
             on_work=lambda work: self.hands.append(work.kind if work else "nothing"),
             on_sending=lambda: self.hands.append("sending"),
+            on_leaving=lambda *answer: self.on_leaving(*answer),
         )
 
     def _send(self, digest: str, path: Path) -> None:
@@ -258,6 +264,52 @@ def test_an_outbox_without_its_bytes_costs_a_training_and_no_more(
     desk.ask()
     assert len(desk.trainer.did) == 2
     assert desk.sent[-1][1] == b"update"
+
+
+# --- the owner's ledger ----------------------------------------------------------------------
+
+
+def test_an_update_is_in_the_owners_ledger_on_disk_before_it_is_sent(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second time, when it is sent from the outbox."""
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    found: list[tuple[int, bool]] = []
+
+    def send(digest: str, path: Path) -> None:
+        ledger = desk.folder / departures.FILE
+        noted = [entry.digest for entry in departures.read(desk.folder)]
+        found.append((noted.count(digest), ledger.exists() and ledger.stat().st_ino in synced))
+        synced.clear()
+
+    desk.on_leaving = partial(departures.write, desk.folder)
+    monkeypatch.setattr(desk, "_send", send)
+    desk.client = desk.made_again()
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    desk.ask()
+    desk.ask()
+    assert found == [(1, True), (2, True)]
+
+
+def test_an_update_that_cannot_be_noted_is_not_sent_and_is_not_lost(desk: Desk) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    desk.on_leaving = full
+    with pytest.raises(DiskFull):
+        desk.ask()
+    assert desk.sent == []
+    desk.on_leaving = partial(departures.write, desk.folder)
+    desk.ask()
+    assert len(desk.trainer.did) == 1, "the answer was in the outbox"
+    assert desk.sent == [(DIGEST, b"update")]
+    assert [entry.what for entry in departures.read(desk.folder)] == ["weights"]
 
 
 def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None:
