@@ -12,7 +12,8 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from agent.tasks import DataSettings, Setting
+from agent.data.settings import DataSettings
+from agent.tasks import Setting
 from protocols.messages import Metrics
 
 Phase = Literal["describe", "train", "evaluate", "predict"]

@@ -17,8 +17,8 @@ import tomli_w
 from msgspec import Meta, Struct
 
 from agent import hours
+from agent.data.settings import DataSettings
 from agent.policy import PolicySettings
-from agent.tasks import DataSettings
 from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
 from protocols.identity import write_private
 from protocols.mqtt import MqttAddress

@@ -12,9 +12,10 @@ from types import MappingProxyType
 
 import msgspec
 
+from agent.data.settings import DataSettings
 from agent.frames import Describe, Done, Evaluate, Init, Predict, Progress, Train
 from agent.run_files import Kept
-from agent.tasks import DataSettings, Settings
+from agent.tasks import Settings
 from agent.trainer_life import TrainerLife
 from protocols.errors import TrainerFailed
 

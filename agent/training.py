@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 
 from agent import chance, predicting
+from agent.data.settings import DataSettings
 from agent.frames import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
 from agent.journal import Journal
 from agent.meter import Control, Meter
 from agent.personal import Personal, continuing, steerable
 from agent.tasks import (
     Cancelled,
-    DataSettings,
     EvalOutcome,
     Resumable,
     Setting,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli_fleet import Json, _remote, _table, seconds
+from coordinator.cli_common import Json, connect, print_table
+from coordinator.durations import seconds
 from protocols import output
 from protocols.errors import UsageFault
 
@@ -41,7 +42,7 @@ def analyze(
 
     limits = dict(_bounds(text) for text in bounds or [])
     asked = grammar.question(question, where, epsilon=epsilon, bounds=limits)
-    remote = _remote()
+    remote = connect()
     found = ask.ask(remote, asked, seconds(deadline))
     called = {peer["peer"]: peer["name"] for peer in remote.peers()}
     left_out = {called.get(peer, peer): why for peer, why in found.left_out.items()}
@@ -51,7 +52,7 @@ def analyze(
     titles, rows = show.rows(found)
     keys = [f"column{number}" for number in range(len(titles))]
     table = [dict(zip(keys, row, strict=True)) for row in rows]
-    _table(table, dict(zip(keys, titles, strict=True)), "no group is large enough to be told")
+    print_table(table, dict(zip(keys, titles, strict=True)), "no group is large enough to be told")
     sys.stderr.write(f"{found.label}\n")
     for name, why in left_out.items():
         sys.stderr.write(f"{name}: {why}\n")

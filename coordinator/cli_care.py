@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli_fleet import Json, seconds
+from coordinator.cli_common import Json
+from coordinator.durations import seconds
 from protocols import homes, output
 from protocols.errors import CommonweightError, UsageFault
 

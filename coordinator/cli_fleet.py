@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli_common import Json, connect, print_table
+from coordinator.durations import seconds
 from protocols import output
 from protocols.errors import UsageFault
-
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
 tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=True)
 peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
 operators = typer.Typer(help="Who watches from other machines.", no_args_is_help=True)
 
 _LOOK_EVERY_S = 0.5
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def add_to(app: typer.Typer) -> None:
     app.add_typer(tickets, name="ticket")
     app.add_typer(peers, name="peers")
     app.add_typer(operators, name="operators")
-
-
-def seconds(text: str) -> float:
-    """`90s`, `30m`, `24h`, `7d` or plain seconds. Raises UsageFault."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
-    if not match:
-        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 24h or 7d")
-    return float(match[1]) * _UNITS[match[2] or "s"]
-
-
-def _remote() -> Any:
-    from coordinator import access
-    from coordinator.remote import Remote
-
-    return Remote(access.open_home())
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        sys.stderr.write(empty + "\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for title in columns.values():
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*(str(row[key]) for key in columns))
-    Console().print(table)
 
 
 @tickets.command("create")
@@ -79,7 +47,7 @@ def create_ticket(
     if code and role != "agent":
         raise UsageFault("a short code is for agents only", "leave out --code")
     order = TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
-    made = _remote().make_ticket(order)
+    made = connect().make_ticket(order)
     if code:
         from protocols import tickets as forms
 
@@ -96,7 +64,7 @@ def create_ticket(
 @tickets.command("list")
 def list_tickets(json: Json = False) -> None:
     """Tickets and what is left of them (never their secrets)."""
-    found = _remote().tickets()
+    found = connect().tickets()
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
@@ -110,56 +78,56 @@ def list_tickets(json: Json = False) -> None:
         "expires": "Expires in",
         "label": "Label",
     }
-    _table(found, columns, "no tickets; make one: commonweight ticket create")
+    print_table(found, columns, "no tickets; make one: commonweight ticket create")
 
 
 @tickets.command("revoke")
 def revoke_ticket(ticket: str) -> None:
     """Make a ticket useless."""
-    _remote().revoke_ticket(ticket)
+    connect().revoke_ticket(ticket)
     sys.stderr.write(f"ticket {ticket} is revoked\n")
 
 
 @operators.command("list")
 def list_operators(json: Json = False) -> None:
     """Who has access from another machine, and with what role."""
-    found = _remote().operators()
+    found = connect().operators()
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
     columns = {"name": "Name", "operator": "Id", "role": "Role"}
-    _table(found, columns, "nobody; make a ticket: commonweight ticket create --role observer")
+    print_table(found, columns, "nobody; make a ticket: commonweight ticket create --role observer")
 
 
 @operators.command("remove")
 def remove_operator(operator: str) -> None:
     """Refuse somebody's access from now on (id or name)."""
-    _remote().remove_operator(operator)
+    connect().remove_operator(operator)
     sys.stderr.write(f"{operator} has no access any more\n")
 
 
 @peers.command("list")
 def list_peers(json: Json = False) -> None:
     """Every machine that has joined."""
-    found = _remote().peers()
+    found = connect().peers()
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
     columns = {"name": "Name", "peer": "Id", "standing": "Standing"}
-    _table(found, columns, "no peers yet; on each machine: commonweight-agent join TICKET")
+    print_table(found, columns, "no peers yet; on each machine: commonweight-agent join TICKET")
 
 
 @peers.command("approve")
 def approve(peer: str) -> None:
     """Let a machine in that awaits approval (id or name)."""
-    _remote().approve(peer)
+    connect().approve(peer)
     sys.stderr.write(f"{peer} is approved\n")
 
 
 @peers.command("remove")
 def remove(peer: str) -> None:
     """Shut a machine out for good (id or name); it can join again only with a new key."""
-    _remote().remove(peer)
+    connect().remove(peer)
     sys.stderr.write(f"{peer} is removed\n")
 
 
@@ -176,7 +144,7 @@ def drain(
     from protocols.messages import Command
     from protocols.states import PeerState, label
 
-    remote = _remote()
+    remote = connect()
     until = time.monotonic() + seconds(deadline)
     asked = False
     while True:
@@ -218,5 +186,5 @@ def resume(peer: str) -> None:
 def _command(peer: str, action: Any, for_s: float) -> None:
     from protocols.messages import Command
 
-    outcome = _remote().command(peer, Command(action=action, for_s=for_s))
+    outcome = connect().command(peer, Command(action=action, for_s=for_s))
     sys.stderr.write(outcome + "\n")

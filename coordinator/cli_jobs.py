@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli_fleet import Json, _remote, _table, seconds
+from coordinator.cli_common import Json, connect, print_table
+from coordinator.durations import seconds
 from protocols import homes, output
 from protocols.errors import CommonweightError, UsageFault
 
@@ -57,7 +58,7 @@ def infer(
     """Answers from shared models: on the peers' own rows, or for rows that you give away."""
     if private == (scatter is not None):
         raise UsageFault("either --private or --scatter INPUT", "commonweight infer --help")
-    remote = _remote()
+    remote = connect()
     pins = _pinned(remote, model or ["best"], task)
     if scatter is not None:
         _scattered(remote, scatter, pins, out, quorum, yes=yes, json=json)
@@ -192,7 +193,7 @@ def _show_matrices(found: Any, pins: Any, called: dict[str, str]) -> None:
         ]
         rows.append({"peer": "weighted"} | {d: _figure(matrix.weighted.get(d)) for d in names})
         rows.append({"peer": "worst"} | {d: _worst(matrix.worst.get(d), called) for d in names})
-        _table(rows, columns, "")
+        print_table(rows, columns, "")
 
 
 def _figure(value: float | None) -> str:
@@ -225,9 +226,9 @@ def _ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
     """All jobs of this coordinator."""
-    from coordinator.bodies import job_body
+    from coordinator.job_bodies import job_body
 
-    found = [job_body(job) for job in _remote().jobs()]
+    found = [job_body(job) for job in connect().jobs()]
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
@@ -242,15 +243,15 @@ def list_jobs(json: Json = False) -> None:
         for job in found
     ]
     columns = {"job": "Job", "task": "Task", "state": "State", "done": "Done", "because": "Because"}
-    _table(rows, columns, "no jobs yet; start one: commonweight infer --private TASK")
+    print_table(rows, columns, "no jobs yet; start one: commonweight infer --private TASK")
 
 
 @jobs.command("show")
 def show(job: str, json: Json = False) -> None:
     """One job: its units, who did them, and what was dropped."""
-    from coordinator.bodies import job_body
+    from coordinator.job_bodies import job_body
 
-    remote = _remote()
+    remote = connect()
     found = remote.job(job)
     if json:
         sys.stdout.write(output.ok(found) + "\n")
@@ -281,7 +282,7 @@ def show(job: str, json: Json = False) -> None:
 @jobs.command("stop")
 def stop(job: str, json: Json = False) -> None:
     """End a job; what is verified stays."""
-    remote = _remote()
+    remote = connect()
     remote.stop_job(job)
     if json:
         sys.stdout.write(output.ok({"job": job}) + "\n")

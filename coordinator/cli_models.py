@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli_fleet import Json, _remote, _table
+from coordinator.cli_common import Json, connect, print_table
 from protocols import homes, output
 
 models = typer.Typer(help="The shared weights that runs have made.", no_args_is_help=True)
@@ -18,7 +18,7 @@ models = typer.Typer(help="The shared weights that runs have made.", no_args_is_
 def list_models(json: Json = False) -> None:
     """The best and the newest version of every run."""
     rows: list[dict[str, Any]] = []
-    for run in _remote().runs():
+    for run in connect().runs():
         for mark, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head)):
             if digest:
                 rows.append({"run": run.id, "which": mark, "digest": digest})
@@ -26,7 +26,7 @@ def list_models(json: Json = False) -> None:
         sys.stdout.write(output.ok(rows) + "\n")
         return
     columns = {"run": "Run", "which": "Which", "digest": "Digest"}
-    _table(rows, columns, "no models yet; start a run: commonweight run start mnist")
+    print_table(rows, columns, "no models yet; start a run: commonweight run start mnist")
 
 
 @models.command("export")
@@ -43,7 +43,7 @@ def export(
     from coordinator.fleet import called
     from protocols import model_card
 
-    remote = _remote()
+    remote = connect()
     found = remote.run(run)
     names = {peer.peer: called(peer) for peer in remote.fleet().peers.values()}
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)

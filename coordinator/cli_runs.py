@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator import run_words, typed
-from coordinator.cli_fleet import Json, _remote, _table
+from coordinator.cli_common import Json, connect, print_table
 from protocols import output
 from protocols.errors import CommonweightError
 from protocols.states import RunState
@@ -158,7 +158,7 @@ def start(
         patience=patience,
         from_=from_,
     )
-    remote = _remote()
+    remote = connect()
     run_id = remote.start_run(order)
     if follow:
         run = _follow(remote, run_id, quiet=json)
@@ -212,7 +212,7 @@ def metrics(
 
     from coordinator import tracking
 
-    remote = _remote()
+    remote = connect()
     found = remote.run(run)
     sinks: list[tracking.Sink] = []
     if tensorboard is not None:
@@ -241,21 +241,21 @@ def metrics(
 @runs.command("stop")
 def stop(run: str) -> None:
     """End a run; what is committed stays."""
-    _remote().stop_run(run)
+    connect().stop_run(run)
     sys.stderr.write(f"{run} is stopping\n")
 
 
 @runs.command("resume")
 def resume(run: str) -> None:
     """Go on with a run that was stopped or has failed, from its newest version."""
-    _remote().resume_run(run)
+    connect().resume_run(run)
     sys.stderr.write(f"{run} goes on; watch it: commonweight monitor\n")
 
 
 @runs.command("list")
 def list_runs(json: Json = False) -> None:
     """All runs of this coordinator."""
-    found = _remote().runs()
+    found = connect().runs()
     if json:
         sys.stdout.write(output.ok(found) + "\n")
         return
@@ -269,13 +269,13 @@ def list_runs(json: Json = False) -> None:
         for run in found
     ]
     columns = {"run": "Run", "state": "State", "round": "Round", "best": "Best"}
-    _table(rows, columns, "no runs yet; start one: commonweight run start mnist")
+    print_table(rows, columns, "no runs yet; start one: commonweight run start mnist")
 
 
 @runs.command("show")
 def show(run: str, json: Json = False) -> None:
     """One run: its settings, where it stands and what it waits for."""
-    remote = _remote()
+    remote = connect()
     found = remote.run(run)
     if json:
         sys.stdout.write(output.ok(found) + "\n")

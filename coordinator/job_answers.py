@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 from flwr.app import ConfigRecord, Message
 
-from coordinator.analysis import ask
+from coordinator.analysis import figures
 from coordinator.job_facts import Given
 from coordinator.job_lane import JobLane
 from coordinator.job_questions import Asked
@@ -62,7 +62,7 @@ def check(job: Job, unit: Unit, given: Given, lane: JobLane) -> None:
             if wire.decode_scores(lane.read(given)).keys() != pinned:
                 raise BadMessage("it does not measure the models that were asked about")
         case "analyze":
-            if wrong := ask.check(job.spec.query, lane.read(given)):
+            if wrong := figures.check(job.spec.query, lane.read(given)):
                 raise BadMessage(wrong)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from coordinator import dispatch, job_answers, job_facts, jobs
 from coordinator.asking import AGENT_FAILED
-from coordinator.bodies import job_body
 from coordinator.dispatch import View
 from coordinator.fleetwork import Fleetwork
+from coordinator.job_bodies import job_body
 from coordinator.job_facts import AnswerDropped, Fact, JobState, LeaseEnded
 from coordinator.job_lane import JobLane
 from coordinator.job_questions import Answered, JobQuestions

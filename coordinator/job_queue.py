@@ -9,9 +9,9 @@ import time
 from msgspec.structs import replace
 
 from coordinator import job_facts, jobs
-from coordinator.bodies import job_body
 from coordinator.enroll import Registry
 from coordinator.fleetwork import Fleetwork
+from coordinator.job_bodies import job_body
 from coordinator.job_facts import (
     PREFIX,
     JobEnded,

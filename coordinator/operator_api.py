@@ -21,8 +21,8 @@ from starlette.routing import Route
 
 from coordinator import fleet as fleets
 from coordinator.auth import Auth
-from coordinator.bodies import job_body
 from coordinator.desk import Desk, error_answer, host_of, json_answer
+from coordinator.job_bodies import job_body
 from coordinator.job_facts import JobSpec
 from coordinator.orders import STATUS, RunOrder, TicketOrder, WatchAnswer
 from protocols import tickets

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from coordinator.cli_fleet import seconds
+from coordinator.durations import seconds
 from protocols import homes
 from protocols.errors import UsageFault
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.data.settings import DataSettings
 from agent.frames import Answer, Describe, Done, Evaluate, Failed, Init, Train, Work
 from agent.meter import Control
 from agent.run_files import Kept
-from agent.tasks import DataSettings, Settings
+from agent.tasks import Settings
 from agent.training import Trainer
 from protocols.errors import TrainerFailed
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.tasks import DataSettings, OnStep, Settings, checked
+from agent.data.settings import DataSettings
+from agent.tasks import OnStep, Settings, checked
 from protocols.weights import Array, Schema, TensorSpec, Weights
 from tests.hub_fixtures import CLASSES, Data, first_weights, some_data
 

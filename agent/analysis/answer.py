@@ -13,7 +13,7 @@ from agent.analysis.limits import Limits
 from agent.analysis.memory import Memory
 from agent.data import open_table
 from agent.data.arrow import files
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from protocols.analysis.question import Question
 from protocols.analysis.states import Cell, Told
 from protocols.errors import CommonweightError, Refused

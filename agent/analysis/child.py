@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Struct
 
 from agent.analysis.limits import Limits
+from agent.data.settings import DataSettings
 from agent.settings import AgentSettings, data_settings
-from agent.tasks import DataSettings
 from protocols.analysis.question import Question
 from protocols.errors import BadMessage, CommonweightError
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agent.data import Reader, values
+from agent.data.settings import DataSettings
 from agent.data.values import Kinds
-from agent.tasks import DataSettings
 from protocols import statistics
 from protocols.errors import DataFault, SchemaMismatch
 from protocols.preprocessing import MOST_CLASSES, Preprocessing, Wanted

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from agent.tasks.lora_plan import LoraPlan
 from agent.tasks.text import Tokenizer
 from protocols.durable import replacing

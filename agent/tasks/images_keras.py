@@ -13,7 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from agent.tasks import DataSettings, Settings, architecture, image_plan, pictures
+from agent.data.settings import DataSettings
+from agent.tasks import Settings, architecture, image_plan, pictures
 from agent.tasks.architecture import Layer
 from agent.tasks.image_plan import RESNET
 from agent.tasks.keras_task import Examples, KerasTask

@@ -32,15 +32,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from agent.tasks import (
-    DataSettings,
-    EvalOutcome,
-    OnStep,
-    Setting,
-    Settings,
-    Snapshot,
-    TrainOutcome,
-)
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome
 from agent.tasks.fitting import tried
 from agent.tasks.plan import LOOP, Plan, read_plan, settings_of
 from agent.tasks.seeds import seed_of

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from agent.data.settings import DataSettings
 from agent.tasks import (
-    DataSettings,
     EvalOutcome,
     OnStep,
     Settings,

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agent.data.settings import DataSettings
 from agent.tasks import (
-    DataSettings,
     EvalOutcome,
     OnStep,
     Setting,

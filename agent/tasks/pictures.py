@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import DataSettings, class_folders
+from agent.data.settings import DataSettings
+from agent.tasks import class_folders
 from agent.tasks.class_folders import Found, Rows
 from agent.tasks.image_plan import ImagePlan
 from protocols import weights

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.tasks import DataSettings, EvalOutcome, OnStep, Settings, TrainOutcome, checked
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome, checked
 from protocols.weights import Schema, TensorSpec, Weights
 
 _DEFAULTS = {"kilobytes": 10}

@@ -31,15 +31,8 @@ from torch import Tensor
 
 from agent.data import Reader, encode, open_table, survey
 from agent.data.encode import Encoded, Rows
-from agent.tasks import (
-    DataSettings,
-    EvalOutcome,
-    OnStep,
-    Setting,
-    Settings,
-    TrainOutcome,
-    devices,
-)
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome, devices
 from agent.tasks.classifying import measured
 from agent.tasks.local_training import Examples, LocalTraining, by_autograd
 from agent.tasks.plan import LOOP, read_plan, settings_of

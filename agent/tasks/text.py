@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from protocols.durable import replacing
 from protocols.errors import DataFault, SchemaMismatch, TaskUnusable
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim
 
+from agent.data.settings import DataSettings
 from agent.tasks import (
-    DataSettings,
     EvalOutcome,
     OnStep,
     Setting,

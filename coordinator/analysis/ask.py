@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.analysis.figures import Answer, answer, fits
+from coordinator.analysis.figures import Answer, answer
 from coordinator.job_facts import JobSpec, JobState
 from coordinator.job_lane import JobLane
 from protocols import homes
@@ -70,12 +70,3 @@ def _read(given: Given) -> Told:
             )
         body = JobLane(homes.open_home("coordinator") / "jobs").read(given)
     return msgspec.json.decode(body, type=Told)
-
-
-def check(query: str, body: bytes) -> str:
-    """What is wrong with an answer's bytes; empty if nothing is. For the coordinator's own gate."""
-    try:
-        question = msgspec.json.decode(query, type=Question)
-        return fits(question, msgspec.json.decode(body, type=Told))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        return f"not an answer: {err}"

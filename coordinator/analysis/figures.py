@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from protocols.analysis import sketching
@@ -194,3 +195,12 @@ def _odd(told: Mapping[str, Told]) -> dict[str, str]:
             if common and kind not in ("empty", common[0][0]):
                 found[peer] = f"column {name!r} holds {kind} there, and {common[0][0]} elsewhere"
     return found
+
+
+def check(query: str, body: bytes) -> str:
+    """What is wrong with an answer's bytes; empty if nothing is. For the coordinator's own gate."""
+    try:
+        question = msgspec.json.decode(query, type=Question)
+        return fits(question, msgspec.json.decode(body, type=Told))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        return f"not an answer: {err}"

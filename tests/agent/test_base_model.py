@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.tasks import DataSettings, base_model, finding, lora_plan
+from agent.data.settings import DataSettings
+from agent.tasks import base_model, finding, lora_plan
 from agent.tasks.lora import Lora
 from protocols.errors import DataFault, TaskUnusable, UnknownName, UsageFault
 from protocols.weights import Weights, save

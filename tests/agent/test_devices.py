@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.tasks import DataSettings, Setting, devices
+from agent.data.settings import DataSettings
+from agent.tasks import Setting, devices
 from agent.tasks.mnist import Mnist
 from protocols.errors import UsageFault
 

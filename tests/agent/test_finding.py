@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agent import settings
-from agent.tasks import DataSettings, finding
+from agent.data.settings import DataSettings
+from agent.tasks import finding
 from agent.trainer_process import TrainerProcess
 from protocols import homes, weights
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageFault

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from agent.tasks import DataSettings, image_plan, pictures, resnet
+from agent.data.settings import DataSettings
+from agent.tasks import image_plan, pictures, resnet
 from agent.tasks.images import Images
 from protocols import weights
 from protocols.errors import DataFault, UnknownName, UsageFault

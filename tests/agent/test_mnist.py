@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from agent import tasks
-from agent.tasks import DataSettings, Setting, finding, mnist
+from agent.data.settings import DataSettings
+from agent.tasks import Setting, finding, mnist
 from agent.tasks.mnist import DIGITS, TRAINED_ON, Mnist, cut
 from protocols import weights
 from protocols.errors import CommonweightError, UnknownName, UsageFault

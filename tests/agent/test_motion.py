@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.tasks import DataSettings, motion_file
+from agent.data.settings import DataSettings
+from agent.tasks import motion_file
 from agent.tasks.motion import PEOPLE, Motion, Recordings, cut, people_of
 from protocols import weights
 from protocols.errors import TaskUnusable, UsageFault

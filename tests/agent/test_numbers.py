@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.tasks import DataSettings, numbers
+from agent.data.settings import DataSettings
+from agent.tasks import numbers
 from agent.tasks.mnist import Mnist
 from agent.tasks.motion import Motion
 from protocols.errors import DataFault

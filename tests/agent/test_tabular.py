@@ -15,7 +15,8 @@ from sklearn import datasets
 
 from agent.data import encode
 from agent.data.encode import Encoded, Rows
-from agent.tasks import DataSettings, Settings
+from agent.data.settings import DataSettings
+from agent.tasks import Settings
 from agent.tasks.tabular import Tabular
 from protocols import preprocessing
 from protocols.errors import DataFault, SchemaMismatch, UnknownName, UsageFault

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from agent.tasks import DataSettings, next_token, text
+from agent.data.settings import DataSettings
+from agent.tasks import next_token, text
 from agent.tasks.text_lm import TextLM, logits_of, shape_of
 from protocols import weights
 from protocols.errors import DataFault, SchemaMismatch, UsageFault

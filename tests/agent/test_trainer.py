@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import agent
+from agent.data.settings import DataSettings
 from agent.frames import (
     Answer,
     Cancel,
@@ -31,7 +32,7 @@ from agent.frames import (
     encode,
 )
 from agent.meter import Control
-from agent.tasks import Cancelled, DataSettings
+from agent.tasks import Cancelled
 from agent.trainer_process import TrainerProcess
 from protocols import weights
 from protocols.errors import TrainerFailed
@@ -344,7 +345,7 @@ def test_stop_in_mid_work_leaves_nothing(site: Site) -> None:
 def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
     code = (
         "import os, pathlib, sys\n"
-        "from agent.tasks import DataSettings\n"
+        "from agent.data.settings import DataSettings\n"
         "from agent.trainer_process import TrainerProcess\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "def told(p):\n"

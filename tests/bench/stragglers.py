@@ -56,7 +56,7 @@ class Fleet:
     def __init__(self) -> None:
         import torch
 
-        from agent.tasks import DataSettings
+        from agent.data.settings import DataSettings
         from agent.tasks.mnist import Mnist
 
         torch.set_num_threads(1)

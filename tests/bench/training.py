@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from agent.trainer_process import TrainerProcess
 
 THREADS = 1

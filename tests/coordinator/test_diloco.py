@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from agent.tasks import DataSettings, Setting
+from agent.data.settings import DataSettings
+from agent.tasks import Setting
 from agent.tasks.mnist import Mnist
 from coordinator.facts import RunSpec
 from coordinator.strategies.nesterov import DiLoCo

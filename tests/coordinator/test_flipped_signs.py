@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
 
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from agent.tasks.mnist import Mnist
 from coordinator.facts import RunSpec
 from protocols.weights import Weights

@@ -7,8 +7,8 @@ import math
 from msgspec.structs import replace
 
 from coordinator import job_facts, jobs
-from coordinator.bodies import job_body
 from coordinator.fleet import RUNS_KEPT, Fleet, Job, fold, rebased
+from coordinator.job_bodies import job_body
 from coordinator.job_facts import Block, Given, JobSpec, JobState
 from coordinator.job_rows import COLUMNS, facts, left, num_working, ordered, speed, took_s
 from coordinator.rows import fit

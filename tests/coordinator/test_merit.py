@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.tasks import DataSettings, Task
+from agent.data.settings import DataSettings
+from agent.tasks import Task
 from agent.tasks.mnist import Mnist
 from agent.tasks.text_lm import TextLM
 from coordinator import decisions, facts, merit, transitions, typed

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from agent.data.settings import DataSettings
 from agent.frames import Done
-from agent.tasks import DataSettings, finding
+from agent.tasks import finding
 from coordinator.facts import RunSpec
 from protocols import schemes, weights
 from protocols.errors import CommonweightError, UsageFault

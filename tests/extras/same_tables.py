@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.analysis.compute import compute
 from agent.data import Reader, open_table, survey
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from coordinator.analysis import figures
 from protocols.analysis.grammar import question
 from protocols.preprocessing import wanted

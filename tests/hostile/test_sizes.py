@@ -17,9 +17,9 @@ from flwr.app import Message
 from agent import settings
 from agent.client import Client
 from agent.credentials import Credentials
+from agent.data.settings import DataSettings
 from agent.link import Link
 from agent.settings import Enrolment
-from agent.tasks import DataSettings
 from agent.trainer_process import TrainerProcess
 from coordinator.lane import MOST_UPLOADS
 from protocols import requests

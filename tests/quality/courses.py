@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from agent.tasks import DataSettings, Setting
+from agent.data.settings import DataSettings
+from agent.tasks import Setting
 from coordinator.facts import RunSpec
 from tests.quality import cameras
 

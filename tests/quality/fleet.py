@@ -23,10 +23,11 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.client import Client
+from agent.data.settings import DataSettings
 from agent.frames import Done
 from agent.link import _pack, _unpack
 from agent.run_files import Kept
-from agent.tasks import DataSettings, Settings
+from agent.tasks import Settings
 from coordinator import facts, runs, transitions
 from coordinator.facts import RunSpec
 from coordinator.fleetwork import Fleetwork

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agent.tasks import DataSettings, Setting, next_token
+from agent.data.settings import DataSettings
+from agent.tasks import Setting, next_token
 from agent.tasks.plan import read_plan
 from agent.tasks.seeds import seed_of
 from agent.tasks.text_lm import DEFAULTS, TextLM, logits_of, shape_of

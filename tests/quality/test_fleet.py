@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from agent.tasks.mnist import Mnist
 from coordinator.facts import RunSpec
 from protocols import weights

@@ -19,8 +19,8 @@ from agent.analysis.answer import answered
 from agent.analysis.guard import MOST_REMEMBERED
 from agent.analysis.limits import Limits
 from agent.analysis.memory import Memory
+from agent.data.settings import DataSettings
 from agent.settings import AgentSettings
-from agent.tasks import DataSettings
 from coordinator.analysis.figures import Answer, answer, fits
 from protocols.analysis.grammar import question
 from protocols.analysis.question import Question

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from agent.data import arrow, open_table, survey, values
+from agent.data.settings import DataSettings
 from agent.data.survey import FindKinds
-from agent.tasks import DataSettings
 from protocols import preprocessing, schemas
 from protocols.errors import CommonweightError, DataFault, SchemaMismatch
 from protocols.preprocessing import wanted

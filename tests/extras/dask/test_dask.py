@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from agent.data import open_table
 from agent.data.dask import client
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
 from protocols.errors import DataFault
 from tests.agent.data.tables import Rows, write_csv
 from tests.extras.same_tables import (

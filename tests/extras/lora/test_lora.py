@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent.tasks import DataSettings, base_model, finding, lora_plan, text
+from agent.data.settings import DataSettings
+from agent.tasks import base_model, finding, lora_plan, text
 from agent.tasks.lora import Lora
 from agent.tasks.text_lm import TextLM
 from coordinator.facts import RunSpec

@@ -16,7 +16,8 @@ import onnxruntime
 import pytest
 import torch
 
-from agent.tasks import DataSettings, Exporting, finding, images, mnist, motion, text_lm
+from agent.data.settings import DataSettings
+from agent.tasks import Exporting, finding, images, mnist, motion, text_lm
 from protocols import model_card
 from protocols.model_card import ModelCard
 from protocols.weights import Weights, save

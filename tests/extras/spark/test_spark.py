@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from agent.data import open_table
+from agent.data.settings import DataSettings
 from agent.data.spark import check_java
-from agent.tasks import DataSettings
 from protocols.errors import CommonweightError, DataFault
 from tests.agent.data.tables import Rows, write_csv
 from tests.extras.same_tables import (

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from agent.tasks import DataSettings, finding, images, images_keras
+from agent.data.settings import DataSettings
+from agent.tasks import finding, images, images_keras
 from agent.tasks.keras_task import Examples, KerasTask
 from coordinator.facts import RunSpec
 from protocols import weights
