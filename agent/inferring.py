@@ -159,7 +159,7 @@ def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
 
 def _unpacked(block: Path) -> Path:
     """The folder of what is in a zip file. Raises BadMessage for one that is not as we make it."""
-    folder = block.with_suffix("")
+    folder = block.with_suffix("").resolve()  # as members are below: the home may be a link
     try:
         with zipfile.ZipFile(block) as packed:
             members = packed.infolist()

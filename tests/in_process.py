@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from agent.data.settings import DataSettings
-from agent.frames import Answer, Describe, Done, Evaluate, Failed, Init, Train, Work
+from agent.frames import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
 from agent.meter import Control
 from agent.run_files import Kept
 from agent.tasks import Settings
@@ -14,10 +17,13 @@ from protocols.errors import TrainerFailed
 
 
 class InProcess:
-    """What `TrainerProcess` does, over `data`, in the caller's thread."""
+    """What `TrainerProcess` does, over `data`, in the caller's thread.
 
-    def __init__(self, data: DataSettings, threads: int = 1) -> None:
-        self._data = data
+    `source` is the file and class of the task ("/path/file.py:Class"); empty: an installed one.
+    """
+
+    def __init__(self, data: DataSettings, threads: int = 1, source: str = "") -> None:
+        self._data, self._source = data, source
         self._answer: Answer | None = None
         self._trainer = Trainer(Control(), self._told, threads)
 
@@ -25,7 +31,7 @@ class InProcess:
         self._answer = answer
 
     def _done(self, work: Work) -> Done:
-        self._trainer.serve(work)
+        self._trainer.serve(replace(work, source=self._source))
         answer = self._answer
         if isinstance(answer, Failed):
             raise TrainerFailed(answer.kind, answer.message, answer.hint)
@@ -73,5 +79,27 @@ class InProcess:
                 data=self._data,
                 base=str(base),
                 kept=str(kept.file) if kept else "",
+            )
+        )
+
+    def predict(
+        self,
+        task: str,
+        settings: Settings,
+        base: Path,
+        sources: Sequence[Path],
+        rows: Sequence[int],
+        out: Path,
+    ) -> Done:
+        return self._done(
+            Predict(
+                id=1,
+                task=task,
+                settings=dict(settings),
+                data=self._data,
+                base=str(base),
+                sources=[str(source) for source in sources],
+                rows=list(rows),
+                out=str(out),
             )
         )
