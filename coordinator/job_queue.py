@@ -141,9 +141,9 @@ class JobQueue:
         peers = spec.peers or tuple(sorted(self._around.eligible()))
         if not peers:
             raise CannotBeMet("no peer is there to be asked", "commonweight peers list")
-        for peer in peers:
-            self._registry.find(peer)
-        return replace(spec, peers=peers)
+        # Units are leased by id, and each peer has one unit, however often it is named.
+        ids = dict.fromkeys(self._registry.find(peer).peer for peer in peers)
+        return replace(spec, peers=tuple(ids))
 
     def _sized(self, model: Model) -> Model:
         return Model(model.digest, self._around.lane.version(model.digest).stat().st_size)

@@ -230,6 +230,25 @@ async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
             assert matrix.worst[digest] == max((v, k) for k, v in losses.items())[::-1]
 
 
+async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        first, second, _ = fleet.agents
+        digest = fleet.hub.lane.commit(first_weights(5, seed=1))
+        spec = JobSpec(
+            kind="private",
+            task="softmax",
+            models=(Model(digest, 0),),
+            peers=(first.machine.name, second.peer, first.peer),
+            settings={"round": 0},
+        )
+        job = await ended(fleet, fleet.hub.jobs.start(spec))
+        assert (job.state, job.ended_because) == (JobState.FINISHED, "2 of 2 peers answered")
+        assert {peer for unit in job.units.values() for peer in unit.given} == {
+            first.peer,
+            second.peer,
+        }
+
+
 async def test_owners_who_do_not_want_it_are_excused(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         for agent in fleet.agents:
