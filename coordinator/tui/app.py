@@ -273,7 +273,8 @@ class MonitorApp(MonitorView):
             self.notify("no run is under way", timeout=3)
             return
         name = run.changed.run
-        dialog = AskDialog(f"Stop run {name}?", "What is committed stays; it cannot go on later.")
+        later = f"What is committed stays. To continue it later:\ncommonweight run resume {name}"
+        dialog = AskDialog(f"Stop run {name}?", later)
         if await self.push_screen_wait(dialog):
             await self._stop(self._source.stop_run, name)
 

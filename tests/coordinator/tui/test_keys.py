@@ -90,6 +90,7 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await until(pilot, lambda: any("run ping-1 has begun" in e.text for e in app.events))
         await pilot.press("2", "X")
         await until(pilot, lambda: isinstance(app.screen, AskDialog))
+        await until(pilot, lambda: "commonweight run resume ping-1" in screen_text(app))
         await pilot.press("y")
         await until(pilot, lambda: len(source.stopped) == 1)
 
