@@ -179,16 +179,12 @@ def _follow(remote: Any, run_id: str, *, quiet: bool) -> Any:
     """Print a line for each round, and whom the run last refused, until it has ended; the run."""
     import time
 
-    told = refused = 0
+    progress = run_words.Progress()
     while True:
         run = remote.run(run_id)
-        if run.refused > refused and not quiet:
-            refused = run.refused
-            sys.stderr.write(run_words.refusal(run, remote.fleet().peers) + "\n")
-        for closed in run.history[told:]:
-            if not quiet:
-                sys.stderr.write(run_words.round_line(run, closed) + "\n")
-        told = len(run.history)
+        if not quiet:
+            for line in progress.lines(run, lambda: remote.fleet().peers):
+                sys.stderr.write(line + "\n")
         if run.ended:
             if not quiet and run.state is not RunState.FAILED:
                 sys.stderr.write(f"{run.id} {run.state}: {run.ended_because}\n")
@@ -297,7 +293,7 @@ def show(run: str, json: Json = False) -> None:
     selects = f", select {found.spec.select:g}x" if found.spec.select else ""
     selects += ", late updates folded" if found.spec.late == "fold" else ""
     sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
-    if found.refused:
+    if found.refusals:
         sys.stdout.write(run_words.refusal(found, peers) + "\n")
     for line in run_words.buffer_lines(found, peers):
         sys.stdout.write(line + "\n")

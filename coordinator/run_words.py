@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +23,24 @@ def round_line(run: Run, closed: Round) -> str:
     )
 
 
+class Progress:
+    """Finds what is new about a run each time that it is looked at."""
+
+    def __init__(self) -> None:
+        self._rounds = self._refusals = 0
+
+    def lines(self, run: Run, peers: Callable[[], Mapping[str, Peer]]) -> Iterator[str]:
+        """The last refusal, if there were any since the last call, then each newly closed round.
+
+        `peers` is called only if a name is needed.
+        """
+        if run.refusals > self._refusals:
+            yield refusal(run, peers())
+        for closed in run.history[self._rounds :]:
+            yield round_line(run, closed)
+        self._rounds, self._refusals = len(run.history), run.refusals
+
+
 def best(run: Run) -> str:
     """The best round so far and its metric; a dash if there is none."""
     from coordinator import merit
@@ -41,7 +59,7 @@ def refusal(run: Run, peers: Mapping[str, Peer]) -> str:
 
     peer = run.last_refused
     who = called(peers[peer]) if peer in peers else peer
-    often = "" if run.refused == 1 else f" ({run.refused} refusals so far)"
+    often = "" if run.refusals == 1 else f" ({run.refusals} refusals so far)"
     return f"refused {who}: {run.last_refusal}{often}"
 
 

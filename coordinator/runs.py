@@ -59,6 +59,7 @@ class Run(Struct, frozen=True, kw_only=True):
     they have `described` themselves; `preprocessing`, how their rows become numbers, where a task
     needs that.
     `needed`: by peer, seconds that its last answers to training took.
+    `refused` counts the refusals of this round, `refusals` those of the whole run.
     `recalling`: its versions are sought at its peers; `holdings` are theirs.
 
     `buffer`: late updates that go into the next version.
@@ -84,6 +85,7 @@ class Run(Struct, frozen=True, kw_only=True):
     contributors: tuple[str, ...] = ()
     evaluating: bool = False
     refused: int = 0
+    refusals: int = 0
     last_refusal: str = ""
     last_refused: str = ""
     norms: dict[str, float] = {}

@@ -168,6 +168,7 @@ def _update_refused(run: Run, fact: UpdateRefused) -> Run:
         holdings=holdings,
         sought=run.sought if run.sought in holdings.values() else None,
         refused=run.refused + 1,
+        refusals=run.refusals + 1,
         last_refusal=f"{fact.reason}: {fact.detail}",
         last_refused=fact.peer,
         needed=_needed(run, fact.peer, fact.seconds) if fact.kind == "train" else run.needed,

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from coordinator import decisions, facts, transitions
+from coordinator import decisions, facts, run_words, transitions
 from coordinator.decisions import View
 from coordinator.facts import Fact, RunSpec, Update
 from coordinator.runs import Run
@@ -332,6 +332,26 @@ def test_a_late_answer_does_not_settle_the_present_question() -> None:
     assert loop.run.refused == 1
     loop.refuse("A")
     assert loop.run.peers["A"] == "refused"
+
+
+def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
+    loop = training(quorum=1)
+    progress = run_words.Progress()
+    loop.refuse("A", "not finite")
+    assert list(progress.lines(loop.run, dict)) == ["refused A: not finite: x"]
+    assert list(progress.lines(loop.run, dict)) == [], "nothing is told twice"
+    loop.answer("B")
+    loop.due = True
+    while loop.run.round < 2:
+        step = loop.decide()
+        loop.do(step)
+        if isinstance(step, decisions.Wait):
+            loop.answer(loop.run.pending[0])
+    assert [line.split()[:2] for line in progress.lines(loop.run, dict)] == [["round", "1/3"]]
+    loop.refuse("B", "too large")
+    assert list(progress.lines(loop.run, dict)) == [
+        "refused B: too large: x (2 refusals so far)",
+    ]
 
 
 def test_nobody_there_to_evaluate_closes_the_round() -> None:
