@@ -10,13 +10,17 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agent.cli_owner import Json, say
 from protocols import homes, output
 from protocols.errors import CommonweightError, UnknownName, UsageFault
+
+if TYPE_CHECKING:
+    from agent.settings import AgentSettings
+    from agent.tasks import Predicting
 
 LATEST = "latest"
 
@@ -87,6 +91,23 @@ def found_model(model: str) -> tuple[Path, str, dict[str, Any]]:
         here = ", ".join(found.work.base[:12] for found in mine)
         raise UnknownName(f"this agent has no version {model}", f"it has {here}")
     raise UnknownName("this agent has no version yet", "it gets one with its first work")
+
+
+def predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predicting:
+    """The task `name`, ready to predict: loaded, if the owner has set data or base models.
+
+    Raises UnknownName, TaskUnusable, and what the task's `load` raises.
+    """
+    from agent import settings
+    from agent.tasks import Predicting, finding
+
+    task = finding.find(name, chosen.task_files.get(name, ""), chosen.framework)
+    if not isinstance(task, Predicting):
+        raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
+    data = settings.data_settings(chosen, cache)
+    if data.is_set:
+        task.load(data)
+    return task
 
 
 def weights_of(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from agent.cli_owner import say
 from protocols import homes
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UsageFault
 
 
 def predict(
@@ -32,22 +31,16 @@ def predict(
 ) -> None:
     """Answer from the shared model, here and offline."""
     from agent import answers, settings
-    from agent.cli_export import found_model, weights_of
-    from agent.tasks import Predicting, finding
+    from agent.cli_export import found_model, predicting_task, weights_of
     from protocols import schemes
 
     if out is not None and out.exists():
         raise UsageFault(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.locate("agent"))
     path, name, asked = found_model(model)
-    task = finding.find(name, chosen.task_files.get(name, ""), chosen.framework)
-    if not isinstance(task, Predicting):
-        raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
     plain = {key: value for key, value in asked.items() if key not in schemes.SETTINGS}
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
-        if chosen.data:
-            task.load(settings.data_settings(chosen, folder))
+    with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
+        task = predicting_task(name, chosen, Path(folder))
         count = answers.write(task.predict(weights_of(path), plain, source), out)
     where = f" in {out}" if out else ""
     say(f"{count} answers{where}, by {path.stem[:12]} of the task {name}")

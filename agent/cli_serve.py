@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket as net
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ import typer
 
 from agent.cli_owner import say
 from protocols import homes
-from protocols.errors import PortInUse, UnknownName, UsageFault
+from protocols.errors import PortInUse, UsageFault
 
 if TYPE_CHECKING:
     import uvicorn
@@ -38,35 +39,40 @@ def serve(
         raise UsageFault(f"{socket} exists already", "another service, or what a dead one left")
     os.umask(0o077)
     try:
-        asyncio.run(_serve(_load(model), model, port, socket))
+        with tempfile.TemporaryDirectory(prefix="commonweight-") as cache:
+            asyncio.run(_serve(_load(model, Path(cache)), model, Path(cache), port, socket))
     finally:
         if socket is not None:
             socket.unlink(missing_ok=True)
 
 
-def _load(model: str) -> Served:
-    """Raises UnknownName, UsageFault, NotEnrolled."""
+def _load(model: str, cache: Path, old: Served | None = None) -> Served:
+    """The model and its task, which is `old`'s if it is the same: its data are loaded already.
+
+    `cache` is a folder in which the task may keep what it made of the data. Raises UnknownName,
+    UsageFault, NotEnrolled, and what the task's `load` raises.
+    """
     from agent import settings
-    from agent.cli_export import found_model, weights_of
+    from agent.cli_export import found_model, predicting_task, weights_of
     from agent.serving import Served
-    from agent.tasks import Predicting, finding
     from protocols import schemes
 
     chosen = settings.read(homes.locate("agent"))
     path, name, asked = found_model(model)
-    task = finding.find(name, chosen.task_files.get(name, ""), chosen.framework)
-    if not isinstance(task, Predicting):
-        raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
+    if old is not None and old.name == name:
+        task = old.task
+    else:
+        task = predicting_task(name, chosen, cache)
     plain = {key: value for key, value in asked.items() if key not in schemes.SETTINGS}
     return Served(path.stem, name, task, weights_of(path), plain)
 
 
-async def _serve(served: Served, model: str, port: int, socket: Path | None) -> None:
+async def _serve(served: Served, model: str, cache: Path, port: int, socket: Path | None) -> None:
     import uvicorn
 
     from agent.serving import Server
 
-    server = Server(served, lambda old: _newer(old, model))
+    server = Server(served, lambda old: _newer(old, model, cache))
     http = uvicorn.Server(
         uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
     )
@@ -113,7 +119,7 @@ def _listen(port: int, path: Path | None) -> net.socket:
     return listener
 
 
-def _newer(old: Served, model: str) -> Served | None:
+def _newer(old: Served, model: str, cache: Path) -> Served | None:
     """A version that has come since, if the newest is followed."""
     if model != "latest":
         return None
@@ -123,5 +129,5 @@ def _newer(old: Served, model: str) -> Served | None:
     )
     if newest is None or newest.stem == old.version:
         return None
-    found = _load(model)
+    found = _load(model, cache, old)
     return found if found.version != old.version else None

@@ -82,6 +82,8 @@ class Trainer:
     def _do(self, work: Work) -> Answer:
         task = self._found(work.task, work.source, work.data.framework)
         if isinstance(work, Predict):
+            if work.data.is_set:
+                self._load(task, work.data)
             return self._predicted(work, task)
         self._load(task, work.data)
         if isinstance(work, Describe):

@@ -37,3 +37,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
     framework: Framework = "auto"
+
+    @property
+    def is_set(self) -> bool:
+        """True if the owner has set data or a folder of base models, which `Task.load` reads."""
+        return bool(self.path or self.models)

@@ -167,7 +167,8 @@ class Predicting(Protocol):
     ) -> Iterator[Mapping[str, Sequence[Any] | npt.NDArray[Any]]]:
         """Answers for the file, folder or text `source`, batch by batch: columns of one length.
 
-        `load` was called before if the owner has set data. Raises CommonweightError.
+        `load` was called before if the owner has set data or a folder of base models. Raises
+        CommonweightError.
         """
 
 

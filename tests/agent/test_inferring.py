@@ -96,6 +96,20 @@ def test_a_block_of_pictures_is_answered_in_a_home_behind_a_symbolic_link(
     assert [name for name, _ in rows] == ["a.png", "b.png"]
 
 
+def test_a_task_has_its_owners_data_before_it_answers(tmp_path: Path, pictures: Path) -> None:
+    """The text task needs its tokenizer from there, the adapters their base model."""
+    (tmp_path / "data.txt").write_text("miaow")
+    _, *rows = answers(tmp_path / "home", pictures, DataSettings(path=f"{tmp_path}/data.txt"))
+    assert rows == [["a.png", "miaow"], ["b.png", "miaow"]]
+
+
+def test_a_task_answers_without_data_where_the_owner_has_set_none(
+    tmp_path: Path, pictures: Path
+) -> None:
+    _, *rows = answers(tmp_path / "home", pictures)
+    assert rows[0] == ["a.png", "nothing was loaded"]
+
+
 @pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png", "cats/../../a.png"])
 def test_a_block_that_would_unpack_elsewhere_is_refused(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

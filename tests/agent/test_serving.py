@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from agent import serving
+from agent import serving, settings
 from agent.serving import Served, Server
+from protocols import homes, model_card, weights
 from protocols.errors import DataFault
 from protocols.weights import Weights
+from tests.e2e.fleet_harness import AGENT, Program, environment
+from tests.e2e.fleet_harness import until as wait_for
 from tests.hub_fixtures import until
 
 
@@ -118,6 +123,53 @@ async def test_nonsense_is_told_and_harms_nobody(body: bytes, kind: str, words: 
         assert fine.json()["answers"]["y"] == [2.0]
         assert refused.status_code == 422
         assert words in refused.json()["message"]
+
+
+#: Answers each row with a word from its owner's data.
+NEEDS_DATA = """
+from pathlib import Path
+
+class NeedsData:
+    def schema(self, settings): ...
+    def init(self, seed, settings): ...
+    def train(self, weights, settings, on_step): ...
+    def evaluate(self, weights, settings, on_step): ...
+
+    def load(self, data):
+        self.word = Path(data.path).read_text()
+
+    def predict(self, weights, settings, source):
+        rows = Path(source).read_text().splitlines()[1:]
+        yield {"word": [self.word] * len(rows)}
+"""
+
+
+def test_the_command_loads_the_owners_data_for_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
+    (tmp_path / "data.txt").write_text("miaow")
+    (tmp_path / "task.py").write_text(NEEDS_DATA)
+    settings.change(
+        homes.open_home("agent", create=True),
+        data=str(tmp_path / "data.txt"),
+        task_files={"needs": f"{tmp_path}/task.py:NeedsData"},
+    )
+    model = Weights({"factor": np.float32([2.0])})
+    digest = weights.save(model, tmp_path / "model.safetensors")
+    card = model_card.ModelCard(
+        sha256=digest, version=digest, run="r", round=1, task="needs", tensors={}
+    )
+    (tmp_path / "model.json").write_bytes(model_card.encode(card))
+    words = ["serve", "--port", "0", "--model", str(tmp_path / "model.safetensors")]
+    env = environment(tmp_path, COMMONWEIGHT_AGENT_HOME=str(tmp_path / "home"))
+    program = Program([AGENT, *words], env, tmp_path / "serve.log")
+    try:
+        found = wait_for(lambda: re.search(r"http://(\S+?),", program.log), "the service is up")
+        answer = httpx.post(f"http://{found[1]}/predict", content="x\n1\n2\n")
+    finally:
+        program.stop()
+    assert answer.json() == {"version": "model", "answers": {"word": ["miaow", "miaow"]}}
 
 
 async def test_a_page_that_reaches_us_by_another_name_is_turned_away() -> None:
