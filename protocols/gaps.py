@@ -1,11 +1,12 @@
-"""Ascending positions as gaps, about a byte each: where sparse updates and patches change. Pure.
+"""Ascending positions as gaps of about a byte each, for sparse updates and patches. Pure.
 
-The gap to the position before (the first: to -1), less one, is written as so many digits of 255 and
-one below it. So every list of positions has one form, and every form but one that ends in 255 is
-an ascending list without doubles: there is nothing else to check but its end. Where positions are
-dense a digit is half a byte: 15 for 255, the first in the upper half, and one of 15 fills the last
-byte. Chunks of such bytes can be deflated, each by itself: training moves some inputs far more than
-others, so the digits are unlike chance.
+A gap is the distance to the position before (the first: to -1), less one. It is written as as many
+bytes of 255 as fit into it, then the rest as one byte below 255. So every list of positions has one
+form. Every form that does not end in 255 is an ascending list without duplicates, so readers check
+the end alone.
+
+The bytes can be deflated, in chunks that are read one by one. Only the Huffman codes of deflate are
+used: gaps do not repeat, and the search for matches takes ten times as long and adds up to 15 %.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from protocols.weights import Array, Part, Readable
 
 Positions = npt.NDArray[np.int64]
 
-#: The largest digit, of a byte and of half a byte.
-BYTE, NIBBLE = 255, 15
+_LARGEST = 255
 #: Bytes of gaps that are decoded at a time.
 CHUNK_BYTES = 16 * 1024
 #: More than deflating can add to a chunk.
@@ -30,53 +30,46 @@ _ADDED = 64
 
 
 class GapWriter:
-    """Turns ascending positions into gaps, some at a time; `top` is the largest digit."""
+    """Turns ascending positions into the bytes of gaps, some at a time."""
 
-    def __init__(self, top: int = BYTE) -> None:
-        self._top, self._last = top, -1
+    def __init__(self) -> None:
+        self._last = -1
 
     def encode(self, positions: Positions) -> npt.NDArray[np.uint8]:
-        """The digits of the next positions: ascending, and all above those before."""
+        """The bytes of the next positions: ascending, and all above those before."""
         if not len(positions):
             return np.empty(0, np.uint8)
         gaps = np.diff(positions, prepend=self._last) - 1
         self._last = int(positions[-1])
-        whole = gaps // self._top
-        rest = gaps - whole * self._top
+        whole = gaps // _LARGEST
+        rest = gaps - whole * _LARGEST
         ends = np.cumsum(whole + 1) - 1
-        stream = np.full(int(ends[-1]) + 1, self._top, np.uint8)
+        stream = np.full(int(ends[-1]) + 1, _LARGEST, np.uint8)
         stream[ends] = rest
         return stream
-
-
-def packed(digits: npt.NDArray[np.uint8], top: int) -> npt.NDArray[np.uint8]:
-    """Digits as bytes."""
-    if top == BYTE:
-        return digits
-    if len(digits) % 2:
-        digits = np.append(digits, np.uint8(NIBBLE))
-    return np.bitwise_or(np.left_shift(digits[::2], np.uint8(4)), digits[1::2])
 
 
 def deflated(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """The bytes of chunks, each deflated, and how many bytes each has then."""
     starts = range(0, len(data), CHUNK_BYTES)
-    chunks = [zlib.compress(data[at : at + CHUNK_BYTES].tobytes()) for at in starts]
+    chunks = [_deflated_chunk(data[at : at + CHUNK_BYTES]) for at in starts]
     return np.frombuffer(b"".join(chunks), np.uint8), np.array([*map(len, chunks)], np.int32)
+
+
+def _deflated_chunk(data: npt.NDArray[np.uint8]) -> bytes:
+    deflate = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
+    return deflate.compress(data.tobytes()) + deflate.flush()
+
+
+def most_gaps(most: int, limit: int) -> int:
+    """The most bytes that `most` positions below `limit` can take."""
+    return min(most + limit // _LARGEST + 1, limit)
 
 
 def most_deflated(nbytes: int) -> tuple[int, int]:
     """How many bytes so many can have at most, and how many chunks."""
     chunks = -(-nbytes // CHUNK_BYTES)
     return nbytes + chunks * _ADDED, chunks
-
-
-def _unpacked(data: Array) -> Array:
-    """Half bytes of bytes."""
-    digits = np.empty(2 * len(data), np.uint8)
-    np.right_shift(data, 4, out=digits[::2])
-    np.bitwise_and(data, NIBBLE, out=digits[1::2])
-    return digits
 
 
 class GapReader:
@@ -86,10 +79,8 @@ class GapReader:
     BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
     """
 
-    def __init__(
-        self, file: Readable, name: str, limit: int, top: int = BYTE, lengths: str = ""
-    ) -> None:
-        self._file, self._name, self._top = file, name, top
+    def __init__(self, file: Readable, name: str, limit: int, lengths: str = "") -> None:
+        self._file, self._name = file, name
         self._size = file.schema[name].nbytes
         self._deflated = bool(lengths)
         self._ends = [0, *range(CHUNK_BYTES, self._size, CHUNK_BYTES)]
@@ -104,11 +95,11 @@ class GapReader:
         last = 0
         for chunk in range(len(self._ends) - 1):
             stream = self._read(chunk)
-            found = len(stream) - int(np.count_nonzero(stream == top))
+            found = len(stream) - int(np.count_nonzero(stream == _LARGEST))
             self._counts.append(self._counts[-1] + found)
             self._least.append(self._least[-1] + found + int(stream.sum(dtype=np.int64)))
             last = int(stream[-1])
-        if last == top or self._least[-1] > limit:
+        if last == _LARGEST or self._least[-1] > limit:
             raise BadWeights(f"the gaps do not end in a position below {limit}")
         self.count = self._counts[-1]
         self._kept: tuple[int, Positions] = (-1, np.empty(0, np.int64))
@@ -128,26 +119,20 @@ class GapReader:
         """The positions in a chunk; the last one is kept, as parts come in order."""
         if self._kept[0] != chunk:
             stream = self._read(chunk)
-            ends = np.flatnonzero(stream != self._top)
+            ends = np.flatnonzero(stream != _LARGEST)
             passed = np.cumsum(stream, dtype=np.int64)[ends]
             self._kept = chunk, passed + np.arange(len(ends)) + self._least[chunk]
         return self._kept[1]
 
     def _read(self, chunk: int) -> Array:
-        """The digits of a chunk."""
+        """The bytes of a chunk."""
         is_last = chunk == len(self._ends) - 2
         data = self._file.read(Part(self._name, self._ends[chunk], self._ends[chunk + 1]))
-        if self._deflated:
-            data = _inflated(data, is_last)
-        if self._top == BYTE:
-            return data
-        digits = _unpacked(data)
-        fills = is_last and digits[-1] == NIBBLE
-        return digits[:-1] if fills else digits
+        return _inflated(data, is_last) if self._deflated else data
 
 
 def _inflated(data: Array, is_last: bool) -> Array:
-    """A chunk as it was; never more than a chunk is made of it. Raises BadWeights."""
+    """The bytes of a deflated chunk; reads at most a chunk of them. Raises BadWeights."""
     stream = zlib.decompressobj()
     try:
         chunk = stream.decompress(data.tobytes(), CHUNK_BYTES)

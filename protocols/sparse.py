@@ -1,14 +1,14 @@
 """Codecs that send the largest changes of the whole model alone; all others are left over. Pure.
 
     topk     i U8[gaps]   v F32[count]                   change = v at the positions in i, else 0
-    ternary  b U8[bytes]  i U8[gaps]  s F32[rows]        change = scale of its row at the positions
-             q I8[n]      l I32[chunks]                  in i, minus where the bit is set, else 0;
+    ternary  b U8[bytes]  g U8[gaps]  s F32[rows]        change = scale of its row at the positions
+             q I8[n]      l I32[chunks]                  in g, minus where the bit is set, else 0;
                                                          of small tensors q * scale of its row
 
-Positions are gaps (see there) of a byte each; those of a ternary update are deflated in chunks that
-are l bytes long, and of half a byte where every twentieth element or more is sent. Ternary: Sattler
-et al. 2019, arXiv 1903.02891, algorithm 1, with a scale for each row; biases and narrow layers, on
-which much depends, go as int8.
+Positions are `gaps`; those of a ternary update are deflated in chunks that are l bytes long.
+Ternary: Sattler et al. 2019, arXiv 1903.02891, algorithm 1, with a scale for each row; biases and
+narrow layers, on which much depends, go as int8. Early builds sent a tensor i in place of g, with
+other contents: such updates are refused.
 """
 
 from __future__ import annotations
@@ -22,20 +22,9 @@ import numpy.typing as npt
 from protocols.changes import BLOCK, Block, Changes, Field, Floats, Layout
 from protocols.codings import Opened, OpenedInt8, Quantiser, Sink, check_scales
 from protocols.errors import BadWeights
-from protocols.gaps import (
-    BYTE,
-    NIBBLE,
-    GapReader,
-    GapWriter,
-    Positions,
-    deflated,
-    most_deflated,
-    packed,
-)
+from protocols.gaps import GapReader, GapWriter, Positions, deflated, most_deflated, most_gaps
 from protocols.weights import Array, Part, Readable, Schema, TensorSpec
 
-#: From this share on, half a byte for a gap is fewer bytes than a whole one.
-_DENSE = 0.05
 #: Low bits of a float32 that its class of sizes has not: a class is 1/256 wide, or less.
 _DROPPED = 15
 
@@ -48,11 +37,12 @@ class TopK:
 
     def schema(self, layout: Layout) -> Schema:
         most = _most(self.share, layout.count)
-        return {"i": _gaps_schema(most, layout, BYTE), "v": TensorSpec("F32", (most,))}
+        gaps = most_gaps(most, layout.count)
+        return {"i": TensorSpec("U8", (gaps,)), "v": TensorSpec("F32", (most,))}
 
     def encode(self, changes: Changes, to: Sink) -> None:
         chosen = _Chosen(changes, self.share)
-        gaps = chosen.gaps(BYTE)
+        gaps = chosen.gaps()
         count = len(chosen.positions)
         to.begin({"i": TensorSpec("U8", (len(gaps),)), "v": TensorSpec("F32", (count,))})
         to.put("i", gaps)
@@ -87,17 +77,16 @@ class Ternary:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._top = NIBBLE if share >= _DENSE else BYTE
 
     def schema(self, layout: Layout) -> Schema:
         return self._schema(layout, _Small(layout))
 
     def _schema(self, layout: Layout, small: _Small) -> Schema:
         most = _most(self.share, layout.count - small.count)
-        longest, chunks = most_deflated(_gaps_schema(most, layout, self._top).nbytes)
+        longest, chunks = most_deflated(most_gaps(most, layout.count))
         return {
             "b": TensorSpec("U8", (-(-most // 8),)),
-            "i": TensorSpec("U8", (longest,)),
+            "g": TensorSpec("U8", (longest,)),
             "l": TensorSpec("I32", (chunks,)),
             "q": TensorSpec("I8", (small.count,)),
             "s": TensorSpec("F32", (layout.rows,)),
@@ -107,8 +96,8 @@ class Ternary:
         small = _Small(changes.layout)
         chosen = _Chosen(changes, self.share, small)
         bits = np.packbits(np.signbit(chosen.values))
-        gaps, chunks = deflated(chosen.gaps(self._top))
-        lengths = {"b": len(bits), "i": len(gaps), "l": len(chunks)}
+        gaps, chunks = deflated(chosen.gaps())
+        lengths = {"b": len(bits), "g": len(gaps), "l": len(chunks)}
         to.begin(
             {
                 name: TensorSpec(spec.dtype, (lengths.get(name, *spec.shape),))
@@ -116,7 +105,7 @@ class Ternary:
             }
         )
         to.put("b", bits)
-        to.put("i", gaps)
+        to.put("g", gaps)
         to.put("l", chunks)
         scales = [np.empty(0, np.float32)]
         whole = Quantiser()
@@ -137,7 +126,7 @@ class Ternary:
         if any(file.schema[name] != schema[name] for name in ("q", "s")):
             raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")
         check_scales(file, layout.rows)
-        gaps = GapReader(file, "i", layout.count, self._top, "l")
+        gaps = GapReader(file, "g", layout.count, "l")
         if gaps.count > (most := _most(self.share, layout.count - small.count)):
             raise BadWeights(f"{gaps.count} positions, but {most} at most")
         return _OpenedTernary(file, gaps, small)
@@ -207,11 +196,6 @@ def _most(share: float, count: int) -> int:
     return math.ceil(count * share)
 
 
-def _gaps_schema(most: int, layout: Layout, top: int) -> TensorSpec:
-    digits = min(most + layout.count // top + 1, layout.count)
-    return TensorSpec("U8", (digits if top == BYTE else -(-digits // 2),))
-
-
 def _check_schema(file: Readable, most: Schema) -> None:
     """Raise BadWeights unless the file has these tensors, at most as long."""
     found = file.schema
@@ -219,7 +203,10 @@ def _check_schema(file: Readable, most: Schema) -> None:
     if kinds != [(name, spec.dtype, 1) for name, spec in most.items()] or any(
         found[name].nbytes > most[name].nbytes for name in most
     ):
-        raise BadWeights(f"not these tensors, at most as long: {most}")
+        raise BadWeights(
+            f"not this codec's tensors, at most as long as {most}: does the sender run another "
+            "version of commonweight?"
+        )
 
 
 class _Chosen:
@@ -252,11 +239,10 @@ class _Chosen:
         first, last = np.searchsorted(self.positions, (start + block.start, start + block.stop))
         return self.positions[first:last] - (start + block.start)
 
-    def gaps(self, top: int) -> npt.NDArray[np.uint8]:
-        writer = GapWriter(top)
+    def gaps(self) -> npt.NDArray[np.uint8]:
+        writer = GapWriter()
         starts = range(0, max(len(self.positions), 1), BLOCK)
-        digits = [writer.encode(self.positions[at : at + BLOCK]) for at in starts]
-        return packed(np.concatenate(digits), top)
+        return np.concatenate([writer.encode(self.positions[at : at + BLOCK]) for at in starts])
 
 
 def _size(change: Floats) -> npt.NDArray[np.uint32]:

@@ -21,7 +21,7 @@ from protocols.gaps import deflated
 from protocols.stored import Stored
 from protocols.weights import FLOATING, Array, Part, Schema, Weights, narrow, pieces, widen
 
-#: Dense and sparse positions have two forms.
+#: Gaps between positions that fit into one byte, and some that do not.
 LOSSY = [codecs.find(name) for name in (*KNOWN[1:], "ternary:0.02")]
 NAMES = [codec.name for codec in LOSSY]
 
@@ -334,7 +334,7 @@ def test_a_file_of_another_codec_or_model_is_not_read(tmp_path: Path) -> None:
     for kind in LOSSY:
         path = encode(kind, moved(base, 17), base, tmp_path).update
         for reader in LOSSY:
-            if reader != kind:
+            if reader.name.partition(":")[0] != kind.name.partition(":")[0]:
                 with pytest.raises(BadWeights):
                     decode(reader, path, base)
         if not codecs.is_sparse(kind.name):  # which does not say how long the model is
@@ -357,14 +357,14 @@ def _ternary(
     bits = np.zeros(-(-signs // 8), np.uint8)
     bits[:1] = first
     scale = np.array([1.0] if scales is None else scales, F)
-    i, chunks = deflated(np.array(gaps, np.uint8))
-    return _coded(b=bits, i=i, l=chunks, q=np.empty(0, np.int8), s=scale)
+    g, chunks = deflated(np.array(gaps, np.uint8))
+    return _coded(b=bits, g=g, l=chunks, q=np.empty(0, np.int8), s=scale)
 
 
 def _bomb(nbytes: int) -> Weights:
     """An update whose gaps are so many bytes of 0, deflated as one chunk."""
-    i = np.frombuffer(zlib.compress(bytes(nbytes)), np.uint8)
-    return _coded(**{**_ternary([0x0F], 1), "i": i, "l": np.array([len(i)], np.int32)})
+    g = np.frombuffer(zlib.compress(bytes(nbytes)), np.uint8)
+    return _coded(**{**_ternary([0], 1), "g": g, "l": np.array([len(g)], np.int32)})
 
 
 @pytest.mark.parametrize(
@@ -387,20 +387,20 @@ def _bomb(nbytes: int) -> Weights:
         ("topk", _coded(i=np.zeros((1, 1), np.uint8), v=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(1, np.uint8), v=np.zeros(1, F), w=np.zeros(1, F))),
         ("topk", _coded(i=np.zeros(0, np.uint8))),
-        ("ternary", _ternary([0x00] * 101, 202)),  # more than may be sent
-        ("ternary", _ternary([0x00] * 5, 8)),  # ten positions, eight signs
-        ("ternary", _ternary([0x0F], 9)),  # one position, two bytes of signs
-        ("ternary", _ternary([0x0F], 1, first=0x40)),  # a sign beyond it
-        ("ternary", _ternary([0xFF], 0)),  # the fill of nothing
-        ("ternary", _ternary([0x0F, 0xFF], 1)),  # a gap that does not end
-        ("ternary", _ternary([0xFF] * 33 + [0xEF], 1)),  # beyond the model
-        ("ternary", _ternary([0x0F], 1, scales=[0.0, 0.0])),
-        ("ternary", _ternary([0x0F], 1, scales=[np.nan])),
-        ("ternary", _ternary([0x0F], 1, scales=[-1.0])),
-        ("ternary", _ternary([0x0F], 1, scales=[])),
-        ("ternary", _coded(**{**_ternary([0x0F], 1), "q": np.zeros(1, np.int8)})),
-        ("ternary", _coded(**{**_ternary([0x0F], 1), "l": np.zeros(1, np.int32)})),
-        ("ternary", _coded(**{**_ternary([0x0F], 1), "i": np.zeros(9, np.uint8)})),  # no deflate
+        ("ternary", _ternary([0] * 202, 202)),  # more than may be sent
+        ("ternary", _ternary([0] * 10, 8)),  # ten positions, eight signs
+        ("ternary", _ternary([0], 9)),  # one position, two bytes of signs
+        ("ternary", _ternary([0], 1, first=0x40)),  # a sign beyond it
+        ("ternary", _ternary([255], 0)),  # a gap that does not end
+        ("ternary", _ternary([0, 255], 1)),
+        ("ternary", _ternary([255, 255, 255, 235], 1)),  # beyond the model
+        ("ternary", _ternary([0], 1, scales=[0.0, 0.0])),
+        ("ternary", _ternary([0], 1, scales=[np.nan])),
+        ("ternary", _ternary([0], 1, scales=[-1.0])),
+        ("ternary", _ternary([0], 1, scales=[])),
+        ("ternary", _coded(**{**_ternary([0], 1), "q": np.zeros(1, np.int8)})),
+        ("ternary", _coded(**{**_ternary([0], 1), "l": np.zeros(1, np.int32)})),
+        ("ternary", _coded(**{**_ternary([0], 1), "g": np.zeros(9, np.uint8)})),  # no deflate
         ("ternary", _bomb(1 << 20)),
         ("ternary", _bomb(0)),
     ],
@@ -410,6 +410,17 @@ def test_lies_are_refused(name: str, file: Weights) -> None:
     assert coding is not None
     with pytest.raises(BadWeights):
         Decoded(coding, file, model({"w": (1000,)}, 18))
+
+
+def test_a_ternary_update_of_an_early_build_is_refused_with_a_likely_reason() -> None:
+    """Those wrote gaps in half bytes, as a tensor i: read as they are now, the model is wrong."""
+    coding = codecs.find("ternary").coding
+    assert coding is not None
+    now = _ternary([0], 1)
+    Decoded(coding, now, model({"w": (1000,)}, 18))
+    old = _coded(**{{"g": "i"}.get(name, name): array for name, array in now.items()})
+    with pytest.raises(BadWeights, match="another version of commonweight"):
+        Decoded(coding, old, model({"w": (1000,)}, 18))
 
 
 def test_the_last_position_may_be_the_last_element() -> None:
