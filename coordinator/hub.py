@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from coordinator import heap, metrics, settings, upstream
+from coordinator import heap, settings, upstream
 from coordinator.api import make_app
 from coordinator.auth import Auth
 from coordinator.broker import EmbeddedBroker, ExternalBroker
@@ -165,7 +165,7 @@ class Hub:
             "jobs": self.jobs.work(resume),
         }
         if port := self._settings.metrics_port:
-            work["metrics"] = metrics.serve(port, self._metrics)
+            work["metrics"] = self._serve_metrics(port)
         if (self._home / "upstream" / "enrolled.json").exists():
             work["upstream"] = upstream.keep(self._home)
         if self._settings.announce:
@@ -218,8 +218,14 @@ class Hub:
                 server.renew()
                 log.info("renewed the TLS certificate")
 
-    def _metrics(self) -> str:
-        return metrics.exposition(self.fleet, time.time(), self._refused)
+    async def _serve_metrics(self, port: int) -> None:
+        from coordinator import metrics  # only now: it brings a library that few need
+
+        def text() -> bytes:
+            totals = metrics.Totals(self._refused, self.lane.bytes_up, self.lane.bytes_down)
+            return metrics.exposition(self.fleet, time.time(), totals)
+
+        await metrics.serve(port, text)
 
     # --- what the HTTP routes ask (desk.Desk) ---
 

@@ -1,7 +1,10 @@
-"""The fleet for Prometheus: text of its exposition format, and a small server for it.
+"""The fleet's figures for Prometheus, and a small server for them.
 
-`exposition` is pure and reads the same fold as the monitor. The server answers `GET /metrics` on
-loopback only, without TLS and without a key: it tells numbers and names of runs, nothing else.
+`exposition` is pure: it reads the same state as the monitor. Each call collects into a registry of
+its own, so two coordinators in one process share nothing. The server answers `GET /metrics` on
+loopback only, without TLS and without a key: it serves figures and names of runs, nothing else.
+
+Only a coordinator that serves metrics imports this module: `prometheus_client` takes some memory.
 """
 
 from __future__ import annotations
@@ -9,7 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from coordinator.fleet import Fleet, current_run, finite, shown_state
 from protocols import VERSION
@@ -20,88 +28,118 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HOST = "127.0.0.1"
 _MOST_HEAD_BYTES = 8192
 _PATIENCE_S = 5.0
+_PREFIX = "commonweight_"
 
 
-def exposition(fleet: Fleet, now: float, refused: Mapping[str, int] | None = None) -> str:
-    """Every metric; `refused` counts updates by reason since the coordinator started."""
-    return "\n".join(_lines(fleet, now, refused or {})) + "\n"
+class Totals(NamedTuple):
+    """Counts since the coordinator started. They never fall; a restart begins again at 0."""
+
+    #: Refused updates by reason.
+    refused: Mapping[str, int] = {}
+    #: Bytes of weights that peers sent and received.
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
-def _lines(fleet: Fleet, now: float, refused: Mapping[str, int]) -> Iterator[str]:
-    yield from _metric("info", "gauge", "Version and fleet.", {_labels(version=VERSION): 1})
+def exposition(fleet: Fleet, now: float, totals: Totals = Totals()) -> bytes:
+    """All metrics in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_FleetCollector(fleet, now, totals))
+    return generate_latest(registry)
+
+
+class _FleetCollector(Collector):
+    def __init__(self, fleet: Fleet, now: float, totals: Totals) -> None:
+        self._fleet, self._now, self._totals = fleet, now, totals
+
+    def collect(self) -> Iterable[Metric]:
+        yield from _of_fleet(self._fleet, self._now)
+        yield from _of_totals(self._fleet, self._totals)
+        yield from _of_run(self._fleet)
+
+
+def _of_fleet(fleet: Fleet, now: float) -> Iterator[Metric]:
+    info = _gauge("info", "Version of commonweight.", ["version"])
+    info.add_metric([VERSION], 1)
+    yield info
     states = Counter(shown_state(peer, now) for peer in fleet.peers.values())
-    by_state = {_labels(state=state.value): float(states[state]) for state in PeerState}
-    yield from _metric("peers", "gauge", "Peers by shown state.", by_state)
-    diverged = sum(peer.diverged for peer in fleet.peers.values())
-    yield from _metric("peers_diverged", "gauge", "Peers whose loss is no number.", {"": diverged})
-    links = {
-        _labels(link="mqtt"): float(fleet.links.mqtt),
-        _labels(link="flower"): float(fleet.links.flower),
-    }
-    yield from _metric("link_up", "gauge", "1 while the link is up.", links)
-    rejected = {"": float(fleet.links.rejected)}
-    yield from _metric("messages_rejected_total", "counter", "Forged or broken.", rejected)
-    reasons = {_labels(reason=reason): float(count) for reason, count in refused.items()}
-    yield from _metric("updates_refused_total", "counter", "Refused updates by reason.", reasons)
-    yield from _run(fleet)
+    peers = _gauge("peers", "Peers by the state that the monitor shows.", ["state"])
+    for state in PeerState:
+        peers.add_metric([state.value], states[state])
+    yield peers
+    diverged = _gauge("peers_diverged", "Peers whose loss is NaN or infinite.")
+    diverged.add_metric([], sum(peer.diverged for peer in fleet.peers.values()))
+    yield diverged
+    links = _gauge("link_up", "1 while the link is up, else 0.", ["link"])
+    links.add_metric(["mqtt"], fleet.links.mqtt)
+    links.add_metric(["flower"], fleet.links.flower)
+    yield links
 
 
-def _run(fleet: Fleet) -> Iterator[str]:
+def _of_totals(fleet: Fleet, totals: Totals) -> Iterator[Metric]:
+    rejected = _counter("messages_rejected", "Forged or malformed MQTT messages.")
+    rejected.add_metric([], fleet.links.rejected)
+    yield rejected
+    refused = _counter("updates_refused", "Refused updates by reason.", ["reason"])
+    for reason, count in totals.refused.items():
+        refused.add_metric([reason], count)
+    yield refused
+    sent = _counter(
+        "run_bytes", "Bytes of weights from peers (up) and to them (down).", ["direction"]
+    )
+    sent.add_metric(["up"], totals.bytes_up)
+    sent.add_metric(["down"], totals.bytes_down)
+    yield sent
+
+
+def _of_run(fleet: Fleet) -> Iterator[Metric]:
     run = current_run(fleet)
     if run is None:
         return
     changed, rounds = run.changed, run.rounds
-    name = {"run": changed.run}
-    state = {_labels(**name, task=changed.task, state=changed.state.value): 1.0}
-    yield from _metric("run_state", "gauge", "1 for the state that the run is in.", state)
-    for metric, value, words in (
+    state = _gauge("run_state", "1 for the state that the run is in.", ["run", "task", "state"])
+    state.add_metric([changed.run, changed.task, changed.state.value], 1)
+    yield state
+    figures: list[tuple[str, float | None, str]] = [
         ("run_round", changed.round, "The round under way."),
         ("run_rounds", changed.rounds, "Rounds that were asked for."),
         ("run_quorum", changed.quorum, "Updates that a round needs."),
         ("run_asked", changed.asked, "Peers asked in this phase."),
         ("run_answered", changed.answered, "Peers that have answered."),
-    ):
-        yield from _metric(metric, "gauge", words, {_labels(**name): float(value)})
-    sent = {
-        _labels(**name, direction="up"): float(sum(closed.bytes_up for closed in rounds)),
-        _labels(**name, direction="down"): float(sum(closed.bytes_down for closed in rounds)),
-    }
-    yield from _metric("run_bytes_total", "counter", "Bytes of weights by direction.", sent)
-    if not rounds:
-        return
-    last = rounds[-1]
-    for metric, number, words in (
-        ("round_loss", last.loss, "Loss of the last closed round."),
-        ("round_accuracy", last.accuracy, "Accuracy of the last closed round."),
-        ("round_seconds", last.seconds, "Seconds that it took."),
-        ("round_peers", float(last.peers), "Peers whose updates were summed."),
-        ("round_refused", float(last.refused), "Updates refused in it."),
-        ("aggregation_seconds", last.spent.get("aggregate"), "Seconds of its aggregation."),
-    ):
-        if (told := finite(number)) is not None:
-            yield from _metric(metric, "gauge", words, {_labels(**name): told})
-    parts = {_labels(**name, part=part): seconds for part, seconds in last.spent.items()}
-    yield from _metric("round_part_seconds", "gauge", "Seconds by part of the round.", parts)
+    ]
+    if rounds:
+        last = rounds[-1]
+        figures += [
+            ("round_loss", last.loss, "Loss of the last closed round."),
+            ("round_accuracy", last.accuracy, "Accuracy of the last closed round."),
+            ("round_seconds", last.seconds, "Duration of the last closed round."),
+            ("round_peers", last.peers, "Peers whose updates were aggregated in it."),
+            ("round_refused", last.refused, "Updates refused in it."),
+            ("aggregation_seconds", last.spent.get("aggregate"), "Duration of its aggregation."),
+        ]
+    for name, value, words in figures:
+        if (number := finite(value)) is not None:
+            family = _gauge(name, words, ["run"])
+            family.add_metric([changed.run], number)
+            yield family
+    if rounds:
+        parts = _gauge("round_part_seconds", "Seconds by part of the round.", ["run", "part"])
+        for part, seconds in last.spent.items():
+            parts.add_metric([changed.run, part], seconds)
+        yield parts
 
 
-def _metric(name: str, kind: str, words: str, values: Mapping[str, float]) -> Iterator[str]:
-    if not values:
-        return
-    yield f"# HELP commonweight_{name} {words}"
-    yield f"# TYPE commonweight_{name} {kind}"
-    for labels, value in values.items():
-        yield f"commonweight_{name}{labels} {value:.17g}"
+def _gauge(name: str, words: str, labels: list[str] | None = None) -> GaugeMetricFamily:
+    return GaugeMetricFamily(_PREFIX + name, words, labels=labels or [])
 
 
-def _labels(**labels: str) -> str:
-    def escaped(text: str) -> str:
-        return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-    return "{" + ",".join(f'{name}="{escaped(text)}"' for name, text in labels.items()) + "}"
+def _counter(name: str, words: str, labels: list[str] | None = None) -> CounterMetricFamily:
+    """A counter; the library appends `_total` to its name."""
+    return CounterMetricFamily(_PREFIX + name, words, labels=labels or [])
 
 
 @contextlib.asynccontextmanager
-async def _listening(port: int, text: Callable[[], str]) -> AsyncIterator[int]:
+async def _listening(port: int, text: Callable[[], bytes]) -> AsyncIterator[int]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             async with asyncio.timeout(_PATIENCE_S):
@@ -120,10 +158,10 @@ async def _listening(port: int, text: Callable[[], str]) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-def _answer(head: bytes, text: Callable[[], str]) -> bytes:
+def _answer(head: bytes, text: Callable[[], bytes]) -> bytes:
     method, _, rest = head.partition(b" ")
     found = method == b"GET" and rest.split(b" ")[0].split(b"?")[0] == b"/metrics"
-    body = text().encode() if found else b"GET /metrics\n"
+    body = text() if found else b"GET /metrics\n"
     status = b"200 OK" if found else b"404 Not Found"
     kind = CONTENT_TYPE.encode() if found else b"text/plain"
     length = str(len(body)).encode()
@@ -139,7 +177,7 @@ def _answer(head: bytes, text: Callable[[], str]) -> bytes:
     )
 
 
-async def serve(port: int, text: Callable[[], str]) -> None:
+async def serve(port: int, text: Callable[[], bytes]) -> None:
     """Answer until cancelled. Raises PortInUse."""
     async with _listening(port, text):
         await asyncio.Event().wait()

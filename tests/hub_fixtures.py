@@ -292,9 +292,11 @@ class Fleet:
         self.hub: Hub
 
     @asynccontextmanager
-    async def up(self, *, resume: bool = True) -> AsyncIterator[Hub]:
+    async def up(self, *, resume: bool = True, metrics_port: int = 0) -> AsyncIterator[Hub]:
         """A coordinator over the home; the next one has the same port."""
-        chosen = Settings(host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9")
+        chosen = Settings(
+            host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9", metrics_port=metrics_port
+        )
         self.hub = Hub(self.home, self.keys, chosen)
         self.port = self.hub.port
         ready = asyncio.Event()

@@ -45,6 +45,11 @@ def two_free_ports() -> tuple[int, int]:
         return first.getsockname()[1], second.getsockname()[1]
 
 
+def free_port() -> int:
+    """A port on which nobody listens now."""
+    return two_free_ports()[0]
+
+
 def environment(folder: Path, **settings: str) -> dict[str, str]:
     """This process's, without what is set on this machine for commonweight."""
     found = {name: value for name, value in os.environ.items() if "COMMONWEIGHT" not in name}
