@@ -35,18 +35,18 @@ check: setup
 
 # Every fault on real processes and in the simulator, about half an hour; faults-quick: 5 minutes.
 faults: setup
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m benchmarks.faults
 
 faults-quick: setup
-	$(BIN)/python -m tests.faults --quick
+	$(BIN)/python -m benchmarks.faults --quick
 
 # make soak MINUTES=20: random faults on a real fleet
 MINUTES ?= 20
 soak: setup
-	$(BIN)/python -m tests.faults --soak $(MINUTES)
+	$(BIN)/python -m benchmarks.faults --soak $(MINUTES)
 
 quality: setup
-	$(BIN)/python -m tests.quality
+	$(BIN)/python -m benchmarks.quality
 
 # The docs as a site in build/site, with a reference made from the code; no warning passes
 docs: setup
@@ -59,17 +59,17 @@ man: setup
 # A month in an hour: ROUNDS=10000 of a tiny model, and how memory and open files grew with them
 ROUNDS ?= 10000
 month: setup
-	$(BIN)/python -m tests.faults.month --rounds $(ROUNDS)
+	$(BIN)/python -m benchmarks.faults.month --rounds $(ROUNDS)
 
 # Old agents with a new coordinator and the reverse, from wheels of three versions
 upgrade: setup
 	$(BIN)/pytest -n 0 tests/e2e/upgrade.py
 
 bench: setup
-	$(BIN)/python -m tests.bench --full
+	$(BIN)/python -m benchmarks.speed --full
 
 bench-quick: setup
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m benchmarks.speed
 
 setup: $(READY)
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import click
 import typer.main
 
-import agent.cli
-import coordinator.cli
+import agent.cli.main
+import coordinator.cli.main
 from protocols import VERSION
 
-PROGRAMS = {"commonweight": coordinator.cli.app, "commonweight-agent": agent.cli.app}
+PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
 
 
 class Told(NamedTuple):

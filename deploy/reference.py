@@ -13,7 +13,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import manual  # noqa: E402
 
-from agent.settings import AgentSettings, in_words  # noqa: E402
+from agent.home.settings import AgentSettings, in_words  # noqa: E402
 from protocols import errors  # noqa: E402
 
 

@@ -11,13 +11,13 @@ import click
 import pytest
 import typer.main
 
-import agent.cli
-import coordinator.cli
-from tests.bench import page as figures
+import agent.cli.main
+import coordinator.cli.main
+from benchmarks.speed import page as figures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-PROGRAMS = {"commonweight": coordinator.cli.app, "commonweight-agent": agent.cli.app}
+PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
     "curl",

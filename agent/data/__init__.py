@@ -22,15 +22,15 @@ def open_table(data: DataSettings) -> Reader:
     engine, _, address = data.reader.partition(":")
     try:
         if engine == "arrow":
-            from agent.data.arrow import ArrowReader
+            from agent.data.arrow_reader import ArrowReader
 
             return ArrowReader(data.path)
         if engine == "dask":
-            from agent.data.dask import DaskReader
+            from agent.data.dask_reader import DaskReader
 
             return DaskReader(data.path, address)
         if engine == "spark":
-            from agent.data.spark import SparkReader
+            from agent.data.spark_reader import SparkReader
 
             return SparkReader(data.path, address)
     except ImportError as err:

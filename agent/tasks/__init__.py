@@ -1,7 +1,7 @@
 """Tasks: model, data loading and local training behind one small protocol.
 
 A task is any class with the methods of `Task`; its file need not import this one (docs/tasks.md
-has an example). Where a task is found: `agent.tasks.finding`.
+has an example). Where a task is found: `agent.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from agent.data.settings import DataSettings as DataSettings
 from protocols.errors import UnknownName, UsageFault
-from protocols.statistics import TableStatistics
-from protocols.tallies import Tallies
-from protocols.weights import Array, Schema, Weights
+from protocols.model.weights import Array, Schema, Weights
+from protocols.tables.evaluation_counts import Tallies
+from protocols.tables.statistics import TableStatistics
 
 Setting = str | int | float | bool
 Settings = Mapping[str, Setting]
@@ -46,7 +46,8 @@ class TrainOutcome(NamedTuple):
 class EvalOutcome(NamedTuple):
     """The number of held-out examples and metrics over them, such as "loss" and "accuracy".
 
-    `tallies` (which may be left out) are what is added up over peers: see `protocols.tallies`.
+    `tallies` (which may be left out) are what is added up over peers: see
+    `protocols.tables.evaluation_counts`.
     """
 
     num_examples: int
@@ -107,8 +108,9 @@ class Resumable(Protocol):
 class Surveying(Protocol):
     """What a task may do besides: tell statistics from which follows what all peers share.
 
-    They are merged by the coordinator; what it makes of them (`protocols.preprocessing`) comes with
-    all later settings as "preprocessing". Until then nothing but `load` and `survey` is called.
+    They are merged by the coordinator; what it makes of them (`protocols.tables.preprocessing`)
+    comes with all later settings as "preprocessing". Until then nothing but `load` and `survey` is
+    called.
     """
 
     def survey(self, settings: Settings) -> TableStatistics:

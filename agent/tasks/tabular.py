@@ -2,9 +2,9 @@
 
     commonweight run start tabular --target price [--kind regression] [--features rooms,area]
 
-Before round 1 the peers survey their tables; from their merged statistics follows one
-preprocessing for all (`protocols.preprocessing` has the rules), which comes with the settings.
-The settings of the loop are in `plan`; besides:
+Before round 1 the peers survey their tables; from their merged statistics follows one preprocessing
+for all (`protocols.tables.preprocessing` has the rules), which comes with the settings. The
+settings of the loop are in `plan`; besides:
 
 Setting      Default   Meaning
 target                 the column to be predicted
@@ -29,20 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.data import Reader, encode, open_table, survey
-from agent.data.encode import Encoded, Rows
+from agent.data import Reader, features, open_table
+from agent.data import profile as survey
+from agent.data.features import Encoded, Rows
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome, devices
-from agent.tasks.classifying import measured
-from agent.tasks.local_training import Examples, LocalTraining, by_autograd
-from agent.tasks.plan import LOOP, read_plan, settings_of
-from agent.tasks.position import Tensors
-from agent.tasks.seeds import stream
-from protocols import preprocessing, tallies
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks.training import devices
+from agent.tasks.training.classification import measured
+from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.seeds import stream
+from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
 from protocols.errors import DataFault, UnknownName, UsageFault
-from protocols.preprocessing import Preprocessing
-from protocols.statistics import TableStatistics
-from protocols.weights import Schema, TensorSpec, Weights
+from protocols.model.weights import Schema, TensorSpec, Weights
+from protocols.tables import evaluation_counts, preprocessing
+from protocols.tables.preprocessing import Preprocessing
+from protocols.tables.statistics import TableStatistics
 
 EVALUATION_BATCH = 8192
 DEFAULTS: dict[str, Setting] = {
@@ -61,7 +63,7 @@ DEFAULTS: dict[str, Setting] = {
     "lr": 0.01,
 }
 #: Fewer rows than this cannot be parted into some to train on and some to measure on.
-_FEWEST_ROWS = encode.HELD_OUT_OF
+_FEWEST_ROWS = features.HELD_OUT_OF
 
 
 class _Model(NamedTuple):
@@ -171,7 +173,7 @@ class Tabular:
             chance = stream("held out", self._data.seed, self._data.index)
             folder = Path(self._data.cache or ".")
             made = _preprocessing(settings)
-            rows = encode.encoded(self._reader(), made, chance, folder)
+            rows = features.encoded(self._reader(), made, chance, folder)
             count = len(rows.trained_on.y) + len(rows.held_out.y)
             if count < max(_FEWEST_ROWS, self._data.min_rows):
                 raise DataFault(
@@ -229,7 +231,7 @@ class Tabular:
             )
         first = 0
         for batch in reader.batches(names):
-            out = model.forward(w, torch.from_numpy(encode.inputs(batch, made)))
+            out = model.forward(w, torch.from_numpy(features.inputs(batch, made)))
             rows = {"row": range(first, first + len(batch))}
             first += len(batch)
             if target.classes:
@@ -253,7 +255,7 @@ def _preprocessing(settings: Settings) -> Preprocessing:
 def _model(settings: Settings) -> _Model:
     """Raises UnknownName, UsageFault, DataFault."""
     chosen, made = settings_of(settings, DEFAULTS), _preprocessing(settings)
-    numbers, _ = encode.width(made)
+    numbers, _ = features.width(made)
     outputs = len(made.target.classes) or 1
     sizes = [len(feature.categories) + 2 for feature in made.categorical]
     if chosen["model"] == "linear":
@@ -277,7 +279,7 @@ def _measured(
 ) -> EvalOutcome:
     w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
     squared, absolute, seen = 0.0, 0.0, 0
-    told: list[tallies.Tallies] = []
+    told: list[evaluation_counts.Tallies] = []
     steps = -(-len(held_out.y) // EVALUATION_BATCH)
     batches = zip(
         torch.split(held_out.x, EVALUATION_BATCH),
@@ -289,7 +291,7 @@ def _measured(
         error = (guess - y).double()
         # Of which the mean is taken away: no sum says where the target lies.
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
-        told.append({"regression": tallies.regression_of(*in_units)})
+        told.append({"regression": evaluation_counts.regression_of(*in_units)})
         squared += float(error.square().sum())
         absolute += float(error.abs().sum())
         seen += len(y)
@@ -298,4 +300,4 @@ def _measured(
     metrics = {"loss": loss, "mse": loss * scale**2, "mae": absolute / seen * scale}
     if not math.isfinite(loss):
         return EvalOutcome(seen, metrics)
-    return EvalOutcome(seen, metrics, tallies.merged(told, [1.0] * len(told)))
+    return EvalOutcome(seen, metrics, evaluation_counts.merged(told, [1.0] * len(told)))

@@ -6,18 +6,18 @@ offers. `feeding` says how its `aggregate_train` is given a round's updates.
 
 from __future__ import annotations
 
-from coordinator.facts import RunSpec
+from coordinator.storage.run_events import RunSpec
+from coordinator.strategies.adapter import Recipe
 from coordinator.strategies.bulyan import Bulyan
-from coordinator.strategies.coordinatewise import FedMedian, FedTrimmedAvg
+from coordinator.strategies.custom import Own
 from coordinator.strategies.diloco import DiLoCo
 from coordinator.strategies.fedavgm import FedAvgM
 from coordinator.strategies.fedbn import FedBN
 from coordinator.strategies.fedopt import FedOpt
 from coordinator.strategies.fedprox import FedProx
 from coordinator.strategies.krum import Krum, MultiKrum
-from coordinator.strategies.own import Own
+from coordinator.strategies.median import FedMedian, FedTrimmedAvg
 from coordinator.strategies.qfedavg import QFedAvg
-from coordinator.strategies.recipe import Recipe
 from coordinator.strategies.scaffold import Scaffold
 from protocols.errors import UnknownName
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.facts import RunSpec
-from coordinator.strategies.coordinatewise import refuse_sparse
-from coordinator.strategies.recipe import Recipe, least
+from coordinator.storage.run_events import RunSpec
+from coordinator.strategies.adapter import Recipe, least
+from coordinator.strategies.median import refuse_sparse
 
 
 class Bulyan(Recipe):

@@ -2,7 +2,7 @@
 
 Douillard et al. 2023, arXiv 2311.08105. Flower has no such strategy, so the server's half is a
 class of ours (`nesterov`), which remembers one array for each weight. The peers' optimisers go on
-from round to round, and stay at home (`agent.personal`).
+from round to round, and stay at home (`agent.trainer.personalization`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from coordinator.facts import Setting
-from coordinator.strategies.recipe import Arrays, Recipe
-from protocols import schemes
+from coordinator.storage.run_events import Setting
+from coordinator.strategies.adapter import Arrays, Recipe
+from protocols.model import personalization
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -25,7 +25,7 @@ class DiLoCo(Recipe):
     for_trainers = MappingProxyType({"keep_optimiser": True})
 
     def flower_class(self) -> type[Strategy]:
-        from coordinator.strategies.nesterov import DiLoCo as Strategy
+        from coordinator.strategies.diloco_server import DiLoCo as Strategy
 
         return Strategy
 
@@ -41,4 +41,4 @@ class DiLoCo(Recipe):
 
     def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
         keeps = self.arguments(given)["keep_optimiser"]
-        return {schemes.KEEP_OPTIMISER: True} if keeps else {}
+        return {personalization.KEEP_OPTIMISER: True} if keeps else {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.strategies.recipe import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, Recipe
 
 MOMENTUM = "momentum"
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from coordinator.facts import Setting
-from coordinator.strategies.recipe import Recipe
-from protocols import schemes
+from coordinator.storage.run_events import Setting
+from coordinator.strategies.adapter import Recipe
+from protocols.model import personalization
 
 
 class FedBN(Recipe):
@@ -20,4 +20,4 @@ class FedBN(Recipe):
     for_trainers = MappingProxyType({"layers": "*norm*"})
 
     def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        return {schemes.AT_HOME: self.arguments(given)["layers"]}
+        return {personalization.AT_HOME: self.arguments(given)["layers"]}

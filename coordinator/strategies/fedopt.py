@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coordinator.strategies.recipe import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, Recipe
 
 FIRST, SECOND = "first_moment", "second_moment"
 

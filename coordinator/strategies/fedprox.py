@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from coordinator.strategies.recipe import Recipe
+from coordinator.strategies.adapter import Recipe
 
 
 class FedProx(Recipe):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.strategies.recipe import Recipe, least
+from coordinator.strategies.adapter import Recipe, least
 from protocols.errors import CannotBeMet
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from coordinator.facts import Setting
-from coordinator.strategies.recipe import Arrays, Recipe
+from coordinator.storage.run_events import Setting
+from coordinator.strategies.adapter import Arrays, Recipe
 
 
 class QFedAvg(Recipe):
@@ -20,7 +20,7 @@ class QFedAvg(Recipe):
     copies = 1.1
 
     def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        from coordinator.records import HeldRecord
+        from coordinator.transport.flower_records import HeldRecord
 
         made.current_arrays = HeldRecord(base)
 

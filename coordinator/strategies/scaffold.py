@@ -1,8 +1,9 @@
 """SCAFFOLD: control variates correct what local steps on unlike data lead astray.
 
-Karimireddy et al. 2020, arXiv 1910.06378. Versions hold c beside the model (`protocols.schemes`),
-updates c + (c_i⁺ - c_i), and the trainer does the client's half (`agent.personal`); Flower has no
-such strategy, so the server's half is a class of ours: `control_variates`.
+Karimireddy et al. 2020, arXiv 1910.06378. Versions hold c beside the model
+(`protocols.model.personalization`), updates c + (c_i⁺ - c_i), and the trainer does the client's
+half (`agent.trainer.personalization`); Flower has no such strategy, so the server's half is a class
+of ours: `control_variates`.
 
 With option 3 an update holds the weights alone, in as many bytes as FedAvg's: c_i⁺ of option 2
 follows from them and from the path (learning rate times steps) that the peer tells, so c moves
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coordinator.facts import Setting
-from coordinator.strategies.recipe import LIMITS, Arrays, Recipe
-from protocols import schemes
-from protocols.messages import Metrics
-from protocols.weights import DTYPES, Array, Part, Readable, widen
+from coordinator.storage.run_events import Setting
+from coordinator.strategies.adapter import LIMITS, Arrays, Recipe
+from protocols.messages.envelope import Metrics
+from protocols.model import personalization
+from protocols.model.weights import DTYPES, Array, Part, Readable, widen
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -39,7 +40,7 @@ class Scaffold(Recipe):
     needs_base = True
 
     def flower_class(self) -> type[Strategy]:
-        from coordinator.strategies.control_variates import Scaffold as Strategy
+        from coordinator.strategies.scaffold_server import Scaffold as Strategy
 
         return Strategy
 
@@ -47,12 +48,12 @@ class Scaffold(Recipe):
         made.base = base
 
     def metric(self, given: Mapping[str, Setting]) -> str:
-        return schemes.PATH if self.arguments(given)["option"] == 3 else ""
+        return personalization.PATH if self.arguments(given)["option"] == 3 else ""
 
     def fault(self, given: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
-        path = metrics.get(schemes.PATH) if self.metric(given) else None
+        path = metrics.get(personalization.PATH) if self.metric(given) else None
         if path and not norm / path <= _MOST:
-            return f"a {schemes.PATH} of {path:g} for a change of {norm:g} makes infinities"
+            return f"a {personalization.PATH} of {path:g} for a change of {norm:g} makes infinities"
         return ""
 
     def seen(
@@ -60,10 +61,10 @@ class Scaffold(Recipe):
     ) -> Readable:
         if self.arguments(given)["option"] != 3:
             return update
-        return WithControls(update, base, metrics[schemes.PATH] or 0.0)
+        return WithControls(update, base, metrics[personalization.PATH] or 0.0)
 
     def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        return {schemes.SCAFFOLD: self.arguments(given)["option"]}
+        return {personalization.SCAFFOLD: self.arguments(given)["option"]}
 
 
 class WithControls:
@@ -78,11 +79,11 @@ class WithControls:
 
     def read(self, part: Part) -> Array:
         """The elements of a part, flat, in the tensor's dtype."""
-        if not schemes.is_derived(part.name):
+        if not personalization.is_derived(part.name):
             return self._update.read(part)
         if not self._path:
             return self._base.read(part)
-        of = part._replace(name=part.name.removeprefix(schemes.DERIVED))
+        of = part._replace(name=part.name.removeprefix(personalization.DERIVED))
         x, y = self._base.read(of), self._update.read(of)
         if self.schema[of.name].dtype == "BF16":
             x, y = widen(x), widen(y)

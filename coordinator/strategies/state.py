@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from protocols import durable, weights
 from protocols.errors import BadWeights, CommonweightError
-from protocols.removal import remove
-from protocols.stored import Stored, Writer
-from protocols.weights import DTYPES, FLOATING, Part, Schema, TensorSpec, Weights
+from protocols.local import atomic_files
+from protocols.local.background_unlink import remove
+from protocols.model import weights
+from protocols.model.weights import DTYPES, FLOATING, Part, Schema, TensorSpec, Weights
+from protocols.model.weights_file import Stored, Writer
 
 Arrays = dict[Part, npt.NDArray[Any]]
 
@@ -69,7 +70,7 @@ class States:
     def adopt(self, temporary: Path, digest: str) -> str:
         """Give a whole, synced file its name."""
         temporary.replace(self.path(digest))
-        durable.sync_folder(self._folder)
+        atomic_files.sync_folder(self._folder)
         self._proven.add(digest)
         return digest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.fleet_harness import Fleet, descendants, fleet, until
+from tests.support.fleet_harness import Fleet, descendants, fleet, until
 
 #: Seconds of work a round on one core, and the same in every test run.
 SLOW = ["--set", "epochs=30", "--seed", "7"]

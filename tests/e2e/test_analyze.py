@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.fleet_harness import fleet
+from tests.support.fleet_harness import fleet
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import (
+from tests.support.fleet_harness import (
     AGENT,
     COORDINATOR,
     HOST,
@@ -205,7 +205,9 @@ def test_the_coordinator_at_work_has_never_loaded_torch(site: Fleet) -> None:
         assert "numpy" in libraries, "the libraries of the process are listed"
         assert "torch" not in libraries
         return
-    code = "import sys, coordinator.cli, coordinator.hub; print('torch' in sys.modules)"
+    code = (
+        "import sys, coordinator.cli, coordinator.daemon.coordinator; print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env=environment(site.folder),

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.fleet_harness import (
+from tests.support.fleet_harness import (
     COORDINATOR,
     Program,
     alive,

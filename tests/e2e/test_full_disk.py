@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import Fleet, fleet, until
-from tests.faults.disk import can_mount, fill, small_disk
+from benchmarks.faults.disk import can_mount, fill, small_disk
+from tests.support.fleet_harness import Fleet, fleet, until
 
 pytestmark = [
     pytest.mark.long,

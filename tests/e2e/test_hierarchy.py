@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.agent.data.tables import MIXED, write_csv
-from tests.e2e.fleet_harness import ROOT, Fleet, fleet, until
 from tests.e2e.test_tabular import joined
+from tests.support.fleet_harness import ROOT, Fleet, fleet, until
+from tests.support.tables import MIXED, write_csv
 
 pytestmark = pytest.mark.long
 

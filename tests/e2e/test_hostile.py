@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Error, Message
 
-from agent import settings
-from agent.client import Client, refusal_text
-from agent.credentials import Credentials
-from agent.frames import Done
-from agent.link import Link
+from agent.clientapp.app import Client, refusal_text
+from agent.home import settings
+from agent.home.credentials import Credentials
 from agent.tasks import Settings
-from agent.tasks.mnist import Mnist
-from protocols import schemas, topics, weights
+from agent.tasks.demo.mnist import Mnist
+from agent.trainer.ipc import Done
+from agent.transport.coordinator_client import Link
 from protocols.errors import TrainerFailed
-from protocols.weights import Weights
-from tests.e2e.fleet_harness import Fleet, fleet, until
-from tests.mqtt_fixtures import rogue as with_password_only
+from protocols.messages import topics
+from protocols.model import schema_card, weights
+from protocols.model.weights import Weights
+from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.mqtt_fleet import rogue as with_password_only
 
 SHORT = ["--set", "epochs=1", "--set", "max_steps=20"]
 
@@ -87,7 +88,7 @@ class RogueTrainer:
     """Says what it likes: a fault a round, and lies about its evaluation."""
 
     def describe(self, task: str, settings: Settings) -> bytes:
-        return schemas.encode(schemas.card(task, "", Mnist().schema({})))
+        return schema_card.encode(schema_card.card(task, "", Mnist().schema({})))
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         raise TrainerFailed("task", "a rogue makes no first weights")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bench import rows_task
-from tests.e2e.fleet_harness import Fleet, closing
+from benchmarks.speed import rows_task
+from tests.support.fleet_harness import Fleet, closing
 
 SETTINGS = {
     "COMMONWEIGHT_AGENT_TASK_FILES": f"rows={Path(rows_task.__file__)}:Rows",

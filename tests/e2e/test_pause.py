@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.fleet_harness import Fleet, fleet
+from tests.support.fleet_harness import Fleet, fleet
 
 pytestmark = pytest.mark.long
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import fleet
+from tests.support.fleet_harness import fleet
 
 pytestmark = pytest.mark.long
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
+from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
 
 _STREAM = next(
     (p for p in Path("/usr").glob("lib*/nginx/modules/ngx_stream_module.so")), Path("missing")

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports, until
+from tests.support.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports, until
 
 pytestmark = pytest.mark.long
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import AGENT, COORDINATOR, command, environment, until
+from tests.support.fleet_harness import AGENT, COORDINATOR, command, environment, until
 
 pytestmark = [
     pytest.mark.long,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.data.tables import MIXED, write_csv
-from tests.e2e.fleet_harness import Fleet, fleet
+from tests.support.fleet_harness import Fleet, fleet
+from tests.support.tables import MIXED, write_csv
 
 
 def joined(site: Fleet, name: str, table: Path) -> None:

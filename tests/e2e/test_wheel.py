@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import wheels
-from tests.e2e.fleet_harness import ROOT, environment, fleet
-from tests.e2e.wheels import SCRIPTS, python_in
+from tests.support import wheels
+from tests.support.fleet_harness import ROOT, environment, fleet
+from tests.support.wheels import SCRIPTS, python_in
 
 
 @pytest.fixture(scope="module")

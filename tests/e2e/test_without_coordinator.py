@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_harness import fleet, until
+from tests.support.fleet_harness import fleet, until
 
 
 @pytest.mark.long

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from protocols import VERSION
-from tests.e2e.fleet_harness import ROOT, Fleet, closing, until
-from tests.e2e.wheels import SCRIPTS, installed, source_as, wheel
+from tests.support.fleet_harness import ROOT, Fleet, closing, until
+from tests.support.wheels import SCRIPTS, installed, source_as, wheel
 
 _STEP = """
 

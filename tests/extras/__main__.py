@@ -75,7 +75,7 @@ def environment(name: str) -> Path:
     if done.returncode:
         raise NotRun(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
     if "spark" in name:
-        java = [str(python), "-c", "from agent.data.spark import check_java; check_java()"]
+        java = [str(python), "-c", "from agent.data.spark_reader import check_java; check_java()"]
         if (said := subprocess.run(java, capture_output=True, text=True)).returncode:
             raise NotRun(said.stderr.strip().splitlines()[-1])
     return python

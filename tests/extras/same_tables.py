@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from agent.analysis.compute import compute
-from agent.data import Reader, open_table, survey
+from agent.analytics.compute import compute
+from agent.data import Reader, open_table, profile
 from agent.data.settings import DataSettings
-from coordinator.analysis import figures
-from protocols.analysis.grammar import question
-from protocols.preprocessing import wanted
-from tests.agent.data.tables import MIXED, write_csv, write_parquet
+from coordinator.jobs import analysis
+from protocols.analytics.parser import question
+from protocols.tables.preprocessing import wanted
+from tests.support.tables import MIXED, write_csv, write_parquet
 
 FORMS = ("csv", "semicolons", "files", "parquet")
 
@@ -52,7 +52,7 @@ def check_statistics(data: DataSettings) -> None:
     """The same statistics, to what float64 can hold."""
     asked = wanted({"target": "label", "scaling": "minmax"})
     found, expected = (
-        survey.survey(open_table(one), one, asked)
+        profile.survey(open_table(one), one, asked)
         for one in (data, msgspec.structs.replace(data, reader="arrow"))
     )
     assert found.rows == expected.rows
@@ -138,7 +138,7 @@ def check_pandas(path: Path) -> None:
     frame = pd.read_csv(path, keep_default_na=False, na_values={"age": [""], "income": ["", "NA"]})
     asked = question("count, missing(age), sum(income), mean(age), min(age), max(income)")
     cells = compute(asked, open_table(DataSettings(path=str(path)))).cells[()]
-    told = [figures.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
+    told = [analysis.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
     assert told == pytest.approx(
         [
             len(frame),

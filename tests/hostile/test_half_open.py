@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent import settings
-from agent.credentials import Credentials
-from agent.link import Link
-from coordinator.doorkeeper import PATIENCE_S
-from coordinator.server import (
+from agent.home import settings
+from agent.home.credentials import Credentials
+from agent.transport.coordinator_client import Link
+from coordinator.transport.http_connection import PATIENCE_S
+from coordinator.transport.http_server import (
     HANDSHAKE_S,
     MAX_PER_ADDRESS,
     NEW_AT_ONCE,
@@ -24,8 +24,8 @@ from coordinator.server import (
     household,
     listen,
 )
-from tests.e2e.fleet_harness import fleet, until
 from tests.hostile.tools import bounded_growth, plain, secure
+from tests.support.fleet_harness import fleet, until
 
 EXCHANGES = 200
 #: What a sweep and a busy machine may add to the server's own limits.

@@ -26,16 +26,17 @@ from flwr.proto.message_pb2 import ObjectTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.link import _pack, _unpack
-from coordinator import fleet as fleets
-from coordinator import gate
-from coordinator.facts import RunSpec
-from coordinator.feed import Feed
-from coordinator.fleet import Fleet
-from coordinator.gate import Expected
-from coordinator.records import CLAIM, read_claim
-from coordinator.runs import Run
-from protocols import identity, messages, requests, tickets, topics, weights
+from agent.transport.coordinator_client import _pack, _unpack
+from coordinator.fleet import reducer as fleets
+from coordinator.fleet.reducer import Fleet
+from coordinator.runs import validation
+from coordinator.runs.state import Run
+from coordinator.runs.validation import Expected
+from coordinator.storage.run_events import RunSpec
+from coordinator.transport.flower_records import CLAIM, read_claim
+from coordinator.transport.mqtt_client import Feed
+from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment.joining import Joining
 from protocols.errors import (
     BadMessage,
     BadWeights,
@@ -43,7 +44,12 @@ from protocols.errors import (
     TicketMalformed,
     UpdateRefused,
 )
-from protocols.exchange import (
+from protocols.messages import envelope as messages
+from protocols.messages import topics
+from protocols.messages.envelope import Presence, Telemetry, seal, unseal
+from protocols.messages.mqtt import MqttAddress, Voice
+from protocols.messages.states import PeerState, RunState
+from protocols.messages.work import (
     EXCHANGE_PATH,
     Exchange,
     Parcel,
@@ -54,14 +60,11 @@ from protocols.exchange import (
     sign_claim,
     sign_work,
 )
-from protocols.joining import Joining
-from protocols.messages import Presence, Telemetry, seal, unseal
-from protocols.mqtt import MqttAddress, Voice
-from protocols.states import PeerState, RunState
-from protocols.stored import Stored
-from protocols.weights import Weights
+from protocols.model import weights
+from protocols.model.weights import Weights
+from protocols.model.weights_file import Stored
 from tests.hostile.mutate import CHANGES, PLACES, WEIRD, as_json, distorted, few, mutated, plain_of
-from tests.site_fixtures import Machine, Site
+from tests.support.https_site import Machine, Site
 
 tried: Counter[str] = Counter()
 KEY = identity.new_signing_key()
@@ -132,7 +135,13 @@ def test_join_bodies(
     assert len(site.registry.peers) == before
 
 
-HEADERS = [requests.SENDER, requests.TIME, requests.NONCE, requests.BODY, requests.SIGNATURE]
+HEADERS = [
+    signed_requests.SENDER,
+    signed_requests.TIME,
+    signed_requests.NONCE,
+    signed_requests.BODY,
+    signed_requests.SIGNATURE,
+]
 
 
 @given(st.sampled_from(HEADERS), CHANGES, st.sampled_from(["GET", "PUT", "get", ""]))
@@ -141,10 +150,10 @@ def test_signed_request_headers(
     name: str, changes: list[tuple[str, int, bytes]], method: str
 ) -> None:
     tried["request"] += 1
-    sent = requests.headers(PEER, KEY.sign, "GET", "/cw/v1/mqtt")
+    sent = signed_requests.headers(PEER, KEY.sign, "GET", "/cw/v1/mqtt")
     sent[name] = mutated(sent[name].encode(), changes).decode("latin-1")
     try:
-        signed = requests.read(method, "/cw/v1/mqtt", sent, time.time())
+        signed = signed_requests.read(method, "/cw/v1/mqtt", sent, time.time())
     except BadMessage:
         return
     good = identity.verify(PUBLIC, signed.signature, signed.message)
@@ -251,7 +260,7 @@ def judge(payload: bytes, signature: bytes) -> UpdateClaim | None:
     try:
         claim, payload, signature = read_claim(reply)
         expected = Expected("train", "a" * 64, {})
-        gate.check_claim(RUN, expected, PEER, claim, payload, signature, knows)
+        validation.check_claim(RUN, expected, PEER, claim, payload, signature, knows)
     except (BadMessage, KeyError, TypeError, ValueError, UpdateRefused):
         return None
     return claim
@@ -277,7 +286,7 @@ def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
         assert (claim.run, claim.round, claim.kind, claim.peer) == ("mnist-1", 2, "train", PEER)
         assert claim.base == "a" * 64
         assert 0 < claim.num_examples <= RUN.spec.max_examples
-        assert len(claim.metrics) <= gate.MAX_METRICS
+        assert len(claim.metrics) <= validation.MAX_METRICS
 
 
 WORK = Work(run="r", round=1, kind="train", task="mnist", base="a" * 64, settings={"lr": 0.1})
@@ -333,7 +342,9 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
         refused.append(True)
     assert len(set(refused)) == 1
     with contextlib.suppress(UpdateRefused):
-        gate.check_weights(Expected("train", "", MODEL.schema), lambda: weights.from_bytes(data))
+        validation.check_weights(
+            Expected("train", "", MODEL.schema), lambda: weights.from_bytes(data)
+        )
 
 
 _files: dict[str, Path] = {}

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from coordinator import facts, runs, transitions
-from coordinator import fleet as fleets
-from coordinator.records import CLAIM
-from protocols import weights
-from protocols.exchange import UpdateClaim, claim_part, decode_claim, sign_claim
-from protocols.states import RunState
-from protocols.weights import Weights
-from tests.hub_fixtures import Agent, first_weights, fleet_of, some_data
+from coordinator.fleet import reducer as fleets
+from coordinator.runs import state, transitions
+from coordinator.storage import run_events
+from coordinator.transport.flower_records import CLAIM
+from protocols.messages.states import RunState
+from protocols.messages.work import UpdateClaim, claim_part, decode_claim, sign_claim
+from protocols.model import weights
+from protocols.model.weights import Weights
+from tests.support.in_process_fleet import Agent, first_weights, fleet_of, some_data
 
 #: The model has a tensor of (20, 3): numpy would take (1, 3) for it without a word.
 FEATURES, CLASSES = 20, 3
@@ -122,7 +123,7 @@ EVALUATIONS: list[tuple[str | None, dict[str, Any]]] = [
 ]
 
 
-def digests(run: runs.Run) -> list[str]:
+def digests(run: state.Run) -> list[str]:
     return [closed.digest for closed in run.history]
 
 
@@ -148,7 +149,7 @@ async def test_the_result_is_that_of_the_run_without_the_rogue(tmp_path: Path) -
         run_id = fleet.start(rounds=rounds, quorum=2, seed=3)
         run = await fleet.finished(run_id)
         assert run.state is RunState.FINISHED
-        found = [f for f in fleet.facts(run_id, facts.UpdateRefused) if f.kind == "train"]
+        found = [f for f in fleet.facts(run_id, run_events.UpdateRefused) if f.kind == "train"]
         assert [(f.round, f.peer, f.reason) for f in found] == [
             (number, rogue.peer, word) for number, word in enumerate(words, 1)
         ]
@@ -177,7 +178,7 @@ async def test_lies_about_an_evaluation_move_nothing(tmp_path: Path) -> None:
         assert run.state is RunState.FINISHED
         refused = {
             f.round: f.reason
-            for f in fleet.facts(run_id, facts.UpdateRefused)
+            for f in fleet.facts(run_id, run_events.UpdateRefused)
             if f.kind == "evaluate"
         }
         assert refused == {n: word for n, (word, _) in enumerate(EVALUATIONS, 1) if word}

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from agent.link import Link, _pack
-from agent.wire import Answer, Body
-from coordinator import facts
-from coordinator.records import CLAIM
-from protocols import identity, requests, weights
-from protocols.exchange import EXCHANGE_PATH, Exchange, UpdateClaim, decode_claim, sign_claim
-from protocols.joining import MQTT_PATH, STANDING_PATH
-from protocols.states import RunState
-from protocols.weights import Weights
+from agent.transport.coordinator_client import Link, _pack
+from agent.transport.http_client import Answer, Body
+from coordinator.storage import run_events
+from coordinator.transport.flower_records import CLAIM
+from protocols.enrollment import identity, signed_requests
+from protocols.enrollment.joining import MQTT_PATH, STANDING_PATH
+from protocols.messages.states import RunState
+from protocols.messages.work import EXCHANGE_PATH, Exchange, UpdateClaim, decode_claim, sign_claim
+from protocols.model import weights
+from protocols.model.weights import Weights
 from tests.hostile.tools import (
     PROTOBUF,
     client,
@@ -32,9 +33,15 @@ from tests.hostile.tools import (
     ours,
     state_of,
 )
-from tests.hub_fixtures import Agent, Fleet, fleet_of, some_data, until
+from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data, until
 
-OURS = (requests.SENDER, requests.TIME, requests.NONCE, requests.BODY, requests.SIGNATURE)
+OURS = (
+    signed_requests.SENDER,
+    signed_requests.TIME,
+    signed_requests.NONCE,
+    signed_requests.BODY,
+    signed_requests.SIGNATURE,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +165,7 @@ async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path
 
 
 def test_one_who_spends_all_its_nonces_shuts_out_nobody_else() -> None:
-    nonces = requests.Nonces(limit=1000)
+    nonces = signed_requests.Nonces(limit=1000)
     now = time.time()
     assert sum(nonces.spend("rogue", str(number), now) for number in range(5000)) == 1000
     assert nonces.spend("ada", "0", now)
@@ -169,7 +176,7 @@ def test_one_who_spends_all_its_nonces_shuts_out_nobody_else() -> None:
 
 def counted(fleet: Fleet, run_id: str) -> list[tuple[int, str]]:
     """Round and peer of each update in the ledger that counts (not evaluations)."""
-    accepted = fleet.facts(run_id, facts.UpdateAccepted)
+    accepted = fleet.facts(run_id, run_events.UpdateAccepted)
     return [(fact.round, fact.peer) for fact in accepted if fact.update.digest]
 
 

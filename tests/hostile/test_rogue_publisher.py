@@ -13,13 +13,14 @@ from typing import Any
 import aiomqtt
 import pytest
 
-from agent import presence, settings
-from agent.credentials import Credentials
-from agent.link import Link
-from agent.presence import PresenceLink
-from coordinator.remote import Remote
-from protocols import topics
-from protocols.messages import (
+from agent.home import settings
+from agent.home.credentials import Credentials
+from agent.transport import mqtt_client
+from agent.transport.coordinator_client import Link
+from agent.transport.mqtt_client import PresenceLink
+from coordinator.remote.api_client import Remote
+from protocols.messages import topics
+from protocols.messages.envelope import (
     Body,
     Command,
     Doorbell,
@@ -31,10 +32,10 @@ from protocols.messages import (
     Telemetry,
     seal,
 )
-from protocols.mqtt import MqttAddress, Voice, tls_context
-from protocols.states import PeerState, RunState
-from tests.e2e.fleet_harness import Fleet, fleet
-from tests.mqtt_fixtures import until as soon
+from protocols.messages.mqtt import MqttAddress, Voice, tls_context
+from protocols.messages.states import PeerState, RunState
+from tests.support.fleet_harness import Fleet, fleet
+from tests.support.mqtt_fleet import until as soon
 
 FLOOD = 5000
 IDLE = Presence(state=PeerState.IDLE, name="victim", tasks=("ping", "mnist"))
@@ -322,7 +323,7 @@ async def test_who_takes_over_a_client_id_takes_nobody_offline_for_good(
             named.append(f"cw{text}")
         return text
 
-    monkeypatch.setattr(presence.secrets, "token_hex", noted)
+    monkeypatch.setattr(mqtt_client.secrets, "token_hex", noted)
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
     await asyncio.to_thread(victim.link.open)
     async with victim.online():

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent import settings
-from protocols import tickets
-from tests.e2e.fleet_harness import ROOT, Fleet, descendants, fleet, until
+from agent.home import settings
+from protocols.enrollment import tickets
 from tests.hostile.tools import files_in
+from tests.support.fleet_harness import ROOT, Fleet, descendants, fleet, until
 
 OURS = ("agent", "coordinator", "protocols")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
@@ -74,7 +74,7 @@ def test_no_bytes_become_code() -> None:
     files = list(sources())
     assert len(files) > 50
     # Reads a pickle of an installed package, not of the wire, in a process that holds nothing else.
-    apart = {"agent/tasks/motion_file.py"}
+    apart = {"agent/tasks/demo/motion_download.py"}
     assert apart <= {str(path.relative_to(ROOT)) for path in files}
     found = [d for path in files if str(path.relative_to(ROOT)) not in apart for d in dangers(path)]
     assert found == []

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from agent import settings
-from agent.client import Client
-from agent.credentials import Credentials
+from agent.clientapp.app import Client
 from agent.data.settings import DataSettings
-from agent.link import Link
-from agent.settings import Enrolment
-from agent.trainer_process import TrainerProcess
-from coordinator.lane import MOST_UPLOADS
-from protocols import requests
-from protocols.exchange import EXCHANGE_PATH
-from tests.e2e.fleet_harness import Fleet, fleet, until
+from agent.home import settings
+from agent.home.credentials import Credentials
+from agent.home.settings import Enrolment
+from agent.trainer.process import TrainerProcess
+from agent.transport.coordinator_client import Link
+from coordinator.transport.weights import MOST_UPLOADS
+from protocols.enrollment import signed_requests
+from protocols.messages.work import EXCHANGE_PATH
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
+from tests.support.fleet_harness import Fleet, fleet, until
 
 MOST_GROWTH_MB = 64
 
@@ -58,7 +58,7 @@ class Target:
     def head(
         self, method: str, path: str, headers: dict[str, str], *, digest: str = "", end: str = ""
     ) -> bytes:
-        signed = self.mine.signed(method, path, digest or requests.EMPTY_SHA256)
+        signed = self.mine.signed(method, path, digest or signed_requests.EMPTY_SHA256)
         lines = [f"{method} {path} HTTP/1.1", "host: x", "connection: close"]
         lines += [f"{name}: {value}" for name, value in (signed | headers).items()]
         return "\r\n".join([*lines, end, ""]).encode()
@@ -143,7 +143,7 @@ REFUSED = {0, 400, 401, 403, 404, 405, 411, 413, 422}
 def test_a_lying_length_is_refused(target: Target, headers: dict[str, str], method: str) -> None:
     digest = hashlib.sha256(b"x").hexdigest()
     path = f"/cw/v1/updates/{digest}" if method == "PUT" else EXCHANGE_PATH
-    for signed_digest in (digest, requests.EMPTY_SHA256):
+    for signed_digest in (digest, signed_requests.EMPTY_SHA256):
         head = target.head(method, path, headers, digest=signed_digest)
         for body in (b"", b"x" * 20, b"5\r\nhello\r\n0\r\n\r\n", b"ffffffffffffffff\r\nx"):
             sock = secure(target.port, target.ca_pem, timeout_s=0.2)

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from agent import settings
-from agent.credentials import Credentials
-from agent.link import Link
-from protocols import identity
-from tests.e2e.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports, until
+from agent.home import settings
+from agent.home.credentials import Credentials
+from agent.transport.coordinator_client import Link
+from protocols.enrollment import identity
 from tests.hostile.tools import bounded_growth
+from tests.support.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports, until
 
 STOCK = Path(sys.executable).with_name("flower-supernode")
 WITHIN_S = 30.0

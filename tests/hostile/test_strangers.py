@@ -14,13 +14,13 @@ import pytest
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.routing import Route
 
-from agent.credentials import Credentials
-from agent.lane import SessionLost
-from agent.link import Link
-from coordinator.api import make_app
-from coordinator.auth import OPERATOR, Auth
-from protocols import identity, requests, tickets
-from protocols.joining import (
+from agent.home.credentials import Credentials
+from agent.transport.coordinator_client import Link
+from agent.transport.weight_transfer import SessionLost
+from coordinator.api.app import make_app
+from coordinator.fleet.auth import OPERATOR, Auth
+from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment.joining import (
     CA_PATH,
     JOIN_PATH,
     LEAVE_PATH,
@@ -40,8 +40,8 @@ from tests.hostile.tools import (
     secure,
     state_of,
 )
-from tests.hub_fixtures import Fleet, fleet_of, some_data, until
-from tests.site_fixtures import HOST, Machine
+from tests.support.https_site import HOST, Machine
+from tests.support.in_process_fleet import Fleet, fleet_of, some_data, until
 
 NOT_THERE = [
     *(f"/v1/control/{name}" for name in ("start-run", "stop-run", "list-runs", "register-node")),
@@ -260,7 +260,7 @@ async def test_a_host_header_chooses_no_route(tmp_path: Path) -> None:
         operator = fleet.keys.operator_key
 
         def ask(host: str) -> int:
-            headers = requests.headers(OPERATOR, operator.sign, "GET", "/cw/v1/peers")
+            headers = signed_requests.headers(OPERATOR, operator.sign, "GET", "/cw/v1/peers")
             with client(fleet) as http:
                 return http.get("/cw/v1/tickets", headers=headers | {"host": host}).status_code
 

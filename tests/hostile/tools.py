@@ -21,11 +21,11 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
 
-from coordinator.hub import Hub
-from coordinator.ledger import Ledger
-from protocols import identity, requests, tickets
-from tests.hub_fixtures import Fleet
-from tests.site_fixtures import HOST, Machine
+from coordinator.daemon.coordinator import Hub
+from coordinator.storage.ledger import Ledger
+from protocols.enrollment import identity, signed_requests, tickets
+from tests.support.https_site import HOST, Machine
+from tests.support.in_process_fleet import Fleet
 
 #: All that a refusal may say.
 BARE = {b"", b"Unauthorized", b"Forbidden", b"Not Found", b"Precondition Failed"}
@@ -83,7 +83,9 @@ def ours(
 ) -> dict[str, str]:
     """Our signature by this machine's key, in its own name or in another's."""
     digest = hashlib.sha256(body).hexdigest()
-    return requests.headers(sender or machine.peer, machine.sign_key.sign, method, path, digest)
+    return signed_requests.headers(
+        sender or machine.peer, machine.sign_key.sign, method, path, digest
+    )
 
 
 def flowers(machine: Machine, claimed: bytes = b"") -> dict[str, str]:

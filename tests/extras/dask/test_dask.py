@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 
 from agent.data import open_table
-from agent.data.dask import client
+from agent.data.dask_reader import client
 from agent.data.settings import DataSettings
 from protocols.errors import DataFault
-from tests.agent.data.tables import Rows, write_csv
 from tests.extras.same_tables import (
     FORMS,
     ROWS,
@@ -22,6 +21,7 @@ from tests.extras.same_tables import (
     check_statistics,
     table,
 )
+from tests.support.tables import Rows, write_csv
 
 
 @pytest.mark.parametrize("form", FORMS)

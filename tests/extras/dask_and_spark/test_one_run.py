@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.data.tables import MIXED, write_csv, write_parquet
-from tests.e2e.fleet_harness import fleet, until
 from tests.e2e.test_tabular import joined
+from tests.support.fleet_harness import fleet, until
+from tests.support.tables import MIXED, write_csv, write_parquet
 
 
 @pytest.mark.timeout(540)  # Spark's JVM starts on the cores that three agents share

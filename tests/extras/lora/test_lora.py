@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.data.settings import DataSettings
-from agent.tasks import base_model, finding, lora_plan, text
-from agent.tasks.lora import Lora
-from agent.tasks.text_lm import TextLM
-from coordinator.facts import RunSpec
-from protocols import weights
+from agent.tasks import registry
+from agent.tasks.language import base_model, lora_settings
+from agent.tasks.language import tokens as text
+from agent.tasks.language.gpt import TextLM
+from agent.tasks.language.lora import Lora
+from benchmarks.quality.fleet import fleet_of
+from coordinator.storage.run_events import RunSpec
 from protocols.errors import DataFault, UsageFault
-from protocols.states import RunState
-from protocols.weights import Weights, file_digest
+from protocols.messages.states import RunState
+from protocols.model import weights
+from protocols.model.weights import Weights, file_digest
 from tests.extras.lora.conftest import write_model
-from tests.quality.fleet import fleet_of
 
 CAUSAL = {"model": "tiny", "context": 24, "rank": 16, "lr": 0.01}
 
@@ -40,7 +42,7 @@ def data_of(hub: Path, texts: Path, peer: str = "one") -> DataSettings:
 
 
 def loaded(hub: Path, texts: Path) -> Lora:
-    task = finding.find("lora")
+    task = registry.find("lora")
     assert isinstance(task, Lora)
     task.load(data_of(hub, texts))
     return task
@@ -68,7 +70,7 @@ def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, te
     assert weights.digest(one) == weights.digest(again) != weights.digest(other)
     assert one.schema == task.schema(CAUSAL)
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
-    found = task._adapted(lora_plan.read(CAUSAL))
+    found = task._adapted(lora_settings.read(CAUSAL))
     tokens = torch.arange(10)[None]
     w = {name: torch.tensor(array) for name, array in one.items()}
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
     tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]
     w = {name: torch.tensor(array) for name, array in trained.items()}
     with torch.no_grad():
-        found = task._adapted(lora_plan.read(settings))
+        found = task._adapted(lora_settings.read(settings))
         adapted = task._output(found, w, False, input_ids=tokens)
         torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(merged(tokens).logits, plain(tokens).logits, atol=1e-3)

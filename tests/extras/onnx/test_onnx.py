@@ -17,10 +17,13 @@ import pytest
 import torch
 
 from agent.data.settings import DataSettings
-from agent.tasks import Exporting, finding, images, mnist, motion, text_lm
-from protocols import model_card
-from protocols.model_card import ModelCard
-from protocols.weights import Weights, save
+from agent.tasks import Exporting, registry
+from agent.tasks.demo import mnist, motion
+from agent.tasks.images import torch_task
+from agent.tasks.language import gpt
+from protocols.model import model_card
+from protocols.model.model_card import ModelCard
+from protocols.model.weights import Weights, save
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,8 +41,8 @@ def pixels(n: int, size: int) -> torch.Tensor:
 
 
 def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    forward = images._forward(images.image_plan.read(settings))
-    return lambda w, x: forward(w, images._normal(x), False)
+    forward = torch_task._forward(torch_task.image_plan.read(settings))
+    return lambda w, x: forward(w, torch_task._normal(x), False)
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
@@ -51,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any,
         "text-lm",
         TINY,
         tokens,
-        lambda w, x: text_lm.logits_of(text_lm.shape_of(TINY), w, x, False),
+        lambda w, x: gpt.logits_of(gpt.shape_of(TINY), w, x, False),
     ),
 }
 
@@ -59,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any,
 @pytest.mark.parametrize("case", CASES)
 def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
     name, settings, example, logits_of = CASES[case]
-    task, out = finding.find(name), tmp_path / "model.onnx"
+    task, out = registry.find(name), tmp_path / "model.onnx"
     assert isinstance(task, Exporting)
     weights = task.init(3, settings)
     task.export(weights, settings, "onnx", DataSettings(), out)
@@ -84,7 +87,7 @@ def agent(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
     model = tmp_path / "digits.safetensors"
-    weights: Weights = finding.find("mnist").init(1, {})
+    weights: Weights = registry.find("mnist").init(1, {})
     card = ModelCard(
         sha256=save(weights, model),
         version="v",

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 
 from agent.data import open_table
 from agent.data.settings import DataSettings
-from agent.data.spark import check_java
+from agent.data.spark_reader import check_java
 from protocols.errors import CommonweightError, DataFault
-from tests.agent.data.tables import Rows, write_csv
 from tests.extras.same_tables import (
     FORMS,
     ROWS,
@@ -21,6 +20,7 @@ from tests.extras.same_tables import (
     check_statistics,
     table,
 )
+from tests.support.tables import Rows, write_csv
 
 
 @pytest.mark.parametrize("form", FORMS)

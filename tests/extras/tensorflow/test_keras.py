@@ -13,14 +13,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from agent.data.settings import DataSettings
-from agent.tasks import finding, images, images_keras
-from agent.tasks.keras_task import Examples, KerasTask
-from coordinator.facts import RunSpec
-from protocols import weights
+from agent.tasks import registry
+from agent.tasks.images import keras_task, torch_task
+from agent.tasks.training.keras_task import Examples, KerasTask
+from benchmarks.quality.fleet import fleet_of
+from coordinator.storage.run_events import RunSpec
 from protocols.errors import UsageFault
-from protocols.states import RunState
-from protocols.weights import Weights
-from tests.quality.fleet import fleet_of
+from protocols.messages.states import RunState
+from protocols.model import weights
+from protocols.model.weights import Weights
 
 torch.set_num_threads(1)
 DIGITS = {
@@ -62,11 +63,11 @@ def data_of(folders: Path, part: int, framework: str = "auto") -> DataSettings:
 
 
 @pytest.fixture
-def both(folders: Path) -> tuple[images.Images, images_keras.Images]:
+def both(folders: Path) -> tuple[torch_task.Images, keras_task.Images]:
     """The task on torch and on Keras, over the same folder."""
-    here, there = finding.find("images"), finding.find("images", framework="keras")
-    assert isinstance(here, images.Images)
-    assert isinstance(there, images_keras.Images)
+    here, there = registry.find("images"), registry.find("images", framework="keras")
+    assert isinstance(here, torch_task.Images)
+    assert isinstance(there, keras_task.Images)
     for task in (here, there):
         task.load(data_of(folders, 0))
     return here, there
@@ -82,7 +83,7 @@ def both(folders: Path) -> tuple[images.Images, images_keras.Images]:
     ],
 )
 def test_both_make_the_same_steps_of_the_same_weights(
-    both: tuple[images.Images, images_keras.Images], settings: dict[str, Any]
+    both: tuple[torch_task.Images, keras_task.Images], settings: dict[str, Any]
 ) -> None:
     """Full batches, so that no order matters: the same sums but for rounding."""
     asked: dict[str, Any] = DIGITS | {"batch_size": "all", "epochs": 4, "lr": 0.05, "momentum": 0.0}
@@ -110,7 +111,7 @@ def test_both_make_the_same_steps_of_the_same_weights(
 
 
 def test_the_same_bytes_again_and_after_a_cut(
-    both: tuple[images.Images, images_keras.Images],
+    both: tuple[torch_task.Images, keras_task.Images],
 ) -> None:
     asked: dict[str, Any] = DIGITS | {"batch_size": 64, "epochs": 2, "optimiser": "adamw"}
     _, task = both
@@ -155,7 +156,7 @@ def test_a_mixed_run_converges_like_the_pure_ones(folders: Path) -> None:
 
 
 def test_what_only_torch_can_do_is_told() -> None:
-    task = finding.find("images", framework="keras")
+    task = registry.find("images", framework="keras")
     with pytest.raises(UsageFault, match="resnet18 is there in torch only"):
         task.schema(DIGITS | {"model": "resnet18"})
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import tracking
-from tests.coordinator.test_tracking import RUN, closed
+from coordinator.cli import tracking
+from tests.coordinator.cli.test_tracking import RUN, closed
 
 
 def test_tensorboard_reads_its_event_files(tmp_path: Path) -> None:

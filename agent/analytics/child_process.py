@@ -1,0 +1,71 @@
+"""Asks the process that answers a question, and waits for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from agent.analytics.limits import Limits
+from agent.data.settings import DataSettings
+from agent.home.settings import AgentSettings, data_settings
+from protocols.analytics.query import Question
+from protocols.errors import BadMessage, CommonweightError
+
+WITHIN_S = 1800.0
+
+
+class Order(Struct, frozen=True, kw_only=True):
+    """All that an answer needs: the question, the table, the limits, and the memory's file."""
+
+    question: Question
+    table: DataSettings
+    limits: Limits
+    memory: str
+
+
+def read_question(text: str) -> Question:
+    """The question in a unit of work. Raises BadMessage."""
+    try:
+        return msgspec.json.decode(text, type=Question)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(f"not a question: {err}") from err
+
+
+def limits(chosen: AgentSettings) -> Limits:
+    """What these settings let others ask."""
+    return Limits(
+        mode=chosen.analyze,
+        epsilon=chosen.analyze_epsilon,
+        min_rows=chosen.data_min_count,
+        columns=chosen.data_columns,
+        operations=chosen.analyze_operations,
+        extremes=chosen.data_extremes,
+    )
+
+
+def answer(question: Question, chosen: AgentSettings, home: Path) -> bytes:
+    """What this peer tells, encoded; it is in its memory then. Raises CommonweightError."""
+    order = Order(
+        question=question,
+        table=data_settings(chosen, home / "trainer"),
+        limits=limits(chosen),
+        memory=str(home / "analysis.db"),
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "agent.analytics"],
+            input=msgspec.json.encode(order),
+            capture_output=True,
+            timeout=WITHIN_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise CommonweightError(f"the question took longer than {WITHIN_S:.0f} s") from err
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no words"]
+        raise CommonweightError(f"the question could not be answered: {last[0]}")
+    return done.stdout

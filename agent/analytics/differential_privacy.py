@@ -1,0 +1,135 @@
+"""Noise, so that no answer tells whether one row is in the table (Dwork et al., 2006).
+
+An answer is (ε, δ)-differentially private towards a row that is added or removed: ε is shared out
+equally among the parts of each cell, and cells are of different rows, so they do not add up. Which
+cells there are is told only of those whose noisy count passes a threshold (Korolova et al., 2009),
+which is where `DELTA` comes from. OpenDP draws the noise: its floats hide their last bits too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+
+from agent.analytics.compute import Computed
+from protocols.analytics.mergeable_states import Binned, Cell, Counted, Measured, State, Told
+from protocols.analytics.query import Operation, Question
+from protocols.errors import CommonweightError, Refused, UsageFault
+from protocols.tables.statistics import Moments
+
+DELTA = 1e-6
+_MOST_NOISE = 2**50
+
+
+def check(question: Question, budget: float, spent: float) -> None:
+    """Raise Refused or UsageFault if this cannot be answered with noise, or not any more."""
+    if question.epsilon <= 0:
+        raise Refused(
+            "the owner tells answers with noise only",
+            "ask with --epsilon, and --bounds for columns",
+        )
+    if spent + question.epsilon > budget + 1e-12:
+        raise Refused(
+            f"the owner's budget is spent: {spent:g} of ε = {budget:g}, and this takes "
+            f"{question.epsilon:g}"
+        )
+    check_form(question)
+
+
+def check_form(question: Question) -> None:
+    """Raise UsageFault for what has no noisy form, or lacks bounds."""
+    for operation in question.operations:
+        if operation.kind not in ("count", "missing", "sum", "mean", "histogram"):
+            raise UsageFault(
+                f"{operation} has no answer with noise here", "count, missing, sum, mean, histogram"
+            )
+        if operation.kind in ("sum", "mean") and operation.columns[0] not in question.bounds:
+            name = operation.columns[0]
+            raise UsageFault(f"noise for {operation} needs bounds", f"--bounds {name}=0..100")
+        if operation.kind == "histogram" and len(operation.args) != 3:
+            raise UsageFault(
+                "a histogram with noise needs a range", "histogram(income, 20, 0, 1e5)"
+            )
+
+
+def noisy(question: Question, computed: Computed) -> Told:
+    """The answer with noise. Means and sums must have been computed of values within bounds."""
+    # A share for the count that decides whether a cell is told, one for the number of rows.
+    shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
+    each = question.epsilon / (shares + 1)
+    threshold = 1 + math.log(1 / (2 * DELTA)) / each
+    cells = []
+    for group, states in computed.cells.items():
+        rows = _whole(int(computed.members[group].sum()), each)
+        if question.by and rows < threshold:
+            continue
+        noised = tuple(
+            _state(operation, state, question.bounds, each)
+            for operation, state in zip(question.operations, states, strict=True)
+        )
+        cells.append(Cell(group, max(rows, 0), noised))
+    return Told(
+        rows=max(_whole(computed.rows, each), 0),
+        kinds={name: str(kind) for name, kind in computed.kinds.items()},
+        cells=tuple(cells),
+    )
+
+
+def _state(
+    operation: Operation, state: State, bounds: Mapping[str, tuple[float, float]], each: float
+) -> State:
+    match state:
+        case Counted(count):
+            return Counted(max(_whole(count, each), 0))
+        case Binned(counts, below, above):
+            # One row is in one bin: together they cost what one does.
+            told = tuple(max(_whole(count, each), 0) for count in counts)
+            return Binned(told, max(_whole(below, each), 0), max(_whole(above, each), 0))
+        case Measured(moments):
+            least, most = bounds[operation.columns[0]]
+            middle = (least + most) / 2 if operation.kind == "mean" else 0.0
+            # Around the middle of the bounds a mean's sum is moved least by one row.
+            reach = max(abs(least - middle), abs(most - middle)) or 1.0
+            total = (moments.mean - middle) * moments.count
+            total = min(max(total, -reach * moments.count), reach * moments.count)
+            total = _float(total, each / reach)
+            if operation.kind == "sum":
+                # The count beside it is nobody's affair: the sum is told as one value's mean.
+                return Measured(Moments(1, total, 0.0))
+            count = max(_whole(moments.count, each), 1)
+            return Measured(Moments(count, min(max(middle + total / count, least), most), 0.0))
+        case _:
+            raise AssertionError(f"checked before: {operation}")
+
+
+def _whole(value: int, epsilon: float) -> int:
+    library = _library()
+    scale = min(1 / epsilon, float(_MOST_NOISE))
+    made = library.m.make_laplace(
+        library.atom_domain(T=int), library.absolute_distance(T=int), scale=scale
+    )
+    return int(made(value))
+
+
+def _float(value: float, epsilon: float) -> float:
+    library = _library()
+    made = library.m.make_laplace(
+        library.atom_domain(T=float, nan=False),
+        library.absolute_distance(T=float),
+        scale=min(1 / epsilon, float(_MOST_NOISE)),
+    )
+    return float(made(value))
+
+
+def _library() -> ModuleType:
+    try:
+        import opendp.prelude as dp
+    except ImportError as err:
+        raise CommonweightError(
+            "noise is made by OpenDP, which is not installed on this peer",
+            "pip install 'commonweight[analyze]'",
+        ) from err
+    dp.enable_features("contrib")
+    library: ModuleType = dp
+    return library

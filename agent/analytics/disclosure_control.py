@@ -1,0 +1,99 @@
+"""What may leave this peer of an answer. Pure.
+
+Rule 1. A cell of fewer than `min_rows` rows is kept back.
+Rule 2. What is kept back hides among at least `min_rows` rows: else the next smallest cell stays
+        here as well. Otherwise the total, asked for before or after, would tell it.
+Rule 3. Two cells that this requester is told, now or ever, differ in no row, or in at least
+        `min_rows`: else their difference would be about a few people.
+Rule 4. Least and most are single rows' values: told only where the owner says so.
+
+Rule 3 compares pairs. Many questions put together can tell more than any two (Dinur and Nissim,
+2003): against that, only noise helps (`privacy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.analytics.compute import Computed, Group, Rows
+from agent.analytics.limits import Limits
+from agent.data.profile import may_use
+from protocols.analytics.query import Question
+from protocols.errors import Refused
+
+Bits = npt.NDArray[np.uint8]
+
+#: Sets of rows that are remembered of one requester; then it is told nothing new.
+MOST_REMEMBERED = 512
+
+
+class Guarded(NamedTuple):
+    """The groups that may be told, rows that may not, and sets of rows told now, to remember."""
+
+    told: tuple[Group, ...]
+    kept_back: int
+    sets: tuple[Bits, ...]
+
+
+def check(question: Question, limits: Limits) -> None:
+    """Raise Refused if the owner does not let this be asked at all."""
+    for name in question.columns:
+        if not may_use(name, limits.columns):
+            raise Refused(f"the owner lets nobody ask for column {name!r}")
+    for operation in question.operations:
+        if "*" not in limits.operations and operation.kind not in limits.operations:
+            raise Refused(f"the owner does not let {operation.kind} be asked")
+        if operation.kind in ("min", "max") and not limits.extremes:
+            raise Refused(
+                f"{operation.kind} is a single row's value: quantile({operation.columns[0]}, 0.01)"
+            )
+
+
+def guard(computed: Computed, limits: Limits, known: Sequence[Bits]) -> Guarded:
+    """Which groups may be told to somebody who knows of the sets of rows in `known`.
+
+    Raises Refused when nothing new may be told.
+    """
+    sizes = {group: int(mask.sum()) for group, mask in computed.members.items()}
+    told = {group for group, size in sizes.items() if size >= limits.min_rows}
+    hidden = {group for group, size in sizes.items() if size > 0} - told
+    # Rule 2.
+    while hidden and sum(sizes[g] for g in hidden) < limits.min_rows and told:
+        smallest = min(told, key=lambda group: (sizes[group], str(group)))
+        told.discard(smallest)
+        hidden.add(smallest)
+    groups = tuple(sorted(told, key=lambda group: [(v is None, v or "") for v in group]))
+    sets = [packed(computed.members[group]) for group in groups]
+    if len(groups) > 1:
+        sets.append(packed(np.logical_or.reduce([computed.members[g] for g in groups])))
+    _check_differences(sets, known, limits.min_rows)
+    new = [bits for bits in sets if not any(np.array_equal(bits, old) for old in known)]
+    if len(known) + len(new) > MOST_REMEMBERED:
+        raise Refused(
+            "this requester has asked for too many different sets of rows",
+            "questions with epsilon, whose answers carry noise, are not counted here",
+        )
+    return Guarded(groups, sum(sizes[group] for group in hidden), tuple(new))
+
+
+def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: int) -> None:
+    """Rule 3. Raises Refused."""
+    for bits in sets:
+        for old in known:
+            if len(old) != len(bits):
+                continue  # of a table that has other rows now
+            differing = int(np.unpackbits(bits ^ old).sum())
+            if 0 < differing < min_rows:
+                raise Refused(
+                    f"with an earlier answer this would tell of {differing} rows alone",
+                    f"change the condition, so that it differs by {min_rows} rows or more",
+                )
+
+
+def packed(mask: Rows) -> Bits:
+    """A set of rows as bits."""
+    return np.packbits(mask)

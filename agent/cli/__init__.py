@@ -1,0 +1,1 @@
+"""The commands of `commonweight-agent`. Nothing imports this package."""

@@ -1,0 +1,324 @@
+"""The Flower ClientApp of the agent: unpack the work, ask the trainer, pack the answer.
+
+Nothing that comes with a message is code: the work names a task, and only a task that is installed
+here and allowed by the owner is run. A finished answer stays in the outbox until its round is
+surely over, so that the same question, asked again after a lost link, costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, cast
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from agent.clientapp.background_sync import Syncing
+from agent.clientapp.outbox import Coded, Finished, Outbox, Outcome
+from agent.home.run_state import Kept
+from agent.tasks import Settings
+from protocols.codecs import registry
+from protocols.enrollment import identity
+from protocols.errors import (
+    OF_SETTINGS,
+    TELLABLE,
+    BadMessage,
+    CommonweightError,
+    DiskFull,
+    OutOfMemory,
+    Refused,
+    SchemaMismatch,
+    TrainerFailed,
+)
+from protocols.failpoints import failpoint, note
+from protocols.local.atomic_files import sync
+from protocols.local.disk_space import check_room, is_full
+from protocols.messages import envelope
+from protocols.messages.work import UpdateClaim, Work, decode_claim, read_work
+from protocols.model import schema_card
+
+CLAIM, DESCRIPTION = "cw.claim", "cw.description"
+#: Of disk beside the weights: claims, logs, the trainer's own.
+_SPARE_BYTES = 4 * 1024 * 1024
+_MAKE_ROOM = "make room: the agent goes on by itself"
+
+
+class Trainer(Protocol):
+    """Does the work; blocking. `trainer_process.TrainerProcess` is the real one."""
+
+    def describe(self, task: str, settings: Settings) -> bytes: ...
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
+
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Outcome: ...
+
+    def evaluate(
+        self, task: str, settings: Settings, base: Path, kept: Kept | None = None
+    ) -> Outcome: ...
+
+
+class Client:
+    """Answers messages. `fetch(digest, nbytes) -> path` and `send(digest, path)` use the lane.
+
+    `patch(work)` may make the version that the work is on from its parent, to spare the lane.
+    `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
+    `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
+    the version that the work is on is here. `recall(work)` answers a coordinator without its disk,
+    and `jobs(message)` a unit of a job. `on_leaving(claim, task, description)` is called
+    before any part of an answer is sent; if it raises, nothing is sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: str,
+        sign: envelope.Sign,
+        coordinator_public: bytes,
+        trainer: Trainer,
+        outbox: Path,
+        fetch: Callable[[str, int], Path],
+        send: Callable[[str, Path], None],
+        allowed: Callable[[str], bool],
+        patch: Callable[[Work], None] = lambda work: None,
+        on_work: Callable[[Work | None], None] = lambda work: None,
+        on_sending: Callable[[], None] = lambda: None,
+        on_trained: Callable[[], None] = lambda: None,
+        on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
+        recall: Callable[[Work], RecordDict] = lambda work: RecordDict(),
+        on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None,
+        jobs: Callable[[Message], RecordDict] | None = None,
+    ) -> None:
+        self._peer, self._sign = peer, sign
+        self._coordinator_public = coordinator_public
+        self._trainer, self._outbox = trainer, Outbox(outbox, peer, sign)
+        self._fetch, self._send, self._patch = fetch, send, patch
+        self._allowed = allowed
+        self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
+        self._on_held, self._recall = on_held, recall
+        self._on_leaving = on_leaving
+        self._syncing: Syncing | None = None
+        #: The run whose card this agent has found to be that of its own task and data.
+        self._fits = ("", "")
+        self.app = ClientApp()
+        self.app.train()(self._answer)
+        self.app.evaluate()(self._answer)
+        self.app.query("describe")(self._answer)
+        self.app.query("init")(self._answer)
+        self.app.query("holdings")(self._answer)
+        self.app.query("recall")(self._answer)
+        if jobs is not None:
+            self.app.query("infer")(lambda message, _: Message(jobs(message), reply_to=message))
+            self.app.query("analyze")(lambda message, _: Message(jobs(message), reply_to=message))
+
+    def handle(self, message: Message) -> Message:
+        """The reply to a message. Raises CommonweightError when the work cannot be done.
+
+        After DiskFull the same message can be handled again: what was done by then is kept.
+        """
+        context = Context(
+            run_id=message.metadata.run_id,
+            node_id=message.metadata.dst_node_id,
+            node_config={},
+            state=RecordDict(),
+            run_config={},
+        )
+        try:
+            return self.app(message, context)
+        except TrainerFailed as err:
+            if err.kind == DiskFull.code:
+                raise DiskFull(err.message, err.hint) from err
+            raise
+        except OSError as err:  # a failure of this work, not the end of the agent
+            if is_full(err):
+                raise DiskFull("the disk is full", _MAKE_ROOM) from err
+            raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
+
+    def _answer(self, message: Message, _: Context) -> Message:
+        work, payload, signature = self._read(message)
+        note("work", run=work.run, round=work.round, kind=work.kind)
+        if work.kind in ("holdings", "recall"):
+            return Message(self._recall(work), reply_to=message)
+        self._on_work(work)
+        try:
+            finished = self._outbox.finished(work)
+            if finished is not None:
+                self._deliver(work, finished)
+            elif work.kind == "describe":
+                finished = self._describe(work)
+                self._deliver(work, finished)
+            else:
+                self._compare(work)
+                base = self._brought(work)
+                if work.base:
+                    self._on_held(work, payload, signature)
+                finished = self._do(work, base)
+        finally:
+            self._on_work(None)
+        content = RecordDict(
+            {
+                CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),
+                "metrics": MetricRecord(),
+            }
+        )
+        if finished.description:
+            content[DESCRIPTION] = ConfigRecord({"description": finished.description})
+        return Message(content, reply_to=message)
+
+    def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
+        """The work, and its bytes and the coordinator's signature over them."""
+        config = message.content.config_records.get("config", ConfigRecord())
+        payload, signature = config.get("work"), config.get("signature")
+        if not isinstance(payload, bytes) or not isinstance(signature, bytes):
+            raise BadMessage("a message without signed work")
+        work = read_work(
+            payload,
+            signature,
+            lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
+        )
+        if not self._allowed(work.task):
+            raise Refused(
+                f"the owner of this machine does not allow the task {work.task!r}",
+                f"commonweight-agent policy set tasks {work.task}",
+            )
+        if work.kind == "train":
+            registry.find(work.codec)  # before an hour of training, not after it
+        return work, payload, signature
+
+    def _brought(self, work: Work) -> Path:
+        """The version that the work is on; no file for first weights."""
+        if work.kind == "init":
+            return Path()
+        # Before an hour of training, not after it: the version, perhaps, and the update.
+        check_room(self._outbox.folder, 2 * work.nbytes + _SPARE_BYTES)
+        if work.patch_bytes:
+            self._patch(work)
+        base = self._fetch(work.base, work.nbytes)
+        failpoint("agent.version.fetched")
+        return base
+
+    def _describe(self, work: Work) -> Finished:
+        """Tell of data and model."""
+        told = self._trainer.describe(work.task, _settings(work))
+        self._outbox.settle_last()
+        digest = hashlib.sha256(told).hexdigest()
+        return self._outbox.keep(work, Coded(digest, len(told), 0, {}, {}), told)
+
+    def _compare(self, work: Work) -> None:
+        """Is this peer's card the run's? Looked at once a run, as it may need the data.
+
+        Raises SchemaMismatch, which names the field.
+        """
+        if not work.card or self._fits == (work.run, work.card):
+            return
+        expected = schema_card.decode_card(work.card)
+        found = schema_card.decode(self._trainer.describe(work.task, _settings(work)))
+        if not isinstance(found, schema_card.SchemaCard):
+            raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
+        if (difference := schema_card.difference(expected, found)) is not None:
+            raise difference.as_error()
+        self._fits = (work.run, work.card)
+
+    def _do(self, work: Work, base: Path) -> Finished:
+        settings = _settings(work)
+        update = self._outbox.update
+        if (syncing := self._syncing) is not None:  # the last answer's
+            self._syncing = None
+            syncing.wait()
+        self._outbox.settle_last()
+        if work.kind != "evaluate":  # the last answer's update is about to be overwritten
+            self._outbox.clear()
+            failpoint("agent.outbox.cleared")
+        outcome: Outcome
+        if work.kind == "init":
+            outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
+        elif work.kind == "train":
+            outcome = self._train(work, settings, base, update)
+        else:
+            outcome = self._trainer.evaluate(work.task, settings, base, *self._outbox.own(work))
+        failpoint("agent.work.done")
+        finished = self._outbox.keep(work, outcome, synced=self._moves_on(work))
+        failpoint("agent.outbox.written")
+        if not outcome.digest:  # an evaluation: it costs less than a sync
+            self._deliver(work, finished)
+            return finished
+        try:
+            self._note_departure(work, finished)
+        finally:
+            # Start the sync after the ledger's own short one, so that this one does not wait for
+            # it; start it even if the ledger fails, as the answer is in the outbox all the same.
+            # The journal is of no use any more when all of the answer is safe.
+            self._syncing = Syncing(
+                update,
+                self._outbox.answer,
+                then=self._on_trained if work.kind == "train" else lambda: None,
+            )
+        self._send_update(finished)
+        return finished
+
+    def _moves_on(self, work: Work) -> bool:
+        """True if something that this peer keeps for itself moves on with this update."""
+        if work.kind != "train":
+            return False
+        return registry.find(work.codec).coding is not None or bool(self._outbox.own(work))
+
+    def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
+        """Train, and write the update as the run's codec has it."""
+        codec = registry.find(work.codec)
+        kept = self._outbox.own(work)
+        if codec.coding is None:
+            outcome = self._trainer.train(work.task, settings, base, update, *kept)
+        else:
+            trained = self._outbox.trained
+            try:
+                outcome = self._trainer.train(work.task, settings, base, trained, *kept)
+                made = self._outbox.leftovers.encode(codec, work.run, trained, base, update)
+            finally:
+                trained.unlink(missing_ok=True)
+            outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics, {})
+        if kept:
+            sync(update)  # first: what is kept moves on with this update
+            self._outbox.personal.wait(work.run, outcome.digest)
+        return outcome
+
+    def _deliver(self, work: Work, finished: Finished) -> None:
+        """Write the answer into the owner's ledger, then send its update, if it has one."""
+        self._note_departure(work, finished)
+        self._send_update(finished)
+
+    def _note_departure(self, work: Work, finished: Finished) -> None:
+        self._on_leaving(decode_claim(finished.claim), work.task, finished.description)
+
+    def _send_update(self, finished: Finished) -> None:
+        """Send the bytes of the update in the outbox, if the answer has any."""
+        digest = "" if finished.description else decode_claim(finished.claim).digest
+        if digest:
+            self._on_sending()
+            self._send(digest, self._outbox.update)
+            failpoint("agent.upload.done")
+
+
+def _settings(work: Work) -> dict[str, str | int | float | bool]:
+    """The run's settings, and what the caller of a task adds to them."""
+    return {**work.settings, "seed": work.seed, "round": work.round}
+
+
+def claim_text(reply: Message) -> str:
+    """The claim in an answer of ours, as JSON; empty for what holds none: a failure, a job's."""
+    if reply.has_error() or CLAIM not in reply.content:
+        return ""
+    return bytes(cast(ConfigRecord, reply.content[CLAIM])["claim"]).decode()  # type: ignore[arg-type]
+
+
+def refusal_text(err: CommonweightError) -> str:
+    """What the coordinator is told of a failure; a task's own words may quote data."""
+    if isinstance(err, TrainerFailed):
+        if err.kind in OF_SETTINGS:
+            hint = f" ({err.hint})" if err.hint else ""
+            return f"{err.kind}: {err.message}{hint}"[:300]
+        told = err.kind in TELLABLE or err.kind == OutOfMemory.code
+        return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
+    return f"{err.code}: {err.message}"[:300]

@@ -1,0 +1,35 @@
+"""An answer becomes durable while it is sent: neither waits for the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from protocols.local.atomic_files import sync
+
+
+class Syncing:
+    """Files of one folder that are being synced in a thread, and what is to be done `then`.
+
+    A file that is gone by now needs no sync.
+    """
+
+    def __init__(self, *paths: Path, then: Callable[[], None]) -> None:
+        self._paths, self._then = paths, then
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._work, name="sync")
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            sync(*self._paths)
+            self._then()
+        except OSError as err:  # for who waits
+            self._error = err
+
+    def wait(self) -> None:
+        """Return when all is done. Raises OSError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

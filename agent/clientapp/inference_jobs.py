@@ -1,0 +1,184 @@
+"""Inference for jobs: for rows that a requester spreads, or over this peer's own, which stay."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from agent.clientapp.jobs import Result
+from agent.clientapp.outbox import Outcome
+from agent.home.settings import AgentSettings
+from agent.tasks import Settings
+from protocols.errors import BadMessage, Refused, TrainerFailed
+from protocols.messages import jobs
+from protocols.messages.jobs import Model, Private, Scatter, Score, Scores, Unit
+from protocols.model.weights import file_digest
+
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
+#: A block of pictures may unpack to so many times its size: they are packed already.
+_MOST_UNPACKED = 4
+
+
+class Trainer(Protocol):
+    """What of a trainer inference needs."""
+
+    def evaluate(self, task: str, settings: Settings, base: Path) -> Outcome: ...
+
+    def predict(
+        self,
+        task: str,
+        settings: Settings,
+        base: Path,
+        sources: Sequence[Path],
+        rows: Sequence[int],
+        out: Path,
+    ) -> Outcome: ...
+
+
+class Inferring:
+    """The handlers of `Scatter` and `Private`.
+
+    `settings()` are the owner's, as they are now. `version(model)` gives a version's file, fetched
+    if it is not here; `fetch(digest, nbytes, target)` brings rows. Predictions over this peer's own
+    rows are written to `kept`, and never sent.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        settings: Callable[[], AgentSettings],
+        version: Callable[[Model], Path],
+        fetch: Callable[[str, int, Path], None],
+        folder: Path,
+        kept: Path,
+    ) -> None:
+        self._trainer, self._settings = trainer, settings
+        self._version, self._fetch = version, fetch
+        self._folder, self._kept = folder, kept
+
+    # --- rows of others ---
+
+    def scatter(self, unit: Unit) -> Result:
+        """Answer for the requester's rows. Raises Refused, TrainerFailed, BadMessage."""
+        question = unit.question
+        assert isinstance(question, Scatter)
+        if self._settings().jobs_scatter != "on":
+            raise Refused(
+                "the owner of this machine answers for no rows of others",
+                "commonweight-agent policy set jobs.scatter on",
+            )
+        self._check_task(unit.task)
+        (model,) = unit.models
+        base = self._version(model)
+        with self._workplace() as folder:
+            nbytes = sum(question.sizes)
+            self._fetch(question.input, nbytes, folder / "input")
+            sources = list(_parted(folder, question))
+            out = folder / "answers"
+            settings = _settings(unit)
+            done = self._trainer.predict(unit.task, settings, base, sources, question.rows, out)
+            kept = self._folder / "answers"
+            out.replace(kept)
+        return Result(kept, done.num_examples)
+
+    # --- rows of its own ---
+
+    def private(self, unit: Unit) -> Result:
+        """Measure the models on this peer's rows. Raises Refused, TrainerFailed."""
+        question = unit.question
+        assert isinstance(question, Private)
+        self._check_task(unit.task)
+        scores: Scores = {}
+        least = max(question.min_group, self._settings().data_min_count)
+        for model in unit.models:
+            base = self._version(model)
+            done = self._trainer.evaluate(unit.task, _settings(unit), base)
+            enough = done.num_examples >= least
+            scores[model.digest] = (
+                Score(done.num_examples, done.metrics) if enough else Score(0, {})
+            )
+            self._predict_own(unit, model, base)
+        return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
+
+    def _predict_own(self, unit: Unit, model: Model, base: Path) -> None:
+        """Write what the model says of this peer's own file, if there is one and the task can."""
+        data = self._settings().data
+        if not data or "://" in data:
+            return
+        self._kept.mkdir(mode=0o700, exist_ok=True)
+        suffix = ".parquet" if importlib.util.find_spec("pyarrow") else ".jsonl"
+        out = self._kept / f"{unit.job}-{model.digest[:12]}{suffix}"
+        unfinished = out.with_name(f".{out.name}")
+        try:
+            self._trainer.predict(unit.task, _settings(unit), base, [Path(data)], (), unfinished)
+            unfinished.replace(out)
+        except TrainerFailed as err:
+            unfinished.unlink(missing_ok=True)
+            if err.kind != "no predict":
+                raise
+
+    # --- both ---
+
+    def _check_task(self, task: str) -> None:
+        if not self._settings().allows(task):
+            raise Refused(
+                f"the owner of this machine does not allow the task {task!r}",
+                f"commonweight-agent policy set tasks {task}",
+            )
+
+    @contextlib.contextmanager
+    def _workplace(self) -> Iterator[Path]:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in self._folder.glob("unit-*"):  # by a crash
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix="unit-", dir=self._folder) as folder:
+            yield Path(folder)
+
+
+def _settings(unit: Unit) -> Settings:
+    return {"seed": 0, "round": 0, **unit.settings}
+
+
+def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
+    """The blocks of the file "input" as files, or as folders of pictures. Raises BadMessage."""
+    if not _SUFFIX.fullmatch(question.suffix):
+        raise BadMessage("rows in a file of a strange name")
+    with (folder / "input").open("rb") as whole:
+        for number, size in enumerate(question.sizes):
+            block = folder / f"{number:06}{question.suffix}"
+            block.write_bytes(whole.read(size))
+            yield _unpacked(block) if question.suffix == ".zip" else block
+
+
+def _unpacked(block: Path) -> Path:
+    """The folder of what is in a zip file. Raises BadMessage for one that is not as we make it."""
+    folder = block.with_suffix("").resolve()  # as members are below: the home may be a link
+    try:
+        with zipfile.ZipFile(block) as packed:
+            members = packed.infolist()
+            most = _MOST_UNPACKED * block.stat().st_size
+            inside = all((folder / m.filename).resolve().is_relative_to(folder) for m in members)
+            if sum(member.file_size for member in members) > most or not inside:
+                raise BadMessage("a block of files that unpacks to more than it is, or elsewhere")
+            packed.extractall(folder)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as err:
+        raise BadMessage(f"a block of files that cannot be unpacked: {err}") from err
+    return folder
+
+
+def find_version(cache: Path, model: Model, fetch: Callable[[str, int], Path]) -> Path:
+    """A pinned version: from the folder of those that training keeps, or fetched."""
+    path = cache / f"{model.digest}.safetensors"
+    try:
+        if file_digest(path) == model.digest:
+            return path
+    except OSError:
+        pass  # it is not there
+    return fetch(model.digest, model.nbytes)

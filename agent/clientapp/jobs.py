@@ -1,0 +1,173 @@
+"""Units of jobs on the agent: a signed question in, a signed answer out, each done once.
+
+What a question is about is the affair of the handler for its type
+(`agent.clientapp.inference_jobs`, `agent.analytics`). A finished answer stays in the outbox, by the
+unit's key: asked again after a lost link or a crash, it costs nothing. Blocking, for the work
+thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from flwr.app import ConfigRecord, Message, RecordDict
+from msgspec import Struct
+
+from protocols.enrollment import identity
+from protocols.errors import BadMessage, Refused
+from protocols.failpoints import failpoint, note
+from protocols.local.atomic_files import replacing
+from protocols.messages import envelope, jobs
+from protocols.messages.jobs import INLINE_BYTES, Answer, Question, Unit
+from protocols.messages.work import Work
+from protocols.model.weights import file_digest
+
+ANSWER = "cw.answer"
+#: Answers that are kept for being asked again, the newest.
+KEPT = 8
+
+
+class Result(NamedTuple):
+    """The bytes of an answer, or the file that holds them, and over how many rows it is.
+
+    The file may be moved away.
+    """
+
+    body: bytes | Path
+    rows: int
+
+
+#: Does one unit. What it raises is told to the coordinator as a failure of an update is.
+Handler = Callable[[Unit], Result]
+
+
+class _Kept(Struct, frozen=True, kw_only=True):
+    """An answer in the outbox; a long one's bytes are in a file beside it."""
+
+    answer: bytes
+    signature: bytes
+    body: bytes = b""
+
+
+class Jobs:
+    """Answers messages of type `query.infer` and `query.analyze`.
+
+    `send(digest, path)` uses the lane. `on_work(work | None)` is told what is in hand,
+    `on_leaving(unit, answer, body)` of each answer before it goes; a long one's body is empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: str,
+        sign: envelope.Sign,
+        coordinator_public: bytes,
+        outbox: Path,
+        send: Callable[[str, Path], None],
+        handlers: Mapping[type[Question], Handler],
+        on_work: Callable[[Work | None], None] = lambda work: None,
+        on_leaving: Callable[[Unit, Answer, bytes], None] = lambda unit, answer, body: None,
+    ) -> None:
+        self._peer, self._sign = peer, sign
+        self._coordinator_public = coordinator_public
+        self._outbox, self._send, self._handlers = outbox, send, handlers
+        self._on_work, self._on_leaving = on_work, on_leaving
+        outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def answer(self, message: Message) -> RecordDict:
+        """The content of the reply. Raises CommonweightError."""
+        unit, key = self._read(message)
+        note("unit", job=unit.job, unit=unit.unit, key=key)
+        self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
+        try:
+            kept = self._last(key)
+            if kept is None:
+                handler = self._handlers.get(type(unit.question))
+                if handler is None:
+                    raise Refused(f"this agent knows no {type(unit.question).__name__.lower()}")
+                result = handler(unit)
+                failpoint("agent.unit.done")
+                kept = self._keep(key, result)
+                failpoint("agent.unit.kept")
+                note("did", job=unit.job, unit=unit.unit, key=key)
+            answer = jobs.decode_answer(kept.answer)
+            self._on_leaving(unit, answer, kept.body)
+            if self._file(key).exists():
+                self._send(answer.digest, self._file(key))
+                failpoint("agent.unit.sent")
+        finally:
+            self._on_work(None)
+        record = ConfigRecord(
+            {"answer": kept.answer, "signature": kept.signature, "body": kept.body}
+        )
+        return RecordDict({ANSWER: record})
+
+    def _read(self, message: Message) -> tuple[Unit, str]:
+        """The unit and its key. Raises BadMessage."""
+        config = message.content.config_records.get("unit", ConfigRecord())
+        payload, signature = config.get("unit"), config.get("signature")
+        if not isinstance(payload, bytes) or not isinstance(signature, bytes):
+            raise BadMessage("a message without a signed unit")
+        unit = jobs.read_unit(
+            payload,
+            signature,
+            lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
+        )
+        return unit, jobs.key_of(payload)
+
+    # --- the outbox ---
+
+    def _file(self, key: str) -> Path:
+        return self._outbox / f"{key}.bytes"
+
+    def _last(self, key: str) -> _Kept | None:
+        """The answer that is in the outbox already, if it is whole."""
+        try:
+            kept = msgspec.json.decode((self._outbox / f"{key}.json").read_bytes(), type=_Kept)
+            answer = jobs.decode_answer(kept.answer)
+            if answer.nbytes > INLINE_BYTES and file_digest(self._file(key)) != answer.digest:
+                return None
+        except (OSError, msgspec.DecodeError, BadMessage):
+            return None
+        return kept
+
+    def _keep(self, key: str, result: Result) -> _Kept:
+        """The answer, signed, safe in the outbox."""
+        body = result.body
+        if isinstance(body, Path) and body.stat().st_size <= INLINE_BYTES:
+            path, body = body, body.read_bytes()
+            path.unlink()
+        if isinstance(body, bytes) and len(body) > INLINE_BYTES:
+            with replacing(self._file(key)) as file:
+                file.write(body)
+            digest, nbytes, inline = hashlib.sha256(body).hexdigest(), len(body), b""
+        elif isinstance(body, bytes):
+            digest, nbytes, inline = hashlib.sha256(body).hexdigest(), len(body), body
+        else:
+            digest, nbytes, inline = file_digest(body), body.stat().st_size, b""
+            body.replace(self._file(key))
+        answer = jobs.Answer(
+            key=key,
+            peer=self._peer,
+            digest=digest,
+            nbytes=nbytes,
+            rows=result.rows,
+            nonce=secrets.token_hex(12),
+        )
+        payload, signature = jobs.sign_answer(answer, self._sign)
+        kept = _Kept(answer=payload, signature=signature, body=inline)
+        with replacing(self._outbox / f"{key}.json") as file:
+            file.write(msgspec.json.encode(kept))
+        self._drop_old()
+        return kept
+
+    def _drop_old(self) -> None:
+        heads = sorted(self._outbox.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for head in heads[:-KEPT]:
+            self._file(head.stem).unlink(missing_ok=True)
+            head.unlink()

@@ -1,0 +1,67 @@
+"""For a coordinator that has lost its disk: which versions of a run are here, and their bytes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, RecordDict
+
+from agent.clientapp.app import CLAIM
+from agent.transport.version_proofs import Kept, held
+from protocols.errors import Refused
+from protocols.messages import envelope
+from protocols.messages.work import UpdateClaim, Work, sign_claim
+from protocols.p2p.gossip import version_of
+
+PROOF = "cw.proof"
+
+
+class Recall:
+    """Answers "holdings" and "recall". `send(digest, path)` uses the lane."""
+
+    def __init__(
+        self,
+        peer: str,
+        sign: envelope.Sign,
+        coordinator_public: bytes,
+        folder: Path,
+        send: Callable[[str, Path], None],
+    ) -> None:
+        self._peer, self._sign = peer, sign
+        self._coordinator_public = coordinator_public
+        self._folder, self._send = folder, send
+
+    def answer(self, work: Work) -> RecordDict:
+        """The content of the reply. Raises Refused if the version that is asked for is not here."""
+        mine = held(self._folder, self._coordinator_public)
+        if work.kind == "holdings":
+            return self._tell([kept for kept in mine if kept.work.run == work.run], work)
+        for kept in mine:
+            if kept.work.base == work.base:
+                self._send(work.base, kept.path)
+                return RecordDict({CLAIM: self._claim(work, work.base, kept.path.stat().st_size)})
+        raise Refused(f"version {work.base[:12]} is not here any more")
+
+    def _tell(self, mine: list[Kept], work: Work) -> RecordDict:
+        content = RecordDict({CLAIM: self._claim(work, "", 0)})
+        if mine:
+            newest = max(mine, key=lambda kept: version_of(kept.work))
+            content[PROOF] = ConfigRecord({"work": newest.payload, "signature": newest.signature})
+        return content
+
+    def _claim(self, work: Work, digest: str, nbytes: int) -> ConfigRecord:
+        claim = UpdateClaim(
+            run=work.run,
+            round=work.round,
+            kind=work.kind,
+            peer=self._peer,
+            base=work.base,
+            digest=digest,
+            nbytes=nbytes,
+            num_examples=0,
+            nonce=secrets.token_hex(12),
+        )
+        payload, signature = sign_claim(claim, self._sign)
+        return ConfigRecord({"claim": payload, "signature": signature})

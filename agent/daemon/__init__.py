@@ -1,0 +1,1 @@
+"""The long-running process: state machine, loops, status. Only `cli` imports it."""

@@ -1,0 +1,273 @@
+"""The agent at work: one process that keeps a link, a presence and a trainer, for months.
+
+The thin shell around `worker`: its parts turn what happens into events, and what the machine says
+is done here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from pathlib import Path
+
+from agent.daemon import state_machine
+from agent.daemon.event_loop import WorkerLoop
+from agent.daemon.gossip_loop import Spread
+from agent.daemon.owner_commands import Owner
+from agent.daemon.policy_loop import Polite
+from agent.daemon.session_loop import Sessions
+from agent.daemon.state_machine import (
+    Announce,
+    BrokerChanged,
+    FinishAsked,
+    Leave,
+    LookForWork,
+    PauseAsked,
+    PauseLifted,
+    PauseTrainer,
+    ResumeTrainer,
+    SetPace,
+)
+from agent.daemon.status_reporter import Report
+from agent.daemon.work_thread import WorkThread
+from agent.home import log_redaction, logs
+from agent.home.credentials import Credentials
+from agent.home.settings import AgentSettings, Enrolment
+from agent.policy import sensors
+from agent.policy.sensors import Sensors
+from agent.transport.bandwidth import Bandwidth
+from agent.transport.mqtt_client import PresenceLink
+from agent.transport.p2p.gossip import Gossip
+from agent.transport.p2p.sharing import Sharing
+from agent.transport.route_watch import RouteWatch
+from agent.transport.suspend_watch import Clocks, slept_s
+from agent.transport.version_proofs import Heads
+from protocols.errors import CommonweightError
+from protocols.messages.envelope import Command, Doorbell, LogLine, LogsAsked, LogsTold
+from protocols.messages.states import PauseReason
+
+log = logging.getLogger("commonweight.agent")
+
+#: An owner's word is heeded within half a second; an agent that does nothing has more time.
+_TICK_S, _RESTING_TICK_S = 0.5, 1.0
+_ROUTE_EVERY_S = 2.0
+
+
+class Agent:
+    """One enrolled machine at work. `serve` runs it until it is told to stop."""
+
+    def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
+        self._home = home
+        self._waking: asyncio.Task[None] | None = None
+        self._lifting: asyncio.TimerHandle | None = None
+        credentials = Credentials.of(home, enrolment)
+        self._loop = WorkerLoop(self._obey)
+        self._presence = PresenceLink(
+            enrolment.mqtt,
+            enrolment.fleet,
+            enrolment.peer,
+            credentials.sign_key.sign,
+            enrolment.coordinator_public,
+            self._on_command,
+            self._on_mqtt,
+        )
+        self._report = Report(
+            home,
+            enrolment,
+            chosen,
+            self._presence,
+            traffic=lambda: self._sessions.traffic(),
+            trainer_bytes=lambda: self._work.trainer.rss_bytes,
+            known=lambda: self._gossip.known(),
+        )
+        self._gossip = Gossip(
+            home,
+            enrolment,
+            credentials,
+            Heads(home / "cache", enrolment.coordinator_public),
+            certificate=lambda: self._sessions.certificate,
+            presence=lambda: self._report.presence,
+            address=lambda: self._sharing.asked().address,
+        )
+        self._bandwidth = Bandwidth(home, lambda: self._polite.rates())
+        self._sessions = Sessions(
+            home,
+            enrolment,
+            credentials,
+            self._loop,
+            self._report,
+            self._bandwidth,
+            self._presence.move,
+        )
+        self._sharing = Sharing(
+            chosen.share,
+            home,
+            credentials,
+            enrolment.coordinator_public,
+            port=chosen.share_port,
+            mbit_s=chosen.share_mbit_s,
+            hearsay=self._gossip,
+        )
+        self._work = WorkThread(
+            home,
+            enrolment,
+            credentials,
+            chosen,
+            self._loop,
+            self._report,
+            link=lambda: self._sessions.link,
+            sharing=self._sharing,
+            received=self._bandwidth.received,
+        )
+        self._spread = Spread(
+            home / "cache",
+            credentials,
+            enrolment.coordinator_public,
+            self._loop,
+            self._gossip,
+            self._sharing,
+            self._work.versions,
+            self._bandwidth,
+            link=lambda: self._sessions.link,
+        )
+        feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
+        self._polite = Polite(
+            home, chosen, self._loop, feeling, self._bandwidth, self._work.make_room
+        )
+        self._owner = Owner(home, self._loop, self._polite)
+
+    # --- life ---
+
+    async def serve(self) -> None:
+        """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
+        self._loop.begin()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
+                asyncio.get_running_loop().add_signal_handler(name, self.stop)
+        self._owner.heed()
+        await self._polite.decide()
+        self._report.announce(self._loop.worker)
+        running = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "link": self._sessions.keep(self._work.answer),
+                "heartbeat": self._sessions.keep_beating(),
+                "presence": self._presence.run(),
+                "sharing": self._sharing.run(),
+                "spread": self._spread.run(),
+                "policy": self._polite.keep(),
+                "ticks": self._tick(),
+            }.items()
+        ]
+        stopping = asyncio.create_task(self._loop.stopping.wait())
+        try:
+            done, _ = await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()  # a part that ended did so with an error: raise it
+        finally:
+            self.stop()
+            stopping.cancel()
+            # Unblocks the work thread if it waits for the trainer or the wire.
+            await asyncio.to_thread(self._work.close)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._sessions.close()
+            self._bandwidth.keep(at_once=True)
+            self._report.stopped(self._loop.worker)
+
+    def stop(self) -> None:
+        self._loop.stop()
+
+    def _obey(self, instruction: state_machine.Instruction) -> None:
+        match instruction:
+            case Announce():
+                self._report.announce(self._loop.worker)
+            case PauseTrainer():
+                self._work.trainer.pause()
+            case ResumeTrainer():
+                self._work.trainer.resume()
+            case SetPace(share):
+                self._work.trainer.pace(share)
+            case LookForWork():
+                self._sessions.ring()
+            case Leave():
+                self.stop()
+
+    # --- MQTT ---
+
+    def _on_mqtt(self, up: bool, why: str) -> None:
+        if up != self._loop.worker.mqtt:
+            log.info("MQTT is %s", "up" if up else f"down: {why}")
+        self._loop.happened(BrokerChanged(up))
+        self._report.changed()
+
+    def _on_command(self, command: Doorbell | Command | LogsAsked) -> None:
+        match command:
+            case Doorbell():
+                self._sessions.ring()
+            case LogsAsked():
+                self._sessions.aside(self._tell_logs, command)
+            case Command(action="pause", for_s=for_s):
+                if self._lifting is not None:  # the end of an earlier pause is not this one's
+                    self._lifting.cancel()
+                until = time.time() + for_s if for_s else 0.0
+                self._loop.happened(PauseAsked(PauseReason.OPERATOR, until))
+                if for_s:
+                    lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
+                    self._lifting = self._loop.happens_in(for_s, lifted)
+            case Command(action="resume"):
+                asked = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
+                self._loop.happened(PauseLifted(asked))
+            case Command(action="finish"):
+                self._loop.happened(FinishAsked())
+
+    def _tell_logs(self, asked: LogsAsked) -> None:
+        may = self._polite.chosen.share_log
+        lines = log_redaction.tail(self._home / logs.FILE) if may else []
+        told = log_redaction.shared(lines, asked.most)
+        if not may:
+            text = "the owner keeps this log private: policy set share_log true"
+            told = [LogLine(at=time.time(), level="info", text=text)]
+        with contextlib.suppress(CommonweightError):
+            self._sessions.link.tell_logs(LogsTold(ask=asked.ask, lines=told))
+
+    # --- now and then ---
+
+    async def _tick(self) -> None:
+        """Obey the owner, end an idle trainer, keep the status fresh, notice sleep and moves."""
+        clocks, route, looked_s, tick_s = Clocks.now(), RouteWatch(), 0.0, 0.0
+        while True:
+            before, clocks, looked_s = clocks, Clocks.now(), looked_s + tick_s
+            if slept := slept_s(before, clocks, tick_s):
+                why = f"back after {slept:.0f} s of sleep"
+                self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
+            elif looked_s >= _ROUTE_EVERY_S:
+                looked_s = 0.0
+                if route.has_changed(self._sessions.ends):
+                    why = "this machine's network has changed"
+                    self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
+            if self._owner.heed():
+                self._take_up(self._polite.chosen)
+            trainer = self._work.trainer
+            idle = trainer.running and self._loop.worker.work is None
+            if idle and trainer.idle_s > self._polite.chosen.idle_timeout_s:
+                await asyncio.to_thread(trainer.stop)
+            self._report.keep_fresh(self._loop.worker)
+            self._bandwidth.keep()
+            resting = not trainer.running and self._loop.worker.work is None
+            tick_s = _RESTING_TICK_S if resting else _TICK_S
+            await asyncio.sleep(tick_s)
+
+    def _take_up(self, chosen: AgentSettings) -> None:
+        """What of changed settings is not asked for each time."""
+        logs.set_level(chosen.log_level)
+        self._report.take_up(chosen, self._loop.worker)
+
+    async def _connect_anew(self, why: str) -> None:
+        log.info("%s: connecting anew", why)
+        self._presence.reconnect()
+        await self._sessions.reconnect()

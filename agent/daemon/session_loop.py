@@ -1,0 +1,224 @@
+"""The agent's session with the coordinator, kept for months: opened again, alive, after a sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+from flwr.app import Message
+from msgspec.structs import replace
+
+from agent.daemon import state_machine
+from agent.daemon.event_loop import WorkerLoop
+from agent.daemon.state_machine import SessionChanged
+from agent.daemon.status_reporter import Report
+from agent.home.credentials import Credentials
+from agent.home.settings import Enrolment, write_enrolment
+from agent.transport.bandwidth import Bandwidth
+from agent.transport.coordinator_client import BEAT_EVERY_S, Link
+from agent.transport.weight_transfer import SessionLost
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError, Unreachable, VersionSkew
+from protocols.local import crash_reports
+from protocols.messages.mqtt import MqttAddress
+from protocols.network import version_check
+from protocols.network.backoff import delays
+
+log = logging.getLogger("commonweight.agent")
+
+T = TypeVar("T")
+
+RENEW_BEFORE_S = 60 * 86400.0
+_BEAT_AGAIN_S = 5.0
+
+
+class Sessions:
+    """Keeps one session open and asks it for work; two threads of its own, for work and heartbeat.
+
+    `on_moved(address)` is told, on the event loop, when the broker's address or login changes.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        enrolment: Enrolment,
+        credentials: Credentials,
+        loop: WorkerLoop,
+        report: Report,
+        bandwidth: Bandwidth,
+        on_moved: Callable[[MqttAddress], None],
+    ) -> None:
+        self._home, self._enrolment, self._credentials = home, enrolment, credentials
+        self._loop, self._report, self._on_moved = loop, report, on_moved
+        self._bandwidth = bandwidth
+        self._link: Link | None = None
+        self._doorbell = asyncio.Event()
+        self._worked_at = 0.0
+        self._skew = ""
+        self._working = ThreadPoolExecutor(1, "work")
+        self._beating = ThreadPoolExecutor(1, "heartbeat")
+
+    @property
+    def link(self) -> Link:
+        """The link of the moment. Raises Unreachable before the first try to open a session."""
+        if self._link is None:
+            raise Unreachable("the coordinator was not asked yet")
+        return self._link
+
+    @property
+    def certificate(self) -> bytes:
+        """The node certificate of the moment: it is renewed now and then."""
+        return self._enrolment.certificate
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The last connection's IP addresses, ours and the other's; empty before the first."""
+        return self._link.ends if self._link else ("", "")
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes up and down since the agent's start."""
+        return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)
+
+    def ring(self) -> None:
+        """There may be work: ask now."""
+        self._doorbell.set()
+
+    def aside(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Do this soon in the heartbeat's thread, one at a time: the work does not wait for it."""
+        self._beating.submit(call, *arguments)
+
+    async def close(self) -> None:
+        """Say goodbye, and let the threads end."""
+        if self._link is not None:
+            await asyncio.to_thread(self._link.close)
+        self._working.shutdown(wait=False, cancel_futures=True)
+        self._beating.shutdown(wait=False, cancel_futures=True)
+
+    # --- a session ---
+
+    async def keep(self, answer: Callable[[Message], Message | None]) -> None:
+        """Open a session, work, and open it again whenever it is lost; for ever.
+
+        `answer(message)` does the work in the work thread, and gives the next message.
+        """
+        waits = delays(Random(), 0.3, 15.0)
+        while True:
+            try:
+                await self._in_thread(self._open)
+                self._loop.happened(SessionChanged(True))
+                self._report.write(self._loop.worker)
+                log.info("connected to %s", self._credentials.address)
+                waits = delays(Random(), 0.3, 15.0)
+                await self._work_on(answer)
+            except CommonweightError as err:
+                if isinstance(err, VersionSkew):
+                    if err.message != self._skew:
+                        log.error("%s; %s", err.message, err.hint)
+                    self._skew = err.message
+                elif self._loop.worker.session:
+                    log.warning("lost the coordinator: %s", err.message)
+                else:
+                    log.debug("no session: %s", err.message)
+                self._report.trouble(err.message)
+            except Exception as err:  # an agent runs for months: no surprise may end it
+                log.exception("unexpected trouble with the link")
+                crash_reports.keep(self._home, err)
+                self._report.complain(f"unexpected trouble: {type(err).__name__}")
+            self._loop.happened(SessionChanged(False))
+            self._report.changed()
+            # A doorbell means that the coordinator is back: no need to wait to the end.
+            self._doorbell.clear()
+            await self._rung(next(waits))
+
+    async def _work_on(self, answer: Callable[[Message], Message | None]) -> None:
+        """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
+        while True:
+            self._doorbell.clear()
+            if state_machine.can_take_work(self._loop.worker):
+                message = await self._in_thread(self.link.pull)
+                while message is not None:
+                    message = await self._in_thread(answer, message)
+                    self._worked_at = time.monotonic()
+            await self._rung(
+                state_machine.poll_s(self._loop.worker, time.monotonic() - self._worked_at)
+            )
+
+    async def _rung(self, within_s: float) -> None:
+        """Wait for a doorbell, but not longer than that."""
+        # Not wait_for: before Python 3.12 it loses a cancel that comes together with the doorbell.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._doorbell.wait()
+
+    def _open(self) -> None:
+        if self._link is None:
+            self._link = Link(self._credentials, self._bandwidth)
+        version_check.check(self._link.standing().version, "the coordinator")
+        self._link.open()
+        self._learn_mqtt(self._link.mqtt())
+        self._keep_certificate(self._link)
+
+    def _keep_certificate(self, link: Link) -> None:
+        """Renew the node certificate in the last two months of its year."""
+        ca_pem = self._enrolment.ca_pem.encode()
+        ends_at = identity.read_certificate(ca_pem, self._enrolment.certificate).not_after
+        if ends_at - time.time() < RENEW_BEFORE_S:
+            certificate = link.renew()
+            identity.read_certificate(ca_pem, certificate)
+            self._enrolment = replace(self._enrolment, certificate=certificate)
+            write_enrolment(self._home, self._enrolment)
+
+    def _learn_mqtt(self, address: MqttAddress) -> None:
+        """The broker's password changes when a peer is removed: keep what holds now."""
+        if address != self._enrolment.mqtt:
+            self._enrolment = replace(self._enrolment, mqtt=address)
+            write_enrolment(self._home, self._enrolment)
+            self._loop.soon(self._on_moved, address)
+
+    # --- alive ---
+
+    async def keep_beating(self) -> None:
+        """Heartbeats, also while the work thread is busy; a lost session is opened again."""
+        while True:
+            link = self._link
+            held = link is not None and self._loop.worker.session
+            due_s = link.beat_due_s if link is not None and held else BEAT_EVERY_S
+            if link is None or due_s > 0:
+                await asyncio.sleep(due_s)
+                continue
+            if not await self._beat(link):
+                await asyncio.sleep(_BEAT_AGAIN_S)
+
+    async def _beat(self, link: Link) -> bool:
+        """One heartbeat; False if it failed."""
+        try:
+            await self._in_thread(link.beat, pool=self._beating)
+            return True
+        except SessionLost:
+            with contextlib.suppress(CommonweightError):
+                await self._in_thread(link.open, pool=self._beating)
+        except CommonweightError as err:
+            log.debug("a heartbeat failed: %s", err.message)
+        return False
+
+    async def reconnect(self) -> None:
+        """Connect anew at once: what was open before a sleep is dead, and nobody says so."""
+        if self._link is not None:
+            # In neither of our threads: both may wait on what is dead.
+            await asyncio.to_thread(self._link.reconnect)
+            if self._loop.worker.session:
+                await self._beat(self._link)
+        self.ring()
+
+    async def _in_thread(
+        self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool or self._working, work, *arguments)

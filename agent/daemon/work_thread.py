@@ -1,0 +1,263 @@
+"""The work of the agent: a message in, its answer out, whatever the disk and the trainer do.
+
+Blocking, in the work thread; what others must know of it goes to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Error, Message
+
+from agent.analytics import job_handler
+from agent.clientapp.app import Client, claim_text, refusal_text
+from agent.clientapp.inference_jobs import Inferring, find_version
+from agent.clientapp.jobs import Handler, Jobs
+from agent.clientapp.recovery import Recall
+from agent.daemon import state_machine
+from agent.daemon.event_loop import WorkerLoop
+from agent.daemon.state_machine import (
+    PauseAsked,
+    PauseLifted,
+    SendingBegan,
+    TrainerGaveUp,
+    WorkBegan,
+    WorkEnded,
+)
+from agent.daemon.status_reporter import Report
+from agent.home import audit_log, settings
+from agent.home.credentials import Credentials
+from agent.home.settings import AgentSettings, Enrolment, data_settings
+from agent.trainer.ipc import Progress
+from agent.trainer.process import TrainerProcess
+from agent.trainer.retry import WORTH_A_TRY_IN_JOBS, Watchdog
+from agent.transport.coordinator_client import Link
+from agent.transport.p2p.sharing import Sharing
+from agent.transport.version_proofs import Heads, prove
+from agent.transport.version_store import Versions
+from agent.transport.weight_transfer import NoRoom, SessionLost
+from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
+from protocols.failpoints import failpoint, note
+from protocols.local.disk_space import free_bytes
+from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Question, Scatter
+from protocols.messages.states import PauseReason
+from protocols.messages.work import Work
+
+#: After the trainer failed again and again: then the agent tries once more by itself.
+TRAINER_REST_S = 600.0
+_LOOK_EVERY_S = 0.5
+#: While the coordinator's disk is full: an upload is tried so often, each time after a rest.
+_UPLOAD_TRIES, _UPLOAD_AGAIN_S = 12, 5.0
+#: While ours is full: tried again with so much more room, or after that time.
+_MORE_ROOM_BYTES, _TRY_AGAIN_S = 1024 * 1024, 20.0
+_FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
+
+
+class WorkThread:
+    """Holds the trainer, the outbox and the versions. `link()` gives the session of the moment."""
+
+    def __init__(
+        self,
+        home: Path,
+        enrolment: Enrolment,
+        credentials: Credentials,
+        chosen: AgentSettings,
+        loop: WorkerLoop,
+        report: Report,
+        link: Callable[[], Link],
+        sharing: Sharing | None = None,
+        received: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self._home, self._loop, self._report, self._link = home, loop, report, link
+        cache, outbox = home / "cache", home / "outbox"
+        for folder in (cache, outbox, home / "trainer", home / "jobs" / "models"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.trainer = TrainerProcess(
+            home / "trainer",
+            data_settings(chosen, home / "trainer"),
+            threads=chosen.threads,
+            nice=chosen.nice,
+            fleet=chosen.fleet,
+            on_progress=lambda progress: loop.soon(self._progressed, progress),
+            hang_s=chosen.hang_timeout_s,
+            journal_every_s=chosen.checkpoint_interval_s,
+            sources=chosen.task_files,
+        )
+        self._watchdog = Watchdog(
+            self.trainer,
+            tries=chosen.trainer_tries,
+            on_given_up=self._on_given_up,
+        )
+        #: The trainer's rest that follows is not in force yet.
+        self._gave_up = False
+        self._resting: asyncio.TimerHandle | None = None
+        self._heads = Heads(cache, enrolment.coordinator_public)
+        self.versions = versions = Versions(cache, link, sharing, received)
+        self._client = Client(
+            peer=enrolment.peer,
+            sign=credentials.sign_key.sign,
+            coordinator_public=enrolment.coordinator_public,
+            trainer=self._watchdog,
+            outbox=outbox,
+            fetch=versions.fetch,
+            patch=versions.rebuild,
+            send=self._send,
+            allowed=chosen.allows,
+            on_work=self._on_work,
+            on_sending=lambda: loop.happened_in_thread(SendingBegan()),
+            on_trained=self.trainer.forget,
+            on_held=partial(prove, cache),
+            on_leaving=partial(audit_log.write, home),
+            jobs=Jobs(
+                peer=enrolment.peer,
+                sign=credentials.sign_key.sign,
+                coordinator_public=enrolment.coordinator_public,
+                outbox=outbox / "answers",
+                send=self._send_answer,
+                handlers=self._handlers(),
+                on_work=self._on_work,
+                on_leaving=partial(audit_log.write_answer, home),
+            ).answer,
+            recall=Recall(
+                enrolment.peer,
+                credentials.sign_key.sign,
+                enrolment.coordinator_public,
+                cache,
+                self._send,
+            ).answer,
+        )
+
+    def _handlers(self) -> dict[type[Question], Handler]:
+        """What this agent can do for jobs, by the type of the question."""
+        pinned = self._pinned = Versions(self._home / "jobs" / "models", self._link)
+        # What others ask may fail as it likes: no reason to take no work for a while.
+        patient = Watchdog(self.trainer, tries=2, worth=WORTH_A_TRY_IN_JOBS)
+        inferring = Inferring(
+            patient,
+            lambda: settings.read(self._home),
+            lambda model: find_version(self._home / "cache", model, pinned.fetch),
+            lambda digest, nbytes, target: self._link().download(
+                digest, nbytes, target, INPUT_PATH
+            ),
+            self._home / "jobs",
+            self._home / "predictions",
+        )
+        return {
+            Scatter: inferring.scatter,
+            Private: inferring.private,
+            Analyze: job_handler.handler(lambda: settings.read(self._home), self._home),
+        }
+
+    def _on_work(self, work: Work | None) -> None:
+        self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())
+
+    def pids(self) -> list[int]:
+        """The processes of this agent."""
+        trainer = self.trainer.pid
+        return [os.getpid()] if trainer is None else [os.getpid(), trainer]
+
+    def make_room(self, nbytes: int) -> int:
+        """Drop versions that nothing needs, up to so many bytes; how many became free.
+
+        Kept are the newest, for answers and for peers, and all while there is work.
+        """
+        if self._loop.worker.work is not None:
+            return 0
+        newest = self._heads.newest()
+        freed = self._pinned.shrink(nbytes, ())
+        return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
+
+    def close(self) -> None:
+        """End the trainer for good: a wait for it, or for its next try, ends too."""
+        self._watchdog.close()
+
+    def answer(self, message: Message) -> Message | None:
+        """Do the work of a message and send the reply; the next message. Raises Unreachable."""
+        failpoint("agent.message.taken")
+        self._gave_up = False
+        try:
+            reply = self._handled(message)
+        except (Unreachable, SessionLost):
+            raise  # the answer is in the outbox; the question will be asked again
+        except CommonweightError as err:
+            if self._loop.stopping.is_set():
+                return None
+            if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
+                self._loop.soon(self._report.complain, f"the work failed: {err.message}")
+            reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
+        self._report.answered()
+        following: Message | None = None
+        failpoint("agent.claim.sending")
+        link = self._link()
+        if state_machine.is_willing(self._loop.worker) and not self._gave_up:
+            following = link.exchange(reply)
+        else:
+            link.push(reply)
+        if link.settled and (claim := claim_text(reply)):
+            note("acknowledged", claim=claim)
+        failpoint("agent.claim.sent")
+        return following
+
+    def _handled(self, message: Message) -> Message:
+        """The client's reply; while the disk is full, paused, and then tried again."""
+        while True:
+            try:
+                return self._client.handle(message)
+            except DiskFull as err:
+                if self._loop.stopping.is_set():
+                    raise
+                self._loop.soon(self._report.complain, f"no room on the disk: {err.message}")
+            self._loop.happened_in_thread(PauseAsked(PauseReason.DISK))
+            self._wait_for_room(free_bytes(self._home) + _MORE_ROOM_BYTES)
+            self._loop.happened_in_thread(PauseLifted(frozenset({PauseReason.DISK})))
+
+    def _wait_for_room(self, enough_bytes: int) -> None:
+        self._rest(_TRY_AGAIN_S, lambda: free_bytes(self._home) >= enough_bytes)
+
+    def _send(self, digest: str, path: Path) -> None:
+        """Hand in an update."""
+        self._patiently(lambda: self._link().hand_in(digest, path))
+
+    def _send_answer(self, digest: str, path: Path) -> None:
+        """Hand in a job's answer."""
+        self._patiently(lambda: self._link().upload(digest, path, ANSWER_PATH))
+
+    def _patiently(self, send: Callable[[], None]) -> None:
+        """Send; waits a while for a coordinator whose disk is full."""
+        for _ in range(_UPLOAD_TRIES):
+            try:
+                return send()
+            except NoRoom as err:
+                self._report.trouble(err.message)
+                self._rest(_UPLOAD_AGAIN_S)
+                if self._loop.stopping.is_set():
+                    raise
+        raise NoRoom("the coordinator has had no room on its disk for too long")
+
+    def _rest(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the time, until `ready` or the agent's end."""
+        until = time.monotonic() + most_s
+        while time.monotonic() < until and not self._loop.stopping.is_set() and not ready():
+            time.sleep(_LOOK_EVERY_S)
+
+    def _on_given_up(self, kind: str) -> None:
+        self._gave_up = True
+        self._loop.soon(self._rest_trainer, kind)
+
+    # --- on the event loop ---
+
+    def _rest_trainer(self, kind: str) -> None:
+        """No more work for now: the trainer failed again and again."""
+        self._loop.happened(TrainerGaveUp(kind, time.time() + TRAINER_REST_S))
+        if self._resting is not None:  # the owner has ended that rest: its end is not this one's
+            self._resting.cancel()
+        lifted = PauseLifted(frozenset({PauseReason.TRAINER}))
+        self._resting = self._loop.happens_in(TRAINER_REST_S, lifted)
+
+    def _progressed(self, progress: Progress) -> None:
+        self._report.progress(self._loop.worker, progress)

@@ -1,0 +1,153 @@
+"""What the values of a column mean: missing, number, truth value, date or text. Pure pyarrow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from protocols.tables.statistics import Kind
+
+#: Texts that say that a value is missing, in any case and with any spaces around.
+MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
+#: What `messages.Text` does not take, as RE2 writes it.
+_STEERING = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
+_MOST_CHARACTERS = 400
+_DAY_US = 86_400_000_000.0
+
+Floats = npt.NDArray[np.float64]
+_MISSING = pa.array(MISSING)
+_TRUTH = pa.array(["true", "false"])
+
+
+class Kinds(NamedTuple):
+    """What the texts of a column could all be. `some`: there is a value at all."""
+
+    some: bool = False
+    number: bool = True
+    boolean: bool = True
+    date: bool = True
+
+    def merged(self, other: Kinds) -> Kinds:
+        return Kinds(
+            self.some or other.some,
+            self.number and other.number,
+            self.boolean and other.boolean,
+            self.date and other.date,
+        )
+
+    @property
+    def kind(self) -> Kind:
+        if not self.some:
+            return "empty"
+        if self.number:
+            return "number"
+        return "boolean" if self.boolean else "date" if self.date else "text"
+
+
+def kinds(column: pa.Array) -> Kinds:
+    """What the values of one batch could be."""
+    column, fixed = _plain(column)
+    column = column.drop_null()
+    if not len(column):
+        return Kinds()
+    if fixed is not None:
+        return Kinds(
+            some=True,
+            number=fixed == "number",
+            boolean=fixed == "boolean",
+            date=fixed == "date",
+        )
+    return Kinds(
+        some=True,
+        number=_cast(column, pa.float64()) is not None,
+        boolean=bool(pc.all(pc.is_in(pc.utf8_lower(column), value_set=_TRUTH)).as_py()),
+        date=_dates(column) is not None,
+    )
+
+
+def numbers(column: pa.Array, kind: Kind) -> Floats:
+    """The values as float64[n]: NaN where missing or not finite; a date in days since 1970."""
+    column, _ = _plain(column)
+    if kind == "boolean" and pa.types.is_string(column.type):
+        column = pc.equal(pc.utf8_lower(column), "true")
+    elif kind == "date":
+        dates = column if pa.types.is_timestamp(column.type) else _dates(column)
+        found = _floats(dates.cast(pa.int64()) if dates is not None else column)
+        return found / _DAY_US
+    elif pa.types.is_string(column.type):
+        lower = pc.utf8_lower(column)
+        # A truth value in a column of numbers: 0 or 1, as at peers that have it so throughout.
+        for word, number in (("true", "1"), ("false", "0")):
+            column = pc.if_else(pc.equal(lower, word), number, column)
+    return _floats(column)
+
+
+def texts(column: pa.Array) -> pa.StringArray:
+    """The values as text without spaces around; null where missing. A whole number has no dot.
+
+    Categories and groups travel as `messages.Text`: what could steer a terminal, such as a line's
+    end, is a space here, and a long text is cut.
+    """
+    column, fixed = _plain(column)
+    if fixed == "boolean":
+        return column.cast(pa.int8()).cast(pa.string())
+    if pa.types.is_floating(column.type):
+        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+        number = pc.if_else(whole, column, 0.0).cast(pa.int64())
+        return pc.if_else(whole, number.cast(pa.string()), column.cast(pa.string()))
+    plain = pc.replace_substring_regex(column.cast(pa.string()), _STEERING, " ")
+    return pc.utf8_slice_codeunits(plain, 0, _MOST_CHARACTERS)
+
+
+def whole_texts(values: Floats) -> pa.StringArray:
+    """Whole numbers as text, null for NaN."""
+    missing = np.isnan(values)
+    return pa.array(np.where(missing, 0, values).astype(np.int64), mask=missing).cast(pa.string())
+
+
+def _plain(column: pa.Array) -> tuple[pa.Array, Kind | None]:
+    """Text without spaces around and with missing values as null; or values of a fixed kind."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if pa.types.is_boolean(kind):
+        return column, "boolean"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return column.cast(pa.float64(), safe=False), "number"
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        return column.cast(pa.timestamp("us"), safe=False), "date"
+    if pa.types.is_null(kind):
+        return column.cast(pa.string()), None
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return column.cast(pa.string()), "text"  # times of day, say; nested values raise
+    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    missing = pc.is_in(pc.utf8_lower(text), value_set=_MISSING)
+    return pc.if_else(missing, None, text), None
+
+
+def _floats(column: pa.Array) -> Floats:
+    column = column.cast(pa.float64(), safe=False)
+    found = np.array(column.to_numpy(zero_copy_only=False), np.float64)
+    found[~np.isfinite(found)] = np.nan
+    return found
+
+
+def _dates(column: pa.Array) -> pa.Array | None:
+    """ISO 8601 dates and times; one with a zone is taken to UTC."""
+    found = _cast(column, pa.timestamp("us"))
+    if found is None and (zoned := _cast(column, pa.timestamp("us", tz="UTC"))) is not None:
+        found = zoned.cast(pa.timestamp("us"))
+    return found
+
+
+def _cast(column: pa.Array, to: pa.DataType) -> pa.Array | None:
+    try:
+        return column.cast(to)
+    except pa.ArrowInvalid:
+        return None

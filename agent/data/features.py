@@ -1,0 +1,172 @@
+"""Rows as the numbers that a model takes, by the preprocessing that all peers share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agent.data import Reader, column_types
+from protocols.tables.preprocessing import Feature, Preprocessing
+from protocols.tables.statistics import NUMERIC, hashed_category
+
+#: Beyond this much, rows are kept in a file that the system reads as needed.
+IN_MEMORY_BYTES = 512 << 20
+#: One row of so many, at a random place among them, is held out for evaluation.
+HELD_OUT_OF = 5
+_MISSING, _UNSEEN, _FIRST = 0, 1, 2
+
+Floats = npt.NDArray[np.float32]
+
+
+class Rows(NamedTuple):
+    """Inputs float32[n, d] and targets: int64[n] classes or float32[n, 1], scaled."""
+
+    x: Floats
+    y: npt.NDArray[Any]
+
+
+def width(preprocessing: Preprocessing) -> tuple[int, int]:
+    """How many numbers, and how many categories, an input has; the categories come last."""
+    numeric = preprocessing.numeric
+    return len(numeric) + sum(f.missing for f in numeric), len(preprocessing.categorical)
+
+
+def inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
+    """The features of a batch: float32[n, d]. A column that is not there counts as missing."""
+    columns: list[npt.NDArray[Any]] = []
+    gaps: list[npt.NDArray[Any]] = []
+    for feature in preprocessing.numeric:
+        found = column_types.numbers(_column(batch, feature), feature.kind)
+        there = ~np.isnan(found)
+        columns.append(np.where(there, (found - feature.mean) / feature.scale, 0.0))
+        if feature.missing:
+            gaps.append(~there)
+    indices = [
+        _indices(_column(batch, feature), feature, preprocessing.hashed)
+        for feature in preprocessing.categorical
+    ]
+    made = np.empty((len(batch), len(columns) + len(gaps) + len(indices)), np.float32)
+    for place, column in enumerate((*columns, *gaps, *indices)):
+        made[:, place] = column
+    return made
+
+
+def targets(batch: pa.RecordBatch, preprocessing: Preprocessing) -> npt.NDArray[Any]:
+    """Classes as int64[n], -1 for none of them; or scaled numbers as float32[n, 1], else NaN."""
+    target = preprocessing.target
+    column = batch.column(target.name)
+    if not target.classes:
+        found = (column_types.numbers(column, target.kind) - target.mean) / target.scale
+        return found.astype(np.float32)[:, None]
+    if target.kind in NUMERIC:
+        texts = column_types.whole_texts(column_types.numbers(column, target.kind))
+    else:
+        texts = column_types.texts(column)
+    found = pc.fill_null(pc.index_in(texts, value_set=pa.array(target.classes)), -1)
+    return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _column(batch: pa.RecordBatch, feature: Feature) -> pa.Array:
+    if feature.name in batch.schema.names:
+        return batch.column(feature.name)
+    return pa.nulls(len(batch), pa.string())
+
+
+def _indices(column: pa.Array, feature: Feature, hashed: bool) -> npt.NDArray[Any]:
+    texts = column_types.texts(column)
+    if hashed:
+        coded = texts.dictionary_encode()
+        names = [hashed_category(feature.name, text) for text in coded.dictionary.to_pylist()]
+        texts = pa.array(names, pa.string()).take(coded.indices)
+    known = pa.array(feature.categories, pa.string())
+    found = pc.fill_null(pc.index_in(texts, value_set=known), _UNSEEN - _FIRST)
+    missing = np.asarray(pc.is_null(texts).to_numpy(zero_copy_only=False))
+    indices = np.asarray(found.to_numpy(zero_copy_only=False)) + _FIRST
+    return np.where(missing, _MISSING, indices)
+
+
+class Encoded(NamedTuple):
+    """A peer's rows, to train on and held out; `dropped` have no target that is known."""
+
+    trained_on: Rows
+    held_out: Rows
+    dropped: int
+
+
+def encoded(
+    reader: Reader, preprocessing: Preprocessing, chance: np.random.RandomState, folder: Path
+) -> Encoded:
+    """All rows of a table. `folder` takes what does not fit into memory, without a name."""
+    here = set(reader.columns())
+    names = [f.name for f in preprocessing.features if f.name in here]
+    numbers, categories = width(preprocessing)
+    is_class = bool(preprocessing.target.classes)
+    spools = [_Spool(numbers + categories, is_class, folder) for _ in range(2)]
+    places = _held_out(chance)
+    dropped = 0
+    for batch in reader.batches([*names, preprocessing.target.name]):
+        x, y = inputs(batch, preprocessing), targets(batch, preprocessing)
+        known = y >= 0 if is_class else ~np.isnan(y[:, 0])
+        x, y = x[known], y[known]
+        dropped += len(batch) - len(y)
+        out = np.fromiter(places, bool, len(y))
+        spools[0].append(x[~out], y[~out])
+        spools[1].append(x[out], y[out])
+    return Encoded(spools[0].rows(), spools[1].rows(), dropped)
+
+
+def _held_out(chance: np.random.RandomState) -> Iterator[bool]:
+    """For row after row: is it held out? The same however the rows come in batches."""
+    while True:
+        place = chance.randint(HELD_OUT_OF)
+        yield from (number == place for number in range(HELD_OUT_OF))
+
+
+class _Spool:
+    """Rows one after the other, in memory as long as they are few."""
+
+    def __init__(self, width: int, is_class: bool, folder: Path) -> None:
+        self._width, self._folder = width, folder
+        self._y = np.dtype(np.int64 if is_class else np.float32)
+        self._kept: list[Rows] = []
+        self._bytes = self._count = 0
+        self._files: tuple[IO[bytes], IO[bytes]] | None = None
+
+    def append(self, x: Floats, y: npt.NDArray[Any]) -> None:
+        self._kept.append(Rows(x, y))
+        self._bytes += x.nbytes + y.nbytes
+        self._count += len(y)
+        if self._files is not None or self._bytes > IN_MEMORY_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._files is None:
+            # Without a name: what is in them is gone with this process, however it ends.
+            first = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            self._files = first, tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        for rows in self._kept:
+            self._files[0].write(np.ascontiguousarray(rows.x).data)
+            self._files[1].write(np.ascontiguousarray(rows.y).data)
+        self._kept = []
+
+    def rows(self) -> Rows:
+        shape = () if self._y == np.int64 else (1,)
+        if self._files is None:
+            if not self._kept:
+                return Rows(np.empty((0, self._width), np.float32), np.empty((0, *shape), self._y))
+            x, y = zip(*self._kept, strict=True)
+            return Rows(np.concatenate(x), np.concatenate(y))
+        for file in self._files:
+            file.flush()
+        x_file, y_file = self._files
+        return Rows(
+            np.memmap(x_file, np.float32, "r+", shape=(self._count, self._width)),
+            np.memmap(y_file, self._y, "r+", shape=(self._count, *shape)),
+        )

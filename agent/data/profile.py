@@ -1,0 +1,194 @@
+"""A survey of a table in two passes: what its columns hold, then their statistics.
+
+Both are operations that any reader folds over its batches (`agent.data.Operation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agent.data import Reader, column_types
+from agent.data.column_types import Kinds
+from agent.data.settings import DataSettings
+from protocols.errors import DataFault, SchemaMismatch
+from protocols.tables import statistics
+from protocols.tables.preprocessing import MOST_CLASSES, Preprocessing, Wanted
+from protocols.tables.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
+
+
+class FindKinds:
+    """What each column could hold: dict of `values.Kinds` by name."""
+
+    @property
+    def state(self) -> Any:
+        return dict[str, Kinds]
+
+    def of(self, batch: pa.RecordBatch) -> dict[str, Kinds]:
+        return {name: column_types.kinds(batch.column(name)) for name in batch.schema.names}
+
+    def merged(self, a: dict[str, Kinds], b: dict[str, Kinds]) -> dict[str, Kinds]:
+        return {name: kinds.merged(b[name]) for name, kinds in a.items()}
+
+
+class Measure(NamedTuple):
+    """Statistics of columns of known kinds.
+
+    Numbers in `counted` are counted by value as well, up to `MOST_CLASSES` different whole ones.
+    """
+
+    kinds: dict[str, Kind]
+    counted: frozenset[str] = frozenset()
+    extremes: bool = False
+
+    @property
+    def state(self) -> Any:
+        return TableStatistics
+
+    def of(self, batch: pa.RecordBatch) -> TableStatistics:
+        columns = {name: self._column(name, batch.column(name)) for name in self.kinds}
+        return TableStatistics(rows=len(batch), columns=columns)
+
+    def merged(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
+        whole = statistics.merged((a, b))
+        return TableStatistics(
+            rows=whole.rows, columns={n: self._bounded(c) for n, c in whole.columns.items()}
+        )
+
+    def _column(self, name: str, column: pa.Array) -> ColumnStatistics:
+        kind = self.kinds[name]
+        if kind == "empty":
+            return ColumnStatistics(kind=kind, missing=len(column))
+        if kind == "text":
+            return _counts(column_types.texts(column))
+        found = column_types.numbers(column, kind)
+        there = found[~np.isnan(found)]
+        whole = bool((there == np.floor(there)).all())
+        told = ColumnStatistics(
+            kind=kind,
+            missing=len(found) - len(there),
+            whole=whole,
+            moments=statistics.moments(there),
+            extremes=(
+                (float(there.min()), float(there.max())) if self.extremes and len(there) else None
+            ),
+        )
+        if name not in self.counted:
+            return told
+        counts = _counts(column_types.whole_texts(there)) if whole else ColumnStatistics(kind=kind)
+        return self._bounded(
+            ColumnStatistics(
+                kind=kind,
+                missing=told.missing,
+                whole=whole,
+                moments=told.moments,
+                extremes=told.extremes,
+                categories=counts.categories,
+                many=counts.many,
+            )
+        )
+
+    def _bounded(self, column: ColumnStatistics) -> ColumnStatistics:
+        """Of a number that takes many values, or broken ones, the values are nobody's affair."""
+        if column.kind not in NUMERIC:
+            return column
+        if column.many or not column.whole or len(column.categories) > MOST_CLASSES:
+            return ColumnStatistics(
+                kind=column.kind,
+                missing=column.missing,
+                whole=column.whole,
+                moments=column.moments,
+                extremes=column.extremes,
+                many=column.many or len(column.categories) > MOST_CLASSES,
+            )
+        return column
+
+
+def _counts(column: pa.StringArray) -> ColumnStatistics:
+    found = {pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(column)}
+    missing = found.pop(None, 0)
+    if len(found) > statistics.MOST_CATEGORIES:
+        total = sum(found.values())
+        return ColumnStatistics(kind="text", missing=missing, others=total, many=True)
+    return ColumnStatistics(kind="text", missing=missing, categories=found)
+
+
+def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistics:
+    """What may be told of a table: the columns that its owner allows, nothing rare.
+
+    Raises DataFault: too few rows for the owner, a column that is not there or not allowed.
+    """
+    names = _allowed(reader.columns(), data.columns, wanted)
+    kinds = reader.partial(FindKinds(), names)
+    if kinds is None:
+        raise DataFault("this peer's table has no rows")
+    found: dict[str, Kind] = {
+        name: "text" if name in wanted.categorical and kinds[name].some else kinds[name].kind
+        for name in names
+    }
+    extremes = wanted.scaling == "minmax"
+    if extremes and not data.extremes:
+        raise DataFault(
+            "the owner does not tell the least and the most of a column, which minmax needs",
+            "commonweight-agent policy set data.extremes true",
+        )
+    measure = Measure(found, frozenset({wanted.target}), extremes)
+    table = reader.partial(measure, names)
+    assert table is not None
+    if table.rows < data.min_rows:
+        raise DataFault(
+            f"the owner asks for at least {data.min_rows} rows, and there are fewer",
+            f"there are {table.rows}: commonweight-agent policy set data.min_rows",
+        )
+    hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
+    return statistics.shared(table, data.min_count, hashed=hashed if wanted.hashed else ())
+
+
+def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: Wanted) -> list[str]:
+    """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
+    for name in (wanted.target, *wanted.features):
+        if name not in there:
+            usable = {column.lower(): column for column in there if may_use(column, patterns)}
+            near = [usable[low] for low in get_close_matches(name.lower(), usable, 3)]
+            found = f"no such column, but {' or '.join(near)}" if near else "no such column"
+            hint = f"there are {', '.join(there[:20])}"
+            raise SchemaMismatch(f"column {name}", "one", found, hint)
+        if not may_use(name, patterns):
+            raise _kept_back(name)
+    allowed = [name for name in there if may_use(name, patterns)]
+    asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
+    return [name for name in allowed if name in asked]
+
+
+def may_use(name: str, patterns: Sequence[str]) -> bool:
+    """True if the owner lets this column be used."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kept_back(name: str) -> SchemaMismatch:
+    found, hint = "one that its owner keeps back", "commonweight-agent policy set data.columns"
+    return SchemaMismatch(f"column {name}", "one", found, hint)
+
+
+def compare(
+    reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: Wanted
+) -> None:
+    """Does the table hold what was agreed on? Raises SchemaMismatch, which names the column."""
+    features = {feature.name: feature.kind for feature in preprocessing.features}
+    expected = {**features, preprocessing.target.name: preprocessing.target.kind}
+    there = reader.columns()
+    _allowed(there, data.columns, wanted)
+    names = [name for name in there if name in expected]
+    if kept := [name for name in names if not may_use(name, data.columns)]:
+        raise _kept_back(kept[0])
+    for name, kinds in (reader.partial(FindKinds(), names) or {}).items():
+        kind, agreed = kinds.kind, expected[name]
+        alike = kind in (agreed, "empty") or agreed == "text"
+        if not alike and (kind, agreed) != ("boolean", "number"):
+            raise SchemaMismatch(f"column {name}", agreed, kind)

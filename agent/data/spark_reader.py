@@ -1,0 +1,122 @@
+"""Tables read by Spark: in a JVM of this machine, or on a cluster of its owner by its URL.
+
+A cluster's workers need commonweight installed, and see the same files. Spark needs Java 17.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pyarrow as pa
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+
+from agent.data import Operation
+from agent.data.arrow_reader import check_text, completed, files, header, is_parquet, separator
+from protocols.errors import CommonweightError, DataFault
+
+S = TypeVar("S")
+
+_JAVA = 17
+_JAVA_HINT = (
+    "install it (apt install openjdk-17-jre-headless, brew install openjdk@17), or set JAVA_HOME"
+)
+
+
+class SparkReader:
+    """Files by path, folder or pattern. `url` is a master's, such as spark://10.0.0.5:7077."""
+
+    def __init__(self, path: str, url: str = "") -> None:
+        check_java()
+        self._files, self._checked = files(path), set[Path]()
+        if not url or url.startswith("local"):  # whatever `python3` is here lacks what we need
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        self._session = (
+            SparkSession.builder.master(url or "local[*]")
+            .appName("commonweight")
+            .config("spark.ui.enabled", "false")
+            .config("spark.sql.session.timeZone", "UTC")
+            .config("spark.driver.bindAddress", "127.0.0.1" if not url else "0.0.0.0")
+            .getOrCreate()
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for file in self._files for name in header(file)))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        pieces = self._frame(columns).mapInArrow(_packed, "piece binary")
+        for row in self._told(pieces.toLocalIterator()):
+            for batch in pa.ipc.open_stream(row.piece):
+                yield completed(batch, columns)
+
+    def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
+        names = tuple(columns)
+
+        def folded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            states = [operation.of(completed(batch, names)) for batch in batches]
+            if states:
+                state = msgspec.msgpack.encode(reduce(operation.merged, states))
+                yield pa.record_batch({"state": pa.array([state], pa.binary())})
+
+        rows = self._told(iter(self._frame(columns).mapInArrow(folded, "state binary").collect()))
+        found = [msgspec.msgpack.decode(row.state, type=operation.state) for row in rows]
+        return reduce(operation.merged, found) if found else None
+
+    def _frame(self, columns: Sequence[str]) -> DataFrame:
+        """All files; they may have their columns in different orders."""
+        frames = [self._read(file, columns) for file in self._files]
+        return reduce(lambda a, b: a.unionByName(b, allowMissingColumns=True), frames)
+
+    def _read(self, file: Path, columns: Sequence[str]) -> DataFrame:
+        read = self._session.read
+        if is_parquet(file):
+            frame = read.parquet(str(file))
+        else:
+            if file not in self._checked:  # Spark replaces what is no text, and says nothing
+                check_text(file)
+                self._checked.add(file)
+            # All as text: what it means is decided in `values`, for all readers alike.
+            frame = read.csv(
+                str(file), sep=separator(file), header=True, multiLine=True, escape='"'
+            )
+        here = [name for name in header(file) if name in set(columns)]
+        return frame.select([frame[f"`{name}`"] for name in here])
+
+    def _told(self, rows: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from rows
+        except PySparkException as err:
+            raise DataFault("Spark cannot read the table", str(err)[:2000]) from err
+
+
+def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Each batch as one value, as Arrow writes it."""
+    for batch in batches:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield pa.record_batch({"piece": pa.array([sink.getvalue().to_pybytes()], pa.binary())})
+
+
+def check_java() -> None:
+    """Raises CommonweightError unless there is a Java that Spark can use."""
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
+    if not java or not Path(java).exists():
+        raise CommonweightError(f"Spark needs Java {_JAVA} or newer, and there is none", _JAVA_HINT)
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r'version "(\d+)', said)
+    if not found or int(found[1]) < _JAVA:
+        version = found[1] if found else "an unknown version"
+        raise CommonweightError(
+            f"Spark needs Java {_JAVA} or newer, and {version} is here", _JAVA_HINT
+        )

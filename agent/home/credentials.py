@@ -1,0 +1,37 @@
+"""Who this agent is, and whom it trusts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from agent.home.settings import Enrolment
+from protocols.enrollment import identity, signed_requests
+from protocols.enrollment.identity import NodeKey, SigningKey
+
+
+class Credentials(NamedTuple):
+    """Who this agent is, and whom it trusts."""
+
+    address: str
+    ca_pem: bytes
+    peer: str
+    node_key: NodeKey
+    sign_key: SigningKey
+
+    @classmethod
+    def of(cls, home: Path, enrolment: Enrolment) -> Credentials:
+        """Those of the machine that joined in this home. Raises HomeFault."""
+        return cls(
+            address=enrolment.addresses[0],
+            ca_pem=enrolment.ca_pem.encode(),
+            peer=enrolment.peer,
+            node_key=identity.load_node_key(home / "node.key"),
+            sign_key=identity.load_signing_key(home / "sign.key"),
+        )
+
+    def signed(
+        self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
+    ) -> dict[str, str]:
+        """The headers of one request."""
+        return signed_requests.headers(self.peer, self.sign_key.sign, method, path, body_sha256)

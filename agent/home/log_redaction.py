@@ -1,0 +1,78 @@
+"""What of an agent's log its operator elsewhere may see: no trace, no path, nothing secret.
+
+Only our own loggers' words, and of these what is left after everything that could be a path, a
+key, a ticket or a quotation was taken out: an error may quote the data that it fell over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from protocols.messages.envelope import LogLine, printable
+
+_OURS = "commonweight"
+_TAIL_BYTES = 256 * 1024
+_HIDDEN = (
+    # Quoted text: repr() of a path, of a value, of a line of data.
+    (re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`"), "‹…›"),
+    # A URL keeps its scheme only: there may be a login in it.
+    (re.compile(r"\b([a-z][a-z0-9+.-]*)://\S+", re.IGNORECASE), r"\1://‹…›"),
+    # Paths: two parts with a slash or backslash, from the root, the home or a drive.
+    (
+        re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s:,;)]+|\b[\w.-]+(?:[/\\][\w.-]+){1,}"),
+        "‹path›",
+    ),
+    (re.compile(r"\bcw1[.-]\S+"), "‹ticket›"),
+    # Long runs of letters and digits: keys, digests, tokens.
+    (re.compile(r"\b[A-Za-z0-9+/_=-]{24,}"), "‹…›"),
+    # Numbers in brackets and lists: rows of data.
+    (re.compile(r"\[[^\]]*\]|\{[^}]*\}|\((?:\s*-?\d[\d.eE+-]*\s*,?){2,}\)"), "‹…›"),
+)
+
+
+def tail(path: Path) -> list[str]:
+    """The last lines of the log file, whole ones, of at most `_TAIL_BYTES`; none without a file."""
+    try:
+        with path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            start = max(0, log.tell() - _TAIL_BYTES)
+            log.seek(start)
+            lines = log.read().decode(errors="replace").split("\n")
+    except OSError:
+        return []
+    return lines[1:] if start else lines
+
+
+def shared(lines: Iterable[str], most: int) -> list[LogLine]:
+    """The last `most` of these JSON lines that may be seen, oldest first."""
+    found = [line for text in lines if (line := _line(text)) is not None]
+    return found[-most:]
+
+
+def _line(text: str) -> LogLine | None:
+    try:
+        told: dict[str, Any] = json.loads(text)
+        name, level, at = str(told["name"]), str(told["level"]), float(told["at"])
+        message = str(told["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if name.partition(".")[0] != _OURS:
+        return None
+    if level == "critical":
+        level = "error"
+    if level not in ("debug", "info", "warning", "error"):
+        return None
+    return LogLine(at=at, level=level, text=harmless(message))  # type: ignore[arg-type]
+
+
+def harmless(message: str) -> str:
+    """One line without paths, quotations, secrets or rows of numbers."""
+    first = message.partition("\n")[0]
+    for pattern, instead in _HIDDEN:
+        first = pattern.sub(instead, first)
+    return printable(first)

@@ -1,0 +1,78 @@
+"""Answers of a task that can predict, as lines of JSON: an array of names, then a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.inference import writers
+from agent.tasks import OnStep, Predicting, Settings
+from protocols.errors import CannotPredict, DataFault
+from protocols.model.weights import Weights
+
+_encoder = msgspec.json.Encoder()
+Columns = Mapping[str, Sequence[Any]]
+
+
+def batches(
+    task: object, model: Weights, settings: Settings, source: str
+) -> Iterator[dict[str, list[Any]]]:
+    """What the task answers for `source`: columns of plain values, batch by batch.
+
+    Raises CannotPredict, DataFault (columns of several lengths), and what the task raises.
+    """
+    if not isinstance(task, Predicting):
+        raise CannotPredict(
+            "the task answers for no rows", "it needs a method predict: docs/tasks.md"
+        )
+    for batch in task.predict(model, settings, source):
+        columns = {
+            str(name): column.tolist() if isinstance(column, np.ndarray) else list(column)
+            for name, column in batch.items()
+        }
+        if len({len(column) for column in columns.values()}) > 1:
+            raise DataFault("the task gave columns of several lengths in one batch")
+        yield columns
+
+
+def write(
+    task: object,
+    model: Weights,
+    settings: Settings,
+    sources: Sequence[str],
+    rows: Sequence[int],
+    out: Path,
+    on_step: OnStep,
+) -> int:
+    """Write the answers for all sources to `out` (lines, or Parquet); how many rows there are.
+
+    `rows[i]` is how many the source i must have; empty: any. Raises as `batches` does.
+    """
+    done = 0
+
+    def found() -> Iterator[Columns]:
+        nonlocal done
+        names: list[str] = []
+        for number, source in enumerate(sources):
+            before = done
+            for batch in batches(task, model, settings, source):
+                if list(batch) != (names := names or list(batch)):
+                    raise DataFault("the task gave other columns than in its first batch")
+                done += len(next(iter(batch.values()), ()))
+                on_step(number + 1, len(sources), 0.0, done)
+                yield batch
+            if rows and done - before != rows[number]:
+                raise DataFault(f"the task gave {done - before} answers for {rows[number]} rows")
+
+    if out.suffix == ".parquet":
+        return writers.write(found(), out)
+    with out.open("wb") as file:
+        for number, batch in enumerate(found()):
+            if not number:
+                file.write(_encoder.encode(list(batch)) + b"\n")
+            file.write(_encoder.encode_lines(list(zip(*batch.values(), strict=True))))
+    return done

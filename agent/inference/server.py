@@ -1,0 +1,252 @@
+"""Answers in real time over HTTP, from the agent's own copy of the shared model.
+
+    POST /predict    rows as CSV with a line of names, or as JSON {"rows": [{name: value}, …]}
+    GET  /healthz    the model that answers, and how fast
+
+Requests that come while the model is at work wait, and then go to it together: that is all there
+is to micro-batching, and nobody waits for a batch to fill. A new version takes the old one's place
+between two batches, so no request is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from agent.inference import predictions
+from agent.tasks import Settings
+from protocols.errors import CommonweightError, UsageFault
+from protocols.model.weights import Weights
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+MOST_ROWS, MOST_WAITING = 4096, 1024
+LOOK_EVERY_S = 1.0
+_LATENCIES = 10_000
+#: Names for this machine: a page in a browser that reaches us by another is turned away.
+_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
+
+
+class Served(NamedTuple):
+    """A model that answers. `version` names it."""
+
+    version: str
+    name: str
+    task: object
+    model: Weights
+    settings: Settings
+
+
+class _Asked(NamedTuple):
+    head: bytes
+    rows: list[bytes]
+    answer: asyncio.Future[dict[str, Any]]
+
+
+class Busy(CommonweightError):
+    """Too many requests wait already."""
+
+    code = "busy"
+
+
+class Server:
+    """One model at a time. `newest(served)` gives a newer one than this, or None; it may block."""
+
+    def __init__(self, served: Served, newest: Callable[[Served], Served | None]) -> None:
+        self.served, self._newest = served, newest
+        self._waiting: asyncio.Queue[_Asked] = asyncio.Queue(MOST_WAITING)
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._latencies: deque[float] = deque(maxlen=_LATENCIES)
+        self.requests = self.failed = self.swaps = self.batches = 0
+
+    # --- the work ---
+
+    async def work(self) -> None:
+        """Answer, batch by batch; for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._waiting.get()]
+            while not self._waiting.empty() and sum(len(a.rows) for a in batch) < MOST_ROWS:
+                batch.append(self._waiting.get_nowait())
+            for alike in _by_head(batch):
+                self.batches += 1
+                await loop.run_in_executor(self._thread, self._answer, loop, self.served, alike)
+
+    async def watch(self) -> None:
+        """Take up newer versions; for ever."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            found = await asyncio.to_thread(self._newest, self.served)
+            if found is not None:
+                self.served, self.swaps = found, self.swaps + 1
+
+    def _answer(self, loop: asyncio.AbstractEventLoop, served: Served, batch: list[_Asked]) -> None:
+        """In the model's thread: all at once, and one by one if that fails."""
+        try:
+            told = _predicted(served, batch)
+        except Exception as err:  # a task is another's code; the server outlives it
+            if len(batch) > 1:
+                for one in batch:
+                    self._answer(loop, served, [one])
+                return
+            failure = err if isinstance(err, CommonweightError) else _wrapped(err)
+            loop.call_soon_threadsafe(_fail, batch[0].answer, failure)
+            return
+        for asked, answer in zip(batch, told, strict=True):
+            loop.call_soon_threadsafe(_give, asked.answer, answer)
+
+    # --- HTTP ---
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/healthz", self._health),
+            ]
+        )
+
+    async def _predict(self, request: Request) -> Response:
+        began = time.monotonic()
+        self.requests += 1
+        try:
+            _check_host(request)
+            head, rows = _rows_of(request.headers.get("content-type", ""), await _body(request))
+            asked = _Asked(head, rows, asyncio.get_running_loop().create_future())
+            if self._waiting.full():
+                raise Busy("too many requests wait", "ask again in a moment")
+            self._waiting.put_nowait(asked)
+            answer = await asked.answer
+        except CommonweightError as err:
+            self.failed += 1
+            told = {"code": err.code, "message": err.message, "hint": err.hint}
+            return _json(told, 503 if isinstance(err, Busy) else 422)
+        self._latencies.append(time.monotonic() - began)
+        return _json(answer)
+
+    async def _health(self, request: Request) -> Response:
+        try:
+            _check_host(request)
+        except CommonweightError as err:
+            return _json({"code": err.code, "message": err.message, "hint": err.hint}, 422)
+        taken = np.array(self._latencies or [0.0]) * 1000
+        return _json(
+            {
+                "version": self.served.version,
+                "task": self.served.name,
+                "requests": self.requests,
+                "failed": self.failed,
+                "batches": self.batches,
+                "swaps": self.swaps,
+                "p50_ms": float(np.percentile(taken, 50)),
+                "p99_ms": float(np.percentile(taken, 99)),
+            }
+        )
+
+
+def _predicted(served: Served, batch: list[_Asked]) -> list[dict[str, Any]]:
+    """The answers to requests with the same columns. Raises what the task raises."""
+    counts = [len(asked.rows) for asked in batch]
+    with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
+        source = Path(folder) / "rows.csv"
+        source.write_bytes(batch[0].head + b"".join(row for asked in batch for row in asked.rows))
+        columns: dict[str, list[Any]] = {}
+        found = predictions.batches(served.task, served.model, served.settings, str(source))
+        for part in found:
+            for name, values in part.items():
+                columns.setdefault(name, []).extend(values)
+    if any(len(values) != sum(counts) for values in columns.values()):
+        raise UsageFault("the task did not answer for each row")
+    told, start = [], 0
+    for count in counts:
+        mine = {name: values[start : start + count] for name, values in columns.items()}
+        if "row" in mine:
+            mine["row"] = list(range(count))
+        told.append({"version": served.version, "answers": mine})
+        start += count
+    return told
+
+
+def _by_head(batch: list[_Asked]) -> list[list[_Asked]]:
+    alike: dict[bytes, list[_Asked]] = {}
+    for asked in batch:
+        alike.setdefault(asked.head, []).append(asked)
+    return list(alike.values())
+
+
+def _rows_of(kind: str, body: bytes) -> tuple[bytes, list[bytes]]:
+    """The line of names, and the rows, as CSV. Raises UsageFault."""
+    try:
+        if kind.partition(";")[0].strip() == "application/json":
+            rows = msgspec.json.decode(body, type=_Rows).rows
+            names = list(rows[0]) if rows else []
+            if any(row.keys() != rows[0].keys() for row in rows):
+                raise UsageFault("the rows have not all the same names")
+            table: list[list[Any]] = [names, *([row[name] for name in names] for row in rows)]
+        else:
+            table = [row for row in csv.reader(io.StringIO(body.decode(), newline="")) if row]
+    except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as err:
+        raise UsageFault(f"these are no rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
+    if len(table) < 2:
+        raise UsageFault("there are no rows", "a line of names, then a line for each row")
+    if any(len(row) != len(table[0]) for row in table):
+        raise UsageFault("a row has more or fewer values than there are names")
+    head, *lines = (_line(row) for row in table)
+    return head, lines
+
+
+class _Rows(msgspec.Struct):
+    rows: list[dict[str, str | int | float | bool | None]]
+
+
+def _line(row: list[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow("" if value is None else value for value in row)
+    return text.getvalue().encode()
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise UsageFault(f"more than {MAX_BODY_BYTES:,} bytes", "send fewer rows at a time")
+    return bytes(body)
+
+
+def _check_host(request: Request) -> None:
+    host = request.headers.get("host", "")
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if name not in _HOSTS:
+        raise UsageFault("this service is for this machine only", "ask it as 127.0.0.1")
+
+
+def _give(answer: asyncio.Future[dict[str, Any]], told: dict[str, Any]) -> None:
+    if not answer.done():  # else its sender has gone
+        answer.set_result(told)
+
+
+def _fail(answer: asyncio.Future[dict[str, Any]], err: CommonweightError) -> None:
+    if not answer.done():
+        answer.set_exception(err)
+
+
+def _wrapped(err: Exception) -> CommonweightError:
+    return CommonweightError(f"the task failed: {type(err).__name__}: {err}"[:300])
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

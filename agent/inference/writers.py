@@ -1,0 +1,98 @@
+"""Answers of a model, written batch by batch: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from protocols.errors import CommonweightError, UsageFault
+from protocols.local.atomic_files import replacing
+
+Batch = Mapping[str, Any]
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+def write(batches: Iterable[Batch], out: Path | None) -> int:
+    """Write all batches to `out`, or as CSV to standard output; the number of answers.
+
+    A file is there when it is whole. Raises UsageFault, CommonweightError, and what a task raises.
+    """
+    if out is None:
+        return _csv(batches, sys.stdout)
+    if out.suffix not in SUFFIXES:
+        raise UsageFault(
+            f"cannot write {out.suffix or 'a file without a suffix'}", "--out NAME.csv"
+        )
+    if not out.absolute().parent.is_dir():
+        raise UsageFault(f"there is no folder {out.absolute().parent}")
+    with replacing(out) as file:
+        if out.suffix == ".parquet":
+            return _parquet(batches, file)
+        with _text(file) as text:
+            return _csv(batches, text) if out.suffix == ".csv" else _json_lines(batches, text)
+
+
+@contextlib.contextmanager
+def _text(file: IO[bytes]) -> Iterator[IO[str]]:
+    """The file as text; it stays open."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
+        yield text
+    finally:
+        text.detach()
+
+
+def _csv(batches: Iterable[Batch], text: IO[str]) -> int:
+    count, writer = 0, csv.writer(text, lineterminator="\n")
+    for batch in batches:
+        if not count:
+            writer.writerow(batch)
+        for row in zip(*map(_plain, batch.values()), strict=True):
+            writer.writerow(row)
+            count += 1
+    return count
+
+
+def _json_lines(batches: Iterable[Batch], text: IO[str]) -> int:
+    count = 0
+    for batch in batches:
+        for row in zip(*map(_plain, batch.values()), strict=True):
+            text.write(json.dumps(dict(zip(batch, row, strict=True)), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _parquet(batches: Iterable[Batch], file: IO[bytes]) -> int:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as err:
+        raise CommonweightError(
+            "Parquet is written by pyarrow, which is not installed",
+            "pip install 'commonweight[tabular]', or --out NAME.csv",
+        ) from err
+    count, writer = 0, None
+    try:
+        for batch in batches:
+            table = pa.table({name: list(_plain(column)) for name, column in batch.items()})
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            count += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return count
+
+
+def _plain(column: Any) -> Iterable[Any]:
+    """Python's own values, also of a numpy array."""
+    if hasattr(column, "tolist"):
+        column = column.tolist()
+    return list(column)

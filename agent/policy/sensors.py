@@ -1,0 +1,285 @@
+"""What the machine feels: battery, other programs, its user, network, heat, memory.
+
+A sensor that is missing says None, which the policy takes for unknown; `doctor` names it. Each is
+read only as often as it may change: an idle agent must not be felt itself. The folder in
+COMMONWEIGHT_AGENT_SYSFS stands in for /sys.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import psutil
+
+from agent.policy.rules import Sensed
+
+VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
+#: The windows over which other programs' use of the CPU is measured. The short one decides how soon
+#: they are noticed: one core of two is a quarter of all after half of it.
+SHORT_S, LONG_S = 0.8, 30.0
+_ASK_WITHIN_S = 2.0
+
+T = TypeVar("T")
+
+
+class _Every(Generic[T]):
+    """A reading that is made anew at most every so many seconds."""
+
+    def __init__(self, every_s: float, read: Callable[[], T]) -> None:
+        self._every_s, self._read = every_s, read
+        self._due = -1.0
+        self._last: T
+
+    def expire(self) -> None:
+        """Read anew the next time."""
+        self._due = -1.0
+
+    def __call__(self, now: float) -> T:
+        if now >= self._due:
+            self._last, self._due = self._read(), now + self._every_s
+        return self._last
+
+
+class Sensors:
+    """The sensors of this machine. `ours()` are the processes whose CPU time is the agent's own.
+
+    Cheap enough for five times a second; `asks` are small programs that are run once a minute.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        ours: Callable[[], Iterable[int]] = tuple,
+        *,
+        gpu: bool = False,
+        root: Path | None = None,
+    ) -> None:
+        root = root or Path(os.environ.get(VARIABLE) or "/sys")
+        self._gpu = gpu
+        self._others = Others(ours)
+        self._battery = _Every(0.2, lambda: battery(root))
+        self._hottest = _Every(5.0, lambda: hottest_c(root))
+        self._memory = _Every(2.0, memory_free_percent)
+        self._idle = _Every(20.0, user_idle_s)
+        self._metered = _Every(60.0, metered)
+        self._home_bytes = _Every(60.0, lambda: home_bytes(home))
+
+    def look_at_home_again(self) -> None:
+        """Something was dropped there."""
+        self._home_bytes.expire()
+
+    def sense(self, up_today_bytes: int = 0, down_today_bytes: int = 0) -> Sensed:
+        """All of them as they are now."""
+        now, local = time.monotonic(), time.localtime()
+        short, long = self._others.percent(now)
+        on_battery, charge = self._battery(now)
+        return Sensed(
+            minute=(local.tm_wday * 24 + local.tm_hour) * 60 + local.tm_min,
+            on_battery=on_battery,
+            battery_percent=charge,
+            others_percent=short,
+            others_long_percent=long,
+            user_idle_s=self._idle(now),
+            metered=self._metered(now),
+            hottest_c=self._hottest(now),
+            memory_free_percent=self._memory(now),
+            gpu=self._gpu,
+            up_today_bytes=up_today_bytes,
+            down_today_bytes=down_today_bytes,
+            home_bytes=self._home_bytes(now),
+        )
+
+
+class Others:
+    """How much of all cores programs use that are neither ours nor themselves in the background.
+
+    What runs at a raised `nice` yields to everybody, so nobody has to yield to it: other agents'
+    trainers among them.
+    """
+
+    def __init__(self, ours: Callable[[], Iterable[int]]) -> None:
+        self._ours = ours
+        self._readings: deque[tuple[float, float, float]] = deque()
+        self._own: dict[int, float] = {}
+        self._own_total = 0.0
+
+    def percent(self, now: float) -> tuple[float | None, float | None]:
+        """Over the last moments, and over the last half minute; None before there are two looks."""
+        self._readings.append((now, *self._read()))
+        while len(self._readings) > 2 and self._readings[1][0] <= now - LONG_S:
+            self._readings.popleft()
+        return self._over(now, SHORT_S), self._over(now, LONG_S)
+
+    def _over(self, now: float, window_s: float) -> float | None:
+        """Since the youngest reading that is at least so old, or the oldest there is."""
+        _, busy_now, all_now = self._readings[-1]
+        old = [reading for reading in self._readings if reading[0] <= now - window_s]
+        _, busy, everything = old[-1] if old else self._readings[0]
+        passed = all_now - everything
+        return max(0.0, min(100.0, 100.0 * (busy_now - busy) / passed)) if passed > 0 else None
+
+    def _read(self) -> tuple[float, float]:
+        """CPU seconds of other programs since some time, and of all that could have been."""
+        times = psutil.cpu_times()
+        everything = float(sum(times[: min(8, len(times))]))  # what follows is counted in these
+        resting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "nice", 0.0)
+        return everything - resting - getattr(times, "steal", 0.0) - self._own_s(), everything
+
+    def _own_s(self) -> float:
+        """CPU seconds of our processes that the system does not count as nice."""
+        found = {}
+        for pid in self._ours():
+            try:
+                process = psutil.Process(pid)
+                spent, polite = process.cpu_times(), process.nice() > 0
+            except psutil.Error:
+                continue
+            found[pid] = spent.system + (0.0 if polite and sys.platform != "win32" else spent.user)
+        self._own_total += sum(max(0.0, s - self._own.get(pid, 0.0)) for pid, s in found.items())
+        self._own = found
+        return self._own_total
+
+
+# --- one by one ------------------------------------------------------------------------------
+
+
+def battery(root: Path) -> tuple[bool | None, float | None]:
+    """True on battery, and the charge in percent. A machine without a battery is on mains."""
+    supplies = root / "class/power_supply"
+    if not supplies.is_dir():
+        sensor = getattr(psutil, "sensors_battery", lambda: None)()
+        if sensor is not None and sensor.power_plugged is not None:
+            return not sensor.power_plugged, float(sensor.percent)
+        return None, None
+    mains, charges, discharging = [], [], False
+    for supply in supplies.iterdir():
+        kind = _text(supply / "type")
+        if kind == "Battery" and _text(supply / "scope") != "Device":  # not a mouse's
+            capacity = _text(supply / "capacity")
+            charges += [float(capacity)] if capacity.isdigit() else []
+            discharging |= _text(supply / "status") == "Discharging"
+        elif kind in ("Mains", "USB"):
+            mains.append(_text(supply / "online") == "1")
+    charge = sum(charges) / len(charges) if charges else None
+    return discharging and not any(mains), charge
+
+
+def hottest_c(root: Path) -> float | None:
+    """The hottest of the machine's thermal sensors, in degrees Celsius."""
+    found = []
+    for pattern in ("class/thermal/thermal_zone*/temp", "class/hwmon/hwmon*/temp*_input"):
+        for path in glob.iglob(str(root / pattern)):
+            value = _text(Path(path))
+            if value.lstrip("-").isdigit() and 0 < int(value) < 150_000:
+                found.append(int(value) / 1000)
+    return max(found, default=None)
+
+
+def memory_free_percent() -> float:
+    """Memory that could be had without swapping, in percent of all."""
+    memory = psutil.virtual_memory()
+    return float(100.0 * memory.available / memory.total)
+
+
+def user_idle_s() -> float | None:
+    """Seconds since somebody touched this machine, as far as it tells; infinite if nobody is on."""
+    if sys.platform == "darwin":
+        return _idle_by_ioreg(_ask("ioreg", "-c", "IOHIDSystem", "-d", "4"))
+    found = []
+    for user in psutil.users():
+        if user.terminal:
+            try:
+                found.append(time.time() - Path("/dev", user.terminal).stat().st_atime)
+            except OSError:  # a display, not a terminal
+                continue
+    logind = _ask("loginctl", "show-user", "--property=IdleHint", "--property=IdleSinceHint")
+    if logind is not None:
+        told = dict(line.split("=", 1) for line in logind.splitlines() if "=" in line)
+        if told.get("IdleHint") == "no":
+            found.append(0.0)
+        elif told.get("IdleSinceHint", "0").isdigit() and int(told.get("IdleSinceHint", "0")):
+            found.append(time.time() - int(told["IdleSinceHint"]) / 1e6)
+    if not found and logind is None:
+        return None
+    return max(0.0, min(found, default=float("inf")))
+
+
+def _idle_by_ioreg(told: str | None) -> float | None:
+    for line in (told or "").splitlines():
+        if '"HIDIdleTime"' in line and (value := line.rpartition("=")[2].strip()).isdigit():
+            return int(value) / 1e9
+    return None
+
+
+def metered() -> bool | None:
+    """True if NetworkManager says, or guesses, that the network is paid by volume."""
+    if not sys.platform.startswith("linux"):
+        return None
+    name = "org.freedesktop.NetworkManager"
+    path = "/org/freedesktop/NetworkManager"
+    told = _ask("busctl", "get-property", name, path, name, "Metered")
+    return {"u 1": True, "u 3": True, "u 2": False, "u 4": False}.get((told or "").strip())
+
+
+def home_bytes(home: Path) -> int | None:
+    """Bytes of all files under `home`."""
+    try:
+        found = (entry.stat() for entry in home.rglob("*") if not entry.is_symlink())
+        return sum(
+            entry.st_blocks * 512 if hasattr(entry, "st_blocks") else entry.st_size
+            for entry in found
+        )
+    except OSError:  # one went away meanwhile
+        return None
+
+
+def has_gpu(device: str) -> bool:
+    """Whether it is a GPU that trains here, told without torch."""
+    if device == "auto":
+        apple = sys.platform == "darwin" and platform.machine() == "arm64"
+        return apple or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
+    return device != "cpu"
+
+
+def missing(sensed: Sensed) -> list[str]:
+    """The names of sensors that this machine does not have, for its owner."""
+    named = {
+        "battery": sensed.on_battery,
+        "user": sensed.user_idle_s,
+        "metered": sensed.metered,
+        "hot": sensed.hottest_c,
+        "memory": sensed.memory_free_percent,
+    }
+    return [name for name, value in named.items() if value is None]
+
+
+def _ask(*command: str) -> str | None:
+    """What a small program says; None if it is not there or fails."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ASK_WITHIN_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

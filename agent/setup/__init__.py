@@ -1,0 +1,4 @@
+"""Joining a fleet, checking a machine, installing the service.
+
+Imported by `daemon` and `cli`.
+"""

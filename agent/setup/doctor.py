@@ -1,0 +1,295 @@
+"""What may be wrong with this agent, from its folder to the coordinator's answer, one by one.
+
+Nothing here disturbs an agent at work: no session is opened, nothing is published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.home import settings
+from agent.home.settings import Enrolment
+from agent.policy import sensors
+from agent.policy.sensors import Sensors
+from agent.setup import autostart, environment
+from protocols import VERSION
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
+from protocols.local import homes
+from protocols.local.checks import Advice, Check, Step, examine
+from protocols.local.home_checks import check_crashes, check_private, check_room
+from protocols.network import addresses, version_check
+from protocols.network.error_text import why
+
+if TYPE_CHECKING:
+    import httpx
+
+    from agent.transport.coordinator_client import Link
+    from protocols.enrollment.joining import StandingAnswer
+
+_TIMEOUT_S = 5.0
+#: A version of a large model, its update and the outbox.
+_LITTLE_BYTES, _TOO_LITTLE_BYTES = 5_000_000_000, 500_000_000
+#: Flower refuses a signature that is dated further ahead, or further behind.
+AHEAD_S, BEHIND_S = 5.0, 300.0
+_ODD_S = 3.0
+_RENEWED_DAYS = 30
+
+
+def examine_agent(home: Path) -> Iterator[Check]:
+    """Every check of the agent in `home`, each as soon as it is made."""
+    doctor = _Doctor(home)
+    try:
+        yield from examine(
+            [
+                Step("home", doctor.home),
+                Step("permissions", doctor.permissions, ("home",)),
+                Step("settings", doctor.settings, ("home",)),
+                Step("disk", doctor.disk, ("home",)),
+                Step("crashes", doctor.crashes, ("home",)),
+                Step("packages", environment.packages),
+                Step("device", environment.device),
+                Step("sensors", doctor.sensors, ("settings",)),
+                Step("service", autostart.advice),
+                Step("enrolled", doctor.enrolled, ("home",)),
+                Step("dns", doctor.dns, ("enrolled",)),
+                Step("tcp", doctor.tcp, ("dns",)),
+                Step("tls", doctor.tls, ("tcp",)),
+                Step("clock", doctor.clock, ("tls",)),
+                Step("coordinator", doctor.coordinator, ("tls",)),
+                Step("flower", doctor.flower, ("coordinator",)),
+                Step("mqtt", doctor.mqtt, ("enrolled", "coordinator")),
+                Step("version", doctor.version, ("coordinator",)),
+            ]
+        )
+    finally:
+        doctor.close()
+
+
+class _Doctor:
+    """What the checks learn from each other: a check runs only after those it needs."""
+
+    _enrolment: Enrolment
+    _standing: StandingAnswer | None = None
+    _http: httpx.Client | None = None
+    _link: Link | None = None
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def close(self) -> None:
+        for opened in (self._http, self._link):
+            if opened is not None:
+                opened.close()
+
+    # --- this machine ---
+
+    def home(self) -> str:
+        return str(homes.open_home("agent"))
+
+    def crashes(self) -> str | Advice:
+        return check_crashes(self._home)
+
+    def permissions(self) -> str:
+        return check_private(self._home)
+
+    def settings(self) -> str:
+        tasks = settings.read(self._home).tasks
+        return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
+
+    def sensors(self) -> str | Advice:
+        chosen = settings.read(self._home)
+        sensed = Sensors(self._home).sense()
+        if sensed.on_battery is None:
+            power = "power unknown"
+        elif sensed.on_battery:
+            power = "on battery"
+        else:
+            power = "on mains"
+        charge = f", battery {sensed.battery_percent:.0f} %" if sensed.battery_percent else ""
+        said, unknown = power + charge, sensors.missing(sensed)
+        if not unknown:
+            return said
+        said += f"; no sensor here for {', '.join(unknown)}"
+        if strict := [rule for rule in unknown if getattr(chosen, rule) == "never"]:
+            return Advice(
+                f"{said}, and {strict[0]} is never, which takes unknown for the worst",
+                f"commonweight-agent policy set {strict[0]} auto",
+            )
+        return f"{said}: unknown holds nothing up"
+
+    def disk(self) -> str | Advice:
+        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
+
+    # --- the coordinator, from the outside in ---
+
+    def enrolled(self) -> str:
+        enrolment = settings.read_enrolment(self._home)
+        mine = identity.raw_public(identity.load_signing_key(self._home / "sign.key"))
+        identity.load_node_key(self._home / "node.key")
+        certificate = identity.read_certificate(enrolment.ca_pem.encode(), enrolment.certificate)
+        if certificate.sign_public != mine:
+            raise NotEnrolled("the certificate is for another key", "join again: --replace")
+        self._enrolment = enrolment
+        return f"{enrolment.name}, id {enrolment.peer}, fleet {enrolment.fleet}"
+
+    @property
+    def _address(self) -> tuple[str, int]:
+        found = addresses.parse(self._enrolment.addresses[0])
+        return found.host, found.port
+
+    def dns(self) -> str:
+        host, port = self._address
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as err:
+            raise Unreachable(
+                f"no address for {host}: {err.strerror or err}",
+                "is this machine online? Else join again with a ticket that names an address",
+            ) from err
+        return f"{host} is {', '.join(sorted({str(one[4][0]) for one in found}))}"
+
+    def tcp(self) -> str:
+        where = self._enrolment.addresses[0]
+        try:
+            with socket.create_connection(self._address, _TIMEOUT_S):
+                return f"{where} takes connections"
+        except OSError as err:
+            raise Unreachable(
+                f"{where} takes no connection: {err.strerror or err}",
+                "is the coordinator up (commonweight up), and does no firewall stand between?",
+            ) from err
+
+    def tls(self) -> str | Advice:
+        ca_pem = self._enrolment.ca_pem
+        if identity.ca_fingerprint(ca_pem.encode()).hex()[:16] != self._enrolment.fleet:
+            raise NotEnrolled("the CA here is not this fleet's", "join again: --replace")
+        context = ssl.create_default_context(cadata=ca_pem)
+        try:
+            with (
+                socket.create_connection(self._address, _TIMEOUT_S) as plain,
+                context.wrap_socket(plain, server_hostname=self._address[0]) as secure,
+            ):
+                shown = secure.getpeercert() or {}
+        except ssl.SSLCertVerificationError as err:
+            raise Refused(
+                f"the certificate shown is not good: {err.verify_message}", _tls_fix(err)
+            ) from err
+        except OSError as err:
+            raise Unreachable(f"no TLS: {err}", "does something else listen there?") from err
+        days = int((ssl.cert_time_to_seconds(str(shown["notAfter"])) - time.time()) // 86400)
+        said = f"the chain leads to this fleet's CA, {days} days left"
+        if days < _RENEWED_DAYS:
+            return Advice(said, "start the coordinator again: it renews its certificate")
+        return said
+
+    def clock(self) -> str | Advice:
+        import httpx
+
+        from protocols.enrollment.joining import CA_PATH
+
+        if self._http is None:
+            context = ssl.create_default_context(cadata=self._enrolment.ca_pem)
+            self._http = httpx.Client(
+                base_url=f"https://{self._enrolment.addresses[0]}",
+                verify=context,
+                timeout=_TIMEOUT_S,
+            )
+        try:
+            self._http.get(CA_PATH)  # opens the connection: the next answer takes no time
+            before = time.time()
+            answer = self._http.get(CA_PATH).raise_for_status()
+        except httpx.HTTPError as err:
+            raise Unreachable(
+                f"no answer over HTTPS: {why(err)}", "commonweight doctor, there"
+            ) from err
+        if "date" not in answer.headers:
+            return "the coordinator's answer carries no time"
+        theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()
+        return skew((before + time.time()) / 2 - theirs)
+
+    def _open_link(self) -> Link:
+        if self._link is None:
+            from agent.home.credentials import Credentials
+            from agent.transport.coordinator_client import Link
+
+            self._link = Link(Credentials.of(self._home, self._enrolment))
+        return self._link
+
+    def coordinator(self) -> str:
+        try:
+            self._standing = self._open_link().standing()
+        except Refused as err:
+            raise Refused(
+                f"it refuses this machine's signature ({err.message})",
+                "set the clock if it is off; if the peer was removed: join --replace",
+            ) from err
+        if self._standing.standing == "awaiting":
+            raise Refused(
+                "this machine awaits approval",
+                f"there: commonweight peers approve {self._standing.name}",
+            )
+        return f"knows this machine as {self._standing.name}"
+
+    def flower(self) -> str:
+        try:
+            self._open_link().check()
+        except Refused as err:
+            raise Refused(
+                f"Flower refuses the node key ({err.message})",
+                "set the clock if it is off; else join --replace",
+            ) from err
+        return "it takes the node key"
+
+    def mqtt(self) -> str:
+        from agent.transport.mqtt_client import try_login
+
+        address = self._enrolment.mqtt
+        if self._standing is not None and self._standing.standing == "enrolled":
+            address = self._open_link().mqtt()  # the password changes: an agent asks as well
+        # Windows: paho needs a selector loop.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            why = runner.run(try_login(address))
+        if why:
+            raise Unreachable(why, "training goes on without; is the broker's port open to us?")
+        return f"logged in at {address.where}"
+
+    def version(self) -> str | Advice:
+        assert self._standing is not None
+        theirs = self._standing.version
+        if theirs == VERSION:
+            return f"{VERSION}, as the coordinator"
+        said = f"{VERSION} here, {theirs} there"
+        fix = f"pip install 'commonweight=={theirs}'"
+        if not version_check.is_near(theirs, VERSION):
+            raise CommonweightError(said, fix)
+        return Advice(said, fix)
+
+
+def _tls_fix(err: ssl.SSLCertVerificationError) -> str:
+    if "mismatch" in err.verify_message:
+        return "there: put this name or address into `names` in settings.toml, then start it again"
+    if "expired" in err.verify_message or "not yet valid" in err.verify_message:
+        return "set the clock; if it is right, start the coordinator again: it renews"
+    return "another coordinator answers there: join it with a ticket of its own and --replace"
+
+
+def skew(ahead_s: float) -> str | Advice:
+    """Words for how far this clock is from the coordinator's header, which cuts off up to 2 s.
+
+    Raises CommonweightError when signatures would be refused.
+    """
+    ahead_s -= 1.0  # the middle of what may have been cut off
+    odd = abs(ahead_s) > _ODD_S
+    said = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator"
+    fix = "let the network set the clock (NTP), here and there"
+    if ahead_s > AHEAD_S or ahead_s < -BEHIND_S:
+        raise CommonweightError(f"{said}: signatures are refused", fix)
+    return Advice(said, fix) if odd else "as the coordinator's, within 3 s"

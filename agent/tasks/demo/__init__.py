@@ -1,0 +1,1 @@
+"""Small built-in tasks for demonstrations and tests. Only the registry names them."""

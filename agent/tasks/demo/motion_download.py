@@ -1,0 +1,66 @@
+"""Movements as the package seglearn ships them, made a safetensors file in a process of its own.
+
+    python -m agent.tasks.demo.motion_download OUT
+
+The package's file is a pickled array, which may run anything when it is read: so a process reads it
+once that has nothing else to do and holds no keys, and nothing else of ours ever does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from protocols.errors import CommonweightError, TaskUnusable
+from protocols.model.weights import Array, Weights, save
+
+_WITHIN_S = 120.0
+
+
+def convert(out: Path) -> None:
+    """Have the file written by a child process. Raises TaskUnusable, CommonweightError."""
+    if find_spec("seglearn") is None:
+        raise TaskUnusable(
+            "the movements of the task motion come with the package seglearn, "
+            "which is not installed",
+            "pip install 'commonweight[demo]'",
+        )
+    told = subprocess.run(
+        [sys.executable, "-P", "-m", __name__, str(out)],
+        env={"PATH": os.defpath, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_WITHIN_S,
+        check=False,
+    )
+    if told.returncode:
+        last = told.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise CommonweightError(
+            f"the movements of seglearn cannot be read: {last[0]}", "pip install -U seglearn"
+        )
+
+
+def main(out: Path) -> None:
+    package = find_spec("seglearn")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    file = Path(package.submodule_search_locations[0]) / "data" / "watch_dataset.npy"
+    told = np.load(file, allow_pickle=True).item()
+    lengths = [len(recording) for recording in told["X"]]
+    made: dict[str, Array] = {
+        "signal": np.concatenate(told["X"]).astype(np.float32),
+        "starts": np.cumsum([0, *lengths], dtype=np.int64),
+        "exercise": np.asarray(told["y"], np.int64),
+        "person": np.asarray(told["subject"], np.int64),
+    }
+    save(Weights(made), out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

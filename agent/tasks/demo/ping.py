@@ -1,0 +1,44 @@
+"""`ping`: trains nothing. How long does a round take in this fleet, with weights of this size?
+
+Needs neither torch nor data, so the round is all wire and bookkeeping.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome, checked
+from protocols.model.weights import Schema, TensorSpec, Weights
+
+_DEFAULTS = {"kilobytes": 10}
+
+
+class Ping:
+    """Settings: `kilobytes`, the size of the weights (float32, in tensors of at most 4 MB)."""
+
+    def schema(self, settings: Settings) -> Schema:
+        count = int(checked(settings, _DEFAULTS)["kilobytes"]) * 256
+        largest = 1 << 20
+        sizes = [largest] * (count // largest) + ([count % largest] if count % largest else [])
+        return {f"block{i:05}": TensorSpec("F32", (size,)) for i, size in enumerate(sizes)}
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        rng = np.random.default_rng(seed)
+        return Weights(
+            {
+                name: rng.standard_normal(spec.shape, np.float32)
+                for name, spec in self.schema(settings).items()
+            }
+        )
+
+    def load(self, data: DataSettings) -> None:
+        """There is no data."""
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        # Something else each round: an agent has a version that did not change, and fetches none.
+        moved = {name: np.add(array, 1, dtype=np.float32) for name, array in weights.items()}
+        return TrainOutcome(moved, 1, {})
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        return EvalOutcome(1, {})

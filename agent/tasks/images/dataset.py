@@ -1,0 +1,171 @@
+"""A folder of pictures with a folder for each class, as numbers. Pillow and numpy, no framework.
+
+Every picture is turned as its camera says, cut to a square from its middle and made small, once;
+what comes of it is kept in a file that is mapped, not read: a folder larger than memory works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.data.settings import DataSettings
+from agent.tasks.images.settings import ImagePlan
+from agent.tasks.training import class_folders
+from agent.tasks.training.class_folders import Found, Rows
+from protocols.errors import BadWeights, TaskUnusable, UsageFault
+from protocols.model import weights
+from protocols.model.weights import Part, TensorSpec
+from protocols.model.weights_file import Writer
+
+#: What Pillow may read: no format that starts another program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+_KEPT = "pictures-{key}.safetensors"
+
+#: A batch is (pixels / 255 - MEAN) / SPREAD.
+MEAN, SPREAD = 0.5, 0.25
+
+Row = npt.NDArray[np.uint8]
+
+
+class Pictures(NamedTuple):
+    """`pixels` are uint8[n, channels, size, size], perhaps in a file; `labels` int64[n] count the
+    classes from 0; `train` and `held_out` are row numbers, int64[…]."""
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    train: Rows
+    held_out: Rows
+
+
+def traits(plan: ImagePlan) -> dict[str, tuple[str, ...]]:
+    """What peers must have alike beside the tensors."""
+    return {
+        "classes": plan.classes,
+        "preprocessing": (f"version 1, a square of {plan.size}, {plan.channels} channels",),
+    }
+
+
+def read(data: DataSettings, plan: ImagePlan) -> Pictures:
+    """The pictures of this peer. Raises DataFault where there are none to train on."""
+    channels, size = plan.channels, plan.size
+    found = class_folders.find(data.path, plan.classes, _SUFFIXES)
+    count = len(found.paths)
+    kept = None
+    if data.cache:
+        key = hashlib.sha256(json.dumps([channels, size, *_stamps(found)]).encode())
+        kept = Path(data.cache) / _KEPT.format(key=key.hexdigest()[:32])
+        for other in kept.parent.glob(_KEPT.format(key="*")):
+            if other != kept:
+                other.unlink(missing_ok=True)
+    stored = _stored(kept) if kept else None
+    if stored is None:
+        rows = _decoded(found.paths, channels, size)
+        stored = _kept(kept, rows, count, channels, size) if kept else _held(rows)
+    pixels, readable = stored
+    if unread := int((~readable).sum()):
+        sys.stderr.write(f"{unread} of {count} pictures cannot be read and are left out\n")
+    return Pictures(pixels, found.labels, *class_folders.cut(found.names, readable))
+
+
+def loose(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
+    """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
+
+    What cannot be read is left out. Raises UsageFault where there is none.
+    """
+    root = Path(source)
+    within = root.rglob("*") if root.is_dir() else [root]
+    paths = sorted(p for p in within if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not paths:
+        raise UsageFault(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
+    for path, row in zip(paths, _decoded(paths, plan.channels, plan.size), strict=True):
+        if row is None:
+            sys.stderr.write(f"{path} cannot be read\n")
+        else:
+            yield (path.relative_to(root).as_posix() if root.is_dir() else path.name), row
+
+
+def _stamps(found: Found) -> list[list[object]]:
+    stamps: list[list[object]] = []
+    for path, name in zip(found.paths, found.names, strict=True):
+        of = path.stat()
+        stamps.append([name, of.st_size, of.st_mtime_ns])
+    return stamps
+
+
+Stored = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]
+
+
+def _decoded(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | None]:
+    """Each picture as uint8[channels, size, size]; None for one that cannot be read."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as err:
+        raise TaskUnusable(
+            "the task images needs the package pillow", "pip install 'commonweight[images]'"
+        ) from err
+    mode = "L" if channels == 1 else "RGB"
+    for path in paths:
+        try:
+            # An error for few bytes that would unpack to a picture of gigabytes.
+            with (
+                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                Image.open(path, formats=_FORMATS) as picture,
+            ):
+                picture.draft(mode, (2 * size, 2 * size))  # JPEG can be read small at once
+                turned = ImageOps.exif_transpose(picture).convert(mode)
+                fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
+                array = np.asarray(fitted, np.uint8).reshape(size, size, channels)
+                row = array.transpose(2, 0, 1)
+        except Exception:
+            # A broken file raises nearly anything in Pillow; it costs this picture only.
+            yield None
+        else:
+            yield row
+
+
+def _held(rows: Iterator[Row | None]) -> Stored:
+    """All rows in memory."""
+    found = list(rows)
+    blank = next((np.zeros_like(row) for row in found if row is not None), None)
+    readable = np.array([row is not None for row in found])
+    if blank is None:
+        return np.zeros((len(found), 1, 1, 1), np.uint8), readable
+    return np.stack([blank if row is None else row for row in found]), readable
+
+
+def _kept(path: Path, rows: Iterator[Row | None], count: int, channels: int, size: int) -> Stored:
+    """All rows in a file, one by one."""
+    shape = (count, channels, size, size)
+    row_bytes = channels * size * size
+    blank, readable = np.zeros(row_bytes, np.uint8), np.zeros(count, np.bool_)
+    schema = {"pixels": TensorSpec("U8", shape), "readable": TensorSpec("BOOL", (count,))}
+    with Writer(path, schema) as writer:
+        for number, row in enumerate(rows):
+            readable[number] = row is not None
+            part = Part("pixels", number * row_bytes, (number + 1) * row_bytes)
+            writer.write({part: blank if row is None else row})
+        writer.write({Part("readable", 0, count): readable})
+    stored = _stored(path)
+    assert stored is not None
+    return stored
+
+
+def _stored(path: Path) -> Stored | None:
+    """What `_kept` wrote, mapped; None where there is nothing or it is damaged."""
+    try:
+        found = weights.load(path)
+        return found["pixels"], found["readable"]  # type: ignore[return-value]
+    except (OSError, BadWeights, KeyError):
+        return None

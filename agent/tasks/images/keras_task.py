@@ -1,0 +1,103 @@
+"""The task "images" on Keras and TensorFlow: what peers without torch train in the same run.
+
+Settings, pictures, tensors and their layout on the wire are those of `images`; an agent's
+`framework` setting says which of the two it takes where both are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import keras
+import numpy as np
+
+from agent.data.settings import DataSettings
+from agent.tasks import Settings
+from agent.tasks.images import dataset, layer_spec
+from agent.tasks.images import settings as image_plan
+from agent.tasks.images.layer_spec import Layer
+from agent.tasks.images.settings import RESNET
+from agent.tasks.training.keras_task import Examples, KerasTask
+from agent.tasks.training.seeds import stream
+from protocols.errors import UsageFault
+from protocols.model.weights import Array, Schema, Weights
+
+
+class Images(KerasTask):
+    """The task. On a CPU the same inputs give the same bytes."""
+
+    version = "1"
+    defaults = MappingProxyType(image_plan.DEFAULTS)
+
+    def schema(self, settings: Settings) -> Schema:
+        return layer_spec.schema(_layers(settings))
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+        """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
+        self._found(settings)
+        return dataset.traits(image_plan.read(settings))
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """The same bytes as with torch."""
+        return layer_spec.init(_layers(settings), stream("init", seed))
+
+    def model(self, settings: Settings) -> Any:
+        plan = image_plan.read(settings)
+        made = [keras.Input((plan.size, plan.size, plan.channels))]
+        flat = False
+        for layer in _layers(settings):
+            if layer.kind == "pool":
+                made.append(keras.layers.MaxPooling2D(2))
+                continue
+            if layer.kind == "conv":
+                filters = keras.layers.Conv2D(
+                    layer.units,
+                    layer.kernel,
+                    padding="same",
+                    use_bias=not layer.norm,
+                    name=layer.name,
+                )
+                made.append(filters)
+            else:
+                if not flat:
+                    made.append(keras.layers.Flatten())
+                flat = True
+                made.append(
+                    keras.layers.Dense(layer.units, use_bias=not layer.norm, name=layer.name)
+                )
+            if layer.norm:
+                # As PyTorch has it, but for a last batch of few pictures: its variance is not made
+                # larger by n / (n - 1), and a single one is not left to the running statistics.
+                made.append(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
+            if layer.kind != "output":
+                made.append(keras.layers.ReLU())
+        return keras.Sequential(made)
+
+    def read(self, data: DataSettings, settings: Settings) -> Examples:
+        found = dataset.read(data, image_plan.read(settings))
+        return Examples(found.pixels, found.labels, found.train, found.held_out)
+
+    def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
+        """uint8[n, channels, size, size] -> float32[n, size, size, channels]."""
+        x = (x.transpose(0, 2, 3, 1).astype(np.float32) / 255 - dataset.MEAN) / dataset.SPREAD
+        if training and image_plan.read(settings).flip:
+            mirrored = np.random.random(len(x)) < 0.5
+            x[mirrored] = x[mirrored, :, ::-1]
+        return np.ascontiguousarray(x, np.float32)
+
+    def to_keras(self, weights: Mapping[str, Array], settings: Settings) -> list[Array]:
+        return layer_spec.to_keras(_layers(settings), weights)
+
+    def from_keras(self, arrays: Sequence[Array], settings: Settings) -> Weights:
+        return layer_spec.from_keras(_layers(settings), arrays)
+
+
+def _layers(settings: Settings) -> tuple[Layer, ...]:
+    plan = image_plan.read(settings)
+    if plan.network == RESNET:
+        raise UsageFault(
+            "resnet18 is there in torch only", "on such peers: pip install 'commonweight[agent]'"
+        )
+    return layer_spec.declared(plan.network, plan.channels, plan.size, len(plan.classes))

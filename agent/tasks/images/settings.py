@@ -1,0 +1,70 @@
+"""What a run over pictures asks for: the settings of the task "images", in every framework. Pure.
+
+Setting     Default  Meaning
+classes              the folders' names, in the order of the labels
+model       cnn      "cnn", "resnet18", or a network as `architecture` declares them
+size        64       pictures are made small to a square of so many pixels
+channels    3        3 for colour, 1 for grey
+flip        true     let half of the pictures be mirrored, anew in each epoch
+norm        group    of resnet18: "group", which does not mix the statistics of peers whose pictures
+                     differ (Hsieh et al. 2020, arXiv 1910.00189), or "batch", as published
+and those of `plan`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from agent.tasks import Setting, Settings
+from agent.tasks.training import class_folders
+from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from protocols.errors import UsageFault
+
+RESNET = "resnet18"
+CNN = "conv 32 3, pool, conv 64 3, pool, conv 128 3, pool, dense 128"
+
+DEFAULTS: dict[str, Setting] = {
+    **LOOP,
+    "classes": "",
+    "model": "cnn",
+    "size": 64,
+    "channels": 3,
+    "flip": True,
+    "norm": "group",
+    "epochs": 1,
+    "batch_size": 32,
+    "lr": 0.01,
+    "momentum": 0.9,
+}
+
+
+class ImagePlan(NamedTuple):
+    """The settings, checked. `network` is what `architecture` can read, or RESNET."""
+
+    classes: tuple[str, ...]
+    network: str
+    size: int
+    channels: int
+    flip: bool
+    norm: str
+
+
+def read(settings: Settings) -> ImagePlan:
+    """The settings that are about pictures and model. Raises UsageFault, UnknownName."""
+    read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
+    merged = settings_of(settings, DEFAULTS)
+    plan = ImagePlan(
+        class_folders.classes_of(str(merged["classes"])),
+        {"cnn": CNN}.get(str(merged["model"]), str(merged["model"])),
+        int(merged["size"]),
+        int(merged["channels"]),
+        bool(merged["flip"]),
+        str(merged["norm"]),
+    )
+    if not 8 <= plan.size <= 1024:
+        raise UsageFault(f"pictures cannot be of size {plan.size}", "from 8 to 1024")
+    if plan.channels not in (1, 3):
+        raise UsageFault(f"pictures have 1 or 3 channels, not {plan.channels}", "channels=3")
+    if plan.norm not in ("group", "batch"):
+        raise UsageFault(f"the norm cannot be {plan.norm!r}", "norm=group or norm=batch")
+    return plan

@@ -1,0 +1,182 @@
+"""A Hugging Face model folder on this machine, with the adapters that a run trains on it.
+
+Only files are read, never the hub; only safetensors, never a pickle; no code from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from agent.data.settings import DataSettings
+from agent.tasks.language.lora_settings import LoraPlan
+from agent.tasks.language.tokens import Tokenizer
+from protocols.errors import DataFault, TaskUnusable
+from protocols.local.atomic_files import replacing
+from protocols.model.weights import Schema, TensorSpec
+
+#: What makes a model the same model: its weights, its sides, its tokens.
+_COUNTED = re.compile(
+    r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json|.*\.model"
+    r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json"
+)
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_MODELS = "commonweight-agent policy set models FOLDER"
+
+
+class Adapted(NamedTuple):
+    """The base model in torch's hands with adapters in it.
+
+    `parameters` maps the names under which adapters travel, PEFT's own, to those of the parameters
+    in `model`.
+    """
+
+    model: Any
+    tokens: Tokenizer
+    pad: int
+    parameters: dict[str, str]
+    schema: Schema
+
+
+def folder(data: DataSettings, name: str) -> Path:
+    """Where the model lies that a run calls `name`. Raises DataFault where it cannot serve."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise DataFault(
+            "a base model is named by one folder's name",
+            "--set model=NAME, such as model=gpt2-small",
+        )
+    if not data.models:
+        raise DataFault("this machine has no folder of base models", _MODELS)
+    found = Path(data.models) / name
+    if not (found / "config.json").is_file():
+        raise DataFault(
+            f"this machine has no base model {name}", f"there is no {found}/config.json; {_MODELS}"
+        )
+    if not any(found.glob("*.safetensors")):
+        pickled = next((p.name for p in (*found.glob("*.bin"), *found.glob("*.pt"))), "")
+        raise DataFault(
+            f"the folder of the base model {name} has no weights in safetensors",
+            f"{pickled or 'nothing'} is in {found}; "
+            "model.save_pretrained(FOLDER) of transformers writes them so",
+        )
+    return found
+
+
+def digest(found: Path, cache: str) -> str:
+    """SHA-256 (hex) over names and bytes of what makes the model; remembered in `cache`."""
+    files = sorted(p for p in found.iterdir() if _COUNTED.fullmatch(p.name) and p.is_file())
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    kept = Path(cache) / f"base-{key[:32]}.sha256" if cache else None
+    if kept is not None and kept.exists() and len(told := kept.read_text()) == 64:
+        return told
+    sha = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            inner = hashlib.file_digest(file, "sha256").hexdigest()
+        sha.update(f"{path.name} {inner}\n".encode())
+    if kept is not None:
+        with replacing(kept) as file:
+            file.write(sha.hexdigest().encode())
+    return sha.hexdigest()
+
+
+def adapted(found: Path, plan: LoraPlan, seed: int = 0) -> Adapted:
+    """Load the model and put new adapters into it, chosen by `seed`.
+
+    Raises TaskUnusable, DataFault.
+    """
+    peft, transformers = _libraries()
+    kind = {
+        "causal": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+    }[plan.kind]
+    extra = {"num_labels": len(plan.classes)} if plan.kind == "classification" else {}
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        base = kind.from_pretrained(
+            found,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="auto",
+            **extra,
+        )
+        tokens = transformers.AutoTokenizer.from_pretrained(
+            found, local_files_only=True, trust_remote_code=False
+        )
+        model = peft.get_peft_model(base, _adapters(peft, plan))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as err:  # a folder that is damaged or of another kind raises nearly anything
+        raise DataFault(
+            f"the base model {found.name} cannot be used: {type(err).__name__}",
+            f"{found}: {' '.join(str(err).split())[:400]}",
+        ) from err
+    finally:
+        torch.set_rng_state(state)
+    end = next((t for t in (tokens.eos_token_id, tokens.sep_token_id) if t is not None), 0)
+    pad = tokens.pad_token_id if tokens.pad_token_id is not None else end
+    base.config.pad_token_id = pad
+
+    def encode(text: str) -> Any:
+        return tokens(text, add_special_tokens=plan.kind == "classification").input_ids
+
+    parameters = dict(_travelling(peft, model))
+    named = dict(model.named_parameters())
+    schema = {
+        name: TensorSpec(_DTYPES[named[inner].dtype], tuple(named[inner].shape))
+        for name, inner in parameters.items()
+    }
+    made = Tokenizer(encode, tokens.decode, len(tokens), end, "")
+    return Adapted(model, made, pad, parameters, schema)
+
+
+def merged(of: Adapted, out: Path, found: Path) -> None:
+    """Write the base model with its adapters merged in, as plain transformers loads it."""
+    _, transformers = _libraries()
+    of.model.merge_and_unload().save_pretrained(out)
+    transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
+
+
+def _adapters(peft: Any, plan: LoraPlan) -> Any:
+    targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
+    return peft.LoraConfig(
+        task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        target_modules=targets,
+    )
+
+
+def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:
+    """Names as PEFT writes them to a file, and the parameters that they are."""
+    trained = {p.data_ptr(): name for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in peft.get_peft_model_state_dict(model).items():
+        if tensor.data_ptr() in trained:
+            yield name, trained[tensor.data_ptr()]
+
+
+def _libraries() -> tuple[Any, Any]:
+    """peft and transformers, told not to ask the network. Raises TaskUnusable."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        import peft
+        import transformers
+    except ImportError as err:
+        raise TaskUnusable(
+            f"the task lora needs {err.name}, which is not installed",
+            "pip install 'commonweight[lora]'",
+        ) from err
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return peft, transformers

@@ -1,0 +1,248 @@
+"""The task "text-lm": a small GPT, from nothing, on private text files.
+
+    commonweight run start text-lm --set layers=6 --set width=192 --set context=256
+
+Setting     Default  Meaning
+tokens      bytes    "bytes", or the SHA-256 of the `tokenizer.json` in every peer's folder
+vocabulary  257      how many tokens there are; with a tokenizer, its entries and one
+layers      4        blocks of attention and MLP
+heads       4        of attention
+width       128      numbers by which a token is known within the model
+context     128      tokens that are looked back on
+dropout     0.0
+and those of `plan`; the optimiser is adamw.
+
+The model is that of GPT-2 (Radford et al. 2019): norms before attention and MLP; tokens and head
+share their matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import Dim
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks.language import next_token
+from agent.tasks.language import tokens as text
+from agent.tasks.language.next_token import Windows, windows
+from agent.tasks.training import devices, onnx_export
+from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.seeds import stream
+from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from protocols.errors import SchemaMismatch, UsageFault
+from protocols.model.weights import Array, Schema, TensorSpec, Weights
+
+# --- config ----------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, Setting] = {
+    **LOOP,
+    "tokens": text.BYTES,
+    "vocabulary": text.BYTE_VOCABULARY,
+    "layers": 4,
+    "heads": 4,
+    "width": 128,
+    "context": 128,
+    "dropout": 0.0,
+    "epochs": 1,
+    "batch_size": 16,
+    "optimiser": "adamw",
+    "lr": 1e-3,
+}
+
+
+class Shape(NamedTuple):
+    """The model's sides."""
+
+    vocabulary: int
+    layers: int
+    heads: int
+    width: int
+    context: int
+    dropout: float
+
+
+def shape_of(settings: Settings) -> Shape:
+    """The model that the settings ask for. Raises UnknownName, UsageFault."""
+    read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
+    merged = settings_of(settings, DEFAULTS)
+    shape = Shape(*(merged[name] for name in Shape._fields))  # type: ignore[arg-type]
+    for name, least in (
+        ("vocabulary", 2),
+        ("layers", 1),
+        ("heads", 1),
+        ("width", 1),
+        ("context", 2),
+    ):
+        if getattr(shape, name) < least:
+            raise UsageFault(
+                f"the setting {name} cannot be {getattr(shape, name)}", f"{least} or more"
+            )
+    if shape.width % shape.heads:
+        raise UsageFault(
+            f"a width of {shape.width} cannot be shared by {shape.heads} heads",
+            f"such as width={shape.heads * 32}",
+        )
+    if not 0 <= shape.dropout < 1:
+        raise UsageFault(f"the setting dropout cannot be {shape.dropout}", "such as dropout=0.1")
+    return shape
+
+
+# --- model -----------------------------------------------------------------------------------
+
+
+def schema_of(shape: Shape) -> Schema:
+    """Tensors of the model, float32."""
+    width = shape.width
+    sides: dict[str, tuple[int, ...]] = {
+        "tokens.weight": (shape.vocabulary, width),
+        "places.weight": (shape.context, width),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for number in range(shape.layers):
+        at = f"blocks.{number}"
+        for name, made, given in (
+            ("attention.all", 3 * width, width),
+            ("attention.out", width, width),
+            ("mlp.up", 4 * width, width),
+            ("mlp.down", width, 4 * width),
+        ):
+            sides |= {f"{at}.{name}.weight": (made, given), f"{at}.{name}.bias": (made,)}
+        for name in ("norm1", "norm2"):
+            sides |= {f"{at}.{name}.weight": (width,), f"{at}.{name}.bias": (width,)}
+    return {name: TensorSpec("F32", side) for name, side in sides.items()}
+
+
+def logits_of(shape: Shape, w: Tensors, x: Tensor, training: bool) -> Tensor:
+    """Tokens int64[n, t] -> logits float32[n, t, vocabulary] of the token after each."""
+    n, t = x.shape
+
+    def drop(x: Tensor) -> Tensor:
+        return F.dropout(x, shape.dropout, training) if shape.dropout else x
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (shape.width,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    x = drop(F.embedding(x, w["tokens.weight"]) + w["places.weight"][:t])
+    for number in range(shape.layers):
+        at = f"blocks.{number}"
+        parts = linear(f"{at}.attention.all", norm(f"{at}.norm1", x)).chunk(3, 2)
+        q, k, v = (part.view(n, t, shape.heads, -1).transpose(1, 2) for part in parts)
+        dropped = shape.dropout if training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
+        x = x + drop(linear(f"{at}.attention.out", y.transpose(1, 2).reshape(n, t, -1)))
+        y = F.gelu(linear(f"{at}.mlp.up", norm(f"{at}.norm2", x)), approximate="tanh")
+        x = x + drop(linear(f"{at}.mlp.down", y))
+    return F.linear(norm("norm", x), w["tokens.weight"])
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+class TextLM:
+    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+
+    version = "1"
+    forms = (onnx_export.ONNX,)
+
+    def __init__(self) -> None:
+        self._data = DataSettings()
+        self._windows: tuple[object, Windows] | None = None
+        self._local = LocalTraining()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.recall, self.remembered = self._local.recall, self._local.remembered
+
+    def load(self, data: DataSettings) -> None:
+        """Note which; the text is read when its tokens are known."""
+        self._data, self._windows = data, None
+
+    def _read(self, settings: Settings) -> Windows:
+        shape, kind = shape_of(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
+        key = (kind, shape.vocabulary, shape.context)
+        if self._windows is None or self._windows[0] != key:
+            made = text.tokenizer(kind, Path(self._data.path))
+            if made.vocabulary != shape.vocabulary:
+                hint = f"commonweight run start text-lm --set vocabulary={made.vocabulary}"
+                wanted, there = str(shape.vocabulary), str(made.vocabulary)
+                raise SchemaMismatch("vocabulary", wanted, there, hint)
+            self._windows = key, windows(text.tokens(self._data, made), shape.context)
+        return self._windows[1]
+
+    def schema(self, settings: Settings) -> Schema:
+        return schema_of(shape_of(settings))
+
+    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+        """Tokens and heads; reads the text, so that what is wrong is told early."""
+        self._read(settings)
+        tokens = str(settings.get("tokens", DEFAULTS["tokens"]))
+        return {"tokens": (tokens,), "heads": (str(shape_of(settings).heads),)}
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """Normal with spread 0.02, less towards the residual stream in deep models; biases 0."""
+        shape, draw = shape_of(settings), stream("init", seed)
+        tensors: dict[str, Array] = {}
+        for name, (_, sides) in schema_of(shape).items():
+            spread = 0.02
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                spread /= math.sqrt(2 * shape.layers)
+            if len(sides) == 2:
+                array = draw.normal(0, spread, sides)
+            else:
+                array = np.full(sides, 1.0 if name.endswith("weight") else 0.0)
+            tensors[name] = array.astype(np.float32)
+        return Weights(tensors)
+
+    # --- loop ---
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """AdamW on this peer's text; "loss" is the mean of the last epoch in nats a token."""
+        shape, plan = shape_of(settings), read_plan(settings, DEFAULTS)
+        found, device = self._read(settings), devices.chosen(self._data.device)
+        forward = torch.compile(logits_of) if self._data.compile else logits_of
+        loss_of = next_token.loss_of(partial(forward, shape), found)
+        starts = found.train.to(device)
+        examples = Examples(starts, starts, self._data.index)
+        return self._local.train(weights, plan, examples, by_autograd(loss_of), on_step)
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
+        shape, plan = shape_of(settings), read_plan(settings, DEFAULTS)
+        found, device = self._read(settings), devices.chosen(self._data.device)
+        logits = partial(logits_of, shape)
+        return next_token.measured(logits, weights, found, device, plan.batch_size, on_step)
+
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """How texts go on: `source` itself, or the files that it names."""
+        shape, kind = shape_of(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
+        made, logits = text.tokenizer(kind, Path(self._data.path)), partial(logits_of, shape)
+        w = {name: torch.tensor(array) for name, array in weights.items()}
+        for name, words in text.given(source):
+            tokens = list(made.encode(words)) or [made.end]
+            after = next_token.continued(logits, w, tokens, made.end, shape.context)
+            yield {"file": [name], "text": [words], "continuation": [made.decode(after)]}
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: tokens int64[n, t] -> logits float32[n, t, vocabulary], t up to the context."""
+        shape = shape_of(settings)
+        sides = {0: Dim("n"), 1: Dim("t", min=1, max=shape.context)}
+        example = torch.zeros(2, shape.context, dtype=torch.int64)
+        logits = partial(logits_of, shape, training=False)
+        onnx_export.write(logits, weights, example, out, sides=sides)

@@ -1,0 +1,105 @@
+"""Guessing the next token: the examples, the loss and the evaluation of the language tasks.
+
+An example is `context` tokens, each of which has the next to guess. Every tenth is held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.tasks import EvalOutcome, OnStep
+from agent.tasks.language.tokens import Tokens
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.torch_loop import LossOf
+from protocols.errors import DataFault
+from protocols.model.weights import Array
+
+HELD_OUT = 10
+#: Tokens by which a text is continued at most.
+CONTINUED = 200
+
+#: `logits_of(weights, int64[n, t], training) -> float32[n, t, vocabulary]`
+LogitsOf = Callable[[Tensors, Tensor, bool], Tensor]
+
+
+class Windows(NamedTuple):
+    """All tokens of a peer, int32[n], and where its examples begin, int64[…] each."""
+
+    tokens: Tokens
+    context: int
+    train: Tensor
+    held_out: Tensor
+
+    def batch(self, starts: Tensor) -> Tensor:
+        """int64[n, context + 1], on the device of `starts`."""
+        places = starts.cpu().numpy()[:, None] + np.arange(self.context + 1)
+        return torch.from_numpy(self.tokens[places].astype(np.int64)).to(starts.device)
+
+
+def windows(tokens: Tokens, context: int) -> Windows:
+    """Cut into examples. Raises DataFault for fewer than two."""
+    starts = torch.arange(0, len(tokens) - context, context)
+    if len(starts) < 2:
+        raise DataFault(
+            f"{len(tokens)} tokens of text, where {2 * context + 1} are needed",
+            "more text, or a smaller --set context",
+        )
+    out = torch.arange(len(starts)) % HELD_OUT == min(HELD_OUT, len(starts)) - 1
+    return Windows(tokens, context, starts[~out], starts[out])
+
+
+@torch.inference_mode()
+def continued(
+    logits_of: LogitsOf, w: Tensors, tokens: Sequence[int], end: int, context: int
+) -> list[int]:
+    """The most probable tokens after these, one by one, to the end of a text or `CONTINUED`."""
+    device = next(iter(w.values())).device
+    after: list[int] = []
+    while len(after) < CONTINUED:
+        seen = torch.tensor([*tokens, *after][-context:], device=device)[None]
+        following = int(logits_of(w, seen, False)[0, -1].argmax())
+        if following == end:
+            break
+        after.append(following)
+    return after
+
+
+def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:
+    """The mean loss, nats a token, of the examples that begin at `starts`."""
+
+    def loss(w: Tensors, starts: Tensor, _: Tensor) -> Tensor:
+        batch = found.batch(starts)
+        logits = logits_of(w, batch[:, :-1], True)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    return loss
+
+
+@torch.inference_mode()
+def measured(
+    logits_of: LogitsOf,
+    weights: Mapping[str, Array],
+    found: Windows,
+    device: torch.device,
+    batch_size: int,
+    on_step: OnStep,
+) -> EvalOutcome:
+    """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
+    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    batches = torch.split(found.held_out.to(device), batch_size or len(found.held_out))
+    loss, right, seen = 0.0, 0, 0
+    for number, starts in enumerate(batches, 1):
+        batch = found.batch(starts)
+        logits, after = logits_of(tensors, batch[:, :-1], False).float(), batch[:, 1:]
+        loss += float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
+        right += int((logits.argmax(2) == after).sum())
+        seen += len(starts)
+        on_step(number, len(batches), loss / (seen * found.context), seen)
+    each = seen * found.context
+    return EvalOutcome(seen, {"loss": loss / each, "accuracy": right / each})

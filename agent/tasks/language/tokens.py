@@ -1,0 +1,163 @@
+"""A folder of private text files as tokens. Pure but for reading; no framework.
+
+Tokens are bytes (and 256, the end of a text), or those of `tokenizer.json` in the folder: a
+byte-pair encoding that somebody has made of text which everybody may see, as its entries are words
+of that text. The run names it by its SHA-256, as all peers need the same.
+
+The tokens of all files, one after the other in the order of their paths, are kept in a file that is
+mapped, not read: a folder larger than memory works.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.data.settings import DataSettings
+from protocols.errors import DataFault, SchemaMismatch, TaskUnusable
+from protocols.local.atomic_files import replacing
+
+BYTES = "bytes"
+BYTE_VOCABULARY = 257
+END_OF_TEXT = 256
+TOKENIZER = "tokenizer.json"
+SUFFIXES = (".md", ".text", ".txt")
+
+_PIECE_BYTES = 1 << 20
+#: Longer is no path.
+_MOST_PATH = 1024
+_KEPT = "text-{key}.tokens"
+
+Tokens = npt.NDArray[np.int32]
+Encode = Callable[[str], Sequence[int]]
+
+
+class Tokenizer(NamedTuple):
+    """How text becomes tokens, `vocabulary` of them, and back. `digest` is that of its file."""
+
+    encode: Encode
+    decode: Callable[[Sequence[int]], str]
+    vocabulary: int
+    end: int
+    digest: str
+
+
+def tokenizer(kind: str, folder: Path) -> Tokenizer:
+    """That of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
+
+    Raises DataFault, SchemaMismatch, TaskUnusable.
+    """
+    if kind == BYTES:
+        return Tokenizer(
+            lambda text: text.encode(), _text_of_bytes, BYTE_VOCABULARY, END_OF_TEXT, ""
+        )
+    path = (folder if folder.is_dir() else folder.parent) / TOKENIZER
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise DataFault(f"there is no {TOKENIZER} beside the text", f"not at {path}") from err
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != kind:
+        hint = f"commonweight run start … --set tokens={digest}, or the others' file at {path}"
+        raise SchemaMismatch("tokens", kind[:12], digest[:12], hint)
+    try:
+        from tokenizers import Tokenizer as Made
+    except ImportError as err:
+        raise TaskUnusable(
+            "byte-pair tokens need the package tokenizers", "pip install 'commonweight[lora]'"
+        ) from err
+    try:
+        made: Any = Made.from_str(data.decode())
+    except Exception as err:  # whatever the library makes of a damaged file
+        raise DataFault(f"{TOKENIZER} cannot be read", f"{path}: {err}") from err
+    size = made.get_vocab_size()
+    # One more than it knows: no entry is sure to mean the end of a text.
+    return Tokenizer(lambda text: made.encode(text).ids, made.decode, size + 1, size, digest)
+
+
+def _text_of_bytes(tokens: Sequence[int]) -> str:
+    return bytes(t for t in tokens if t < END_OF_TEXT).decode(errors="replace")
+
+
+def files(path: str) -> list[Path]:
+    """The text files at `path`: itself, or all in the folder, sorted. Raises DataFault."""
+    root = Path(path)
+    if path and root.is_file():
+        return [root]
+    if not path or not root.is_dir():
+        raise DataFault(
+            "there is no folder of text",
+            f"not at {path!r}: commonweight-agent policy set data FOLDER",
+        )
+    found = sorted(
+        p
+        for p in root.rglob("*")
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+    if not found:
+        raise DataFault("there is no text", f"nothing in {root} ends in {', '.join(SUFFIXES)}")
+    return found
+
+
+def pieces(path: Path) -> Iterator[str]:
+    """The text of a file, about a megabyte at a time. Raises DataFault where it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with path.open("rb") as file:
+        while True:
+            data = file.read(_PIECE_BYTES)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as err:
+                raise DataFault(
+                    "a text is not UTF-8",
+                    f"{path}, at byte {done + err.start} or so: iconv -t utf-8 converts it",
+                ) from err
+            if text:
+                yield text
+            if not data:
+                return
+            done += len(data)
+
+
+def given(source: str) -> Iterator[tuple[str, str]]:
+    """Names and texts that `source` means: a file, all in a folder, or a text itself, ""."""
+    is_path = len(source) < _MOST_PATH and Path(source).exists()
+    for path in files(source) if is_path else []:
+        yield path.name, "".join(pieces(path))
+    if not is_path:
+        yield "", source
+
+
+def tokens(data: DataSettings, made: Tokenizer) -> Tokens:
+    """The tokens of all files, int32[n], mapped. Raises DataFault."""
+    paths = files(data.path)
+    if not data.cache:
+        return np.fromiter((t for part in _encoded(paths, made) for t in part), np.int32)
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    key = hashlib.sha256(json.dumps([made.digest, stamps]).encode()).hexdigest()[:32]
+    kept = Path(data.cache) / _KEPT.format(key=key)
+    for other in kept.parent.glob(_KEPT.format(key="*")):
+        if other != kept:
+            other.unlink(missing_ok=True)
+    if not kept.exists():
+        with replacing(kept) as file:
+            for part in _encoded(paths, made):
+                file.write(part.astype("<i4").data)
+    if not kept.stat().st_size:
+        return np.zeros(0, np.int32)
+    return np.memmap(kept, np.dtype("<i4"), "r")
+
+
+def _encoded(paths: Sequence[Path], made: Tokenizer) -> Iterator[Tokens]:
+    for path in paths:
+        for text in pieces(path):
+            yield np.fromiter(made.encode(text), np.int32)
+        yield np.array([made.end], np.int32)

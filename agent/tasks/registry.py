@@ -1,0 +1,137 @@
+"""Where tasks are found: by name among the built-in and installed ones, or in a registered file.
+
+Installed ones are entry points of the group `commonweight.tasks` that name the class:
+
+    [project.entry-points."commonweight.tasks"]
+    gait = "my_package.gait:Gait"
+
+A file is one that this machine's owner has registered (`commonweight-agent task add`); what comes
+from the wire is only ever a name. Importing this module imports no task: that happens in the
+trainer's process.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from agent.tasks import Task
+from protocols.errors import TaskUnusable, UnknownName, UsageFault
+
+GROUP = "commonweight.tasks"
+BUILT_IN: dict[str, str] = {
+    "images": "agent.tasks.images.torch_task:Images",
+    "lora": "agent.tasks.language.lora:Lora",
+    "mnist": "agent.tasks.demo.mnist:Mnist",
+    "motion": "agent.tasks.demo.motion:Motion",
+    "ping": "agent.tasks.demo.ping:Ping",
+    "tabular": "agent.tasks.tabular:Tabular",
+    "text-lm": "agent.tasks.language.gpt:TextLM",
+}
+#: Those that are there for TensorFlow as well: schema, settings and wire are the same.
+KERAS: dict[str, str] = {
+    "images": "agent.tasks.images.keras_task:Images",
+}
+#: What pip installs for a built-in task, where it is not the same as its name.
+_EXTRAS = {"mnist": "demo", "motion": "demo", "text-lm": "agent"}
+_METHODS = ("schema", "init", "load", "train", "evaluate")
+#: What a registered task may be called: it becomes part of run names and messages.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+
+def names() -> list[str]:
+    """Every task that is installed on this machine, sorted. Imports none of them."""
+    return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
+
+
+def find(name: str, source: str = "", framework: str = "auto") -> Task:
+    """A new task: of the class `source` ("/path/file.py:Class") if given, else of this name.
+
+    `framework` is "torch", "keras", or "auto" for torch where it is installed.
+    Raises UnknownName, and TaskUnusable if it cannot be loaded; then the trace is on stderr.
+    """
+    try:
+        made = (_from_file(source) if source else _installed(name, framework))()
+    except (UnknownName, TaskUnusable):
+        raise
+    except Exception as err:  # a task's file is another's code: whatever it raises on import
+        traceback.print_exc()
+        raise TaskUnusable(
+            f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
+            _to_install(name) if not source else "install what it needs",
+        ) from err
+    if missing := [method for method in _METHODS if not callable(getattr(made, method, None))]:
+        raise TaskUnusable(f"{type(made).__name__} is no task: it lacks {', '.join(missing)}")
+    return made  # type: ignore[no-any-return]
+
+
+def _installed(name: str, framework: str) -> Any:
+    if name in BUILT_IN:
+        module, _, attribute = _built_in(name, framework).partition(":")
+        return getattr(import_module(module), attribute)
+    if found := tuple(entry_points(group=GROUP, name=name)):
+        return found[0].load()
+    raise UnknownName(
+        f"this machine has no task {name!r}",
+        f"tasks here: {', '.join(names())}; one of your own: commonweight-agent task add",
+    )
+
+
+def _built_in(name: str, framework: str) -> str:
+    keras = framework == "keras" or (
+        framework == "auto" and find_spec("torch") is None and find_spec("keras") is not None
+    )
+    return KERAS.get(name, BUILT_IN[name]) if keras else BUILT_IN[name]
+
+
+def _to_install(name: str) -> str:
+    if name not in BUILT_IN:
+        return "install what it needs"
+    hint = f"pip install 'commonweight[{_EXTRAS.get(name, name)}]'"
+    return f"{hint}, or [tensorflow]" if name in KERAS else hint
+
+
+def _from_file(source: str) -> Any:
+    path, attribute = parted(source)
+    if not path.is_file():
+        raise TaskUnusable(f"there is no file {path.name}", f"looked for {path}")
+    # Its own imports find its neighbours; after ours, so that none of them passes for another.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = spec_from_file_location(f"commonweight_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, attribute)
+
+
+def parted(source: str) -> tuple[Path, str]:
+    """File and class of "file.py:Class". Raises UsageFault."""
+    path, colon, attribute = source.rpartition(":")
+    if not colon or not path.endswith(".py") or not attribute.isidentifier():
+        raise UsageFault(f"{source!r} names no task", "write file and class: ./my_task.py:MyTask")
+    return Path(path).expanduser().absolute(), attribute
+
+
+def called(source: str) -> str:
+    """What the task in "some/folder/file.py:Class" is called in a run: "file.py:Class"."""
+    path, attribute = parted(source)
+    return checked_name(f"{path.name}:{attribute}")
+
+
+def checked_name(name: str) -> str:
+    """`name` if a task may be called so. Raises UsageFault."""
+    if not _NAME.fullmatch(name):
+        raise UsageFault(
+            f"a task cannot be called {name!r}",
+            "up to 64 letters, digits, or one of _ . : - ; the first a letter or digit",
+        )
+    return name

@@ -1,0 +1,68 @@
+"""How weights classify, and how well: what the torch tasks with labels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.tasks import EvalOutcome, OnStep
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.torch_loop import Examples
+from protocols.model.weights import Array
+from protocols.tables import evaluation_counts
+
+
+@torch.inference_mode()
+def measured(
+    logits_of: Callable[[Tensors, Tensor], Tensor],
+    weights: Mapping[str, Array],
+    held_out: Examples,
+    batch: int,
+    on_step: OnStep,
+) -> EvalOutcome:
+    """Mean cross-entropy ("loss") and "accuracy" on held-out examples; confusion and calibration.
+
+    `logits_of(weights, x)` gives float32[n, classes].
+    """
+    device = held_out.x.device
+    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    steps = -(-len(held_out.y) // batch)
+    loss, right, seen = 0.0, 0, 0
+    told: list[evaluation_counts.Tallies] = []
+    for number, (x, y) in enumerate(
+        zip(torch.split(held_out.x, batch), torch.split(held_out.y, batch), strict=True), 1
+    ):
+        logits = logits_of(tensors, x)
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        sure, guess = logits.float().softmax(1).max(1)
+        right += int((guess == y).sum())
+        told.append(_tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1]))
+        seen += len(y)
+        on_step(number, steps, loss / seen, seen)
+    metrics = {"loss": loss / seen, "accuracy": right / seen}
+    if not all(told):
+        return EvalOutcome(seen, metrics)  # the training went to NaN: no guess has a probability
+    return EvalOutcome(seen, metrics, evaluation_counts.merged(told, [1.0] * len(told)))
+
+
+def classes_of(logits: Tensor) -> dict[str, list[Any]]:
+    """Of each row of float32[n, classes] the class, and how probable that is."""
+    chances, chosen = logits.softmax(1).max(1)
+    return {"class": chosen.tolist(), "probability": chances.tolist()}
+
+
+def tensors_of(weights: Mapping[str, Array]) -> Tensors:
+    return {name: torch.tensor(array) for name, array in weights.items()}
+
+
+def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> evaluation_counts.Tallies:
+    if not bool(sure.isfinite().all()):
+        return {}
+    found = {"calibration": evaluation_counts.calibration_of(sure.tolist(), (guess == y).tolist())}
+    if classes <= evaluation_counts.MOST_CLASSES:
+        found["confusion"] = evaluation_counts.confusion_of(y.tolist(), guess.tolist(), classes)
+    return found

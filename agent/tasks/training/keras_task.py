@@ -1,0 +1,290 @@
+"""Local training of a Keras 3 model on TensorFlow: what `local_training` is to a torch task.
+
+    class Gait(KerasTask):                    # commonweight-agent task add ./gait.py:Gait
+        defaults = KerasTask.defaults | {"units": 32}
+
+        def model(self, settings):
+            units = self.merged(settings)["units"]
+            layers = keras.layers
+            return keras.Sequential([layers.Dense(units, "relu"), layers.Dense(3)])
+
+        def read(self, data, settings):
+            x, y = ...
+            return Examples(x, y, train=rows, held_out=other_rows)
+
+Tensors travel under Keras' own paths and in its layout, unless the task says how another framework
+has them (`images_keras` does). The settings are those of `plan`; on a CPU the same inputs give
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome
+from agent.tasks.training.batch_size import tried
+from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan, settings_of
+from agent.tasks.training.seeds import seed_of
+from protocols.errors import TaskUnusable, UsageFault
+from protocols.model.weights import Array, Schema, Weights
+
+EVALUATION_BATCH = 256
+
+if keras.backend.backend() != "tensorflow":
+    raise TaskUnusable(f"Keras runs on {keras.backend.backend()} here", "KERAS_BACKEND=tensorflow")
+tf.config.experimental.enable_op_determinism()
+if threads := int(os.environ.get("OMP_NUM_THREADS", "0")):
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+class Examples(NamedTuple):
+    """A peer's examples [n, …] and [n], anything that numpy rows pick from, and which rows are
+    trained on and held out."""
+
+    x: Any
+    y: Any
+    train: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.int64]
+
+
+class _Position:
+    """Training between two batches: what a snapshot holds, and nothing else."""
+
+    def __init__(self, variables: Sequence[Any]) -> None:
+        self.variables = variables
+        self.epoch = self.done = self.passed = self.seen = 0
+        self.total = 0.0
+
+    def snapshot(self) -> Snapshot:
+        arrays = {f"{n}": np.asarray(variable) for n, variable in enumerate(self.variables)}
+        counts = {name: getattr(self, name) for name in ("epoch", "done", "passed", "seen")}
+        return Snapshot(arrays, {**counts, "total": self.total})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        for n, variable in enumerate(self.variables):
+            variable.assign(snapshot.arrays[f"{n}"])
+        for name in ("epoch", "done", "passed", "seen"):
+            setattr(self, name, int(snapshot.values[name]))
+        self.total = float(snapshot.values["total"])
+
+
+class KerasTask:
+    """A task whose subclass gives the model and the examples.
+
+    `kind` "classification": `y` are numbers of classes and the model gives logits; "regression":
+    `y` are numbers and so is what it gives, [n, 1].
+    """
+
+    defaults: Mapping[str, Setting] = LOOP
+    kind: Literal["classification", "regression"] = "classification"
+
+    def __init__(self) -> None:
+        self._data = DataSettings()
+        self._model: tuple[dict[str, Setting], Any] | None = None
+        self._examples: tuple[dict[str, Setting], Examples] | None = None
+        self._at: _Position | None = None
+        self._restored: Snapshot | None = None
+
+    # --- what a subclass says ---
+
+    def model(self, settings: Settings) -> Any:
+        """A new `keras.Model`."""
+        raise NotImplementedError
+
+    def read(self, data: DataSettings, settings: Settings) -> Examples:
+        """This peer's examples. Raises DataFault."""
+        raise NotImplementedError
+
+    def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
+        """A batch as the model takes it, of rows of `Examples.x`."""
+        return x
+
+    def to_keras(self, weights: Mapping[str, Array], settings: Settings) -> list[Array]:
+        """Travelling tensors in the order and layout of `model.weights`."""
+        return [weights[name] for name in _paths(self._built(settings))]
+
+    def from_keras(self, arrays: Sequence[Array], settings: Settings) -> Weights:
+        """The inverse of `to_keras`."""
+        return Weights(dict(zip(_paths(self._built(settings)), arrays, strict=True)))
+
+    # --- Task ---
+
+    def schema(self, settings: Settings) -> Schema:
+        return self._now(settings).schema
+
+    def init(self, seed: int, settings: Settings) -> Weights:
+        """As the model's own initialisers begin."""
+        keras.utils.set_random_seed(seed_of("init", seed))
+        self._model = None
+        return self._now(settings)
+
+    def load(self, data: DataSettings) -> None:
+        """Note which; the examples are read when they are needed. Raises UsageFault."""
+        cards = tf.config.list_physical_devices("GPU")
+        if data.device == "cpu" and cards:
+            tf.config.set_visible_devices([], "GPU")
+        elif data.device not in ("auto", "cpu") and not cards:
+            raise UsageFault(
+                f"TensorFlow cannot use {data.device} on this machine",
+                "commonweight-agent policy set device auto",
+            )
+        self._data, self._examples = data, None
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """SGD or AdamW on this peer's examples; the metric "loss" is the mean of the last epoch."""
+        plan, model, examples = self._plan(settings), self._built(settings), self._found(settings)
+        _put(model, self.to_keras(weights, settings))
+        optimiser = _optimiser(plan)
+        optimiser.build(model.trainable_variables)
+        at = _Position([*model.variables, *optimiser.variables])
+        keras.utils.set_random_seed(seed_of("train", plan.seed, plan.round, self._data.index))
+        if self._restored is not None:
+            at.restore(self._restored)
+        self._at, self._restored = at, None
+        step, count = self._step(model, optimiser, plan), len(examples.train)
+        batch, steps = plan.batch_size or count, plan.steps(count)
+        seed = seed_of("order", plan.seed, plan.round, self._data.index)
+        try:
+            while at.done < steps:
+                order = examples.train[np.random.RandomState(seed + at.epoch).permutation(count)]
+                for start in range(at.passed, count, batch):
+                    if at.done == steps:
+                        break
+                    rows = order[start : start + batch]
+                    x = self.prepared(examples.x[rows], settings, True)
+                    loss = tried(partial(_step_of, step, x, examples.y[rows]), len(rows))
+                    at.done += 1
+                    at.passed += len(rows)
+                    at.total += loss * len(rows)
+                    on_step(at.done, steps, loss, at.seen + at.passed)
+                if at.done < steps:
+                    at.epoch, at.seen = at.epoch + 1, at.seen + at.passed
+                    at.passed, at.total = 0, 0.0
+        finally:
+            self._at = None
+        trained = self.from_keras([np.asarray(v) for v in model.weights], settings)
+        return TrainOutcome(trained, count, {"loss": at.total / at.passed})
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean "loss", and "accuracy" of a classification, on this peer's held-out examples."""
+        model, examples = self._built(settings), self._found(settings)
+        _put(model, self.to_keras(weights, settings))
+        steps = -(-len(examples.held_out) // EVALUATION_BATCH)
+        loss, right, seen = 0.0, 0, 0
+        for number in range(steps):
+            rows = examples.held_out[number * EVALUATION_BATCH :][:EVALUATION_BATCH]
+            x, y = self.prepared(examples.x[rows], settings, False), examples.y[rows]
+            made = model(tf.constant(x), training=False)
+            loss += float(self._loss(made, tf.constant(y))) * len(rows)
+            if self.kind == "classification":
+                right += int((np.asarray(made).argmax(1) == y).sum())
+            seen += len(rows)
+            on_step(number + 1, steps, loss / seen, seen)
+        metrics = {"loss": loss / seen}
+        if self.kind == "classification":
+            metrics["accuracy"] = right / seen
+        return EvalOutcome(seen, metrics)
+
+    # --- Resumable ---
+
+    def snapshot(self) -> Snapshot:
+        """Where `train` is."""
+        assert self._at is not None
+        return self._at.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Let the next `train` go on from there."""
+        self._restored = snapshot
+
+    # --- for subclasses, and here ---
+
+    def merged(self, settings: Settings) -> dict[str, Setting]:
+        """The settings over the defaults. Raises UnknownName, UsageFault."""
+        return settings_of(settings, self.defaults)
+
+    def _plan(self, settings: Settings) -> Plan:
+        plan = read_plan(settings, self.defaults)
+        if plan.precision == "bf16":
+            raise UsageFault("Keras tasks train in fp32", "precision=auto or precision=fp32")
+        return plan
+
+    def _built(self, settings: Settings) -> Any:
+        merged = self.merged(settings)
+        if self._model is None or self._model[0] != merged:
+            keras.backend.clear_session()  # layers without a name are numbered from 0 again
+            self._model = merged, self.model(settings)
+        return self._model[1]
+
+    def _now(self, settings: Settings) -> Weights:
+        return self.from_keras([np.asarray(v) for v in self._built(settings).weights], settings)
+
+    def _found(self, settings: Settings) -> Examples:
+        merged = self.merged(settings)
+        if self._examples is None or self._examples[0] != merged:
+            self._examples = None
+            self._examples = merged, self.read(self._data, settings)
+        return self._examples[1]
+
+    def _loss(self, made: Any, y: Any) -> Any:
+        if self.kind == "regression":
+            return tf.reduce_mean((tf.reshape(made, [-1]) - tf.cast(y, made.dtype)) ** 2)
+        return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, made))
+
+    def _step(self, model: Any, optimiser: Any, plan: Plan) -> Any:
+        """One step, in place; returns the batch's mean loss before it."""
+        variables = model.trainable_variables
+        origin = [tf.constant(v.value) for v in variables] if plan.proximal_mu else []
+
+        @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
+        def step(x: Any, y: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = self._loss(model(x, training=True), y)
+            gradients = tape.gradient(loss, [v.value for v in variables])
+            if plan.proximal_mu:
+                far = [v.value - first for v, first in zip(variables, origin, strict=True)]
+                gradients = [g + plan.proximal_mu * d for g, d in zip(gradients, far, strict=True)]
+            if plan.clip_norm:
+                gradients, _ = tf.clip_by_global_norm(gradients, plan.clip_norm)
+            if plan.weight_decay and plan.optimiser == "sgd":  # to the gradient, as torch has it
+                gradients = [
+                    g + plan.weight_decay * v.value
+                    for g, v in zip(gradients, variables, strict=True)
+                ]
+            optimiser.apply(gradients, variables)
+            return loss
+
+        return step
+
+
+def _step_of(step: Any, x: Any, y: Any, size: int) -> float:
+    """A step of the first `size` examples of a batch."""
+    return float(step(tf.constant(x[:size]), tf.constant(y[:size])))
+
+
+def _optimiser(plan: Plan) -> Any:
+    if plan.optimiser == "adamw":
+        return keras.optimizers.AdamW(plan.lr, weight_decay=plan.weight_decay, epsilon=1e-8)
+    return keras.optimizers.SGD(plan.lr, momentum=plan.momentum)
+
+
+def _put(model: Any, arrays: Sequence[Array]) -> None:
+    for variable, array in zip(model.weights, arrays, strict=True):
+        variable.assign(array)
+
+
+def _paths(model: Any) -> list[str]:
+    """Names of the model's tensors, without that of the model itself, which is numbered too."""
+    return [variable.path.removeprefix(f"{model.name}/") for variable in model.weights]

@@ -1,0 +1,114 @@
+"""Where local training stands between two batches: what a snapshot holds, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agent.tasks import Snapshot
+from agent.tasks.training.hyperparameters import Plan
+from agent.tasks.training.seeds import seed_of
+from protocols.model.weights import Array
+
+Tensors = dict[str, Tensor]
+
+
+class Position:
+    """Training between two batches.
+
+    `weights` and the optimiser's `state` (tensors by slot and weight, named as torch names them)
+    are changed in place. `trained` are the names of the weights that gradients move; the others
+    (integers, running statistics) are the model's own affair. `done` counts steps; `passed` and
+    `seen` the examples of this epoch and of those before it; `total` is the sum of this epoch's
+    losses. `origin` holds the first weights for the proximal term, `correction` what is added to
+    each gradient: a snapshot need not hold what is there anyway.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Array],
+        plan: Plan,
+        device: torch.device,
+        part: int,
+        buffers: frozenset[str],
+        correction: Mapping[str, Array],
+    ) -> None:
+        self.weights = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+        self.trained = [
+            name
+            for name, t in self.weights.items()
+            if t.is_floating_point() and name not in buffers
+        ]
+        self.state = {slot: self._zeros(slot) for slot in _slots(plan)}
+        self.origin: Tensors = {}
+        if plan.proximal_mu:
+            self.origin = {name: self.weights[name].clone() for name in self.trained}
+        self.correction = {
+            name: torch.tensor(array, device=device) for name, array in correction.items()
+        }
+        order = seed_of("order", plan.seed, plan.round, part)
+        self._order = torch.Generator().manual_seed(order)
+        self._epoch_began = self._order.get_state()
+        self.done = self.passed = self.seen = 0
+        self.total = 0.0
+
+    def _zeros(self, slot: str) -> Tensors:
+        if slot == "step":  # torch counts on the CPU, for each weight
+            return {name: torch.zeros(()) for name in self.trained}
+        return {name: torch.zeros_like(self.weights[name]) for name in self.trained}
+
+    def permutation(self, examples: int) -> Tensor:
+        """The order of the present epoch."""
+        self._order.set_state(self._epoch_began)
+        return torch.randperm(examples, generator=self._order)
+
+    def next_epoch(self) -> None:
+        self._epoch_began = self._order.get_state()
+        self.seen += self.passed
+        self.passed, self.total = 0, 0.0
+
+    def recall(self, optimiser: Mapping[str, Array]) -> None:
+        """Take over the state of an optimiser, if it is one of this kind for these weights."""
+        mine = {
+            f"{s} {name}": t for s, tensors in self.state.items() for name, t in tensors.items()
+        }
+        if {key: tensor.shape for key, tensor in mine.items()} == {
+            key: array.shape for key, array in optimiser.items()
+        }:
+            for key, tensor in mine.items():
+                tensor.copy_(torch.tensor(optimiser[key]))
+
+    def snapshot(self) -> Snapshot:
+        arrays = as_arrays(self._slots())
+        arrays["order"] = self._epoch_began.numpy()
+        counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
+        return Snapshot(arrays, {**counts, "total": self.total})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        arrays, values = snapshot
+        for slot, tensors in self._slots().items():
+            for name, tensor in tensors.items():
+                tensor.copy_(torch.tensor(arrays[f"{slot} {name}"]))
+        self._epoch_began = torch.tensor(arrays["order"])
+        self.done, self.passed, self.seen = (int(values[n]) for n in ("done", "passed", "seen"))
+        self.total = float(values["total"])
+
+    def _slots(self) -> dict[str, Tensors]:
+        return {"weight": self.weights, **self.state}
+
+
+def as_arrays(slots: Mapping[str, Tensors]) -> dict[str, Array]:
+    """Tensors by slot and weight as arrays by "slot weight"."""
+    return {
+        f"{slot} {name}": tensor.detach().cpu().numpy()
+        for slot, tensors in slots.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _slots(plan: Plan) -> tuple[str, ...]:
+    if plan.optimiser == "adamw":
+        return ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if plan.momentum else ()

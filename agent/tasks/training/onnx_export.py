@@ -1,0 +1,89 @@
+"""A torch model as an ONNX file, made where torch is, and tried before it is given away."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agent.tasks.training.loop_state import Tensors
+from protocols.errors import CommonweightError, TaskUnusable
+from protocols.model.weights import Array
+
+ONNX = "onnx"
+
+
+class _Net(nn.Module):
+    """A function of weights as a module that holds them, under their names."""
+
+    def __init__(
+        self, logits_of: Callable[[Tensors, Tensor], Tensor], weights: Mapping[str, Array]
+    ) -> None:
+        super().__init__()
+        self._logits_of = logits_of
+        for name, array in weights.items():
+            *path, leaf = name.split(".")
+            at: nn.Module = self
+            for step in path:
+                if not hasattr(at, step):
+                    at.add_module(step, nn.Module())
+                at = getattr(at, step)
+            at.register_parameter(leaf, nn.Parameter(torch.tensor(array), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._logits_of(dict(self.named_parameters()), x)
+
+
+def write(
+    logits_of: Callable[[Tensors, Tensor], Tensor],
+    weights: Mapping[str, Array],
+    example: Tensor,
+    out: Path,
+    *,
+    sides: Mapping[int, torch.export.Dim] | None = None,
+) -> None:
+    """Write the model, from the input "x" to the output "logits".
+
+    `example` is an input of two examples or more; `sides` are its dimensions that may have another
+    length, by default the first. What onnxruntime makes of `example` is compared with torch. Raises
+    TaskUnusable where the extra is not installed, CommonweightError where the two differ.
+    """
+    free = sides or {0: torch.export.Dim("n")}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    net = _Net(logits_of, weights).eval()
+    try:
+        import onnxruntime
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(
+                net,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                input_names=["x"],
+                output_names=["logits"],
+                dynamic_shapes=(free,),
+            )
+    except ImportError as err:
+        raise TaskUnusable(
+            f"ONNX needs {err.name}, which is not installed", "pip install 'commonweight[onnx]'"
+        ) from err
+    assert made is not None
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        made.save(temporary)
+        session = onnxruntime.InferenceSession(temporary)
+        (found,) = session.run(None, {"x": example.numpy()})
+        if not np.allclose(found, net(example).numpy(), rtol=1e-2, atol=1e-3):
+            raise CommonweightError(
+                "the ONNX model does not give what torch gives", "another version of onnxruntime"
+            )
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

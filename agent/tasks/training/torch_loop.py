@@ -1,0 +1,249 @@
+"""Local training of a torch task: the loop, in which `position` is the place to go on from.
+
+A torch task is a model, its data, and this loop; its settings are in `plan`. On a CPU the same
+inputs and number of threads give the same bytes.
+
+    DEFAULTS = {**LOOP, "model": "mlp", "lr": 0.01}
+
+    class Tabular:
+        def __init__(self) -> None:
+            self._local = LocalTraining()
+            self.snapshot, self.restore = self._local.snapshot, self._local.restore
+
+        def train(self, weights, settings, on_step):
+            plan = read_plan(settings, DEFAULTS)
+            return self._local.train(weights, plan, self._examples, by_autograd(loss_of), on_step)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agent.tasks import OnStep, Snapshot, TrainOutcome
+from agent.tasks.training.batch_size import tried
+from agent.tasks.training.hyperparameters import Plan
+from agent.tasks.training.loop_state import Position as Position
+from agent.tasks.training.loop_state import Tensors as Tensors
+from agent.tasks.training.loop_state import as_arrays
+from protocols.errors import UsageFault
+from protocols.model.weights import Array, Weights
+
+#: Examples that are put in order at a time, so that an epoch needs no second copy of the data.
+_ORDERED = 4096
+
+
+class Examples(NamedTuple):
+    """A peer's examples: [n, …] and [n], both where they are trained on. `part` sets their order
+    apart from other peers'."""
+
+    x: Tensor
+    y: Tensor
+    part: int = 0
+
+
+#: One step, in place; returns the batch's mean loss before it.
+Step = Callable[[Tensor, Tensor], float]
+#: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
+LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
+
+
+class LocalTraining:
+    """The loop, and methods of `Resumable`, `Steerable` and `Continuing` for the task that it
+    works for."""
+
+    def __init__(self) -> None:
+        self._at: Position | None = None
+        self._restored: Snapshot | None = None
+        self._correction: Mapping[str, Array] = {}
+        self._recalled: Mapping[str, Array] = {}
+        self._left: Mapping[str, Array] = {}
+
+    def train(
+        self,
+        weights: Mapping[str, Array],
+        plan: Plan,
+        examples: Examples,
+        make_step: Callable[[Position, Plan], Step],
+        on_step: OnStep,
+        *,
+        buffers: frozenset[str] = frozenset(),
+    ) -> TrainOutcome:
+        """Train on these examples; the metric "loss" is the mean of the last epoch.
+
+        `buffers` are floating-point tensors that no gradient moves.
+        """
+        device, count = examples.x.device, len(examples.y)
+        at = Position(weights, plan, device, examples.part, buffers, self._correction)
+        at.recall(self._recalled)
+        if self._restored is not None:
+            at.restore(self._restored)
+        self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
+        step, steps = make_step(at, plan), plan.steps(count)
+        batch = plan.batch_size or count
+        try:
+            while True:
+                order = at.permutation(count)[at.passed :].to(device)
+                for x, y in _batches(examples, order, batch):
+                    if at.done == steps:
+                        break
+                    loss = tried(partial(_step_of, step, x, y), len(y))
+                    at.done += 1
+                    at.passed += len(y)
+                    at.total += loss * len(y)
+                    on_step(at.done, steps, loss, at.seen + at.passed)
+                if at.done == steps:
+                    break
+                at.next_epoch()
+        finally:
+            self._at = None
+        self._left = as_arrays(at.state)
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
+        return TrainOutcome(Weights(arrays), count, {"loss": at.total / at.passed})
+
+    def snapshot(self) -> Snapshot:
+        """Where `train` is: weights, optimiser, the order of the data and the place in it."""
+        assert self._at is not None
+        return self._at.snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Let the next `train` go on from there."""
+        self._restored = snapshot
+
+    def steer(self, correction: Mapping[str, Array]) -> None:
+        """Let the next `train` add this to each step's gradient: SCAFFOLD's c - c_i, by weight
+        (arXiv 1910.06378, equation 3)."""
+        self._correction = correction
+
+    def recall(self, optimiser: Mapping[str, Array]) -> None:
+        """Let the next `train` begin with the state that an earlier one `remembered`."""
+        self._recalled = optimiser
+
+    def remembered(self) -> Mapping[str, Array]:
+        """The optimiser's state after the last `train`."""
+        return self._left
+
+
+def path(plan: Plan, examples: int) -> float:
+    """Learning rate times steps of training on so many examples.
+
+    Raises UsageFault where the weights would move by more than that times the gradients.
+    """
+    bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
+    if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
+        raise UsageFault(
+            "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} at 0"
+        )
+    if not plan.lr:
+        raise UsageFault("SCAFFOLD needs a learning rate above 0", "lr=0.1")
+    return plan.lr * plan.steps(examples)
+
+
+def mean_gradient(
+    weights: Mapping[str, Array],
+    examples: Examples,
+    loss_of: LossOf,
+    buffers: frozenset[str] = frozenset(),
+    batch: int = _ORDERED,
+) -> dict[str, Array]:
+    """The gradient of the mean loss over all examples, so many at a time, by weight; `buffers`
+    have none."""
+    device, count = examples.x.device, len(examples.y)
+    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    trained = {
+        name: tensor.requires_grad_()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and name not in buffers
+    }
+    for rows in torch.arange(count, device=device).split(batch):  # type: ignore[no-untyped-call]
+        x, y = examples.x[rows], examples.y[rows]
+        (loss_of(tensors, x, y) * (len(y) / count)).backward()  # type: ignore[no-untyped-call]
+    return {
+        name: tensor.grad.cpu().numpy()
+        for name, tensor in trained.items()
+        if tensor.grad is not None
+    }
+
+
+def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
+    """A step of the first `size` examples of a batch."""
+    return step(x, y) if size == len(y) else step(x[:size], y[:size])
+
+
+def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if not len(order):  # cut off at an epoch's end: it would be split into one batch of nothing
+        return
+    for rows in torch.split(order, size * max(1, _ORDERED // size)):
+        x, y = examples.x[rows], examples.y[rows]
+        yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
+
+
+def by_autograd(loss_of: LossOf) -> Callable[[Position, Plan], Step]:
+    """Steps of torch's own optimisers on the loss that a task tells."""
+
+    def make(at: Position, plan: Plan) -> Step:
+        w = at.weights
+        trained = [w[name].requires_grad_() for name in at.trained]
+        optimiser = _optimiser(at, plan)
+        forward = _precision(plan.precision, trained[0].device)
+
+        def step(x: Tensor, y: Tensor) -> float:
+            optimiser.zero_grad()
+            with forward:
+                loss = loss_of(w, x, y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if at.correction or at.origin:
+                _bend(at, plan)
+            if plan.clip_norm:
+                torch.nn.utils.clip_grad_norm_(trained, plan.clip_norm)
+            optimiser.step()
+            return loss.item()
+
+        return step
+
+    return make
+
+
+def _optimiser(at: Position, plan: Plan) -> torch.optim.Optimizer:
+    """A new optimiser that goes on from the state of `at`, and writes to it."""
+    trained = [at.weights[name] for name in at.trained]
+    made: torch.optim.Optimizer
+    if plan.optimiser == "adamw":
+        made = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
+    else:
+        made = torch.optim.SGD(
+            trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay
+        )
+    for slot, tensors in at.state.items():
+        for name, tensor in tensors.items():
+            made.state[at.weights[name]][slot] = tensor
+    return made
+
+
+@torch.no_grad()
+def _bend(at: Position, plan: Plan) -> None:
+    """Add the correction, and the gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127,
+    equation 2)."""
+    for name in at.trained:
+        gradient = at.weights[name].grad
+        if gradient is None:
+            continue
+        if name in at.correction:
+            gradient.add_(at.correction[name])
+        if name in at.origin:
+            gradient.add_(at.weights[name] - at.origin[name], alpha=plan.proximal_mu)
+
+
+def _precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """In what the forward pass is computed. Raises UsageFault where the device lacks it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if name == "fp32" or (name == "auto" and not fast):
+        return contextlib.nullcontext()
+    if device.type == "cuda" and not fast:
+        raise UsageFault("this graphics card has no bf16", "precision=auto or precision=fp32")
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,147 @@
+"""One trainer process as the agent holds it: its pipes, the threads that listen, its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.trainer.ipc import Answer, Request, decode_answer, encode
+from protocols import failpoints
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 1 << 20
+MAX_LOG_BYTES = 1 << 20
+#: Where a frozen trainer hears of its parent's death (`trainer._thawed_by_parents_death`).
+FREEZABLE = sys.platform == "linux"
+
+
+class Child:
+    """One child process, and the two threads that read its answers and wait for its end."""
+
+    def __init__(
+        self,
+        work_dir: Path,
+        program: Sequence[str],
+        threads: int,
+        changed: threading.Condition,
+        on_answer: Callable[[Answer], None],
+    ) -> None:
+        self._changed = changed
+        self._on_answer = on_answer
+        #: Exit code as Popen gives it; set, and `changed` notified, when all answers were read.
+        self.exit: int | None = None
+        work_dir.mkdir(parents=True, exist_ok=True)
+        log_file = work_dir / "trainer.log"
+        too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
+        with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
+            self._process = subprocess.Popen(
+                # -P: a file in the present folder must not pass for a module.
+                [sys.executable, "-P", "-m", *program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=work_dir,
+                env=_environment(threads),
+                # A Ctrl-C in the terminal is for the parent, which then ends the child in order.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, name="trainer answers", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, name="trainer end", daemon=True).start()
+
+    def send(self, request: Request) -> None:
+        """Write one frame. A child that is gone does not raise here: `exit` tells."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(encode(request) + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):
+            pass
+
+    def close(self) -> None:
+        """End its standard input, at which it leaves."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except OSError:  # it left before
+            pass
+
+    def kill(self) -> None:
+        """End it at once. What it started itself is ended with it, where there are groups."""
+        if os.name == "posix":
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):  # nothing left; macOS says the latter
+                pass
+        else:
+            self._process.kill()
+
+    def freeze(self) -> None:
+        """Stop it, and what it started, wherever they are; only where it is `FREEZABLE`."""
+        self._signal("SIGSTOP")
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal("SIGCONT")
+
+    def _signal(self, name: str) -> None:
+        if FREEZABLE and self.exit is None:
+            try:
+                os.killpg(self.pid, signal.Signals[name])
+            except (ProcessLookupError, PermissionError):  # it ended just now
+                pass
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            while line := answers.readline(MAX_FRAME_BYTES):
+                try:
+                    answer = decode_answer(line)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    log.error("the trainer wrote a line that is no frame; ending it")
+                    self.kill()
+                    return
+                self._on_answer(answer)
+
+    def _wait(self) -> None:
+        code = self._process.wait()
+        # Its own children (loaders, say) outlive it otherwise. The group's number is still ours
+        # while one of them lives, and free too short a time to have been given out again if not.
+        if os.name == "posix":
+            self.kill()
+        self._reader.join(timeout=5)
+        self.close()
+        with self._changed:
+            self.exit = code
+            self._changed.notify_all()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The parent's, without our own settings (they may hold secrets)."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("COMMONWEIGHT") or name in (failpoints.VARIABLE, failpoints.TRUTH)
+    }
+    env |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
+    return env

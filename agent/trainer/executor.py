@@ -1,0 +1,255 @@
+"""The trainer's work: one task after another is found, loaded, trained and evaluated.
+
+Without a process of its own (that is `agent.trainer`): a work comes in, its answer goes to `send`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from agent.data.settings import DataSettings
+from agent.inference import predictions
+from agent.tasks import (
+    Cancelled,
+    EvalOutcome,
+    Resumable,
+    Setting,
+    Settings,
+    Surveying,
+    Task,
+    Traited,
+    registry,
+)
+from agent.tasks.training.batch_size import is_out_of_memory
+from agent.trainer import rng_state
+from agent.trainer.checkpoint import Journal
+from agent.trainer.ipc import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
+from agent.trainer.personalization import Personal, continuing, steerable
+from agent.trainer.progress import Control, Meter
+from protocols import VERSION
+from protocols.errors import BadWeights, CommonweightError, DiskFull, OutOfMemory
+from protocols.failpoints import failpoint
+from protocols.local.disk_space import is_full
+from protocols.messages.envelope import Metrics
+from protocols.model import personalization, schema_card, weights
+from protocols.model.weights import Array, Schema, TensorSpec, Weights
+
+
+class Trainer:
+    """Does one work after another; keeps the last task and its data for the next."""
+
+    def __init__(self, control: Control, send: Callable[[Answer], None], threads: int) -> None:
+        self._control = control
+        self._send = send
+        self._threads = threads
+        self._found_as: tuple[str, ...] = ()
+        self._task: Task | None = None
+        self._data: DataSettings | None = None
+        self._resumed: Journal | None = None  # that of the present work, if it goes on from one
+
+    def serve(self, work: Work) -> None:
+        """Do one work and answer with Done or Failed."""
+        answer: Answer
+        try:
+            self._control.check(work.id)
+            failpoint("trainer.begun")
+            answer = self._do(work)
+        except Cancelled:
+            answer = Failed(id=work.id, kind="cancelled", message="the work was cancelled")
+        except CommonweightError as err:
+            answer = Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
+        except OSError as err:
+            traceback.print_exc()
+            kind = DiskFull.code if is_full(err) else "file"
+            answer = Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
+        except Exception as err:
+            # A task is another's code: whatever it raises must not end the protocol.
+            traceback.print_exc()
+            if self._resumed is not None:
+                self._resumed.drop()  # it may be why: the next try begins anew
+            if is_out_of_memory(err):  # its kind's words leave the machine: none of the task's own
+                kind, words = OutOfMemory.code, "the task ran out of memory"
+            else:
+                kind, words = "task", f"{type(err).__name__}: {err}"
+            answer = Failed(id=work.id, kind=kind, message=words)
+        self._resumed = None
+        self._send(answer)
+
+    def _do(self, work: Work) -> Answer:
+        task = self._found(work.task, work.source, work.data.framework)
+        if isinstance(work, Predict):
+            if work.data.is_set:
+                self._load(task, work.data)
+            return self._predicted(work, task)
+        self._load(task, work.data)
+        if isinstance(work, Describe):
+            return self._described(work, task)
+        scheme, settings = _parted(work.settings)
+        model = _normal(task.schema(settings))
+
+        def first_weights(seed: int) -> Weights:
+            rng_state.seed("init", seed)
+            return _checked(task.init(seed, settings), model)
+
+        if isinstance(work, Init):
+            first = personalization.first_version(first_weights(work.seed), scheme)
+            return self._written(work.id, first, work.out, 0, {})
+        base = weights.load(Path(work.base))
+        kept = Path(work.kept) if work.kept else None
+        run_seed = int(settings.get("seed", 0))
+        personal = Personal(model, scheme, lambda: first_weights(run_seed), kept)
+        try:
+            weights.check_schema(base.schema, personal.shared)
+        except BadWeights as err:
+            message = f"the weights do not fit the task {work.task}: {err.message}"
+            return Failed(id=work.id, kind="schema", message=message)
+        self._control.check(work.id)
+        given = (work.settings.get(name, 0) for name in ("seed", "round"))
+        rng_state.seed(type(work).__name__, *given, work.data.index)
+        if isinstance(work, Evaluate):
+            return self._evaluated(work, task, settings, base, personal)
+        return self._trained(work, task, settings, base, personal)
+
+    def _load(self, task: Task, data: DataSettings) -> None:
+        if self._data != data:
+            self._data = None
+            task.load(data)
+            self._data = data
+
+    def _described(self, work: Describe, task: Task) -> Answer:
+        scheme, settings = _parted(work.settings)
+        if isinstance(task, Surveying) and not settings.get("preprocessing"):
+            return Done(id=work.id, description=schema_card.encode(task.survey(settings)))
+        schema = personalization.shared(_normal(task.schema(settings)), scheme)
+        traits = task.traits(settings) if isinstance(task, Traited) else {}
+        version = str(getattr(task, "version", ""))
+        told = schema_card.encode(schema_card.card(work.task, version, schema, traits))
+        return Done(id=work.id, description=told)
+
+    def _evaluated(
+        self, work: Evaluate, task: Task, settings: Settings, base: Weights, personal: Personal
+    ) -> Answer:
+        on_step = Meter(work.id, "evaluate", self._control, self._send)
+        found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
+        count, metrics, told = EvalOutcome(*found)
+        if personal.stays_at_home:
+            _, own, *_ = task.evaluate(personal.model(base), settings, on_step)
+            metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
+        tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
+        return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
+
+    def _predicted(self, work: Predict, task: Task) -> Answer:
+        _, settings = _parted(work.settings)
+        on_step = Meter(work.id, "predict", self._control, self._send)
+        model = personalization.without_controls(weights.load(Path(work.base)))
+        out = Path(work.out)
+        count = predictions.write(task, model, settings, work.sources, work.rows, out, on_step)
+        return _done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
+
+    def _trained(
+        self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal
+    ) -> Answer:
+        on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
+        if work.journal and isinstance(task, Resumable):
+            journal, resumable = Journal(Path(work.journal), _key(work), work.journal_every_s), task
+            kept = journal.recall()
+            if kept is not None:
+                self._resumed = journal
+                resumed_at, snapshot, chances = kept
+                resumable.restore(snapshot)
+                rng_state.restore(chances)
+            on_step = Meter(
+                work.id,
+                "train",
+                self._control,
+                self._send,
+                is_due=lambda: journal.due,
+                keep=lambda step: journal.keep(step, resumable.snapshot()),
+                resumed=kept is not None,
+            )
+        if personal.steers:
+            steerable(task).path(settings)  # refused now, and not after an hour of training
+            steerable(task).steer(personal.correction(base))
+        if personal.continues:
+            continuing(task).recall(personal.optimiser)
+        model = personal.model(base)
+        trained, count, metrics = task.train(model, settings, on_step)
+        failpoint("trainer.trained")
+        self._control.check(work.id)
+        kept_out = Path(work.kept_out) if work.kept_out else None
+        whole = _checked(trained, model.schema)
+        if personal.tells_path:
+            metrics = {**metrics, personalization.PATH: steerable(task).path(settings)}
+        update = personal.update(task, settings, base, whole, kept_out)
+        done = self._written(work.id, update, work.out, count, metrics)
+        return msgspec.structs.replace(done, resumed_at=resumed_at)
+
+    def _found(self, *named: str) -> Task:
+        """The task of this name, source and framework."""
+        if self._task is None or self._found_as != named:
+            # Let go of the old task first: two data sets may not fit in memory.
+            self._task = self._data = None
+            self._task, self._found_as = registry.find(*named), named
+            if torch := sys.modules.get("torch"):
+                torch.set_num_threads(self._threads)
+        return self._task
+
+    def _written(
+        self,
+        work: int,
+        update: Weights,
+        out: str,
+        num_examples: int,
+        metrics: Mapping[str, float],
+    ) -> Done:
+        self._control.check(work)
+        path = Path(out)
+        digest = weights.save(update, path, synced=False)  # the agent syncs it while it sends it
+        failpoint("trainer.saved")
+        return _done(work, digest, path.stat().st_size, num_examples, metrics)
+
+
+def _parted(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """The trainer's settings, and those that the task sees."""
+    scheme = {name: settings[name] for name in personalization.SETTINGS & settings.keys()}
+    return scheme, {name: value for name, value in settings.items() if name not in scheme}
+
+
+def _checked(tensors: Mapping[str, Array], schema: Schema) -> Weights:
+    """A task's tensors as weights. Raises BadWeights."""
+    if not isinstance(tensors, Weights):
+        bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
+        tensors = Weights(tensors, bf16)
+    weights.check_schema(tensors.schema, schema)
+    return tensors
+
+
+def _key(work: Train) -> str:
+    """What must be the same for a journal to be gone on with."""
+    settings = sorted(work.settings.items())
+    same = [VERSION, work.key, work.task, settings, msgspec.to_builtins(work.data)]
+    return hashlib.sha256(msgspec.json.encode(same)).hexdigest()
+
+
+def _done(
+    work: int, digest: str, nbytes: int, num_examples: int, metrics: Mapping[str, float]
+) -> Done:
+    plain = {str(name): float(value) for name, value in metrics.items()}
+    return Done(
+        id=work,
+        digest=digest,
+        nbytes=nbytes,
+        num_examples=int(num_examples),
+        metrics=msgspec.convert(plain, Metrics),
+    )
+
+
+def _normal(schema: Schema) -> Schema:
+    """The schema with TensorSpec values, where a task may have used plain tuples."""
+    return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in schema.items()}

@@ -1,0 +1,134 @@
+"""What holds work back between two batches: a pause, a cancel, a pace; and what it tells meanwhile.
+
+`Control` is told by the thread that reads requests, `Meter` obeys in the one that works.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from agent.tasks import Cancelled
+from agent.trainer.ipc import Answer, Cancel, Pace, Pause, Phase, Progress, Resume
+from protocols.failpoints import failpoint, note
+
+PROGRESS_EVERY_S = 0.2
+
+
+class Control:
+    """What the reader thread was told, and the gate at which the working thread obeys."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._paused = False
+        self._cancelled = -1
+        #: The part of the time in which to work; read after every batch without a lock.
+        self.share = 1.0
+        #: Read after every batch without a lock; true while there may be something to obey.
+        self.raised = False
+
+    def told(self, request: Pause | Resume | Pace | Cancel) -> None:
+        """Note a command. Called by the reader thread."""
+        with self._changed:
+            if isinstance(request, Pace):
+                self.share = min(1.0, max(0.01, request.share))
+            elif isinstance(request, Cancel):
+                self._cancelled = request.id
+            else:
+                self._paused = isinstance(request, Pause)
+            self.raised = self._paused or self._cancelled >= 0
+            self._changed.notify_all()
+
+    def check(self, work: int) -> None:
+        """Raise Cancelled if the work is not wanted any more."""
+        if self._cancelled == work:
+            raise Cancelled
+
+    def rest(self, worked_s: float) -> None:
+        """Rest after so much work, as the pace wants it; a command ends the rest."""
+        with self._changed:
+            share = self.share
+            self._changed.wait_for(
+                lambda: self.raised or self.share != share, min(worked_s * (1 / share - 1), 30.0)
+            )
+
+    def obey(self, work: int, on_pause: Callable[[], None]) -> bool:
+        """Raise Cancelled, or stand still while paused; True if there was a pause."""
+        with self._changed:
+            self.check(work)
+            if not self._paused:
+                self.raised = False  # a cancel that came too late for the work before
+                return False
+        on_pause()
+        with self._changed:
+            # Checked before each wait: a cancel may have come while `on_pause` ran.
+            while self._paused:
+                self.check(work)
+                self._changed.wait()
+            self.check(work)
+        return True
+
+
+class Meter:
+    """The `on_step` of one work: sends a few Progress a second and obeys the control.
+
+    `keep(step)` writes the journal; it is called when `is_due()`, and before a pause, which may
+    well end with the machine switched off.
+    """
+
+    def __init__(
+        self,
+        work: int,
+        phase: Phase,
+        control: Control,
+        send: Callable[[Answer], None],
+        is_due: Callable[[], bool] = lambda: False,
+        keep: Callable[[int], None] = lambda step: None,
+        resumed: bool = False,
+    ) -> None:
+        self._work, self._phase, self._control, self._send = work, phase, control, send
+        self._is_due, self._keep = is_due, keep
+        self._sent_at = -math.inf
+        self._rested_at = time.monotonic()
+        #: When the present rate's measure began, and the examples at that time; None until the
+        #: first step of work that was gone on with.
+        self._window = None if resumed else (time.monotonic(), 0)
+
+    def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
+        note("step", phase=self._phase, work=self._work, step=int(step))
+        failpoint("trainer.step")
+        window = self._window = self._window or (time.monotonic(), examples_done)
+
+        def report(*, paused: bool = False) -> None:
+            self._sent_at = at = time.monotonic()
+            since, examples = window
+            elapsed = max(at - since, 1e-6)  # clocks may be coarse
+            if elapsed >= PROGRESS_EVERY_S / 2:
+                self._window = at, examples_done
+            self._send(
+                Progress(
+                    id=self._work,
+                    phase=self._phase,
+                    step=int(step),
+                    steps=int(steps),
+                    loss=float(loss),
+                    examples_per_s=(examples_done - examples) / elapsed,
+                    paused=paused,
+                )
+            )
+
+        def pause() -> None:
+            self._keep(int(step))
+            report(paused=True)
+
+        if step >= steps or time.monotonic() - self._sent_at >= PROGRESS_EVERY_S:
+            report()
+        if self._is_due():
+            self._keep(int(step))
+        if self._control.share < 1.0:
+            self._control.rest(time.monotonic() - self._rested_at)
+        if self._control.raised and self._control.obey(self._work, pause):
+            self._window = time.monotonic(), examples_done  # a pause is no time at work
+        self._rested_at = time.monotonic()

@@ -1,0 +1,287 @@
+"""The trainer's child process: started when needed, asked, paused, watched, ended.
+
+Never imports torch. All methods block and may be called from any thread but that of `on_progress`
+(there only `pause`, `resume` and `cancel`). One work runs at a time; a second caller waits.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from agent.trainer import oom_kills
+from agent.trainer.child_process import Child
+from agent.trainer.ipc import (
+    Answer,
+    Cancel,
+    Done,
+    Failed,
+    Pace,
+    Pause,
+    Progress,
+    Ready,
+    Resume,
+    Work,
+)
+from protocols.errors import OutOfMemory, TrainerFailed
+
+log = logging.getLogger(__name__)
+
+#: A batch that goes on for longer after a pause is stopped in its middle.
+FREEZE_AFTER_S = 0.25
+
+
+class TrainerLife:
+    """A child that is started when first needed, and again after it died or was stopped.
+
+    `program` are the words of its module and options.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path,
+        *,
+        program: list[str],
+        threads: int,
+        on_progress: Callable[[Progress], None],
+        hang_s: float,
+        grace_s: float,
+        sources: Mapping[str, str],
+    ) -> None:
+        self._sources = sources
+        self._work_dir = work_dir
+        self._program, self._threads = program, threads
+        self._on_progress = on_progress
+        self._hang_s, self._grace_s = hang_s, grace_s
+        self._one_at_a_time = threading.Lock()
+        self._changed = threading.Condition()
+        # All below is guarded by `_changed`.
+        self._child: Child | None = None
+        self._id = 0
+        self._working = False
+        self._answer: Done | Failed | None = None
+        self._paused = self._standing = self._ready = False
+        self._share = 1.0
+        self._cancel_by: float | None = None
+        self._stopping = self._closed = False
+        self._oom_kills: int | None = None  # before the child's start
+        self._alive_at = self._ended_at = time.monotonic()
+
+    def pause(self) -> None:
+        """Make the present work stand still after its batch, or the next one after its first.
+
+        A batch that takes too long stands still in its middle, where the system can do that.
+        """
+        self._set_paused(True)
+        self._freeze_soon()
+
+    def resume(self) -> None:
+        """Let the work go on."""
+        self._set_paused(False)
+
+    def pace(self, share: float) -> None:
+        """Work `share` of the time from now on, 0 < share ≤ 1."""
+        with self._changed:
+            self._share = share
+            if self._child:
+                self._child.send(Pace(share))
+
+    def cancel(self) -> None:
+        """Give up the present work, if any: its caller gets TrainerFailed("cancelled")."""
+        with self._changed:
+            if self._working and self._child and self._cancel_by is None:
+                self._cancel_by = time.monotonic() + self._grace_s
+                self._child.send(Cancel(self._id))
+                self._child.thaw()
+                self._changed.notify_all()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the child and all it started; a present work fails ("stopped")."""
+        with self._changed:
+            child = self._child
+            if child is None:
+                return
+            self._stopping = self._working
+            child.close()
+            child.thaw()
+            if not self._changed.wait_for(lambda: child.exit is not None, timeout_s):
+                child.kill()
+                self._changed.wait_for(lambda: child.exit is not None, timeout_s)
+            if self._child is child:
+                self._child = None
+
+    def close(self) -> None:
+        """End the child for good: who asks for work from now on is told "stopped"."""
+        with self._changed:
+            self._closed = True
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        """True while there is a child."""
+        return self.pid is not None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        child = self._child
+        return child.pid if child and child.exit is None else None
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last work ended; 0 while one is going on or there is no child."""
+        with self._changed:
+            idle = self.running and not self._working
+            return time.monotonic() - self._ended_at if idle else 0.0
+
+    @property
+    def rss_bytes(self) -> int:
+        """Memory of the child, 0 if there is none."""
+        pid = self.pid
+        try:
+            return int(psutil.Process(pid).memory_info().rss) if pid is not None else 0
+        except psutil.Error:  # it ended just now
+            return 0
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._changed:
+            self._paused, self._standing = paused, False
+            self._alive_at = time.monotonic()
+            if self._child:
+                self._child.send(Pause() if paused else Resume())
+                self._child.thaw()
+            self._changed.notify_all()
+
+    def _freeze_soon(self) -> None:
+        timer = threading.Timer(FREEZE_AFTER_S, self._freeze)
+        timer.daemon = True
+        timer.start()
+
+    def _freeze(self) -> None:
+        """Stop a batch that did not end since the pause; also a long load of the data."""
+        with self._changed:
+            child = self._child
+            if not self._paused or not self._working or self._standing or child is None:
+                return
+            if not self._ready:  # it has not arranged yet to be woken by our death
+                self._freeze_soon()
+            elif self._cancel_by is None and not self._stopping:
+                child.freeze()
+
+    def do(self, work: Work, out: Path | None = None) -> Done:
+        """Let the child do a work whose result goes to `out`. Raises TrainerFailed."""
+        with self._one_at_a_time:
+            with self._changed:
+                child = self._started()
+                self._id += 1
+                self._working, self._answer = True, None
+                self._cancel_by, self._stopping = None, False
+                self._alive_at = time.monotonic()
+                source = self._sources.get(work.task, "")
+                child.send(msgspec.structs.replace(work, id=self._id, source=source))
+            try:
+                answer = self._awaited(child)
+            finally:
+                with self._changed:
+                    self._working = False
+                    self._ended_at = time.monotonic()
+            if isinstance(answer, Done):
+                return answer
+            if answer.kind == OutOfMemory.code:
+                # What the failed work took is given back only by the process's end.
+                self.stop()
+            if out is not None:
+                for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
+            hint = answer.hint or f"the trainer's log: {self._work_dir / 'trainer.log'}"
+            raise TrainerFailed(answer.kind, answer.message, hint)
+
+    def _started(self) -> Child:
+        if self._closed:
+            raise TrainerFailed("stopped", "the trainer was stopped")
+        if self._child is None or self._child.exit is not None:
+            self._oom_kills, self._ready = oom_kills.oom_kills(), False
+            try:
+                self._child = Child(
+                    self._work_dir, self._program, self._threads, self._changed, self._on_answer
+                )
+            except OSError as err:
+                raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err
+            if self._share != 1.0:
+                self._child.send(Pace(self._share))
+            if self._paused:
+                self._child.send(Pause())
+        return self._child
+
+    def _awaited(self, child: Child) -> Done | Failed:
+        """The answer to the present work, or a Failed that says how the child ended instead."""
+        ended_because: Failed | None = None
+        with self._changed:
+            while self._answer is None:
+                if child.exit is not None:
+                    return ended_because or self._obituary(child.exit)
+                now = time.monotonic()
+                by, why = self._limit()
+                if ended_because is not None:
+                    self._changed.wait()
+                elif by is None or now < by:
+                    self._changed.wait(None if by is None else by - now)
+                else:
+                    ended_because = why
+                    child.kill()
+            return self._answer
+
+    def _limit(self) -> tuple[float | None, Failed]:
+        """When the child is to be killed, unless something happens, and why."""
+        if self._cancel_by is not None:
+            return self._cancel_by, self._failed("cancelled", "the work was cancelled")
+        message = f"the trainer gave no sign of life for {self._hang_s:.0f} s and was ended"
+        by = None if self._paused else self._alive_at + self._hang_s
+        return by, self._failed("hung", message)
+
+    def _obituary(self, code: int) -> Failed:
+        if self._stopping:
+            return self._failed("stopped", "the trainer was stopped")
+        if code < 0:
+            try:
+                name = signal.Signals(-code).name
+            except ValueError:
+                name = f"signal {-code}"
+            if name == "SIGKILL":
+                kills = oom_kills.oom_kills()
+                if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
+                    message = "the system ended the trainer: it was out of memory"
+                    return self._failed(OutOfMemory.code, message)
+                if kills is None:
+                    name += ", probably out of memory"
+            return self._failed("killed", f"the trainer was killed ({name})")
+        shown = str(code) if code < 256 else f"{code:#x}"  # Windows tells crashes in hexadecimal
+        return self._failed("died", f"the trainer ended with exit code {shown}")
+
+    def _failed(self, kind: str, message: str) -> Failed:
+        return Failed(id=self._id, kind=kind, message=message)
+
+    def _on_answer(self, answer: Answer) -> None:
+        """Called by the reader's thread for every frame."""
+        with self._changed:
+            self._alive_at = time.monotonic()
+            self._ready |= isinstance(answer, Ready)
+            if isinstance(answer, Progress):
+                self._standing = answer.paused
+            if isinstance(answer, Done | Failed) and answer.id == self._id:
+                self._answer = answer
+                self._changed.notify_all()
+        if isinstance(answer, Progress):
+            try:
+                self._on_progress(answer)
+            except Exception:
+                # A fault in somebody's display must not cost the answers that follow.
+                log.exception("on_progress failed")

@@ -1,0 +1,88 @@
+"""What the agent sends and receives: slowed to a rate, and counted by the day over restarts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from protocols.enrollment.identity import write_private
+
+FILE = "traffic.json"
+_KEEP_EVERY_S = 10.0
+_BITS = 8e-6  # Mbit in a byte
+
+
+class Day(Struct, frozen=True, kw_only=True):
+    """A local day (`2026-11-24`) and its bytes."""
+
+    day: str = ""
+    up: int = 0
+    down: int = 0
+
+
+class Bandwidth:
+    """Told of each piece that went; its calls wait when a rate is set. For any thread.
+
+    `rates()` gives Mbit/s up and down, 0 for no limit, and may change.
+    """
+
+    def __init__(
+        self, home: Path, rates: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+    ) -> None:
+        self._file, self._rates = home / FILE, rates
+        self._lock = threading.Lock()
+        self._free_at = [0.0, 0.0]
+        self._kept_at = time.monotonic()
+        try:
+            self._day = msgspec.json.decode(self._file.read_bytes(), type=Day)
+        except (OSError, msgspec.DecodeError):
+            self._day = Day()
+
+    def sent(self, nbytes: int) -> None:
+        self._passed(0, nbytes)
+
+    def received(self, nbytes: int) -> None:
+        self._passed(1, nbytes)
+
+    def today(self) -> tuple[int, int]:
+        """Bytes up and down since local midnight."""
+        with self._lock:
+            day = self._now()
+            return day.up, day.down
+
+    def keep(self, *, at_once: bool = False) -> None:
+        """Write today's count, now and then. A disk that is full costs the count alone."""
+        with self._lock:
+            if not at_once and time.monotonic() - self._kept_at < _KEEP_EVERY_S:
+                return
+            self._kept_at = time.monotonic()
+            try:
+                write_private(self._file, msgspec.json.encode(self._now()))
+            except OSError:
+                pass
+
+    def _now(self) -> Day:
+        today = time.strftime("%Y-%m-%d")
+        if self._day.day != today:
+            self._day = Day(day=today)
+        return self._day
+
+    def _passed(self, way: int, nbytes: int) -> None:
+        rate = self._rates()[way]
+        with self._lock:
+            day = self._now()
+            self._day = Day(
+                day=day.day, up=day.up + nbytes * (way == 0), down=day.down + nbytes * (way == 1)
+            )
+            wait_s = 0.0
+            if rate:
+                now = time.monotonic()
+                wait_s = max(0.0, self._free_at[way] - now)
+                self._free_at[way] = now + wait_s + nbytes * _BITS / rate
+        if wait_s:
+            time.sleep(wait_s)

@@ -1,0 +1,236 @@
+"""HTTP/1.1 over TLS to the coordinator: kept connections, bodies without copies. Blocking.
+
+Python's own http.client: a small request costs a third of what it costs httpx, and a body goes from
+a file into the socket, or from the socket into a buffer, as it is. Any thread may ask; each request
+has a connection to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import select
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import httpx
+
+from protocols.errors import Unreachable
+from protocols.network import addresses
+from protocols.network.error_text import why
+
+Body = bytes | Iterable[bytes]
+
+#: Headers that http.client writes itself.
+_OWN = frozenset({"host", "content-length", "connection", "accept-encoding"})
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    status: int
+    body: bytes
+
+
+class Stream:
+    """An answer whose body is still to come."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self._response = response
+        self.status = response.status
+
+    def read_into(self, buffer: memoryview) -> int:
+        """The next bytes of the body; 0 at its end, also where it ends too soon."""
+        with _told():
+            return self._response.readinto(buffer)
+
+
+class Wire:
+    """Connections to one address, `host:port` or `host:port/path`.
+
+    Whatever is wrong with them is Unreachable.
+
+    `kept_s`: how long one that nobody uses is kept. `timeout_s`: for each step of a request.
+    """
+
+    def __init__(
+        self, address: str, tls: ssl.SSLContext, *, timeout_s: float, kept_s: float
+    ) -> None:
+        self._host, self._port, self._prefix = addresses.parse(address)
+        self._tls, self._kept_s, self.timeout_s = tls, kept_s, timeout_s
+        self._lock = threading.Lock()
+        self._idle: list[tuple[http.client.HTTPSConnection, float]] = []
+        self._busy: set[http.client.HTTPSConnection] = set()
+        self._life = 0
+        #: The last connection's IP addresses: ours, and the other's (a proxy's, if one is between).
+        self.ends = ("", "")
+
+    def ask(self, method: str, path: str, headers: Mapping[str, str], body: Body = b"") -> Answer:
+        """The answer to a request. A body in pieces needs a content-length in `headers`."""
+        with self._asked(method, path, headers, body) as response, _told():
+            return Answer(response.status, response.read())
+
+    @contextlib.contextmanager
+    def stream(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Stream]:
+        """The answer to a request, whose body is read in the block."""
+        with self._asked(method, path, headers, b"") as response:
+            yield Stream(response)
+
+    def drop(self) -> None:
+        """Let go of all connections, also of those that wait; others are made when needed."""
+        with self._lock:
+            self._life += 1
+            idle, self._idle = self._idle, []
+            for connection in self._busy:
+                if connection.sock is not None:  # not closed: its own thread reads from it
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+        for connection, _ in idle:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _asked(
+        self, method: str, path: str, headers: Mapping[str, str], body: Body
+    ) -> Iterator[http.client.HTTPResponse]:
+        life, done = self._life, False
+        with _told():
+            connection = self._connected()
+        with self._lock:
+            self._busy.add(connection)
+        try:
+            with _told():
+                connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
+                for name, value in headers.items():
+                    connection.putheader(name, value)
+                if isinstance(body, bytes) and (body or method != "GET"):
+                    connection.putheader("content-length", str(len(body)))
+                connection.endheaders(body if isinstance(body, bytes) and body else None)
+            if not isinstance(body, bytes):
+                _send(connection, body)
+            with _told():
+                response = connection.getresponse()
+            yield response
+            done = response.isclosed() and not response.will_close
+        finally:
+            with self._lock:
+                self._busy.discard(connection)
+            if done:
+                self._give_back(connection, life)
+            else:
+                connection.close()
+
+    def _connected(self) -> http.client.HTTPSConnection:
+        """A connection that nobody uses, or a new one."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    break
+                connection, since = self._idle.pop()
+            if time.monotonic() - since < self._kept_s and not _has_ended(connection.sock):
+                connection.sock.settimeout(self.timeout_s)
+                return connection
+            connection.close()
+        connection = self._new()
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        ends = connection.sock.getsockname(), connection.sock.getpeername()
+        self.ends = str(ends[0][0]), str(ends[1][0])
+        return connection
+
+    def _new(self) -> http.client.HTTPSConnection:
+        proxy = proxy_for(self._host, self._port)
+        if proxy is None:
+            return http.client.HTTPSConnection(
+                self._host, self._port, timeout=self.timeout_s, context=self._tls
+            )
+        connection = http.client.HTTPSConnection(
+            proxy.host, proxy.port, timeout=self.timeout_s, context=self._tls
+        )
+        connection.set_tunnel(self._host, self._port, proxy.headers)
+        return connection
+
+    def _give_back(self, connection: http.client.HTTPSConnection, life: int) -> None:
+        with self._lock:
+            if life == self._life:
+                self._idle.append((connection, time.monotonic()))
+                return
+        connection.close()
+
+
+class Proxy(NamedTuple):
+    """An HTTP proxy that lets CONNECT through, and what it must be told."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
+
+
+def proxy_for(host: str, port: int) -> Proxy | None:
+    """The way out that HTTPS_PROXY names, unless NO_PROXY names this host."""
+    url = urllib.request.getproxies_environment().get("https", "")
+    bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    if not url or bypass(f"{host}:{port}"):
+        return None
+    told = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    headers = {}
+    if told.username is not None:
+        user, password = (urllib.parse.unquote(x or "") for x in (told.username, told.password))
+        login = b64encode(f"{user}:{password}".encode()).decode()
+        headers["proxy-authorization"] = f"Basic {login}"
+    return Proxy(told.hostname or "", told.port or 3128, headers)
+
+
+class OverWire(httpx.BaseTransport):
+    """httpx over a Wire, for Flower's own client and for what is asked seldom."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        headers = {name: v for name, v in request.headers.items() if name not in _OWN}
+        path = request.url.raw_path.decode()
+        status, body = self._wire.ask(request.method, path, headers, request.read())
+        return httpx.Response(status, content=body, request=request)
+
+    def close(self) -> None:
+        self._wire.drop()
+
+
+def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:
+    """Send a body. One that the other side cuts off has been answered: that is read next."""
+    for piece in pieces:  # an error of the file is the caller's
+        try:
+            connection.send(piece)
+        except (BrokenPipeError, ConnectionError, ssl.SSLError):
+            return
+        except OSError as err:
+            raise _unreachable(err) from err
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """True for an idle connection on which something has come: nothing but its end can."""
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Says errors of the network, and of an answer that is no HTTP, in our words."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as err:
+        raise _unreachable(err) from err
+
+
+def _unreachable(err: Exception) -> Unreachable:
+    return Unreachable(f"the coordinator does not answer: {why(err)}")

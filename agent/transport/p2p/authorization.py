@@ -1,0 +1,70 @@
+"""Who may be served: the check of what peers ask.
+
+A permit of the coordinator lets its peer have one version; a pass, for a time without the
+coordinator, lets its holder hear words and, if it is a peer's, have what this agent holds. Either
+names the key that the request must be signed with.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from base64 import b64decode
+from binascii import Error as BadBase64
+
+from agent.transport.p2p.gossip import Gossip
+from protocols.enrollment import identity, signed_requests
+from protocols.enrollment.signed_requests import Nonces, Signed
+from protocols.errors import BadMessage
+from protocols.p2p import gossip, swarm
+
+log = logging.getLogger("commonweight.share")
+
+
+class Entry:
+    """Checks requests; each counts once."""
+
+    def __init__(self, coordinator_public: bytes, hearsay: Gossip | None = None) -> None:
+        self._coordinator_public, self._gossip = coordinator_public, hearsay
+        self._nonces = Nonces(limit=20_000)
+
+    def admits(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
+        """The digest that the body must have, if this caller may ask for this; else empty.
+
+        With the `digest` of a version a permit for it is enough.
+        """
+        now = time.time()
+        try:
+            holder, key = self._bearer(path, headers, digest, now)
+            signed = signed_requests.read(method, path, headers, now)
+        except (BadMessage, BadBase64, ValueError) as err:
+            log.debug("refused %s: %s", path, err)
+            return ""
+        if not self._is_genuine(signed, holder, key, now):
+            log.debug("refused %s: not signed by the key that its paper names", path)
+            return ""
+        return signed.body_sha256
+
+    def _bearer(
+        self, path: str, headers: dict[str, str], digest: str, now: float
+    ) -> tuple[str, bytes]:
+        """Whose request this must be, and his key. Raises BadMessage, ValueError."""
+        if gossip.PASS in headers and self._gossip is not None:
+            given = self._gossip.admit(b64decode(headers[gossip.PASS], validate=True))
+            if given.words_only and path != gossip.WORDS_PATH:
+                raise BadMessage("the pass of who watches is for words alone")
+            return given.holder, given.sign_public
+        permit = swarm.read_permit(
+            b64decode(headers.get(swarm.PERMIT, ""), validate=True),
+            lambda signature, signed: identity.verify(self._coordinator_public, signature, signed),
+            digest,
+            now,
+        )
+        return permit.peer, permit.sign_public
+
+    def _is_genuine(self, signed: Signed, holder: str, key: bytes, now: float) -> bool:
+        return (
+            signed.sender == holder
+            and identity.verify(key, signed.signature, signed.message)
+            and self._nonces.spend(signed.sender, signed.nonce, now)
+        )

@@ -1,0 +1,136 @@
+"""What this agent knows of its fleet without the coordinator: words of peers, and whom it may ask.
+
+For the event loop's thread. What the coordinator has given for such a time lies in the home: an
+agent that starts while it is away knows whom to ask too.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from agent.home.credentials import Credentials
+from agent.home.settings import Enrolment
+from agent.transport.version_proofs import Heads
+from protocols.enrollment import identity
+from protocols.enrollment.identity import write_private
+from protocols.errors import BadMessage
+from protocols.messages.envelope import Presence
+from protocols.p2p import gossip
+from protocols.p2p.gossip import Head, Heard, Neighbour, Neighbours, Pass, Told, Word, Words
+
+log = logging.getLogger("commonweight.share")
+
+FILE = "neighbours.json"
+#: A peer that was heard of within this time is there.
+_HERE_S = 300.0
+
+
+class Known(NamedTuple):
+    """For the owner: the newest version here, and how many peers were heard of lately.
+
+    `alike` of them hold the same version. `shares_at` is where this agent serves other peers.
+    """
+
+    head: Head | None
+    heard: int
+    alike: int
+    shares_at: str
+
+
+class Gossip:
+    """`certificate()` is this agent's own, `presence()` what it says of itself.
+
+    `address()` is where it serves, or empty.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        enrolment: Enrolment,
+        credentials: Credentials,
+        heads: Heads,
+        certificate: Callable[[], bytes],
+        presence: Callable[[], Presence],
+        address: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._file = home / FILE
+        self._certificate, self._credentials = certificate, credentials
+        self._coordinator_public = enrolment.coordinator_public
+        self.heads = heads
+        self._presence, self._address = presence, address
+        self._words = Words(credentials.ca_pem, enrolment.fleet)
+        self.given = self._read()
+
+    def _read(self) -> Neighbours | None:
+        try:
+            return msgspec.json.decode(self._file.read_bytes(), type=Neighbours)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+    def learn(self, given: Neighbours) -> None:
+        """The coordinator has given this for a time without it; still to be kept."""
+        self.given = given
+        self._words.forget(given.removed)
+
+    def keep(self, given: Neighbours) -> None:
+        """Keep what was given for the next start (from any thread). Raises OSError."""
+        write_private(self._file, msgspec.json.encode(given))
+
+    def told(self) -> Told:
+        """What others are told: our own word, made now, and what we have heard."""
+        word = Word(
+            peer=self._credentials.peer,
+            at=time.time(),
+            presence=self._presence(),
+            head=self.heads.newest(),
+            address=self._address(),
+        )
+        own = gossip.speak(word, self._certificate(), self._credentials.sign_key.sign)
+        return self._words.told(own)
+
+    def take(self, told: Told) -> None:
+        """Keep what is new and right of what somebody has told."""
+        unheard = (self._credentials.peer, *(self.given.removed if self.given else ()))
+        self._words.take(told.words, time.time(), unheard)
+
+    def heard(self) -> list[Heard]:
+        """Every peer's newest word."""
+        return self._words.all()
+
+    def partners(self) -> list[Neighbour]:
+        """Peers that can be asked: those that the coordinator has named, and who says where."""
+        removed = frozenset(self.given.removed if self.given else ())
+        found = {one.peer: one for one in (self.given.near if self.given else ())}
+        for word, speaker, _ in self.heard():
+            if word.address:
+                found[word.peer] = Neighbour(
+                    peer=word.peer,
+                    name=speaker.name,
+                    address=word.address,
+                    node_public=speaker.node_public,
+                )
+        return [one for peer, one in found.items() if peer not in removed]
+
+    def admit(self, sealed: bytes) -> Pass:
+        """The pass of somebody who asks us. Raises BadMessage if it does not count."""
+        given = gossip.read_pass(
+            sealed,
+            lambda signature, signed: identity.verify(self._coordinator_public, signature, signed),
+            time.time(),
+        )
+        if self.given is not None and given.holder in self.given.removed:
+            raise BadMessage(f"{given.holder} was removed from the fleet")
+        return given
+
+    def known(self) -> Known:
+        """What `status` tells."""
+        head, now = self.heads.newest(), time.time()
+        lately = [word for word, _, _ in self.heard() if now - word.at < _HERE_S]
+        alike = sum(word.head == head for word in lately)
+        return Known(head, len(lately), alike, self._address())

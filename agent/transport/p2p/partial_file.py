@@ -1,0 +1,107 @@
+"""A version's file while its pieces come."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from agent.transport.p2p.piece_store import Book
+from protocols.p2p import swarm
+from protocols.p2p.swarm import Plan
+
+
+class Parts:
+    """A version's file while its pieces come, in any order and from several threads.
+
+    What an earlier try has left in the file is checked and kept.
+    """
+
+    def __init__(self, path: Path, plan: Plan, book: Book) -> None:
+        self._plan, self._book = plan, book
+        self._changed = threading.Condition()
+        self._file_lock = threading.Lock()
+        total = swarm.count(plan.nbytes, plan.piece_bytes)
+        self._wanted = set(range(total))  # neither here nor asked of anybody
+        self._missing = set(range(total))
+        self._file = path.open("r+b", buffering=0)
+        for piece in range(total):
+            data = self._file.read(plan.piece_bytes)
+            if self._is_right(piece, data):
+                self._have(piece)
+        self._file.truncate(plan.nbytes)
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    @property
+    def missing(self) -> int:
+        """How many pieces are still to come."""
+        return len(self._missing)
+
+    def take(self) -> int | None:
+        """The first piece that is not here yet and that nobody else is fetching."""
+        with self._changed:
+            if not self._wanted:
+                return None
+            piece = min(self._wanted)
+            self._wanted.discard(piece)
+            return piece
+
+    def give_back(self, piece: int) -> None:
+        """A piece that was taken does not come."""
+        with self._changed:
+            if piece in self._missing:
+                self._wanted.add(piece)
+            self._changed.notify_all()
+
+    def span(self, piece: int) -> tuple[int, int]:
+        """Bytes `start` to `stop` of a piece."""
+        size = self._plan.piece_bytes
+        return piece * size, min((piece + 1) * size, self._plan.nbytes)
+
+    def put(self, piece: int, data: bytes) -> bool:
+        """Keep a piece; False if these are not its bytes."""
+        if not self._is_right(piece, data):
+            return False
+        with self._file_lock:
+            self._file.seek(piece * self._plan.piece_bytes)
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) :]
+        self._have(piece)
+        return True
+
+    def _is_right(self, piece: int, data: bytes) -> bool:
+        expected = self._plan.pieces[32 * piece : 32 * piece + 32]
+        return hashlib.sha256(data).digest() == expected
+
+    def _have(self, piece: int) -> None:
+        with self._changed:
+            self._wanted.discard(piece)
+            self._missing.discard(piece)
+            self._changed.notify_all()
+        self._book.add(piece)
+
+    def take_row(self, most: int) -> range:
+        """As `take`, but up to `most` pieces one after the other; empty if there is none."""
+        with self._changed:
+            first = min(self._wanted, default=0)
+            row = range(first, first)
+            while len(row) < most and row.stop in self._wanted:
+                self._wanted.discard(row.stop)
+                row = range(first, row.stop + 1)
+            return row
+
+    def wait(self, within_s: float) -> None:
+        """Until a piece comes or is given back, but not longer."""
+        with self._changed:
+            self._changed.wait(within_s)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

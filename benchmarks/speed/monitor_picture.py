@@ -1,0 +1,57 @@
+"""python -m benchmarks.speed.monitor_picture [--out docs/monitor.svg]
+
+The README's first picture: the real monitor at 140x40, watching the real demo. A coordinator and
+five agents are started, each agent with a few of the digits; late in the run the screen is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from benchmarks.speed.demo import AGENTS, ROUNDS, demo
+from coordinator.fleet.reducer import Fleet, current_run
+from coordinator.monitor.tui.app import MonitorApp
+from coordinator.remote.api_client import LiveSource
+from protocols.messages.states import PeerState, RunState
+
+SIZE = (140, 40)
+
+
+def is_telling(fleet: Fleet | None) -> bool:
+    """True late in the run, while some peers train and others have done so."""
+    run = current_run(fleet) if fleet else None
+    if fleet is None or run is None or len(run.rounds) < ROUNDS // 2:
+        return False
+    states = [peer.state for peer in fleet.peers.values()]
+    training = states.count(PeerState.TRAINING)
+    return run.changed.state is RunState.TRAINING and 2 <= training < AGENTS
+
+
+async def picture(home: Path) -> str:
+    """The screen as SVG. Raises RuntimeError if the run ended before it was worth a picture."""
+    app = MonitorApp(LiveSource(home))
+    async with app.run_test(size=SIZE) as pilot:
+        while not is_telling(app.fleet):
+            await pilot.pause(0.02)
+            run = current_run(app.fleet) if app.fleet else None
+            if run and len(run.rounds) == ROUNDS:
+                raise RuntimeError("no moment was worth a picture: once again")
+        app._draw(None)
+        await pilot.pause()
+        return app.export_screenshot(title="commonweight monitor")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
+    options.add_argument("--out", type=Path, default=Path("docs/monitor.svg"))
+    chosen = options.parse_args()
+    with demo() as shown:
+        shown.join()
+        shown.learn()
+        chosen.out.write_text(asyncio.run(picture(shown.fleet.home)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

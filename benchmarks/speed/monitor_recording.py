@@ -1,0 +1,81 @@
+"""python -m benchmarks.speed.monitor_recording [--out coordinator/remote/recordings/demo.cwrec]
+
+The recording that `commonweight monitor --replay demo` plays: a real coordinator and five agents.
+They join, learn the digits, one is paused for a while and one killed and started again, and in the
+end each measures the best version on its own digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.speed.demo import ROUNDS, Demo, all_there, demo
+from coordinator.fleet.reducer import Fleet, current_run
+from protocols.messages.states import ENDED
+
+PAUSED, KILLED = "agent3", "agent5"
+
+
+def record(lived: Demo, out: Path) -> None:
+    """Live a demo, and write what a monitor hears of it."""
+    environment = os.environ | {"COMMONWEIGHT_HOME": str(lived.fleet.home)}
+
+    def commonweight(*words: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "coordinator.cli", *words], env=environment, check=True
+        )
+
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "coordinator.cli", "monitor", "--record", str(out)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        lived.join()
+        lived.learn()
+        lived.until(lambda now: _closed(now) >= ROUNDS // 4)
+        commonweight("peers", "pause", PAUSED)
+        lived.until(lambda now: _closed(now) >= ROUNDS // 2)
+        commonweight("peers", "resume", PAUSED)
+        lived.fleet.kill_agent(KILLED)
+        lived.until(lambda now: _closed(now) >= ROUNDS * 5 // 8)
+        lived.fleet.start_agent(KILLED)
+        lived.until(_is_over)
+        lived.until(all_there)
+        commonweight("infer", "--private", "mnist", "--model", "best", "--yes")
+        lived.wait(3)
+    finally:
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait(10)
+
+
+def _closed(fleet: Fleet) -> int:
+    run = current_run(fleet)
+    return len(run.rounds) if run else 0
+
+
+def _is_over(fleet: Fleet) -> bool:
+    run = current_run(fleet)
+    return run is not None and run.changed.state in ENDED
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[2])
+    options.add_argument(
+        "--out", type=Path, default=Path("coordinator/remote/recordings/demo.cwrec")
+    )
+    chosen = options.parse_args()
+    with demo() as lived:
+        recorded = lived.fleet.folder / "demo.cwrec"
+        record(lived, recorded)
+        shutil.move(recorded, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

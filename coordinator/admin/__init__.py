@@ -1,0 +1,1 @@
+"""Care of a coordinator's folder: backup, doctor, audit. Only `cli` imports it."""

@@ -1,0 +1,269 @@
+"""A backup of the coordinator's home in one file, and the way back.
+
+A tar: `manifest.json` first, which names every other member with its SHA-256 and size, then these.
+Its private keys lie in it as they are, so the file is 0600. A restore reads all of it into a folder
+beside the home and checks everything there; the home appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.fleet.registry import SUBJECT
+from coordinator.runs import transitions
+from coordinator.storage import job_events, run_events, settings
+from coordinator.storage.ledger import Ledger
+from coordinator.transport.weights import Lane
+from protocols import VERSION
+from protocols.errors import CommonweightError, HomeFault, HomeTooNew, UsageFault
+from protocols.local import homes
+from protocols.local.atomic_files import sync_folder
+from protocols.messages.states import RunState
+
+FORMAT = 1
+LEDGER = "ledger.db"
+MANIFEST = "manifest.json"
+_NEEDED = ("home.json", "ca.pem", "ca.key", "coordinator.key", "operator.key", "mqtt.json", LEDGER)
+_OPTIONAL = (settings.FILE,)
+_WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
+_MOST_MANIFEST_BYTES = 64 * 1024 * 1024
+_PIECE_BYTES = 1 << 20
+
+
+class File(Struct, frozen=True):
+    sha256: str
+    nbytes: int
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What a backup holds. `head` is the hash of the ledger's last entry, `at` is Unix s."""
+
+    format: int = FORMAT
+    written_by: str
+    at: float
+    fleet: str
+    entries: int
+    head: str
+    files: dict[str, File]
+
+
+def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
+    """Write a backup of the home, also while its coordinator works. Raises UsageFault, HomeFault.
+
+    `with_versions`: also the shared weights and the strategies' memory that are on disk.
+    """
+    if out.exists():
+        raise UsageFault(f"{out} exists already", "a backup replaces nothing: choose another name")
+    keys = settings.open_keys(home)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
+        snapshot = Path(folder) / LEDGER
+        _snapshot(home / LEDGER, snapshot)
+        ledger = Ledger(snapshot, read_only=True)
+        newest = ledger.newest()
+        ledger.close()
+        sources = {name: home / name for name in (*_NEEDED, *_OPTIONAL) if (home / name).exists()}
+        sources[LEDGER] = snapshot
+        if with_versions:
+            for path in sorted([*home.glob("versions/*"), *home.glob("states/*")]):
+                name = path.relative_to(home).as_posix()
+                if _WEIGHTS.fullmatch(name):
+                    sources[name] = path
+        try:
+            with contextlib.ExitStack() as stack:
+                # Held open: a round that closes meanwhile may take a version away.
+                files = {n: stack.enter_context(path.open("rb")) for n, path in sources.items()}
+                manifest = Manifest(
+                    written_by=VERSION,
+                    at=time.time(),
+                    fleet=keys.fleet,
+                    entries=newest.seq if newest else 0,
+                    head=newest.hash.hex() if newest else "",
+                    files={name: _measured(file) for name, file in files.items()},
+                )
+                _pack(part, manifest, files)
+            os.link(part, out)  # unlike a rename it replaces nothing
+            sync_folder(out.parent)
+        except OSError as err:
+            raise HomeFault(f"cannot write the backup {out}: {err.strerror}") from err
+        finally:
+            part.unlink(missing_ok=True)
+    return manifest
+
+
+def _snapshot(ledger: Path, to: Path) -> None:
+    """The ledger as it is at one moment, whoever writes to it."""
+    try:
+        source = sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(source), contextlib.closing(sqlite3.connect(to)) as copy:
+            source.backup(copy)
+    except sqlite3.DatabaseError as err:
+        raise HomeFault(f"cannot read the ledger {ledger}: {err}") from err
+
+
+def _measured(file: IO[bytes]) -> File:
+    sha, nbytes = hashlib.sha256(), 0
+    while piece := file.read(_PIECE_BYTES):
+        sha.update(piece)
+        nbytes += len(piece)
+    file.seek(0)
+    return File(sha.hexdigest(), nbytes)
+
+
+def _pack(part: Path, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            text = msgspec.json.encode(manifest)
+            tar.addfile(_member(MANIFEST, len(text)), io.BytesIO(text))
+            for name, file in files.items():
+                tar.addfile(_member(name, manifest.files[name].nbytes), file)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _member(name: str, nbytes: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = nbytes, 0o600
+    return member
+
+
+def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
+    """Make a home of a backup. Nothing is changed unless all of it is good.
+
+    `from_peers`: the newest versions of its runs are to be sought at the peers, as the disk of the
+    coordinator is gone and the backup is older.
+    Raises UsageFault (the home is not empty), HomeTooNew, HomeFault (no backup of ours, damaged).
+    """
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise UsageFault(
+            f"{home} is not empty: a restore replaces nothing",
+            "set COMMONWEIGHT_HOME to another folder, or move this one away",
+        )
+    home.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".restoring-", dir=home.parent))
+    try:
+        with file.open("rb") as source:
+            manifest = _unpack(source, fresh)
+        _check(fresh, manifest)
+        if from_peers:
+            _begin_recall(fresh)
+        os.replace(fresh, home)
+        sync_folder(home.parent)
+    except (OSError, tarfile.TarError, EOFError) as err:
+        raise HomeFault(f"cannot restore {file}: {err}", "nothing was changed") from err
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return manifest
+
+
+def _unpack(source: IO[bytes], folder: Path) -> Manifest:
+    """Write the members into the folder, each checked. As a stream: it may come from anywhere."""
+    with tarfile.open(fileobj=source, mode="r|") as tar:
+        members = iter(tar)
+        manifest = _manifest(tar, next(members, None))
+        missing = dict(manifest.files)
+        for member in members:
+            expected = missing.pop(member.name, None)
+            if expected is None or not member.isreg() or member.size != expected.nbytes:
+                raise _damaged(f"{member.name!r} is not what the manifest says")
+            path = folder / member.name
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            sha = hashlib.sha256()
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                for piece in _pieces(tar, member):
+                    sha.update(piece)
+                    out.write(piece)
+                out.flush()
+                os.fsync(out.fileno())
+            if sha.hexdigest() != expected.sha256:
+                raise _damaged(f"{member.name!r} has other bytes than the manifest says")
+    if missing:
+        raise _damaged(f"{min(missing)!r} is missing")
+    return manifest
+
+
+def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
+    if member is None or member.name != MANIFEST or member.size > _MOST_MANIFEST_BYTES:
+        raise _damaged("it does not begin with a manifest")
+    try:
+        text = b"".join(_pieces(tar, member))
+        if (found := msgspec.json.decode(text, type=_Stamp).format) > FORMAT:
+            raise HomeTooNew(
+                f"this backup has format {found}; this version reads {FORMAT}",
+                "update commonweight on this machine",
+            )
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise _damaged(f"its manifest cannot be read: {err}") from err
+    for name, file in manifest.files.items():
+        weights = _WEIGHTS.fullmatch(name)
+        if not weights and name not in (*_NEEDED, *_OPTIONAL):
+            raise _damaged(f"{name!r} does not belong into a home")
+        if weights and weights[2] != file.sha256:
+            raise _damaged(f"{name!r} is not named by its digest")
+    if absent := set(_NEEDED) - manifest.files.keys():
+        raise _damaged(f"{min(absent)!r} is missing")
+    return manifest
+
+
+class _Stamp(Struct, frozen=True):
+    format: int
+
+
+def _pieces(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
+    file = tar.extractfile(member)
+    while file is not None and (piece := file.read(_PIECE_BYTES)):
+        yield piece
+
+
+def _check(folder: Path, manifest: Manifest) -> None:
+    """Open what was unpacked as the coordinator will. Raises HomeFault and its kin."""
+    homes.check_stamp(folder, "coordinator")
+    try:
+        fleet = settings.open_keys(folder).fleet
+    except (ValueError, TypeError, CommonweightError) as err:
+        raise _damaged(f"its keys cannot be used: {err}") from err
+    ledger = Ledger(folder / LEDGER)  # verifies every entry
+    newest = ledger.newest()
+    ledger.close()
+    head = newest.hash.hex() if newest else ""
+    if (fleet, head) != (manifest.fleet, manifest.head):
+        raise _damaged("its keys or its ledger are not those that the manifest names")
+
+
+def _begin_recall(home: Path) -> None:
+    """Write down for each run that goes on, and for the newest, that its versions are sought."""
+    ledger, lane = Ledger(home / LEDGER), Lane(home)
+    found = [
+        transitions.replay(
+            subject, [run_events.decode(entry.body) for entry in ledger.entries(subject)]
+        )
+        for subject in ledger.subjects()
+        if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
+    ]
+    for run in found:
+        if not run.ended or (run.state is RunState.FINISHED and run is found[-1]):
+            closed = [run.first, *(closed.digest for closed in run.history)][-1]
+            begun = run_events.RecallBegun(whole=bool(closed) and lane.is_whole(closed))
+            ledger.append(run.id, [run_events.encode(begun)])
+    ledger.close()
+
+
+def _damaged(why: str) -> HomeFault:
+    return HomeFault(f"this is no whole backup: {why}", "nothing was changed; use another backup")

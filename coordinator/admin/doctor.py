@@ -1,0 +1,245 @@
+"""What may be wrong with this coordinator: its folder, its ledger, its ports, its broker."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sqlite3
+import ssl
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from coordinator.fleet.reducer import Fleet, num_available, num_enrolled
+from coordinator.storage import settings
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.settings import UP_FILE, Settings
+from protocols import VERSION
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError, HomeFault, PortInUse, Unreachable
+from protocols.local import homes
+from protocols.local.checks import Advice, Check, Step, examine
+from protocols.local.home_checks import check_crashes, check_private, check_room
+from protocols.messages.mqtt import MqttAddress, tls_context, why_down
+
+ENGINE = "1.41"
+_TIMEOUT_S = 5.0
+#: Room for the versions of a large model.
+_LITTLE_BYTES, _TOO_LITTLE_BYTES = 10_000_000_000, 1_000_000_000
+_RENEWED_DAYS = 30
+_AGAIN = "start the coordinator again: it makes itself a new one"
+
+
+class Up(NamedTuple):
+    """What the coordinator that is up says."""
+
+    address: str
+    fleet: Fleet
+    mqtt: MqttAddress
+
+
+def examine_coordinator(home: Path) -> Iterator[Check]:
+    """Every check of the coordinator in `home`, each as soon as it is made."""
+    doctor = _Doctor(home)
+    yield from examine(
+        [
+            Step("home", doctor.home),
+            Step("permissions", doctor.permissions, ("home",)),
+            Step("settings", doctor.settings),
+            Step("disk", doctor.disk, ("home",)),
+            Step("crashes", doctor.crashes, ("home",)),
+            Step("engine", engine),
+            Step("ledger", doctor.ledger, ("home",)),
+            Step("versions", doctor.versions, ("home",)),
+            Step("clock", doctor.clock, ("ledger",)),
+            Step("running", doctor.running, ("home",)),
+            Step("certificate", doctor.certificate, ("home", "settings")),
+            Step("ports", doctor.ports, ("settings",)),
+            Step("broker", doctor.broker, ("running",)),
+            Step("peers", doctor.peers, ("running",)),
+        ]
+    )
+
+
+class _Doctor:
+    """What the checks learn from each other: a check runs only after those it needs."""
+
+    _settings: Settings
+    _up: Up | None = None
+    _newest_at = 0.0
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    # --- its folder ---
+
+    def home(self) -> str:
+        home = homes.open_home("coordinator")
+        return f"{home}, fleet {settings.open_keys(home).fleet}"
+
+    def crashes(self) -> str | Advice:
+        return check_crashes(self._home)
+
+    def permissions(self) -> str:
+        return check_private(self._home)
+
+    def settings(self) -> str:
+        self._settings = settings.read()
+        broker = "a broker of its own" if self._settings.mqtt_url else "the embedded broker"
+        return f"{self._settings.host}:{self._settings.port}, {broker}"
+
+    def disk(self) -> str | Advice:
+        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
+
+    def ledger(self) -> str:
+        if not (self._home / "ledger.db").exists():
+            return "nothing has happened yet"
+        ledger = Ledger(self._home / "ledger.db", read_only=True)
+        try:
+            changed = ledger.verify()
+            newest = ledger.newest()
+        finally:
+            ledger.close()
+        if changed is not None:
+            raise HomeFault(
+                f"entry {changed} was changed, or one before it is missing",
+                "do not trust what comes after it: commonweight audit verify",
+            )
+        self._newest_at = newest.at if newest else 0.0
+        return f"{newest.seq if newest else 0} entries, every hash fits"
+
+    def versions(self) -> str:
+        folder = self._home / "versions"
+        if not folder.exists():
+            return "none yet"
+        files = list(folder.glob("*.safetensors"))
+        for file in files:
+            with file.open("rb") as opened:
+                opened.read(8)
+        nbytes = sum(file.stat().st_size for file in files)
+        return f"{len(files)} versions, {nbytes / 1e6:.1f} MB"
+
+    def clock(self) -> str:
+        now = time.time()
+        ahead = max(self._newest_at, (self._home / "ca.pem").stat().st_mtime) - now
+        if ahead > 1.0:
+            raise CommonweightError(
+                f"the newest entry is {ahead:.0f} s from the future",
+                "let the network set the clock (NTP): signatures are good for minutes only",
+            )
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+
+    def certificate(self) -> str | Advice:
+        host = self._settings.host
+        try:
+            host = str(msgspec.json.decode((self._home / UP_FILE).read_bytes())["host"])
+        except (OSError, msgspec.DecodeError, KeyError, TypeError):
+            pass  # it is not up: its settings say where it would listen
+        names = self._settings.names or settings.reachable_names(host)
+        try:
+            pem = (self._home / "server.pem").read_bytes()
+            missing = set(names) - identity.certificate_names(pem)
+            days = int(identity.days_left(pem))
+        except (OSError, ValueError) as err:
+            raise HomeFault(f"server.pem cannot be read: {err}", _AGAIN) from err
+        said = f"good for {', '.join(names)}, {days} days left"
+        if missing or days < 0:
+            said = f"it lacks {', '.join(sorted(missing))}" if missing else "it has ended"
+            if self._up is not None:  # otherwise the next start makes a new one by itself
+                raise CommonweightError(said, _AGAIN)
+            return Advice(said, _AGAIN)
+        return Advice(said, _AGAIN) if days < _RENEWED_DAYS else said
+
+    # --- at work ---
+
+    def running(self) -> str:
+        from coordinator.remote.api_client import Remote
+
+        remote = Remote(self._home)
+        try:
+            self._up = Up(remote.address, remote.fleet(), remote.watch().mqtt)
+        finally:
+            remote.close()
+        return f"answers at {remote.address}"
+
+    def ports(self) -> str:
+        if self._up is not None:
+            ours = [self._up.address]
+            if not self._settings.mqtt_url:
+                ours.append(self._up.mqtt.where)
+            return f"{' and '.join(ours)} are ours"
+        chosen = self._settings
+        ports = [chosen.port]
+        if chosen.port and not chosen.mqtt_url:
+            ports.append(chosen.mqtt_port or chosen.port + 1)
+        for port in ports:
+            check_free(chosen.host, port)
+        return f"{' and '.join(map(str, ports))} are free"
+
+    def broker(self) -> str:
+        assert self._up is not None
+        mqtt, links = self._up.mqtt, self._up.fleet.links
+        fix = "training goes on without; it is started again by itself: commonweight monitor"
+        if self._settings.mqtt_url:
+            fix = "training goes on without; look at that broker"
+        try:
+            shake_hands(mqtt)
+        except OSError as err:
+            raise Unreachable(why_down(err, mqtt), fix) from err
+        if not links.mqtt:
+            raise Unreachable(f"{mqtt.where} answers, and the coordinator is not logged in", fix)
+        return f"{mqtt.where} answers{' over TLS' if mqtt.tls else ' (without TLS)'}"
+
+    def peers(self) -> str | Advice:
+        assert self._up is not None
+        fleet = self._up.fleet
+        awaiting = [peer.name for peer in fleet.peers.values() if peer.standing == "awaiting"]
+        said = f"{num_enrolled(fleet)} enrolled, {num_available(fleet, fleet.at)} can work now"
+        if awaiting:
+            said += f", {len(awaiting)} await approval"
+            return Advice(said, f"commonweight peers approve {awaiting[0]}")
+        if not fleet.peers:
+            return Advice(said, "commonweight ticket create")
+        return said
+
+
+def engine() -> str:
+    """Flower's private names are used: another minor version is another engine."""
+    found = version("flwr")
+    if found.split(".")[:2] != ENGINE.split("."):
+        raise CommonweightError(
+            f"flwr {found}; this version of commonweight needs {ENGINE}",
+            f"pip install 'flwr=={ENGINE}.*'",
+        )
+    return f"commonweight {VERSION}, flwr {found}, SQLite {sqlite3.sqlite_version}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises PortInUse, or what else keeps a server from listening there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows: without it, a used port is given
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as err:
+            if err.errno == errno.EADDRINUSE:
+                hint = "end the other program, or choose another: commonweight up --port"
+                raise PortInUse(f"another program listens at port {port}", hint) from err
+            raise CommonweightError(
+                f"cannot listen at {host}:{port}: {err.strerror}", "choose another: --host, --port"
+            ) from err
+
+
+def shake_hands(mqtt: MqttAddress) -> None:
+    """Connect and, unless the address says otherwise, check certificate and name. Raises OSError"""
+    context = tls_context(mqtt)
+    with socket.create_connection((mqtt.host, mqtt.port), _TIMEOUT_S) as plain:
+        if isinstance(context, ssl.SSLContext):
+            context.wrap_socket(plain, server_hostname=mqtt.host).close()

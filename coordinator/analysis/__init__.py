@@ -1,1 +1,0 @@
-"""Answers of peers made one: merged, turned into figures, and shown."""

@@ -1,0 +1,1 @@
+"""The HTTP routes. Imported by `daemon` and the layers above it."""

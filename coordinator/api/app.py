@@ -1,0 +1,173 @@
+"""Our own HTTP routes beside Flower's: joining, and what enrolled peers ask.
+
+    GET  /cw/v1/ca                     the CA certificate (its hash is in every ticket)
+    POST /cw/v1/join                   a machine with a ticket
+    GET  /cw/v1/mqtt                   the broker and the login for it     (an enrolled peer)
+    POST /cw/v1/exchange               a reply in, the next work out        (an enrolled peer)
+    POST /cw/v1/renew                  a new node certificate             (an enrolled peer)
+    GET  /cw/v1/standing               how it stands with the coordinator  (a peer)
+    POST /cw/v1/leave                  its key is refused from now on      (a peer)
+    POST /cw/v1/operators/join         somebody with a ticket for watching
+    POST /cw/v1/logs                   log lines that were asked for        (an enrolled peer)
+
+What operators ask is in operator_api.py; the lanes bring routes of their own. Errors are bare: a
+stranger learns nothing from them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from coordinator.api.operator_routes import operator_routes
+from coordinator.api.service import Desk, error_answer, host_of, json_answer
+from coordinator.fleet.auth import Auth, read_body
+from coordinator.fleet.registry import Peer
+from coordinator.fleet.sessions import NoSession
+from protocols import VERSION
+from protocols.enrollment import identity
+from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment.joining import (
+    CA_PATH,
+    JOIN_PATH,
+    LEAVE_PATH,
+    MQTT_PATH,
+    OPERATOR_JOIN_PATH,
+    RENEW_PATH,
+    STANDING_PATH,
+    JoinAnswer,
+    Joining,
+    OperatorAnswer,
+    OperatorJoining,
+    StandingAnswer,
+)
+from protocols.errors import BadMessage, CommonweightError
+from protocols.messages.envelope import LOGS_PATH, LogsTold
+from protocols.messages.work import EXCHANGE_PATH, Exchange
+
+#: Messages are small: weights travel on the lane.
+MAX_EXCHANGE_BYTES = 1024 * 1024
+MAX_LOGS_BYTES = 512 * 1024
+
+
+def make_app(
+    desk: Desk, auth: Auth, fleet_id: str, ca_key: Any, ca_pem: bytes, coordinator_public: bytes
+) -> Starlette:
+    """The ASGI app of our own routes."""
+    ca_sha256 = identity.ca_fingerprint(ca_pem)
+
+    async def ca(_: Request) -> Response:
+        return Response(ca_pem, media_type="application/x-pem-file")
+
+    def certify(peer: Peer) -> bytes:
+        certificate = NodeCertificate(
+            fleet=fleet_id,
+            peer=peer.peer,
+            name=peer.name,
+            sign_public=peer.sign_public,
+            node_public=peer.node_public,
+            not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
+        )
+        return identity.issue(ca_key, certificate)
+
+    async def renew(request: Request) -> Response:
+        return Response(certify(await auth.peer(request)), media_type="application/octet-stream")
+
+    async def join(request: Request) -> Response:
+        try:
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
+            peer = desk.registry.join(joining)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        except CommonweightError as err:
+            return error_answer(err, 403)
+        mqtt = desk.mqtt_for(host_of(request))
+        if peer.standing == "awaiting":  # the login opens the whole fleet's talk: not yet
+            mqtt = msgspec.structs.replace(mqtt, user="", password="")
+        return json_answer(
+            JoinAnswer(
+                peer=peer.peer,
+                name=peer.name,
+                fleet=fleet_id,
+                certificate=certify(peer),
+                coordinator_public=coordinator_public,
+                mqtt=mqtt,
+                awaiting=peer.standing == "awaiting",
+            )
+        )
+
+    async def exchange(request: Request) -> Response:
+        peer, body = await auth.peer_and_body(request, MAX_EXCHANGE_BYTES)
+        try:
+            asked = msgspec.msgpack.decode(body, type=Exchange)
+            if asked.reply is not None and asked.update:
+                await desk.lane.take(peer.peer, asked.update)
+            answer = await desk.exchange(peer.peer, asked)
+        except NoSession as err:
+            raise HTTPException(412) from err
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage) as err:
+            raise HTTPException(400) from err
+        return Response(msgspec.msgpack.encode(answer), media_type="application/msgpack")
+
+    async def mqtt(request: Request) -> Response:
+        await auth.peer(request)
+        return json_answer(desk.mqtt_for(host_of(request)))
+
+    async def standing(request: Request) -> Response:
+        peer = await auth.peer(request, or_awaiting=True)
+        assert peer.standing != "removed", "auth lets no removed peer through"
+        return json_answer(
+            StandingAnswer(peer=peer.peer, name=peer.name, standing=peer.standing, version=VERSION)
+        )
+
+    async def leave(request: Request) -> Response:
+        peer = await auth.peer(request, or_awaiting=True)
+        desk.registry.remove(peer.peer, "left by itself")
+        return json_answer({})
+
+    async def join_operator(request: Request) -> Response:
+        try:
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=OperatorJoining)
+            joined = desk.registry.join_operator(joining)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        except CommonweightError as err:
+            return error_answer(err, 403)
+        return json_answer(
+            OperatorAnswer(operator=joined.operator, role=joined.role, fleet=fleet_id)
+        )
+
+    async def tell_logs(request: Request) -> Response:
+        peer, body = await auth.peer_and_body(request, MAX_LOGS_BYTES)
+        try:
+            told = msgspec.json.decode(body, type=LogsTold)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise HTTPException(400) from err
+        return Response(status_code=204 if desk.logs.told(peer.peer, told) else 410)
+
+    routes = [
+        Route(CA_PATH, ca),
+        Route(JOIN_PATH, join, methods=["POST"]),
+        Route(EXCHANGE_PATH, exchange, methods=["POST"]),
+        Route(MQTT_PATH, mqtt),
+        Route(STANDING_PATH, standing),
+        Route(RENEW_PATH, renew, methods=["POST"]),
+        Route(LEAVE_PATH, leave, methods=["POST"]),
+        Route(LOGS_PATH, tell_logs, methods=["POST"]),
+        Route(OPERATOR_JOIN_PATH, join_operator, methods=["POST"]),
+        *operator_routes(desk, auth, fleet_id, ca_sha256, coordinator_public),
+    ]
+    for method, path, endpoint in (
+        *desk.lane.routes(auth),
+        *desk.job_lane.routes(auth),
+        *desk.sharing.routes(auth),
+    ):
+        routes.append(Route(path, endpoint, methods=[method]))
+    return Starlette(routes=routes)

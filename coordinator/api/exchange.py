@@ -1,0 +1,105 @@
+"""An agent hands in a reply and takes its next message, in one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from coordinator.fleet.sessions import NoSession, Sessions
+from coordinator.jobs.manager import JobQueue
+from coordinator.runs.manager import RunQueue
+from coordinator.transport.flower import Superlink
+from coordinator.transport.weights import Lane
+from protocols.failpoints import failpoint
+from protocols.messages.states import RunState
+from protocols.messages.work import Exchange, Exchanged
+
+#: Who hands in an answer is told of work that comes so soon after, without doorbell and question.
+LINGER_S = 1.0
+
+
+class Exchanges:
+    """`on_request(action, node)` is told of what arrived, as of Flower's own requests."""
+
+    def __init__(
+        self,
+        superlink: Superlink,
+        sessions: Sessions,
+        lane: Lane,
+        runs: RunQueue,
+        jobs: JobQueue,
+        lingering: Lingering,
+        on_request: Callable[[str, int], None],
+    ) -> None:
+        self._superlink, self._sessions, self._lane = superlink, sessions, lane
+        self._runs, self._jobs = runs, jobs
+        self._lingering, self._on_request = lingering, on_request
+
+    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+        """What the peer gets for its reply. Raises BadMessage, NoSession."""
+        node = self._sessions.node_of(peer)
+        if node is None or not self._sessions.is_open(peer):
+            raise NoSession(f"{peer} has no session")
+        session = self._sessions.number(peer)
+        if asked.reply is None:
+            answer = await self._superlink.exchange_soon(node, asked)
+            self._on_request("exchange", node)
+            return self._with_version(answer)
+        # Before it is handed over: the run may be quicker than we are.
+        question = self._superlink.question_of(asked.reply)
+        settling = self._jobs.settling(question) or self._runs.settling(question)
+        handed_in = Exchange(reply=asked.reply, want=False)
+        await self._superlink.exchange_soon(node, handed_in)
+        failpoint("reply.taken")
+        self._on_request("push-object", node)
+        settled = await self._runs.settled(settling)
+        if not asked.want:
+            return Exchanged(settled=settled)
+        answer = await self._superlink.exchange_soon(node, Exchange())
+        if answer.work is None and (self._runs.current is not None or self._jobs.at_work):
+            await self._lingering.wait(peer, LINGER_S)
+            if self._sessions.number(peer) != session:
+                # It was started again meanwhile: what is there now is for who asks in that life.
+                raise NoSession(f"{peer} has another session")
+            answer = await self._superlink.exchange_soon(node, Exchange())
+        return self._with_version(Exchanged(work=answer.work, settled=settled))
+
+    def _with_version(self, answer: Exchanged) -> Exchanged:
+        """An answer with the version that its work is on, if that is new to all and small."""
+        loop = self._runs.current
+        if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
+            return answer
+        version = self._lane.few_bytes(loop.run.head)
+        self._lane.bytes_down += len(version)
+        return msgspec.structs.replace(answer, version=version)
+
+
+class Lingering:
+    """Peers that have handed in an answer and wait for the answer to that: they need no doorbell.
+
+    For the event loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+
+    async def wait(self, peer: str, most_s: float) -> None:
+        """Until there is work for this peer, or for that long."""
+        woken = asyncio.get_running_loop().create_future()
+        self.wake(peer)  # a request that its sender has given up
+        self._waiting[peer] = woken
+        try:
+            await asyncio.wait({woken}, timeout=most_s)
+        finally:
+            if self._waiting.get(peer) is woken:
+                del self._waiting[peer]
+
+    def wake(self, peer: str) -> bool:
+        """There is work for it. False if this peer does not wait."""
+        woken = self._waiting.pop(peer, None)
+        if woken is None or woken.done():
+            return False
+        woken.set_result(None)
+        return True

@@ -1,0 +1,56 @@
+"""An agent's last log lines for an operator: asked for over MQTT, answered over HTTPS.
+
+Over the broker every peer of the fleet could read the answer; so it goes to the coordinator alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+
+from protocols.errors import Unreachable
+from protocols.messages.envelope import LogLine, LogsAsked, LogsTold
+
+WITHIN_S = 8.0
+#: Questions that wait at once: each is one operator before one screen.
+MOST_WAITING = 64
+
+
+class LogDesk:
+    """`send(peer, question)` says whether the broker has it."""
+
+    def __init__(self, send: Callable[[str, LogsAsked], Awaitable[bool]]) -> None:
+        self._send = send
+        self._waiting: dict[str, tuple[str, asyncio.Future[list[LogLine]]]] = {}
+
+    async def ask(self, peer: str, within_s: float = WITHIN_S) -> list[LogLine]:
+        """The last lines that the agent lets others see. Raises Unreachable."""
+        if len(self._waiting) >= MOST_WAITING:
+            raise Unreachable("too many ask for logs at once", "try again in a few seconds")
+        asked = LogsAsked(ask=secrets.token_hex(8))
+        answer: asyncio.Future[list[LogLine]] = asyncio.get_running_loop().create_future()
+        self._waiting[asked.ask] = (peer, answer)
+        try:
+            async with asyncio.timeout(within_s):
+                if not await self._send(peer, asked):
+                    raise Unreachable(
+                        "the MQTT broker is away, and the question travels over it",
+                        "on that machine: commonweight-agent logs",
+                    )
+                return await answer
+        except TimeoutError as err:
+            raise Unreachable(
+                f"the agent did not answer in {within_s:.0f} s",
+                "it may be offline; on that machine: commonweight-agent logs",
+            ) from err
+        finally:
+            del self._waiting[asked.ask]
+
+    def told(self, peer: str, told: LogsTold) -> bool:
+        """Take an answer. False if nobody asked this peer for it, or nobody waits any more."""
+        asked, answer = self._waiting.get(told.ask, ("", None))
+        if answer is None or asked != peer or answer.done():
+            return False
+        answer.set_result(told.lines)
+        return True

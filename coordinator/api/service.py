@@ -1,0 +1,57 @@
+"""The coordinator as its HTTP routes see it, and what all their answers have alike."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coordinator.api.log_requests import LogDesk
+from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.registry import Registry
+from coordinator.jobs.manager import JobQueue
+from coordinator.jobs.store import JobLane
+from coordinator.runs.manager import RunQueue
+from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.weights import Lane
+from protocols.errors import CommonweightError
+from protocols.messages.envelope import Command
+from protocols.messages.mqtt import MqttAddress
+from protocols.messages.work import Exchange, Exchanged
+
+
+class Desk(Protocol):
+    """The coordinator, as its HTTP routes see it."""
+
+    registry: Registry
+    fleet: Fleet
+    lane: Lane
+    job_lane: JobLane
+    jobs: JobQueue
+    runs: RunQueue
+    logs: LogDesk
+    sharing: SharingDesk
+
+    def addresses(self) -> tuple[str, ...]: ...
+    def mqtt_for(self, host: str) -> MqttAddress: ...
+    async def command(self, peer: str, command: Command) -> str: ...
+    async def exchange(self, peer: str, asked: Exchange) -> Exchanged: ...
+
+
+def host_of(request: Request) -> str:
+    """The name by which the other side knows us: what it calls us goes back to nobody else."""
+    try:
+        return request.url.hostname or ""
+    except ValueError:
+        return ""
+
+
+def json_answer(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def error_answer(err: CommonweightError, status: int) -> Response:
+    body = {"code": err.code, "message": err.message, "hint": err.hint}
+    return Response(msgspec.json.encode(body), status, media_type="application/json")

@@ -1,0 +1,108 @@
+"""What a demo shows a person: a live picture on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.fleet.reducer import Fleet, Run, current_run
+from coordinator.monitor.plain_table import STYLES, plain_table
+from coordinator.monitor.round_table import ROUND_TITLES, accuracy_trend, best_round, round_cells
+from coordinator.remote.formatting import NOTHING, progress, trend
+
+_BAR = 24
+
+
+class DemoView:
+    """Says steps and shows the fleet, on `console`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._told = 0
+        self._step = ""
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> DemoView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Leave the terminal to somebody else meanwhile."""
+        if self._live is not None:
+            self._live.stop()
+        yield
+        if self._live is not None:
+            self._live.start()
+
+    def step(self, words: str) -> None:
+        """What the demo does now."""
+        self._step = words
+        if self._live is None:
+            self._console.print(words, highlight=False)
+        else:
+            self._live.update(Spinner("dots", words))
+
+    def fleet(self, fleet: Fleet) -> None:
+        """The fleet now; call it a few times a second."""
+        run = current_run(fleet)
+        if self._live is not None:
+            table = plain_table(fleet, time.time(), width=self._console.width)
+            parts: list[RenderableType] = [table]
+            parts.append(_run_line(run) if run and run.rounds else Spinner("dots", self._step))
+            self._live.update(Group(*parts))
+        elif run is not None:
+            for closed in run.rounds[self._told :]:
+                cells = zip(ROUND_TITLES, round_cells(closed, 0), strict=True)
+                told = {title: cell.text for (title, _), cell in cells}
+                self._console.print(
+                    f"round {closed.round}/{run.changed.rounds}  accuracy {told['Accuracy']}  "
+                    f"loss {told['Val loss']}  {closed.peers} peers  {told['Time']}",
+                    highlight=False,
+                )
+            self._told = len(run.rounds)
+
+
+def _run_line(run: Run) -> Text:
+    done, of = len(run.rounds), run.changed.rounds
+    last = run.rounds[-1].accuracy
+    accuracy = NOTHING if last is None else f"{100 * last:.1f} %"
+    line = Text(f"round {done}/{of} ")
+    line.append(progress(done, of, _BAR), style="cyan")
+    line.append(f"  accuracy {accuracy} ")
+    line.append(trend(accuracy_trend(run.rounds), _BAR), style="green")
+    return line
+
+
+def rounds_table(run: Run) -> Table:
+    """Every round; the best one has a star."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, _ in ROUND_TITLES:
+        table.add_column(title, justify="right", no_wrap=True)
+    best = best_round(run)
+    for closed in run.rounds:
+        cells = round_cells(closed, best)
+        table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in cells))
+    return table

@@ -1,0 +1,110 @@
+"""A run's metrics, round by round, for other programs: JSON lines, TensorBoard, MLflow.
+
+TensorBoard and MLflow are extras (`pip install 'commonweight[tracking]'`), imported when asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from coordinator.runs.state import Round, Run
+from protocols.errors import CommonweightError
+
+_INSTALL = "pip install 'commonweight[tracking]'"
+
+
+class Sink(Protocol):
+    """Takes closed rounds in their order."""
+
+    def put(self, run: Run, closed: Round) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def scalars(closed: Round) -> Iterator[tuple[str, float]]:
+    """Every number of a round by a name, finite ones only."""
+    for name, value in closed.metrics.items():
+        if value is not None and math.isfinite(value):
+            yield name, value
+    for name, (least, median, most) in closed.spread.items():
+        yield from ((f"least/{name}", least), (f"median/{name}", median), (f"most/{name}", most))
+    yield "round/seconds", closed.seconds
+    yield "round/peers", float(len(closed.contributors))
+    yield "round/bytes_up", float(closed.bytes_up)
+    yield "round/bytes_down", float(closed.bytes_down)
+
+
+def line(run: Run, closed: Round) -> str:
+    """A round as one line of JSON."""
+    told = {
+        "run": run.id,
+        "round": closed.round,
+        "digest": closed.digest,
+        "metrics": closed.metrics,
+        "spread": closed.spread,
+        "worst": closed.worst,
+        "tallies": closed.tallies,
+        "peers": len(closed.contributors),
+        "refused": closed.refused,
+        "seconds": closed.seconds,
+        "bytes_up": closed.bytes_up,
+        "bytes_down": closed.bytes_down,
+    }
+    return msgspec.json.encode(told).decode()
+
+
+class TensorBoard:
+    """Event files in a folder. Raises CommonweightError if the package is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as err:
+            raise CommonweightError("the package tensorboard is not installed", _INSTALL) from err
+        self._event, self._summary = Event, Summary
+        self._writer: Any = EventFileWriter(str(folder))
+
+    def put(self, run: Run, closed: Round) -> None:
+        values = [self._summary.Value(tag=n, simple_value=v) for n, v in scalars(closed)]
+        event = self._event(step=closed.round, summary=self._summary(value=values))
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MLflow:
+    """One MLflow run at a tracking address. Raises CommonweightError if the package is missing."""
+
+    def __init__(self, address: str, run: Run) -> None:
+        try:
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+        except ImportError as err:
+            raise CommonweightError("the package mlflow is not installed", _INSTALL) from err
+        self._client: Any = MlflowClient(tracking_uri=address)
+        self._metric = Metric
+        try:
+            name = run.spec.task
+            known = self._client.get_experiment_by_name(name)
+            found = known.experiment_id if known else self._client.create_experiment(name)
+            self._id = self._client.create_run(found, run_name=run.id).info.run_id
+            settings = {**run.spec.settings, "strategy": run.spec.strategy, "codec": run.spec.codec}
+            params = [Param(key, str(value)) for key, value in settings.items()]
+            self._client.log_batch(self._id, params=params)
+        except Exception as err:  # whatever a server far away, or its client, makes of it
+            raise CommonweightError(f"MLflow at {address} refuses: {err}") from err
+
+    def put(self, run: Run, closed: Round) -> None:
+        metrics = [self._metric(n, v, 0, closed.round) for n, v in scalars(closed)]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)

@@ -1,0 +1,4 @@
+"""The coordinator process: builds all parts, starts and supervises them.
+
+Imported by `admin` and `cli`.
+"""

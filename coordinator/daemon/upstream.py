@@ -1,0 +1,85 @@
+"""A fleet inside a fleet: this coordinator joins another as one of its agents.
+
+The agent is a process of its own, with a home in ours, whose trainer is our own fleet
+(`agent.trainer.subfleet`). It is started again when it ends, and ends with us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+from protocols.errors import Refused
+from protocols.network.backoff import delays
+
+log = logging.getLogger("commonweight.upstream")
+
+_STOP_S = 20.0
+
+
+def join(home: Path, ticket: str) -> None:
+    """Join with this ticket, unless a fleet was joined before. Raises CommonweightError."""
+    folder = home / "upstream"
+    if (folder / "enrolled.json").exists():
+        return
+    done = subprocess.run(
+        [*_AGENT, "join", "-", "--name", f"fleet of {socket.gethostname()}"[:64], "--unattended"],
+        input=ticket,
+        env=_environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise Refused(f"cannot join the fleet further up: {done.stderr.strip()[-300:]}")
+
+
+async def keep(home: Path) -> None:
+    """Run the agent until cancelled; then end it."""
+    waits = delays(Random(), 1.0, 60.0)
+    while True:
+        process = await asyncio.create_subprocess_exec(
+            *_AGENT, "run", env=_environment(home), stdin=asyncio.subprocess.DEVNULL
+        )
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            await _end(process)
+            raise
+        log.warning("the link to the fleet further up has ended (%d): starting it again", code)
+        await asyncio.sleep(next(waits))
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+_AGENT = (sys.executable, "-P", "-m", "agent.cli")
+
+
+def _environment(home: Path) -> dict[str, str]:
+    kept = {name: v for name, v in os.environ.items() if not name.startswith("COMMONWEIGHT")}
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), kept.get("PYTHONPATH")]))
+    return kept | {
+        "COMMONWEIGHT_AGENT_HOME": str(home / "upstream"),
+        "COMMONWEIGHT_AGENT_FLEET": str(home),
+        # Nothing trains in this agent: the machines below it are polite by rules of their own.
+        "COMMONWEIGHT_AGENT_WORK": "always",
+    }

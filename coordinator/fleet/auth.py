@@ -1,0 +1,153 @@
+"""Who asks: the check of signed requests on our own routes.
+
+A request is refused with a bare 401 or 403; what was wrong stands in the log, not in the answer.
+Nothing of a body is read before its sender is known: the signature covers the digest that the head
+announces, and the body is compared with that. No request counts twice, nor one that was signed
+before this coordinator started, which no longer knows what its last life has heard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from coordinator.fleet.registry import Peer, Registry
+from protocols.enrollment import identity, signed_requests
+from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, Nonces, Signed
+from protocols.errors import BadMessage, Refused
+from protocols.messages.envelope import printable
+
+log = logging.getLogger("commonweight.auth")
+
+OPERATOR = "operator"
+MAX_JSON_BYTES = 256 * 1024
+#: Refusals that are written down in one second; of more there is only the number.
+_LINES_PER_S = 10
+
+
+class Auth:
+    """Checks signatures of peers and of the operator, and that no request comes twice."""
+
+    def __init__(self, registry: Registry, operator_public: bytes) -> None:
+        self._registry = registry
+        self._operator = operator_public
+        self._nonces = Nonces()
+        self._since = time.time()
+        self._second, self._lines = 0, 0
+
+    async def peer(
+        self, request: Request, body_sha256: str = EMPTY_SHA256, *, or_awaiting: bool = False
+    ) -> Peer:
+        """The enrolled peer, or one that awaits approval, that signed this body's digest."""
+        signed = self._read(request)
+        if signed.body_sha256 != body_sha256:
+            raise self._refuse(request, 401, "the body is not the one that was signed")
+        return self._peer(request, signed, or_awaiting=or_awaiting)
+
+    async def peer_and_body(self, request: Request, limit: int) -> tuple[Peer, bytes]:
+        """The enrolled peer that signed the request, and the body. 413 beyond `limit` bytes."""
+        signed = self._read(request)
+        peer = self._peer(request, signed)
+        body = await self._body(request, signed, limit)
+        if not self.is_enrolled(peer.peer):  # removed while it was sending
+            raise self._refuse(request, 401, f"{peer.name} is not enrolled any more")
+        return peer, body
+
+    async def operator(self, request: Request, *, changes: bool = True) -> bytes:
+        """The body of a request that an operator signed, or an observer unless it `changes` things.
+
+        Raises Refused for an observer that wants to.
+        """
+        signed = self._read(request)
+        if signed.sender == OPERATOR:
+            self._check(request, signed, self._operator)
+            return await self._body(request, signed, MAX_JSON_BYTES)
+        known = self._registry.operators.get(signed.sender)
+        if known is None or known.removed:
+            raise self._refuse(request, 401, f"{signed.sender} is no operator")
+        self._check(request, signed, known.sign_public)
+        if changes and known.role != "operator":
+            self._refuse(request, 403, f"{known.name} may only watch")
+            raise Refused(
+                "this access may only watch",
+                "ask for one: commonweight ticket create --role operator",
+            )
+        return await self._body(request, signed, MAX_JSON_BYTES)
+
+    def operator_key(self, request: Request) -> tuple[str, bytes]:
+        """Who signed a request that `operator` has let in, and the key."""
+        sender = request.headers[SENDER]
+        if sender == OPERATOR:
+            return sender, self._operator
+        return sender, self._registry.operators[sender].sign_public
+
+    def is_enrolled(self, peer_id: str) -> bool:
+        """True while this peer may take part."""
+        peer = self._registry.peers.get(peer_id)
+        return peer is not None and peer.standing == "enrolled"
+
+    def _peer(self, request: Request, signed: Signed, *, or_awaiting: bool = False) -> Peer:
+        peer = self._registry.peers.get(signed.sender)
+        if peer is None or peer.standing == "removed":
+            raise self._refuse(request, 401, f"{signed.sender} is not enrolled")
+        self._check(request, signed, peer.sign_public)
+        if peer.standing != "enrolled" and not or_awaiting:
+            raise self._refuse(request, 403, f"{peer.name} awaits approval")
+        return peer
+
+    async def _body(self, request: Request, signed: Signed, limit: int) -> bytes:
+        body = await read_body(request, limit)
+        if hashlib.sha256(body).hexdigest() != signed.body_sha256:
+            raise self._refuse(request, 401, "the body is not the one that was signed")
+        return body
+
+    def _read(self, request: Request) -> Signed:
+        try:
+            return signed_requests.read(
+                request.method, _path(request), request.headers, time.time()
+            )
+        except BadMessage as err:
+            raise self._refuse(request, 401, err.message) from err
+
+    def _check(self, request: Request, signed: Signed, public: bytes) -> None:
+        if not identity.verify(public, signed.signature, signed.message):
+            raise self._refuse(request, 401, f"the signature is not that of {signed.sender}")
+        sent_before = signed.at <= self._since
+        if sent_before or not self._nonces.spend(signed.sender, signed.nonce, time.time()):
+            raise self._refuse(request, 401, "the request was sent before")
+
+    def _refuse(self, request: Request, status: int, why: str) -> HTTPException:
+        now = int(time.monotonic())
+        if now != self._second:
+            if self._lines > _LINES_PER_S:
+                log.warning("refused %d more requests", self._lines - _LINES_PER_S)
+            self._second, self._lines = now, 0
+        self._lines += 1
+        if self._lines <= _LINES_PER_S:
+            path = printable(_path(request))
+            log.warning("refused %s %s: %s", request.method, path, printable(why))
+        return HTTPException(status)
+
+
+async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A small body, refused with 413 as soon as it is too long."""
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise HTTPException(413)
+    except ClientDisconnect as err:  # nobody reads the answer, and the log gets no traceback
+        raise HTTPException(400) from err
+    return bytes(body)
+
+
+def _path(request: Request) -> str:
+    # Not `request.url`: that one is put together with the Host header, which anybody can choose.
+    path: str = request.scope["path"]
+    query = request.scope["query_string"].decode("latin-1")
+    return path + (f"?{query}" if query else "")

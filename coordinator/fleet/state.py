@@ -1,0 +1,158 @@
+"""What a fleet is made of: peers, runs, rounds, events; and how it travels as JSON. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from protocols.errors import BadMessage
+from protocols.messages.envelope import (
+    Count,
+    JobChanged,
+    Links,
+    Name,
+    RoundClosed,
+    RunChanged,
+    Telemetry,
+    Text,
+)
+from protocols.messages.states import PeerState
+
+Level = Literal["info", "warning", "error"]
+
+
+class Event(Struct, kw_only=True, frozen=True):
+    """A line of the Events screen. `at` is Unix s by the clock of the one who folds."""
+
+    at: float
+    level: Level
+    text: str
+    subject: Name = ""
+
+
+class Peer(Struct, kw_only=True):
+    """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages.
+
+    `said_at` is the newest date on its messages, by its own clock and not beyond ours. `skew_s`:
+    how far its clock was ahead of ours when it last spoke live. `given` has a sign for each of the
+    last rounds of the run `given_run`, the newest at the end: `1` its update is in the round's
+    version, `0` it is not, `?` not told here. `flower`: it holds a Flower session, None for not
+    told.
+    """
+
+    peer: Name
+    name: Name
+    labels: dict[Name, Name] = {}
+    standing: Literal["awaiting", "enrolled"] = "enrolled"
+    public_key: bytes
+    flower: bool | None = None
+    state: PeerState = PeerState.OFFLINE
+    reason: Text = "not seen yet"
+    version: Name = ""
+    task: Name = ""
+    run: Name = ""
+    round: Count = 0
+    telemetry: Telemetry | None = None
+    losses: list[float | None] = []
+    diverged: bool = False
+    given: str = ""
+    given_run: Name = ""
+    tasks: tuple[Name, ...] = ()
+    policy: dict[Name, Name] = {}
+    disk_free_bytes: Count = 0
+    free_at: float = 0.0
+    free_until: float = 0.0
+    skew_s: float = 0.0
+    seen_at: float = 0.0
+    said_at: float = 0.0
+    epoch: Name = ""
+    past_epochs: list[Name] = []
+    seq: int = -1
+    presence_seq: int = -1
+    telemetry_seq: int = -1
+    notice_seq: int = -1
+    will_seq: int = -1
+    missed: int = 0
+    ignored: int = 0
+
+
+class Run(Struct, kw_only=True):
+    """A run: how it stands, and its rounds in order. Only the last round keeps `norms`."""
+
+    changed: RunChanged
+    changed_at: float
+    rounds: list[RoundClosed] = []
+
+
+class Job(Struct, kw_only=True):
+    """A job beside training. Its times are Unix s by the clock of the one who folds, or 0."""
+
+    changed: JobChanged
+    changed_at: float
+    began_at: float = 0.0
+    ended_at: float = 0.0
+
+
+class Fleet(Struct, kw_only=True):
+    """Everything that the monitor, `status` and the metrics show. `at` is when it was encoded."""
+
+    fleet: str
+    name: str = ""
+    at: float = 0.0
+    peers: dict[Name, Peer] = {}
+    runs: dict[Name, Run] = {}
+    jobs: dict[Name, Job] = {}
+    events: list[Event] = []
+    num_events: int = 0
+    links: Links = Links(mqtt=False, flower=False)
+    epoch: Name = ""
+    past_epochs: list[Name] = []
+    seq: int = -1
+    gap: bool = False
+    unknown: int = 0
+    ignored: int = 0
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None for NaN, the infinities and what does not fit a float."""
+    try:
+        return value if value is not None and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+_decoder = msgspec.json.Decoder(Fleet)
+
+
+def encode(fleet: Fleet, now: float) -> bytes:
+    """The fleet as JSON, stamped with the clock of this machine."""
+    fleet.at = now
+    return msgspec.json.encode(fleet)
+
+
+def decode(data: bytes) -> Fleet:
+    """The fleet in `data`. Raises BadMessage."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        hint = "The coordinator and this program may be of different versions."
+        raise BadMessage(f"not a snapshot of a fleet: {err}", hint) from err
+
+
+def rebased(fleet: Fleet, now: float) -> Fleet:
+    """The fleet with its times moved to this machine's clock, in place: clocks differ."""
+    ahead = now - fleet.at
+    fleet.at = now
+    for peer in fleet.peers.values():
+        peer.seen_at = peer.seen_at + ahead if peer.seen_at else 0.0
+    for run in fleet.runs.values():
+        run.changed_at += ahead
+    for job in fleet.jobs.values():
+        job.changed_at += ahead
+        job.began_at += ahead if job.began_at else 0.0
+        job.ended_at += ahead if job.ended_at else 0.0
+    fleet.events = [msgspec.structs.replace(event, at=event.at + ahead) for event in fleet.events]
+    return fleet

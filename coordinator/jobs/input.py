@@ -1,0 +1,146 @@
+"""The rows of a scattered job: a file or folder cut into blocks that are files of their own."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from coordinator.storage.job_events import Block
+from protocols.errors import CommonweightError, UsageFault
+
+_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+#: So many blocks there are about, of so many rows at least and at most.
+_BLOCKS, _LEAST_ROWS, _MOST_ROWS = 256, 16, 8192
+_PIECE_BYTES = 1 << 20
+#: Without these in it, a piece of CSV has a record a line.
+_ODD = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
+
+
+class Prepared(NamedTuple):
+    """The input as the lane has it: its digest, what its blocks end in, and the blocks."""
+
+    digest: str
+    suffix: str
+    blocks: tuple[Block, ...]
+
+
+def prepare(path: Path, folder: Path, suffix: str) -> Prepared:
+    """Write the blocks of `path`, one after the other, to the file DIGEST + `suffix` in `folder`.
+
+    CSV (with a line of names), Parquet, a folder of pictures, or text by lines. Raises UsageFault.
+    """
+    try:
+        kind, blocks = _blocks_of(path)
+        temporary = folder / f".input-{os.getpid()}"
+        sha, found = hashlib.sha256(), []
+        with temporary.open("wb") as file:
+            for rows, data in blocks:
+                file.write(data)
+                sha.update(data)
+                found.append(Block(rows, len(data)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / f"{sha.hexdigest()}{suffix}")
+    except (UnicodeDecodeError, csv.Error) as err:
+        raise UsageFault(f"{path} is not as its name says: {err}") from err
+    except OSError as err:
+        raise CommonweightError(f"cannot read {path}: {err.strerror or err}") from err
+    if not found:
+        raise UsageFault(f"{path} has no rows")
+    return Prepared(sha.hexdigest(), kind, tuple(found))
+
+
+def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
+    if path.is_dir():
+        return ".zip", _pictures(path)
+    if not path.is_file():
+        raise UsageFault(f"there is no {path}")
+    match path.suffix.lower():
+        case ".csv":
+            return ".csv", _csv(path)
+        case ".parquet":
+            return ".parquet", _parquet(path)
+        case ".txt":
+            return ".txt", _lines(path)
+    raise UsageFault(
+        f"rows cannot be told in {path.name}", "CSV, Parquet, .txt or a folder of pictures"
+    )
+
+
+def _size(rows: int) -> int:
+    return min(max(rows // _BLOCKS, _LEAST_ROWS), _MOST_ROWS)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Blocks that each begin with the names. A quoted value may hold line ends."""
+    size = _size(_count_lines(path) - 1)
+    with path.open("rb") as file:
+        names = next(_records(file), b"")
+        while lines := list(islice(file, size)):
+            data = b"".join(lines)
+            if data.endswith(b"\n") and not any(odd in b"\n" + data for odd in _ODD):
+                yield len(lines), names + data
+                continue
+            # So many records are as many lines or more: none of these is left over.
+            records = list(islice(_records(chain(lines, file)), size))
+            if records:
+                yield len(records), names + b"".join(records)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(partial(file.read, _PIECE_BYTES), b""))
+
+
+def _records(lines: Iterator[bytes]) -> Iterator[bytes]:
+    for line in lines:
+        while line.count(b'"') % 2 and (more := next(lines, b"")):
+            line += more
+        if line.strip():
+            yield line if line.endswith(b"\n") else line + b"\n"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    size = _size(_count_lines(path))
+    with path.open("rb") as file:
+        while lines := [line.rstrip(b"\r\n") + b"\n" for line in islice(file, size)]:
+            yield len(lines), b"".join(lines)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as err:
+        raise UsageFault(
+            "Parquet needs pyarrow", "pip install 'commonweight[tabular]', or give CSV"
+        ) from err
+    try:
+        table = pq.ParquetFile(path)
+        for batch in table.iter_batches(_size(table.metadata.num_rows)):
+            file = io.BytesIO()
+            pq.write_table(pa.Table.from_batches([batch]), file)
+            yield batch.num_rows, file.getvalue()
+    except pa.ArrowException as err:
+        raise UsageFault(f"{path} is no Parquet file: {err}") from err
+
+
+def _pictures(root: Path) -> Iterator[tuple[int, bytes]]:
+    """Zip files, not compressed, in the order of names."""
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file())
+    size = _size(len(paths))
+    for first in range(0, len(paths), size):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as packed:
+            for path in paths[first : first + size]:
+                member = zipfile.ZipInfo(path.relative_to(root).as_posix())  # of no date
+                packed.writestr(member, path.read_bytes())
+        yield len(paths[first : first + size]), file.getvalue()

@@ -1,0 +1,194 @@
+"""The coordinator's jobs: started, worked on side by side, recalled after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+
+from msgspec.structs import replace
+
+from coordinator.fleet.registry import Registry
+from coordinator.jobs import state as jobs
+from coordinator.jobs.loop import JobLoop
+from coordinator.jobs.messages import job_body
+from coordinator.jobs.state import Job
+from coordinator.jobs.store import JobLane
+from coordinator.runs.context import Fleetwork
+from coordinator.storage import job_events
+from coordinator.storage.job_events import (
+    PREFIX,
+    JobEnded,
+    JobResumed,
+    JobSpec,
+    JobStarted,
+    JobState,
+    JobTaken,
+)
+from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.failpoints import failpoint
+from protocols.messages.jobs import Model
+
+#: Jobs that the monitor still sees after a restart.
+_SHOWN_JOBS = 5
+#: Ended jobs whose answers nobody has taken yet: the newest so many keep their files.
+_KEPT_JOBS = 8
+
+
+class JobQueue:
+    """All jobs of the ledger. All that have not ended are worked on at the same time."""
+
+    def __init__(self, around: Fleetwork, lane: JobLane, registry: Registry) -> None:
+        self._around, self._lane, self._registry = around, lane, registry
+        self._jobs: dict[str, Job] = {}
+        self._loops: dict[str, JobLoop] = {}
+        self._new: asyncio.Queue[str] = asyncio.Queue()
+        ledger = around.ledger
+        for subject in ledger.subjects():
+            if subject.startswith(PREFIX):
+                past = [job_events.decode(entry.body) for entry in ledger.entries(subject)]
+                job_id = subject.removeprefix(PREFIX)
+                self._jobs[job_id] = jobs.replay(job_id, past)
+        for job in list(self._jobs.values())[-_SHOWN_JOBS:]:
+            around.publish(job_body(job))
+
+    async def work(self, resume: bool) -> None:
+        """Drive all jobs, those of the last life first. One that fails of a disk ends them all."""
+        self._sweep()
+        for job in self._jobs.values():
+            if not job.ended:
+                if resume:
+                    self._new.put_nowait(job.id)
+                else:
+                    self._record(job.id, JobEnded(JobState.STOPPED, "not resumed", time.time()))
+        async with asyncio.TaskGroup() as group:
+            while True:
+                job = self._jobs[await self._new.get()]
+                if not job.ended:
+                    loop = JobLoop(job, self._around, self._lane)
+                    self._loops[job.id] = loop
+                    group.create_task(self._drive(loop), name=f"job {job.id}")
+
+    async def _drive(self, loop: JobLoop) -> None:
+        models = [model.digest for model in loop.job.spec.models]
+        self._around.lane.pin(models)
+        try:
+            await loop.drive()
+        finally:
+            self._around.lane.unpin(models)
+            if self._loops.get(loop.job.id) is loop:  # else it was made to go on already
+                self._jobs[loop.job.id] = loop.job
+                del self._loops[loop.job.id]
+        self._sweep()
+
+    def _wanted(self) -> set[str]:
+        """Digests of files that somebody may ask for yet."""
+        jobs = list(self._jobs.values())
+        ended = [job for job in jobs if job.ended and not job.taken and job.on_disk]
+        kept = [job for job in jobs if not job.ended] + ended[-_KEPT_JOBS:]
+        return {digest for job in kept for digest in job.on_disk}
+
+    def _sweep(self) -> None:
+        if not self.at_work:  # else there are units' rows, which no job's facts name
+            self._lane.sweep(self._wanted())
+
+    # --- from outside ---
+
+    def nudge(self) -> None:
+        """Something changed that jobs may care for."""
+        for loop in self._loops.values():
+            loop.changed.set()
+
+    @property
+    def at_work(self) -> bool:
+        """True while any job has not ended."""
+        return bool(self._loops)
+
+    def session_opened(self, peer: str) -> None:
+        for loop in self._loops.values():
+            loop.session_opened(peer)
+
+    def settling(self, question: str) -> asyncio.Future[bool] | None:
+        """What `RunQueue.settled` waits for, if the question is one of a job."""
+        found = (loop.questions.settling(question) for loop in self._loops.values())
+        return next((settling for settling in found if settling is not None), None)
+
+    def start(self, spec: JobSpec) -> str:
+        """Write a job down and begin; its id. Raises UsageFault and its kin."""
+        spec = self._checked(spec)
+        job_id = f"{spec.kind}-{secrets.token_hex(3)}"
+        fact = JobStarted(spec, time.time())
+        self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])
+        failpoint("job.queued")
+        self._jobs[job_id] = jobs.started(job_id, spec, fact.at)
+        self._around.publish(job_body(self._jobs[job_id]))
+        self._new.put_nowait(job_id)
+        return job_id
+
+    def _checked(self, spec: JobSpec) -> JobSpec:
+        for model in spec.models:
+            if not self._around.lane.has(model.digest):
+                raise UnknownName(
+                    f"version {model.digest[:12]} is not kept any more", "commonweight models list"
+                )
+        spec = replace(spec, models=tuple(map(self._sized, spec.models)))
+        if spec.kind != "analyze" and not spec.models:
+            raise UsageFault("a model is needed", "--model best, latest, or a digest")
+        if spec.kind == "scatter":
+            if not spec.blocks or not self._lane.has(spec.input):
+                raise UsageFault("the job has no input")
+            self._registry.check_quorum(spec.quorum)
+            return spec
+        peers = spec.peers or tuple(sorted(self._around.eligible()))
+        if not peers:
+            raise CannotBeMet("no peer is there to be asked", "commonweight peers list")
+        # Units are leased by id, and each peer has one unit, however often it is named.
+        ids = dict.fromkeys(self._registry.find(peer).peer for peer in peers)
+        return replace(spec, peers=tuple(ids))
+
+    def _sized(self, model: Model) -> Model:
+        return Model(model.digest, self._around.lane.version(model.digest).stat().st_size)
+
+    def stop(self, job_id: str) -> None:
+        """End a job; what is verified stays."""
+        if loop := self._loops.get(job_id):
+            loop.stop("stopped by the operator")
+        elif not self._jobs[job_id].ended:
+            self._record(job_id, JobEnded(JobState.STOPPED, "stopped by the operator", time.time()))
+
+    def resume(self, job_id: str) -> None:
+        """Let a job that was stopped or has failed go on. Raises CannotBeMet."""
+        job = self.find(job_id)
+        if job.state in (JobState.WORKING, JobState.FINISHED):
+            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+        self._loops.pop(job.id, None)  # it may have something to put away yet
+        self._record(job.id, JobResumed())
+        self._new.put_nowait(job.id)
+
+    def take(self, job_id: str) -> None:
+        """The requester of a finished job has its answers: drop them. Raises CannotBeMet."""
+        job = self.find(job_id)
+        if job.state is not JobState.FINISHED:
+            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+        if not job.taken:
+            self._record(job.id, JobTaken())
+        for digest in job.on_disk - self._wanted():
+            self._lane.drop(digest)
+
+    def _record(self, job_id: str, fact: job_events.Fact) -> None:
+        self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])
+        self._jobs[job_id] = jobs.apply(self._jobs[job_id], fact)
+        self._around.publish(job_body(self._jobs[job_id]))
+
+    def find(self, job_id: str) -> Job:
+        """A job by its id or the beginning of it. Raises UnknownName."""
+        found = [job for job in self.all() if job.id.startswith(job_id)]
+        if len(found) != 1:
+            raise UnknownName(f"no job {job_id!r}", "commonweight job list")
+        return found[0]
+
+    def all(self) -> list[Job]:
+        """Every job, oldest first."""
+        for job_id, loop in self._loops.items():
+            self._jobs[job_id] = loop.job
+        return list(self._jobs.values())

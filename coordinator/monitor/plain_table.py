@@ -1,0 +1,56 @@
+"""The fleet as a plain table, for `--once` and for output that is no terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.fleet.reducer import Fleet, current_run, num_available, num_enrolled
+from coordinator.monitor.peer_table import COLUMNS, Tone, chosen
+from coordinator.monitor.round_table import run_words, seconds_left
+from coordinator.remote.formatting import age
+
+STYLES: dict[Tone, str] = {
+    "plain": "",
+    "quiet": "dim",
+    "good": "green",
+    "busy": "cyan",
+    "warn": "yellow",
+    "bad": "red",
+    "ask": "magenta",
+    "strong": "bold",
+}
+#: Blanks that a column takes besides its width.
+BETWEEN = 3
+_SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
+
+
+def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | None = None) -> Table:
+    """Every peer in one table, what needs a person first; `heading` and the run stand above it.
+
+    Columns that do not fit `width` characters are left out, the last ones first.
+    """
+    run = current_run(fleet)
+    words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
+    left = seconds_left(run) if run else None
+    words += "" if left is None else f" · about {age(left)} left"
+    words = f"{run_words(run)} · {words}" if run else words
+    title = Text(f"{heading} · {words}" if heading else words, style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in COLUMNS if column.key in _SHOWN]
+    rows = [
+        [column.cell(peer, now, column.most) for column in columns] for peer in chosen(fleet, now)
+    ]
+    wide = [
+        max(cell_len(text) for text in (column.title, *(row[n].text for row in rows)))
+        for n, column in enumerate(columns)
+    ]
+    while width is not None and len(wide) > 1 and sum(wide) + BETWEEN * len(wide) > width + 1:
+        wide.pop()
+    for column in columns[: len(wide)]:
+        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in row[: len(wide)]))
+    return table

@@ -1,0 +1,202 @@
+"""A table that draws only the lines that are in sight, straight from what they show.
+
+Textual's DataTable keeps and lays out every cell: 2,000 peers that all speak each second cost it
+seconds. Here a row that is out of sight costs nothing but its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual.binding import Binding, BindingType
+from textual.events import Click
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.reactive import reactive
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from coordinator.monitor.peer_table import GAP, Cell, Column
+from coordinator.monitor.terminal_text import fitted
+from coordinator.monitor.tui.theme import colours, styles
+
+
+class CellTable(ScrollView, can_focus=True):
+    """`cell(id, column, width)` gives what stands in a row; the header stays on top.
+
+    Order and columns have one owner, this table, and change together in `show`: a line that is
+    drawn at any other time is one of the last picture, never half of it.
+    """
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"cells--cursor", "cells--hover"}
+    DEFAULT_CSS = """
+    CellTable { overflow-x: hidden; }
+    CellTable > .cells--cursor { background: $block-cursor-background; }
+    CellTable > .cells--hover { background: $panel; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j,down", "move(1)", "Down", show=False),
+        Binding("k,up", "move(-1)", "Up", show=False),
+        Binding("pagedown,ctrl+f", "page(1)", "Page down", show=False),
+        Binding("pageup,ctrl+b", "page(-1)", "Page up", show=False),
+        Binding("home,g", "edge(-1)", "First row", show=False),
+        Binding("end,G", "edge(1)", "Last row", show=False),
+        Binding("enter", "choose", "Open", show=False),
+    ]
+
+    cursor_row: reactive[int] = reactive(0)
+    """The row under the cursor."""
+
+    class Chosen(Message):
+        """Enter, or a click on the row under the cursor."""
+
+        def __init__(self, table: CellTable) -> None:
+            super().__init__()
+            self.table = table
+
+        @property
+        def control(self) -> CellTable:
+            return self.table
+
+    class Moved(Message):
+        """Another row is under the cursor."""
+
+    class Sorted(Message):
+        """A click on the title of a column."""
+
+        def __init__(self, column: str) -> None:
+            super().__init__()
+            self.column = column
+
+    def __init__(self, cell: Callable[[str, Column[Any], int], Cell], *, id: str) -> None:  # noqa: A002
+        super().__init__(id=id)
+        self._cell = cell
+        self.columns: list[tuple[Column[Any], int]] = []
+        self._sorted = ("", False)
+        self.order: list[str] = []
+        self._base = Style()
+
+    def show(
+        self,
+        order: list[str],
+        columns: list[tuple[Column[Any], int]],
+        by: str = "",
+        *,
+        reverse: bool = False,
+    ) -> None:
+        """Show these rows in this order, which is that of column `by`; the cursor stays inside."""
+        self.order, self.columns, self._sorted = order, columns, (by, reverse)
+        size = Size(self.size.width, len(order) + 1)
+        if self.virtual_size != size:
+            self.virtual_size = size
+        self.cursor_row = min(self.cursor_row, max(len(order) - 1, 0))
+        self.refresh()
+
+    @property
+    def row_count(self) -> int:
+        return len(self.order)
+
+    @property
+    def under_cursor(self) -> str | None:
+        """The id in the row under the cursor."""
+        return self.order[self.cursor_row] if self.cursor_row < len(self.order) else None
+
+    @property
+    def in_sight(self) -> list[str]:
+        """The ids whose lines are on the screen."""
+        top = self.scroll_offset.y
+        return self.order[top : top + max(self.size.height - 1, 0)]
+
+    # --- drawing ---
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        self._base = self.rich_style  # once a frame: it is put together of all ancestors' styles
+        return super().render_lines(crop)
+
+    def render_line(self, y: int) -> Strip:
+        width, base = self.size.width, self._base
+        if y == 0:
+            dim = Style(color=colours().dim)
+            titles = [Cell(self._title(column, wide)) for column, wide in self.columns]
+            return self._line(titles, base, width, dim)
+        row = self.scroll_offset.y + y - 1
+        if row >= len(self.order):
+            return Strip.blank(width, base)
+        if row == self.cursor_row:
+            base += self.get_component_rich_style("cells--cursor", partial=True)
+        here = self.order[row]
+        cells = [self._cell(here, column, wide) for column, wide in self.columns]
+        return self._line(cells, base, width)
+
+    def _line(
+        self, cells: Sequence[Cell], base: Style, width: int, only: Style | None = None
+    ) -> Strip:
+        tones, segments, used = styles(), [], 0
+        for cell, (column, wide) in zip(cells, self.columns, strict=True):
+            text = fitted(cell.text, wide, right=column.right)
+            style = only or (tones[cell.tone] if cell.tone != "plain" else None)
+            segments.append(Segment(f" {text} ", base + style if style else base))
+            used += wide + GAP
+        segments.append(Segment(" " * max(width - used, 0), base))
+        return Strip(segments, max(width, used)).crop(0, width)
+
+    def _title(self, column: Column[Any], width: int) -> str:
+        """The title, with an arrow where the order comes from if there is room for it."""
+        by, reverse = self._sorted
+        if column.key != by or len(column.title) + 2 > width:
+            return column.title
+        arrow = "↑" if reverse else "↓"
+        return f"{arrow} {column.title}" if column.right else f"{column.title} {arrow}"
+
+    # --- moving ---
+
+    def move_cursor(self, row: int) -> None:
+        """Put the cursor there, and the row in sight."""
+        self.cursor_row = min(max(row, 0), max(len(self.order) - 1, 0))
+
+    def watch_cursor_row(self, row: int) -> None:
+        # The header covers the first line, so a row lies one below its number.
+        top, room = self.scroll_offset.y, max(self.size.height - 1, 1)
+        if row < top:
+            self.scroll_to(y=row, animate=False, force=True)
+        elif row >= top + room:
+            self.scroll_to(y=row - room + 1, animate=False, force=True)
+        self.refresh()
+        self.post_message(self.Moved())
+
+    def action_move(self, step: int) -> None:
+        self.move_cursor(self.cursor_row + step)
+
+    def action_page(self, step: int) -> None:
+        self.move_cursor(self.cursor_row + step * max(self.size.height - 2, 1))
+
+    def action_edge(self, way: int) -> None:
+        self.move_cursor(len(self.order) if way > 0 else 0)
+
+    def action_choose(self) -> None:
+        self.post_message(self.Chosen(self))
+
+    def on_click(self, event: Click) -> None:
+        row = self.scroll_offset.y + event.y - 1
+        if event.y == 0:
+            self._click_title(event.x)
+        elif row >= len(self.order):
+            return
+        elif row == self.cursor_row:
+            self.action_choose()
+        else:
+            self.move_cursor(row)
+
+    def _click_title(self, x: int) -> None:
+        for column, wide in self.columns:
+            if x < wide + GAP:
+                self.post_message(self.Sorted(column.key))
+                return
+            x -= wide + GAP
+
+    def scroll_to_region(self, region: Region, **_: object) -> object:  # type: ignore[override]
+        """Focus does not move it: the cursor does."""
+        return None

@@ -1,0 +1,148 @@
+"""The boxes that lie over a page: help, a fresh ticket, a question, what to export."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Generic, TypeVar
+
+from rich.table import Table
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from coordinator.monitor.tui.keys import KEYS, REPLAY
+from coordinator.monitor.tui.theme import colours
+
+Answer = TypeVar("Answer")
+
+
+class Dialog(ModalScreen[Answer], Generic[Answer]):
+    """A box over the page; `esc` or `q` closes it with no answer."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,enter", "close", "Close", show=False)
+    ]
+    title_text = ""
+    foot_text = "esc closes"
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="box") as box:
+            box.border_title = self.title_text
+            box.border_subtitle = self.foot_text
+            yield Static(id="words")
+
+    def on_mount(self) -> None:
+        self.query_one("#words", Static).update(self.words())
+
+    def words(self) -> Text | Table:
+        """What stands in the box."""
+        raise NotImplementedError
+
+    def action_close(self) -> None:
+        self.dismiss(None)
+
+
+#: What each page is about; the help shows it first where the focus is.
+ABOUT = {
+    "fleet": "Fleet: one row a peer, what needs a person first. Commands go to the marked peers, "
+    "or to the one under the cursor. What a peer last said is shown with its age. Links: m is "
+    "over MQTT, f its Flower session; ● up, ○ down.",
+    "rounds": "Rounds: the run that matters, one row a closed round, the newest first; ★ is the "
+    "best. The plots show the median of all peers, and from the least to the most.",
+    "events": "Events: everything that was said here, toasts too. enter goes to the peer that a "
+    "line is about.",
+    "jobs": "Jobs: what the fleet is asked beside training. Left is what nobody has answered for "
+    "or has in hand yet. The job under the cursor is told whole below the table.",
+    "peer": "Peer: 1 overview, 2 metrics, 3 its log (asked for when it is opened; never data, "
+    "paths or secrets), 4 what its owner lets you know of the settings. esc goes back.",
+    "filter": "Filter: every word must be in the name, id, labels, task, state or text. enter "
+    "goes back to the rows, esc shows all again.",
+}
+
+
+class HelpDialog(Dialog[None]):
+    """The keys, those of the page that has the focus first."""
+
+    title_text = "Keys"
+
+    def __init__(
+        self,
+        page: str,
+        remapped: dict[str, str],
+        *,
+        read_only: bool = False,
+        replay: bool = False,
+        about: str = "",
+    ) -> None:
+        super().__init__()
+        self._page, self._about = page, about or page
+        self._remapped, self._read_only, self._replay = remapped, read_only, replay
+
+    def words(self) -> Table:
+        own = colours()
+        table = Table.grid(padding=(0, 2))
+        table.add_column(justify="right", style=f"bold {own.blue}", no_wrap=True)
+        table.add_column(style=own.ink)
+        table.add_column(style=own.dim, no_wrap=True)
+        table.add_row("", Text(ABOUT[self._about], own.dim))
+        table.add_row("", "")
+        table.add_row("↑ ↓ j k", "move; g and G go to the first and the last")
+        here = [key for key in KEYS if self._page in key.pages.split()]
+        for key in (*here, *(key for key in KEYS if key not in here)):
+            if (key.changes and self._read_only) or (key.id in REPLAY and not self._replay):
+                continue
+            table.add_row(key.shown(self._remapped), key.meaning, key.id)
+        return table
+
+
+class TicketDialog(Dialog[None]):
+    """The ticket is kept nowhere: when the box is closed it is gone from this screen."""
+
+    title_text = "A ticket, shown once"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("y", "copy", "Copy", show=False)]
+
+    def __init__(self, ticket: str) -> None:
+        super().__init__()
+        self._ticket = ticket
+
+    def words(self) -> Text:
+        own = colours()
+        text = Text.assemble(("On the machine that joins, run:\n\n", own.dim))
+        text.append("commonweight-agent join -\n\n", own.blue)
+        text.append("and paste this line (", own.dim).append("y", f"bold {own.blue}")
+        text.append(" copies it):\n\n", own.dim)
+        return text.append(self._ticket, f"bold {own.ink}")
+
+    def action_copy(self) -> None:
+        """Into the clipboard, where the terminal allows it."""
+        self.app.copy_to_clipboard(self._ticket)
+        self.notify("copied", timeout=2)
+
+
+class AskDialog(Dialog[bool]):
+    """A question; only `y` is a yes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes", show=False),
+        Binding("n", "answer(False)", "No", show=False),
+    ]
+    title_text = "Sure?"
+    foot_text = "y yes · n no"
+
+    def __init__(self, question: str, consequence: str) -> None:
+        super().__init__()
+        self._question, self._consequence = question, consequence
+
+    def words(self) -> Text:
+        own = colours()
+        text = Text.assemble((f"{self._question}\n\n", f"bold {own.ink}"))
+        text.append(f"{self._consequence}\n\n", own.dim)
+        for key, word, answer in (("y", " yes", True), ("n", " no", False)):
+            click = f"@click=screen.answer({answer})"
+            text.append_text(Text.from_markup(f"[{click}][bold {own.blue}]{key}[/]{word}[/]    "))
+        return text
+
+    def action_answer(self, yes: bool) -> None:
+        self.dismiss(yes)

@@ -1,0 +1,62 @@
+"""The footer: the keys that matter on this page, as many as fit; help and quit always."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from rich.text import Text
+from textual.reactive import reactive
+from textual.widget import Widget
+
+from coordinator.monitor.tui.keys import KEYS, LAST, PALETTE_FROM, Key
+from coordinator.monitor.tui.theme import colours
+
+
+class Footer(Widget):
+    """Each key can be clicked. `remapped` holds the keys that a person has changed, by id."""
+
+    DEFAULT_CSS = "Footer { height: 1; padding: 0 1; background: $panel; dock: bottom; }"
+
+    auto_links = False  # our own colours, not those of links
+
+    page: reactive[str] = reactive("fleet")
+    """The page whose keys are shown."""
+
+    def __init__(
+        self, remapped: dict[str, str], *, read_only: bool = False, page: str = "fleet"
+    ) -> None:
+        super().__init__()
+        self._remapped = remapped
+        self._read_only = read_only
+        self.set_reactive(Footer.page, page)
+
+    def render(self) -> Text:
+        width = self.content_size.width
+        return footer_line(self.page, width, self._remapped, read_only=self._read_only)
+
+
+def footer_line(
+    page: str, width: int, remapped: dict[str, str] | None = None, *, read_only: bool = False
+) -> Text:
+    """The footer's text in `width` characters: the keys of the page, then help and quit."""
+    keys = [key for key in KEYS if page in key.pages.split() and not (read_only and key.changes)]
+    last = [
+        key for key in keys if key.id in LAST and (key.id != "palette" or width >= PALETTE_FROM)
+    ]
+    end = Text("  ").join(_one(key, remapped or {}) for key in last)
+    line = Text(no_wrap=True, end="")
+    for key in keys:
+        if key.id in LAST:
+            continue
+        piece = _one(key, remapped or {})
+        if len(line) + len(piece) + 2 + len(end) > width:
+            break
+        line.append_text(piece).append("  ")
+    line.append(" " * max(width - len(line) - len(end), 0))
+    return line.append_text(end)
+
+
+def _one(key: Key, remapped: dict[str, str]) -> Text:
+    click = Style(meta={"@click": f"app.{key.action}"})
+    shown = key.brief(remapped)
+    text = Text.assemble((shown, Style(color=colours().blue, bold=True) + click))
+    return text.append(f" {key.word}", Style(color=colours().dim) + click)

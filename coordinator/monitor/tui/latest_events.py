@@ -1,0 +1,39 @@
+"""The last events in a few lines, where a page has room to spare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import tzinfo
+
+from rich.text import Text
+from textual.widget import Widget
+
+from coordinator.fleet.reducer import Event
+from coordinator.monitor.peer_table import LEVELS
+from coordinator.monitor.tui.events_page import clock_time
+from coordinator.monitor.tui.theme import colours, styles
+
+
+class Latest(Widget):
+    """`Latest`, then a line an event, the newest at the foot."""
+
+    DEFAULT_CSS = "Latest { padding: 0 1; }"
+
+    def __init__(self, zone: tzinfo | None, *, id: str) -> None:  # noqa: A002
+        super().__init__(id=id)
+        self.events: Sequence[Event] = ()
+        self._zone = zone
+
+    def render(self) -> Text:
+        room = max(self.content_size.height - 1, 0)
+        lines = [Text("Latest", f"bold {colours().ink}")]
+        for event in self.events[len(self.events) - min(room, len(self.events)) :]:
+            glyph, tone = LEVELS[event.level]
+            line = Text(clock_time(event.at, self._zone), colours().dim, no_wrap=True)
+            ink = colours().dim if event.level == "info" else styles()[tone]
+            line.append(f" {glyph} ", styles()[tone]).append(event.text, ink)
+            line.truncate(self.content_size.width, overflow="ellipsis")
+            lines.append(line)
+        if not self.events:
+            lines.append(Text("nothing has happened yet", colours().dim))
+        return Text("\n").join(lines)

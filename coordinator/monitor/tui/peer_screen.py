@@ -1,0 +1,330 @@
+"""One peer: overview, metrics, its log on request, and what its owner lets others know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import tzinfo
+from typing import ClassVar
+
+from rich.console import Group
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Static
+
+from coordinator.fleet.reducer import Event, Fleet, Peer, called, shown_state
+from coordinator.monitor.peer_table import GIVEN, LEVELS, Cell, light, links, state_cell
+from coordinator.monitor.tui.events_page import clock_time
+from coordinator.monitor.tui.filter_bar import FilterBar
+from coordinator.monitor.tui.footer import Footer
+from coordinator.monitor.tui.header import Header
+from coordinator.monitor.tui.plots import curve_plot
+from coordinator.monitor.tui.theme import colours, painted, styles
+from coordinator.remote.follower import Following
+from coordinator.remote.formatting import DIVERGED, NOTHING, age, amount, decimal, progress, rate
+from coordinator.remote.source import Source
+from protocols.errors import CommonweightError
+from protocols.messages.envelope import LogLine
+from protocols.messages.states import PeerState
+
+TABS = ("overview", "metrics", "log", "policy")
+EVENTS_SHOWN = 8
+WIDE = 100
+LOG_AGAIN_S = 5.0
+
+
+class PeerScreen(Screen[None]):
+    """Everything about one peer, as it changes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(str(n), f"tab('{tab}')", tab, show=False) for n, tab in enumerate(TABS, 1)),
+        Binding("tab,right,l", "turn(1)", "Next tab", show=False),
+        Binding("shift+tab,left,h", "turn(-1)", "Tab before", show=False),
+        Binding("escape,q,backspace", "back", "Back", show=False),
+        Binding("slash", "filter", "Filter the log", show=False),
+        Binding("exclamation_mark", "faults", "Faults only", show=False),
+        Binding("j,down", "scroll(1)", "Down", show=False),
+        Binding("k,up", "scroll(-1)", "Up", show=False),
+    ]
+
+    def __init__(
+        self,
+        peer: str,
+        following: Following,
+        source: Source,
+        footer: Footer,
+        clock: Callable[[], float],
+        zone: tzinfo | None = None,
+    ) -> None:
+        super().__init__()
+        self.peer = peer
+        self.open_tab = "overview"
+        self.faults = False
+        self.follow = True
+        self._following, self._source = following, source
+        self._footer, self._clock, self._zone = footer, clock, zone
+        self._lines: Sequence[LogLine] | None = None
+        self._why = ""
+
+    def compose(self) -> ComposeResult:
+        yield Header(self._following)
+        yield Static(id="peer-tabs")
+        yield FilterBar("words in the log")
+        with VerticalScroll(id="peer-body", can_focus=True):
+            yield Static(id="peer-words")
+        yield self._footer
+
+    def on_mount(self) -> None:
+        self.query_one("#peer-body").focus()
+        self.set_interval(1.0, self.draw)
+        self.set_interval(LOG_AGAIN_S, self._log_again)
+        self.call_after_refresh(self.draw)
+
+    def on_resize(self) -> None:
+        """The words depend on the room there is, known after this."""
+        self.call_after_refresh(self.draw)
+
+    # --- drawing ---
+
+    def draw(self) -> None:
+        """Show the open tab as things are now."""
+        if not self.is_mounted:  # it is the current screen before it has any parts
+            return
+        header = self.query_one(Header)
+        header.now = self._clock()
+        header.refresh()
+        fleet = self._following.fleet
+        peer = fleet.peers.get(self.peer) if fleet else None
+        self.query_one("#peer-tabs", Static).update(self._tab_line(peer))
+        words = self.query_one("#peer-words", Static)
+        if peer is None or fleet is None:
+            words.update(Text("This peer is not in the fleet.", colours().dim))
+        else:
+            words.update(self._words(peer, fleet))
+
+    def _tab_line(self, peer: Peer | None) -> Text:
+        own = colours()
+        line = Text(no_wrap=True, overflow="ellipsis", end="")
+        line.append(called(peer) if peer else self.peer, Style(color=own.strong, bold=True))
+        line.append("   ")
+        for number, tab in enumerate(TABS, 1):
+            click = Style(meta={"@click": f"screen.tab('{tab}')"})
+            here = tab == self.open_tab
+            word = (
+                Style(color=own.strong, bold=True, underline=True) if here else Style(color=own.dim)
+            )
+            line.append(f"{number} ", Style(color=own.blue if here else own.faint) + click)
+            line.append(tab.capitalize(), word + click).append("  ")
+        return line
+
+    def _words(self, peer: Peer, fleet: Fleet) -> Table | Text:
+        width = max(self.query_one("#peer-words").size.width, 30)
+        if self.open_tab == "overview":
+            height = self.query_one("#peer-body").size.height - 2
+            return overview(peer, fleet, self._clock(), width, height)
+        if self.open_tab == "metrics":
+            return metrics(peer, width, max(self.query_one("#peer-body").size.height - 8, 3))
+        if self.open_tab == "policy":
+            return policy(peer)
+        return self._log()
+
+    def _log(self) -> Table | Text:
+        own = colours()
+        if self._lines is None:
+            return Text(self._why or "Asking the agent…", own.vermilion if self._why else own.dim)
+        words = self.query_one(FilterBar).words.casefold().split()
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=8, style=own.dim)
+        table.add_column(width=1)
+        table.add_column()
+        shown = [
+            line
+            for line in self._lines
+            if (not self.faults or line.level in ("warning", "error"))
+            and all(word in line.text.casefold() for word in words)
+        ]
+        for line in shown:
+            glyph, tone = LEVELS.get(line.level, LEVELS["info"])
+            text = Text(line.text, styles()[tone] if tone != "quiet" else own.ink)
+            table.add_row(clock_time(line.at, self._zone), Text(glyph, styles()[tone]), text)
+        if not shown:
+            return Text("No line fits." if self._lines else "Its log is empty.", own.dim)
+        return table
+
+    # --- what a person does ---
+
+    def action_back(self) -> None:
+        """Close an open filter, else go back to the fleet."""
+        bar = self.query_one(FilterBar)
+        if bar.display:
+            bar.clear()
+            self.query_one("#peer-body").focus()
+        else:
+            self.dismiss(None)
+
+    def action_tab(self, tab: str) -> None:
+        self.open_tab = tab
+        self.query_one("#peer-body", VerticalScroll).scroll_home(animate=False)
+        if tab == "log":
+            self.fetch_log()
+        self.draw()
+
+    def action_turn(self, step: int) -> None:
+        self.action_tab(TABS[(TABS.index(self.open_tab) + step) % len(TABS)])
+
+    def action_scroll(self, step: int) -> None:
+        self.query_one("#peer-body", VerticalScroll).scroll_relative(y=step, animate=False)
+
+    def action_filter(self) -> None:
+        if self.open_tab == "log":
+            self.query_one(FilterBar).ask()
+
+    def action_faults(self) -> None:
+        self.faults = not self.faults
+        self.draw()
+
+    @on(FilterBar.Changed)
+    def _filter_changed(self) -> None:
+        self.draw()
+
+    @on(FilterBar.Done)
+    def _filter_done(self) -> None:
+        self.query_one("#peer-body").focus()
+
+    def _log_again(self) -> None:
+        if self.open_tab == "log" and self.follow and self.is_current:
+            self.fetch_log()
+
+    @work(exclusive=True, group="log")
+    async def fetch_log(self) -> None:
+        """Ask the agent for its last lines; what was shown stays if it does not answer."""
+        body = self.query_one("#peer-body", VerticalScroll)
+        at_foot = self._lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
+        try:
+            self._lines = await self._source.logs(self.peer)
+        except CommonweightError as err:
+            self._why = f"{err.message}. {err.hint}".rstrip(" .")
+        self.draw()
+        if at_foot and self.open_tab == "log":
+            self.call_after_refresh(body.scroll_end, animate=False)
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=colours().dim, no_wrap=True)
+    table.add_column(style=colours().ink)
+    return table
+
+
+def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
+    """What is known of `peer`, and what was said of it last; its losses beside it if wide."""
+    left = _facts(peer, now)
+    own = [event for event in fleet.events if event.subject == peer.peer]
+    room = max(height - left.row_count - 2, 3) if width < WIDE else EVENTS_SHOWN
+    told = _told(own[-min(room, EVENTS_SHOWN) :], now)
+    table = Table.grid(padding=(0, 3))
+    if width < WIDE:
+        table.add_row(left)
+        table.add_row("")
+        table.add_row(told)
+        return table
+    half = (width - 3) // 2
+    plot = losses(peer, half, min(max(height - EVENTS_SHOWN, 8), 14))
+    table.add_column(width=half)
+    table.add_column(width=half)
+    table.add_row(left, Group(*plot, "", told))
+    return table
+
+
+def _facts(peer: Peer, now: float) -> Table:
+    table = _grid()
+    table.add_row("state", painted(state_cell(peer, now, 400)))
+    table.add_row("id", Text(peer.peer))
+    labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
+    table.add_row("labels", Text(labels or NOTHING))
+    table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
+    if peer.standing == "enrolled":
+        mqtt, flower = links(peer, now)
+        table.add_row("links", f"mqtt {light(mqtt)} · flower {light(flower)}")
+    table.add_row("version", Text(peer.version or NOTHING))
+    table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
+    if sent := peer.telemetry:
+        if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
+            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
+            table.add_row("step", done)
+        table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
+    if peer.given:
+        part = Text(peer.given.translate(GIVEN).strip(), colours().green)
+        count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
+        table.add_row("took part", part.append(count, colours().dim))
+    disk = amount(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
+    table.add_row("disk left", disk)
+    table.add_row("clock", _clock_words(peer.skew_s))
+    table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
+    return table
+
+
+def _clock_words(skew_s: float) -> str:
+    if abs(skew_s) < 1:
+        return "right to a second"
+    return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
+
+
+def _told(events: Sequence[Event], now: float) -> Table:
+    """The last that was said of it."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style=colours().dim, justify="right", no_wrap=True)
+    table.add_column(width=1)
+    table.add_column(style=colours().ink)
+    for event in events:
+        glyph, tone = LEVELS[event.level]
+        table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
+    return table
+
+
+def losses(peer: Peer, width: int, height: int) -> list[Text]:
+    """Its training losses in this run."""
+    rounds = (1, len(peer.losses))
+    plot = curve_plot("Training loss", peer.losses, width, height, colours().blue, rounds=rounds)
+    if peer.losses:
+        plot[-1] = Text("its last reports, the newest at the right", colours().dim)
+    return plot
+
+
+def metrics(peer: Peer, width: int, height: int) -> Table:
+    """What it measures while it works, and its losses in this run as a plot."""
+    sent = peer.telemetry
+    table = _grid()
+    if sent is not None:
+        loss = painted(Cell(DIVERGED, "bad")) if peer.diverged else decimal(sent.loss)
+        table.add_row("loss", loss)
+        table.add_row("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s")
+        table.add_row("processor", f"{sent.cpu_percent:.0f} %")
+        table.add_row("memory", amount(sent.memory_bytes))
+        battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
+        table.add_row("battery", battery)
+    else:
+        table.add_row("", Text("It has measured nothing yet.", colours().dim))
+    whole = Table.grid()
+    whole.add_row(table)
+    if peer.losses:
+        whole.add_row("")
+        whole.add_row(Group(*losses(peer, width, min(height, 16))))
+    return whole
+
+
+def policy(peer: Peer) -> Table:
+    """The settings that its owner lets others know of; nobody can change them from here."""
+    table = _grid()
+    table.add_row("tasks", Text(", ".join(peer.tasks) or "none: it gets no work"))
+    for name, value in sorted(peer.policy.items()):
+        table.add_row(Text(name), Text(value or NOTHING))
+    table.add_row("", "")
+    words = "On that machine: commonweight-agent policy set NAME VALUE"
+    table.add_row("", Text(words, colours().dim))
+    return table

@@ -1,0 +1,30 @@
+"""The last gate before the terminal, for every screen and widget."""
+
+from __future__ import annotations
+
+from rich.segment import Segment
+from textual.color import Color
+from textual.filter import LineFilter
+
+from coordinator.monitor.terminal_text import ascii_only, harmless
+
+
+class PlainFilter(LineFilter):
+    """Makes text harmless and, if asked, ASCII; styles stay."""
+
+    def __init__(self, *, ascii_too: bool) -> None:
+        super().__init__(enabled=True)
+        self._ascii_too = ascii_too
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        """The same segments with harmless text."""
+        done = []
+        for segment in segments:
+            text = segment.text
+            if not segment.control and not (text.isascii() and text.isprintable()):
+                clean = harmless(text)
+                clean = ascii_only(clean) if self._ascii_too else clean
+                if clean is not text:
+                    segment = Segment(clean, segment.style)
+            done.append(segment)
+        return done

@@ -1,0 +1,4 @@
+"""Clients of the coordinator's API: requests, event sources, recordings, run options.
+
+Imported by `monitor`, `admin` and `cli`.
+"""

@@ -1,0 +1,280 @@
+"""The coordinator as the operator's commands and the monitor see it, over HTTPS.
+
+Requests are signed with the operator's key, which lies in the coordinator's home, or with that of
+an access that was joined from elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+
+from coordinator.api.schema import RunOrder, TicketOrder, WatchAnswer
+from coordinator.fleet import reducer as fleets
+from coordinator.fleet.reducer import Fleet
+from coordinator.jobs.state import Job
+from coordinator.remote import access, peer_source
+from coordinator.remote.source import Action
+from coordinator.runs.state import Run
+from coordinator.storage.job_events import JobSpec
+from coordinator.transport.mqtt_client import Feed
+from protocols.enrollment import identity, signed_requests
+from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
+from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerKnown
+from protocols.messages.topics import COORDINATOR, Kind
+from protocols.network.error_text import why
+from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours
+
+T = TypeVar("T")
+
+#: So often a watcher is told anew whom to ask while the coordinator is away.
+_KEEP_EVERY_S = 600.0
+
+
+class Remote:
+    """A coordinator that runs over `home`, or that it has access to.
+
+    Every method raises Unreachable, Refused, UsageFault, and BadMessage: of another version.
+
+    Raises NotRunning when the home says that none is up.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._door = access.door(home)
+        self.role = self._door.role
+        context = ssl.create_default_context(cadata=self._door.ca_pem)
+        self._http = httpx.Client(verify=context, timeout=15)
+        self.address = self._door.addresses[0]
+
+    def close(self) -> None:
+        self._http.close()
+
+    def fleet(self) -> Fleet:
+        return fleets.decode(self._ask("GET", "/cw/v1/fleet"))
+
+    def neighbours(self) -> Neighbours:
+        """Whom to ask while the coordinator is away, and a pass for it."""
+        return self._get(NEIGHBOURS_PATH, Neighbours)
+
+    def watch(self) -> WatchAnswer:
+        return self._get("/cw/v1/watch", WatchAnswer)
+
+    def start_run(self, order: RunOrder) -> str:
+        return self._post("/cw/v1/runs", order)["run"]
+
+    def runs(self) -> list[Run]:
+        return self._get("/cw/v1/runs", list[Run])
+
+    def run(self, run_id: str) -> Run:
+        return self._get(f"/cw/v1/runs/{run_id}", Run)
+
+    def stop_run(self, run_id: str) -> None:
+        self._ask("POST", f"/cw/v1/runs/{run_id}/stop")
+
+    def resume_run(self, run_id: str) -> None:
+        self._ask("POST", f"/cw/v1/runs/{run_id}/resume")
+
+    def start_job(self, spec: JobSpec) -> str:
+        return self._post("/cw/v1/jobs", spec)["job"]
+
+    def jobs(self) -> list[Job]:
+        return self._get("/cw/v1/jobs", list[Job])
+
+    def job(self, job_id: str) -> Job:
+        return self._get(f"/cw/v1/jobs/{job_id}", Job)
+
+    def job_stands(self, job_id: str) -> JobChanged:
+        return self._get(f"/cw/v1/jobs/{job_id}/stands", JobChanged)
+
+    def stop_job(self, job_id: str) -> None:
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/stop")
+
+    def took_job(self, job_id: str) -> None:
+        """Its answers are taken: they need not be kept."""
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/taken")
+
+    def resume_job(self, job_id: str) -> None:
+        self._ask("POST", f"/cw/v1/jobs/{job_id}/resume")
+
+    def make_ticket(self, order: TicketOrder) -> dict[str, str]:
+        return self._post("/cw/v1/tickets", order)
+
+    def tickets(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/tickets", list[dict[str, Any]])
+
+    def revoke_ticket(self, ticket_id: str) -> None:
+        self._ask("POST", f"/cw/v1/tickets/{ticket_id}/revoke")
+
+    def peers(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/peers", list[dict[str, Any]])
+
+    def approve(self, peer: str) -> None:
+        self._ask("POST", f"/cw/v1/peers/{peer}/approve")
+
+    def remove(self, peer: str) -> None:
+        self._ask("POST", f"/cw/v1/peers/{peer}/remove")
+
+    def command(self, peer: str, command: Command) -> str:
+        return str(self._post(f"/cw/v1/peers/{peer}/command", command)["outcome"])
+
+    def logs(self, peer: str) -> list[LogLine]:
+        return self._get(f"/cw/v1/peers/{peer}/logs", list[LogLine])
+
+    def operators(self) -> list[dict[str, Any]]:
+        return self._get("/cw/v1/operators", list[dict[str, Any]])
+
+    def remove_operator(self, operator: str) -> None:
+        self._ask("POST", f"/cw/v1/operators/{operator}/remove")
+
+    def _get(self, path: str, kind: type[T]) -> T:
+        return _decoded(self._ask("GET", path), kind)
+
+    def _post(self, path: str, body: Any) -> dict[str, str]:
+        return _decoded(self._ask("POST", path, msgspec.json.encode(body)), dict[str, str])
+
+    def _ask(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """The answer of the first address that gives one; it is asked first from then on."""
+        tried: list[str] = []
+        for address in dict.fromkeys((self.address, *self._door.addresses)):
+            signed = signed_requests.headers(
+                self._door.sender,
+                self._door.key.sign,
+                method,
+                path,
+                hashlib.sha256(body).hexdigest(),
+            )
+            url = f"https://{address}{path}"
+            try:
+                answer = self._http.request(method, url, content=body, headers=signed)
+            except httpx.ConnectError as err:
+                tried.append(f"{address}: {why(err)}")
+                continue
+            except httpx.HTTPError as err:  # it may have heard it: asked once is enough
+                tried.append(f"{address}: {why(err)}")
+                break
+            self.address = address
+            if answer.is_success:
+                return answer.content
+            raise access.refusal(answer)
+        raise Unreachable(
+            f"the coordinator does not answer: {'; '.join(tried)}", "is it running? commonweight up"
+        )
+
+
+def _decoded(answer: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise BadMessage(
+            f"the coordinator's answer is not understood: {err}",
+            "it may be of another version: commonweight doctor",
+        ) from err
+
+
+class LiveSource:
+    """`watch.Source` over a home: snapshots by HTTPS, messages by MQTT.
+
+    The coordinator may come and go: each call looks again where it is.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._remote: Remote | None = None
+        self._keys: dict[str, bytes] = {}
+        self._keep_at = 0.0
+
+    async def snapshot(self) -> Fleet:
+        fleet = await self._call(lambda remote: remote.fleet())
+        self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
+        if time.monotonic() >= self._keep_at:
+            self._keep_at = time.monotonic() + _KEEP_EVERY_S
+            with contextlib.suppress(CommonweightError, OSError):  # a help for later, no more
+                peer_source.keep(self._home, await self._call(lambda remote: remote.neighbours()))
+        return fleet
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        watch = await self._call(lambda remote: remote.watch())
+        self._keys[COORDINATOR] = watch.coordinator_public
+        arrived: asyncio.Queue[Envelope | str] = asyncio.Queue(20_000)
+
+        def put(item: Envelope | str) -> None:
+            if not arrived.full():
+                arrived.put_nowait(item)
+
+        def on_envelope(_: Kind, envelope: Envelope) -> None:
+            body = envelope.body
+            if isinstance(body, PeerKnown):  # signed by the coordinator, so it may teach us keys
+                self._keys[body.peer] = body.public_key
+            put(envelope)
+
+        feed = Feed(
+            watch.mqtt,
+            watch.fleet,
+            self._verify,
+            on_envelope,
+            lambda up, why: None if up else put(why or "the link was lost"),
+            lambda topic, err: None,
+            listen_to_coordinator=True,
+        )
+        running = asyncio.create_task(feed.run())
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, str):
+                    raise Unreachable(f"MQTT: {item}")
+                yield item
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        match action:
+            case "approve":
+                await self._call(lambda remote: remote.approve(peer))
+                return "approved"
+            case "remove":
+                await self._call(lambda remote: remote.remove(peer))
+                return "removed"
+            case _:
+                order = Command(action=action, for_s=for_s)
+                return await self._call(lambda remote: remote.command(peer, order))
+
+    async def start_run(self, order: RunOrder) -> str:
+        return await self._call(lambda remote: remote.start_run(order))
+
+    async def stop_run(self, run: str) -> None:
+        await self._call(lambda remote: remote.stop_run(run))
+
+    async def stop_job(self, job: str) -> None:
+        await self._call(lambda remote: remote.stop_job(job))
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        return await self._call(lambda remote: remote.logs(peer))
+
+    async def ticket(self) -> str:
+        made = await self._call(lambda remote: remote.make_ticket(TicketOrder()))
+        return made["ticket"]
+
+    def _verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
+        public = self._keys.get(sender)
+        return public is not None and identity.verify(public, signature, signed)
+
+    async def _call(self, ask: Callable[[Remote], T]) -> T:
+        try:
+            if self._remote is None:
+                self._remote = await asyncio.to_thread(Remote, self._home)
+            return await asyncio.to_thread(ask, self._remote)
+        except NotRunning as err:
+            raise Unreachable(err.message, err.hint) from err
+        except Unreachable:
+            self._remote = None
+            raise

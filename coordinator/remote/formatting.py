@@ -1,0 +1,156 @@
+"""Amounts, ages and trends as text. Pure.
+
+Every number passes `coordinator.fleet.reducer.finite` first: a NaN or an infinity never breaks a
+frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from coordinator.fleet.reducer import finite
+
+DIVERGED = "✕ diverged"
+NOTHING = "–"
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+# --- amounts ---------------------------------------------------------------------------------
+
+
+def amount(num_bytes: float) -> str:
+    """Bytes with three digits: `999 B`, `1.2 MB`, `34 GB`."""
+    value = finite(num_bytes) or 0.0
+    units = ["PB", "TB", "GB", "MB", "kB", "B"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop()
+    unit = units[-1]
+    return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """A length of time in at most six characters: `42 s`, `5 min`, `3 h`, `12 d`."""
+    value = max(finite(seconds) or 0.0, 0.0)
+    for size, unit in ((60, "s"), (60, "min"), (24, "h")):
+        if value < size:
+            return f"{int(value)} {unit}"
+        value /= size
+    return f"{min(int(value), 9999)} d"
+
+
+def stopwatch(seconds: float) -> str:
+    """`00:42`, `1:02:03`."""
+    whole = int(max(finite(seconds) or 0.0, 0.0))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes:02}:{whole % 60:02}"
+
+
+def duration(seconds: float) -> str:
+    """`0.22 s`, `8.1 s`, `42 s`, then minutes and hours."""
+    value = finite(seconds) or 0.0
+    if value < 1:
+        return f"{value:.2f} s"
+    return f"{value:.1f} s" if value < 10 else age(value)
+
+
+def decimal(value: float | None) -> str:
+    """A loss or an accuracy in at most seven characters."""
+    number = finite(value)
+    if number is None:
+        return NOTHING
+    return (
+        f"{number:.4f}"
+        if abs(number) < 10
+        else f"{number:.4g}"
+        if abs(number) < 1e5
+        else (f"{number:.1e}")
+    )
+
+
+def brief(value: float) -> str:
+    """A number at an axis: three digits, in at most seven characters."""
+    number = finite(value)
+    return NOTHING if number is None else f"{number:#.3g}" if abs(number) < 100 else f"{number:.3g}"
+
+
+def count(number: float) -> str:
+    """`12,345`, then `123 k`, `1.23 M`: at most seven characters."""
+    value = finite(number) or 0.0
+    if value < 100_000:
+        return f"{value:,.0f}"
+    unit = ""
+    for unit in ("k", "M", "G", "T"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+    return f"{min(value, 9999):.0f} {unit}"
+
+
+def percent(value: float) -> str:
+    """`95.2 %` for 0.952."""
+    number = finite(value)
+    return NOTHING if number is None else f"{100 * number:.1f} %"
+
+
+def rate(per_s: float) -> str:
+    """`812/s`, `149 k/s`: at most seven characters."""
+    value = finite(per_s) or 0.0
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.0f}{unit}/s"
+        value /= 1000
+    return f"{min(value, 999):.0f} T/s"
+
+
+# --- trends ----------------------------------------------------------------------------------
+
+
+def squeezed(values: Sequence[float | None], width: int) -> list[float | None]:
+    """At most `width` points: means of neighbours, None where one of them is not finite."""
+    clean = [finite(value) for value in values]
+    if width <= 0 or len(clean) <= width:
+        return clean if width > 0 else []
+    edges = [index * len(clean) // width for index in range(width + 1)]
+    return [_mean(clean[left:right]) for left, right in pairwise(edges)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value / len(values)  # divided first: two huge losses still have a mean
+    return total
+
+
+def _heights(points: Sequence[float | None], most: int) -> list[int | None]:
+    """For each point a height of 1 to `most`; None stays None."""
+    known = [point for point in points if point is not None]
+    if not known:
+        return [None] * len(points)
+    low, high = min(known), max(known)
+    half = high / 2 - low / 2  # of the range: the range itself may not fit a float
+    if half <= 0:
+        return [None if point is None else (most + 1) // 2 for point in points]
+    return [
+        None if point is None else 1 + round((point / 2 - low / 2) / half * (most - 1))
+        for point in points
+    ]
+
+
+def trend(values: Sequence[float | None], width: int) -> str:
+    """One line, `▁▂▃▄▅▆▇█`; `✕` where a value is not finite. At most `width` characters."""
+    heights = _heights(squeezed(values, width), 8)
+    return "".join("✕" if height is None else _EIGHTHS[height] for height in heights)
+
+
+def cut(text: str, width: int) -> str:
+    """`text` in at most `width` characters."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def progress(done: int, of: int, width: int) -> str:
+    """`━━━━────`: heavy is done."""
+    filled = min(done * width // of, width) if of > 0 else 0
+    return "━" * filled + "─" * (width - filled)

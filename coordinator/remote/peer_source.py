@@ -1,0 +1,208 @@
+"""The fleet as one of its peers knows it, for a time without the coordinator. Read only.
+
+Whoever watches is given a pass, and told whom to ask, each time that the coordinator answers; both
+lie in the home. A peer is asked over TLS pinned to its node key, and lets in who shows the pass and
+signs with its key. What it tells are words that each peer has signed of itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import ssl
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from coordinator.api.schema import RunOrder
+from coordinator.fleet.auth import OPERATOR
+from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Event, Peer
+from coordinator.remote import access
+from coordinator.remote.source import Action
+from protocols.enrollment import identity, signed_requests
+from protocols.enrollment.identity import SigningKey
+from protocols.errors import BadMessage, NotRunning, Refused, UnknownName, Unreachable
+from protocols.messages.envelope import Envelope, LogLine
+from protocols.network.error_text import why
+from protocols.p2p import gossip
+from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Heard, Neighbours, Told, Words
+
+BOOK = "neighbours.json"
+_TIMEOUT_S = 10.0
+
+
+def keep(home: Path, given: Neighbours) -> None:
+    """Keep whom to ask while the coordinator is away. Raises OSError."""
+    identity.write_private(home / BOOK, msgspec.json.encode(given))
+
+
+def _book(home: Path) -> Neighbours:
+    try:
+        return msgspec.json.decode((home / BOOK).read_bytes(), type=Neighbours)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise NotRunning(
+            "no peers are known here to ask",
+            "they are told while the coordinator is up: commonweight monitor --once",
+        ) from err
+
+
+class _Partner(NamedTuple):
+    """Whom to ask; `keys` are the node keys that may answer there."""
+
+    name: str
+    address: str
+    keys: frozenset[bytes]
+
+
+def _partner(given: Neighbours, word: str) -> _Partner:
+    """The peer that `word` means: its name, its id, or host:port. Raises UnknownName."""
+    for one in given.near:
+        if word in (one.name, one.peer, one.address):
+            return _Partner(one.name, one.address, frozenset({one.node_public}))
+    host, _, port = word.rpartition(":")
+    if host and port.isdecimal():  # it has moved: any of the fleet may answer there
+        return _Partner(word, word, frozenset(one.node_public for one in given.near))
+    known = ", ".join(sorted(one.name for one in given.near)) or "none"
+    raise UnknownName(
+        f"no peer {word!r} can be asked",
+        f"those that share with others can: {known}; or give HOST:PORT, which "
+        "commonweight-agent status tells on that machine",
+    )
+
+
+class ViaSource:
+    """`watch.Source` over one peer's words. Nothing can be changed through it.
+
+    Raises UnknownName, NotRunning (no peers are known here).
+    """
+
+    def __init__(self, home: Path, word: str) -> None:
+        given = _book(home)
+        self._partner, self._pass = _partner(given, word), given.pass_
+        self._holder, self._key, self._ca_pem = _own_key(home)
+        self._fleet = identity.ca_fingerprint(self._ca_pem).hex()[:16]
+        self.heading = f"as {self._partner.name} knows it"
+
+    async def snapshot(self) -> Fleet:
+        """Raises Unreachable, Refused."""
+        told = await asyncio.to_thread(self._ask)
+        words, now = Words(self._ca_pem, self._fleet), time.time()
+        words.take(told.words, now)
+        return known(self._fleet, self.heading, words.all(), now)
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        nothing: tuple[Envelope, ...] = ()
+        for envelope in nothing:
+            yield envelope
+        raise Unreachable("a peer tells no live messages", "they come from the coordinator")
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        _read_only()
+
+    async def ticket(self) -> str:
+        _read_only()
+
+    async def start_run(self, order: RunOrder) -> str:
+        _read_only()
+
+    async def stop_run(self, run: str) -> None:
+        _read_only()
+
+    async def stop_job(self, job: str) -> None:
+        _read_only()
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        _read_only()
+
+    def _ask(self) -> Told:
+        body = msgspec.msgpack.encode(Told())
+        digest = hashlib.sha256(body).hexdigest()
+        headers = signed_requests.headers(self._holder, self._key.sign, "POST", WORDS_PATH, digest)
+        headers[gossip.PASS] = b64encode(self._pass).decode()
+        heard = self._answer(body, headers)
+        try:
+            return msgspec.msgpack.decode(heard, type=Told)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise BadMessage(f"{self._partner.name} tells what is not understood: {err}") from err
+
+    def _answer(self, body: bytes, headers: dict[str, str]) -> bytes:
+        name, address = self._partner.name, self._partner.address
+        try:
+            with contextlib.closing(_connection(address)) as connection:
+                connection.connect()
+                shown = connection.sock.getpeercert(binary_form=True) or b""
+                if not any(identity.is_of_key(shown, key) for key in self._partner.keys):
+                    raise Refused(f"somebody else than {name} answers at {address}")
+                connection.request("POST", WORDS_PATH, body=body, headers=headers)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise Refused(
+                        f"{name} refused ({answer.status})",
+                        "the pass may have ended: watch once while the coordinator is up",
+                    )
+                return answer.read(MOST_TOLD_BYTES)
+        # A host and port that somebody typed may be neither: UnicodeError, OverflowError.
+        except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
+            raise Unreachable(f"{name} does not answer at {address}: {why(err)}") from err
+
+
+def _connection(address: str) -> http.client.HTTPSConnection:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # The key decides, not a name that a CA vouches for; it is looked at before we say a word.
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host, _, port = address.rpartition(":")
+    return http.client.HTTPSConnection(
+        host.strip("[]"), int(port), timeout=_TIMEOUT_S, context=context
+    )
+
+
+def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
+    """Who we are to the fleet, our key and its CA. Raises HomeFault."""
+    if (home / access.FILE).exists():
+        door = access.door(home)
+        return door.sender, door.key, door.ca_pem.encode()
+    key = identity.load_signing_key(home / "operator.key")
+    return OPERATOR, key, (home / "ca.pem").read_bytes()
+
+
+def _read_only() -> NoReturn:
+    raise Refused("a peer only tells what it knows", "act when the coordinator is up again")
+
+
+def known(fleet: str, name: str, heard: Sequence[Heard], now: float) -> Fleet:
+    """The fleet that these words add up to. Pure. `round` is the version that a peer holds."""
+    found = Fleet(fleet=fleet, name=name, at=now)
+    for word, speaker, _ in heard:
+        said, head = word.presence, word.head
+        found.peers[word.peer] = Peer(
+            peer=word.peer,
+            name=speaker.name,
+            public_key=speaker.sign_public,
+            state=said.state,
+            reason=said.reason,
+            version=said.version,
+            task=said.task,
+            run=head.run if head else said.run,
+            round=head.version if head else said.round,
+            tasks=said.tasks,
+            policy=said.policy,
+            disk_free_bytes=said.disk_free_bytes,
+            free_at=said.free_at,
+            free_until=said.free_until,
+            seen_at=min(word.at, now),
+        )
+        if head:
+            text = f"{speaker.name} holds version {head.version} of {head.run} ({head.digest[:12]})"
+            at = min(word.at, now)
+            found.events.append(Event(at=at, level="info", text=text, subject=word.peer))
+    found.num_events = len(found.events)
+    return found

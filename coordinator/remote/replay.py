@@ -1,0 +1,183 @@
+"""A recording as a Source: it plays at any speed, stops, steps, and is sought in both ways.
+
+The fleet is a fold, so to seek is to fold again: ahead from where it is, back from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from coordinator.api.schema import RunOrder
+from coordinator.fleet import reducer as fleets
+from coordinator.fleet.reducer import Fleet, fold
+from coordinator.remote import recording
+from coordinator.remote.formatting import stopwatch
+from coordinator.remote.recording import Line, only_a_recording
+from coordinator.remote.source import Action
+from protocols.messages.envelope import Envelope, LogLine
+
+AT_ONCE = 64
+SLOWEST, FASTEST = 1 / 16, 1024.0
+
+
+class ReplaySource:
+    """`clock()` is the recorded time that is shown now: ages in a replay are those of then.
+
+    `on_jump` is called when a watcher should ask for a snapshot: time was left out, or the
+    recorded monitor had fetched one. `wall` gives monotonic s. Raises UsageFault.
+    """
+
+    def __init__(
+        self, path: Path, speed: float = 1.0, wall: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.playing = True
+        self.speed = min(max(speed, SLOWEST), FASTEST)
+        self.ended = False
+        self.on_jump: Callable[[], None] = lambda: None
+        self._path, self._wall = path, wall
+        self._head, _ = recording.read(path)
+        self.length_s = max((line.t for line in recording.read(path)[1]), default=0.0)
+        self._news = asyncio.Event()
+        self._steps = 0
+        self._rewind()
+
+    # --- time ---
+
+    @property
+    def position_s(self) -> float:
+        """Seconds from the start."""
+        if not self.playing:
+            return self._anchor_s
+        played_s = (self._wall() - self._anchored_at) * self.speed
+        return min(self._anchor_s + played_s, self.length_s)
+
+    def clock(self) -> float:
+        """Unix s, as they were."""
+        return self._head.at + self.position_s
+
+    @property
+    def words(self) -> str:
+        """`▶ 00:12/00:40 ×2`."""
+        sign = "■" if self.ended else "▶" if self.playing else "‖"
+        pace = "" if self.speed == 1 else f" ×{self.speed:g}"
+        return f"{sign} {stopwatch(self.position_s)}/{stopwatch(self.length_s)}{pace}"
+
+    def _anchor(self, position_s: float) -> None:
+        self._anchor_s, self._anchored_at = position_s, self._wall()
+        self._news.set()
+
+    # --- what a person does ---
+
+    def play(self) -> None:
+        """Stop, or go on; from the end it begins anew."""
+        if self.ended:
+            self.seek(-self.length_s)
+            self.playing = True
+        else:
+            position_s, self.playing = self.position_s, not self.playing
+            self._anchor(position_s)
+
+    def step(self) -> None:
+        """Stop, and show one message more."""
+        position_s, self.playing = self.position_s, False
+        self._steps += 1
+        self._anchor(position_s)
+
+    def pace(self, factor: float) -> None:
+        """Play so many times as fast."""
+        position_s = self.position_s
+        self.speed = min(max(self.speed * factor, SLOWEST), FASTEST)
+        self._anchor(position_s)
+
+    def seek(self, by_s: float) -> None:
+        """Go `by_s` seconds ahead, or back if it is less than 0."""
+        goal_s = min(max(self.position_s + by_s, 0.0), self.length_s)
+        if by_s < 0:
+            self._rewind()
+        while self._next is not None and self._next.t <= goal_s:
+            self._take()
+        self._anchor(goal_s)
+        self.on_jump()
+
+    # --- the fold ---
+
+    def _rewind(self) -> None:
+        _, self._lines = recording.read(self._path)
+        self._fleet = Fleet(fleet="")
+        self.ended = False
+        self._next: Line | None = next(self._lines, None)
+        # The picture begins with the first snapshot; what was heard before it is in there.
+        while self._next is not None and self._next.snapshot is None:
+            self._next = next(self._lines, None)
+        if self._next is not None:
+            self._take()
+        self._anchor(0.0)
+
+    def _take(self) -> Envelope | None:
+        """Fold the next line; its message if it is one."""
+        line = self._next
+        assert line is not None
+        now = self._head.at + line.t
+        self._next = next(self._lines, None)
+        if line.snapshot is not None:
+            self._fleet = fleets.rebased(line.snapshot, now)
+            self._fleet.gap = False
+            self.on_jump()
+        elif line.message is not None:
+            fold(self._fleet, line.message, now)
+        return line.message
+
+    # --- watch.Source ---
+
+    async def snapshot(self) -> Fleet:
+        return fleets.decode(fleets.encode(self._fleet, self.clock()))
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        taken = 0
+        while True:
+            self._news.clear()
+            line = self._next
+            if line is None:
+                if not self.ended:
+                    self.ended, self.playing = True, False
+                    self._anchor_s = self.length_s
+                self._steps = 0
+                await self._news.wait()
+                continue
+            if self._steps or (self.playing and self.position_s >= line.t):
+                if self._steps:
+                    self._steps -= 1
+                    self._anchor(line.t)
+                if (envelope := self._take()) is not None:
+                    yield envelope
+                    taken += 1
+                    if taken % AT_ONCE == 0:
+                        await asyncio.sleep(0)  # the screen wants its turn too
+                continue
+            wait_s = (line.t - self.position_s) / self.speed if self.playing else None
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        raise only_a_recording()
+
+    async def ticket(self) -> str:
+        raise only_a_recording()
+
+    async def start_run(self, order: RunOrder) -> str:
+        raise only_a_recording()
+
+    async def stop_run(self, run: str) -> None:
+        raise only_a_recording()
+
+    async def stop_job(self, job: str) -> None:
+        raise only_a_recording()
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        raise only_a_recording()

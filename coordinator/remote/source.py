@@ -1,0 +1,48 @@
+"""Where a watcher of the fleet gets what it shows, and how it acts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal, Protocol
+
+from coordinator.api.schema import RunOrder
+from coordinator.fleet.reducer import Fleet
+from protocols.messages.envelope import Envelope, LogLine
+
+Action = Literal["pause", "resume", "finish", "approve", "remove"]
+
+
+class Source(Protocol):
+    """The seam between a watcher and the coordinator. What acts raises CommonweightError."""
+
+    async def snapshot(self) -> Fleet:
+        """The fleet now, with its `at` stamped. Raises Unreachable or Refused."""
+        ...
+
+    def messages(self) -> AsyncIterator[Envelope]:
+        """Verified live messages, until the link is lost: then it raises Unreachable."""
+        ...
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        """Ask for something about a peer, by its id; words for what was sent."""
+        ...
+
+    async def ticket(self) -> str:
+        """A new join ticket."""
+        ...
+
+    async def start_run(self, order: RunOrder) -> str:
+        """Start a run; its id."""
+        ...
+
+    async def stop_run(self, run: str) -> None:
+        """Ask for the end of a run."""
+        ...
+
+    async def stop_job(self, job: str) -> None:
+        """Ask for the end of a job."""
+        ...
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        """The last lines of the peer's log that it lets others see."""
+        ...

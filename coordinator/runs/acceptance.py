@@ -1,0 +1,116 @@
+"""What an answer amounts to: past the gate it is an update of its round, else it is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from flwr.app import Message
+from msgspec.structs import replace
+
+from coordinator.runs import buffered, late_updates, recovery, retention, validation
+from coordinator.runs.context import Fleetwork
+from coordinator.runs.model import Model
+from coordinator.runs.requests import AGENT_FAILED, Asked
+from coordinator.runs.state import Run
+from coordinator.storage import run_events
+from coordinator.storage.run_events import Fact, Update
+from coordinator.transport.flower_records import read_claim, read_description, read_proof
+from protocols.codecs import registry
+from protocols.errors import TELLABLE, BadMessage, BadWeights, UpdateRefused
+from protocols.messages.envelope import printable
+from protocols.model.weights_file import Stored
+
+
+async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: Message) -> Fact:
+    """The fact that a reply amounts to. Raises UpdateRefused."""
+    peer = asked.peer
+    if reply.has_error():
+        # Flower's own words: the node is gone. From a peer that is there they are a lie, and
+        # to believe it would be to ask again, and again.
+        if reply.error.code != AGENT_FAILED:
+            around.look()
+            if peer not in around.eligible():
+                return run_events.PeerLost(peer, "went away")
+        reason = printable(reply.error.reason or "no reason given")
+        code, colon, words = reason.partition(": ")
+        if colon and code in TELLABLE:  # its own word that it does not fit the run
+            raise UpdateRefused(code, words)
+        raise UpdateRefused("agent failed", reason)
+    try:
+        claim, payload, signature = read_claim(reply)
+    except (BadMessage, KeyError, TypeError, ValueError) as err:
+        raise UpdateRefused("bad claim", str(err)) from err
+    if asked.kind == "train" and not run.buffered and late_updates.is_late(run, asked.round):
+        given = late_updates.given(run, peer, asked.round)
+        expected = validation.Expected("train", given.base, model.schema, given)
+    else:
+        expected = validation.expectation(run, model.schema, peer, asked.kind)
+    validation.check_claim(run, expected, peer, claim, payload, signature, around.verify)
+    if expected.kind == "describe":
+        try:
+            return run_events.PeerDescribed(peer, read_description(reply, claim))
+        except (BadMessage, KeyError, TypeError, ValueError) as err:
+            raise UpdateRefused("bad description", str(err)) from err
+    if expected.kind == "holdings":
+        try:
+            return run_events.HoldingTold(
+                peer, recovery.proven(run, read_proof(reply), around.is_own)
+            )
+        except (KeyError, TypeError) as err:
+            raise UpdateRefused("bad proof", str(err)) from err
+    norm = 0.0
+    if expected.kind != "evaluate":
+        norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
+        validation.check_measured(run, claim, norm)
+        if expected.kind in ("init", "recall"):
+            around.lane.adopt(peer, claim.digest)
+            model.learn(claim.digest)
+            if run.sought:
+                state = retention.state_of(run, run.sought, around.lane)
+                return run_events.VersionRecalled(run.sought, peer, state)
+            return run_events.WeightsInitialised(claim.digest, peer)
+    update = Update(
+        digest=claim.digest,
+        nbytes=claim.nbytes,
+        num_examples=claim.num_examples,
+        metrics=claim.metrics,
+        tallies=claim.tallies,
+        norm=norm,
+        seconds=asked.seconds,
+    )
+    if (own := expected.given) is None:
+        return run_events.UpdateAccepted(run.round, peer, update)
+    behind = buffered.staleness(run, own)
+    update = replace(update, base=own.base, turn=own.turn, staleness=behind)
+    return run_events.UpdateAccepted(own.round, peer, update)
+
+
+def _measure(
+    around: Fleetwork, model: Model, expected: validation.Expected, peer: str, digest: str
+) -> float:
+    """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
+    with contextlib.ExitStack() as stack:
+
+        def uploaded() -> Stored:
+            return stack.enter_context(around.lane.open_update(peer, digest))
+
+        if expected.kind == "recall" and digest != expected.base:
+            raise UpdateRefused("bad weights", f"these are {digest[:12]}, not {expected.base[:12]}")
+        if expected.kind in ("init", "recall"):
+            validation.check_weights(expected, uploaded)
+            return 0.0
+        base = stack.enter_context(_base(around, expected))
+        return validation.measure(
+            expected, lambda: registry.decoded(model.codec, uploaded(), base), base
+        )
+
+
+def _base(around: Fleetwork, expected: validation.Expected) -> Stored:
+    """The version that an update was trained on. Raises UpdateRefused."""
+    try:
+        return Stored(around.lane.version(expected.base))
+    except (FileNotFoundError, BadWeights) as err:
+        if expected.given is None:
+            raise
+        raise UpdateRefused("base is gone", f"version {expected.base[:12]} is not whole") from err

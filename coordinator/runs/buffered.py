@@ -1,0 +1,111 @@
+"""The mode "buffered": no peer waits for another, and so many updates make a version. Pure.
+
+FedBuff: Nguyen et al. 2022, arXiv 2106.06639. The facts are those of rounds: round r is open while
+version r is made. But a peer's training is its own (`runs.Given`), on the version that was newest
+when it was free, and goes on over the rounds; evaluation of version r and training for the next one
+go on at the same time. An update of a version that is tau versions old counts 1/√(1 + tau).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+
+from coordinator.runs.state import Given, Run
+from coordinator.storage.run_events import RunSpec, UpdateAccepted, WorkGiven
+from coordinator.strategies.adapter import Recipe
+from protocols.errors import UsageFault
+
+
+def staleness(run: Run, given: Given) -> int:
+    """How many versions were made since the one that this work is on."""
+    return run.versions - (given.round - 1)
+
+
+def is_stale(run: Run, given: Given) -> bool:
+    """True for work whose update is refused."""
+    return staleness(run, given) > run.spec.max_staleness
+
+
+def discount(staleness: int) -> float:
+    """What an update counts (section 5 of the paper)."""
+    return 1 / math.sqrt(1 + staleness)
+
+
+def is_full(run: Run) -> bool:
+    """True when a version can be made. Updates that came together stay together."""
+    return len(run.buffer) >= run.spec.buffer
+
+
+def is_over(run: Run) -> bool:
+    """True when the last version is made: whatever is still in work comes too late."""
+    return run.versions >= run.spec.rounds
+
+
+def in_order(run: Run) -> list[UpdateAccepted]:
+    """The buffer in an order that does not depend on who came first."""
+    return sorted(run.buffer, key=lambda one: (one.peer, one.round, one.update.turn))
+
+
+def work_for(run: Run, eligible: Set[str], due: bool) -> tuple[WorkGiven, ...]:
+    """Work for those who are free: the longest free first, as many as may work at a time.
+
+    Who comes back goes on with what it had, unless that is too old by now. Whose last answer was
+    refused gets nothing before the next version, or before the deadline.
+    """
+    resting = frozenset() if due else run.resting
+    at_work = sum(not given.lost for given in run.given.values())
+    room = (run.spec.concurrency or len(eligible)) - at_work
+    free = [peer for peer in eligible - resting if peer not in run.given or run.given[peer].lost]
+    free.sort(key=lambda peer: (run.last[peer].round if peer in run.last else 0, peer))
+    return tuple(_next(run, peer) for peer in free[: max(0, room)])
+
+
+def _next(run: Run, peer: str) -> WorkGiven:
+    held = run.given.get(peer)
+    if held is not None and not is_stale(run, held):
+        return WorkGiven(peer, held.round, held.base, held.turn)
+    number, last = run.versions + 1, run.last.get(peer)
+    turn = last.turn + 1 if last is not None and last.base == run.head else 0
+    return WorkGiven(peer, number, run.head, turn)
+
+
+def check(spec: RunSpec, recipe: Recipe) -> None:
+    """Raise UsageFault unless the settings of the mode fit each other and the strategy."""
+    if spec.mode == "synchronous":
+        if spec.buffer or spec.concurrency or spec.server_lr != 1.0:
+            raise UsageFault(
+                "--buffer, --concurrency and --server-lr belong to --mode buffered",
+                "--mode buffered --buffer 4",
+            )
+        return
+    limits = {
+        "--buffer is the number of updates that make a version, 1 or more": spec.buffer >= 1,
+        "--max-staleness is 0 or more": spec.max_staleness >= 0,
+        "--concurrency is 0 (all peers) or more": spec.concurrency >= 0,
+        "--server-lr is above 0": 0 < spec.server_lr < math.inf,
+        "--quorum has no meaning with --mode buffered: --buffer says what a version needs": (
+            spec.quorum == 1
+        ),
+        "--select has no meaning with --mode buffered: --concurrency says how many work": (
+            spec.select == 0
+        ),
+        "fraction_train has no meaning with --mode buffered: --concurrency says how many work": (
+            "fraction_train" not in spec.strategy_args
+        ),
+    }
+    for words, held in limits.items():
+        if not held:
+            raise UsageFault(words)
+    if recipe.feed != "mean":
+        raise UsageFault(
+            f"{spec.strategy} and --mode buffered do not go together: a fast peer may have several "
+            "updates in a buffer, and a bound on bad peers then bounds nothing",
+            "fedavg or a server optimiser; --max-weight-share and --clip-norm bound each peer",
+        )
+    if recipe.needs_base:
+        raise UsageFault(
+            f"{spec.strategy} and --mode buffered do not go together: its control variates are "
+            "those of one version",
+            "fedavg or a server optimiser, or --mode synchronous",
+        )

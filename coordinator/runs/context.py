@@ -1,0 +1,34 @@
+"""What a run needs of the coordinator around it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from coordinator.storage.ledger import Ledger
+from coordinator.transport.flower_records import LaneGrid
+from coordinator.transport.weights import Lane
+from protocols.messages.envelope import CoordinatorBody, Sign, Verify
+
+
+class Fleetwork(NamedTuple):
+    """The ledger, the lane and the grid; who is there, and how they are told something."""
+
+    ledger: Ledger
+    lane: Lane
+    grid: LaneGrid
+    sign: Sign
+    verify: Verify
+    #: True for a signature of this coordinator's own, of this life or an earlier one.
+    is_own: Callable[[bytes, bytes], bool]
+    eligible: Callable[[], frozenset[str]]
+    node_of: Callable[[str], int | None]
+    peer_of: Callable[[int], str]
+    name_of: Callable[[str], str]
+    ring: Callable[[Sequence[str]], None]
+    publish: Callable[[CoordinatorBody], None]
+    #: Refused updates by reason, since the coordinator started.
+    refused: Counter[str]
+    #: Look anew who is there; else a heartbeat that has run out is seen within seconds.
+    look: Callable[[], object] = lambda: None

@@ -1,0 +1,88 @@
+"""A version as two files for other programs: safetensors, and a card that says whence it comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from coordinator.runs.state import Run
+from coordinator.transport.weights import Lane
+from protocols import VERSION
+from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.local.atomic_files import replacing
+from protocols.model import model_card, personalization, weights
+from protocols.model.model_card import Contributor, ModelCard
+from protocols.model.weights import Schema
+
+
+def chosen(run: Run, which: str) -> str:
+    """The digest that "best", "latest", or the beginning of a digest means. Raises UnknownName."""
+    if which == "best":
+        found = [run.best.digest] if run.best else []
+    elif which == "latest":
+        found = [run.head] if run.head else []
+    else:
+        known = {run.first, run.head, *(closed.digest for closed in run.history)}
+        found = [digest for digest in known if which and digest.startswith(which)]
+    if len(found) != 1:
+        raise UnknownName(f"run {run.id} has no version {which!r}", "commonweight models list")
+    return found[0]
+
+
+def card_of(
+    run: Run, version: str, sha256: str, schema: Schema, names: Mapping[str, str]
+) -> ModelCard:
+    """The card of a version of this run. `names` are the peers' by id."""
+    upto = next((n for n, closed in enumerate(run.history, 1) if closed.digest == version), 0)
+    is_open = version == run.head and version != run.first and not upto  # its round is not closed
+    rounds = run.history if is_open else run.history[:upto]
+    counted = Counter(peer for closed in rounds for peer in closed.contributors)
+    counted.update(run.contributors if is_open else ())
+    # How rows become numbers is part of a model of tables.
+    shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
+    lineage = (run.first, *(closed.digest for closed in rounds))
+    return ModelCard(
+        sha256=sha256,
+        version=version,
+        run=run.id,
+        round=run.round if is_open else upto and rounds[-1].round,
+        task=run.spec.task,
+        task_version=run.card.version if run.card else "",
+        settings={**run.spec.settings, **shared},
+        seed=run.spec.seed,
+        strategy=run.spec.strategy,
+        tensors=model_card.tensors_of(schema),
+        traits=run.card.traits if run.card else {},
+        parents=tuple(digest for digest in reversed(lineage) if digest != version),
+        contributors=tuple(
+            Contributor(peer, names.get(peer, ""), count) for peer, count in sorted(counted.items())
+        ),
+        metrics=dict(rounds[-1].metrics) if upto else {},
+        made_by=f"commonweight {VERSION}",
+    )
+
+
+def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
+    """Write both files; the version's digest. Raises UnknownName, UsageFault, CommonweightError."""
+    version = chosen(run, which)
+    path = Lane(home).version(version)
+    if not path.exists():
+        raise UnknownName(
+            f"version {version[:12]} of run {run.id} is not kept any more",
+            "commonweight models list",
+        )
+    card_path = model_card.beside(out)
+    if card_path == out:
+        raise UsageFault("the model and its card would be one file", "MODEL.safetensors, say")
+    for taken in (out, card_path):
+        if taken.exists():
+            raise CommonweightError(f"{taken} exists already", "choose another name")
+    model = personalization.without_controls(weights.load(path))
+    try:
+        sha256 = weights.save(model, out)
+        with replacing(card_path) as file:
+            file.write(model_card.encode(card_of(run, version, sha256, model.schema, names)))
+    except OSError as err:
+        raise CommonweightError(f"cannot write {out}: {err.strerror or err}") from err
+    return version

@@ -1,0 +1,60 @@
+"""Updates that come when their round has closed: folded into the next one. Pure.
+
+With `late` "fold" a question stays open over `max_staleness` versions, and its peer gets no other
+work meanwhile, so long as there are others enough. Its update is the change that it makes to the
+version it was trained on; it counts 1/√(1 + staleness), as in buffered runs. With "drop", and in
+the last round, it is refused as late.
+"""
+
+from __future__ import annotations
+
+from coordinator.runs.state import Given, Run
+from coordinator.storage.run_events import RunSpec
+from coordinator.strategies.adapter import Recipe
+from protocols.errors import UpdateRefused, UsageFault
+from protocols.messages.states import RunState
+
+
+def base_of(run: Run, number: int) -> str:
+    """The version that round `number` trains on; empty if the run does not know it any more."""
+    if number == run.round and run.state is not RunState.WAITING:
+        return run.parent
+    if number == 1:
+        return run.first
+    return next((c.digest for c in reversed(run.history) if c.round == number - 1), "")
+
+
+def is_late(run: Run, number: int) -> bool:
+    """True if round `number` takes no more updates."""
+    return (number, RunState.TRAINING) != (run.round, run.state)
+
+
+def given(run: Run, peer: str, number: int) -> Given:
+    """The work that a late update of this peer is of. Raises UpdateRefused if it is not folded."""
+    if run.spec.late == "drop" or run.ended or run.versions >= run.spec.rounds:
+        raise UpdateRefused("late", f"it is for round {number} (train)")
+    counted = run.contributors if number == run.round else ()
+    counted += next((c.contributors for c in run.history if c.round == number), ())
+    held = {(one.peer, one.round) for one in run.buffer}
+    if peer in counted or (peer, number) in held:
+        raise UpdateRefused("replay", "this peer's answer was counted already")
+    base = base_of(run, number)
+    if not base or run.versions - (number - 1) > run.spec.max_staleness:
+        raise UpdateRefused("late", f"it is for round {number}, too many versions ago")
+    return Given(number, base)
+
+
+def is_over(run: Run, kind: str, number: int) -> bool:
+    """True when round `number` has been left so far behind that no answer of it is of use."""
+    behind = run.spec.max_staleness if run.spec.late == "fold" and kind == "train" else 0
+    return number < run.round - behind
+
+
+def check(spec: RunSpec, recipe: Recipe) -> None:
+    """Raise UsageFault unless late updates can be folded under this strategy."""
+    fits = recipe.feed == "mean" and not recipe.needs_base and spec.mode == "synchronous"
+    if spec.late == "fold" and not fits:
+        raise UsageFault(
+            f"--late fold does not go with {spec.strategy}, mode {spec.mode}",
+            "fedavg or a server optimiser in synchronous rounds; --late drop",
+        )

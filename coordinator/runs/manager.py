@@ -1,0 +1,261 @@
+"""The coordinator's runs: started, queued, worked on one by one, recalled after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from msgspec.structs import replace
+
+from coordinator import strategies
+from coordinator.fleet.registry import SUBJECT, Registry
+from coordinator.runs import best_version, buffered, late_updates, transitions
+from coordinator.runs.context import Fleetwork
+from coordinator.runs.loop import RunLoop
+from coordinator.runs.messages import round_body, run_body
+from coordinator.runs.state import Round, Run
+from coordinator.storage import job_events, run_events
+from coordinator.storage.run_events import RunSpec, RunStarted
+from coordinator.strategies import memory_estimate
+from protocols.codecs import registry as codecs
+from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.failpoints import failpoint
+from protocols.local import heap
+from protocols.messages.states import RunState
+from protocols.model import personalization, weights
+from protocols.model.weights_file import Stored
+
+#: Runs whose rounds the monitor still sees after a restart.
+_SHOWN_RUNS = 5
+#: What a round tells of single peers, or for plots.
+_OF_PEERS = ("norms", "spread", "worst", "tallies", "spent", "staleness")
+#: Well within an agent's patience. One that hears no more than that keeps its answer.
+_SETTLED_WITHIN_S = 10.0
+
+
+class RunQueue:
+    """All runs of the ledger. `known_tasks()` are those that some present peer can run.
+
+    Of runs that have ended only the last rounds are kept in memory, whose versions may still be
+    there, and nothing of single peers: a coordinator lives for months. `find` reads all of it in
+    the ledger.
+    """
+
+    def __init__(
+        self, around: Fleetwork, registry: Registry, known_tasks: Callable[[], set[str]]
+    ) -> None:
+        self._around, self._registry, self._known_tasks = around, registry, known_tasks
+        self._runs: dict[str, Run] = {}
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self.current: RunLoop | None = None
+        self._recall()
+
+    def _recall(self) -> None:
+        found = [
+            subject
+            for subject in self._around.ledger.subjects()
+            if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
+        ]
+        shown = frozenset(found[-_SHOWN_RUNS:])
+        for subject in found:
+            run = self._whole(subject)
+            self._runs[subject] = _light(run)
+            if subject in shown:
+                self._around.publish(run_body(run, ""))
+                for closed in run.history:
+                    self._around.publish(round_body(run.id, closed))
+        failpoint("runs.recalled")
+
+    def _whole(self, run_id: str) -> Run:
+        """A run with all its rounds, as the ledger has it."""
+        past = [run_events.decode(entry.body) for entry in self._around.ledger.entries(run_id)]
+        return transitions.replay(run_id, past)
+
+    async def work(self, resume: bool) -> None:
+        """One run after the other, unfinished ones of the last life first."""
+        for run in list(self._runs.values()):
+            if not run.ended:
+                if resume:
+                    self._queue.put_nowait(run.id)
+                else:
+                    self._end(run.id, "not resumed")
+        while True:
+            run = self._runs[await self._queue.get()]
+            if run.ended:
+                continue
+            others = [other for other in self._runs.values() if other.id != run.id]
+            elsewhere = {other.head for other in others}
+            elsewhere |= {other.best.digest for other in others if other.best}
+            elsewhere |= {state for other in others for state in other.strategy_state.values()}
+            self.current = RunLoop(run, self._around, frozenset(elsewhere))
+            try:
+                await self.current.drive()
+            finally:
+                self._runs[run.id] = _light(self.current.run)
+                self.current = None
+            heap.trim()
+
+    def nudge(self) -> None:
+        """Something changed that the run in work may care for."""
+        if self.current is not None:
+            self.current.changed.set()
+
+    def settling(self, question: str) -> asyncio.Future[bool] | None:
+        """For `settled`: to be asked before the reply to this question is handed in."""
+        return self.current.questions.settling(question) if self.current is not None else None
+
+    async def settled(self, settling: asyncio.Future[bool] | None) -> bool:
+        """Wait until a reply's fate is in the ledger; False if it is none of ours or takes long."""
+        if settling is None:
+            return False
+        await asyncio.wait({settling}, timeout=_SETTLED_WITHIN_S)
+        return settling.done() and settling.result()
+
+    def start(self, spec: RunSpec, from_digest: str) -> str:
+        """Write a run down and queue it; its id. Raises UsageFault and its kin."""
+        self._check(spec)
+        if from_digest and not self._around.lane.has(from_digest):
+            raise UnknownName(f"no version {from_digest[:12]}")
+        if from_digest:
+            from_digest = self._as_first(spec, from_digest)
+            with Stored(self._around.lane.version(from_digest)) as first:
+                memory_estimate.told(
+                    strategies.find(spec.strategy), spec, first.schema, spec.quorum
+                )
+        task = re.sub(r"\W+", "-", spec.task)[:48]
+        run_id = f"{task}-{secrets.token_hex(3)}"
+        news: list[run_events.Fact] = [RunStarted(spec, time.time())]
+        if from_digest:
+            news.append(run_events.WeightsInitialised(from_digest, "file"))
+        self._around.ledger.append(run_id, [run_events.encode(fact) for fact in news])
+        failpoint("runs.queued")
+        self._runs[run_id] = transitions.replay(run_id, news)
+        self._around.publish(run_body(self._runs[run_id], "its turn"))
+        self._queue.put_nowait(run_id)
+        return run_id
+
+    def _as_first(self, spec: RunSpec, digest: str) -> str:
+        """A version as such a run begins with it: with control variates, or without some layers."""
+        scheme = strategies.find(spec.strategy).trainer_settings(spec.strategy_args)
+        lane = self._around.lane
+        given = weights.load(lane.version(digest))
+        first = personalization.first_version(given, scheme)
+        return digest if first.schema == given.schema else lane.commit(first)
+
+    def _check(self, spec: RunSpec) -> None:
+        if taken := sorted(personalization.SETTINGS & spec.settings.keys()):
+            raise UsageFault(
+                f"{taken[0]} is no setting of a task: the strategy says it",
+                "--strategy scaffold or fedbn, with --strategy-arg",
+            )
+        buffered.check(spec, strategies.find(spec.strategy))
+        strategies.check(spec)
+        codecs.find(spec.codec)
+        if spec.rounds < 1:
+            raise UsageFault("a run has at least one round")
+        self._registry.check_quorum(spec.quorum)
+        if not spec.deadline_s > 0:
+            raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
+        if spec.select and not 1 <= spec.select <= 10:
+            raise UsageFault("--select is from 1x to 10x: so many quorums of peers are asked")
+        if not 1 <= spec.min_examples <= spec.max_examples:
+            raise UsageFault(f"--min-examples is from 1 to {spec.max_examples}")
+        late_updates.check(spec, strategies.find(spec.strategy))
+        if spec.keep_versions < 1:
+            raise UsageFault("--keep-versions is 1 or more")
+        if not 0 <= spec.clip_norm < float("inf"):
+            raise UsageFault("--clip-norm is 0 (off) or a positive number")
+        if not 0 < spec.max_weight_share <= 1:
+            raise UsageFault("--max-weight-share is above 0 and at most 1")
+        if spec.patience < 0:
+            raise UsageFault("--patience is 0 (off) or a number of rounds")
+        if spec.target is not None and not math.isfinite(spec.target):
+            raise UsageFault("--target is a finite number")
+        if spec.best_direction and not spec.best_metric:
+            raise UsageFault("--best-direction needs --best-metric")
+        best_version.check(spec)
+        known = self._known_tasks()
+        if known and spec.task not in known:
+            raise UnknownName(
+                f"no peer can run the task {spec.task!r}",
+                f"tasks of the peers that are here: {', '.join(sorted(known))}; one of your own: "
+                "commonweight-agent task add, on each machine",
+            )
+
+    def stop(self, run_id: str) -> None:
+        """End a run at its next step, or at once if it is not in work."""
+        if self.current is not None and self.current.run.id == run_id:
+            self.current.stop("stopped by the operator")
+        elif not self._runs[run_id].ended:
+            self._end(run_id, "stopped by the operator")
+
+    def resume(self, run_id: str) -> None:
+        """Let a run that was stopped or has failed go on. Raises CannotBeMet."""
+        run = self.find(run_id)
+        if not run.ended:
+            raise CannotBeMet(f"run {run.id} has not ended: {run.state}", "commonweight run list")
+        if run.state is RunState.FINISHED:
+            raise CannotBeMet(
+                f"run {run.id} has finished: {run.ended_because}",
+                "commonweight models export, and run start --from that file, for more rounds",
+            )
+        self._check(run.spec)
+        fact = run_events.RunResumed()
+        self._around.ledger.append(run.id, [run_events.encode(fact)])
+        self._runs[run.id] = self._whole(run.id)
+        self._around.publish(run_body(self._runs[run.id], "its turn"))
+        self._queue.put_nowait(run.id)
+
+    def _end(self, run_id: str, because: str) -> None:
+        fact = run_events.RunEnded(RunState.STOPPED, because)
+        self._around.ledger.append(run_id, [run_events.encode(fact)])
+        run = transitions.apply(self._runs[run_id], fact)
+        self._runs[run_id] = _light(run)
+        self._around.publish(run_body(run, ""))
+
+    def find(self, run_id: str) -> Run:
+        """A run by its id or the beginning of it. Raises UnknownName."""
+        found = [run for run in self.all() if run.id.startswith(run_id)]
+        if len(found) != 1:
+            raise UnknownName(f"no run {run_id!r}", "commonweight run list")
+        return self._whole(found[0].id) if found[0].ended else found[0]
+
+    def all(self) -> list[Run]:
+        """Every run, oldest first; ended ones with their last rounds."""
+        if self.current is not None:
+            self._runs[self.current.run.id] = self.current.run
+        return list(self._runs.values())
+
+
+def _light(run: Run) -> Run:
+    """The run, if it has ended without early rounds and what was told of single peers."""
+    if not run.ended:
+        return run
+    return replace(
+        run,
+        history=tuple(map(_bare, run.history[-run.spec.keep_versions :])),
+        best=_bare(run.best) if run.best else None,
+        described={},
+        peers={},
+        updates={},
+        contributors=(),
+        norms={},
+        needed={},
+        holdings={},
+        given={},
+        last={},
+        buffer=(),
+        resting=frozenset(),
+        excluded=frozenset(),
+        staleness={},
+    )
+
+
+def _bare(closed: Round) -> Round:
+    nobody: dict[str, Any] = {name: {} for name in _OF_PEERS}
+    return replace(closed, contributors=(), **nobody)

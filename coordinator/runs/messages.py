@@ -1,0 +1,53 @@
+"""Where runs and their rounds stand, as the monitors are told. Pure."""
+
+from __future__ import annotations
+
+from coordinator.runs import state
+from coordinator.runs.state import Run
+from protocols.messages import envelope
+from protocols.messages.envelope import RunChanged, printable
+from protocols.messages.states import RunState
+
+
+def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
+    """Where a run stands, as the monitor is told."""
+    answered = sum(standing == "answered" for standing in run.peers.values())
+    return RunChanged(
+        run=run.id,
+        task=run.spec.task,
+        # A buffered run evaluates one version and trains for the next at the same time.
+        state=RunState.TRAINING if run.buffered and run.state is RunState.EVALUATING else run.state,
+        round=run.round,
+        rounds=run.spec.rounds,
+        quorum=run.spec.buffer or run.spec.quorum,
+        asked=len(run.given) if run.buffered else len(run.peers),
+        answered=len(run.buffer) if run.buffered else answered,
+        waiting_for="" if run.ended else waiting_for,
+        head=run.head,
+        best_round=run.best.round if run.best else 0,
+        ended_because=printable(run.ended_because),
+        memory_bytes=memory_bytes,
+    )
+
+
+def round_body(run_id: str, closed: state.Round) -> envelope.RoundClosed:
+    """A closed round, as the monitor is told."""
+    return envelope.RoundClosed(
+        run=run_id,
+        round=closed.round,
+        digest=closed.digest,
+        seconds=closed.seconds,
+        peers=len(closed.contributors),
+        refused=closed.refused,
+        loss=closed.metrics.get("loss"),
+        accuracy=closed.metrics.get("accuracy"),
+        diverged="loss" in closed.metrics and closed.metrics["loss"] is None,
+        metrics=closed.metrics,
+        bytes_up=closed.bytes_up,
+        bytes_down=closed.bytes_down,
+        norms=closed.norms,
+        spread=closed.spread,
+        worst=closed.worst,
+        spent=closed.spent,
+        staleness=closed.staleness,
+    )

@@ -1,0 +1,48 @@
+"""The model of a run in work: its schema and size, and the patch to its newest version."""
+
+from __future__ import annotations
+
+from coordinator.transport.weights import Lane
+from protocols.codecs import registry
+from protocols.codecs.registry import Codec
+from protocols.model.weights import Schema
+from protocols.model.weights_file import Stored
+
+#: Room for headers and codecs on top of the model's size.
+_SLACK_BYTES = 1024 * 1024
+#: First weights have no base to be measured by.
+_FIRST_WEIGHTS_BYTES = 8 * 1024**3
+
+
+class Model:
+    """Known from the first version on; the lane's limits follow from it."""
+
+    def __init__(self, lane: Lane, codec: Codec) -> None:
+        self.schema: Schema = {}
+        self.nbytes = 0
+        self.codec = codec
+        self._lane = lane
+        #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
+        self._patch = ("", "", 0)
+
+    def learn(self, digest: str) -> None:
+        """Take schema and size from a version."""
+        with Stored(self._lane.version(digest)) as model:
+            self.schema, self.nbytes = model.schema, model.nbytes
+        self._lane.version_bytes = self.nbytes
+        most = registry.most_bytes(self.codec, self.schema, self.nbytes)
+        self._lane.limit_bytes = min(most, self.nbytes) + _SLACK_BYTES
+
+    def await_first(self) -> None:
+        """First weights are to come, of whatever size."""
+        self._lane.limit_bytes = _FIRST_WEIGHTS_BYTES
+        self._lane.version_bytes = 0
+
+    def make_patch(self, parent: str, digest: str) -> None:
+        """Make the patch to a new version, if little has moved."""
+        self._patch = (digest, parent, self._lane.make_patch(parent, digest))
+
+    def patch_to(self, digest: str) -> tuple[str, int]:
+        """The parent that a version's patch builds on, and the patch's bytes; or ("", 0)."""
+        patched, parent, nbytes = self._patch
+        return (parent, nbytes) if patched == digest else ("", 0)

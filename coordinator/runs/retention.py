@@ -1,0 +1,54 @@
+"""Which versions and strategy states stay on disk when a round has closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from coordinator.runs import buffered
+from coordinator.runs.state import Run
+from coordinator.storage.run_events import Holding
+from coordinator.strategies.state import States
+from coordinator.transport.weights import Lane
+from protocols.failpoints import failpoint
+
+
+class Retention:
+    """Keeps the newest versions, as many as the run wants and two at least, and the best one.
+
+    The ledger still names the others. `elsewhere`: digests that other runs still need.
+    """
+
+    def __init__(self, run: Run, lane: Lane, states: States, elsewhere: frozenset[str]) -> None:
+        self._lane, self._states, self._elsewhere = lane, states, elsewhere
+        self._on_disk = {closed.digest for closed in run.history}
+
+    def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
+        """Drop the others. `in_use`: digests that peers still train on."""
+        keep = {run.head, run.parent, run.best.digest if run.best else "", *in_use}
+        keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
+        keep |= {given.base for given in run.given.values() if not buffered.is_stale(run, given)}
+        keep |= {accepted.update.base for accepted in run.buffer}
+        self._on_disk |= {run.head, run.parent}
+        for digest in self._on_disk - keep - self._elsewhere:
+            self._lane.drop(digest)
+        still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
+        known = {d for r in run.history for d in r.strategy_state.values()}
+        self._states.drop(known - still - self._elsewhere)
+        failpoint("round.pruned")
+        self._on_disk &= keep
+
+
+def newest_whole(run: Run, is_whole: Callable[[str], bool]) -> str:
+    """The newest of a run's versions that is not damaged on disk; empty if there is none."""
+    versions = (run.head, *(closed.digest for closed in reversed(run.history)), run.first)
+    return next(filter(is_whole, dict.fromkeys(versions)), "")
+
+
+def state_of(run: Run, version: Holding, lane: Lane) -> dict[str, str]:
+    """What the strategy remembered at a version, if all of it is on disk; else it begins anew."""
+    for closed in run.history:
+        if (closed.round, closed.digest) == (version.round, version.digest):
+            states = States(lane.states)
+            files = closed.strategy_state.values()
+            return closed.strategy_state if all(states.path(d).exists() for d in files) else {}
+    return {}

@@ -1,0 +1,101 @@
+"""Versions on disk, each in a file named by its digest, and the patches that lead to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from protocols.codecs import patches
+from protocols.failpoints import failpoint
+from protocols.local import atomic_files
+from protocols.local.background_unlink import remove
+from protocols.messages.work import FEW_BYTES
+from protocols.model import weights
+from protocols.model.weights import Array, Part, Schema, Weights
+from protocols.model.weights_file import Stored, Writer
+
+
+class Versions:
+    """The versions in a folder. One that jobs use can be pinned: it stays until they let go."""
+
+    suffix = ".safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        self._versions = folder
+        folder.mkdir(mode=0o700, exist_ok=True)
+        #: Versions that jobs use, by how many, and those of them that are not wanted else.
+        self._pins: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
+
+    def version(self, digest: str) -> Path:
+        """Where the version with this digest lies, or would."""
+        return self._versions / f"{digest}{self.suffix}"
+
+    def has(self, digest: str) -> bool:
+        return self.version(digest).exists()
+
+    def patch(self, digest: str) -> Path:
+        """Where the patch to this version from its parent lies, or would."""
+        return self._versions / f"{digest}.patch"
+
+    def make_patch(self, parent: str, digest: str) -> int:
+        """Make the patch to a version, if a small one does; its bytes, else 0."""
+        try:
+            with Stored(self.version(parent)) as old, Stored(self.version(digest)) as new:
+                return patches.make(old, new, self.patch(digest))
+        except OSError:  # a full disk: the version itself is safe, and is sent whole
+            return 0
+
+    def pin(self, digests: Iterable[str]) -> None:
+        """Keep these versions, whoever drops them, until they are unpinned as often."""
+        self._pins.update(digests)
+
+    def unpin(self, digests: Iterable[str]) -> None:
+        """Drop now what was dropped meanwhile."""
+        self._pins.subtract(digests)
+        for digest in [digest for digest in self._unwanted if self._pins[digest] <= 0]:
+            self._unwanted.discard(digest)
+            self.drop(digest)
+
+    def drop(self, digest: str) -> None:
+        """Forget a version."""
+        if self._pins[digest] > 0:
+            self._unwanted.add(digest)
+            return
+        remove(self.version(digest))
+        self.patch(digest).unlink(missing_ok=True)
+
+    def is_whole(self, digest: str) -> bool:
+        """True if a version's bytes are there and are its own. Damaged ones are put aside."""
+        path = self.version(digest)
+        if not path.exists():
+            return False
+        if weights.file_digest(path) == digest:
+            return True
+        path.replace(path.with_suffix(".damaged"))
+        return False
+
+    def commit(self, model: Weights) -> str:
+        """Keep a small model as a version, durably; its digest."""
+        parts = weights.pieces(model.schema)
+        return self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
+
+    def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
+        """Keep a version, durably; its digest. `pieces` come in file order."""
+        temporary = self._versions / ".new.safetensors"
+        with Writer(temporary, schema) as writer:
+            for piece in pieces:
+                writer.write(piece)
+        failpoint("version.written")
+        temporary.replace(self.version(writer.digest))
+        failpoint("version.renamed")
+        atomic_files.sync_folder(self._versions)
+        return writer.digest
+
+    def few_bytes(self, digest: str) -> bytes:
+        """A version that is so small that it goes with the work; empty for any other."""
+        path = self.version(digest)
+        if not path.exists() or path.stat().st_size > FEW_BYTES:
+            return b""
+        return path.read_bytes()

@@ -1,0 +1,96 @@
+"""A strategy of one's own: `module:Class`, installed beside the coordinator.
+
+The class is Flower's `Strategy` or a child of one. It is imported by name from what is installed
+on the coordinator's machine, and only an operator names it: nothing of it comes over the wire. If
+it leaves `aggregate_train` as it found it, it is fed like the class that it took it from. Else it
+gets every reply whole, floating-point tensors under their names, in the order of the peers' names.
+
+It survives a restart of the coordinator with what Flower's class keeps, and with the arrays that
+its own `get_state() -> dict[str, array]` gives and `set_state(arrays)` takes, if it has these two.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coordinator.strategies.adapter import Arrays, Recipe
+from protocols.errors import UnknownName, UsageFault
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+
+class Own(Recipe):
+    """Raises UnknownName, UsageFault. `known`: the recipes of Flower's classes."""
+
+    limits = MappingProxyType({})
+    looks_at_weights = True
+
+    def __init__(self, name: str, known: Mapping[str, Recipe]) -> None:
+        super().__init__(name)
+        self._class = _found(name)
+        by_class = {recipe.flower: recipe for recipe in reversed(list(known.values()))}
+        near = next((c for c in self._class.__mro__ if c.__name__ in by_class and _is(c)), None)
+        self._like = by_class[near.__name__] if near is not None else Recipe("Strategy")
+        giver = next(c for c in self._class.__mro__ if "aggregate_train" in c.__dict__)
+        if _is(giver):
+            self.feed, self.copies = self._like.feed, self._like.copies
+        else:
+            self.feed, self.copies = "models", 3.0
+        self.defaults = self._like.defaults if near is not None else {}
+
+    def flower_class(self) -> type[Strategy]:
+        return self._class
+
+    def metric(self, given: Any) -> str:
+        return self._like.metric(given)
+
+    def check_quorum(self, made: Any, quorum: int) -> None:
+        self._like.check_quorum(made, quorum)
+
+    def slots(self, made: Any) -> tuple[str, ...]:
+        return self._like.slots(made)
+
+    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        self._like.put(made, base, state)
+
+    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
+        return self._like.take(made, names)
+
+    def remembered(self, made: Any) -> Arrays | None:
+        return dict(made.get_state()) if hasattr(made, "get_state") else None
+
+    def remind(self, made: Any, arrays: Arrays) -> None:
+        made.set_state({name: np.array(arrays[name]) for name in arrays})
+
+
+def _found(name: str) -> type[Strategy]:
+    from flwr.serverapp.strategy import Strategy
+
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as err:
+        raise UnknownName(
+            f"the strategy {name!r} cannot be loaded on the coordinator: {err}",
+            "install its package into the coordinator's environment",
+        ) from err
+    if not (inspect.isclass(found) and issubclass(found, Strategy)):
+        raise UsageFault(f"{name} is no class that extends flwr.serverapp.strategy.Strategy")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise UsageFault(f"{name} lacks {missing}")
+    if hasattr(found, "get_state") != hasattr(found, "set_state"):
+        raise UsageFault(f"{name} has only one of get_state and set_state")
+    return found
+
+
+def _is(cls: type[Any]) -> bool:
+    """True for one of Flower's own classes."""
+    return cls.__module__.startswith("flwr.")

@@ -1,0 +1,116 @@
+"""The routes by which agents learn from whom to fetch a version, and say how that went.
+
+POST /cw/v1/plans/{digest}        its pieces, holders near by, a permit   (an enrolled peer)
+POST /cw/v1/plans/{digest}/held   I have it; these helped, these failed   (an enrolled peer)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coordinator.fleet.auth import Auth
+from coordinator.fleet.registry import Registry
+from coordinator.transport.holders import Holders
+from coordinator.transport.neighbours import NeighbourDesk
+from coordinator.transport.weights import Lane, digest_of
+from protocols.messages.envelope import Sign
+from protocols.p2p import swarm
+from protocols.p2p.swarm import HELD_PATH, PERMIT_S, PIECE_BYTES, PLAN_PATH, Held, Holder, PlanAsked
+
+log = logging.getLogger("commonweight.share")
+
+_MOST_BODY_BYTES = 64 * 1024
+_MOST_LISTS = 4
+
+T = TypeVar("T")
+
+
+class SharingDesk:
+    """Plans for whoever needs a version. `sign` is the coordinator's."""
+
+    def __init__(self, lane: Lane, registry: Registry, holders: Holders, sign: Sign) -> None:
+        self._lane, self._registry, self._holders, self._sign = lane, registry, holders, sign
+        self.neighbours = NeighbourDesk(registry, sign)
+        #: Piece lists by version, made when the first agent asks.
+        self._lists: dict[str, asyncio.Future[bytes]] = {}
+
+    def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
+        """(method, path, endpoint) of the plans, and of the neighbours."""
+
+        async def plan(request: Request) -> Response:
+            digest = digest_of(request)
+            peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
+            asked = _decoded(body, PlanAsked)
+            path = self._lane.version(digest)
+            if not path.exists():
+                raise HTTPException(404)
+            pieces = await self._pieces(digest, path)
+            outside = request.client.host if request.client else ""
+            advice = self._holders.ask(digest, peer.peer, asked, outside, time.monotonic())
+            known = self._registry.peers
+            permit = swarm.Permit(
+                peer=peer.peer,
+                sign_public=peer.sign_public,
+                digest=digest,
+                until=time.time() + PERMIT_S,
+            )
+            answer = swarm.Plan(
+                digest=digest,
+                nbytes=path.stat().st_size,
+                piece_bytes=PIECE_BYTES,
+                pieces=pieces,
+                holders=tuple(
+                    Holder(peer=other, address=address, node_public=known[other].node_public)
+                    for other, address in advice.holders
+                    if other in known and known[other].standing == "enrolled"
+                ),
+                permit=swarm.issue(permit, self._sign),
+                seed=advice.seed,
+            )
+            return Response(msgspec.json.encode(answer), media_type="application/json")
+
+        async def held(request: Request) -> Response:
+            digest = digest_of(request)
+            peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
+            told = _decoded(body, Held)
+            for other in self._holders.held(digest, peer.peer, told.rates, told.faulty):
+                name = self._registry.peers[other].name if other in self._registry.peers else other
+                log.warning("%s found %s of no help with a version", peer.name, name)
+            return Response(status_code=204)
+
+        plans = [("POST", PLAN_PATH, plan), ("POST", HELD_PATH, held)]
+        return [*plans, *self.neighbours.routes(auth)]
+
+    async def _pieces(self, digest: str, path: Path) -> bytes:
+        """The version's piece list, made once however many ask."""
+        if digest not in self._lists:
+            while len(self._lists) >= _MOST_LISTS:
+                del self._lists[next(iter(self._lists))]
+            self._lists[digest] = asyncio.ensure_future(asyncio.to_thread(_hashed, path))
+        try:
+            return await asyncio.shield(self._lists[digest])
+        except OSError as err:  # dropped meanwhile
+            self._lists.pop(digest, None)
+            raise HTTPException(404) from err
+
+
+def _hashed(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return swarm.piece_list(iter(lambda: file.read(PIECE_BYTES), b""))
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise HTTPException(400) from err

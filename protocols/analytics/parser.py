@@ -1,0 +1,200 @@
+"""Questions as people write them. Pure.
+
+    count, mean(age), std(age), quantile(age, .5), histogram(income, 20) by sex
+
+Read with Python's own parser, of which only calls, names, numbers, texts and comparisons are let
+through; nothing is evaluated. A column whose name is no plain word is written as a text: "my town".
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from typing import NamedTuple
+
+from protocols.analytics.query import Comparison, Condition, Kind, Number, Operation, Question
+from protocols.errors import UnknownName, UsageFault
+
+_BY = re.compile(r"""\s+by\s+(?=(?:[^"']|"[^"]*"|'[^']*')*\Z)""", re.IGNORECASE)
+
+
+class _Form(NamedTuple):
+    """How an operation is called: so many columns, then at least and at most so many numbers."""
+
+    columns: int
+    least: int
+    most: int
+    example: str
+
+
+FORMS: dict[Kind, _Form] = {
+    "count": _Form(0, 0, 0, "count"),
+    "missing": _Form(1, 0, 0, "missing(age)"),
+    "sum": _Form(1, 0, 0, "sum(age)"),
+    "mean": _Form(1, 0, 0, "mean(age)"),
+    "var": _Form(1, 0, 0, "var(age)"),
+    "std": _Form(1, 0, 0, "std(age)"),
+    "min": _Form(1, 0, 0, "min(age)"),
+    "max": _Form(1, 0, 0, "max(age)"),
+    "cov": _Form(2, 0, 0, "cov(age, income)"),
+    "corr": _Form(2, 0, 0, "corr(age, income)"),
+    "quantile": _Form(1, 1, 1, "quantile(age, 0.5)"),
+    "histogram": _Form(1, 1, 3, "histogram(income, 20) or histogram(income, 20, 0, 100000)"),
+    "distinct": _Form(1, 0, 0, "distinct(city)"),
+}
+_NOT_HERE = {
+    "join": "rows of different peers are never brought together",
+    "sort": "no order over all peers' rows exists without bringing them together",
+    "top": "single rows never leave a peer",
+    "list": "single rows never leave a peer",
+    "select": "single rows never leave a peer; ask for figures such as mean(age)",
+    "median": "write quantile(age, 0.5)",
+    "nunique": "write distinct(city)",
+    "avg": "write mean(age)",
+}
+_COMPARISONS: dict[type[ast.cmpop], Comparison] = {
+    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
+    ast.In: "in",
+}  # fmt: skip
+
+
+def question(
+    text: str,
+    where: str = "",
+    *,
+    epsilon: float = 0.0,
+    bounds: dict[str, tuple[float, float]] | None = None,
+) -> Question:
+    """The question that `text` asks. Raises UsageFault, UnknownName."""
+    what, *grouping = _BY.split(text.strip())
+    if len(grouping) > 1:
+        raise UsageFault("there is more than one 'by'", "write: mean(age) by sex, city")
+    operations = tuple(_operation(node) for node in _items(what, "count, mean(age) by sex"))
+    by = tuple(_column(node) for node in _items(grouping[0], "by sex, city")) if grouping else ()
+    if not operations:
+        raise UsageFault("nothing is asked", "such as: count, mean(age) by sex")
+    if len(operations) > 32 or len(by) > 3:
+        raise UsageFault("at most 32 figures, by at most 3 columns")
+    asked = Question(
+        operations=operations,
+        by=by,
+        where=conditions(where),
+        epsilon=epsilon,
+        bounds=bounds or {},
+    )
+    if missing := bounds and [name for name in bounds if name not in asked.columns]:
+        raise UsageFault(f"bounds are given for {missing[0]!r}, which is not asked for")
+    return asked
+
+
+def conditions(text: str) -> tuple[Condition, ...]:
+    """Comparisons joined by `and`, all of which must hold. Raises UsageFault."""
+    if not text.strip():
+        return ()
+    tree = _parsed(text, "age >= 18 and city == 'Oslo'")
+    nodes = tree.values if isinstance(tree, ast.BoolOp) else [tree]
+    if isinstance(tree, ast.BoolOp) and not isinstance(tree.op, ast.And):
+        raise UsageFault("conditions can be joined by 'and' only", "or: city in ('Oslo', 'Bergen')")
+    return tuple(_condition(node) for node in nodes)
+
+
+def _condition(node: ast.expr) -> Condition:
+    if not isinstance(node, ast.Compare) or len(node.ops) != 1:
+        raise UsageFault("a condition is one comparison", "age >= 18 and city == 'Oslo'")
+    comparison = _COMPARISONS.get(type(node.ops[0]))
+    if comparison is None:
+        raise UsageFault(
+            "that comparison is not known", f"known: {', '.join(_COMPARISONS.values())}"
+        )
+    right = node.comparators[0]
+    nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
+    if (comparison == "in") != isinstance(right, ast.Tuple | ast.List) or not nodes:
+        raise UsageFault("'in' is followed by values in brackets", "city in ('Oslo', 'Bergen')")
+    return Condition(_column(node.left), comparison, tuple(_value(value) for value in nodes))
+
+
+def _operation(node: ast.expr) -> Operation:
+    called = node.func if isinstance(node, ast.Call) else node
+    name = called.id if isinstance(called, ast.Name) else ""
+    kind = next((known for known in FORMS if known == name), None)
+    if kind is None:
+        raise _unknown(name)
+    form = FORMS[kind]
+    arguments = node.args if isinstance(node, ast.Call) else []
+    if isinstance(node, ast.Call) and node.keywords:
+        raise UsageFault(f"{kind} takes no named arguments", f"write {form.example}")
+    numbers = len(arguments) - form.columns
+    if not form.least <= numbers <= form.most or (kind == "histogram" and numbers == 2):
+        raise UsageFault(f"{kind} is not written so", f"write {form.example}")
+    columns = tuple(_column(argument) for argument in arguments[: form.columns])
+    operation = Operation(kind, columns, tuple(map(_number, arguments[form.columns :])))
+    _check(operation)
+    return operation
+
+
+def _check(operation: Operation) -> None:
+    args = operation.args
+    if operation.kind == "quantile" and not 0 <= args[0] <= 1:
+        raise UsageFault("a quantile lies between 0 and 1", "the median is quantile(age, 0.5)")
+    if operation.kind == "histogram":
+        if args[0] != int(args[0]) or not 1 <= args[0] <= 1000:
+            raise UsageFault("a histogram has 1 to 1000 bins", FORMS["histogram"].example)
+        if len(args) == 3 and not args[1] < args[2]:
+            raise UsageFault("a histogram's range goes upwards", FORMS["histogram"].example)
+
+
+def _unknown(name: str) -> UnknownName:
+    if name in _NOT_HERE:
+        return UnknownName(f"{name} is not possible here: {_NOT_HERE[name]}")
+    near = difflib.get_close_matches(name, FORMS, 1)
+    known = f"did you mean {near[0]}?" if near else f"known: {', '.join(FORMS)}"
+    return UnknownName(
+        f"there is no operation {name!r}" if name else "an operation is missing", known
+    )
+
+
+def _items(text: str, example: str) -> list[ast.expr]:
+    if not text.strip():
+        return []
+    tree = _parsed(f"({text},)", example)
+    return list(tree.elts) if isinstance(tree, ast.Tuple) else [tree]
+
+
+def _parsed(text: str, example: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        raise UsageFault(
+            f"this is not understood: {text.strip()[:200]}", f"such as: {example}"
+        ) from err
+
+
+def _column(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) <= 64:
+        return node.value
+    raise UsageFault("a column's name is expected", """a word, or a text: mean("home town")""")
+
+
+def _number(node: ast.expr) -> float:
+    value = _value(node)
+    if isinstance(value, str):
+        raise UsageFault(f"a number is expected, not {value!r}")
+    return value
+
+
+def _value(node: ast.expr) -> Number | str:
+    sign = 1.0
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        sign, node = -1.0, node.operand
+    if isinstance(node, ast.Constant):
+        value = node.value
+        if isinstance(value, bool):
+            return sign * float(value)
+        if isinstance(value, int | float) and abs(value) <= 1e300:
+            return sign * float(value)
+        if isinstance(value, str) and sign > 0 and len(value) <= 400:
+            return value
+    raise UsageFault("a number or a text is expected", "age >= 18 and city == 'Oslo'")

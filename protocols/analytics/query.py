@@ -1,0 +1,82 @@
+"""A question to the fleet's tables, as it travels. Pure.
+
+`count, mean(age), histogram(income, 20, 0, 1e5) by sex where age >= 18` is three operations, one
+grouping and one condition (`grammar` reads the text).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocols.messages.envelope import Name, Text
+
+Kind = Literal[
+    "count", "missing", "sum", "mean", "var", "std", "min", "max", "cov", "corr",
+    "quantile", "histogram", "distinct",
+]  # fmt: skip
+Comparison = Literal["==", "!=", "<", "<=", ">", ">=", "in"]
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+
+#: More would be a table, not an answer.
+MOST_OPERATIONS, MOST_GROUPING, MOST_CONDITIONS = 32, 3, 16
+MOST_CELLS = 2000
+
+
+class Operation(Struct, frozen=True, order=True):
+    """One figure: `columns` are what it is of, `args` its numbers (quantile, bins, range)."""
+
+    kind: Kind
+    columns: Annotated[tuple[Name, ...], Meta(max_length=2)] = ()
+    args: Annotated[tuple[Number, ...], Meta(max_length=3)] = ()
+
+    def __str__(self) -> str:
+        inside = ", ".join([*self.columns, *(f"{arg:g}" for arg in self.args)])
+        return f"{self.kind}({inside})" if inside else self.kind
+
+
+class Condition(Struct, frozen=True):
+    """Rows count for which `column` compares so with a value, or is one of some values."""
+
+    column: Name
+    comparison: Comparison
+    values: Annotated[tuple[Number | Text, ...], Meta(min_length=1, max_length=64)]
+
+    def __str__(self) -> str:
+        told = [f"{v:g}" if isinstance(v, float) else repr(v) for v in self.values]
+        right = f"({', '.join(told)})" if self.comparison == "in" else told[0]
+        return f"{self.column} {self.comparison} {right}"
+
+
+class Question(Struct, frozen=True, kw_only=True):
+    """What is asked of every peer. `epsilon` (0: none) is what each answer may cost in privacy.
+
+    `bounds`: by column, the least and most that a value counts for; noise needs to know them.
+    """
+
+    operations: Annotated[tuple[Operation, ...], Meta(min_length=1, max_length=MOST_OPERATIONS)]
+    by: Annotated[tuple[Name, ...], Meta(max_length=MOST_GROUPING)] = ()
+    where: Annotated[tuple[Condition, ...], Meta(max_length=MOST_CONDITIONS)] = ()
+    epsilon: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    bounds: dict[Name, tuple[Number, Number]] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that it looks at, each once, in a fixed order."""
+        named = [name for operation in self.operations for name in operation.columns]
+        named += [*self.by, *(condition.column for condition in self.where)]
+        return tuple(dict.fromkeys(named))
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.operations))
+        text += f" by {', '.join(self.by)}" if self.by else ""
+        text += f" where {' and '.join(map(str, self.where))}" if self.where else ""
+        return text + (f" with ε = {self.epsilon:g}" if self.epsilon else "")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked: the same question has the same."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

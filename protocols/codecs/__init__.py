@@ -1,0 +1,1 @@
+"""Codecs: how an update is compressed. Pure. Imports `model` and the layers below it."""

@@ -1,0 +1,243 @@
+"""How each codec writes a change of the weights in few bytes, and reads it. Pure numpy.
+
+A coded change is a canonical safetensors file with one to three tensors over the flat axis of
+`changes`, whatever the number of the model's own, so its header is as good as free:
+
+    bf16   d BF16[n]
+    int8   q I8[n]         s F32[rows]      change = q * scale of its row
+    sign   b U8[bytes]     s F32[tensors]   change = scale of its tensor, minus where the bit is set
+
+Those that send few elements are in `sparse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.codecs.delta import BLOCK, MOST, Block, Changes, Field, Floats, Layout
+from protocols.errors import BadWeights
+from protocols.model.weights import (
+    Array,
+    Part,
+    Readable,
+    Schema,
+    TensorSpec,
+    check_schema,
+    narrow,
+    widen,
+)
+
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+class Sink(Protocol):
+    """Where a coded file and what it leaves out are written."""
+
+    def begin(self, schema: Schema) -> None:
+        """The coded file's schema, before anything is put."""
+        ...
+
+    def put(self, name: str, array: Array) -> None:
+        """Append to a tensor of the coded file; tensors come in name order."""
+        ...
+
+    def keep(self, left: Floats) -> None:
+        """What the coded file leaves out of the next block: change - decoded."""
+        ...
+
+
+class Coding(Protocol):
+    """One codec's mathematics."""
+
+    def schema(self, layout: Layout) -> Schema:
+        """The coded file's; of a sparse one the largest that may be."""
+        ...
+
+    def encode(self, changes: Changes, to: Sink) -> None: ...
+
+    def open(self, file: Readable, layout: Layout) -> Opened:
+        """A coded file, checked. Raises BadWeights."""
+        ...
+
+
+class Opened(Protocol):
+    """A coded file in which any part of the change can be read."""
+
+    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+        """Elements `start` to `stop` of a tensor's change."""
+        ...
+
+
+class Bf16:
+    """The change, rounded to bfloat16."""
+
+    def schema(self, layout: Layout) -> Schema:
+        return {"d": TensorSpec("BF16", (layout.count,))}
+
+    def encode(self, changes: Changes, to: Sink) -> None:
+        to.begin(self.schema(changes.layout))
+        for block in changes.blocks():
+            bits = narrow(block.change)
+            to.put("d", bits)
+            to.keep(np.subtract(block.change, widen(bits), out=block.change))
+
+    def open(self, file: Readable, layout: Layout) -> Opened:
+        check_schema(file.schema, self.schema(layout))
+        return _OpenedBf16(file)
+
+
+class _OpenedBf16:
+    def __init__(self, file: Readable) -> None:
+        self._file = file
+
+    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+        bits = self._file.read(Part("d", field.start + start, field.start + stop))
+        np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+
+
+class Int8:
+    """127 steps to each side; the scale is that of a row of the tensor."""
+
+    def schema(self, layout: Layout) -> Schema:
+        return {"q": TensorSpec("I8", (layout.count,)), "s": TensorSpec("F32", (layout.rows,))}
+
+    def encode(self, changes: Changes, to: Sink) -> None:
+        to.begin(self.schema(changes.layout))
+        whole, scales = Quantiser(), [np.empty(0, np.float32)]
+        for block in changes.blocks(lambda field: field.row):
+            steps, scale = whole.quantise(block)
+            scales.append(scale)
+            to.put("q", steps)
+            to.keep(block.change)
+        to.put("s", np.concatenate(scales))
+
+    def open(self, file: Readable, layout: Layout) -> Opened:
+        check_schema(file.schema, self.schema(layout))
+        check_scales(file, layout.rows)
+        return OpenedInt8(file)
+
+
+class Quantiser:
+    """Turns blocks of whole rows into steps and scales."""
+
+    def __init__(self) -> None:
+        self._steps, self._coded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
+
+    def quantise(self, block: Block) -> tuple[npt.NDArray[np.int8], Floats]:
+        """Steps, in a buffer that is used again, and the rows' scales; the block's change becomes
+        what is left."""
+        change, row = block.change, block.field.row
+        scales: list[Floats] = []
+        for first, last in _by_row(0, len(change), row):
+            shape = (-1, min(row, last - first))
+            rows = change[first:last].reshape(shape)
+            scale = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
+            # Below this, 1 / scale is infinite: nothing is sent, all is left over.
+            scale[scale < _SMALLEST] = 0
+            scales.append(scale)
+            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+            step = self._steps[first:last].reshape(shape)
+            np.rint(np.multiply(rows, inverse[:, None], out=step), out=step)
+            np.copyto(self._coded[first:last].reshape(shape), step, casting="unsafe")
+            rows -= np.multiply(step, scale[:, None], out=step)
+        return self._coded[: len(change)], np.concatenate(scales)
+
+
+class OpenedInt8:
+    """Steps in the tensor q, scales in the tensor s."""
+
+    def __init__(self, file: Readable) -> None:
+        self._file = file
+
+    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+        coded = self._file.read(Part("q", field.start + start, field.start + stop))
+        first = start // field.row
+        last = -(-stop // field.row)
+        scale = self._file.read(Part("s", field.first_row + first, field.first_row + last))
+        for begin, end in _by_row(start, stop, field.row):
+            row = begin // field.row - first
+            width = min(field.row, end - begin)
+            count = (end - begin) // width
+            np.multiply(
+                coded[begin - start : end - start].reshape(count, width),
+                scale[row : row + count, None],
+                out=out[begin - start : end - start].reshape(count, width),
+            )
+
+
+def _by_row(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
+    """`start`…`stop` cut into a row's end, whole rows, and a row's beginning."""
+    for limit in (-(-start // row) * row, stop // row * row, stop):
+        limit = min(limit, stop)
+        if start < limit:
+            yield start, limit
+            start = limit
+
+
+class Sign:
+    """One bit an element; the scale is the mean distance of the tensor's elements from 0."""
+
+    def schema(self, layout: Layout) -> Schema:
+        return {
+            "b": TensorSpec("U8", (layout.sign_bytes,)),
+            "s": TensorSpec("F32", (len(layout.fields),)),
+        }
+
+    def encode(self, changes: Changes, to: Sink) -> None:
+        to.begin(self.schema(changes.layout))
+        fields = changes.layout.fields
+        size = np.zeros(len(fields), np.float64)
+        scratch = np.empty(BLOCK, np.float32)
+        for field, start, stop, change in changes.blocks(_octets):
+            size[field.number] += np.abs(change, out=scratch[: stop - start]).sum(dtype=np.float64)
+        counts = np.array([field.size for field in fields.values()], np.float64)
+        scale = (size / counts).astype(np.float32)
+        for field, start, stop, change in changes.blocks(_octets):
+            to.put("b", np.packbits(np.signbit(change)))
+            change -= np.copysign(scale[field.number], change, out=scratch[: stop - start])
+            to.keep(change)
+        to.put("s", scale)
+
+    def open(self, file: Readable, layout: Layout) -> Opened:
+        check_schema(file.schema, self.schema(layout))
+        check_scales(file, len(layout.fields))
+        for field in layout.fields.values():
+            if field.size % 8:
+                last = field.first_byte + field.size // 8
+                if int(file.read(Part("b", last, last + 1))[0]) & (0xFF >> field.size % 8):
+                    raise BadWeights(f"bits beyond the end of tensor {field.name!r}")
+        return _OpenedSign(file)
+
+
+def _octets(field: Field) -> int:
+    return 8
+
+
+#: For each byte, +1 where a bit is not set and -1 where it is, highest bit first.
+_SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
+
+
+class _OpenedSign:
+    def __init__(self, file: Readable) -> None:
+        self._file = file
+        self._aligned = np.empty(BLOCK + 16, np.float32)
+
+    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+        first, last = start // 8, -(-stop // 8)
+        bits = self._file.read(Part("b", field.first_byte + first, field.first_byte + last))
+        scale = np.asarray(self._file.read(Part("s", field.number, field.number + 1)), np.float32)
+        signs = self._aligned[: len(bits) * 8]
+        np.take(_SIGNS * scale, bits.astype(np.intp), axis=0, out=signs.reshape(-1, 8), mode="clip")
+        out[:] = signs[start - first * 8 : stop - first * 8]
+
+
+def check_scales(file: Readable, count: int) -> None:
+    """Raise BadWeights unless the tensor s, of so many scales, holds numbers from 0 on."""
+    for start in range(0, count, BLOCK):
+        scales = np.asarray(file.read(Part("s", start, min(start + BLOCK, count))), np.float32)
+        if not (scales.max() <= MOST and scales.min() >= 0):
+            raise BadWeights("a scale is not a number from 0 on")

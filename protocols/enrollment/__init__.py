@@ -1,0 +1,1 @@
+"""Identities, join tickets and signed requests. Pure."""

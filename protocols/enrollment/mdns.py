@@ -1,0 +1,40 @@
+"""What a coordinator says of itself in its network: no secret, and nothing to trust. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from protocols import VERSION
+from protocols.enrollment.tickets import CA_BYTES
+from protocols.messages.envelope import printable
+
+SERVICE = "_commonweight._tcp.local."
+_FORMAT = "1"
+
+
+class Announced(NamedTuple):
+    """`ca`: the first `CA_BYTES` bytes of the CA's SHA-256."""
+
+    name: str
+    ca: bytes
+    version: str
+
+
+def properties(name: str, ca_sha256: bytes) -> dict[str, str]:
+    """The TXT record."""
+    ca = ca_sha256[:CA_BYTES].hex()
+    return {"v": _FORMAT, "name": name[:64], "ca": ca, "version": VERSION}
+
+
+def read(told: Mapping[bytes, bytes | None]) -> Announced | None:
+    """What a TXT record says; None for one that is not ours, or of another format."""
+    try:
+        fields = {key.decode(): (value or b"").decode() for key, value in told.items()}
+        ca = bytes.fromhex(fields["ca"])
+    except (UnicodeDecodeError, KeyError, ValueError):
+        return None
+    if fields.get("v") != _FORMAT or len(ca) != CA_BYTES:
+        return None
+    name, version = (printable(fields.get(key, ""))[:64] for key in ("name", "version"))
+    return Announced(name, ca, version)

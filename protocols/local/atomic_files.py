@@ -1,0 +1,66 @@
+"""Files that are whole or not there, whatever is switched off when."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import IO
+
+from protocols.local.background_unlink import letting_go
+
+
+class replacing:
+    """A binary file that takes its place at `path`, `synced`, only when the block ends well."""
+
+    def __init__(self, path: Path, *, synced: bool = True) -> None:
+        self._path, self._synced = path, synced
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._file:
+                if kind is None and self._synced:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                with letting_go(self._path):
+                    os.replace(self._temporary, self._path)
+        finally:
+            # What a full disk or an error left behind; after a rename there is nothing.
+            self._temporary.unlink(missing_ok=True)
+        if kind is None and self._synced:
+            sync_folder(self._path.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Make files of one folder durable that were written before, if they are still there.
+
+    Raises OSError.
+    """
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+            os.fsync(file.fileno())  # opened for writing: Windows syncs no other
+    sync_folder(paths[0].parent)
+
+
+def write_all(file: IO[bytes], data: memoryview) -> None:
+    """Write to a file without a buffer, which may take less than it is given at a time."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

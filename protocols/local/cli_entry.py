@@ -1,0 +1,78 @@
+"""What both commands do alike: start, end with an exit code, read a ticket, tell a doctor's checks.
+
+click is imported inside: a coordinator or agent that is running needs none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from protocols.errors import CommonweightError, ExitCode, UsageFault
+from protocols.local import checks, json_output
+
+
+def run(command: Callable[..., Any]) -> int:
+    """Run a command on `sys.argv`; its exit status.
+
+    Errors of ours become a message and a hint, or with --json one line of JSON.
+    """
+    import click
+
+    try:
+        result = command(standalone_mode=False)
+    except CommonweightError as err:
+        if "--json" in sys.argv:
+            sys.stdout.write(json_output.error(err) + "\n")
+        else:
+            sys.stderr.write(json_output.in_words(err) + "\n")
+        return int(err.exit_code)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+        return int(ExitCode.INTERRUPTED)
+    except click.ClickException as err:
+        err.show()
+        return int(ExitCode.USAGE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.OK)
+    return result if isinstance(result, int) else 0
+
+
+def ticket_text(given: str) -> str:
+    """The ticket: itself, in `file:PATH`, or for `-` what is typed or piped. Raises UsageFault."""
+    if given == "-":
+        if sys.stdin.isatty():
+            import click
+
+            return str(click.prompt("ticket", hide_input=True, err=True))
+        return sys.stdin.read()
+    if given.startswith("file:"):
+        path = Path(given.removeprefix("file:")).expanduser()
+        try:
+            return path.read_text()
+        except OSError as err:
+            raise UsageFault(f"cannot read the ticket in {path}: {err.strerror}") from err
+        except UnicodeDecodeError as err:
+            raise UsageFault(f"{path} holds no ticket: it is not text") from err
+    return given
+
+
+def tell_checks(found: Iterable[checks.Check], *, json: bool) -> None:
+    """Print each check as it is made. Ends the command with status 6 if one found a fault."""
+    import click
+
+    made = []
+    for check in found:
+        made.append(check)
+        if not json:
+            sys.stdout.write(checks.in_words(check) + "\n")
+            sys.stdout.flush()
+    if json:
+        sys.stdout.write(json_output.ok(checks.as_data(made)) + "\n")
+    if checks.num_faults(made):
+        raise click.exceptions.Exit(ExitCode.FAULTS_FOUND)

@@ -1,0 +1,76 @@
+"""Crash reports: where a program fell and over what kind of error. They stay on this machine.
+
+No message, no value and no line of source is kept, since these may quote data or secrets: only the
+error's type, and file, line and function of each step that led there.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import traceback
+from pathlib import Path
+
+from protocols import VERSION
+from protocols.enrollment.identity import write_private
+from protocols.errors import CommonweightError
+
+FOLDER = "crashes"
+KEPT = 10
+
+
+def keep(home: Path, err: BaseException) -> None:
+    """Write a report of an error that nobody expected; the oldest go. Never raises OSError."""
+    if isinstance(err, CommonweightError | KeyboardInterrupt | SystemExit):
+        return
+    chain: list[dict[str, object]] = []
+    following: BaseException | None = err
+    while following is not None and len(chain) < 8:
+        steps = traceback.extract_tb(following.__traceback__)
+        chain.append(
+            {
+                "kind": type(following).__name__,
+                "steps": [f"{_short(step.filename)}:{step.lineno} {step.name}" for step in steps],
+            }
+        )
+        following = following.__cause__ or following.__context__
+    report = {
+        "at": time.time(),
+        "version": VERSION,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "errors": chain,
+    }
+    folder = home / FOLDER
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        write_private(
+            folder / f"{name}-{time.time_ns() % 10**9:09}.json", json.dumps(report).encode()
+        )
+        for old in kept(home)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        pass  # a full disk, say: the log has it
+
+
+def kept(home: Path) -> list[Path]:
+    """The reports, oldest first."""
+    return sorted((home / FOLDER).glob("*.json"))
+
+
+def in_words(report: Path) -> str:
+    """The newest step of a report: `2026-11-24 18:05 ValueError in agent/home/logs.py:17 _open`."""
+    try:
+        told = json.loads(report.read_bytes())
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(told["at"])))
+        error = told["errors"][0]
+        return f"{at} {error['kind']} in {(error['steps'] or ['?'])[-1]}"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return f"{report.name}: damaged"
+
+
+def _short(file: str) -> str:
+    """The last two parts of a path: nothing of where the owner keeps things."""
+    return "/".join(Path(file).parts[-2:])

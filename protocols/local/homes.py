@@ -1,0 +1,120 @@
+"""The folder in which a program keeps its files: made 0700, stamped with a version, locked. Pure.
+
+`COMMONWEIGHT_HOME`, `COMMONWEIGHT_AGENT_HOME` and `COMMONWEIGHT_OPERATOR_HOME` (an access to a
+coordinator elsewhere) override the platform's folders, so that several can live on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from protocols import VERSION
+from protocols.enrollment.identity import write_private
+from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
+from protocols.local import migrations
+
+FORMAT = 1
+Kind = Literal["coordinator", "agent", "operator"]
+_VARIABLES: dict[Kind, str] = {
+    "coordinator": "COMMONWEIGHT_HOME",
+    "agent": "COMMONWEIGHT_AGENT_HOME",
+    "operator": "COMMONWEIGHT_OPERATOR_HOME",
+}
+_STARTS: dict[Kind, str] = {
+    "coordinator": "commonweight init",
+    "agent": "commonweight-agent join TICKET",
+    "operator": "commonweight monitor --join file:TICKET",
+}
+STAMP = "home.json"
+
+
+def locate(kind: Kind) -> Path:
+    """Where the home is, whether or not it exists."""
+    if chosen := os.environ.get(_VARIABLES[kind]):
+        return Path(chosen).expanduser().absolute()
+    return platformdirs.user_data_path("commonweight") / kind
+
+
+def open_home(kind: Kind, *, create: bool = False) -> Path:
+    """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeFault."""
+    home = locate(kind)
+    start = _STARTS[kind]
+    try:
+        if create:
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (home / STAMP).exists():
+                _write_stamp(home, kind)
+        found = check_stamp(home, kind)
+    except FileNotFoundError as err:
+        raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
+    except OSError as err:
+        raise HomeFault(
+            f"cannot use the folder {home}: {err.strerror}",
+            f"give yourself access, or set {_VARIABLES[kind]} to another folder",
+        ) from err
+    if not os.access(home, os.W_OK):
+        raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
+    if found < FORMAT:
+        _migrate(home, kind)
+    return home
+
+
+def _write_stamp(home: Path, kind: Kind) -> None:
+    stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
+    write_private(home / STAMP, json.dumps(stamp).encode())
+
+
+def _migrate(home: Path, kind: Kind) -> None:
+    """Bring an older home to this format, if no program of the older version works in it."""
+    held = lock(home, f"{kind} of an older version")
+    try:
+        if (found := check_stamp(home, kind)) < FORMAT:
+            migrations.migrate(home, migrations.STEPS[kind], found, FORMAT)
+            _write_stamp(home, kind)
+    finally:
+        held.release()
+
+
+def check_stamp(home: Path, kind: Kind) -> int:
+    """The format of the home. Raises HomeTooNew, HomeFault if this version cannot use it."""
+    text = (home / STAMP).read_bytes()
+    try:
+        stamp = json.loads(text)
+        found, found_kind = int(stamp["format"]), str(stamp["kind"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
+        raise HomeFault(f"{home / STAMP} is damaged", "restore it from a backup") from err
+    if found > FORMAT:
+        raise HomeTooNew(
+            f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "
+            f"this is {VERSION} (format {FORMAT})",
+            "update commonweight on this machine: pip install --upgrade commonweight",
+        )
+    if found_kind != kind:
+        raise HomeFault(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
+    return found
+
+
+def exposed(home: Path) -> list[Path]:
+    """The home and what lies in it, as far as others than its owner can get at it."""
+    if os.name != "posix":  # there the folder's own access list decides
+        return []
+    return [path for path in (home, *sorted(home.iterdir())) if path.lstat().st_mode & 0o077]
+
+
+def lock(home: Path, what: str) -> FileLock:
+    """Take the home for this process until it ends. Raises HomeLocked."""
+    held = FileLock(home / "lock", mode=0o600)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as err:
+        raise HomeLocked(
+            f"another {what} works in {home}",
+            "stop it first, or give this one a home of its own",
+        ) from err
+    return held

@@ -1,0 +1,4 @@
+"""Weights, schemas and model cards: types and files. Pure.
+
+Imported by `codecs` and by both programs.
+"""

@@ -1,0 +1,94 @@
+"""The card that goes with an exported model: what it is, of which run, from whom. Pure.
+
+A file of JSON beside the safetensors file, named like it: `gait.safetensors`, `gait.json`. It is
+for people and programs that know nothing of commonweight; ours reads it where a model is turned
+into another form on a machine that has the task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from protocols.errors import UsageFault
+from protocols.model.weights import Schema, file_digest
+
+KIND = "commonweight model 1"
+MAX_BYTES = 64 * 1024 * 1024
+
+
+class TensorCard(Struct, frozen=True):
+    """dtype as safetensors calls it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Contributor(Struct, frozen=True):
+    """A peer whose updates are in the model, and in how many of its rounds."""
+
+    peer: str
+    name: str
+    rounds: int
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    """What is known of a model.
+
+    `sha256` is that of the file, `version` the digest by which the run knows it (they differ where
+    the run's versions hold more than the model); `parents` are the versions before it, the last one
+    first, down to the first weights. `traits` are what all peers had alike, such as the classes.
+    """
+
+    kind: str = KIND
+    sha256: str
+    version: str
+    run: str
+    round: int
+    task: str
+    task_version: str = ""
+    settings: dict[str, str | int | float | bool] = {}
+    seed: int = 0
+    strategy: str = ""
+    tensors: dict[str, TensorCard]
+    traits: dict[str, tuple[str, ...]] = {}
+    parents: tuple[str, ...] = ()
+    contributors: tuple[Contributor, ...] = ()
+    metrics: dict[str, float | None] = {}
+    made_by: str = ""
+
+
+def tensors_of(schema: Schema) -> dict[str, TensorCard]:
+    return {name: TensorCard(spec.dtype, spec.shape) for name, spec in sorted(schema.items())}
+
+
+def beside(model: Path) -> Path:
+    """Where the card of this file lies."""
+    return model.with_suffix(".json")
+
+
+def encode(card: ModelCard) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n"
+
+
+def read(model: Path) -> ModelCard:
+    """The card of an exported model, checked against its file. Raises UsageFault."""
+    path = beside(model)
+    try:
+        with path.open("rb") as file:
+            card = msgspec.json.decode(file.read(MAX_BYTES), type=ModelCard)
+        found = file_digest(model)
+    except OSError as err:
+        raise UsageFault(
+            f"cannot read {err.filename}: {err.strerror}",
+            "commonweight models export RUN MODEL.safetensors writes both files",
+        ) from err
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise UsageFault(f"{path} is no card of a model: {err}") from err
+    if card.kind != KIND:
+        raise UsageFault(f"{path} is a card of another kind: {card.kind!r}")
+    if card.sha256 != found:
+        raise UsageFault(f"{model} is not the file of its card {path.name}", "copy both files anew")
+    return card

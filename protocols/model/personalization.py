@@ -1,0 +1,98 @@
+"""What of a model its versions hold: all of it, less what stays at home, more what travels beside.
+
+Three schemes are the trainers' matter and no task's. SCAFFOLD's control variates (arXiv 1910.06378)
+travel as extra tensors of the version, one for each that is trained: so they are averaged, checked,
+coded and kept like weights. Tensors that stay at home (FedBN, arXiv 2102.07623) are in no version
+at all. An optimiser that goes on from round to round (DiLoCo, arXiv 2311.08105) stays at home too,
+beside the model. All are told by settings that every trainer obeys and no task sees. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from protocols.errors import UsageFault
+from protocols.model.weights import DTYPES, FLOATING, Array, Schema, TensorSpec, Weights
+
+#: The setting that asks for control variates: SCAFFOLD's option, 1 or 2; 3: they do not travel up.
+SCAFFOLD = "scaffold"
+#: With option 3, the metric by which a peer tells its learning rate times its steps.
+PATH = "path"
+#: The setting that names tensors which stay at home: patterns such as "norm*", with commas between.
+AT_HOME = "at_home"
+#: The setting by which a peer's optimiser goes on where its last round left it.
+KEEP_OPTIMISER = "keep_optimiser"
+SETTINGS = frozenset({SCAFFOLD, AT_HOME, KEEP_OPTIMISER})
+#: Begins the name of a control variate; and of one that no update holds, as it follows from it.
+CONTROL, DERIVED = "control:", "control:="
+
+Settings = Mapping[str, str | int | float | bool]
+
+
+def control_of(name: str, settings: Settings) -> str:
+    """The name of the control variate that belongs to a tensor."""
+    return (DERIVED if settings.get(SCAFFOLD) == 3 else CONTROL) + name
+
+
+def is_control(name: str) -> bool:
+    return name.startswith(CONTROL)
+
+
+def is_derived(name: str) -> bool:
+    """True for a control variate that no update holds."""
+    return name.startswith(DERIVED)
+
+
+def stays(name: str, settings: Settings) -> bool:
+    """True for a tensor that stays at home."""
+    patterns = str(settings.get(AT_HOME, "")).split(",")
+    return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
+
+
+def controls(schema: Schema, settings: Settings) -> Schema:
+    """The control variates of a model: float32, or float64 where the tensor is that."""
+    if not settings.get(SCAFFOLD):
+        return {}
+    return {
+        control_of(name, settings): TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        for name, spec in schema.items()
+        if spec.dtype in FLOATING
+    }
+
+
+def shared(model: Schema, settings: Settings) -> Schema:
+    """The schema of a run's versions. Raises UsageFault if nothing of the model would travel."""
+    travels = {name: spec for name, spec in model.items() if not stays(name, settings)}
+    if not travels:
+        raise UsageFault(
+            f"every tensor of the model stays at home ({settings[AT_HOME]})",
+            "patterns that leave something to share, such as *norm*",
+        )
+    return travels | controls(travels, settings)
+
+
+def first_version(model: Weights, settings: Settings) -> Weights:
+    """First weights as a run's versions hold them: every control variate is zero."""
+    schema = shared({n: s for n, s in model.schema.items() if not is_control(n)}, settings)
+    return pick(
+        schema,
+        lambda name: (
+            np.zeros(schema[name].shape, DTYPES[schema[name].dtype])
+            if is_control(name)
+            else model[name]
+        ),
+    )
+
+
+def without_controls(version: Weights) -> Weights:
+    """The model in a version."""
+    return pick({n: s for n, s in version.schema.items() if not is_control(n)}, version.__getitem__)
+
+
+def pick(schema: Schema, array_of: Callable[[str], Array]) -> Weights:
+    """Weights of this schema."""
+    bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
+    return Weights({name: array_of(name) for name in schema}, bf16)

@@ -1,0 +1,334 @@
+"""Named tensors <-> canonical safetensors bytes, their digest and schema. Pure numpy.
+
+The canonical form is a valid safetensors file with one freedom removed after another: tensors
+sorted by name and laid out in that order without gaps, a header without metadata, compact JSON,
+padded with spaces to 8 bytes. So equal weights are equal bytes, and the SHA-256 of the file, which
+can be taken while it streams, is the digest that names the version.
+
+bf16 has no numpy type: such tensors are `uint16` views here, and their dtype is kept in the schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.errors import BadWeights
+from protocols.local.atomic_files import replacing
+from protocols.local.early_writeback import Early
+
+Array = npt.NDArray[np.generic]
+
+MAX_HEADER_BYTES = 8 * 1024 * 1024
+PIECE_BYTES = 4 * 1024 * 1024
+#: What numpy can hold in every version that we allow.
+MAX_DIMENSIONS = 32
+MAX_TENSOR_BYTES = 2**62
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
+
+#: dtypes whose tensors are averaged; all others keep their value (see `aggregate`).
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype code of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * DTYPES[self.dtype].itemsize
+
+
+Schema = dict[str, TensorSpec]
+
+
+class Part(NamedTuple):
+    """Elements `start` to `stop` of one tensor, counted flat."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Readable(Protocol):
+    """Weights that can be read part by part, in memory or in a file."""
+
+    schema: Schema
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
+        ...
+
+
+class Weights(Mapping[str, Array]):
+    """Named tensors with their schema; iterates in name order.
+
+    `bf16` names the tensors whose `uint16` data are bfloat16 bits.
+    """
+
+    def __init__(self, tensors: Mapping[str, Array], bf16: Iterable[str] = ()) -> None:
+        bf16 = frozenset(bf16)
+        self._tensors = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
+        self.schema: Schema = {}
+        for name, array in self._tensors.items():
+            code = "BF16" if name in bf16 else _CODES.get(array.dtype.newbyteorder("<"))
+            if code is None:
+                raise BadWeights(f"tensor {name!r} has dtype {array.dtype}, which cannot travel")
+            self.schema[name] = TensorSpec(code, array.shape)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat."""
+        return self._tensors[part.name].reshape(-1)[part.start : part.stop]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, without the header."""
+        return sum(spec.nbytes for spec in self.schema.values())
+
+
+def header_bytes(schema: Schema) -> bytes:
+    """The canonical header: 8 bytes of length, then compact JSON padded to 8 bytes."""
+    table: dict[str, object] = {}
+    offset = 0
+    for name in sorted(schema):
+        spec = schema[name]
+        table[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def chunks(weights: Weights) -> Iterator[bytes | memoryview]:
+    """The canonical bytes of `weights`, header first, then one piece a tensor, without copies."""
+    yield header_bytes(weights.schema)
+    for name, spec in weights.schema.items():
+        array = np.ascontiguousarray(weights[name], dtype=DTYPES[spec.dtype])
+        yield array.reshape(-1).view(np.uint8).data
+
+
+def to_bytes(weights: Weights) -> bytes:
+    """The canonical bytes of small weights. Large ones: `save`."""
+    return b"".join(chunks(weights))
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 (hex) of the canonical bytes."""
+    sha = hashlib.sha256()
+    for piece in chunks(weights):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def save(weights: Weights, path: Path, *, synced: bool = True) -> str:
+    """Write the canonical file so that a crash leaves the old one or the new one; its digest.
+
+    Not `synced`: a power cut may leave anything; the caller syncs it, or looks at the digest.
+    """
+    sha = hashlib.sha256()
+    with replacing(path, synced=synced) as file:
+        early = Early(file.fileno()) if synced else None
+        for chunk in chunks(weights):
+            for start in range(0, len(chunk), PIECE_BYTES):
+                piece = memoryview(chunk)[start : start + PIECE_BYTES]
+                sha.update(piece)
+                file.write(piece)
+                if early is not None:
+                    early.wrote(len(piece))
+    return sha.hexdigest()
+
+
+def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
+    """The schema of canonical bytes and where the tensors begin. Raises BadWeights."""
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise BadWeights(f"a header of {length} bytes in a file of {len(data)}")
+    return check_header(bytes(data[: 8 + length]), len(data))
+
+
+def check_header(head: bytes, size: int) -> tuple[Schema, int]:
+    """The schema in the first bytes of a file of `size` bytes, and where the tensors begin.
+
+    `head` is the 8 bytes of length and the header. Raises BadWeights.
+    """
+    if len(head) < 8:
+        raise BadWeights("shorter than a safetensors header")
+    length = int.from_bytes(head[:8], "little")
+    if len(head) != 8 + length:
+        raise BadWeights(f"a header of {length} bytes in a file of {size}")
+    try:
+        table = json.loads(head[8:])
+    except (ValueError, RecursionError) as err:
+        raise BadWeights(f"the header is not JSON: {err}") from err
+    schema = _checked(table)
+    try:
+        canonical = header_bytes(schema)
+    except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
+        raise BadWeights("a tensor's name is not text") from err
+    if canonical != head:
+        raise BadWeights("the header is not in canonical form")
+    expected = len(head) + sum(spec.nbytes for spec in schema.values())
+    if size != expected:
+        raise BadWeights(f"{size} bytes where the header promises {expected}")
+    return schema, len(head)
+
+
+def _checked(table: object) -> Schema:
+    if not isinstance(table, dict):
+        raise BadWeights("the header is not a table of tensors")
+    schema: Schema = {}
+    for name, entry in table.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise BadWeights(f"tensor {name!r} has no known dtype")
+        if not _is_shape(entry.get("shape"), DTYPES[dtype].itemsize):
+            raise BadWeights(f"tensor {name!r} has no valid shape")
+        schema[name] = TensorSpec(dtype, tuple(entry["shape"]))
+    return schema
+
+
+def _is_shape(shape: object, itemsize: int) -> bool:
+    """True for a list of sides that numpy can hold, also where another side is 0."""
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        return False
+    nbytes = itemsize
+    for side in shape:
+        if type(side) is not int or not 0 <= side < 2**40:
+            return False
+        nbytes *= max(side, 1)
+    return nbytes <= MAX_TENSOR_BYTES
+
+
+def from_bytes(data: bytes | memoryview | mmap.mmap) -> Weights:
+    """Weights that view `data` without copying. Raises BadWeights."""
+    schema, offset = read_schema(data)
+    tensors: dict[str, Array] = {}
+    for name, spec in schema.items():
+        dtype = DTYPES[spec.dtype]
+        count = spec.nbytes // dtype.itemsize
+        tensors[name] = np.frombuffer(data, dtype, count, offset).reshape(spec.shape)
+        offset += spec.nbytes
+    return Weights(tensors, (name for name, spec in schema.items() if spec.dtype == "BF16"))
+
+
+def load(path: Path) -> Weights:
+    """Weights that view the file through a read-only memory map. Raises BadWeights, OSError."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise BadWeights(f"{path.name} is empty")
+        return from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_schema(found: Schema, expected: Schema) -> None:
+    """Raise BadWeights that names the first tensor in which `found` differs from `expected`."""
+    for name, spec in expected.items():
+        if name not in found:
+            raise BadWeights(f"tensor {name!r} is missing")
+        if found[name] != spec:
+            raise BadWeights(
+                f"tensor {name!r} is {found[name].dtype}{list(found[name].shape)}, "
+                f"expected {spec.dtype}{list(spec.shape)}"
+            )
+    if extra := sorted(found.keys() - expected.keys()):
+        raise BadWeights(f"tensor {extra[0]!r} is not part of the model")
+
+
+def check_finite(weights: Readable) -> None:
+    """Raise BadWeights that names the first tensor that holds NaN or infinity."""
+    for piece in pieces(weights.schema):
+        for part in piece:
+            if not is_finite(weights.read(part), weights.schema[part.name].dtype):
+                raise BadWeights(f"tensor {part.name!r} holds NaN or infinity")
+
+
+def is_finite(array: Array, dtype: str) -> bool:
+    """True unless the array holds NaN or infinity; always for integers."""
+    if dtype not in FLOATING:
+        return True
+    if dtype == "BF16":  # exponent all ones: infinity or NaN
+        return not bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())
+
+
+def pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part]]:
+    """The whole of a model in file order, in groups of parts of about `limit_bytes`.
+
+    A large tensor is cut, small ones go together. Tensors without elements are in no piece.
+    """
+    group: list[Part] = []
+    room = limit_bytes
+    for name in sorted(schema):
+        itemsize = DTYPES[schema[name].dtype].itemsize
+        start, count = 0, schema[name].nbytes // itemsize
+        while start < count:
+            stop = min(count, start + max(1, room // itemsize))
+            group.append(Part(name, start, stop))
+            room -= (stop - start) * itemsize
+            start = stop
+            if room < itemsize:
+                yield group
+                group, room = [], limit_bytes
+    if group:
+        yield group
+
+
+def widen(bits: Array) -> npt.NDArray[np.float32]:
+    """bf16 bits (uint16) as float32."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def narrow(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """float32 as bf16 bits (uint16), rounded to nearest even."""
+    bits = values.view(np.uint32)
+    rounded = (bits >> 16) & 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)

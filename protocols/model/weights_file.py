@@ -1,0 +1,116 @@
+"""Weights in a file, read and written piece by piece: memory does not grow with the model. Pure.
+
+A memory map would do as well, but its pages count as the program's memory; a read into a buffer
+that is used again does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from protocols.errors import BadWeights
+from protocols.local.atomic_files import replacing
+from protocols.local.early_writeback import Early
+from protocols.model.weights import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Array,
+    Part,
+    Schema,
+    check_header,
+    header_bytes,
+)
+
+
+class Stored:
+    """A canonical safetensors file that is open for reading. Raises BadWeights, OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            length = int.from_bytes(self._file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size):
+                raise BadWeights(f"a header of {length} bytes in a file of {size}")
+            self._file.seek(0)
+            self.schema, offset = check_header(self._file.read(8 + length), size)
+        except BaseException:
+            self._file.close()
+            raise
+        self.nbytes = size
+        self._offsets: dict[str, int] = {}
+        for name, spec in self.schema.items():
+            self._offsets[name] = offset
+            offset += spec.nbytes
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
+        dtype = DTYPES[self.schema[part.name].dtype]
+        self._file.seek(self._offsets[part.name] + part.start * dtype.itemsize)
+        count = part.stop - part.start
+        array = np.empty(count, dtype)
+        left = array.view(np.uint8).data
+        while left:
+            got = self._file.readinto(left)
+            if not got:
+                raise BadWeights("the file ends too soon")
+            left = left[got:]
+        return array
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Writer:
+    """Writes a canonical file piece by piece, in file order; `digest` once the block has ended."""
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        self._replacing = replacing(path)
+        self._schema = schema
+        self._sha = hashlib.sha256()
+        self.digest = ""
+        self.nbytes = 0
+
+    def __enter__(self) -> Writer:
+        self._file: IO[bytes] = self._replacing.__enter__()
+        self._early = Early(self._file.fileno())
+        self._put(header_bytes(self._schema))
+        return self
+
+    def write(self, arrays: Mapping[Part, Array]) -> None:
+        """Append parts; the caller gives them in the order of `pieces`."""
+        for part, array in arrays.items():
+            dtype = DTYPES[self._schema[part.name].dtype]
+            flat = np.ascontiguousarray(array, dtype).reshape(-1)
+            if len(flat) != part.stop - part.start:
+                raise BadWeights(f"tensor {part.name!r} has changed its size")
+            self._put(flat.view(np.uint8).data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._sha.update(data)
+        self._file.write(data)
+        self._early.wrote(len(data))
+        self.nbytes += len(data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._replacing.__exit__(kind, err, trace)
+        if kind is None:
+            self.digest = self._sha.hexdigest()

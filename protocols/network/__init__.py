@@ -1,0 +1,1 @@
+"""Addresses, back-off, version checks, text for network errors. Pure; imports nothing here."""

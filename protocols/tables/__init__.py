@@ -1,0 +1,1 @@
+"""Statistics of tables that merge, and the preprocessing that follows from them. Pure."""

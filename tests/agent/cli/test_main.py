@@ -1,0 +1,269 @@
+"""What an owner types: policy, logs, leaving, and the small commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.home import logs, settings
+from agent.home.settings import AgentSettings
+from protocols.enrollment import identity
+from protocols.errors import UnknownName, UsageFault
+from protocols.local import homes
+from tests.support.fleet_harness import (
+    AGENT,
+    Fleet,
+    Program,
+    environment,
+    fleet,
+    run_program,
+    two_free_ports,
+    until,
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
+    return homes.open_home("agent", create=True)
+
+
+def agent(home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
+    """`commonweight-agent words…` over this home: exit status, stdout, stderr."""
+    env = environment(home.parent, COMMONWEIGHT_AGENT_HOME=str(home))
+    del env["COMMONWEIGHT_AGENT_THREADS"]
+    done = run_program([AGENT, *words], env | variables)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_command_has_its_help(home: Path) -> None:
+    code, said, _ = agent(home, "--help")
+    assert code == 0
+    for command in (
+        "join", "run", "status", "id", "paths", "leave", "pause", "resume", "finish",
+        "policy", "service", "logs", "doctor",
+    ):  # fmt: skip
+        assert re.search(rf"^  {command}  +\w", said, re.MULTILINE), command
+
+
+# --- policy ----------------------------------------------------------------------------------
+
+
+def test_policy_says_where_each_value_comes_from(home: Path) -> None:
+    assert agent(home, "policy", "set", "tasks", "mnist, ping")[0] == 0
+    code, said, _ = agent(home, "policy", "show", "--json", COMMONWEIGHT_AGENT_THREADS="3")
+    assert code == 0
+    found = {one["name"]: one for one in json.loads(said)["data"]}
+    assert set(found) == set(AgentSettings.__struct_fields__)
+    assert all(len(one["about"]) > 10 for one in found.values())
+    assert (found["tasks"]["value"], found["tasks"]["source"]) == (
+        ["mnist", "ping"], "settings.toml"
+    )  # fmt: skip
+    assert (found["threads"]["value"], found["threads"]["source"]) == (
+        3, "COMMONWEIGHT_AGENT_THREADS"
+    )  # fmt: skip
+    assert (found["split"]["value"], found["split"]["source"]) == ("iid", "default")
+    _, said, _ = agent(home, "policy", "show")
+    assert re.search(r"^tasks +mnist,ping +settings.toml\n    what may be run", said, re.MULTILINE)
+
+
+def test_policy_writes_only_what_was_set(home: Path) -> None:
+    agent(home, "policy", "set", "threads", "2")
+    assert (home / "settings.toml").read_text() == "threads = 2\n"
+    code, _, said = agent(home, "policy", "set", "threads", "4", COMMONWEIGHT_AGENT_THREADS="3")
+    assert code == 0
+    assert "COMMONWEIGHT_AGENT_THREADS is set, and goes before it" in said
+    assert settings.read(home).threads == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("colour", "red"), "there is no setting 'colour'"),
+        (("threads", "many"), "threads"),
+        (("threads", "-1"), "threads"),
+        (("part", "3"), "part 3 of 1"),
+        (("split", "odd"), "split"),
+    ],
+)
+def test_what_policy_refuses_changes_nothing(home: Path, words: tuple[str, str], said: str) -> None:
+    code, out, err = agent(home, "policy", "set", "--", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not (home / "settings.toml").exists()
+
+
+def test_an_unknown_setting_names_the_known_ones(home: Path) -> None:
+    with pytest.raises(UnknownName) as caught:
+        settings.change(home, colour="red")
+    assert "threads" in caught.value.hint
+    with pytest.raises(UsageFault):
+        settings.change(home, threads=-1)
+
+
+# --- logs ------------------------------------------------------------------------------------
+
+
+def logged(home: Path, *texts: str) -> None:
+    with (home / logs.FILE).open("a") as file:
+        for text in texts:
+            file.write(json.dumps({"at": 1.0, "level": "info", "name": "n", "message": text}))
+            file.write("\n")
+
+
+def test_the_last_lines_of_the_log(home: Path) -> None:
+    code, out, err = agent(home, "logs")
+    assert (code, out) == (0, "")
+    assert "nothing is logged yet" in err
+    logged(home, *(f"line {number}" for number in range(60)))
+    _, out, _ = agent(home, "logs")
+    assert [line[20:] for line in out.splitlines()] == [f"info: line {n}" for n in range(10, 60)]
+    _, out, _ = agent(home, "logs", "-n", "2", "--json")
+    assert [json.loads(line)["message"] for line in out.splitlines()] == ["line 58", "line 59"]
+    assert agent(home, "logs", "-n", "0")[1] == ""
+
+
+@pytest.fixture
+def following(home: Path) -> Iterator[Program]:
+    logged(home, "before")
+    env = environment(home.parent, COMMONWEIGHT_AGENT_HOME=str(home))
+    program = Program([AGENT, "logs", "-f"], env, home.parent / "followed")
+    yield program
+    program.kill()
+
+
+def test_following_goes_on_through_rotation(home: Path, following: Program) -> None:
+    until(lambda: "info: before" in following.log, "the first lines")
+    writing = RotatingFileHandler(home / logs.FILE, "a", 150, logs.ROTATED)
+    for number in range(8):
+        text = json.dumps({"at": 1.0, "level": "info", "message": f"line {number} {'x' * 60}"})
+        writing.emit(logging.LogRecord("n", 20, "", 0, text, None, None))
+        until(lambda number=number: f"info: line {number}" in following.log, f"line {number}")
+    writing.close()
+    assert (home / f"{logs.FILE}.3").exists()
+    found = re.findall(r"info: (?:line )?(\w+)", following.log)
+    assert found == ["before", *map(str, range(8))]
+
+
+# --- leaving ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with fleet(tmp_path_factory.mktemp("site")) as made:
+        made.up()
+        yield made
+
+
+def standing(site: Fleet, name: str) -> list[str]:
+    return [peer["standing"] for peer in site.data("peers", "list") if peer["name"] == name]
+
+
+def events(site: Fleet, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = site.data("audit", "--peer", name)
+    return found
+
+
+@pytest.mark.long
+def test_an_agent_that_leaves_is_refused_from_then_on(site: Fleet) -> None:
+    site.join("one")
+    site.start("one")
+    home = site.folder / "one"
+    done = site.ask_agent("one", "leave", "--yes")
+    assert done.returncode == 1, "while it runs"
+    assert "is running" in done.stderr
+    assert site.programs["one"].stop() == 0
+    (home / "settings.toml").touch()
+    (home / "data.csv").write_text("mine")
+
+    done = site.ask_agent("one", "leave")
+    assert done.returncode == 2, "not without a yes"
+    assert "add --yes" in done.stderr
+    kept = (home / "enrolled.json").read_bytes()
+    keys = {name: (home / name).read_bytes() for name in ("sign.key", "node.key")}
+
+    done = site.ask_agent("one", "leave", "--yes")
+    assert done.returncode == 0, done.stderr
+    for gone in ("enrolled.json", "sign.key", "node.key", "status.json", "cache", "outbox"):
+        assert not (home / gone).exists(), gone
+    assert (home / "data.csv").read_text() == "mine"
+    assert (home / "settings.toml").exists()
+    assert standing(site, "one") == ["removed"]
+    assert [event["event"] for event in events(site, "one")] == ["joined", "removed"]
+    assert events(site, "one")[-1]["reason"] == "left by itself"
+    assert "one" not in {peer["name"] for peer in site.data("status")["peers"].values()}
+
+    # A copy of the old keys is worth nothing.
+    identity.write_private(home / "enrolled.json", kept)
+    for name, key in keys.items():
+        identity.write_private(home / name, key)
+    done = site.ask_agent("one", "leave", "--yes")
+    assert done.returncode == 4
+    assert "--offline" in done.stderr
+    assert (home / "enrolled.json").exists()
+    assert site.ask_agent("one", "leave", "--yes", "--offline").returncode == 0
+    site.join("one")
+    assert standing(site, "one") == ["removed", "enrolled"]
+
+
+def test_one_that_still_awaits_approval_can_leave(tmp_path: Path) -> None:
+    with fleet(tmp_path) as made:
+        made.up("--approve")
+        made.join("shy")
+        assert made.ask_agent("shy", "leave", "--yes").returncode == 0
+        assert standing(made, "shy") == ["removed"]
+
+
+def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
+    site.join("two")
+    home = site.folder / "two"
+    enrolment = settings.read_enrolment(home)
+    nowhere = msgspec.structs.replace(enrolment, addresses=(f"127.0.0.1:{two_free_ports()[0]}",))
+    settings.write_enrolment(home, nowhere)
+    done = site.ask_agent("two", "leave", "--yes")
+    assert done.returncode == 3
+    assert "does not answer" in done.stderr
+    assert "commonweight-agent leave --yes --offline" in done.stderr
+    assert (home / "sign.key").exists()
+    done = site.ask_agent("two", "leave", "--yes", "--offline")
+    assert done.returncode == 0
+    assert "commonweight peers remove two" in done.stderr
+    assert not (home / "sign.key").exists()
+    assert standing(site, "two") == ["enrolled"], "nobody told the coordinator"
+    assert site.ask_agent("two", "leave", "--yes").returncode == 4
+    assert site.ask_agent("two", "status").returncode == 5
+
+
+# --- the small ones --------------------------------------------------------------------------
+
+
+def test_id_and_paths(site: Fleet) -> None:
+    site.join("three")
+    peers = {peer["name"]: peer["peer"] for peer in site.data("peers", "list")}
+    assert site.ask_agent("three", "id").stdout.strip() == peers["three"]
+    paths = json.loads(site.ask_agent("three", "paths", "--json").stdout)["data"]
+    home = str(site.folder / "three")
+    assert paths["home"] == home
+    assert paths["log"] == os.path.join(home, logs.FILE)
+
+
+def test_a_paused_agent_goes_on_and_finishes(site: Fleet) -> None:
+    site.join("four")
+    assert site.ask_agent("four", "finish").returncode == 5
+    site.start("four")
+    assert site.ask_agent("four", "pause", "--for", "soon").returncode == 2
+    assert site.ask_agent("four", "pause").returncode == 0
+    site.until_agent("four", "pauses", lambda told: told["state"] == "paused")
+    assert site.ask_agent("four", "resume").returncode == 0
+    site.until_agent("four", "goes on", lambda told: told["state"] == "idle")
+    assert site.ask_agent("four", "finish").returncode == 0
+    assert site.programs["four"].wait(30) == 0

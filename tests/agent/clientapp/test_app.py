@@ -1,0 +1,448 @@
+"""The ClientApp: only signed and allowed work is done, and the same question only once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from agent.clientapp.app import CLAIM, DESCRIPTION, Client, refusal_text
+from agent.home import audit_log
+from protocols.enrollment import identity
+from protocols.errors import (
+    BadMessage,
+    BadWeights,
+    CommonweightError,
+    DiskFull,
+    Refused,
+    SchemaMismatch,
+    TrainerFailed,
+    Unreachable,
+)
+from protocols.messages import envelope
+from protocols.messages.work import (
+    UpdateClaim,
+    Work,
+    claim_part,
+    decode_claim,
+    read_work,
+    sign_work,
+)
+from protocols.model import schema_card
+from protocols.model.weights import TensorSpec
+
+KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
+
+
+METRICS: envelope.Metrics = {"loss": 0.5}
+TALLIES: dict[str, list[float]] = {}
+
+
+#: Of what the trainer below makes.
+DIGEST = hashlib.sha256(b"update").hexdigest()
+
+
+class Outcome(NamedTuple):
+    digest: str = DIGEST
+    nbytes: int = 6
+    num_examples: int = 5
+    metrics: envelope.Metrics = METRICS
+    tallies: dict[str, list[float]] = TALLIES
+
+
+class Trainer:
+    """Counts what it does."""
+
+    def __init__(self) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        self.fault: BaseException | None = None
+        self.card = schema_card.card("mnist", "1", {"w": TensorSpec("F32", (2,))}, {"classes": "a"})
+
+    def _do(self, *what: Any) -> None:
+        self.did.append(what)
+        if self.fault is not None:
+            raise self.fault
+
+    def describe(self, task: str, settings: Any) -> bytes:
+        self._do("describe", task, dict(settings))
+        return schema_card.encode(self.card)
+
+    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
+        self._do("init", task, dict(settings), seed)
+        out.write_bytes(b"first!")
+        return Outcome()
+
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
+        self._do("train", task, dict(settings), base.name)
+        out.write_bytes(b"update")
+        return Outcome()
+
+    def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
+        self._do("evaluate", task, dict(settings), base.name)
+        return Outcome(digest="", nbytes=0)
+
+
+class Desk:
+    """A client with a lane that is a list."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer = Trainer()
+        self.sent: list[tuple[str, bytes]] = []
+        self.lane_is_up = True
+        self.hands: list[str] = []
+        self.on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None
+        self.client = self.made_again()
+
+    def made_again(self) -> Client:
+        return Client(
+            peer="P",
+            sign=KEY.sign,
+            coordinator_public=identity.raw_public(COORDINATOR),
+            trainer=self.trainer,
+            outbox=self.folder,
+            fetch=lambda digest, nbytes: self.folder / f"{digest}-{nbytes}",
+            send=self._send,
+            allowed=lambda task: task == "mnist",
+            on_work=lambda work: self.hands.append(work.kind if work else "nothing"),
+            on_sending=lambda: self.hands.append("sending"),
+            on_leaving=lambda *answer: self.on_leaving(*answer),
+        )
+
+    def _send(self, digest: str, path: Path) -> None:
+        if not self.lane_is_up:
+            raise Unreachable("no lane")
+        self.sent.append((digest, path.read_bytes()))
+
+    def ask(self, work: Work | None = None, key: identity.SigningKey = COORDINATOR) -> UpdateClaim:
+        reply = self.client.handle(question(work or some_work(), key))
+        record = reply.content.config_records[CLAIM]
+        payload, signature = record["claim"], record["signature"]
+        assert isinstance(payload, bytes)
+        assert isinstance(signature, bytes)
+        assert identity.verify(identity.raw_public(KEY), signature, claim_part(payload))
+        return decode_claim(payload)
+
+
+@pytest.fixture(autouse=True)
+def _flower_run() -> None:
+    """Every message belongs to a Flower run of its process."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def some_work(**changed: Any) -> Work:
+    work = Work(
+        run="r",
+        round=2,
+        kind="train",
+        task="mnist",
+        base="b" * 64,
+        nbytes=7,
+        seed=3,
+        settings={"lr": 0.1},
+    )
+    return msgspec.structs.replace(work, **changed)
+
+
+def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Desk) -> None:
+    with pytest.raises(CommonweightError) as caught:
+        desk.ask(some_work(codec="zip"))
+    said = refusal_text(caught.value)
+    assert "unknown codec 'zip'" in said
+    assert "int8" in said
+    assert desk.trainer.did == []
+
+
+def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
+    payload, signature = sign_work(work, key.sign)
+    config = ConfigRecord({"work": payload, "signature": signature})
+    kind = f"query.{work.kind}" if work.kind in ("describe", "init") else work.kind
+    return Message(RecordDict({"config": config}), 9, kind)
+
+
+def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
+    claim = desk.ask()
+    assert claim == UpdateClaim(
+        run="r",
+        round=2,
+        kind="train",
+        peer="P",
+        base="b" * 64,
+        digest=DIGEST,
+        nbytes=6,
+        num_examples=5,
+        metrics={"loss": 0.5},
+        nonce=claim.nonce,
+    )
+    settings = {"lr": 0.1, "seed": 3, "round": 2}
+    assert desk.trainer.did == [("train", "mnist", settings, "b" * 64 + "-7")]
+    assert desk.sent == [(DIGEST, b"update")]
+    assert desk.hands == ["train", "sending", "nothing"]
+
+
+def test_evaluation_sends_no_weights(desk: Desk) -> None:
+    claim = desk.ask(some_work(kind="evaluate"))
+    assert (claim.kind, claim.digest) == ("evaluate", "")
+    assert desk.sent == []
+    assert desk.hands == ["evaluate", "nothing"]
+
+
+def test_first_weights_come_from_the_seed(desk: Desk) -> None:
+    desk.ask(some_work(kind="init", round=0, base="", nbytes=0))
+    assert desk.trainer.did == [("init", "mnist", {"lr": 0.1}, 3)]
+    assert desk.sent == [(DIGEST, b"first!")]
+
+
+def test_the_same_question_is_answered_from_the_outbox(desk: Desk) -> None:
+    first = desk.ask()
+    desk.client = desk.made_again()  # also after a restart
+    assert desk.ask() == first
+    assert len(desk.trainer.did) == 1
+    assert len(desk.sent) == 2  # the coordinator may have been the one that lost it
+
+
+def test_an_answer_that_could_not_be_sent_waits_in_the_outbox(desk: Desk) -> None:
+    desk.lane_is_up = False
+    with pytest.raises(Unreachable):
+        desk.ask()
+    desk.lane_is_up = True
+    desk.ask()
+    assert len(desk.trainer.did) == 1
+    assert desk.sent == [(DIGEST, b"update")]
+
+
+@pytest.mark.parametrize(
+    "other", [{"round": 3}, {"run": "q"}, {"base": "c" * 64}, {"kind": "evaluate"}]
+)
+def test_another_question_is_worked_on(desk: Desk, other: dict[str, Any]) -> None:
+    desk.ask()
+    desk.ask(some_work(**other))
+    assert len(desk.trainer.did) == 2
+
+
+def test_an_old_answer_is_not_given_with_newer_bytes(desk: Desk) -> None:
+    """A crash in the next round's training leaves that round's bytes in the outbox."""
+    desk.ask()
+    desk.trainer.fault = TrainerFailed("crashed", "x")
+    with pytest.raises(TrainerFailed):
+        desk.ask(some_work(round=3))
+    (desk.folder / "update.safetensors").write_bytes(b"half of round 3")
+    desk.trainer.fault = None
+    desk.ask()
+    assert desk.sent[-1][1] == b"update"
+    assert len(desk.trainer.did) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 10_000, b'{"key":"x"}'])
+def test_a_damaged_outbox_costs_a_training_and_no_more(desk: Desk, content: bytes) -> None:
+    (desk.folder / "finished.json").write_bytes(content)
+    desk.ask()
+    assert len(desk.trainer.did) == 1
+
+
+def test_bytes_that_a_power_cut_has_lost_cost_a_training_and_no_more(desk: Desk) -> None:
+    desk.ask()
+    (desk.folder / "update.safetensors").write_bytes(b"\0" * len(b"update"))
+    desk.client = desk.made_again()
+    desk.ask()
+    assert len(desk.trainer.did) == 2
+    assert desk.sent[-1] == (DIGEST, b"update")
+
+
+@pytest.mark.parametrize("left", [None, b"upd"])
+def test_an_outbox_without_its_bytes_costs_a_training_and_no_more(
+    desk: Desk, left: bytes | None
+) -> None:
+    desk.ask()
+    (desk.folder / "update.safetensors").unlink()
+    if left is not None:
+        (desk.folder / "update.safetensors").write_bytes(left)
+    desk.ask()
+    assert len(desk.trainer.did) == 2
+    assert desk.sent[-1][1] == b"update"
+
+
+# --- the owner's ledger ----------------------------------------------------------------------
+
+
+def test_an_update_is_in_the_owners_ledger_on_disk_before_it_is_sent(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second time, when it is sent from the outbox."""
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    found: list[tuple[int, bool]] = []
+
+    def send(digest: str, path: Path) -> None:
+        ledger = desk.folder / audit_log.FILE
+        noted = [entry.digest for entry in audit_log.read(desk.folder)]
+        found.append((noted.count(digest), ledger.exists() and ledger.stat().st_ino in synced))
+        synced.clear()
+
+    desk.on_leaving = partial(audit_log.write, desk.folder)
+    monkeypatch.setattr(desk, "_send", send)
+    desk.client = desk.made_again()
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    desk.ask()
+    desk.ask()
+    assert found == [(1, True), (2, True)]
+
+
+def test_an_update_that_cannot_be_noted_is_not_sent_and_is_not_lost(desk: Desk) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    desk.on_leaving = full
+    with pytest.raises(DiskFull):
+        desk.ask()
+    assert desk.sent == []
+    desk.on_leaving = partial(audit_log.write, desk.folder)
+    desk.ask()
+    assert len(desk.trainer.did) == 1, "the answer was in the outbox"
+    assert desk.sent == [(DIGEST, b"update")]
+    assert [entry.what for entry in audit_log.read(desk.folder)] == ["weights"]
+
+
+def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None:
+    told: list[tuple[Work, bytes, bytes]] = []
+    desk.client._on_held = lambda *held: told.append(held)
+    desk.ask(some_work(kind="init", base="", nbytes=0))
+    assert told == []
+    desk.ask()
+    [(work, payload, signature)] = told
+    assert work == some_work()
+    public = identity.raw_public(COORDINATOR)
+    signed = read_work(payload, signature, lambda sig, part: identity.verify(public, sig, part))
+    assert signed == work
+
+
+def test_work_of_somebody_else_is_refused(desk: Desk) -> None:
+    for key in (KEY, identity.new_signing_key()):
+        with pytest.raises(BadMessage, match="not signed"):
+            desk.ask(key=key)
+    assert desk.trainer.did == []
+    assert desk.hands == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        ConfigRecord(),
+        ConfigRecord({"work": b"{}"}),
+        ConfigRecord({"work": "text", "signature": b"x"}),
+        ConfigRecord({"work": b"{}", "signature": bytes(64)}),
+    ],
+)
+def test_a_message_without_signed_work_is_refused(desk: Desk, config: ConfigRecord | None) -> None:
+    content = RecordDict({"config": config} if config is not None else {})
+    with pytest.raises(BadMessage):
+        desk.client.handle(Message(content, 9, "train"))
+    assert desk.trainer.did == []
+
+
+def test_a_task_that_the_owner_does_not_allow_is_refused(desk: Desk) -> None:
+    with pytest.raises(Refused, match="'other'") as caught:
+        desk.ask(some_work(task="other"))
+    assert "policy set tasks other" in caught.value.hint
+    assert desk.trainer.did == []
+
+
+def test_a_failure_ends_the_work_in_hand(desk: Desk) -> None:
+    desk.trainer.fault = TrainerFailed("crashed", "it said: row 7 of your data")
+    with pytest.raises(TrainerFailed):
+        desk.ask()
+    assert desk.hands == ["train", "nothing"]
+    assert not (desk.folder / "finished.json").exists()
+
+
+def test_a_full_disk_is_a_failure_of_the_work(desk: Desk) -> None:
+    desk.trainer.fault = OSError(28, "No space left on device")
+    with pytest.raises(DiskFull, match="the disk is full"):
+        desk.ask()
+    desk.trainer.fault = OSError(5, "Input/output error")
+    with pytest.raises(CommonweightError, match="cannot use the disk: Input/output error"):
+        desk.ask()
+
+
+def test_what_the_coordinator_is_told_of_a_failure_holds_no_data() -> None:
+    told = refusal_text(TrainerFailed("crashed", "it said: row 7 of your data"))
+    assert "row 7" not in told
+    assert "crashed" in told
+    assert refusal_text(BadWeights("not those of the digest")).startswith("bad_weights: ")
+    assert len(refusal_text(CommonweightError("x" * 1000))) <= 300
+
+
+# --- what peers must have alike --------------------------------------------------------------
+
+
+def describe(**changed: Any) -> Work:
+    return some_work(**({"kind": "describe", "round": 0, "base": "", "nbytes": 0} | changed))
+
+
+def test_a_description_goes_with_its_claim_and_not_over_the_lane(desk: Desk) -> None:
+    reply = desk.client.handle(question(describe()))
+    claim = desk.ask(describe())
+    told = reply.content.config_records[DESCRIPTION]["description"]
+    assert isinstance(told, bytes)
+    assert schema_card.decode(told) == desk.trainer.card
+    assert claim.kind == "describe"
+    assert (claim.digest, claim.nbytes) == (hashlib.sha256(told).hexdigest(), len(told))
+    assert desk.sent == []
+    assert [done[0] for done in desk.trainer.did] == ["describe"], "asked again, told again"
+
+
+def test_another_preprocessing_is_another_question(desk: Desk) -> None:
+    desk.ask(describe())
+    desk.ask(describe(base="p" * 64))
+    assert [done[0] for done in desk.trainer.did] == ["describe", "describe"]
+
+
+def test_the_card_of_a_run_is_compared_once_before_the_work(desk: Desk) -> None:
+    card = schema_card.encode(desk.trainer.card).decode()
+    desk.ask(some_work(card=card))
+    desk.ask(some_work(card=card, round=3))
+    assert [done[0] for done in desk.trainer.did] == ["describe", "train", "train"]
+
+
+def test_another_card_is_refused_by_field_before_anything_is_fetched_or_trained(desk: Desk) -> None:
+    expected = msgspec.structs.replace(desk.trainer.card, traits={"classes": ("a", "b")})
+    work = some_work(card=schema_card.encode(expected).decode())
+    with pytest.raises(SchemaMismatch) as caught:
+        desk.client.handle(question(work))
+    assert refusal_text(caught.value) == "schema: classes, number 2: expected b, found nothing"
+    assert [done[0] for done in desk.trainer.did] == ["describe"]
+
+
+def test_a_card_that_is_none_is_refused(desk: Desk) -> None:
+    with pytest.raises(BadMessage):
+        desk.client.handle(question(some_work(card='{"type":"schema"}')))
+    assert desk.trainer.did == []
+
+
+def test_of_a_task_only_what_is_made_to_be_told_leaves() -> None:
+    told = TrainerFailed("data", "the target has one class")
+    assert refusal_text(told) == "data: the target has one class"
+    of_settings = TrainerFailed("usage", "the setting lr cannot be -1", "such as lr=0.1")
+    assert refusal_text(of_settings) == "usage: the setting lr cannot be -1 (such as lr=0.1)"
+    assert refusal_text(TrainerFailed("task_unusable", "row 5 is odd")) == (
+        "the trainer: task_unusable"
+    )

@@ -1,0 +1,110 @@
+"""An agent's shell, not at work: what it makes of commands and of its owner's wishes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.daemon import work_thread
+from agent.daemon.agent import Agent
+from agent.home import settings, status_files
+from agent.home.status_files import Wish
+from agent.setup import enrollment
+from benchmarks.faults.disk import can_mount, fill, small_disk
+from protocols.enrollment import tickets
+from protocols.messages.envelope import Command
+from protocols.messages.states import PauseReason
+from tests.support.https_site import Site
+from tests.support.lone_peers import until
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    (tmp_path / "site").mkdir()
+    with Site(tmp_path / "site").up() as running:
+        yield running
+
+
+def an_agent(site: Site, home: Path) -> Agent:
+    home.mkdir(exist_ok=True)
+    ticket = tickets.encode(site.ticket())
+    enrolment, _ = enrollment.join(home, ticket, name="box", labels={})
+    agent = Agent(home, enrolment, settings.read(home))
+    agent._loop.begin()
+    return agent
+
+
+async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_path: Path) -> None:
+    agent = an_agent(site, tmp_path / "box")
+    agent._on_command(Command(action="pause", for_s=0.01))
+    agent._on_command(Command(action="resume"))
+    assert not agent._loop.worker.pauses
+    agent._on_command(Command(action="pause"))
+    await asyncio.sleep(0.05)  # the first one's end has passed
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    agent._on_command(Command(action="pause", for_s=0.01))
+    await until(lambda: not agent._loop.worker.pauses)
+
+
+async def test_nor_is_that_of_the_trainers_rest(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = an_agent(site, tmp_path / "box")
+    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 0.01)
+    agent._work._rest_trainer("died")
+    agent._on_command(Command(action="resume"))
+    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 600.0)
+    agent._work._rest_trainer("died")
+    await asyncio.sleep(0.05)  # the first one's end has passed
+    assert agent._loop.worker.pauses.keys() == {PauseReason.TRAINER}
+
+
+async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
+    site: Site, tmp_path: Path
+) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    agent._on_command(Command(action="pause"))
+    status_files.write_wish(home, Wish(want="pause", until=time.time() + 0.05, at=1.0))
+    agent._owner.heed()
+    assert set(agent._loop.worker.pauses) == {PauseReason.OPERATOR, PauseReason.USER}
+    await asyncio.sleep(0.1)
+    agent._owner.heed()
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    # The owner's word is another thing: once.
+    status_files.write_wish(home, Wish(at=2.0))
+    agent._owner.heed()
+    assert not agent._loop.worker.pauses
+
+
+async def test_to_finish_is_said_once(site: Site, tmp_path: Path) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    status_files.write_wish(home, Wish(want="finish", at=1.0))
+    agent._owner.heed()
+    agent._on_command(Command(action="pause"))
+    agent._owner.heed()  # the wish that is over is no new one
+    assert agent._loop.worker.finishing
+    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
+@pytest.mark.parametrize("wish", [Wish(want="pause", until=1.0, at=1.0), Wish(want="finish")])
+async def test_a_wish_that_ends_on_a_full_disk_does_not_end_the_agent(
+    site: Site, tmp_path: Path, wish: Wish
+) -> None:
+    home = tmp_path / "box"
+    home.mkdir()
+    with small_disk(home):
+        agent = an_agent(site, home)
+        status_files.write_wish(home, wish)
+        ballast = fill(home, 0)
+        agent._owner.heed()
+        assert status_files.read_wish(home) == wish
+        ballast.unlink()
+        agent._owner.heed()
+        assert not agent._loop.worker.pauses

@@ -1,0 +1,246 @@
+"""Agents without their coordinator: they find each other, and all end on the newest version."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from agent.daemon import gossip_loop as spreading
+from agent.daemon.state_machine import WorkBegan, WorkEnded
+from agent.transport import version_proofs
+from agent.transport.p2p import server, sharing
+from agent.transport.p2p.gossip import FILE
+from agent.transport.p2p.peer_client import Asking
+from protocols.enrollment import identity
+from protocols.errors import Unreachable
+from protocols.messages.envelope import Presence
+from protocols.messages.states import PeerState
+from protocols.model import weights
+from protocols.p2p import gossip
+from protocols.p2p.gossip import Head, Neighbour, Pass, Told
+from protocols.p2p.swarm import PlanAsked
+from tests.support.https_site import Machine, Site
+from tests.support.lone_peers import Peer, certificate, made, until, without_coordinator
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spreading, "_LOOK_S", 0.02)
+    monkeypatch.setattr(spreading, "FIRST_S", 0.05)
+    monkeypatch.setattr(spreading, "MOST_S", 0.1)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    folder = tmp_path / "coordinator"
+    folder.mkdir()
+    with Site(folder).up() as up:
+        yield up
+
+
+async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None:
+    ann, bob, cyd = fleet = [Peer(site, tmp_path, name) for name in ("ann", "bob", "cyd")]
+    old, newest = ann.hold(1), bob.hold(4)
+    cyd.hold(7, since=0.5)  # of an earlier run
+    async with without_coordinator(*fleet):
+        await until(lambda: all(peer.heads.newest() == newest for peer in fleet))
+        await until(lambda: all(peer.gossip.known().alike == 2 for peer in fleet))
+        for peer in fleet:
+            assert weights.file_digest(peer.heads.path(newest.digest)) == newest.digest
+            assert peer.gossip.known().shares_at
+        assert ann.heads.path(old.digest).exists(), "the last two are kept"
+        assert len(version_proofs.held(cyd.cache, cyd.public)) == 2, "each with its proof"
+
+
+async def test_whose_owner_shares_nothing_says_and_takes_nothing(
+    site: Site, tmp_path: Path
+) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    dan = Peer(site, tmp_path, "dan", "off")
+    newest = bob.hold(4)
+    async with without_coordinator(ann, bob, dan):
+        await until(lambda: ann.heads.newest() == newest)
+        await until(lambda: ann.gossip.known().alike)
+        assert dan.heads.newest() is None
+        assert dan.gossip.known() == (None, 0, 0, "")
+        for peer in (ann, bob):
+            assert {word.peer for word, _, _ in peer.gossip.heard()} < {
+                ann.machine.peer,
+                bob.machine.peer,
+            }
+
+
+async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    base, newest = ann.hold(1), bob.hold(4)
+    ann.loop.happened(WorkBegan(made(1, 1.0)[1]))
+    async with without_coordinator(ann, bob):
+        await until(lambda: ann.gossip.known().heard)
+        assert ann.heads.newest() == base
+        ann.loop.happened(WorkEnded())
+        await until(lambda: ann.heads.newest() == newest)
+
+
+@pytest.mark.parametrize("wrong", ["no proof", "another's proof", "wrong bytes", "short"])
+async def test_a_peer_that_lies_about_what_it_holds(
+    site: Site, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
+    base, real = ann.hold(1), rogue.hold(4)
+    lie = real
+    file = rogue.heads.path(real.digest)
+    match wrong:
+        case "no proof":
+            lie = Head(since=1e12, run="mine", version=9, digest="9" * 64)
+        case "another's proof":
+            lie = Head(since=real.since, run=real.run, version=9, digest=real.digest)
+        case "wrong bytes":
+            file.write_bytes(bytes(file.stat().st_size))
+        case "short":
+            file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(rogue.heads, "newest", lambda: lie)
+    rogue.sharing.shelf.put(real.digest, file)
+    async with without_coordinator(ann, rogue):
+        await until(lambda: (lie, rogue.machine.peer) in ann.spread._failed)
+        assert ann.heads.newest() == base
+        assert {path.name for path in ann.cache.iterdir()} == {
+            f"{base.digest}.safetensors",
+            f"{base.digest}.work.json",
+        }
+
+
+async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
+    ann, bob, eve = (Peer(site, tmp_path, name) for name in ("ann", "bob", "eve"))
+    ann.hold(1)
+    async with without_coordinator(ann, bob, eve):
+        at_ann = Neighbour(
+            peer=ann.machine.peer,
+            name="ann",
+            address=ann.sharing.asked().address,
+            node_public=identity.node_public(ann.machine.node_key),
+        )
+
+        async def let_in(who: Peer, sealed: bytes, partner: Neighbour = at_ann) -> bool:
+            asking = Asking(partner, sealed, who.credentials.signed)
+            try:
+                return bool((await asyncio.to_thread(asking.words, Told())).words)
+            except Unreachable:
+                return False
+
+        assert bob.gossip.given is not None
+        assert eve.gossip.given is not None
+        good = bob.gossip.given.pass_
+        assert await let_in(bob, good)
+        assert not await let_in(bob, b"")
+        assert not await let_in(eve, good), "a pass is for the key that it names"
+        own = Pass(holder=eve.machine.peer, sign_public=eve.signs, until=time.time() + 60)
+        assert not await let_in(eve, gossip.issue(own, eve.machine.sign_key.sign))
+        ended = Pass(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
+        assert not await let_in(bob, gossip.issue(ended, site.sign_key.sign))
+        elsewhere = replace(at_ann, node_public=identity.node_public(bob.machine.node_key))
+        assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
+
+        site.registry.remove(eve.machine.peer, "a thief")
+        assert await let_in(eve, eve.gossip.given.pass_)
+        assert await ann.spread._learn()
+        assert not await let_in(eve, eve.gossip.given.pass_)
+        assert eve.machine.peer not in {one.peer for one in ann.gossip.partners()}
+
+
+async def test_whom_to_ask_outlives_a_restart(site: Site, tmp_path: Path) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    async with without_coordinator(ann, bob):
+        again = ann.new_gossip()
+        assert [one.name for one in again.partners()] == ["bob"]
+        (ann.home / FILE).write_text("{")
+        assert ann.new_gossip().partners() == []
+
+
+async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    cyd, rogue = Peer(site, tmp_path, "cyd", "lan"), Peer(site, tmp_path, "rogue")
+    cyd.hold(9)  # in no private network now: it says so, and serves nobody
+    ann.hold(1)
+    lies = iter(range(100, 10_000))  # another one each time
+    monkeypatch.setattr(
+        rogue.heads,
+        "newest",
+        lambda: Head(since=1e12, run="mine", version=next(lies), digest="9" * 64),
+    )
+    newest = bob.hold(4)
+    async with without_coordinator(ann, bob, cyd, rogue):
+        await until(lambda: ann.gossip.known().heard == 3)
+        await until(lambda: ann.heads.newest() == newest)
+
+
+async def test_who_did_not_send_it_is_asked_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spreading, "_SILENT_S", 0.1)
+    ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+    newest = bob.hold(4)
+    file = bob.heads.path(newest.digest)
+    bob.spread._stocked = True  # it says that it holds what it cannot send yet
+    monkeypatch.setattr(server, "_PIECE_S", 0.05)
+    async with without_coordinator(ann, bob):
+        await until(lambda: (newest, bob.machine.peer) in ann.spread._failed)
+        bob.sharing.shelf.put(newest.digest, file)
+        await until(lambda: ann.heads.newest() == newest)
+
+
+@pytest.mark.parametrize("address", ["x", "h:1", f"{'a' * 70}:80", "127.0.0.1 :80", "[::1]:²"])
+async def test_an_address_that_is_none_harms_nobody(
+    site: Site, tmp_path: Path, address: str
+) -> None:
+    ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
+    nowhere = PlanAsked(address=address, open=True)
+    rogue.sharing.asked = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
+    with pytest.raises(Unreachable):  # nor at the coordinator's door
+        await asyncio.to_thread(rogue.link.neighbours, nowhere)
+    ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
+    assert await ann.spread._learn()
+    ann.gossip.take(rogue.gossip.told())
+    assert not ann.gossip.heard()
+    assert not await ann.spread._ask()
+    ann.link.close()
+    rogue.link.close()
+
+
+async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
+    ann = Peer(site, tmp_path, "ann")
+    tasks = tuple(f"{number:060}" for number in range(64))  # as many and as long as may be
+    long = Presence(state=PeerState.IDLE, tasks=tasks, reason="long " * 60)
+    for number in range(gossip.MOST_WORDS):
+        machine = Machine(f"m{number}")
+        word = gossip.Word(peer=machine.peer, at=time.time(), presence=long)
+        said = gossip.speak(word, certificate(site, machine), machine.sign_key.sign)
+        ann.gossip.take(Told(words=(said,)))
+    told = ann.gossip.told()
+    assert 100 < len(told.words) < len(ann.gossip.heard())
+    assert len(msgspec.msgpack.encode(told)) <= gossip.MOST_TOLD_BYTES
+    ann.link.close()
+
+
+async def test_an_agent_lives_without_a_certificate_to_share_with(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_LOOK_S", 0.01)
+    ann = Peer(site, tmp_path, "ann")
+    there = ann.home / sharing.CERTIFICATE
+    there.mkdir()  # it cannot be written, as on a full disk
+    running = asyncio.create_task(ann.sharing.run())
+    await asyncio.wait({running}, timeout=0.2)
+    assert not running.done()
+    there.rmdir()
+    await until(lambda: ann.sharing.asked().address)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    ann.link.close()

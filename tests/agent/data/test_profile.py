@@ -1,0 +1,206 @@
+"""Files of any size and order come to the same statistics; what is wrong with one is told."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from agent.data import arrow_reader, column_types, open_table, profile
+from agent.data.profile import FindKinds
+from agent.data.settings import DataSettings
+from protocols.errors import CommonweightError, DataFault, SchemaMismatch
+from protocols.model import schema_card
+from protocols.tables import preprocessing
+from protocols.tables.preprocessing import wanted
+from protocols.tables.statistics import Kind, TableStatistics
+from tests.support.tables import MIXED, write_csv, write_parquet
+
+
+def surveyed(path: Path, *, target: str = "label", **changed: Any) -> TableStatistics:
+    settings = {"target": target, **changed.pop("settings", {})}
+    data = DataSettings(path=str(path), **({"min_count": 1} | changed))
+    return profile.survey(open_table(data), data, wanted(settings))
+
+
+def test_every_kind_of_column_is_found_and_measured(tmp_path: Path) -> None:
+    found = surveyed(write_csv(tmp_path / "a.csv", MIXED))
+    assert found.rows == 200
+    kinds = {name: column.kind for name, column in found.columns.items()}
+    assert kinds == {
+        "age": "number", "income": "number", "member": "boolean", "since": "date",
+        "city": "text", "note": "text", "empty": "empty", "label": "text",
+    }  # fmt: skip
+    ages = np.array([float(row["age"]) for row in MIXED if row["age"]])
+    age = found.columns["age"]
+    assert (age.missing, age.moments.count, age.whole) == (200 - len(ages), len(ages), True)
+    assert age.moments.mean == pytest.approx(ages.mean(), rel=1e-12)
+    assert age.moments.variance == pytest.approx(ages.var(), rel=1e-12)
+    assert age.extremes is None, "only on wish"
+    assert age.categories == {}, "the values of a number are nobody's affair"
+    assert found.columns["city"].missing == 40
+    assert set(found.columns["city"].categories) == {"Bern", "Zürich", "Basel", 'a "b", c'}
+    days = np.array([date.fromisoformat(row["since"]).toordinal() - 719163 for row in MIXED])
+    assert found.columns["since"].moments.mean == pytest.approx(days.mean(), rel=1e-12)
+
+
+def test_what_categories_hold_can_be_told(tmp_path: Path) -> None:
+    """Line ends, marks that turn the writing round, and texts without end, in a quoted value."""
+    odd = ["two\nlines", "tab\there", "turned\u202eround", "long " * 100]
+    rows = [{"city": odd[n % 4], "label": "yes" if n % 3 else "no"} for n in range(40)]
+    found = surveyed(write_csv(tmp_path / "a.csv", rows))
+    assert schema_card.decode(schema_card.encode(found)) == found
+    assert set(found.columns["city"].categories) == {
+        "two lines", "tab here", "turned round", ("long " * 100)[:400],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["semicolons", "tabs", "folder", "pattern", "parquet", "order"])
+def test_the_same_rows_in_any_form_give_the_same_statistics(tmp_path: Path, form: str) -> None:
+    expected = surveyed(write_csv(tmp_path / "a.csv", MIXED))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    path = folder / "t.csv"
+    if form in ("semicolons", "tabs"):
+        write_csv(path, MIXED, separator=";" if form == "semicolons" else "\t")
+    elif form == "parquet":
+        path = write_parquet(folder / "t.parquet", MIXED)
+    elif form == "order":
+        write_csv(path, MIXED[::-1], sorted(MIXED[0]))
+    else:
+        write_csv(folder / "t1.csv", MIXED[:50])
+        write_csv(folder / "t2.csv", MIXED[50:], sorted(MIXED[0]))
+        path = folder if form == "folder" else folder / "t*.csv"
+    found = surveyed(path)
+    assert found.columns.keys() == expected.columns.keys()
+    for name, column in found.columns.items():
+        assert _rounded(column) == _rounded(expected.columns[name])
+
+
+def _rounded(column: Any) -> Any:
+    moments = [float(f"{value:.11g}") for value in msgspec.to_builtins(column.moments)]
+    return msgspec.structs.replace(column, moments=None), moments
+
+
+def test_small_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_csv(tmp_path / "a.csv", MIXED)
+    expected = surveyed(path)
+    monkeypatch.setattr(arrow_reader, "_BLOCK_BYTES", 1024)
+    assert len(list(arrow_reader.ArrowReader(str(path)).batches(["age"]))) > 10
+    found = surveyed(path)
+    for name, column in found.columns.items():
+        assert _rounded(column) == _rounded(expected.columns[name])
+
+
+def test_a_type_that_only_the_last_rows_have_is_found(tmp_path: Path) -> None:
+    rows = [{"x": str(n), "y": "a"} for n in range(5000)] + [{"x": "12 kg", "y": "b"}]
+    assert surveyed(write_csv(tmp_path / "a.csv", rows), target="y").columns["x"].kind == "text"
+
+
+# --- what its owner lets out -----------------------------------------------------------------
+
+
+def test_only_allowed_columns_and_common_values_are_told(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", MIXED)
+    found = surveyed(path, columns=("age", "c*", "label"), min_count=5)
+    assert list(found.columns) == ["age", "city", "label"]
+    with pytest.raises(SchemaMismatch, match="its owner keeps back"):
+        surveyed(path, columns=("age",))
+    rare = [{"x": "secret" if n == 3 else "common", "y": n % 2} for n in range(50)]
+    told = surveyed(write_csv(tmp_path / "b.csv", rare), target="y", min_count=5)
+    assert told.columns["x"].categories == {"common": 49}
+    assert told.columns["x"].others == 1
+
+
+def test_too_few_rows_and_unwanted_extremes_are_refused(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", MIXED)
+    with pytest.raises(DataFault, match="at least 500 rows") as caught:
+        surveyed(path, min_rows=500)
+    assert "200" not in caught.value.message, "how many there are is for the owner alone"
+    with pytest.raises(DataFault, match="minmax"):
+        surveyed(path, settings={"scaling": "minmax"})
+    told = surveyed(path, settings={"scaling": "minmax"}, extremes=True)
+    assert told.columns["age"].extremes == (20, 69)
+
+
+def test_hashed_categories_hide_all_but_the_target(tmp_path: Path) -> None:
+    told = surveyed(write_csv(tmp_path / "a.csv", MIXED), settings={"hashed": "true"})
+    assert all(name.startswith("#") for name in told.columns["city"].categories)
+    assert set(told.columns["label"].categories) == {"no", "yes"}
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("x,y\nZürich,1\n".encode("latin-1") * 20)
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text("x,y\n1,2\n1,2,3\n")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    twice = tmp_path / "twice.csv"
+    twice.write_text("x,x,y\n1,2,3\n")
+    header = tmp_path / "header.csv"
+    header.write_text("x,y\n")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 not really PAR1")
+    for path, words in {
+        latin: "no UTF-8 text",
+        ragged: "cannot be read as a table",
+        empty: "no header",
+        twice: "column 'x' is there twice",
+        header: "no rows",
+        broken: "cannot be read as a table",
+        tmp_path / "absent.csv": "no data where",
+    }.items():
+        with pytest.raises(DataFault, match=words) as caught:
+            surveyed(path, target="y")
+        assert path.name not in caught.value.message
+    with pytest.raises(SchemaMismatch, match=r"column price: expected one, found no such column"):
+        surveyed(write_csv(tmp_path / "a.csv", MIXED), target="price")
+    with pytest.raises(SchemaMismatch, match="found no such column, but city"):
+        surveyed(write_csv(tmp_path / "a.csv", MIXED), target="City ")
+    with pytest.raises(DataFault, match="no data"):
+        open_table(DataSettings())
+    with pytest.raises(CommonweightError, match="no reader"):
+        open_table(DataSettings(path=str(latin), reader="excel"))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "found"),
+    [
+        (pa.array([1, None, 3]), "number", [1, np.nan, 3]),
+        (pa.array([1.5, float("inf"), float("nan")]), "number", [1.5, np.nan, np.nan]),
+        (pa.array([True, None, False]), "boolean", [1, np.nan, 0]),
+        (pa.array([date(1970, 1, 3), None]), "date", [2, np.nan]),
+        (pa.array([datetime(1970, 1, 1, 12)]), "date", [0.5]),
+        (pa.array([" 1e3 ", "?", "-2"]), "number", [1000, np.nan, -2]),
+        (pa.array(["1970-01-02T12:00:00Z"]), "date", [1.5]),
+        (pa.array(["TRUE", "-", "false"]), "boolean", [1, np.nan, 0]),
+        (pa.array(["3", "3"]).dictionary_encode(), "number", [3, 3]),
+    ],
+)
+def test_what_values_mean(column: pa.Array, kind: Kind, found: list[float]) -> None:
+    assert column_types.kinds(column).kind == kind
+    assert np.array_equal(column_types.numbers(column, kind), found, equal_nan=True)
+
+
+def test_texts_of_any_type() -> None:
+    assert column_types.texts(pa.array([1.0, 2.5, None])).to_pylist() == ["1", "2.5", None]
+    assert column_types.texts(pa.array([True, None])).to_pylist() == ["1", None]
+    assert column_types.texts(pa.array([" a ", "NULL"])).to_pylist() == ["a", None]
+
+
+def test_kinds_of_parts_merge(tmp_path: Path) -> None:
+    reader = arrow_reader.ArrowReader(str(write_csv(tmp_path / "a.csv", MIXED)))
+    batches = list(reader.batches(["age", "city"]))
+    fold = FindKinds()
+    found = fold.merged(fold.of(batches[0].slice(0, 1)), fold.of(batches[0].slice(1)))
+    assert found == fold.of(batches[0])
+    assert preprocessing.wanted({"target": "x"}).kind == "auto"

@@ -1,0 +1,167 @@
+"""The agent's settings: flag, environment, file, default; and what joining left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.home import settings
+from agent.home.settings import AgentSettings, Enrolment
+from protocols.errors import ExitCode, HomeFault, NotEnrolled, UsageFault
+from protocols.messages.mqtt import MqttAddress
+from tests.support.ascii_locale import in_ascii
+
+
+def file(home: Path, text: str) -> None:
+    (home / settings.FILE).write_text(text)
+
+
+def test_defaults_without_anything(tmp_path: Path) -> None:
+    assert settings.read(tmp_path) == AgentSettings()
+
+
+def test_the_order_is_flag_environment_file_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file(tmp_path, "parts = 2\nthreads = 2\nsplit = 'shards'\n")
+    assert settings.read(tmp_path).threads == 2
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_THREADS", "3")
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_PARTS", "4")
+    assert settings.read(tmp_path).threads == 3
+    chosen = settings.read(tmp_path, threads=4, parts=None)
+    assert (chosen.threads, chosen.parts, chosen.split, chosen.data_seed) == (4, 4, "shards", 0)
+
+
+def test_tasks_in_the_environment_are_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_TASKS", "mnist, ping")
+    chosen = settings.read(tmp_path)
+    assert chosen.tasks == ("mnist", "ping")
+    assert chosen.allows("ping")
+    assert not chosen.allows("gait")
+    assert AgentSettings().allows("gait")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "part = -1",
+        "parts = 0",
+        "part = 'two'",
+        "part = 1",
+        "part = 3\nparts = 3",
+        "split = 'half'",
+        "threads = -1",
+        "idle_timeout_s = 0",
+        "idle_timeout_s = nan",
+        "log_level = 'loud'",
+        "tasks = 'mnist'",
+        "colour = 'red'",
+        "part = ",
+        "= 1",
+    ],
+)
+def test_a_wrong_file_is_a_usage_fault(tmp_path: Path, wrong: str) -> None:
+    file(tmp_path, wrong)
+    with pytest.raises(UsageFault) as caught:
+        settings.read(tmp_path)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert settings.FILE in caught.value.message + caught.value.hint
+
+
+def test_a_file_that_is_no_text_is_a_usage_fault(tmp_path: Path) -> None:
+    (tmp_path / settings.FILE).write_bytes(b"part = \xff\xfe")
+    with pytest.raises(UsageFault):
+        settings.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PART", "x"), ("PARTS", "0"), ("SPLIT", ""), ("IDLE_TIMEOUT_S", "-1")]
+)
+def test_a_wrong_variable_is_a_usage_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(settings.PREFIX + name, value)
+    with pytest.raises(UsageFault):
+        settings.read(tmp_path)
+
+
+def test_a_change_keeps_the_rest_and_is_private(tmp_path: Path) -> None:
+    settings.change(tmp_path, part=1, parts=3)
+    settings.change(tmp_path, split="shards", data=None)
+    assert settings.read(tmp_path) == AgentSettings(part=1, parts=3, split="shards")
+    if os.name == "posix":
+        assert (tmp_path / settings.FILE).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("wrong", [{"part": 1}, {"parts": 0}, {"split": "half"}, {"part": "x"}])
+def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    """A setting that `read` would refuse would keep the agent from ever starting."""
+    settings.change(tmp_path, split="shards")
+    before = (tmp_path / settings.FILE).read_bytes()
+    with pytest.raises(UsageFault):
+        settings.change(tmp_path, **wrong)
+    assert (tmp_path / settings.FILE).read_bytes() == before
+    settings.read(tmp_path)
+
+
+def an_enrolment() -> Enrolment:
+    return Enrolment(
+        peer="P",
+        name="box",
+        fleet="0" * 16,
+        addresses=("host:1",),
+        ca_pem="pem",
+        certificate=b"\x00\xff",
+        coordinator_public=bytes(32),
+        mqtt=MqttAddress(host="host", port=1, user="fleet", password="secret"),
+    )
+
+
+def test_an_enrolment_comes_back_and_is_private(tmp_path: Path) -> None:
+    settings.write_enrolment(tmp_path, an_enrolment())
+    assert settings.read_enrolment(tmp_path) == an_enrolment()
+    if os.name == "posix":
+        assert (tmp_path / settings.ENROLLED).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_an_enrolment_the_way_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(NotEnrolled) as caught:
+        settings.read_enrolment(tmp_path)
+    assert caught.value.exit_code is ExitCode.REFUSED
+    assert "join TICKET" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"peer":1}', b"[" * 100_000])
+def test_a_damaged_enrolment_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / settings.ENROLLED).write_bytes(content)
+    with pytest.raises(HomeFault, match="damaged"):
+        settings.read_enrolment(tmp_path)
+
+
+def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
+    settings.change(tmp_path, data="/home/jürgen/data.csv")
+    in_ascii(f"""
+        from pathlib import Path
+        from agent import settings
+        assert settings.read(Path({str(tmp_path)!r})).data == "/home/j\\u00fcrgen/data.csv"
+    """)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("battery", "maybe", "battery is always, auto, never; not 'maybe'"),
+        ("cpu_share", "200", "cpu_share is not right: .* <= 1.0, not '200'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(settings.PREFIX + name.upper(), value)
+    with pytest.raises(UsageFault, match=words):
+        settings.read(tmp_path)

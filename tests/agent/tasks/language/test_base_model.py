@@ -1,0 +1,99 @@
+"""Base models in a folder: what of them can be told without the packages that run them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.data.settings import DataSettings
+from agent.tasks import registry
+from agent.tasks.language import base_model, lora_settings
+from agent.tasks.language.lora import Lora
+from protocols.errors import DataFault, TaskUnusable, UnknownName, UsageFault
+from protocols.model.weights import Weights, save
+
+ASKED = {"model": "tiny"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of models with one that has all its files and no sense."""
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    save(Weights({"w": np.zeros(3, np.float32)}), folder / "model.safetensors")
+    return tmp_path / "models"
+
+
+def test_folders_without_weights_are_told(models: Path) -> None:
+    def fault(name: str = "tiny", folder: str = str(models)) -> DataFault:
+        with pytest.raises(DataFault) as caught:
+            base_model.folder(DataSettings(models=folder), name)
+        assert str(models) not in caught.value.message
+        return caught.value
+
+    assert base_model.folder(DataSettings(models=str(models)), "tiny") == models / "tiny"
+    assert "no folder of base models" in fault(folder="").message
+    assert "no base model large" in fault("large").message
+    for name in ("../tiny", "", ".hidden", "a/b", "/etc"):
+        assert "one folder's name" in fault(name).message
+    (models / "tiny" / "model.safetensors").rename(models / "tiny" / "pytorch_model.bin")
+    told = fault()
+    assert told.message == "the folder of the base model tiny has no weights in safetensors"
+    assert "pytorch_model.bin is in" in told.hint
+
+
+def test_the_digest_is_that_of_what_makes_the_model(models: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    first = base_model.digest(models / "tiny", str(cache))
+    (models / "tiny" / "README.md").write_text("makes no difference")
+    assert base_model.digest(models / "tiny", str(cache)) == first
+    (models / "tiny" / "tokenizer.json").write_text("{}")
+    second = base_model.digest(models / "tiny", str(cache))
+    assert second != first
+    assert base_model.digest(models / "tiny", "") == second
+    save(Weights({"w": np.ones(3, np.float32)}), models / "tiny" / "model.safetensors")
+    assert base_model.digest(models / "tiny", str(cache)) not in (first, second)
+
+
+def test_a_missing_package_says_what_to_install(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("peft", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    task = Lora()
+    task.load(DataSettings(models=str(models), device="cpu"))
+    with pytest.raises(TaskUnusable) as caught:
+        task.schema(ASKED)
+    assert caught.value.hint == "pip install 'commonweight[lora]'"
+
+
+def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keras", None)
+    monkeypatch.delitem(sys.modules, "agent.tasks.training.keras_task", raising=False)
+    monkeypatch.delitem(sys.modules, "agent.tasks.images.keras_task", raising=False)
+    with pytest.raises(TaskUnusable) as caught:
+        registry.find("images", framework="keras")
+    assert "[tensorflow]" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"model": ""}, UsageFault),
+        ({"kind": "seq2seq"}, UnknownName),
+        ({"rank": 0}, UsageFault),
+        ({"alpha": 0.0}, UsageFault),
+        ({"context": 1}, UsageFault),
+        ({"kind": "classification"}, UsageFault),
+        ({"lr": -1.0}, UsageFault),
+        ({"epoch": 1}, UnknownName),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageFault]) -> None:
+    with pytest.raises(kind):
+        lora_settings.read(ASKED | settings)

@@ -1,0 +1,133 @@
+"""Tasks in files of one's own: registered by the owner, tried out, and never taken from a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.data.settings import DataSettings
+from agent.home import settings
+from agent.tasks import registry
+from agent.trainer.process import TrainerProcess
+from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageFault
+from protocols.local import homes
+from protocols.model import weights
+from tests.agent.cli.test_main import agent
+
+LINE = f"{Path(__file__).parents[3] / 'docs/examples/line.py'}:Line"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
+    return homes.open_home("agent", create=True)
+
+
+@pytest.fixture
+def points(tmp_path: Path) -> Path:
+    file = tmp_path / "points.txt"
+    file.write_text("".join(f"{x} {2 * x + 1}\n" for x in range(-5, 6)))
+    return file
+
+
+def test_the_documented_example_is_forty_lines_and_finds_its_line(
+    tmp_path: Path, points: Path
+) -> None:
+    assert len(Path(LINE.rpartition(":")[0]).read_text().splitlines()) <= 41
+    trainer = TrainerProcess(
+        tmp_path / "work", DataSettings(path=str(points)), threads=1, sources={"my-line": LINE}
+    )
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    try:
+        trainer.init("my-line", {}, 0, base)
+        done = trainer.train("my-line", {"steps": 300, "seed": 0, "round": 1}, base, out)
+        told = trainer.evaluate("my-line", {}, out)
+    finally:
+        trainer.stop()
+    assert done.num_examples == 11
+    assert np.allclose([weights.load(out)[name][0] for name in ("slope", "intercept")], [2, 1])
+    assert (told.metrics["loss"] or 0) < 1e-6
+
+
+def test_a_registered_task_is_known_allowed_and_forgotten(home: Path) -> None:
+    settings.change(home, tasks=("mnist",))
+    assert agent(home, "task", "add", LINE)[0] == 0
+    chosen = settings.read(home)
+    assert chosen.task_files == {"line.py:Line": LINE}
+    assert chosen.allows("line.py:Line")
+    code, said, _ = agent(home, "task", "list", "--json")
+    assert code == 0
+    found = {line["task"]: line for line in json.loads(said)["data"]}
+    assert found["line.py:Line"] == {"task": "line.py:Line", "source": LINE, "allowed": True}
+    assert found["ping"]["allowed"] is False
+    assert agent(home, "task", "remove", "line.py:Line")[0] == 0
+    assert settings.read(home).task_files == {}
+    assert agent(home, "task", "remove", "line.py:Line")[0] == 2
+
+
+def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
+    home: Path, points: Path, tmp_path: Path
+) -> None:
+    code, said, _ = agent(home, "task", "check", LINE, "--data", str(points), "--json")
+    assert code == 0
+    told = json.loads(said)["data"]
+    assert told["schema"]["tensors"] == {"intercept": ["F32", [1]], "slope": ["F32", [1]]}
+    assert told["train"]["steps"] == 20
+    assert told["memory_bytes"] > 1e6
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ValueError('row 7 is odd')")
+    code, said, err = agent(home, "task", "check", f"{broken}:Task")
+    assert (code, said) == (1, "")
+    assert "broken.py" in err
+    assert "ValueError: row 7 is odd" in err
+    code, _, err = agent(home, "task", "check", f"{tmp_path / 'absent.py'}:Task")
+    assert code == 1
+    assert err.startswith("error: there is no file absent.py")
+
+
+def test_a_file_that_cannot_be_loaded_tells_others_nothing_of_itself(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    trainer = TrainerProcess(
+        tmp_path / "work", DataSettings(), threads=1, sources={"b": f"{file}:Task"}
+    )
+    try:
+        for text in ("raise SystemError('secret')", "import nothing_such", "Task = 1", "x = (", ""):
+            file.write_text(text)
+            with pytest.raises(TrainerFailed) as caught:
+                trainer.describe("b", {})
+            assert caught.value.kind == TaskUnusable.code
+        file.write_text("class Task:\n  def schema(self, settings): return {}")
+        with pytest.raises(TrainerFailed, match="lacks init, load, train, evaluate"):
+            trainer.describe("b", {})
+    finally:
+        trainer.stop()
+
+
+def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
+    evil, proof = tmp_path / "evil.py", tmp_path / "proof"
+    evil.write_text(f"open({str(proof)!r}, 'w')\nclass Task: pass")
+    trainer = TrainerProcess(tmp_path / "work", DataSettings(), threads=1)
+    try:
+        with pytest.raises(TrainerFailed) as caught:
+            trainer.describe(f"{evil}:Task", {})
+    finally:
+        trainer.stop()
+    assert caught.value.kind == UnknownName.code
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "source", ["task.py", "task.txt:Task", "task.py:", "task.py:not one", ":T"]
+)
+def test_what_names_no_class_in_a_file_is_refused(source: str) -> None:
+    with pytest.raises(UsageFault):
+        registry.parted(source)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "x" * 65, "ü"])
+def test_what_a_task_cannot_be_called(name: str) -> None:
+    with pytest.raises(UsageFault):
+        registry.checked_name(name)

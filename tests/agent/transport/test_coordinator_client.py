@@ -1,0 +1,293 @@
+"""The agent's link: sessions, lost and opened again, and every failure as one of our errors."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from agent.home.credentials import Credentials
+from agent.transport.coordinator_client import Link
+from agent.transport.weight_transfer import NoRoom, SessionLost
+from protocols.enrollment import identity
+from protocols.errors import ExitCode, Refused, Unreachable
+from protocols.messages.work import FEW_BYTES
+from protocols.model import weights
+from tests.support.https_site import HOST, Machine, Site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Site(tmp_path_factory.mktemp("site"), flower=True).up() as running:
+        yield running
+
+
+@pytest.fixture
+def machine(site: Site) -> Machine:
+    return site.enrol()
+
+
+@pytest.fixture
+def link(site: Site, machine: Machine) -> Iterator[Link]:
+    made = Link(site.credentials(machine))
+    yield made
+    made.close()
+
+
+def test_a_session_is_opened_kept_and_closed(site: Site, machine: Machine, link: Link) -> None:
+    node = site.nodes[machine.peer]
+    assert node not in site.superlink.online()
+    link.open()
+    link.beat()
+    assert node in site.superlink.online()
+    link.close()
+    assert node not in site.superlink.online()
+
+
+def test_a_new_life_opens_a_session_over_its_last_ones(site: Site, machine: Machine) -> None:
+    """An agent that was killed said no goodbye."""
+    first, second = (Link(site.credentials(machine)) for _ in range(2))
+    first.open()
+    second.open()
+    second.beat()
+    second.close()
+    first.close()
+
+
+def test_without_a_session_nothing_is_asked_of_flower(link: Link) -> None:
+    link.close()  # nothing to say goodbye to
+
+
+def test_a_coordinator_that_forgot_us_means_a_lost_session(
+    site: Site, machine: Machine, link: Link
+) -> None:
+    link.open()
+    site.superlink.forget(site.nodes[machine.peer])
+    with pytest.raises(SessionLost):
+        link.beat()
+    with pytest.raises(SessionLost):
+        link.open()
+
+
+def test_a_lost_session_is_a_refusal_to_a_person() -> None:
+    assert issubclass(SessionLost, Refused)
+    assert SessionLost("x").exit_code is ExitCode.REFUSED
+
+
+def closed_port() -> str:
+    with socket.create_server((HOST, 0)) as taken:
+        return f"{HOST}:{taken.getsockname()[1]}"
+
+
+def elsewhere(site: Site, machine: Machine, address: str) -> Link:
+    return Link(site.credentials(machine)._replace(address=address))
+
+
+def check_unreachable(link: Link, tmp_path: Path) -> None:
+    message = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
+    update = tmp_path / "update"
+    update.write_bytes(b"x")
+    for ask in (
+        link.open,
+        link.pull,
+        lambda: link.push(Message(RecordDict(), reply_to=message)),
+        lambda: link.download("0" * 64, 10, tmp_path / "version"),
+        lambda: link.upload("0" * 64, update),
+    ):
+        with pytest.raises(Unreachable) as caught:
+            ask()
+        assert caught.value.message
+    link.close()
+
+
+def test_nobody_there(site: Site, machine: Machine, tmp_path: Path) -> None:
+    check_unreachable(elsewhere(site, machine, closed_port()), tmp_path)
+
+
+def test_somebody_elses_certificate(site: Site, machine: Machine, tmp_path: Path) -> None:
+    _, other_ca = identity.new_ca("other")
+    link = Link(site.credentials(machine)._replace(ca_pem=other_ca))
+    check_unreachable(link, tmp_path)
+
+
+@contextmanager
+def answering(site: Site, answer: bytes) -> Iterator[str]:
+    """A TLS server that gives this answer to whatever comes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(site.folder / "server.pem", site.folder / "server.key")
+    with socket.create_server((HOST, 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    plain, _ = listener.accept()
+                except OSError:
+                    return
+                try:
+                    with context.wrap_socket(plain, server_side=True) as secure:
+                        secure.recv(65536)
+                        secure.sendall(answer)
+                except OSError:
+                    continue
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        try:
+            yield f"{HOST}:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+    serving.join()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"220 mail.example ESMTP\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\nconnection: close\r\n\r\njunk",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\nconnection: close\r\n\r\nshort",
+        b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        b"HTTP/1.1 409 Conflict\r\ncontent-length: 2\r\nconnection: close\r\n\r\n[]",
+        b"HTTP/1.1 302 Found\r\nlocation: https://elsewhere.invalid/\r\ncontent-length: 0\r\n\r\n",
+    ],
+    ids=lambda answer: answer[:12].decode() or "nothing",
+)
+def test_nonsense_is_an_error_of_ours(
+    site: Site, machine: Machine, tmp_path: Path, answer: bytes
+) -> None:
+    """Also from a proxy in between: an agent that met any other error would end."""
+    with answering(site, answer) as address:
+        link = elsewhere(site, machine, address)
+        for ask in (
+            link.open,
+            link.pull,
+            lambda: link.download("0" * 64, 10, tmp_path / "version"),
+        ):
+            with pytest.raises((Unreachable, Refused)):
+                ask()
+        update = tmp_path / "update"
+        digest = weights.save(weights.Weights({}), update)
+        if b"200 OK" not in answer:
+            with pytest.raises((Unreachable, Refused)):
+                link.upload(digest, update)
+        link.close()
+
+
+def test_a_cut_upload_goes_on_where_it_was_cut(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    data = bytes(range(256)) * 2000
+    source = tmp_path / "update"
+    source.write_bytes(data)
+    digest = weights.file_digest(source)
+    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
+    part.write_bytes(data[:300_000])
+    link._cut_off = digest
+    before = site.lane.bytes_up
+    link.upload(digest, source)
+    assert site.lane.bytes_up - before == len(data) - 300_000 == link.bytes_up
+    stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
+    assert stored.read_bytes() == data
+
+
+def test_a_wrong_beginning_on_the_other_side_is_sent_anew(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(b"right" * 1000)
+    digest = weights.file_digest(source)
+    (site.folder / "spool" / f"{machine.peer}-{digest}.part").write_bytes(b"wrong" * 100)
+    link._cut_off = digest
+    link.upload(digest, source)
+    stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
+    assert stored.read_bytes() == source.read_bytes()
+
+
+def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> None:
+    mine = site.credentials(machine)
+    assert isinstance(mine, Credentials)
+    assert mine.peer == identity.peer_id(identity.raw_public(mine.sign_key))
+
+
+def test_connections_are_kept_let_go_and_made_again(link: Link) -> None:
+    link.open()
+    link.beat()
+    [(kept, _)] = link._wire._idle
+    link.beat()
+    assert link._wire._idle[0][0] is kept
+    link.reconnect()
+    assert kept.sock is None
+    link.beat()
+    assert link.pull() is None
+
+
+def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
+    site: Site, link: Link
+) -> None:
+    link.open()
+    [(kept, _)] = link._wire._idle
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    link.beat()
+    assert link._wire._idle[0][0] is not kept
+
+
+def answered(link: Link, question: Message) -> Message:
+    return Message(RecordDict({"c": ConfigRecord({"a": 1})}), reply_to=question)
+
+
+def asked(site: Site, link: Link, machine: Machine) -> Message:
+    content = RecordDict({"config": ConfigRecord()})
+    site.grid.push_messages([Message(content, site.nodes[machine.peer], "train")])
+    question = link.pull()
+    assert question is not None
+    return question
+
+
+def test_a_small_update_goes_with_the_answer(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(b"small")
+    digest = weights.file_digest(source)
+    link.open()
+    question = asked(site, link, machine)
+    link.hand_in(digest, source)
+    assert not site.lane.update(machine.peer, digest).exists()
+    link.push(answered(link, question))
+    assert site.lane.update(machine.peer, digest).read_bytes() == b"small"
+    assert link.bytes_up == 5
+
+
+def test_a_large_update_goes_at_once(
+    site: Site, machine: Machine, link: Link, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(bytes(FEW_BYTES + 1))
+    digest = weights.file_digest(source)
+    link.hand_in(digest, source)
+    assert site.lane.update(machine.peer, digest).exists()
+
+
+def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are(
+    site: Site, machine: Machine, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(b"small")
+    link.open()
+    question = asked(site, link, machine)
+    monkeypatch.setattr(site.lane, "limit_bytes", 3)
+    link.hand_in(weights.file_digest(source), source)
+    with pytest.raises(Refused, match="413"):
+        link.push(answered(link, question))
+    monkeypatch.setattr(site.lane, "limit_bytes", 100)
+    monkeypatch.setattr(site.lane, "version_bytes", 2**60)
+    link.hand_in(weights.file_digest(source), source)
+    with pytest.raises(NoRoom):
+        link.push(answered(link, question))
+    assert not site.lane.update(machine.peer, weights.file_digest(source)).exists()

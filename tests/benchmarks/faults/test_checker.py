@@ -1,0 +1,183 @@
+"""The checker finds what it is there for, each in a ledger that is right but for that."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.faults import checker
+from benchmarks.faults.checker import Truth
+from coordinator.storage import run_events
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.run_events import Fact, RunSpec, Update
+from coordinator.transport.weights import Lane
+from protocols.messages.states import RunState
+from protocols.model.weights import Weights
+
+Facts = list[Fact]
+PEERS = ("A", "B")
+
+
+def claim(peer: str, number: int, digest: str = "", kind: str = "train") -> dict[str, Any]:
+    return {"run": "r", "round": number, "kind": kind, "peer": peer, "digest": digest}
+
+
+class Home:
+    """A coordinator's folder with one run of two rounds, all in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lane = Lane(folder)
+        self.versions = [self._version(number) for number in range(3)]
+        self.facts: Facts = [
+            run_events.RunStarted(RunSpec(task="t", rounds=2, quorum=2)),
+            run_events.WeightsInitialised(self.versions[0], "A"),
+            *self._round(1),
+            *self._round(2),
+            run_events.RunEnded(RunState.FINISHED, "all rounds are done"),
+        ]
+        self.truth = Truth(
+            [claim(p, n, f"u{p}{n}") for p in PEERS for n in (1, 2)]
+            + [claim(p, n, kind="evaluate") for p in PEERS for n in (1, 2)],
+            repeated=0,
+            steps=0,
+        )
+
+    def _version(self, number: int) -> str:
+        return self.lane.commit(Weights({"w": np.full(4, number, np.float32)}))
+
+    def _round(self, number: int) -> Facts:
+        base, made = self.versions[number - 1 : number + 1]
+        return [
+            run_events.RoundOpened(number, base, PEERS),
+            *(
+                run_events.UpdateAccepted(number, p, Update(digest=f"u{p}{number}", num_examples=1))
+                for p in PEERS
+            ),
+            run_events.TrainingClosed(number, PEERS),
+            run_events.VersionCommitted(number, made, base, PEERS, {}),
+            run_events.EvaluationOpened(number, PEERS),
+            *(run_events.UpdateAccepted(number, p, Update(num_examples=1)) for p in PEERS),
+            run_events.RoundClosed(number, {}, 1.0, 0, 0),
+        ]
+
+    def judged(self) -> list[str]:
+        ledger = Ledger(self.folder / "ledger.db")
+        ledger.append("r", [run_events.encode(fact) for fact in self.facts])
+        ledger.close()
+        return checker.violations(self.folder, [self.truth])
+
+
+def of(home: Home, kind: type[Any], nth: int = 0) -> int:
+    """Where the nth fact of a kind is."""
+    return [index for index, fact in enumerate(home.facts) if isinstance(fact, kind)][nth]
+
+
+def forget_an_update(home: Home) -> None:
+    home.facts.pop(of(home, run_events.UpdateAccepted))
+
+
+def count_an_update_twice(home: Home) -> None:
+    index = of(home, run_events.UpdateAccepted)
+    home.facts.insert(index, home.facts[index])
+
+
+def count_an_evaluation_twice(home: Home) -> None:
+    index = of(home, run_events.UpdateAccepted, 2)
+    home.facts.insert(index, home.facts[index])
+
+
+def acknowledge_what_is_not_there(home: Home) -> None:
+    home.truth.acknowledged.append(claim("C", 1, "uC1"))
+
+
+def sum_what_was_not_accepted(home: Home) -> None:
+    home.facts[of(home, run_events.TrainingClosed)] = run_events.TrainingClosed(1, ("A", "B", "C"))
+
+
+def leave_out_what_was_accepted(home: Home) -> None:
+    home.facts[of(home, run_events.TrainingClosed)] = run_events.TrainingClosed(1, ("A",))
+
+
+def lose_a_version(home: Home) -> None:
+    home.lane.version(home.versions[2]).unlink()
+
+
+def flip_a_version(home: Home) -> None:
+    path = home.lane.version(home.versions[2])
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def make_a_version_twice(home: Home) -> None:
+    index = of(home, run_events.VersionCommitted)
+    home.facts.insert(index, home.facts[index])
+
+
+def roll_back(home: Home) -> None:
+    index = of(home, run_events.RoundOpened, 1)
+    home.facts[index] = run_events.RoundOpened(2, home.versions[0], PEERS)
+
+
+FAULTS: list[tuple[Callable[[Home], None], str]] = [
+    (forget_an_update, "sums other updates than it accepted"),
+    (forget_an_update, "is in no entry of the ledger"),
+    (count_an_update_twice, "more than once"),
+    (count_an_evaluation_twice, "counts an evaluation more than once"),
+    (acknowledge_what_is_not_there, "is in no entry of the ledger"),
+    (sum_what_was_not_accepted, "sums other updates than it accepted"),
+    (leave_out_what_was_accepted, "sums other updates than it accepted"),
+    (lose_a_version, "is not on disk"),
+    (flip_a_version, "is not what its name says"),
+    (make_a_version_twice, "is not the child of the one before"),
+    (roll_back, "builds on"),
+]
+
+
+def test_what_is_in_order_is_left_alone(tmp_path: Path) -> None:
+    assert Home(tmp_path).judged() == []
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS)
+def test_a_fault_is_found(tmp_path: Path, fault: Callable[[Home], None], said: str) -> None:
+    home = Home(tmp_path)
+    fault(home)
+    assert any(said in text for text in home.judged())
+
+
+def test_a_refusal_is_a_fate_too(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.truth.acknowledged.append(claim("C", 1, "uC1"))
+    home.facts.insert(4, run_events.UpdateRefused(1, "C", "late", "x", "train"))
+    assert home.judged() == []
+
+
+def test_a_round_that_was_done_again_for_a_lost_version_counts_once(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    index = of(home, run_events.RoundOpened, 1)
+    again = home.facts[index:]
+    closed = next(n for n, fact in enumerate(again) if isinstance(fact, run_events.RoundClosed))
+    lost = run_events.VersionLost(home.versions[2], home.versions[1])
+    home.facts[index + closed + 1 :] = [lost, *again]
+    assert home.judged() == []
+
+
+def test_a_changed_or_missing_entry_is_found(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert home.judged() == []
+    before = checker.read_ledger(tmp_path)
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        db.execute("DELETE FROM log WHERE seq = (SELECT MAX(seq) FROM log)")
+    db.close()
+    assert checker.violations(tmp_path, [], before) == [
+        "an entry that was in the ledger is gone or changed"
+    ]
+    with sqlite3.connect(tmp_path / "ledger.db") as db:
+        db.execute("UPDATE log SET body = ? WHERE seq = 5", (json.dumps({"type": "x"}).encode(),))
+    db.close()
+    assert "the ledger's chain is broken at entry 5" in checker.violations(tmp_path)

@@ -1,0 +1,81 @@
+"""Failpoints: each name is reached somewhere, and what is armed happens once, where it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import checker
+from protocols import failpoints
+from protocols.failpoints import NAMES, TRUTH, VARIABLE, armed
+from tests.support.fleet_harness import ROOT
+
+_CALL = re.compile(r'\bfailpoint\("([a-z.]+)"(, )?')
+
+
+def called() -> set[str]:
+    """The names in the product's calls; one with a detail stands for all of its kind."""
+    found = set()
+    for side in ("agent", "coordinator"):
+        for path in (ROOT / side).rglob("*.py"):
+            for name, detail in _CALL.findall(path.read_text()):
+                found |= {n for n in NAMES if n.startswith(f"{name}.")} if detail else {name}
+    return found
+
+
+def test_every_name_is_a_place_and_every_place_has_a_name() -> None:
+    assert called() == NAMES
+
+
+def test_without_the_variable_they_are_nothing() -> None:
+    assert failpoints.failpoint is failpoints._off
+    assert failpoints.note is failpoints._unheard
+
+
+@pytest.mark.parametrize("spec", ["nowhere", "work.pushed=melt", "work.pushed:x"])
+def test_a_slip_in_a_spec_is_told(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        armed(spec)
+
+
+def test_it_happens_the_nth_time_and_once() -> None:
+    failpoint = armed("work.pushed:2=error,run.recorded.RoundOpened=error")
+    failpoint("work.pushed")
+    with pytest.raises(OSError, match="no room"):
+        failpoint("work.pushed")
+    failpoint("work.pushed")
+    failpoint("run.recorded", "RunEnded")
+    with pytest.raises(OSError, match="no room"):
+        failpoint("run.recorded", "RoundOpened")
+
+
+def test_with_a_marker_it_happens_in_one_process(tmp_path: Path) -> None:
+    spec = f"work.pushed=error@{tmp_path / 'done'}"
+    with pytest.raises(OSError, match="no room"):
+        armed(spec)("work.pushed")
+    armed(spec)("work.pushed")
+
+
+def test_a_killed_process_has_noted_what_it_saw_before(tmp_path: Path) -> None:
+    program = (
+        "from protocols.failpoints import failpoint, note\n"
+        "note('work', run='r', round=1, kind='train')\n"
+        "for step in (1, 2, 2):\n"
+        "    note('step', phase='train', work=1, step=step)\n"
+        "failpoint('agent.claim.sent')\n"
+        "note('work', run='r', round=2, kind='train')\n"
+    )
+    env = os.environ | {
+        VARIABLE: "agent.claim.sent",
+        TRUTH: str(tmp_path / "truth"),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=env, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert checker.read_truth(tmp_path / "truth") == checker.Truth([], repeated=1, steps=2)

@@ -1,0 +1,182 @@
+"""The audit: what happened, to whom and why, beside a coordinator that is up or down."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.admin import audit
+from coordinator.cli.admin import moment
+from coordinator.fleet import registry
+from coordinator.storage import run_events
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.run_events import RunSpec
+from protocols.errors import NotRunning, UnknownName, UsageFault
+from protocols.messages.states import RunState
+from tests.support.fleet_harness import Fleet, fleet
+
+ADA, BOB, BOB2 = "AAAA", "BBBB", "CCCC"
+
+
+def joined(peer: str, name: str, standing: registry.Standing = "enrolled") -> registry.PeerJoined:
+    return registry.PeerJoined(
+        peer=peer,
+        name=name,
+        labels={},
+        sign_public=b"s",
+        node_public=b"n",
+        ticket="t1",
+        standing=standing,
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A few days of a fleet."""
+    made = Ledger(tmp_path / audit.LEDGER)
+    ticket = registry.TicketCreated(
+        id="t1", secret_hash="5ec2e7", expires_at=time.time() + 7200, uses=3, label="lab"
+    )
+    happened: list[tuple[str, object]] = [
+        ("fleet", ticket),
+        ("fleet", joined(ADA, "ada", "awaiting")),
+        ("fleet", registry.PeerApproved(ADA)),
+        ("fleet", joined(BOB, "bob")),
+        ("mnist-1", run_events.RunStarted(RunSpec(task="mnist", rounds=3))),
+        ("mnist-1", run_events.WeightsInitialised("d", ADA)),
+        ("mnist-1", run_events.RoundOpened(1, "d", (ADA, BOB))),
+        ("mnist-1", run_events.UpdateRefused(1, BOB, "not finite", "w1 has a NaN", "train")),
+        ("fleet", registry.PeerRemoved(BOB, "removed by the operator")),
+        ("fleet", registry.TicketRevoked("t1")),
+        ("mnist-1", run_events.RunEnded(RunState.STOPPED, "stopped by the operator")),
+        ("fleet", joined(BOB2, "bob")),
+        ("fleet", registry.PeerRemoved(BOB2, "left by itself")),
+    ]
+    for subject, fact in happened:
+        made.append(subject, [msgspec.json.encode(fact)])
+    return made
+
+
+def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
+    assert [(line.seq, line.event, line.text) for line in audit.lines(ledger)] == [
+        (1, "ticket made", "ticket t1 for 3 machines, good for 2 h, 'lab'"),
+        (2, "asked to join", "ada (AAAA) asked to join with ticket t1"),
+        (3, "approved", "ada (AAAA) was approved by the operator"),
+        (4, "joined", "bob (BBBB) joined with ticket t1"),
+        (5, "run started", "mnist-1: 3 rounds of mnist, fedavg"),
+        (8, "update refused", "bob (BBBB), mnist-1 round 1: not finite (w1 has a NaN)"),
+        (9, "removed", "bob (BBBB): removed by the operator"),
+        (10, "ticket revoked", "ticket t1 was revoked by the operator"),
+        (11, "run stopped", "mnist-1: stopped by the operator"),
+        (12, "joined", "bob (CCCC) joined with ticket t1"),
+        (13, "removed", "bob (CCCC): left by itself"),
+    ]
+    assert "5ec2e7" not in str(audit.lines(ledger)), "a ticket's hash is nobody's business"
+
+
+def test_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
+    by_id = audit.lines(ledger, peer=BOB)
+    assert [line.event for line in by_id] == ["joined", "update refused", "removed"]
+    assert [line.reason for line in by_id] == ["", "not finite", "removed by the operator"]
+    by_name = audit.lines(ledger, peer="bob")
+    assert {line.peer for line in by_name} == {BOB, BOB2}
+    assert audit.lines(ledger, peer="ada", since=time.time() + 1) == []
+    with pytest.raises(UnknownName, match="ever joined"):
+        audit.lines(ledger, peer="eve")
+
+
+def test_an_entry_that_cannot_be_read_is_a_line_too(ledger: Ledger) -> None:
+    ledger.append("fleet", [b"not json", b'{"type":"Novelty"}', b"\xff"])
+    ledger.append("mnist-1", [b"[]", b'{"type":"SomethingNew"}'])
+    assert [line.event for line in audit.lines(ledger)][11:] == ["unreadable"] * 4
+
+
+def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    reading = audit.open_ledger(tmp_path)
+    assert len(audit.lines(reading)) == 11
+    with pytest.raises(Exception, match="readonly"):
+        reading.append("fleet", [b"{}"])
+    ledger.append("fleet", [msgspec.json.encode(joined("DDDD", "dan"))])
+    assert audit.lines(reading)[-1].name == "dan"
+    reading.close()
+    ledger.close()
+    alone = audit.open_ledger(tmp_path)
+    assert audit.lines(alone)[-1].name == "dan"
+    newest = alone.newest()
+    assert newest is not None
+    assert newest.seq == 14
+    alone.close()
+    with pytest.raises(NotRunning, match="nothing has happened"):
+        audit.open_ledger(tmp_path / "nowhere")
+
+
+def test_a_moment_is_a_date_or_so_long_ago() -> None:
+    now = 1_700_000_000.0
+    assert moment("2h", now) == now - 7200
+    assert moment("90", now) == now - 90
+    assert moment("2026-11-23T18:00+00:00", now) == 1_795_456_800.0
+    assert moment("2026-11-23", now) == time.mktime((2026, 11, 23, 0, 0, 0, 0, 0, -1))
+    for wrong in ("yesterday", "", "2026-13-01", "-2h"):
+        with pytest.raises(UsageFault, match="no time"):
+            moment(wrong, now)
+
+
+# --- the commands -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.long
+def test_the_audit_of_a_real_fleet(site: Fleet) -> None:
+    assert site.ask("audit").returncode == 5
+    up = site.up("--approve")
+    site.join("box")
+    assert site.ask("peers", "approve", "box").returncode == 0
+    lines = site.data("audit")
+    assert [line["event"] for line in lines] == ["ticket made", "asked to join", "approved"]
+    assert lines[0]["ticket"] == lines[1]["ticket"] != ""
+    site.start("box")
+    run = site.start_run("ping", "--rounds", "2", "--set", "kilobytes=1")
+    site.ended_run(run)
+    assert site.ask("peers", "remove", "box").returncode == 0
+    events = [line["event"] for line in site.data("audit", "--since", "1h")]
+    assert events[3:] == ["run started", "run finished", "removed"]
+    assert site.data("audit", "--since", "2099-01-01") == []
+    assert [line["event"] for line in site.data("audit", "--peer", "box")] == [
+        "asked to join", "approved", "removed"
+    ]  # fmt: skip
+    assert site.ask("audit", "--peer", "eve").returncode == 2
+    verified = site.data("audit", "verify")
+
+    assert site.programs["box"].stop() == 0
+    assert up.stop() == 0
+    assert site.data("audit", "verify") == verified
+    shown = site.ask("audit").stdout
+    assert len(shown.splitlines()) == 6
+    assert "box (" in shown
+    assert len(verified["head"]) == 64
+
+
+def test_verify_names_the_first_changed_entry(site: Fleet) -> None:
+    site.up()
+    for _ in range(3):
+        site.ticket()
+    done = site.ask("audit", "verify")
+    assert (done.returncode, done.stdout[:30]) == (0, "3 entries, every hash fits; th")
+    with sqlite3.connect(site.home / audit.LEDGER) as other:
+        other.execute("UPDATE log SET at = at - 60 WHERE seq = 2")
+    other.close()
+    done = site.ask("audit", "verify", "--json")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["message"].startswith("entry 2 was changed")

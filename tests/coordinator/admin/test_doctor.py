@@ -1,0 +1,185 @@
+"""The coordinator's doctor, up and down, sound and damaged; and draining a peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.admin.doctor import check_free, engine
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError, PortInUse
+from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
+
+NAMES = [
+    "home", "permissions", "settings", "disk", "crashes", "engine", "ledger", "versions", "clock",
+    "running", "certificate", "ports", "broker", "peers",
+]  # fmt: skip
+
+Made = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path) as made:
+        yield made
+
+
+def doctor(site: Fleet) -> tuple[int, Made]:
+    done = site.ask("doctor", "--json")
+    told = json.loads(done.stdout)
+    assert (told["schema_version"], told["status"]) == (1, "ok"), done.stderr
+    made = {check["name"]: check for check in told["data"]["checks"]}
+    assert list(made) == NAMES
+    assert told["data"]["faults"] == sum(check["ok"] is False for check in made.values())
+    return done.returncode, made
+
+
+def faults(made: Made) -> list[str]:
+    return [name for name, check in made.items() if check["ok"] is False]
+
+
+def skipped(made: Made) -> list[str]:
+    return [name for name, check in made.items() if check["ok"] is None]
+
+
+def test_before_init(site: Fleet) -> None:
+    code, made = doctor(site)
+    assert (code, faults(made)) == (6, ["home"])
+    assert "commonweight init" in made["home"]["fix"]
+    assert {"ledger", "running", "broker", "peers"} <= set(skipped(made))
+    assert not site.home.exists(), "a doctor makes nothing"
+
+
+def test_up_and_down(site: Fleet) -> None:
+    up = site.up()
+    code, made = doctor(site)
+    assert (code, faults(made), skipped(made)) == (0, [], [])
+    assert made["peers"]["fix"] == "commonweight ticket create"
+    assert made["certificate"]["detail"].startswith(f"good for {HOST}, 36")
+    assert "are ours" in made["ports"]["detail"]
+
+    site.join("box")
+    site.start("box")
+    _, made = doctor(site)
+    assert made["peers"]["detail"] == "1 enrolled, 1 can work now"
+    assert made["ledger"]["detail"] == "2 entries, every hash fits"
+
+    assert site.programs["box"].stop() == 0
+    assert up.stop() == 0
+    done = site.ask("doctor")
+    assert done.returncode == 6
+    assert "✗ running: no coordinator is running" in done.stdout
+    assert "    fix: start it: commonweight up" in done.stdout
+    assert "– broker: skipped\n– peers: skipped\n" in done.stdout
+    assert "✓ ledger: 2 entries" in done.stdout
+
+
+def test_one_that_was_killed_is_not_up(site: Fleet) -> None:
+    site.up().kill()
+    assert (site.home / "up.json").exists()
+    _, made = doctor(site)
+    assert faults(made) == ["running"]
+    assert "does not answer" in made["running"]["detail"]
+
+
+def test_what_is_damaged_is_found(site: Fleet) -> None:
+    site.up()
+    site.ticket()
+    site.ticket()
+    with sqlite3.connect(site.home / "ledger.db") as ledger:
+        ledger.execute("UPDATE log SET body = 'x' WHERE seq = 1")  # TEXT where a BLOB was
+    ledger.close()
+    names = ["elsewhere.example"]
+    key, pem = identity.new_server_certificate(
+        identity.load_signing_key(site.home / "ca.key"),
+        (site.home / "ca.pem").read_bytes(),
+        names,
+    )
+    identity.save_key(site.home / "server.key", key)
+    identity.write_private(site.home / "server.pem", pem)
+    (site.home / "ca.key").chmod(0o640)
+    code, made = doctor(site)
+    assert code == 6
+    wrong = ["permissions"] if os.name == "posix" else []
+    assert faults(made) == [*wrong, "ledger", "certificate", "broker"]
+    assert "is not good" in made["broker"]["detail"]
+    assert "entry 1 was changed" in made["ledger"]["detail"]
+    assert f"it lacks {HOST}" in made["certificate"]["detail"]
+    assert "ca.key" in made["permissions"]["detail"]
+    assert made["clock"]["ok"] is None
+
+
+def test_a_clock_that_was_set_back_is_found(site: Fleet) -> None:
+    site.up().stop()
+    later = time.time() + 3600
+    os.utime(site.home / "ca.pem", (later, later))
+    assert "from the future" in doctor(site)[1]["clock"]["detail"]
+
+
+def test_a_broker_that_ended_is_found(site: Fleet) -> None:
+    site.up("--mqtt-url", f"mqtt://{HOST}:{two_free_ports()[0]}")
+    _, made = doctor(site)
+    assert faults(made) == ["broker"]
+    assert "nobody listens" in made["broker"]["detail"]
+
+
+def test_a_port_of_another_program_is_told() -> None:
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        with pytest.raises(PortInUse, match="another program listens"):
+            check_free(HOST, other.getsockname()[1])
+    check_free(HOST, two_free_ports()[0])
+    with pytest.raises(CommonweightError, match="cannot listen"):
+        check_free("192.0.2.254", 1)
+
+
+def test_this_engine_is_the_right_one() -> None:
+    assert "flwr 1.41" in engine()
+
+
+def test_names_given_to_init_are_those_that_up_certifies(site: Fleet) -> None:
+    assert site.ask("init", "--san", "cw.example", "--san", HOST).returncode == 0
+    site.up()
+    names = identity.certificate_names((site.home / "server.pem").read_bytes())
+    assert "cw.example" in names
+    assert doctor(site)[0] == 0
+
+
+# --- draining ---------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_drained_peer_has_stopped_when_the_command_ends(site: Fleet) -> None:
+    site.up()
+    site.join("box", "other")
+    site.start("box", "other")
+    assert site.ask("peers", "drain", "nobody").returncode == 2
+    done = site.ask("peers", "drain", "box", "--deadline", "60s")
+    assert done.returncode == 0, done.stderr
+    assert "box has no work any more: ✕ offline" in done.stderr
+    assert site.programs["box"].wait(30) == 0
+    again = site.ask("peers", "drain", "box")
+    assert (again.returncode, "sent" in again.stderr) == (0, False)
+
+    # One that does not hear it: the command says so when the time is up.
+    suspended = site.programs["other"].process
+    import psutil
+
+    psutil.Process(suspended.pid).suspend()
+    try:
+        late = site.ask("peers", "drain", "other", "--deadline", "1s")
+    finally:
+        psutil.Process(suspended.pid).resume()
+    assert late.returncode == 1
+    assert "after 1s other is still" in late.stderr
+    assert "commonweight peers pause other" in late.stderr
+    until(lambda: suspended.poll() is not None, "it ends once it hears the command")

@@ -1,0 +1,43 @@
+"""Answers as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.cli.analysis_table import in_words, rows
+from coordinator.jobs.analysis import Answer, Group
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        (None, "–"),
+        (1234567, "1,234,567"),
+        (1234.5678, "1,234.57"),
+        (float("nan"), "–"),
+        ({"least": 0.0, "most": 9.0, "counts": [0, 4, 8], "below": 0, "above": 2},
+         "0 ▁▅█ 9 (2 above)"),
+        ({"least": 1.0, "most": 2.0, "counts": [], "about": True}, "1  2"),
+    ],
+)  # fmt: skip
+def test_a_figure_in_words(figure: object, words: str) -> None:
+    assert in_words(figure) == words  # type: ignore[arg-type]
+
+
+def test_a_table_names_groups_rows_and_figures() -> None:
+    answer = Answer(
+        figures=("mean(age)",),
+        by=("city",),
+        groups=(Group(("Oslo",), 12, (30.5,)), Group((None,), 5, (None,))),
+        peers=2,
+        asked=3,
+        rows=17,
+        all_rows=20,
+        kept_back=3,
+        left_out={"c": "no answer in time"},
+    )
+    assert rows(answer) == (
+        ["city", "rows", "mean(age)"],
+        [["Oslo", "12", "30.5"], ["–", "5", "–"]],
+    )
+    assert answer.label == "2 of 3 peers, 85% of the rows; 3 rows in cells too small to tell"

@@ -1,0 +1,75 @@
+"""Who can be given work: by session, by what a peer says of itself, and by its hours."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from coordinator.fleet.reducer import Fleet, Peer
+from coordinator.fleet.sessions import Sessions
+from protocols.messages.envelope import Presence
+from protocols.messages.states import PeerState
+
+PEER = "a1"
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> tuple[Fleet, Sessions, list[float]]:
+    """A fleet with one idle peer that has a session, and a clock to move."""
+    fleet = Fleet(fleet="f")
+    fleet.peers[PEER] = Peer(peer=PEER, name="ada", public_key=bytes(32), state=PeerState.IDLE)
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    sessions = Sessions(fleet)
+    sessions.admit(PEER, 7)
+    sessions.opened(PEER)
+    sessions.heard(PEER)
+    return fleet, sessions, clock
+
+
+def says(fleet: Fleet, sessions: Sessions, state: PeerState, **more: float) -> None:
+    presence = Presence(state=state, run="r", round=1, **more)  # type: ignore[arg-type]
+    peer = fleet.peers[PEER]
+    peer.state, peer.free_until = presence.state, presence.free_until
+    sessions.heard_presence(PEER, presence)
+
+
+@pytest.mark.parametrize("state", [PeerState.PAUSED, PeerState.ERROR])
+def test_a_paused_peer_is_not_chosen(
+    site: tuple[Fleet, Sessions, list[float]], state: PeerState
+) -> None:
+    fleet, sessions, _ = site
+    assert sessions.eligible() == {PEER}
+    says(fleet, sessions, state)
+    assert sessions.eligible() == frozenset()
+
+
+def test_work_goes_to_those_who_can_end_it_in_their_hours(
+    site: tuple[Fleet, Sessions, list[float]],
+) -> None:
+    fleet, sessions, clock = site
+    says(fleet, sessions, PeerState.TRAINING)
+    clock[0] += 100
+    says(fleet, sessions, PeerState.PAUSED)  # a pause in it counts: it takes as long as it takes
+    clock[0] += 100
+    says(fleet, sessions, PeerState.TRAINING)
+    clock[0] += 100
+    says(fleet, sessions, PeerState.SENDING)
+    assert sessions.is_eligible(PEER)
+    says(fleet, sessions, PeerState.IDLE, free_until=time.time() + 400)
+    assert sessions.is_eligible(PEER)
+    says(fleet, sessions, PeerState.IDLE, free_until=time.time() + 200)
+    assert not sessions.is_eligible(PEER)
+    says(fleet, sessions, PeerState.TRAINING, free_until=time.time() + 200)
+    assert sessions.is_eligible(PEER), "what is begun is not taken away"
+
+
+def test_a_peer_that_has_not_worked_yet_is_given_the_benefit_of_the_doubt(
+    site: tuple[Fleet, Sessions, list[float]],
+) -> None:
+    fleet, sessions, _ = site
+    says(fleet, sessions, PeerState.IDLE, free_until=time.time() + 5)
+    assert sessions.is_eligible(PEER)
+    says(fleet, sessions, PeerState.IDLE, free_until=time.time() - 5)
+    assert not sessions.is_eligible(PEER)

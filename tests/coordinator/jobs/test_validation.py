@@ -1,0 +1,84 @@
+"""What an answer to a unit must be: a table of so many rows, or measures that the ledger keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from coordinator.jobs import output, state, validation
+from coordinator.jobs.state import Unit
+from coordinator.jobs.store import JobLane
+from coordinator.storage.job_events import Block, Given, JobSpec
+from protocols.errors import BadMessage
+from protocols.messages.jobs import INLINE_BYTES, Model, Score, encode
+
+MODEL = "a" * 64
+SCATTER = state.started("job", JobSpec(kind="scatter", blocks=(Block(2, 1),)))
+PRIVATE = state.started("job", JobSpec(kind="private", models=(Model(MODEL, 1),), peers=("ada",)))
+UNIT = Unit(number=0, first=0, stop=1, only="ada")
+
+
+@pytest.fixture
+def lane(tmp_path: Path) -> JobLane:
+    return JobLane(tmp_path / "jobs")
+
+
+def given(lane: JobLane, body: bytes, *, inline: bool, rows: int = 2) -> Given:
+    digest = hashlib.sha256(body).hexdigest()
+    if not inline:
+        lane.version(digest).write_bytes(body)
+    return Given(digest=digest, nbytes=len(body), rows=rows, body=body if inline else b"")
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (b'["row","class"]\n[0,"a"]\n[1,null]\n', ""),
+        (b'["row","class"]\n[0,"a"]\n', "1 rows are answered"),
+        (b'["row","class"]\n[0,"a"]\n[1,"b"]\n[2,"c"]\n', "3 rows are answered"),
+        (b'["row","class"]\n[0,"a"]\n[1]\n', "row 2 is not one of 2 values"),
+        (b'["row","class"]\n[0,"a"]\n[1,"b"]', "row 2"),
+        (b'["row","class"]\n[0,"a"]\n{"row":1}\n', "no table"),
+        (b'["row","class"]\n[0,"a"]\n\xff\n', "no table"),
+        (b'["row",1]\n[0,"a"]\n[1,"b"]\n', "no table"),
+        (b'["row","row"]\n[0,"a"]\n[1,"b"]\n', "the same"),
+        (b"[]\n[]\n[]\n", "no names"),
+        (b"one\ntwo\nthree\n", "no table"),
+        (b"\n\n\n", "no table"),
+        (b"", "no table"),
+    ],
+)
+def test_rows_are_a_table(lane: JobLane, body: bytes, wrong: str, inline: bool) -> None:
+    answer = given(lane, body, inline=inline)
+    if not wrong:
+        validation.check(SCATTER, UNIT, answer, lane)
+        return
+    with pytest.raises(BadMessage, match=wrong):
+        validation.check(SCATTER, UNIT, answer, lane)
+
+
+def test_a_line_of_no_end_is_not_held(lane: JobLane) -> None:
+    body = b'["row","class"]\n[0,"' + b"a" * (3 << 20) + b'"]\n[1,"b"]\n'
+    with pytest.raises(BadMessage, match="row 1"):
+        validation.check(SCATTER, UNIT, given(lane, body, inline=False), lane)
+
+
+def test_measures_are_in_the_ledger(lane: JobLane) -> None:
+    scores = encode({MODEL: Score(20, {"loss": 0.5})})
+    validation.check(PRIVATE, UNIT, given(lane, scores, inline=True), lane)
+    padded = scores + b" " * INLINE_BYTES  # so it comes by the lane, and who asks cannot read it
+    with pytest.raises(BadMessage, match="longer"):
+        validation.check(PRIVATE, UNIT, given(lane, padded, inline=False), lane)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobLane, inline: bool) -> None:
+    body = b'["row","class"]\n[0,\r"a"]\n[1,"b"]\n'
+    answer = given(lane, body, inline=inline)
+    validation.check(SCATTER, UNIT, answer, lane)
+    assert [line[-1:] for line in lane.lines(answer)] == [b"\n"] * 3
+    rows = output._numbered(["row", "class"], body.partition(b"\n")[2], 5)
+    assert rows == [[5, "a"], [6, "b"]]

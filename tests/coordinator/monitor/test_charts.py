@@ -1,0 +1,73 @@
+"""Curves and stacks of characters: where the dots lie, and that no value breaks them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.monitor.charts import Scale, band, bar_width, curve, scale_of, stack, stretched
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.floats(0, 1e300)
+sides = (st.integers(1, 30), st.integers(1, 8))
+
+
+def test_a_curve_goes_from_corner_to_corner() -> None:
+    assert curve([0, 1], 2, 1, Scale(0, 1)) == ["⣠⠞"]
+    assert curve([1, 1], 3, 2, Scale(0, 1)) == ["⠛⠛⠛", "   "]
+
+
+def test_a_value_that_is_none_is_crossed_out_in_its_place() -> None:
+    drawn = curve([2, None, 1], 5, 2, Scale(1, 2))
+    assert drawn[-1][2] == "✕"
+    assert curve([None], 3, 1, Scale(0, 0)) == ["✕  "]
+
+
+def test_few_values_are_stretched_and_many_put_together() -> None:
+    assert stretched([0, 4], 5) == [0, 1, 2, 3, 4]
+    assert stretched([0, 0, 4, 4], 2) == [0, 4]
+    assert stretched([7], 3) == [7, 7, 7]
+    assert stretched([1, None, 3], 5) == [1, None, None, 3, 3]
+
+
+def test_a_band_covers_what_lies_between() -> None:
+    inside = band([0, 0], [0.4, 1], 2, 2, Scale(0, 1))
+    assert inside == [[False, True], [True, True]]
+
+
+def test_a_stack_has_its_parts_in_order_and_a_blank_between_broad_bars() -> None:
+    lines = stack([[1, 1], [1, 3]], 6, 4, 4)
+    assert ["".join(block.sign for block in line) for line in lines] == [
+        "   ██ ",
+        "   ██ ",
+        "██ ██ ",
+        "██ ██ ",
+    ]
+    assert [lines[row][0].part for row in (3, 2)] == [0, 1]
+    assert [lines[row][3].part for row in range(4)] == [1, 1, 1, 0]
+
+
+def test_something_is_never_drawn_as_nothing() -> None:
+    assert stack([[1, 1000]], 2, 1, 1000)[0][0].sign == "▁"
+    assert stack([[0, 1000]], 2, 1, 1000)[0][0].sign == " "
+
+
+@given(st.lists(st.none() | finite, max_size=80), *sides)
+def test_no_value_breaks_a_curve(values: list[float | None], width: int, height: int) -> None:
+    scale = scale_of(values)
+    assert (scale is None) == all(value is None for value in values)
+    if scale is not None:
+        lines = curve(values, width, height, scale)
+        assert [len(line) for line in lines] == [width] * height
+        assert any(sign not in " ✕" for line in lines for sign in line) or None in values
+        assert len(band(values, values, width, height, scale)) == height
+
+
+@given(st.lists(st.tuples(counts, counts), max_size=80), *sides)
+def test_no_value_breaks_a_stack(bars: list[tuple[float, float]], width: int, height: int) -> None:
+    parts = [[one for one, _ in bars], [other for _, other in bars]]
+    high = max((one + other for one, other in bars), default=0.0)
+    lines = stack(parts, width, height, high)
+    assert [len(line) for line in lines] == [width] * height
+    used = min(bar_width(len(bars), width) * len(bars), width)
+    assert all(block.sign == " " for line in lines for block in line[used:])

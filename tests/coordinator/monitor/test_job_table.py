@@ -1,0 +1,113 @@
+"""How jobs are told: from their facts to the words of the monitor."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec.structs import replace
+
+from coordinator.fleet.reducer import RUNS_KEPT, Fleet, Job, fold, rebased
+from coordinator.jobs import state as jobs
+from coordinator.jobs.messages import job_body
+from coordinator.monitor.job_table import COLUMNS, facts, left, num_working, ordered, speed, took_s
+from coordinator.monitor.peer_table import fit
+from coordinator.storage import job_events
+from coordinator.storage.job_events import Block, Given, JobSpec, JobState
+from protocols.messages.envelope import Envelope, JobChanged
+from protocols.messages.topics import COORDINATOR
+
+NOW = 1_790_000_000.0
+
+
+def told(fleet: Fleet, *bodies: JobChanged, at: float = NOW, now: float = NOW) -> None:
+    for body in bodies:
+        fleet_seq = max(fleet.seq, 0) + 1
+        fold(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=fleet_seq, at=at, body=body), now)
+
+
+def changed(name: str, state: str = "working", **more: object) -> JobChanged:
+    given = {"kind": "scatter", "done": 10, "total": 100, "began_at": NOW - 20} | more
+    return JobChanged(job=name, state=state, **given)  # type: ignore[arg-type]
+
+
+def test_a_body_tells_what_the_facts_add_up_to() -> None:
+    spec = JobSpec(kind="scatter", task="mnist", blocks=tuple(Block(10, 1_000) for _ in range(10)))
+    job = jobs.started("scatter-1", spec, NOW)
+    for fact in (
+        job_events.UnitLeased(0, "ada", 0, 2),
+        job_events.UnitLeased(1, "bob", 2, 5),
+        job_events.UnitReturned(0, "ada", Given(digest="d", nbytes=77, rows=20, seconds=4.0)),
+        job_events.UnitVerified(0, "d"),
+        job_events.UnitLeased(2, "ada", 5, 6),
+        job_events.PeerExcused("cyd", "its owner\x1b[3m says no"),
+        job_events.AnswerDropped(1, "dan", "late"),
+    ):
+        job = jobs.apply(job, fact)
+    body = job_body(job)
+    assert (body.done, body.leased, body.total, body.peers) == (20, 40, 100, 2)
+    assert (body.units, body.rows, body.rows_per_s) == (1, 20, 5.0)
+    assert (body.bytes_up, body.bytes_down) == (77, 6_000)
+    assert (body.dropped, body.num_excused) == (1, 1)
+    assert body.excused == {"cyd": "its owner·[3m says no"}
+    assert (body.began_at, body.ended_at) == (NOW, 0.0)
+    ended = job_body(jobs.apply(job, job_events.JobEnded(JobState.STOPPED, "enough", NOW + 9)))
+    assert (ended.state, ended.ended_because, ended.ended_at) == ("stopped", "enough", NOW + 9)
+    assert (ended.leased, ended.peers) == (0, 0)
+
+
+def test_many_excuses_fit_into_one_message() -> None:
+    job = jobs.started("private-1", JobSpec(kind="private"))
+    for number in range(50):
+        job = jobs.apply(job, job_events.PeerExcused(f"peer-{number}", "x" * 1_000))
+    body = job_body(job)
+    assert body.num_excused == 50
+    assert sum(map(len, body.excused.values())) < 8_000
+    fleet = Fleet(fleet="f")
+    told(fleet, body)
+    words = facts(fleet.jobs["private-1"], fleet, NOW)
+    assert words[-1][1].text == f"and {50 - len(body.excused)} more"
+
+
+def test_its_times_are_those_of_the_clock_that_looks() -> None:
+    fleet = Fleet(fleet="f", at=NOW)
+    told(fleet, changed("a", "finished", ended_at=NOW - 5), at=NOW, now=NOW + 3600)
+    job = fleet.jobs["a"]
+    assert (job.began_at, job.ended_at) == (NOW + 3580, NOW + 3595)
+    assert took_s(job, NOW + 9_999) == 15
+    assert rebased(fleet, NOW + 100).jobs["a"].ended_at == NOW + 3695
+
+
+def test_what_is_under_way_stands_first_and_is_forgotten_last() -> None:
+    fleet = Fleet(fleet="f")
+    told(fleet, changed("long"))
+    for number in range(RUNS_KEPT + 5):
+        ended_at = NOW - 100 + number
+        told(fleet, changed(f"j{number}", "finished", ended_at=ended_at), now=NOW)
+    assert [job.changed.job for job in ordered(fleet)[:2]] == ["long", f"j{RUNS_KEPT + 4}"]
+    assert (len(fleet.jobs), num_working(fleet)) == (RUNS_KEPT, 1)
+
+
+def test_strange_numbers_are_shown_as_none() -> None:
+    fleet = Fleet(fleet="f")
+    huge = 2**62
+    told(
+        fleet,
+        changed("a", "dancing", rows_per_s=math.nan, done=huge, total=0, leased=huge),
+        changed("b", began_at=0.0, done=0, total=huge, rows=huge, rows_per_s=1e300),
+        at=math.inf,
+    )
+    for job in ordered(fleet):
+        assert left(job) >= 0
+        assert math.isfinite(speed(job, NOW))
+        for width in (40, 80, 200):
+            for column, wide in fit(COLUMNS, width - 1, width):
+                assert len(column.cell(job, NOW, wide).text) <= wide, column.key
+        assert all(cell.text for _, cell in facts(job, fleet, NOW))
+
+
+def test_speed_of_an_ended_job_is_what_it_came_to() -> None:
+    body = changed("a", "finished", ended_at=NOW - 10, rows=50, rows_per_s=900.0)
+    job = Job(changed=body, changed_at=NOW, began_at=NOW - 20, ended_at=NOW - 10)
+    assert speed(job, NOW) == 5
+    working = replace(body, state="working")
+    assert speed(Job(changed=working, changed_at=NOW), NOW) == 900

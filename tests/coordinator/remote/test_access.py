@@ -1,0 +1,206 @@
+"""Access from another machine: a ticket with a role, what it opens, and what stays shut."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+from starlette.responses import JSONResponse
+
+from agent.transport.coordinator_client import Link
+from coordinator.api import operator_routes
+from coordinator.api.log_requests import LogDesk
+from coordinator.api.schema import RunOrder, TicketOrder
+from coordinator.remote import access
+from coordinator.remote.access import Access
+from coordinator.remote.api_client import Remote
+from coordinator.storage.job_events import JobSpec
+from coordinator.storage.run_events import RunSpec
+from protocols.enrollment import identity, tickets
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    ExitCode,
+    Refused,
+    UnknownName,
+    Unreachable,
+)
+from protocols.messages.envelope import Command, LogLine, LogsAsked, LogsTold
+from tests.support.https_site import Machine, Site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    folder = tmp_path / "coordinator"
+    folder.mkdir()
+    with Site(folder, approve=True).up() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(tmp_path / "watch"))
+    return tmp_path / "watch"
+
+
+def joined(site: Site, role: str) -> tuple[Access, Remote]:
+    ticket = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    site.registry.create_ticket(ticket, ttl_s=60, uses=1, role=role)  # type: ignore[arg-type]
+    found = access.join(tickets.encode(ticket), "laptop")
+    return found, Remote(access.open_home())
+
+
+def test_an_observer_sees_and_changes_nothing(site: Site) -> None:
+    machine = Machine("north")
+    site.registry.join(machine.joining(site.ticket()))
+    found, remote = joined(site, "observer")
+    assert (found.role, remote.role) == ("observer", "observer")
+    assert remote.fleet().fleet == site.fleet_id
+    assert [peer["name"] for peer in remote.peers()] == ["north"]
+    tries = (
+        lambda: remote.approve(machine.peer),
+        lambda: remote.remove(machine.peer),
+        lambda: remote.make_ticket(TicketOrder()),
+        lambda: remote.revoke_ticket("x"),
+        lambda: remote.command(machine.peer, Command(action="pause")),
+        lambda: remote.start_run(RunOrder(spec=RunSpec(task="ping", rounds=1))),
+        lambda: remote.stop_run("x"),
+        lambda: remote.resume_run("x"),
+        lambda: remote.start_job(JobSpec(kind="private")),
+        lambda: remote.stop_job("x"),
+        lambda: remote.resume_job("x"),
+        lambda: remote.remove_operator("laptop"),
+    )
+    for forbidden in tries:
+        with pytest.raises(CommonweightError, match="may only watch"):
+            forbidden()
+    assert site.registry.peers[machine.peer].standing == "awaiting"
+    assert len(site.registry.tickets) == 2
+
+
+def test_an_operator_elsewhere_may_change_things_until_removed(site: Site) -> None:
+    machine = Machine("north")
+    site.registry.join(machine.joining(site.ticket()))
+    found, remote = joined(site, "operator")
+    remote.approve(machine.peer)
+    assert site.registry.peers[machine.peer].standing == "enrolled"
+    assert [one["role"] for one in remote.operators()] == ["operator"]
+    remote.remove_operator(found.operator)
+    with pytest.raises(Refused):
+        remote.fleet()
+    with pytest.raises(UnknownName):
+        site.registry.remove_operator(found.operator)
+
+
+def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> None:
+    site.registry.join(Machine("north").joining(site.ticket()))
+    _, remote = joined(site, "operator")
+
+    async def unsent(peer: str, question: LogsAsked) -> bool:
+        return False  # there is no broker
+
+    site.logs = LogDesk(unsent)
+    with pytest.raises(CommonweightError, match="broker is away") as away:
+        remote.logs("north")
+    assert (away.value.code, away.value.exit_code) == ("unreachable", ExitCode.UNREACHABLE)
+    with pytest.raises(CommonweightError) as unknown:
+        remote.approve("south")
+    assert (unknown.value.code, unknown.value.exit_code) == ("unknown_name", ExitCode.USAGE)
+
+
+def test_the_answer_of_another_version_is_told_in_words(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = joined(site, "operator")
+    monkeypatch.setattr(operator_routes, "json_answer", lambda _: JSONResponse("new"))
+    ticket = partial(remote.make_ticket, TicketOrder())
+    for ask in (remote.watch, remote.peers, remote.tickets, remote.operators, ticket):
+        with pytest.raises(BadMessage, match="not understood") as told:
+            ask()
+        assert "another version" in told.value.hint
+
+
+def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
+    agents = site.ticket()
+    with pytest.raises(CommonweightError, match="lets an agent join"):
+        access.join(tickets.encode(agents))
+    watch = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    site.registry.create_ticket(watch, ttl_s=60, uses=1, role="observer")
+    with pytest.raises(Refused, match="for an observer"):
+        site.registry.join(Machine("north").joining(watch))
+    access.join(tickets.encode(watch))
+    with pytest.raises(CommonweightError, match="was used already"):
+        access.join(tickets.encode(watch))
+
+
+def test_another_coordinator_gets_nothing(site: Site) -> None:
+    ticket = tickets.new_ticket(site.addresses(), bytes(32))
+    with pytest.raises(Refused, match="not the coordinator that made this ticket"):
+        access.join(tickets.encode(ticket))
+    assert ("POST", "/cw/v1/operators/join") not in site.requests
+
+
+def test_access_outlives_a_restart_of_the_registry(site: Site) -> None:
+    from coordinator.fleet.registry import Registry
+
+    found, _ = joined(site, "observer")
+    again = Registry(site.ledger)
+    assert again.operators[found.operator].role == "observer"
+    assert again.operators == site.registry.operators
+
+
+# --- logs ---
+
+
+def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
+    asked: list[tuple[str, LogsAsked]] = []
+
+    async def send(peer: str, question: LogsAsked) -> bool:
+        asked.append((peer, question))
+        line = LogLine(at=1.0, level="info", text="connected")
+        told = LogsTold(ask=question.ask, lines=[line])
+        # As the agents do it: over HTTPS, while the operator's request waits.
+        for machine in (stranger, north):
+            link = Link(site.credentials(machine))
+            threading.Thread(target=_tell, args=(link, told)).start()
+        return True
+
+    site.logs = LogDesk(send)
+    site.registry._approve = False
+    north, stranger = site.enrol("north"), site.enrol("stranger")
+    _, remote = joined(site, "observer")
+    assert remote.logs(north.peer) == [LogLine(at=1.0, level="info", text="connected")]
+    assert [peer for peer, _ in asked] == [north.peer]
+
+
+def _tell(link: Link, told: LogsTold) -> None:
+    try:
+        link.tell_logs(told)
+    except CommonweightError:
+        pass  # a stranger's answer is refused
+    finally:
+        link.close()
+
+
+async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
+    async def send(peer: str, question: LogsAsked) -> bool:
+        return peer == "deaf"
+
+    desk = LogDesk(send)
+    with pytest.raises(Unreachable, match="did not answer"):
+        await desk.ask("deaf", within_s=0.05)
+    with pytest.raises(Unreachable, match="broker is away"):
+        await desk.ask("other")
+    assert not desk.told("deaf", LogsTold(ask="x", lines=[]))
+    waiting = asyncio.create_task(desk.ask("deaf", within_s=5))
+    await asyncio.sleep(0)  # it begins to wait
+    (ask,) = desk._waiting
+    assert not desk.told("liar", LogsTold(ask=ask, lines=[]))
+    assert desk.told("deaf", msgspec.structs.replace(LogsTold(ask=ask, lines=[])))
+    assert await waiting == []

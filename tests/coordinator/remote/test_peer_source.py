@@ -1,0 +1,133 @@
+"""Watching the fleet through one of its peers, while the coordinator is away."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.transport.p2p.peer_client import Asking
+from coordinator.fleet.auth import OPERATOR
+from coordinator.monitor.plain_table import plain_table
+from coordinator.remote import peer_source
+from coordinator.remote.peer_source import ViaSource
+from protocols.enrollment import identity, signed_requests
+from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
+from protocols.messages.states import PeerState
+from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours, Told
+from tests.support.https_site import HOST, Site
+from tests.support.lone_peers import Peer, until, without_coordinator
+
+
+def home_of(site: Site, folder: Path) -> Path:
+    """An operator's home, as `init` makes it."""
+    home = folder / "home"
+    home.mkdir()
+    identity.save_key(home / "operator.key", site.operator_key)
+    (home / "ca.pem").write_bytes(site.ca_pem)
+    return home
+
+
+async def told(site: Site) -> Neighbours:
+    """What a watcher is given while the coordinator is there."""
+
+    def ask() -> bytes:
+        with site.http() as http:
+            headers = site.operator("GET", NEIGHBOURS_PATH)
+            return http.get(NEIGHBOURS_PATH, headers=headers).raise_for_status().content
+
+    return msgspec.json.decode(await asyncio.to_thread(ask), type=Neighbours)
+
+
+async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        home = home_of(site, tmp_path)
+        with pytest.raises(NotRunning):
+            ViaSource(home, "ann")
+        ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+        head = ann.hold(3)
+        async with without_coordinator(ann, bob):
+            peer_source.keep(home, await told(site))
+            await until(lambda: bob.heads.newest() == head)
+            await until(lambda: ann.gossip.known().alike)
+            source = ViaSource(home, "ann")
+            fleet = await source.snapshot()
+            assert source.heading == fleet.name == "as ann knows it"
+            rows = {peer.name: (peer.state, peer.run, peer.round) for peer in fleet.peers.values()}
+            assert rows == dict.fromkeys(("ann", "bob"), (PeerState.IDLE, head.run, head.version))
+            assert [event.text for event in fleet.events if head.digest[:12] in event.text]
+            assert "as ann knows it" in str(plain_table(fleet, fleet.at, source.heading).title)
+
+            moved = ViaSource(home, ann.sharing.asked().address)
+            assert (await moved.snapshot()).peers.keys() == fleet.peers.keys()
+            with pytest.raises(UnknownName, match="cyd"):
+                ViaSource(home, "cyd")
+            with pytest.raises(Refused):
+                await source.stop_run("r")
+            with pytest.raises(Unreachable):
+                await anext(aiter(source.messages()))
+
+
+async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+        head = ann.hold(3)
+
+        def sign(method: str, path: str, digest: str) -> dict[str, str]:
+            return signed_requests.headers(OPERATOR, site.operator_key.sign, method, path, digest)
+
+        async with without_coordinator(ann, bob):
+            await until(lambda: bob.heads.newest() == head)
+            given = await told(site)
+            near = next(one for one in given.near if one.name == "ann")
+            asking = Asking(near, given.pass_, sign)
+            assert (await asyncio.to_thread(asking.words, Told())).words
+            with pytest.raises(Unreachable, match="401"):
+                await asyncio.to_thread(asking.proof, head.digest)
+            nbytes = ann.heads.path(head.digest).stat().st_size
+            part = tmp_path / "part"
+            with pytest.raises(Unreachable, match="401"):
+                await asyncio.to_thread(asking.version, head.digest, nbytes, part, lambda got: None)
+
+
+@pytest.mark.parametrize("word", ["127.0.0.1:70000", f"{'a' * 70}:80", "a b:80"])
+async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        home = home_of(site, tmp_path)
+        peer_source.keep(home, await told(site))
+        with pytest.raises(Unreachable, match="does not answer at"):
+            await ViaSource(home, word).snapshot()
+
+
+async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
+    (tmp_path / "coordinator").mkdir()
+    with Site(tmp_path / "coordinator").up() as site:
+        home = home_of(site, tmp_path)
+        ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
+        async with without_coordinator(ann, bob):
+            given = await told(site)
+            identity.save_key(home / "operator.key", identity.new_signing_key())
+            peer_source.keep(home, given)
+            with pytest.raises(Refused, match="ann refused"):
+                await ViaSource(home, "ann").snapshot()
+            # Somebody else at ann's address is not asked.
+            at_bob = bob.sharing.asked().address
+            near = tuple(
+                msgspec.structs.replace(one, address=at_bob) for one in given.near
+                if one.name == "ann"
+            )  # fmt: skip
+            peer_source.keep(home, msgspec.structs.replace(given, near=near))
+            with pytest.raises(Refused, match="somebody else"):
+                await ViaSource(home, "ann").snapshot()
+            peer_source.keep(home, msgspec.structs.replace(given, near=()))
+            with pytest.raises(Refused, match="somebody else"):
+                await ViaSource(home, at_bob).snapshot()
+        peer_source.keep(home, given)
+        with pytest.raises(Unreachable):
+            await ViaSource(home, "ann").snapshot()
+        assert at_bob.startswith(HOST)

@@ -1,0 +1,222 @@
+"""Which version is best, when a run has learnt enough, and whom it serves worst."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.data.settings import DataSettings
+from agent.tasks import Task
+from agent.tasks.demo.mnist import Mnist
+from agent.tasks.language.gpt import TextLM
+from coordinator.remote import run_options
+from coordinator.runs import best_version, decisions, transitions
+from coordinator.runs.decisions import View
+from coordinator.runs.state import Run
+from coordinator.storage import run_events
+from coordinator.storage.run_events import RunSpec, Update
+from protocols.errors import UnknownName, UsageFault
+from protocols.messages.envelope import Metrics
+from protocols.messages.states import RunState
+from protocols.tables import evaluation_counts
+
+
+def spec(**changed: Any) -> RunSpec:
+    return RunSpec(task="ping", rounds=50, **changed)
+
+
+def test_the_usual_metric_is_accuracy_else_loss() -> None:
+    def score(**metrics: float | None) -> float:
+        return best_version.merit(spec(), dict(metrics))
+
+    assert score(accuracy=0.9, loss=9.0) > score(accuracy=0.8, loss=0.1)
+    assert score(loss=0.1) > score(loss=0.2)
+    assert score(loss=9e9) > score(loss=None) == score() == -math.inf
+    # Where norms stay at home, what a newcomer would have says little.
+    assert score(accuracy=0.2, personal_accuracy=0.9) == score(accuracy=0.9)
+    assert score(loss=7.0, personal_loss=0.3) == score(loss=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "less"),
+    [
+        ("loss", True),
+        ("val_loss", True),
+        ("rmse", True),
+        ("ece", True),
+        ("perplexity", True),
+        ("accuracy", False),
+        ("macro_f1", False),
+        ("r2", False),
+        ("lossless", False),
+    ],
+)
+def test_a_metrics_name_says_its_direction(name: str, less: bool) -> None:
+    low, high = ({name: value} for value in (0.1, 0.2))
+    better = low if less else high
+    assert max(low, high, key=lambda m: best_version.merit(spec(best_metric=name), m)) == better
+    for direction, expected in (("max", high), ("min", low)):
+        asked = spec(best_metric=name, best_direction=direction)
+        assert max(low, high, key=lambda m: best_version.merit(asked, m)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        (
+            RunSpec(task="mnist", rounds=1, best_metric="f1score"),
+            "accuracy, balanced_accuracy, ece, loss",
+        ),
+        (RunSpec(task="text-lm", rounds=1, best_metric="macro_f1"), "accuracy, loss"),
+        (
+            RunSpec(
+                task="tabular", rounds=1, best_metric="r2", settings={"kind": "classification"}
+            ),
+            "ece",
+        ),
+        (
+            RunSpec(task="tabular", rounds=1, best_metric="ece", settings={"kind": "regression"}),
+            "rmse",
+        ),
+        (RunSpec(task="mnist", rounds=1, best_metric="personal_"), "accuracy"),
+        (RunSpec(task="ping", rounds=1, target=0.9), "it has none"),
+        (RunSpec(task="ping", rounds=1, best_metric="accuracy"), "it has none"),
+    ],
+)
+def test_a_metric_that_no_task_tells_is_refused_with_the_known_ones(
+    asked: RunSpec, known: str
+) -> None:
+    with pytest.raises(UnknownName) as refused:
+        best_version.check(asked)
+    assert known in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        RunSpec(task="mnist", rounds=1, best_metric="macro_f1", target=0.9),
+        RunSpec(task="mnist", rounds=1, target=0.9, patience=2),
+        RunSpec(task="mnist", rounds=1, best_metric="personal_accuracy"),
+        RunSpec(task="tabular", rounds=1, best_metric="r2"),
+        RunSpec(task="mine.py:Mine", rounds=1, best_metric="f1score"),  # its peers alone know
+        RunSpec(task="ping", rounds=1),
+    ],
+)
+def test_metrics_that_are_told_or_may_be_pass(asked: RunSpec) -> None:
+    best_version.check(asked)
+
+
+def test_a_target_may_name_its_metric() -> None:
+    def typed_as(*target: str, **more: Any) -> RunSpec:
+        usual = {"rounds": 1, "quorum": 1, "deadline": "auto", "strategy": "fedavg", "set_": []}
+        usual |= {"codec": "fp32", "seed": 0, "weighting": "examples", "max_weight_share": 1.0}
+        usual |= {"clip_norm": 0.0, "from_": None, "kind": "", "features": "", "task_": ""}
+        made: RunSpec = run_options.order(task="tabular", target=target, **usual, **more).spec
+        return made
+
+    found = typed_as("price", "rmse=2.5")
+    assert (found.best_metric, found.target) == ("rmse", 2.5)
+    assert found.settings["target"] == "price"
+    found = typed_as("0.9", best_metric="macro_f1")
+    assert (found.best_metric, found.target) == ("macro_f1", 0.9)
+    assert typed_as("a=b").settings["target"] == "a=b"
+    with pytest.raises(UsageFault, match="two metrics"):
+        typed_as("rmse=2.5", best_metric="mae")
+
+
+@pytest.mark.parametrize(("name", "made"), [("mnist", Mnist), ("text-lm", TextLM)])
+def test_the_known_metrics_are_those_that_tasks_tell(
+    name: str, made: type[Task], tmp_path: Path
+) -> None:
+    (tmp_path / "some.txt").write_text("all that is gold does not glitter " * 99)
+    task = made()
+    task.load(DataSettings(index=0, parts=20, path=str(tmp_path), device="cpu"))
+    _, metrics, *counted = task.evaluate(task.init(1, {}), {}, lambda *_: None)
+    assert {*metrics, *evaluation_counts.metrics(counted[0])} == best_version.TOLD[name]
+
+
+def after(told: list[Metrics], **changed: Any) -> Run:
+    """A run whose rounds were evaluated so."""
+    run = transitions.replay(
+        "r", [run_events.RunStarted(spec(**changed)), run_events.WeightsInitialised("0", "A")]
+    )
+    for number, metrics in enumerate(told, 1):
+        for fact in (
+            run_events.RoundOpened(number, run.head, ("A",)),
+            run_events.UpdateAccepted(number, "A", Update(num_examples=1)),
+            run_events.TrainingClosed(number, ("A",)),
+            run_events.VersionCommitted(number, str(number), run.head, ("A",), {}),
+            run_events.RoundClosed(number, metrics, 1.0, 0, 0),
+        ):
+            run = transitions.apply(run, fact)
+    assert run.round == len(told)
+    return run
+
+
+def step(run: Run) -> decisions.Step:
+    return decisions.decide(run, View(frozenset({"A"})))
+
+
+def accuracies(*values: float | None) -> list[Metrics]:
+    return [{"accuracy": value, "loss": 1.0} for value in values]
+
+
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    told = accuracies(0.5, 0.7, 0.7, 0.6)
+    assert isinstance(step(after(told, patience=3)), decisions.OpenRound)
+    end = step(after(told, patience=2))
+    assert isinstance(end, decisions.EndRun)
+    assert end.state is RunState.FINISHED
+    assert end.because == "no better accuracy in 2 rounds; best is round 2"
+
+
+def test_a_target_ends_a_run_that_has_reached_it() -> None:
+    assert isinstance(step(after(accuracies(0.5, 0.89), target=0.9)), decisions.OpenRound)
+    end = step(after(accuracies(0.5, 0.9), target=0.9))
+    assert isinstance(end, decisions.EndRun)
+    assert end.because == "accuracy is 0.9 in round 2"
+    losses: list[Metrics] = [{"loss": 2.0}, {"loss": 0.4}]
+    assert isinstance(step(after(losses, target=0.5)), decisions.EndRun)
+    assert isinstance(step(after(losses, target=0.3)), decisions.OpenRound)
+
+
+def test_a_metric_that_nobody_tells_ends_the_run_with_those_that_are_told() -> None:
+    end = step(after(accuracies(0.5), best_metric="f1"))
+    assert isinstance(end, decisions.EndRun)
+    assert end.state is RunState.FAILED
+    assert end.because == "no peer tells the metric f1; they tell: accuracy, loss"
+    # Nobody was there to evaluate: that says nothing.
+    assert isinstance(step(after([{}], best_metric="f1")), decisions.OpenRound)
+    assert isinstance(step(after([{"x": 1.0}], target=1.0)), decisions.EndRun)
+    assert isinstance(step(after([{"x": 1.0}])), decisions.OpenRound)
+
+
+def test_a_round_that_diverged_is_never_best() -> None:
+    run = after(accuracies(None, 0.1, None))
+    assert run.best is not None
+    assert run.best.round == 2
+
+
+metrics = st.dictionaries(
+    st.sampled_from(["accuracy", "loss"]), st.none() | st.floats(), max_size=2
+)
+
+
+@given(st.dictionaries(st.sampled_from("ABCD"), metrics))
+def test_the_worst_peer_is_one_than_which_none_is_worse(told: dict[str, Metrics]) -> None:
+    found = best_version.worst({p: Update(num_examples=1, metrics=m) for p, m in told.items()})
+    for name in ("accuracy", "loss"):
+        finite = {
+            p: value
+            for p, m in told.items()
+            if (value := m.get(name)) is not None and math.isfinite(value)
+        }
+        assert (name in found) == bool(finite)
+        if finite:
+            extreme = max(finite.values()) if name == "loss" else min(finite.values())
+            assert finite[found[name]] == extreme

@@ -1,0 +1,213 @@
+"""Before round 1 peers compare what must be alike: a misfit is named and the others go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message
+
+from agent.clientapp.app import DESCRIPTION
+from coordinator.runs import decisions, state, transitions
+from coordinator.runs.decisions import View
+from coordinator.storage import run_events
+from coordinator.storage.run_events import RunSpec
+from protocols.errors import DataFault
+from protocols.messages.states import RunState
+from protocols.model import schema_card
+from protocols.model.weights import TensorSpec, Weights
+from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
+from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data, until
+
+CARD = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (2,))}, {"classes": ["a", "b"]})
+OTHER = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (3,))}, {"classes": ["a", "b"]})
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+
+
+def kinds(agent: Agent) -> list[str]:
+    return [kind for kind, _ in agent.trainer.worked]
+
+
+async def test_all_alike_agree_and_train(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        run_id = fleet.start(rounds=1, quorum=3, handshake=True)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        assert run.card is not None
+        assert run.card.traits == {"classes": ("a", "b", "c")}
+        assert {fact.peer for fact in fleet.facts(run_id, run_events.PeerDescribed)} == set(
+            named(fleet.agents)
+        )
+        for agent in fleet.agents:
+            # Once when asked, once when it looks at what was agreed on.
+            assert kinds(agent).count("describe") == 2
+
+
+async def test_who_differs_is_named_with_the_field_and_the_others_go_on(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        odd = fleet.agents[1]
+        odd.trainer.traits = {"classes": ("a", "c", "b")}
+        run_id = fleet.start(rounds=2, quorum=2, handshake=True)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        others = [agent for agent in fleet.agents if agent is not odd]
+        assert contributors(run) == [named(others)] * 2
+        refused = fleet.facts(run_id, run_events.UpdateRefused)
+        assert [(fact.round, fact.peer, fact.reason) for fact in refused] == [
+            (0, odd.peer, "schema")
+        ]
+        assert refused[0].detail == "classes, number 2: expected b, found c"
+        assert kinds(odd) == ["describe"], "it trained nothing"
+        said = [event.text for event in fleet.hub.fleet.events if event.subject == odd.peer]
+        assert "refused agent1: schema: classes, number 2: expected b, found c" in said
+
+
+async def test_one_that_joins_later_compares_by_itself(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        held = Door(fleet.agents[0], 1)
+        run_id = fleet.start(rounds=3, quorum=2, handshake=True)
+        await until(held.reached.is_set)
+        late = fleet.join("late", some_data(20, 5))
+        late.trainer.version = "2"
+        await fleet.online(3)
+        held.open()
+        run = await fleet.finished(run_id)
+        assert contributors(run) == [named(fleet.agents[:2])] * 3
+        refused = fleet.facts(run_id, run_events.UpdateRefused)
+        assert {(fact.peer, fact.reason, fact.detail) for fact in refused} == {
+            (late.peer, "schema", "task version: expected 1, found 2")
+        }
+        assert len(refused) == 1, "it is not asked in each round anew"
+
+
+async def test_data_that_cannot_serve_are_told_in_the_peers_own_words(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+
+        def absent(kind: str, number: int) -> None:
+            raise DataFault("column price: expected numbers, found no such column", "in x.csv")
+
+        fleet.agents[2].trainer.before = absent
+        run_id = fleet.start(rounds=1, quorum=2, handshake=True)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        refused = fleet.facts(run_id, run_events.UpdateRefused)
+        assert [(fact.peer, fact.reason) for fact in refused] == [(fleet.agents[2].peer, "data")]
+        assert "x.csv" not in refused[0].detail
+
+
+async def test_where_nobody_fits_the_run_fails_at_once_and_says_why(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        for agent in fleet.agents:
+
+            def absent(kind: str, number: int) -> None:
+                raise DataFault("no such column: price")
+
+            agent.trainer.before = absent
+        run = await fleet.finished(fleet.start(rounds=1, quorum=2, handshake=True))
+        assert run.state is RunState.FAILED
+        assert "no such column: price" in run.ended_because
+
+
+async def test_first_weights_from_a_file_must_fit(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        digest = fleet.hub.lane.commit(Weights({"w": np.zeros((5, 4), np.float32)}))
+        run_id = fleet.hub.runs.start(
+            RunSpec(task="softmax", rounds=1, quorum=2, handshake=True), digest
+        )
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FAILED
+        assert "tensor b: expected nothing, found F32[3]" in run.ended_because
+
+
+async def test_a_coordinator_that_died_goes_on_with_what_it_was_told(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            agents = [fleet.join(f"agent{n}", part) for n, part in enumerate(THREE[:2])]
+            held = Door(agents[1], 0, "describe")
+            await fleet.online(2)
+            run_id = fleet.start(rounds=1, quorum=2, handshake=True)
+            await until(lambda: fleet.facts(run_id, run_events.PeerDescribed))
+            await until(held.reached.is_set)
+        async with fleet.up():
+            held.open()
+            run = await fleet.finished(run_id)
+            assert run.state is RunState.FINISHED
+            told = [fact.peer for fact in fleet.facts(run_id, run_events.PeerDescribed)]
+            assert sorted(told) == list(named(agents)), "each was asked and counted once"
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
+async def test_a_description_that_was_not_signed_is_refused(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        cheat = fleet.agents[0]
+        honest = cheat.answer
+
+        def forged(message: Message) -> Message:
+            reply = honest(message)
+            if DESCRIPTION in reply.content:
+                other = schema_card.encode(CARD)
+                reply.content[DESCRIPTION] = ConfigRecord({"description": other})
+            return reply
+
+        cheat.answer = forged  # type: ignore[method-assign]
+        run_id = fleet.start(rounds=1, quorum=2, handshake=True)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        assert fleet.refusals(run_id) == [(0, cheat.peer, "bad description")]
+
+
+# --- decisions -------------------------------------------------------------------------------
+
+
+def a_run(*news: run_events.Fact, quorum: int = 2) -> state.Run:
+    spec = RunSpec(task="softmax", rounds=1, quorum=quorum, handshake=True)
+    return transitions.replay("r", [run_events.RunStarted(spec), *news])
+
+
+def here(*peers: str, due: bool = False) -> View:
+    return View(frozenset(peers), due)
+
+
+def test_everybody_is_asked_once_the_quorum_is_here() -> None:
+    run = a_run()
+    assert decisions.decide(run, here("a")) == decisions.Wait("1 peer more for the quorum")
+    assert decisions.decide(run, here("a", "b", "c")) == decisions.AskMore(("a", "b", "c"))
+
+
+def test_it_agrees_when_all_have_told_or_the_deadline_has_passed() -> None:
+    asked = run_events.PeersAsked(("a", "b", "c"))
+    two = [run_events.PeerDescribed(peer, CARD) for peer in "ab"]
+    run = a_run(asked, *two)
+    assert isinstance(decisions.decide(run, here("a", "b", "c")), decisions.Wait)
+    assert decisions.decide(run, here("a", "b", "c", due=True)) == decisions.Agree()
+    lost = transitions.apply(run, run_events.PeerLost("c", "went away"))
+    assert decisions.decide(lost, here("a", "b")) == decisions.Agree()
+    assert decisions.decide(lost, here("a", "b", "c")) == decisions.AskMore(("c",))
+    silent = a_run(asked, two[0])
+    assert decisions.decide(silent, here("a", "b", "c", due=True)) == decisions.AskMore(("b", "c"))
+
+
+def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
+    run = a_run(
+        run_events.PeersAsked(("a", "b")),
+        run_events.PeerDescribed("a", CARD),
+        run_events.UpdateRefused(0, "b", "data", "no such column", "describe"),
+    )
+    step = decisions.decide(run, here("a"))
+    assert isinstance(step, decisions.Wait)
+    assert "no such column" in step.what
+    assert decisions.decide(run, here("a", "new")) == decisions.AskMore(("new",))
+
+
+def test_ledgers_of_before_the_handshake_do_without() -> None:
+    spec = run_events.decode(b'{"type":"RunStarted","spec":{"task":"mnist","rounds":1}}')
+    run = transitions.replay("r", [spec])
+    assert decisions.decide(run, here("a")) == decisions.AskInit("a")

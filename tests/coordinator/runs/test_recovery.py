@@ -1,0 +1,125 @@
+"""Which version comes back when the coordinator's disk is gone, and whose word is taken for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from coordinator.runs import recovery, transitions
+from coordinator.runs.state import Run
+from coordinator.storage import run_events
+from coordinator.storage.run_events import Fact, Holding, RunSpec, Update
+from protocols.enrollment import identity
+from protocols.errors import UpdateRefused
+from protocols.messages.states import RunState
+from protocols.messages.work import Question, Work, sign_work
+
+OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
+IS_OWN = partial(identity.verify, identity.raw_public(OWN))
+HERE = frozenset("ABC")
+#: The ledger of the backup: one round of three is closed.
+BEFORE: list[Fact] = [
+    run_events.RunStarted(RunSpec(task="t", rounds=3)),
+    run_events.WeightsInitialised("v0", "A"),
+    run_events.RoundOpened(1, "v0", ("A",)),
+    run_events.UpdateAccepted(1, "A", Update(digest="u", num_examples=1)),
+    run_events.TrainingClosed(1, ("A",)),
+    run_events.VersionCommitted(1, "v1", "v0", ("A",), {}, {"momentum": "m1"}),
+    run_events.RoundClosed(1, {"accuracy": 0.5}, 1.0, 0, 0),
+]
+
+
+def seeking(*then: Fact, whole: bool = False) -> Run:
+    return transitions.replay("r", [*BEFORE, run_events.RecallBegun(whole), *then])
+
+
+def told(**held: Holding | None) -> list[Fact]:
+    asked: Fact = run_events.PeersAsked(tuple(sorted(held)))
+    return [asked, *(run_events.HoldingTold(peer, version) for peer, version in held.items())]
+
+
+def test_everybody_who_comes_is_asked_and_the_newest_version_is_taken() -> None:
+    assert recovery.decide(seeking(), HERE, False) == recovery.Ask(("A", "B", "C"))
+    new, old = Holding(5, "v5"), Holding(4, "v4")
+    run = seeking(*told(A=old, B=new, C=None))
+    assert isinstance(recovery.decide(run, HERE, False), str)  # one with a newer one may come yet
+    assert recovery.decide(run, HERE | {"D"}, False) == recovery.Ask(("D",))
+    assert recovery.decide(run, HERE, True) == recovery.Seek(new)
+
+
+def test_of_two_versions_of_one_round_that_of_more_peers_is_taken() -> None:
+    run = seeking(*told(A=Holding(5, "z"), B=Holding(5, "a"), C=Holding(5, "a")))
+    assert recovery.decide(run, HERE, True) == recovery.Seek(Holding(5, "a"))
+
+
+def test_a_holder_that_has_it_not_is_passed_over_and_then_the_next_best_is_taken() -> None:
+    new, old = Holding(5, "v5"), Holding(4, "v4")
+    run = seeking(*told(A=old, B=new, C=new), run_events.VersionSought(new))
+    assert run.kind == "recall"
+    assert recovery.decide(run, HERE, False) == recovery.Ask(("B",))
+    for peer in "BC":
+        assert recovery.decide(run, HERE, False) == recovery.Ask((peer,))
+        run = transitions.apply(run, run_events.PeersAsked((peer,)))
+        assert isinstance(recovery.decide(run, HERE, False), str)
+        run = transitions.apply(
+            run, run_events.UpdateRefused(1, peer, "agent failed", "x", "recall")
+        )
+    again = recovery.decide(run, frozenset("A"), True)
+    assert again == recovery.Ask(("A",))  # asked anew: what it holds may have changed
+    run = transitions.apply(run, run_events.PeersAsked(("A",)))
+    run = transitions.apply(run, run_events.HoldingTold("A", old))
+    assert recovery.decide(run, frozenset("A"), True) == recovery.Seek(old)
+
+
+def test_the_backups_own_version_is_kept_if_nobody_has_a_newer_one() -> None:
+    run = seeking(*told(A=Holding(1, "v1"), B=None), whole=True)
+    assert recovery.decide(run, frozenset("AB"), True) == recovery.KeepOwn()
+    newer = seeking(*told(A=Holding(2, "v2")), whole=True)
+    assert recovery.decide(newer, frozenset("A"), True) == recovery.Seek(Holding(2, "v2"))
+
+
+def test_a_run_that_had_finished_does_not_wait_for_ever() -> None:
+    finished = run_events.RunEnded(RunState.FINISHED, "all 3 rounds are done")
+    run = transitions.replay("r", [*BEFORE, finished, run_events.RecallBegun(False), *told(A=None)])
+    assert recovery.decide(run, frozenset("A"), True) == recovery.GiveUp()
+    assert isinstance(recovery.decide(seeking(*told(A=None)), frozenset("A"), True), str)
+
+
+def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
+    run = seeking(run_events.VersionRecalled(Holding(2, "v2"), "A"))
+    assert [(closed.round, closed.digest) for closed in run.history] == [(1, "v1"), (2, "v2")]
+    assert (run.round, run.head, run.parent, run.strategy_state) == (2, "v2", "v1", {})
+    assert run.best is not None
+    assert run.best.round == 1
+    back = seeking(run_events.VersionRecalled(Holding(0, "v0"), "A"))
+    assert (back.round, back.head, back.history, back.best) == (0, "v0", (), None)
+
+
+def signed(kind: Question, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
+    work = Work(run=run, round=number, kind=kind, task="t", base="d" if kind != "init" else "")
+    return sign_work(work, key.sign)
+
+
+def test_work_proves_the_version_that_it_is_on() -> None:
+    assert recovery.proven(seeking(), signed("train"), IS_OWN) == Holding(3, "d")
+    assert recovery.proven(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d")
+    assert recovery.proven(seeking(), None, IS_OWN) is None
+
+
+@pytest.mark.parametrize(
+    "proof",
+    [
+        signed("train", key=STRANGER),
+        signed("train", run="another"),
+        signed("init"),
+        signed("recall"),
+        (b"{}", OWN.sign(b"commonweight work 1\n{}")),
+        (b"", b""),
+    ],
+)
+def test_what_the_coordinator_did_not_sign_for_this_run_proves_nothing(
+    proof: tuple[bytes, bytes],
+) -> None:
+    with pytest.raises(UpdateRefused, match=r"work|proves"):
+        recovery.proven(seeking(), proof, IS_OWN)

@@ -1,0 +1,510 @@
+"""The run as a machine: whatever peers and clocks do, its promises hold and it comes to an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from coordinator.cli import run_text
+from coordinator.runs import decisions, transitions
+from coordinator.runs.decisions import View
+from coordinator.runs.state import Run
+from coordinator.storage import run_events
+from coordinator.storage.run_events import Fact, RunSpec, Update
+from protocols.messages.envelope import Metrics
+from protocols.messages.states import ENDED, RunState
+from protocols.model import schema_card
+
+PEERS = ("A", "B", "C", "D")
+ALL = frozenset(PEERS)
+
+
+class Loop:
+    """What the run loop does with a run, without network, disk or clock."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.facts: list[Fact] = [run_events.RunStarted(spec)]
+        self.run = transitions.replay("r", self.facts)
+        self.here: frozenset[str] = frozenset()
+        self.due = False
+        self.accepted: set[str] = set()
+
+    def record(self, *news: Fact) -> None:
+        for fact in news:
+            self.facts.append(fact)
+            self.run = transitions.apply(self.run, fact)
+
+    def lose(self, peer: str) -> None:
+        self.here -= {peer}
+        if peer in self.run.pending:
+            self.record(run_events.PeerLost(peer, "went away"))
+
+    def answer(self, peer: str, examples: int = 1) -> None:
+        """A good answer of a peer that was asked."""
+        if self.run.state is RunState.WAITING:
+            self.record(run_events.WeightsInitialised("first", peer))
+            return
+        if self.run.state is RunState.TRAINING:
+            self.accepted.add(peer)
+        update = Update(digest=f"u{peer}", num_examples=examples, metrics={"loss": 1.0}, norm=0.5)
+        self.record(run_events.UpdateAccepted(self.run.round, peer, update))
+
+    def refuse(self, peer: str, reason: str = "not finite", detail: str = "x") -> None:
+        self.record(run_events.UpdateRefused(self.run.round, peer, reason, detail, self.run.kind))
+
+    def decide(self) -> decisions.Step:
+        return decisions.decide(self.run, View(self.here, self.due))
+
+    def do(self, step: decisions.Step) -> None:
+        run = self.run
+        match step:
+            case decisions.Wait():
+                pass
+            case decisions.AskInit(peer):
+                self.due = False
+                self.record(run_events.PeersAsked((peer,)))
+            case decisions.AskMore(peers):
+                self.due = False
+                self.record(run_events.PeersAsked(peers))
+            case decisions.OpenRound(number, base, eligible):
+                assert number == run.round + 1
+                assert len(eligible) >= run.spec.quorum
+                self.due, self.accepted = False, set()
+                self.record(run_events.RoundOpened(number, base, eligible))
+            case decisions.CloseTraining(contributors):
+                assert len(contributors) >= run.spec.quorum
+                assert set(contributors) <= self.accepted
+                assert list(contributors) == sorted(contributors)
+                self.record(run_events.TrainingClosed(run.round, contributors))
+            case decisions.Aggregate(contributors):
+                assert contributors == run.contributors
+                digest = f"v{run.round}"
+                self.record(
+                    run_events.VersionCommitted(run.round, digest, run.head, contributors, {})
+                )
+            case decisions.OpenEvaluation(eligible):
+                self.due = False
+                self.record(run_events.EvaluationOpened(run.round, eligible))
+            case decisions.CloseRound():
+                metrics: Metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
+                self.record(run_events.RoundClosed(run.round, metrics, 1.0, 2, 3))
+            case decisions.EndRun(state, because):
+                self.record(run_events.RunEnded(state, because))
+
+
+class RunMachine(RuleBasedStateMachine):
+    """Peers come and go, answer, fail and dawdle; deadlines pass; the loop does what is decided."""
+
+    @initialize(
+        rounds=st.integers(1, 3),
+        quorum=st.integers(1, len(PEERS)),
+        select=st.sampled_from([0.0, 1.0, 1.5]),
+    )
+    def start(self, rounds: int, quorum: int, select: float) -> None:
+        self.loop = Loop(RunSpec(task="t", rounds=rounds, quorum=quorum, select=select))
+        self.last_round = 0
+
+    @rule(peer=st.sampled_from(PEERS))
+    def comes(self, peer: str) -> None:
+        self.loop.here |= {peer}
+
+    @rule(peer=st.sampled_from(PEERS))
+    def goes(self, peer: str) -> None:
+        self.loop.lose(peer)
+
+    @rule(count=st.integers(1, 5))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            if not self.loop.run.ended:
+                self.loop.do(self.loop.decide())
+
+    @precondition(lambda self: self.loop.run.pending)
+    @rule(data=st.data(), examples=st.integers(1, 9))
+    def answers(self, data: st.DataObject, examples: int) -> None:
+        self.loop.answer(data.draw(st.sampled_from(self.loop.run.pending)), examples)
+
+    @precondition(lambda self: self.loop.run.pending)
+    @rule(data=st.data())
+    def is_refused(self, data: st.DataObject) -> None:
+        self.loop.refuse(data.draw(st.sampled_from(self.loop.run.pending)))
+
+    @rule(peer=st.sampled_from(PEERS), kind=st.sampled_from(["train", "evaluate", "init"]))
+    def answers_an_old_question(self, peer: str, kind: str) -> None:
+        """Too late, and no verdict on the present question."""
+        run = self.loop.run
+        number = run.round if kind != run.kind else run.round - 1
+        self.loop.record(run_events.UpdateRefused(number, peer, "late", "x", kind))
+        assert self.loop.run.pending == run.pending
+
+    @rule()
+    def deadline_passes(self) -> None:
+        self.loop.due = True
+
+    @precondition(lambda self: self.loop.run.round > 1)
+    @rule()
+    def is_stopped(self) -> None:
+        self.loop.record(run_events.RunEnded(RunState.STOPPED, "by the operator"))
+
+    @precondition(lambda self: self.loop.run.state is RunState.STOPPED)
+    @rule()
+    def goes_on(self) -> None:
+        """What was committed stays; a round that was cut off begins again."""
+        before = self.loop.run
+        self.loop.record(run_events.RunResumed())
+        assert self.loop.run.head == before.head
+        assert self.loop.run.history == before.history
+        assert not self.loop.run.ended
+        self.last_round = self.loop.run.round
+
+    @invariant()
+    def a_replay_gives_the_same_run(self) -> None:
+        if hasattr(self, "loop"):
+            stored = [run_events.decode(run_events.encode(fact)) for fact in self.loop.facts]
+            assert transitions.replay("r", stored) == self.loop.run
+
+    @invariant()
+    def rounds_only_go_on(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        run = self.loop.run
+        assert self.last_round <= run.round <= run.spec.rounds
+        self.last_round = run.round
+        assert [closed.round for closed in run.history] == list(range(1, len(run.history) + 1))
+        assert all(len(closed.contributors) >= run.spec.quorum for closed in run.history)
+
+    @invariant()
+    def who_is_counted_was_accepted(self) -> None:
+        if hasattr(self, "loop") and self.loop.run.state in (
+            RunState.AGGREGATING,
+            RunState.EVALUATING,
+        ):
+            assert set(self.loop.run.contributors) <= self.loop.accepted
+
+    @invariant()
+    def something_is_always_decided(self) -> None:
+        if hasattr(self, "loop"):
+            step = self.loop.decide()
+            assert not isinstance(step, decisions.Wait) or step.what
+
+    def teardown(self) -> None:
+        """From wherever it stands: with all peers there and answering, the run ends."""
+        if not hasattr(self, "loop"):
+            return
+        loop = self.loop
+        loop.here = ALL
+        for _ in range(20 * loop.run.spec.rounds + 20):
+            if loop.run.ended:
+                break
+            step = loop.decide()
+            loop.do(step)
+            if isinstance(step, decisions.Wait):
+                if loop.run.pending:
+                    loop.answer(loop.run.pending[0])
+                else:
+                    loop.due = True
+        assert loop.run.ended, f"it waits for {loop.decide()}"
+        if loop.run.state is RunState.FINISHED:
+            assert len(loop.run.history) == loop.run.spec.rounds
+
+
+TestRuns = RunMachine.TestCase
+TestRuns.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+# --- single decisions ------------------------------------------------------------------------
+
+
+def training(quorum: int = 2, asked: tuple[str, ...] = ("A", "B")) -> Loop:
+    loop = Loop(RunSpec(task="t", rounds=3, quorum=quorum))
+    loop.record(
+        run_events.WeightsInitialised("first", "file"), run_events.RoundOpened(1, "first", asked)
+    )
+    loop.here = frozenset(asked)
+    return loop
+
+
+def test_a_round_goes_on_with_the_quorum_when_the_deadline_has_passed() -> None:
+    loop = training(quorum=1)
+    loop.answer("A")
+    assert isinstance(loop.decide(), decisions.Wait)
+    loop.due = True
+    assert loop.decide() == decisions.CloseTraining(("A",))
+
+
+def test_it_does_not_go_on_below_the_quorum() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.due = True
+    # B's question may have been lost; one that is at work on it answers at once when it is done.
+    assert loop.decide() == decisions.AskMore(("B",))
+    loop.here = frozenset()
+    assert loop.decide() == decisions.Wait("the quorum: 1 of 2; the deadline has passed")
+
+
+def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
+    """B is there and hangs for ever; C came after the round was opened."""
+    loop = training()
+    loop.answer("A")
+    loop.here |= {"C"}
+    assert isinstance(loop.decide(), decisions.Wait)
+    loop.due = True
+    assert loop.decide() == decisions.AskMore(("B", "C"))
+    loop.do(loop.decide())
+    loop.answer("C")
+    loop.due = True
+    assert loop.decide() == decisions.CloseTraining(("A", "C"))
+
+
+def test_who_failed_may_try_again_after_a_deadline() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.refuse("B")
+    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
+    loop.due = True
+    assert loop.decide() == decisions.AskMore(("B",))
+
+
+def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() -> None:
+    why = ("agent failed", "usage: SCAFFOLD steers plain SGD only (momentum=0)")
+    loop = training()
+    loop.refuse("A", *why)
+    assert isinstance(loop.decide(), decisions.Wait)  # B may do better
+    loop.refuse("B", *why)
+    ended = decisions.EndRun(RunState.FAILED, f"nobody could train: {': '.join(why)}")
+    assert loop.decide() == ended
+    loop.here |= {"C"}
+    assert loop.decide() == decisions.AskMore(("C",))
+    # What else goes wrong may go right the next time.
+    other = training()
+    other.refuse("A", *why)
+    other.refuse("B", "agent failed", "the trainer: task")
+    assert isinstance(other.decide(), decisions.Wait)
+
+
+def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
+    loop = training()
+    loop.answer("A")
+    loop.lose("B")
+    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
+    loop.here |= {"B"}
+    assert loop.decide() == decisions.AskMore(("B",))
+
+
+def test_the_round_does_not_wait_for_lost_peers_once_the_quorum_is_there() -> None:
+    loop = training(quorum=1)
+    loop.answer("A")
+    loop.lose("B")
+    assert loop.decide() == decisions.CloseTraining(("A",))
+
+
+def test_another_peer_makes_the_first_weights_when_one_cannot_or_hangs() -> None:
+    loop = Loop(RunSpec(task="t", rounds=1))
+    assert loop.decide() == decisions.Wait("a peer that can make the first weights")
+    loop.here = frozenset("ABC")
+    assert loop.decide() == decisions.AskInit("A")
+    loop.do(loop.decide())
+    assert loop.decide() == decisions.Wait("the first weights from A")
+    loop.refuse("A")
+    assert loop.decide() == decisions.AskInit("B")
+    loop.do(loop.decide())
+    loop.due = True
+    assert loop.decide() == decisions.AskMore(("A", "B", "C"))
+
+
+def test_a_late_answer_does_not_settle_the_present_question() -> None:
+    """A's answer to round 1 arrives in round 2, where A has been asked again."""
+    loop = training(quorum=1)
+    loop.answer("B")
+    loop.due = True
+    while loop.run.round < 2:
+        step = loop.decide()
+        loop.do(step)
+        if isinstance(step, decisions.Wait):
+            loop.answer(loop.run.pending[0])
+    assert loop.run.peers["A"] == "asked"
+    loop.record(run_events.UpdateRefused(1, "A", "late", "x", "train"))
+    assert loop.run.peers["A"] == "asked"
+    assert loop.run.refused == 1
+    loop.refuse("A")
+    assert loop.run.peers["A"] == "refused"
+
+
+def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
+    loop = training(quorum=1)
+    progress = run_text.Progress()
+    loop.refuse("A", "not finite")
+    assert list(progress.lines(loop.run, dict)) == ["refused A: not finite: x"]
+    assert list(progress.lines(loop.run, dict)) == [], "nothing is told twice"
+    loop.answer("B")
+    loop.due = True
+    while loop.run.round < 2:
+        step = loop.decide()
+        loop.do(step)
+        if isinstance(step, decisions.Wait):
+            loop.answer(loop.run.pending[0])
+    assert [line.split()[:2] for line in progress.lines(loop.run, dict)] == [["round", "1/3"]]
+    loop.refuse("B", "too large")
+    assert list(progress.lines(loop.run, dict)) == [
+        "refused B: too large: x (2 refusals so far)",
+    ]
+
+
+def test_nobody_there_to_evaluate_closes_the_round() -> None:
+    loop = training(quorum=1, asked=("A",))
+    loop.answer("A")
+    for _ in range(2):
+        loop.do(loop.decide())
+    loop.here = frozenset()
+    assert loop.run.state is RunState.EVALUATING
+    assert loop.decide() == decisions.CloseRound()
+
+
+def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.5, seed=7))
+    loop.record(run_events.WeightsInitialised("first", "file"))
+    run = loop.run
+    chosen = decisions.selected(run, 1, ALL)
+    assert len(chosen) == 3
+    assert chosen == decisions.selected(run, 1, reversed(PEERS))  # of who is there, and no more
+    rounds = [decisions.selected(run, number, ALL) for number in range(1, 40)]
+    assert set().union(*rounds) == ALL
+    loop.record(run_events.RoundOpened(1, "first", chosen))
+    loop.here = ALL
+    loop.answer(chosen[0])
+    assert loop.decide() == decisions.Wait(f"updates of 2 peers ({chosen[1]}, {chosen[2]})")
+    loop.answer(chosen[2])
+    assert loop.decide() == decisions.CloseTraining((chosen[0], chosen[2]))
+
+
+def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.0))
+    asked = decisions.selected(loop.run, 1, ALL)
+    loop.record(
+        run_events.WeightsInitialised("first", "file"), run_events.RoundOpened(1, "first", asked)
+    )
+    loop.here = ALL
+    loop.answer(asked[0])
+    loop.lose(asked[1])
+    step = loop.decide()
+    assert isinstance(step, decisions.AskMore)
+    assert len(step.peers) == 1
+    assert step.peers[0] not in asked
+
+
+def answered(loop: Loop, peer: str, seconds: float) -> None:
+    update = Update(digest=f"u{peer}", num_examples=1, seconds=seconds)
+    loop.record(run_events.UpdateAccepted(loop.run.round, peer, update))
+
+
+def test_an_automatic_deadline_is_twice_what_the_slowest_needed() -> None:
+    loop = Loop(RunSpec(task="t", rounds=9, quorum=2, deadline="auto", deadline_s=600.0))
+    first = run_events.WeightsInitialised("first", "file")
+    loop.record(first, run_events.RoundOpened(1, "first", ("A", "B")))
+    answered(loop, "A", 10.0)
+    assert decisions.deadline_s(loop.run) == 600.0  # nobody knows what B needs
+    answered(loop, "B", 30.0)
+    assert decisions.deadline_s(loop.run) == 60.0
+    for _ in range(5):  # what was long ago is forgotten
+        answered(loop, "B", 1.0)
+        answered(loop, "A", 1.0)
+    assert decisions.deadline_s(loop.run) == 5.0
+    late = run_events.UpdateRefused(1, "B", "late", "x", "train", 400.0)
+    loop.record(late)  # one that was too slow is given time
+    assert decisions.deadline_s(loop.run) == 600.0
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
+    loop = training(quorum=1, asked=("A",))
+    loop.answer("A")
+    loop.do(loop.decide())
+    loop.do(loop.decide())
+    assert loop.run.state is RunState.EVALUATING
+    loop.record(run_events.RunEnded(RunState.STOPPED, "x"), run_events.RunResumed())
+    assert loop.decide() == decisions.OpenEvaluation(("A",))  # the version is there
+    loop.do(decisions.CloseRound())
+    loop.do(loop.decide())
+    loop.answer("A")
+    loop.record(run_events.RunEnded(RunState.FAILED, "x"), run_events.RunResumed())
+    assert loop.decide() == decisions.OpenRound(2, loop.run.head, ("A",))  # the round is not
+
+
+def test_the_first_of_equals_stays_best() -> None:
+    loop = training(quorum=1, asked=("A",))
+    for number in (1, 2):
+        if number > 1:
+            loop.record(run_events.RoundOpened(number, loop.run.head, ("A",)))
+        loop.answer("A")
+        loop.do(loop.decide())
+        loop.do(loop.decide())
+        loop.record(run_events.RoundClosed(number, {"accuracy": 0.5}, 1.0, 0, 0))
+    assert loop.run.best is not None
+    assert loop.run.best.round == 1
+
+
+_ONE = st.sampled_from(PEERS)
+_SOME = st.lists(_ONE, unique=True).map(tuple)
+CARD = schema_card.card("t", "1", {})
+_HELD = st.builds(run_events.Holding, st.integers(-1, 3), st.sampled_from(["x", "y"]))
+FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
+    run_events.PeerDescribed: lambda d: run_events.PeerDescribed("A", CARD),
+    run_events.PreprocessingFixed: lambda d: run_events.PreprocessingFixed("{}", ("A",)),
+    run_events.SchemaAgreed: lambda d: run_events.SchemaAgreed(CARD),
+    run_events.WeightsInitialised: lambda d: run_events.WeightsInitialised("x", "A"),
+    run_events.RoundOpened: lambda d: run_events.RoundOpened(d(st.integers(-1, 3)), "x", d(_SOME)),
+    run_events.WorkGiven: lambda d: run_events.WorkGiven(d(_ONE), 1, "x", d(st.integers(0, 2))),
+    run_events.PeersAsked: lambda d: run_events.PeersAsked(d(_SOME)),
+    run_events.WorkGiven: lambda d: run_events.WorkGiven(d(_ONE), d(st.integers(-1, 3)), "x"),
+    run_events.PeerLost: lambda d: run_events.PeerLost(d(_ONE), "x"),
+    run_events.UpdateAccepted: lambda d: run_events.UpdateAccepted(
+        1, d(_ONE), Update(num_examples=1)
+    ),
+    run_events.UpdateRefused: lambda d: run_events.UpdateRefused(1, d(_ONE), "x", "x"),
+    run_events.TrainingClosed: lambda d: run_events.TrainingClosed(1, d(_SOME)),
+    run_events.VersionCommitted: lambda d: run_events.VersionCommitted(1, "x", "y", d(_SOME), {}),
+    run_events.VersionLost: lambda d: run_events.VersionLost("x", d(st.sampled_from(["x", "y"]))),
+    run_events.EvaluationOpened: lambda d: run_events.EvaluationOpened(1, d(_SOME)),
+    run_events.RoundClosed: lambda d: run_events.RoundClosed(1, {}, 1.0, 0, 0),
+    run_events.RunEnded: lambda d: run_events.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
+    run_events.RunResumed: lambda d: run_events.RunResumed(),
+    run_events.RecallBegun: lambda d: run_events.RecallBegun(d(st.booleans())),
+    run_events.HoldingTold: lambda d: run_events.HoldingTold(d(_ONE), d(st.none() | _HELD)),
+    run_events.VersionSought: lambda d: run_events.VersionSought(d(_HELD)),
+    run_events.VersionRecalled: lambda d: run_events.VersionRecalled(d(_HELD), "A"),
+}
+
+
+@given(st.data())
+def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
+    """A ledger is only read here: it may be odd, but never the end of the coordinator."""
+    run = Run(id="r", spec=RunSpec(task="t", rounds=2))
+    for kind in data.draw(st.lists(st.sampled_from(list(FACTS)), max_size=20)):
+        before = run
+        run = transitions.apply(run, FACTS[kind](data.draw))
+        if before.ended and kind not in (run_events.RunResumed, run_events.RecallBegun):
+            assert run == before
+        decisions.decide(run, View(ALL, data.draw(st.booleans())))
+        decisions.decide(run, View(frozenset(), data.draw(st.booleans())))
+
+
+def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
+    assert set(FACTS) == set(transitions.TRANSITIONS)
+    leaves = {kind for kind, (states, _) in transitions.TRANSITIONS.items() if states & ENDED}
+    assert leaves == {run_events.RunResumed, run_events.RecallBegun}
+    assert RunState.FINISHED not in transitions.TRANSITIONS[run_events.RunResumed][0]
+
+
+@pytest.mark.parametrize("state", sorted(ENDED))
+def test_an_ended_run_decides_nothing(state: RunState) -> None:
+    run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
+    assert isinstance(decisions.decide(run, View(ALL, True)), decisions.Wait)

@@ -1,0 +1,213 @@
+"""The embedded broker: how it starts, hides its password, comes back and ends with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
+from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
+from tests.support.mqtt_fleet import HOST, Site, rogue, running, started, until
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+async def _logs_in(site: Site, broker: EmbeddedBroker) -> bool:
+    async with rogue(site.address(broker)):
+        return True
+
+
+async def test_starts_answers_and_frees_its_port(site: Site) -> None:
+    broker = site.broker()
+    assert not broker.running
+    assert broker.pid is None
+    await broker.start()
+    await broker.start()  # a second time changes nothing
+    assert broker.running
+    assert await _logs_in(site, broker)
+    await broker.stop()
+    await broker.stop()
+    assert not broker.running
+    again = site.broker(broker.port)
+    await again.start()
+    assert await _logs_in(site, again)
+    await again.stop()
+
+
+async def test_the_password_is_in_one_private_file(site: Site) -> None:
+    async with started(site):
+        config = site.folder / "mqtt" / "broker.toml"
+        assert site.password in config.read_text()
+        if sys.platform != "win32":
+            assert stat.S_IMODE(config.stat().st_mode) == 0o600
+        for child in psutil.Process().children(recursive=True):
+            assert site.password not in " ".join(child.cmdline())
+        with_it = [
+            path
+            for path in site.folder.rglob("*")
+            if path.is_file() and site.password in path.read_text(errors="replace")
+        ]
+        assert with_it == [config]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions are POSIX")
+async def test_ctrl_c_of_the_terminal_does_not_reach_it(site: Site) -> None:
+    async with started(site) as broker:
+        assert broker.pid is not None
+        assert os.getsid(broker.pid) == broker.pid != os.getsid(0)
+
+
+async def test_a_port_in_use_is_named_with_the_option(site: Site) -> None:
+    with socket.create_server((HOST, 0)) as other:
+        port = other.getsockname()[1]
+        broker = site.broker(port)
+        with pytest.raises(PortInUse, match=str(port)) as caught:
+            await broker.start()
+    assert "--mqtt-port" in caught.value.hint
+    assert not broker.running
+
+
+async def test_what_cannot_work_is_said(site: Site) -> None:
+    certificate, key = site.folder / "tls.pem", site.folder / "tls.key"
+    for host in ("192.0.2.1", "nowhere.invalid"):
+        broker = EmbeddedBroker(site.folder, host, 0, certificate, key, "u", "p")
+        with pytest.raises(UsageFault, match=host):
+            await broker.start()
+    broker = EmbeddedBroker(site.folder, HOST, 0, site.folder / "none.pem", key, "u", "p")
+    with pytest.raises(HomeFault, match=r"none\.pem"):
+        await broker.start()
+
+
+async def test_a_key_that_does_not_fit_leaves_no_child(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.transport.mqtt_broker.READY_WITHIN_S", 0.5)
+    (site.folder / "tls.key").write_text("not a key")
+    broker = site.broker()
+    with pytest.raises(CommonweightError):
+        await broker.start()
+    assert not broker.running
+    assert not psutil.Process().children()
+
+
+async def test_a_killed_child_is_started_again_on_its_port(site: Site) -> None:
+    changes: list[tuple[bool, str]] = []
+    async with (
+        started(site) as broker,
+        running(lambda: broker.supervise(lambda up, why: changes.append((up, why)))),
+    ):
+        await until(lambda: changes == [(True, "")])
+        port, first = broker.port, broker.pid
+        assert first is not None
+        psutil.Process(first).kill()
+        await until(lambda: len(changes) == 3)
+        assert [up for up, _ in changes] == [True, False, True]
+        assert "ended" in changes[1][1]
+        assert broker.pid != first
+        assert broker.port == port
+        assert await _logs_in(site, broker)
+
+
+async def test_a_client_that_stalls_in_its_handshake_does_not_shut_the_door(site: Site) -> None:
+    broker = site.broker(stuck_after_s=1.0)
+    await broker.start()
+    changes: list[tuple[bool, str]] = []
+    try:
+        async with running(lambda: broker.supervise(lambda up, why: changes.append((up, why)))):
+            with socket.create_connection((HOST, broker.port)):
+                await until(lambda: len(changes) >= 3)
+                assert "answered nobody" in changes[1][1]
+                assert await _logs_in(site, broker)
+    finally:
+        await broker.stop()
+
+
+async def test_a_cancelled_start_leaves_no_child(site: Site) -> None:
+    broker = site.broker()
+    starting = asyncio.create_task(broker.start())
+    await until(lambda: broker.running or starting.done())
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await broker.stop()
+    assert not psutil.Process().children()
+
+
+_PARENT = """
+import asyncio, json, sys
+from pathlib import Path
+from coordinator.transport.mqtt_broker import EmbeddedBroker
+
+async def main():
+    folder, certificate, key, password = json.loads(sys.stdin.readline())
+    broker = EmbeddedBroker(
+        Path(folder), "127.0.0.1", 0, Path(certificate), Path(key), "fleet", password
+    )
+    await broker.start()
+    print(broker.pid, broker.port, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_it_ends_with_a_parent_that_is_killed(site: Site) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        paths = [str(site.folder / name) for name in ("mqtt", "tls.pem", "tls.key")]
+        parent.stdin.write(json.dumps([*paths, site.password]) + "\n")
+        parent.stdin.flush()
+        pid, port = map(int, parent.stdout.readline().split())
+        child = psutil.Process(pid)
+        socket.create_connection((HOST, port)).close()
+        parent.kill()
+        parent.wait()
+        try:
+            # An orphan whose new parent does not reap it stays as a zombie: ended all the same.
+            asyncio.run(until(lambda: not _alive(child)))
+        finally:
+            if child.is_running():
+                child.kill()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_an_external_broker_is_its_url(site: Site) -> None:
+    ca = site.folder / "ca.pem"
+    ca.write_text(site.ca_pem)
+    broker = ExternalBroker("mqtts://fleet:secret@broker.example", ca)
+    address = broker.address("ignored")
+    assert (address.host, address.port, address.tls) == ("broker.example", 8883, True)
+    assert address.ca_pem == site.ca_pem
+    changes: list[bool] = []
+    await broker.start()
+    async with running(lambda: broker.supervise(lambda up, _: changes.append(up))):
+        await until(lambda: changes == [True])
+    await broker.stop()
+    with pytest.raises(UsageFault, match="cannot read"):
+        ExternalBroker("mqtts://broker.example", site.folder / "none")

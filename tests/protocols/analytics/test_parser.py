@@ -1,0 +1,91 @@
+"""Questions as people type them, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocols.analytics.parser import FORMS, question
+from protocols.analytics.query import Condition, Operation
+from protocols.errors import CommonweightError, UnknownName, UsageFault
+
+
+def test_a_question_is_read_as_it_is_meant() -> None:
+    asked = question(
+        'count, mean(age), quantile(age, .5), histogram("income a year", 20, -5, 1e5) by sex, city',
+        "age >= 18 and city in ('Oslo', 'Bergen') and debt < -2.5",
+    )
+    assert asked.operations == (
+        Operation("count"),
+        Operation("mean", ("age",)),
+        Operation("quantile", ("age",), (0.5,)),
+        Operation("histogram", ("income a year",), (20.0, -5.0, 1e5)),
+    )
+    assert asked.by == ("sex", "city")
+    assert asked.where == (
+        Condition("age", ">=", (18.0,)),
+        Condition("city", "in", ("Oslo", "Bergen")),
+        Condition("debt", "<", (-2.5,)),
+    )
+    assert asked.columns == ("age", "income a year", "sex", "city", "debt")
+    assert str(asked).endswith(
+        "by sex, city where age >= 18 and city in ('Oslo', 'Bergen') and debt < -2.5"
+    )
+
+
+def test_a_column_may_be_called_as_it_likes() -> None:
+    assert question('mean("standby by night") by "day by day"').by == ("day by day",)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_example_is_right(form: object) -> None:
+    for example in form.example.split(" or "):  # type: ignore[attr-defined]
+        assert question(example)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "words"),
+    [
+        ("", "", "nothing is asked"),
+        ("maen(age)", "", "no operation 'maen'"),
+        ("mean", "", "mean is not written so"),
+        ("mean(age, income)", "", "mean is not written so"),
+        ("mean(age", "", "not understood"),
+        ("quantile(age, 5)", "", "between 0 and 1"),
+        ("histogram(age, 0)", "", "1 to 1000 bins"),
+        ("histogram(age, 9, 5, 5)", "", "goes upwards"),
+        ("histogram(age, 9, 5)", "", "not written so"),
+        ("join(a, b)", "", "never brought together"),
+        ("select(name)", "", "single rows never leave"),
+        ("count by sex by city", "", "more than one 'by'"),
+        ("mean(age.x)", "", "column's name"),
+        ("mean(__import__('os').system('x'))", "", "column's name"),
+        ("mean(age=1)", "", "no named arguments"),
+        ("count", "age", "one comparison"),
+        ("count", "age > 1 or age < 0", "by 'and' only"),
+        ("count", "1 < age < 5", "one comparison"),
+        ("count", "age in 5", "values in brackets"),
+        ("count", "age is None", "not known"),
+        ("count", "age > x", "number or a text"),
+    ],
+)
+def test_what_is_no_question_is_told(text: str, where: str, words: str) -> None:
+    with pytest.raises((UsageFault, UnknownName), match=words):
+        question(text, where)
+
+
+def test_a_near_name_is_offered() -> None:
+    with pytest.raises(UnknownName) as told:
+        question("maen(age)")
+    assert "did you mean mean" in told.value.hint
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=60), st.text(max_size=30))
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_no_text_does_more_than_be_refused(text: str, where: str) -> None:
+    with contextlib.suppress(CommonweightError):
+        question(text, where)

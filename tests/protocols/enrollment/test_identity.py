@@ -1,0 +1,254 @@
+"""Keys, ids and certificates: what is checked, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.enrollment import identity
+from protocols.enrollment.identity import NodeCertificate
+from protocols.errors import BadMessage, HomeFault
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_a_peer_id_is_four_groups_of_four(public: bytes) -> None:
+    made = identity.peer_id(public)
+    assert [len(group) for group in made.split("-")] == [4, 4, 4, 4]
+    assert identity.is_peer_id(made)
+    assert identity.is_peer_id(made.lower().replace("-", ""))
+    assert made == identity.peer_id(public)
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(0, 15), st.sampled_from(ALPHABET))
+def test_one_wrong_character_is_found(public: bytes, at: int, letter: str) -> None:
+    plain = identity.peer_id(public).replace("-", "")
+    if plain[at] != letter:
+        assert not identity.is_peer_id(plain[:at] + letter + plain[at + 1 :])
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(0, 14))
+def test_two_swapped_neighbours_are_found(public: bytes, at: int) -> None:
+    plain = identity.peer_id(public).replace("-", "")
+    one, other = plain[at], plain[at + 1]
+    # Luhn's own blind spot: the first and the last letter of the alphabet side by side.
+    if one != other and {one, other} != {"A", "7"}:
+        assert not identity.is_peer_id(plain[:at] + other + one + plain[at + 2 :])
+
+
+@given(st.text(max_size=24))
+def test_any_text_can_be_asked(text: str) -> None:
+    assert identity.is_peer_id(text) in (True, False)
+
+
+@pytest.mark.parametrize("text", ["", "ABCD", "0000-1111-8888-9999", "ABCD-EFGH-IJKL-MNOP-QRST"])
+def test_other_texts_are_no_ids(text: str) -> None:
+    assert not identity.is_peer_id(text)
+
+
+# --- TLS -------------------------------------------------------------------------------------
+
+
+def shake_hands(folder: Path, server_ca: bytes, trusted_ca: bytes, name: str) -> None:
+    """One TLS handshake on a socket pair, with the strictest flags there are. Raises SSLError."""
+    client_context = ssl.create_default_context(cadata=trusted_ca.decode())
+    client_context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        try:
+            server_context.wrap_socket(theirs, server_side=True).close()
+        except OSError:
+            theirs.close()  # the client's error is the one that is looked at
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    try:
+        client_context.wrap_socket(ours, server_hostname=name).close()
+    finally:
+        ours.close()
+        serving.join()
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> tuple[Path, bytes]:
+    ca_key, ca_pem = identity.new_ca("here")
+    key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", "127.0.0.1", "::1"])
+    identity.save_key(tmp_path / "server.key", key)
+    (tmp_path / "server.pem").write_bytes(pem)
+    return tmp_path, ca_pem
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1"])
+def test_the_chain_passes_strict_checks(chain: tuple[Path, bytes], name: str) -> None:
+    folder, ca_pem = chain
+    shake_hands(folder, ca_pem, ca_pem, name)
+
+
+def test_another_name_or_another_ca_is_refused(chain: tuple[Path, bytes]) -> None:
+    folder, ca_pem = chain
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(folder, ca_pem, ca_pem, "elsewhere")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(folder, ca_pem, identity.new_ca("here")[1], "localhost")
+
+
+def test_what_a_server_certificate_says(chain: tuple[Path, bytes]) -> None:
+    folder, _ = chain
+    pem = (folder / "server.pem").read_bytes()
+    assert identity.certificate_names(pem) == {"localhost", "127.0.0.1", "::1"}
+    assert 364 < identity.days_left(pem) <= 365
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=400)
+    assert identity.days_left(pem, later) < 0
+
+
+def test_a_fingerprint_is_that_of_the_der_form() -> None:
+    _, ca_pem = identity.new_ca("x")
+    der = x509.load_pem_x509_certificate(ca_pem).public_bytes(serialization.Encoding.DER)
+    again = ssl.DER_cert_to_PEM_cert(der).encode()
+    assert identity.ca_fingerprint(again) == identity.ca_fingerprint(ca_pem)
+    for junk in (b"", b"hello", ca_pem[:100]):
+        with pytest.raises(BadMessage):
+            identity.ca_fingerprint(junk)
+
+
+# --- node certificates -----------------------------------------------------------------------
+
+
+def a_certificate() -> NodeCertificate:
+    return NodeCertificate(
+        fleet="0" * 16, peer="P", name="box", sign_public=b"s", node_public=b"n", not_after=1.0
+    )
+
+
+def test_a_node_certificate_is_read_and_a_strange_one_refused() -> None:
+    ca_key, ca_pem = identity.new_ca("x")
+    issued = identity.issue(ca_key, a_certificate())
+    assert identity.read_certificate(ca_pem, issued) == a_certificate()
+    other_key, other_pem = identity.new_ca("x")
+    for pem, data in (
+        (other_pem, issued),
+        (ca_pem, identity.issue(other_key, a_certificate())),
+        (ca_pem, b""),
+        (ca_pem, issued[:64]),
+        (ca_pem, issued + b" "),
+    ):
+        with pytest.raises(BadMessage, match="not signed"):
+            identity.read_certificate(pem, data)
+
+
+@given(st.data())
+def test_every_flipped_bit_of_a_certificate_is_found(data: st.DataObject) -> None:
+    ca_key, ca_pem = identity.new_ca("x")
+    issued = bytearray(identity.issue(ca_key, a_certificate()))
+    at = data.draw(st.integers(0, len(issued) * 8 - 1))
+    issued[at // 8] ^= 1 << at % 8
+    with pytest.raises(BadMessage):
+        identity.read_certificate(ca_pem, bytes(issued))
+
+
+def test_a_signature_over_something_else_is_no_certificate() -> None:
+    ca_key, ca_pem = identity.new_ca("x")
+    for body in (b"[]", b'{"v":1}', b"\xff"):
+        signed = ca_key.sign(b"commonweight node certificate 1\n" + body) + body
+        with pytest.raises(BadMessage, match="not a node certificate"):
+            identity.read_certificate(ca_pem, signed)
+
+
+def public_pem(key: object) -> bytes:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem: bytes = key.public_key().public_bytes(serialization.Encoding.PEM, form)  # type: ignore[attr-defined]
+    return pem
+
+
+def test_only_a_p384_key_is_a_node_key() -> None:
+    identity.check_node_public(identity.node_public(identity.new_node_key()))
+    for wrong in (
+        public_pem(ec.generate_private_key(ec.SECP256R1())),
+        public_pem(rsa.generate_private_key(65537, 2048)),
+        public_pem(identity.new_signing_key()),
+        b"",
+        b"\x00" * 200,
+        _UNKNOWN_CURVE,
+    ):
+        with pytest.raises(BadMessage):
+            identity.check_node_public(wrong)
+
+
+#: A well-formed key on a curve that nobody knows (object id 1.3.132.0.127).
+_UNKNOWN_CURVE = (
+    ssl.DER_cert_to_PEM_cert(
+        bytes.fromhex("3021301006072a8648ce3d020106052b8104007f030d0004") + bytes(10)
+    )
+    .replace("CERTIFICATE", "PUBLIC KEY")
+    .encode()
+)
+
+
+# --- key files -------------------------------------------------------------------------------
+
+
+def test_key_files_are_private_and_come_back(tmp_path: Path) -> None:
+    sign, node = identity.new_signing_key(), identity.new_node_key()
+    identity.save_key(tmp_path / "sign", sign)
+    identity.save_key(tmp_path / "node", node)
+    read = identity.load_signing_key(tmp_path / "sign")
+    assert identity.raw_public(read) == identity.raw_public(sign)
+    assert identity.node_public(identity.load_node_key(tmp_path / "node")) == identity.node_public(
+        node
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["node", "sign"]
+    if os.name == "posix":
+        assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_wrong_key_file_is_a_fault_of_the_home(tmp_path: Path) -> None:
+    identity.save_key(tmp_path / "node", identity.new_node_key())
+    identity.save_key(tmp_path / "sign", identity.new_signing_key())
+    (tmp_path / "junk").write_bytes(b"\x00 no key")
+    (tmp_path / "locked").write_bytes(
+        identity.new_signing_key().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"password"),
+        )
+    )
+    for name in ("node", "junk", "locked", "missing"):
+        with pytest.raises(HomeFault, match=name):
+            identity.load_signing_key(tmp_path / name)
+    for name in ("sign", "junk", "locked", "missing"):
+        with pytest.raises(HomeFault, match=name):
+            identity.load_node_key(tmp_path / name)
+
+
+def test_a_private_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"open to all")
+    identity.write_private(path, b"mine")
+    assert path.read_bytes() == b"mine"
+    if os.name == "posix":
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_signatures() -> None:
+    key = identity.new_signing_key()
+    public, signature = identity.raw_public(key), key.sign(b"message")
+    assert identity.verify(public, signature, b"message")
+    assert not identity.verify(public, signature, b"massage")
+    assert not identity.verify(public, signature[:-1], b"message")
+    assert not identity.verify(b"short", signature, b"message")
+    assert not identity.verify(identity.raw_public(identity.new_signing_key()), signature, b"")

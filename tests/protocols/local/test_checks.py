@@ -1,0 +1,79 @@
+"""Checks: made in order, skipped after what they need, and told the same way everywhere."""
+
+from __future__ import annotations
+
+import json
+
+from protocols.errors import CommonweightError
+from protocols.local import json_output
+from protocols.local.checks import Advice, Check, Step, as_data, examine, in_words, num_faults
+
+
+def bad() -> str:
+    raise CommonweightError("the door is shut", "open it")
+
+
+def broken() -> str:
+    raise ValueError("oh")
+
+
+def test_a_check_is_skipped_when_one_that_it_needs_did_not_pass() -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> str:
+        calls.append(name)
+        return "fine"
+
+    steps = [
+        Step("a", lambda: noted("a")),
+        Step("b", bad, ("a",)),
+        Step("c", lambda: noted("c"), ("a", "b")),
+        Step("d", lambda: noted("d"), ("c",)),
+        Step("e", lambda: Advice(noted("e"), "better"), ("a",)),
+        Step("f", lambda: noted("f"), ("e",)),
+        Step("g", broken),
+        Step("h", lambda: noted("h"), ("g",)),
+    ]
+    made = list(examine(steps))
+    assert made == [
+        Check("a", True, "fine"),
+        Check("b", False, "the door is shut", "open it"),
+        Check("c", None, "skipped"),
+        Check("d", None, "skipped"),
+        Check("e", True, "fine", "better"),
+        Check("f", True, "fine"),
+        Check("g", False, "could not be checked: ValueError: oh"),
+        Check("h", None, "skipped"),
+    ]
+    assert calls == ["a", "e", "f"]
+    assert num_faults(made) == 2
+
+
+def test_each_check_is_given_as_soon_as_it_is_made() -> None:
+    calls: list[str] = []
+    steps = [Step(name, lambda name=name: calls.append(name) or name) for name in "abc"]  # type: ignore[misc]
+    making = examine(steps)
+    next(making)
+    assert calls == ["a"]
+
+
+def test_lines_for_a_person() -> None:
+    assert in_words(Check("tls", True, "364 days left")) == "✓ tls: 364 days left"
+    assert in_words(Check("tcp", False, "no answer", "start it")) == (
+        "✗ tcp: no answer\n    fix: start it"
+    )
+    assert in_words(Check("mqtt", None, "skipped")) == "– mqtt: skipped"
+    assert in_words(Check("disk", True, "3 GB", "make room")) == "✓ disk: 3 GB\n    fix: make room"
+    assert "\x1b" not in in_words(Check("dns", False, "\x1b[2J", "\x1b[31m"))
+
+
+def test_the_same_as_json() -> None:
+    made = [Check("a", True, "fine"), Check("b", None, "skipped"), Check("c", False, "no", "do")]
+    assert json.loads(json_output.ok(as_data(made)))["data"] == {
+        "faults": 1,
+        "checks": [
+            {"name": "a", "ok": True, "detail": "fine", "fix": ""},
+            {"name": "b", "ok": None, "detail": "skipped", "fix": ""},
+            {"name": "c", "ok": False, "detail": "no", "fix": "do"},
+        ],
+    }

@@ -1,0 +1,65 @@
+"""A home of an older format: a copy, step by step, and back if a step fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from protocols.errors import HomeFault, HomeLocked
+from protocols.local import homes, migrations
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An agent's home of format 1, seen by a program whose format is 3."""
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
+    found = homes.open_home("agent", create=True)
+    (found / "settings.toml").write_text("part = 1\n")
+    (found / "cache").mkdir()
+    (found / "cache" / "large").write_bytes(bytes(100))
+    monkeypatch.setattr(homes, "FORMAT", 3)
+    return found
+
+
+def upper(home: Path) -> None:
+    file = home / "settings.toml"
+    file.write_text(file.read_text().upper())
+
+
+def spoil(home: Path) -> None:
+    (home / "settings.toml").write_text("half")
+    raise ValueError("what is this?")
+
+
+def test_it_is_copied_and_taken_along(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(migrations.STEPS["agent"], 1, upper)
+    assert homes.open_home("agent") == home
+    assert (home / "settings.toml").read_text() == "PART = 1\n"
+    assert json.loads((home / "home.json").read_text())["format"] == 3
+    kept = home / "before-format-3"
+    assert (kept / "settings.toml").read_text() == "part = 1\n"
+    assert not (kept / "cache").exists()
+    homes.open_home("agent")  # the second time there is nothing to do
+    assert (home / "settings.toml").read_text() == "PART = 1\n"
+
+
+def test_a_step_that_fails_changes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(migrations.STEPS["agent"], 2, spoil)
+    for _ in range(2):
+        with pytest.raises(HomeFault, match=r"from format 1 to 3: what is this\?"):
+            homes.open_home("agent")
+        assert (home / "settings.toml").read_text() == "part = 1\n"
+        assert json.loads((home / "home.json").read_text())["format"] == 1
+    monkeypatch.setitem(migrations.STEPS["agent"], 2, upper)
+    homes.open_home("agent")
+    assert (home / "settings.toml").read_text() == "PART = 1\n"
+
+
+def test_not_under_the_feet_of_a_program_that_runs(home: Path) -> None:
+    held = homes.lock(home, "agent")
+    with pytest.raises(HomeLocked, match="agent of an older version"):
+        homes.open_home("agent")
+    held.release()
+    homes.open_home("agent")

@@ -1,0 +1,64 @@
+"""Failed connections in words, from real ones."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from protocols.network.error_text import why
+
+
+@contextmanager
+def listener() -> Iterator[socket.socket]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server
+
+
+def told(url: str, timeout_s: float = 5.0) -> str:
+    with pytest.raises(httpx.HTTPError) as raised:
+        httpx.get(url, timeout=timeout_s, trust_env=False)
+    return why(raised.value)
+
+
+def test_nobody_listens() -> None:
+    with listener() as server:
+        port = server.getsockname()[1]
+    assert told(f"http://127.0.0.1:{port}/") == "nobody listens there"
+
+
+def test_nobody_answers() -> None:
+    with listener() as server:
+        port = server.getsockname()[1]
+        assert told(f"http://127.0.0.1:{port}/", 0.1) == "no answer in time"
+
+
+def test_it_breaks_off() -> None:
+    with listener() as server:
+        port = server.getsockname()[1]
+
+        def hang_up() -> None:
+            accepted, _ = server.accept()
+            accepted.recv(1024)
+            accepted.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        assert told(f"http://127.0.0.1:{port}/").startswith("it broke off")
+        thread.join()
+
+
+def test_no_such_machine_and_others() -> None:
+    assert why(socket.gaierror(-2, "Name or service not known")).startswith("no machine")
+    assert why(OSError(113, "No route to host")) == "no route to host"
+    assert why(ValueError()) == "ValueError"
+    round_about = ValueError("a")
+    round_about.__cause__ = KeyError("b")
+    round_about.__cause__.__cause__ = round_about
+    assert why(round_about) == "a"

@@ -1,0 +1,136 @@
+"""Words of peers: who may say what, which one counts, and what is not believed."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.enrollment import identity
+from protocols.enrollment.identity import NodeCertificate
+from protocols.errors import BadMessage
+from protocols.messages.envelope import Presence
+from protocols.messages.states import PeerState
+from protocols.messages.work import Work
+from protocols.p2p import gossip
+from protocols.p2p.gossip import MOST_WORDS, Head, Pass, Told, Word, Words
+
+CA_KEY, CA_PEM = identity.new_ca("test")
+SIGN, NODE = identity.new_signing_key(), identity.new_node_key()
+PEER = identity.peer_id(identity.raw_public(SIGN))
+
+
+def certificate(
+    peer: str = PEER, fleet: str = "f", key: identity.SigningKey = CA_KEY, lasts_s: float = 3600
+) -> bytes:
+    return identity.issue(
+        key,
+        NodeCertificate(
+            fleet=fleet,
+            peer=peer,
+            name="ann",
+            sign_public=identity.raw_public(SIGN),
+            node_public=identity.node_public(NODE),
+            not_after=time.time() + lasts_s,
+        ),
+    )
+
+
+CERTIFICATE = certificate()
+
+
+def word(at: float, peer: str = PEER, state: PeerState = PeerState.IDLE) -> Word:
+    return Word(peer=peer, at=at, presence=Presence(state=state))
+
+
+def spoken(at: float, **changed: bytes) -> bytes:
+    return gossip.speak(word(at), changed.get("certificate", CERTIFICATE), SIGN.sign)
+
+
+def test_the_newest_word_of_a_peer_counts() -> None:
+    now = time.time()
+    words = Words(CA_PEM, "f")
+    new, old = spoken(now), spoken(now - 5)
+    assert words.take([old, new], now) == 2
+    assert words.take([old, new], now) == 0
+    assert [heard.word.at for heard in words.all()] == [now]
+    assert words.told(b"own") == Told(words=(b"own", new))
+    assert words.take([spoken(now + 1)], now, but=[PEER]) == 0
+    words.forget([PEER])
+    assert not words.all()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"",
+        b"\x81",
+        spoken(time.time(), certificate=certificate(fleet="another")),
+        spoken(time.time(), certificate=certificate(peer="b" * 16)),
+        spoken(time.time(), certificate=certificate(key=identity.new_signing_key())),
+        spoken(time.time(), certificate=certificate(lasts_s=-1)),
+        spoken(time.time() + 3600),
+        gossip.speak(word(time.time()), CERTIFICATE, identity.new_signing_key().sign),
+        spoken(time.time())[:-1],
+    ],
+    ids=[
+        "nothing",
+        "cut",
+        "another fleet",
+        "another peer",
+        "another CA",
+        "expired",
+        "of tomorrow",
+        "another key",
+        "one byte less",
+    ],
+)
+def test_a_forged_word_is_not_heard(forged: bytes) -> None:
+    assert Words(CA_PEM, "f").take([forged], time.time()) == 0
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_harm(data: bytes) -> None:
+    assert Words(CA_PEM, "f").take([data], 0.0) == 0
+    with pytest.raises(BadMessage):
+        gossip.read_pass(data, lambda signature, signed: True, float("inf"))
+
+
+def test_words_are_bounded() -> None:
+    now, words = time.time(), Words(CA_PEM, "f")
+    for number in range(MOST_WORDS + 3):
+        peer = f"{number:016x}"
+        said = gossip.speak(word(now + number / 1000, peer), certificate(peer), SIGN.sign)
+        assert words.take([said], now) == 1
+    assert len(words.all()) == MOST_WORDS
+    assert f"{0:016x}" not in {heard.word.peer for heard in words.all()}
+    assert len(msgspec.msgpack.encode(words.told(b""))) < gossip.MOST_TOLD_BYTES
+
+
+def test_versions_follow_each_other() -> None:
+    def head(since: float, number: int, kind: str) -> Head:
+        work = Work(run="r", since=since, round=number, kind=kind, task="t", base="a" * 64)  # type: ignore[arg-type]
+        return Head.of(work)
+
+    assert head(1, 5, "train") == head(1, 4, "evaluate")
+    assert head(1, 5, "train") < head(1, 5, "evaluate") < head(2, 1, "train")
+
+
+def test_a_pass_is_the_coordinators() -> None:
+    key = identity.new_signing_key()
+    until = time.time() + 5
+    held = Pass(holder=PEER, sign_public=identity.raw_public(SIGN), until=until)
+    sealed = gossip.issue(held, key.sign)
+
+    def verify(signature: bytes, signed: bytes) -> bool:
+        return identity.verify(identity.raw_public(key), signature, signed)
+
+    assert gossip.read_pass(sealed, verify, time.time()) == held
+    for wrong in (sealed[:-1], gossip.issue(held, SIGN.sign), b""):
+        with pytest.raises(BadMessage):
+            gossip.read_pass(wrong, verify, time.time())
+    with pytest.raises(BadMessage):
+        gossip.read_pass(sealed, verify, until + 1)

@@ -1,0 +1,105 @@
+"""Tallies: what all peers count adds up to what one would count, and gives the known metrics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn
+
+from protocols.tables import evaluation_counts
+
+CLASSES = 4
+pairs = st.lists(
+    st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1), st.floats(0, 1)),
+    min_size=1,
+    max_size=40,
+)
+numbers = st.floats(-100, 100, width=32)
+
+
+def told(part: list[tuple[int, int, float]]) -> dict[str, list[float]]:
+    truth, guess, sure = (list(column) for column in zip(*part, strict=True))
+    return {
+        "confusion": evaluation_counts.confusion_of(truth, guess, CLASSES),
+        "calibration": evaluation_counts.calibration_of(
+            sure, [t == g for t, g in zip(truth, guess, strict=True)]
+        ),
+    }
+
+
+@given(pairs, st.integers(0, 40))
+def test_parts_add_up_to_the_whole(whole: list[tuple[int, int, float]], cut: int) -> None:
+    parts = [part for part in (whole[:cut], whole[cut:]) if part]
+    found = evaluation_counts.merged(map(told, parts), [1.0] * len(parts))
+    expected = told(whole)
+    assert found["confusion"] == expected["confusion"]
+    np.testing.assert_allclose(found["calibration"], expected["calibration"], atol=1e-9)
+    assert evaluation_counts.fault(found, len(whole)) == ""
+
+
+@given(pairs)
+def test_classification_is_that_of_scikit_learn(whole: list[tuple[int, int, float]]) -> None:
+    truth, guess, sure = (np.array(column) for column in zip(*whole, strict=True))
+    found = evaluation_counts.metrics(told(whole))
+    occur = sorted(set(truth.tolist()))
+    recall = sklearn.recall_score(truth, guess, labels=occur, average="macro", zero_division=0)
+    f1 = sklearn.f1_score(truth, guess, labels=occur, average="macro", zero_division=0)
+    assert found["balanced_accuracy"] == pytest.approx(recall)
+    assert found["macro_f1"] == pytest.approx(f1)
+    bins = np.minimum((sure * evaluation_counts.BINS).astype(int), evaluation_counts.BINS - 1)
+    right = truth == guess
+    gaps = [
+        (bins == b).mean() * abs(right[bins == b].mean() - sure[bins == b].mean())
+        for b in set(bins.tolist())
+    ]
+    assert found["ece"] == pytest.approx(sum(gaps), abs=1e-9)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=30))
+def test_regression_is_that_of_scikit_learn(whole: list[tuple[float, float]]) -> None:
+    truth, guess = (np.array(column) for column in zip(*whole, strict=True))
+    tally = {"regression": evaluation_counts.regression_of(truth.tolist(), guess.tolist())}
+    assert evaluation_counts.fault(tally, len(whole)) == ""
+    found = evaluation_counts.metrics(tally)
+    assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(truth, guess))
+    assert found["rmse"] ** 2 == pytest.approx(sklearn.mean_squared_error(truth, guess))
+    if truth.std() > 1:
+        assert found["r2"] == pytest.approx(sklearn.r2_score(truth, guess), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"confusion": [1.0, 2.0, 3.0]}, "3 numbers"),
+        ({"confusion": []}, "0 numbers"),
+        ({"confusion": [4.0, -1.0, 0.0, 0.0]}, "less than nothing"),
+        ({"confusion": [math.nan, 1.0, 1.0, 1.0]}, "not finite"),
+        ({"confusion": [1.0, 1.0, 1.0, 1.0]}, "4 examples, not 3"),
+        ({"calibration": [3.0, 1.0, 1.0]}, "3 numbers"),
+        ({"regression": [3.0, -1.0, 1.0, 1.0, 1.0]}, "less than nothing"),
+        ({"regression": [2.0, 1.0, 1.0, 1.0, 1.0]}, "2 examples, not 3"),
+        ({"passwords": [3.0]}, "unknown"),
+    ],
+)
+def test_what_cannot_be_is_told(bad: dict[str, Any], words: str) -> None:
+    assert words in evaluation_counts.fault(bad, 3)
+
+
+def test_a_sum_of_targets_may_be_below_nothing() -> None:
+    assert evaluation_counts.fault({"regression": [3.0, 1.0, 1.0, -5.0, 9.0]}, 3) == ""
+
+
+def test_a_peer_with_other_classes_is_left_out_and_nothing_gives_nothing() -> None:
+    two = {"confusion": [1.0, 0.0, 0.0, 1.0]}
+    three = {"confusion": [1.0] * 9}
+    assert evaluation_counts.merged([two, three, two], [1.0, 1.0, 0.5]) == {
+        "confusion": [1.5, 0, 0, 1.5]
+    }
+    assert evaluation_counts.metrics({"confusion": [0.0] * 4}) == {}
+    assert evaluation_counts.metrics({"regression": [0.0] * 5}) == {}
+    assert "r2" not in evaluation_counts.metrics({"regression": [2.0, 1.0, 1.0, 6.0, 18.0]})

@@ -1,0 +1,177 @@
+"""From the peers' statistics follows one preprocessing; who does not fit is named by column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocols.errors import BadMessage, CommonweightError, UsageFault
+from protocols.tables import preprocessing
+from protocols.tables.preprocessing import Derived, derive
+from protocols.tables.statistics import ColumnStatistics, Moments, TableStatistics
+
+LABEL = ColumnStatistics(kind="text", categories={"no": 50, "yes": 50})
+
+
+def number(mean: float = 0.0, **changed: Any) -> ColumnStatistics:
+    return ColumnStatistics(kind="number", moments=Moments(100, mean, 400.0), **changed)
+
+
+def table(**columns: ColumnStatistics) -> TableStatistics:
+    return TableStatistics(rows=100, columns={"label": LABEL, **columns})
+
+
+def derived(*tables: TableStatistics, **settings: Any) -> Derived:
+    return derive(dict(zip("abcdefgh", tables, strict=False)), {"target": "label"} | settings)
+
+
+def test_numbers_are_scaled_by_all_peers_together() -> None:
+    made = derived(table(x=number(0.0)), table(x=number(2.0, missing=3)))
+    (x,) = made.preprocessing.features
+    # 200 values with mean 1; the squares are 2·400 within and 200·1 between the peers.
+    assert (x.mean, x.scale, x.missing) == (1.0, 5**0.5, True)
+    assert made.preprocessing.target.classes == ("no", "yes")
+    assert made.misfits == {}
+    text = preprocessing.encode(made.preprocessing)
+    assert preprocessing.decode(text) == made.preprocessing
+    assert len(preprocessing.digest(text)) == 64
+
+
+def test_a_column_that_only_misfits_have_is_no_feature() -> None:
+    without_target = TableStatistics(rows=100, columns={"x": number(), "extra": number()})
+    other_kind = TableStatistics(
+        rows=100, columns={"x": number(), "extra": number(), "label": number(1.0)}
+    )
+    for misfit in (without_target, other_kind):
+        made = derived(table(x=number()), misfit)
+        assert [feature.name for feature in made.preprocessing.features] == ["x"]
+        assert list(made.misfits) == ["b"]
+
+
+def test_a_constant_column_is_not_divided_by_nothing() -> None:
+    constant = ColumnStatistics(kind="number", moments=Moments(100, 7.0, 0.0))
+    assert derived(table(x=constant)).preprocessing.features[0].scale == 1.0
+
+
+def test_least_and_most_scale_where_they_are_told() -> None:
+    told = [table(x=number(extremes=(least, 4.0))) for least in (-2.0, 0.0)]
+    (x,) = derived(*told, scaling="minmax").preprocessing.features
+    assert (x.mean, x.scale) == (-2.0, 6.0)
+    with pytest.raises(CommonweightError, match="least and most of column x"):
+        derived(table(x=number()), scaling="minmax")
+
+
+def test_categories_are_those_of_all_peers_in_one_order() -> None:
+    made = derived(
+        table(city=ColumnStatistics(kind="text", categories={"b": 9, "a": 5})),
+        table(city=ColumnStatistics(kind="text", categories={"c": 9}, others=4)),
+    )
+    assert made.preprocessing.features[0].categories == ("a", "b", "c")
+
+
+def test_a_column_of_few_is_left_out_and_one_of_most_is_missing_elsewhere() -> None:
+    made = derived(table(x=number(), y=number()), table(x=number()), table(x=number(), z=number()))
+    assert [feature.name for feature in made.preprocessing.features] == ["x"]
+    assert made.notes == [
+        ("", "column y is left out: 1 of 3 have it"),
+        ("", "column z is left out: 1 of 3 have it"),
+    ]
+    made = derived(table(x=number(), y=number()), table(x=number()))
+    assert [(f.name, f.missing) for f in made.preprocessing.features] == [("x", False), ("y", True)]
+    assert made.notes == [("b", "column y is absent and counts as missing")]
+
+
+def test_a_peer_without_a_column_that_was_asked_for_is_named() -> None:
+    made = derived(table(x=number(), y=number()), table(x=number()), features="y,x")
+    assert {p: err.message for p, err in made.misfits.items()} == {
+        "b": "column y: expected the feature, found no such column"
+    }
+    without = TableStatistics(rows=9, columns={"x": number()})
+    made = derived(table(x=number()), without)
+    assert "column label: expected the target" in made.misfits["b"].message
+    with pytest.raises(CommonweightError, match="no peer has a column 'price'; columns: label, x"):
+        derived(table(x=number()), target="price")
+
+
+def test_the_kind_of_most_peers_holds() -> None:
+    text = ColumnStatistics(kind="text", categories={"12 kg": 9})
+    empty = ColumnStatistics(kind="empty", missing=100)
+    truth = ColumnStatistics(kind="boolean", moments=Moments(100, 0.5, 25))
+    made = derived(table(x=number()), table(x=text), table(x=empty), table(x=number()))
+    assert made.misfits["b"].message == "column x: expected number, found text"
+    assert set(made.misfits) == {"b"}
+    made = derived(table(x=truth), table(x=number()))
+    assert made.misfits == {}
+    assert made.preprocessing.features[0].kind == "number"
+    assert derived(table(x=truth)).preprocessing.features[0].kind == "boolean"
+
+
+def test_columns_that_can_be_no_features_are_left_out() -> None:
+    names = ColumnStatistics(kind="text", others=100, many=True)
+    rare = ColumnStatistics(kind="text", others=100)
+    empty = ColumnStatistics(kind="empty", missing=100)
+    made = derived(table(a=names, b=rare, c=empty, x=number()))
+    assert [feature.name for feature in made.preprocessing.features] == ["x"]
+    assert [words.split(":")[0] for _, words in made.notes] == [
+        "column a is left out",
+        "column b is left out",
+        "column c is left out",
+    ]
+    with pytest.raises(CommonweightError, match="no column is left"):
+        derived(table(a=names))
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "expected"),
+    [
+        (number(whole=True, categories={"0": 50, "1": 50}), "auto", ("0", "1")),
+        (number(whole=True, many=True), "auto", ()),
+        (number(), "auto", ()),
+        (number(whole=True, categories={"0": 50, "1": 50}), "regression", ()),
+        (ColumnStatistics(kind="boolean", categories={"0": 9, "1": 9}), "auto", ("0", "1")),
+        (ColumnStatistics(kind="date", moments=Moments(9, 1.0, 2.0)), "auto", ()),
+    ],
+)
+def test_the_target_says_what_is_learnt(
+    target: ColumnStatistics, kind: str, expected: tuple[str, ...]
+) -> None:
+    made = derived(table(x=number(), y=target), target="y", kind=kind, features="x")
+    assert made.preprocessing.target.classes == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "words"),
+    [
+        (ColumnStatistics(kind="text", categories={"yes": 99}), "auto", "one class, 'yes'"),
+        (ColumnStatistics(kind="text", others=9), "auto", "no class that is common enough"),
+        (ColumnStatistics(kind="empty", missing=9), "auto", "no values at any peer"),
+        (ColumnStatistics(kind="text", many=True), "auto", "too many different values"),
+        (number(), "classification", "cannot be classes: it holds numbers"),
+        (LABEL, "regression", "holds text and cannot be a number"),
+        (ColumnStatistics(kind="number", moments=Moments(9, 7.0, 0.0)), "auto", "7 in every row"),
+    ],
+)
+def test_a_target_that_cannot_be_learnt(target: ColumnStatistics, kind: str, words: str) -> None:
+    with pytest.raises(CommonweightError, match=words):
+        derived(table(x=number(), y=target), target="y", kind=kind, features="x")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target": "x", "kind": "guess"},
+        {"target": "x", "scaling": "log"},
+        {"target": "x", "features": "a,x"},
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, str]) -> None:
+    with pytest.raises(UsageFault):
+        preprocessing.wanted(settings)
+
+
+def test_what_is_no_preprocessing() -> None:
+    for text in ("", "{}", "[]", '{"version":2}', "\ud800"):
+        with pytest.raises(BadMessage):
+            preprocessing.decode(text)

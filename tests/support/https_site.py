@@ -1,0 +1,199 @@
+"""A coordinator's parts behind a real TLS server in a thread, and machines that have joined it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from agent.home.credentials import Credentials
+from coordinator.api.app import make_app
+from coordinator.api.fast_path import direct
+from coordinator.fleet.auth import Auth
+from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.registry import Peer, Registry
+from coordinator.jobs.store import JobLane
+from coordinator.storage.ledger import Ledger
+from coordinator.transport.flower import FLEET_PREFIX, Superlink
+from coordinator.transport.flower_records import LaneGrid
+from coordinator.transport.holders import Holders
+from coordinator.transport.http_server import Server, listen
+from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.weights import Lane
+from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment.joining import Joining, claimed
+from protocols.messages.mqtt import MqttAddress
+from protocols.messages.work import Exchange, Exchanged
+
+HOST = "127.0.0.1"
+
+
+def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
+    """Wait for a condition, with a bound that only a failure meets."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        time.sleep(0.005)
+
+
+class Machine:
+    """An agent's keys and the requests it can sign."""
+
+    def __init__(self, name: str = "box") -> None:
+        self.name = name
+        self.sign_key, self.node_key = identity.new_signing_key(), identity.new_node_key()
+        self.peer = identity.peer_id(identity.raw_public(self.sign_key))
+
+    def joining(self, ticket: tickets.Ticket, **changed: Any) -> Joining:
+        fields: dict[str, Any] = {
+            "ticket": ticket.id,
+            "secret": ticket.secret,
+            "name": self.name,
+            "sign_public": identity.raw_public(self.sign_key),
+            "node_public": identity.node_public(self.node_key),
+            "version": "0",
+        }
+        fields |= changed
+        signed = claimed(fields["ticket"], fields["secret"], fields["node_public"])
+        return Joining(**({"proof": self.sign_key.sign(signed)} | fields))
+
+    def headers(
+        self, method: str, path: str, body: bytes = b"", digest: str = ""
+    ) -> dict[str, str]:
+        sha256 = digest or hashlib.sha256(body).hexdigest()
+        return signed_requests.headers(self.peer, self.sign_key.sign, method, path, sha256)
+
+
+class Site:
+    """Registry, lane and our routes over one folder; Flower's too with `flower=True`.
+
+    It is the `Desk` of the routes. `requests` holds method and path of all that was asked.
+    """
+
+    def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
+        self.folder = folder
+        self.ca_key, self.ca_pem = identity.new_ca("test")
+        key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
+        identity.save_key(folder / "server.key", key)
+        (folder / "server.pem").write_bytes(pem)
+        self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
+        self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+        self.ledger = Ledger(folder / "ledger.db")
+        self.registry = Registry(self.ledger, approve=approve)
+        self.fleet = Fleet(fleet=self.fleet_id, name="test")
+        self.lane = Lane(folder)
+        self.lane.limit_bytes = 1 << 20
+        self.job_lane = JobLane(folder / "jobs")
+        self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
+        self.holders = Holders()
+        self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)
+        self.requests: list[tuple[str, str]] = []
+        self.heard: list[tuple[str, int]] = []
+        self.nodes: dict[str, int] = {}
+        self._sockets = [listen(HOST, 0)]
+        self.address = f"{HOST}:{self._sockets[0].getsockname()[1]}"
+        if flower:
+            self.superlink = Superlink(lambda action, node: self.heard.append((action, node)))
+            self.grid = LaneGrid(self.superlink, self.lane)
+            self.registry.on_change = self._admit
+
+    def _admit(self, peer: Peer) -> None:
+        if peer.standing == "enrolled" and peer.peer not in self.nodes:
+            self.nodes[peer.peer] = self.superlink.register(peer.node_public)
+
+    # --- what the routes ask ---
+
+    def addresses(self) -> tuple[str, ...]:
+        return (self.address,)
+
+    def mqtt_for(self, host: str) -> MqttAddress:
+        return MqttAddress(host=host, port=1883, user="fleet", password="word")
+
+    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+        answer = await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
+        self.heard.append(("exchange", self.nodes[peer]))
+        return answer
+
+    def app(self) -> ASGIApp:
+        ours = direct(
+            make_app(
+                self,  # type: ignore[arg-type]
+                self.auth,
+                self.fleet_id,
+                self.ca_key,
+                self.ca_pem,
+                identity.raw_public(self.sign_key),
+            )
+        )
+        flower = self.superlink.app(self.auth) if hasattr(self, "superlink") else ours
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            self.requests.append((scope["method"], scope["path"]))
+            inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
+            await inner(scope, receive, send)
+
+        return app
+
+    # --- who joins ---
+
+    def ticket(self, *, ttl_s: float = 60.0, uses: int = 1) -> tickets.Ticket:
+        made = tickets.new_ticket(self.addresses(), identity.ca_fingerprint(self.ca_pem))
+        self.registry.create_ticket(made, ttl_s=ttl_s, uses=uses)
+        return made
+
+    def enrol(self, name: str = "box") -> Machine:
+        machine = Machine(name)
+        self.registry.join(machine.joining(self.ticket()))
+        return machine
+
+    def credentials(self, machine: Machine) -> Credentials:
+        return Credentials(
+            self.address, self.ca_pem, machine.peer, machine.node_key, machine.sign_key
+        )
+
+    def operator(self, method: str, path: str, body: bytes = b"") -> dict[str, str]:
+        digest = hashlib.sha256(body).hexdigest()
+        return signed_requests.headers("operator", self.operator_key.sign, method, path, digest)
+
+    def http(self) -> httpx.Client:
+        context = ssl.create_default_context(cadata=self.ca_pem.decode())
+        return httpx.Client(base_url=f"https://{self.address}", verify=context, timeout=20)
+
+    @contextmanager
+    def up(self) -> Iterator[Site]:
+        """Serve from a thread with a loop of its own."""
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+        ready, loop = threading.Event(), asyncio.new_event_loop()
+        server = Server(
+            self.app(),
+            self._sockets.pop(),
+            self.folder / "server.pem",
+            self.folder / "server.key",
+        )
+
+        async def serve() -> None:
+            serving = asyncio.create_task(server.serve())
+            await server.up(serving)
+            ready.set()
+            await serving
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+        thread.start()
+        try:
+            assert ready.wait(30)
+            yield self
+        finally:
+            server.should_exit = True
+            thread.join()
+            loop.close()
+            self.ledger.close()

@@ -1,0 +1,390 @@
+"""A whole coordinator in this process, and agents in threads that train a small model with numpy.
+
+There is no broker: training does not need one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Error, Message
+
+from agent.clientapp.app import Client, refusal_text
+from agent.clientapp.inference_jobs import Inferring
+from agent.clientapp.jobs import Jobs
+from agent.clientapp.recovery import Recall
+from agent.home.credentials import Credentials
+from agent.home.settings import AgentSettings
+from agent.transport import version_proofs
+from agent.transport.coordinator_client import Link
+from agent.transport.version_store import Versions
+from agent.transport.weight_transfer import SessionLost
+from coordinator.daemon.coordinator import Hub
+from coordinator.runs.state import Run
+from coordinator.storage import run_events as facts
+from coordinator.storage import settings
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.run_events import Fact, RunSpec
+from coordinator.storage.settings import Settings
+from protocols.enrollment import identity, tickets
+from protocols.errors import CommonweightError, Unreachable
+from protocols.messages.envelope import Metrics
+from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
+from protocols.model import schema_card, weights
+from protocols.model.weights import Weights
+from tests.support.https_site import HOST, Machine
+
+Floats = npt.NDArray[np.float32]
+CLASSES = 3
+LR = 0.1
+
+
+async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
+    """Wait for a condition, with a bound that only a failure meets."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        await asyncio.sleep(0.01)
+
+
+# --- softmax regression in float32 -----------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """Features float32[n, d] and labels int64[n]."""
+
+    x: Floats
+    y: npt.NDArray[np.int64]
+
+
+def some_data(examples: int, seed: int, features: int = 5) -> Data:
+    """Labels that the features tell, unlike for each seed."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(seed, 1.0, (examples, features)).astype(np.float32)
+    return Data(x, (np.abs(x).argmax(1) + seed) % CLASSES)
+
+
+def first_weights(features: int, seed: int = 0) -> Weights:
+    rng = np.random.default_rng(seed)
+    w = rng.normal(0, 0.1, (features, CLASSES)).astype(np.float32)
+    return Weights({"w": w, "b": np.zeros(CLASSES, np.float32)})
+
+
+def gradient_step(model: Weights, data: Data, lr: float = LR) -> Weights:
+    """One step of plain gradient descent on all of `data`."""
+    w, b = np.asarray(model["w"]), np.asarray(model["b"])
+    scores = data.x @ w + b
+    odds = np.exp(scores - scores.max(1, keepdims=True))
+    error = odds / odds.sum(1, keepdims=True)
+    error[np.arange(len(data.y)), data.y] -= 1
+    error /= np.float32(len(data.y))
+    step = np.float32(lr)
+    return Weights({"w": w - step * (data.x.T @ error), "b": b - step * error.sum(0)})
+
+
+def loss_of(model: Weights, data: Data) -> float:
+    scores = data.x @ np.asarray(model["w"]) + np.asarray(model["b"])
+    scores -= scores.max(1, keepdims=True)
+    chosen = scores[np.arange(len(data.y)), data.y]
+    return float(np.mean(np.log(np.exp(scores).sum(1)) - chosen))
+
+
+# --- agents ----------------------------------------------------------------------------------
+
+
+NO_TALLIES: dict[str, list[float]] = {}
+
+
+class Outcome(NamedTuple):
+    num_examples: int
+    metrics: Metrics
+    digest: str = ""
+    nbytes: int = 0
+    tallies: dict[str, list[float]] = NO_TALLIES
+
+
+class Trainer:
+    """The trainer's part, without a process. A closed `door` holds up its work until it is open.
+
+    `before` is called with the kind and the round of each piece of work; what it raises is the
+    work's failure. `made` holds the updates by round.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.step: Callable[[Weights, Data], Weights] = gradient_step
+        self.first: Callable[[int], Weights] = lambda seed: first_weights(data.x.shape[1], seed)
+        self.loss: Callable[[Weights, Data], float] = loss_of
+        self.before: Callable[[str, int], None] = lambda kind, number: None
+        self.made: dict[int, Weights] = {}
+        self.version = "1"
+        self.traits: dict[str, tuple[str, ...]] = {"classes": ("a", "b", "c")}
+        self.worked: list[tuple[str, int]] = []
+
+    def _begin(self, kind: str, number: int) -> None:
+        self.worked.append((kind, number))
+        self.before(kind, number)
+
+    def _save(self, model: Weights, out: Path) -> Outcome:
+        digest = weights.save(model, out)
+        return Outcome(len(self.data.y), {}, digest, out.stat().st_size)
+
+    def describe(self, task: str, settings: Any) -> bytes:
+        self._begin("describe", 0)
+        return schema_card.encode(
+            schema_card.card(task, self.version, self.first(0).schema, self.traits)
+        )
+
+    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
+        self._begin("init", 0)
+        return self._save(self.first(seed), out)
+
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
+        number = int(settings["round"])
+        self._begin("train", number)
+        self.made[number] = self.step(weights.load(base), self.data)
+        return self._save(self.made[number], out)._replace(metrics={"train_loss": 1.0})
+
+    def predict(
+        self, task: str, settings: Any, base: Path, sources: Any, rows: Any, out: Path
+    ) -> Outcome:
+        """Scores of the first class for CSV files of features."""
+        self._begin("predict", len(self.worked))
+        model, done = weights.load(base), 0
+        with out.open("w") as file:
+            file.write('["row","score"]\n')
+            for source in sources:
+                x = np.loadtxt(source, delimiter=",", skiprows=1, ndmin=2, dtype=np.float32)
+                for number, score in enumerate(x @ np.asarray(model["w"])[:, 0]):
+                    file.write(f"[{number},{float(score)!r}]\n")
+                done += len(x)
+        return Outcome(done, {}, weights.file_digest(out), out.stat().st_size)
+
+    def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
+        self._begin("evaluate", int(settings["round"]))
+        return Outcome(len(self.data.y), {"loss": self.loss(weights.load(base), self.data)})
+
+
+class Agent:
+    """An agent's link and client in a thread: it works until `stop`, and comes back."""
+
+    def __init__(
+        self, folder: Path, machine: Machine, credentials: Credentials, data: Data
+    ) -> None:
+        self.machine, self.peer = machine, machine.peer
+        self.trainer = Trainer(data)
+        self.failures: list[BaseException] = []
+        self.owner = AgentSettings(jobs_scatter="on", tasks=("softmax",))
+        self._folder, self._credentials = folder, credentials
+        (folder / "cache").mkdir(parents=True, exist_ok=True)
+        self.versions = Versions(folder / "cache", self._open_link)
+        self._stopping = threading.Event()
+        self.link: Link | None = None
+        self.client: Client | None = None
+        self._thread = threading.Thread(target=self._run, name=machine.name)
+
+    def start(self, coordinator_public: bytes) -> None:
+        self.client = Client(
+            peer=self.peer,
+            sign=self.machine.sign_key.sign,
+            coordinator_public=coordinator_public,
+            trainer=self.trainer,
+            outbox=self._folder,
+            fetch=self.versions.fetch,
+            patch=self.versions.rebuild,
+            send=lambda digest, path: self._open_link().upload(digest, path),
+            allowed=lambda task: task == "softmax",
+            on_held=partial(version_proofs.prove, self._folder / "cache"),
+            jobs=self.jobs(coordinator_public).answer,
+            recall=Recall(
+                self.peer,
+                self.machine.sign_key.sign,
+                coordinator_public,
+                self._folder / "cache",
+                lambda digest, path: self._open_link().upload(digest, path),
+            ).answer,
+        )
+        self._thread.start()
+
+    def jobs(self, coordinator_public: bytes) -> Jobs:
+        inferring = Inferring(
+            self.trainer,
+            lambda: self.owner,
+            lambda model: self.versions.fetch(model.digest, model.nbytes),
+            lambda digest, nbytes, to: self._open_link().download(digest, nbytes, to, INPUT_PATH),
+            self._folder / "jobs",
+            self._folder / "predictions",
+        )
+        return Jobs(
+            peer=self.peer,
+            sign=self.machine.sign_key.sign,
+            coordinator_public=coordinator_public,
+            outbox=self._folder / "answers",
+            send=lambda digest, path: self._open_link().upload(digest, path, ANSWER_PATH),
+            handlers={Scatter: inferring.scatter, Private: inferring.private},
+        )
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def join(self) -> None:
+        self._stopping.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive(), f"{self.machine.name} does not stop"
+        assert self.failures == []
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def _open_link(self) -> Link:
+        assert self.link is not None
+        return self.link
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self.link = Link(self._credentials)
+                with suppress(Unreachable, SessionLost):
+                    self.link.open()
+                    self._work(self.link)
+                self.link.close()
+                self._stopping.wait(0.05)
+        except BaseException as err:  # shown by `join`, in the test's own thread
+            self.failures.append(err)
+            raise
+
+    def _work(self, link: Link) -> None:
+        while not self._stopping.is_set():
+            message = link.pull()
+            if message is None:
+                self._stopping.wait(0.01)
+            else:
+                link.push(self.answer(message))
+
+    def answer(self, message: Message) -> Message:
+        assert self.client is not None
+        try:
+            return self.client.handle(message)
+        except (Unreachable, SessionLost):
+            raise
+        except CommonweightError as err:
+            return Message(Error(2, refusal_text(err)), reply_to=message)
+
+
+# --- the coordinator -------------------------------------------------------------------------
+
+
+class Fleet:
+    """A coordinator's home, and the agents that joined it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home, _ = settings.init([HOST])
+        self.keys = settings.open_keys(self.home)
+        self.agents: list[Agent] = []
+        self.port = 0
+        self.hub: Hub
+
+    @asynccontextmanager
+    async def up(self, *, resume: bool = True, metrics_port: int = 0) -> AsyncIterator[Hub]:
+        """A coordinator over the home; the next one has the same port."""
+        chosen = Settings(
+            host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9", metrics_port=metrics_port
+        )
+        self.hub = Hub(self.home, self.keys, chosen)
+        self.port = self.hub.port
+        ready = asyncio.Event()
+        serving = asyncio.create_task(self.hub.serve(ready.set, resume=resume))
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        try:
+            yield self.hub
+        finally:
+            self.hub.stop()
+            await serving
+
+    def join(self, name: str, data: Data) -> Agent:
+        """Enrol and start an agent."""
+        machine = Machine(name)
+        ticket = tickets.new_ticket(self.hub.addresses(), bytes(32))
+        self.hub.registry.create_ticket(ticket, ttl_s=60, uses=1)
+        self.hub.registry.join(machine.joining(ticket))
+        credentials = Credentials(
+            f"{HOST}:{self.port}",
+            self.keys.ca_pem,
+            machine.peer,
+            machine.node_key,
+            machine.sign_key,
+        )
+        agent = Agent(self.folder / name, machine, credentials, data)
+        self.agents.append(agent)
+        agent.start(identity.raw_public(self.keys.sign_key))
+        return agent
+
+    async def online(self, count: int) -> None:
+        await until(lambda: len(self.hub._sessions.eligible()) == count)
+
+    def start(self, **spec: Any) -> str:
+        return self.hub.runs.start(RunSpec(task="softmax", **spec), "")
+
+    async def finished(self, run_id: str) -> Run:
+        """The run, when it has ended."""
+        await until(lambda: self._is_ended(run_id))
+        return self.hub.runs.find(run_id)
+
+    def _is_ended(self, run_id: str) -> bool:
+        for agent in self.agents:
+            assert agent.failures == []
+        return self.hub.runs.find(run_id).ended
+
+    def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
+        """What the ledger says of a run."""
+        ledger = Ledger(self.home / "ledger.db")
+        found: list[Fact] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
+        ledger.close()
+        return [fact for fact in found if isinstance(fact, kind)]
+
+    def refusals(self, run_id: str) -> list[tuple[int, str, str]]:
+        """Round, peer and word of each refusal."""
+        return [(f.round, f.peer, f.reason) for f in self.facts(run_id, facts.UpdateRefused)]
+
+    def waits_for(self, run_id: str) -> str:
+        """What the run says that it waits for."""
+        shown = self.hub.fleet.runs.get(run_id)
+        return shown.changed.waiting_for if shown else ""
+
+    def version(self, digest: str) -> Weights:
+        return weights.load(self.hub.lane.version(digest))
+
+    async def close(self) -> None:
+        """Stop the agents, also those whose work waits for a door."""
+        for agent in self.agents:
+            agent.stop()
+        for agent in self.agents:
+            await asyncio.to_thread(agent.join)
+
+
+@asynccontextmanager
+async def fleet_of(folder: Path, *data: Data) -> AsyncIterator[Fleet]:
+    """A coordinator with one agent for each data set, all connected."""
+    fleet = Fleet(folder)
+    try:
+        async with fleet.up():
+            for number, part in enumerate(data):
+                fleet.join(f"agent{number}", part)
+            await fleet.online(len(data))
+            yield fleet
+            await fleet.close()
+    finally:
+        await fleet.close()

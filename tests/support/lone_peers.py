@@ -1,0 +1,148 @@
+"""Agents' parts that work without the coordinator, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agent.daemon.event_loop import WorkerLoop
+from agent.daemon.gossip_loop import Spread
+from agent.home.settings import Enrolment
+from agent.transport import version_proofs
+from agent.transport.bandwidth import Bandwidth
+from agent.transport.coordinator_client import Link
+from agent.transport.p2p.gossip import Gossip
+from agent.transport.p2p.sharing import Sharing
+from agent.transport.version_proofs import Heads
+from agent.transport.version_store import Versions
+from protocols.enrollment import identity
+from protocols.enrollment.identity import NodeCertificate
+from protocols.messages.envelope import Presence
+from protocols.messages.mqtt import MqttAddress
+from protocols.messages.states import PeerState
+from protocols.messages.work import Work, sign_work
+from protocols.p2p.gossip import Head
+from tests.support.https_site import HOST, Machine, Site
+
+IDLE = Presence(state=PeerState.IDLE, version="1")
+
+
+def certificate(site: Site, machine: Machine) -> bytes:
+    return identity.issue(
+        site.ca_key,
+        NodeCertificate(
+            fleet=site.fleet_id,
+            peer=machine.peer,
+            name=machine.name,
+            sign_public=identity.raw_public(machine.sign_key),
+            node_public=identity.node_public(machine.node_key),
+            not_after=time.time() + 60,
+        ),
+    )
+
+
+class Peer:
+    """A machine that has joined, with all of an agent that works without the coordinator."""
+
+    def __init__(self, site: Site, folder: Path, name: str, policy: str = "on") -> None:
+        self.site, self.name, self.machine = site, name, site.enrol(name)
+        self.home = folder / name
+        self.cache = self.home / "cache"
+        self.cache.mkdir(parents=True)
+        identity.save_key(self.home / "node.key", self.machine.node_key)
+        self.credentials = credentials = site.credentials(self.machine)
+        self.signs = identity.raw_public(self.machine.sign_key)
+        self.public = public = identity.raw_public(site.sign_key)
+        self.serves_nobody = policy != "on"  # the address of all tests is no private network's
+        self._enrolment = Enrolment(
+            peer=self.machine.peer,
+            name=name,
+            fleet=site.fleet_id,
+            addresses=(site.address,),
+            ca_pem=site.ca_pem.decode(),
+            certificate=certificate(site, self.machine),
+            coordinator_public=public,
+            mqtt=MqttAddress(host=HOST, port=1),
+        )
+        self.heads = Heads(self.cache, public)
+        self.gossip = self.new_gossip()
+        self.sharing = Sharing(policy, self.home, credentials, public, hearsay=self.gossip)  # type: ignore[arg-type]
+        self.link = Link(credentials)
+        self.loop = WorkerLoop(lambda _: None)
+        self.loop.begin()
+        self.spread = Spread(
+            self.cache,
+            credentials,
+            public,
+            self.loop,
+            self.gossip,
+            self.sharing,
+            Versions(self.cache, lambda: self.link, self.sharing),
+            Bandwidth(self.home),
+            lambda: self.link,
+        )
+
+    def hold(self, version: int, since: float = 1.0) -> Head:
+        """Let it have a version of a run, with the coordinator's word."""
+        head, work, data = made(version, since)
+        (self.cache / f"{head.digest}.safetensors").write_bytes(data)
+        version_proofs.prove(self.cache, work, *sign_work(work, self.site.sign_key.sign))
+        return head
+
+    def new_gossip(self) -> Gossip:
+        return Gossip(
+            self.home,
+            self._enrolment,
+            self.credentials,
+            self.heads,
+            lambda: self._enrolment.certificate,
+            lambda: IDLE,
+            lambda: self.sharing.asked().address,
+        )
+
+
+def made(version: int, since: float) -> tuple[Head, Work, bytes]:
+    """A version: its head, work on it, its bytes."""
+    data = b"version %d of %f " % (version, since) * 1000
+    work = Work(
+        run=f"run-{since:g}",
+        since=since,
+        round=version + 1,
+        kind="train",
+        task="ping",
+        base=hashlib.sha256(data).hexdigest(),
+        nbytes=len(data),
+    )
+    return Head.of(work), work, data
+
+
+async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
+    """Wait for a condition, with a bound that only a failure meets."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
+    """Peers at work that know each other from its time, and have it no more."""
+    serving = [asyncio.create_task(peer.sharing.run()) for peer in peers]
+    running = []
+    try:
+        for peer in peers:
+            await until(lambda p=peer: p.serves_nobody or p.sharing.asked().address)
+        for peer in (*peers, *peers):  # once more, now that all have told where they serve
+            assert await peer.spread._learn()
+        running = [asyncio.create_task(peer.spread.run()) for peer in peers]
+        yield
+    finally:
+        for task in (*serving, *running):
+            task.cancel()
+        await asyncio.gather(*serving, *running, return_exceptions=True)
+        for peer in peers:
+            peer.link.close()

@@ -1,0 +1,147 @@
+"""A fleet small enough for one test: CA, keys, the embedded broker over TLS, feed and agents."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiomqtt
+
+from agent.transport.mqtt_client import PresenceLink
+from coordinator.transport.mqtt_broker import EmbeddedBroker
+from coordinator.transport.mqtt_client import Feed
+from protocols.enrollment import identity
+from protocols.errors import BadMessage
+from protocols.messages import topics
+from protocols.messages.envelope import Body, Command, Doorbell, Envelope, Presence
+from protocols.messages.mqtt import MqttAddress, tls_context
+from protocols.messages.states import PeerState
+
+HOST = "127.0.0.1"
+IDLE = Presence(state=PeerState.IDLE, name="box")
+
+
+async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
+    """Wait for a condition, with a bound that only a failure meets."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "the condition was not met in time"
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(*loops: Callable[[], object]) -> AsyncIterator[None]:
+    """Run these coroutine functions beside the block; cancel them at its end."""
+    tasks = [asyncio.ensure_future(loop()) for loop in loops]  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results), results
+
+
+class Watch:
+    """A feed and what it heard."""
+
+    def __init__(self, site: Site, address: MqttAddress, **options: object) -> None:
+        self.heard: list[Envelope] = []
+        self.kinds: list[str] = []
+        self.refused: list[tuple[str, BadMessage]] = []
+        self.changes: list[tuple[bool, str]] = []
+        self.feed = Feed(
+            address,
+            site.fleet,
+            site.verify,
+            self._hear,
+            lambda up, why: self.changes.append((up, why)),
+            lambda topic, why: self.refused.append((topic, why)),
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _hear(self, kind: str, envelope: Envelope) -> None:
+        self.kinds.append(kind)
+        self.heard.append(envelope)
+
+    def bodies(self, kind: type[Body]) -> list[Body]:
+        return [one.body for one in self.heard if isinstance(one.body, kind)]
+
+
+class Agent:
+    """A link and what it was told."""
+
+    def __init__(self, site: Site, address: MqttAddress) -> None:
+        self.told: list[Doorbell | Command] = []
+        self.changes: list[tuple[bool, str]] = []
+        self.link = PresenceLink(
+            address,
+            site.fleet,
+            site.peer,
+            site.agent_key.sign,
+            identity.raw_public(site.coordinator_key),
+            self.told.append,
+            lambda up, why: self.changes.append((up, why)),
+        )
+
+
+@dataclass
+class Site:
+    """A folder with a CA and a TLS certificate, the keys, one enrolled peer."""
+
+    folder: Path
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    coordinator_key: identity.SigningKey = field(default_factory=identity.new_signing_key)
+    agent_key: identity.SigningKey = field(default_factory=identity.new_signing_key)
+
+    def __post_init__(self) -> None:
+        ca_key, ca_pem = identity.new_ca("test")
+        key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", HOST])
+        identity.save_key(self.folder / "tls.key", key)
+        (self.folder / "tls.pem").write_bytes(pem)
+        self.ca_pem = ca_pem.decode()
+        self.fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
+        self.peer = identity.peer_id(identity.raw_public(self.agent_key))
+        self.known = {
+            self.peer: identity.raw_public(self.agent_key),
+            topics.COORDINATOR: identity.raw_public(self.coordinator_key),
+        }
+
+    def verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
+        return identity.verify(self.known.get(sender, b""), signature, signed)
+
+    def broker(self, port: int = 0, **options: float) -> EmbeddedBroker:
+        certificate, key = self.folder / "tls.pem", self.folder / "tls.key"
+        folder = self.folder / "mqtt"
+        return EmbeddedBroker(
+            folder, HOST, port, certificate, key, "fleet", self.password, **options
+        )
+
+    def address(self, broker: EmbeddedBroker) -> MqttAddress:
+        return broker.address(HOST, self.ca_pem)
+
+
+@asynccontextmanager
+async def started(site: Site) -> AsyncIterator[EmbeddedBroker]:
+    broker = site.broker()
+    await broker.start()
+    try:
+        yield broker
+    finally:
+        await broker.stop()
+
+
+def rogue(address: MqttAddress) -> aiomqtt.Client:
+    """Somebody who has the fleet's password and nothing else."""
+    return aiomqtt.Client(
+        address.host,
+        address.port,
+        username=address.user,
+        password=address.password,
+        tls_context=tls_context(address),
+    )

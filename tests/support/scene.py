@@ -1,0 +1,437 @@
+"""A small fleet in the middle of a run, and a Source that replays it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from datetime import UTC
+
+from msgspec.structs import replace
+from textual.app import App
+from textual.pilot import Pilot
+
+from coordinator.api.schema import RunOrder
+from coordinator.fleet.reducer import Fleet, decode, encode, fold
+from coordinator.monitor.tui import base_app
+from coordinator.monitor.tui.app import MonitorApp
+from coordinator.monitor.tui.config import Config
+from coordinator.remote.source import Action
+from protocols.errors import Refused, Unreachable
+from protocols.messages.envelope import (
+    Body,
+    Envelope,
+    Happened,
+    JobChanged,
+    Links,
+    LogLine,
+    Notice,
+    PeerKnown,
+    Presence,
+    RoundClosed,
+    RunChanged,
+    Telemetry,
+)
+from protocols.messages.states import PeerState, RunState
+from protocols.messages.topics import COORDINATOR
+
+#: A screen drawn often settles soon.
+base_app.DRAW_S = 0.02
+
+NOW = 1_790_000_000.0
+NAMES = ("north", "south-attic", "east", "lab-workstation-7", "west", "garden")
+KEYS = {name: bytes([index]) * 32 for index, name in enumerate(NAMES, 1)}
+IDS = {
+    name: f"{name[:4].upper():A<4}-Q2WW-UHQW-W6B{letter}"
+    for name, letter in zip(NAMES, "ABCDEF", strict=True)
+}
+
+
+class Said:
+    """Numbers the envelopes of every sender."""
+
+    def __init__(self) -> None:
+        self._seqs: dict[str, int] = {}
+
+    def __call__(self, sender: str, body: Body, *, at: float = NOW, epoch: str = "e1") -> Envelope:
+        self._seqs[sender] = self._seqs.get(sender, 0) + 1
+        return Envelope(sender=sender, epoch=epoch, seq=self._seqs[sender], at=at, body=body)
+
+
+def known(name: str, **labels: str) -> PeerKnown:
+    standing = "awaiting" if name == "garden" else "enrolled"
+    return PeerKnown(
+        peer=IDS[name], name=name, labels=labels, standing=standing, public_key=KEYS[name]
+    )
+
+
+def telemetry(step: int, loss: float | None, *, diverged: bool = False, sent: int = 0) -> Telemetry:
+    return Telemetry(
+        run="motion-7",
+        round=12,
+        phase="train",
+        step=step,
+        steps=40,
+        loss=loss,
+        diverged=diverged,
+        samples_per_s=812.4,
+        bytes_up=sent,
+        bytes_down=3 * sent,
+        cpu_percent=87,
+        memory_bytes=412_000_000,
+        battery_percent=64 if sent > 5_000_000 else None,
+    )
+
+
+def _round(number: int) -> RoundClosed:
+    return RoundClosed(
+        run="motion-7",
+        round=number,
+        digest=f"{number:064x}",
+        seconds=1.9 + number % 3,
+        peers=4 + number % 2,
+        refused=int(number == 7),
+        loss=None if number == 9 else 2.3 / (1 + 0.35 * number) + 0.05 * (number % 3),
+        accuracy=None if number == 9 else 0.94 - 0.8 / (1 + number),
+        diverged=number == 9,
+        bytes_up=3_200_000 + 40_000 * number,
+        bytes_down=4_100_000,
+        norms={IDS[name]: 1.0 + n for n, name in enumerate(NAMES[: 4 + number % 2])},
+    )
+
+
+def story() -> list[tuple[float, Envelope]]:
+    """Six peers, each in another state, in round 12 of 50: (when it is heard, what)."""
+    say = Said()
+    told: list[tuple[float, str, Body]] = []
+
+    def tell(ago: float, sender: str, body: Body) -> None:
+        told.append((NOW - ago, sender, body))
+
+    tell(900, COORDINATOR, Links(mqtt=True, flower=True))
+    for name in NAMES:
+        tell(900, COORDINATOR, known(name, site="home" if name != "east" else "office"))
+    run = RunChanged(
+        run="motion-7", task="watch-motion", state=RunState.TRAINING, round=1, rounds=50, quorum=3
+    )
+    tell(800, COORDINATOR, run)
+    tell(799, COORDINATOR, Happened(level="info", text="run motion-7 started", subject="motion-7"))
+    for number in range(1, 12):
+        tell(700 - 40 * number, COORDINATOR, _round(number))
+    late = RunChanged(
+        run="motion-7",
+        task="watch-motion",
+        state=RunState.TRAINING,
+        round=12,
+        rounds=50,
+        quorum=3,
+        asked=4,
+        answered=2,
+        waiting_for="2 of 4 peers: north, east",
+        best_round=11,
+    )
+    tell(20, COORDINATOR, late)
+
+    for ago, job in zip((880, 879, 878, 2), _jobs(), strict=True):
+        tell(ago, COORDINATOR, job)
+
+    def is_(ago: float, name: str, state: PeerState, reason: str = "") -> None:
+        body = Presence(
+            state=state, reason=reason, version="0.1.0", run="motion-7", round=12, name=name
+        )
+        tell(ago, IDS[name], body)
+
+    is_(60, "west", PeerState.IDLE)
+    text = "the update of round 7 was refused: norm 41 is over the cap of 10"
+    tell(420, IDS["west"], Notice(level="warning", text=text))
+    for step in range(1, 25):
+        tell(30 - step, IDS["north"], telemetry(step, 1.9 / step + 0.2, sent=180_000 * step))
+    is_(4, "north", PeerState.TRAINING)
+    tell(9, IDS["south-attic"], telemetry(40, 0.3121, sent=9_100_000))
+    is_(2, "south-attic", PeerState.SENDING)
+    for step, loss in enumerate((0.9, 1.4, 4.2, 77.0), 1):
+        tell(12 - step, IDS["east"], telemetry(step, loss, sent=640_000))
+    tell(5, IDS["east"], telemetry(6, None, diverged=True, sent=640_000))
+    is_(3, "east", PeerState.TRAINING)
+    is_(40, "lab-workstation-7", PeerState.PAUSED, "battery")
+    will = Presence(state=PeerState.OFFLINE, name="west", will=True)
+    tell(47, IDS["west"], will)
+    happened = "round 11 closed: loss 0.574, 5 peers"
+    tell(25, COORDINATOR, Happened(level="info", text=happened, subject="motion-7"))
+    worse = "east: its loss is not finite; [its] update will not be summed"
+    tell(5, COORDINATOR, Happened(level="error", text=worse, subject=IDS["east"]))
+    told.sort(key=lambda heard: heard[0])
+    return [(at, say(sender, body, at=at)) for at, sender, body in told]
+
+
+def _jobs() -> list[JobChanged]:
+    """A job that peers are at, and how three others ended."""
+    asked = {"kind": "private", "task": "watch-motion", "total": 5}
+    return [
+        JobChanged(
+            job="private-91c0e2",
+            state="finished",
+            done=4,
+            units=4,
+            rows=12_431,
+            rows_per_s=1_034.0,
+            bytes_up=2_130,
+            ended_because="4 of 5 peers answered",
+            num_excused=1,
+            excused={IDS["west"]: "its owner lets nobody ask: jobs.private is off"},
+            began_at=NOW - 3_700,
+            ended_at=NOW - 3_688,
+            **asked,  # type: ignore[arg-type]
+        ),
+        JobChanged(
+            job="analyze-0b77d1",
+            kind="analyze",
+            state="failed",
+            done=0,
+            total=5,
+            ended_because="no peer has a table with a column age",
+            began_at=NOW - 2_000,
+            ended_at=NOW - 1_999,
+        ),
+        JobChanged(
+            job="scatter-5ad3f0",
+            kind="scatter",
+            task="watch-motion",
+            state="stopped",
+            done=8_192,
+            total=50_000,
+            units=3,
+            rows=8_192,
+            rows_per_s=640.0,
+            bytes_up=91_000,
+            bytes_down=1_300_000,
+            ended_because="stopped by the operator",
+            began_at=NOW - 900,
+            ended_at=NOW - 887,
+        ),
+        JobChanged(
+            job="scatter-c41e88",
+            kind="scatter",
+            task="watch-motion",
+            state="working",
+            done=31_744,
+            total=50_000,
+            peers=3,
+            leased=6_144,
+            units=14,
+            rows=31_744,
+            rows_per_s=812.0,
+            bytes_up=352_000,
+            bytes_down=6_100_000,
+            dropped=1,
+            began_at=NOW - 41,
+        ),
+    ]
+
+
+def busy_fleet() -> Fleet:
+    fleet = empty_fleet()
+    for heard_at, envelope in story():
+        fold(fleet, envelope, heard_at)
+    fleet.gap = False
+    return fleet
+
+
+def rich_fleet() -> Fleet:
+    """The busy fleet with all that a newer coordinator and newer agents tell."""
+    fleet = busy_fleet()
+    run = fleet.runs["motion-7"]
+    for number, closed in enumerate(run.rounds):
+        loss, accuracy = closed.loss or 1.0, closed.accuracy or 0.5
+        spread = {
+            "loss": (0.8 * loss, loss, 1.3 * loss),
+            "accuracy": (0.9 * accuracy, accuracy, min(1.05 * accuracy, 1.0)),
+        }
+        spent = {"work": 1.1, "wait": 0.4, "aggregate": 0.1, "evaluate": 0.3}
+        metrics = {"worst_accuracy": 0.8 * accuracy, "margin": 0.2 + number % 3}
+        worst = {"accuracy": IDS["east"], "loss": IDS["south-attic"]}
+        told = replace(closed, spread=spread, spent=spent, metrics=metrics, worst=worst)
+        run.rounds[number] = told
+    for name in NAMES:
+        fleet.peers[IDS[name]].flower = name not in ("west", "garden")
+    north = fleet.peers[IDS["north"]]
+    north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
+    north.policy = {"threads": "2", "share_log": "True"}
+    return fleet
+
+
+def buffered_fleet() -> Fleet:
+    """The rich fleet where no peer waits for another: some updates are versions behind."""
+    fleet = rich_fleet()
+    run = fleet.runs["motion-7"]
+    for number, closed in enumerate(run.rounds):
+        behind = {peer: (number * (n + 1)) % (n + 2) for n, peer in enumerate(closed.norms)}
+        behind = behind or {IDS["west"]: number % 4, IDS["east"]: 0}
+        run.rounds[number] = replace(closed, staleness=behind)
+    words = "3 updates more; east is 2 versions behind"
+    run.changed = replace(run.changed, task="watch-motion", waiting_for=words)
+    return fleet
+
+
+def troubled_fleet() -> Fleet:
+    """Most peers are away, one has an error, and the run cannot go on."""
+    fleet = busy_fleet()
+    for name in ("north", "south-attic"):
+        fleet.peers[IDS[name]].seen_at = NOW - 300
+    east = fleet.peers[IDS["east"]]
+    east.state, east.reason = PeerState.ERROR, "the data folder /data/motion is gone"
+    east.disk_free_bytes = 300_000_000
+    run = fleet.runs["motion-7"]
+    words = "3 peers; 1 is there (lab-workstation-7, paused: battery)"
+    run.changed = replace(run.changed, state=RunState.WAITING, asked=0, waiting_for=words)
+    return fleet
+
+
+def ended_fleet() -> Fleet:
+    """A run that has reached its end."""
+    fleet = rich_fleet()
+    run = fleet.runs["motion-7"]
+    run.changed = replace(
+        run.changed,
+        state=RunState.FINISHED,
+        round=11,
+        rounds=11,
+        asked=0,
+        waiting_for="",
+        ended_because="11 rounds are done",
+    )
+    return fleet
+
+
+def crowd_fleet(peers: int = 300) -> Fleet:
+    """The busy fleet with many more peers."""
+    fleet, say = busy_fleet(), Said()
+    for number in range(peers):
+        name = f"reader-{number:03}"
+        body = PeerKnown(peer=name, name=name, public_key=bytes(32))
+        seq = fleet.seq + 1
+        known = Envelope(sender=COORDINATOR, epoch=fleet.epoch, seq=seq, at=NOW, body=body)
+        fold(fleet, known, NOW)
+        state = (PeerState.TRAINING, PeerState.IDLE, PeerState.SENDING)[number % 3]
+        there = Presence(state=state, version="0.1.0", run="motion-7", round=12)
+        fold(fleet, say(name, there), NOW - number % 20)
+        fold(fleet, say(name, telemetry(number % 40, 2.0 / (1 + number % 40))), NOW - number % 20)
+    fleet.gap = False
+    return fleet
+
+
+def empty_fleet() -> Fleet:
+    return Fleet(fleet="0123456789abcdef", name="home")
+
+
+class Replay:
+    """A Source whose snapshot is given, and whose live messages are those of `live`."""
+
+    def __init__(self, fleet: Fleet | None, live: Iterable[Envelope] = ()) -> None:
+        self.fleet = fleet
+        self.live: asyncio.Queue[Envelope | Exception] = asyncio.Queue()
+        for envelope in live:
+            self.live.put_nowait(envelope)
+        self.http_up = fleet is not None
+        self.mqtt_up = True
+        self.snapshots = 0
+        self.commands: list[tuple[str, Action, float]] = []
+        self.orders: list[RunOrder] = []
+        self.stopped: list[str] = []
+        self.log_lines = [
+            LogLine(at=NOW - 60, level="info", text="connected to 192.0.2.7:9092"),
+            LogLine(at=NOW - 30, level="warning", text="lost the coordinator: no answer"),
+            LogLine(at=NOW - 5, level="error", text="the work failed: out of memory"),
+        ]
+
+    async def snapshot(self) -> Fleet:
+        if not self.http_up or self.fleet is None:
+            raise Unreachable("nobody answers at 192.0.2.7:9092")
+        self.snapshots += 1
+        return decode(encode(self.fleet, NOW))
+
+    async def messages(self) -> AsyncIterator[Envelope]:
+        while self.mqtt_up:
+            item = await self.live.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        raise Unreachable("the broker at 192.0.2.7:1883 does not answer")
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        self.commands.append((peer, action, for_s))
+        if peer == IDS["south-attic"]:
+            raise Refused("the broker is away", "Try again when it is back.")
+        return f"asked to {action}"
+
+    async def start_run(self, order: RunOrder) -> str:
+        self.orders.append(order)
+        return "ping-1"
+
+    async def stop_run(self, run: str) -> None:
+        self.stopped.append(run)
+
+    async def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        if peer == IDS["west"]:
+            raise Unreachable("west does not answer", "It may be offline.")
+        return self.log_lines
+
+    async def ticket(self) -> str:
+        return "cw1-" + "k7Qp2m" * 16
+
+
+def serving(fleet: Fleet) -> Replay:
+    """A coordinator with this fleet; both links are up."""
+    return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
+
+
+def links(seq: int = 1, *, epoch: str = "e9") -> Envelope:
+    body = Links(mqtt=True, flower=True)
+    return Envelope(sender=COORDINATOR, epoch=epoch, seq=seq, at=NOW, body=body)
+
+
+def monitor(
+    source: Replay,
+    *,
+    read_only: bool = False,
+    clock: float = NOW,
+    config: Config | None = None,
+    ascii_only: bool = False,
+) -> MonitorApp:
+    return MonitorApp(
+        source,
+        read_only=read_only,
+        config=config,
+        ascii_only=ascii_only,
+        clock=lambda: clock,
+        zone=UTC,
+        back_off=lambda attempt: 8.0,
+    )
+
+
+async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
+    """Let the app run until `true()`; at most some seconds."""
+    for _ in range(500):
+        if true():
+            break
+        await pilot.pause(0.02)
+    assert true()
+    await settled(pilot)
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Let the app run until its screen has stayed the same for some drawing intervals."""
+    before, same = "", 0
+    for _ in range(60):
+        now = screen_text(pilot.app)
+        same = same + 1 if now == before else 0
+        if same == 3:
+            break
+        before = now
+        await pilot.pause(2 * base_app.DRAW_S)
+
+
+def screen_text(app: App[None]) -> str:
+    return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
