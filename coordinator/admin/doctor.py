@@ -174,8 +174,11 @@ class _Doctor:
             return f"{' and '.join(ours)} are ours"
         chosen = self._settings
         ports = [chosen.port]
-        if chosen.port and not chosen.mqtt_url:
-            ports.append(chosen.mqtt_port or chosen.port + 1)
+        if not chosen.mqtt_url:
+            ports.append(chosen.mqtt_port or (chosen.port and chosen.port + 1))
+        ports = [port for port in ports if port]  # 0: any free port
+        if not ports:
+            return "any free port"
         for port in ports:
             check_free(chosen.host, port)
         return f"{' and '.join(map(str, ports))} are free"

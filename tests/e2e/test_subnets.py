@@ -101,6 +101,8 @@ class Host:
         homes = {
             "COMMONWEIGHT_HOME": str(folder / "coordinator"),
             "COMMONWEIGHT_AGENT_HOME": str(folder / "agent"),
+            # The default port is free here: the namespace has nothing else.
+            "COMMONWEIGHT_PORT": "9092",
         }
         self.env = environment(folder, **homes)
 

@@ -60,6 +60,8 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",
         "NO_COLOR": "1",
+        # Any free port: the default one may belong to another program.
+        "COMMONWEIGHT_PORT": "0",
         "COMMONWEIGHT_AGENT_THREADS": "1",
         # Other tests use these cores too, and nobody waits for them to end.
         "COMMONWEIGHT_AGENT_WORK": "always",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from coordinator.admin.doctor import check_free, engine
+from coordinator.storage.settings import PORT
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, PortInUse
 from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
@@ -80,6 +82,20 @@ def test_up_and_down(site: Fleet) -> None:
     assert "    fix: start it: commonweight up" in done.stdout
     assert "– broker: skipped\n– peers: skipped\n" in done.stdout
     assert "✓ ledger: 2 entries" in done.stdout
+
+
+def test_programs_at_the_default_ports_disturb_no_test(site: Fleet) -> None:
+    with contextlib.ExitStack() as stack:
+        for port in (PORT, PORT + 1):
+            other = stack.enter_context(socket.socket())
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):  # taken already: as good
+                other.bind((HOST, port))
+                other.listen()
+        site.up().stop()
+        _, made = doctor(site)
+        assert faults(made) == ["running"]
+        assert made["ports"]["detail"] == "any free port"
 
 
 def test_one_that_was_killed_is_not_up(site: Fleet) -> None:
