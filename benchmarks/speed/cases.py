@@ -12,11 +12,12 @@ class Case(NamedTuple):
     """`rounds` of ours and `stock_rounds` of stock Flower (0: not run) are measured in each pass.
 
     One round more is run and dropped: it starts trainers and fetches the first weights.
+    `nominal_bytes` is the size that the name says, `model_bytes` the whole KB that are sent.
     """
 
     name: str
     agents: int
-    kilobytes: int
+    nominal_bytes: int
     rounds: int
     stock_rounds: int
     passes: int = 1
@@ -24,43 +25,34 @@ class Case(NamedTuple):
     counted: bool = False
 
     @property
+    def kilobytes(self) -> int:
+        return round(self.nominal_bytes / 1024)
+
+    @property
     def model_bytes(self) -> int:
         return self.kilobytes * 1024
 
 
-def case(
-    name: str,
-    agents: int,
-    nbytes: int,
-    rounds: int,
-    stock_rounds: int,
-    *,
-    passes: int = 1,
-    counted: bool = False,
-) -> Case:
-    return Case(name, agents, round(nbytes / 1024), rounds, stock_rounds, passes, counted)
-
-
 #: An empty round of stock Flower with eight agents takes half a minute: only in the full run.
 QUICK = (
-    case("10 KB × 2", 2, 10_240, 60, 1),
-    case("10 KB × 8", 8, 10_240, 40, 0),
-    case("40 MB × 2", 2, 40 * MB, 12, 1),
+    Case("10 KB × 2", 2, 10_240, 60, 1),
+    Case("10 KB × 8", 8, 10_240, 40, 0),
+    Case("40 MB × 2", 2, 40 * MB, 12, 1),
 )
 
 #: A round of stock Flower takes from 7 s to a minute and differs little from the next: few do.
 FULL = (
-    case("10 KB × 2", 2, 10_240, 120, 3, counted=True),
-    case("10 KB × 8", 8, 10_240, 80, 2),
-    case("40 MB × 2", 2, 40 * MB, 24, 3, counted=True),
-    case("40 MB × 4", 4, 40 * MB, 12, 2),
-    case("40 MB × 8", 8, 40 * MB, 8, 0),
-    case("400 MB × 2", 2, 400 * MB, 5, 1),
-    case("1 GB × 2", 2, GB, 2, 0),
+    Case("10 KB × 2", 2, 10_240, 120, 3, counted=True),
+    Case("10 KB × 8", 8, 10_240, 80, 2),
+    Case("40 MB × 2", 2, 40 * MB, 24, 3, counted=True),
+    Case("40 MB × 4", 4, 40 * MB, 12, 2),
+    Case("40 MB × 8", 8, 40 * MB, 8, 1),
+    Case("400 MB × 2", 2, 400 * MB, 5, 1),
+    Case("1 GB × 2", 2, GB, 2, 0),
 )
 
 #: For the smoke test of the benchmark itself.
-TINY = (case("10 KB × 1", 1, 10_240, 3, 1), case("1 MB × 2", 2, MB, 3, 1, counted=True))
+TINY = (Case("10 KB × 1", 1, 10_240, 3, 1), Case("1 MB × 2", 2, MB, 3, 1, counted=True))
 TINY_LOADS = ((20, 10, 2),)
 
 #: Agents that the load client stands in for: (present, in the rounds, rounds).

@@ -29,6 +29,7 @@ _ABOUT = {
     "stock_peak_rss_bytes": "SuperLink and ServerApp, the two that hold the model",
     "bytes": "ours: weights on the lane, headers of the files in; *_wire: a round through a "
     "counting relay, HTTP and TLS in, MQTT not",
+    "nominal_bytes": "the size that the name says; model_bytes: the whole KB that were sent",
     "codecs": "see benchmarks/speed/codecs.py; GB/s of float32 input, one core, in memory",
     "training": "examples a second through the trainer's process, request to synced update, beside "
     "the loop alone of bare PyTorch; also by CPU time, which other programs do not slow",
@@ -61,6 +62,7 @@ def row(
     found: dict[str, Any] = {
         "name": case.name,
         "agents": case.agents,
+        "nominal_bytes": case.nominal_bytes,
         "model_bytes": case.model_bytes,
         "ours_s": own.median_s,
         "stock_s": theirs.median_s if theirs else None,
