@@ -51,6 +51,7 @@ quality: setup
 # The docs as a site in build/site, with a reference made from the code; no warning passes
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python deploy/run_options.py > docs/run-options.md
 	$(BIN)/mkdocs build --strict --quiet
 
 man: setup

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -88,6 +90,14 @@ def test_what_is_no_command_is_found() -> None:
         check(["commonweight", "nonsense"])
     with pytest.raises(click.ClickException):
         check(["commonweight-agent", "pause", "--until", "2h"])
+
+
+def test_the_table_of_run_options_is_up_to_date() -> None:
+    made = [sys.executable, str(ROOT / "deploy" / "run_options.py")]
+    expected = subprocess.run(made, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert (ROOT / "docs" / "run-options.md").read_text() == expected, (
+        "run: .venv/bin/python deploy/run_options.py > docs/run-options.md"
+    )
 
 
 def test_the_readme_has_a_place_for_the_figures(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,157 +12,62 @@ import typer
 
 from coordinator.cli import run_text
 from coordinator.cli.common import Json, connect, print_table
-from coordinator.remote import run_options
-from protocols.errors import CommonweightError
+from coordinator.runs.options import OPTIONS, Option
+from protocols.errors import CommonweightError, UsageFault
 from protocols.local import json_output
 from protocols.messages.states import RunState
 
 runs = typer.Typer(help="Training runs: start, stop, look at.", no_args_is_help=True)
 
 
+def _parameter(option: Option) -> inspect.Parameter:
+    """An option of the table as Typer reads it."""
+    kind: Any = list[str] | None if option.several else option.kind
+    bounds = option.bounds if option.kind in (int, float) else None
+    least = bounds.least if bounds and not bounds.without_least else None
+    shown = typer.Option(f"--{option.name}", help=option.help, min=least)
+    return inspect.Parameter(
+        _variable(option),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if option.several else option.default,
+        annotation=Annotated[kind, shown],
+    )
+
+
+def _variable(option: Option) -> str:
+    """The end keeps `--from` apart from Python's word, and `--task` from the argument."""
+    return option.name.replace("-", "_") + "_"
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the options of a run in place of its `**typed`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    argument, *flags = (one for one in own if one.kind is not one.VAR_KEYWORD)
+    signature = inspect.Signature([argument, *map(_parameter, OPTIONS), *flags])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
+
+
 @runs.command("start")
+@_with_run_options
 def start(
-    task: Annotated[
-        str, typer.Argument(help="What to train: mnist, or ./my_task.py:MyTask that agents have.")
-    ] = "",
-    task_: Annotated[str, typer.Option("--task", help="The same, as an option.")] = "",
-    kind: Annotated[str, typer.Option(help="Of a table: auto, classification or regression.")] = "",
-    features: Annotated[
-        str, typer.Option(help="Of a table: columns to predict from; what most peers have.")
-    ] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
-    quorum: Annotated[int, typer.Option(min=1, help="Updates that a round needs.")] = 1,
-    deadline: Annotated[
-        str,
-        typer.Option(
-            help="A round goes on after this, if the quorum is there; auto: twice what the "
-            "slowest peer needed before."
-        ),
-    ] = "10m",
-    select: Annotated[
-        str,
-        typer.Option(
-            help="Ask so many quorums of peers (1.2x), and go on as soon as the quorum is there."
-        ),
-    ] = "",
-    late: Annotated[
-        str,
-        typer.Option(
-            help="An update whose round has closed: drop, or fold it into the next with less "
-            "weight the later it is."
-        ),
-    ] = "drop",
-    keep_versions: Annotated[
-        int, typer.Option(min=1, help="So many of the newest versions stay on disk, and the best.")
-    ] = 2,
-    strategy: Annotated[
-        str,
-        typer.Option(
-            help="How updates are aggregated: fedavg, fedprox, fedavgm, fedadam, fedyogi, "
-            "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum, bulyan, qfedavg, diloco, "
-            "scaffold, fedbn, or module:Class of one's own."
-        ),
-    ] = "fedavg",
-    strategy_arg: Annotated[
-        list[str] | None,
-        typer.Option("--strategy-arg", help="An argument of the strategy: key=value."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
-    ] = None,
-    codec: Annotated[
-        str,
-        typer.Option(
-            help="How updates travel: fp32 (whole), or their change as bf16, int8, sign, ternary, "
-            "topk (ternary:0.1 and topk:0.02 for another share than 20 and 1 %)."
-        ),
-    ] = "fp32",
-    seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
-    weighting: Annotated[str, typer.Option(help="examples, or equal.")] = "examples",
-    max_weight_share: Annotated[
-        float, typer.Option(help="No peer counts for more than this share of a round.")
-    ] = 1.0,
-    clip_norm: Annotated[
-        float, typer.Option(min=0.0, help="No update moves the weights further (0: off).")
-    ] = 0.0,
-    min_examples: Annotated[
-        int, typer.Option(min=1, help="A peer that trains on fewer gets no work of this run.")
-    ] = 1,
-    mode: Annotated[
-        str,
-        typer.Option(help="synchronous rounds, or buffered: no peer waits for another (FedBuff)."),
-    ] = "synchronous",
-    buffer: Annotated[
-        int, typer.Option(min=0, help="Buffered: so many updates make a version.")
-    ] = 0,
-    max_staleness: Annotated[
-        int, typer.Option(min=0, help="Buffered: an update may be so many versions behind.")
-    ] = 10,
-    concurrency: Annotated[
-        int, typer.Option(min=0, help="Buffered: so many peers train at a time (0: all).")
-    ] = 0,
-    server_lr: Annotated[
-        float, typer.Option("--server-lr", help="Buffered: how far a version follows its updates.")
-    ] = 1.0,
-    best_metric: Annotated[
-        str,
-        typer.Option(
-            help="What makes a version best: a metric of the task's (accuracy, else loss)."
-        ),
-    ] = "",
-    best_direction: Annotated[
-        str, typer.Option(help="max or min; by default as the metric's name says.")
-    ] = "",
-    patience: Annotated[
-        int, typer.Option(min=0, help="End after so many rounds without a better version (0: off).")
-    ] = 0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A number, or METRIC=NUMBER: end when the metric has reached it. A name: of a "
-            "table, the column to be predicted (task tabular). May be given twice."
-        ),
-    ] = None,
-    from_: Annotated[
-        Path | None, typer.Option("--from", help="First weights: a safetensors file.")
-    ] = None,
+    task: Annotated[str, typer.Argument(help=OPTIONS[0].help)] = "",
+    *,
     follow: Annotated[bool, typer.Option("--follow", help="Stay until it has ended.")] = False,
     json: Json = False,
+    **typed: Any,
 ) -> None:
     """Start a run."""
-    order = run_options.order(
-        task=task,
-        task_=task_,
-        target=target,
-        kind=kind,
-        features=features,
-        rounds=rounds,
-        quorum=quorum,
-        deadline=deadline,
-        select=select,
-        late=late,
-        keep_versions=keep_versions,
-        strategy=strategy,
-        strategy_arg=strategy_arg,
-        set_=set_,
-        codec=codec,
-        seed=seed,
-        weighting=weighting,
-        max_weight_share=max_weight_share,
-        clip_norm=clip_norm,
-        min_examples=min_examples,
-        mode=mode,
-        buffer=buffer,
-        max_staleness=max_staleness,
-        concurrency=concurrency,
-        server_lr=server_lr,
-        best_metric=best_metric,
-        best_direction=best_direction,
-        patience=patience,
-        from_=from_,
-    )
+    from coordinator.remote.run_options import order
+
+    given = {option.name: typed[_variable(option)] for option in OPTIONS}
+    if task and given["task"]:
+        raise UsageFault("name one task", "commonweight run start mnist")
+    given["task"] = task or given["task"]
+    made = order({name: value for name, value in given.items() if value is not None})
     remote = connect()
-    run_id = remote.start_run(order)
+    run_id = remote.start_run(made)
     if follow:
         run = _follow(remote, run_id, quiet=json)
         if run.state is RunState.FAILED:

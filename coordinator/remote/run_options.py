@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from coordinator.api.schema import RunOrder
 from coordinator.remote.durations import seconds
+from coordinator.runs import options
+from coordinator.storage.run_events import RunSpec
+from protocols.codecs import registry
 from protocols.errors import UsageFault
 from protocols.local import homes
 
@@ -15,108 +18,41 @@ from protocols.local import homes
 _LONGEST_AUTO_S = 600.0
 
 
-def order(
-    *,
-    task: str,
-    task_: str,
-    target: list[str] | tuple[str, ...] | None,
-    kind: str,
-    features: str,
-    **others: Any,
-) -> Any:
-    """The order for the options of `start` as they were typed, there or in the monitor's form.
+def order(typed: Mapping[str, Any]) -> RunOrder:
+    """The order for options by their names in the table; an option left out has its default.
 
     Raises UsageFault and its kin.
     """
-    if bool(task) == bool(task_):
+    given = {one.name: one.default for one in options.OPTIONS} | dict(typed)
+    if not given["task"]:
         raise UsageFault("name one task", "commonweight run start mnist")
-    column, goal, metric = _targets(list(target or []))
-    table = {"target": column, "kind": kind, "features": features}
-    chosen = {name: value for name, value in table.items() if value}
-    if metric:
-        if others.get("best_metric") not in (None, "", metric):
-            raise UsageFault(
-                f"--target {metric} and --best-metric {others['best_metric']} are two metrics",
-                "name one of them",
-            )
-        others["best_metric"] = metric
-    return run_order(task=task or task_, table=chosen, target=goal, **others)
+    column, goal, metric = _targets(given["target"])
+    if metric and given["best-metric"] not in ("", metric):
+        raise UsageFault(
+            f"--target {metric} and --best-metric {given['best-metric']} are two metrics",
+            "name one of them",
+        )
+    table = {"target": column, "kind": given["kind"], "features": given["features"]}
+    is_auto = given["deadline"] == "auto"
+    registry.find(given["codec"])
+    fields = {one.field: given[one.name] for one in options.OPTIONS if one.is_plain}
+    fields |= {
+        "task": _task_name(given["task"]),
+        "deadline_s": _LONGEST_AUTO_S if is_auto else seconds(given["deadline"]),
+        "deadline": "auto" if is_auto else "fixed",
+        "select": _times(given["select"]) if given["select"] else 0.0,
+        "strategy_args": _settings(given["strategy-arg"]),
+        "settings": _settings(given["set"]) | {key: text for key, text in table.items() if text},
+        "best_metric": given["best-metric"] or metric,
+        "target": goal,
+    }
+    spec = RunSpec(**fields, handshake=True)
+    options.check(spec)
+    return RunOrder(spec=spec, from_digest=_adopt(given["from"]) if given["from"] else "")
 
 
-def run_order(
-    *,
-    task: str,
-    rounds: int,
-    quorum: int,
-    deadline: str,
-    strategy: str,
-    set_: list[str] | None,
-    codec: str,
-    seed: int,
-    weighting: str,
-    max_weight_share: float,
-    clip_norm: float,
-    from_: Path | None,
-    select: str = "",
-    late: str = "drop",
-    keep_versions: int = 2,
-    min_examples: int = 1,
-    mode: str = "synchronous",
-    buffer: int = 0,
-    max_staleness: int = 10,
-    concurrency: int = 0,
-    server_lr: float = 1.0,
-    strategy_arg: list[str] | None = None,
-    best_metric: str = "",
-    best_direction: str = "",
-    patience: int = 0,
-    target: float | None = None,
-    table: Mapping[str, str] = MappingProxyType({}),
-) -> Any:
-    """The order for these options. Raises UsageFault."""
-    from coordinator.api.schema import RunOrder
-    from coordinator.storage.run_events import RunSpec
-    from protocols.codecs import registry
-
-    registry.find(codec)
-    if weighting not in ("examples", "equal"):
-        raise UsageFault(f"weighting is examples or equal, not {weighting!r}")
-    if late not in ("drop", "fold"):
-        raise UsageFault(f"--late is drop or fold, not {late!r}")
-    if mode not in ("synchronous", "buffered"):
-        raise UsageFault(f"the mode is synchronous or buffered, not {mode!r}")
-    if best_direction not in ("", "max", "min"):
-        raise UsageFault(f"the best direction is max or min, not {best_direction!r}")
-    spec = RunSpec(
-        task=_task_name(task),
-        rounds=rounds,
-        quorum=quorum,
-        deadline_s=_LONGEST_AUTO_S if deadline == "auto" else seconds(deadline),
-        deadline="auto" if deadline == "auto" else "fixed",
-        select=_times(select) if select else 0.0,
-        late="fold" if late == "fold" else "drop",
-        keep_versions=keep_versions,
-        strategy=strategy,
-        strategy_args=dict(setting(text) for text in strategy_arg or []),
-        settings={**dict(setting(text) for text in set_ or []), **table},
-        codec=codec,
-        seed=seed,
-        weighting="equal" if weighting == "equal" else "examples",
-        max_weight_share=max_weight_share,
-        clip_norm=clip_norm,
-        min_examples=min_examples,
-        mode="buffered" if mode == "buffered" else "synchronous",
-        buffer=buffer,
-        max_staleness=max_staleness,
-        concurrency=concurrency,
-        server_lr=server_lr,
-        handshake=True,
-        best_metric=best_metric,
-        best_direction=best_direction,  # type: ignore[arg-type]
-        patience=patience,
-        target=target,
-    )
-    return RunOrder(spec=spec, from_digest=_adopt(from_) if from_ else "")
+def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:
+    return dict(setting(text) for text in texts)
 
 
 def setting(text: str) -> tuple[str, str | int | float | bool]:
@@ -134,7 +70,7 @@ def setting(text: str) -> tuple[str, str | int | float | bool]:
     return key, value
 
 
-def _targets(given: list[str]) -> tuple[str, float | None, str]:
+def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
     """The column, the value of the metric and its name among what was given. Raises UsageFault.
 
     A metric's value is `0.9` or `macro_f1=0.9`; all else is a column.

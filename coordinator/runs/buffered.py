@@ -81,9 +81,6 @@ def check(spec: RunSpec, recipe: Recipe) -> None:
         return
     limits = {
         "--buffer is the number of updates that make a version, 1 or more": spec.buffer >= 1,
-        "--max-staleness is 0 or more": spec.max_staleness >= 0,
-        "--concurrency is 0 (all peers) or more": spec.concurrency >= 0,
-        "--server-lr is above 0": 0 < spec.server_lr < math.inf,
         "--quorum has no meaning with --mode buffered: --buffer says what a version needs": (
             spec.quorum == 1
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import secrets
 import time
@@ -14,7 +13,7 @@ from msgspec.structs import replace
 
 from coordinator import strategies
 from coordinator.fleet.registry import SUBJECT, Registry
-from coordinator.runs import best_version, buffered, late_updates, transitions
+from coordinator.runs import best_version, buffered, late_updates, options, transitions
 from coordinator.runs.context import Fleetwork
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
@@ -153,29 +152,14 @@ class RunQueue:
                 f"{taken[0]} is no setting of a task: the strategy says it",
                 "--strategy scaffold or fedbn, with --strategy-arg",
             )
+        options.check(spec)
         buffered.check(spec, strategies.find(spec.strategy))
         strategies.check(spec)
         codecs.find(spec.codec)
-        if spec.rounds < 1:
-            raise UsageFault("a run has at least one round")
         self._registry.check_quorum(spec.quorum)
-        if not spec.deadline_s > 0:
-            raise CannotBeMet(f"a deadline of {spec.deadline_s} s has passed before the start")
-        if spec.select and not 1 <= spec.select <= 10:
-            raise UsageFault("--select is from 1x to 10x: so many quorums of peers are asked")
-        if not 1 <= spec.min_examples <= spec.max_examples:
-            raise UsageFault(f"--min-examples is from 1 to {spec.max_examples}")
+        if spec.min_examples > spec.max_examples:
+            raise UsageFault(f"--min-examples must be at most {spec.max_examples}")
         late_updates.check(spec, strategies.find(spec.strategy))
-        if spec.keep_versions < 1:
-            raise UsageFault("--keep-versions is 1 or more")
-        if not 0 <= spec.clip_norm < float("inf"):
-            raise UsageFault("--clip-norm is 0 (off) or a positive number")
-        if not 0 < spec.max_weight_share <= 1:
-            raise UsageFault("--max-weight-share is above 0 and at most 1")
-        if spec.patience < 0:
-            raise UsageFault("--patience is 0 (off) or a number of rounds")
-        if spec.target is not None and not math.isfinite(spec.target):
-            raise UsageFault("--target is a finite number")
         if spec.best_direction and not spec.best_metric:
             raise UsageFault("--best-direction needs --best-metric")
         best_version.check(spec)

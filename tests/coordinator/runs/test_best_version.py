@@ -113,20 +113,16 @@ def test_metrics_that_are_told_or_may_be_pass(asked: RunSpec) -> None:
 
 def test_a_target_may_name_its_metric() -> None:
     def typed_as(*target: str, **more: Any) -> RunSpec:
-        usual = {"rounds": 1, "quorum": 1, "deadline": "auto", "strategy": "fedavg", "set_": []}
-        usual |= {"codec": "fp32", "seed": 0, "weighting": "examples", "max_weight_share": 1.0}
-        usual |= {"clip_norm": 0.0, "from_": None, "kind": "", "features": "", "task_": ""}
-        made: RunSpec = run_options.order(task="tabular", target=target, **usual, **more).spec
-        return made
+        return run_options.order({"task": "tabular", "target": target, **more}).spec
 
     found = typed_as("price", "rmse=2.5")
     assert (found.best_metric, found.target) == ("rmse", 2.5)
     assert found.settings["target"] == "price"
-    found = typed_as("0.9", best_metric="macro_f1")
+    found = typed_as("0.9", **{"best-metric": "macro_f1"})
     assert (found.best_metric, found.target) == ("macro_f1", 0.9)
     assert typed_as("a=b").settings["target"] == "a=b"
     with pytest.raises(UsageFault, match="two metrics"):
-        typed_as("rmse=2.5", best_metric="mae")
+        typed_as("rmse=2.5", **{"best-metric": "mae"})
 
 
 @pytest.mark.parametrize(("name", "made"), [("mnist", Mnist), ("text-lm", TextLM)])

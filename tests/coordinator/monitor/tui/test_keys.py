@@ -13,8 +13,9 @@ from coordinator.monitor.tui.dialogs import AskDialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
-from coordinator.monitor.tui.run_form import RunForm, fields, order
+from coordinator.monitor.tui.run_form import RunForm, order
 from coordinator.monitor.tui.theme import colours
+from coordinator.runs.options import OPTIONS
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages.envelope import Envelope, PeerKnown, RunChanged
 from protocols.messages.states import PeerState, RunState
@@ -75,10 +76,10 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await pilot.press("enter")
         await until(pilot, lambda: "name one task" in screen_text(app))
         app.screen.query(Input).first().value = "ping"
-        rounds = [field.flag for field in fields()].index("--rounds")
+        rounds = [option.name for option in OPTIONS].index("rounds")
         app.screen.query(Input)[rounds].value = "0"
         await pilot.press("enter")
-        await until(pilot, lambda: "rounds" in screen_text(app) and "0 is not" in screen_text(app))
+        await until(pilot, lambda: "--rounds must be 1 or more, not 0" in screen_text(app))
         app.screen.query(Input)[rounds].value = "3"
         await pilot.press("enter")
         await until(pilot, lambda: bool(source.orders))
@@ -96,16 +97,16 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
 
 
 def test_the_form_refuses_what_the_command_line_refuses() -> None:
-    assert order({"task": "mnist", "--set": "lr=0.1 epochs=2"}).spec.settings == {
+    assert order({"task": "mnist", "set": "lr=0.1 epochs=2"}).spec.settings == {
         "lr": 0.1,
         "epochs": 2,
     }
     for typed in (
         {},
-        {"task": "mnist", "--rounds": "many"},
-        {"task": "mnist", "--deadline": "soon"},
-        {"task": "mnist", "--weighting": "by mood"},
-        {"task": "mnist", "--set": "nonsense"},
+        {"task": "mnist", "rounds": "many"},
+        {"task": "mnist", "deadline": "soon"},
+        {"task": "mnist", "weighting": "by mood"},
+        {"task": "mnist", "set": "nonsense"},
     ):
         with pytest.raises(UsageFault):
             order(typed)

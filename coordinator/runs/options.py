@@ -1,0 +1,156 @@
+"""The options of a run: one table for the command line, the API, the monitor's form and the docs.
+
+The defaults are those of new runs. `RunSpec` has defaults of its own: those of old ledgers. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from protocols.errors import UsageFault
+
+if TYPE_CHECKING:
+    from coordinator.storage.run_events import RunSpec
+
+
+class Bounds(NamedTuple):
+    """The numbers that an option takes. `or_zero`: also 0; `without_least`: not `least` itself."""
+
+    words: str
+    least: float = -math.inf
+    most: float = math.inf
+    without_least: bool = False
+    or_zero: bool = False
+
+    def hold(self, value: float) -> bool:
+        if self.or_zero and value == 0:
+            return True
+        is_least = value > self.least if self.without_least else value >= self.least
+        return is_least and value <= self.most and abs(value) < math.inf
+
+
+class Option(NamedTuple):
+    """One option. `kind` and `default` are those of the command line.
+
+    With `is_plain` the value is that of the field of `RunSpec`, which has the same name unless
+    `other_field` names it. The field must be within `bounds`, or one of `choices`.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    bounds: Bounds | None = None
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    is_plain: bool = True
+    other_field: str = ""
+
+    @property
+    def several(self) -> bool:
+        """It may be given repeatedly."""
+        return isinstance(self.default, tuple)
+
+    @property
+    def default_text(self) -> str:
+        return "" if self.default in (None, ()) else str(self.default)
+
+    @property
+    def limits(self) -> str:
+        """The values that it takes, in words; empty if any."""
+        return self.bounds.words if self.bounds else " or ".join(filter(None, self.choices))
+
+    @property
+    def field(self) -> str:
+        return self.other_field or self.name.replace("-", "_")
+
+    def parse(self, text: str) -> Any:
+        """The value of a text as it stands in a form. Raises UsageFault."""
+        if self.several:
+            return text.split()
+        try:
+            return self.kind(text)
+        except ValueError as err:
+            number = "a whole number" if self.kind is int else "a number"
+            raise UsageFault(f"--{self.name} must be {number}, not {text!r}") from err
+
+    def check(self, spec: RunSpec) -> None:
+        """Raise UsageFault unless the field has a value that the option takes."""
+        value = getattr(spec, self.field) if self.bounds or self.choices else None
+        if value is None or value in self.choices or (self.bounds and self.bounds.hold(value)):
+            return
+        raise UsageFault(f"--{self.name} must be {self.limits}, not {value!r}")
+
+
+_FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
+_ABOVE_0 = Bounds("above 0", 0, without_least=True)
+_SHARE = Bounds("above 0 and at most 1", 0, 1, without_least=True)
+_FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
+_FINITE = Bounds("a finite number")
+_STRATEGIES = (
+    "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, fedmedian, fedtrimmedavg, krum, "
+    "multikrum, bulyan, qfedavg, diloco, scaffold, fedbn, or module:Class for your own."
+)
+
+# fmt: off
+#: In the order of `--help`: name, type, default, help, bounds, unit.
+OPTIONS = (
+    Option("task", str, "", "What to train: mnist, or ./my_task.py:MyTask that agents have.",
+           is_plain=False),
+    Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
+    Option("features", str, "", "For a table: columns to predict from; by default those that most "
+           "peers have.", is_plain=False),
+    Option("rounds", int, 10, "How many rounds.", _FROM_1),
+    Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates"),
+    Option("deadline", str, "10m", "A round goes on after this time if it has its quorum; auto: "
+           "twice what the slowest peer needed before.", _ABOVE_0, "s, m, h or d",
+           is_plain=False, other_field="deadline_s"),
+    Option("select", str, "", "Ask this many times the quorum of peers (1.2x), and go on once the "
+           "quorum is there.", _FACTOR, "quorums", is_plain=False),
+    Option("late", str, "drop", "An update whose round has closed: drop it, or fold it into the "
+           "next round with less weight the later it is.", choices=("drop", "fold")),
+    Option("keep-versions", int, 2, "Keep this many of the newest versions on disk, and the best "
+           "one.", _FROM_1, "versions"),
+    Option("strategy", str, "fedavg", f"How updates are aggregated: {_STRATEGIES}"),
+    Option("strategy-arg", str, (), "An argument of the strategy: key=value.", is_plain=False),
+    Option("set", str, (), "A setting of the task: key=value.", is_plain=False),
+    Option("codec", str, "fp32", "How updates are sent: fp32 (whole), or their change as bf16, "
+           "int8, sign, ternary, topk (ternary:0.1 and topk:0.02 for shares other than 20 and "
+           "1 %)."),
+    Option("seed", int, 0, "Seed of the first weights and of sampling."),
+    Option("weighting", str, "examples", "examples: a peer counts by its examples; equal: all "
+           "peers count the same.", choices=("examples", "equal")),
+    Option("max-weight-share", float, 1.0, "No peer counts for more than this share of a round.",
+           _SHARE),
+    Option("clip-norm", float, 0.0, "No update moves the weights further than this (0: off).",
+           _FROM_0, "Euclidean norm"),
+    Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
+           "run.", _FROM_1, "examples"),
+    Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
+           "another (FedBuff).", choices=("synchronous", "buffered")),
+    Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates"),
+    Option("max-staleness", int, 10, "Buffered: an update may be this many versions behind.",
+           _FROM_0, "versions"),
+    Option("concurrency", int, 0, "Buffered: this many peers train at a time (0: all).", _FROM_0,
+           "peers"),
+    Option("server-lr", float, 1.0, "Buffered: how far a version follows its updates.", _ABOVE_0),
+    Option("best-metric", str, "", "The task's metric that decides which version is best; by "
+           "default accuracy, else loss."),
+    Option("best-direction", str, "", "max or min; by default as the metric's name says.",
+           choices=("", "max", "min")),
+    Option("patience", int, 0, "End after this many rounds without a better version (0: off).",
+           _FROM_0, "rounds"),
+    Option("target", str, (), "A number, or METRIC=NUMBER: end when the metric has reached it. "
+           "A name: for a table, the column to predict (task tabular). May be given twice.",
+           _FINITE, is_plain=False),
+    Option("from", Path, None, "First weights: a safetensors file.", is_plain=False),
+)
+# fmt: on
+
+
+def check(spec: RunSpec) -> None:
+    """Raise UsageFault unless each option of a run is one that its row allows."""
+    for option in OPTIONS:
+        option.check(spec)

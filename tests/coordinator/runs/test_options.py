@@ -1,0 +1,92 @@
+"""The table of run options and what is made from it: command line, checks and form."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import msgspec
+import pytest
+import typer.main
+from msgspec.structs import replace
+
+from coordinator.cli import runs
+from coordinator.monitor.tui import run_form
+from coordinator.remote import run_options
+from coordinator.runs import options
+from coordinator.runs.options import OPTIONS, Bounds, Option
+from coordinator.storage.run_events import RunSpec
+from protocols.errors import UsageFault
+
+FIELDS = {field.name: field for field in msgspec.structs.fields(RunSpec)}
+BOUNDED = [option for option in OPTIONS if option.bounds is not None]
+#: How a number is typed that has a unit.
+FORMS = {"deadline": "{}s", "select": "{}x"}
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.is_plain], ids=lambda o: o.name)
+def test_a_plain_option_is_as_its_field(option: Option) -> None:
+    kind = FIELDS[option.field].type
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    assert (option.kind, set(option.choices)) == (str if choices else kind, set(choices))
+    assert not option.choices or option.default in option.choices
+    if option.bounds is not None:
+        assert option.bounds.hold(option.default)
+
+
+def test_the_command_line_takes_every_option_of_the_table() -> None:
+    group = typer.main.get_command(runs.runs)
+    assert isinstance(group, click.Group)
+    flags = [opt for one in group.commands["start"].params for opt in one.opts]
+    assert flags == ["task", *(f"--{o.name}" for o in OPTIONS), "--follow", "--json"]
+
+
+def outside(bounds: Bounds) -> float:
+    """A number that does not hold."""
+    if bounds.least == float("-inf"):
+        return float("inf")
+    if bounds.without_least:
+        return int(bounds.least)
+    return 0.5 if bounds.or_zero else int(bounds.least) - 1
+
+
+@pytest.mark.parametrize("option", BOUNDED, ids=lambda o: o.name)
+def test_each_bound_is_checked_at_every_entrance(option: Option) -> None:
+    assert option.bounds is not None
+    number = outside(option.bounds)
+    words = f"--{option.name} must be {option.limits}"
+    text = FORMS.get(option.name, "{}").format(number)
+    value: Any = text if option.kind is str else number
+    with pytest.raises(UsageFault, match=words):
+        run_options.order({"task": "ping", option.name: [value] if option.several else value})
+    with pytest.raises(UsageFault, match=words):
+        run_form.order({"task": "ping", option.name: text})
+    spec = RunSpec(task="ping", rounds=1)
+    options.check(spec)
+    for bad in (number, float("nan")):
+        with pytest.raises(UsageFault, match=words):
+            options.check(replace(spec, **{option.field: bad}))
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.choices], ids=lambda o: o.name)
+def test_a_choice_that_is_not_there_is_refused(option: Option) -> None:
+    with pytest.raises(UsageFault, match=f"--{option.name} must be .* or .*, not 'by mood'"):
+        run_options.order({"task": "ping", option.name: "by mood"})
+
+
+def test_what_is_left_out_is_as_the_table_says() -> None:
+    spec = run_options.order({"task": "ping"}).spec
+    for option in OPTIONS:
+        if option.is_plain:
+            assert getattr(spec, option.field) == option.default, option.name
+    assert (spec.deadline_s, spec.deadline, spec.select, spec.handshake) == (
+        600.0,
+        "fixed",
+        0,
+        True,
+    )
+
+
+def test_bounds_hold_for_numbers_without_limit() -> None:
+    assert Bounds("1 or more", 1).hold(10**400)
+    assert not Bounds("1 or more", 1).hold(-(10**400))
