@@ -19,8 +19,8 @@ from msgspec import Meta, Struct
 from agent.data.settings import DataSettings
 from agent.policy import schedule
 from agent.policy.rules import PolicySettings
-from protocols.enrollment.identity import write_private
 from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
+from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 
 FILE = "settings.toml"

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from protocols.enrollment.identity import write_private
+from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import is_full
 from protocols.p2p.gossip import Head
 
@@ -76,7 +76,7 @@ def write_status(home: Path, status: Status) -> None:
     """Raises OSError. On a full disk over the last one, which has its place: it tells why."""
     told = msgspec.json.encode(status)
     try:
-        write_private(home / STATUS, told)
+        write_private(home / STATUS, told, synced=False)
     except OSError as err:
         if not is_full(err):
             raise

@@ -28,6 +28,7 @@ from protocols.errors import (
     Refused,
     Unreachable,
 )
+from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import addresses
 from protocols.network.error_text import why
@@ -138,9 +139,9 @@ def _keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKe
     """This machine's keys, made on the first try so that a second try is the same machine."""
     sign, node = (home / (file + suffix) for file in _KEYS)
     if not sign.exists():
-        identity.save_key(sign, identity.new_signing_key())
+        write_private(sign, identity.private_pem(identity.new_signing_key()))
     if not node.exists():
-        identity.save_key(node, identity.new_node_key())
+        write_private(node, identity.private_pem(identity.new_node_key()))
     return identity.load_signing_key(sign), identity.load_node_key(node)
 
 

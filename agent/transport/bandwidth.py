@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from protocols.enrollment.identity import write_private
+from protocols.local.atomic_files import write_private
 
 FILE = "traffic.json"
 _KEEP_EVERY_S = 10.0

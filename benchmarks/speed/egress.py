@@ -30,6 +30,7 @@ from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import Versions
 from benchmarks.speed import report
 from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.fault_proxy import Fault, Proxy
@@ -148,8 +149,8 @@ def _home(site: Site, folder: Path, number: int, port: int, policy: str) -> Path
     home = folder / f"peer{number}"
     home.mkdir()
     machine = site.enrol(home.name)
-    identity.save_key(home / "node.key", machine.node_key)
-    identity.save_key(home / "sign.key", machine.sign_key)
+    write_private(home / "node.key", identity.private_pem(machine.node_key))
+    write_private(home / "sign.key", identity.private_pem(machine.sign_key))
     (home / "ca.pem").write_bytes(site.ca_pem)
     told = {
         "address": f"{HOST}:{port}",

@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks.speed.cases import Case
 from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import HOST, ROOT
 
 _PIECE = 1 << 20
@@ -67,7 +68,7 @@ def _wire_and_hash(
 ) -> tuple[list[float], list[float], list[float]]:
     ca_key, ca_pem = identity.new_ca("floor")
     key, pem = identity.new_server_certificate(ca_key, ca_pem, [HOST])
-    identity.save_key(folder / "server.key", key)
+    write_private(folder / "server.key", identity.private_pem(key))
     (folder / "server.pem").write_bytes(pem)
     (folder / "ca.pem").write_bytes(ca_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

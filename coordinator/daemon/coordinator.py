@@ -45,6 +45,7 @@ from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import Lane
 from protocols.enrollment import identity
 from protocols.local import heap
+from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Command, Happened
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import Exchange, Exchanged
@@ -205,7 +206,7 @@ class Hub:
             "host": host,
             "since": time.time(),
         }
-        identity.write_private(self._home / UP_FILE, json.dumps(up).encode())
+        write_private(self._home / UP_FILE, json.dumps(up).encode())
 
     async def _beat(self) -> None:
         while True:

@@ -41,6 +41,7 @@ from protocols.errors import (
     Unreachable,
 )
 from protocols.local import homes
+from protocols.local.atomic_files import write_private
 from protocols.network.error_text import why
 
 FILE = "access.json"
@@ -139,8 +140,8 @@ def join(text: str, name: str = "") -> Access:
         addresses=(address, *others),
         ca_pem=ca_pem.decode(),
     )
-    identity.save_key(home / _KEY, key)
-    identity.write_private(home / FILE, msgspec.json.encode(access))
+    write_private(home / _KEY, identity.private_pem(key))
+    write_private(home / FILE, msgspec.json.encode(access))
     return access
 
 

@@ -29,6 +29,7 @@ from coordinator.remote.source import Action
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage, NotRunning, Refused, UnknownName, Unreachable
+from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Envelope, LogLine
 from protocols.network.error_text import why
 from protocols.p2p import gossip
@@ -40,7 +41,7 @@ _TIMEOUT_S = 10.0
 
 def keep(home: Path, given: Neighbours) -> None:
     """Keep whom to ask while the coordinator is away. Raises OSError."""
-    identity.write_private(home / BOOK, msgspec.json.encode(given))
+    write_private(home / BOOK, msgspec.json.encode(given))
 
 
 def _book(home: Path) -> Neighbours:

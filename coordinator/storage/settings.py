@@ -26,6 +26,7 @@ from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage, HomeFault, UsageFault
 from protocols.local import homes
+from protocols.local.atomic_files import write_private
 
 FILE = "settings.toml"
 #: Says where the running coordinator answers.
@@ -111,12 +112,12 @@ def init(names: list[str]) -> tuple[Path, bool]:
     if (home / "ca.pem").exists():
         return home, False
     ca_key, ca_pem = identity.new_ca(socket.gethostname())
-    identity.save_key(home / "ca.key", ca_key)
-    identity.save_key(home / "coordinator.key", identity.new_signing_key())
-    identity.save_key(home / "operator.key", identity.new_signing_key())
+    write_private(home / "ca.key", identity.private_pem(ca_key))
+    write_private(home / "coordinator.key", identity.private_pem(identity.new_signing_key()))
+    write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
     new_login(home, 0)
     # Last: its presence says that the home is whole.
-    identity.write_private(home / "ca.pem", ca_pem)
+    write_private(home / "ca.pem", ca_pem)
     certify(home, ca_key, ca_pem, names)
     return home, True
 
@@ -129,13 +130,13 @@ def keep_names(home: Path, names: list[str]) -> None:
         values = {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageFault(f"cannot read {home / FILE}: {err}") from err
-    identity.write_private(home / FILE, tomli_w.dumps(values | {"names": names}).encode())
+    write_private(home / FILE, tomli_w.dumps(values | {"names": names}).encode())
 
 
 def new_login(home: Path, removed: int) -> MqttLogin:
     """A new MQTT password: a peer that was removed knows the last one."""
     login = MqttLogin("fleet", secrets.token_urlsafe(24), removed)
-    identity.write_private(home / "mqtt.json", msgspec.json.encode(login))
+    write_private(home / "mqtt.json", msgspec.json.encode(login))
     return login
 
 
@@ -173,8 +174,8 @@ def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> 
         key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
     except ValueError as err:
         raise UsageFault(f"no certificate can be made for {', '.join(names)}: {err}") from err
-    identity.save_key(home / "server.key", key)
-    identity.write_private(certificate, pem)
+    write_private(home / "server.key", identity.private_pem(key))
+    write_private(certificate, pem)
     return True
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import tomli_w
 
-from protocols.enrollment.identity import write_private
 from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
+from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
 from protocols.messages.mqtt import MqttAddress, parse_url
 

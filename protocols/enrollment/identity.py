@@ -1,4 +1,4 @@
-"""Keys, fingerprints and certificates. Pure but for reading and writing key files (0600).
+"""Keys, fingerprints and certificates. Pure but for reading key files.
 
 An agent has two keys: P-384 for Flower's node authentication, Ed25519 for everything of ours. The
 coordinator has a CA (Ed25519) that signs its TLS certificate and the nodes' certificates, and a
@@ -14,7 +14,6 @@ import base64
 import datetime
 import hashlib
 import ipaddress
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -110,26 +109,12 @@ def _check_character(text: str) -> str:
     return _ALPHABET[-total % 32]
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_key(path: Path, key: SigningKey | NodeKey) -> None:
-    """Write a private key as PKCS#8 PEM, 0600."""
-    write_private(
-        path,
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
+def private_pem(key: SigningKey | NodeKey) -> bytes:
+    """A private key as PKCS#8 PEM, for a file that only its owner can read (`write_private`)."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
     )
 
 

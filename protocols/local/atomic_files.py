@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever is switched off when."""
+"""Files that are whole or not there, also after a power cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from protocols.local.background_unlink import letting_go
 
 
 class replacing:
-    """A binary file that takes its place at `path`, `synced`, only when the block ends well."""
+    """A binary file (0600) that replaces `path` when the block ends without an error.
+
+    `synced`: it is on the disk by then.
+    """
 
     def __init__(self, path: Path, *, synced: bool = True) -> None:
         self._path, self._synced = path, synced
@@ -36,6 +39,12 @@ class replacing:
             self._temporary.unlink(missing_ok=True)
         if kind is None and self._synced:
             sync_folder(self._path.parent)
+
+
+def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
+    """Write a file that only its owner can read, whole or not at all. Raises OSError."""
+    with replacing(path, synced=synced) as file:
+        file.write(data)
 
 
 def sync(*paths: Path) -> None:

@@ -13,8 +13,8 @@ import traceback
 from pathlib import Path
 
 from protocols import VERSION
-from protocols.enrollment.identity import write_private
 from protocols.errors import CommonweightError
+from protocols.local.atomic_files import write_private
 
 FOLDER = "crashes"
 KEPT = 10

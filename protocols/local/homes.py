@@ -15,9 +15,9 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from protocols import VERSION
-from protocols.enrollment.identity import write_private
 from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
 from protocols.local import migrations
+from protocols.local.atomic_files import write_private
 
 FORMAT = 1
 Kind = Literal["coordinator", "agent", "operator"]

@@ -17,6 +17,7 @@ from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import Link
 from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from tests.hostile.tools import bounded_growth
 from tests.support.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports, until
 
@@ -69,7 +70,9 @@ def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: st
         words += ["--auth-supernode-private-key", str(tmp_path / "node")]
     elif who == "its own new key":
         (tmp_path / "strange").mkdir()
-        identity.save_key(tmp_path / "strange" / "node.key", identity.new_node_key())
+        write_private(
+            tmp_path / "strange" / "node.key", identity.private_pem(identity.new_node_key())
+        )
         openssh_key(tmp_path / "node", tmp_path / "strange")
         words += ["--auth-supernode-private-key", str(tmp_path / "node")]
     before = asked(site)

@@ -32,6 +32,7 @@ from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import Lane
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import Joining, claimed
+from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import Exchange, Exchanged
 
@@ -84,7 +85,7 @@ class Site:
         self.folder = folder
         self.ca_key, self.ca_pem = identity.new_ca("test")
         key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
-        identity.save_key(folder / "server.key", key)
+        write_private(folder / "server.key", identity.private_pem(key))
         (folder / "server.pem").write_bytes(pem)
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
         self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]

@@ -21,6 +21,7 @@ from agent.transport.version_proofs import Heads
 from agent.transport.version_store import Versions
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
+from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.states import PeerState
@@ -53,7 +54,7 @@ class Peer:
         self.home = folder / name
         self.cache = self.home / "cache"
         self.cache.mkdir(parents=True)
-        identity.save_key(self.home / "node.key", self.machine.node_key)
+        write_private(self.home / "node.key", identity.private_pem(self.machine.node_key))
         self.credentials = credentials = site.credentials(self.machine)
         self.signs = identity.raw_public(self.machine.sign_key)
         self.public = public = identity.raw_public(site.sign_key)

@@ -17,6 +17,7 @@ from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.mqtt_client import Feed
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
+from protocols.local.atomic_files import write_private
 from protocols.messages import topics
 from protocols.messages.envelope import Body, Command, Doorbell, Envelope, Presence
 from protocols.messages.mqtt import MqttAddress, tls_context
@@ -102,7 +103,7 @@ class Site:
     def __post_init__(self) -> None:
         ca_key, ca_pem = identity.new_ca("test")
         key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", HOST])
-        identity.save_key(self.folder / "tls.key", key)
+        write_private(self.folder / "tls.key", identity.private_pem(key))
         (self.folder / "tls.pem").write_bytes(pem)
         self.ca_pem = ca_pem.decode()
         self.fleet = identity.ca_fingerprint(ca_pem).hex()[:16]

@@ -18,8 +18,8 @@ from agent.home.credentials import Credentials
 from agent.home.settings import Enrolment
 from agent.transport.version_proofs import Heads
 from protocols.enrollment import identity
-from protocols.enrollment.identity import write_private
 from protocols.errors import BadMessage
+from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.p2p import gossip
 from protocols.p2p.gossip import Head, Heard, Neighbour, Neighbours, Pass, Told, Word, Words

@@ -30,6 +30,7 @@ from agent.transport.p2p.gossip import Gossip
 from agent.transport.p2p.piece_store import Shelf, pieces_of
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeKey
+from protocols.local.atomic_files import write_private
 from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Told
 from protocols.p2p.swarm import PIECE_BYTES
 
@@ -288,4 +289,4 @@ async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | N
 
 def certify(path: Path, key: NodeKey, peer: str) -> None:
     """Write the TLS certificate of this machine's node key."""
-    identity.write_private(path, identity.new_node_tls(key, peer))
+    write_private(path, identity.new_node_tls(key, peer))

@@ -15,7 +15,7 @@ from agent.transport.p2p.gossip import Gossip
 from agent.transport.p2p.networks import Place, place
 from agent.transport.p2p.piece_store import Shelf
 from agent.transport.p2p.server import PeerServer, certify
-from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from protocols.network import addresses
 from protocols.p2p.swarm import WORTH_SHARING_BYTES, PlanAsked, address_of
 
@@ -102,7 +102,7 @@ class Sharing:
             return server.listen(host, int(remembered.read_text()))
         except (OSError, ValueError, OverflowError):
             port = server.listen(host, 0)
-        identity.write_private(remembered, str(port).encode())
+        write_private(remembered, str(port).encode())
         return port
 
     def _make_server(self) -> PeerServer:

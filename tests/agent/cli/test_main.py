@@ -16,9 +16,9 @@ import pytest
 
 from agent.home import logs, settings
 from agent.home.settings import AgentSettings
-from protocols.enrollment import identity
 from protocols.errors import UnknownName, UsageFault
 from protocols.local import homes
+from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import (
     AGENT,
     Fleet,
@@ -203,9 +203,9 @@ def test_an_agent_that_leaves_is_refused_from_then_on(site: Fleet) -> None:
     assert "one" not in {peer["name"] for peer in site.data("status")["peers"].values()}
 
     # A copy of the old keys is worth nothing.
-    identity.write_private(home / "enrolled.json", kept)
+    write_private(home / "enrolled.json", kept)
     for name, key in keys.items():
-        identity.write_private(home / name, key)
+        write_private(home / name, key)
     done = site.ask_agent("one", "leave", "--yes")
     assert done.returncode == 4
     assert "--offline" in done.stderr

@@ -26,6 +26,7 @@ from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import CommonweightError
 from protocols.local import homes
+from protocols.local.atomic_files import write_private
 from protocols.local.checks import Advice
 from protocols.messages.mqtt import MqttAddress
 from tests.support.fleet_harness import AGENT, Fleet, environment, fleet, run_program, until
@@ -208,8 +209,8 @@ def impostor(
     trusted = identity.new_ca("another") if other_ca else (ca_key, ca_pem)
     key, certificate = identity.new_server_certificate(ca_key, ca_pem, [name])
     folder = home.parent
-    identity.save_key(folder / "server.key", key)
-    identity.write_private(folder / "server.pem", certificate)
+    write_private(folder / "server.key", identity.private_pem(key))
+    write_private(folder / "server.pem", certificate)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(folder / "server.pem", folder / "server.key")
     handler = type("Handler", (Answering,), {"ahead_s": ahead_s})
@@ -228,8 +229,8 @@ def impostor(
 
 def enrol(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) -> None:
     sign_key, node_key = identity.new_signing_key(), identity.new_node_key()
-    identity.save_key(home / "sign.key", sign_key)
-    identity.save_key(home / "node.key", node_key)
+    write_private(home / "sign.key", identity.private_pem(sign_key))
+    write_private(home / "node.key", identity.private_pem(node_key))
     fleet_id = identity.ca_fingerprint(ca_pem).hex()[:16]
     public = identity.raw_public(sign_key)
     certificate = NodeCertificate(

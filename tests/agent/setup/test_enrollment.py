@@ -22,6 +22,7 @@ from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import HomeFault, Refused, TicketMalformed, Unreachable
+from protocols.local.atomic_files import write_private
 from tests.support.https_site import HOST, Machine, Site
 
 
@@ -144,7 +145,7 @@ def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home:
 def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, how: str) -> None:
     join(home, site.ticket())
     for file in (FILE, CERTIFICATE):  # a pass and peers' addresses, and what its key has signed
-        identity.write_private(home / file, b"of the last fleet")
+        write_private(home / file, b"of the last fleet")
     if how == "replace":
         join(home, site.ticket(), replace=True)
     else:
@@ -225,7 +226,7 @@ def test_of_a_certificate_without_end_little_is_read(
     site: Site, home: Path, tmp_path: Path
 ) -> None:
     key = identity.new_node_key()
-    identity.save_key(tmp_path / "own.key", key)
+    write_private(tmp_path / "own.key", identity.private_pem(key))
     certify(tmp_path / "own.pem", key, "forger")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "own.pem", tmp_path / "own.key")

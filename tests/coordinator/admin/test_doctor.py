@@ -18,6 +18,7 @@ from coordinator.admin.doctor import check_free, engine
 from coordinator.storage.settings import PORT
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, PortInUse
+from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
 
 NAMES = [
@@ -119,8 +120,8 @@ def test_what_is_damaged_is_found(site: Fleet) -> None:
         (site.home / "ca.pem").read_bytes(),
         names,
     )
-    identity.save_key(site.home / "server.key", key)
-    identity.write_private(site.home / "server.pem", pem)
+    write_private(site.home / "server.key", identity.private_pem(key))
+    write_private(site.home / "server.pem", pem)
     (site.home / "ca.key").chmod(0o640)
     code, made = doctor(site)
     assert code == 6

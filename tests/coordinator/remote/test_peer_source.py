@@ -15,6 +15,7 @@ from coordinator.remote import peer_source
 from coordinator.remote.peer_source import ViaSource
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
+from protocols.local.atomic_files import write_private
 from protocols.messages.states import PeerState
 from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours, Told
 from tests.support.https_site import HOST, Site
@@ -25,7 +26,7 @@ def home_of(site: Site, folder: Path) -> Path:
     """An operator's home, as `init` makes it."""
     home = folder / "home"
     home.mkdir()
-    identity.save_key(home / "operator.key", site.operator_key)
+    write_private(home / "operator.key", identity.private_pem(site.operator_key))
     (home / "ca.pem").write_bytes(site.ca_pem)
     return home
 
@@ -111,7 +112,7 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
         ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
         async with without_coordinator(ann, bob):
             given = await told(site)
-            identity.save_key(home / "operator.key", identity.new_signing_key())
+            write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
             peer_source.keep(home, given)
             with pytest.raises(Refused, match="ann refused"):
                 await ViaSource(home, "ann").snapshot()

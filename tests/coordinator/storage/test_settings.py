@@ -12,6 +12,7 @@ from coordinator.storage import settings
 from coordinator.storage.settings import FILE
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, HomeFault, UsageFault
+from protocols.local.atomic_files import write_private
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_a_certificate_that_does_not_fit_its_key_is_made_anew(
     elif how == "junk":
         (home / file).write_bytes(b"junk")
     elif file == "server.key":
-        identity.save_key(home / file, key)
+        write_private(home / file, identity.private_pem(key))
     else:
         (home / file).write_bytes(pem)
     assert settings.certify(home, keys.ca_key, keys.ca_pem, [])

@@ -19,6 +19,7 @@ import pytest
 from coordinator.transport.mqtt_client import _Incoming
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
+from protocols.local.atomic_files import write_private
 from protocols.messages import topics
 from protocols.messages.envelope import (
     MAX_PAYLOAD_BYTES,
@@ -96,7 +97,7 @@ asyncio.run(main())
 
 async def test_the_will_of_a_killed_agent_arrives_signed(site: Site) -> None:
     key = site.folder / "agent.key"
-    identity.save_key(key, site.agent_key)
+    write_private(key, identity.private_pem(site.agent_key))
     async with started(site) as broker:
         address = site.address(broker)
         watch = Watch(site, address)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage, HomeFault
+from protocols.local.atomic_files import write_private
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
@@ -88,7 +89,7 @@ def shake_hands(folder: Path, server_ca: bytes, trusted_ca: bytes, name: str) ->
 def chain(tmp_path: Path) -> tuple[Path, bytes]:
     ca_key, ca_pem = identity.new_ca("here")
     key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", "127.0.0.1", "::1"])
-    identity.save_key(tmp_path / "server.key", key)
+    write_private(tmp_path / "server.key", identity.private_pem(key))
     (tmp_path / "server.pem").write_bytes(pem)
     return tmp_path, ca_pem
 
@@ -204,8 +205,8 @@ _UNKNOWN_CURVE = (
 
 def test_key_files_are_private_and_come_back(tmp_path: Path) -> None:
     sign, node = identity.new_signing_key(), identity.new_node_key()
-    identity.save_key(tmp_path / "sign", sign)
-    identity.save_key(tmp_path / "node", node)
+    write_private(tmp_path / "sign", identity.private_pem(sign))
+    write_private(tmp_path / "node", identity.private_pem(node))
     read = identity.load_signing_key(tmp_path / "sign")
     assert identity.raw_public(read) == identity.raw_public(sign)
     assert identity.node_public(identity.load_node_key(tmp_path / "node")) == identity.node_public(
@@ -217,8 +218,8 @@ def test_key_files_are_private_and_come_back(tmp_path: Path) -> None:
 
 
 def test_a_wrong_key_file_is_a_fault_of_the_home(tmp_path: Path) -> None:
-    identity.save_key(tmp_path / "node", identity.new_node_key())
-    identity.save_key(tmp_path / "sign", identity.new_signing_key())
+    write_private(tmp_path / "node", identity.private_pem(identity.new_node_key()))
+    write_private(tmp_path / "sign", identity.private_pem(identity.new_signing_key()))
     (tmp_path / "junk").write_bytes(b"\x00 no key")
     (tmp_path / "locked").write_bytes(
         identity.new_signing_key().private_bytes(
@@ -238,7 +239,7 @@ def test_a_wrong_key_file_is_a_fault_of_the_home(tmp_path: Path) -> None:
 def test_a_private_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_bytes(b"open to all")
-    identity.write_private(path, b"mine")
+    write_private(path, b"mine")
     assert path.read_bytes() == b"mine"
     if os.name == "posix":
         assert path.stat().st_mode & 0o777 == 0o600

@@ -24,6 +24,7 @@ from agent.transport.p2p.server import MOST_PER_ADDRESS, PeerServer, certify
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import Versions
 from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.p2p import swarm
@@ -79,7 +80,7 @@ class Peer:
         self.machine = site.enrol(name)
         home = folder / name
         home.mkdir()
-        identity.save_key(home / "node.key", self.machine.node_key)
+        write_private(home / "node.key", identity.private_pem(self.machine.node_key))
         credentials = site.credentials(self.machine)
         self.sharing = Sharing(
             policy,  # type: ignore[arg-type]
@@ -204,7 +205,7 @@ hostile_heads: list[bytes] = []
 def hostile_holder(site: Site, folder: Path, wrong: str) -> Iterator[tuple[Machine, str]]:
     """An enrolled machine whose server answers every request in a wrong way."""
     machine = site.enrol("rogue")
-    identity.save_key(folder / "rogue.key", machine.node_key)
+    write_private(folder / "rogue.key", identity.private_pem(machine.node_key))
     certify(folder / "rogue.pem", machine.node_key, machine.peer)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "rogue.pem", folder / "rogue.key")
