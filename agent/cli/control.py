@@ -185,22 +185,13 @@ def leave(
     from agent.setup import enrollment
 
     home = homes.open_home("agent")
-    enrolment = settings.read_enrolment(home)
-    try:
-        held = homes.lock(home, "agent")
-    except HomeLocked as err:
-        raise HomeLocked(
-            f"the agent of {home} is running",
-            "end it first: commonweight-agent finish, or commonweight-agent service stop",
-        ) from err
-    try:
+    with enrollment.exclusive(home):
+        enrolment = settings.read_enrolment(home)
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageFault("leaving asks first, and there is no terminal", "add --yes")
             typer.confirm(f"{enrolment.name} leaves fleet {enrolment.fleet}?", abort=True, err=True)
         enrollment.leave(home, enrolment, offline=offline)
-    finally:
-        held.release()
     say("left the fleet; its keys are deleted, data and settings are where they were")
     if offline:
         say(f"the coordinator was not told: commonweight peers remove {enrolment.name}")

@@ -172,10 +172,10 @@ def run(
 
     os.umask(0o077)
     home = homes.open_home("agent")
+    held = homes.lock(home, "agent")  # first: until then, join --replace may change the enrolment
     enrolment = settings.read_enrolment(home)
     index, parts = _part(part) if part else (None, None)
     chosen = settings.read(home, part=index, parts=parts, split=split)
-    held = homes.lock(home, "agent")
     _log_to(home, chosen.log_level)
 
     from agent.daemon.agent import Agent

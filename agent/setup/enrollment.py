@@ -6,8 +6,10 @@ of keys leave the machine.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -25,9 +27,11 @@ from protocols.errors import (
     BadMessage,
     CommonweightError,
     HomeFault,
+    HomeLocked,
     Refused,
     Unreachable,
 )
+from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import addresses
@@ -49,8 +53,8 @@ def join(
 ) -> tuple[Enrolment, bool]:
     """Join with this ticket or code; the enrolment, and whether it still awaits approval.
 
-    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already. Until
-    a replacement is accepted, the machine stays who it was.
+    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already, and
+    HomeLocked while its agent runs. Until a replacement is accepted, the machine stays who it was.
     """
     ticket = tickets.decode(text)
     if (home / ENROLLED).exists() and not replace:
@@ -58,6 +62,32 @@ def join(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
+    with exclusive(home):
+        return _join(home, ticket, name=name, labels=labels, replace=replace)
+
+
+@contextlib.contextmanager
+def exclusive(home: Path) -> Iterator[None]:
+    """Hold the home's lock: a running agent would write its old enrolment over a new one.
+
+    Raises HomeLocked.
+    """
+    try:
+        held = homes.lock(home, "agent")
+    except HomeLocked as err:
+        raise HomeLocked(
+            f"the agent of {home} is running",
+            "end it first: commonweight-agent finish, or commonweight-agent service stop",
+        ) from err
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _join(
+    home: Path, ticket: Ticket, *, name: str, labels: dict[str, str], replace: bool
+) -> tuple[Enrolment, bool]:
     announced = not ticket.addresses
     if announced:
         from agent.setup import discovery

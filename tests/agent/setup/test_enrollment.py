@@ -21,7 +21,8 @@ from agent.transport.p2p.sharing import CERTIFICATE
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import HomeFault, Refused, TicketMalformed, Unreachable
+from protocols.errors import HomeFault, HomeLocked, Refused, TicketMalformed, Unreachable
+from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from tests.support.https_site import HOST, Machine, Site
 
@@ -71,7 +72,7 @@ def test_another_ca_than_the_tickets_gets_nothing(site: Site, home: Path) -> Non
     with pytest.raises(Refused, match="not the coordinator that made this ticket"):
         join(home, ticket)
     assert site.requests == [("GET", CA_PATH)]
-    assert list(home.iterdir()) == []
+    assert [path.name for path in home.iterdir()] == ["lock"], "no key was made"
 
 
 def test_the_right_ca_without_its_key_gets_nothing(site: Site, home: Path, tmp_path: Path) -> None:
@@ -152,6 +153,21 @@ def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, 
         enrollment.leave(home, read_enrolment(home), offline=True)
     assert not (home / FILE).exists()
     assert not (home / CERTIFICATE).exists()
+
+
+def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) -> None:
+    """The agent would later write its old enrolment over the new one, beside the new keys."""
+    first = join(home, site.ticket())
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    running = homes.lock(home, "agent")
+    with pytest.raises(HomeLocked, match="is running") as caught:
+        join(home, site.ticket(), replace=True)
+    assert "commonweight-agent finish" in caught.value.hint
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+    assert list(site.registry.peers) == [first], "nothing was asked of the coordinator"
+    running.release()
+    assert join(home, site.ticket(), replace=True) != first
+    homes.lock(home, "agent").release()
 
 
 def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) -> None:
