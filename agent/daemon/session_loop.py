@@ -59,6 +59,7 @@ class Sessions:
         self._loop, self._report, self._on_moved = loop, report, on_moved
         self._bandwidth = bandwidth
         self._link: Link | None = None
+        self._closed = False
         self._doorbell = asyncio.Event()
         self._worked_at = 0.0
         self._skew = ""
@@ -96,6 +97,7 @@ class Sessions:
 
     async def close(self) -> None:
         """Say goodbye, and let the threads end."""
+        self._closed = True
         if self._link is not None:
             await asyncio.to_thread(self._link.close)
         self._working.shutdown(wait=False, cancel_futures=True)
@@ -160,6 +162,8 @@ class Sessions:
     def _open(self) -> None:
         if self._link is None:
             self._link = Link(self._credentials, self._bandwidth)
+        if self._closed:  # `close` may have come before this link was there to be closed
+            raise Unreachable("the agent ends")
         version_check.check(self._link.standing().version, "the coordinator")
         self._link.open()
         self._learn_mqtt(self._link.mqtt())

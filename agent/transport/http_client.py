@@ -66,9 +66,10 @@ class Wire:
         self._host, self._port, self._prefix = addresses.parse(address)
         self._tls, self._kept_s, self.timeout_s = tls, kept_s, timeout_s
         self._lock = threading.Lock()
-        self._idle: list[tuple[http.client.HTTPSConnection, float]] = []
-        self._busy: set[http.client.HTTPSConnection] = set()
+        self._idle: list[tuple[_Connection, float]] = []
+        self._busy: set[_Connection] = set()
         self._life = 0
+        self._closed = False
         #: The last connection's IP addresses: ours, and the other's (a proxy's, if one is between).
         self.ends = ("", "")
 
@@ -84,28 +85,32 @@ class Wire:
             yield Stream(response)
 
     def drop(self) -> None:
-        """Let go of all connections, also of those that wait; others are made when needed."""
+        """End all connections, also those that connect or wait; others are made when needed."""
         with self._lock:
             self._life += 1
             idle, self._idle = self._idle, []
             for connection in self._busy:
-                if connection.sock is not None:  # not closed: its own thread reads from it
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+                connection.end()
         for connection, _ in idle:
             connection.close()
+
+    def close(self) -> None:
+        """End all connections for good: requests under way and later ones are Unreachable."""
+        with self._lock:
+            self._closed = True
+        self.drop()
 
     @contextlib.contextmanager
     def _asked(
         self, method: str, path: str, headers: Mapping[str, str], body: Body
     ) -> Iterator[http.client.HTTPResponse]:
         life, done = self._life, False
-        with _told():
-            connection = self._connected()
-        with self._lock:
-            self._busy.add(connection)
+        connection = self._taken()
         try:
             with _told():
+                if connection.sock is None:
+                    connection.connect()
+                    self.ends = connection.ends()
                 connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
                 for name, value in headers.items():
                     connection.putheader(name, value)
@@ -126,42 +131,92 @@ class Wire:
             else:
                 connection.close()
 
-    def _connected(self) -> http.client.HTTPSConnection:
-        """A connection that nobody uses, or a new one."""
+    def _taken(self) -> _Connection:
+        """A connection that nobody uses, or a new one that has yet to connect; busy from now on."""
         while True:
             with self._lock:
-                if not self._idle:
-                    break
-                connection, since = self._idle.pop()
+                if self._closed:
+                    raise Unreachable("the link to the coordinator is closed")
+                found = self._idle.pop() if self._idle else None
+                connection, since = found or (self._new(), 0.0)
+                self._busy.add(connection)
+            if found is None:
+                return connection
             if time.monotonic() - since < self._kept_s and not _has_ended(connection.sock):
                 connection.sock.settimeout(self.timeout_s)
                 return connection
+            with self._lock:
+                self._busy.discard(connection)
             connection.close()
-        connection = self._new()
-        connection.connect()
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        ends = connection.sock.getsockname(), connection.sock.getpeername()
-        self.ends = str(ends[0][0]), str(ends[1][0])
-        return connection
 
-    def _new(self) -> http.client.HTTPSConnection:
+    def _new(self) -> _Connection:
         proxy = proxy_for(self._host, self._port)
         if proxy is None:
-            return http.client.HTTPSConnection(
-                self._host, self._port, timeout=self.timeout_s, context=self._tls
-            )
-        connection = http.client.HTTPSConnection(
-            proxy.host, proxy.port, timeout=self.timeout_s, context=self._tls
-        )
+            return _Connection(self._host, self._port, self._host, self._tls, self.timeout_s)
+        connection = _Connection(proxy.host, proxy.port, self._host, self._tls, self.timeout_s)
         connection.set_tunnel(self._host, self._port, proxy.headers)
         return connection
 
-    def _give_back(self, connection: http.client.HTTPSConnection, life: int) -> None:
+    def _give_back(self, connection: _Connection, life: int) -> None:
         with self._lock:
             if life == self._life:
                 self._idle.append((connection, time.monotonic()))
                 return
         connection.close()
+
+
+class _Connection(http.client.HTTPSConnection):
+    """A connection to `host` that another thread can end at any time, also while it connects.
+
+    http.client shows its socket only after the TLS handshake: a thread that waits in `connect`
+    could not be ended, and the agent would wait for it before it exits. `server` is the name in the
+    certificate.
+    """
+
+    def __init__(
+        self, host: str, port: int, server: str, tls: ssl.SSLContext, timeout_s: float
+    ) -> None:
+        super().__init__(host, port, timeout=timeout_s, context=tls)
+        self._server, self._tls = server, tls
+        self._ended = False
+        self._create_connection = self._connected
+
+    def connect(self) -> None:
+        """Connect, through the proxy if one is set, and shake hands. Raises OSError."""
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._tls.wrap_socket(
+            self.sock, server_hostname=self._server, do_handshake_on_connect=False
+        )
+        self.sock.do_handshake()
+
+    def ends(self) -> tuple[str, str]:
+        """The IP addresses of both ends, ours first."""
+        return str(self.sock.getsockname()[0]), str(self.sock.getpeername()[0])
+
+    def end(self) -> None:
+        """End it from another thread. It is not closed: its own thread reads from it."""
+        self._ended = True
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+    def _connected(
+        self, address: tuple[str, int], timeout_s: float, source: object = None
+    ) -> socket.socket:
+        """As `socket.create_connection`, with the socket in `self.sock` before it connects."""
+        failure = OSError("the name has no address")
+        for *kind, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            self.sock = socket.socket(*kind)
+            try:
+                self.sock.settimeout(timeout_s)
+                if self._ended:
+                    raise ConnectionAbortedError("the connection was ended")
+                self.sock.connect(place)
+                return self.sock
+            except OSError as err:
+                failure = err
+                self.sock.close()
+        raise failure
 
 
 class Proxy(NamedTuple):
@@ -200,7 +255,7 @@ class OverWire(httpx.BaseTransport):
         return httpx.Response(status, content=body, request=request)
 
     def close(self) -> None:
-        self._wire.drop()
+        self._wire.close()
 
 
 def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:

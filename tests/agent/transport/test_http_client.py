@@ -1,10 +1,22 @@
-"""Which way out the agent's link takes."""
+"""Which way out the agent's link takes, and that it can be ended at any time."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator
+
+import psutil
 import pytest
 
-from agent.transport.http_client import Proxy, proxy_for
+from agent.transport.http_client import Proxy, Wire, proxy_for
+from protocols.errors import Unreachable
+from tests.support.fleet_harness import until
+
+PATIENCE_S = 60.0
 
 
 @pytest.mark.parametrize(
@@ -32,3 +44,79 @@ def test_the_proxy_of_the_environment(
         monkeypatch.setenv("HTTPS_PROXY", url)
     monkeypatch.setenv("NO_PROXY", no_proxy)
     assert proxy_for("train.example.org", 9092) == proxy
+
+
+# --- ending ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A socket that listens, with nobody behind it who answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        yield listener
+
+
+class Asking:
+    """A request to `silent` in a thread."""
+
+    def __init__(self, silent: socket.socket) -> None:
+        host, port = silent.getsockname()
+        tls = ssl.create_default_context()
+        self.wire = Wire(f"{host}:{port}", tls, timeout_s=600.0, kept_s=60.0)
+        self.failure: Unreachable | None = None
+        self.thread = threading.Thread(target=self._ask, daemon=True)
+        self.thread.start()
+
+    def _ask(self) -> None:
+        try:
+            self.wire.ask("GET", "/", {})
+        except Unreachable as err:
+            self.failure = err
+
+
+def connecting(port: int) -> int:
+    """How many connections of this process to this port are not there yet."""
+    found = psutil.Process().net_connections("tcp4")
+    return sum(one.status == psutil.CONN_SYN_SENT and one.raddr.port == port for one in found)
+
+
+def test_a_request_that_waits_for_the_handshake_ends_when_the_link_closes(
+    silent: socket.socket,
+) -> None:
+    asking = Asking(silent)
+    accepted, _ = silent.accept()
+    with accepted:
+        assert accepted.recv(1), "the handshake has begun"
+        asking.wire.close()
+        asking.thread.join(PATIENCE_S)
+        assert asking.failure is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses at once")
+def test_a_request_that_waits_for_a_connection_ends_when_the_link_closes(
+    silent: socket.socket,
+) -> None:
+    port = silent.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        while not (before := connecting(port)):  # until the queue of the listener is full
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(silent.getsockname())
+        asking = Asking(silent)
+        until(lambda: connecting(port) > before, "it connects")
+        asking.wire.close()
+        asking.thread.join(PATIENCE_S)
+        assert asking.failure is not None
+
+
+def test_a_closed_link_makes_no_connection(silent: socket.socket) -> None:
+    host, port = silent.getsockname()
+    wire = Wire(f"{host}:{port}", ssl.create_default_context(), timeout_s=600.0, kept_s=60.0)
+    wire.close()
+    with pytest.raises(Unreachable, match="closed"):
+        wire.ask("GET", "/", {})
+    silent.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        silent.accept()
