@@ -23,10 +23,13 @@ from agent.cli import policy as cli_policy
 from agent.cli.control import Json, is_running, say
 from protocols import VERSION
 from protocols.errors import NotRunning, Unreachable, UsageFault
-from protocols.local import cli_entry, crash_reports, homes, json_output
+from protocols.local import cli_entry, crash_reports, exits, homes, json_output
 
 if TYPE_CHECKING:
     from agent.home.status_files import Status
+
+#: What is left after a command's end are threads: an upload broken off, the sync of a file.
+EXIT_WITHIN_S = 10.0
 
 app = typer.Typer(
     name="commonweight-agent",
@@ -285,4 +288,9 @@ app.command("serve")(serve.serve)
 
 def main() -> None:
     """The entry point: our errors become a message, a hint and an exit code."""
-    raise SystemExit(cli_entry.run(app))
+    code = 1  # of an exception that is not ours
+    try:
+        code = cli_entry.run(app)
+    finally:
+        exits.end_within(EXIT_WITHIN_S, code)
+    raise SystemExit(code)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -241,6 +242,24 @@ def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
     assert standing(site, "two") == ["enrolled"], "nobody told the coordinator"
     assert site.ask_agent("two", "leave", "--yes").returncode == 4
     assert site.ask_agent("two", "status").returncode == 5
+
+
+def test_an_agent_exits_at_once_while_a_connection_is_being_made(site: Fleet) -> None:
+    """One end of the handshake waits: a coordinator that is stopping, or a network that drops."""
+    site.join("five")
+    enrolment = settings.read_enrolment(site.folder / "five")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        changed = msgspec.structs.replace(enrolment, addresses=(address,))
+        settings.write_enrolment(site.folder / "five", changed)
+        program = site._start("five", [AGENT, "run"], site._env("five"))
+        accepted, _ = silent.accept()
+        with accepted:
+            assert accepted.recv(1), "the handshake has begun"
+            assert program.stop() == 0
+    log = program.log
+    assert "agent stopped" in log
+    assert "did not exit" not in log
 
 
 # --- the small ones --------------------------------------------------------------------------
