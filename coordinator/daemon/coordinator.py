@@ -308,7 +308,6 @@ class Hub:
     def _on_request(self, action: str, node_id: int) -> None:
         """A Fleet request of this node succeeded."""
         if action in ARRIVALS:
-            self._grid.wake()
             self._nudge()
         peer = self._sessions.peer_of(node_id)
         if self._sessions.node_of(peer) is None:

@@ -25,7 +25,6 @@ from protocols.model.weights import (
     Array,
     Part,
     Readable,
-    Weights,
     narrow,
     pieces,
     widen,
@@ -126,21 +125,6 @@ class _Piece(NamedTuple):
     parts: list[Part]
     mean: dict[Part, Array]
     still: dict[Part, Array]
-
-
-def weighted_mean(
-    updates: Sequence[Weights],
-    share: Sequence[float],
-    base: Weights,
-    scale: Sequence[float] | None = None,
-) -> Weights:
-    """The mean of small models in memory: `fold` with nothing in between."""
-    flat = {name: np.array(base[name]).reshape(-1) for name in base}
-    for piece in fold(updates, share, scale or [1.0] * len(updates), base, lambda mean: mean):
-        for part, array in piece.items():
-            flat[part.name][part.start : part.stop] = array
-    bf16 = [name for name, spec in base.schema.items() if spec.dtype == "BF16"]
-    return Weights({n: array.reshape(base.schema[n].shape) for n, array in flat.items()}, bf16)
 
 
 def _mean(

@@ -312,7 +312,6 @@ class LinkGrid(Grid):
         self._store = superlink.state.object_store
         self._run_id = superlink.run_id
         self._lock, self._waiting = superlink.lock, superlink.waiting
-        self._arrived = threading.Condition()
         #: Replies that LinkState has delivered but whose objects are still under way, by id.
         self._incomplete: dict[str, Message] = {}
         self.eligible: set[int] = set()
@@ -337,11 +336,6 @@ class LinkGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(self.eligible)
-
-    def wake(self) -> None:
-        """Something arrived: let `send_and_receive` look."""
-        with self._arrived:
-            self._arrived.notify_all()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Store the messages; the ids of those that LinkState took (a node may be gone)."""
@@ -432,18 +426,4 @@ class LinkGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, then wait for the replies on a condition, never by polling."""
-        pending = set(self.push_messages(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while pending:
-            with self._arrived:
-                found = list(self.pull_messages(pending))
-                replies += found
-                pending -= {reply.metadata.reply_to_message_id for reply in found}
-                left = None if deadline is None else deadline - time.monotonic()
-                if not pending or (left is not None and left <= 0):
-                    break
-                self._arrived.wait(left)
-        self.forget(pending)
-        return replies
+        raise NotImplementedError("a run sends and collects its messages itself")

@@ -106,8 +106,8 @@ class Feed:
         self._on_change, self._on_rejected = on_change, on_rejected
         self._doorbells = doorbells
         self._sign = sign
-        # A watcher of events takes a missing number for a lost one: orders are numbered apart.
-        self._voices = (Voice(COORDINATOR, sign), Voice(COORDINATOR, sign)) if sign else None
+        # Orders have numbers of their own: a watcher takes a missing number for a lost event.
+        self._orders = Voice(COORDINATOR, sign) if sign else None
         # Presence at QoS 0: at QoS 1 rumqttd hands out 100 retained messages and keeps the rest.
         every = functools.partial(topics.every_peer, fleet)
         self._filters = [(every("presence"), 0), (every("telemetry"), 0), (every("notice"), 1)]
@@ -219,10 +219,9 @@ class Feed:
 
         Raises RuntimeError in a feed that was given no `sign`.
         """
-        if self._voices is None:
+        if self._orders is None:
             raise RuntimeError("this feed only listens: it was given no key to sign with")
-        events, orders = self._voices
-        payload = (events if topic == topics.event(self._fleet) else orders).seal(topic, body)
+        payload = self._orders.seal(topic, body)
         if len(payload) > MAX_PAYLOAD_BYTES:
             _log.error("%s of %d bytes was not sent", type(body).__name__, len(payload))
             return False
@@ -237,15 +236,6 @@ class Feed:
     async def command(self, peer: str, command: Command) -> bool:
         """Send an operator's command. True says that the broker has it, not that `peer` obeyed."""
         return await self.publish(topics.command(self._fleet, peer), command)
-
-    async def event(
-        self, body: PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links
-    ) -> bool:
-        """Tell the monitors. One that was not sent leaves a gap in the numbers that they notice."""
-        if isinstance(body, RoundClosed) and len(body.norms) > 200:
-            # Named by peer, the norms of a large round do not fit; a snapshot has them.
-            body = replace(body, norms={})
-        return await self.publish(topics.event(self._fleet), body)
 
     async def relay(self, envelope: Envelope) -> bool:
         """Tell the monitors what the coordinator has numbered and folded itself."""

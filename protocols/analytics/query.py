@@ -23,7 +23,6 @@ Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
 #: More would be a table, not an answer.
 MOST_OPERATIONS, MOST_GROUPING, MOST_CONDITIONS = 32, 3, 16
-MOST_CELLS = 2000
 
 
 class Operation(Struct, frozen=True, order=True):

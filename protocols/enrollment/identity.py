@@ -88,16 +88,6 @@ def peer_id(public: bytes) -> str:
     return "-".join(text[i : i + 4] for i in range(0, 16, 4))
 
 
-def is_peer_id(text: str) -> bool:
-    """True if the check character fits: a mistyped id is told from an unknown one."""
-    plain = text.replace("-", "").upper()
-    return (
-        len(plain) == 16
-        and all(letter in _ALPHABET for letter in plain)
-        and _check_character(plain[:15]) == plain[15]
-    )
-
-
 def _check_character(text: str) -> str:
     """Luhn mod 32: finds every wrong letter, and all swapped neighbours but A and 7."""
     # The letter before the check character is the doubled one, or those two could be swapped.

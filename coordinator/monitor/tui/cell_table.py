@@ -104,12 +104,6 @@ class CellTable(ScrollView, can_focus=True):
         """The id in the row under the cursor."""
         return self.order[self.cursor_row] if self.cursor_row < len(self.order) else None
 
-    @property
-    def in_sight(self) -> list[str]:
-        """The ids whose lines are on the screen."""
-        top = self.scroll_offset.y
-        return self.order[top : top + max(self.size.height - 1, 0)]
-
     # --- drawing ---
 
     def render_lines(self, crop: Region) -> list[Strip]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,22 @@ COUNTS = st.dictionaries(
     st.sampled_from("ABCDEFGH"), st.integers(1, 10_000_000), min_size=1, max_size=8
 )
 FLOATS = st.floats(-1e6, 1e6, width=32)
+
+
+def weighted_mean(
+    updates: Sequence[Weights],
+    share: Sequence[float],
+    base: Weights,
+    scale: Sequence[float] | None = None,
+) -> Weights:
+    """The mean of small models in memory, without a strategy in between."""
+    flat = {name: np.array(base[name]).reshape(-1) for name in base}
+    scale = scale or [1.0] * len(updates)
+    for piece in averaging.fold(updates, share, scale, base, lambda mean: mean):
+        for part, array in piece.items():
+            flat[part.name][part.start : part.stop] = array
+    bf16 = [name for name, spec in base.schema.items() if spec.dtype == "BF16"]
+    return Weights({n: array.reshape(base.schema[n].shape) for n, array in flat.items()}, bf16)
 
 
 @given(COUNTS, st.booleans(), st.floats(0.01, 1.0))
@@ -70,7 +87,7 @@ def test_the_order_of_arrival_does_not_show(rows: Any, rng: Any) -> None:
         counts = {peer: 1 + peers.index(peer) for peer in arrived}
         share = averaging.shares(counts, equal=False, cap=1.0)
         names = sorted(updates)
-        mean = averaging.weighted_mean([updates[n] for n in names], [share[n] for n in names], base)
+        mean = weighted_mean([updates[n] for n in names], [share[n] for n in names], base)
         return weights.digest(mean)
 
     shuffled = list(peers)
@@ -83,7 +100,7 @@ def test_the_mean_is_that_of_numpy(rows: Any, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 1000), min_size=len(rows), max_size=len(rows)))
     share = [count / sum(counts) for count in counts]
     base = Weights({"w": np.zeros(5, np.float32)})
-    mean = averaging.weighted_mean([Weights({"w": row}) for row in rows], share, base)
+    mean = weighted_mean([Weights({"w": row}) for row in rows], share, base)
     expected = np.average(rows.astype(np.float64), axis=0, weights=counts).astype(np.float32)
     np.testing.assert_allclose(mean["w"], expected, rtol=1e-6, atol=1e-6)
     assert mean["w"].dtype == np.float32
@@ -95,7 +112,7 @@ def test_equal_updates_have_themselves_as_mean(row: Any, counts: dict[str, int])
     half = row.clip(-6e4, 6e4).astype(np.float16)
     bits = (row.view(np.uint32) >> 16).astype(np.uint16)
     model = Weights({"f32": row, "f16": half, "bf16": bits}, ["bf16"])
-    mean = averaging.weighted_mean([model] * len(share), share, model)
+    mean = weighted_mean([model] * len(share), share, model)
     assert mean.schema == model.schema
     # A negative zero comes back as zero: it is equal, and the sum starts at zero.
     for name in ("f32", "f16"):
@@ -106,7 +123,7 @@ def test_equal_updates_have_themselves_as_mean(row: Any, counts: dict[str, int])
 def test_integers_and_booleans_keep_the_bases_value() -> None:
     base = Weights({"steps": np.array(7, np.int64), "mask": np.array([True, False])})
     update = Weights({"steps": np.array(99, np.int64), "mask": np.array([False, True])})
-    mean = averaging.weighted_mean([update, update], [0.5, 0.5], base)
+    mean = weighted_mean([update, update], [0.5, 0.5], base)
     assert mean.schema == base.schema
     assert int(mean["steps"]) == 7
     assert mean["mask"].tolist() == [True, False]
@@ -124,7 +141,7 @@ def test_scalars_and_empty_tensors_are_averaged() -> None:
             ["bits"],
         )
 
-    mean = averaging.weighted_mean([model(1.0), model(3.0)], [0.5, 0.5], model(0.0))
+    mean = weighted_mean([model(1.0), model(3.0)], [0.5, 0.5], model(0.0))
     assert mean.schema == model(0.0).schema
     assert weights.digest(mean) == weights.digest(model(2.0))
 
@@ -133,7 +150,7 @@ def test_the_largest_numbers_do_not_overflow() -> None:
     most = np.finfo(np.float32).max
     model = Weights({"w": np.array([most, -most], np.float32)})
     share = list(averaging.shares(dict.fromkeys("ABC", 1), equal=True, cap=1.0).values())
-    mean = averaging.weighted_mean([model] * 3, share, model)
+    mean = weighted_mean([model] * 3, share, model)
     weights.check_finite(mean)
 
 
@@ -184,16 +201,14 @@ def test_the_size_of_the_pieces_does_not_show(rows: Any, limit_bytes: int, scale
     base = Weights({"a": np.ones(17, np.float32), "b": np.ones((4, 5), np.float32)})
     updates = [Weights({"a": row[:17], "b": row[17:].reshape(4, 5)}) for row in rows]
     share = [0.2, 0.3, 0.5]
-    whole = averaging.weighted_mean(updates, share, base, scale)
+    whole = weighted_mean(updates, share, base, scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(averaging, "pieces", lambda schema: weights.pieces(schema, limit_bytes))
-        assert weights.digest(averaging.weighted_mean(updates, share, base, scale)) == (
-            weights.digest(whole)
-        )
+        assert weights.digest(weighted_mean(updates, share, base, scale)) == (weights.digest(whole))
 
 
 def test_clipping_moves_an_update_towards_the_base() -> None:
     base, update = Weights({"w": np.array([1.0])}), Weights({"w": np.array([5.0])})
     for scale, expected in ((1.0, 5.0), (0.5, 3.0), (0.0, 1.0)):
-        mean = averaging.weighted_mean([update], [1.0], base, [scale])
+        mean = weighted_mean([update], [1.0], base, [scale])
         assert float(mean["w"][0]) == expected

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import inspect
 import math
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -426,26 +425,6 @@ def test_nothing_is_left_behind(site: Site, machine: Machine, link: Link) -> Non
         link.push(answer_to(message, f"answer {number}"))
         assert len(list(site.grid.pull_messages(ids))) == 1
     assert len(store) == before
-
-
-def test_push_and_pull_together_wait_on_a_condition(
-    site: Site, machine: Machine, link: Link
-) -> None:
-    found: list[Message] = []
-    waiting = threading.Thread(
-        target=lambda: found.extend(
-            site.grid.send_and_receive([question(site, machine, "one")], timeout=30)
-        )
-    )
-    waiting.start()
-    message = None
-    while message is None:
-        message = link.pull()
-    link.push(answer_to(message, "uno"))
-    site.grid.wake()
-    waiting.join()
-    assert [text_of(reply) for reply in found] == ["uno"]
-    assert list(site.grid.send_and_receive([question(site, machine, "x")], timeout=0)) == []
 
 
 # --- hostile replies -------------------------------------------------------------------------

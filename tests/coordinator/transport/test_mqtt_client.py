@@ -239,10 +239,10 @@ async def test_monitors_hear_events_without_gaps_in_their_numbers(site: Site) ->
         large = RoundClosed(run="r", round=1, digest="0" * 64, seconds=1.0, peers=1, norms=norms)
         async with running(coordinator.feed.run, monitor.feed.run):
             await until(lambda: coordinator.feed.connected and monitor.feed.connected)
-            assert await coordinator.feed.event(Links(mqtt=True, flower=True))
+            assert await coordinator.tell(Links(mqtt=True, flower=True))
             assert await coordinator.feed.ring(site.peer)
             assert await coordinator.feed.command(site.peer, Command(action="pause"))
-            assert await coordinator.feed.event(large)
+            assert await coordinator.tell(large)
             await until(lambda: len(monitor.heard) == 2)
         assert [one.seq for one in monitor.heard] == [0, 1]
         assert monitor.kinds == ["event", "event"]
@@ -277,7 +277,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
     down = Watch(site, nobody, sign=site.coordinator_key.sign)
     assert not await down.feed.ring(site.peer)
     assert not await down.feed.command(site.peer, Command(action="pause"))
-    assert not await down.feed.event(Links(mqtt=False, flower=False))
+    assert not await down.tell(Links(mqtt=False, flower=False))
     assert not await down.feed.forget(site.peer)
     with pytest.raises(RuntimeError):
         await Watch(site, nobody).feed.ring(site.peer)
@@ -290,7 +290,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
         async with running(watch.feed.run):
             await until(lambda: watch.feed.connected)
             large = Happened(level="info", text="x" * MAX_PAYLOAD_BYTES)
-            assert not await watch.feed.event(large)
+            assert not await watch.tell(large)
             assert not await watch.feed.ring(site.peer)
             assert watch.feed.connected
 

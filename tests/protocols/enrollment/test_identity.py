@@ -21,42 +21,17 @@ from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage, HomeFault
 from protocols.local.atomic_files import write_private
 
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
-
 
 @given(st.binary(min_size=32, max_size=32))
 def test_a_peer_id_is_four_groups_of_four(public: bytes) -> None:
     made = identity.peer_id(public)
     assert [len(group) for group in made.split("-")] == [4, 4, 4, 4]
-    assert identity.is_peer_id(made)
-    assert identity.is_peer_id(made.lower().replace("-", ""))
     assert made == identity.peer_id(public)
 
 
-@given(st.binary(min_size=32, max_size=32), st.integers(0, 15), st.sampled_from(ALPHABET))
-def test_one_wrong_character_is_found(public: bytes, at: int, letter: str) -> None:
-    plain = identity.peer_id(public).replace("-", "")
-    if plain[at] != letter:
-        assert not identity.is_peer_id(plain[:at] + letter + plain[at + 1 :])
-
-
-@given(st.binary(min_size=32, max_size=32), st.integers(0, 14))
-def test_two_swapped_neighbours_are_found(public: bytes, at: int) -> None:
-    plain = identity.peer_id(public).replace("-", "")
-    one, other = plain[at], plain[at + 1]
-    # Luhn's own blind spot: the first and the last letter of the alphabet side by side.
-    if one != other and {one, other} != {"A", "7"}:
-        assert not identity.is_peer_id(plain[:at] + other + one + plain[at + 2 :])
-
-
-@given(st.text(max_size=24))
-def test_any_text_can_be_asked(text: str) -> None:
-    assert identity.is_peer_id(text) in (True, False)
-
-
-@pytest.mark.parametrize("text", ["", "ABCD", "0000-1111-8888-9999", "ABCD-EFGH-IJKL-MNOP-QRST"])
-def test_other_texts_are_no_ids(text: str) -> None:
-    assert not identity.is_peer_id(text)
+def test_a_peer_id_stays_what_it_was() -> None:
+    """Ledgers and enrollments of older versions name peers by it."""
+    assert identity.peer_id(bytes(32)) == "MZUH-VLPY-MK6X-O3E6"
 
 
 # --- TLS -------------------------------------------------------------------------------------
