@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -36,7 +37,7 @@ from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import sync
 from protocols.local.disk_space import check_room, is_full
 from protocols.messages import envelope
-from protocols.messages.work import UpdateClaim, Work, decode_claim, read_work
+from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, UpdateClaim, Work
 from protocols.model import schema_card
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
@@ -174,10 +175,10 @@ class Client:
         payload, signature = config.get("work"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
             raise BadMessage("a message without signed work")
-        work = read_work(
+        work = SIGNED_WORK.open(
             payload,
             signature,
-            lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
+            partial(identity.verify, self._coordinator_public),
         )
         if not self._allowed(work.task):
             raise Refused(
@@ -290,11 +291,11 @@ class Client:
         self._send_update(finished)
 
     def _note_departure(self, work: Work, finished: Finished) -> None:
-        self._on_leaving(decode_claim(finished.claim), work.task, finished.description)
+        self._on_leaving(SIGNED_CLAIM.decode(finished.claim), work.task, finished.description)
 
     def _send_update(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
-        digest = "" if finished.description else decode_claim(finished.claim).digest
+        digest = "" if finished.description else SIGNED_CLAIM.decode(finished.claim).digest
         if digest:
             self._on_sending()
             self._send(digest, self._outbox.update)

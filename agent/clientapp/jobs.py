@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class Jobs:
                 kept = self._keep(key, result)
                 failpoint("agent.unit.kept")
                 note("did", job=unit.job, unit=unit.unit, key=key)
-            answer = jobs.decode_answer(kept.answer)
+            answer = jobs.SIGNED_ANSWER.decode(kept.answer)
             self._on_leaving(unit, answer, kept.body)
             if self._file(key).exists():
                 self._send(answer.digest, self._file(key))
@@ -116,7 +117,7 @@ class Jobs:
         unit = jobs.read_unit(
             payload,
             signature,
-            lambda sig, signed: identity.verify(self._coordinator_public, sig, signed),
+            partial(identity.verify, self._coordinator_public),
         )
         return unit, jobs.key_of(payload)
 
@@ -129,7 +130,7 @@ class Jobs:
         """The answer that is in the outbox already, if it is whole."""
         try:
             kept = msgspec.json.decode((self._outbox / f"{key}.json").read_bytes(), type=_Kept)
-            answer = jobs.decode_answer(kept.answer)
+            answer = jobs.SIGNED_ANSWER.decode(kept.answer)
             if answer.nbytes > INLINE_BYTES and file_digest(self._file(key)) != answer.digest:
                 return None
         except (OSError, msgspec.DecodeError, BadMessage):
@@ -159,7 +160,7 @@ class Jobs:
             rows=result.rows,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = jobs.sign_answer(answer, self._sign)
+        payload, signature = jobs.SIGNED_ANSWER.seal(answer, self._sign)
         kept = _Kept(answer=payload, signature=signature, body=inline)
         with replacing(self._outbox / f"{key}.json") as file:
             file.write(msgspec.json.encode(kept))

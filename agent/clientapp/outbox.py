@@ -20,7 +20,7 @@ from protocols.local.atomic_files import replacing
 from protocols.local.background_unlink import remove
 from protocols.messages import envelope
 from protocols.messages.envelope import Metrics
-from protocols.messages.work import UpdateClaim, Work, decode_claim, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.model import personalization
 from protocols.model.weights import file_digest
 
@@ -87,7 +87,7 @@ class Outbox:
         """The answer that is in the outbox."""
         try:
             last = msgspec.json.decode(self.answer.read_bytes(), type=Finished)
-            claim = decode_claim(last.claim)
+            claim = SIGNED_CLAIM.decode(last.claim)
             if not claim.digest or last.description:
                 return last
             # Whatever became of the bytes, another training makes them anew.
@@ -122,7 +122,7 @@ class Outbox:
             tallies=outcome.tallies,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = sign_claim(claim, self._sign)
+        payload, signature = SIGNED_CLAIM.seal(claim, self._sign)
         finished = Finished(
             key=_key(work), claim=payload, signature=signature, description=description
         )
@@ -146,7 +146,7 @@ class Outbox:
     def settle_last(self) -> None:
         """What belongs to an update that was never sent is of no use."""
         last = self._last()
-        self.settle(decode_claim(last.claim).digest if last else "")
+        self.settle(SIGNED_CLAIM.decode(last.claim).digest if last else "")
 
 
 def _key(work: Work) -> str:

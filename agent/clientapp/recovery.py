@@ -12,7 +12,7 @@ from agent.clientapp.app import CLAIM
 from agent.transport.version_proofs import Kept, held
 from protocols.errors import Refused
 from protocols.messages import envelope
-from protocols.messages.work import UpdateClaim, Work, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.p2p.gossip import version_of
 
 PROOF = "cw.proof"
@@ -63,5 +63,5 @@ class Recall:
             num_examples=0,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = sign_claim(claim, self._sign)
+        payload, signature = SIGNED_CLAIM.seal(claim, self._sign)
         return ConfigRecord({"claim": payload, "signature": signature})

@@ -7,6 +7,7 @@ and to anybody who has the coordinator's public key.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from msgspec import Struct
 
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
-from protocols.messages.work import Work, read_work
+from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model.weights import file_digest
 from protocols.p2p.gossip import Head
 
@@ -30,7 +31,7 @@ class _Proof(Struct, frozen=True, kw_only=True):
 class Kept(NamedTuple):
     """A version in the file `path`, and the work that the coordinator signed for it.
 
-    `work.base` is its digest. `payload` and `signature` are for `exchange.read_work`.
+    `work.base` is its digest. `payload` and `signature` are for `exchange.SIGNED_WORK.open`.
     """
 
     path: Path
@@ -59,10 +60,10 @@ def read(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
         told = msgspec.json.decode(proof, type=_Proof)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a proof: {err}") from err
-    work = read_work(
+    work = SIGNED_WORK.open(
         told.work,
         told.signature,
-        lambda signature, signed: identity.verify(coordinator_public, signature, signed),
+        partial(identity.verify, coordinator_public),
     )
     return work, told.work, told.signature
 

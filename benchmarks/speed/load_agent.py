@@ -15,6 +15,7 @@ import ssl
 import time
 from base64 import b64encode
 from collections import Counter
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -43,12 +44,12 @@ from protocols.messages.mqtt import KEEPALIVE_S, Voice
 from protocols.messages.states import PeerState
 from protocols.messages.work import (
     EXCHANGE_PATH,
+    SIGNED_CLAIM,
+    SIGNED_WORK,
     Exchange,
     Exchanged,
     UpdateClaim,
     Work,
-    read_work,
-    sign_claim,
 )
 from protocols.model import schema_card, weights
 
@@ -219,10 +220,10 @@ class StandIn:
         payload, signature = config["work"], config["signature"]
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
-        work = read_work(
+        work = SIGNED_WORK.open(
             payload,
             signature,
-            lambda sig, signed: identity.verify(self._answer.coordinator_public, sig, signed),
+            partial(identity.verify, self._answer.coordinator_public),
         )
         self.say(work)
         claim = UpdateClaim(
@@ -242,7 +243,7 @@ class StandIn:
         elif data:
             self._attached = data  # few bytes go with the answer
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data))
-        payload, signature = sign_claim(claim, self._sign_key.sign)
+        payload, signature = SIGNED_CLAIM.seal(claim, self._sign_key.sign)
         self.say()
         content = RecordDict(
             {

@@ -112,7 +112,7 @@ class JobQuestions:
                 question = Private(min_group=spec.min_group)
             case "analyze":
                 question = Analyze(spec.query)
-        payload, signature = wire.sign_unit(
+        payload, signature = wire.SIGNED_UNIT.seal(
             wire.Unit(
                 job=job.id,
                 unit=unit.number,

@@ -33,8 +33,8 @@ def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
     payload, signature, body = record["answer"], record["signature"], record["body"]
     if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
         raise TypeError("an answer and its signature are bytes")
-    answer = wire.decode_answer(payload)
-    signed = verify(asked.peer, signature, wire.answer_part(payload))
+    answer = wire.SIGNED_ANSWER.decode(payload)
+    signed = verify(asked.peer, signature, wire.SIGNED_ANSWER.part(payload))
     if answer.peer != asked.peer or not signed:
         raise BadMessage("the answer is not signed by the peer that sent it")
     if answer.key != asked.key:

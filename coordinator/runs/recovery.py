@@ -14,7 +14,7 @@ from typing import NamedTuple
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from protocols.errors import BadMessage, UpdateRefused
-from protocols.messages.work import read_work
+from protocols.messages.work import SIGNED_WORK
 from protocols.p2p.gossip import version_of
 
 #: How long to listen for a newer version than those that were told of.
@@ -80,7 +80,7 @@ def proven(
     if proof is None:
         return None
     try:
-        work = read_work(*proof, verify)
+        work = SIGNED_WORK.open(*proof, verify)
     except BadMessage as err:
         raise UpdateRefused("bad proof", err.message) from err
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):

@@ -23,7 +23,7 @@ from coordinator.strategies.adapter import Recipe
 from coordinator.transport.flower_records import VersionRecord, one_config
 from protocols.failpoints import failpoint
 from protocols.messages.states import RunState
-from protocols.messages.work import Work, sign_work
+from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
 
@@ -121,7 +121,7 @@ class Questions:
             card=schema_card.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
         )
-        payload, signature = sign_work(work, self._around.sign)
+        payload, signature = SIGNED_WORK.seal(work, self._around.sign)
         return ConfigRecord({"work": payload, "signature": signature})
 
     def forget_work(self) -> None:

@@ -19,7 +19,7 @@ from protocols.codecs.registry import Decoded
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages.envelope import Verify
 from protocols.messages.states import RunState
-from protocols.messages.work import UpdateClaim, claim_part
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import FLOATING, Array, Readable, Schema, pieces, widen
 from protocols.tables import evaluation_counts, preprocessing
@@ -59,7 +59,7 @@ def check_claim(
     verify: Verify,
 ) -> None:
     """Raise UpdateRefused unless `sender` was asked for just this and signed it."""
-    if claim.peer != sender or not verify(sender, signature, claim_part(payload)):
+    if claim.peer != sender or not verify(sender, signature, SIGNED_CLAIM.part(payload)):
         raise UpdateRefused("bad signature", "the claim is not signed by the peer that sent it")
     if claim.run != run.id:
         raise UpdateRefused("another run", f"it belongs to run {claim.run}")

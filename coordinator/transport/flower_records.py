@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from coordinator.transport.flower import LinkGrid, Superlink
 from coordinator.transport.weights import Lane
 from protocols.errors import BadMessage, CommonweightError
-from protocols.messages.work import UpdateClaim, decode_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
 from protocols.model.schema_card import Description
 from protocols.model.weights import Part, Weights
@@ -130,7 +130,7 @@ def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
     payload, signature = record["claim"], record["signature"]
     if not isinstance(payload, bytes) or not isinstance(signature, bytes):
         raise TypeError("a claim and its signature are bytes")
-    return decode_claim(payload), payload, signature
+    return SIGNED_CLAIM.decode(payload), payload, signature
 
 
 def read_description(reply: Message, claim: UpdateClaim) -> Description:

@@ -102,7 +102,7 @@ class NeighbourDesk:
         removed = [p.peer for p in known.values() if p.standing == "removed"]
         removed += [o.operator for o in self._registry.operators.values() if o.removed]
         answer = Neighbours(
-            pass_=gossip.issue(given, self._sign),
+            pass_=gossip.SIGNED_PASS.pack(given, self._sign),
             near=tuple(
                 Neighbour(
                     peer=other,

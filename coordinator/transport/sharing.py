@@ -74,7 +74,7 @@ class SharingDesk:
                     for other, address in advice.holders
                     if other in known and known[other].standing == "enrolled"
                 ),
-                permit=swarm.issue(permit, self._sign),
+                permit=swarm.SIGNED_PERMIT.pack(permit, self._sign),
                 seed=advice.seed,
             )
             return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import ipaddress
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocols.errors import BadMessage, HomeFault
+from protocols.messages.signing import SignedJson
 
 SigningKey = ed25519.Ed25519PrivateKey
 NodeKey = ec.EllipticCurvePrivateKey
@@ -265,20 +267,18 @@ class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
     not_after: float
 
 
+_SIGNED_CERTIFICATE = SignedJson(
+    NodeCertificate, "node certificate", "node certificate", "this fleet's CA"
+)
+
+
 def issue(ca_key: SigningKey, certificate: NodeCertificate) -> bytes:
     """The certificate as signed bytes: 64 bytes of signature, then JSON."""
-    body = msgspec.json.encode(certificate)
-    return ca_key.sign(b"commonweight node certificate 1\n" + body) + body
+    return _SIGNED_CERTIFICATE.pack(certificate, ca_key.sign)
 
 
 def read_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
     """The certificate in `data`, checked against the CA. Raises BadMessage."""
     ca = x509.load_pem_x509_certificate(ca_pem).public_key()
     assert isinstance(ca, ed25519.Ed25519PublicKey)
-    signature, body = data[:64], data[64:]
-    if not verify(ca.public_bytes_raw(), signature, b"commonweight node certificate 1\n" + body):
-        raise BadMessage("the node certificate is not signed by this fleet's CA")
-    try:
-        return msgspec.json.decode(body, type=NodeCertificate)
-    except msgspec.DecodeError as err:
-        raise BadMessage(f"not a node certificate: {err}") from err
+    return _SIGNED_CERTIFICATE.unpack(data, partial(verify, ca.public_bytes_raw()))

@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Metrics, Name, Sign
+from protocols.messages.envelope import Count, Digest, Metrics, Name
+from protocols.messages.signing import SignedJson
 
 #: What a Flower message of type `query` is for. Flower has no types of our own.
 Action = Literal["infer", "analyze"]
@@ -103,10 +104,11 @@ class Answer(Struct, frozen=True, kw_only=True):
     nonce: Name
 
 
-_unit = msgspec.json.Decoder(Unit)
-_answer = msgspec.json.Decoder(Answer)
 _scores = msgspec.json.Decoder(Scores)
 encode = msgspec.json.Encoder().encode
+
+SIGNED_UNIT = SignedJson(Unit, "unit", "unit of work")
+SIGNED_ANSWER = SignedJson(Answer, "answer", "answer", "the peer that sent it")
 
 
 def key_of(payload: bytes) -> str:
@@ -114,37 +116,12 @@ def key_of(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def sign_unit(unit: Unit, sign: Sign) -> tuple[bytes, bytes]:
-    """The bytes of a unit and the coordinator's signature over them."""
-    payload = encode(unit)
-    return payload, sign(_unit_part(payload))
-
-
 def read_unit(payload: bytes, signature: bytes, verify: Callable[[bytes, bytes], bool]) -> Unit:
     """The unit in `payload` if `verify(signature, signed bytes)` says yes. Raises BadMessage."""
-    if not verify(signature, _unit_part(payload)):
-        raise BadMessage("the unit is not signed by this fleet's coordinator")
-    try:
-        unit = _unit.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a unit of work: {err}") from err
+    unit = SIGNED_UNIT.open(payload, signature, verify)
     if isinstance(unit.question, Scatter) and len(unit.question.sizes) != len(unit.question.rows):
         raise BadMessage("a unit whose blocks are not all described")
     return unit
-
-
-def sign_answer(answer: Answer, sign: Sign) -> tuple[bytes, bytes]:
-    """The bytes of an answer and the peer's signature over them."""
-    payload = encode(answer)
-    return payload, sign(answer_part(payload))
-
-
-def decode_answer(payload: bytes) -> Answer:
-    """The answer in `payload`. Raises BadMessage."""
-    try:
-        return _answer.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not an answer: {err}") from err
 
 
 def decode_scores(payload: bytes) -> Scores:
@@ -153,12 +130,3 @@ def decode_scores(payload: bytes) -> Scores:
         return _scores.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"no scores: {err}") from err
-
-
-def _unit_part(payload: bytes) -> bytes:
-    return b"commonweight unit 1\n" + payload
-
-
-def answer_part(payload: bytes) -> bytes:
-    """The bytes under an answer's signature."""
-    return b"commonweight answer 1\n" + payload

@@ -5,14 +5,12 @@ Work and claims travel in Flower's messages, these in our exchanges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
-import msgspec
 from msgspec import Struct
 
-from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Metrics, Name, Sign, Tallies
+from protocols.messages.envelope import Count, Digest, Metrics, Name, Tallies
+from protocols.messages.signing import SignedJson
 
 EXCHANGE_PATH = "/cw/v1/exchange"
 #: Weights of this size travel with the messages: a request on the lane costs more than they do.
@@ -103,41 +101,5 @@ class Exchanged(Struct, frozen=True, kw_only=True):
     version: bytes = b""
 
 
-_claim = msgspec.json.Decoder(UpdateClaim)
-_work = msgspec.json.Decoder(Work)
-_encode = msgspec.json.Encoder().encode
-
-
-def sign_work(work: Work, sign: Sign) -> tuple[bytes, bytes]:
-    """The bytes of `work` and the coordinator's signature over them."""
-    payload = _encode(work)
-    return payload, sign(b"commonweight work 1\n" + payload)
-
-
-def read_work(payload: bytes, signature: bytes, verify: Callable[[bytes, bytes], bool]) -> Work:
-    """The work in `payload` if `verify(signature, signed bytes)` says yes. Raises BadMessage."""
-    if not verify(signature, b"commonweight work 1\n" + payload):
-        raise BadMessage("the work is not signed by this fleet's coordinator")
-    try:
-        return _work.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a piece of work: {err}") from err
-
-
-def sign_claim(claim: UpdateClaim, sign: Sign) -> tuple[bytes, bytes]:
-    """The bytes of a claim and the agent's signature over them."""
-    payload = _encode(claim)
-    return payload, sign(claim_part(payload))
-
-
-def decode_claim(payload: bytes) -> UpdateClaim:
-    """The claim in `payload`. Raises BadMessage."""
-    try:
-        return _claim.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a claim: {err}") from err
-
-
-def claim_part(payload: bytes) -> bytes:
-    """The bytes under a claim's signature."""
-    return b"commonweight claim 1\n" + payload
+SIGNED_WORK = SignedJson(Work, "work", "piece of work")
+SIGNED_CLAIM = SignedJson(UpdateClaim, "claim", "claim", "the peer that sent it")

@@ -18,6 +18,7 @@ from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Digest, Name, Presence, Sign
+from protocols.messages.signing import SignedJson
 from protocols.messages.work import Work
 from protocols.p2p.swarm import Serving
 
@@ -125,21 +126,13 @@ class Pass(Struct, frozen=True, kw_only=True):
     words_only: bool = False
 
 
-def issue(given: Pass, sign: Sign) -> bytes:
-    """The pass as signed bytes: 64 bytes of signature, then JSON."""
-    body = msgspec.json.encode(given)
-    return sign(_pass_part(body)) + body
+SIGNED_PASS = SignedJson(Pass, "pass", "pass")
+_SIGNED_WORD = SignedJson(Word, "word", "word")
 
 
 def read_pass(data: bytes, verify: Callable[[bytes, bytes], bool], now: float) -> Pass:
     """The pass in `data`, if it is good now. Raises BadMessage."""
-    signature, body = data[:64], data[64:]
-    if not verify(signature, _pass_part(body)):
-        raise BadMessage("the pass is not signed by this fleet's coordinator")
-    try:
-        given = msgspec.json.decode(body, type=Pass)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a pass: {err}") from err
+    given = SIGNED_PASS.unpack(data, verify)
     if now > given.until:
         raise BadMessage("the pass has ended")
     return given
@@ -147,8 +140,8 @@ def read_pass(data: bytes, verify: Callable[[bytes, bytes], bool], now: float) -
 
 def speak(word: Word, certificate: bytes, sign: Sign) -> bytes:
     """The word as it travels. `certificate` and `sign` are the speaker's own."""
-    body = msgspec.json.encode(word)
-    spoken = _Spoken(certificate=certificate, word=body, signature=sign(_word_part(body)))
+    body, signature = _SIGNED_WORD.seal(word, sign)
+    spoken = _Spoken(certificate=certificate, word=body, signature=signature)
     return msgspec.msgpack.encode(spoken)
 
 
@@ -156,13 +149,13 @@ def hear(spoken: bytes, ca_pem: bytes, fleet: str, now: float) -> Heard:
     """The word in `spoken`, if an enrolled peer of this fleet has said it. Raises BadMessage."""
     try:
         told = msgspec.msgpack.decode(spoken, type=_Spoken)
-        word = msgspec.json.decode(told.word, type=Word)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a word: {err}") from err
+        raise BadMessage(f"not a valid word: {err}") from err
+    word = _SIGNED_WORD.decode(told.word)
     speaker = identity.read_certificate(ca_pem, told.certificate)
     if (speaker.fleet, speaker.peer) != (fleet, word.peer) or speaker.not_after < now:
         raise BadMessage("the word's certificate is of another fleet or peer, or has ended")
-    if not identity.verify(speaker.sign_public, told.signature, _word_part(told.word)):
+    if not identity.verify(speaker.sign_public, told.signature, _SIGNED_WORD.part(told.word)):
         raise BadMessage(f"the word is not signed by {word.peer}")
     if word.at > now + _AHEAD_S:
         raise BadMessage("the word is dated ahead")
@@ -214,11 +207,3 @@ class Words:
         """These were removed from the fleet."""
         for peer in peers:
             self._heard.pop(peer, None)
-
-
-def _pass_part(body: bytes) -> bytes:
-    return b"commonweight pass 1\n" + body
-
-
-def _word_part(body: bytes) -> bytes:
-    return b"commonweight word 1\n" + body

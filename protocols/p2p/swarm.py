@@ -13,11 +13,11 @@ import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Name, Sign
+from protocols.messages.envelope import Count, Digest, Name
+from protocols.messages.signing import SignedJson
 
 PIECE_BYTES = 1 << 20
 #: Smaller versions come from the coordinator alone: asking costs more than it spares.
@@ -98,30 +98,17 @@ class Permit(Struct, frozen=True, kw_only=True):
     until: float
 
 
-def issue(permit: Permit, sign: Sign) -> bytes:
-    """The permit as signed bytes: 64 bytes of signature, then JSON."""
-    body = msgspec.json.encode(permit)
-    return sign(_part(body)) + body
+SIGNED_PERMIT = SignedJson(Permit, "permit", "permit")
 
 
 def read_permit(
     data: bytes, verify: Callable[[bytes, bytes], bool], digest: str, now: float
 ) -> Permit:
     """The permit in `data`, if it is good for this version now. Raises BadMessage."""
-    signature, body = data[:64], data[64:]
-    if not verify(signature, _part(body)):
-        raise BadMessage("the permit is not signed by this fleet's coordinator")
-    try:
-        permit = msgspec.json.decode(body, type=Permit)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a permit: {err}") from err
+    permit = SIGNED_PERMIT.unpack(data, verify)
     if permit.digest != digest or now > permit.until:
         raise BadMessage("the permit is for another version, or has ended")
     return permit
-
-
-def _part(body: bytes) -> bytes:
-    return b"commonweight permit 1\n" + body
 
 
 def count(nbytes: int, piece_bytes: int = PIECE_BYTES) -> int:

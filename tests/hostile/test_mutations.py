@@ -51,14 +51,12 @@ from protocols.messages.mqtt import MqttAddress, Voice
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.work import (
     EXCHANGE_PATH,
+    SIGNED_CLAIM,
+    SIGNED_WORK,
     Exchange,
     Parcel,
     UpdateClaim,
     Work,
-    claim_part,
-    read_work,
-    sign_claim,
-    sign_work,
 )
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -270,7 +268,7 @@ def judge(payload: bytes, signature: bytes) -> UpdateClaim | None:
 @few(900)
 def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     tried["claim"] += 1
-    payload, signature = sign_claim(GOOD, KEY.sign)
+    payload, signature = SIGNED_CLAIM.seal(GOOD, KEY.sign)
     assert judge(payload, signature) == GOOD
     assert judge(mutated(payload, changes), signature) is None
     assert judge(payload, mutated(signature, changes)) is None
@@ -281,7 +279,7 @@ def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
 def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
     tried["claim"] += 1
     payload = as_json(distorted(plain_of(GOOD), places))
-    claim = judge(payload, KEY.sign(claim_part(payload)))
+    claim = judge(payload, KEY.sign(SIGNED_CLAIM.part(payload)))
     if claim is not None:  # what is accepted is what was asked, within its bounds
         assert (claim.run, claim.round, claim.kind, claim.peer) == ("mnist-1", 2, "train", PEER)
         assert claim.base == "a" * 64
@@ -298,14 +296,14 @@ def test_work(
     changes: list[tuple[str, int, bytes]], places: list[tuple[int, Any, bool]], raw: bool
 ) -> None:
     tried["work"] += 1
-    payload, signature = sign_work(WORK, KEY.sign)
+    payload, signature = SIGNED_WORK.seal(WORK, KEY.sign)
     if raw:
         with pytest.raises(BadMessage):
-            read_work(mutated(payload, changes), signature, _by_key)
+            SIGNED_WORK.open(mutated(payload, changes), signature, _by_key)
         return
     payload = as_json(distorted(plain_of(WORK), places))
     with contextlib.suppress(BadMessage):
-        read_work(payload, KEY.sign(b"commonweight work 1\n" + payload), _by_key)
+        SIGNED_WORK.open(payload, KEY.sign(b"commonweight work 1\n" + payload), _by_key)
 
 
 def _by_key(signature: bytes, signed: bytes) -> bool:

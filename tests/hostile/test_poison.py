@@ -17,7 +17,7 @@ from coordinator.runs import state, transitions
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
 from protocols.messages.states import RunState
-from protocols.messages.work import UpdateClaim, claim_part, decode_claim, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_fleet import Agent, first_weights, fleet_of, some_data
@@ -52,7 +52,7 @@ class Poisoner:
         record = reply.content.config_records.get(CLAIM)
         if record is None:
             return reply
-        claim = decode_claim(record["claim"])  # type: ignore[arg-type]
+        claim = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
         if claim.kind == "init":
             return reply
         changed = dict(
@@ -60,10 +60,10 @@ class Poisoner:
         )
         if claim.kind == "train" and claim.round in self.models:
             changed |= self._send(claim)
-        payload = sign_claim(msgspec.structs.replace(claim, **changed), self._sign)[0]
+        payload = SIGNED_CLAIM.seal(msgspec.structs.replace(claim, **changed), self._sign)[0]
         if claim.kind == "train" and claim.round in self.raw:
             payload = self.raw[claim.round](payload)
-        signature = self._sign(claim_part(payload))
+        signature = self._sign(SIGNED_CLAIM.part(payload))
         content = RecordDict({CLAIM: ConfigRecord({"claim": payload, "signature": signature})})
         return Message(content, reply_to=message)
 

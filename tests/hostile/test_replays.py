@@ -21,7 +21,7 @@ from coordinator.transport.flower_records import CLAIM
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.joining import MQTT_PATH, STANDING_PATH
 from protocols.messages.states import RunState
-from protocols.messages.work import EXCHANGE_PATH, Exchange, UpdateClaim, decode_claim, sign_claim
+from protocols.messages.work import EXCHANGE_PATH, SIGNED_CLAIM, Exchange, UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.hostile.tools import (
@@ -193,7 +193,7 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
         def answer(message: Message) -> Message:
             reply = honest(message)
             record = reply.content.config_records[CLAIM]
-            claim = decode_claim(record["claim"])  # type: ignore[arg-type]
+            claim = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
             if claim.kind != "train":
                 return reply
             if claim.round == 2:  # the claim of round 1, with its good signature
@@ -239,7 +239,7 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
         def overheard(message: Message) -> Message:
             reply = theirs(message)
             record = reply.content.config_records[CLAIM]
-            claim = decode_claim(record["claim"])  # type: ignore[arg-type]
+            claim = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
             if claim.kind == "train":
                 seen[claim.round] = (claim, record["claim"], record["signature"])  # type: ignore[assignment]
             return reply
@@ -247,7 +247,7 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
         def answer(message: Message) -> Message:
             reply = honest(message)
             record = reply.content.config_records[CLAIM]
-            mine = decode_claim(record["claim"])  # type: ignore[arg-type]
+            mine = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
             if mine.kind != "train":
                 return reply
             end = time.monotonic() + 30
@@ -255,11 +255,11 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
                 rogue._stopping.wait(0.01)
             claim, payload, signature = seen[mine.round]
             if mine.round == 1:  # its digest, signed by me
-                payload, signature = sign_claim(
+                payload, signature = SIGNED_CLAIM.seal(
                     msgspec.structs.replace(mine, digest=claim.digest), rogue.machine.sign_key.sign
                 )
             elif mine.round == 3:  # its whole claim under my name
-                payload, signature = sign_claim(
+                payload, signature = SIGNED_CLAIM.seal(
                     msgspec.structs.replace(claim, peer=rogue.peer), rogue.machine.sign_key.sign
                 )
             elif mine.round == 4:  # the reply itself in its node's name

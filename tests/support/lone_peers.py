@@ -25,7 +25,7 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.states import PeerState
-from protocols.messages.work import Work, sign_work
+from protocols.messages.work import SIGNED_WORK, Work
 from protocols.p2p.gossip import Head
 from tests.support.https_site import HOST, Machine, Site
 
@@ -91,7 +91,7 @@ class Peer:
         """Let it have a version of a run, with the coordinator's word."""
         head, work, data = made(version, since)
         (self.cache / f"{head.digest}.safetensors").write_bytes(data)
-        version_proofs.prove(self.cache, work, *sign_work(work, self.site.sign_key.sign))
+        version_proofs.prove(self.cache, work, *SIGNED_WORK.seal(work, self.site.sign_key.sign))
         return head
 
     def new_gossip(self) -> Gossip:

@@ -11,6 +11,7 @@ import logging
 import time
 from base64 import b64decode
 from binascii import Error as BadBase64
+from functools import partial
 
 from agent.transport.p2p.gossip import Gossip
 from protocols.enrollment import identity, signed_requests
@@ -56,7 +57,7 @@ class Entry:
             return given.holder, given.sign_public
         permit = swarm.read_permit(
             b64decode(headers.get(swarm.PERMIT, ""), validate=True),
-            lambda signature, signed: identity.verify(self._coordinator_public, signature, signed),
+            partial(identity.verify, self._coordinator_public),
             digest,
             now,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ class Gossip:
         """The pass of somebody who asks us. Raises BadMessage if it does not count."""
         given = gossip.read_pass(
             sealed,
-            lambda signature, signed: identity.verify(self._coordinator_public, signature, signed),
+            partial(identity.verify, self._coordinator_public),
             time.time(),
         )
         if self.given is not None and given.holder in self.given.removed:

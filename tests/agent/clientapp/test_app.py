@@ -29,12 +29,10 @@ from protocols.errors import (
 )
 from protocols.messages import envelope
 from protocols.messages.work import (
+    SIGNED_CLAIM,
+    SIGNED_WORK,
     UpdateClaim,
     Work,
-    claim_part,
-    decode_claim,
-    read_work,
-    sign_work,
 )
 from protocols.model import schema_card
 from protocols.model.weights import TensorSpec
@@ -128,8 +126,8 @@ class Desk:
         payload, signature = record["claim"], record["signature"]
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
-        assert identity.verify(identity.raw_public(KEY), signature, claim_part(payload))
-        return decode_claim(payload)
+        assert identity.verify(identity.raw_public(KEY), signature, SIGNED_CLAIM.part(payload))
+        return SIGNED_CLAIM.decode(payload)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +165,7 @@ def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Des
 
 
 def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
-    payload, signature = sign_work(work, key.sign)
+    payload, signature = SIGNED_WORK.seal(work, key.sign)
     config = ConfigRecord({"work": payload, "signature": signature})
     kind = f"query.{work.kind}" if work.kind in ("describe", "init") else work.kind
     return Message(RecordDict({"config": config}), 9, kind)
@@ -330,7 +328,7 @@ def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None
     [(work, payload, signature)] = told
     assert work == some_work()
     public = identity.raw_public(COORDINATOR)
-    signed = read_work(payload, signature, lambda sig, part: identity.verify(public, sig, part))
+    signed = SIGNED_WORK.open(payload, signature, partial(identity.verify, public))
     assert signed == work
 
 

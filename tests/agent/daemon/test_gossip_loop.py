@@ -140,9 +140,9 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         assert not await let_in(bob, b"")
         assert not await let_in(eve, good), "a pass is for the key that it names"
         own = Pass(holder=eve.machine.peer, sign_public=eve.signs, until=time.time() + 60)
-        assert not await let_in(eve, gossip.issue(own, eve.machine.sign_key.sign))
+        assert not await let_in(eve, gossip.SIGNED_PASS.pack(own, eve.machine.sign_key.sign))
         ended = Pass(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
-        assert not await let_in(bob, gossip.issue(ended, site.sign_key.sign))
+        assert not await let_in(bob, gossip.SIGNED_PASS.pack(ended, site.sign_key.sign))
         elsewhere = replace(at_ann, node_public=identity.node_public(bob.machine.node_key))
         assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
 

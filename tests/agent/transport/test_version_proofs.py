@@ -9,7 +9,7 @@ import pytest
 
 from agent.transport import version_proofs
 from protocols.enrollment import identity
-from protocols.messages.work import Work, read_work, sign_work
+from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
 
@@ -23,7 +23,7 @@ def bring(folder: Path, number: int, key: identity.SigningKey = COORDINATOR) -> 
     digest = weights.save(Weights({"w": np.full(3, number, np.float32)}), file)
     file.rename(folder / f"{digest}.safetensors")
     work = Work(run="r", round=number, kind="train", task="t", base=digest)
-    version_proofs.prove(folder, work, *sign_work(work, key.sign))
+    version_proofs.prove(folder, work, *SIGNED_WORK.seal(work, key.sign))
     return work
 
 
@@ -34,7 +34,7 @@ def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
     for held in found:
         assert held.work in works
         assert weights.file_digest(held.path) == held.work.base
-        signed = read_work(
+        signed = SIGNED_WORK.open(
             held.payload, held.signature, lambda sig, part: identity.verify(PUBLIC, sig, part)
         )
         assert signed == held.work
@@ -43,7 +43,7 @@ def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
 def test_the_first_proof_of_a_version_stays(tmp_path: Path) -> None:
     work = bring(tmp_path, 1)
     later = Work(run="r", round=2, kind="train", task="t", base=work.base)
-    version_proofs.prove(tmp_path, later, *sign_work(later, COORDINATOR.sign))
+    version_proofs.prove(tmp_path, later, *SIGNED_WORK.seal(later, COORDINATOR.sign))
     assert [held.work for held in version_proofs.held(tmp_path, PUBLIC)] == [work]
 
 

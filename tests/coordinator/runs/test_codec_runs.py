@@ -15,7 +15,7 @@ from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages.states import RunState
-from protocols.messages.work import UpdateClaim, decode_claim, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
 from tests.support.in_process_fleet import (
     Agent,
@@ -78,7 +78,7 @@ async def test_int8_is_as_good_as_whole_weights(tmp_path: Path) -> None:
 def claim_of(reply: Message) -> UpdateClaim:
     payload = reply.content.config_records[CLAIM]["claim"]
     assert isinstance(payload, bytes)
-    return decode_claim(payload)
+    return SIGNED_CLAIM.decode(payload)
 
 
 def claims_instead(agent: Agent, codec: str) -> None:
@@ -91,7 +91,7 @@ def claims_instead(agent: Agent, codec: str) -> None:
         if claim.kind != "train":
             return reply
         changed = msgspec.structs.replace(claim, codec=codec)
-        payload, signature = sign_claim(changed, agent.machine.sign_key.sign)
+        payload, signature = SIGNED_CLAIM.seal(changed, agent.machine.sign_key.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         return Message(RecordDict({CLAIM: record}), reply_to=message)
 
@@ -111,7 +111,7 @@ def sends_instead(agent: Agent, model: weights.Weights) -> None:
         digest = weights.save(model, path)
         agent._open_link().upload(digest, path)
         changed = msgspec.structs.replace(claim, digest=digest)
-        payload, signature = sign_claim(changed, agent.machine.sign_key.sign)
+        payload, signature = SIGNED_CLAIM.seal(changed, agent.machine.sign_key.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         return Message(RecordDict({CLAIM: record}), reply_to=message)
 

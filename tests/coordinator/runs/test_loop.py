@@ -29,7 +29,7 @@ from protocols.errors import (
 )
 from protocols.messages import envelope
 from protocols.messages.states import RunState
-from protocols.messages.work import UpdateClaim, decode_claim, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_fleet import (
@@ -565,13 +565,13 @@ class Cheat:
 
     def answer(self, message: Message) -> Message:
         reply = self._honest(message)
-        claim = decode_claim(reply.content.config_records[CLAIM]["claim"])  # type: ignore[arg-type]
+        claim = SIGNED_CLAIM.decode(reply.content.config_records[CLAIM]["claim"])  # type: ignore[arg-type]
         if claim.kind != "train":
             return reply
         self.changed, self.signer, self.content = {}, self.agent.machine.sign_key, None
         self.tricks[claim.round - 1](self, claim)
         changed = msgspec.structs.replace(claim, **self.changed)
-        payload, signature = sign_claim(changed, self.signer.sign)
+        payload, signature = SIGNED_CLAIM.seal(changed, self.signer.sign)
         record = ConfigRecord({"claim": payload, "signature": signature})
         content = RecordDict({CLAIM: record}) if self.content is None else self.content
         return Message(content, reply_to=message)

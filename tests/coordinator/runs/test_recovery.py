@@ -13,7 +13,7 @@ from coordinator.storage.run_events import Fact, Holding, RunSpec, Update
 from protocols.enrollment import identity
 from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
-from protocols.messages.work import Question, Work, sign_work
+from protocols.messages.work import SIGNED_WORK, Question, Work
 
 OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
 IS_OWN = partial(identity.verify, identity.raw_public(OWN))
@@ -98,7 +98,7 @@ def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
 
 def signed(kind: Question, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
     work = Work(run=run, round=number, kind=kind, task="t", base="d" if kind != "init" else "")
-    return sign_work(work, key.sign)
+    return SIGNED_WORK.seal(work, key.sign)
 
 
 def test_work_proves_the_version_that_it_is_on() -> None:

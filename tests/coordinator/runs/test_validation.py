@@ -18,7 +18,7 @@ from coordinator.storage.run_events import RunSpec, Update
 from protocols.enrollment import identity
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages.states import RunState
-from protocols.messages.work import UpdateClaim, sign_claim
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model.weights import Weights
 
 BASE, DIGEST = "0" * 64, "1" * 64
@@ -59,7 +59,7 @@ class Desk:
             nonce="n",
         )
         claim = replace(claim, **changed)
-        payload, signature = sign_claim(claim, self.keys[signer].sign)
+        payload, signature = SIGNED_CLAIM.seal(claim, self.keys[signer].sign)
         self.present_bytes(sender, claim, payload, signature)
 
     def present_bytes(
@@ -111,7 +111,7 @@ def test_a_payload_that_was_changed_is_not_signed() -> None:
         num_examples=5,
         nonce="n",
     )
-    payload, signature = sign_claim(claim, desk.keys["A"].sign)
+    payload, signature = SIGNED_CLAIM.seal(claim, desk.keys["A"].sign)
     for wrong, by in ((payload.replace(b"5", b"6"), signature), (payload, bytes(64))):
         with pytest.raises(UpdateRefused, match="not signed"):
             desk.present_bytes("A", claim, wrong, by)

@@ -141,7 +141,7 @@ def test_a_signature_over_something_else_is_no_certificate() -> None:
     ca_key, ca_pem = identity.new_ca("x")
     for body in (b"[]", b'{"v":1}', b"\xff"):
         signed = ca_key.sign(b"commonweight node certificate 1\n" + body) + body
-        with pytest.raises(BadMessage, match="not a node certificate"):
+        with pytest.raises(BadMessage, match="not a valid node certificate"):
             identity.read_certificate(ca_pem, signed)
 
 

@@ -31,13 +31,10 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.work import (
+    SIGNED_CLAIM,
+    SIGNED_WORK,
     UpdateClaim,
     Work,
-    claim_part,
-    decode_claim,
-    read_work,
-    sign_claim,
-    sign_work,
 )
 
 KEY = identity.new_signing_key()
@@ -187,7 +184,7 @@ def test_no_steering_character_passes(steering: str, where: str) -> None:
         messages.unseal(TOPIC, sealed(presence, sender=text), accept)
     claim = a_claim_as_json() | {"metrics": {text: 1.0}}
     with pytest.raises(BadMessage):
-        decode_claim(json.dumps(claim).encode())
+        SIGNED_CLAIM.decode(json.dumps(claim).encode())
 
 
 @given(st.text())
@@ -275,30 +272,30 @@ def verify(signature: bytes, signed: bytes) -> bool:
 
 def test_work_is_read_when_the_coordinator_signed_it() -> None:
     work = Work(run="r", round=3, kind="train", task="mnist", base="b", settings={"lr": 0.1})
-    payload, signature = sign_work(work, KEY.sign)
-    assert read_work(payload, signature, verify) == work
+    payload, signature = SIGNED_WORK.seal(work, KEY.sign)
+    assert SIGNED_WORK.open(payload, signature, verify) == work
     for wrong in (payload + b" ", payload.replace(b"mnist", b"other"), b""):
         with pytest.raises(BadMessage, match="not signed"):
-            read_work(wrong, signature, verify)
+            SIGNED_WORK.open(wrong, signature, verify)
     with pytest.raises(BadMessage, match="not signed"):
-        read_work(payload, bytes(64), verify)
+        SIGNED_WORK.open(payload, bytes(64), verify)
 
 
 def test_a_signature_for_one_purpose_serves_no_other() -> None:
     claim = msgspec.convert(a_claim_as_json(), UpdateClaim)
-    payload, signature = sign_claim(claim, KEY.sign)
-    assert decode_claim(payload) == claim
-    assert verify(signature, claim_part(payload))
+    payload, signature = SIGNED_CLAIM.seal(claim, KEY.sign)
+    assert SIGNED_CLAIM.decode(payload) == claim
+    assert verify(signature, SIGNED_CLAIM.part(payload))
     with pytest.raises(BadMessage, match="not signed"):
-        read_work(payload, signature, verify)
+        SIGNED_WORK.open(payload, signature, verify)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"\xff", b"[" * 5000])
 def test_signed_nonsense_is_refused(body: bytes) -> None:
-    with pytest.raises(BadMessage, match="not a piece of work"):
-        read_work(body, KEY.sign(b"commonweight work 1\n" + body), verify)
-    with pytest.raises(BadMessage, match="not a claim"):
-        decode_claim(body)
+    with pytest.raises(BadMessage, match="not a valid piece of work"):
+        SIGNED_WORK.open(body, KEY.sign(b"commonweight work 1\n" + body), verify)
+    with pytest.raises(BadMessage, match="not a valid claim"):
+        SIGNED_CLAIM.decode(body)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +303,7 @@ def test_signed_nonsense_is_refused(body: bytes) -> None:
 )
 def test_a_claim_with_wrong_fields_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(BadMessage):
-        decode_claim(json.dumps(a_claim_as_json() | changed).encode())
+        SIGNED_CLAIM.decode(json.dumps(a_claim_as_json() | changed).encode())
 
 
 @pytest.mark.parametrize("name", ["", "x\n", "x\x1b", "a/b", "n" * 65])

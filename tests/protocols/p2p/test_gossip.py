@@ -123,13 +123,13 @@ def test_a_pass_is_the_coordinators() -> None:
     key = identity.new_signing_key()
     until = time.time() + 5
     held = Pass(holder=PEER, sign_public=identity.raw_public(SIGN), until=until)
-    sealed = gossip.issue(held, key.sign)
+    sealed = gossip.SIGNED_PASS.pack(held, key.sign)
 
     def verify(signature: bytes, signed: bytes) -> bool:
         return identity.verify(identity.raw_public(key), signature, signed)
 
     assert gossip.read_pass(sealed, verify, time.time()) == held
-    for wrong in (sealed[:-1], gossip.issue(held, SIGN.sign), b""):
+    for wrong in (sealed[:-1], gossip.SIGNED_PASS.pack(held, SIGN.sign), b""):
         with pytest.raises(BadMessage):
             gossip.read_pass(wrong, verify, time.time())
     with pytest.raises(BadMessage):

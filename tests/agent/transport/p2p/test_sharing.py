@@ -259,7 +259,7 @@ def permit_of(site: Site, who: Machine, digest: str, until_s: float = 60.0) -> s
         digest=digest,
         until=time.time() + until_s,
     )
-    return b64encode(swarm.issue(permit, site.sign_key.sign)).decode()
+    return b64encode(swarm.SIGNED_PERMIT.pack(permit, site.sign_key.sign)).decode()
 
 
 def test_a_holder_serves_only_who_has_a_permit_and_signs(

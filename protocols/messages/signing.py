@@ -1,0 +1,64 @@
+"""Signed structs: JSON bytes, and an Ed25519 signature over a domain and those bytes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import msgspec
+
+from protocols.errors import BadMessage
+from protocols.messages.envelope import Sign
+
+T = TypeVar("T")
+#: `verify(signature, signed bytes)`.
+VerifyOne = Callable[[bytes, bytes], bool]
+
+_SIGNATURE_BYTES = 64
+_encode = msgspec.json.Encoder().encode
+
+
+class SignedJson(Generic[T]):
+    """How structs of one `kind` are signed.
+
+    `domain` is a part of what is signed, so that a signature over one kind of struct is none over
+    another. `name` and `signer` are for messages.
+    """
+
+    def __init__(
+        self, kind: type[T], domain: str, name: str, signer: str = "this fleet's coordinator"
+    ) -> None:
+        self._prefix = f"commonweight {domain} 1\n".encode()
+        self._decoder = msgspec.json.Decoder(kind)
+        self._name, self._signer = name, signer
+
+    def seal(self, value: T, sign: Sign) -> tuple[bytes, bytes]:
+        """The struct as JSON, and the signature over it."""
+        payload = _encode(value)
+        return payload, sign(self.part(payload))
+
+    def open(self, payload: bytes, signature: bytes, verify: VerifyOne) -> T:
+        """The struct in `payload`. Raises BadMessage unless `verify` accepts the signature."""
+        if not verify(signature, self.part(payload)):
+            raise BadMessage(f"the {self._name} is not signed by {self._signer}")
+        return self.decode(payload)
+
+    def decode(self, payload: bytes) -> T:
+        """The struct in `payload`, whoever signed it. Raises BadMessage."""
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            raise BadMessage(f"not a valid {self._name}: {err}") from err
+
+    def part(self, payload: bytes) -> bytes:
+        """The bytes under the signature."""
+        return self._prefix + payload
+
+    def pack(self, value: T, sign: Sign) -> bytes:
+        """The struct as one string of bytes: 64 bytes of signature, then JSON."""
+        payload, signature = self.seal(value, sign)
+        return signature + payload
+
+    def unpack(self, data: bytes, verify: VerifyOne) -> T:
+        """The struct in what `pack` has made. Raises BadMessage."""
+        return self.open(data[_SIGNATURE_BYTES:], data[:_SIGNATURE_BYTES], verify)
