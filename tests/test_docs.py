@@ -18,7 +18,8 @@ import coordinator.cli.main
 from benchmarks.speed import page as figures
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").glob("*.md")])
 PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
@@ -29,12 +30,14 @@ OTHERS = {
     "uv",
     "pipx",
     "make",
+    "pre-commit",
     "sudo",
     "~/commonweight/bin/pip",
     "cp",
 }
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:commonweight|commonweight-agent) [^`…]+)`")
+_PATH = re.compile(r"`((?:agent|coordinator|protocols|tests|benchmarks|docs|deploy)/[\w/.-]*)`")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -108,3 +111,9 @@ def test_the_readme_has_a_place_for_the_figures(tmp_path: Path) -> None:
         figures.write(page, results)
     assert page.read_text().count(figures.table(results)) == 1
     assert len(figures.table(results).splitlines()) == len(results["cases"]) + 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_file_that_a_page_names_exists(page: Path) -> None:
+    missing = [path for path in _PATH.findall(page.read_text()) if not (ROOT / path).exists()]
+    assert not missing
