@@ -22,18 +22,16 @@ from textual import events
 from textual._compositor import Compositor
 from textual.drivers.headless_driver import HeadlessDriver
 
-from coordinator.api.schema import RunOrder
 from coordinator.fleet.reducer import Fleet, decode, encode, fold
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.gc_tuning import calm
-from coordinator.remote.source import Action
+from coordinator.remote.source import ReadOnly
 from protocols.messages.envelope import (
     Body,
     Envelope,
     Happened,
     Links,
-    LogLine,
     PeerKnown,
     Presence,
     RoundClosed,
@@ -47,7 +45,7 @@ TICK_S = 0.02
 SIZE = (140, 40)
 
 
-class Crowd:
+class Crowd(ReadOnly):
     """A `watch.Source`: `peers` that train, change their states now and then, and close rounds."""
 
     def __init__(self, peers: int, rate: int) -> None:
@@ -150,24 +148,6 @@ class Crowd:
                 fold(self._fleet, envelope, time.time())
                 yield envelope
             await asyncio.sleep(TICK_S)
-
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        return ""
-
-    async def ticket(self) -> str:
-        return ""
-
-    async def start_run(self, order: RunOrder) -> str:
-        return ""
-
-    async def stop_run(self, run: str) -> None:
-        return None
-
-    async def stop_job(self, job: str) -> None:
-        return None
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        return []
 
 
 def _known(peer: str) -> PeerKnown:

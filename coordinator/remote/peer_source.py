@@ -16,21 +16,27 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import msgspec
 
-from coordinator.api.schema import RunOrder
 from coordinator.fleet.auth import OPERATOR
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.state import Event, Peer
 from coordinator.remote import access
-from coordinator.remote.source import Action
+from coordinator.remote.source import ReadOnly
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import BadMessage, NotRunning, Refused, UnknownName, Unreachable
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    NotRunning,
+    Refused,
+    UnknownName,
+    Unreachable,
+)
 from protocols.local.atomic_files import write_private
-from protocols.messages.envelope import Envelope, LogLine
+from protocols.messages.envelope import Envelope
 from protocols.network.error_text import why
 from protocols.p2p import gossip
 from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Heard, Neighbours, Told, Words
@@ -78,7 +84,7 @@ def _partner(given: Neighbours, word: str) -> _Partner:
     )
 
 
-class ViaSource:
+class ViaSource(ReadOnly):
     """`watch.Source` over one peer's words. Nothing can be changed through it.
 
     Raises UnknownName, NotRunning (no peers are known here).
@@ -104,23 +110,8 @@ class ViaSource:
             yield envelope
         raise Unreachable("a peer tells no live messages", "they come from the coordinator")
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        _read_only()
-
-    async def ticket(self) -> str:
-        _read_only()
-
-    async def start_run(self, order: RunOrder) -> str:
-        _read_only()
-
-    async def stop_run(self, run: str) -> None:
-        _read_only()
-
-    async def stop_job(self, job: str) -> None:
-        _read_only()
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        _read_only()
+    def refusal(self) -> CommonweightError:
+        return Refused("a peer only tells what it knows", "act when the coordinator is up again")
 
     def _ask(self) -> Told:
         body = msgspec.msgpack.encode(Told())
@@ -173,10 +164,6 @@ def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
         return door.sender, door.key, door.ca_pem.encode()
     key = identity.load_signing_key(home / "operator.key")
     return OPERATOR, key, (home / "ca.pem").read_bytes()
-
-
-def _read_only() -> NoReturn:
-    raise Refused("a peer only tells what it knows", "act when the coordinator is up again")
 
 
 def known(fleet: str, name: str, heard: Sequence[Heard], now: float) -> Fleet:

@@ -20,7 +20,7 @@ from coordinator.api.schema import RunOrder
 from coordinator.fleet.reducer import Fleet
 from coordinator.remote.source import Action, Source
 from protocols import VERSION
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import UsageFault
 from protocols.messages.envelope import Envelope, LogLine
 
 # The same module under two names: in the standard library from Python 3.14 on.
@@ -165,10 +165,3 @@ class RecordingSource:
 
     async def logs(self, peer: str) -> list[LogLine]:
         return await self._source.logs(peer)
-
-
-def only_a_recording() -> CommonweightError:
-    """The answer to whoever wants to change what was."""
-    return CommonweightError(
-        "this is a recording: nothing can be asked of it", "commonweight monitor"
-    )

@@ -10,20 +10,20 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from coordinator.api.schema import RunOrder
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet.reducer import Fleet, fold
 from coordinator.remote import recording
 from coordinator.remote.formatting import stopwatch
-from coordinator.remote.recording import Line, only_a_recording
-from coordinator.remote.source import Action
-from protocols.messages.envelope import Envelope, LogLine
+from coordinator.remote.recording import Line
+from coordinator.remote.source import ReadOnly
+from protocols.errors import CommonweightError
+from protocols.messages.envelope import Envelope
 
 AT_ONCE = 64
 SLOWEST, FASTEST = 1 / 16, 1024.0
 
 
-class ReplaySource:
+class ReplaySource(ReadOnly):
     """`clock()` is the recorded time that is shown now: ages in a replay are those of then.
 
     `on_jump` is called when a watcher should ask for a snapshot: time was left out, or the
@@ -164,20 +164,7 @@ class ReplaySource:
             except TimeoutError:
                 pass
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        raise only_a_recording()
-
-    async def ticket(self) -> str:
-        raise only_a_recording()
-
-    async def start_run(self, order: RunOrder) -> str:
-        raise only_a_recording()
-
-    async def stop_run(self, run: str) -> None:
-        raise only_a_recording()
-
-    async def stop_job(self, job: str) -> None:
-        raise only_a_recording()
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        raise only_a_recording()
+    def refusal(self) -> CommonweightError:
+        return CommonweightError(
+            "this is a recording: nothing can be asked of it", "commonweight monitor"
+        )

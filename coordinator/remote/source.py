@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from coordinator.api.schema import RunOrder
 from coordinator.fleet.reducer import Fleet
+from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope, LogLine
 
 Action = Literal["pause", "resume", "finish", "approve", "remove"]
@@ -46,3 +47,29 @@ class Source(Protocol):
     async def logs(self, peer: str) -> list[LogLine]:
         """The last lines of the peer's log that it lets others see."""
         ...
+
+
+class ReadOnly:
+    """The acting half of a `Source` that can only show: each request raises `refusal()`."""
+
+    def refusal(self) -> CommonweightError:
+        """Why nothing can be asked for here, and what to do."""
+        raise NotImplementedError
+
+    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+        raise self.refusal()
+
+    async def ticket(self) -> str:
+        raise self.refusal()
+
+    async def start_run(self, order: RunOrder) -> str:
+        raise self.refusal()
+
+    async def stop_run(self, run: str) -> None:
+        raise self.refusal()
+
+    async def stop_job(self, job: str) -> None:
+        raise self.refusal()
+
+    async def logs(self, peer: str) -> list[LogLine]:
+        raise self.refusal()
