@@ -19,7 +19,7 @@ from benchmarks.faults.checker import Fact, Truth
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import NO_BROKER, Site, site
 from benchmarks.speed.load_agent import StandIn, Tally, TurnedAway
-from coordinator.transport.http_server import allow_many_connections
+from coordinator.transport.http_server import raise_open_file_limit
 from protocols.enrollment import tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinAnswer
 from tests.support.fleet_harness import HOST, until
@@ -111,7 +111,7 @@ def _joined(fleet: Site, count: int) -> list[Light]:
 def protocol(folder: Path, count: int) -> Row:
     """`count` stand-ins open their sessions in the same moment, after a restart."""
     row = Row(f"31 stampede: {count:,} protocol-level sessions", "all back s")
-    allow_many_connections()
+    raise_open_file_limit()
     with site(folder) as fleet:
         fleet.options = NO_BROKER
         fleet.rise()

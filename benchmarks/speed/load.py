@@ -16,7 +16,7 @@ import psutil
 from benchmarks.speed.load_agent import StandIn, Tally
 from benchmarks.speed.processes import peak_rss
 from coordinator.remote.api_client import Remote
-from coordinator.transport.http_server import allow_many_connections
+from coordinator.transport.http_server import raise_open_file_limit
 from protocols.enrollment import tickets
 from tests.support.fleet_harness import HOST, Fleet, fleet
 
@@ -30,7 +30,7 @@ _PROBES_PER_S = 20
 
 def run(present: int, working: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Figures of a fleet of `present` stand-ins, of which `working` take part in rounds."""
-    allow_many_connections()
+    raise_open_file_limit()
     with fleet(folder) as site:
         site.up()
         return asyncio.run(_Load(site, present, working).measured(rounds))

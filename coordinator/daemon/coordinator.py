@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.app import make_app
 from coordinator.api.exchange import Exchanges, Lingering
-from coordinator.api.fast_path import direct
+from coordinator.api.fast_path import with_fast_path
 from coordinator.api.log_requests import LogDesk
 from coordinator.daemon import upstream
 from coordinator.daemon.tasks import supervised
@@ -38,7 +38,7 @@ from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.transport.flower import ARRIVALS, FLEET_PREFIX, Superlink
 from coordinator.transport.flower_records import LaneGrid
 from coordinator.transport.holders import Holders
-from coordinator.transport.http_server import Server, allow_many_connections, listen
+from coordinator.transport.http_server import Server, listen, raise_open_file_limit
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.publisher import Mirror
 from coordinator.transport.sharing import SharingDesk
@@ -131,7 +131,7 @@ class Hub:
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 loop.add_signal_handler(name, self.stop)
-        allow_many_connections()
+        raise_open_file_limit()
         server = Server(
             self._app(), self._socket, self._home / "server.pem", self._home / "server.key"
         )
@@ -139,7 +139,7 @@ class Hub:
         try:
             async with supervised(self._work(server, resume), self.stop):
                 serving = asyncio.create_task(server.serve())
-                await server.up(serving)
+                await server.wait_started(serving)
                 self._write_up_file()
                 on_ready()
                 stopping = asyncio.create_task(self._stopping.wait())
@@ -187,7 +187,7 @@ class Hub:
         auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
         flower = self._superlink.app(auth)
         public = identity.raw_public(self._keys.sign_key)
-        ours = direct(
+        ours = with_fast_path(
             make_app(self, auth, self._keys.fleet, self._keys.ca_key, self._keys.ca_pem, public)
         )
 

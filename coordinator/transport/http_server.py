@@ -1,9 +1,9 @@
-"""The HTTPS server: uvicorn, with the patience of a doorkeeper.
+"""The HTTPS server: uvicorn with limits on connections, time and size.
 
-A stranger costs little and not for long: a TLS handshake, a request's head and each piece of its
-body have a time limit, a head has a size limit, and one address can hold so many connections and
-make so many new ones, counted from their first packet on. uvicorn alone waits for ever on a
-connection that says nothing.
+uvicorn alone waits without a limit for a client that sends nothing. Here each TLS handshake,
+request head and body has a deadline (`http_connection`), and each address has a limit on open
+connections and on new connections a second. Both count from the first packet, before the TLS
+handshake.
 """
 
 from __future__ import annotations
@@ -25,119 +25,123 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coordinator.transport.http_connection import Doorkeeper
+from coordinator.transport.http_connection import LimitedHttpProtocol
 from protocols.errors import PortInUse, UsageFault
 
-HANDSHAKE_S = 10.0
-#: Many honest agents, two connections each, may share one address behind a router.
-MAX_PER_ADDRESS = 4096
-#: New connections: so many at once, then so many a second. A handshake costs about 1 ms of CPU.
-NEW_AT_ONCE, NEW_PER_S = 4096, 256
+HANDSHAKE_TIMEOUT_S = 10.0
+#: Many agents, with two connections each, may share one address behind a router.
+MAX_PER_CLIENT = 4096
+#: New connections of one client: a burst, then a rate. A handshake takes about 1 ms of CPU.
+MAX_NEW_BURST, MAX_NEW_PER_S = 4096, 256
 MAX_CONNECTIONS = 16_384
-#: Who is answered so loses the connection: what comes next counts as a new one. Not 409, 413, 422:
-#: those tell a member what became of its upload, which it is still sending.
-PARTING = frozenset({400, 401, 403, 404, 405, 411})
-_SWEEP_S = 1.0
+#: A response with one of these closes the connection, so that the next attempt counts as a new
+#: one. 409, 413 and 422 are missing: a peer reads them while it is still sending its upload.
+CLOSE_AFTER = frozenset({400, 401, 403, 404, 405, 411})
+_CHECK_EVERY_S = 1.0
 
-# Each TLS connection holds a read buffer of this size from its first packet on. asyncio's 256 KB
-# make 300 half-open connections cost 97 MB; a TLS record has 16 KB.
+# Each TLS connection allocates a read buffer of this size at its first packet. With asyncio's
+# 256 KB, 300 half-open connections take 97 MB. A TLS record has at most 16 KB.
 sslproto.SSLProtocol.max_size = 64 * 1024
 
 
-class Visitor(socket.socket):
-    """An accepted connection that tells when it is closed."""
+class TrackedSocket(socket.socket):
+    """An accepted connection that calls `on_close` once."""
 
     on_close: Callable[[], None] | None = None
 
     def close(self) -> None:
-        told, self.on_close = self.on_close, None
-        if told is not None:
-            told()
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
         super().close()
 
 
-class Listener(socket.socket):
-    """A listening socket that turns away who has too many connections or makes them too fast.
+class RateLimitedListener(socket.socket):
+    """A listening socket that closes connections of clients that are over a limit.
 
-    It counts from the first packet on: a TLS handshake that never ends is a connection too.
+    It counts before the TLS handshake: a handshake that never ends is a connection too.
     """
 
     def __init__(self, family: socket.AddressFamily) -> None:
-        # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without it, each
-        # answer waits 40 ms for a delayed acknowledgement between its head and its body.
+        # asyncio sets TCP_NODELAY on accepted sockets only if the protocol is named. Without it,
+        # the body of each response waits 40 ms for the delayed acknowledgement of its head.
         super().__init__(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        self.most = MAX_CONNECTIONS
-        self.held: Counter[str] = Counter()
+        self.max_connections = MAX_CONNECTIONS
+        #: Open connections by client.
+        self.open_connections: Counter[str] = Counter()
         self._total = 0
-        #: By address: how many new connections it has left, and when that was so (monotonic s).
-        self._allowance: dict[str, tuple[float, float]] = {}
+        #: By client: tokens left in its bucket, and when that was (monotonic s).
+        self._buckets: dict[str, tuple[float, float]] = {}
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that may stay. Raises BlockingIOError when there is none."""
+        """The next connection within the limits. Raises BlockingIOError when there is none."""
         while True:
             accepted, address = super().accept()
-            who = household(address[0])
-            if not self._may_enter(who):
+            client = client_key(address[0])
+            if not self._admit(client):
                 accepted.close()
                 continue
-            visitor = Visitor(self.family, self.type, self.proto, fileno=accepted.detach())
-            self.held[who] += 1
+            tracked = TrackedSocket(self.family, self.type, self.proto, fileno=accepted.detach())
+            self.open_connections[client] += 1
             self._total += 1
-            visitor.on_close = lambda who=who: self._left(who)
-            return visitor, address
+            tracked.on_close = lambda client=client: self._release(client)
+            return tracked, address
 
-    def _may_enter(self, who: str) -> bool:
+    def _admit(self, client: str) -> bool:
         now = time.monotonic()
-        left, at = self._allowance.get(who, (float(NEW_AT_ONCE), now))
-        left = min(NEW_AT_ONCE, left + (now - at) * NEW_PER_S)
-        self._allowance[who] = (max(left - 1, 0.0), now)
-        return left >= 1 and self.held[who] < MAX_PER_ADDRESS and self._total < self.most
+        tokens, at = self._buckets.get(client, (float(MAX_NEW_BURST), now))
+        tokens = min(MAX_NEW_BURST, tokens + (now - at) * MAX_NEW_PER_S)
+        self._buckets[client] = (max(tokens - 1, 0.0), now)
+        has_room = (
+            self.open_connections[client] < MAX_PER_CLIENT and self._total < self.max_connections
+        )
+        return tokens >= 1 and has_room
 
-    def _left(self, who: str) -> None:
+    def _release(self, client: str) -> None:
         self._total -= 1
-        self.held[who] -= 1
-        if not self.held[who]:
-            del self.held[who]
+        self.open_connections[client] -= 1
+        if not self.open_connections[client]:
+            del self.open_connections[client]
 
-    def forget_old(self, now: float) -> None:
-        """Drop what is known of addresses whose allowance is whole again."""
-        whole_s = NEW_AT_ONCE / NEW_PER_S
-        for who, (_, at) in list(self._allowance.items()):
-            if now - at > whole_s and who not in self.held:
-                del self._allowance[who]
+    def drop_full_buckets(self, now: float) -> None:
+        """Forget clients without a connection whose bucket is full again."""
+        refill_s = MAX_NEW_BURST / MAX_NEW_PER_S
+        for client, (_, at) in list(self._buckets.items()):
+            if now - at > refill_s and client not in self.open_connections:
+                del self._buckets[client]
 
 
-def household(host: str) -> str:
-    """Who counts as one: an IPv4 address, or the /64 that one line of IPv6 is given."""
+def client_key(host: str) -> str:
+    """The unit that limits apply to: an IPv4 address, or the /64 network of an IPv6 address."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
 
 
-def _parting(app: ASGIApp) -> ASGIApp:
-    """Ends the connection with an answer in `PARTING`."""
+def _closing_after_refusal(app: ASGIApp) -> ASGIApp:
+    """`app`, with `connection: close` in each response whose status is in `CLOSE_AFTER`."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        async def say(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in PARTING:
+        async def send_or_close(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in CLOSE_AFTER:
                 headers = [*message.get("headers", ()), (b"connection", b"close")]
                 message = {**message, "headers": headers}
             await send(message)
 
-        await app(scope, receive, say)
+        await app(scope, receive, send_or_close)
 
     return serve
 
 
 class Server(uvicorn.Server):
-    """uvicorn over an open socket, without signal handlers: the hub decides when to stop."""
+    """uvicorn on a bound socket, without signal handlers: the hub decides when to stop."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket, certificate: Path, key: Path) -> None:
         super().__init__(
             uvicorn.Config(
-                _parting(app),
-                http=Doorkeeper,
+                _closing_after_refusal(app),
+                http=LimitedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -155,7 +159,7 @@ class Server(uvicorn.Server):
         self.renew()
 
     def renew(self) -> None:
-        """Read the certificate again; connections made from now on see it."""
+        """Read the certificate files again. New connections use them."""
         self._tls.load_cert_chain(*self._files)
 
     @contextlib.contextmanager
@@ -164,55 +168,56 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        if isinstance(self._listener, Listener):
-            self._listener.most = _room()
+        if isinstance(self._listener, RateLimitedListener):
+            self._listener.max_connections = _max_connections()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            self._connection,
+            self._new_protocol,
             sock=self._listener,
             ssl=self._tls,
-            ssl_handshake_timeout=HANDSHAKE_S,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
             ssl_shutdown_timeout=2.0,
             backlog=2048,
         )
         self.servers.append(server)
 
-    def _connection(self) -> Doorkeeper:
-        return Doorkeeper(
+    def _new_protocol(self) -> LimitedHttpProtocol:
+        return LimitedHttpProtocol(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's own clock, ten times a second."""
-        if counter % int(_SWEEP_S * 10) == 0:
+        """Called by uvicorn ten times a second: closes connections that are overdue."""
+        if counter % int(_CHECK_EVERY_S * 10) == 0:
             now = time.monotonic()
-            for connection in self._doors():
+            for connection in self._protocols():
                 if connection.is_overdue(now):
                     connection.transport.abort()
-            if isinstance(self._listener, Listener):
-                self._listener.forget_old(now)
+            if isinstance(self._listener, RateLimitedListener):
+                self._listener.drop_full_buckets(now)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop serving. An idle client never answers the farewell of TLS, so it gets none."""
-        for connection in self._doors():
+        """Stop serving. Idle connections are cut: an idle client does not answer a TLS shutdown."""
+        for connection in self._protocols():
             if connection.is_idle():
                 connection.transport.abort()
         await super().shutdown(sockets)
 
-    def _doors(self) -> list[Doorkeeper]:
-        return [c for c in self.server_state.connections if isinstance(c, Doorkeeper)]
+    def _protocols(self) -> list[LimitedHttpProtocol]:
+        connections = self.server_state.connections
+        return [c for c in connections if isinstance(c, LimitedHttpProtocol)]
 
-    async def up(self, serving: asyncio.Task[None]) -> None:
-        """Wait until it answers, or has failed."""
+    async def wait_started(self, serving: asyncio.Task[None]) -> None:
+        """Wait until the server accepts connections or has failed."""
         while not self.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event)
             await asyncio.sleep(0.01)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises PortInUse, UsageFault."""
+    """Bind a socket that limits its clients. Raises PortInUse, UsageFault."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = Listener(family)
+    listener = RateLimitedListener(family)
     if os.name != "nt":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -227,8 +232,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def allow_many_connections() -> None:
-    """Lift the limit of open files as far as the system lets us."""
+def raise_open_file_limit() -> None:
+    """Raise the limit of open files as far as the system allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -240,13 +245,13 @@ def allow_many_connections() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _room() -> int:
-    """How many connections leave enough open files for all else."""
+def _max_connections() -> int:
+    """The limit of connections that leaves a quarter of the open files for other uses."""
     try:
         import resource
     except ImportError:
         return MAX_CONNECTIONS
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft * 3 // 4)
-    )
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, soft * 3 // 4)

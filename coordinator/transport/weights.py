@@ -28,8 +28,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from coordinator.fleet.auth import Auth
 from coordinator.storage.versions import Versions
-from coordinator.transport.http_connection import connection_of
-from coordinator.transport.streams import Spooling, WholeFile
+from coordinator.transport.streams import UploadWriter, WholeFileResponse
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files, disk_space
@@ -193,7 +192,7 @@ class Lane(Versions):
                 raise HTTPException(404)
             size = path.stat().st_size
             self.bytes_down += size
-            return WholeFile(path, size)
+            return WholeFileResponse(path, size)
 
         return [
             ("GET", "/cw/v1/patches/{digest}", download_patch),
@@ -215,7 +214,7 @@ class Lane(Versions):
             self.bytes_down += _range_bytes(request, size)
             if "range" in request.headers:
                 return FileResponse(path, media_type="application/octet-stream")
-            return WholeFile(path, size)
+            return WholeFileResponse(path, size)
 
         async def upload(request: Request) -> Response:
             digest = digest_of(request)
@@ -253,9 +252,9 @@ class Lane(Versions):
         try:
             # Without a buffer: what a stuck upload has not written by now is never written.
             with part.open("ab" if offset else "wb", buffering=0) as file:
-                spooling = Spooling(file, lambda: self._writers.get(part) is me)
+                writer = UploadWriter(file, lambda: self._writers.get(part) is me)
                 if offset:
-                    await asyncio.to_thread(spooling.read_again, part)
+                    await asyncio.to_thread(writer.hash_existing, part)
                 try:
                     async for piece in request.stream():
                         if self._writers.get(part) is not me:  # nor may we touch what it has made
@@ -267,13 +266,9 @@ class Lane(Versions):
                         length -= len(piece)
                         self._promised -= len(piece)
                         self.bytes_up += len(piece)
-                        await spooling.put(piece)
-                        taken = await _take_in_thread(request, spooling, length)
-                        length -= taken
-                        self._promised -= taken
-                        self.bytes_up += taken
+                        await writer.write(piece)
                 finally:
-                    await spooling.flush()
+                    await writer.flush()
                 # Durable before it is acknowledged: the agent forgets it then.
                 await asyncio.to_thread(os.fsync, file.fileno())
             if self._writers.get(part) is not me:
@@ -281,7 +276,7 @@ class Lane(Versions):
             if not auth.is_enrolled(node):
                 part.unlink(missing_ok=True)
                 raise HTTPException(401)
-            if length != 0 or spooling.digest != digest:
+            if length != 0 or writer.digest != digest:
                 part.unlink(missing_ok=True)
                 raise HTTPException(422, "the bytes are not those of the announced digest")
             await self._whole_now(node, part, done)
@@ -296,20 +291,6 @@ class Lane(Versions):
             if self._writers.get(part) is me:
                 del self._writers[part]
         return JSONResponse({"stored": True})
-
-
-async def _take_in_thread(request: Request, spooling: Spooling, left: int) -> int:
-    """Have a thread receive what it can of `left` bytes; how many it has spooled."""
-    connection = connection_of(request.scope)
-    if connection is None or not connection.can_be_lent(left):
-        return 0
-    await spooling.flush()
-
-    def put(piece: memoryview) -> None:
-        failpoint("upload.piece")
-        spooling.write_now(piece)
-
-    return await connection.take(left, put)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

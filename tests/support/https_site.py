@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent.home.credentials import Credentials
 from coordinator.api.app import make_app
-from coordinator.api.fast_path import direct
+from coordinator.api.fast_path import with_fast_path
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Peer, Registry
@@ -126,7 +126,7 @@ class Site:
         return answer
 
     def app(self) -> ASGIApp:
-        ours = direct(
+        ours = with_fast_path(
             make_app(
                 self,  # type: ignore[arg-type]
                 self.auth,
@@ -184,7 +184,7 @@ class Site:
 
         async def serve() -> None:
             serving = asyncio.create_task(server.serve())
-            await server.up(serving)
+            await server.wait_started(serving)
             ready.set()
             await serving
 
