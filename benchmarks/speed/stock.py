@@ -21,7 +21,7 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.figures import Figures
 from benchmarks.speed.processes import Peaks, cpu_s, family
 from benchmarks.speed.relay import Relay
-from tests.support.fleet_harness import HOST, alive, until
+from tests.support.fleet_harness import HOST, alive, free_port, until
 
 _APP = Path(__file__).parent / "stock_app"
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -84,7 +84,7 @@ class _Site:
 
     def __init__(self, folder: Path, relayed: bool) -> None:
         self._folder = folder
-        self.port = _free_port()
+        self.port = free_port()
         self.relay = Relay(self.port) if relayed else None
         self._programs: list[subprocess.Popen[bytes]] = []
         self.peaks = Peaks(_kind)
@@ -196,7 +196,7 @@ def _site(agents: int, folder: Path, *, counted: bool) -> Iterator[_Site]:
         )
         site.until_all_listen([site.port])
         superlink = site.relay.port if site.relay else site.port
-        ports = [_free_port() for _ in range(agents)]
+        ports = [free_port() for _ in range(agents)]
         for port in ports:
             site.start(
                 "flower-supernode",
@@ -222,10 +222,3 @@ def _kind(process: psutil.Process) -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -18,6 +18,7 @@ from coordinator.fleet.reducer import Fleet, num_available, num_enrolled
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Settings
+from coordinator.transport.ports import listenable
 from protocols import VERSION
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, HomeFault, PortInUse, Unreachable
@@ -223,21 +224,15 @@ def engine() -> str:
 
 def check_free(host: str, port: int) -> None:
     """Raises PortInUse, or what else keeps a server from listening there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows: without it, a used port is given
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as err:
-            if err.errno == errno.EADDRINUSE:
-                hint = "end the other program, or choose another: commonweight up --port"
-                raise PortInUse(f"another program listens at port {port}", hint) from err
-            raise CommonweightError(
-                f"cannot listen at {host}:{port}: {err.strerror}", "choose another: --host, --port"
-            ) from err
+    try:
+        listenable(host, port)
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
+            hint = "end the other program, or choose another: commonweight up --port"
+            raise PortInUse(f"another program listens at port {port}", hint) from err
+        raise CommonweightError(
+            f"cannot listen at {host}:{port}: {err.strerror}", "choose another: --host, --port"
+        ) from err
 
 
 def shake_hands(mqtt: MqttAddress) -> None:

@@ -10,11 +10,11 @@ import hmac
 import ipaddress
 import secrets
 import shlex
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from coordinator.transport.ports import listenable
 from protocols.errors import UsageFault
 
 COOKIE = "commonweight"
@@ -52,7 +52,7 @@ def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
             "the monitor in a browser needs textual-serve", "pip install 'commonweight[serve]'"
         ) from err
     token = secrets.token_urlsafe(24)
-    port = port or _free_port(host)
+    port = port or listenable(host)
     shown = f"[{host}]" if ":" in host else host
 
     @web.middleware
@@ -84,11 +84,3 @@ def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
 
     command = shlex.join([sys.executable, "-m", "coordinator.cli", "monitor", *options])
     Gated(command, host=host, port=port, title="commonweight").serve()
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tomli_w
 
+from coordinator.transport.ports import listenable
 from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
@@ -306,21 +307,15 @@ else:
 
 def _free_port(ip: str, host: str, port: int) -> int:
     """`port`, or a free one for 0. Raises PortInUse, UsageFault."""
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if sys.platform != "win32":  # there the option would take a port that is in use
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((ip, port))
-            listener.listen(1)
-        except OSError as err:
-            if err.errno == errno.EADDRINUSE:
-                raise PortInUse(f"port {port} of {host} is in use", _CHOOSE) from err
-            if err.errno == errno.EADDRNOTAVAIL:
-                hint = "choose another: --host"
-                raise UsageFault(f"this machine has no address {host}", hint) from err
-            raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror}", _CHOOSE) from err
-        return int(listener.getsockname()[1])
+    try:
+        return listenable(ip, port)
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} of {host} is in use", _CHOOSE) from err
+        if err.errno == errno.EADDRNOTAVAIL:
+            hint = "choose another: --host"
+            raise UsageFault(f"this machine has no address {host}", hint) from err
+        raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror}", _CHOOSE) from err
 
 
 def _first_certificate(path: Path) -> bytes:

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from coordinator.transport.ports import listenable
+
 ROOT = Path(__file__).resolve().parents[2]
 COORDINATOR, AGENT = "coordinator.cli", "agent.cli"
 HOST = "127.0.0.1"
@@ -47,7 +49,7 @@ def two_free_ports() -> tuple[int, int]:
 
 def free_port() -> int:
     """A port on which nobody listens now."""
-    return two_free_ports()[0]
+    return listenable(HOST)
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
