@@ -109,7 +109,7 @@ class InProcessFleet:
     ) -> None:
         self.lane = Lane(folder)
         self.ledger = Ledger(folder / "ledger.db")
-        self.superlink = Superlink(lambda action, node: None)
+        self.superlink = Superlink()
         self.grid = LaneGrid(self.superlink, self.lane)
         self._sign_key = identity.new_signing_key()
         # Flower draws its node ids by chance: in their order, so that a seed picks the same peers.

@@ -21,7 +21,7 @@ LINGER_S = 1.0
 
 
 class Exchanges:
-    """`on_request(action, node)` is told of what arrived, as of Flower's own requests."""
+    """`on_request(action, node_id)` is told of what arrived, as of Flower's own requests."""
 
     def __init__(
         self,
@@ -31,11 +31,11 @@ class Exchanges:
         runs: RunQueue,
         jobs: JobQueue,
         lingering: Lingering,
-        on_request: Callable[[str, int], None],
     ) -> None:
         self._superlink, self._sessions, self._lane = superlink, sessions, lane
         self._runs, self._jobs = runs, jobs
-        self._lingering, self._on_request = lingering, on_request
+        self._lingering = lingering
+        self.on_request: Callable[[str, int], None] = lambda action, node_id: None
 
     async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
         """What the peer gets for its reply. Raises BadMessage, NoSession."""
@@ -45,7 +45,7 @@ class Exchanges:
         session = self._sessions.number(peer)
         if asked.reply is None:
             answer = await self._superlink.exchange_soon(node, asked)
-            self._on_request("exchange", node)
+            self.on_request("exchange", node)
             return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
         question = self._superlink.question_of(asked.reply)
@@ -53,7 +53,7 @@ class Exchanges:
         handed_in = Exchange(reply=asked.reply, want=False)
         await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
-        self._on_request("push-object", node)
+        self.on_request("push-object", node)
         settled = await self._runs.settled(settling)
         if not asked.want:
             return Exchanged(settled=settled)

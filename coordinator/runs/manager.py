@@ -104,6 +104,15 @@ class RunQueue:
         if self.current is not None:
             self.current.changed.set()
 
+    def session_opened(self, peer: str) -> None:
+        if self.current is not None:
+            self.current.session_opened(peer)
+
+    def ring_again(self) -> None:
+        """The broker is back: doorbells of before may be lost."""
+        if self.current is not None:
+            self.current.questions.ring_again()
+
     def settling(self, question: str) -> asyncio.Future[bool] | None:
         """For `settled`: to be asked before the reply to this question is handed in."""
         return self.current.questions.settling(question) if self.current is not None else None

@@ -93,12 +93,12 @@ class Superlink:
     succeeded; the action is the last part of its path, such as "push-object".
     """
 
-    def __init__(self, on_request: Callable[[str, int], None]) -> None:
+    def __init__(self) -> None:
         _, self._factory = get_objectstore_linkstate_factories(
             FLWR_IN_MEMORY_DB_NAME, get_federation_manager()
         )
         self.state = self._factory.state()
-        self._on_request = on_request
+        self.on_request: Callable[[str, int], None] = lambda action, node_id: None
         self._nodes: dict[bytes, int] = {}
         #: By node: ids of the messages to it that it has not taken. Flower's own handler goes
         #: through the messages of all nodes at each pull: a quarter of a round of 1,000 peers.
@@ -277,7 +277,7 @@ class Superlink:
                 node_id = self._nodes.get(request.public_key, 0)
             else:
                 node_id = request.node.node_id if hasattr(request, "node") else request.node_id
-            self._on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
+            self.on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
 
         return watch
 

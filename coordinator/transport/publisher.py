@@ -43,16 +43,10 @@ MOST_OUTGOING = 10_000
 class Mirror:
     """`on_news()` is told that somebody comes, goes or pauses, `on_up()` that a broker is back."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        sessions: Sessions,
-        keys: Keys,
-        on_news: Callable[[], None],
-        on_up: Callable[[], None],
-    ) -> None:
+    def __init__(self, fleet: Fleet, sessions: Sessions, keys: Keys) -> None:
         self._fleet, self._sessions, self._keys = fleet, sessions, keys
-        self._on_news, self._on_up = on_news, on_up
+        self.on_news: Callable[[], None] = lambda: None
+        self.on_up: Callable[[], None] = lambda: None
         self._voice = Voice(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MOST_OUTGOING)
         self._saying: set[asyncio.Task[bool]] = set()
@@ -156,7 +150,7 @@ class Mirror:
         if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.heard_presence(envelope.sender, body)
             if before != self._sessions.is_eligible(envelope.sender):
-                self._on_news()
+                self.on_news()
 
     def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
         """What changes with each presence that the fold takes."""
@@ -178,4 +172,4 @@ class Mirror:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(Happened(level="info" if up else "warning", text=printable(text)))
         if up:
-            self._on_up()
+            self.on_up()

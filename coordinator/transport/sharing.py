@@ -44,6 +44,15 @@ class SharingDesk:
         #: Piece lists by version, made when the first agent asks.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
 
+    def gone(self, peer: str) -> None:
+        """The peer was removed: nobody is sent to it any more."""
+        self._holders.gone(peer)
+        self.neighbours.book.gone(peer)
+
+    def forgive(self, peer: str) -> None:
+        """The peer has opened a new session: complaints about it are over."""
+        self._holders.forgive(peer)
+
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
         """(method, path, endpoint) of the plans, and of the neighbours."""
 

@@ -104,7 +104,8 @@ class Site:
         self._sockets = [listen(HOST, 0)]
         self.address = f"{HOST}:{self._sockets[0].getsockname()[1]}"
         if flower:
-            self.superlink = Superlink(lambda action, node: self.heard.append((action, node)))
+            self.superlink = Superlink()
+            self.superlink.on_request = lambda action, node: self.heard.append((action, node))
             self.grid = LaneGrid(self.superlink, self.lane)
             self.registry.on_change = self._admit
 

@@ -76,7 +76,6 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         cast(Any, SimpleNamespace(settling=lambda q: None, settled=settled, current=None)),
         cast(Any, SimpleNamespace(settling=lambda q: None, at_work=True)),
         lingering,
-        lambda action, node: None,
     )
     asked = asyncio.create_task(
         exchanges.exchange("A", Exchange(reply=Parcel(message=b"", tree=b"", objects={})))

@@ -21,7 +21,7 @@ from protocols.model.weights import Weights
 
 
 def test_the_server_is_torchs_sgd_with_nesterovs_momentum() -> None:
-    Superlink(lambda action, node: None)  # Flower's messages belong to its run
+    Superlink()  # Flower's messages belong to its run
     draw = np.random.default_rng(1)
     at = torch.tensor(draw.normal(size=5), requires_grad=True)
     optimiser = torch.optim.SGD([at], lr=0.7, momentum=0.9, nesterov=True)

@@ -1,0 +1,67 @@
+"""Where the coordinator listens, under which names, and its TLS certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from starlette.types import ASGIApp
+
+from coordinator.storage import settings
+from coordinator.storage.settings import UP_FILE, Keys, Settings
+from coordinator.transport.http_server import Server, listen
+from protocols.local.atomic_files import write_private
+from protocols.network import addresses
+
+log = logging.getLogger("commonweight.hub")
+
+CERTIFICATE_EVERY_S = 6 * 3600.0
+
+
+class Listening:
+    """An open socket with a certificate for all its names. Raises PortInUse, UsageFault."""
+
+    def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
+        self._home, self._keys, self._host = home, keys, chosen.host
+        self.names = chosen.names or settings.reachable_names(chosen.host)
+        self._public = chosen.public_addresses
+        self._certify()
+        self._socket = listen(chosen.host, chosen.port)
+        self.port: int = self._socket.getsockname()[1]
+
+    def _certify(self) -> bool:
+        """Make or renew the certificate; False if it is still good."""
+        public = [addresses.parse(address).host for address in self._public]
+        keys = self._keys
+        return settings.certify(self._home, keys.ca_key, keys.ca_pem, [*self.names, *public])
+
+    def server(self, app: ASGIApp) -> Server:
+        return Server(app, self._socket, self._home / "server.pem", self._home / "server.key")
+
+    async def keep_certificate(self, server: Server) -> None:
+        """Renew the TLS certificate long before it ends; agents notice nothing."""
+        while True:
+            await asyncio.sleep(CERTIFICATE_EVERY_S)
+            if self._certify():
+                server.renew()
+                log.info("renewed the TLS certificate")
+
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses for a ticket, the public ones first."""
+        hosts = (f"[{name}]" if ":" in name else name for name in self.names)
+        return (*self._public, *(f"{host}:{self.port}" for host in hosts))[:8]
+
+    def write_up_file(self) -> None:
+        """Tell commands on this machine that the coordinator is up, and where."""
+        local = "127.0.0.1" if self._host in ("0.0.0.0", "::", "") else self._host
+        up = {
+            "pid": os.getpid(),
+            "address": f"{local}:{self.port}",
+            "host": self._host,
+            "since": time.time(),
+        }
+        write_private(self._home / UP_FILE, json.dumps(up).encode())
