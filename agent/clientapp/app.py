@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from agent.clientapp.background_sync import Syncing
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Trainer, Transport
 from agent.clientapp.outbox import Coded, Finished, Outbox, Outcome
-from agent.home.run_state import Kept
 from agent.tasks import Settings
 from protocols.codecs import registry
-from protocols.enrollment import identity
 from protocols.errors import (
     OF_SETTINGS,
     TELLABLE,
@@ -36,8 +34,7 @@ from protocols.errors import (
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import sync
 from protocols.local.disk_space import check_room, is_full
-from protocols.messages import envelope
-from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, UpdateClaim, Work
+from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
@@ -46,74 +43,37 @@ _SPARE_BYTES = 4 * 1024 * 1024
 _MAKE_ROOM = "make room: the agent goes on by itself"
 
 
-class Trainer(Protocol):
-    """Does the work; blocking. `trainer_process.TrainerProcess` is the real one."""
-
-    def describe(self, task: str, settings: Settings) -> bytes: ...
-
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
-
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Outcome: ...
-
-    def evaluate(
-        self, task: str, settings: Settings, base: Path, kept: Kept | None = None
-    ) -> Outcome: ...
-
-
 class Client:
-    """Answers messages. `fetch(digest, nbytes) -> path` and `send(digest, path)` use the lane.
+    """Answers the coordinator's messages: trains, evaluates, describes, and passes queries on.
 
-    `patch(work)` may make the version that the work is on from its parent, to spare the lane.
-    `on_work(work | None)` is told what is in hand, `on_sending()` when it is being sent,
-    `on_trained()` when an update is safe in the outbox, `on_held(work, payload, signature)` when
-    the version that the work is on is here. `recall(work)` answers a coordinator without its disk,
-    and `jobs(message)` a unit of a job. `on_leaving(claim, task, description)` is called
-    before any part of an answer is sent; if it raises, nothing is sent.
+    `allowed(task)` says whether the owner allows a task; `outbox` is the folder of the outbox.
     """
 
     def __init__(
         self,
-        *,
-        peer: str,
-        sign: envelope.Sign,
-        coordinator_public: bytes,
+        me: PeerIdentity,
         trainer: Trainer,
+        transport: Transport,
         outbox: Path,
-        fetch: Callable[[str, int], Path],
-        send: Callable[[str, Path], None],
+        *,
         allowed: Callable[[str], bool],
-        patch: Callable[[Work], None] = lambda work: None,
-        on_work: Callable[[Work | None], None] = lambda work: None,
-        on_sending: Callable[[], None] = lambda: None,
-        on_trained: Callable[[], None] = lambda: None,
-        on_held: Callable[[Work, bytes, bytes], None] = lambda work, payload, signature: None,
-        recall: Callable[[Work], RecordDict] = lambda work: RecordDict(),
-        on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None,
-        jobs: Callable[[Message], RecordDict] | None = None,
+        observer: Observer | None = None,
+        queries: Queries = Queries(),
     ) -> None:
-        self._peer, self._sign = peer, sign
-        self._coordinator_public = coordinator_public
-        self._trainer, self._outbox = trainer, Outbox(outbox, peer, sign)
-        self._fetch, self._send, self._patch = fetch, send, patch
-        self._allowed = allowed
-        self._on_work, self._on_sending, self._on_trained = on_work, on_sending, on_trained
-        self._on_held, self._recall = on_held, recall
-        self._on_leaving = on_leaving
+        self._me, self._trainer, self._transport = me, trainer, transport
+        self._outbox = Outbox(outbox, me.peer, me.sign)
+        self._allowed, self._queries = allowed, queries
+        self._observer = observer or Observer()
         self._syncing: Syncing | None = None
         #: The run whose card this agent has found to be that of its own task and data.
         self._fits = ("", "")
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
-        self.app.query("describe")(self._answer)
-        self.app.query("init")(self._answer)
-        self.app.query("holdings")(self._answer)
-        self.app.query("recall")(self._answer)
-        if jobs is not None:
-            self.app.query("infer")(lambda message, _: Message(jobs(message), reply_to=message))
-            self.app.query("analyze")(lambda message, _: Message(jobs(message), reply_to=message))
+        for action in ("describe", "init", "holdings", "recall"):
+            self.app.query(action)(self._answer)
+        for action in ("infer", "analyze"):
+            self.app.query(action)(self._answer_job)
 
     def handle(self, message: Message) -> Message:
         """The reply to a message. Raises CommonweightError when the work cannot be done.
@@ -142,8 +102,8 @@ class Client:
         work, payload, signature = self._read(message)
         note("work", run=work.run, round=work.round, kind=work.kind)
         if work.kind in ("holdings", "recall"):
-            return Message(self._recall(work), reply_to=message)
-        self._on_work(work)
+            return Message(self._queries.recall(work), reply_to=message)
+        self._observer.on_work(work)
         try:
             finished = self._outbox.finished(work)
             if finished is not None:
@@ -155,10 +115,10 @@ class Client:
                 self._compare(work)
                 base = self._brought(work)
                 if work.base:
-                    self._on_held(work, payload, signature)
+                    self._observer.on_version(work, payload, signature)
                 finished = self._do(work, base)
         finally:
-            self._on_work(None)
+            self._observer.on_work(None)
         content = RecordDict(
             {
                 CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),
@@ -169,17 +129,16 @@ class Client:
             content[DESCRIPTION] = ConfigRecord({"description": finished.description})
         return Message(content, reply_to=message)
 
+    def _answer_job(self, message: Message, _: Context) -> Message:
+        return Message(self._queries.job(message), reply_to=message)
+
     def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
         """The work, and its bytes and the coordinator's signature over them."""
         config = message.content.config_records.get("config", ConfigRecord())
         payload, signature = config.get("work"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
             raise BadMessage("a message without signed work")
-        work = SIGNED_WORK.open(
-            payload,
-            signature,
-            partial(identity.verify, self._coordinator_public),
-        )
+        work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         if not self._allowed(work.task):
             raise Refused(
                 f"the owner of this machine does not allow the task {work.task!r}",
@@ -195,9 +154,7 @@ class Client:
             return Path()
         # Before an hour of training, not after it: the version, perhaps, and the update.
         check_room(self._outbox.folder, 2 * work.nbytes + _SPARE_BYTES)
-        if work.patch_bytes:
-            self._patch(work)
-        base = self._fetch(work.base, work.nbytes)
+        base = self._transport.fetch(work)
         failpoint("agent.version.fetched")
         return base
 
@@ -255,7 +212,7 @@ class Client:
             self._syncing = Syncing(
                 update,
                 self._outbox.answer,
-                then=self._on_trained if work.kind == "train" else lambda: None,
+                then=self._observer.on_trained if work.kind == "train" else lambda: None,
             )
         self._send_update(finished)
         return finished
@@ -291,14 +248,16 @@ class Client:
         self._send_update(finished)
 
     def _note_departure(self, work: Work, finished: Finished) -> None:
-        self._on_leaving(SIGNED_CLAIM.decode(finished.claim), work.task, finished.description)
+        self._observer.on_leaving(
+            SIGNED_CLAIM.decode(finished.claim), work.task, finished.description
+        )
 
     def _send_update(self, finished: Finished) -> None:
         """Send the bytes of the update in the outbox, if the answer has any."""
         digest = "" if finished.description else SIGNED_CLAIM.decode(finished.claim).digest
         if digest:
-            self._on_sending()
-            self._send(digest, self._outbox.update)
+            self._observer.on_sending()
+            self._transport.send(digest, self._outbox.update)
             failpoint("agent.upload.done")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,11 @@ import msgspec
 from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec import Struct
 
-from protocols.enrollment import identity
+from agent.clientapp.interfaces import PeerIdentity
 from protocols.errors import BadMessage, Refused
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import replacing
-from protocols.messages import envelope, jobs
+from protocols.messages import jobs
 from protocols.messages.jobs import INLINE_BYTES, Answer, Question, Unit
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
@@ -64,18 +63,15 @@ class Jobs:
 
     def __init__(
         self,
-        *,
-        peer: str,
-        sign: envelope.Sign,
-        coordinator_public: bytes,
+        me: PeerIdentity,
         outbox: Path,
+        *,
         send: Callable[[str, Path], None],
         handlers: Mapping[type[Question], Handler],
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_leaving: Callable[[Unit, Answer, bytes], None] = lambda unit, answer, body: None,
     ) -> None:
-        self._peer, self._sign = peer, sign
-        self._coordinator_public = coordinator_public
+        self._me = me
         self._outbox, self._send, self._handlers = outbox, send, handlers
         self._on_work, self._on_leaving = on_work, on_leaving
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,11 +110,7 @@ class Jobs:
         payload, signature = config.get("unit"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
             raise BadMessage("a message without a signed unit")
-        unit = jobs.read_unit(
-            payload,
-            signature,
-            partial(identity.verify, self._coordinator_public),
-        )
+        unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
         return unit, jobs.key_of(payload)
 
     # --- the outbox ---
@@ -154,13 +146,13 @@ class Jobs:
             body.replace(self._file(key))
         answer = jobs.Answer(
             key=key,
-            peer=self._peer,
+            peer=self._me.peer,
             digest=digest,
             nbytes=nbytes,
             rows=result.rows,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = jobs.SIGNED_ANSWER.seal(answer, self._sign)
+        payload, signature = jobs.SIGNED_ANSWER.seal(answer, self._me.sign)
         kept = _Kept(answer=payload, signature=signature, body=inline)
         with replacing(self._outbox / f"{key}.json") as file:
             file.write(msgspec.json.encode(kept))

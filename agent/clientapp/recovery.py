@@ -9,9 +9,9 @@ from pathlib import Path
 from flwr.app import ConfigRecord, RecordDict
 
 from agent.clientapp.app import CLAIM
+from agent.clientapp.interfaces import PeerIdentity
 from agent.transport.version_proofs import Kept, held
 from protocols.errors import Refused
-from protocols.messages import envelope
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.p2p.gossip import version_of
 
@@ -21,21 +21,12 @@ PROOF = "cw.proof"
 class Recall:
     """Answers "holdings" and "recall". `send(digest, path)` uses the lane."""
 
-    def __init__(
-        self,
-        peer: str,
-        sign: envelope.Sign,
-        coordinator_public: bytes,
-        folder: Path,
-        send: Callable[[str, Path], None],
-    ) -> None:
-        self._peer, self._sign = peer, sign
-        self._coordinator_public = coordinator_public
-        self._folder, self._send = folder, send
+    def __init__(self, me: PeerIdentity, folder: Path, send: Callable[[str, Path], None]) -> None:
+        self._me, self._folder, self._send = me, folder, send
 
     def answer(self, work: Work) -> RecordDict:
         """The content of the reply. Raises Refused if the version that is asked for is not here."""
-        mine = held(self._folder, self._coordinator_public)
+        mine = held(self._folder, self._me.coordinator_public)
         if work.kind == "holdings":
             return self._tell([kept for kept in mine if kept.work.run == work.run], work)
         for kept in mine:
@@ -56,12 +47,12 @@ class Recall:
             run=work.run,
             round=work.round,
             kind=work.kind,
-            peer=self._peer,
+            peer=self._me.peer,
             base=work.base,
             digest=digest,
             nbytes=nbytes,
             num_examples=0,
             nonce=secrets.token_hex(12),
         )
-        payload, signature = SIGNED_CLAIM.seal(claim, self._sign)
+        payload, signature = SIGNED_CLAIM.seal(claim, self._me.sign)
         return ConfigRecord({"claim": payload, "signature": signature})

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from flwr.app import Error, Message
 
 from agent.analytics import job_handler
 from agent.clientapp.app import Client, claim_text, refusal_text
 from agent.clientapp.inference_jobs import Inferring, find_version
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Handler, Jobs
 from agent.clientapp.recovery import Recall
 from agent.daemon import state_machine
@@ -46,7 +48,7 @@ from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Question, Scatter
 from protocols.messages.states import PauseReason
-from protocols.messages.work import Work
+from protocols.messages.work import UpdateClaim, Work
 
 #: After the trainer failed again and again: then the agent tries once more by itself.
 TRAINER_REST_S = 600.0
@@ -56,6 +58,43 @@ _UPLOAD_TRIES, _UPLOAD_AGAIN_S = 12, 5.0
 #: While ours is full: tried again with so much more room, or after that time.
 _MORE_ROOM_BYTES, _TRY_AGAIN_S = 1024 * 1024, 20.0
 _FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
+
+
+class _Weights(NamedTuple):
+    """The client's transport: versions from the cache or the network, updates to the link."""
+
+    versions: Versions
+    upload: Callable[[str, Path], None]
+
+    def fetch(self, work: Work) -> Path:
+        if work.patch_bytes:
+            self.versions.rebuild(work)
+        return self.versions.fetch(work.base, work.nbytes)
+
+    def send(self, digest: str, path: Path) -> None:
+        self.upload(digest, path)
+
+
+class _Events(Observer):
+    """Tells the state machine what the client does, and keeps proofs and the owner's ledger."""
+
+    def __init__(self, home: Path, loop: WorkerLoop, trainer: TrainerProcess) -> None:
+        self._home, self._loop, self._trainer = home, loop, trainer
+
+    def on_work(self, work: Work | None) -> None:
+        self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())
+
+    def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
+        prove(self._home / "cache", work, payload, signature)
+
+    def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
+        audit_log.write(self._home, claim, task, description)
+
+    def on_sending(self) -> None:
+        self._loop.happened_in_thread(SendingBegan())
+
+    def on_trained(self) -> None:
+        self._trainer.forget()
 
 
 class WorkThread:
@@ -97,39 +136,25 @@ class WorkThread:
         self._gave_up = False
         self._resting: asyncio.TimerHandle | None = None
         self._heads = Heads(cache, enrolment.coordinator_public)
-        self.versions = versions = Versions(cache, link, sharing, received)
+        self.versions = Versions(cache, link, sharing, received)
+        me = PeerIdentity(enrolment.peer, credentials.sign_key.sign, enrolment.coordinator_public)
+        events = _Events(home, loop, self.trainer)
+        jobs = Jobs(
+            me,
+            outbox / "answers",
+            send=self._send_answer,
+            handlers=self._handlers(),
+            on_work=events.on_work,
+            on_leaving=partial(audit_log.write_answer, home),
+        )
         self._client = Client(
-            peer=enrolment.peer,
-            sign=credentials.sign_key.sign,
-            coordinator_public=enrolment.coordinator_public,
-            trainer=self._watchdog,
-            outbox=outbox,
-            fetch=versions.fetch,
-            patch=versions.rebuild,
-            send=self._send,
+            me,
+            self._watchdog,
+            _Weights(self.versions, self._send),
+            outbox,
             allowed=chosen.allows,
-            on_work=self._on_work,
-            on_sending=lambda: loop.happened_in_thread(SendingBegan()),
-            on_trained=self.trainer.forget,
-            on_held=partial(prove, cache),
-            on_leaving=partial(audit_log.write, home),
-            jobs=Jobs(
-                peer=enrolment.peer,
-                sign=credentials.sign_key.sign,
-                coordinator_public=enrolment.coordinator_public,
-                outbox=outbox / "answers",
-                send=self._send_answer,
-                handlers=self._handlers(),
-                on_work=self._on_work,
-                on_leaving=partial(audit_log.write_answer, home),
-            ).answer,
-            recall=Recall(
-                enrolment.peer,
-                credentials.sign_key.sign,
-                enrolment.coordinator_public,
-                cache,
-                self._send,
-            ).answer,
+            observer=events,
+            queries=Queries(Recall(me, cache, self._send).answer, jobs.answer),
         )
 
     def _handlers(self) -> dict[type[Question], Handler]:
@@ -152,9 +177,6 @@ class WorkThread:
             Private: inferring.private,
             Analyze: job_handler.handler(lambda: settings.read(self._home), self._home),
         }
-
-    def _on_work(self, work: Work | None) -> None:
-        self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())
 
     def pids(self) -> list[int]:
         """The processes of this agent."""

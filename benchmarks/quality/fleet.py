@@ -23,6 +23,7 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.clientapp.app import Client
+from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
 from agent.home.run_state import Kept
 from agent.tasks import Settings
@@ -41,7 +42,7 @@ from coordinator.transport.weights import Lane
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import CommonweightError
-from protocols.messages.work import Exchange
+from protocols.messages.work import Exchange, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_trainer import InProcess
@@ -60,18 +61,13 @@ class Peer:
         self._lane = lane
         self._uploaded: Path | None = None
         folder.mkdir()
-        self.client = Client(
-            peer=name,
-            sign=self.sign_key.sign,
-            coordinator_public=identity.raw_public(coordinator),
-            trainer=trainer,  # type: ignore[arg-type]
-            outbox=folder,
-            fetch=lambda digest, nbytes: lane.version(digest),
-            send=self._send,
-            allowed=lambda task: True,
-        )
+        me = PeerIdentity(name, self.sign_key.sign, identity.raw_public(coordinator))
+        self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
 
-    def _send(self, digest: str, path: Path) -> None:
+    def fetch(self, work: Work) -> Path:
+        return self._lane.version(work.base)
+
+    def send(self, digest: str, path: Path) -> None:
         """What the lane does with an upload, without the request."""
         if self._uploaded is not None:
             self._uploaded.unlink(missing_ok=True)

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Error, Message
 
 from agent.clientapp.app import Client, refusal_text
+from agent.clientapp.interfaces import PeerIdentity
 from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.tasks import Settings
@@ -19,6 +21,7 @@ from agent.trainer.ipc import Done
 from agent.transport.coordinator_client import Link
 from protocols.errors import TrainerFailed
 from protocols.messages import topics
+from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
 from tests.support.fleet_harness import Fleet, fleet, until
@@ -104,6 +107,22 @@ class RogueTrainer:
         return Done(id=0, num_examples=10**12, metrics={"accuracy": 1.0, "loss": 0.0})
 
 
+class OverLink(NamedTuple):
+    """Moves weights over a link."""
+
+    home: Path
+    link: Link
+
+    def fetch(self, work: Work) -> Path:
+        path = self.home / f"{work.base}.safetensors"
+        if not path.exists():
+            self.link.download(work.base, work.nbytes, path)
+        return path
+
+    def send(self, digest: str, path: Path) -> None:
+        self.link.upload(digest, path)
+
+
 @contextmanager
 def rogue_agent(home: Path) -> Iterator[None]:
     """An enrolled agent, all real but its trainer, at work in a thread of this process."""
@@ -113,22 +132,8 @@ def rogue_agent(home: Path) -> Iterator[None]:
     outbox = home / "outbox"
     outbox.mkdir()
 
-    def fetch(digest: str, nbytes: int) -> Path:
-        path = home / f"{digest}.safetensors"
-        if not path.exists():
-            link.download(digest, nbytes, path)
-        return path
-
-    client = Client(
-        peer=mine.peer,
-        sign=mine.sign_key.sign,
-        coordinator_public=enrolment.coordinator_public,
-        trainer=RogueTrainer(),
-        outbox=outbox,
-        fetch=fetch,
-        send=link.upload,
-        allowed=lambda task: True,
-    )
+    me = PeerIdentity(mine.peer, mine.sign_key.sign, enrolment.coordinator_public)
+    client = Client(me, RogueTrainer(), OverLink(home, link), outbox, allowed=lambda task: True)
     over, opened = threading.Event(), threading.Event()
     failed: list[BaseException] = []
 

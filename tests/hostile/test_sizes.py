@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Message
 
 from agent.clientapp.app import Client
+from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.home.credentials import Credentials
@@ -23,11 +24,21 @@ from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import Link
 from coordinator.transport.weights import MOST_UPLOADS
 from protocols.enrollment import signed_requests
-from protocols.messages.work import EXCHANGE_PATH
+from protocols.messages.work import EXCHANGE_PATH, Work
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
 from tests.support.fleet_harness import Fleet, fleet, until
 
 MOST_GROWTH_MB = 64
+
+
+class NoWeights:
+    """The transport of a client that only describes: no version comes, no update goes."""
+
+    def fetch(self, work: Work) -> Path:
+        raise AssertionError("a description needs no version")
+
+    def send(self, digest: str, path: Path) -> None:
+        raise AssertionError("a description is no upload")
 
 
 class Target:
@@ -66,16 +77,10 @@ class Target:
     def described(self, question: Message) -> Message:
         """An honest answer to the first question of a run."""
         trainer = TrainerProcess(self.home, DataSettings())
-        client = Client(
-            peer=self.mine.peer,
-            sign=self.mine.sign_key.sign,
-            coordinator_public=self.enrolment.coordinator_public,
-            trainer=trainer,
-            outbox=self.home,
-            fetch=lambda digest, nbytes: Path(),
-            send=lambda digest, path: None,
-            allowed=lambda task: True,
+        me = PeerIdentity(
+            self.mine.peer, self.mine.sign_key.sign, self.enrolment.coordinator_public
         )
+        client = Client(me, trainer, NoWeights(), self.home, allowed=lambda task: True)
         try:
             return client.handle(question)
         finally:

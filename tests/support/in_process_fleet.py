@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from flwr.app import Error, Message
 
 from agent.clientapp.app import Client, refusal_text
 from agent.clientapp.inference_jobs import Inferring
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
 from agent.home.credentials import Credentials
@@ -39,6 +39,7 @@ from protocols.enrollment import identity, tickets
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
+from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
 from tests.support.https_site import HOST, Machine
@@ -174,6 +175,16 @@ class Trainer:
         return Outcome(len(self.data.y), {"loss": self.loss(weights.load(base), self.data)})
 
 
+class Proving(Observer):
+    """Keeps the coordinator's signature beside each version in the cache."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+
+    def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
+        version_proofs.prove(self._cache, work, payload, signature)
+
+
 class Agent:
     """An agent's link and client in a thread: it works until `stop`, and comes back."""
 
@@ -193,29 +204,29 @@ class Agent:
         self._thread = threading.Thread(target=self._run, name=machine.name)
 
     def start(self, coordinator_public: bytes) -> None:
+        me = PeerIdentity(self.peer, self.machine.sign_key.sign, coordinator_public)
         self.client = Client(
-            peer=self.peer,
-            sign=self.machine.sign_key.sign,
-            coordinator_public=coordinator_public,
-            trainer=self.trainer,
-            outbox=self._folder,
-            fetch=self.versions.fetch,
-            patch=self.versions.rebuild,
-            send=lambda digest, path: self._open_link().upload(digest, path),
+            me,
+            self.trainer,
+            self,
+            self._folder,
             allowed=lambda task: task == "softmax",
-            on_held=partial(version_proofs.prove, self._folder / "cache"),
-            jobs=self.jobs(coordinator_public).answer,
-            recall=Recall(
-                self.peer,
-                self.machine.sign_key.sign,
-                coordinator_public,
-                self._folder / "cache",
-                lambda digest, path: self._open_link().upload(digest, path),
-            ).answer,
+            observer=Proving(self._folder / "cache"),
+            queries=Queries(
+                Recall(me, self._folder / "cache", self.send).answer, self.jobs(me).answer
+            ),
         )
         self._thread.start()
 
-    def jobs(self, coordinator_public: bytes) -> Jobs:
+    def fetch(self, work: Work) -> Path:
+        if work.patch_bytes:
+            self.versions.rebuild(work)
+        return self.versions.fetch(work.base, work.nbytes)
+
+    def send(self, digest: str, path: Path) -> None:
+        self._open_link().upload(digest, path)
+
+    def jobs(self, me: PeerIdentity) -> Jobs:
         inferring = Inferring(
             self.trainer,
             lambda: self.owner,
@@ -225,10 +236,8 @@ class Agent:
             self._folder / "predictions",
         )
         return Jobs(
-            peer=self.peer,
-            sign=self.machine.sign_key.sign,
-            coordinator_public=coordinator_public,
-            outbox=self._folder / "answers",
+            me,
+            self._folder / "answers",
             send=lambda digest, path: self._open_link().upload(digest, path, ANSWER_PATH),
             handlers={Scatter: inferring.scatter, Private: inferring.private},
         )

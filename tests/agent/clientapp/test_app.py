@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client, refusal_text
+from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.home import audit_log
 from protocols.enrollment import identity
 from protocols.errors import (
@@ -88,7 +89,7 @@ class Trainer:
         return Outcome(digest="", nbytes=0)
 
 
-class Desk:
+class Desk(Observer):
     """A client with a lane that is a list."""
 
     def __init__(self, folder: Path) -> None:
@@ -97,28 +98,44 @@ class Desk:
         self.sent: list[tuple[str, bytes]] = []
         self.lane_is_up = True
         self.hands: list[str] = []
-        self.on_leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None
+        self.held: list[tuple[Work, bytes, bytes]] = []
+        self.leaving: Callable[[UpdateClaim, str, bytes], None] = lambda claim, task, told: None
         self.client = self.made_again()
 
     def made_again(self) -> Client:
+        me = PeerIdentity("P", KEY.sign, identity.raw_public(COORDINATOR))
         return Client(
-            peer="P",
-            sign=KEY.sign,
-            coordinator_public=identity.raw_public(COORDINATOR),
-            trainer=self.trainer,
-            outbox=self.folder,
-            fetch=lambda digest, nbytes: self.folder / f"{digest}-{nbytes}",
-            send=self._send,
+            me,
+            self.trainer,
+            self,
+            self.folder,
             allowed=lambda task: task == "mnist",
-            on_work=lambda work: self.hands.append(work.kind if work else "nothing"),
-            on_sending=lambda: self.hands.append("sending"),
-            on_leaving=lambda *answer: self.on_leaving(*answer),
+            observer=self,
         )
 
-    def _send(self, digest: str, path: Path) -> None:
+    # --- its transport ---
+
+    def fetch(self, work: Work) -> Path:
+        return self.folder / f"{work.base}-{work.nbytes}"
+
+    def send(self, digest: str, path: Path) -> None:
         if not self.lane_is_up:
             raise Unreachable("no lane")
         self.sent.append((digest, path.read_bytes()))
+
+    # --- its observer ---
+
+    def on_work(self, work: Work | None) -> None:
+        self.hands.append(work.kind if work else "nothing")
+
+    def on_sending(self) -> None:
+        self.hands.append("sending")
+
+    def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
+        self.held.append((work, payload, signature))
+
+    def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
+        self.leaving(claim, task, description)
 
     def ask(self, work: Work | None = None, key: identity.SigningKey = COORDINATOR) -> UpdateClaim:
         reply = self.client.handle(question(work or some_work(), key))
@@ -295,8 +312,8 @@ def test_an_update_is_in_the_owners_ledger_on_disk_before_it_is_sent(
         found.append((noted.count(digest), ledger.exists() and ledger.stat().st_ino in synced))
         synced.clear()
 
-    desk.on_leaving = partial(audit_log.write, desk.folder)
-    monkeypatch.setattr(desk, "_send", send)
+    desk.leaving = partial(audit_log.write, desk.folder)
+    monkeypatch.setattr(desk, "send", send)
     desk.client = desk.made_again()
     monkeypatch.setattr(os, "fsync", noting_fsync)
     desk.ask()
@@ -308,11 +325,11 @@ def test_an_update_that_cannot_be_noted_is_not_sent_and_is_not_lost(desk: Desk) 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    desk.on_leaving = full
+    desk.leaving = full
     with pytest.raises(DiskFull):
         desk.ask()
     assert desk.sent == []
-    desk.on_leaving = partial(audit_log.write, desk.folder)
+    desk.leaving = partial(audit_log.write, desk.folder)
     desk.ask()
     assert len(desk.trainer.did) == 1, "the answer was in the outbox"
     assert desk.sent == [(DIGEST, b"update")]
@@ -320,12 +337,10 @@ def test_an_update_that_cannot_be_noted_is_not_sent_and_is_not_lost(desk: Desk) 
 
 
 def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None:
-    told: list[tuple[Work, bytes, bytes]] = []
-    desk.client._on_held = lambda *held: told.append(held)
     desk.ask(some_work(kind="init", base="", nbytes=0))
-    assert told == []
+    assert desk.held == []
     desk.ask()
-    [(work, payload, signature)] = told
+    [(work, payload, signature)] = desk.held
     assert work == some_work()
     public = identity.raw_public(COORDINATOR)
     signed = SIGNED_WORK.open(payload, signature, partial(identity.verify, public))

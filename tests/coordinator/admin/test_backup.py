@@ -11,7 +11,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from flwr.app import RecordDict
 
+from agent.clientapp.interfaces import Queries
 from coordinator.admin import backup
 from coordinator.admin.backup import Manifest
 from coordinator.runs import recovery
@@ -19,6 +21,7 @@ from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from protocols.errors import HomeFault, HomeTooNew, UsageFault
 from protocols.messages.states import RunState
+from protocols.messages.work import Work
 from tests.support.in_process_fleet import Fleet, fleet_of, some_data, until
 
 DATA = [some_data(20 + 10 * seed, seed) for seed in (1, 2)]
@@ -111,14 +114,14 @@ async def test_a_forged_or_damaged_version_is_not_taken_and_the_next_holder_is_a
         first = min(fleet.agents, key=lambda agent: agent.peer)
         copy = fleet.folder / first.machine.name / "cache" / f"{run.head}.safetensors"
         assert first.client is not None
-        answer = first.client._recall
+        answer = first.client._queries.recall
 
-        def forgetful(work: object) -> object:
-            if getattr(work, "kind", "") == "recall":
+        def forgetful(work: Work) -> RecordDict:
+            if work.kind == "recall":
                 copy.write_bytes(copy.read_bytes()[:-1] + b"?")
-            return answer(work)  # type: ignore[arg-type]
+            return answer(work)
 
-        first.client._recall = forgetful  # type: ignore[assignment]
+        first.client._queries = Queries(recall=forgetful)
         async with fleet.up():
             await until(lambda: fleet.hub.lane.has(run.head))
             again = await fleet.finished(run.id)

@@ -1,0 +1,97 @@
+"""What the ClientApp needs from the rest of the agent: a peer, a trainer, a transport, an observer.
+
+The daemon implements these with its link and its event loop; tests and benchmarks do it in a few
+lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from flwr.app import Message, RecordDict
+
+from agent.clientapp.outbox import Outcome
+from agent.home.run_state import Kept
+from agent.tasks import Settings
+from protocols.enrollment import identity
+from protocols.errors import Refused
+from protocols.messages import envelope
+from protocols.messages.work import UpdateClaim, Work
+
+
+class PeerIdentity(NamedTuple):
+    """Who answers, and whose requests are answered.
+
+    `sign` makes the Ed25519 signature of this peer; `coordinator_public` is the coordinator's
+    Ed25519 key (raw, 32 bytes).
+    """
+
+    peer: str
+    sign: envelope.Sign
+    coordinator_public: bytes
+
+    def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
+        """True if the coordinator has signed these bytes."""
+        return identity.verify(self.coordinator_public, signature, signed)
+
+
+class Trainer(Protocol):
+    """Does the work; blocking. `agent.trainer.process.TrainerProcess` is the real one."""
+
+    def describe(self, task: str, settings: Settings) -> bytes: ...
+
+    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
+
+    def train(
+        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
+    ) -> Outcome: ...
+
+    def evaluate(
+        self, task: str, settings: Settings, base: Path, kept: Kept | None = None
+    ) -> Outcome: ...
+
+
+class Transport(Protocol):
+    """Moves weights by digest; blocking. Both methods raise Unreachable."""
+
+    def fetch(self, work: Work) -> Path:
+        """The file of the version `work.base`, downloaded or patched if it is not here."""
+
+    def send(self, digest: str, path: Path) -> None:
+        """Upload the bytes of an update."""
+
+
+class Observer:
+    """Is called as the work goes on, in the work's thread. Override what you need."""
+
+    def on_work(self, work: Work | None) -> None:
+        """This work has begun; None: it has ended."""
+
+    def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
+        """The version of this signed work is in the cache."""
+
+    def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
+        """An answer is about to be sent. If this raises, nothing is sent."""
+
+    def on_sending(self) -> None:
+        """The upload of an update begins."""
+
+    def on_trained(self) -> None:
+        """A trained update is on disk: the trainer's journal is no longer needed."""
+
+
+def refuse(_: object) -> RecordDict:
+    """For requests that this peer does not answer."""
+    raise Refused("this agent does not answer such requests")
+
+
+class Queries(NamedTuple):
+    """Handlers for requests beside training, each of which gives the content of the reply.
+
+    `recall` answers a coordinator that has lost its disk, `job` one unit of a job.
+    """
+
+    recall: Callable[[Work], RecordDict] = refuse
+    job: Callable[[Message], RecordDict] = refuse
