@@ -12,7 +12,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from protocols.local.atomic_files import write_all
-from protocols.local.early_writeback import Early
 
 #: Below this size, a write takes less time than the switch to a thread.
 _SMALL_BYTES = 16 * 1024
@@ -32,7 +31,6 @@ class UploadWriter:
     def __init__(self, file: IO[bytes], is_current: Callable[[], bool]) -> None:
         self._file, self._is_current = file, is_current
         self._sha = hashlib.sha256()
-        self._early = Early(file.fileno(), file.tell())
         self._waiting: list[bytes] = []
         self._writing: asyncio.Task[None] | None = None
 
@@ -79,7 +77,6 @@ class UploadWriter:
                 return
             self._sha.update(piece)
             write_all(self._file, memoryview(piece))
-            self._early.wrote(len(piece))
 
 
 class WholeFileResponse(Response):

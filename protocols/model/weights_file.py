@@ -17,7 +17,6 @@ import numpy as np
 
 from protocols.errors import BadWeights
 from protocols.local.atomic_files import replacing
-from protocols.local.early_writeback import Early
 from protocols.model.weights import (
     DTYPES,
     MAX_HEADER_BYTES,
@@ -86,7 +85,6 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self._file: IO[bytes] = self._replacing.__enter__()
-        self._early = Early(self._file.fileno())
         self._put(header_bytes(self._schema))
         return self
 
@@ -102,7 +100,6 @@ class Writer:
     def _put(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
         self._file.write(data)
-        self._early.wrote(len(data))
         self.nbytes += len(data)
 
     def __exit__(
