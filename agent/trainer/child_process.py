@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -44,7 +46,8 @@ class Child:
         too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
         with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
-            self._process = subprocess.Popen(
+            start = partial(
+                subprocess.Popen,
                 # -P: a file in the present folder must not pass for a module.
                 [sys.executable, "-P", "-m", *program],
                 stdin=subprocess.PIPE,
@@ -56,10 +59,13 @@ class Child:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        self.pid = self._process.pid
-        self._reader = threading.Thread(target=self._read, name="trainer answers", daemon=True)
-        self._reader.start()
-        threading.Thread(target=self._wait, name="trainer end", daemon=True).start()
+            started: Future[None] = Future()
+            # Linux sends the signal that thaws a frozen child when the thread that started it
+            # ends. So the thread that waits for the child's end also starts it.
+            threading.Thread(
+                target=self._run, args=(start, started), name="trainer end", daemon=True
+            ).start()
+            started.result()
 
     def send(self, request: Request) -> None:
         """Write one frame. A child that is gone does not raise here: `exit` tells."""
@@ -115,13 +121,23 @@ class Child:
                     return
                 self._on_answer(answer)
 
-    def _wait(self) -> None:
+    def _run(self, start: Callable[[], subprocess.Popen[bytes]], started: Future[None]) -> None:
+        """Start the process and wait for its end. What `start` raises goes to `started`."""
+        try:
+            self._process = start()
+        except BaseException as err:
+            started.set_exception(err)
+            return
+        self.pid = self._process.pid
+        reader = threading.Thread(target=self._read, name="trainer answers", daemon=True)
+        reader.start()
+        started.set_result(None)
         code = self._process.wait()
         # Its own children (loaders, say) outlive it otherwise. The group's number is still ours
         # while one of them lives, and free too short a time to have been given out again if not.
         if os.name == "posix":
             self.kill()
-        self._reader.join(timeout=5)
+        reader.join(timeout=5)
         self.close()
         with self._changed:
             self.exit = code

@@ -97,7 +97,9 @@ class Predict(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Pause(Struct, frozen=True, tag=True):
-    """Stand still after the present batch, until Resume."""
+    """Stand still after the present batch, until Resume. `number` tells pauses apart."""
+
+    number: int = 0
 
 
 class Resume(Struct, frozen=True, tag=True):
@@ -123,8 +125,8 @@ class Ready(Struct, frozen=True, tag=True):
 class Progress(Struct, frozen=True, tag=True, kw_only=True):
     """Where the work `id` stands. `loss` is the last batch's, None if not finite.
 
-    `examples_per_s` is over the last fraction of a second, without pauses. `paused` says that it
-    stands still.
+    `examples_per_s` is over the last fraction of a second, without pauses. `paused` says that the
+    trainer stands still, and `pause` for which Pause it does.
     """
 
     id: int
@@ -134,6 +136,7 @@ class Progress(Struct, frozen=True, tag=True, kw_only=True):
     loss: float | None
     examples_per_s: float
     paused: bool = False
+    pause: int = 0
 
 
 class Done(Struct, frozen=True, tag=True, kw_only=True):

@@ -23,6 +23,7 @@ class Control:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._paused = False
+        self._pause = 0  # the number of the latest pause
         self._cancelled = -1
         #: The part of the time in which to work; read after every batch without a lock.
         self.share = 1.0
@@ -38,6 +39,8 @@ class Control:
                 self._cancelled = request.id
             else:
                 self._paused = isinstance(request, Pause)
+                if isinstance(request, Pause):
+                    self._pause = request.number
             self.raised = self._paused or self._cancelled >= 0
             self._changed.notify_all()
 
@@ -54,14 +57,18 @@ class Control:
                 lambda: self.raised or self.share != share, min(worked_s * (1 / share - 1), 30.0)
             )
 
-    def obey(self, work: int, on_pause: Callable[[], None]) -> bool:
-        """Raise Cancelled, or stand still while paused; True if there was a pause."""
+    def obey(self, work: int, on_pause: Callable[[int], None]) -> bool:
+        """Raise Cancelled, or stand still while paused; True if there was a pause.
+
+        `on_pause` is given the number of the pause.
+        """
         with self._changed:
             self.check(work)
             if not self._paused:
                 self.raised = False  # a cancel that came too late for the work before
                 return False
-        on_pause()
+            number = self._pause
+        on_pause(number)
         with self._changed:
             # Checked before each wait: a cancel may have come while `on_pause` ran.
             while self._paused:
@@ -101,7 +108,7 @@ class Meter:
         failpoint("trainer.step")
         window = self._window = self._window or (time.monotonic(), examples_done)
 
-        def report(*, paused: bool = False) -> None:
+        def report(*, paused: bool = False, number: int = 0) -> None:
             self._sent_at = at = time.monotonic()
             since, examples = window
             elapsed = max(at - since, 1e-6)  # clocks may be coarse
@@ -116,12 +123,13 @@ class Meter:
                     loss=float(loss),
                     examples_per_s=(examples_done - examples) / elapsed,
                     paused=paused,
+                    pause=number,
                 )
             )
 
-        def pause() -> None:
+        def pause(number: int) -> None:
             self._keep(int(step))
-            report(paused=True)
+            report(paused=True, number=number)
 
         if step >= steps or time.monotonic() - self._sent_at >= PROGRESS_EVERY_S:
             report()

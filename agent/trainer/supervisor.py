@@ -69,6 +69,7 @@ class TrainerLife:
         self._working = False
         self._answer: Done | Failed | None = None
         self._paused = self._standing = self._ready = False
+        self._pause = 0  # the number of the latest pause
         self._share = 1.0
         self._cancel_by: float | None = None
         self._stopping = self._closed = False
@@ -76,12 +77,13 @@ class TrainerLife:
         self._alive_at = self._ended_at = time.monotonic()
 
     def pause(self) -> None:
-        """Make the present work stand still after its batch, or the next one after its first.
+        """Make the present work, or the next one, stand still after its batch.
 
-        A batch that takes too long stands still in its middle, where the system can do that.
+        A batch that takes too long stands still in its middle, where the system can do that. So
+        does a long load of the data.
         """
-        self._set_paused(True)
-        self._freeze_soon()
+        if self._set_paused(True):
+            self._freeze_soon()
 
     def resume(self) -> None:
         """Let the work go on."""
@@ -151,14 +153,19 @@ class TrainerLife:
         except psutil.Error:  # it ended just now
             return 0
 
-    def _set_paused(self, paused: bool) -> None:
+    def _set_paused(self, paused: bool) -> bool:
+        """False if nothing changes. A second pause must not thaw what the first one froze."""
         with self._changed:
+            if paused == self._paused:
+                return False
             self._paused, self._standing = paused, False
+            self._pause += paused
             self._alive_at = time.monotonic()
             if self._child:
-                self._child.send(Pause() if paused else Resume())
+                self._child.send(Pause(self._pause) if paused else Resume())
                 self._child.thaw()
             self._changed.notify_all()
+            return True
 
     def _freeze_soon(self) -> None:
         timer = threading.Timer(FREEZE_AFTER_S, self._freeze)
@@ -182,11 +189,13 @@ class TrainerLife:
             with self._changed:
                 child = self._started()
                 self._id += 1
-                self._working, self._answer = True, None
+                self._working, self._standing, self._answer = True, False, None
                 self._cancel_by, self._stopping = None, False
                 self._alive_at = time.monotonic()
                 source = self._sources.get(work.task, "")
                 child.send(msgspec.structs.replace(work, id=self._id, source=source))
+                if self._paused:  # that pause's own timer found no work
+                    self._freeze_soon()
             try:
                 answer = self._awaited(child)
             finally:
@@ -218,7 +227,7 @@ class TrainerLife:
             if self._share != 1.0:
                 self._child.send(Pace(self._share))
             if self._paused:
-                self._child.send(Pause())
+                self._child.send(Pause(self._pause))
         return self._child
 
     def _awaited(self, child: Child) -> Done | Failed:
@@ -275,7 +284,8 @@ class TrainerLife:
             self._alive_at = time.monotonic()
             self._ready |= isinstance(answer, Ready)
             if isinstance(answer, Progress):
-                self._standing = answer.paused
+                # The answer to an earlier pause may arrive late; the trainer works on since then.
+                self._standing = answer.paused and answer.pause == self._pause
             if isinstance(answer, Done | Failed) and answer.id == self._id:
                 self._answer = answer
                 self._changed.notify_all()

@@ -154,8 +154,11 @@ def test_a_trainer_killed_after_its_last_step_has_nothing_left_to_train(
     assert (done.digest, done.metrics) == (undisturbed.digest, undisturbed.metrics)
 
 
-def test_a_pause_is_kept_at_once(calm: Site, tmp_path: Path) -> None:
+def test_a_pause_is_kept_at_once(
+    calm: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may well end with the machine switched off."""
+    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
     site = Site(tmp_path / "site", journal_every_s=PATIENCE_S, cache=calm.data.cache)
     try:
         site.trainer.init("mnist", {}, 1, site.base)
@@ -254,9 +257,10 @@ def test_a_task_that_cannot_go_on_begins_anew_at_the_next_try(drawing: Site) -> 
 
 
 def test_an_agent_that_was_killed_leaves_the_journal_to_its_next_life(
-    calm: Site, tmp_path: Path
+    calm: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainer leaves when its parent dies; another parent goes on."""
+    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
     first = Site(tmp_path / "site", cache=calm.data.cache)
     try:
         shutil.copyfile(calm.base, first.base)

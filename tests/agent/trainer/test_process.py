@@ -74,7 +74,9 @@ class Odd:
                 pass  # it obeys nobody, even if it is cancelled this early
             time.sleep(600)
         if do == "long batch":
-            on_step(1, 2, 0.0, 0)
+            if settings.get("after a step"):
+                on_step(1, 2, 0.0, 0)
+            open("in the batch", "w").close()
             while True:
                 pass
         if do == "exit":
@@ -87,6 +89,17 @@ class Odd:
 
     def evaluate(self, weights, settings, on_step):
         return 2, {"mean": weights["w"].mean()}
+
+class Kept(Odd):
+    # Has a journal, and says so when it is about to stand still at a pause.
+
+    def snapshot(self):
+        from agent.tasks import Snapshot
+        open("at the pause", "w").close()
+        return Snapshot({}, {})
+
+    def restore(self, snapshot):
+        pass
 
 def threads():
     import os
@@ -163,7 +176,8 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     info.mkdir(parents=True)
     (package / "odd_task.py").write_text(ODD_TASK)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[commonweight.tasks]\nodd = odd_task:Odd\n")
+    names = "odd = odd_task:Odd\nkept = odd_task:Kept\n"
+    (info / "entry_points.txt").write_text(f"[commonweight.tasks]\n{names}")
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     site = Site(tmp_path / "site", hang_s=PATIENCE_S, grace_s=0.2)
     site.trainer.init("odd", {}, 7, site.base)
@@ -220,7 +234,10 @@ def test_same_inputs_give_the_same_bytes(site: Site) -> None:
     assert site.train(epochs=1, seed=3, round=3).digest != one.digest
 
 
-def test_pause_stands_still_and_resume_finishes(site: Site) -> None:
+def test_pause_stands_still_and_resume_finishes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
     undisturbed = site.train(epochs=3)
     # Paused before it starts: so the pause surely falls into the work.
     site.trainer.pause()
@@ -274,30 +291,108 @@ def test_a_slower_pace_rests_after_each_batch(odd: Site) -> None:
     assert odd.train("odd").num_examples == 5
 
 
+class Stopped:
+    """Whether the trainer is stopped by the system, in the middle of a batch or of a load."""
+
+    def __init__(self, site: Site) -> None:
+        assert site.trainer.pid is not None
+        self._child = psutil.Process(site.trainer.pid)
+
+    def __bool__(self) -> bool:
+        return bool(self._child.status() == psutil.STATUS_STOPPED)
+
+    def wait(self, what: bool) -> None:
+        wait_until(lambda: bool(self) is what)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @only_linux
 def test_a_long_batch_is_paused_in_its_middle(odd: Site) -> None:
-    work = odd.start("odd", do="long batch")
-    odd.frames.wait(lambda p: p.step == 1)
-    pid = odd.trainer.pid
-    assert pid is not None
-    child = psutil.Process(pid)
-
-    def stands(what: bool) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while (child.status() == psutil.STATUS_STOPPED) is not what:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
+    work = odd.start("odd", do="long batch", **{"after a step": True})
+    # Before the batch a pause is obeyed without a signal: the trainer stands still after its step.
+    wait_until((odd.folder / "in the batch").exists)
+    stopped = Stopped(odd)
     odd.trainer.pause()
-    stands(True)
+    stopped.wait(True)
+    odd.trainer.pause()
+    assert stopped, "a second pause does not undo the first"
     odd.trainer.resume()
-    stands(False)
+    stopped.wait(False)
     odd.trainer.pause()
-    stands(True)
+    stopped.wait(True)
     odd.trainer.cancel()
     assert failure(work).kind == "cancelled"
     odd.trainer.resume()
     assert odd.train("odd").num_examples == 5
+
+
+@only_linux
+def test_a_pause_that_came_before_the_work_holds_up_its_first_batch(
+    odd: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 0.0)
+    earlier = set(threading.enumerate())
+    odd.trainer.pause()
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    for timer in set(timers) - earlier:
+        timer.join(PATIENCE_S)
+    work = odd.start("odd", do="long batch")
+    stopped = Stopped(odd)
+    stopped.wait(True)
+    odd.trainer.resume()
+    wait_until((odd.folder / "in the batch").exists)
+    odd.trainer.stop()
+    assert failure(work).kind == "stopped"
+
+
+@only_linux
+def test_a_late_answer_to_an_earlier_pause_does_not_pass_for_the_present_one(odd: Site) -> None:
+    """The trainer's answers wait in the pipe, as on a busy machine, while it is told to go on."""
+    held = threading.Event()
+    odd.trainer._on_progress = lambda progress: (odd.frames(progress), held.wait(PATIENCE_S))[0]
+    odd.trainer.pause()
+    work = odd.start("kept", do="long batch", **{"after a step": True})
+    wait_until((odd.folder / "at the pause").exists)
+    odd.trainer.resume()
+    wait_until((odd.folder / "in the batch").exists)
+    odd.trainer.pause()
+    held.set()
+    odd.frames.wait(lambda progress: progress.paused)
+    Stopped(odd).wait(True)
+    odd.trainer.stop()
+    assert failure(work).kind == "stopped"
+
+
+@only_linux
+def test_the_end_of_the_thread_that_started_the_trainer_does_not_thaw_it(odd: Site) -> None:
+    odd.trainer.stop()
+    started, over = threading.Event(), threading.Event()
+
+    def start() -> None:
+        odd.trainer.init("odd", {}, 7, odd.base)
+        started.set()
+        over.wait(PATIENCE_S)
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    assert started.wait(PATIENCE_S)
+    work = odd.start("odd", do="long batch")
+    wait_until((odd.folder / "in the batch").exists)
+    stopped = Stopped(odd)
+    odd.trainer.pause()
+    stopped.wait(True)
+    over.set()
+    # The system forgets a thread after it has signalled the children that the thread started.
+    wait_until(lambda: not Path(f"/proc/self/task/{starter.native_id}").exists())
+    assert stopped
+    odd.trainer.stop()
+    assert failure(work).kind == "stopped"
 
 
 def test_cancel_that_comes_while_the_pause_is_being_told() -> None:
@@ -306,7 +401,7 @@ def test_cancel_that_comes_while_the_pause_is_being_told() -> None:
 
     def work() -> None:
         with pytest.raises(Cancelled):
-            control.obey(1, on_pause=lambda: control.told(Cancel(1)))
+            control.obey(1, on_pause=lambda number: control.told(Cancel(1)))
         cancelled.set()
 
     threading.Thread(target=work, daemon=True).start()
