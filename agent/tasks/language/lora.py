@@ -124,7 +124,8 @@ class Lora:
         device = devices.chosen(self._data.device)
         if isinstance(found, Windows):
             loss_of = next_token.loss_of(self._next_token(of), found)
-            examples = Examples(found.train.to(device), found.train)
+            starts = found.train.to(device)
+            examples = Examples(starts, starts)
         else:
             texts = found
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from agent.data.settings import DataSettings
 from agent.tasks import registry
-from agent.tasks.language import base_model, lora_settings
-from agent.tasks.language.lora import Lora
+from agent.tasks.language import base_model, lora_settings, next_token, tokens
+from agent.tasks.language.base_model import Adapted
+from agent.tasks.language.lora import Lora, _Texts
+from agent.tasks.training.torch_loop import Examples
 from protocols.errors import DataFault, TaskUnusable, UnknownName, UsageFault
 from protocols.model.weights import Weights, save
 
@@ -97,3 +100,28 @@ def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageFault]) -> None:
     with pytest.raises(kind):
         lora_settings.read(ASKED | settings)
+
+
+class Seen(Exception):
+    """The examples have reached the loop."""
+
+
+def test_examples_lie_whole_on_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is torch's "meta", so that no graphics card is needed; the loop ends there."""
+    task, plan, given = Lora(), lora_settings.read({**ASKED, "context": 4}), []
+
+    def loop(weights: object, plan: object, examples: Examples, *_: object) -> None:
+        given.append(examples)
+        raise Seen
+
+    monkeypatch.setattr("agent.tasks.training.devices.chosen", lambda name: torch.device("meta"))
+    monkeypatch.setattr(task._local, "train", loop)
+    for read in (
+        next_token.windows(np.arange(40, dtype=np.int32), 4),
+        _Texts(*(torch.arange(4) for _ in _Texts._fields)),
+    ):
+        task._model = plan, Adapted(None, tokens.tokenizer(tokens.BYTES, Path()), 0, {}, {})
+        task._examples = plan, read
+        with pytest.raises(Seen):
+            task.train(Weights({}), {**ASKED, "context": 4}, lambda *_: None)
+    assert [(found.x.device.type, found.y.device.type) for found in given] == [("meta", "meta")] * 2
