@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 20
-#: Where a frozen trainer hears of its parent's death (`trainer._thawed_by_parents_death`).
+#: Where a stopped trainer learns of its parent's death (`main_loop`).
 FREEZABLE = sys.platform == "linux"
 
 

@@ -1,13 +1,13 @@
 """The trainer's work: one task after another is found, loaded, trained and evaluated.
 
-Without a process of its own (that is `agent.trainer`): a work comes in, its answer goes to `send`.
+Without a process of its own (that is `agent.trainer`): a work comes in, its answer goes out, and
+progress goes to `send`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import msgspec
 from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
-    Cancelled,
     EvalOutcome,
     Resumable,
     Setting,
@@ -26,16 +25,14 @@ from agent.tasks import (
     Traited,
     registry,
 )
-from agent.tasks.training.batch_size import is_out_of_memory
 from agent.trainer import rng_state
 from agent.trainer.checkpoint import Journal
 from agent.trainer.ipc import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
 from agent.trainer.personalization import Personal, continuing, steerable
 from agent.trainer.progress import Control, Meter
 from protocols import VERSION
-from protocols.errors import BadWeights, CommonweightError, DiskFull, OutOfMemory
+from protocols.errors import BadWeights, CommonweightError
 from protocols.failpoints import failpoint
-from protocols.local.disk_space import is_full
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
@@ -53,35 +50,20 @@ class Trainer:
         self._data: DataSettings | None = None
         self._resumed: Journal | None = None  # that of the present work, if it goes on from one
 
-    def serve(self, work: Work) -> None:
-        """Do one work and answer with Done or Failed."""
-        answer: Answer
+    def do(self, work: Work) -> Done | Failed:
+        """Do one work. Raises CommonweightError, OSError, Cancelled, and what a task raises."""
         try:
-            self._control.check(work.id)
-            failpoint("trainer.begun")
-            answer = self._do(work)
-        except Cancelled:
-            answer = Failed(id=work.id, kind="cancelled", message="the work was cancelled")
-        except CommonweightError as err:
-            answer = Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
-        except OSError as err:
-            traceback.print_exc()
-            kind = DiskFull.code if is_full(err) else "file"
-            answer = Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
-        except Exception as err:
-            # A task is another's code: whatever it raises must not end the protocol.
-            traceback.print_exc()
+            return self._do(work)
+        except (CommonweightError, OSError):
+            raise
+        except Exception:
             if self._resumed is not None:
                 self._resumed.drop()  # it may be why: the next try begins anew
-            if is_out_of_memory(err):  # its kind's words leave the machine: none of the task's own
-                kind, words = OutOfMemory.code, "the task ran out of memory"
-            else:
-                kind, words = "task", f"{type(err).__name__}: {err}"
-            answer = Failed(id=work.id, kind=kind, message=words)
-        self._resumed = None
-        self._send(answer)
+            raise
+        finally:
+            self._resumed = None
 
-    def _do(self, work: Work) -> Answer:
+    def _do(self, work: Work) -> Done | Failed:
         task = self._found(work.task, work.source, work.data.framework)
         if isinstance(work, Predict):
             if work.data.is_set:
@@ -122,7 +104,7 @@ class Trainer:
             task.load(data)
             self._data = data
 
-    def _described(self, work: Describe, task: Task) -> Answer:
+    def _described(self, work: Describe, task: Task) -> Done | Failed:
         scheme, settings = _parted(work.settings)
         if isinstance(task, Surveying) and not settings.get("preprocessing"):
             return Done(id=work.id, description=schema_card.encode(task.survey(settings)))
@@ -134,7 +116,7 @@ class Trainer:
 
     def _evaluated(
         self, work: Evaluate, task: Task, settings: Settings, base: Weights, personal: Personal
-    ) -> Answer:
+    ) -> Done | Failed:
         on_step = Meter(work.id, "evaluate", self._control, self._send)
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
         count, metrics, told = EvalOutcome(*found)
@@ -144,7 +126,7 @@ class Trainer:
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 
-    def _predicted(self, work: Predict, task: Task) -> Answer:
+    def _predicted(self, work: Predict, task: Task) -> Done | Failed:
         _, settings = _parted(work.settings)
         on_step = Meter(work.id, "predict", self._control, self._send)
         model = personalization.without_controls(weights.load(Path(work.base)))
@@ -154,7 +136,7 @@ class Trainer:
 
     def _trained(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal
-    ) -> Answer:
+    ) -> Done | Failed:
         on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
         if work.journal and isinstance(task, Resumable):
             journal, resumable = Journal(Path(work.journal), _key(work), work.journal_every_s), task

@@ -1,45 +1,42 @@
 """A trainer whose model and data are another fleet: `python -m agent.trainer.subfleet HOME`.
 
-It speaks the frames of `agent.trainer.ipc` as `agent.trainer` does. What it is asked for it has the
-coordinator whose home this is do with its own fleet, as a run of that one part (`RunSpec.only`),
-and gives back the folded mean with the examples of all who contributed: so two levels add up to the
-weights that one level would give, and the fleet further up learns of no peer by itself.
+Its main loop is that of `agent.trainer`. It starts each work as a run of that one part
+(`RunSpec.only`) on the coordinator whose home this is, and answers with the mean of the updates and
+the examples of all who contributed. So two levels give the weights that one level would give, and
+the fleet further up learns of no single peer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import ssl
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import msgspec
 
+from agent.trainer import main_loop
 from agent.trainer.ipc import (
-    Answer,
-    Cancel,
     Describe,
     Done,
     Evaluate,
-    Failed,
     Init,
     Phase,
     Predict,
     Progress,
-    Ready,
-    Request,
     Train,
     Work,
-    decode_request,
-    encode,
 )
+from agent.trainer.main_loop import Send
+from agent.trainer.progress import Control
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import CommonweightError, DataFault, NotRunning, Refused, Unreachable
 from protocols.messages.envelope import Metrics
@@ -50,10 +47,6 @@ from protocols.network.error_text import why
 _LOOK_S, _TIMEOUT_S = 0.2, 30.0
 #: What the trainer adds to a task's settings; runs have fields of their own for it.
 _ADDED = frozenset({"seed", "round"})
-
-
-class Cancelled(Exception):
-    """The work is not wanted any more."""
 
 
 class LocalFleet:
@@ -88,43 +81,29 @@ class LocalFleet:
         """Where the coordinator keeps a version."""
         return self._home / "versions" / f"{digest}.safetensors"
 
-    def lend(self, file: Path) -> tuple[str, bool]:
-        """Put a version among the coordinator's: its digest, and whether it was not there."""
+    @contextlib.contextmanager
+    def lent(self, file: Path) -> Iterator[str]:
+        """Put a version among the coordinator's for as long as it is needed; gives its digest."""
         digest = file_digest(file)
         there = self.version(digest)
-        if there.exists():
-            return digest, False
-        partial = there.with_name(f".{digest}.lent")
-        shutil.copyfile(file, partial)
-        os.replace(partial, there)
-        return digest, True
+        if there.exists():  # the coordinator's own, or lent before
+            yield digest
+            return
+        try:
+            _copy(file, there)
+            yield digest
+        finally:
+            there.unlink(missing_ok=True)
 
 
 class FleetTrainer:
-    """Does one work after another. `send` gives an answer to the parent."""
+    """Has the fleet do one work after another; progress goes to `send`."""
 
-    def __init__(self, fleet: LocalFleet, send: Any) -> None:
-        self._fleet, self._send = fleet, send
-        self._cancelled = -1
+    def __init__(self, fleet: LocalFleet, control: Control, send: Send) -> None:
+        self._fleet, self._control, self._send = fleet, control, send
 
-    def cancel(self, work: int) -> None:
-        """Called by the reader thread."""
-        self._cancelled = work
-
-    def serve(self, work: Work) -> None:
-        """Do one work and answer with Done or Failed."""
-        answer: Answer
-        try:
-            answer = self._do(work)
-        except Cancelled:
-            answer = Failed(id=work.id, kind="cancelled", message="the work was cancelled")
-        except CommonweightError as err:
-            answer = Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
-        except OSError as err:
-            answer = Failed(id=work.id, kind="file", message=f"a file cannot be used: {err}")
-        self._send(answer)
-
-    def _do(self, work: Work) -> Done:
+    def do(self, work: Work) -> Done:
+        """Do one work. Raises CommonweightError, OSError, Cancelled."""
         match work:
             case Describe():
                 run = self._errand(work, {"only": "describe", "handshake": True})
@@ -141,37 +120,32 @@ class FleetTrainer:
                 run = self._errand(work, {"only": "init", "seed": work.seed})
                 return self._given(work.id, run["head"], Path(work.out))
             case Train():
-                run, lent = self._on_base(work, "train")
-                closed = run["history"][-1]
-                given = self._given(
-                    work.id, closed["digest"], Path(work.out), keep=closed["digest"] in lent
-                )
-                for digest in lent:
-                    self._fleet.version(digest).unlink(missing_ok=True)
-                metrics = msgspec.convert(closed["metrics"], Metrics)
+                with self._fleet.lent(Path(work.base)) as base:
+                    closed = self._round(work, "train", base)
+                    keep = closed["digest"] == base
+                    given = self._given(work.id, closed["digest"], Path(work.out), keep=keep)
                 return msgspec.structs.replace(
-                    given, num_examples=closed["num_examples"], metrics=metrics
+                    given,
+                    num_examples=closed["num_examples"],
+                    metrics=msgspec.convert(closed["metrics"], Metrics),
                 )
             case Evaluate():
-                run, lent = self._on_base(work, "evaluate")
-                closed = run["history"][-1]
-                for digest in lent:
-                    self._fleet.version(digest).unlink(missing_ok=True)
+                with self._fleet.lent(Path(work.base)) as base:
+                    closed = self._round(work, "evaluate", base)
                 return Done(
                     id=work.id,
                     num_examples=closed["num_evaluated"],
                     metrics=msgspec.convert(closed["metrics"], Metrics),
                 )
 
-    def _on_base(self, work: Train | Evaluate, only: str) -> tuple[Any, set[str]]:
-        """The run of an errand on the version that came from further up; versions lent for it."""
-        digest, lent = self._fleet.lend(Path(work.base))
+    def _round(self, work: Train | Evaluate, only: str, base: str) -> Any:
+        """The only round of a run on the version that came from further up."""
         spec = {
             "only": only,
             "seed": int(work.settings.get("seed", 0)),
             "first_round": max(1, int(work.settings.get("round", 1))),
         }
-        return self._errand(work, spec, digest), {digest} if lent else set()
+        return self._errand(work, spec, base)["history"][-1]
 
     def _errand(self, work: Work, spec: dict[str, Any], base: str = "") -> Any:
         """Have the fleet do it; the run as it ended. Raises CommonweightError, Cancelled."""
@@ -187,18 +161,25 @@ class FleetTrainer:
             "from_digest": base,
         }
         run = self._fleet.ask("POST", "/cw/v1/runs", order)["run"]
-        while True:
-            told = self._fleet.ask("GET", f"/cw/v1/runs/{run}")
-            if told["state"] in ("finished", "stopped", "failed"):
-                break
-            if self._cancelled == work.id:
+        try:
+            told = self._ended(work, run)
+        except BaseException:  # also Cancelled: nobody waits for the run any more
+            with contextlib.suppress(CommonweightError):
                 self._fleet.ask("POST", f"/cw/v1/runs/{run}/stop")
-                raise Cancelled
-            self._tell(work, told)
-            time.sleep(_LOOK_S)
+            raise
         if told["state"] != "finished":
             raise Refused(f"this fleet's run {run} {told['state']}: {told['ended_because']}")
         return told
+
+    def _ended(self, work: Work, run: str) -> Any:
+        """The run once it has ended. Raises CommonweightError, Cancelled."""
+        while True:
+            told = self._fleet.ask("GET", f"/cw/v1/runs/{run}")
+            if told["state"] in ("finished", "stopped", "failed"):
+                return told
+            self._control.check(work.id)
+            self._tell(work, told)
+            time.sleep(_LOOK_S)
 
     def _tell(self, work: Work, run: Any) -> None:
         """How many of the fleet have answered, as the steps of the work."""
@@ -215,46 +196,27 @@ class FleetTrainer:
         self._send(progress)
 
     def _given(self, work: int, digest: str, out: Path, *, keep: bool = False) -> Done:
-        """Move a version of the coordinator's to `out`: nobody else needs it."""
-        there, partial = self._fleet.version(digest), out.with_name(f".{out.name}.fleet.tmp")
-        shutil.copyfile(there, partial)
-        os.replace(partial, out)
+        """Copy a version of the coordinator's to `out`, and delete it there unless `keep`."""
+        there = self._fleet.version(digest)
+        _copy(there, out)
         if not keep:
             there.unlink(missing_ok=True)
         return Done(id=work, digest=digest, nbytes=out.stat().st_size)
 
 
-def _read(lines: IO[bytes], trainer: FleetTrainer, works: list[Work], ready: Any) -> None:
-    """The reader thread: a cancel acts at once, works wait; without a parent there is an end."""
-    for line in lines:
-        request: Request = decode_request(line)
-        if isinstance(request, Cancel):
-            trainer.cancel(request.id)
-        elif isinstance(request, Work):
-            works.append(request)
-            ready.release()
-    os._exit(0)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; `target` is never there in part."""
+    partial = target.with_name(f".{target.name}.fleet.tmp")
+    try:
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    sending = threading.Lock()
-
-    def send(answer: Answer) -> None:
-        with sending:
-            answers.write(encode(answer) + b"\n")
-            answers.flush()
-
-    trainer = FleetTrainer(LocalFleet(Path(sys.argv[1])), send)
-    works: list[Work] = []
-    ready = threading.Semaphore(0)
-    arguments = (sys.stdin.buffer, trainer, works, ready)
-    threading.Thread(target=_read, args=arguments, name="requests", daemon=True).start()
-    send(Ready())
-    while True:
-        ready.acquire()
-        trainer.serve(works.pop(0))
+    fleet = LocalFleet(Path(sys.argv[1]))
+    main_loop.run(lambda control, send: FleetTrainer(fleet, control, send))
 
 
 if __name__ == "__main__":

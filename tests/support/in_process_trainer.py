@@ -11,7 +11,8 @@ from agent.data.settings import DataSettings
 from agent.home.run_state import Kept
 from agent.tasks import Settings
 from agent.trainer.executor import Trainer
-from agent.trainer.ipc import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
+from agent.trainer.ipc import Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
+from agent.trainer.main_loop import answer_to
 from agent.trainer.progress import Control
 from protocols.errors import TrainerFailed
 
@@ -24,18 +25,13 @@ class InProcess:
 
     def __init__(self, data: DataSettings, threads: int = 1, source: str = "") -> None:
         self._data, self._source = data, source
-        self._answer: Answer | None = None
-        self._trainer = Trainer(Control(), self._told, threads)
-
-    def _told(self, answer: Answer) -> None:
-        self._answer = answer
+        self._control = Control()
+        self._trainer = Trainer(self._control, lambda progress: None, threads)
 
     def _done(self, work: Work) -> Done:
-        self._trainer.serve(replace(work, source=self._source))
-        answer = self._answer
+        answer = answer_to(replace(work, source=self._source), self._trainer, self._control)
         if isinstance(answer, Failed):
             raise TrainerFailed(answer.kind, answer.message, answer.hint)
-        assert isinstance(answer, Done), answer
         return answer
 
     def describe(self, task: str, settings: Settings) -> bytes:

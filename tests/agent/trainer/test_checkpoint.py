@@ -158,7 +158,7 @@ def test_a_pause_is_kept_at_once(
     calm: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may well end with the machine switched off."""
-    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
+    monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 600.0)  # batches are quick
     site = Site(tmp_path / "site", journal_every_s=PATIENCE_S, cache=calm.data.cache)
     try:
         site.trainer.init("mnist", {}, 1, site.base)
@@ -260,7 +260,7 @@ def test_an_agent_that_was_killed_leaves_the_journal_to_its_next_life(
     calm: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainer leaves when its parent dies; another parent goes on."""
-    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
+    monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 600.0)  # batches are quick
     first = Site(tmp_path / "site", cache=calm.data.cache)
     try:
         shutil.copyfile(calm.base, first.base)

@@ -237,7 +237,7 @@ def test_same_inputs_give_the_same_bytes(site: Site) -> None:
 def test_pause_stands_still_and_resume_finishes(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 600.0)  # as if batches were quick
+    monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 600.0)  # batches are quick
     undisturbed = site.train(epochs=3)
     # Paused before it starts: so the pause surely falls into the work.
     site.trainer.pause()
@@ -336,7 +336,7 @@ def test_a_long_batch_is_paused_in_its_middle(odd: Site) -> None:
 def test_a_pause_that_came_before_the_work_holds_up_its_first_batch(
     odd: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.trainer_life.FREEZE_AFTER_S", 0.0)
+    monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 0.0)
     earlier = set(threading.enumerate())
     odd.trainer.pause()
     timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]

@@ -1,0 +1,131 @@
+"""The main loop of a trainer process: requests in, one work at a time, answers out.
+
+Both trainers run in it: `agent.trainer`, which trains here, and `agent.trainer.subfleet`, which
+lets another fleet train. It speaks the frames of `agent.trainer.ipc`. When standard input ends, the
+parent is gone and the process exits at once; what a task was doing is in the journal, and the next
+trainer goes on with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import IO, NoReturn, Protocol
+
+import msgspec
+
+from agent.tasks import Cancelled
+from agent.tasks.training.batch_size import is_out_of_memory
+from agent.trainer.ipc import (
+    Answer,
+    Cancel,
+    Done,
+    Failed,
+    Pace,
+    Pause,
+    Ready,
+    Resume,
+    Work,
+    decode_request,
+    encode,
+)
+from agent.trainer.progress import Control
+from protocols.errors import CommonweightError, DiskFull, OutOfMemory
+from protocols.failpoints import failpoint
+from protocols.local.disk_space import is_full
+
+_PR_SET_PDEATHSIG = 1
+
+Send = Callable[[Answer], None]
+
+
+class Executor(Protocol):
+    """Does one work after another, in the main thread."""
+
+    def do(self, work: Work) -> Done | Failed: ...
+
+
+def run(make: Callable[[Control, Send], Executor]) -> NoReturn:
+    """Serve the parent until it goes. `make` gets the commands and the way of progress reports."""
+    requests, answers = _take_pipes()
+    _continue_when_parent_dies()
+
+    def send(answer: Answer) -> None:
+        answers.write(encode(answer) + b"\n")
+        answers.flush()
+
+    control = Control()
+    works: queue.SimpleQueue[Work] = queue.SimpleQueue()
+    threading.Thread(
+        target=_read, args=(requests, control, works), name="requests", daemon=True
+    ).start()
+    executor = make(control, send)
+    send(Ready())
+    try:
+        while True:
+            send(answer_to(works.get(), executor, control))
+    except SystemExit as end:  # a task's own; the usual way out could wait for the reader
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+def answer_to(work: Work, executor: Executor, control: Control) -> Done | Failed:
+    """Do one work. What it raises becomes a Failed."""
+    try:
+        control.check(work.id)
+        failpoint("trainer.begun")
+        return executor.do(work)
+    except Cancelled:
+        return Failed(id=work.id, kind="cancelled", message="the work was cancelled")
+    except CommonweightError as err:
+        return Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
+    except OSError as err:
+        traceback.print_exc()
+        kind = DiskFull.code if is_full(err) else "file"
+        return Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
+    except Exception as err:
+        # A task is another's code: whatever it raises must not end the protocol.
+        traceback.print_exc()
+        if is_out_of_memory(err):  # its kind's words leave the machine: none of the task's own
+            kind, words = OutOfMemory.code, "the task ran out of memory"
+        else:
+            kind, words = "task", f"{type(err).__name__}: {err}"
+        return Failed(id=work.id, kind=kind, message=words)
+
+
+def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Private copies of the two pipes. Afterwards a task's print goes to the log, and its input()
+    finds nothing, so neither can break the protocol."""
+    requests, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
+
+
+def _read(requests: IO[bytes], control: Control, works: queue.SimpleQueue[Work]) -> None:
+    """The reader thread: commands act at once, works wait their turn."""
+    try:
+        for line in requests:
+            request = decode_request(line)
+            if isinstance(request, Pause | Resume | Pace | Cancel):
+                control.told(request)
+            else:
+                works.put(request)
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError):
+        traceback.print_exc()
+        os._exit(1)
+    # The parent has gone or wants an end: nobody waits for an answer or for clean-up.
+    os._exit(0)
+
+
+def _continue_when_parent_dies() -> None:
+    """If the parent dies while we are stopped, Linux sends SIGCONT; we read EOF and exit."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)

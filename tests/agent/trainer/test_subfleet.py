@@ -1,0 +1,100 @@
+"""The trainer whose work another fleet does: its process, and the versions that it lends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from agent.tasks import DataSettings
+from agent.trainer.ipc import Evaluate, Failed, Train
+from agent.trainer.main_loop import answer_to
+from agent.trainer.progress import Control
+from agent.trainer.subfleet import FleetTrainer, LocalFleet
+from protocols.enrollment import identity
+from protocols.model import weights
+from protocols.model.weights import Weights
+from tests.agent.trainer.test_process import PATIENCE_S, ROOT, gone, only_linux
+
+#: A parent that stops its trainer, as a pause does, and dies.
+DYING_PARENT = """
+import os, pathlib, signal, sys
+from agent.tasks import DataSettings
+from agent.trainer.process import TrainerProcess
+from protocols.errors import TrainerFailed
+
+folder = pathlib.Path(sys.argv[1])
+trainer = TrainerProcess(folder, DataSettings(), fleet=sys.argv[1])
+try:
+    trainer.describe("mnist", {})
+except TrainerFailed as err:
+    print(trainer.pid, err.kind, flush=True)
+os.kill(trainer.pid, signal.SIGSTOP)
+os._exit(9)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A coordinator's home. The coordinator is not up."""
+    home = tmp_path / "coordinator"
+    (home / "versions").mkdir(parents=True)
+    identity.save_key(home / "operator.key", identity.new_signing_key())
+    return home
+
+
+@only_linux
+def test_a_stopped_fleet_trainer_leaves_when_its_parent_dies(home: Path) -> None:
+    command = [sys.executable, "-c", DYING_PARENT, str(home)]
+    parent = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert parent.returncode == 9, parent.stderr
+    pid, kind = parent.stdout.split()
+    assert kind == "not_running"
+    try:
+        assert gone(int(pid))
+    finally:
+        if psutil.pid_exists(int(pid)):
+            psutil.Process(int(pid)).kill()
+
+
+def test_a_line_that_is_no_frame_ends_the_fleet_trainer_with_an_error(home: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "agent.trainer.subfleet", str(home)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert trainer.stdin is not None
+        trainer.stdin.write(b"no frame\n")
+        trainer.stdin.flush()
+        assert trainer.wait(PATIENCE_S) == 1
+        assert trainer.stderr is not None
+        assert b"DecodeError" in trainer.stderr.read()
+    finally:
+        trainer.kill()
+        trainer.communicate()
+
+
+def test_a_version_is_lent_for_the_time_of_its_work_only(home: Path, tmp_path: Path) -> None:
+    """The work fails, as the coordinator is not up."""
+    base = tmp_path / "base.safetensors"
+    digest = weights.save(Weights({"w": np.zeros(3, np.float32)}), base)
+    common = {"id": 1, "task": "mnist", "settings": {}, "data": DataSettings(), "base": str(base)}
+    for work in (Train(**common, out=str(tmp_path / "out")), Evaluate(**common)):
+        control = Control()
+        trainer = FleetTrainer(LocalFleet(home), control, lambda progress: None)
+        answer = answer_to(work, trainer, control)
+        assert isinstance(answer, Failed)
+        assert answer.kind == "not_running"
+        assert not list((home / "versions").iterdir())
+    own = home / "versions" / f"{digest}.safetensors"
+    base.rename(own)
+    with LocalFleet(home).lent(own) as lent:
+        assert lent == digest
+    assert own.exists(), "the coordinator's own version stays"
