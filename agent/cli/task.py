@@ -7,7 +7,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,11 +145,16 @@ class _Trial:
         """Raises TrainerFailed."""
         import msgspec
 
+        from agent.tasks.work import Describe, Evaluate, Init, Train
         from protocols.model import schema_card
         from protocols.tables import preprocessing
 
+        def described() -> Any:
+            done = trainer.run(Describe(task=name, settings=dict(settings)))
+            return schema_card.decode(done.description)
+
         began = time.monotonic()
-        told = schema_card.decode(trainer.describe(name, settings))
+        told = described()
         ready_s = time.monotonic() - began
         found: dict[str, Any] = {"task": name, "schema": msgspec.to_builtins(told)}
         found |= {"load_s": ready_s, "memory_bytes": trainer.rss_bytes}
@@ -159,26 +163,31 @@ class _Trial:
             derived = preprocessing.derive({"here": told}, settings)
             found["notes"] = [words for _, words in derived.notes]
             settings = {**settings, "preprocessing": preprocessing.encode(derived.preprocessing)}
-            told = schema_card.decode(trainer.describe(name, settings))
+            told = described()
             found |= {"schema": msgspec.to_builtins(told), "load_s": time.monotonic() - began}
         base = folder / "first.safetensors"
-        first = trainer.init(name, settings, 0, base)
+        first = trainer.run(Init(task=name, settings=dict(settings), seed=0, out=str(base)))
         found["weights_bytes"] = first.nbytes
         out = folder / "out.safetensors"
+        common: dict[str, Any] = {
+            "task": name,
+            "settings": {**settings, "round": 1},
+            "base": str(base),
+        }
         for kind, work in (
-            ("train", lambda: trainer.train(name, {**settings, "round": 1}, base, out)),
-            ("evaluate", lambda: trainer.evaluate(name, {**settings, "round": 1}, base)),
+            ("train", Train(**common, out=str(out))),
+            ("evaluate", Evaluate(**common)),
         ):
             found[kind] = self._step(trainer, work)
             found["memory_bytes"] = max(found["memory_bytes"], found[kind].pop("memory_bytes"))
         return found
 
-    def _step(self, trainer: Any, work: Callable[[], Any]) -> dict[str, Any]:
+    def _step(self, trainer: Any, work: Any) -> dict[str, Any]:
         self._progress = None
         self._first.clear()
         began = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
-            doing = pool.submit(work)
+            doing = pool.submit(trainer.run, work)
             while not doing.done() and not self._first.wait(0.01):
                 pass
             step_s, memory = time.monotonic() - began, trainer.rss_bytes

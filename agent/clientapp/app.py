@@ -14,11 +14,12 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from msgspec.structs import replace
 
 from agent.clientapp.background_sync import Syncing
-from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Trainer, Transport
-from agent.clientapp.outbox import Coded, Finished, Outbox, Outcome
-from agent.tasks import Settings
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Transport
+from agent.clientapp.outbox import Finished, Outbox
+from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
 from protocols.errors import (
     OF_SETTINGS,
@@ -160,10 +161,13 @@ class Client:
 
     def _describe(self, work: Work) -> Finished:
         """Tell of data and model."""
-        told = self._trainer.describe(work.task, _settings(work))
+        told = self._described(work)
         self._outbox.settle_last()
-        digest = hashlib.sha256(told).hexdigest()
-        return self._outbox.keep(work, Coded(digest, len(told), 0, {}, {}), told)
+        done = Done(digest=hashlib.sha256(told).hexdigest(), nbytes=len(told))
+        return self._outbox.keep(work, done, told)
+
+    def _described(self, work: Work) -> bytes:
+        return self._trainer.run(Describe(task=work.task, settings=_settings(work))).description
 
     def _compare(self, work: Work) -> None:
         """Is this peer's card the run's? Looked at once a run, as it may need the data.
@@ -173,7 +177,7 @@ class Client:
         if not work.card or self._fits == (work.run, work.card):
             return
         expected = schema_card.decode_card(work.card)
-        found = schema_card.decode(self._trainer.describe(work.task, _settings(work)))
+        found = schema_card.decode(self._described(work))
         if not isinstance(found, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
         if (difference := schema_card.difference(expected, found)) is not None:
@@ -181,7 +185,6 @@ class Client:
         self._fits = (work.run, work.card)
 
     def _do(self, work: Work, base: Path) -> Finished:
-        settings = _settings(work)
         update = self._outbox.update
         if (syncing := self._syncing) is not None:  # the last answer's
             self._syncing = None
@@ -190,17 +193,27 @@ class Client:
         if work.kind != "evaluate":  # the last answer's update is about to be overwritten
             self._outbox.clear()
             failpoint("agent.outbox.cleared")
-        outcome: Outcome
         if work.kind == "init":
-            outcome = self._trainer.init(work.task, dict(work.settings), work.seed, update)
+            settings = dict(work.settings)
+            done = self._trainer.run(
+                Init(task=work.task, settings=settings, seed=work.seed, out=str(update))
+            )
         elif work.kind == "train":
-            outcome = self._train(work, settings, base, update)
+            done = self._train(work, base, update)
         else:
-            outcome = self._trainer.evaluate(work.task, settings, base, *self._outbox.own(work))
+            kept = self._outbox.own(work)
+            done = self._trainer.run(
+                Evaluate(
+                    task=work.task,
+                    settings=_settings(work),
+                    base=str(base),
+                    kept=str(kept.file) if kept else "",
+                )
+            )
         failpoint("agent.work.done")
-        finished = self._outbox.keep(work, outcome, synced=self._moves_on(work))
+        finished = self._outbox.keep(work, done, synced=self._moves_on(work))
         failpoint("agent.outbox.written")
-        if not outcome.digest:  # an evaluation: it costs less than a sync
+        if not done.digest:  # an evaluation: it costs less than a sync
             self._deliver(work, finished)
             return finished
         try:
@@ -221,26 +234,34 @@ class Client:
         """True if something that this peer keeps for itself moves on with this update."""
         if work.kind != "train":
             return False
-        return registry.find(work.codec).coding is not None or bool(self._outbox.own(work))
+        return registry.find(work.codec).coding is not None or self._outbox.own(work) is not None
 
-    def _train(self, work: Work, settings: Settings, base: Path, update: Path) -> Outcome:
+    def _train(self, work: Work, base: Path, update: Path) -> Done:
         """Train, and write the update as the run's codec has it."""
         codec = registry.find(work.codec)
         kept = self._outbox.own(work)
-        if codec.coding is None:
-            outcome = self._trainer.train(work.task, settings, base, update, *kept)
-        else:
-            trained = self._outbox.trained
-            try:
-                outcome = self._trainer.train(work.task, settings, base, trained, *kept)
+        whole = codec.coding is None
+        trained = update if whole else self._outbox.trained
+        training = Train(
+            task=work.task,
+            settings=_settings(work),
+            base=str(base),
+            out=str(trained),
+            kept=str(kept.file) if kept else "",
+            kept_out=str(kept.next) if kept else "",
+        )
+        try:
+            done = self._trainer.run(training)
+            if not whole:
                 made = self._outbox.leftovers.encode(codec, work.run, trained, base, update)
-            finally:
+                done = replace(done, digest=made.digest, nbytes=made.nbytes, tallies={})
+        finally:
+            if not whole:
                 trained.unlink(missing_ok=True)
-            outcome = Coded(made.digest, made.nbytes, outcome.num_examples, outcome.metrics, {})
         if kept:
             sync(update)  # first: what is kept moves on with this update
-            self._outbox.personal.wait(work.run, outcome.digest)
-        return outcome
+            self._outbox.personal.wait(work.run, done.digest)
+        return done
 
     def _deliver(self, work: Work, finished: Finished) -> None:
         """Write the answer into the owner's ledger, then send its update, if it has one."""

@@ -8,14 +8,13 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from agent.clientapp.jobs import Result
-from agent.clientapp.outbox import Outcome
 from agent.home.settings import AgentSettings
-from agent.tasks import Settings
+from agent.tasks import Setting
+from agent.tasks.work import Evaluate, Predict, Trainer
 from protocols.errors import BadMessage, Refused, TrainerFailed
 from protocols.messages import jobs
 from protocols.messages.jobs import Model, Private, Scatter, Score, Scores, Unit
@@ -24,22 +23,6 @@ from protocols.model.weights import file_digest
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: A block of pictures may unpack to so many times its size: they are packed already.
 _MOST_UNPACKED = 4
-
-
-class Trainer(Protocol):
-    """What of a trainer inference needs."""
-
-    def evaluate(self, task: str, settings: Settings, base: Path) -> Outcome: ...
-
-    def predict(
-        self,
-        task: str,
-        settings: Settings,
-        base: Path,
-        sources: Sequence[Path],
-        rows: Sequence[int],
-        out: Path,
-    ) -> Outcome: ...
 
 
 class Inferring:
@@ -82,8 +65,16 @@ class Inferring:
             self._fetch(question.input, nbytes, folder / "input")
             sources = list(_parted(folder, question))
             out = folder / "answers"
-            settings = _settings(unit)
-            done = self._trainer.predict(unit.task, settings, base, sources, question.rows, out)
+            done = self._trainer.run(
+                Predict(
+                    task=unit.task,
+                    settings=_settings(unit),
+                    base=str(base),
+                    sources=[str(source) for source in sources],
+                    rows=list(question.rows),
+                    out=str(out),
+                )
+            )
             kept = self._folder / "answers"
             out.replace(kept)
         return Result(kept, done.num_examples)
@@ -99,7 +90,9 @@ class Inferring:
         least = max(question.min_group, self._settings().data_min_count)
         for model in unit.models:
             base = self._version(model)
-            done = self._trainer.evaluate(unit.task, _settings(unit), base)
+            done = self._trainer.run(
+                Evaluate(task=unit.task, settings=_settings(unit), base=str(base))
+            )
             enough = done.num_examples >= least
             scores[model.digest] = (
                 Score(done.num_examples, done.metrics) if enough else Score(0, {})
@@ -117,7 +110,15 @@ class Inferring:
         out = self._kept / f"{unit.job}-{model.digest[:12]}{suffix}"
         unfinished = out.with_name(f".{out.name}")
         try:
-            self._trainer.predict(unit.task, _settings(unit), base, [Path(data)], (), unfinished)
+            self._trainer.run(
+                Predict(
+                    task=unit.task,
+                    settings=_settings(unit),
+                    base=str(base),
+                    sources=[data],
+                    out=str(unfinished),
+                )
+            )
             unfinished.replace(out)
         except TrainerFailed as err:
             unfinished.unlink(missing_ok=True)
@@ -142,7 +143,7 @@ class Inferring:
             yield Path(folder)
 
 
-def _settings(unit: Unit) -> Settings:
+def _settings(unit: Unit) -> dict[str, Setting]:
     return {"seed": 0, "round": 0, **unit.settings}
 
 

@@ -12,9 +12,6 @@ from typing import NamedTuple, Protocol
 
 from flwr.app import Message, RecordDict
 
-from agent.clientapp.outbox import Outcome
-from agent.home.run_state import Kept
-from agent.tasks import Settings
 from protocols.enrollment import identity
 from protocols.errors import Refused
 from protocols.messages import envelope
@@ -35,22 +32,6 @@ class PeerIdentity(NamedTuple):
     def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
         """True if the coordinator has signed these bytes."""
         return identity.verify(self.coordinator_public, signature, signed)
-
-
-class Trainer(Protocol):
-    """Does the work; blocking. `agent.trainer.process.TrainerProcess` is the real one."""
-
-    def describe(self, task: str, settings: Settings) -> bytes: ...
-
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Outcome: ...
-
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Outcome: ...
-
-    def evaluate(
-        self, task: str, settings: Settings, base: Path, kept: Kept | None = None
-    ) -> Outcome: ...
 
 
 class Transport(Protocol):

@@ -7,47 +7,21 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from agent.clientapp.error_feedback import Leftovers
 from agent.home.run_state import Kept, RunFiles
+from agent.tasks.work import Done
 from protocols.codecs import registry
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import replacing
 from protocols.local.background_unlink import remove
 from protocols.messages import envelope
-from protocols.messages.envelope import Metrics
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.model import personalization
 from protocols.model.weights import file_digest
-
-
-class Outcome(Protocol):
-    """What a trainer gives back for a piece of work."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def num_examples(self) -> int: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    @property
-    def tallies(self) -> dict[str, list[float]]: ...
-
-
-class Coded(NamedTuple):
-    """An outcome whose update a codec has made smaller."""
-
-    digest: str
-    nbytes: int
-    num_examples: int
-    metrics: Metrics
-    tallies: dict[str, list[float]]
 
 
 class Finished(Struct, frozen=True, kw_only=True):
@@ -101,7 +75,7 @@ class Outbox:
             return None
 
     def keep(
-        self, work: Work, outcome: Outcome, description: bytes = b"", *, synced: bool = True
+        self, work: Work, outcome: Done, description: bytes = b"", *, synced: bool = True
     ) -> Finished:
         """The outcome as a signed claim, safe in the outbox; its update has still to be synced.
 
@@ -132,11 +106,11 @@ class Outbox:
         self._made = claim.digest
         return finished
 
-    def own(self, work: Work) -> tuple[Kept, ...]:
+    def own(self, work: Work) -> Kept | None:
         """Where this peer's own part of the run's model lies, if the run has such a part."""
         if personalization.SETTINGS.isdisjoint(work.settings):
-            return ()
-        return (self.personal.of(work.run),)
+            return None
+        return self.personal.of(work.run)
 
     def settle(self, digest: str) -> None:
         """The update with this digest (empty: none) is the one that is sent."""

@@ -25,9 +25,10 @@ from agent.tasks import (
     Traited,
     registry,
 )
+from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer import rng_state
 from agent.trainer.checkpoint import Journal
-from agent.trainer.ipc import Answer, Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
+from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personal, continuing, steerable
 from agent.trainer.progress import Control, Meter
 from protocols import VERSION

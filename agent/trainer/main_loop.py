@@ -22,16 +22,15 @@ import msgspec
 
 from agent.tasks import Cancelled
 from agent.tasks.training.batch_size import is_out_of_memory
+from agent.tasks.work import Done, Work
 from agent.trainer.ipc import (
     Answer,
     Cancel,
-    Done,
     Failed,
     Pace,
     Pause,
     Ready,
     Resume,
-    Work,
     decode_request,
     encode,
 )

@@ -1,4 +1,4 @@
-"""The trainer as the agent asks it: describe, init, train, evaluate, predict.
+"""The trainer as the agent asks it: one work at a time, completed with this machine's data.
 
 Never imports torch. The child behind it is `trainer_life`'s.
 """
@@ -6,16 +6,16 @@ Never imports torch. The child behind it is `trainer_life`'s.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
 from agent.data.settings import DataSettings
-from agent.home.run_state import Kept
-from agent.tasks import Settings
-from agent.trainer.ipc import Describe, Done, Evaluate, Init, Predict, Progress, Train
+from agent.tasks.work import Done, Predict, Train, Work
+from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerLife
 from protocols.errors import TrainerFailed
 
@@ -65,84 +65,29 @@ class TrainerProcess(TrainerLife):
         self.data = data
         self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
 
-    def describe(self, task: str, settings: Settings) -> bytes:
-        """What the task says of data and model, encoded. Raises TrainerFailed."""
-        work = Describe(id=0, task=task, settings=dict(settings), data=self._data())
-        return self.do(work).description
+    def run(self, work: Work) -> Done:
+        """Do a work on this machine's data, and wait for its end. Raises TrainerFailed."""
+        return self.do(self._completed(work))
 
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
-        """Write the task's first weights to `out`. Raises TrainerFailed."""
-        work = Init(
-            id=0, task=task, settings=dict(settings), data=self._data(), seed=seed, out=_full(out)
-        )
-        return self.do(work, out)
-
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Done:
-        """Train the weights in `base` and write them to `out`. Raises TrainerFailed.
-
-        `settings` are the task's own, and the run's "seed" and the "round" that order the data.
-        `base` is never written to again: a version's file, named by its digest.
-        """
-        try:
-            key = _told(base)
-            if kept is not None and kept.file.exists():
-                key += f" {_told(kept.file)}"
-        except OSError as err:
-            raise TrainerFailed("file", f"a file cannot be used: {err}") from err
-        work = Train(
-            id=0,
-            task=task,
-            settings=dict(settings),
-            data=self._data(),
-            base=_full(base),
-            out=_full(out),
+    def _completed(self, work: Work) -> Work:
+        """The work with this machine's data and journal. Paths become absolute: the child works in
+        another folder."""
+        added: dict[str, Any] = {"data": self._data()}
+        for name in ("base", "out", "kept", "kept_out"):
+            if path := getattr(work, name, ""):
+                added[name] = _full(path)
+        if isinstance(work, Predict):
+            added["sources"] = [_full(source) for source in work.sources]
+        if isinstance(work, Train):
             # Whichever run asks: alike in all this, task, settings and data gives the same result.
-            key=key,
-            journal=_full(self._journal),
-            journal_every_s=self._journal_every_s,
-            kept=_full(kept.file) if kept else "",
-            kept_out=_full(kept.next) if kept else "",
-        )
-        return self.do(work, out)
-
-    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
-        """Measure the weights in `base` on the held-out data. Raises TrainerFailed."""
-        work = Evaluate(
-            id=0,
-            task=task,
-            settings=dict(settings),
-            data=self._data(),
-            base=_full(base),
-            kept=_full(kept.file) if kept else "",
-        )
-        return self.do(work)
-
-    def predict(
-        self,
-        task: str,
-        settings: Settings,
-        base: Path,
-        sources: Sequence[Path],
-        rows: Sequence[int],
-        out: Path,
-    ) -> Done:
-        """Answer for files with the weights in `base`; answers go to `out`. Raises TrainerFailed.
-
-        `rows` are how many each file must have; none: any.
-        """
-        work = Predict(
-            id=0,
-            task=task,
-            settings=dict(settings),
-            data=self._data(),
-            base=_full(base),
-            sources=[_full(source) for source in sources],
-            rows=list(rows),
-            out=_full(out),
-        )
-        return self.do(work, out)
+            files = [work.base, *([work.kept] if Path(work.kept).is_file() else [])]
+            try:
+                added["key"] = " ".join(_told(Path(file)) for file in files)
+            except OSError as err:
+                raise TrainerFailed("file", f"a file cannot be used: {err}") from err
+            added["journal"] = _full(self._journal)
+            added["journal_every_s"] = self._journal_every_s
+        return msgspec.structs.replace(work, **added)
 
     def forget(self) -> None:
         """Drop the journal: the last work is done and its answer is safe."""
@@ -160,5 +105,5 @@ def _told(file: Path) -> str:
     return f"{file.name} {found.st_size} {found.st_mtime_ns}"
 
 
-def _full(path: Path) -> str:
-    return str(path.absolute())  # the child works in another folder
+def _full(path: str | Path) -> str:
+    return str(Path(path).absolute())

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from random import Random
-from typing import TypeVar
 
-from agent.home.run_state import Kept
-from agent.tasks import Settings
-from agent.trainer.ipc import Done
+from agent.tasks.work import Done, Work
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
 from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.agent")
-
-T = TypeVar("T")
 
 #: What another child may not meet again. All else is said of the work itself, or was asked for.
 WORTH_A_TRY = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
@@ -52,44 +46,15 @@ class Watchdog:
         self._on_given_up = on_given_up
         self._closed = threading.Event()
 
-    def describe(self, task: str, settings: Settings) -> bytes:
-        return self._do(lambda: self._trainer.describe(task, settings))
-
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
-        return self._do(lambda: self._trainer.init(task, settings, seed, out))
-
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Done:
-        done = self._do(lambda: self._trainer.train(task, settings, base, out, kept))
-        if done.resumed_at:
-            log.info("the training went on from step %s of its journal", done.resumed_at)
-        return done
-
-    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
-        return self._do(lambda: self._trainer.evaluate(task, settings, base, kept))
-
-    def predict(
-        self,
-        task: str,
-        settings: Settings,
-        base: Path,
-        sources: Sequence[Path],
-        rows: Sequence[int],
-        out: Path,
-    ) -> Done:
-        return self._do(lambda: self._trainer.predict(task, settings, base, sources, rows, out))
-
-    def close(self) -> None:
-        """End the trainer for good; a wait for the next try ends too."""
-        self._closed.set()
-        self._trainer.close()
-
-    def _do(self, work: Callable[[], T]) -> T:
+    def run(self, work: Work) -> Done:
+        """Do a work, with some tries. Raises TrainerFailed."""
         waits = delays(Random(), self._first_s, self._most_s)
         for left in range(self._tries - 1, -1, -1):
             try:
-                return work()
+                done = self._trainer.run(work)
+                if done.resumed_at:
+                    log.info("the training went on from step %s of its journal", done.resumed_at)
+                return done
             except TrainerFailed as err:
                 if err.kind not in self._worth or self._closed.is_set():
                     raise
@@ -103,3 +68,8 @@ class Watchdog:
                 if self._closed.wait(wait_s):
                     raise TrainerFailed("stopped", "the trainer was stopped") from err
         raise AssertionError("at least one try")
+
+    def close(self) -> None:
+        """End the trainer for good; a wait for the next try ends too."""
+        self._closed.set()
+        self._trainer.close()

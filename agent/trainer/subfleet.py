@@ -23,18 +23,9 @@ from typing import Any
 import httpx
 import msgspec
 
+from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer import main_loop
-from agent.trainer.ipc import (
-    Describe,
-    Done,
-    Evaluate,
-    Init,
-    Phase,
-    Predict,
-    Progress,
-    Train,
-    Work,
-)
+from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
 from agent.trainer.progress import Control
 from protocols.enrollment import identity, signed_requests

@@ -17,20 +17,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
 from agent.trainer.child_process import Child
-from agent.trainer.ipc import (
-    Answer,
-    Cancel,
-    Done,
-    Failed,
-    Pace,
-    Pause,
-    Progress,
-    Ready,
-    Resume,
-    Work,
-)
+from agent.trainer.ipc import Answer, Cancel, Failed, Pace, Pause, Progress, Ready, Resume
 from protocols.errors import OutOfMemory, TrainerFailed
 
 log = logging.getLogger(__name__)
@@ -183,8 +173,8 @@ class TrainerLife:
             elif self._cancel_by is None and not self._stopping:
                 child.freeze()
 
-    def do(self, work: Work, out: Path | None = None) -> Done:
-        """Let the child do a work whose result goes to `out`. Raises TrainerFailed."""
+    def do(self, work: Work) -> Done:
+        """Let the child do a work. Raises TrainerFailed."""
         with self._one_at_a_time:
             with self._changed:
                 child = self._started()
@@ -207,7 +197,8 @@ class TrainerLife:
             if answer.kind == OutOfMemory.code:
                 # What the failed work took is given back only by the process's end.
                 self.stop()
-            if out is not None:
+            if isinstance(work, Init | Train | Predict):
+                out = Path(work.out)
                 for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
                     leftover.unlink(missing_ok=True)
             hint = answer.hint or f"the trainer's log: {self._work_dir / 'trainer.log'}"

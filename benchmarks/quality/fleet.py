@@ -25,9 +25,8 @@ from msgspec.structs import replace
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
-from agent.home.run_state import Kept
-from agent.tasks import Settings
-from agent.trainer.ipc import Done
+from agent.tasks import work as trainer_work
+from agent.tasks.work import Done, Train
 from agent.transport.coordinator_client import _pack, _unpack
 from coordinator.runs import state, transitions
 from coordinator.runs.context import Fleetwork
@@ -83,10 +82,11 @@ class Liar(InProcess):
         super().__init__(data, threads)
         self._factor = factor
 
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Done:
-        done = super().train(task, settings, base, out, kept)
+    def run(self, work: trainer_work.Work) -> Done:
+        done = super().run(work)
+        if not isinstance(work, Train):
+            return done
+        base, out = Path(work.base), Path(work.out)
         before, made = weights.load(base), weights.load(out)
         lie = {n: before[n] + np.float32(self._factor) * (made[n] - before[n]) for n in made}
         return replace(done, digest=weights.save(Weights(lie), out), nbytes=out.stat().st_size)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from agent.data.settings import DataSettings
+from agent.tasks.work import Init, Train
 from agent.trainer.process import TrainerProcess
 
 THREADS = 1
@@ -96,10 +97,14 @@ def _ours(trainer: TrainerProcess, course: Course, folder: Path) -> Spent:
     }
     base = folder / f"{course.model}.safetensors"
     if not base.exists():
-        trainer.init("mnist", settings, 1, base)
+        trainer.run(Init(task="mnist", settings=settings, seed=1, out=str(base)))
     trainer.forget()
     before, began = _cpu_s(trainer), time.perf_counter()
-    trainer.train("mnist", settings, base, folder / "update.safetensors")
+    trainer.run(
+        Train(
+            task="mnist", settings=settings, base=str(base), out=str(folder / "update.safetensors")
+        )
+    )
     return Spent(time.perf_counter() - began, _cpu_s(trainer) - before)
 
 

@@ -17,7 +17,7 @@ from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.tasks import Settings
 from agent.tasks.demo.mnist import Mnist
-from agent.trainer.ipc import Done
+from agent.tasks.work import Done
 from agent.transport.coordinator_client import Link
 from protocols.errors import TrainerFailed
 from protocols.messages import topics
@@ -25,6 +25,7 @@ from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
 from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.in_process_trainer import ByKind
 from tests.support.mqtt_fleet import rogue as with_password_only
 
 SHORT = ["--set", "epochs=1", "--set", "max_steps=20"]
@@ -87,7 +88,7 @@ FAULTS: list[tuple[Fault, str]] = [
 ]
 
 
-class RogueTrainer:
+class RogueTrainer(ByKind):
     """Says what it likes: a fault a round, and lies about its evaluation."""
 
     def describe(self, task: str, settings: Settings) -> bytes:
@@ -101,10 +102,10 @@ class RogueTrainer:
         loaded = weights.load(base)
         model, num_examples = fault({name: array.copy() for name, array in loaded.items()})
         digest = weights.save(Weights(model), out)
-        return Done(id=0, digest=digest, nbytes=out.stat().st_size, num_examples=num_examples)
+        return Done(digest=digest, nbytes=out.stat().st_size, num_examples=num_examples)
 
     def evaluate(self, task: str, settings: Settings, base: Path) -> Done:
-        return Done(id=0, num_examples=10**12, metrics={"accuracy": 1.0, "loss": 0.0})
+        return Done(num_examples=10**12, metrics={"accuracy": 1.0, "loss": 0.0})
 
 
 class OverLink(NamedTuple):

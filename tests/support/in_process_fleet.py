@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Error, Message
+from msgspec.structs import replace
 
 from agent.clientapp.app import Client, refusal_text
 from agent.clientapp.inference_jobs import Inferring
@@ -24,6 +25,7 @@ from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
 from agent.home.credentials import Credentials
 from agent.home.settings import AgentSettings
+from agent.tasks.work import Done
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import Link
 from agent.transport.version_store import Versions
@@ -37,12 +39,12 @@ from coordinator.storage.run_events import Fact, RunSpec
 from coordinator.storage.settings import Settings
 from protocols.enrollment import identity, tickets
 from protocols.errors import CommonweightError, Unreachable
-from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
 from tests.support.https_site import HOST, Machine
+from tests.support.in_process_trainer import ByKind
 
 Floats = npt.NDArray[np.float32]
 CLASSES = 3
@@ -105,15 +107,7 @@ def loss_of(model: Weights, data: Data) -> float:
 NO_TALLIES: dict[str, list[float]] = {}
 
 
-class Outcome(NamedTuple):
-    num_examples: int
-    metrics: Metrics
-    digest: str = ""
-    nbytes: int = 0
-    tallies: dict[str, list[float]] = NO_TALLIES
-
-
-class Trainer:
+class Trainer(ByKind):
     """The trainer's part, without a process. A closed `door` holds up its work until it is open.
 
     `before` is called with the kind and the round of each piece of work; what it raises is the
@@ -135,9 +129,9 @@ class Trainer:
         self.worked.append((kind, number))
         self.before(kind, number)
 
-    def _save(self, model: Weights, out: Path) -> Outcome:
+    def _save(self, model: Weights, out: Path) -> Done:
         digest = weights.save(model, out)
-        return Outcome(len(self.data.y), {}, digest, out.stat().st_size)
+        return Done(num_examples=len(self.data.y), digest=digest, nbytes=out.stat().st_size)
 
     def describe(self, task: str, settings: Any) -> bytes:
         self._begin("describe", 0)
@@ -145,19 +139,18 @@ class Trainer:
             schema_card.card(task, self.version, self.first(0).schema, self.traits)
         )
 
-    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
+    def init(self, task: str, settings: Any, seed: int, out: Path) -> Done:
         self._begin("init", 0)
         return self._save(self.first(seed), out)
 
-    def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Done:
         number = int(settings["round"])
         self._begin("train", number)
         self.made[number] = self.step(weights.load(base), self.data)
-        return self._save(self.made[number], out)._replace(metrics={"train_loss": 1.0})
+        saved = self._save(self.made[number], out)
+        return replace(saved, metrics={"train_loss": 1.0})
 
-    def predict(
-        self, task: str, settings: Any, base: Path, sources: Any, rows: Any, out: Path
-    ) -> Outcome:
+    def predict(self, task: str, settings: Any, base: Path, sources: Any, out: Path) -> Done:
         """Scores of the first class for CSV files of features."""
         self._begin("predict", len(self.worked))
         model, done = weights.load(base), 0
@@ -168,11 +161,12 @@ class Trainer:
                 for number, score in enumerate(x @ np.asarray(model["w"])[:, 0]):
                     file.write(f"[{number},{float(score)!r}]\n")
                 done += len(x)
-        return Outcome(done, {}, weights.file_digest(out), out.stat().st_size)
+        return Done(num_examples=done, digest=weights.file_digest(out), nbytes=out.stat().st_size)
 
-    def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
+    def evaluate(self, task: str, settings: Any, base: Path) -> Done:
         self._begin("evaluate", int(settings["round"]))
-        return Outcome(len(self.data.y), {"loss": self.loss(weights.load(base), self.data)})
+        loss = self.loss(weights.load(base), self.data)
+        return Done(num_examples=len(self.data.y), metrics={"loss": loss})
 
 
 class Proving(Observer):

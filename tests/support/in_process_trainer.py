@@ -1,17 +1,16 @@
-"""The trainer's work without a process of its own, for an agent that lives in a test."""
+"""Trainers without a process of their own, for agents that live in a test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
-from agent.home.run_state import Kept
-from agent.tasks import Settings
+from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer.executor import Trainer
-from agent.trainer.ipc import Describe, Done, Evaluate, Failed, Init, Predict, Train, Work
+from agent.trainer.ipc import Failed
 from agent.trainer.main_loop import answer_to
 from agent.trainer.progress import Control
 from protocols.errors import TrainerFailed
@@ -28,74 +27,35 @@ class InProcess:
         self._control = Control()
         self._trainer = Trainer(self._control, lambda progress: None, threads)
 
-    def _done(self, work: Work) -> Done:
-        answer = answer_to(replace(work, source=self._source), self._trainer, self._control)
+    def run(self, work: Work) -> Done:
+        work = replace(work, id=1, data=self._data, source=self._source)
+        answer = answer_to(work, self._trainer, self._control)
         if isinstance(answer, Failed):
             raise TrainerFailed(answer.kind, answer.message, answer.hint)
         return answer
 
-    def describe(self, task: str, settings: Settings) -> bytes:
-        work = Describe(id=1, task=task, settings=dict(settings), data=self._data)
-        return self._done(work).description
 
-    def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
-        return self._done(
-            Init(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                seed=seed,
-                out=str(out),
-            )
-        )
+class ByKind:
+    """A trainer of a test: `run` calls the method for the kind of work."""
 
-    def train(
-        self, task: str, settings: Settings, base: Path, out: Path, kept: Kept | None = None
-    ) -> Done:
-        return self._done(
-            Train(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                out=str(out),
-                kept=str(kept.file) if kept else "",
-                kept_out=str(kept.next) if kept else "",
-            )
-        )
+    describe: Any
+    init: Any
+    train: Any
+    evaluate: Any
+    predict: Any
 
-    def evaluate(self, task: str, settings: Settings, base: Path, kept: Kept | None = None) -> Done:
-        return self._done(
-            Evaluate(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                kept=str(kept.file) if kept else "",
-            )
-        )
-
-    def predict(
-        self,
-        task: str,
-        settings: Settings,
-        base: Path,
-        sources: Sequence[Path],
-        rows: Sequence[int],
-        out: Path,
-    ) -> Done:
-        return self._done(
-            Predict(
-                id=1,
-                task=task,
-                settings=dict(settings),
-                data=self._data,
-                base=str(base),
-                sources=[str(source) for source in sources],
-                rows=list(rows),
-                out=str(out),
-            )
-        )
+    def run(self, work: Work) -> Done:
+        task, settings = work.task, work.settings
+        match work:
+            case Describe():
+                return Done(description=self.describe(task, settings))
+            case Init(seed=seed, out=out):
+                done = self.init(task, settings, seed, Path(out))
+            case Train(base=base, out=out):
+                done = self.train(task, settings, Path(base), Path(out))
+            case Evaluate(base=base):
+                done = self.evaluate(task, settings, Path(base))
+            case Predict(base=base, sources=sources, out=out):
+                done = self.predict(task, settings, Path(base), sources, Path(out))
+        assert isinstance(done, Done)
+        return done

@@ -7,16 +7,18 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from msgspec.structs import replace
 
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client, refusal_text
 from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.home import audit_log
+from agent.tasks.work import Done
 from protocols.enrollment import identity
 from protocols.errors import (
     BadMessage,
@@ -37,6 +39,7 @@ from protocols.messages.work import (
 )
 from protocols.model import schema_card
 from protocols.model.weights import TensorSpec
+from tests.support.in_process_trainer import ByKind
 
 KEY, COORDINATOR = identity.new_signing_key(), identity.new_signing_key()
 
@@ -49,15 +52,10 @@ TALLIES: dict[str, list[float]] = {}
 DIGEST = hashlib.sha256(b"update").hexdigest()
 
 
-class Outcome(NamedTuple):
-    digest: str = DIGEST
-    nbytes: int = 6
-    num_examples: int = 5
-    metrics: envelope.Metrics = METRICS
-    tallies: dict[str, list[float]] = TALLIES
+DONE = Done(digest=DIGEST, nbytes=6, num_examples=5, metrics=METRICS, tallies=TALLIES)
 
 
-class Trainer:
+class Trainer(ByKind):
     """Counts what it does."""
 
     def __init__(self) -> None:
@@ -74,19 +72,19 @@ class Trainer:
         self._do("describe", task, dict(settings))
         return schema_card.encode(self.card)
 
-    def init(self, task: str, settings: Any, seed: int, out: Path) -> Outcome:
+    def init(self, task: str, settings: Any, seed: int, out: Path) -> Done:
         self._do("init", task, dict(settings), seed)
         out.write_bytes(b"first!")
-        return Outcome()
+        return DONE
 
-    def train(self, task: str, settings: Any, base: Path, out: Path) -> Outcome:
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Done:
         self._do("train", task, dict(settings), base.name)
         out.write_bytes(b"update")
-        return Outcome()
+        return DONE
 
-    def evaluate(self, task: str, settings: Any, base: Path) -> Outcome:
+    def evaluate(self, task: str, settings: Any, base: Path) -> Done:
         self._do("evaluate", task, dict(settings), base.name)
-        return Outcome(digest="", nbytes=0)
+        return replace(DONE, digest="", nbytes=0)
 
 
 class Desk(Observer):

@@ -11,6 +11,7 @@ import pytest
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.tasks import registry
+from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageFault
 from protocols.local import homes
@@ -42,9 +43,16 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
     )
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     try:
-        trainer.init("my-line", {}, 0, base)
-        done = trainer.train("my-line", {"steps": 300, "seed": 0, "round": 1}, base, out)
-        told = trainer.evaluate("my-line", {}, out)
+        trainer.run(Init(task="my-line", settings={}, seed=0, out=str(base)))
+        done = trainer.run(
+            Train(
+                task="my-line",
+                settings={"steps": 300, "seed": 0, "round": 1},
+                base=str(base),
+                out=str(out),
+            )
+        )
+        told = trainer.run(Evaluate(task="my-line", settings={}, base=str(out)))
     finally:
         trainer.stop()
     assert done.num_examples == 11
@@ -97,11 +105,11 @@ def test_a_file_that_cannot_be_loaded_tells_others_nothing_of_itself(tmp_path: P
         for text in ("raise SystemError('secret')", "import nothing_such", "Task = 1", "x = (", ""):
             file.write_text(text)
             with pytest.raises(TrainerFailed) as caught:
-                trainer.describe("b", {})
+                trainer.run(Describe(task="b", settings={}))
             assert caught.value.kind == TaskUnusable.code
         file.write_text("class Task:\n  def schema(self, settings): return {}")
         with pytest.raises(TrainerFailed, match="lacks init, load, train, evaluate"):
-            trainer.describe("b", {})
+            trainer.run(Describe(task="b", settings={}))
     finally:
         trainer.stop()
 
@@ -112,7 +120,7 @@ def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
     trainer = TrainerProcess(tmp_path / "work", DataSettings(), threads=1)
     try:
         with pytest.raises(TrainerFailed) as caught:
-            trainer.describe(f"{evil}:Task", {})
+            trainer.run(Describe(task=f"{evil}:Task", settings={}))
     finally:
         trainer.stop()
     assert caught.value.kind == UnknownName.code

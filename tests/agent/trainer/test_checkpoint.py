@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.tasks import Snapshot
+from agent.tasks.work import Done, Init, Train
 from agent.trainer import checkpoint, rng_state
 from agent.trainer.checkpoint import Journal
-from agent.trainer.ipc import Done
 from protocols import failpoints
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -69,7 +69,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A trainer that nobody kills, and beside it the digits as they are once parsed."""
     folder = tmp_path_factory.mktemp("calm")
     site = Site(folder, journal_every_s=0.0, cache=str(folder))
-    site.trainer.init("mnist", {}, 1, site.base)
+    site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
     yield site
     site.close()
 
@@ -94,7 +94,7 @@ def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     (info / "entry_points.txt").write_text("[commonweight.tasks]\ndrawing = drawing:Drawing\n")
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     site = Site(tmp_path / "site", journal_every_s=0.0)
-    site.trainer.init("drawing", {}, 1, site.base)
+    site.trainer.run(Init(task="drawing", settings={}, seed=1, out=str(site.base)))
     yield site
     site.close()
 
@@ -102,7 +102,7 @@ def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def whole(site: Site, base: Path, task: str = "mnist", **settings: str | int | float) -> Done:
     """Train from the beginning to the end, and leave no journal."""
     site.trainer.forget()
-    done = site.trainer.train(task, settings, base, site.out)
+    done = site.trainer.run(Train(task=task, settings=settings, base=str(base), out=str(site.out)))
     assert done.resumed_at == 0
     site.trainer.forget()
     return done
@@ -135,7 +135,7 @@ def test_a_killed_trainer_goes_on_bit_for_bit(
     calm: Site, site: Site, settings: dict[str, str | int | float], step: int
 ) -> None:
     if "model" in settings:
-        calm.trainer.init("mnist", settings, 1, site.base)
+        calm.trainer.run(Init(task="mnist", settings=settings, seed=1, out=str(site.base)))
     undisturbed = whole(calm, site.base, **settings)
     killed_at(site, step, **settings)
     done = site.train(**settings)
@@ -161,7 +161,7 @@ def test_a_pause_is_kept_at_once(
     monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 600.0)  # batches are quick
     site = Site(tmp_path / "site", journal_every_s=PATIENCE_S, cache=calm.data.cache)
     try:
-        site.trainer.init("mnist", {}, 1, site.base)
+        site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
         site.trainer.pause()
         work = site.start(epochs=1)
         stood = site.frames.wait(lambda p: p.paused)
@@ -186,7 +186,7 @@ def test_a_second_kill_goes_on_from_the_second_journal(calm: Site, site: Site) -
 def test_the_journal_is_kept_by_the_clock(calm: Site, tmp_path: Path) -> None:
     site = Site(tmp_path / "site", journal_every_s=0.05, cache=calm.data.cache)
     try:
-        site.trainer.init("mnist", {}, 1, site.base)
+        site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
         work = site.start(**ENDLESS)
         site.frames.wait(lambda p: (tmp_path / "site/journal").exists() and p.step > 100)
         assert site.trainer.pid is not None
@@ -206,7 +206,7 @@ def test_other_work_begins_anew_and_drops_the_journal(calm: Site, site: Site) ->
     file, base = site.folder / "journal", site.base
     kept = file.read_bytes()
     other_base = site.folder / "other.safetensors"
-    calm.trainer.init("mnist", {}, 2, other_base)
+    calm.trainer.run(Init(task="mnist", settings={}, seed=2, out=str(other_base)))
     for begins, other in ((base, {"round": 2}), (base, {"lr": 2}), (other_base, {})):
         file.write_bytes(kept)
         site.base = begins

@@ -18,13 +18,12 @@ import pytest
 
 import agent
 from agent.data.settings import DataSettings
-from agent.tasks import Cancelled
+from agent.tasks import Cancelled, Settings
+from agent.tasks.work import Done, Evaluate, Init, Train
 from agent.trainer.ipc import (
     Answer,
     Cancel,
-    Done,
     Failed,
-    Init,
     Pace,
     Pause,
     Progress,
@@ -150,7 +149,11 @@ class Site:
 
     def start(self, task: str = "mnist", **settings: str | int | float) -> Future[Done]:
         self.frames.clear()
-        return self._pool.submit(self.trainer.train, task, settings, self.base, self.out)
+        return self._pool.submit(self.trainer.run, self.training(task, settings))
+
+    def training(self, task: str, settings: Settings) -> Train:
+        """The work of training the first weights."""
+        return Train(task=task, settings=dict(settings), base=str(self.base), out=str(self.out))
 
     def train(self, task: str = "mnist", **settings: str | int | float) -> Done:
         return self.start(task, **settings).result(PATIENCE_S)
@@ -163,7 +166,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(tmp_path_factory.mktemp("site"))
-    site.trainer.init("mnist", {}, 1, site.base)
+    site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
     yield site
     site.close()
 
@@ -180,7 +183,7 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     (info / "entry_points.txt").write_text(f"[commonweight.tasks]\n{names}")
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     site = Site(tmp_path / "site", hang_s=PATIENCE_S, grace_s=0.2)
-    site.trainer.init("odd", {}, 7, site.base)
+    site.trainer.run(Init(task="odd", settings={}, seed=7, out=str(site.base)))
     yield site
     site.close()
 
@@ -209,9 +212,9 @@ def gone(pid: int) -> bool:
 
 
 def test_training_improves_accuracy(site: Site) -> None:
-    before = site.trainer.evaluate("mnist", {}, site.base)
+    before = site.trainer.run(Evaluate(task="mnist", settings={}, base=str(site.base)))
     done = site.train(epochs=2)
-    after = site.trainer.evaluate("mnist", {}, site.out)
+    after = site.trainer.run(Evaluate(task="mnist", settings={}, base=str(site.out)))
     assert done.num_examples == 400
     assert before.num_examples == after.num_examples == 100
     assert after.metrics["accuracy"] > before.metrics["accuracy"] + 0.3  # type: ignore[operator]
@@ -375,7 +378,7 @@ def test_the_end_of_the_thread_that_started_the_trainer_does_not_thaw_it(odd: Si
     started, over = threading.Event(), threading.Event()
 
     def start() -> None:
-        odd.trainer.init("odd", {}, 7, odd.base)
+        odd.trainer.run(Init(task="odd", settings={}, seed=7, out=str(odd.base)))
         started.set()
         over.wait(PATIENCE_S)
 
@@ -443,6 +446,7 @@ def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
     code = (
         "import os, pathlib, sys\n"
         "from agent.data.settings import DataSettings\n"
+        "from agent.tasks.work import Init, Train\n"
         "from agent.trainer.process import TrainerProcess\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "def told(p):\n"
@@ -450,8 +454,10 @@ def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
         f"    {first}\n"
         "    os._exit(9)\n"
         "trainer = TrainerProcess(folder, DataSettings(parts=10), on_progress=told)\n"
-        "trainer.init('mnist', {}, 1, folder / 'base')\n"
-        "trainer.train('mnist', {'epochs': 1000000}, folder / 'base', folder / 'out')\n"
+        "base, out = str(folder / 'base'), str(folder / 'out')\n"
+        "trainer.run(Init(task='mnist', settings={}, seed=1, out=base))\n"
+        "settings = {'epochs': 1000000}\n"
+        "trainer.run(Train(task='mnist', settings=settings, base=base, out=out))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     parent = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -462,7 +468,8 @@ def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
 def test_two_callers_take_turns(odd: Site) -> None:
     outs = [odd.folder / f"{number}.safetensors" for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(lambda out: odd.trainer.train("odd", {}, odd.base, out), outs))
+        works = [Train(task="odd", settings={}, base=str(odd.base), out=str(o)) for o in outs]
+        done = list(pool.map(odd.trainer.run, works))
     assert {each.digest for each in done} == {weights.file_digest(out) for out in outs}
 
 
@@ -471,7 +478,9 @@ def test_foreign_task_may_print_and_read(odd: Site) -> None:
     assert done.metrics == {"loss": None, "threads": 1.0}
     assert odd.frames.seen[-1].loss is None
     assert weights.load(odd.out)["w"].tolist() == [8, 8, 8]
-    assert odd.trainer.evaluate("odd", {}, odd.out).metrics == {"mean": 8.0}
+    assert odd.trainer.run(Evaluate(task="odd", settings={}, base=str(odd.out))).metrics == {
+        "mean": 8.0
+    }
     assert "a line that is no frame" in (odd.folder / "trainer.log").read_text()
 
 

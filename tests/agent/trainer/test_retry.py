@@ -43,7 +43,7 @@ class Watched:
         self.given_up.append(kind)
 
     def train(self, task: str = "odd", **settings: str | int | float) -> Any:
-        return self.dog.train(task, settings, self.site.base, self.site.out)
+        return self.dog.run(self.site.training(task, settings))
 
     def failure(self, **settings: str | int | float) -> TrainerFailed:
         with pytest.raises(TrainerFailed) as caught:

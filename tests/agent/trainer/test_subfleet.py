@@ -10,12 +10,14 @@ import numpy as np
 import psutil
 import pytest
 
-from agent.tasks import DataSettings
-from agent.trainer.ipc import Evaluate, Failed, Train
+from agent.data.settings import DataSettings
+from agent.tasks.work import Evaluate, Train
+from agent.trainer.ipc import Failed
 from agent.trainer.main_loop import answer_to
 from agent.trainer.progress import Control
 from agent.trainer.subfleet import FleetTrainer, LocalFleet
 from protocols.enrollment import identity
+from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.agent.trainer.test_process import PATIENCE_S, ROOT, gone, only_linux
@@ -23,14 +25,15 @@ from tests.agent.trainer.test_process import PATIENCE_S, ROOT, gone, only_linux
 #: A parent that stops its trainer, as a pause does, and dies.
 DYING_PARENT = """
 import os, pathlib, signal, sys
-from agent.tasks import DataSettings
+from agent.data.settings import DataSettings
+from agent.tasks.work import Describe
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
 
 folder = pathlib.Path(sys.argv[1])
 trainer = TrainerProcess(folder, DataSettings(), fleet=sys.argv[1])
 try:
-    trainer.describe("mnist", {})
+    trainer.run(Describe(task="mnist", settings={}))
 except TrainerFailed as err:
     print(trainer.pid, err.kind, flush=True)
 os.kill(trainer.pid, signal.SIGSTOP)
@@ -43,7 +46,7 @@ def home(tmp_path: Path) -> Path:
     """A coordinator's home. The coordinator is not up."""
     home = tmp_path / "coordinator"
     (home / "versions").mkdir(parents=True)
-    identity.save_key(home / "operator.key", identity.new_signing_key())
+    write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
     return home
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from agent.tasks.work import Done
 from coordinator.runs import state
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
@@ -35,7 +36,6 @@ from protocols.model.weights import Weights
 from tests.support.in_process_fleet import (
     Agent,
     Fleet,
-    Outcome,
     first_weights,
     fleet_of,
     some_data,
@@ -662,7 +662,7 @@ async def test_evaluations_that_do_not_agree_on_their_metrics_do_no_harm(tmp_pat
     ]
     async with fleet_of(tmp_path, *THREE) as fleet:
         for agent, metrics in zip(fleet.agents, odd, strict=True):
-            counted = Outcome(len(agent.trainer.data.y), metrics)
+            counted = Done(num_examples=len(agent.trainer.data.y), metrics=metrics)
             agent.trainer.evaluate = lambda *_, counted=counted: counted  # type: ignore[method-assign]
         run = await fleet.finished(fleet.start(rounds=1, quorum=3))
         assert run.state is RunState.FINISHED

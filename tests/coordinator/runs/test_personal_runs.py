@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.tasks import registry
-from agent.trainer.ipc import Done
+from agent.tasks.work import Done, Init, Train, Work
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import CommonweightError, UsageFault
 from protocols.messages.states import RunState
@@ -137,8 +137,10 @@ async def test_controls_that_the_coordinator_makes_cost_no_bytes(tmp_path: Path)
 class Liar(InProcess):
     """Tells that it has gone next to nowhere, so that what follows from that is infinite."""
 
-    def train(self, *arguments: Any) -> Done:
-        done = super().train(*arguments)
+    def run(self, work: Work) -> Done:
+        done = super().run(work)
+        if not isinstance(work, Train):
+            return done
         return replace(done, metrics={**done.metrics, personalization.PATH: 1e-300})
 
 
@@ -192,7 +194,7 @@ async def test_a_task_that_cannot_be_steered_says_so(
     trainer = InProcess(DataSettings(index=0))
     first, out = tmp_path / "first", tmp_path / "out"
     settings = {"scaffold": 2, "round": 1}
-    trainer.init("softmax", settings, 0, first)
+    trainer.run(Init(task="softmax", settings=settings, seed=0, out=str(first)))
     assert set(weights.load(first)) == {"w", "b", "control:w", "control:b"}
     with pytest.raises(CommonweightError, match="lacks steer"):
-        trainer.train("softmax", settings, first, out)
+        trainer.run(Train(task="softmax", settings=settings, base=str(first), out=str(out)))
