@@ -10,8 +10,8 @@
     POST /cw/v1/operators/join         somebody with a ticket for watching
     POST /cw/v1/logs                   log lines that were asked for        (an enrolled peer)
 
-What operators ask is in operator_api.py; the lanes bring routes of their own. Errors are bare: a
-stranger learns nothing from them.
+What operators and observers ask is in the folder `routes`; the lanes bring routes of their own.
+Errors are bare: a stranger learns nothing from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.api.operator_routes import operator_routes
+from coordinator.api.routes import fleet, jobs, runs, tickets
 from coordinator.api.service import Desk, error_answer, host_of, json_answer
 from coordinator.fleet.auth import Auth, read_body
 from coordinator.fleet.registry import Peer
@@ -57,11 +57,9 @@ MAX_EXCHANGE_BYTES = 1024 * 1024
 MAX_LOGS_BYTES = 512 * 1024
 
 
-def make_app(
-    desk: Desk, auth: Auth, fleet_id: str, ca_key: Any, ca_pem: bytes, coordinator_public: bytes
-) -> Starlette:
+def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
     """The ASGI app of our own routes."""
-    ca_sha256 = identity.ca_fingerprint(ca_pem)
+    fleet_id, ca_pem, coordinator_public = desk.identity
 
     async def ca(_: Request) -> Response:
         return Response(ca_pem, media_type="application/x-pem-file")
@@ -162,7 +160,11 @@ def make_app(
         Route(LEAVE_PATH, leave, methods=["POST"]),
         Route(LOGS_PATH, tell_logs, methods=["POST"]),
         Route(OPERATOR_JOIN_PATH, join_operator, methods=["POST"]),
-        *operator_routes(desk, auth, fleet_id, ca_sha256, coordinator_public),
+        *(
+            one.route(desk, auth)
+            for subject in (fleet, runs, jobs, tickets)
+            for one in subject.ROUTES
+        ),
     ]
     for method, path, endpoint in (
         *desk.lane.routes(auth),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -16,15 +16,29 @@ from coordinator.jobs.store import JobLane
 from coordinator.runs.manager import RunQueue
 from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import Lane
+from protocols.enrollment import identity
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import Exchange, Exchanged
 
 
+class Identity(NamedTuple):
+    """How others recognize this coordinator. `public` verifies its signatures."""
+
+    fleet: str
+    ca_pem: bytes
+    public: bytes
+
+    @property
+    def ca_sha256(self) -> bytes:
+        return identity.ca_fingerprint(self.ca_pem)
+
+
 class Desk(Protocol):
     """The coordinator, as its HTTP routes see it."""
 
+    identity: Identity
     registry: Registry
     fleet: Fleet
     lane: Lane

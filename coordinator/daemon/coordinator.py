@@ -20,6 +20,7 @@ from coordinator.api.app import make_app
 from coordinator.api.exchange import Exchanges, Lingering
 from coordinator.api.fast_path import with_fast_path
 from coordinator.api.log_requests import LogDesk
+from coordinator.api.service import Identity
 from coordinator.daemon import upstream
 from coordinator.daemon.listening import Listening
 from coordinator.daemon.peer_events import PeerEvents
@@ -64,6 +65,7 @@ class Hub:
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
         heap.share()
+        self.identity = Identity(keys.fleet, keys.ca_pem, identity.raw_public(keys.sign_key))
         self._stopping = asyncio.Event()
         self._listening = Listening(home, keys, chosen)
         # On disk.
@@ -163,17 +165,14 @@ class Hub:
     async def _announce(self) -> None:
         from coordinator.daemon.mdns import announce, own_addresses
 
-        ca = identity.ca_fingerprint(self._keys.ca_pem)
+        ca = self.identity.ca_sha256
         await announce(self.fleet.name, self.port, ca, own_addresses(self._listening.names))
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, ours everywhere else."""
         auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
         flower = self._superlink.app(auth)
-        public = identity.raw_public(self._keys.sign_key)
-        ours = with_fast_path(
-            make_app(self, auth, self._keys.fleet, self._keys.ca_key, self._keys.ca_pem, public)
-        )
+        ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
@@ -221,7 +220,7 @@ class Hub:
             grid=self._grid,
             sign=self._keys.sign_key.sign,
             verify=self.registry.verify,
-            is_own=partial(identity.verify, identity.raw_public(self._keys.sign_key)),
+            is_own=partial(identity.verify, self.identity.public),
             eligible=self._sessions.eligible,
             node_of=self._sessions.node_of,
             peer_of=self._sessions.peer_of,

@@ -72,7 +72,7 @@ def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
     """Method and path of every route of ours, as the app itself lists them."""
     hub, keys = fleet.hub, fleet.keys
     auth = Auth(hub.registry, identity.raw_public(keys.operator_key))
-    app = make_app(hub, auth, keys.fleet, keys.ca_key, keys.ca_pem, b"")
+    app = make_app(hub, auth, keys.ca_key)
     found = []
     for route in app.routes:
         assert isinstance(route, Route)

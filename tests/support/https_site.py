@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from agent.home.credentials import Credentials
 from coordinator.api.app import make_app
 from coordinator.api.fast_path import with_fast_path
+from coordinator.api.service import Identity
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Peer, Registry
@@ -89,6 +90,8 @@ class Site:
         (folder / "server.pem").write_bytes(pem)
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
         self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+        public = identity.raw_public(self.sign_key)
+        self.identity = Identity(self.fleet_id, self.ca_pem, public)
         self.ledger = Ledger(folder / "ledger.db")
         self.registry = Registry(self.ledger, approve=approve)
         self.fleet = Fleet(fleet=self.fleet_id, name="test")
@@ -128,14 +131,7 @@ class Site:
 
     def app(self) -> ASGIApp:
         ours = with_fast_path(
-            make_app(
-                self,  # type: ignore[arg-type]
-                self.auth,
-                self.fleet_id,
-                self.ca_key,
-                self.ca_pem,
-                identity.raw_public(self.sign_key),
-            )
+            make_app(self, self.auth, self.ca_key)  # type: ignore[arg-type]
         )
         flower = self.superlink.app(self.auth) if hasattr(self, "superlink") else ours
 

@@ -13,8 +13,8 @@ import pytest
 from starlette.responses import JSONResponse
 
 from agent.transport.coordinator_client import Link
-from coordinator.api import operator_routes
 from coordinator.api.log_requests import LogDesk
+from coordinator.api.routes import endpoint
 from coordinator.api.schema import RunOrder, TicketOrder
 from coordinator.remote import access
 from coordinator.remote.access import Access
@@ -118,7 +118,7 @@ def test_the_answer_of_another_version_is_told_in_words(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, remote = joined(site, "operator")
-    monkeypatch.setattr(operator_routes, "json_answer", lambda _: JSONResponse("new"))
+    monkeypatch.setattr(endpoint, "json_answer", lambda _: JSONResponse("new"))
     ticket = partial(remote.make_ticket, TicketOrder())
     for ask in (remote.watch, remote.peers, remote.tickets, remote.operators, ticket):
         with pytest.raises(BadMessage, match="not understood") as told:

@@ -1,0 +1,48 @@
+"""Inference and analytics jobs."""
+
+from __future__ import annotations
+
+from coordinator.api.routes.endpoint import Call, change, show
+from coordinator.jobs.messages import job_body
+from coordinator.jobs.state import Job
+from coordinator.storage.job_events import JobSpec
+from protocols.messages.envelope import JobChanged
+
+
+async def start_job(call: Call) -> dict[str, str]:
+    return {"job": call.desk.jobs.start(call.read(JobSpec))}
+
+
+async def list_jobs(call: Call) -> list[Job]:
+    return call.desk.jobs.all()
+
+
+async def show_job(call: Call) -> Job:
+    return call.desk.jobs.find(call.param("job"))
+
+
+async def job_progress(call: Call) -> JobChanged:
+    return job_body(call.desk.jobs.find(call.param("job")))
+
+
+async def stop_job(call: Call) -> None:
+    call.desk.jobs.stop(call.desk.jobs.find(call.param("job")).id)
+
+
+async def job_taken(call: Call) -> None:
+    call.desk.jobs.take(call.param("job"))
+
+
+async def resume_job(call: Call) -> None:
+    call.desk.jobs.resume(call.param("job"))
+
+
+ROUTES = (
+    show("/cw/v1/jobs", list_jobs),
+    change("/cw/v1/jobs", start_job),
+    show("/cw/v1/jobs/{job}", show_job),
+    show("/cw/v1/jobs/{job}/stands", job_progress),
+    change("/cw/v1/jobs/{job}/stop", stop_job),
+    change("/cw/v1/jobs/{job}/taken", job_taken),
+    change("/cw/v1/jobs/{job}/resume", resume_job),
+)
