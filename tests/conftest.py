@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,3 +30,11 @@ def _no_settings_of_this_machine(
             monkeypatch.delenv(name)
     data = tmp_path_factory.getbasetemp() / f"data{next(_NUMBERS)}"
     monkeypatch.setenv("XDG_DATA_HOME", str(data))
+
+
+@pytest.fixture
+def coordinator_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the coordinator's commands and settings have their home; it is not made yet."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(home))
+    return home

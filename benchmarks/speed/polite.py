@@ -27,27 +27,11 @@ import psutil
 
 from benchmarks.speed.report import machine
 from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.laptop import heeding, on_mains
 
-RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
 _STILL_S = 0.25
 _TIMES = 5
 _BYTES = 3_000_000
-
-
-def heeding(*rules: str, **settings: str) -> dict[str, str]:
-    asked = {rule: "always" for rule in RULES if rule not in rules} | {"work": "auto"} | settings
-    return {f"COMMONWEIGHT_AGENT_{name.upper()}": value for name, value in asked.items()}
-
-
-def on_mains(folder: Path, online: bool) -> None:
-    supplies = folder / "class/power_supply"
-    for name, files in {
-        "BAT0": {"type": "Battery", "status": "Discharging", "capacity": "41"},
-        "AC": {"type": "Mains", "online": str(int(online))},
-    }.items():
-        (supplies / name).mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            (supplies / name / file).write_text(text)
 
 
 def _trainer(agent: psutil.Process) -> psutil.Process | None:

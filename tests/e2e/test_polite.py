@@ -13,29 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet_harness import fleet
+from tests.support.laptop import heeding, on_mains
 
 pytestmark = pytest.mark.long
 
-RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
 LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=40")
-
-
-def on_mains(folder: Path, online: bool) -> None:
-    """A laptop's /sys: its battery, and its mains."""
-    supplies = folder / "class/power_supply"
-    for name, files in {
-        "BAT0": {"type": "Battery", "status": "Discharging", "capacity": "41"},
-        "AC": {"type": "Mains", "online": str(int(online))},
-    }.items():
-        (supplies / name).mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            (supplies / name / file).write_text(text)
-
-
-def heeding(*rules: str, **settings: str) -> dict[str, str]:
-    """Variables with which agents heed these rules, and nothing else that this machine may feel."""
-    asked = {rule: "always" for rule in RULES if rule not in rules} | {"work": "auto"} | settings
-    return {f"COMMONWEIGHT_AGENT_{name.upper()}": value for name, value in asked.items()}
 
 
 def test_on_battery_it_stands_still_says_so_and_loses_nothing(tmp_path: Path) -> None:

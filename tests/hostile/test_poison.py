@@ -27,9 +27,7 @@ FEATURES, CLASSES = 20, 3
 HONEST = tuple(some_data(20 + 10 * seed, seed, FEATURES) for seed in range(2))
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 class Poisoner:

@@ -33,7 +33,8 @@ from tests.hostile.tools import (
     ours,
     state_of,
 )
-from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data, until
+from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data
+from tests.support.waiting import until
 
 OURS = (
     signed_requests.SENDER,
@@ -44,9 +45,7 @@ OURS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 class Tap:

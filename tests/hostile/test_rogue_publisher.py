@@ -35,7 +35,7 @@ from protocols.messages.envelope import (
 from protocols.messages.mqtt import MqttAddress, Voice, tls_context
 from protocols.messages.states import PeerState, RunState
 from tests.support.fleet_harness import Fleet, fleet
-from tests.support.mqtt_fleet import until as soon
+from tests.support.waiting import until as soon
 
 FLOOD = 5000
 IDLE = Presence(state=PeerState.IDLE, name="victim", tasks=("ping", "mnist"))

@@ -41,7 +41,8 @@ from tests.hostile.tools import (
     state_of,
 )
 from tests.support.https_site import HOST, Machine
-from tests.support.in_process_fleet import Fleet, fleet_of, some_data, until
+from tests.support.in_process_fleet import Fleet, fleet_of, some_data
+from tests.support.waiting import until
 
 NOT_THERE = [
     *(f"/v1/control/{name}" for name in ("start-run", "stop-run", "list-runs", "register-node")),
@@ -63,9 +64,7 @@ NOT_THERE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 def own_routes(fleet: Fleet) -> list[tuple[str, str]]:

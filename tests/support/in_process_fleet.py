@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -45,18 +44,11 @@ from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_trainer import ByKind
+from tests.support.waiting import until
 
 Floats = npt.NDArray[np.float32]
 CLASSES = 3
 LR = 0.1
-
-
-async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:
-    """Wait for a condition, with a bound that only a failure meets."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        await asyncio.sleep(0.01)
 
 
 # --- softmax regression in float32 -----------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from protocols.messages.states import PeerState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.p2p.gossip import Head
 from tests.support.https_site import HOST, Machine, Site
+from tests.support.waiting import until
 
 IDLE = Presence(state=PeerState.IDLE, version="1")
 
@@ -119,14 +120,6 @@ def made(version: int, since: float) -> tuple[Head, Work, bytes]:
         nbytes=len(data),
     )
     return Head.of(work), work, data
-
-
-async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
-    """Wait for a condition, with a bound that only a failure meets."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -28,14 +28,6 @@ HOST = "127.0.0.1"
 IDLE = Presence(state=PeerState.IDLE, name="box")
 
 
-async def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
-    """Wait for a condition, with a bound that only a failure meets."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        await asyncio.sleep(0.01)
-
-
 @asynccontextmanager
 async def running(*loops: Callable[[], object]) -> AsyncIterator[None]:
     """Run these coroutine functions beside the block; cancel them at its end."""

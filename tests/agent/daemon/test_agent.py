@@ -19,7 +19,7 @@ from protocols.enrollment import tickets
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
 from tests.support.https_site import Site
-from tests.support.lone_peers import until
+from tests.support.waiting import until
 
 
 @pytest.fixture

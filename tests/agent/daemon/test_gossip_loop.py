@@ -26,7 +26,8 @@ from protocols.p2p import gossip
 from protocols.p2p.gossip import Head, Neighbour, Pass, Told
 from protocols.p2p.swarm import PlanAsked
 from tests.support.https_site import Machine, Site
-from tests.support.lone_peers import Peer, certificate, made, until, without_coordinator
+from tests.support.lone_peers import Peer, certificate, made, without_coordinator
+from tests.support.waiting import until
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from protocols.model import model_card, weights
 from protocols.model.weights import Weights
 from tests.support.fleet_harness import AGENT, Program, environment
 from tests.support.fleet_harness import until as wait_for
-from tests.support.in_process_fleet import until
+from tests.support.waiting import until
 
 
 class Doubling:

@@ -26,7 +26,8 @@ from protocols.messages.envelope import (
     seal,
 )
 from protocols.messages.mqtt import Voice
-from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started, until
+from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
+from tests.support.waiting import until
 
 PAUSE = Command(action="pause")
 

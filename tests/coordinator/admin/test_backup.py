@@ -22,14 +22,14 @@ from coordinator.storage.ledger import Ledger
 from protocols.errors import HomeFault, HomeTooNew, UsageFault
 from protocols.messages.states import RunState
 from protocols.messages.work import Work
-from tests.support.in_process_fleet import Fleet, fleet_of, some_data, until
+from tests.support.in_process_fleet import Fleet, fleet_of, some_data
+from tests.support.waiting import until
 
 DATA = [some_data(20 + 10 * seed, seed) for seed in (1, 2)]
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+def _short_wait(coordinator_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "WITHIN_S", 0.3)
 
 

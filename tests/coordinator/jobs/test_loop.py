@@ -30,16 +30,14 @@ from tests.support.in_process_fleet import (
     fleet_of,
     loss_of,
     some_data,
-    until,
 )
+from tests.support.waiting import until
 
 THREE = tuple(some_data(20 + 30 * seed, seed) for seed in range(3))
 ROWS = 600
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 def features() -> Floats:

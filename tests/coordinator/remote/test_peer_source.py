@@ -19,7 +19,8 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.states import PeerState
 from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours, Told
 from tests.support.https_site import HOST, Site
-from tests.support.lone_peers import Peer, until, without_coordinator
+from tests.support.lone_peers import Peer, without_coordinator
+from tests.support.waiting import until
 
 
 def home_of(site: Site, folder: Path) -> Path:

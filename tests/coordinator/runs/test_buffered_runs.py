@@ -17,14 +17,13 @@ from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.coordinator.runs.test_loop import Door
-from tests.support.in_process_fleet import Agent, Fleet, first_weights, fleet_of, some_data, until
+from tests.support.in_process_fleet import Agent, Fleet, first_weights, fleet_of, some_data
+from tests.support.waiting import until
 
 THREE = tuple(some_data(20 + 30 * seed, seed) for seed in range(3))
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 def start(fleet: Fleet, **spec: Any) -> str:

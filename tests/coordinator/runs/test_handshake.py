@@ -18,15 +18,14 @@ from protocols.messages.states import RunState
 from protocols.model import schema_card
 from protocols.model.weights import TensorSpec, Weights
 from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
-from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data, until
+from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data
+from tests.support.waiting import until
 
 CARD = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (2,))}, {"classes": ["a", "b"]})
 OTHER = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (3,))}, {"classes": ["a", "b"]})
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 def kinds(agent: Agent) -> list[str]:

@@ -39,13 +39,10 @@ from tests.support.in_process_fleet import (
     first_weights,
     fleet_of,
     some_data,
-    until,
 )
+from tests.support.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 THREE = tuple(some_data(20 + 30 * seed, seed) for seed in range(3))

@@ -29,8 +29,7 @@ UNION = Data(*(np.concatenate(arrays) for arrays in zip(*PARTS, strict=True)))
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+def _task(coordinator_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.BUILT_IN, "softmax", NAME)
 
 

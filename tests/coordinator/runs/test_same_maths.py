@@ -23,9 +23,7 @@ from tests.support.in_process_fleet import (
 SIZES = (30, 70, 200)
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 def parts() -> list[Data]:

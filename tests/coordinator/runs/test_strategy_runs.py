@@ -13,14 +13,13 @@ from coordinator.storage.run_events import RunSpec
 from coordinator.strategies import memory_estimate, state
 from protocols.errors import CannotBeMet, UsageFault
 from protocols.messages.states import RunState
-from tests.support.in_process_fleet import Fleet, first_weights, fleet_of, some_data, until
+from tests.support.in_process_fleet import Fleet, first_weights, fleet_of, some_data
+from tests.support.waiting import until
 
 THREE = tuple(some_data(20 + 30 * seed, seed) for seed in range(3))
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
 class Killed(Exception):

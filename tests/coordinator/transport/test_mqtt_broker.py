@@ -16,7 +16,8 @@ import pytest
 
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
-from tests.support.mqtt_fleet import HOST, Site, rogue, running, started, until
+from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 

@@ -37,7 +37,8 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.mqtt import MqttAddress, Voice
 from protocols.messages.states import PeerState
-from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started, until
+from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
 
