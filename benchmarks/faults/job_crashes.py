@@ -28,7 +28,7 @@ from benchmarks.speed import rows_task
 from coordinator.jobs import output
 from coordinator.jobs.input import prepare
 from coordinator.jobs.state import Job
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.remote.api_client import Remote
 from coordinator.storage.job_events import PREFIX, JobSpec
 from protocols import failpoints
@@ -86,7 +86,7 @@ class Jobs:
 
     def __init__(self, fleet: JobSite) -> None:
         self._fleet = fleet
-        self._lane = JobLane(fleet.home / "jobs")
+        self._lane = JobStore(fleet.home / "jobs")
         run = fleet.order(
             task="rows", settings={"features": _FEATURES}, seed=1, rounds=1, quorum=len(PEERS)
         )

@@ -35,9 +35,10 @@ from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_records import LaneGrid
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import CommonweightError
@@ -54,25 +55,30 @@ class Peer:
     """An agent as an object: keys, client, trainer."""
 
     def __init__(
-        self, name: str, folder: Path, lane: Lane, coordinator: SigningKey, trainer: InProcess
+        self,
+        name: str,
+        folder: Path,
+        transfer: WeightTransfer,
+        coordinator: SigningKey,
+        trainer: InProcess,
     ) -> None:
         self.sign_key, self.name = identity.new_signing_key(), name
-        self._lane = lane
+        self._transfer = transfer
         self._uploaded: Path | None = None
         folder.mkdir()
         me = PeerIdentity(name, self.sign_key.sign, identity.raw_public(coordinator))
         self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
 
     def fetch(self, work: Work) -> Path:
-        return self._lane.version(work.base)
+        return self._transfer.store.version(work.base)
 
     def send(self, digest: str, path: Path) -> None:
-        """What the lane does with an upload, without the request."""
+        """Store an upload as the coordinator does, without the HTTP request."""
         if self._uploaded is not None:
             self._uploaded.unlink(missing_ok=True)
-        self._uploaded = self._lane.update(self.name, digest)
+        self._uploaded = self._transfer.store.uploads.path(self.name, digest)
         shutil.copyfile(path, self._uploaded)
-        self._lane.bytes_up += path.stat().st_size
+        self._transfer.bytes_up += path.stat().st_size
 
 
 class Liar(InProcess):
@@ -103,7 +109,8 @@ class InProcessFleet:
         threads: int = 1,
         attack: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
-        self.lane = Lane(folder)
+        self.lane = WeightStore(folder)
+        self.transfer = WeightTransfer(self.lane)
         self.ledger = Ledger(folder / "ledger.db")
         self.superlink = Superlink()
         self.grid = LaneGrid(self.superlink, self.lane)
@@ -120,7 +127,7 @@ class InProcessFleet:
             self._node_of[name] = node
             factor = attack.get(number)
             trainer = InProcess(data, threads) if factor is None else Liar(data, threads, factor)
-            self.peers[name] = Peer(name, folder / name, self.lane, self._sign_key, trainer)
+            self.peers[name] = Peer(name, folder / name, self.transfer, self._sign_key, trainer)
         self._peer_of = {node: name for name, node in self._node_of.items()}
         self._rung: asyncio.Queue[str] = asyncio.Queue()
 
@@ -173,6 +180,7 @@ class InProcessFleet:
         return Fleetwork(
             ledger=self.ledger,
             lane=self.lane,
+            transfer=self.transfer,
             grid=self.grid,
             sign=self._sign_key.sign,
             verify=lambda peer, signature, signed: identity.verify(

@@ -26,8 +26,8 @@ from coordinator.runs import aggregation, buffered, decisions, transitions, vali
 from coordinator.runs.decisions import View
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
+from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.state import States
-from coordinator.transport.weights import Lane
 from protocols.model import weights
 
 PEERS, SLOW, TIMES = 8, 2, 10.0
@@ -83,7 +83,7 @@ class Virtual:
     """One run under a clock of its own."""
 
     def __init__(self, fleet: Fleet, folder: Path, spec: RunSpec) -> None:
-        self.fleet, self.lane, self.spec = fleet, Lane(folder), spec
+        self.fleet, self.lane, self.spec = fleet, WeightStore(folder), spec
         self.states = States(self.lane.states)
         self.strategy = strategies.find(spec.strategy).make(spec.strategy_args)
         self.run = transitions.replay("r", [run_events.RunStarted(spec)])
@@ -171,7 +171,7 @@ class Virtual:
         made = self.fleet.tasks[int(peer[1:])].train(model, settings, lambda *_: None)
         trained = weights.Weights(made.weights)
         digest = weights.digest(trained)
-        weights.save(trained, self.lane.update(peer, digest))
+        weights.save(trained, self.lane.uploads.path(peer, digest))
         return Update(digest=digest, num_examples=made.num_examples)
 
 

@@ -62,8 +62,8 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     from coordinator.runs import aggregation, transitions
     from coordinator.storage import run_events
     from coordinator.storage.run_events import RunSpec, Update
+    from coordinator.storage.weight_store import WeightStore
     from coordinator.strategies.state import States
-    from coordinator.transport.weights import Lane
     from protocols.model.weights import TensorSpec
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
@@ -77,7 +77,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     schema = {f"t{i:04}": TensorSpec("F32", (_TENSOR // 4,)) for i in range(megabytes)}
     names = [f"P{number}" for number in range(peers)]
     with tempfile.TemporaryDirectory() as folder:
-        lane = Lane(Path(folder))
+        lane = WeightStore(Path(folder))
         states = States(lane.states)
         recipe = strategies.find(name)
         strategy = recipe.make(spec.strategy_args)
@@ -89,7 +89,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
             news: list[run_events.Fact] = [run_events.RoundOpened(number, run.head, tuple(names))]
             for seed, peer in enumerate(names, 1):
                 digest = lane.write(schema, _noise(schema, 1000 * number + seed))
-                lane.version(digest).replace(lane.update(peer, digest))
+                lane.version(digest).replace(lane.uploads.path(peer, digest))
                 update = Update(digest=digest, num_examples=10, metrics={"loss": 1.0})
                 news.append(run_events.UpdateAccepted(number, peer, update))
             for fact in (*news, run_events.TrainingClosed(number, tuple(names))):

@@ -28,7 +28,7 @@ from coordinator.fleet.registry import SUBJECT
 from coordinator.runs import transitions
 from coordinator.storage import job_events, run_events, settings
 from coordinator.storage.ledger import Ledger
-from coordinator.transport.weights import Lane
+from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeFault, HomeTooNew, UsageFault
 from protocols.local import homes
@@ -249,7 +249,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
 
 def _begin_recall(home: Path) -> None:
     """Write down for each run that goes on, and for the newest, that its versions are sought."""
-    ledger, lane = Ledger(home / LEDGER), Lane(home)
+    ledger, lane = Ledger(home / LEDGER), WeightStore(home)
     found = [
         transitions.replay(
             subject, [run_events.decode(entry.body) for entry in ledger.entries(subject)]

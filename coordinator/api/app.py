@@ -50,6 +50,7 @@ from protocols.enrollment.joining import (
 )
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.envelope import LOGS_PATH, LogsTold
+from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH
 from protocols.messages.work import EXCHANGE_PATH, Exchange
 
 #: Messages are small: weights travel on the lane.
@@ -106,7 +107,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         try:
             asked = msgspec.msgpack.decode(body, type=Exchange)
             if asked.reply is not None and asked.update:
-                await desk.lane.take(peer.peer, asked.update)
+                await desk.transfer.receive_inline(peer.peer, asked.update)
             answer = await desk.exchange(peer.peer, asked)
         except NoSession as err:
             raise HTTPException(412) from err
@@ -167,8 +168,9 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         ),
     ]
     for method, path, endpoint in (
-        *desk.lane.routes(auth),
-        *desk.job_lane.routes(auth),
+        *desk.transfer.routes(auth),
+        *desk.transfer.patch_routes(auth),
+        *desk.job_transfer.routes(auth, INPUT_PATH, ANSWER_PATH),
         *desk.sharing.routes(auth),
     ):
         routes.append(Route(path, endpoint, methods=[method]))

@@ -11,7 +11,7 @@ from coordinator.fleet.sessions import NoSession, Sessions
 from coordinator.jobs.manager import JobQueue
 from coordinator.runs.manager import RunQueue
 from coordinator.transport.flower import Superlink
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.failpoints import failpoint
 from protocols.messages.states import RunState
 from protocols.messages.work import Exchange, Exchanged
@@ -27,12 +27,12 @@ class Exchanges:
         self,
         superlink: Superlink,
         sessions: Sessions,
-        lane: Lane,
+        transfer: WeightTransfer,
         runs: RunQueue,
         jobs: JobQueue,
         lingering: Lingering,
     ) -> None:
-        self._superlink, self._sessions, self._lane = superlink, sessions, lane
+        self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
         self._runs, self._jobs = runs, jobs
         self._lingering = lingering
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
@@ -71,8 +71,8 @@ class Exchanges:
         loop = self._runs.current
         if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
             return answer
-        version = self._lane.few_bytes(loop.run.head)
-        self._lane.bytes_down += len(version)
+        version = self._transfer.store.few_bytes(loop.run.head)
+        self._transfer.bytes_down += len(version)
         return msgspec.structs.replace(answer, version=version)
 
 

@@ -12,10 +12,9 @@ from coordinator.api.log_requests import LogDesk
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.jobs.manager import JobQueue
-from coordinator.jobs.store import JobLane
 from coordinator.runs.manager import RunQueue
 from coordinator.transport.sharing import SharingDesk
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
@@ -41,8 +40,8 @@ class Desk(Protocol):
     identity: Identity
     registry: Registry
     fleet: Fleet
-    lane: Lane
-    job_lane: JobLane
+    transfer: WeightTransfer
+    job_transfer: WeightTransfer
     jobs: JobQueue
     runs: RunQueue
     logs: LogDesk

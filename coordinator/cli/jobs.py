@@ -77,7 +77,7 @@ def _scattered(
 ) -> None:
     from coordinator.jobs import output as job_output
     from coordinator.jobs.input import prepare
-    from coordinator.jobs.store import JobLane
+    from coordinator.jobs.store import JobStore
     from coordinator.storage.job_events import JobSpec
 
     if out is None:
@@ -87,7 +87,7 @@ def _scattered(
     job_output.check_target(out)
     if remote.role != "operator" or not (homes.locate("coordinator") / homes.STAMP).exists():
         raise UsageFault("rows are spread from the coordinator's own machine")
-    lane = JobLane(homes.open_home("coordinator") / "jobs")
+    lane = JobStore(homes.open_home("coordinator") / "jobs")
     given = prepare(source, lane.version("").parent, lane.suffix)
     sys.stderr.write(
         f"the rows of {source} leave this machine: peers whose owners take such rows see them\n"

@@ -30,12 +30,13 @@ from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobQueue
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import Fleetwork
 from coordinator.runs.manager import RunQueue
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
 from coordinator.transport.flower_records import LaneGrid
 from coordinator.transport.holders import Holders
@@ -43,7 +44,7 @@ from coordinator.transport.http_server import Server, raise_open_file_limit
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.publisher import Mirror
 from coordinator.transport.sharing import SharingDesk
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.local import heap
 from protocols.messages.envelope import Command
@@ -71,8 +72,9 @@ class Hub:
         # On disk.
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
-        self.lane = Lane(home)
-        self.job_lane = JobLane(home / "jobs")
+        self.lane, self.job_lane = WeightStore(home), JobStore(home / "jobs")
+        self.transfer = WeightTransfer(self.lane)
+        self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
         # Who is there, and how they are reached.
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
@@ -94,7 +96,7 @@ class Hub:
         self.runs = RunQueue(around, self.registry, self._sessions.tasks)
         self.jobs = JobQueue(around, self.job_lane, self.registry)
         self._exchanges = Exchanges(
-            self._superlink, self._sessions, self.lane, self.runs, self.jobs, lingering
+            self._superlink, self._sessions, self.transfer, self.runs, self.jobs, lingering
         )
         self._connect()
 
@@ -105,7 +107,7 @@ class Hub:
         self._exchanges.on_request = self._peers.on_request
         self._mirror.on_news = self._peers.nudge
         self._mirror.on_up = self.runs.ring_again
-        self.lane.on_short = self.runs.nudge
+        self.transfer.limits.on_shortage = self.runs.nudge
 
     @property
     def port(self) -> int:
@@ -189,7 +191,9 @@ class Hub:
         from coordinator.fleet import prometheus  # only now: it brings a library that few need
 
         def text() -> bytes:
-            totals = prometheus.Totals(self._refused, self.lane.bytes_up, self.lane.bytes_down)
+            totals = prometheus.Totals(
+                self._refused, self.transfer.bytes_up, self.transfer.bytes_down
+            )
             return prometheus.exposition(self.fleet, time.time(), totals)
 
         await prometheus.serve(port, text)
@@ -217,6 +221,7 @@ class Hub:
         return Fleetwork(
             ledger=self._ledger,
             lane=self.lane,
+            transfer=self.transfer,
             grid=self._grid,
             sign=self._keys.sign_key.sign,
             verify=self.registry.verify,

@@ -18,7 +18,7 @@ from coordinator.jobs.messages import job_body
 from coordinator.jobs.requests import Answered, JobQuestions
 from coordinator.jobs.scheduler import View
 from coordinator.jobs.state import FAILED, Job
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.runs.context import Fleetwork
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
@@ -38,7 +38,7 @@ _AGAIN_S = 1.0
 class JobLoop:
     """One job in work. `changed` is set by whoever has news for it, in the loop's thread."""
 
-    def __init__(self, job: Job, around: Fleetwork, lane: JobLane) -> None:
+    def __init__(self, job: Job, around: Fleetwork, lane: JobStore) -> None:
         self.job = job
         self.changed = asyncio.Event()
         self.questions = JobQuestions(around, lane)
@@ -167,7 +167,7 @@ class JobLoop:
             ]
         given = validation.read(asked, reply, seconds, self._around.verify)
         if unit.verified:
-            self._lane.drop_update(peer, given.digest)
+            self._lane.uploads.drop(peer, given.digest)
             return [AnswerDropped(unit.number, peer, "late")]
         self._lane.keep(peer, given)
         return [job_events.UnitReturned(unit.number, peer, given)]

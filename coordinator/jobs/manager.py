@@ -13,7 +13,7 @@ from coordinator.jobs import state as jobs
 from coordinator.jobs.loop import JobLoop
 from coordinator.jobs.messages import job_body
 from coordinator.jobs.state import Job
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.runs.context import Fleetwork
 from coordinator.storage import job_events
 from coordinator.storage.job_events import (
@@ -38,7 +38,7 @@ _KEPT_JOBS = 8
 class JobQueue:
     """All jobs of the ledger. All that have not ended are worked on at the same time."""
 
-    def __init__(self, around: Fleetwork, lane: JobLane, registry: Registry) -> None:
+    def __init__(self, around: Fleetwork, lane: JobStore, registry: Registry) -> None:
         self._around, self._lane, self._registry = around, lane, registry
         self._jobs: dict[str, Job] = {}
         self._loops: dict[str, JobLoop] = {}

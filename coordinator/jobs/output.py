@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO
 import msgspec
 
 from coordinator.jobs.state import Job
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.runs.best_version import less_is_better
 from protocols.errors import CommonweightError, UsageFault
 from protocols.messages import jobs as wire
@@ -40,7 +40,7 @@ def check_target(out: Path) -> None:
         )
 
 
-def merge(job: Job, lane: JobLane, out: Path) -> int:
+def merge(job: Job, lane: JobStore, out: Path) -> int:
     """Write the answers of a finished job to `out`, in the order of its rows; how many they are.
 
     A column named "row", which each task counts from 0 in each block, counts through. Raises
@@ -61,7 +61,7 @@ def merge(job: Job, lane: JobLane, out: Path) -> int:
     return done
 
 
-def _answers(job: Job, lane: JobLane) -> Iterator[tuple[Row, bytes]]:
+def _answers(job: Job, lane: JobStore) -> Iterator[tuple[Row, bytes]]:
     """The columns and rows of each unit, in the order of the rows."""
     names: Row = []
     for unit in sorted(job.units.values(), key=lambda unit: unit.first):

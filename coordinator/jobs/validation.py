@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 from coordinator.jobs import analysis
 from coordinator.jobs.requests import Asked
 from coordinator.jobs.state import Job, Unit
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import Given
 from protocols.errors import BadMessage
 from protocols.messages import jobs as wire
@@ -48,7 +48,7 @@ def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
     )
 
 
-def check(job: Job, unit: Unit, given: Given, lane: JobLane) -> None:
+def check(job: Job, unit: Unit, given: Given, lane: JobStore) -> None:
     """Raise BadMessage unless this can be an answer to the unit's question; OSError."""
     match job.spec.kind:
         case "scatter":

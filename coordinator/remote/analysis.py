@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coordinator.jobs.analysis import Answer, answer
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import JobSpec, JobState
 from protocols.analytics.mergeable_states import Told
 from protocols.analytics.query import Question
@@ -68,5 +68,5 @@ def _read(given: Given) -> Told:
             raise CommonweightError(
                 "an answer is too long to be shown elsewhere", "ask on the coordinator's machine"
             )
-        body = JobLane(homes.open_home("coordinator") / "jobs").read(given)
+        body = JobStore(homes.open_home("coordinator") / "jobs").read(given)
     return msgspec.json.decode(body, type=Told)

@@ -110,11 +110,11 @@ def _adopt(path: Path) -> str:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from coordinator.transport.weights import Lane
+    from coordinator.storage.weight_store import WeightStore
     from protocols.model.weights import Weights
 
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as err:
         raise UsageFault(f"cannot read {path} as safetensors: {err}") from err
-    return Lane(homes.open_home("coordinator")).commit(Weights(tensors))
+    return WeightStore(homes.open_home("coordinator")).commit(Weights(tensors))

@@ -64,7 +64,7 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
         norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
         validation.check_measured(run, claim, norm)
         if expected.kind in ("init", "recall"):
-            around.lane.adopt(peer, claim.digest)
+            around.lane.promote_upload(peer, claim.digest)
             model.learn(claim.digest)
             if run.sought:
                 state = retention.state_of(run, run.sought, around.lane)
@@ -93,7 +93,7 @@ def _measure(
     with contextlib.ExitStack() as stack:
 
         def uploaded() -> Stored:
-            return stack.enter_context(around.lane.open_update(peer, digest))
+            return stack.enter_context(around.lane.uploads.open(peer, digest))
 
         if expected.kind == "recall" and digest != expected.base:
             raise UpdateRefused("bad weights", f"these are {digest[:12]}, not {expected.base[:12]}")

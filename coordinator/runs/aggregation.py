@@ -16,11 +16,11 @@ from coordinator import strategies
 from coordinator.runs import buffered
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Update
+from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging
 from coordinator.strategies.prefetch import ahead
 from coordinator.strategies.runner import Work, as_reply, next_version
 from coordinator.strategies.state import States
-from coordinator.transport.weights import Lane
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.messages.envelope import Metrics
@@ -40,7 +40,7 @@ class Committed(NamedTuple):
 
 
 def commit(
-    run: Run, lane: Lane, states: States, strategy: Strategy, contributors: tuple[str, ...]
+    run: Run, lane: WeightStore, states: States, strategy: Strategy, contributors: tuple[str, ...]
 ) -> Committed:
     """Updates → the strategy → a new version, durable together with the strategy's new state."""
     recipe, codec = strategies.find(run.spec.strategy), registry.find(run.spec.codec)
@@ -113,7 +113,7 @@ def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
 
 def _on_head(
     codec: Codec,
-    lane: Lane,
+    lane: WeightStore,
     peer: str,
     update: Update,
     digest: str,
@@ -121,7 +121,7 @@ def _on_head(
     stack: contextlib.ExitStack,
 ) -> Readable:
     """An update's weights as if it had begun at the newest version, `head`, named by its digest."""
-    file = stack.enter_context(Stored(lane.update(peer, update.digest)))
+    file = stack.enter_context(Stored(lane.uploads.path(peer, update.digest)))
     if codec.coding is not None or update.base in ("", digest):
         return registry.decoded(codec, file, head)
     base = stack.enter_context(Stored(lane.version(update.base)))

@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower_records import LaneGrid
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 
 
 class Fleetwork(NamedTuple):
-    """The ledger, the lane and the grid; who is there, and how they are told something."""
+    """Storage, transfer and the grid; which peers are online; and callbacks to reach them."""
 
     ledger: Ledger
-    lane: Lane
+    lane: WeightStore
+    #: Sends and receives what is in the store.
+    transfer: WeightTransfer
     grid: LaneGrid
     sign: Sign
     verify: Verify

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coordinator.runs.state import Run
-from coordinator.transport.weights import Lane
+from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.local.atomic_files import replacing
@@ -66,7 +66,7 @@ def card_of(
 def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
     """Write both files; the version's digest. Raises UnknownName, UsageFault, CommonweightError."""
     version = chosen(run, which)
-    path = Lane(home).version(version)
+    path = WeightStore(home).version(version)
     if not path.exists():
         raise UnknownName(
             f"version {version[:12]} of run {run.id} is not kept any more",

@@ -29,7 +29,7 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import Fact
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import States
-from coordinator.transport.weights import MOST_UPLOADS
+from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, HomeFault, UpdateRefused
 from protocols.failpoints import failpoint
@@ -59,9 +59,9 @@ class RunLoop:
         self._recipe = strategies.find(run.spec.strategy)
         self._strategy: Strategy = self._recipe.make(run.spec.strategy_args)
         self._states = States(around.lane.states)
-        self._model = Model(around.lane, registry.find(run.spec.codec))
+        self._model = Model(around.transfer, registry.find(run.spec.codec))
         folds = run.spec.late == "fold"
-        around.lane.most_uploads = MOST_UPLOADS + run.spec.buffer + folds
+        around.transfer.limits.max_uploads = MAX_UPLOADS + run.spec.buffer + folds
         self.questions = Questions(around, self._recipe, self._strategy, self._model)
         self._retention = Retention(run, around.lane, self._states, elsewhere)
         # After a restart nobody has come back yet: that is no reason to call them lost.
@@ -218,7 +218,7 @@ class RunLoop:
     async def _wait(self, what: str) -> None:
         for peer in self.run.pending:
             what = what.replace(peer, self._around.name_of(peer))
-        if shortage := self._around.lane.shortage:
+        if shortage := self._around.transfer.limits.shortage:
             if not self._told_shortage:
                 self._chronicle.say("error", f"no {shortage}: updates wait at the peers")
             what = f"{shortage}, then {what}"
@@ -275,7 +275,7 @@ class RunLoop:
         """Drop the uploads of these peers, who have none under way, that count for nothing."""
         for peer in peers - self.run.given.keys():
             counted = {a.update.digest for a in self.run.buffer if a.peer == peer}
-            self._around.lane.keep_updates(peer, counted)
+            self._around.lane.uploads.keep_only(peer, counted)
 
     async def _agree(self) -> None:
         found = schema_agreement.agree(self.run, self._model.schema)
@@ -295,8 +295,8 @@ class RunLoop:
             if warning:
                 self._chronicle.say("warning", warning)
         self._watch.open_round()
-        lane = self._around.lane
-        self._bytes_at_open = (lane.bytes_up, lane.bytes_down)
+        transfer = self._around.transfer
+        self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)
         asked: tuple[str, ...] = ()
         if not self.run.buffered:  # there each peer has work of its own
             chosen = decisions.selected(self.run, step.round, step.eligible)
@@ -319,21 +319,21 @@ class RunLoop:
         if run.buffered:
             self._sweep({accepted.peer for accepted in run.buffer})
         elif run.spec.late == "fold":
-            lane.drop_updates(but_of=self.questions.trained_on(self.run).keys())
+            lane.uploads.clear(keep_of=self.questions.trained_on(self.run).keys())
         else:
-            lane.drop_updates()
+            lane.uploads.clear()
         await asyncio.to_thread(self._model.make_patch, run.head, made.digest)
         self.questions.forget_work()
 
     async def _close_round(self) -> None:
-        run, lane = self.run, self._around.lane
+        run, transfer = self.run, self._around.transfer
         found = aggregation.evaluation(run, self._strategy)
         fact = run_events.RoundClosed(
             run.round,
             found.metrics,
             self._watch.round_s,
-            lane.bytes_up - self._bytes_at_open[0],
-            lane.bytes_down - self._bytes_at_open[1],
+            transfer.bytes_up - self._bytes_at_open[0],
+            transfer.bytes_down - self._bytes_at_open[1],
             self._watch.spent(),
             found.tallies,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.model.weights import Schema
@@ -15,32 +15,32 @@ _FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
 
 class Model:
-    """Known from the first version on; the lane's limits follow from it."""
+    """Known from the first version on. It sets the limits of uploads."""
 
-    def __init__(self, lane: Lane, codec: Codec) -> None:
+    def __init__(self, transfer: WeightTransfer, codec: Codec) -> None:
         self.schema: Schema = {}
         self.nbytes = 0
         self.codec = codec
-        self._lane = lane
+        self._transfer = transfer
         #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
         self._patch = ("", "", 0)
 
     def learn(self, digest: str) -> None:
         """Take schema and size from a version."""
-        with Stored(self._lane.version(digest)) as model:
+        with Stored(self._transfer.store.version(digest)) as model:
             self.schema, self.nbytes = model.schema, model.nbytes
-        self._lane.version_bytes = self.nbytes
+        self._transfer.limits.version_bytes = self.nbytes
         most = registry.most_bytes(self.codec, self.schema, self.nbytes)
-        self._lane.limit_bytes = min(most, self.nbytes) + _SLACK_BYTES
+        self._transfer.limits.max_bytes = min(most, self.nbytes) + _SLACK_BYTES
 
     def await_first(self) -> None:
         """First weights are to come, of whatever size."""
-        self._lane.limit_bytes = _FIRST_WEIGHTS_BYTES
-        self._lane.version_bytes = 0
+        self._transfer.limits.max_bytes = _FIRST_WEIGHTS_BYTES
+        self._transfer.limits.version_bytes = 0
 
     def make_patch(self, parent: str, digest: str) -> None:
         """Make the patch to a new version, if little has moved."""
-        self._patch = (digest, parent, self._lane.make_patch(parent, digest))
+        self._patch = (digest, parent, self._transfer.store.make_patch(parent, digest))
 
     def patch_to(self, digest: str) -> tuple[str, int]:
         """The parent that a version's patch builds on, and the patch's bytes; or ("", 0)."""

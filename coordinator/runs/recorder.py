@@ -76,15 +76,15 @@ class Chronicle:
 
     async def wait_for_room(self, err: Exception) -> None:
         """The disk is full: stand still, say so, and come back when there is room."""
-        lane = self._around.lane
-        self.waits_for(f"room on the coordinator's disk ({lane.free_bytes / 1e6:,.0f} MB free)")
+        limits = self._around.transfer.limits
+        self.waits_for(f"room on the coordinator's disk ({limits.free_bytes / 1e6:,.0f} MB free)")
         if not self._stands_still:
             self._stands_still = True
             self.say("error", f"run {self.run.id} stands still: {err}")
         # Not at once, as little room may be too little; and also without, as a quota shows none.
         for _ in range(_TRIES_WITHOUT_ROOM):
             await asyncio.sleep(_LOOK_FOR_ROOM_S)
-            if lane.has_room():
+            if limits.has_space():
                 break
 
     # --- for the monitors ---

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from coordinator.runs import buffered
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
+from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.state import States
-from coordinator.transport.weights import Lane
 from protocols.failpoints import failpoint
 
 
@@ -18,7 +18,9 @@ class Retention:
     The ledger still names the others. `elsewhere`: digests that other runs still need.
     """
 
-    def __init__(self, run: Run, lane: Lane, states: States, elsewhere: frozenset[str]) -> None:
+    def __init__(
+        self, run: Run, lane: WeightStore, states: States, elsewhere: frozenset[str]
+    ) -> None:
         self._lane, self._states, self._elsewhere = lane, states, elsewhere
         self._on_disk = {closed.digest for closed in run.history}
 
@@ -44,7 +46,7 @@ def newest_whole(run: Run, is_whole: Callable[[str], bool]) -> str:
     return next(filter(is_whole, dict.fromkeys(versions)), "")
 
 
-def state_of(run: Run, version: Holding, lane: Lane) -> dict[str, str]:
+def state_of(run: Run, version: Holding, lane: WeightStore) -> dict[str, str]:
     """What the strategy remembered at a version, if all of it is on disk; else it begins anew."""
     for closed in run.history:
         if (closed.round, closed.digest) == (version.round, version.digest):

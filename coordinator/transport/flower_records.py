@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import LinkGrid, Superlink
-from coordinator.transport.weights import Lane
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
@@ -162,7 +162,7 @@ class LaneGrid(LinkGrid):
     what becomes of them.
     """
 
-    def __init__(self, superlink: Superlink, lane: Lane) -> None:
+    def __init__(self, superlink: Superlink, lane: WeightStore) -> None:
         super().__init__(superlink)
         self._lane = lane
 

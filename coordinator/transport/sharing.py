@@ -20,9 +20,10 @@ from starlette.responses import Response
 
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.holders import Holders
 from coordinator.transport.neighbours import NeighbourDesk
-from coordinator.transport.weights import Lane, digest_of
+from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
 from protocols.p2p import swarm
 from protocols.p2p.swarm import HELD_PATH, PERMIT_S, PIECE_BYTES, PLAN_PATH, Held, Holder, PlanAsked
@@ -38,7 +39,7 @@ T = TypeVar("T")
 class SharingDesk:
     """Plans for whoever needs a version. `sign` is the coordinator's."""
 
-    def __init__(self, lane: Lane, registry: Registry, holders: Holders, sign: Sign) -> None:
+    def __init__(self, lane: WeightStore, registry: Registry, holders: Holders, sign: Sign) -> None:
         self._lane, self._registry, self._holders, self._sign = lane, registry, holders, sign
         self.neighbours = NeighbourDesk(registry, sign)
         #: Piece lists by version, made when the first agent asks.

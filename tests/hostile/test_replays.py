@@ -100,7 +100,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
         assert await asyncio.to_thread(link.pull) is None
         source = tmp_path / "update"
         digest = weights.save(Weights({"w": np.zeros(3, np.float32)}), source)
-        hub.lane.limit_bytes = 10_000
+        hub.transfer.limits.max_bytes = 10_000
         await asyncio.to_thread(link.upload, digest, source)
         closer = Link(mine)
         closing = Tap(closer)

@@ -22,7 +22,7 @@ from agent.home.credentials import Credentials
 from agent.home.settings import Enrolment
 from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import Link
-from coordinator.transport.weights import MOST_UPLOADS
+from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.enrollment import signed_requests
 from protocols.messages.work import EXCHANGE_PATH, Work
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
@@ -255,7 +255,7 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
             path = f"/cw/v1/updates/{digest}"
             head = target.head("PUT", path, {"content-length": str(len(body))}, digest=digest)
             codes.append(status(target.send(head + body)))
-        assert codes == [200] * MOST_UPLOADS + [413] * (12 - MOST_UPLOADS)
+        assert codes == [200] * MAX_UPLOADS + [413] * (12 - MAX_UPLOADS)
         for number in range(12):
             digest = hashlib.sha256(str(number).encode()).hexdigest()
             path = f"/cw/v1/updates/{digest}"
@@ -264,7 +264,7 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
             sock.sendall(head + b"x" * 10_000)
             sock.close()
         assert len([name for name in parts(target) if name.endswith(".part")]) <= 1
-        assert len(parts(target)) <= MOST_UPLOADS + 1
+        assert len(parts(target)) <= MAX_UPLOADS + 1
         for path in files_in(target.site.home / "spool"):
             assert path.stat().st_mode & 0o077 == 0
     finally:

@@ -23,14 +23,15 @@ from coordinator.api.service import Identity
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Peer, Registry
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
 from coordinator.transport.flower_records import LaneGrid
 from coordinator.transport.holders import Holders
 from coordinator.transport.http_server import Server, listen
 from coordinator.transport.sharing import SharingDesk
-from coordinator.transport.weights import Lane
+from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import Joining, claimed
 from protocols.local.atomic_files import write_private
@@ -95,9 +96,10 @@ class Site:
         self.ledger = Ledger(folder / "ledger.db")
         self.registry = Registry(self.ledger, approve=approve)
         self.fleet = Fleet(fleet=self.fleet_id, name="test")
-        self.lane = Lane(folder)
-        self.lane.limit_bytes = 1 << 20
-        self.job_lane = JobLane(folder / "jobs")
+        self.lane, self.job_lane = WeightStore(folder), JobStore(folder / "jobs")
+        self.transfer = WeightTransfer(self.lane)
+        self.transfer.limits.max_bytes = 1 << 20
+        self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
         self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
         self.holders = Holders()
         self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)

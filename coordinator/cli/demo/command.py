@@ -33,7 +33,7 @@ from coordinator.fleet.reducer import Fleet, num_available
 from coordinator.fleet.reducer import Run as ShownRun
 from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec
-from coordinator.transport.weights import Lane
+from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.local import json_output
 from protocols.messages.states import ENDED, RunState
@@ -232,7 +232,7 @@ class _Demo:
 def _keep(home: Path, run: ShownRun, out: Path | None) -> Path:
     """Copy the best version out of the demo's home; where it lies now. Raises CommonweightError."""
     best = [closed.digest for closed in run.rounds if closed.round == run.changed.best_round]
-    source = Lane(home).version(best[0] if best else run.changed.head)
+    source = WeightStore(home).version(best[0] if best else run.changed.head)
     target = (
         out
         or platformdirs.user_data_path("commonweight") / "demo" / f"{run.changed.run}.safetensors"

@@ -189,9 +189,9 @@ def test_a_cut_upload_goes_on_where_it_was_cut(
     part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
     part.write_bytes(data[:300_000])
     link._cut_off = digest
-    before = site.lane.bytes_up
+    before = site.transfer.bytes_up
     link.upload(digest, source)
-    assert site.lane.bytes_up - before == len(data) - 300_000 == link.bytes_up
+    assert site.transfer.bytes_up - before == len(data) - 300_000 == link.bytes_up
     stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
     assert stored.read_bytes() == data
 
@@ -258,9 +258,9 @@ def test_a_small_update_goes_with_the_answer(
     link.open()
     question = asked(site, link, machine)
     link.hand_in(digest, source)
-    assert not site.lane.update(machine.peer, digest).exists()
+    assert not site.lane.uploads.path(machine.peer, digest).exists()
     link.push(answered(link, question))
-    assert site.lane.update(machine.peer, digest).read_bytes() == b"small"
+    assert site.lane.uploads.path(machine.peer, digest).read_bytes() == b"small"
     assert link.bytes_up == 5
 
 
@@ -271,7 +271,7 @@ def test_a_large_update_goes_at_once(
     source.write_bytes(bytes(FEW_BYTES + 1))
     digest = weights.file_digest(source)
     link.hand_in(digest, source)
-    assert site.lane.update(machine.peer, digest).exists()
+    assert site.lane.uploads.path(machine.peer, digest).exists()
 
 
 def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are(
@@ -281,13 +281,13 @@ def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are
     source.write_bytes(b"small")
     link.open()
     question = asked(site, link, machine)
-    monkeypatch.setattr(site.lane, "limit_bytes", 3)
+    monkeypatch.setattr(site.transfer.limits, "max_bytes", 3)
     link.hand_in(weights.file_digest(source), source)
     with pytest.raises(Refused, match="413"):
         link.push(answered(link, question))
-    monkeypatch.setattr(site.lane, "limit_bytes", 100)
-    monkeypatch.setattr(site.lane, "version_bytes", 2**60)
+    monkeypatch.setattr(site.transfer.limits, "max_bytes", 100)
+    monkeypatch.setattr(site.transfer.limits, "version_bytes", 2**60)
     link.hand_in(weights.file_digest(source), source)
     with pytest.raises(NoRoom):
         link.push(answered(link, question))
-    assert not site.lane.update(machine.peer, weights.file_digest(source)).exists()
+    assert not site.lane.uploads.path(machine.peer, weights.file_digest(source)).exists()

@@ -16,7 +16,7 @@ from benchmarks.faults.checker import Truth
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import Fact, RunSpec, Update
-from coordinator.transport.weights import Lane
+from coordinator.storage.weight_store import WeightStore
 from protocols.messages.states import RunState
 from protocols.model.weights import Weights
 
@@ -33,7 +33,7 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lane = Lane(folder)
+        self.lane = WeightStore(folder)
         self.versions = [self._version(number) for number in range(3)]
         self.facts: Facts = [
             run_events.RunStarted(RunSpec(task="t", rounds=2, quorum=2)),

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.jobs.output import merge
 from coordinator.jobs.state import Job, Unit
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import Block, Given, JobSpec
 from protocols.errors import CommonweightError
 from tests.support.ascii_locale import in_ascii
@@ -25,9 +25,9 @@ TABLES: dict[str, list[list[Any]]] = {
 }
 
 
-def answered(tmp_path: Path, rows: list[list[Any]]) -> tuple[Job, JobLane]:
+def answered(tmp_path: Path, rows: list[list[Any]]) -> tuple[Job, JobStore]:
     """A job of two units with the same answer; one's is in the ledger, the other's on disk."""
-    lane = JobLane(tmp_path / "jobs")
+    lane = JobStore(tmp_path / "jobs")
     lines = [["row", "class", "probability"], *rows]
     body = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
     given = Given(digest="d" * 64, nbytes=len(body), rows=len(rows))
@@ -71,7 +71,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert table["class"].to_pylist() == [row[1] for row in TABLES["text"]] * 2
 
 
-def of_units(tmp_path: Path, *columns: list[Any]) -> tuple[Job, JobLane]:
+def of_units(tmp_path: Path, *columns: list[Any]) -> tuple[Job, JobStore]:
     """A job whose units answered with these values."""
     units = {}
     for n, values in enumerate(columns):
@@ -80,7 +80,7 @@ def of_units(tmp_path: Path, *columns: list[Any]) -> tuple[Job, JobLane]:
         given = Given(digest=f"{n}", nbytes=len(body), rows=len(values), body=body)
         units[n] = Unit(number=n, first=n, stop=n + 1, given={"ada": given}, verified=f"{n}")
     blocks = tuple(Block(len(values), 1) for values in columns)
-    lane = JobLane(tmp_path / "jobs")
+    lane = JobStore(tmp_path / "jobs")
     return Job(id="job", spec=JobSpec(kind="scatter", blocks=blocks), units=units), lane
 
 
@@ -112,10 +112,10 @@ def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
     in_ascii(f"""
         import msgspec
         from pathlib import Path
-        from coordinator.jobs.store import JobLane
+        from coordinator.jobs.store import JobStore
         from coordinator.jobs.output import merge
         from coordinator.jobs.state import Job
         job = msgspec.json.decode({msgspec.json.encode(job)!r}, type=Job)
-        merge(job, JobLane(Path({str(tmp_path / "jobs")!r})), Path({str(tmp_path / "out.csv")!r}))
+        merge(job, JobStore(Path({str(tmp_path / "jobs")!r})), Path({str(tmp_path / "out.csv")!r}))
     """)
     assert "東京" in (tmp_path / "out.csv").read_text(encoding="utf-8")

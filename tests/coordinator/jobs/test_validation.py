@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.jobs import output, state, validation
 from coordinator.jobs.state import Unit
-from coordinator.jobs.store import JobLane
+from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import Block, Given, JobSpec
 from protocols.errors import BadMessage
 from protocols.messages.jobs import INLINE_BYTES, Model, Score, encode
@@ -21,11 +21,11 @@ UNIT = Unit(number=0, first=0, stop=1, only="ada")
 
 
 @pytest.fixture
-def lane(tmp_path: Path) -> JobLane:
-    return JobLane(tmp_path / "jobs")
+def lane(tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path / "jobs")
 
 
-def given(lane: JobLane, body: bytes, *, inline: bool, rows: int = 2) -> Given:
+def given(lane: JobStore, body: bytes, *, inline: bool, rows: int = 2) -> Given:
     digest = hashlib.sha256(body).hexdigest()
     if not inline:
         lane.version(digest).write_bytes(body)
@@ -51,7 +51,7 @@ def given(lane: JobLane, body: bytes, *, inline: bool, rows: int = 2) -> Given:
         (b"", "no table"),
     ],
 )
-def test_rows_are_a_table(lane: JobLane, body: bytes, wrong: str, inline: bool) -> None:
+def test_rows_are_a_table(lane: JobStore, body: bytes, wrong: str, inline: bool) -> None:
     answer = given(lane, body, inline=inline)
     if not wrong:
         validation.check(SCATTER, UNIT, answer, lane)
@@ -60,13 +60,13 @@ def test_rows_are_a_table(lane: JobLane, body: bytes, wrong: str, inline: bool) 
         validation.check(SCATTER, UNIT, answer, lane)
 
 
-def test_a_line_of_no_end_is_not_held(lane: JobLane) -> None:
+def test_a_line_of_no_end_is_not_held(lane: JobStore) -> None:
     body = b'["row","class"]\n[0,"' + b"a" * (3 << 20) + b'"]\n[1,"b"]\n'
     with pytest.raises(BadMessage, match="row 1"):
         validation.check(SCATTER, UNIT, given(lane, body, inline=False), lane)
 
 
-def test_measures_are_in_the_ledger(lane: JobLane) -> None:
+def test_measures_are_in_the_ledger(lane: JobStore) -> None:
     scores = encode({MODEL: Score(20, {"loss": 0.5})})
     validation.check(PRIVATE, UNIT, given(lane, scores, inline=True), lane)
     padded = scores + b" " * INLINE_BYTES  # so it comes by the lane, and who asks cannot read it
@@ -75,7 +75,7 @@ def test_measures_are_in_the_ledger(lane: JobLane) -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobLane, inline: bool) -> None:
+def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobStore, inline: bool) -> None:
     body = b'["row","class"]\n[0,\r"a"]\n[1,"b"]\n'
     answer = given(lane, body, inline=inline)
     validation.check(SCATTER, UNIT, answer, lane)

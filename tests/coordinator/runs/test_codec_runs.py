@@ -157,7 +157,7 @@ async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Pat
         model = fleet.hub.lane.version(run.head).stat().st_size
         most = registry.most_bytes(registry.find("sign"), schema, model)
         assert most < model / 25
-        assert most <= fleet.hub.lane.limit_bytes < model + 1024 * 1024
+        assert most <= fleet.hub.transfer.limits.max_bytes < model + 1024 * 1024
 
 
 async def test_an_unknown_codec_is_refused_before_the_start(tmp_path: Path) -> None:

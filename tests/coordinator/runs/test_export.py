@@ -13,7 +13,7 @@ from coordinator.runs import export, transitions
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
-from coordinator.transport.weights import Lane
+from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.model import model_card, personalization, schema_card
 from protocols.model.weights import TensorSpec, Weights, file_digest
@@ -27,12 +27,12 @@ def model(value: float, **more: float) -> Weights:
 
 
 @pytest.fixture
-def lane(tmp_path: Path) -> Lane:
+def lane(tmp_path: Path) -> WeightStore:
     (tmp_path / "home").mkdir()
-    return Lane(tmp_path / "home")
+    return WeightStore(tmp_path / "home")
 
 
-def trained(lane: Lane, rounds: int, *, close: bool = True, **more: float) -> Run:
+def trained(lane: WeightStore, rounds: int, *, close: bool = True, **more: float) -> Run:
     """A run of p1 and p2; in every second round of p1 alone."""
     spec = RunSpec(task="gait", rounds=9, seed=7, settings={"lr": 0.5}, strategy="fedadam")
     card = schema_card.card(
@@ -59,7 +59,7 @@ def trained(lane: Lane, rounds: int, *, close: bool = True, **more: float) -> Ru
     return transitions.replay("r1", told)
 
 
-def test_both_files_say_all_there_is_to_say(lane: Lane, tmp_path: Path) -> None:
+def test_both_files_say_all_there_is_to_say(lane: WeightStore, tmp_path: Path) -> None:
     run = trained(lane, 3)
     out = tmp_path / "gait.safetensors"
     version = export.export(tmp_path / "home", run, "best", NAMES, out)
@@ -87,7 +87,7 @@ def test_both_files_say_all_there_is_to_say(lane: Lane, tmp_path: Path) -> None:
 
 
 def test_any_version_that_is_kept_by_the_beginning_of_its_digest(
-    lane: Lane, tmp_path: Path
+    lane: WeightStore, tmp_path: Path
 ) -> None:
     run = trained(lane, 3)
     home = tmp_path / "home"
@@ -99,7 +99,9 @@ def test_any_version_that_is_kept_by_the_beginning_of_its_digest(
     assert (none.round, none.parents, none.contributors, none.metrics) == (0, (), (), {})
 
 
-def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(lane: Lane, tmp_path: Path) -> None:
+def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(
+    lane: WeightStore, tmp_path: Path
+) -> None:
     run = trained(lane, 2, close=False)
     export.export(tmp_path / "home", run, "latest", NAMES, tmp_path / "a.safetensors")
     card = model_card.read(tmp_path / "a.safetensors")
@@ -108,7 +110,7 @@ def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(lane: Lane, tmp_
     assert [c.rounds for c in card.contributors] == [2, 1]
 
 
-def test_control_variates_are_no_part_of_the_model(lane: Lane, tmp_path: Path) -> None:
+def test_control_variates_are_no_part_of_the_model(lane: WeightStore, tmp_path: Path) -> None:
     run = trained(lane, 1, **{personalization.control_of("w", {}): 1.0})
     out = tmp_path / "a.safetensors"
     version = export.export(tmp_path / "home", run, "latest", NAMES, out)
@@ -118,7 +120,9 @@ def test_control_variates_are_no_part_of_the_model(lane: Lane, tmp_path: Path) -
     assert card.sha256 == file_digest(out) != version
 
 
-def test_what_cannot_be_exported_is_told_and_nothing_is_written(lane: Lane, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_told_and_nothing_is_written(
+    lane: WeightStore, tmp_path: Path
+) -> None:
     run, home = trained(lane, 2), tmp_path / "home"
     out = tmp_path / "a.safetensors"
     for which in ("", "zz", "ABC"):
@@ -139,7 +143,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(lane: Lane, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "home"]
 
 
-def test_a_file_that_is_not_its_cards_is_refused(lane: Lane, tmp_path: Path) -> None:
+def test_a_file_that_is_not_its_cards_is_refused(lane: WeightStore, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     with pytest.raises(UsageFault, match="cannot read"):
         model_card.read(out)

@@ -24,9 +24,9 @@ from coordinator import strategies
 from coordinator.runs import aggregation, transitions, validation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Setting, Update
+from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging, runner
 from coordinator.strategies.state import States
-from coordinator.transport.weights import Lane
 from protocols.errors import (
     CannotBeMet,
     CommonweightError,
@@ -77,7 +77,7 @@ class Table:
 
     def __init__(self, folder: Path, spec: RunSpec, first: Weights) -> None:
         folder.mkdir(exist_ok=True)
-        self.lane = Lane(folder)
+        self.lane = WeightStore(folder)
         self.spec = spec
         self.run = transitions.replay("r", [run_events.RunStarted(spec)])
         self.record(run_events.WeightsInitialised(self.lane.commit(first), "file"))
@@ -96,7 +96,7 @@ class Table:
         self.record(run_events.RoundOpened(number, self.run.head, tuple(sorted(updates))))
         for count, (peer, model) in enumerate(sorted(updates.items()), 1):
             digest = weights.digest(model)
-            weights.save(model, self.lane.update(peer, digest))
+            weights.save(model, self.lane.uploads.path(peer, digest))
             update = Update(
                 digest=digest,
                 num_examples=10 * count,

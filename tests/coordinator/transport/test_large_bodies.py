@@ -26,13 +26,13 @@ HEADERS = {"content-length": str(SIZE), OFFSET: "0"}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with Site(tmp_path_factory.mktemp("site")).up() as running:
-        running.lane.limit_bytes = 2 * SIZE
+        running.transfer.limits.max_bytes = 2 * SIZE
         yield running
 
 
 @pytest.fixture
 def machine(served: Site) -> Machine:
-    served.lane.drop_updates()
+    served.lane.uploads.clear()
     return served.enrol()
 
 
@@ -68,8 +68,8 @@ def test_large_bodies_arrive_whole_and_the_connection_is_reused(
         wire.request("GET", path, headers=machine.headers("GET", path))
         answer = wire.getresponse()
         assert (answer.status, answer.read()) == (200, BODY)
-    assert served.lane.bytes_up == SIZE
-    assert served.lane.bytes_down == 2 * SIZE
+    assert served.transfer.bytes_up == SIZE
+    assert served.transfer.bytes_down == 2 * SIZE
 
 
 def test_a_body_with_another_digest_is_refused_and_deleted(
@@ -127,6 +127,6 @@ def test_a_reader_that_pauses_receives_the_rest(
     (served.folder / "versions" / f"{digest}.safetensors").write_bytes(body)
     path = f"/cw/v1/weights/{digest}"
     wire.request("GET", path, headers=machine.headers("GET", path))
-    until(lambda: served.lane.bytes_down >= len(body))  # counted when the response starts
+    until(lambda: served.transfer.bytes_down >= len(body))  # counted when the response starts
     until(lambda: select.select([wire.sock], [], [], 0)[0])
     assert wire.getresponse().read() == body

@@ -37,11 +37,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def site(served: Site) -> Site:
     """The server, with a lane that is empty."""
-    served.lane.drop_updates()
+    served.lane.uploads.clear()
     for version in (served.folder / "versions").iterdir():
         version.unlink()
-    served.lane.bytes_up = served.lane.bytes_down = 0
-    served.lane.limit_bytes = 1 << 20
+    served.transfer.bytes_up = served.transfer.bytes_down = 0
+    served.transfer.limits.max_bytes = 1 << 20
     return served
 
 
@@ -96,7 +96,7 @@ def test_a_version_is_downloaded_whole(
     target = tmp_path / "version.safetensors"
     link.download(DIGEST, len(DATA), target)
     assert target.read_bytes() == DATA
-    assert site.lane.bytes_down == 2 * len(DATA)
+    assert site.transfer.bytes_down == 2 * len(DATA)
     assert link.bytes_down == len(DATA)
 
 
@@ -180,15 +180,15 @@ def test_an_update_is_uploaded_once(
     source = tmp_path / "update.safetensors"
     assert weights.save(MODEL, source) == DIGEST
     link.upload(DIGEST, source)
-    assert weights.file_digest(site.lane.update(machine.peer, DIGEST)) == DIGEST
-    received = site.lane.bytes_up
+    assert weights.file_digest(site.lane.uploads.path(machine.peer, DIGEST)) == DIGEST
+    received = site.transfer.bytes_up
     link.upload(DIGEST, source)  # asked again after a lost link
-    assert site.lane.bytes_up == received == len(DATA)
+    assert site.transfer.bytes_up == received == len(DATA)
     assert spool(site) == [f"{machine.peer}-{DIGEST}.safetensors"]
-    site.lane.drop_updates()
+    site.lane.uploads.clear()
     assert spool(site) == []
     with pytest.raises(BadWeights, match="never uploaded"):
-        site.lane.open_update(machine.peer, DIGEST)
+        site.lane.uploads.open(machine.peer, DIGEST)
 
 
 def test_other_bytes_than_announced_are_dropped(
@@ -200,7 +200,7 @@ def test_other_bytes_than_announced_are_dropped(
 
 
 def test_more_than_the_model_is_not_taken(site: Site, http: httpx.Client, machine: Machine) -> None:
-    site.lane.limit_bytes = len(DATA) - 1
+    site.transfer.limits.max_bytes = len(DATA) - 1
     assert put(http, machine, DATA).status_code == 413
     assert put(http, machine, DATA[10:], offset=10).status_code == 413
     assert put(http, machine, b"", offset=10**15 - 1).status_code == 413
@@ -213,12 +213,12 @@ def test_an_upload_that_cannot_be_taken_is_a_refusal_and_not_a_lost_link(
     """An agent that took it for a lost link would try again for ever."""
     source = tmp_path / "update.safetensors"
     weights.save(MODEL, source)
-    site.lane.limit_bytes = 10
+    site.transfer.limits.max_bytes = 10
     for digest in (DIGEST, "0" * 64):
         with pytest.raises(Refused) as caught:
             link.upload(digest, source)
         assert not isinstance(caught.value, SessionLost)
-        site.lane.limit_bytes = 1 << 20
+        site.transfer.limits.max_bytes = 1 << 20
 
 
 @pytest.mark.parametrize("headers", [{OFFSET: "-1"}, {OFFSET: "x"}, {OFFSET: "1" * 16}])
@@ -261,7 +261,7 @@ def test_a_short_body_leaves_a_part_that_can_be_resumed(
     until(lambda: part_size(site, machine) > 0)
     secure.close()
     with pytest.raises(BadWeights):
-        site.lane.open_update(machine.peer, DIGEST)
+        site.lane.uploads.open(machine.peer, DIGEST)
     have = 0
 
     def settled() -> bool:  # the server has noticed: what it says it has, it takes
@@ -273,7 +273,7 @@ def test_a_short_body_leaves_a_part_that_can_be_resumed(
     until(settled)
     assert 0 < have <= 20_000
     assert put(http, machine, DATA[have:], offset=have).status_code == 200
-    assert weights.file_digest(site.lane.update(machine.peer, DIGEST)) == DIGEST
+    assert weights.file_digest(site.lane.uploads.path(machine.peer, DIGEST)) == DIGEST
     assert len(spool(site)) == 1
 
 
@@ -317,7 +317,7 @@ def test_two_uploads_at_once_end_with_the_right_bytes(
         thread.join()
     assert 200 in statuses
     assert set(statuses) <= {200, 409}
-    assert weights.file_digest(site.lane.update(machine.peer, DIGEST)) == DIGEST
+    assert weights.file_digest(site.lane.uploads.path(machine.peer, DIGEST)) == DIGEST
 
 
 # --- who may -----------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_an_upload_cannot_choose_its_place(
 def test_a_claimed_digest_cannot_open_another_file(site: Site, digest: str) -> None:
     """A claim's digest is text that a peer chose."""
     with pytest.raises(BadWeights):
-        site.lane.open_update("P", digest)
+        site.lane.uploads.open("P", digest)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
@@ -409,29 +409,29 @@ def test_an_upload_waits_for_room_and_is_then_taken(
     told: list[bool] = []
     source = tmp_path / "update"
     source.write_bytes(DATA)
-    site.lane.on_short = lambda: told.append(True)
-    site.lane.version_bytes = 1 << 62  # the next version would not fit
+    site.transfer.limits.on_shortage = lambda: told.append(True)
+    site.transfer.limits.version_bytes = 1 << 62  # the next version would not fit
     try:
         assert put(http, machine, DATA).status_code == 507
         assert told
-        assert "room on the coordinator's disk" in site.lane.shortage
+        assert "room on the coordinator's disk" in site.transfer.limits.shortage
         assert spool(site) == []
         with pytest.raises(NoRoom, match="no room"):
             link.upload(DIGEST, source)
     finally:
-        site.lane.version_bytes = 0
-        site.lane.on_short = lambda: None
+        site.transfer.limits.version_bytes = 0
+        site.transfer.limits.on_shortage = lambda: None
     link.upload(DIGEST, source)
     assert spool(site) == [f"{machine.peer}-{DIGEST}.safetensors"]
 
 
 def test_what_uploads_under_way_were_promised_is_taken(site: Site) -> None:
     """Two that fit one by one but not together are not both let in, to be stuck half way."""
-    assert site.lane._promised == 0, "every upload so far gave its promise back"
-    assert site.lane.has_room(len(DATA))
-    site.lane._promised += site.lane.free_bytes
-    assert not site.lane.has_room(len(DATA))
-    site.lane._promised = 0
+    assert site.transfer.limits.promised_bytes == 0, "every upload so far gave its promise back"
+    assert site.transfer.limits.has_space(len(DATA))
+    site.transfer.limits.promised_bytes += site.transfer.limits.free_bytes
+    assert not site.transfer.limits.has_space(len(DATA))
+    site.transfer.limits.promised_bytes = 0
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
@@ -439,7 +439,7 @@ def test_a_disk_that_fills_in_an_upload_leaves_what_can_be_resumed(tmp_path: Pat
     disk = tmp_path / "disk"
     with small_disk(disk), Site(disk).up() as site, site.http() as http:
         machine = site.enrol()
-        site.lane.limit_bytes = 4 << 20
+        site.transfer.limits.max_bytes = 4 << 20
         data = np.arange(512 * 1024, dtype=np.float32).tobytes()
         digest = hashlib.sha256(data).hexdigest()
         part = disk / "spool" / f"{machine.peer}-{digest}.part"
@@ -454,7 +454,7 @@ def test_a_disk_that_fills_in_an_upload_leaves_what_can_be_resumed(tmp_path: Pat
         size = {"content-length": str(len(data))}
         answer = put(http, machine, body(), digest, **size)  # type: ignore[arg-type]
         assert answer.status_code == 507
-        assert site.lane.shortage
+        assert site.transfer.limits.shortage
         have = part.stat().st_size
         assert 0 < have < len(data)
         ballast[0].unlink()

@@ -120,7 +120,7 @@ def test_a_version_crosses_the_coordinators_line_once(
     with peers(site, tmp_path, "ann", "bob", "cyd") as fleet:
         for peer in fleet:
             assert weights.file_digest(peer.fetch(digest)) == digest
-        assert site.lane.bytes_down == SIZE
+        assert site.transfer.bytes_down == SIZE
         assert sum(peer.sharing.bytes_sent for peer in fleet) == 2 * SIZE
         assert fleet[2].link.bytes_down == 0
         # The owner's caps count what came, from wherever.
@@ -152,7 +152,7 @@ def test_who_is_still_fetching_passes_on_what_has_come(
         first.join(30)
         second.join(30)
         assert weights.file_digest(bob.folder / f"{digest}.safetensors") == digest
-        assert site.lane.bytes_down == SIZE
+        assert site.transfer.bytes_down == SIZE
 
 
 def test_a_cut_download_goes_on_with_the_pieces_that_it_has(
@@ -165,7 +165,7 @@ def test_a_cut_download_goes_on_with_the_pieces_that_it_has(
         left[PIECE_BYTES + 5] ^= 1  # and the second was spoilt
         (ann.folder / f"{digest}.pieces").write_bytes(left)
         assert weights.file_digest(ann.fetch(digest)) == digest
-        assert site.lane.bytes_down == SIZE - PIECE_BYTES
+        assert site.transfer.bytes_down == SIZE - PIECE_BYTES
 
 
 @pytest.mark.parametrize("wrong", ["bytes", "endless", "short", "silent", "refusing", "slow head"])
