@@ -25,7 +25,7 @@ from textual.drivers.headless_driver import HeadlessDriver
 from coordinator.fleet.reducer import Fleet, decode, encode, fold
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.fleet_page import FleetPage
-from coordinator.monitor.tui.gc_tuning import calm
+from coordinator.monitor.tui.gc_tuning import tune_gc
 from coordinator.remote.source import ReadOnly
 from protocols.messages.envelope import (
     Body,
@@ -269,7 +269,7 @@ def main() -> None:
     options.add_argument("--rate", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=20)
     chosen = options.parse_args()
-    calm()
+    tune_gc()
     for peers in chosen.peers:
         print(json.dumps(asyncio.run(measure(peers, chosen.rate, chosen.seconds))), flush=True)
 

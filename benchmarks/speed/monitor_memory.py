@@ -30,7 +30,7 @@ from textual import events
 
 from benchmarks.speed.monitor import SIZE, Crowd, Watched
 from coordinator.fleet.reducer import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT, Fleet, decode, encode
-from coordinator.monitor.tui.gc_tuning import calm
+from coordinator.monitor.tui.gc_tuning import tune_gc
 from coordinator.remote.follower import RESYNC_S
 from protocols.messages.envelope import Envelope
 
@@ -204,7 +204,7 @@ def main() -> None:
             words += ["--rate", str(chosen.rate), "--seconds", str(chosen.seconds)]
             subprocess.run([*words, *(["--trace"] if chosen.trace else [])], check=True)
         return
-    calm()
+    tune_gc()
     figures = asyncio.run(measure(chosen.peers[0], chosen.rate, chosen.seconds, trace=chosen.trace))
     print(json.dumps(figures), flush=True)
 

@@ -24,7 +24,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("status")(status)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line for a person (stderr)."""
     sys.stderr.write(text + "\n")
 
@@ -86,7 +86,7 @@ def _join(given: str) -> None:
     from coordinator.remote import access
 
     found = access.join(cli_entry.ticket_text(given))
-    say(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
+    print_line(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
 
 
 def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "") -> None:
@@ -158,7 +158,7 @@ def _record(source: Any) -> None:
     """Only write down, until Ctrl-C."""
     from coordinator.remote.follower import Following
 
-    say("recording; Ctrl-C ends it")
+    print_line("recording; Ctrl-C ends it")
     try:
         asyncio.run(Following(source, time.time).run())
     except KeyboardInterrupt:
@@ -182,9 +182,9 @@ def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
 
 def _run(app: Any) -> None:
     """Show `app`. Asked to end (SIGTERM), it gives the terminal back as it was."""
-    from coordinator.monitor.tui.gc_tuning import calm
+    from coordinator.monitor.tui.gc_tuning import tune_gc
 
-    calm()
+    tune_gc()
     signal.signal(signal.SIGTERM, lambda *_: app.exit())
     app.run()
 
@@ -236,7 +236,7 @@ def _watch(*, json: bool) -> None:
                 if live is not None:
                     live.update(Text(f"{json_output.in_words(err)}\ntrying again"), refresh=True)
                 elif told != err.message:
-                    sys.stdout.write(json_output.error(err) + "\n") if json else say(
+                    sys.stdout.write(json_output.error(err) + "\n") if json else print_line(
                         json_output.in_words(err)
                     )
                     sys.stdout.flush()

@@ -28,7 +28,7 @@ from protocols.network import version_check
 LOW_DISK_BYTES = 1_000_000_000
 #: Beyond this, commands and requests are refused as replayed (`messages.mqtt` and
 #: `enrollment.signed_requests` in `protocols`: 120 s).
-SKEW_S = 30.0
+MAX_SKEW_S = 30.0
 
 
 class Alert(NamedTuple):
@@ -42,15 +42,15 @@ class Alert(NamedTuple):
 
 def alerts(fleet: Fleet, now: float) -> list[Alert]:
     """Every condition that holds now."""
-    found = list(_quorum(fleet, now))
+    found = list(_quorum_alerts(fleet, now))
     for peer in fleet.peers.values():
         if peer.standing == "enrolled":
-            found.extend(_of_peer(peer, now))
-    found.extend(_clocks(fleet))
+            found.extend(_peer_alerts(peer, now))
+    found.extend(_clock_alerts(fleet))
     return found
 
 
-def _quorum(fleet: Fleet, now: float) -> Iterator[Alert]:
+def _quorum_alerts(fleet: Fleet, now: float) -> Iterator[Alert]:
     run = current_run(fleet)
     if run is None or run.changed.state in ENDED:
         return
@@ -63,7 +63,7 @@ def _quorum(fleet: Fleet, now: float) -> Iterator[Alert]:
         yield Alert(f"margin {name}", "warning", text, name)
 
 
-def _of_peer(peer: Peer, now: float) -> Iterator[Alert]:
+def _peer_alerts(peer: Peer, now: float) -> Iterator[Alert]:
     name, who = called(peer), peer.peer
     if shown_state(peer, now) is PeerState.STALE:
         text = f"{name} has said nothing for {age(now - peer.seen_at)}"
@@ -80,9 +80,9 @@ def _of_peer(peer: Peer, now: float) -> Iterator[Alert]:
         yield Alert(f"version {who} {peer.version}", "warning" if near else "error", text, who)
 
 
-def _clocks(fleet: Fleet) -> Iterator[Alert]:
+def _clock_alerts(fleet: Fleet) -> Iterator[Alert]:
     """Clocks that are wrong; if it is most of them, then it is rather the one that looks."""
-    wrong = [peer for peer in fleet.peers.values() if abs(peer.skew_s) > SKEW_S]
+    wrong = [peer for peer in fleet.peers.values() if abs(peer.skew_s) > MAX_SKEW_S]
     if len(wrong) > 1 and len(wrong) * 2 > len(fleet.peers):
         yield Alert("clock here", "warning", "this machine's clock differs from that of most peers")
         return
@@ -92,29 +92,29 @@ def _clocks(fleet: Fleet) -> Iterator[Alert]:
         yield Alert(f"clock {peer.peer}", "warning", text, peer.peer)
 
 
-class Watchman:
+class AlertTracker:
     """Remembers which conditions were told."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._active: set[str] = set()
 
     def new(self, fleet: Fleet, now: float) -> list[Alert]:
         """The conditions that did not hold at the last look; of one kind at most three by name."""
         found = alerts(fleet, now)
-        fresh = [alert for alert in found if alert.key not in self._told]
-        self._told = {alert.key for alert in found}
+        fresh = [alert for alert in found if alert.key not in self._active]
+        self._active = {alert.key for alert in found}
         kinds = Counter(alert.key.partition(" ")[0] for alert in fresh)
         told: list[Alert] = []
         seen: Counter[str] = Counter()
         for alert in fresh:
             kind = alert.key.partition(" ")[0]
             seen[kind] += 1
-            if seen[kind] <= _BY_NAME:
+            if seen[kind] <= MAX_NAMED:
                 told.append(alert)
             elif seen[kind] == kinds[kind]:
-                text = f"{kind}: the same of {kinds[kind] - _BY_NAME} more peers"
+                text = f"{kind}: the same of {kinds[kind] - MAX_NAMED} more peers"
                 told.append(Alert(kind, alert.level, text))
         return told
 
 
-_BY_NAME = 5
+MAX_NAMED = 5

@@ -17,7 +17,7 @@ Values = Sequence[float | None]
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, from the top down
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
-_SPACED = 3  # bars as broad as this have a blank between them
+_MIN_SPACED_WIDTH = 3  # bars as broad as this have a blank between them
 
 
 class Scale(NamedTuple):
@@ -38,7 +38,7 @@ class Scale(NamedTuple):
         return self.low / 2 + self.high / 2
 
 
-def scale_of(values: Values, *, zero: bool = False) -> Scale | None:
+def fit_scale(values: Values, *, zero: bool = False) -> Scale | None:
     """From the least to the most of what is known, from 0 if `zero`; None if nothing is."""
     known = [value for value in values if value is not None]
     if not known:
@@ -46,7 +46,7 @@ def scale_of(values: Values, *, zero: bool = False) -> Scale | None:
     return Scale(min(0.0, *known) if zero else min(known), max(known))
 
 
-def stretched(values: Values, points: int) -> list[float | None]:
+def resample(values: Values, points: int) -> list[float | None]:
     """`values` over exactly `points` points: between two of them a straight line, or means."""
     if len(values) >= points:
         return squeezed(values, points)
@@ -69,7 +69,7 @@ def curve(values: Values, width: int, height: int, scale: Scale) -> list[str]:
     """`height` lines from the top down, each `width` characters; `✕` below what is None."""
     cells = [[0] * width for _ in range(height)]
     before: int | None = None
-    for x, value in enumerate(stretched(values, 2 * width)):
+    for x, value in enumerate(resample(values, 2 * width)):
         y = None if value is None else 4 * height - 1 - scale.step(value, 4 * height)
         if y is not None:
             start = y if before is None else before + (before < y) - (before > y)
@@ -79,11 +79,11 @@ def curve(values: Values, width: int, height: int, scale: Scale) -> list[str]:
         before = y
     lines = ["".join(chr(0x2800 + dots) if dots else " " for dots in line) for line in cells]
     if height > 0 and None in values:
-        lines[-1] = _crossed(lines[-1], values, width)
+        lines[-1] = _mark_missing(lines[-1], values, width)
     return lines
 
 
-def _crossed(line: str, values: Values, width: int) -> str:
+def _mark_missing(line: str, values: Values, width: int) -> str:
     signs, last = list(line), max(len(values) - 1, 1)
     for place, value in enumerate(values):
         if value is None:
@@ -94,7 +94,7 @@ def _crossed(line: str, values: Values, width: int) -> str:
 def band(low: Values, high: Values, width: int, height: int, scale: Scale) -> list[list[bool]]:
     """For each line from the top down which of its characters lie between `low` and `high`."""
     inside = [[False] * width for _ in range(height)]
-    pairs = zip(stretched(low, width), stretched(high, width), strict=True)
+    pairs = zip(resample(low, width), resample(high, width), strict=True)
     for x, (least, most) in enumerate(pairs):
         if least is None or most is None:
             continue
@@ -109,10 +109,10 @@ class Block(NamedTuple):
     """A character of a stack: `part` is its lower colour, `over` what it stands against, -1 for
     nothing. `edge`: it is the top of its bar."""
 
-    sign: str
+    char: str
     part: int = -1
-    over: int = -1
-    edge: bool = False
+    part_above: int = -1
+    is_top: bool = False
 
 
 def stack(
@@ -129,9 +129,9 @@ def stack(
     broad = bar_width(count, width)
     for bar in range(count):
         left = bar * broad
-        right = left + broad - (broad >= _SPACED)
+        right = left + broad - (broad >= _MIN_SPACED_WIDTH)
         tops = list(accumulate(part[bar] for part in thin))
-        ends = [_eighths(top, high, 8 * height) for top in tops]
+        ends = [_to_eighths(top, high, 8 * height) for top in tops]
         for line in range(height):
             block = _block(ends, 8 * (height - 1 - line))
             lines[line][left:right] = [block] * (right - left)
@@ -143,7 +143,7 @@ def bar_width(count: int, width: int) -> int:
     return max(width // count, 1) if count else 0
 
 
-def _eighths(top: float, high: float, most: int) -> int:
+def _to_eighths(top: float, high: float, most: int) -> int:
     """Something is never drawn as nothing."""
     if top <= 0 or high <= 0:
         return 0
@@ -156,4 +156,4 @@ def _block(ends: Sequence[int], foot: int) -> Block:
         return Block(" ")
     filled = min(ends[part] - foot, 8)
     over = next((n for n, end in enumerate(ends) if end > foot + filled), -1) if filled < 8 else -1
-    return Block(_EIGHTHS[filled], part, over, edge=foot < ends[-1] <= foot + 8)
+    return Block(_EIGHTHS[filled], part, over, is_top=foot < ends[-1] <= foot + 8)

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 from coordinator.fleet.reducer import Fleet, Peer, called
 from protocols.messages.states import ENDED, PauseReason, PeerState, label
 
-Deed = Literal["pause", "resume", "finish", "drain", "approve", "remove", "start", "stop"]
+OperatorAction = Literal["pause", "resume", "finish", "drain", "approve", "remove", "start", "stop"]
 
 #: Seconds after which a person is told that nothing was confirmed yet. A round may take its time.
-WITHIN_S: dict[Deed, float] = {
+TIMEOUT_S: dict[OperatorAction, float] = {
     "pause": 20.0,
     "resume": 20.0,
     "finish": 600.0,
@@ -25,35 +25,35 @@ WITHIN_S: dict[Deed, float] = {
 }
 
 
-class Awaited(NamedTuple):
+class PendingAction(NamedTuple):
     """A deed that was asked for; `subject` is a peer or a run, `name` what a person calls it."""
 
-    deed: Deed
+    action: OperatorAction
     subject: str
     name: str
-    until: float
+    deadline: float
 
 
-def await_deed(deed: Deed, subject: str, name: str, now: float) -> Awaited:
+def start_pending(deed: OperatorAction, subject: str, name: str, now: float) -> PendingAction:
     """The deed, asked for now."""
-    return Awaited(deed, subject, name, now + WITHIN_S[deed])
+    return PendingAction(deed, subject, name, now + TIMEOUT_S[deed])
 
 
-def confirmed(fleet: Fleet, awaited: Awaited) -> str:
+def outcome(fleet: Fleet, awaited: PendingAction) -> str:
     """Words for what has come of it, or "" while nothing has."""
-    if awaited.deed in ("start", "stop"):
-        return _of_run(fleet, awaited)
+    if awaited.action in ("start", "stop"):
+        return _run_outcome(fleet, awaited)
     peer = fleet.peers.get(awaited.subject)
     if peer is None:
-        return f"{awaited.name} is out of the fleet" if awaited.deed == "remove" else ""
-    return _of_peer(peer, awaited)
+        return f"{awaited.name} is out of the fleet" if awaited.action == "remove" else ""
+    return _peer_outcome(peer, awaited)
 
 
-def _of_peer(peer: Peer, awaited: Awaited) -> str:
+def _peer_outcome(peer: Peer, awaited: PendingAction) -> str:
     paused = peer.state is PeerState.PAUSED
     by_operator = PauseReason.OPERATOR in peer.reason
     name = called(peer)
-    match awaited.deed:
+    match awaited.action:
         case "pause" if paused and by_operator:
             return f"{name} has paused"
         case "resume" if not paused and peer.state is not PeerState.OFFLINE:
@@ -67,7 +67,7 @@ def _of_peer(peer: Peer, awaited: Awaited) -> str:
     return ""
 
 
-def _of_run(fleet: Fleet, awaited: Awaited) -> str:
+def _run_outcome(fleet: Fleet, awaited: PendingAction) -> str:
     """Of a job too: it can be stopped."""
     if (job := fleet.jobs.get(awaited.subject)) is not None:
         working = job.changed.state == "working"
@@ -75,12 +75,12 @@ def _of_run(fleet: Fleet, awaited: Awaited) -> str:
     run = fleet.runs.get(awaited.subject)
     if run is None:
         return ""
-    if awaited.deed == "start":
+    if awaited.action == "start":
         return f"run {awaited.name} has begun: {run.changed.state.value}"
     return f"run {awaited.name} has ended" if run.changed.state in ENDED else ""
 
 
-def unconfirmed(awaited: Awaited) -> str:
+def timeout_text(awaited: PendingAction) -> str:
     """Words for a deed whose time is over."""
-    waited = f"{WITHIN_S[awaited.deed]:.0f} s"
-    return f"{awaited.deed} {awaited.name}: not confirmed in {waited}; it may still happen"
+    waited = f"{TIMEOUT_S[awaited.action]:.0f} s"
+    return f"{awaited.action} {awaited.name}: not confirmed in {waited}; it may still happen"

@@ -30,33 +30,33 @@ def num_working(fleet: Fleet) -> int:
     return sum(map(is_working, fleet.jobs.values()))
 
 
-def ordered(fleet: Fleet) -> list[Job]:
+def sort_jobs(fleet: Fleet) -> list[Job]:
     """What is under way first, then what ended last."""
     newest = sorted(fleet.jobs.values(), key=lambda job: -(job.ended_at or job.changed_at))
     return sorted(newest, key=lambda job: not is_working(job))
 
 
-def took_s(job: Job, now: float) -> float | None:
+def duration_s(job: Job, now: float) -> float | None:
     """How long it has been worked on, or was; None if not known."""
     end = now if is_working(job) else job.ended_at
     return max(end - job.began_at, 0.0) if job.began_at and end else None
 
 
-def speed(job: Job, now: float) -> float:
+def rows_per_s(job: Job, now: float) -> float:
     """Rows a second: of those at it, or what it came to."""
     if is_working(job):
         return job.changed.rows_per_s
-    took = took_s(job, now)
+    took = duration_s(job, now)
     return job.changed.rows / took if took else 0.0
 
 
-def left(job: Job) -> int:
+def num_remaining(job: Job) -> int:
     """What nobody has answered for yet, nor has in hand."""
     changed = job.changed
     return max(changed.total - changed.done - changed.leased, 0)
 
 
-def measure(job: Job, number: int) -> str:
+def count_items(job: Job, number: int) -> str:
     """`3 rows`, `1 peer`: what the job is counted in."""
     what = "row" if job.changed.kind == "scatter" else "peer"
     return f"{count(number)} {what}{'' if number == 1 else 's'}"
@@ -79,24 +79,24 @@ def _done(job: Job, now: float, width: int) -> Cell:
 
 
 def _left(job: Job, now: float, width: int) -> Cell:
-    return Cell(measure(job, left(job)) if is_working(job) else NOTHING)
+    return Cell(count_items(job, num_remaining(job)) if is_working(job) else NOTHING)
 
 
-def _took(job: Job, now: float, width: int) -> Cell:
-    took = took_s(job, now)
+def _duration(job: Job, now: float, width: int) -> Cell:
+    took = duration_s(job, now)
     return Cell(NOTHING if took is None else duration(took), "quiet")
 
 
 def _speed(job: Job, now: float, width: int) -> Cell:
-    rows_per_s = speed(job, now)
-    return Cell(rate(rows_per_s) if rows_per_s else NOTHING)
+    speed = rows_per_s(job, now)
+    return Cell(rate(speed) if speed else NOTHING)
 
 
-def _at_it(job: Job, now: float, width: int) -> Cell:
+def _peers(job: Job, now: float, width: int) -> Cell:
     return Cell(count(job.changed.peers) if is_working(job) else NOTHING)
 
 
-def _in_hand(job: Job, now: float, width: int) -> Cell:
+def _leased(job: Job, now: float, width: int) -> Cell:
     return Cell(count(job.changed.leased) if is_working(job) else NOTHING)
 
 
@@ -122,13 +122,13 @@ COLUMNS: tuple[Column[Job], ...] = (
     Column("job", "Job", 14, 18, 0, lambda job, now, width: Cell(cut(job.changed.job, width))),
     Column("done", "Done", 11, 24, 0, _done),
     Column("left", "Left", 10, 12, 0, _left, right=True),
-    Column("took", "Time", 6, 6, 80, _took, right=True),
+    Column("took", "Time", 6, 6, 80, _duration, right=True),
     Column("speed", "Rows/s", 7, 7, 80, _speed, right=True),
-    Column("peers", "Peers", 5, 5, 120, _at_it, right=True),
+    Column("peers", "Peers", 5, 5, 120, _peers, right=True),
     Column("outcome", "Outcome", 20, 60, 120, _outcome),
     Column("up", "Up", 7, 7, 120, _up, right=True),
     Column("down", "Down", 7, 7, 120, _down, right=True),
-    Column("hand", "In hand", 7, 7, 160, _in_hand, right=True),
+    Column("hand", "In hand", 7, 7, 160, _leased, right=True),
     Column("units", "Units", 6, 6, 160, _units, right=True),
 )
 
@@ -136,7 +136,7 @@ COLUMNS: tuple[Column[Job], ...] = (
 # --- one job ---------------------------------------------------------------------------------
 
 
-def facts(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
+def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     """All that is known of a job: (what, words), the most important first."""
     changed = job.changed
     state = state_cell(job, now)
@@ -145,15 +145,15 @@ def facts(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     told = [("state", Cell(f"{state.text}{ago}{because}", state.tone))]
     asks = KINDS.get(changed.kind, changed.kind)
     told.append(("what", Cell(f"{asks} · {changed.task}" if changed.task else asks)))
-    done = f"{changed.done:,} of {measure(job, changed.total)}"
+    done = f"{changed.done:,} of {count_items(job, changed.total)}"
     if is_working(job):
         at_it = f"{count(changed.peers)} peer{'' if changed.peers == 1 else 's'}"
-        done += f" · {count(changed.leased)} in hand at {at_it} · {count(left(job))} left"
+        done += f" · {count(changed.leased)} in hand at {at_it} · {count(num_remaining(job))} left"
     told.append(("done", Cell(done)))
     units = "unit" if changed.units == 1 else "units"
     rows = f"{changed.rows:,} rows in {count(changed.units)} {units}"
-    rows_per_s, took = speed(job, now), took_s(job, now)
-    rows += f" · {rate(rows_per_s)}" if rows_per_s else ""
+    speed, took = rows_per_s(job, now), duration_s(job, now)
+    rows += f" · {rate(speed)}" if speed else ""
     rows += f" · {duration(took)}" if took is not None else ""
     told.append(("answered", Cell(rows)))
     traffic = f"{amount(changed.bytes_up)} of answers up"

@@ -41,7 +41,7 @@ LEVELS: dict[str, tuple[str, Tone]] = {
     "error": ("✕", "bad"),
 }
 #: By the sign of `Peer.given`.
-GIVEN = str.maketrans({"1": "■", "0": "·", "?": " "})
+PARTICIPATION_GLYPHS = str.maketrans({"1": "■", "0": "·", "?": " "})
 _RANK = {state: rank for rank, state in enumerate(PeerState)}
 
 
@@ -58,9 +58,9 @@ class Column(NamedTuple, Generic[Row]):
 
     key: str
     title: str
-    least: int
-    most: int
-    group: int
+    min_width: int
+    max_width: int
+    min_terminal: int
     cell: Callable[[Row, float, int], Cell]
     right: bool = False
 
@@ -106,9 +106,9 @@ def _cpu(peer: Peer, now: float, width: int) -> Cell:
     return Cell(f"{peer.telemetry.cpu_percent:.0f} %" if peer.telemetry else NOTHING)
 
 
-def _given(peer: Peer, now: float, width: int) -> Cell:
+def _participation(peer: Peer, now: float, width: int) -> Cell:
     enrolled = peer.standing == "enrolled"
-    return Cell(peer.given[-width:].translate(GIVEN) if enrolled else "", "good")
+    return Cell(peer.given[-width:].translate(PARTICIPATION_GLYPHS) if enrolled else "", "good")
 
 
 def _battery(peer: Peer, now: float, width: int) -> Cell:
@@ -121,7 +121,7 @@ def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
     return shown_state(peer, now) not in (PeerState.OFFLINE, PeerState.STALE), peer.flower
 
 
-def light(up: bool | None) -> str:
+def status_dot(up: bool | None) -> str:
     """A link that is up, down, or of which nothing is known."""
     return NOTHING if up is None else "●" if up else "○"
 
@@ -131,7 +131,7 @@ def _links(peer: Peer, now: float, width: int) -> Cell:
         return Cell(NOTHING)
     mqtt, flower = links(peer, now)
     tone: Tone = "good" if mqtt and flower is not False else "warn" if mqtt or flower else "bad"
-    return Cell(f"m{light(mqtt)} f{light(flower)}", tone)
+    return Cell(f"m{status_dot(mqtt)} f{status_dot(flower)}", tone)
 
 
 #: In drop order: the last ones go first when the terminal is narrow.
@@ -169,7 +169,7 @@ COLUMNS: tuple[Column[Peer], ...] = (
         ),
         right=True,
     ),
-    Column("given", "Rounds", 6, 24, 120, _given),
+    Column("given", "Rounds", 6, 24, 120, _participation),
     Column("samples", "Samples", 7, 7, 120, _rate, right=True),
     Column("cpu", "CPU", 5, 5, 120, _cpu, right=True),
     Column(
@@ -192,18 +192,20 @@ COLUMNS: tuple[Column[Peer], ...] = (
 GAP = 2  # blank characters that each column takes besides its width
 
 
-def fit(columns: Sequence[Column[Row]], width: int, terminal: int) -> list[tuple[Column[Row], int]]:
+def fit_columns(
+    columns: Sequence[Column[Row]], width: int, terminal: int
+) -> list[tuple[Column[Row], int]]:
     """Those for a table `width` wide in a `terminal` wide, each with its width."""
     chosen: list[Column[Row]] = []
     left = width
     for column in columns:
-        if column.group > terminal or column.least + GAP > left:
+        if column.min_terminal > terminal or column.min_width + GAP > left:
             break
         chosen.append(column)
-        left -= column.least + GAP
-    widths = {column.key: column.least for column in chosen}
+        left -= column.min_width + GAP
+    widths = {column.key: column.min_width for column in chosen}
     while left > 0:
-        roomy = [column for column in chosen if widths[column.key] < column.most]
+        roomy = [column for column in chosen if widths[column.key] < column.max_width]
         if not roomy:
             break
         for column in roomy[:left]:
@@ -243,26 +245,26 @@ def is_faulty(peer: Peer, now: float) -> bool:
     return peer.diverged or trainer or shown_state(peer, now) in faults
 
 
-def matches(peer: Peer, words: str, now: float) -> bool:
+def matches(peer: Peer, query: str, now: float) -> bool:
     """True if each word is part of the peer's name, id, labels, task or shown state."""
     pairs = (f"{key}={value}" for key, value in peer.labels.items())
     text = " ".join((peer.name, peer.peer, peer.task, state_cell(peer, now).text, *pairs))
-    return all(word in text.casefold() for word in words.casefold().split())
+    return all(word in text.casefold() for word in query.casefold().split())
 
 
-def chosen(
+def select_peers(
     fleet: Fleet,
     now: float,
     *,
-    words: str = "",
-    faults: bool = False,
-    by: str = "state",
+    query: str = "",
+    faults_only: bool = False,
+    sort_by: str = "state",
     reverse: bool = False,
 ) -> list[Peer]:
     """The peers to show, in order."""
     peers = [
         peer
         for peer in fleet.peers.values()
-        if (not faults or is_faulty(peer, now)) and (not words or matches(peer, words, now))
+        if (not faults_only or is_faulty(peer, now)) and (not query or matches(peer, query, now))
     ]
-    return sorted(peers, key=lambda peer: sort_key(peer, by, now), reverse=reverse)
+    return sorted(peers, key=lambda peer: sort_key(peer, sort_by, now), reverse=reverse)

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet.reducer import Fleet, current_run, num_available, num_enrolled
-from coordinator.monitor.peer_table import COLUMNS, Tone, chosen
-from coordinator.monitor.round_table import run_words, seconds_left
+from coordinator.monitor.peer_table import COLUMNS, Tone, select_peers
+from coordinator.monitor.round_table import describe_run, seconds_left
 from coordinator.remote.formatting import age
 
 STYLES: dict[Tone, str] = {
@@ -23,7 +23,7 @@ STYLES: dict[Tone, str] = {
     "strong": "bold",
 }
 #: Blanks that a column takes besides its width.
-BETWEEN = 3
+COLUMN_GAP = 3
 _SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
 
 
@@ -36,18 +36,19 @@ def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | Non
     words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
     left = seconds_left(run) if run else None
     words += "" if left is None else f" · about {age(left)} left"
-    words = f"{run_words(run)} · {words}" if run else words
+    words = f"{describe_run(run)} · {words}" if run else words
     title = Text(f"{heading} · {words}" if heading else words, style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [column for column in COLUMNS if column.key in _SHOWN]
     rows = [
-        [column.cell(peer, now, column.most) for column in columns] for peer in chosen(fleet, now)
+        [column.cell(peer, now, column.max_width) for column in columns]
+        for peer in select_peers(fleet, now)
     ]
     wide = [
         max(cell_len(text) for text in (column.title, *(row[n].text for row in rows)))
         for n, column in enumerate(columns)
     ]
-    while width is not None and len(wide) > 1 and sum(wide) + BETWEEN * len(wide) > width + 1:
+    while width is not None and len(wide) > 1 and sum(wide) + COLUMN_GAP * len(wide) > width + 1:
         wide.pop()
     for column in columns[: len(wide)]:
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)

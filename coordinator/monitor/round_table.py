@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from coordinator.fleet.reducer import Fleet, Peer, Run, called
-from coordinator.monitor.peer_table import GIVEN, Cell
+from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell
 from coordinator.remote.formatting import DIVERGED, NOTHING, amount, decimal, duration, percent
 from protocols.messages.envelope import RoundClosed
 from protocols.messages.states import ENDED, RunState
@@ -25,9 +25,9 @@ def best_round(run: Run) -> int:
 
 #: Metrics that have a column of their own, or say nothing by round.
 _NAMED = frozenset({"loss", "accuracy", "num-examples"})
-METRIC_WIDE = 14
-WORST_WIDE = 14
-MOST_SIGNS = 16
+METRIC_WIDTH = 14
+WORST_WIDTH = 14
+MAX_GLYPHS = 16
 
 
 def metric_names(run: Run) -> list[str]:
@@ -100,7 +100,7 @@ def seconds_left(run: Run) -> float | None:
     return left * sum(closed.seconds for closed in last) / len(last)
 
 
-def run_words(run: Run) -> str:
+def describe_run(run: Run) -> str:
     """What the run is doing or waits for, in one sentence."""
     changed = run.changed
     text = f"{changed.task} · {changed.state.value} · round {changed.round}/{changed.rounds}"
@@ -121,11 +121,15 @@ def round_progress(run: Run, width: int) -> str:
     count = f" {changed.answered} of {changed.asked}"
     if len(count) > width:
         return ""
-    signs = min(changed.asked, max(width - len(count), 0), MOST_SIGNS)
+    signs = min(changed.asked, max(width - len(count), 0), MAX_GLYPHS)
     done = min(changed.answered * signs // changed.asked, signs)
     return "▰" * done + "▱" * (signs - done) + count
 
 
-def took_part(peer: Peer, run: Run, width: int) -> str:
+def participation(peer: Peer, run: Run, width: int) -> str:
     """A sign for each of the last rounds of `run`, at most `width`: `■` where it gave an update."""
-    return peer.given[-width:].translate(GIVEN) if peer.given_run == run.changed.run else ""
+    return (
+        peer.given[-width:].translate(PARTICIPATION_GLYPHS)
+        if peer.given_run == run.changed.run
+        else ""
+    )

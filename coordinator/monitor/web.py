@@ -36,7 +36,7 @@ def check_host(host: str) -> str:
     return str(local)
 
 
-def is_ours(origin: str, host: str) -> bool:
+def is_same_origin(origin: str, host: str) -> bool:
     """True for a request of the page itself: another site's carries its own origin."""
     return origin in ("", f"http://{host}")
 
@@ -59,7 +59,7 @@ def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
     async def gate(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
         if request.host != f"{shown}:{port}":  # a foreign name that was made to point here
             raise web.HTTPForbidden(text="another host name\n")
-        if not is_ours(request.headers.get("Origin", ""), request.host):
+        if not is_same_origin(request.headers.get("Origin", ""), request.host):
             raise web.HTTPForbidden(text="another site\n")
         given = request.query.get("token", "")
         if given and hmac.compare_digest(given.encode(), token.encode()):

@@ -35,7 +35,7 @@ from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 
 #: A screen drawn often settles soon.
-base_app.DRAW_S = 0.02
+base_app.DRAW_INTERVAL_S = 0.02
 
 NOW = 1_790_000_000.0
 NAMES = ("north", "south-attic", "east", "lab-workstation-7", "west", "garden")
@@ -430,7 +430,7 @@ async def settled(pilot: Pilot[None]) -> None:
         if same == 3:
             break
         before = now
-        await pilot.pause(2 * base_app.DRAW_S)
+        await pilot.pause(2 * base_app.DRAW_INTERVAL_S)
 
 
 def screen_text(app: App[None]) -> str:

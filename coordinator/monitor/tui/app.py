@@ -14,100 +14,100 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, DataTable, Input
 
 from coordinator.fleet.reducer import called, current_run
-from coordinator.monitor.confirmations import Deed
+from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
 from coordinator.monitor.tui import export
-from coordinator.monitor.tui.base_app import MonitorView
+from coordinator.monitor.tui.base_app import MonitorBase
 from coordinator.monitor.tui.cell_table import CellTable
-from coordinator.monitor.tui.dialogs import AskDialog, HelpDialog, TicketDialog
+from coordinator.monitor.tui.dialogs import ConfirmDialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.jobs_page import JobsPage
-from coordinator.monitor.tui.keys import KEYS, REPLAY, bindings
+from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY, bindings
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.run_form import RunForm
 from coordinator.monitor.tui.tabs import Tabs
-from coordinator.monitor.tui.theme import OURS
+from coordinator.monitor.tui.theme import THEMES
 from protocols.errors import CommonweightError
 from protocols.messages.states import ENDED
 
 #: What a key does also while a peer's screen lies over the pages.
-_ANYWHERE = frozenset(
+_GLOBAL_ACTIONS = frozenset(
     {"command", "freeze", "reconnect", "help", "picture", "copy", "command_palette", "quit"}
     | {"play", "step", "seek", "pace"}
 )
-_KNOWN = {key.action.partition("(")[0]: key for key in KEYS}
+_KEYS_BY_ACTION = {key.action.partition("(")[0]: key for key in KEYS}
 
 
-class MonitorApp(MonitorView):
+class MonitorApp(MonitorBase):
     """`commonweight monitor`."""
 
     BINDINGS: ClassVar[list[BindingType]] = bindings()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in _KNOWN and isinstance(self.screen, ModalScreen):
+        if action in _KEYS_BY_ACTION and isinstance(self.screen, ModalScreen):
             return False
-        return self._may(action, self.screen)
+        return self._is_allowed(action, self.screen)
 
-    def _may(self, action: str, screen: Screen[object]) -> bool:
+    def _is_allowed(self, action: str, screen: Screen[object]) -> bool:
         """True if this is a thing to do over `screen`, and allowed."""
-        key = _KNOWN.get(action)
+        key = _KEYS_BY_ACTION.get(action)
         if key is None:
             return True
-        if (key.id in REPLAY and not self.replaying) or (self.read_only and key.changes):
+        if (key.id in REPLAY_ONLY and not self.replaying) or (self.read_only and key.changes):
             return False
-        return not isinstance(screen, PeerScreen) or action in _ANYWHERE
+        return not isinstance(screen, PeerScreen) or action in _GLOBAL_ACTIONS
 
     # --- what is shown ---
 
     def action_page(self, page: str) -> None:
-        self._main(ContentSwitcher).current = page
-        self._main(Tabs).page = self._main(Footer).page = page
+        self._part(ContentSwitcher).current = page
+        self._part(Tabs).page = self._part(Footer).page = page
         tables = {"fleet": "#peers", "rounds": "#closed", "events": "#said", "jobs": "#asked"}
         self.screen.query_one(tables[page]).focus()
         self.call_after_refresh(self._draw, None)
 
     def action_mark(self) -> None:
         if self.page == "fleet":
-            self._main(FleetPage).toggle_mark()
+            self._part(FleetPage).toggle_mark()
 
     def action_filter(self) -> None:
         if self.page in ("rounds", "jobs"):
             self.action_page("fleet")
-        page = self._main(EventsPage) if self.page == "events" else self._main(FleetPage)
-        page.bar.ask()
+        page = self._part(EventsPage) if self.page == "events" else self._part(FleetPage)
+        page.bar.open()
 
     def action_faults(self) -> None:
-        page = self._main(EventsPage) if self.page == "events" else self._main(FleetPage)
-        page.faults = not page.faults
+        page = self._part(EventsPage) if self.page == "events" else self._part(FleetPage)
+        page.faults_only = not page.faults_only
         self._draw(None)
 
     def action_sort(self, step: int) -> None:
-        self._main(FleetPage).next_sort(step)
+        self._part(FleetPage).next_sort(step)
 
     def action_reverse(self) -> None:
-        page = self._main(FleetPage)
+        page = self._part(FleetPage)
         page.reverse = not page.reverse
         self._draw(None)
 
     def action_zoom(self) -> None:
-        for page in (self._main(FleetPage), self._main(RoundsPage), self._main(JobsPage)):
+        for page in (self._part(FleetPage), self._part(RoundsPage), self._part(JobsPage)):
             page.zoomed = not page.zoomed
-        self._main(FleetPage).lay_out()
+        self._part(FleetPage).lay_out()
         self._draw(None)
 
     def action_plain(self) -> None:
         if self.page == "fleet":
-            self._main(FleetPage).clear()
+            self._part(FleetPage).reset_view()
         elif self.page == "events":
-            self._main(EventsPage).clear()
+            self._part(EventsPage).reset_view()
 
     def action_follow(self) -> None:
-        page: FleetPage | RoundsPage | EventsPage = self._main(FleetPage)
+        page: FleetPage | RoundsPage | EventsPage = self._part(FleetPage)
         if self.page != "fleet":
-            page = self._main(RoundsPage) if self.page == "rounds" else self._main(EventsPage)
+            page = self._part(RoundsPage) if self.page == "rounds" else self._part(EventsPage)
         page.follow = not page.follow
         self._draw(None)
 
@@ -117,7 +117,7 @@ class MonitorApp(MonitorView):
 
     def action_reconnect(self) -> None:
         self.following.reconnect()
-        self.say("info", "trying the links again")
+        self.announce("info", "trying the links again")
 
     def action_help(self) -> None:
         page = "peer" if isinstance(self.screen, PeerScreen) else self.page
@@ -136,16 +136,16 @@ class MonitorApp(MonitorView):
     def action_copy(self) -> None:
         """The id of what is under the cursor; on Events the line."""
         if self.page == "jobs":
-            job = self._main(JobsPage).under_cursor
+            job = self._part(JobsPage).current_job
             text = job.changed.job if job else ""
         elif self.page == "rounds":
             run = current_run(self.fleet) if self.fleet else None
             text = run.changed.run if run else ""
         elif self.page == "events" and self.peer_screen is None:
-            event = self._main(EventsPage).under_cursor
+            event = self._part(EventsPage).current_event
             text = event.text if event else ""
         else:
-            text = self._here or ""
+            text = self._current_peer or ""
         if text:
             self.copy_to_clipboard(text)
             self.notify(f"copied {text}", timeout=2, markup=False)
@@ -156,85 +156,85 @@ class MonitorApp(MonitorView):
         if fleet is None:
             return
         if self.page == "fleet":
-            peers = [fleet.peers[p] for p in self._main(FleetPage).shown if p in fleet.peers]
+            peers = [fleet.peers[p] for p in self._part(FleetPage).shown if p in fleet.peers]
             what, rows = "peers", export.peer_rows(peers, self._clock())
         elif self.page == "rounds":
             what, rows = "rounds", export.round_rows(current_run(fleet))
         elif self.page == "jobs":
-            what, rows = "jobs", export.job_rows(self._main(JobsPage).shown)
+            what, rows = "jobs", export.job_rows(self._part(JobsPage).shown)
         else:
-            what, rows = "events", export.event_rows(self._main(EventsPage).shown)
+            what, rows = "events", export.event_rows(self._part(EventsPage).shown)
         try:
             paths = export.write(Path.cwd(), what, rows, fleet)
         except CommonweightError as err:
-            self.fail("nothing was exported", err)
+            self.report_error("nothing was exported", err)
         else:
-            self.say("info", f"wrote {' and '.join(path.name for path in paths)}")
+            self.announce("info", f"wrote {' and '.join(path.name for path in paths)}")
 
     def action_picture(self) -> None:
         """The screen as SVG, into this folder."""
         try:
             path = self.save_screenshot(path=str(Path.cwd()))
         except OSError as err:
-            self.say("error", f"no picture was written: {err.strerror}")
+            self.announce("error", f"no picture was written: {err.strerror}")
         else:
-            self.say("info", f"wrote {Path(path).name}")
+            self.announce("info", f"wrote {Path(path).name}")
 
     # --- doing ---
 
     @property
-    def _here(self) -> str | None:
+    def _current_peer(self) -> str | None:
         """The peer that is meant: that of the open screen, else the one under the cursor."""
         screen = self.peer_screen
-        return screen.peer if screen else self._main(FleetPage).under_cursor
+        return screen.peer if screen else self._part(FleetPage).current_peer
 
     @property
-    def _meant(self) -> list[str]:
+    def _target_peers(self) -> list[str]:
         """The marked peers, else the one under the cursor."""
         if self.peer_screen is None and self.page != "fleet":
             return []
-        marked = sorted(self._main(FleetPage).marked) if self.peer_screen is None else []
-        return marked or ([self._here] if self._here else [])
+        marked = sorted(self._part(FleetPage).marked) if self.peer_screen is None else []
+        return marked or ([self._current_peer] if self._current_peer else [])
 
-    def _names(self, peers: list[str]) -> str:
+    def _format_names(self, peers: list[str]) -> str:
         known = self.fleet.peers if self.fleet else {}
         names = [called(known[peer]) if peer in known else peer for peer in peers]
         return ", ".join(names) if len(names) <= 3 else f"{len(names)} peers"
 
-    def action_command(self, deed: Deed) -> None:
-        if peers := self._meant:
-            self._do(deed, peers)
+    def action_command(self, deed: OperatorAction) -> None:
+        if peers := self._target_peers:
+            self._send(deed, peers)
 
     @work
-    async def _do(self, deed: Deed, peers: list[str]) -> None:
+    async def _send(self, deed: OperatorAction, peers: list[str]) -> None:
         """Ask; what came of it is said when the peers say so themselves."""
         if (fleet := self.fleet) is None:
             return
-        for news in await self.deeds.ask(deed, peers, fleet):
-            self.say(news.level, news.text, news.subject)
+        for news in await self.actions.request(deed, peers, fleet):
+            self.announce(news.level, news.text, news.subject)
         self._draw_frame(self._clock())
 
     def action_remove(self) -> None:
-        self._ask_first("remove", "Its key is refused for good; what it gave stays.")
+        self._confirm_and_send("remove", "Its key is refused for good; what it gave stays.")
 
     def action_drain(self) -> None:
-        self._ask_first("drain", "It ends its round, sends it, and then stops.")
+        self._confirm_and_send("drain", "It ends its round, sends it, and then stops.")
 
     @work
-    async def _ask_first(self, deed: Deed, consequence: str) -> None:
-        if peers := self._meant:
-            question = f"{deed.capitalize()} {self._names(peers)}?"
-            if await self.push_screen_wait(AskDialog(question, consequence)):
-                self._do(deed, peers)
+    async def _confirm_and_send(self, deed: OperatorAction, consequence: str) -> None:
+        if peers := self._target_peers:
+            question = f"{deed.capitalize()} {self._format_names(peers)}?"
+            if await self.push_screen_wait(ConfirmDialog(question, consequence)):
+                self._send(deed, peers)
 
     @work(exclusive=True, group="ticket")
     async def action_ticket(self) -> None:
         try:
             ticket = await self._source.ticket()
         except CommonweightError as err:
-            self.fail("no ticket was made", err)
+            self.report_error("no ticket was made", err)
         else:
-            self.say("info", "a ticket was made")
+            self.announce("info", "a ticket was made")
             self.push_screen(TicketDialog(ticket))
 
     @work
@@ -245,9 +245,9 @@ class MonitorApp(MonitorView):
         try:
             run = await self._source.start_run(order)
         except CommonweightError as err:
-            self.fail("no run was started", err)
+            self.report_error("no run was started", err)
         else:
-            self.deeds.expect("start", run, run)
+            self.actions.expect("start", run, run)
 
     @work
     async def action_stop(self) -> None:
@@ -258,12 +258,12 @@ class MonitorApp(MonitorView):
             await self._stop_run()
 
     async def _stop_job(self) -> None:
-        job = self._main(JobsPage).under_cursor
+        job = self._part(JobsPage).current_job
         if job is None or not is_working(job):
             self.notify("this job is not under way", timeout=3)
             return
         name = job.changed.job
-        dialog = AskDialog(f"Stop job {name}?", "Answers stay; the same command goes on later.")
+        dialog = ConfirmDialog(f"Stop job {name}?", "Answers stay; the same command goes on later.")
         if await self.push_screen_wait(dialog):
             await self._stop(self._source.stop_job, name)
 
@@ -274,7 +274,7 @@ class MonitorApp(MonitorView):
             return
         name = run.changed.run
         later = f"What is committed stays. To continue it later:\ncommonweight run resume {name}"
-        dialog = AskDialog(f"Stop run {name}?", later)
+        dialog = ConfirmDialog(f"Stop run {name}?", later)
         if await self.push_screen_wait(dialog):
             await self._stop(self._source.stop_run, name)
 
@@ -282,37 +282,39 @@ class MonitorApp(MonitorView):
         try:
             await ask(name)
         except CommonweightError as err:
-            self.fail(f"{name} was not stopped", err)
+            self.report_error(f"{name} was not stopped", err)
         else:
-            self.deeds.expect("stop", name, name)
+            self.actions.expect("stop", name, name)
 
-    def fail(self, what: str, err: CommonweightError) -> None:
+    def report_error(self, what: str, err: CommonweightError) -> None:
         """Say what could not be done, why, and what next."""
         hint = f" {err.hint}" if err.hint else ""
-        self.say("error", f"{what}: {err.message}.{hint}")
+        self.announce("error", f"{what}: {err.message}.{hint}")
 
     # --- peers and the palette ---
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         for key in KEYS:
             action = key.action.partition("(")[0]
-            if key.id in ("open", "palette") or not self._may(action, screen):
+            if key.id in ("open", "palette") or not self._is_allowed(action, screen):
                 continue
-            shown = key.shown(self.config.keys)
-            yield SystemCommand(f"{shown}  {key.meaning}", "", partial(self.run_action, key.action))
-        for name in OURS:
+            shown = key.display(self.config.keys)
+            yield SystemCommand(
+                f"{shown}  {key.description}", "", partial(self.run_action, key.action)
+            )
+        for name in THEMES:
             yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
         yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
-    @on(CellTable.Chosen, "#peers")
+    @on(CellTable.RowSelected, "#peers")
     def _open_peer(self) -> None:
-        if (peer := self._main(FleetPage).under_cursor) is not None:
+        if (peer := self._part(FleetPage).current_peer) is not None:
             self._show_peer(peer)
 
     @on(DataTable.RowSelected, "#said")
     def _open_subject(self) -> None:
         """From a line of Events to the peer that it is about."""
-        event = self._main(EventsPage).under_cursor
+        event = self._part(EventsPage).current_event
         if event and self.fleet and event.subject in self.fleet.peers:
             self._show_peer(event.subject)
 

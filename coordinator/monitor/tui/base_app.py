@@ -22,31 +22,31 @@ from textual.widget import Widget
 from textual.widgets import ContentSwitcher, Static
 
 from coordinator.fleet.reducer import Event, Fleet, Level, current_run
-from coordinator.monitor.alerts import Watchman
+from coordinator.monitor.alerts import AlertTracker
 from coordinator.monitor.job_table import num_working
-from coordinator.monitor.tui.actions import Deeds
+from coordinator.monitor.tui.actions import ActionTracker
 from coordinator.monitor.tui.config import Config
 from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import Footer
-from coordinator.monitor.tui.gc_tuning import TIDY_EVERY_S, tidy
+from coordinator.monitor.tui.gc_tuning import TRIM_INTERVAL_S, trim_caches
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.jobs_page import JobsPage
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
-from coordinator.monitor.tui.sanitize_filter import PlainFilter
+from coordinator.monitor.tui.sanitize_filter import SanitizeFilter
 from coordinator.monitor.tui.tabs import Tabs
-from coordinator.monitor.tui.theme import DEFAULT, OURS, use
+from coordinator.monitor.tui.theme import DEFAULT, THEMES, set_colors
 from coordinator.remote.follower import Following, jittered
 from coordinator.remote.formatting import age, stopwatch
 from coordinator.remote.source import Source
 from protocols.messages.states import ENDED
 
 Part = TypeVar("Part", bound=Widget)
-LEAST_WIDTH, LEAST_HEIGHT = 40, 12
-DRAW_S = 0.25
-TOASTS_AT_ONCE = 3
-OWN_EVENTS_KEPT = 200
+MIN_WIDTH, MIN_HEIGHT = 40, 12
+DRAW_INTERVAL_S = 0.25
+MAX_TOASTS = 3
+MAX_OWN_EVENTS = 200
 
 
 def _ends_a_run(event: Event, fleet: Fleet) -> bool:
@@ -55,7 +55,7 @@ def _ends_a_run(event: Event, fleet: Fleet) -> bool:
     return run is not None and run.changed.state in ENDED
 
 
-class MonitorView(App[None]):
+class MonitorBase(App[None]):
     """The pages over a followed fleet. `clock` gives Unix s; `zone` is for the times of events."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
@@ -76,10 +76,10 @@ class MonitorView(App[None]):
         back_off: Callable[[int], float] = jittered,
     ) -> None:
         self.config = config or Config()
-        self._gate = PlainFilter(ascii_too=ascii_only or self.config.ascii)
+        self._sanitizer = SanitizeFilter(ascii_too=ascii_only or self.config.ascii)
         super().__init__()
         self.following = Following(source, clock, back_off)
-        self.deeds = Deeds(source, clock)
+        self.actions = ActionTracker(source, clock)
         self.read_only = read_only
         self.frozen = False
         self._source = source
@@ -87,15 +87,15 @@ class MonitorView(App[None]):
         self._zone = zone
         self._own_events: list[Event] = []
         self._events_seen: int | None = None
-        self._watchman = Watchman()
-        self._watched = False
-        for theme, _ in OURS.values():
+        self._alert_tracker = AlertTracker()
+        self._alerts_shown = False
+        for theme, _ in THEMES.values():
             self.register_theme(theme)
         self.set_keymap(self.config.keys)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Ours last: whatever a widget has made, nothing that steers the terminal passes."""
-        return [*super().get_line_filters(), self._gate]
+        return [*super().get_line_filters(), self._sanitizer]
 
     # --- structure ---
 
@@ -119,27 +119,27 @@ class MonitorView(App[None]):
         self.theme_changed_signal.subscribe(self, self._use_theme)
         wanted = self.config.theme or DEFAULT
         self.theme = wanted if wanted in self.available_themes else DEFAULT
-        use(self.current_theme)
+        set_colors(self.current_theme)
         self.query_one("#trouble").display = False
         self.query_one(FleetPage).table.focus()
         self.run_worker(self.following.run(), name="following", exit_on_error=True)
-        self.set_interval(DRAW_S, self._draw_news)
+        self.set_interval(DRAW_INTERVAL_S, self._draw_changes)
         self.set_interval(1.0, self._draw_ages)
-        self.set_interval(TIDY_EVERY_S, tidy)
+        self.set_interval(TRIM_INTERVAL_S, trim_caches)
         self._draw(None)
 
     def _use_theme(self, theme: Theme) -> None:
         """Whatever is drawn as text has its colours in it: draw all of it again."""
-        use(theme)
-        rows = (self._main(RoundsPage), self._main(EventsPage), self._main(JobsPage))
-        for page in (self._main(FleetPage), *rows):
-            page.forget()
+        set_colors(theme)
+        rows = (self._part(RoundsPage), self._part(EventsPage), self._part(JobsPage))
+        for page in (self._part(FleetPage), *rows):
+            page.invalidate()
         self.call_after_refresh(self._draw, None)
 
     @property
     def page(self) -> str:
         """The id of the page that is open."""
-        return str(self._main(ContentSwitcher).current)
+        return str(self._part(ContentSwitcher).current)
 
     @property
     def fleet(self) -> Fleet | None:
@@ -158,7 +158,7 @@ class MonitorView(App[None]):
 
     # --- drawing ---
 
-    def _draw_news(self) -> None:
+    def _draw_changes(self) -> None:
         news = self.following
         if (news.whole or news.dirty) and not self.frozen:
             self._draw(None if news.whole else list(news.dirty))
@@ -169,19 +169,19 @@ class MonitorView(App[None]):
             return
         self.following.clean()
         now = self._clock()
-        self._tell_outcomes()
+        self._show_notices()
         if (screen := self.peer_screen) is not None:
             if dirty is None or screen.peer in dirty:
                 screen.draw()
         elif self.page == "fleet":
-            self._main(FleetPage).trouble = self.following.trouble
-            self._main(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
+            self._part(FleetPage).error = self.following.trouble
+            self._part(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
         elif self.page == "rounds":
-            self._main(RoundsPage).draw(self.fleet)
+            self._part(RoundsPage).draw(self.fleet)
         elif self.page == "jobs":
-            self._main(JobsPage).draw(self.fleet, now)
+            self._part(JobsPage).draw(self.fleet, now)
         else:
-            self._main(EventsPage).draw(self.events)
+            self._part(EventsPage).draw(self.events)
         self._toast_new_events()
         self._draw_frame(now)
 
@@ -189,23 +189,26 @@ class MonitorView(App[None]):
         if not self.is_running or not self.screen_stack:
             return
         now = self._clock()
-        self._tell_outcomes()
-        self._tell_alerts(now)
+        self._show_notices()
+        self._show_alerts(now)
         if not self.frozen and self.peer_screen is None:
             if self.page == "fleet":
-                self._main(FleetPage).ages(now)
+                self._part(FleetPage).refresh_ages(now)
             elif self.page == "jobs":
-                self._main(JobsPage).ages(now)
+                self._part(JobsPage).refresh_ages(now)
         self._draw_frame(now)
 
     def _draw_frame(self, now: float) -> None:
-        header, tabs = self._main(Header), self._main(Tabs)
+        header, tabs = self._part(Header), self._part(Tabs)
         header.now = now
         header.refresh()
-        views = {"fleet": self._main(FleetPage).view, "events": self._main(EventsPage).view}
-        view = [self.deeds.words, self.playback, views.get(self.page, "")]
+        views = {
+            "fleet": self._part(FleetPage).view_text,
+            "events": self._part(EventsPage).view_text,
+        }
+        view = [self.actions.summary, self.playback, views.get(self.page, "")]
         view += ["frozen: u goes on"] if self.frozen else []
-        tabs.view = " · ".join(word for word in view if word)
+        tabs.view_text = " · ".join(word for word in view if word)
         tabs.run = current_run(self.fleet) if self.fleet else None
         tabs.num_jobs = num_working(self.fleet) if self.fleet else 0
         tabs.refresh()
@@ -216,14 +219,14 @@ class MonitorView(App[None]):
         for screen in self.screen_stack:
             screen.set_class(lost, "-stale")
         if lost:
-            trouble.update(self._trouble(now))
+            trouble.update(self._connection_error(now))
 
     @property
     def playback(self) -> str:
         """Where a recording is that is played here; "" in a live monitor."""
         return ""
 
-    def _trouble(self, now: float) -> Text:
+    def _connection_error(self, now: float) -> Text:
         news = self.following
         trouble = news.trouble
         why = f"{trouble.message}. {trouble.hint}".rstrip(" .") if trouble else ""
@@ -234,7 +237,7 @@ class MonitorView(App[None]):
             parts.append("trying now")
         return Text(f"✕ {' · '.join(parts)} · {why}", no_wrap=True, overflow="ellipsis")
 
-    def _main(self, kind: type[Part]) -> Part:
+    def _part(self, kind: type[Part]) -> Part:
         """A part of the main screen, also while a dialog lies over it."""
         return self.screen_stack[0].query_one(kind)
 
@@ -250,45 +253,45 @@ class MonitorView(App[None]):
             return
         came = fleet.events[seen - fleet.num_events :]
         new = [event for event in came if event.level != "info" or _ends_a_run(event, fleet)]
-        for event in new[-TOASTS_AT_ONCE:]:
+        for event in new[-MAX_TOASTS:]:
             self._toast(event)
-        if len(new) > TOASTS_AT_ONCE:
-            self.notify(f"and {len(new) - TOASTS_AT_ONCE} more: 3 shows all", markup=False)
+        if len(new) > MAX_TOASTS:
+            self.notify(f"and {len(new) - MAX_TOASTS} more: 3 shows all", markup=False)
 
-    def _tell_outcomes(self) -> None:
-        for news in self.deeds.news(self.fleet):
-            self.say(news.level, news.text, news.subject)
+    def _show_notices(self) -> None:
+        for news in self.actions.take_notices(self.fleet):
+            self.announce(news.level, news.text, news.subject)
 
-    def _tell_alerts(self, now: float) -> None:
+    def _show_alerts(self, now: float) -> None:
         """What holds already at the first look goes among the events without a toast."""
         if self.fleet is None or not self.following.connected:
             return  # of an old picture nothing new can be said
-        first, self._watched = not self._watched, True
-        for alert in self._watchman.new(self.fleet, now):
-            self.say(alert.level, alert.text, alert.subject, toast=not first)
+        first, self._alerts_shown = not self._alerts_shown, True
+        for alert in self._alert_tracker.new(self.fleet, now):
+            self.announce(alert.level, alert.text, alert.subject, toast=not first)
 
     def _toast(self, event: Event) -> None:
         severity = "information" if event.level == "info" else event.level
         self.notify(event.text, severity=severity, markup=False)
 
-    def say(self, level: Level, text: str, subject: str = "", *, toast: bool = True) -> None:
+    def announce(self, level: Level, text: str, subject: str = "", *, toast: bool = True) -> None:
         """A toast of this monitor's own; it is kept among the events."""
         event = Event(at=self._clock(), level=level, text=text, subject=subject)
-        self._own_events = [*self._own_events, event][-OWN_EVENTS_KEPT:]
+        self._own_events = [*self._own_events, event][-MAX_OWN_EVENTS:]
         if toast:
             self._toast(event)
         self.following.whole = True
 
-    @on(FleetPage.Viewed)
-    @on(EventsPage.Viewed)
+    @on(FleetPage.ViewChanged)
+    @on(EventsPage.ViewChanged)
     def _view_changed(self) -> None:
         self._draw(None)
 
     def on_resize(self, event: Resize) -> None:
         width, height = event.size
-        small = width < LEAST_WIDTH or height < LEAST_HEIGHT
+        small = width < MIN_WIDTH or height < MIN_HEIGHT
         self.screen_stack[0].set_class(small, "-small")
         self.screen_stack[0].query_one("#too-small", Static).update(
-            f"commonweight needs at least {LEAST_WIDTH}×{LEAST_HEIGHT}; "
+            f"commonweight needs at least {MIN_WIDTH}×{MIN_HEIGHT}; "
             f"this terminal is {width}×{height}"
         )

@@ -20,8 +20,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from coordinator.monitor.peer_table import GAP, Cell, Column
-from coordinator.monitor.terminal_text import fitted
-from coordinator.monitor.tui.theme import colours, styles
+from coordinator.monitor.terminal_text import fit_width
+from coordinator.monitor.tui.theme import colors, styles
 
 
 class CellTable(ScrollView, can_focus=True):
@@ -50,7 +50,7 @@ class CellTable(ScrollView, can_focus=True):
     cursor_row: reactive[int] = reactive(0)
     """The row under the cursor."""
 
-    class Chosen(Message):
+    class RowSelected(Message):
         """Enter, or a click on the row under the cursor."""
 
         def __init__(self, table: CellTable) -> None:
@@ -61,10 +61,10 @@ class CellTable(ScrollView, can_focus=True):
         def control(self) -> CellTable:
             return self.table
 
-    class Moved(Message):
+    class RowHighlighted(Message):
         """Another row is under the cursor."""
 
-    class Sorted(Message):
+    class HeaderSelected(Message):
         """A click on the title of a column."""
 
         def __init__(self, column: str) -> None:
@@ -76,10 +76,10 @@ class CellTable(ScrollView, can_focus=True):
         self._cell = cell
         self.columns: list[tuple[Column[Any], int]] = []
         self._sorted = ("", False)
-        self.order: list[str] = []
+        self.row_ids: list[str] = []
         self._base = Style()
 
-    def show(
+    def set_rows(
         self,
         order: list[str],
         columns: list[tuple[Column[Any], int]],
@@ -88,7 +88,7 @@ class CellTable(ScrollView, can_focus=True):
         reverse: bool = False,
     ) -> None:
         """Show these rows in this order, which is that of column `by`; the cursor stays inside."""
-        self.order, self.columns, self._sorted = order, columns, (by, reverse)
+        self.row_ids, self.columns, self._sorted = order, columns, (by, reverse)
         size = Size(self.size.width, len(order) + 1)
         if self.virtual_size != size:
             self.virtual_size = size
@@ -97,12 +97,12 @@ class CellTable(ScrollView, can_focus=True):
 
     @property
     def row_count(self) -> int:
-        return len(self.order)
+        return len(self.row_ids)
 
     @property
-    def under_cursor(self) -> str | None:
+    def current_id(self) -> str | None:
         """The id in the row under the cursor."""
-        return self.order[self.cursor_row] if self.cursor_row < len(self.order) else None
+        return self.row_ids[self.cursor_row] if self.cursor_row < len(self.row_ids) else None
 
     # --- drawing ---
 
@@ -113,15 +113,15 @@ class CellTable(ScrollView, can_focus=True):
     def render_line(self, y: int) -> Strip:
         width, base = self.size.width, self._base
         if y == 0:
-            dim = Style(color=colours().dim)
+            dim = Style(color=colors().dim)
             titles = [Cell(self._title(column, wide)) for column, wide in self.columns]
             return self._line(titles, base, width, dim)
         row = self.scroll_offset.y + y - 1
-        if row >= len(self.order):
+        if row >= len(self.row_ids):
             return Strip.blank(width, base)
         if row == self.cursor_row:
             base += self.get_component_rich_style("cells--cursor", partial=True)
-        here = self.order[row]
+        here = self.row_ids[row]
         cells = [self._cell(here, column, wide) for column, wide in self.columns]
         return self._line(cells, base, width)
 
@@ -130,7 +130,7 @@ class CellTable(ScrollView, can_focus=True):
     ) -> Strip:
         tones, segments, used = styles(), [], 0
         for cell, (column, wide) in zip(cells, self.columns, strict=True):
-            text = fitted(cell.text, wide, right=column.right)
+            text = fit_width(cell.text, wide, right=column.right)
             style = only or (tones[cell.tone] if cell.tone != "plain" else None)
             segments.append(Segment(f" {text} ", base + style if style else base))
             used += wide + GAP
@@ -149,7 +149,7 @@ class CellTable(ScrollView, can_focus=True):
 
     def move_cursor(self, row: int) -> None:
         """Put the cursor there, and the row in sight."""
-        self.cursor_row = min(max(row, 0), max(len(self.order) - 1, 0))
+        self.cursor_row = min(max(row, 0), max(len(self.row_ids) - 1, 0))
 
     def watch_cursor_row(self, row: int) -> None:
         # The header covers the first line, so a row lies one below its number.
@@ -159,7 +159,7 @@ class CellTable(ScrollView, can_focus=True):
         elif row >= top + room:
             self.scroll_to(y=row - room + 1, animate=False, force=True)
         self.refresh()
-        self.post_message(self.Moved())
+        self.post_message(self.RowHighlighted())
 
     def action_move(self, step: int) -> None:
         self.move_cursor(self.cursor_row + step)
@@ -168,16 +168,16 @@ class CellTable(ScrollView, can_focus=True):
         self.move_cursor(self.cursor_row + step * max(self.size.height - 2, 1))
 
     def action_edge(self, way: int) -> None:
-        self.move_cursor(len(self.order) if way > 0 else 0)
+        self.move_cursor(len(self.row_ids) if way > 0 else 0)
 
     def action_choose(self) -> None:
-        self.post_message(self.Chosen(self))
+        self.post_message(self.RowSelected(self))
 
     def on_click(self, event: Click) -> None:
         row = self.scroll_offset.y + event.y - 1
         if event.y == 0:
             self._click_title(event.x)
-        elif row >= len(self.order):
+        elif row >= len(self.row_ids):
             return
         elif row == self.cursor_row:
             self.action_choose()
@@ -187,7 +187,7 @@ class CellTable(ScrollView, can_focus=True):
     def _click_title(self, x: int) -> None:
         for column, wide in self.columns:
             if x < wide + GAP:
-                self.post_message(self.Sorted(column.key))
+                self.post_message(self.HeaderSelected(column.key))
                 return
             x -= wide + GAP
 

@@ -22,7 +22,7 @@ from msgspec import Struct
 from coordinator.monitor.tui.keys import KEYS
 from protocols.errors import UnknownName, UsageFault
 
-FILE = "monitor.toml"
+FILE_NAME = "monitor.toml"
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,8 +36,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def locate() -> Path:
     """Where the file is, or would be."""
     if home := os.environ.get("COMMONWEIGHT_HOME"):
-        return Path(home).expanduser() / FILE
-    return platformdirs.user_config_path("commonweight") / FILE
+        return Path(home).expanduser() / FILE_NAME
+    return platformdirs.user_config_path("commonweight") / FILE_NAME
 
 
 def read(path: Path | None = None) -> Config:

@@ -12,8 +12,8 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from coordinator.monitor.tui.keys import KEYS, REPLAY
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY
+from coordinator.monitor.tui.theme import colors
 
 Answer = TypeVar("Answer")
 
@@ -25,18 +25,18 @@ class Dialog(ModalScreen[Answer], Generic[Answer]):
         Binding("escape,q,enter", "close", "Close", show=False)
     ]
     title_text = ""
-    foot_text = "esc closes"
+    subtitle_text = "esc closes"
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="box") as box:
             box.border_title = self.title_text
-            box.border_subtitle = self.foot_text
+            box.border_subtitle = self.subtitle_text
             yield Static(id="words")
 
     def on_mount(self) -> None:
-        self.query_one("#words", Static).update(self.words())
+        self.query_one("#words", Static).update(self.content())
 
-    def words(self) -> Text | Table:
+    def content(self) -> Text | Table:
         """What stands in the box."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class Dialog(ModalScreen[Answer], Generic[Answer]):
 
 
 #: What each page is about; the help shows it first where the focus is.
-ABOUT = {
+PAGE_HELP = {
     "fleet": "Fleet: one row a peer, what needs a person first. Commands go to the marked peers, "
     "or to the one under the cursor. What a peer last said is shown with its age. Links: m is "
     "over MQTT, f its Flower session; ● up, ○ down.",
@@ -81,19 +81,19 @@ class HelpDialog(Dialog[None]):
         self._remapped, self._read_only, self._replay = remapped, read_only, replay
 
     def words(self) -> Table:
-        own = colours()
+        own = colors()
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style=f"bold {own.blue}", no_wrap=True)
-        table.add_column(style=own.ink)
+        table.add_column(style=own.text)
         table.add_column(style=own.dim, no_wrap=True)
-        table.add_row("", Text(ABOUT[self._about], own.dim))
+        table.add_row("", Text(PAGE_HELP[self._about], own.dim))
         table.add_row("", "")
         table.add_row("↑ ↓ j k", "move; g and G go to the first and the last")
         here = [key for key in KEYS if self._page in key.pages.split()]
         for key in (*here, *(key for key in KEYS if key not in here)):
-            if (key.changes and self._read_only) or (key.id in REPLAY and not self._replay):
+            if (key.changes and self._read_only) or (key.id in REPLAY_ONLY and not self._replay):
                 continue
-            table.add_row(key.shown(self._remapped), key.meaning, key.id)
+            table.add_row(key.display(self._remapped), key.description, key.id)
         return table
 
 
@@ -108,12 +108,12 @@ class TicketDialog(Dialog[None]):
         self._ticket = ticket
 
     def words(self) -> Text:
-        own = colours()
+        own = colors()
         text = Text.assemble(("On the machine that joins, run:\n\n", own.dim))
         text.append("commonweight-agent join -\n\n", own.blue)
         text.append("and paste this line (", own.dim).append("y", f"bold {own.blue}")
         text.append(" copies it):\n\n", own.dim)
-        return text.append(self._ticket, f"bold {own.ink}")
+        return text.append(self._ticket, f"bold {own.text}")
 
     def action_copy(self) -> None:
         """Into the clipboard, where the terminal allows it."""
@@ -121,7 +121,7 @@ class TicketDialog(Dialog[None]):
         self.notify("copied", timeout=2)
 
 
-class AskDialog(Dialog[bool]):
+class ConfirmDialog(Dialog[bool]):
     """A question; only `y` is a yes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -136,8 +136,8 @@ class AskDialog(Dialog[bool]):
         self._question, self._consequence = question, consequence
 
     def words(self) -> Text:
-        own = colours()
-        text = Text.assemble((f"{self._question}\n\n", f"bold {own.ink}"))
+        own = colors()
+        text = Text.assemble((f"{self._question}\n\n", f"bold {own.text}"))
         text.append(f"{self._consequence}\n\n", own.dim)
         for key, word, answer in (("y", " yes", True), ("n", " no", False)):
             click = f"@click=screen.answer({answer})"

@@ -18,21 +18,21 @@ from coordinator.fleet.reducer import Event
 from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.row_table import RowTable
-from coordinator.monitor.tui.theme import colours, styles
+from coordinator.monitor.tui.theme import colors, styles
 
-SHOWN_MOST = 500
-_BEFORE_TEXT = 17  # time, sign and the blanks around them
+MAX_EVENTS = 500
+_TEXT_INDENT = 17  # time, sign and the blanks around them
 
 
 class EventsPage(Vertical):
     """It follows the newest line while `follow`; `enter` goes to the peer of a line."""
 
-    class Viewed(Message):
+    class ViewChanged(Message):
         """The view was changed: draw it."""
 
     def __init__(self, zone: tzinfo | None = None) -> None:
         super().__init__(id="events")
-        self.faults = False
+        self.faults_only = False
         self.follow = True
         self._zone = zone
         self._drawn: list[Event] = []
@@ -56,31 +56,31 @@ class EventsPage(Vertical):
         return self._drawn
 
     @property
-    def under_cursor(self) -> Event | None:
+    def current_event(self) -> Event | None:
         """The event under the cursor."""
         row = self.table.cursor_row
         return self._drawn[row] if 0 <= row < len(self._drawn) else None
 
     @property
-    def view(self) -> str:
+    def view_text(self) -> str:
         """How this view differs from the plain one, in words."""
-        parts = [f"filter: {self.bar.words}"] if self.bar.words else []
-        parts += ["warnings and errors"] if self.faults else []
+        parts = [f"filter: {self.bar.text}"] if self.bar.text else []
+        parts += ["warnings and errors"] if self.faults_only else []
         parts += [] if self.follow else ["not following: f"]
         return " · ".join(parts)
 
     def draw(self, events: Sequence[Event]) -> None:
         """Show `events`, in order of time; lines that stand already are left alone."""
-        words = self.bar.words.casefold().split()
+        words = self.bar.text.casefold().split()
         chosen = [
             event
             for event in events
-            if not (self.faults and event.level == "info")
+            if not (self.faults_only and event.level == "info")
             and all(word in event.text.casefold() for word in words)
-        ][-SHOWN_MOST:]
+        ][-MAX_EVENTS:]
         table, old = self.table, self._drawn
         if not table.columns:
-            for width in (8, 1, max(self.size.width - _BEFORE_TEXT, 10)):
+            for width in (8, 1, max(self.size.width - _TEXT_INDENT, 10)):
                 table.add_column("", width=width)
         gone = next((n for n, event in enumerate(old) if chosen and event is chosen[0]), len(old))
         if chosen[: len(old) - gone] != old[gone:]:
@@ -100,41 +100,41 @@ class EventsPage(Vertical):
 
     def _add(self, event: Event) -> None:
         glyph, tone = LEVELS[event.level]
-        lines = textwrap.wrap(event.text, max(self.size.width - _BEFORE_TEXT, 10)) or [""]
-        ink = colours().ink if event.level == "info" else styles()[tone]
+        lines = textwrap.wrap(event.text, max(self.size.width - _TEXT_INDENT, 10)) or [""]
+        ink = colors().text if event.level == "info" else styles()[tone]
         self.table.add_row(
-            Text(clock_time(event.at, self._zone), colours().dim),
+            Text(format_time(event.at, self._zone), colors().dim),
             Text(glyph, styles()[tone]),
             Text("\n".join(lines), ink),
             height=len(lines),
         )
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """The next drawing begins anew: the width or the colours are others."""
         self._drawn = []
         self.table.clear(columns=True)
 
-    def clear(self) -> None:
+    def reset_view(self) -> None:
         """Back to the plain view."""
         self.bar.clear()
-        self.faults, self.follow = False, True
+        self.faults_only, self.follow = False, True
         self.table.focus()
-        self.post_message(self.Viewed())
+        self.post_message(self.ViewChanged())
 
     def on_resize(self, event: Resize) -> None:
-        self.forget()
-        self.call_after_refresh(self.post_message, self.Viewed())
+        self.invalidate()
+        self.call_after_refresh(self.post_message, self.ViewChanged())
 
     @on(FilterBar.Changed)
     def _filter_changed(self) -> None:
-        self.post_message(self.Viewed())
+        self.post_message(self.ViewChanged())
 
-    @on(FilterBar.Done)
+    @on(FilterBar.Submitted)
     def _filter_done(self) -> None:
         self.table.focus()
 
 
-def clock_time(at: float, zone: tzinfo | None) -> str:
+def format_time(at: float, zone: tzinfo | None) -> str:
     """`14:03:22`, by this machine's clock unless `zone` says otherwise."""
     try:
         return datetime.fromtimestamp(at, zone).strftime("%H:%M:%S")

@@ -78,11 +78,13 @@ def as_csv(rows: Sequence[Row]) -> str:
     if rows:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _tame(value) for key, value in row.items()} for row in rows)
+        writer.writerows(
+            {key: _escape_formula(value) for key, value in row.items()} for row in rows
+        )
     return out.getvalue()
 
 
-def _tame(value: object) -> object:
+def _escape_formula(value: object) -> object:
     dangerous = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
     return f"'{value}" if dangerous else value
 

@@ -15,7 +15,7 @@ class FilterBar(Horizontal):
     class Changed(Message):
         """The words are others now."""
 
-    class Done(Message):
+    class Submitted(Message):
         """Enter was pressed: the page has the focus again."""
 
     def __init__(self, placeholder: str) -> None:
@@ -31,11 +31,11 @@ class FilterBar(Horizontal):
         self.display = False
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """What was typed."""
         return self.query_one(Input).value
 
-    def ask(self) -> None:
+    def open(self) -> None:
         """Open the line and type into it."""
         self.display = True
         self.query_one(Input).focus()
@@ -53,5 +53,5 @@ class FilterBar(Horizontal):
     @on(Input.Submitted)
     def _done(self, event: Input.Submitted) -> None:
         event.stop()
-        self.display = bool(self.words)
-        self.post_message(self.Done())
+        self.display = bool(self.text)
+        self.post_message(self.Submitted())

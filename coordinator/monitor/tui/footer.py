@@ -7,8 +7,8 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from coordinator.monitor.tui.keys import KEYS, LAST, PALETTE_FROM, Key
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.keys import KEYS, MIN_WIDTH_PALETTE, PINNED, Key
+from coordinator.monitor.tui.theme import colors
 
 
 class Footer(Widget):
@@ -40,12 +40,14 @@ def footer_line(
     """The footer's text in `width` characters: the keys of the page, then help and quit."""
     keys = [key for key in KEYS if page in key.pages.split() and not (read_only and key.changes)]
     last = [
-        key for key in keys if key.id in LAST and (key.id != "palette" or width >= PALETTE_FROM)
+        key
+        for key in keys
+        if key.id in PINNED and (key.id != "palette" or width >= MIN_WIDTH_PALETTE)
     ]
     end = Text("  ").join(_one(key, remapped or {}) for key in last)
     line = Text(no_wrap=True, end="")
     for key in keys:
-        if key.id in LAST:
+        if key.id in PINNED:
             continue
         piece = _one(key, remapped or {})
         if len(line) + len(piece) + 2 + len(end) > width:
@@ -57,6 +59,6 @@ def footer_line(
 
 def _one(key: Key, remapped: dict[str, str]) -> Text:
     click = Style(meta={"@click": f"app.{key.action}"})
-    shown = key.brief(remapped)
-    text = Text.assemble((shown, Style(color=colours().blue, bold=True) + click))
-    return text.append(f" {key.word}", Style(color=colours().dim) + click)
+    shown = key.short_display(remapped)
+    text = Text.assemble((shown, Style(color=colors().blue, bold=True) + click))
+    return text.append(f" {key.label}", Style(color=colors().dim) + click)

@@ -16,19 +16,19 @@ from textual.strip import Strip
 from protocols.local import heap
 
 #: Between two looks at everything; so long what nobody needs may stay.
-TIDY_EVERY_S = 60.0
+TRIM_INTERVAL_S = 60.0
 #: New objects before a look at them, and how many such looks before one at what has outlived one.
-YOUNG, LOOKS = 10_000, 10
+GEN0_THRESHOLD, GEN1_THRESHOLD = 10_000, 10
 
 
-def calm() -> None:
+def tune_gc() -> None:
     """Leave alone for ever what is there now (modules, above all), and make collections rare."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG, LOOKS, 1_000_000)
+    gc.set_threshold(GEN0_THRESHOLD, GEN1_THRESHOLD, 1_000_000)
 
 
-def tidy() -> None:
+def trim_caches() -> None:
     """Free and give back what nobody needs, also what is remembered of screens that are gone.
 
     Text on the screen has a style of its own for every place, so that the mouse can mark it. Rich

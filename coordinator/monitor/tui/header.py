@@ -6,8 +6,8 @@ from rich.text import Text
 from textual.widget import Widget
 
 from coordinator.fleet.reducer import current_run, num_available, num_enrolled
-from coordinator.monitor.peer_table import Cell, light
-from coordinator.monitor.tui.theme import colours, styles
+from coordinator.monitor.peer_table import Cell, status_dot
+from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.follower import Following
 from coordinator.remote.formatting import age, cut
 from protocols.messages.states import ENDED
@@ -46,7 +46,7 @@ def header_line(following: Following, now: float, width: int) -> Text:
     for forms in segments:
         if forms[0].text:
             if line:
-                line.append(separator, colours().faint)
+                line.append(separator, colors().faint)
             line.append(forms[0].text, styles()[forms[0].tone])
     return line
 
@@ -79,8 +79,8 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
     links = fleet.links if fleet else None
     mqtt = following.stream and (links is None or links.mqtt)
     flower = following.connected and links is not None and links.flower
-    forms.append([_light("mqtt", mqtt)])
-    forms.append([_light("flower", flower)])
+    forms.append([_link_cell("mqtt", mqtt)])
+    forms.append([_link_cell("flower", flower)])
     if following.fresh_at:
         old = f"{age(now - following.fresh_at)} old"
         tone = "quiet" if following.connected else "warn"
@@ -91,5 +91,5 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
     return forms
 
 
-def _light(name: str, up: bool) -> Cell:
-    return Cell(f"{name} {light(up)}", "good" if up else "warn")
+def _link_cell(name: str, up: bool) -> Cell:
+    return Cell(f"{name} {status_dot(up)}", "good" if up else "warn")

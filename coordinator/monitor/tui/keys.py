@@ -18,21 +18,21 @@ class Key(NamedTuple):
     id: str
     key: str
     action: str
-    word: str
-    meaning: str
+    label: str
+    description: str
     pages: str = ""
     changes: bool = False
 
-    def shown(self, remapped: dict[str, str]) -> str:
+    def display(self, remapped: dict[str, str]) -> str:
         """What stands on the keyboard: the first key if there are several."""
         first = remapped.get(self.id, self.key).split(",")[0].strip()
         if first in ("escape", "enter", "space"):
             return {"escape": "esc"}.get(first, first)
         return format_key(first) if len(first) > 1 else first
 
-    def brief(self, remapped: dict[str, str]) -> str:
+    def short_display(self, remapped: dict[str, str]) -> str:
         """As `shown`, short: `^d` for ctrl+d."""
-        return self.shown(remapped).replace("ctrl+", "^")
+        return self.display(remapped).replace("ctrl+", "^")
 
 
 KEYS: tuple[Key, ...] = (
@@ -121,18 +121,18 @@ KEYS: tuple[Key, ...] = (
 )
 
 #: Always at the footer's right end, whatever the width; the palette where there is room.
-LAST = ("palette", "help", "quit")
-PALETTE_FROM = 80
+PINNED = ("palette", "help", "quit")
+MIN_WIDTH_PALETTE = 80
 #: What a table does with its own keys, and Textual with its own.
-_OWN = ("open",)
+_WIDGET_KEYS = ("open",)
 #: What there is only in a recording.
-REPLAY = ("play", "step", "back", "ahead", "slower", "faster")
+REPLAY_ONLY = ("play", "step", "back", "ahead", "slower", "faster")
 
 
 def bindings() -> list[BindingType]:
     """The keys as Textual's bindings; `enter` belongs to the table that has the focus."""
     return [
-        Binding(key.key, key.action, key.meaning, show=False, id=key.id)
+        Binding(key.key, key.action, key.description, show=False, id=key.id)
         for key in KEYS
-        if key.id not in _OWN
+        if key.id not in _WIDGET_KEYS
     ]

@@ -18,13 +18,20 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from coordinator.fleet.reducer import Event, Fleet, Peer, called, shown_state
-from coordinator.monitor.peer_table import GIVEN, LEVELS, Cell, light, links, state_cell
-from coordinator.monitor.tui.events_page import clock_time
+from coordinator.monitor.peer_table import (
+    LEVELS,
+    PARTICIPATION_GLYPHS,
+    Cell,
+    links,
+    state_cell,
+    status_dot,
+)
+from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.plots import curve_plot
-from coordinator.monitor.tui.theme import colours, painted, styles
+from coordinator.monitor.tui.theme import colors, styles, to_text
 from coordinator.remote.follower import Following
 from coordinator.remote.formatting import DIVERGED, NOTHING, age, amount, decimal, progress, rate
 from coordinator.remote.source import Source
@@ -33,9 +40,9 @@ from protocols.messages.envelope import LogLine
 from protocols.messages.states import PeerState
 
 TABS = ("overview", "metrics", "log", "policy")
-EVENTS_SHOWN = 8
-WIDE = 100
-LOG_AGAIN_S = 5.0
+MAX_EVENTS = 8
+MIN_TWO_COLUMNS = 100
+LOG_REFRESH_S = 5.0
 
 
 class PeerScreen(Screen[None]):
@@ -64,12 +71,12 @@ class PeerScreen(Screen[None]):
         super().__init__()
         self.peer = peer
         self.open_tab = "overview"
-        self.faults = False
+        self.faults_only = False
         self.follow = True
         self._following, self._source = following, source
         self._footer, self._clock, self._zone = footer, clock, zone
-        self._lines: Sequence[LogLine] | None = None
-        self._why = ""
+        self._log_lines: Sequence[LogLine] | None = None
+        self._log_error = ""
 
     def compose(self) -> ComposeResult:
         yield Header(self._following)
@@ -82,7 +89,7 @@ class PeerScreen(Screen[None]):
     def on_mount(self) -> None:
         self.query_one("#peer-body").focus()
         self.set_interval(1.0, self.draw)
-        self.set_interval(LOG_AGAIN_S, self._log_again)
+        self.set_interval(LOG_REFRESH_S, self._refresh_log)
         self.call_after_refresh(self.draw)
 
     def on_resize(self) -> None:
@@ -103,12 +110,12 @@ class PeerScreen(Screen[None]):
         self.query_one("#peer-tabs", Static).update(self._tab_line(peer))
         words = self.query_one("#peer-words", Static)
         if peer is None or fleet is None:
-            words.update(Text("This peer is not in the fleet.", colours().dim))
+            words.update(Text("This peer is not in the fleet.", colors().dim))
         else:
-            words.update(self._words(peer, fleet))
+            words.update(self._content(peer, fleet))
 
     def _tab_line(self, peer: Peer | None) -> Text:
-        own = colours()
+        own = colors()
         line = Text(no_wrap=True, overflow="ellipsis", end="")
         line.append(called(peer) if peer else self.peer, Style(color=own.strong, bold=True))
         line.append("   ")
@@ -122,7 +129,7 @@ class PeerScreen(Screen[None]):
             line.append(tab.capitalize(), word + click).append("  ")
         return line
 
-    def _words(self, peer: Peer, fleet: Fleet) -> Table | Text:
+    def _content(self, peer: Peer, fleet: Fleet) -> Table | Text:
         width = max(self.query_one("#peer-words").size.width, 30)
         if self.open_tab == "overview":
             height = self.query_one("#peer-body").size.height - 2
@@ -131,29 +138,32 @@ class PeerScreen(Screen[None]):
             return metrics(peer, width, max(self.query_one("#peer-body").size.height - 8, 3))
         if self.open_tab == "policy":
             return policy(peer)
-        return self._log()
+        return self._log_table()
 
-    def _log(self) -> Table | Text:
-        own = colours()
-        if self._lines is None:
-            return Text(self._why or "Asking the agent…", own.vermilion if self._why else own.dim)
-        words = self.query_one(FilterBar).words.casefold().split()
+    def _log_table(self) -> Table | Text:
+        own = colors()
+        if self._log_lines is None:
+            return Text(
+                self._log_error or "Asking the agent…",
+                own.vermilion if self._log_error else own.dim,
+            )
+        words = self.query_one(FilterBar).text.casefold().split()
         table = Table.grid(padding=(0, 1))
         table.add_column(width=8, style=own.dim)
         table.add_column(width=1)
         table.add_column()
         shown = [
             line
-            for line in self._lines
-            if (not self.faults or line.level in ("warning", "error"))
+            for line in self._log_lines
+            if (not self.faults_only or line.level in ("warning", "error"))
             and all(word in line.text.casefold() for word in words)
         ]
         for line in shown:
             glyph, tone = LEVELS.get(line.level, LEVELS["info"])
-            text = Text(line.text, styles()[tone] if tone != "quiet" else own.ink)
-            table.add_row(clock_time(line.at, self._zone), Text(glyph, styles()[tone]), text)
+            text = Text(line.text, styles()[tone] if tone != "quiet" else own.text)
+            table.add_row(format_time(line.at, self._zone), Text(glyph, styles()[tone]), text)
         if not shown:
-            return Text("No line fits." if self._lines else "Its log is empty.", own.dim)
+            return Text("No line fits." if self._log_lines else "Its log is empty.", own.dim)
         return table
 
     # --- what a person does ---
@@ -182,21 +192,21 @@ class PeerScreen(Screen[None]):
 
     def action_filter(self) -> None:
         if self.open_tab == "log":
-            self.query_one(FilterBar).ask()
+            self.query_one(FilterBar).open()
 
     def action_faults(self) -> None:
-        self.faults = not self.faults
+        self.faults_only = not self.faults_only
         self.draw()
 
     @on(FilterBar.Changed)
     def _filter_changed(self) -> None:
         self.draw()
 
-    @on(FilterBar.Done)
+    @on(FilterBar.Submitted)
     def _filter_done(self) -> None:
         self.query_one("#peer-body").focus()
 
-    def _log_again(self) -> None:
+    def _refresh_log(self) -> None:
         if self.open_tab == "log" and self.follow and self.is_current:
             self.fetch_log()
 
@@ -204,11 +214,11 @@ class PeerScreen(Screen[None]):
     async def fetch_log(self) -> None:
         """Ask the agent for its last lines; what was shown stays if it does not answer."""
         body = self.query_one("#peer-body", VerticalScroll)
-        at_foot = self._lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
+        at_foot = self._log_lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
         try:
-            self._lines = await self._source.logs(self.peer)
+            self._log_lines = await self._source.logs(self.peer)
         except CommonweightError as err:
-            self._why = f"{err.message}. {err.hint}".rstrip(" .")
+            self._log_error = f"{err.message}. {err.hint}".rstrip(" .")
         self.draw()
         if at_foot and self.open_tab == "log":
             self.call_after_refresh(body.scroll_end, animate=False)
@@ -216,8 +226,8 @@ class PeerScreen(Screen[None]):
 
 def _grid() -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_column(style=colours().dim, no_wrap=True)
-    table.add_column(style=colours().ink)
+    table.add_column(style=colors().dim, no_wrap=True)
+    table.add_column(style=colors().text)
     return table
 
 
@@ -225,16 +235,16 @@ def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> T
     """What is known of `peer`, and what was said of it last; its losses beside it if wide."""
     left = _facts(peer, now)
     own = [event for event in fleet.events if event.subject == peer.peer]
-    room = max(height - left.row_count - 2, 3) if width < WIDE else EVENTS_SHOWN
-    told = _told(own[-min(room, EVENTS_SHOWN) :], now)
+    room = max(height - left.row_count - 2, 3) if width < MIN_TWO_COLUMNS else MAX_EVENTS
+    told = _event_table(own[-min(room, MAX_EVENTS) :], now)
     table = Table.grid(padding=(0, 3))
-    if width < WIDE:
+    if width < MIN_TWO_COLUMNS:
         table.add_row(left)
         table.add_row("")
         table.add_row(told)
         return table
     half = (width - 3) // 2
-    plot = losses(peer, half, min(max(height - EVENTS_SHOWN, 8), 14))
+    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
     table.add_column(width=half)
     table.add_column(width=half)
     table.add_row(left, Group(*plot, "", told))
@@ -243,14 +253,14 @@ def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> T
 
 def _facts(peer: Peer, now: float) -> Table:
     table = _grid()
-    table.add_row("state", painted(state_cell(peer, now, 400)))
+    table.add_row("state", to_text(state_cell(peer, now, 400)))
     table.add_row("id", Text(peer.peer))
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
     table.add_row("labels", Text(labels or NOTHING))
     table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
     if peer.standing == "enrolled":
         mqtt, flower = links(peer, now)
-        table.add_row("links", f"mqtt {light(mqtt)} · flower {light(flower)}")
+        table.add_row("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}")
     table.add_row("version", Text(peer.version or NOTHING))
     table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
     if sent := peer.telemetry:
@@ -259,40 +269,40 @@ def _facts(peer: Peer, now: float) -> Table:
             table.add_row("step", done)
         table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
     if peer.given:
-        part = Text(peer.given.translate(GIVEN).strip(), colours().green)
+        part = Text(peer.given.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
         count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
-        table.add_row("took part", part.append(count, colours().dim))
+        table.add_row("took part", part.append(count, colors().dim))
     disk = amount(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
     table.add_row("disk left", disk)
-    table.add_row("clock", _clock_words(peer.skew_s))
+    table.add_row("clock", _describe_skew(peer.skew_s))
     table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
     return table
 
 
-def _clock_words(skew_s: float) -> str:
+def _describe_skew(skew_s: float) -> str:
     if abs(skew_s) < 1:
         return "right to a second"
     return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
 
 
-def _told(events: Sequence[Event], now: float) -> Table:
+def _event_table(events: Sequence[Event], now: float) -> Table:
     """The last that was said of it."""
     table = Table.grid(padding=(0, 1))
-    table.add_column(style=colours().dim, justify="right", no_wrap=True)
+    table.add_column(style=colors().dim, justify="right", no_wrap=True)
     table.add_column(width=1)
-    table.add_column(style=colours().ink)
+    table.add_column(style=colors().text)
     for event in events:
         glyph, tone = LEVELS[event.level]
         table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
     return table
 
 
-def losses(peer: Peer, width: int, height: int) -> list[Text]:
+def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     """Its training losses in this run."""
     rounds = (1, len(peer.losses))
-    plot = curve_plot("Training loss", peer.losses, width, height, colours().blue, rounds=rounds)
+    plot = curve_plot("Training loss", peer.losses, width, height, colors().blue, rounds=rounds)
     if peer.losses:
-        plot[-1] = Text("its last reports, the newest at the right", colours().dim)
+        plot[-1] = Text("its last reports, the newest at the right", colors().dim)
     return plot
 
 
@@ -301,7 +311,7 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
     sent = peer.telemetry
     table = _grid()
     if sent is not None:
-        loss = painted(Cell(DIVERGED, "bad")) if peer.diverged else decimal(sent.loss)
+        loss = to_text(Cell(DIVERGED, "bad")) if peer.diverged else decimal(sent.loss)
         table.add_row("loss", loss)
         table.add_row("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s")
         table.add_row("processor", f"{sent.cpu_percent:.0f} %")
@@ -309,12 +319,12 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
         battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
         table.add_row("battery", battery)
     else:
-        table.add_row("", Text("It has measured nothing yet.", colours().dim))
+        table.add_row("", Text("It has measured nothing yet.", colors().dim))
     whole = Table.grid()
     whole.add_row(table)
     if peer.losses:
         whole.add_row("")
-        whole.add_row(Group(*losses(peer, width, min(height, 16))))
+        whole.add_row(Group(*loss_plot(peer, width, min(height, 16))))
     return whole
 
 
@@ -326,5 +336,5 @@ def policy(peer: Peer) -> Table:
         table.add_row(Text(name), Text(value or NOTHING))
     table.add_row("", "")
     words = "On that machine: commonweight-agent policy set NAME VALUE"
-    table.add_row("", Text(words, colours().dim))
+    table.add_row("", Text(words, colors().dim))
     return table

@@ -13,26 +13,26 @@ from textual.events import Resize
 from textual.widgets import Static
 
 from coordinator.fleet.reducer import Fleet, Run, current_run
-from coordinator.monitor.peer_table import Cell, Column, fit
+from coordinator.monitor.peer_table import Cell, Column, fit_columns
 from coordinator.monitor.round_table import (
-    METRIC_WIDE,
+    METRIC_WIDTH,
     ROUND_TITLES,
-    WORST_WIDE,
+    WORST_WIDTH,
     accuracy_trend,
     best_round,
+    describe_run,
     loss_trend,
     metric_cells,
     metric_names,
     round_cells,
-    run_words,
     worst_peer,
 )
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.round_plots import RoundPlots
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import cut, trend
 
-TALL = 22
+MIN_TALL_TERMINAL = 22
 
 
 def _nth(number: int, cells: Sequence[Cell], now: float, width: int) -> Cell:
@@ -69,31 +69,33 @@ class RoundsPage(Vertical):
         """Show the run that matters."""
         run = current_run(fleet) if fleet else None
         plots = self.query_one(RoundPlots)
-        plots.display = (self.app.size.height >= TALL or self.zoomed) and run is not None
+        plots.display = (
+            self.app.size.height >= MIN_TALL_TERMINAL or self.zoomed
+        ) and run is not None
         plots.styles.height = "1fr" if self.zoomed else max(2 * self.app.size.height // 5, 9)
         plots.show(fleet)
         self.table.display = run is not None and not self.zoomed
         self.query_one("#standing", Static).update(
-            self._standing(run, lines=not plots.display)
+            self._run_text(run, lines=not plots.display)
             if run
-            else Text("No run yet.  commonweight run start TASK  starts one.", colours().dim)
+            else Text("No run yet.  commonweight run start TASK  starts one.", colors().dim)
         )
         if run is not None and fleet is not None:
-            self._fill(run, fleet)
+            self._fill_table(run, fleet)
 
-    def _standing(self, run: Run, *, lines: bool) -> Text:
-        text = Text(run_words(run), no_wrap=True, overflow="ellipsis")
+    def _run_text(self, run: Run, *, lines: bool) -> Text:
+        text = Text(describe_run(run), no_wrap=True, overflow="ellipsis")
         if lines and run.rounds:
             width = max((self.size.width - 24) // 2, 8)
-            text.append("\nloss ", colours().dim).append(
-                trend(loss_trend(run.rounds), width), colours().blue
+            text.append("\nloss ", colors().dim).append(
+                trend(loss_trend(run.rounds), width), colors().blue
             )
-            text.append("  accuracy ", colours().dim).append(
-                trend(accuracy_trend(run.rounds), width), colours().green
+            text.append("  accuracy ", colors().dim).append(
+                trend(accuracy_trend(run.rounds), width), colors().green
             )
         return text
 
-    def _fill(self, run: Run, fleet: Fleet) -> None:
+    def _fill_table(self, run: Run, fleet: Fleet) -> None:
         """The table, if its rounds or its room are others than they were."""
         best, last = best_round(run), run.rounds[-1] if run.rounds else None
         drawn = (run.changed.run, len(run.rounds), last, best, self.size.width, self.follow)
@@ -104,15 +106,15 @@ class RoundsPage(Vertical):
         self._names = metric_names(run)
         self._worst = any(closed.worst for closed in run.rounds)
         # One character for the scroll bar, so that it never covers a column.
-        columns = fit(self._columns(), self.size.width - 1, self.app.size.width)
-        self.table.show([str(closed.round) for closed in reversed(run.rounds)], columns)
+        columns = fit_columns(self._columns(), self.size.width - 1, self.app.size.width)
+        self.table.set_rows([str(closed.round) for closed in reversed(run.rounds)], columns)
         if self.follow:
             self.table.move_cursor(0)
 
     def _columns(self) -> list[Column[list[Cell]]]:
         """What every run has, who was served worst if that is told, and its task's own metrics."""
-        titles = [*ROUND_TITLES, *[("Worst", WORST_WIDE)] * self._worst]
-        own = (cut(name.replace("_", " "), METRIC_WIDE) for name in self._names)
+        titles = [*ROUND_TITLES, *[("Worst", WORST_WIDTH)] * self._worst]
+        own = (cut(name.replace("_", " "), METRIC_WIDTH) for name in self._names)
         titles += [(title, max(len(title), 8)) for title in own]
         return [
             Column(title, title, wide, wide, 0, partial(_nth, number), right=True)
@@ -134,10 +136,10 @@ class RoundsPage(Vertical):
             return []
         cells = round_cells(rounds[at], self._best)
         if self._worst:
-            cells.append(Cell(cut(worst_peer(rounds[at], self._fleet), WORST_WIDE)))
+            cells.append(Cell(cut(worst_peer(rounds[at], self._fleet), WORST_WIDTH)))
         return [*cells, *metric_cells(rounds[at], self._names)]
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """The next drawing begins anew: the colours are others."""
         self._drawn, self._line = (), ("", [])
         self.table.refresh()

@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable
 
 #: Cells and lines that are kept as they were drawn: more than the largest terminal shows.
-CELLS_KEPT, LINES_KEPT = 1_000, 150
+MAX_CACHED_CELLS, MAX_CACHED_LINES = 1_000, 150
 
 
 class RowTable(DataTable[Text]):
@@ -32,5 +32,5 @@ class RowTable(DataTable[Text]):
         self.cell_padding = 1
         # With every row that comes all that is in sight gets a new place in these, and the old one
         # stays: Textual's 10,000 cells are tens of megabytes of what nobody looks at any more.
-        self._cell_render_cache.maxsize = CELLS_KEPT
-        self._row_render_cache.maxsize = self._line_cache.maxsize = LINES_KEPT
+        self._cell_render_cache.maxsize = MAX_CACHED_CELLS
+        self._row_render_cache.maxsize = self._line_cache.maxsize = MAX_CACHED_LINES

@@ -14,7 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
 from coordinator.api.schema import RunOrder
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.theme import colors
 from coordinator.remote import run_options
 from coordinator.runs.options import OPTIONS
 from protocols.errors import CommonweightError
@@ -61,7 +61,7 @@ class RunForm(ModalScreen[RunOrder | None]):
         inputs = list(self.query(Input))
         if self.focused in inputs:
             says = OPTIONS[inputs.index(self.focused)].help
-            self.query_one("#form-says", Static).update(Text(says, colours().dim))
+            self.query_one("#form-says", Static).update(Text(says, colors().dim))
 
     @on(Input.Submitted)
     def action_send(self) -> None:
@@ -71,7 +71,7 @@ class RunForm(ModalScreen[RunOrder | None]):
             made = order({option.name: field.value for option, field in inputs})
         except CommonweightError as err:
             said = f"✕ {err.message}. {err.hint}".rstrip(" .")
-            self.query_one("#form-says", Static).update(Text(said, colours().vermilion))
+            self.query_one("#form-says", Static).update(Text(said, colors().vermilion))
         else:
             self.dismiss(made)
 

@@ -6,10 +6,10 @@ from rich.segment import Segment
 from textual.color import Color
 from textual.filter import LineFilter
 
-from coordinator.monitor.terminal_text import ascii_only, harmless
+from coordinator.monitor.terminal_text import ascii_only, strip_controls
 
 
-class PlainFilter(LineFilter):
+class SanitizeFilter(LineFilter):
     """Makes text harmless and, if asked, ASCII; styles stay."""
 
     def __init__(self, *, ascii_too: bool) -> None:
@@ -22,7 +22,7 @@ class PlainFilter(LineFilter):
         for segment in segments:
             text = segment.text
             if not segment.control and not (text.isascii() and text.isprintable()):
-                clean = harmless(text)
+                clean = strip_controls(text)
                 clean = ascii_only(clean) if self._ascii_too else clean
                 if clean is not text:
                     segment = Segment(clean, segment.style)

@@ -9,12 +9,12 @@ from textual.widget import Widget
 
 from coordinator.fleet.reducer import Run
 from coordinator.monitor.round_table import round_progress, seconds_left
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import age, count
 
 PAGES = ("fleet", "rounds", "events", "jobs")
 #: Below that the pages stand closer.
-ROOMY = 60
+MIN_ROOMY_WIDTH = 60
 
 
 class Tabs(Widget):
@@ -29,7 +29,7 @@ class Tabs(Widget):
 
     page: reactive[str] = reactive("fleet")
     """The open page."""
-    view: reactive[str] = reactive("")
+    view_text: reactive[str] = reactive("")
     """Words on filter, order, marks, freeze."""
     run: Run | None = None
     num_jobs = 0
@@ -41,32 +41,32 @@ class Tabs(Widget):
             click = Style(meta={"@click": f"app.page('{page}')"})
             here = page == self.page
             word = (
-                Style(color=colours().strong, bold=True, underline=True)
+                Style(color=colors().strong, bold=True, underline=True)
                 if here
-                else Style(color=colours().dim)
+                else Style(color=colors().dim)
             )
             line.append(
-                f"{number} ", Style(color=colours().blue if here else colours().faint) + click
+                f"{number} ", Style(color=colors().blue if here else colors().faint) + click
             )
             line.append(page.capitalize(), word + click)
             if page == "jobs" and self.num_jobs:
-                line.append(f" {count(self.num_jobs)}", colours().green)
-            line.append("   " if self.content_size.width >= ROOMY else "  ")
+                line.append(f" {count(self.num_jobs)}", colors().green)
+            line.append("   " if self.content_size.width >= MIN_ROOMY_WIDTH else "  ")
         room = self.content_size.width - len(line)
-        if not self.view:
+        if not self.view_text:
             end = self._round(room)
         else:
-            end = Text(self.view, colours().yellow, no_wrap=True)
+            end = Text(self.view_text, colors().yellow, no_wrap=True)
             end.truncate(max(room, 0), overflow="ellipsis")
         return line.append(" " * max(room - len(end), 0)).append_text(end)
 
     def _round(self, room: int) -> Text:
-        own = colours()
+        own = colors()
         if self.run is None or not (words := round_progress(self.run, room)):
             return Text()
         signs, _, count = words.partition(" ")
         line = Text(signs.replace("▱", ""), own.green, no_wrap=True)
-        line.append("▱" * signs.count("▱"), own.faint).append(f" {count}", own.ink)
+        line.append("▱" * signs.count("▱"), own.faint).append(f" {count}", own.text)
         left = seconds_left(self.run)
         end = "" if left is None else f" · about {age(left)} left"
         state = f"{self.run.changed.state.value} "

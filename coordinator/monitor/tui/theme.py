@@ -20,9 +20,9 @@ from coordinator.monitor.peer_table import Cell, Tone
 class Palette(NamedTuple):
     """Colours as `#rrggbb`: the ground, the text from strong to faint, and what tones use."""
 
-    ground: str
+    background: str
     strong: str
-    ink: str
+    text: str
     dim: str
     faint: str
     accent: str
@@ -35,7 +35,7 @@ class Palette(NamedTuple):
     def styles(self) -> dict[Tone, Style]:
         """A style for every tone of `coordinator.monitor.peer_table`."""
         return {
-            "plain": Style(color=self.ink),
+            "plain": Style(color=self.text),
             "quiet": Style(color=self.dim),
             "good": Style(color=self.green),
             "busy": Style(color=self.blue),
@@ -47,9 +47,9 @@ class Palette(NamedTuple):
 
 
 DARK = Palette(
-    ground="#10151c",
+    background="#10151c",
     strong="#ffffff",
-    ink="#d5dbe3",
+    text="#d5dbe3",
     dim="#8793a3",
     faint="#4a5563",
     accent="#e8a84c",
@@ -60,9 +60,9 @@ DARK = Palette(
     purple="#d294bd",
 )
 LIGHT = Palette(
-    ground="#f6f7f9",
+    background="#f6f7f9",
     strong="#000000",
-    ink="#1d2733",
+    text="#1d2733",
     dim="#566373",
     faint="#a9b2bd",
     accent="#8f5a00",
@@ -85,8 +85,8 @@ def _theme(name: str, of: Palette, *, dark: bool, steps: tuple[str, str, str, st
         warning=of.yellow,
         error=of.vermilion,
         success=of.green,
-        foreground=of.ink,
-        background=of.ground,
+        foreground=of.text,
+        background=of.background,
         surface=surface,
         panel=panel,
         boost=boost,
@@ -96,12 +96,12 @@ def _theme(name: str, of: Palette, *, dark: bool, steps: tuple[str, str, str, st
             "block-cursor-foreground": of.strong,
             "block-cursor-text-style": "none",
             "block-cursor-blurred-background": blurred,
-            "block-cursor-blurred-foreground": of.ink,
+            "block-cursor-blurred-foreground": of.text,
             "scrollbar": boost,
             "scrollbar-hover": of.faint,
             "scrollbar-active": of.blue,
-            "scrollbar-background": of.ground,
-            "scrollbar-corner-color": of.ground,
+            "scrollbar-background": of.background,
+            "scrollbar-corner-color": of.background,
             "border": of.blue,
             "border-blurred": boost,
             "input-cursor-text-style": "reverse",
@@ -111,7 +111,7 @@ def _theme(name: str, of: Palette, *, dark: bool, steps: tuple[str, str, str, st
 
 _DARK_STEPS = ("#151b24", "#1c2430", "#2a3544", "#26384d", "#1e2a39")
 _LIGHT_STEPS = ("#ffffff", "#e8ebef", "#d5dae1", "#d3e4f1", "#e3ebf2")
-OURS: dict[str, tuple[Theme, Palette]] = {
+THEMES: dict[str, tuple[Theme, Palette]] = {
     "commonweight-dark": (
         _theme("commonweight-dark", DARK, dark=True, steps=_DARK_STEPS),
         DARK,
@@ -123,24 +123,24 @@ OURS: dict[str, tuple[Theme, Palette]] = {
 }
 DEFAULT = "commonweight-dark"
 
-_now: tuple[Palette, dict[Tone, Style]] = (DARK, DARK.styles())
+_current: tuple[Palette, dict[Tone, Style]] = (DARK, DARK.styles())
 
 
-def colours() -> Palette:
+def colors() -> Palette:
     """The colours of the theme in use."""
-    return _now[0]
+    return _current[0]
 
 
 def styles() -> dict[Tone, Style]:
     """The styles of the theme in use."""
-    return _now[1]
+    return _current[1]
 
 
-def use(theme: Theme) -> None:
+def set_colors(theme: Theme) -> None:
     """From now on text is drawn in the colours of this theme. There is one terminal, so one."""
-    global _now
-    palette = OURS[theme.name][1] if theme.name in OURS else _palette(theme)
-    _now = (palette, palette.styles())
+    global _current
+    palette = THEMES[theme.name][1] if theme.name in THEMES else _palette(theme)
+    _current = (palette, palette.styles())
 
 
 def _palette(theme: Theme) -> Palette:
@@ -154,12 +154,12 @@ def _palette(theme: Theme) -> Palette:
             color = Color.parse(otherwise)
         return Color.parse(otherwise) if color.ansi is not None or color.a < 1 else color
 
-    ground, ink = pick(theme.background, ours.ground), pick(theme.foreground, ours.ink)
+    ground, ink = pick(theme.background, ours.background), pick(theme.foreground, ours.text)
     strong = Color.parse(ours.strong)
     return Palette(
-        ground=ground.hex,
+        background=ground.hex,
         strong=strong.hex,
-        ink=ink.hex,
+        text=ink.hex,
         dim=ink.blend(ground, 0.35).hex,
         faint=ink.blend(ground, 0.65).hex,
         accent=pick(theme.accent, ours.accent).hex,
@@ -171,7 +171,7 @@ def _palette(theme: Theme) -> Palette:
     )
 
 
-def painted(cell: Cell, *, right: bool = False) -> Text:
+def to_text(cell: Cell, *, right: bool = False) -> Text:
     """The cell as text that no markup of a peer can change."""
     style = styles()[cell.tone] if cell.tone != "plain" else Style()
     return Text(cell.text, style, justify="right" if right else "left", no_wrap=True, end="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.monitor.alerts import Watchman, alerts
+from coordinator.monitor.alerts import AlertTracker, alerts
 from protocols.messages.states import PeerState
 from tests.support.scene import IDS, NOW, busy_fleet
 
@@ -38,7 +38,7 @@ def test_disk_clock_and_version() -> None:
 
 
 def test_each_is_told_once_and_again_after_it_was_over() -> None:
-    fleet, watchman = busy_fleet(), Watchman()
+    fleet, watchman = busy_fleet(), AlertTracker()
     first = {alert.key for alert in watchman.new(fleet, NOW)}
     assert f"diverged {IDS['east']}" in first
     assert watchman.new(fleet, NOW) == []
@@ -55,6 +55,6 @@ def test_many_of_a_kind_are_a_few_names_and_a_number() -> None:
         copy = type(north)(peer=f"P{number}", name=f"p{number}", public_key=b"k" * 32)
         copy.state, copy.diverged, copy.seen_at = PeerState.TRAINING, True, NOW
         fleet.peers[copy.peer] = copy
-    told = [alert for alert in Watchman().new(fleet, NOW) if "diverged" in alert.key]
+    told = [alert for alert in AlertTracker().new(fleet, NOW) if "diverged" in alert.key]
     assert len(told) == 6
     assert told[-1].text == "diverged: the same of 36 more peers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.monitor.charts import Scale, band, bar_width, curve, scale_of, stack, stretched
+from coordinator.monitor.charts import Scale, band, bar_width, curve, fit_scale, resample, stack
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.floats(0, 1e300)
@@ -24,10 +24,10 @@ def test_a_value_that_is_none_is_crossed_out_in_its_place() -> None:
 
 
 def test_few_values_are_stretched_and_many_put_together() -> None:
-    assert stretched([0, 4], 5) == [0, 1, 2, 3, 4]
-    assert stretched([0, 0, 4, 4], 2) == [0, 4]
-    assert stretched([7], 3) == [7, 7, 7]
-    assert stretched([1, None, 3], 5) == [1, None, None, 3, 3]
+    assert resample([0, 4], 5) == [0, 1, 2, 3, 4]
+    assert resample([0, 0, 4, 4], 2) == [0, 4]
+    assert resample([7], 3) == [7, 7, 7]
+    assert resample([1, None, 3], 5) == [1, None, None, 3, 3]
 
 
 def test_a_band_covers_what_lies_between() -> None:
@@ -37,7 +37,7 @@ def test_a_band_covers_what_lies_between() -> None:
 
 def test_a_stack_has_its_parts_in_order_and_a_blank_between_broad_bars() -> None:
     lines = stack([[1, 1], [1, 3]], 6, 4, 4)
-    assert ["".join(block.sign for block in line) for line in lines] == [
+    assert ["".join(block.char for block in line) for line in lines] == [
         "   ██ ",
         "   ██ ",
         "██ ██ ",
@@ -48,13 +48,13 @@ def test_a_stack_has_its_parts_in_order_and_a_blank_between_broad_bars() -> None
 
 
 def test_something_is_never_drawn_as_nothing() -> None:
-    assert stack([[1, 1000]], 2, 1, 1000)[0][0].sign == "▁"
-    assert stack([[0, 1000]], 2, 1, 1000)[0][0].sign == " "
+    assert stack([[1, 1000]], 2, 1, 1000)[0][0].char == "▁"
+    assert stack([[0, 1000]], 2, 1, 1000)[0][0].char == " "
 
 
 @given(st.lists(st.none() | finite, max_size=80), *sides)
 def test_no_value_breaks_a_curve(values: list[float | None], width: int, height: int) -> None:
-    scale = scale_of(values)
+    scale = fit_scale(values)
     assert (scale is None) == all(value is None for value in values)
     if scale is not None:
         lines = curve(values, width, height, scale)
@@ -70,4 +70,4 @@ def test_no_value_breaks_a_stack(bars: list[tuple[float, float]], width: int, he
     lines = stack(parts, width, height, high)
     assert [len(line) for line in lines] == [width] * height
     used = min(bar_width(len(bars), width) * len(bars), width)
-    assert all(block.sign == " " for line in lines for block in line[used:])
+    assert all(block.char == " " for line in lines for block in line[used:])

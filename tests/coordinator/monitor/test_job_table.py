@@ -9,8 +9,16 @@ from msgspec.structs import replace
 from coordinator.fleet.reducer import RUNS_KEPT, Fleet, Job, fold, rebased
 from coordinator.jobs import state as jobs
 from coordinator.jobs.messages import job_body
-from coordinator.monitor.job_table import COLUMNS, facts, left, num_working, ordered, speed, took_s
-from coordinator.monitor.peer_table import fit
+from coordinator.monitor.job_table import (
+    COLUMNS,
+    describe_job,
+    duration_s,
+    num_remaining,
+    num_working,
+    rows_per_s,
+    sort_jobs,
+)
+from coordinator.monitor.peer_table import fit_columns
 from coordinator.storage import job_events
 from coordinator.storage.job_events import Block, Given, JobSpec, JobState
 from protocols.messages.envelope import Envelope, JobChanged
@@ -64,7 +72,7 @@ def test_many_excuses_fit_into_one_message() -> None:
     assert sum(map(len, body.excused.values())) < 8_000
     fleet = Fleet(fleet="f")
     told(fleet, body)
-    words = facts(fleet.jobs["private-1"], fleet, NOW)
+    words = describe_job(fleet.jobs["private-1"], fleet, NOW)
     assert words[-1][1].text == f"and {50 - len(body.excused)} more"
 
 
@@ -73,7 +81,7 @@ def test_its_times_are_those_of_the_clock_that_looks() -> None:
     told(fleet, changed("a", "finished", ended_at=NOW - 5), at=NOW, now=NOW + 3600)
     job = fleet.jobs["a"]
     assert (job.began_at, job.ended_at) == (NOW + 3580, NOW + 3595)
-    assert took_s(job, NOW + 9_999) == 15
+    assert duration_s(job, NOW + 9_999) == 15
     assert rebased(fleet, NOW + 100).jobs["a"].ended_at == NOW + 3695
 
 
@@ -83,7 +91,7 @@ def test_what_is_under_way_stands_first_and_is_forgotten_last() -> None:
     for number in range(RUNS_KEPT + 5):
         ended_at = NOW - 100 + number
         told(fleet, changed(f"j{number}", "finished", ended_at=ended_at), now=NOW)
-    assert [job.changed.job for job in ordered(fleet)[:2]] == ["long", f"j{RUNS_KEPT + 4}"]
+    assert [job.changed.job for job in sort_jobs(fleet)[:2]] == ["long", f"j{RUNS_KEPT + 4}"]
     assert (len(fleet.jobs), num_working(fleet)) == (RUNS_KEPT, 1)
 
 
@@ -96,18 +104,18 @@ def test_strange_numbers_are_shown_as_none() -> None:
         changed("b", began_at=0.0, done=0, total=huge, rows=huge, rows_per_s=1e300),
         at=math.inf,
     )
-    for job in ordered(fleet):
-        assert left(job) >= 0
-        assert math.isfinite(speed(job, NOW))
+    for job in sort_jobs(fleet):
+        assert num_remaining(job) >= 0
+        assert math.isfinite(rows_per_s(job, NOW))
         for width in (40, 80, 200):
-            for column, wide in fit(COLUMNS, width - 1, width):
+            for column, wide in fit_columns(COLUMNS, width - 1, width):
                 assert len(column.cell(job, NOW, wide).text) <= wide, column.key
-        assert all(cell.text for _, cell in facts(job, fleet, NOW))
+        assert all(cell.text for _, cell in describe_job(job, fleet, NOW))
 
 
 def test_speed_of_an_ended_job_is_what_it_came_to() -> None:
     body = changed("a", "finished", ended_at=NOW - 10, rows=50, rows_per_s=900.0)
     job = Job(changed=body, changed_at=NOW, began_at=NOW - 20, ended_at=NOW - 10)
-    assert speed(job, NOW) == 5
+    assert rows_per_s(job, NOW) == 5
     working = replace(body, state="working")
-    assert speed(Job(changed=working, changed_at=NOW), NOW) == 900
+    assert rows_per_s(Job(changed=working, changed_at=NOW), NOW) == 900

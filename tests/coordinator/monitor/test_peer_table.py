@@ -11,7 +11,14 @@ from rich.console import Console
 
 from coordinator.fleet.reducer import Fleet, Peer
 from coordinator.fleet.state import Run
-from coordinator.monitor.peer_table import COLUMNS, GAP, chosen, fit, is_faulty, state_cell
+from coordinator.monitor.peer_table import (
+    COLUMNS,
+    GAP,
+    fit_columns,
+    is_faulty,
+    select_peers,
+    state_cell,
+)
 from coordinator.monitor.plain_table import plain_table
 from coordinator.monitor.round_table import round_progress
 from coordinator.remote.formatting import age, amount, decimal, progress, rate, stopwatch, trend
@@ -115,14 +122,14 @@ def test_a_round_fits_its_room(asked: int, answered: int, width: int) -> None:
 
 @given(st.integers(0, 260))
 def test_columns_never_overflow_and_leave_in_order(width: int) -> None:
-    columns = fit(COLUMNS, width, width)
+    columns = fit_columns(COLUMNS, width, width)
     assert sum(wide + GAP for _, wide in columns) <= width
     assert [column.key for column, _ in columns] == [c.key for c in COLUMNS][: len(columns)]
 
 
 @pytest.mark.parametrize(("terminal", "last"), [(60, "seen"), (80, "trend"), (200, "version")])
 def test_columns_at_the_breakpoints(terminal: int, last: str) -> None:
-    assert fit(COLUMNS, terminal - 1, terminal)[-1][0].key == last
+    assert fit_columns(COLUMNS, terminal - 1, terminal)[-1][0].key == last
 
 
 def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:
@@ -138,7 +145,7 @@ def test_the_links_of_a_peer_one_by_one() -> None:
     def cell(state: PeerState, flower: bool | None, now: float = NOW) -> tuple[str, str]:
         one = peer("a", state)
         one.flower = flower
-        return column.cell(one, now, column.most)
+        return column.cell(one, now, column.max_width)
 
     assert cell(PeerState.IDLE, True) == ("m● f●", "good")
     assert cell(PeerState.IDLE, False) == ("m● f○", "warn")
@@ -147,7 +154,7 @@ def test_the_links_of_a_peer_one_by_one() -> None:
     assert cell(PeerState.IDLE, None) == ("m● f–", "good"), "an older coordinator"
     asking = peer("b")
     asking.standing = "awaiting"
-    assert column.cell(asking, NOW, column.most).text == "–"
+    assert column.cell(asking, NOW, column.max_width).text == "–"
 
 
 def test_faults_filter_and_order() -> None:
@@ -160,12 +167,16 @@ def test_faults_filter_and_order() -> None:
     for one in (fine, lost, wild, failed):
         fleet.peers[one.peer] = one
     fine.telemetry = Telemetry(loss=0.5)
-    names = [one.name for one in chosen(fleet, NOW)]
+    names = [one.name for one in select_peers(fleet, NOW)]
     assert names == ["fine", "wild", "failed", "lost"]
-    assert [one.name for one in chosen(fleet, NOW, words="site=attic train")] == ["fine"]
-    assert {one.name for one in chosen(fleet, NOW, faults=True)} == {"wild", "failed", "lost"}
-    assert [one.name for one in chosen(fleet, NOW, by="loss")][:2] == ["wild", "fine"]
-    assert chosen(fleet, NOW, reverse=True)[0].name == "lost"
+    assert [one.name for one in select_peers(fleet, NOW, query="site=attic train")] == ["fine"]
+    assert {one.name for one in select_peers(fleet, NOW, faults_only=True)} == {
+        "wild",
+        "failed",
+        "lost",
+    }
+    assert [one.name for one in select_peers(fleet, NOW, sort_by="loss")][:2] == ["wild", "fine"]
+    assert select_peers(fleet, NOW, reverse=True)[0].name == "lost"
     assert is_faulty(fine, NOW + 31), "silence is a fault"
 
 

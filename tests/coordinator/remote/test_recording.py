@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.fleet import reducer as fleets
-from coordinator.monitor.terminal_text import ascii_only, harmless
+from coordinator.monitor.terminal_text import ascii_only, strip_controls
 from coordinator.remote.recording import DEMO, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
 from protocols.errors import CommonweightError, UsageFault
@@ -141,5 +141,5 @@ def test_the_demo_is_here_and_has_a_story() -> None:
 
 def test_signs_keep_their_width_and_lose_their_teeth() -> None:
     assert ascii_only("● training ▁▂▃ ✕ 日本") == "* training _.- x ????"
-    assert harmless("a\x1b[31mb\u202ec\x9b") == "a[31mbc"
+    assert strip_controls("a\x1b[31mb\u202ec\x9b") == "a[31mbc"
     assert ascii_only("plain") == "plain"

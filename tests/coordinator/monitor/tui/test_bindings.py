@@ -13,11 +13,11 @@ from textual.pilot import Pilot
 
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.cell_table import CellTable
-from coordinator.monitor.tui.dialogs import AskDialog, Dialog, HelpDialog, TicketDialog
+from coordinator.monitor.tui.dialogs import ConfirmDialog, Dialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.jobs_page import JobsPage
-from coordinator.monitor.tui.keys import KEYS, REPLAY
+from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.replay_app import ReplayApp
 from coordinator.monitor.tui.rounds_page import RoundsPage
@@ -45,7 +45,7 @@ class Desk(NamedTuple):
 
     @property
     def fleet(self) -> FleetPage:
-        return self.app._main(FleetPage)
+        return self.app._part(FleetPage)
 
     @property
     def peer(self) -> PeerScreen:
@@ -103,10 +103,10 @@ PAGES: dict[str, Case] = {
     "slash": Case(lambda desk: desk.fleet.bar.display),
     "exclamation_mark": Case(lambda desk: "faults only" in desk.text),
     "a": Case(lambda desk: (IDS["garden"], "approve", 0.0) in desk.source.commands),
-    "ctrl+d": Case(lambda desk: desk.shows(AskDialog, "Remove")),
-    "D": Case(lambda desk: desk.shows(AskDialog, "Drain")),
+    "ctrl+d": Case(lambda desk: desk.shows(ConfirmDialog, "Remove")),
+    "D": Case(lambda desk: desk.shows(ConfirmDialog, "Drain")),
     "n": Case(lambda desk: desk.shows(RunForm, "A new run")),
-    "X": Case(lambda desk: desk.shows(AskDialog, "Stop run motion-7?"), ("2",)),
+    "X": Case(lambda desk: desk.shows(ConfirmDialog, "Stop run motion-7?"), ("2",)),
     "t": Case(lambda desk: desk.shows(TicketDialog, "cw1-")),
     "s": Case(lambda desk: "by peer" in desk.text, undo=tuple("sssss")),
     "S": Case(lambda desk: "by state ↑" in desk.text, undo=("S",)),
@@ -142,7 +142,7 @@ ELSEWHERE: dict[str, Case] = {
     "4 y": Case(lambda desk: desk.app.clipboard == "scatter-c41e88", ("4",)),
     "4 z": Case(lambda desk: "answers up" not in desk.text, ("4",), ("z",)),
     "4 j": Case(lambda desk: "stopped by the operator" in desk.text, ("4",), ("home",)),
-    "4 X": Case(lambda desk: desk.shows(AskDialog, "Stop job scatter-c41e88?"), ("4",)),
+    "4 X": Case(lambda desk: desk.shows(ConfirmDialog, "Stop job scatter-c41e88?"), ("4",)),
 }
 OPEN = (*ON_NORTH, "enter")
 PEER: dict[str, Case] = {
@@ -193,7 +193,7 @@ ROWS = rows("#said", "3")
 BOXES: dict[type[Any], dict[str, Case]] = {
     Dialog: {key: Case(alone, ("question_mark",)) for key in ("escape", "q", "enter")},
     TicketDialog: {"y": Case(lambda desk: desk.app.clipboard.startswith("cw1-"), ("t",))},
-    AskDialog: {
+    ConfirmDialog: {
         "y": Case(lambda desk: desk.source.stopped, ("2", "X")),
         "n": Case(alone, ("2", "X")),
     },
@@ -216,7 +216,7 @@ def keys_of(kind: type[Any]) -> set[str]:
 
 
 def test_no_binding_is_without_a_case() -> None:
-    replay = {key.key for key in KEYS if key.id in REPLAY}
+    replay = {key.key for key in KEYS if key.id in REPLAY_ONLY}
     assert keys_of(MonitorApp) == PAGES.keys() | replay
     assert keys_of(PeerScreen) == PEER.keys()
     assert keys_of(CellTable) == CELLS.keys()

@@ -9,12 +9,12 @@ from textual.widgets import Input
 
 from coordinator.monitor.tui import config, export
 from coordinator.monitor.tui.config import Config
-from coordinator.monitor.tui.dialogs import AskDialog, HelpDialog, TicketDialog
+from coordinator.monitor.tui.dialogs import ConfirmDialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
 from coordinator.monitor.tui.run_form import RunForm, order
-from coordinator.monitor.tui.theme import colours
+from coordinator.monitor.tui.theme import colors
 from coordinator.runs.options import OPTIONS
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages.envelope import Envelope, PeerKnown, RunChanged
@@ -40,12 +40,12 @@ async def test_approve_and_remove_are_done_when_the_fleet_shows_it() -> None:
         told(source, 1, PeerKnown(peer=garden, name="garden", public_key=PEER_KEYS["garden"]))
         await until(pilot, lambda: any(e.text == "garden is approved" for e in app.events))
         await pilot.press("end", "ctrl+d")
-        await until(pilot, lambda: isinstance(app.screen, AskDialog))
+        await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         await pilot.press("n")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert len(source.commands) == 1, "no is no"
         await pilot.press("ctrl+d")
-        await until(pilot, lambda: isinstance(app.screen, AskDialog))
+        await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         assert "Remove west?" in screen_text(app)
         await pilot.press("y")
         await until(pilot, lambda: len(source.commands) == 2)
@@ -60,7 +60,7 @@ async def test_drain_waits_until_the_agent_has_left() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         await pilot.press("down", "D")
-        await until(pilot, lambda: isinstance(app.screen, AskDialog))
+        await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         await pilot.press("y")
         await until(pilot, lambda: source.commands == [(IDS["east"], "finish", 0.0)])
         await until(pilot, lambda: "asked: drain east" in screen_text(app))
@@ -90,7 +90,7 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         told(source, 1, begun)
         await until(pilot, lambda: any("run ping-1 has begun" in e.text for e in app.events))
         await pilot.press("2", "X")
-        await until(pilot, lambda: isinstance(app.screen, AskDialog))
+        await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         await until(pilot, lambda: "commonweight run resume ping-1" in screen_text(app))
         await pilot.press("y")
         await until(pilot, lambda: len(source.stopped) == 1)
@@ -252,6 +252,6 @@ async def test_every_theme_draws() -> None:
             app.theme = name
             await pilot.pause()
             app._draw(None)
-            grounds.add(colours().ground)
+            grounds.add(colors().background)
             assert "● training" in screen_text(app), name
         assert len(grounds) > len(app.available_themes) // 2

@@ -15,7 +15,7 @@ from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import footer_line
 from coordinator.monitor.tui.header import header_line
 from coordinator.monitor.tui.peer_screen import PeerScreen
-from coordinator.monitor.tui.row_table import CELLS_KEPT, LINES_KEPT
+from coordinator.monitor.tui.row_table import MAX_CACHED_CELLS, MAX_CACHED_LINES
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Envelope, Happened, Presence
 from protocols.messages.states import PauseReason, PeerState
@@ -124,15 +124,15 @@ async def test_the_cursor_and_the_rows_follow_their_peers() -> None:
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
         await pilot.press("end")
-        assert page.under_cursor == IDS["west"]
+        assert page.current_peer == IDS["west"]
         await pilot.press("S")
         await settled(pilot)
         assert page.table.cursor_row == 0
-        assert page.under_cursor == IDS["west"]
+        assert page.current_peer == IDS["west"]
         body = Presence(state=PeerState.ERROR, reason="no disk")
         source.live.put_nowait(Envelope(sender=IDS["north"], epoch="e2", seq=1, at=NOW, body=body))
         await until(pilot, lambda: "! error: no disk" in screen_text(app))
-        assert page.under_cursor == IDS["west"]
+        assert page.current_peer == IDS["west"]
         assert any("north has an error" in event.text for event in app.events)
         lines = screen_text(app).splitlines()[3:]
         assert app.fleet is not None
@@ -149,7 +149,7 @@ async def test_sorting_goes_round() -> None:
         names = [app.fleet.peers[peer].name for peer in page.shown]
         assert names == sorted(names)
         await pilot.press(*"sssss")
-        assert page.by == "state"
+        assert page.sort_by == "state"
 
 
 async def test_frozen_pictures_stand_still_while_messages_go_in() -> None:
@@ -312,12 +312,12 @@ async def test_a_table_keeps_little_of_what_it_showed() -> None:
         await pilot.press("3")
         table = app.query_one(EventsPage).table
         for number in range(80):
-            app.say("info", f"line {number}", toast=False)
+            app.announce("info", f"line {number}", toast=False)
             app._draw(None)
             await pilot.pause()
         assert table.row_count > 60
-        assert 0 < len(table._cell_render_cache) <= CELLS_KEPT
-        assert 0 < len(table._line_cache) <= LINES_KEPT
+        assert 0 < len(table._cell_render_cache) <= MAX_CACHED_CELLS
+        assert 0 < len(table._line_cache) <= MAX_CACHED_LINES
 
 
 @pytest.mark.parametrize("width", range(40, 160, 7))

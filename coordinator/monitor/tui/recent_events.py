@@ -10,14 +10,14 @@ from textual.widget import Widget
 
 from coordinator.fleet.reducer import Event
 from coordinator.monitor.peer_table import LEVELS
-from coordinator.monitor.tui.events_page import clock_time
-from coordinator.monitor.tui.theme import colours, styles
+from coordinator.monitor.tui.events_page import format_time
+from coordinator.monitor.tui.theme import colors, styles
 
 
-class Latest(Widget):
+class RecentEvents(Widget):
     """`Latest`, then a line an event, the newest at the foot."""
 
-    DEFAULT_CSS = "Latest { padding: 0 1; }"
+    DEFAULT_CSS = "RecentEvents { padding: 0 1; }"
 
     def __init__(self, zone: tzinfo | None, *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
@@ -26,14 +26,14 @@ class Latest(Widget):
 
     def render(self) -> Text:
         room = max(self.content_size.height - 1, 0)
-        lines = [Text("Latest", f"bold {colours().ink}")]
+        lines = [Text("Latest", f"bold {colors().text}")]
         for event in self.events[len(self.events) - min(room, len(self.events)) :]:
             glyph, tone = LEVELS[event.level]
-            line = Text(clock_time(event.at, self._zone), colours().dim, no_wrap=True)
-            ink = colours().dim if event.level == "info" else styles()[tone]
+            line = Text(format_time(event.at, self._zone), colors().dim, no_wrap=True)
+            ink = colors().dim if event.level == "info" else styles()[tone]
             line.append(f" {glyph} ", styles()[tone]).append(event.text, ink)
             line.truncate(self.content_size.width, overflow="ellipsis")
             lines.append(line)
         if not self.events:
-            lines.append(Text("nothing has happened yet", colours().dim))
+            lines.append(Text("nothing has happened yet", colors().dim))
         return Text("\n").join(lines)
