@@ -174,8 +174,20 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Where the model is to be kept.")] = None,
     json: Json = False,
     watch: Annotated[bool, typer.Option("--monitor", help="Show the monitor meanwhile.")] = False,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-sample", help="Only write sample tables of three clinics into this folder."
+        ),
+    ] = None,
 ) -> None:
     """Agents learn real digits or movements together, on this machine, in a minute or two."""
+    if sample is not None:
+        from coordinator.cli.demo import sample_tables
+
+        for path in sample_tables.write(sample):
+            sys.stdout.write(f"{path}\n")
+        return
     from coordinator.cli.demo.command import run_demo
 
     run_demo(

@@ -1,0 +1,74 @@
+"""`commonweight demo --write-sample FOLDER`: made-up tables of three clinics, to try training with.
+
+The rows are drawn from a fixed formula: no person is behind them, and each call writes the same
+bytes. The clinics differ in size and in their patients' age, and west separates columns by `;`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from random import Random
+
+from protocols.errors import UsageFault
+
+TARGET = "readmitted"
+#: Rows, mean age and separator of each clinic.
+CLINICS = {"north": (600, 58.0, ","), "south": (350, 44.0, ","), "west": (150, 66.0, ";")}
+NEW_PATIENTS = "new-patients.csv"
+_COLUMNS = ("patient", "age", "sex", "pressure", "smoker", "visits", TARGET)
+
+
+def write(folder: Path) -> list[Path]:
+    """north.csv, south.csv, west.csv, and new-patients.csv without the target.
+
+    Raises UsageFault where one of them exists already, or the folder cannot be written.
+    """
+    tables = {f"{name}.csv": clinic for name, clinic in CLINICS.items()}
+    tables[NEW_PATIENTS] = (20, 55.0, ",")
+    for name in tables:
+        if (folder / name).exists():
+            raise UsageFault(f"{folder / name} exists already", "name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_all(folder, tables)
+    except OSError as err:
+        raise UsageFault(f"cannot write into {folder}: {err.strerror}", "name another") from None
+    return [folder / name for name in tables]
+
+
+def _write_all(folder: Path, tables: dict[str, tuple[int, float, str]]) -> None:
+    random = Random(20)
+    for name, (count, mean_age, separator) in tables.items():
+        columns = _COLUMNS[:-1] if name == NEW_PATIENTS else _COLUMNS
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, delimiter=separator, extrasaction="ignore")
+            writer.writeheader()
+            for number in range(1, count + 1):
+                row = _row(random, mean_age)
+                writer.writerow({"patient": f"{name.partition('.')[0]}-{number:04}"} | row)
+
+
+def _row(random: Random, mean_age: float) -> dict[str, str]:
+    age = min(95.0, max(18.0, mean_age + 14 * _bell(random)))
+    sex = random.choice(("female", "male"))
+    pressure = 95 + 0.6 * age + 9 * _bell(random)
+    smoker = random.random() < 0.28
+    visits = int(6 * random.random() ** 2)
+    score = 0.11 * (age - 55) + 0.09 * (pressure - 128) + 2.2 * smoker + 0.7 * (visits - 2)
+    readmitted = random.random() < 1 / (1 + math.exp(-score))
+    return {
+        "age": f"{age:.0f}",
+        "sex": sex,
+        # Some values are missing, as in real tables.
+        "pressure": "" if random.random() < 0.05 else f"{pressure:.0f}",
+        "smoker": "yes" if smoker else "no",
+        "visits": str(visits),
+        TARGET: "yes" if readmitted else "no",
+    }
+
+
+def _bell(random: Random) -> float:
+    """A number about 0 with deviation 1, from four uniform ones."""
+    return math.sqrt(3.0) * (sum(random.random() for _ in range(4)) - 2.0)

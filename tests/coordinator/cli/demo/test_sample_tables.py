@@ -1,0 +1,48 @@
+"""The sample tables of the tutorial: complete, alike each time, never written over other files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from coordinator.cli.demo import sample_tables
+from coordinator.cli.main import app
+from protocols.errors import UsageFault
+
+
+def test_three_clinics_and_new_patients(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    done = CliRunner().invoke(app, ["demo", "--write-sample", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert [Path(line).name for line in done.stdout.splitlines()] == [
+        "north.csv", "south.csv", "west.csv", "new-patients.csv",
+    ]  # fmt: skip
+    for name, (count, _, separator) in sample_tables.CLINICS.items():
+        with (folder / f"{name}.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter=separator))
+        assert len(rows) == count
+        assert {row[sample_tables.TARGET] for row in rows} == {"yes", "no"}
+        assert sum(not row["pressure"] for row in rows) < count / 10
+    first = (folder / sample_tables.NEW_PATIENTS).read_text().splitlines()[0]
+    assert sample_tables.TARGET not in first
+
+
+def test_each_call_writes_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (sample_tables.write(tmp_path / name) for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_no_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "west.csv").write_text("mine")
+    with pytest.raises(UsageFault, match="exists already"):
+        sample_tables.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["west.csv"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageFault, match="cannot write into"):
+        sample_tables.write(tmp_path / "file" / "folder")
