@@ -51,7 +51,7 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
     """Memory, and CPU in percent of a core, of a fleet that has worked and has nothing to do."""
     settings = {"COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S": "2"}
     with _site(agents, folder, False, **settings) as (site, _):
-        ping(site, Case("idle", agents, 10, 2, 0), 3)
+        ping(site, Case("idle", agents, 10_240, 2, 0), 3)
         until(lambda: not _members(site)["trainer"], "the trainers have ended")
         before, began = _cpu(site), time.monotonic()
         time.sleep(seconds)  # this is what is measured: the time in which nothing happens
