@@ -29,7 +29,7 @@ from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Wor
 from agent.trainer import rng_state
 from agent.trainer.checkpoint import Journal
 from agent.trainer.ipc import Answer, Failed
-from agent.trainer.personalization import Personal, continuing, steerable
+from agent.trainer.personalization import Personal
 from agent.trainer.progress import Control, Meter
 from protocols import VERSION
 from protocols.errors import BadWeights, CommonweightError
@@ -138,40 +138,39 @@ class Trainer:
     def _trained(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal
     ) -> Done | Failed:
-        on_step, resumed_at = Meter(work.id, "train", self._control, self._send), 0
-        if work.journal and isinstance(task, Resumable):
-            journal, resumable = Journal(Path(work.journal), _key(work), work.journal_every_s), task
-            kept = journal.recall()
-            if kept is not None:
-                self._resumed = journal
-                resumed_at, snapshot, chances = kept
-                resumable.restore(snapshot)
-                rng_state.restore(chances)
-            on_step = Meter(
-                work.id,
-                "train",
-                self._control,
-                self._send,
-                is_due=lambda: journal.due,
-                keep=lambda step: journal.keep(step, resumable.snapshot()),
-                resumed=kept is not None,
-            )
-        if personal.steers:
-            steerable(task).path(settings)  # refused now, and not after an hour of training
-            steerable(task).steer(personal.correction(base))
-        if personal.continues:
-            continuing(task).recall(personal.optimiser)
-        model = personal.model(base)
-        trained, count, metrics = task.train(model, settings, on_step)
+        on_step, resumed_at = self._metered(work, task)
+        training = personal.before_train(task, settings, base)
+        trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
         self._control.check(work.id)
+        whole = _checked(trained, training.model.schema)
         kept_out = Path(work.kept_out) if work.kept_out else None
-        whole = _checked(trained, model.schema)
-        if personal.tells_path:
-            metrics = {**metrics, personalization.PATH: steerable(task).path(settings)}
-        update = personal.update(task, settings, base, whole, kept_out)
-        done = self._written(work.id, update, work.out, count, metrics)
+        update = personal.after_train(training, whole, kept_out)
+        done = self._written(work.id, update, work.out, count, {**metrics, **training.metrics})
         return msgspec.structs.replace(done, resumed_at=resumed_at)
+
+    def _metered(self, work: Train, task: Task) -> tuple[Meter, int]:
+        """The `on_step` of a training, and the step from which its journal resumes the task."""
+        if not (work.journal and isinstance(task, Resumable)):
+            return Meter(work.id, "train", self._control, self._send), 0
+        journal = Journal(Path(work.journal), _key(work), work.journal_every_s)
+        resumed_at = 0
+        kept = journal.recall()
+        if kept is not None:
+            self._resumed = journal
+            resumed_at, snapshot, chances = kept
+            task.restore(snapshot)
+            rng_state.restore(chances)
+        on_step = Meter(
+            work.id,
+            "train",
+            self._control,
+            self._send,
+            is_due=lambda: journal.due,
+            keep=lambda step: journal.keep(step, task.snapshot()),
+            resumed=kept is not None,
+        )
+        return on_step, resumed_at
 
     def _found(self, *named: str) -> Task:
         """The task of this name, source and framework."""

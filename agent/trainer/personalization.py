@@ -1,21 +1,17 @@
 """The trainer's half of SCAFFOLD, FedBN and DiLoCo: what is this peer's own in a run. Pure.
 
-Of a version, the task sees the model alone; what stays at home, this peer's control variate and its
-optimiser lie in a file of its own, which moves on with each update.
-
-SCAFFOLD: Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1. Each step's gradient is corrected
-by c - c_i, the update carries c + (c_i⁺ - c_i), and c_i⁺ is either (I) the gradient at the version
-or (II) the mean of the gradients on the way, c_i - c + (x - y) / path. As (II) follows from the
-weights and the path alone, the coordinator can add it up itself: with option 3 it does.
-FedBN: Li et al. 2021, arXiv 2102.07623. DiLoCo: Douillard et al. 2023, arXiv 2311.08105.
+A task sees the model alone. Layers that stay here, this peer's control variates and its optimizer's
+state lie in a file of its own, which moves on with each update. Each algorithm is a hook around the
+training.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,24 +22,133 @@ from protocols.model import personalization, weights
 from protocols.model.personalization import control_of, pick
 from protocols.model.weights import Array, Schema, Weights
 
-#: Begins the names of the optimiser's arrays in the file.
+#: Begins the names of the optimizer's arrays in the file.
 _OPTIMISER = "optimiser:"
 
 Arrays = dict[str, Array]
 Floats = npt.NDArray[np.floating[Any]]
 
 
+@dataclass
+class Training:
+    """One training of `task`: what goes in, what comes out, and what hooks add to that.
+
+    `model` is what the task trains, and `trained` the result. `travels` replaces tensors of the
+    update, `own` and `optimiser` go to this peer's file.
+    """
+
+    task: Task
+    settings: Settings
+    version: Weights
+    model: Weights
+    trained: Mapping[str, Array] = field(default_factory=dict)
+    travels: Arrays = field(default_factory=dict)
+    own: Arrays = field(default_factory=dict)
+    optimiser: Mapping[str, Array] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Hook(Protocol):
+    """Acts around the training of one work. Both methods raise UsageFault."""
+
+    def before_train(self, training: Training) -> None: ...
+
+    def after_train(self, training: Training) -> None: ...
+
+
+class FedBN:
+    """Keeps some layers here (Li et al. 2021, arXiv 2102.07623)."""
+
+    def __init__(self, at_home: frozenset[str]) -> None:
+        self._at_home = at_home
+
+    def before_train(self, training: Training) -> None:
+        """The model has this peer's layers already."""
+
+    def after_train(self, training: Training) -> None:
+        training.own |= {name: training.trained[name] for name in self._at_home}
+
+
+class Scaffold:
+    """Corrects each step's gradient by c - c_i (Karimireddy et al. 2020, arXiv 1910.06378,
+    algorithm 1).
+
+    The update carries c + (c_i⁺ - c_i), where c_i⁺ is either (option 1) the gradient at the version
+    or (2) the mean of the gradients on the way, c_i - c + (x - y) / path. As (2) follows from the
+    weights and the path alone, the coordinator can add it up itself: with option 3 it does, from
+    the metric "path".
+
+    `controls` names the control variate of each tensor of the model, and `own` holds c_i by those
+    names.
+    """
+
+    def __init__(self, option: int, controls: Mapping[str, str], own: Mapping[str, Array]) -> None:
+        self._option, self._controls, self._own = option, controls, own
+
+    def before_train(self, training: Training) -> None:
+        task = _steerable(training.task)
+        task.path(training.settings)  # refused now, and not after an hour of training
+        task.steer(
+            {
+                name: np.subtract(training.version[control], self._own[control])
+                for name, control in self._controls.items()
+            }
+        )
+
+    def after_train(self, training: Training) -> None:
+        new = self._new_controls(_steerable(training.task), training)
+        training.own |= new
+        if self._option == 3:
+            training.metrics[personalization.PATH] = _steerable(training.task).path(
+                training.settings
+            )
+            return
+        training.travels |= {
+            control: _floats(training.version[control]) + (c - _floats(self._own[control]))
+            for control, c in new.items()
+        }
+
+    def _new_controls(self, task: Steerable, training: Training) -> dict[str, Floats]:
+        """c_i⁺ by the names of control variates."""
+        moving = [
+            (name, control, _floats(self._own[control])) for name, control in self._controls.items()
+        ]
+        if self._option == 1:
+            gradient = task.gradient(training.model, training.settings)
+            # What no gradient moves (running statistics) needs no control.
+            return {n: np.asarray(gradient.get(name, own), own.dtype) for name, n, own in moving}
+        path = task.path(training.settings)
+        version = training.version
+        return {
+            n: (own - _floats(version[n]) + _moved(training, name) / path).astype(own.dtype)
+            for name, n, own in moving
+        }
+
+
+class DiLoCo:
+    """Keeps the optimizer's state from round to round (Douillard et al. 2023, arXiv 2311.08105)."""
+
+    def __init__(self, optimiser: Mapping[str, Array]) -> None:
+        self._optimiser = optimiser
+
+    def before_train(self, training: Training) -> None:
+        _continuing(training.task).recall(self._optimiser)
+
+    def after_train(self, training: Training) -> None:
+        training.optimiser = _continuing(training.task).remembered()
+
+
 class Personal:
     """This peer's own part of a model of schema `model`, under the scheme in the settings.
 
-    `first` makes the task's first weights: what stays at home begins with them. `kept` is the file
-    of earlier updates, if there is one. `optimiser` is that of the update before.
+    `first` makes the task's first weights: layers that stay here begin with them. `kept` is the
+    file of earlier updates, if there is one.
     """
 
     def __init__(
         self, model: Schema, scheme: Settings, first: Callable[[], Weights], kept: Path | None
     ) -> None:
-        self._model, self._scheme = model, scheme
+        self._model = model
         self.shared = personalization.shared(model, scheme)
         at_home = {name: spec for name, spec in model.items() if name not in self.shared}
         controls = {n: s for n, s in self.shared.items() if personalization.is_control(n)}
@@ -51,13 +156,20 @@ class Personal:
         fresh = first() if at_home else Weights({})
         self._newcomers: Arrays = {name: fresh[name] for name in at_home}
         none = {name: np.zeros(s.shape, weights.DTYPES[s.dtype]) for name, s in controls.items()}
-        self.optimiser: Arrays = {}
-        found = self._read(kept)
+        found, optimiser = self._read(kept)
         self._own: Mapping[str, Array] = {**self._newcomers, **none} if found is None else found
+        self._hooks: list[Hook] = [FedBN(frozenset(at_home))]
+        if option := scheme.get(personalization.SCAFFOLD):
+            named = {name: control_of(name, scheme) for name in model}
+            steered = {name: control for name, control in named.items() if control in controls}
+            self._hooks.append(Scaffold(int(option), steered, self._own))
+        if scheme.get(personalization.KEEP_OPTIMISER):
+            self._hooks.append(DiLoCo(optimiser))
 
-    def _read(self, kept: Path | None) -> Weights | None:
+    def _read(self, kept: Path | None) -> tuple[Weights | None, Arrays]:
+        """This peer's tensors and its optimizer's state."""
         if kept is None or not kept.exists():
-            return None
+            return None, {}
         try:
             whole = weights.load(kept)
             names = [name for name in whole if not name.startswith(_OPTIMISER)]
@@ -65,102 +177,56 @@ class Personal:
             weights.check_schema(found.schema, self._schema)
         except BadWeights as err:
             sys.stderr.write(f"what this peer kept for itself is dropped: {err.message}\n")
-            return None
-        self.optimiser = {
+            return None, {}
+        return found, {
             name.removeprefix(_OPTIMISER): whole[name] for name in whole if name not in names
         }
-        return found
+
+    @property
+    def stays_at_home(self) -> bool:
+        """True if some layers never travel."""
+        return bool(self._newcomers)
 
     def model(self, version: Weights, *, newcomer: bool = False) -> Weights:
         """The task's model: what is shared, and this peer's own (or a newcomer's) beside it."""
         at_home = self._newcomers if newcomer else self._own
         return pick(self._model, lambda n: version[n] if n in self.shared else at_home[n])
 
-    @property
-    def stays_at_home(self) -> bool:
-        return bool(self._newcomers)
+    def before_train(self, task: Task, settings: Settings, version: Weights) -> Training:
+        """Prepare the task to train `Training.model`. Raises UsageFault."""
+        training = Training(task, settings, version, self.model(version))
+        for hook in self._hooks:
+            hook.before_train(training)
+        return training
 
-    @property
-    def steers(self) -> bool:
-        return bool(self._scheme.get(personalization.SCAFFOLD))
-
-    @property
-    def tells_path(self) -> bool:
-        """The coordinator makes the control variates of the weights and of how far they went."""
-        return self._scheme.get(personalization.SCAFFOLD) == 3
-
-    @property
-    def continues(self) -> bool:
-        return bool(self._scheme.get(personalization.KEEP_OPTIMISER))
-
-    def correction(self, version: Weights) -> Arrays:
-        """c - c_i, by the weight whose gradient it is added to."""
-        return {
-            name: np.subtract(version[control], self._own[control])
-            for name, control in self._controlled()
-        }
-
-    def update(
-        self,
-        task: Task,
-        settings: Settings,
-        version: Weights,
-        trained: Mapping[str, Array],
-        out: Path | None,
+    def after_train(
+        self, training: Training, trained: Mapping[str, Array], out: Path | None
     ) -> Weights:
-        """What travels of a trained model; what does not is written to `out`. Raises UsageFault."""
-        own = {name: trained[name] for name in self._newcomers}
-        change: dict[str, Floats] = {}
-        if self.steers:
-            new = self._control(steerable(task), settings, version, trained)
-            if not self.tells_path:
-                change = {n: _floats(version[n]) + (new[n] - _floats(self._own[n])) for n in new}
-            own |= new
+        """The update. What does not travel is written to `out`. Raises UsageFault."""
+        training.trained = trained
+        for hook in self._hooks:
+            hook.after_train(training)
         if out is not None:
-            kept = pick(self._schema, own.__getitem__)
-            if self.continues:
-                left = continuing(task).remembered()
-                kept = Weights({**kept, **{_OPTIMISER + name: left[name] for name in left}})
-            weights.save(kept, out)
-        travels = {**version, **trained, **change}
-        return pick(self.shared, travels.__getitem__)
+            kept = pick(self._schema, training.own.__getitem__)
+            state = {_OPTIMISER + name: array for name, array in training.optimiser.items()}
+            weights.save(Weights({**kept, **state}) if state else kept, out)
+        whole = {**training.version, **trained, **training.travels}
+        return pick(self.shared, whole.__getitem__)
 
-    def _controlled(self) -> list[tuple[str, str]]:
-        """The model's tensors that have control variates, and the names of those."""
-        named = [(name, control_of(name, self._scheme)) for name in self._model]
-        return [(name, control) for name, control in named if control in self._schema]
 
-    def _control(
-        self, task: Steerable, settings: Settings, version: Weights, trained: Mapping[str, Array]
-    ) -> dict[str, Floats]:
-        """c_i⁺ by the names of control variates."""
-        moving = [
-            (name, control, _floats(self._own[control])) for name, control in self._controlled()
-        ]
-        if self._scheme[personalization.SCAFFOLD] == 1:
-            gradient = task.gradient(self.model(version), settings)
-            # What no gradient moves (running statistics) needs no control.
-            return {n: np.asarray(gradient.get(name, own), own.dtype) for name, n, own in moving}
-        path = task.path(settings)
-        return {
-            n: (own - _floats(version[n]) + moved / path).astype(own.dtype)
-            for name, n, own in moving
-            for moved in [self._moved(name, version, trained)]
-        }
-
-    def _moved(self, name: str, version: Weights, trained: Mapping[str, Array]) -> Floats:
-        """x - y as float64."""
-        x, y = version[name], trained[name]
-        if self._model[name].dtype == "BF16":
-            x, y = weights.widen(x), weights.widen(y)
-        return np.subtract(x, y, dtype=np.float64)
+def _moved(training: Training, name: str) -> Floats:
+    """x - y as float64: how far the training has moved a tensor."""
+    x, y = training.version[name], training.trained[name]
+    if training.model.schema[name].dtype == "BF16":
+        x, y = weights.widen(x), weights.widen(y)
+    return np.subtract(x, y, dtype=np.float64)
 
 
 def _floats(array: Array) -> Floats:
     return cast(Floats, array)
 
 
-def continuing(task: Task) -> Continuing:
+def _continuing(task: Task) -> Continuing:
     """The task, if its optimiser can go on from round to round. Raises UsageFault."""
     if not isinstance(task, Continuing):
         raise UsageFault(
@@ -170,7 +236,7 @@ def continuing(task: Task) -> Continuing:
     return task
 
 
-def steerable(task: Task) -> Steerable:
+def _steerable(task: Task) -> Steerable:
     """The task, if SCAFFOLD can steer it. Raises UsageFault."""
     if not isinstance(task, Steerable):
         raise UsageFault(
