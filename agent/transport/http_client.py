@@ -1,8 +1,12 @@
 """HTTP/1.1 over TLS to the coordinator: kept connections, bodies without copies. Blocking.
 
-Python's own http.client: a small request costs a third of what it costs httpx, and a body goes from
-a file into the socket, or from the socket into a buffer, as it is. Any thread may ask; each request
-has a connection to itself.
+This uses Python's own http.client. A small request costs a third of what it costs with httpx. A
+body goes from a file into the socket, or from the socket into a buffer, as it is. Any thread may
+ask: each request has a connection to itself.
+
+urllib3 was tried in its place. 400 MB each way take as long with it, but a small request takes 0.67
+ms of CPU time in place of 0.43 ms. It saves 30 lines only, as the idle limit, the addresses and the
+end of a connection that still connects need five methods of its pool and its connection overridden.
 """
 
 from __future__ import annotations

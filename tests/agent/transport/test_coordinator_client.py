@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 import threading
@@ -14,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import Link
-from agent.transport.weight_transfer import NoRoom, SessionLost
+from agent.transport.weight_transfer import CONNECTION_S, NoRoom, SessionLost
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, Refused, Unreachable
 from protocols.messages.work import FEW_BYTES
@@ -235,6 +236,29 @@ def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
     kept.sock.shutdown(socket.SHUT_RDWR)
     link.beat()
     assert link._wire._idle[0][0] is not kept
+
+
+def test_a_connection_that_was_idle_for_too_long_is_not_used_again(link: Link) -> None:
+    link.open()
+    [(kept, since)] = link._wire._idle
+    link._wire._idle = [(kept, since - CONNECTION_S)]
+    link.beat()
+    assert link._wire._idle[0][0] is not kept
+    assert kept.sock is None
+
+
+def test_a_disk_error_while_an_update_is_sent_is_not_taken_for_one_of_the_network(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path, offset: int) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.EIO, "the disk fails")
+
+    source = tmp_path / "update"
+    source.write_bytes(bytes(1000))
+    monkeypatch.setattr(link, "_metered", failing)
+    with pytest.raises(OSError, match="the disk fails"):
+        link.upload(weights.file_digest(source), source)
 
 
 def answered(link: Link, question: Message) -> Message:
