@@ -57,42 +57,32 @@ _ROUTE_EVERY_S = 2.0
 
 
 class Agent:
-    """One enrolled machine at work. `serve` runs it until it is told to stop."""
+    """One enrolled machine at work. `serve` runs it until it is told to stop.
+
+    Parts know only those that were made before them. What an earlier one asks of a later one is a
+    hook, set in `_connect`.
+    """
 
     def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
         self._home = home
         self._waking: asyncio.Task[None] | None = None
         self._lifting: asyncio.TimerHandle | None = None
         credentials = Credentials.of(home, enrolment)
+        public = enrolment.coordinator_public
+        # What happens here, and who is told.
         self._loop = WorkerLoop(self._obey)
         self._presence = PresenceLink(
             enrolment.mqtt,
             enrolment.fleet,
             enrolment.peer,
             credentials.sign_key.sign,
-            enrolment.coordinator_public,
+            public,
             self._on_command,
             self._on_mqtt,
         )
-        self._report = Report(
-            home,
-            enrolment,
-            chosen,
-            self._presence,
-            traffic=lambda: self._sessions.traffic(),
-            trainer_bytes=lambda: self._work.trainer.rss_bytes,
-            known=lambda: self._gossip.known(),
-        )
-        self._gossip = Gossip(
-            home,
-            enrolment,
-            credentials,
-            Heads(home / "cache", enrolment.coordinator_public),
-            certificate=lambda: self._sessions.certificate,
-            presence=lambda: self._report.presence,
-            address=lambda: self._sharing.asked().address,
-        )
-        self._bandwidth = Bandwidth(home, lambda: self._polite.rates())
+        self._report = Report(home, enrolment, chosen, self._presence)
+        # The coordinator, and other peers.
+        self._bandwidth = Bandwidth(home)
         self._sessions = Sessions(
             home,
             enrolment,
@@ -102,15 +92,24 @@ class Agent:
             self._bandwidth,
             self._presence.move,
         )
+        self._gossip = Gossip(
+            home,
+            enrolment,
+            credentials,
+            Heads(home / "cache", public),
+            self._sessions.certificate,
+            self._report.presence,
+        )
         self._sharing = Sharing(
             chosen.share,
             home,
             credentials,
-            enrolment.coordinator_public,
+            public,
             port=chosen.share_port,
             mbit_s=chosen.share_mbit_s,
             hearsay=self._gossip,
         )
+        # The work.
         self._work = WorkThread(
             home,
             enrolment,
@@ -118,26 +117,34 @@ class Agent:
             chosen,
             self._loop,
             self._report,
-            link=lambda: self._sessions.link,
-            sharing=self._sharing,
-            received=self._bandwidth.received,
+            self._sessions.link,
+            self._sharing,
+            self._bandwidth.received,
         )
         self._spread = Spread(
             home / "cache",
             credentials,
-            enrolment.coordinator_public,
+            public,
             self._loop,
             self._gossip,
             self._sharing,
             self._work.versions,
             self._bandwidth,
-            link=lambda: self._sessions.link,
+            self._sessions.link,
         )
+        # When it may be done.
         feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
         self._polite = Polite(
             home, chosen, self._loop, feeling, self._bandwidth, self._work.make_room
         )
         self._owner = Owner(home, self._loop, self._polite)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._report.traffic = self._sessions.traffic
+        self._report.known = self._gossip.known
+        self._gossip.address = self._sharing.address
+        self._bandwidth.rates = self._polite.rates
 
     # --- life ---
 
@@ -233,7 +240,7 @@ class Agent:
             text = "the owner keeps this log private: policy set share_log true"
             told = [LogLine(at=time.time(), level="info", text=text)]
         with contextlib.suppress(CommonweightError):
-            self._sessions.link.tell_logs(LogsTold(ask=asked.ask, lines=told))
+            self._sessions.link().tell_logs(LogsTold(ask=asked.ask, lines=told))
 
     # --- now and then ---
 

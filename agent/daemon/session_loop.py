@@ -66,14 +66,12 @@ class Sessions:
         self._working = ThreadPoolExecutor(1, "work")
         self._beating = ThreadPoolExecutor(1, "heartbeat")
 
-    @property
     def link(self) -> Link:
         """The link of the moment. Raises Unreachable before the first try to open a session."""
         if self._link is None:
             raise Unreachable("the coordinator was not asked yet")
         return self._link
 
-    @property
     def certificate(self) -> bytes:
         """The node certificate of the moment: it is renewed now and then."""
         return self._enrolment.certificate
@@ -144,7 +142,7 @@ class Sessions:
         while True:
             self._doorbell.clear()
             if state_machine.can_take_work(self._loop.worker):
-                message = await self._in_thread(self.link.pull)
+                message = await self._in_thread(self.link().pull)
                 while message is not None:
                     message = await self._in_thread(answer, message)
                     self._worked_at = time.monotonic()

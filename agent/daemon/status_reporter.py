@@ -31,9 +31,9 @@ _AT_LEAST_EVERY_S = 10.0
 
 
 class Report:
-    """Speaks for one agent. `traffic()` gives bytes up and down, `trainer_bytes()` its memory,
-    `known()` what it knows of versions and peers.
+    """Reports one agent's state: over MQTT, in the status file, in the log.
 
+    `traffic()` gives bytes up and down, `known()` what it knows of versions and peers.
     All but `answered` and `trouble` are for the event loop's thread.
     """
 
@@ -43,17 +43,14 @@ class Report:
         enrolment: Enrolment,
         chosen: AgentSettings,
         presence: PresenceLink,
-        traffic: Callable[[], tuple[int, int]],
-        trainer_bytes: Callable[[], int],
-        known: Callable[[], Known],
     ) -> None:
         self._home, self._settings, self._presence = home, chosen, presence
-        self._traffic, self._trainer_bytes, self._known = traffic, trainer_bytes, known
+        self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.known: Callable[[], Known] = lambda: Known(None, 0, 0, "")
         here = {*registry.names(), *chosen.task_files}
         self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
         self._process = psutil.Process()
-        #: What was last said of the state.
-        self.presence = Presence(state=PeerState.IDLE)
+        self._said = Presence(state=PeerState.IDLE)
         self._is_old = True
         self._written_at = -math.inf
         self._status = Status(
@@ -67,6 +64,10 @@ class Report:
             coordinator=enrolment.addresses[0],
         )
 
+    def presence(self) -> Presence:
+        """What was last said of the state."""
+        return self._said
+
     def take_up(self, chosen: AgentSettings, now: Worker) -> None:
         """Say what of the settings others may know, after they were changed."""
         self._settings = chosen
@@ -77,7 +78,7 @@ class Report:
         state, reason = state_machine.shown(now)
         free_at, free_until = state_machine.free(now)
         work = now.work
-        self.presence = Presence(
+        self._said = Presence(
             state=state,
             reason=reason,
             name=self._status.name,
@@ -91,18 +92,18 @@ class Report:
             free_at=free_at,
             free_until=free_until,
         )
-        self._presence.set_presence(self.presence)
+        self._presence.set_presence(self._said)
         self._status.state, self._status.reason = state.value, reason
         self._status.share, self._status.free_at = now.share, free_at
         self._status.run = work.run if work else ""
         self._status.round = work.round if work else 0
         self._is_old = True
 
-    def progress(self, now: Worker, progress: Progress) -> None:
+    def progress(self, now: Worker, progress: Progress, trainer_bytes: int) -> None:
         """Say how far the work in hand is."""
         if now.work is None:
             return
-        up, down = self._traffic()
+        up, down = self.traffic()
         self._presence.telemetry(
             Telemetry(
                 run=now.work.run,
@@ -116,7 +117,7 @@ class Report:
                 bytes_up=up,
                 bytes_down=down,
                 cpu_percent=psutil.cpu_percent(),
-                memory_bytes=self._process.memory_info().rss + self._trainer_bytes(),
+                memory_bytes=self._process.memory_info().rss + trainer_bytes,
                 battery_percent=_battery(),
             )
         )
@@ -155,8 +156,8 @@ class Report:
         self._is_old, self._written_at = False, time.monotonic()
         self._status.at = time.time()
         self._status.session, self._status.mqtt = now.session, now.mqtt
-        self._status.bytes_up, self._status.bytes_down = self._traffic()
-        known = self._known()
+        self._status.bytes_up, self._status.bytes_down = self.traffic()
+        known = self.known()
         self._status.head, self._status.shares_at = known.head, known.shares_at
         self._status.heard, self._status.alike = known.heard, known.alike
         try:

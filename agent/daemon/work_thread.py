@@ -282,4 +282,4 @@ class WorkThread:
         self._resting = self._loop.happens_in(TRAINER_REST_S, lifted)
 
     def _progressed(self, progress: Progress) -> None:
-        self._report.progress(self._loop.worker, progress)
+        self._report.progress(self._loop.worker, progress, self.trainer.rss_bytes)

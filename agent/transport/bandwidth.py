@@ -31,10 +31,9 @@ class Bandwidth:
     `rates()` gives Mbit/s up and down, 0 for no limit, and may change.
     """
 
-    def __init__(
-        self, home: Path, rates: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
-    ) -> None:
-        self._file, self._rates = home / FILE, rates
+    def __init__(self, home: Path) -> None:
+        self._file = home / FILE
+        self.rates: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
         self._lock = threading.Lock()
         self._free_at = [0.0, 0.0]
         self._kept_at = time.monotonic()
@@ -73,7 +72,7 @@ class Bandwidth:
         return self._day
 
     def _passed(self, way: int, nbytes: int) -> None:
-        rate = self._rates()[way]
+        rate = self.rates()[way]
         with self._lock:
             day = self._now()
             self._day = Day(

@@ -73,6 +73,7 @@ class Peer:
         self.heads = Heads(self.cache, public)
         self.gossip = self.new_gossip()
         self.sharing = Sharing(policy, self.home, credentials, public, hearsay=self.gossip)  # type: ignore[arg-type]
+        self.gossip.address = self.sharing.address
         self.link = Link(credentials)
         self.loop = WorkerLoop(lambda _: None)
         self.loop.begin()
@@ -103,7 +104,6 @@ class Peer:
             self.heads,
             lambda: self._enrolment.certificate,
             lambda: IDLE,
-            lambda: self.sharing.asked().address,
         )
 
 

@@ -58,13 +58,13 @@ class Gossip:
         heads: Heads,
         certificate: Callable[[], bytes],
         presence: Callable[[], Presence],
-        address: Callable[[], str] = lambda: "",
     ) -> None:
         self._file = home / FILE
         self._certificate, self._credentials = certificate, credentials
         self._coordinator_public = enrolment.coordinator_public
         self.heads = heads
-        self._presence, self._address = presence, address
+        self._presence = presence
+        self.address: Callable[[], str] = lambda: ""
         self._words = Words(credentials.ca_pem, enrolment.fleet)
         self.given = self._read()
 
@@ -90,7 +90,7 @@ class Gossip:
             at=time.time(),
             presence=self._presence(),
             head=self.heads.newest(),
-            address=self._address(),
+            address=self.address(),
         )
         own = gossip.speak(word, self._certificate(), self._credentials.sign_key.sign)
         return self._words.told(own)
@@ -134,4 +134,4 @@ class Gossip:
         head, now = self.heads.newest(), time.time()
         lately = [word for word, _, _ in self.heard() if now - word.at < _HERE_S]
         alike = sum(word.head == head for word in lately)
-        return Known(head, len(lately), alike, self._address())
+        return Known(head, len(lately), alike, self.address())

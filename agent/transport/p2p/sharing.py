@@ -67,6 +67,10 @@ class Sharing:
         """True if a version of this size had better come from, and go to, other peers."""
         return self._asked is not None and nbytes >= WORTH_SHARING_BYTES
 
+    def address(self) -> str:
+        """Where this agent serves others; empty if it does not."""
+        return self._asked.address if self._asked else ""
+
     def asked(self, faulty: tuple[str, ...] = ()) -> PlanAsked:
         """What the coordinator is told with the question for a plan."""
         here = self._asked or PlanAsked()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from benchmarks.faults.disk import can_mount, fill, small_disk
 from protocols.enrollment import tickets
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
+from protocols.p2p import gossip
+from protocols.p2p.swarm import PlanAsked
 from tests.support.https_site import Site
 from tests.support.waiting import until
 
@@ -29,13 +32,27 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield running
 
 
-def an_agent(site: Site, home: Path) -> Agent:
+def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
     home.mkdir(exist_ok=True)
     ticket = tickets.encode(site.ticket())
     enrolment, _ = enrollment.join(home, ticket, name="box", labels={})
-    agent = Agent(home, enrolment, settings.read(home))
+    agent = Agent(home, enrolment, settings.read(home, **chosen))
     agent._loop.begin()
     return agent
+
+
+async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Path) -> None:
+    """The owner's limit holds on the wire, and the status tells what the other parts know."""
+    agent = an_agent(site, tmp_path / "box", up_mbit=8.0)
+    assert agent._bandwidth.rates() == (8.0, 0.0)
+    agent._sharing._asked = PlanAsked(address="10.0.0.7:4000")
+    (spoken,) = agent._gossip.told().words
+    heard = gossip.hear(spoken, site.ca_pem, site.fleet_id, time.time())
+    assert heard.word.address == "10.0.0.7:4000"
+    agent._report.write(agent._loop.worker)
+    status = status_files.read_status(tmp_path / "box")
+    assert status is not None
+    assert status.shares_at == "10.0.0.7:4000"
 
 
 async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_path: Path) -> None:

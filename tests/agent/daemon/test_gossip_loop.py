@@ -204,6 +204,7 @@ async def test_an_address_that_is_none_harms_nobody(
     ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
     nowhere = PlanAsked(address=address, open=True)
     rogue.sharing.asked = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
+    rogue.gossip.address = lambda: address
     with pytest.raises(Unreachable):  # nor at the coordinator's door
         await asyncio.to_thread(rogue.link.neighbours, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
