@@ -23,6 +23,7 @@ CommonweightError                     1  something failed
 ├── TaskUnusable                      1  a task's own file or package cannot be loaded
 ├── CannotPredict                     1  the task trains, but answers for no rows
 ├── TrainerFailed                     1  the child process that trains failed or was ended
+├── StrategyFailed                    1  a strategy raised an error of its own
 └── UpdateRefused                     1  an update that must not be summed
 """
 
@@ -222,6 +223,12 @@ class TrainerFailed(CommonweightError):
     def __init__(self, kind: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
         self.kind = kind
+
+
+class StrategyFailed(CommonweightError):
+    """A strategy raised an error; the run that uses it cannot go on."""
+
+    code = "strategy_failed"
 
 
 class UpdateRefused(CommonweightError):

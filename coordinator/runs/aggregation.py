@@ -18,6 +18,7 @@ from coordinator.runs.state import Run
 from coordinator.storage.run_events import Update
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging
+from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.prefetch import ahead
 from coordinator.strategies.runner import Work, as_reply, next_version
 from coordinator.strategies.state import States
@@ -79,7 +80,10 @@ def commit(
             ],
             examples=examples,
             # Not all that they told: Flower's strategies raise when two tell different metrics.
-            metrics=[{n: v for n, v in u.metrics.items() if n == asked and v} for u in updates],
+            metrics=[
+                {n: v for n, v in u.metrics.items() if n == asked and v is not None}
+                for u in updates
+            ],
             told={
                 **told,
                 "num-examples": sum(update.num_examples for update in updates),
@@ -149,12 +153,13 @@ def evaluation(run: Run, strategy: Strategy) -> Evaluation:
     mean = _mean_metrics({p: update.metrics for p, update in answers.items()}, share)
     told = {name: value for name, value in mean.items() if value is not None}
     reply = as_reply("evaluate", None, told | {"num-examples": sum(counts.values())})
-    found = strategy.aggregate_evaluate(run.round, [reply])
-    means: Metrics = {
-        name: float(value) if math.isfinite(value) else None
-        for name, value in (found or {}).items()
-        if isinstance(value, int | float)
-    }
+    with strategy_errors(run.spec.strategy):
+        found = strategy.aggregate_evaluate(run.round, [reply])
+        means: Metrics = {
+            name: float(value) if math.isfinite(value) else None
+            for name, value in (found or {}).items()
+            if isinstance(value, int | float)
+        }
     # As a peer's share may be capped, so is what it counted.
     scale = [share[peer] * sum(counts.values()) / counts[peer] for peer in answers]
     total = tallies.merged((update.tallies for update in answers.values()), scale)

@@ -46,7 +46,8 @@ _SHORTAGE_AGAIN_S = 5.0
 class RunLoop:
     """One run in work. `changed` is set by whoever has news for it, in the loop's thread.
 
-    `elsewhere`: versions that other runs still need.
+    `elsewhere`: versions that other runs still need. Raises CommonweightError if the run's
+    strategy cannot be made.
     """
 
     def __init__(
@@ -119,6 +120,11 @@ class RunLoop:
                 if not is_full(err):
                     raise
                 await self._chronicle.wait_for_room(err)  # nothing was decided: the same again
+            except HomeFault:  # the disk's fault and not the run's: it goes on later
+                raise
+            except CommonweightError as err:
+                log.error("run %s failed: %s", self.run.id, err.message)
+                await self._chronicle.record(run_events.RunEnded(RunState.FAILED, err.message))
         self.questions.take_back_all()
         await self._collect()
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
@@ -153,14 +159,7 @@ class RunLoop:
         if self._stop_reason:
             await self._chronicle.record(run_events.RunEnded(RunState.STOPPED, self._stop_reason))
             return
-        step = decisions.decide(self.run, self._view())
-        try:
-            await self._do(step)
-        except (DiskFull, HomeFault):  # the disk's fault and not the run's: it goes on later
-            raise
-        except CommonweightError as err:
-            log.error("run %s failed: %s", self.run.id, err.message)
-            await self._chronicle.record(run_events.RunEnded(RunState.FAILED, err.message))
+        await self._do(decisions.decide(self.run, self._view()))
 
     def _view(self) -> View:
         due = self._watch.phase_s >= decisions.deadline_s(self.run)

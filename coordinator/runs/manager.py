@@ -22,7 +22,7 @@ from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from protocols.codecs import registry as codecs
-from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageFault
 from protocols.failpoints import failpoint
 from protocols.local import heap
 from protocols.messages.states import RunState
@@ -91,7 +91,11 @@ class RunQueue:
             elsewhere = {other.head for other in others}
             elsewhere |= {other.best.digest for other in others if other.best}
             elsewhere |= {state for other in others for state in other.strategy_state.values()}
-            self.current = RunLoop(run, self._around, frozenset(elsewhere))
+            try:
+                self.current = RunLoop(run, self._around, frozenset(elsewhere))
+            except CommonweightError as err:  # its strategy is not installed any more, say
+                self._end(run.id, err.message, RunState.FAILED)
+                continue
             try:
                 await self.current.drive()
             finally:
@@ -204,8 +208,8 @@ class RunQueue:
         self._around.publish(run_body(self._runs[run.id], "its turn"))
         self._queue.put_nowait(run.id)
 
-    def _end(self, run_id: str, because: str) -> None:
-        fact = run_events.RunEnded(RunState.STOPPED, because)
+    def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
+        fact = run_events.RunEnded(state, because)
         self._around.ledger.append(run_id, [run_events.encode(fact)])
         run = transitions.apply(self._runs[run_id], fact)
         self._runs[run_id] = _light(run)

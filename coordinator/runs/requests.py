@@ -20,6 +20,7 @@ from coordinator.runs.context import Fleetwork
 from coordinator.runs.model import Model
 from coordinator.runs.state import Given, Run
 from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import VersionRecord, one_config
 from protocols.failpoints import failpoint
 from protocols.messages.states import RunState
@@ -76,15 +77,25 @@ class Questions:
         if self._recipe.looks_at_weights:
             model = weights.load(around.lane.version(run.head))
         arrays = VersionRecord(run.head, model)
-        configure = getattr(self._strategy, f"configure_{kind}")
-        chosen = list(
-            await asyncio.to_thread(configure, number, arrays, ConfigRecord(), around.grid)
-        )
+        nodes, extra = await asyncio.to_thread(self._configured, kind, number, arrays)
         self._content = None
-        if chosen:
-            config = self._work_record(run, kind, number, one_config(chosen))
+        if nodes:
+            config = self._work_record(run, kind, number, extra)
             self._content = RecordDict({"arrays": VersionRecord(run.head), "config": config})
-        return tuple(sorted(around.peer_of(m.metadata.dst_node_id) for m in chosen))
+        return tuple(sorted(map(around.peer_of, nodes)))
+
+    def _configured(
+        self, kind: str, number: int, base: VersionRecord
+    ) -> tuple[list[int], dict[str, int | float]]:
+        """The nodes that the strategy chooses, and what it tells the task.
+
+        Raises StrategyFailed, CommonweightError.
+        """
+        configure = getattr(self._strategy, f"configure_{kind}")
+        with strategy_errors(self._recipe.flower):
+            chosen = list(configure(number, base, ConfigRecord(), self._around.grid))
+            nodes = [message.metadata.dst_node_id for message in chosen]
+            return nodes, one_config(chosen) if chosen else {}
 
     def _work_record(
         self,
@@ -173,12 +184,7 @@ class Questions:
         if self._recipe.looks_at_weights:
             model = weights.load(around.lane.version(given.base))
         base = VersionRecord(given.base, model)
-        chosen = list(
-            await asyncio.to_thread(
-                self._strategy.configure_train, given.round, base, ConfigRecord(), around.grid
-            )
-        )
-        extra = one_config(chosen) if chosen else {}
+        _, extra = await asyncio.to_thread(self._configured, "train", given.round, base)
         config = self._work_record(run, "train", given.round, extra, given)
         return RecordDict({"arrays": VersionRecord(given.base), "config": config})
 

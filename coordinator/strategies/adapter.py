@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 
 from coordinator.storage.run_events import RunSpec, Setting
+from coordinator.strategies.failures import strategy_errors
 from protocols.errors import CannotBeMet, UnknownName, UsageFault
 
 if TYPE_CHECKING:
@@ -141,7 +142,11 @@ class Recipe:
         return chosen
 
     def make(self, given: Mapping[str, Setting]) -> Strategy:
-        """A new object of Flower's class. Raises UsageFault, UnknownName."""
+        """A new object of Flower's class. Raises UsageFault, UnknownName, StrategyFailed."""
+        with strategy_errors(self.flower):
+            return self._made(given)
+
+    def _made(self, given: Mapping[str, Setting]) -> Strategy:
         chosen = self.arguments(given)
         arguments: dict[str, Any] = {n: v for n, v in chosen.items() if n not in self.for_trainers}
         # The run decides who works and how long it waits.

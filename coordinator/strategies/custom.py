@@ -21,6 +21,7 @@ import numpy as np
 
 from coordinator.strategies.adapter import Arrays, Recipe
 from protocols.errors import UnknownName, UsageFault
+from protocols.messages.envelope import printable
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -76,9 +77,10 @@ def _found(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as err:
+    except (Exception, SystemExit) as err:  # importing it runs code that is not ours
+        what = printable(f"{type(err).__name__}: {err}"[:400])
         raise UnknownName(
-            f"the strategy {name!r} cannot be loaded on the coordinator: {err}",
+            f"the strategy {name!r} cannot be loaded on the coordinator: {what}",
             "install its package into the coordinator's environment",
         ) from err
     if not (inspect.isclass(found) and issubclass(found, Strategy)):

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from coordinator.strategies import averaging
 from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.state import States, StateWriter
 from coordinator.transport.flower_records import HeldRecord, part_key
 from protocols.errors import CommonweightError
@@ -100,13 +101,14 @@ def _written(
     fresh: Callable[[], Strategy],
     state_after: dict[str, str],
 ) -> Generator[Piece, None, None]:
-    schema, slots = work.base.schema, recipe.slots(strategy)
+    name, schema, slots = recipe.flower, work.base.schema, recipe.slots(strategy)
     surely_finite = recipe.feed == "mean" and not slots and _is_mean(recipe, work)
     known = {slot: digest for slot, digest in state.items() if slot in slots}
     # Also before the first version: what was begun and failed must leave no trace.
-    if recipe.remembered(strategy) is not None:
-        earlier = states.load(OWN, state[OWN]) if OWN in state else recipe.remembered(fresh())
-        recipe.remind(strategy, earlier or {})
+    with strategy_errors(name):
+        if recipe.remembered(strategy) is not None:
+            earlier = states.load(OWN, state[OWN]) if OWN in state else recipe.remembered(fresh())
+            recipe.remind(strategy, earlier or {})
     with states.open(known, schema) as before, states.write(slots, schema) as after:
         feed = {"mean": _by_mean, "parts": _by_parts, "models": _by_models}[recipe.feed]
         for piece in feed(recipe, strategy, work, before, after):
@@ -114,8 +116,11 @@ def _written(
                 _check_finite(piece, schema)
             yield piece
     state_after.update(after.digests)
-    if (remembered := recipe.remembered(strategy)) is not None:
-        state_after[OWN] = states.save(Weights(remembered))
+    with strategy_errors(name):
+        remembered = recipe.remembered(strategy)
+        own = None if remembered is None else Weights(remembered)
+    if own is not None:
+        state_after[OWN] = states.save(own)
 
 
 def _is_mean(recipe: Recipe, work: Work) -> bool:
@@ -141,10 +146,12 @@ def _by_mean(
     def through(mean: Piece) -> Piece:
         one = strategy
         if slots or recipe.needs_base:
-            one = copy.copy(strategy)
-            recipe.put(one, _keyed(_values(work.origin, list(mean), work)), _state(before, mean))
+            base, state = _keyed(_values(work.origin, list(mean), work)), _state(before, mean)
+            with strategy_errors(recipe.flower):
+                one = copy.copy(strategy)
+                recipe.put(one, base, state)
             mean = {part: _wide(array) for part, array in mean.items()}
-        arrays = _aggregated(one, work, [_reply(_keyed(mean), work.told)])
+        arrays = _aggregated(recipe, one, work, [_reply(_keyed(mean), work.told)])
         if slots:
             after.put(_taken(recipe, one, {part_key(part): part for part in mean}))
         return {part: arrays[part_key(part)] for part in mean}
@@ -184,7 +191,7 @@ def _by_parts(
                 _reply(_keyed(_values(update, floats, work, scale)), told)
                 for update, scale, told in _each(work)
             ]
-            new = _aggregated(strategy, work, replies)
+            new = _aggregated(recipe, strategy, work, replies)
         yield {
             part: _stored(new[part_key(part)], schema[part.name].dtype)
             if part in floats
@@ -214,10 +221,11 @@ def _by_models(
         slot: {part.name: array.reshape(schema[part.name].shape) for part, array in parts.items()}
         for slot, parts in before.read(whole.values()).items()
     }
-    recipe.put(strategy, model(work.base), state)
-    new = _aggregated(
-        strategy, work, [_reply(model(update, scale), told) for update, scale, told in _each(work)]
-    )
+    base = model(work.base)
+    with strategy_errors(recipe.flower):
+        recipe.put(strategy, base, state)
+    replies = [_reply(model(update, scale), told) for update, scale, told in _each(work)]
+    new = _aggregated(recipe, strategy, work, replies)
     if recipe.slots(strategy):
         after.put(_taken(recipe, strategy, whole))
     for piece in pieces(schema):
@@ -246,24 +254,29 @@ def _reply(arrays: Mapping[str, npt.NDArray[Any]], told: Mapping[str, Any]) -> M
     return as_reply("train", HeldRecord(arrays), told)
 
 
-def _aggregated(strategy: Strategy, work: Work, replies: list[Message]) -> dict[str, Floats]:
+def _aggregated(
+    recipe: Recipe, strategy: Strategy, work: Work, replies: list[Message]
+) -> dict[str, Floats]:
     """What the strategy makes of the replies. Raises CommonweightError."""
     sizes = {
         name: array.shape
         for record in replies[0].content.array_records.values()
         for name, array in record.items()
     }
-    with np.errstate(all="ignore"):  # what is not finite is told by `_check_finite`
+    # What is not finite is told by `_check_finite`.
+    with strategy_errors(recipe.flower), np.errstate(all="ignore"):
         arrays, _ = strategy.aggregate_train(work.round, replies)
-    if arrays is None:
-        raise CommonweightError("the strategy gave no new weights")
-    new: dict[str, Floats] = {}
-    for name, shape in sizes.items():
-        if name not in arrays:
-            raise CommonweightError(f"the strategy gave no weights for {name}")
-        new[name] = arrays[name].numpy()
-        if new[name].shape != tuple(shape):
-            raise CommonweightError(f"the strategy changed the shape of {name}")
+        if arrays is None:
+            raise CommonweightError("the strategy gave no new weights")
+        new: dict[str, Floats] = {}
+        for name, shape in sizes.items():
+            if name not in arrays:
+                raise CommonweightError(f"the strategy gave no weights for {name}")
+            new[name] = arrays[name].numpy()
+            if new[name].shape != tuple(shape):
+                raise CommonweightError(f"the strategy changed the shape of {name}")
+            if new[name].dtype.kind not in "biuf":
+                raise CommonweightError(f"the strategy gave no numbers for {name}")
     return new
 
 
@@ -315,11 +328,12 @@ def _state(before: Any, parts: Mapping[Part, object]) -> dict[str, dict[str, Flo
 def _taken(
     recipe: Recipe, strategy: Strategy, by_name: Mapping[str, Part]
 ) -> dict[str, dict[Part, Floats]]:
-    state = recipe.take(strategy, list(by_name))
-    return {
-        slot: {part: arrays[name].reshape(-1) for name, part in by_name.items()}
-        for slot, arrays in state.items()
-    }
+    with strategy_errors(recipe.flower):
+        state = recipe.take(strategy, list(by_name))
+        return {
+            slot: {part: arrays[name].reshape(-1) for name, part in by_name.items()}
+            for slot, arrays in state.items()
+        }
 
 
 def _check_finite(piece: Piece, schema: weights.Schema) -> None:

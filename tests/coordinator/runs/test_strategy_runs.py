@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.serverapp import strategy as flower
+from msgspec.structs import replace
 
+from agent.tasks.work import Done
 from coordinator.runs import loop, recorder, requests, retention
 from coordinator.storage import run_events, versions
 from coordinator.storage.run_events import RunSpec
@@ -204,3 +207,126 @@ async def test_strategies_and_codecs_go_together(tmp_path: Path, name: str, code
         assert run.state is RunState.FINISHED
         assert fleet.refusals(run_id) == []
         assert run.head != fleet.facts(run_id, run_events.WeightsInitialised)[0].digest
+
+
+class Failing(flower.FedAvg):
+    """Raises an error in the method that a test names."""
+
+    fails_in = ""
+    error: BaseException = RuntimeError("out of ideas")
+
+    def __init__(self) -> None:
+        self._fail("__init__")
+        super().__init__(fraction_train=1.0, fraction_evaluate=1.0)
+
+    def _fail(self, method: str) -> None:
+        if method == self.fails_in:
+            raise self.error
+
+    def configure_train(self, *args: Any) -> Any:
+        self._fail("configure_train")
+        return super().configure_train(*args)
+
+    def aggregate_train(self, *args: Any) -> Any:
+        self._fail("aggregate_train")
+        return super().aggregate_train(*args)
+
+    def configure_evaluate(self, *args: Any) -> Any:
+        self._fail("configure_evaluate")
+        return super().configure_evaluate(*args)
+
+    def aggregate_evaluate(self, *args: Any) -> Any:
+        self._fail("aggregate_evaluate")
+        return super().aggregate_evaluate(*args)
+
+    def get_state(self) -> Any:
+        self._fail("get_state")
+        return {}
+
+    def set_state(self, arrays: Any) -> None:
+        self._fail("set_state")
+
+
+class CannotConfigure(flower.FedAvg):
+    """Aggregates as FedAvg does, so a buffered run may use it."""
+
+    def configure_train(self, *args: Any) -> Any:
+        raise RuntimeError("out of ideas")
+
+
+FAILING = f"{__name__}:Failing"
+
+
+async def test_a_strategy_that_raises_fails_its_run_and_the_next_run_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        monkeypatch.setattr(Failing, "fails_in", "")
+        run = await fleet.finished(fleet.start(rounds=1, quorum=2, strategy=FAILING))
+        assert run.state is RunState.FINISHED
+        for method, error in (
+            ("configure_train", SystemExit(3)),
+            ("aggregate_train", RuntimeError("out of ideas")),
+            ("configure_evaluate", OSError(2, "no such file")),
+            ("aggregate_evaluate", KeyError("loss")),
+            ("get_state", MemoryError()),
+            ("set_state", ValueError("not this shape")),
+        ):
+            monkeypatch.setattr(Failing, "error", error)
+            run_id = fleet.start(rounds=1, quorum=2, strategy=FAILING)
+            monkeypatch.setattr(Failing, "fails_in", method)
+            run = await fleet.finished(run_id)
+            monkeypatch.setattr(Failing, "fails_in", "")
+            assert run.state is RunState.FAILED, method
+            assert f"Failing failed: {type(error).__name__}: {error}" in run.ended_because
+        run = await fleet.finished(fleet.start(rounds=1, quorum=2))
+        assert run.state is RunState.FINISHED
+
+
+async def test_a_buffered_run_fails_when_its_strategy_raises(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        name = f"{__name__}:CannotConfigure"
+        run = await fleet.finished(
+            fleet.start(rounds=2, quorum=1, mode="buffered", buffer=2, strategy=name)
+        )
+        assert (run.state, run.ended_because.partition(": ")[2]) == (
+            RunState.FAILED,
+            "RuntimeError: out of ideas",
+        )
+
+
+async def test_a_run_whose_strategy_cannot_be_made_after_a_restart_fails_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():  # nobody is there: the run waits
+            failing, sound = (
+                fleet.start(rounds=1, quorum=1, strategy=name) for name in (FAILING, "fedavg")
+            )
+        monkeypatch.setattr(Failing, "fails_in", "__init__")
+        async with fleet.up():
+            for number, part in enumerate(THREE[:2]):
+                fleet.join(f"agent{number}", part)
+            assert (await fleet.finished(sound)).state is RunState.FINISHED
+            run = fleet.hub.runs.find(failing)
+            assert run.state is RunState.FAILED
+            assert "RuntimeError: out of ideas" in run.ended_because
+    finally:
+        await fleet.close()
+
+
+async def test_a_metric_of_exactly_0_is_told_to_the_strategy(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        trainer = fleet.agents[0].trainer
+        train = trainer.train
+
+        def perfect(task: str, settings: Any, base: Path, out: Path) -> Done:
+            return replace(train(task, settings, base, out), metrics={"train_loss": 0.0})
+
+        trainer.train = perfect  # type: ignore[method-assign]
+        args = {"client_learning_rate": 0.1, "train_loss_key": "train_loss"}
+        run = await fleet.finished(
+            fleet.start(rounds=1, quorum=2, strategy="qfedavg", strategy_args=args)
+        )
+        assert (run.state, run.ended_because) == (RunState.FINISHED, "all 1 rounds are done")
