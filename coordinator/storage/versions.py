@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +18,9 @@ from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
 from protocols.model.weights_file import Stored, Writer
 
+#: Unfinished files of a process that was killed are deleted at a start after this time.
+_UNFINISHED_S = 3600.0
+
 
 class Versions:
     """The versions in a folder. One that jobs use can be pinned: it stays until they let go."""
@@ -24,6 +30,7 @@ class Versions:
     def __init__(self, folder: Path) -> None:
         self._versions = folder
         folder.mkdir(mode=0o700, exist_ok=True)
+        self._delete_unfinished()
         #: Versions that jobs use, by how many, and those of them that are not wanted else.
         self._pins: Counter[str] = Counter()
         self._unwanted: set[str] = set()
@@ -83,7 +90,8 @@ class Versions:
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
         """Keep a version, durably; its digest. `pieces` come in file order."""
-        temporary = self._versions / ".new.safetensors"
+        # Commands write here beside the coordinator, so every writer has a file of its own.
+        temporary = self._versions / f".new-{secrets.token_hex(8)}"
         with Writer(temporary, schema) as writer:
             for piece in pieces:
                 writer.write(piece)
@@ -92,6 +100,15 @@ class Versions:
         failpoint("version.renamed")
         atomic_files.sync_folder(self._versions)
         return writer.digest
+
+    def _delete_unfinished(self) -> None:
+        """Delete temporary files that nobody has written to for an hour."""
+        for path in self._versions.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                if path.name.startswith(".") and (
+                    path.stat().st_mtime < time.time() - _UNFINISHED_S
+                ):
+                    path.unlink()
 
     def few_bytes(self, digest: str) -> bytes:
         """A version that is so small that it goes with the work; empty for any other."""
