@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Set
 
 from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
@@ -46,12 +47,12 @@ _SHORTAGE_AGAIN_S = 5.0
 class RunLoop:
     """One run in work. `changed` is set by whoever has news for it, in the loop's thread.
 
-    `elsewhere`: versions that other runs still need. Raises CommonweightError if the run's
+    `elsewhere()`: versions and states that other runs keep. Raises CommonweightError if the run's
     strategy cannot be made.
     """
 
     def __init__(
-        self, run: Run, around: Fleetwork, elsewhere: frozenset[str] = frozenset()
+        self, run: Run, around: Fleetwork, elsewhere: Callable[[], Set[str]] = frozenset
     ) -> None:
         self._watch = Stopwatch()
         self._chronicle = Chronicle(run, around, self._watch)

@@ -7,13 +7,14 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
 
 from coordinator import strategies
 from coordinator.fleet.registry import SUBJECT, Registry
-from coordinator.runs import best_version, buffered, late_updates, options, transitions
+from coordinator.runs import best_version, buffered, late_updates, options, retention, transitions
 from coordinator.runs.context import Fleetwork
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
@@ -87,12 +88,8 @@ class RunQueue:
             run = self._runs[await self._queue.get()]
             if run.ended:
                 continue
-            others = [other for other in self._runs.values() if other.id != run.id]
-            elsewhere = {other.head for other in others}
-            elsewhere |= {other.best.digest for other in others if other.best}
-            elsewhere |= {state for other in others for state in other.strategy_state.values()}
             try:
-                self.current = RunLoop(run, self._around, frozenset(elsewhere))
+                self.current = RunLoop(run, self._around, partial(self._kept_by_others, run.id))
             except CommonweightError as err:  # its strategy is not installed any more, say
                 self._end(run.id, err.message, RunState.FAILED)
                 continue
@@ -102,6 +99,12 @@ class RunQueue:
                 self._runs[run.id] = _light(self.current.run)
                 self.current = None
             heap.trim()
+
+    def _kept_by_others(self, run_id: str) -> set[str]:
+        """Digests of the versions and states that all runs but this one keep."""
+        others = [other for other in self._runs.values() if other.id != run_id]
+        kept = ((other, retention.versions_to_keep(other)) for other in others)
+        return {d for other, vs in kept for d in vs | retention.states_to_keep(other, vs)}
 
     def nudge(self) -> None:
         """Something changed that the run in work may care for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from coordinator.runs import buffered
 from coordinator.runs.state import Run
@@ -12,30 +12,42 @@ from coordinator.strategies.state import States
 from protocols.failpoints import failpoint
 
 
-class Retention:
-    """Keeps the newest versions, as many as the run wants and two at least, and the best one.
+def versions_to_keep(run: Run) -> set[str]:
+    """Digests of the versions that a run keeps: the newest, as many as it wants, and the best."""
+    keep = {run.head, run.parent, run.best.digest if run.best else ""}
+    keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
+    keep |= {given.base for given in run.given.values() if not buffered.is_stale(run, given)}
+    keep |= {accepted.update.base for accepted in run.buffer}
+    return keep - {""}
 
-    The ledger still names the others. `elsewhere`: digests that other runs still need.
+
+def states_to_keep(run: Run, versions: Set[str]) -> set[str]:
+    """Digests of what the run's strategy remembers at these versions and now."""
+    rounds = [*run.history, *((run.best,) if run.best else ())]
+    states = {d for r in rounds if r.digest in versions for d in r.strategy_state.values()}
+    return states | set(run.strategy_state.values())
+
+
+class Retention:
+    """Deletes the versions and states that neither the run nor another one keeps.
+
+    The ledger still names them. `elsewhere()`: digests that other runs keep at that time.
     """
 
     def __init__(
-        self, run: Run, lane: WeightStore, states: States, elsewhere: frozenset[str]
+        self, run: Run, lane: WeightStore, states: States, elsewhere: Callable[[], Set[str]]
     ) -> None:
         self._lane, self._states, self._elsewhere = lane, states, elsewhere
         self._on_disk = {closed.digest for closed in run.history}
 
     def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
         """Drop the others. `in_use`: digests that peers still train on."""
-        keep = {run.head, run.parent, run.best.digest if run.best else "", *in_use}
-        keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
-        keep |= {given.base for given in run.given.values() if not buffered.is_stale(run, given)}
-        keep |= {accepted.update.base for accepted in run.buffer}
+        keep, elsewhere = versions_to_keep(run) | set(in_use), self._elsewhere()
         self._on_disk |= {run.head, run.parent}
-        for digest in self._on_disk - keep - self._elsewhere:
+        for digest in self._on_disk - keep - elsewhere:
             self._lane.drop(digest)
-        still = {d for r in run.history if r.digest in keep for d in r.strategy_state.values()}
         known = {d for r in run.history for d in r.strategy_state.values()}
-        self._states.drop(known - still - self._elsewhere)
+        self._states.drop(known - states_to_keep(run, keep) - elsewhere)
         failpoint("round.pruned")
         self._on_disk &= keep
 

@@ -147,6 +147,31 @@ async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
         assert all(("init", 0) not in agent.trainer.worked for agent in fleet.agents)
 
 
+async def test_a_queued_run_keeps_its_first_weights_when_another_run_drops_that_version(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        held = Door(fleet.agents[0], 1)
+        running = fleet.start(rounds=5, quorum=2, keep_versions=1)
+        await until(held.reached.is_set)
+        first = fleet.hub.runs.find(running).first
+        queued = fleet.hub.runs.start(RunSpec(task="softmax", rounds=1, quorum=2), first)
+        held.open()
+        run = await fleet.finished(running)
+        assert first not in {closed.digest for closed in run.history}
+        run = await fleet.finished(queued)
+        assert (run.state, run.first) == (RunState.FINISHED, first)
+
+
+async def test_a_run_keeps_the_versions_that_an_ended_run_keeps(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        ended = await fleet.finished(fleet.start(rounds=4, quorum=2, keep_versions=3))
+        kept = [closed.digest for closed in ended.history[-3:]]
+        spec = RunSpec(task="softmax", rounds=4, quorum=2, keep_versions=1)
+        await fleet.finished(fleet.hub.runs.start(spec, kept[0]))
+        assert all(map(fleet.hub.lane.has, kept))
+
+
 # --- peers that dawdle, leave and fail -------------------------------------------------------
 
 
