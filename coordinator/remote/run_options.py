@@ -106,15 +106,13 @@ def _times(text: str) -> float:
 
 
 def _adopt(path: Path) -> str:
-    """Put a safetensors file into the home as a version; its digest."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    """Put a safetensors file into the home as a version; its digest. Raises UsageFault."""
     from coordinator.storage.weight_store import WeightStore
-    from protocols.model.weights import Weights
+    from protocols.errors import BadWeights
+    from protocols.model import weights
 
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as err:
-        raise UsageFault(f"cannot read {path} as safetensors: {err}") from err
-    return WeightStore(homes.open_home("coordinator")).commit(Weights(tensors))
+        given = weights.load_any(path)
+    except (OSError, BadWeights) as err:
+        raise UsageFault(f"cannot use {path} as first weights: {err}") from err
+    return WeightStore(homes.open_home("coordinator")).commit(given)

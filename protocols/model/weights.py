@@ -246,6 +246,37 @@ def from_bytes(data: bytes | memoryview | mmap.mmap) -> Weights:
     return Weights(tensors, (name for name, spec in schema.items() if spec.dtype == "BF16"))
 
 
+def load_any(path: Path) -> Weights:
+    """Weights in any safetensors file, canonical or not, through a read-only memory map.
+
+    Raises BadWeights, also for a dtype that no version can have, and OSError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):  # checks header, offsets and size
+            pass
+    except SafetensorError as err:
+        raise BadWeights(f"it is no safetensors file: {err}") from err
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    offset = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(data[8:offset])
+    table.pop("__metadata__", None)
+    tensors: dict[str, Array] = {}
+    for name, entry in table.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise BadWeights(f"tensor {name!r} is {entry['dtype']}; known are {', '.join(DTYPES)}")
+        if not _is_shape(entry["shape"], dtype.itemsize):
+            raise BadWeights(f"tensor {name!r} has no valid shape")
+        start, stop = entry["data_offsets"]
+        count = (stop - start) // dtype.itemsize
+        array = np.frombuffer(data, dtype, count, offset + start)
+        tensors[name] = array.reshape(entry["shape"])
+    return Weights(tensors, (name for name, entry in table.items() if entry["dtype"] == "BF16"))
+
+
 def load(path: Path) -> Weights:
     """Weights that view the file through a read-only memory map. Raises BadWeights, OSError."""
     with path.open("rb") as file:

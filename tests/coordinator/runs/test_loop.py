@@ -14,6 +14,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from agent.tasks.work import Done
+from coordinator.remote import run_options
 from coordinator.runs import state
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
@@ -35,9 +36,11 @@ from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_fleet import (
     Agent,
+    Data,
     Fleet,
     first_weights,
     fleet_of,
+    gradient_step,
     some_data,
 )
 from tests.support.waiting import until
@@ -145,6 +148,32 @@ async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
         assert fleet.facts(run_id, run_events.VersionCommitted)[0].parent == digest
         assert run.state is RunState.FINISHED
         assert all(("init", 0) not in agent.trainer.worked for agent in fleet.agents)
+
+
+async def test_a_run_starts_from_a_bf16_file(tmp_path: Path) -> None:
+    model = narrowed(first_weights(5, seed=1))
+    file = tmp_path / "model.safetensors"
+    weights.save(model, file)
+
+    def step(base: Weights, data: Data) -> Weights:
+        wide = Weights({name: weights.widen(base[name]) for name in base})
+        return narrowed(gradient_step(wide, data))
+
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        for agent in fleet.agents:
+            agent.trainer.first, agent.trainer.step = lambda seed: model, step
+            agent.trainer.loss = lambda model, data: 1.0
+        typed = {"task": "softmax", "rounds": 1, "quorum": 2, "from": file}
+        order = run_options.order(typed)
+        run = await fleet.finished(fleet.hub.runs.start(order.spec, order.from_digest))
+        assert (run.state, run.first) == (RunState.FINISHED, weights.digest(model))
+        assert run.head != run.first
+        assert fleet.version(run.head).schema == model.schema
+
+
+def narrowed(model: Weights) -> Weights:
+    """The same weights as bf16."""
+    return Weights({name: weights.narrow(np.asarray(model[name])) for name in model}, model)
 
 
 async def test_a_queued_run_keeps_its_first_weights_when_another_run_drops_that_version(

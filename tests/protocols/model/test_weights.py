@@ -307,3 +307,44 @@ def test_a_tensor_of_many_pieces_is_saved_as_it_is(tmp_path: Path) -> None:
     model = Weights({"w": np.arange(3 * weights.PIECE_BYTES // 4 + 5, dtype=np.float32)})
     digest = weights.save(model, tmp_path / "model")
     assert digest == weights.digest(model) == weights.file_digest(tmp_path / "model")
+
+
+def any_file(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+    """A valid safetensors file that is not canonical: with metadata, in the order given."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape, data) in tensors.items():
+        ends = [offset, offset + len(data)]
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": ends}
+        offset = ends[1]
+    header = json.dumps(table).encode()
+    body = b"".join(data for _, _, data in tensors.values())
+    return len(header).to_bytes(8, "little") + header + body
+
+
+@given(models())
+def test_any_safetensors_file_can_be_read(tmp_path_factory: Any, model: Weights) -> None:
+    path = tmp_path_factory.mktemp("any") / "any.safetensors"
+    tensors = {
+        name: (spec.dtype, list(spec.shape), np.ascontiguousarray(model[name]).tobytes())
+        for name, spec in reversed(model.schema.items())
+    }
+    path.write_bytes(any_file(tensors))
+    assert weights.digest(weights.load_any(path)) == weights.digest(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no safetensors file"),
+        (b"not weights at all", "no safetensors file"),
+        (any_file({"w": ("U32", [1], bytes(4))}), "tensor 'w' is U32; known are F64"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_refused_with_the_reason(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadWeights, match=words):
+        weights.load_any(path)
