@@ -21,7 +21,7 @@ LEDGER = "ledger.db"
 
 _fleet_fact = msgspec.json.Decoder(FleetFact)
 #: Most entries are a run's everyday work: these are told by their tag before they are decoded.
-_RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "UpdateRefused"})
+_RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused"})
 
 
 class _Tag(Struct):
@@ -134,6 +134,9 @@ def _of_run(entry: Entry, fact: run_events.Fact, names: dict[str, str]) -> Line:
             event, text = f"run {state}", f"{run}: {reason}"
         case run_events.RunResumed():
             event, text = "run resumed", f"{run} goes on"
+        case run_events.RunDeleted(versions=versions, nbytes=nbytes):
+            event = "run deleted"
+            text = f"{run}: {len(versions)} versions, {nbytes / 1e6:,.1f} MB in all"
         case run_events.UpdateRefused(peer=peer, reason=reason):
             event = "update refused"
             detail = f" ({fact.detail})" if fact.detail else ""

@@ -257,6 +257,7 @@ def _begin_recall(home: Path) -> None:
         for subject in ledger.subjects()
         if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
     ]
+    found = [run for run in found if not run.deleted]
     for run in found:
         if not run.ended or (run.state is RunState.FINISHED and run is found[-1]):
             closed = [run.first, *(closed.digest for closed in run.history)][-1]

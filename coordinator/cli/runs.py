@@ -17,7 +17,7 @@ from protocols.errors import CommonweightError, UsageFault
 from protocols.local import json_output
 from protocols.messages.states import RunState
 
-runs = typer.Typer(help="Training runs: start, stop, look at.", no_args_is_help=True)
+runs = typer.Typer(help="Training runs: start, stop, look at, delete.", no_args_is_help=True)
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -154,6 +154,32 @@ def resume(run: str) -> None:
     """Go on with a run that was stopped or has failed, from its newest version."""
     connect().resume_run(run)
     sys.stderr.write(f"{run} goes on; watch it: commonweight monitor\n")
+
+
+@runs.command("delete")
+def delete(
+    run: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete an ended run and its versions. The ledger keeps its record."""
+    from coordinator.runs import deletion
+
+    remote = connect()
+    found = remote.deletion(run)
+    sys.stderr.write(deletion.in_words(found) + "\n")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageFault(
+                "nothing was deleted: there is no terminal to confirm it on",
+                f"commonweight run delete {found.run} --yes",
+            )
+        typer.confirm(f"delete {found.run}?", abort=True, err=True)
+    deleted = remote.delete_run(found.run)
+    if json:
+        sys.stdout.write(json_output.ok(deleted) + "\n")
+    else:
+        sys.stderr.write(f"deleted {deleted.run}\n")
 
 
 @runs.command("list")

@@ -49,6 +49,8 @@ class JobQueue:
                 past = [job_events.decode(entry.body) for entry in ledger.entries(subject)]
                 job_id = subject.removeprefix(PREFIX)
                 self._jobs[job_id] = jobs.replay(job_id, past)
+                if not self._jobs[job_id].ended:
+                    self._pin(self._jobs[job_id])
         for job in list(self._jobs.values())[-_SHOWN_JOBS:]:
             around.publish(job_body(job))
 
@@ -60,7 +62,7 @@ class JobQueue:
                 if resume:
                     self._new.put_nowait(job.id)
                 else:
-                    self._record(job.id, JobEnded(JobState.STOPPED, "not resumed", time.time()))
+                    self._end(job.id, "not resumed")
         async with asyncio.TaskGroup() as group:
             while True:
                 job = self._jobs[await self._new.get()]
@@ -70,16 +72,27 @@ class JobQueue:
                     group.create_task(self._drive(loop), name=f"job {job.id}")
 
     async def _drive(self, loop: JobLoop) -> None:
-        models = [model.digest for model in loop.job.spec.models]
-        self._around.lane.pin(models)
         try:
             await loop.drive()
         finally:
-            self._around.lane.unpin(models)
+            if loop.job.ended:  # else it goes on after a restart
+                self._unpin(loop.job)
             if self._loops.get(loop.job.id) is loop:  # else it was made to go on already
                 self._jobs[loop.job.id] = loop.job
                 del self._loops[loop.job.id]
         self._sweep()
+
+    def _pin(self, job: Job) -> None:
+        """Keep a job's models from its start to its end, whichever run drops them."""
+        self._around.lane.pin(model.digest for model in job.spec.models)
+
+    def _unpin(self, job: Job) -> None:
+        self._around.lane.unpin([model.digest for model in job.spec.models])
+
+    def _end(self, job_id: str, because: str) -> None:
+        """End a job that is not in work."""
+        self._record(job_id, JobEnded(JobState.STOPPED, because, time.time()))
+        self._unpin(self._jobs[job_id])
 
     def _wanted(self) -> set[str]:
         """Digests of files that somebody may ask for yet."""
@@ -121,16 +134,13 @@ class JobQueue:
         self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])
         failpoint("job.queued")
         self._jobs[job_id] = jobs.started(job_id, spec, fact.at)
+        self._pin(self._jobs[job_id])
         self._around.publish(job_body(self._jobs[job_id]))
         self._new.put_nowait(job_id)
         return job_id
 
     def _checked(self, spec: JobSpec) -> JobSpec:
-        for model in spec.models:
-            if not self._around.lane.has(model.digest):
-                raise UnknownName(
-                    f"version {model.digest[:12]} is not kept any more", "commonweight models list"
-                )
+        self._check_models(spec)
         spec = replace(spec, models=tuple(map(self._sized, spec.models)))
         if spec.kind != "analyze" and not spec.models:
             raise UsageFault("a model is needed", "--model best, latest, or a digest")
@@ -146,6 +156,13 @@ class JobQueue:
         ids = dict.fromkeys(self._registry.find(peer).peer for peer in peers)
         return replace(spec, peers=tuple(ids))
 
+    def _check_models(self, spec: JobSpec) -> None:
+        for model in spec.models:
+            if not self._around.lane.has(model.digest):
+                raise UnknownName(
+                    f"version {model.digest[:12]} is not kept any more", "commonweight models list"
+                )
+
     def _sized(self, model: Model) -> Model:
         return Model(model.digest, self._around.lane.version(model.digest).stat().st_size)
 
@@ -154,15 +171,17 @@ class JobQueue:
         if loop := self._loops.get(job_id):
             loop.stop("stopped by the operator")
         elif not self._jobs[job_id].ended:
-            self._record(job_id, JobEnded(JobState.STOPPED, "stopped by the operator", time.time()))
+            self._end(job_id, "stopped by the operator")
 
     def resume(self, job_id: str) -> None:
-        """Let a job that was stopped or has failed go on. Raises CannotBeMet."""
+        """Let a job that was stopped or has failed go on. Raises CannotBeMet, UnknownName."""
         job = self.find(job_id)
         if job.state in (JobState.WORKING, JobState.FINISHED):
             raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+        self._check_models(job.spec)
         self._loops.pop(job.id, None)  # it may have something to put away yet
         self._record(job.id, JobResumed())
+        self._pin(self._jobs[job.id])
         self._new.put_nowait(job.id)
 
     def take(self, job_id: str) -> None:

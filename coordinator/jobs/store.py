@@ -83,6 +83,7 @@ class JobStore(WeightStore):
         if size != given.nbytes or size <= INLINE_BYTES:
             raise BadMessage(f"the answer has {size} bytes, and was said to have {given.nbytes}")
         self.promote_upload(peer, given.digest)
+        self.recorded(given.digest)
 
     def read(self, given: Given) -> bytes:
         """An answer's bytes. Raises OSError."""

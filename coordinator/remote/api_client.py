@@ -24,6 +24,7 @@ from coordinator.fleet.reducer import Fleet
 from coordinator.jobs.state import Job
 from coordinator.remote import access, peer_source
 from coordinator.remote.source import Action
+from coordinator.runs.deletion import Deletion
 from coordinator.runs.state import Run
 from coordinator.storage.job_events import JobSpec
 from coordinator.transport.mqtt_client import Feed
@@ -82,6 +83,14 @@ class Remote:
 
     def resume_run(self, run_id: str) -> None:
         self._ask("POST", f"/cw/v1/runs/{run_id}/resume")
+
+    def deletion(self, run_id: str) -> Deletion:
+        """What `delete_run` would delete."""
+        return self._get(f"/cw/v1/runs/{run_id}/deletion", Deletion)
+
+    def delete_run(self, run_id: str) -> Deletion:
+        """Delete an ended run; what was deleted."""
+        return _decoded(self._ask("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
 
     def start_job(self, spec: JobSpec) -> str:
         return self._post("/cw/v1/jobs", spec)["job"]

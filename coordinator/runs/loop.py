@@ -93,6 +93,11 @@ class RunLoop:
         return self._chronicle.run
 
     @property
+    def on_disk(self) -> Set[str]:
+        """Digests of its versions, also of older ones that peers still train on."""
+        return self._retention.on_disk
+
+    @property
     def waiting_for(self) -> str:
         return self._chronicle.waiting_for
 
@@ -258,6 +263,7 @@ class RunLoop:
         # At the same time: to measure large updates takes as long as to receive them.
         news = await asyncio.gather(*(self._judged(asked, reply) for _, asked, reply in answers))
         await self._chronicle.record(*news)
+        self._around.lane.recorded(self.run.head)  # first weights, or a version from a peer
         if self.run.buffered:
             self._sweep({asked.peer for _, asked, _ in answers})
         self.questions.settle([question for question, _, _ in answers], True)
@@ -316,6 +322,7 @@ class RunLoop:
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
         )
+        lane.recorded(made.digest)
         if run.buffered:
             self._sweep({accepted.peer for accepted in run.buffer})
         elif run.spec.late == "fold":

@@ -14,8 +14,17 @@ from msgspec.structs import replace
 
 from coordinator import strategies
 from coordinator.fleet.registry import SUBJECT, Registry
-from coordinator.runs import best_version, buffered, late_updates, options, retention, transitions
+from coordinator.runs import (
+    best_version,
+    buffered,
+    deletion,
+    late_updates,
+    options,
+    retention,
+    transitions,
+)
 from coordinator.runs.context import Fleetwork
+from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
 from coordinator.runs.state import Round, Run
@@ -26,6 +35,7 @@ from protocols.codecs import registry as codecs
 from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageFault
 from protocols.failpoints import failpoint
 from protocols.local import heap
+from protocols.messages.envelope import Happened
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
 from protocols.model.weights_file import Stored
@@ -53,6 +63,8 @@ class RunQueue:
         self._runs: dict[str, Run] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self.current: RunLoop | None = None
+        #: Deleted runs of the last life, of which a crash may have left files.
+        self._deleted: list[Run] = []
         self._recall()
 
     def _recall(self) -> None:
@@ -64,6 +76,9 @@ class RunQueue:
         shown = frozenset(found[-_SHOWN_RUNS:])
         for subject in found:
             run = self._whole(subject)
+            if run.deleted:
+                self._deleted.append(run)
+                continue
             self._runs[subject] = _light(run)
             if subject in shown:
                 self._around.publish(run_body(run, ""))
@@ -78,6 +93,9 @@ class RunQueue:
 
     async def work(self, resume: bool) -> None:
         """One run after the other, unfinished ones of the last life first."""
+        for deleted in self._deleted:
+            deletion.carry_out(self._plan(deleted), self._around.lane)
+        self._deleted = []
         for run in list(self._runs.values()):
             if not run.ended:
                 if resume:
@@ -85,9 +103,10 @@ class RunQueue:
                 else:
                     self._end(run.id, "not resumed")
         while True:
-            run = self._runs[await self._queue.get()]
-            if run.ended:
+            found = self._runs.get(await self._queue.get())
+            if found is None or found.ended:  # it was stopped in the queue, or even deleted
                 continue
+            run = found
             try:
                 self.current = RunLoop(run, self._around, partial(self._kept_by_others, run.id))
             except CommonweightError as err:  # its strategy is not installed any more, say
@@ -102,9 +121,14 @@ class RunQueue:
 
     def _kept_by_others(self, run_id: str) -> set[str]:
         """Digests of the versions and states that all runs but this one keep."""
-        others = [other for other in self._runs.values() if other.id != run_id]
-        kept = ((other, retention.versions_to_keep(other)) for other in others)
-        return {d for other, vs in kept for d in vs | retention.states_to_keep(other, vs)}
+        kept: set[str] = set()
+        for run in self.all():
+            if run.id != run_id:
+                versions = retention.versions_to_keep(run)
+                kept |= versions | retention.states_to_keep(run, versions)
+        if self.current is not None and self.current.run.id != run_id:
+            kept |= self.current.on_disk | self._around.lane.unrecorded
+        return kept
 
     def nudge(self) -> None:
         """Something changed that the run in work may care for."""
@@ -210,6 +234,36 @@ class RunQueue:
         self._runs[run.id] = self._whole(run.id)
         self._around.publish(run_body(self._runs[run.id], "its turn"))
         self._queue.put_nowait(run.id)
+
+    def deletion(self, run_id: str) -> Deletion:
+        """What `delete` would delete. Raises UnknownName, and CannotBeMet if it has not ended."""
+        run = self.find(run_id)
+        at_work = self.current is not None and self.current.run.id == run.id
+        if at_work or not run.ended:
+            raise CannotBeMet(
+                f"run {run.id} has not ended: {run.state}", f"commonweight run stop {run.id}"
+            )
+        return self._plan(run)
+
+    def _plan(self, run: Run) -> Deletion:
+        kept = self._kept_by_others(run.id)
+        current = self.current.run if self.current is not None else None
+        if current and current.state is RunState.AGGREGATING:
+            # It may be writing the same states, which the ledger does not name yet. The next start
+            # deletes what stays here.
+            kept |= retention.all_states(run)
+        return deletion.plan(run, kept, self._around.lane)
+
+    def delete(self, run_id: str) -> Deletion:
+        """Delete the files of an ended run and list it no more. Raises as `deletion` does."""
+        found = self.deletion(run_id)
+        fact = run_events.RunDeleted((*found.versions, *found.in_use), found.states, found.nbytes)
+        self._around.ledger.append(found.run, [run_events.encode(fact)])
+        del self._runs[found.run]
+        deletion.carry_out(found, self._around.lane)
+        text = f"run {found.run} was deleted: {found.nbytes / 1e6:,.1f} MB"
+        self._around.publish(Happened(level="info", text=text, subject=found.run))
+        return found
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
         fact = run_events.RunEnded(state, because)

@@ -28,6 +28,17 @@ def states_to_keep(run: Run, versions: Set[str]) -> set[str]:
     return states | set(run.strategy_state.values())
 
 
+def all_versions(run: Run) -> set[str]:
+    """Digests of all versions that a run has begun with or made, and that its record names."""
+    made = {closed.digest for closed in run.history}
+    return (made | versions_to_keep(run) | {run.first}) - {""}
+
+
+def all_states(run: Run) -> set[str]:
+    """Digests of all that its strategy has remembered, as far as its record names it."""
+    return states_to_keep(run, all_versions(run))
+
+
 class Retention:
     """Deletes the versions and states that neither the run nor another one keeps.
 
@@ -38,18 +49,18 @@ class Retention:
         self, run: Run, lane: WeightStore, states: States, elsewhere: Callable[[], Set[str]]
     ) -> None:
         self._lane, self._states, self._elsewhere = lane, states, elsewhere
-        self._on_disk = {closed.digest for closed in run.history}
+        self.on_disk = {closed.digest for closed in run.history}
 
     def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
         """Drop the others. `in_use`: digests that peers still train on."""
         keep, elsewhere = versions_to_keep(run) | set(in_use), self._elsewhere()
-        self._on_disk |= {run.head, run.parent}
-        for digest in self._on_disk - keep - elsewhere:
+        self.on_disk |= {run.head, run.parent}
+        for digest in self.on_disk - keep - elsewhere:
             self._lane.drop(digest)
         known = {d for r in run.history for d in r.strategy_state.values()}
         self._states.drop(known - states_to_keep(run, keep) - elsewhere)
         failpoint("round.pruned")
-        self._on_disk &= keep
+        self.on_disk &= keep
 
 
 def newest_whole(run: Run, is_whole: Callable[[str], bool]) -> str:

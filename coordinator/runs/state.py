@@ -67,7 +67,9 @@ class Run(Struct, frozen=True, kw_only=True):
 
     Buffered: `given` is the work in hand and `last` the last that was given, both by peer; `buffer`
     all updates of the next version; `resting` peers get nothing before that is made. `excluded`
-    get nothing at all."""
+    get nothing at all.
+
+    `deleted`: its files are gone, and it is listed no more."""
 
     id: str
     spec: RunSpec
@@ -107,6 +109,7 @@ class Run(Struct, frozen=True, kw_only=True):
     num_examples: int = 0
     ended_in: RunState = RunState.WAITING
     ended_because: str = ""
+    deleted: bool = False
 
     @property
     def ended(self) -> bool:

@@ -34,6 +34,7 @@ from coordinator.storage.run_events import (
     RecallBegun,
     RoundClosed,
     RoundOpened,
+    RunDeleted,
     RunEnded,
     RunResumed,
     RunStarted,
@@ -272,6 +273,10 @@ def _run_ended(run: Run, fact: RunEnded) -> Run:
     )
 
 
+def _run_deleted(run: Run, fact: RunDeleted) -> Run:
+    return replace(run, deleted=True)
+
+
 _ANY = frozenset(RunState) - ENDED
 _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
 
@@ -301,6 +306,7 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
     RunEnded: (_ANY, _run_ended),
     RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), rollback.run_resumed),
+    RunDeleted: (ENDED, _run_deleted),
 }
 
 

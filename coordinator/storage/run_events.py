@@ -272,6 +272,14 @@ class RunResumed(Struct, frozen=True, tag=True):
     """A run that was stopped or has failed goes on; the round that was cut off is done again."""
 
 
+class RunDeleted(Struct, frozen=True, tag=True):
+    """An ended run's files were deleted: these versions and states, of so many bytes in all."""
+
+    versions: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
+    nbytes: int = 0
+
+
 Fact = (
     RunStarted
     | PeerDescribed
@@ -295,6 +303,7 @@ Fact = (
     | RoundClosed
     | RunEnded
     | RunResumed
+    | RunDeleted
 )
 
 encode = msgspec.json.Encoder().encode

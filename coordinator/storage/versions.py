@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -34,6 +35,9 @@ class Versions:
         #: Versions that jobs use, by how many, and those of them that are not wanted else.
         self._pins: Counter[str] = Counter()
         self._unwanted: set[str] = set()
+        #: Versions of a run that its ledger does not name yet.
+        self.unrecorded: set[str] = set()
+        self._naming = threading.Lock()
 
     def version(self, digest: str) -> Path:
         """Where the version with this digest lies, or would."""
@@ -54,6 +58,15 @@ class Versions:
         except OSError:  # a full disk: the version itself is safe, and is sent whole
             return 0
 
+    def nbytes(self, digest: str) -> int:
+        """What a version and the patch to it take on disk."""
+        paths = (self.version(digest), self.patch(digest))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def is_pinned(self, digest: str) -> bool:
+        """True while a job uses this version."""
+        return self._pins[digest] > 0
+
     def pin(self, digests: Iterable[str]) -> None:
         """Keep these versions, whoever drops them, until they are unpinned as often."""
         self._pins.update(digests)
@@ -66,12 +79,18 @@ class Versions:
             self.drop(digest)
 
     def drop(self, digest: str) -> None:
-        """Forget a version."""
+        """Forget a version, unless a run has just made it."""
         if self._pins[digest] > 0:
             self._unwanted.add(digest)
             return
-        remove(self.version(digest))
-        self.patch(digest).unlink(missing_ok=True)
+        with self._naming:
+            if digest not in self.unrecorded:
+                remove(self.version(digest))
+                self.patch(digest).unlink(missing_ok=True)
+
+    def recorded(self, digest: str) -> None:
+        """The ledger names a version: from now on it can be dropped."""
+        self.unrecorded.discard(digest)
 
     def is_whole(self, digest: str) -> bool:
         """True if a version's bytes are there and are its own. Damaged ones are put aside."""
@@ -86,17 +105,24 @@ class Versions:
     def commit(self, model: Weights) -> str:
         """Keep a small model as a version, durably; its digest."""
         parts = weights.pieces(model.schema)
-        return self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
+        digest = self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
+        self.recorded(digest)
+        return digest
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
-        """Keep a version, durably; its digest. `pieces` come in file order."""
+        """Keep a version, durably; its digest. `pieces` come in file order.
+
+        Nothing drops it before `recorded`.
+        """
         # Commands write here beside the coordinator, so every writer has a file of its own.
         temporary = self._versions / f".new-{secrets.token_hex(8)}"
         with Writer(temporary, schema) as writer:
             for piece in pieces:
                 writer.write(piece)
         failpoint("version.written")
-        temporary.replace(self.version(writer.digest))
+        with self._naming:
+            self.unrecorded.add(writer.digest)
+            temporary.replace(self.version(writer.digest))
         failpoint("version.renamed")
         atomic_files.sync_folder(self._versions)
         return writer.digest

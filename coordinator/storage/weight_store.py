@@ -21,7 +21,12 @@ class WeightStore(Versions):
         self.states.mkdir(mode=0o700, exist_ok=True)
 
     def promote_upload(self, node: str, digest: str) -> None:
-        """Make an upload a version: the first weights of a run, or an answer of a job."""
-        self.uploads.move(node, digest, self.version(digest))
+        """Make an upload a version: the first weights of a run, or an answer of a job.
+
+        Nothing drops it before `recorded`.
+        """
+        with self._naming:
+            self.unrecorded.add(digest)
+            self.uploads.move(node, digest, self.version(digest))
         atomic_files.sync_folder(self._versions)
         failpoint("version.adopted")
