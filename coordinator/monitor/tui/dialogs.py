@@ -80,7 +80,7 @@ class HelpDialog(Dialog[None]):
         self._page, self._about = page, about or page
         self._remapped, self._read_only, self._replay = remapped, read_only, replay
 
-    def words(self) -> Table:
+    def content(self) -> Table:
         own = colors()
         table = Table.grid(padding=(0, 2))
         table.add_column(justify="right", style=f"bold {own.blue}", no_wrap=True)
@@ -107,7 +107,7 @@ class TicketDialog(Dialog[None]):
         super().__init__()
         self._ticket = ticket
 
-    def words(self) -> Text:
+    def content(self) -> Text:
         own = colors()
         text = Text.assemble(("On the machine that joins, run:\n\n", own.dim))
         text.append("commonweight-agent join -\n\n", own.blue)
@@ -129,13 +129,13 @@ class ConfirmDialog(Dialog[bool]):
         Binding("n", "answer(False)", "No", show=False),
     ]
     title_text = "Sure?"
-    foot_text = "y yes · n no"
+    subtitle_text = "y yes · n no"
 
     def __init__(self, question: str, consequence: str) -> None:
         super().__init__()
         self._question, self._consequence = question, consequence
 
-    def words(self) -> Text:
+    def content(self) -> Text:
         own = colors()
         text = Text.assemble((f"{self._question}\n\n", f"bold {own.text}"))
         text.append(f"{self._consequence}\n\n", own.dim)
