@@ -1,6 +1,7 @@
 """Fsync an answer in a thread while it uploads.
 
-Without it a round takes longer: 1.2 times at 40 MB and twice at 400 MB (two agents, a busy disk).
+Seconds a round without it: 1.35 at 40 MB, 16.2 at 400 MB. With it: 1.10 and 1.35, 6.7 and 13.8 (two
+agents on a loaded machine, in turns).
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ This uses Python's own http.client. A small request costs a third of what it cos
 body goes from a file into the socket, or from the socket into a buffer, as it is. Any thread may
 ask: each request has a connection to itself.
 
-urllib3 was tried in its place. 400 MB each way take as long with it, but a small request takes 0.67
-ms of CPU time in place of 0.43 ms. It saves 30 lines only, as the idle limit, the addresses and the
-end of a connection that still connects need five methods of its pool and its connection overridden.
+urllib3 was tried in its place. CPU time: 0.22 s for 400 MB down with both, 0.67 ms in place of 0.44
+ms for a small request (one run, two cores under load). It saves 30 lines only: the idle limit, the
+addresses, and ending a connection that still connects need methods of its pool overridden.
 """
 
 from __future__ import annotations
