@@ -91,7 +91,7 @@ class Jobs:
             task="rows", settings={"features": _FEATURES}, seed=1, rounds=1, quorum=len(PEERS)
         )
         self._model = Model(checker.digests(fleet.outcome(run))[-1], 0)
-        given = prepare(fleet.folder / "rows.csv", self._lane.version("").parent, self._lane.suffix)
+        given = prepare(fleet.folder / "rows.csv", self._lane.folder, self._lane.suffix)
         shared = {"task": "rows", "settings": {"features": _FEATURES}, "models": (self._model,)}
         asked = parser.question("count, mean(x0), quantile(x1, 0.5)", "")
         peers = tuple(sorted(map(fleet.peer, PEERS)))  # named: right after a start none is there

@@ -87,8 +87,8 @@ def _scattered(
     job_output.check_target(out)
     if remote.role != "operator" or not (homes.locate("coordinator") / homes.STAMP).exists():
         raise UsageFault("rows are spread from the coordinator's own machine")
-    lane = JobStore(homes.open_home("coordinator") / "jobs")
-    given = prepare(source, lane.version("").parent, lane.suffix)
+    store = JobStore(homes.open_home("coordinator") / "jobs")
+    given = prepare(source, store.folder, store.suffix)
     sys.stderr.write(
         f"the rows of {source} leave this machine: peers whose owners take such rows see them\n"
     )
@@ -105,13 +105,13 @@ def _scattered(
         blocks=given.blocks,
         quorum=quorum,
     )
-    job = _ended(remote, _same(remote, spec, lane) or remote.start_job(spec), quiet=json)
+    job = _ended(remote, _same(remote, spec, store) or remote.start_job(spec), quiet=json)
     if job.state != "finished":
         raise CommonweightError(
             f"job {job.id} {job.state}: {job.ended_because}",
             "the same command goes on where it stopped",
         )
-    rows = job_output.merge(job, lane, out)
+    rows = job_output.merge(job, store, out)
     with contextlib.suppress(CommonweightError):  # then the files stay for a while
         remote.took_job(job.id)
     if json:
@@ -121,7 +121,7 @@ def _scattered(
         sys.stderr.write(f"wrote {rows:,} answers to {out}\n")
 
 
-def _same(remote: Any, spec: Any, lane: Any) -> str:
+def _same(remote: Any, spec: Any, store: Any) -> str:
     """The job that was asked the same before and whose answers nobody has taken, or none.
 
     One that had ended early is made to go on; one whose answers were dropped is of no use.
@@ -132,7 +132,7 @@ def _same(remote: Any, spec: Any, lane: Any) -> str:
         old = job.spec
         models = tuple(replace(model, nbytes=0) for model in old.models)
         same = not job.taken and replace(old, models=models, names=spec.names) == spec
-        if same and all(map(lane.has, job.on_disk)):
+        if same and all(map(store.has, job.on_disk)):
             if job.state in ("stopped", "failed"):
                 remote.resume_job(job.id)
             return str(job.id)

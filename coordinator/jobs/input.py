@@ -25,7 +25,7 @@ _ODD = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
 
 
 class Prepared(NamedTuple):
-    """The input as the lane has it: its digest, what its blocks end in, and the blocks."""
+    """The stored input of a job: its digest, the suffix of its blocks, and their sizes."""
 
     digest: str
     suffix: str
@@ -50,7 +50,7 @@ def prepare(path: Path, folder: Path, suffix: str) -> Prepared:
             os.fsync(file.fileno())
         temporary.replace(folder / f"{sha.hexdigest()}{suffix}")
     except (UnicodeDecodeError, csv.Error) as err:
-        raise UsageFault(f"{path} is not as its name says: {err}") from err
+        raise UsageFault(f"{path} does not have the format of its suffix: {err}") from err
     except OSError as err:
         raise CommonweightError(f"cannot read {path}: {err.strerror or err}") from err
     if not found:

@@ -38,11 +38,11 @@ _AGAIN_S = 1.0
 class JobLoop:
     """One job in work. `changed` is set by whoever has news for it, in the loop's thread."""
 
-    def __init__(self, job: Job, around: Fleetwork, lane: JobStore) -> None:
+    def __init__(self, job: Job, around: Fleetwork, store: JobStore) -> None:
         self.job = job
         self.changed = asyncio.Event()
-        self.questions = JobQuestions(around, lane)
-        self._around, self._lane = around, lane
+        self.questions = JobQuestions(around, store)
+        self._around, self._store = around, store
         now = time.monotonic()
         self._patient_until = now + RETURN_WITHIN_S if any(job.leases()) else 0.0
         self._ends_at = now + job.spec.deadline_s if job.spec.deadline_s else float("inf")
@@ -167,9 +167,9 @@ class JobLoop:
             ]
         given = validation.read(asked, reply, seconds, self._around.verify)
         if unit.verified:
-            self._lane.uploads.drop(peer, given.digest)
+            self._store.uploads.drop(peer, given.digest)
             return [AnswerDropped(unit.number, peer, "late")]
-        self._lane.keep(peer, given)
+        self._store.keep(peer, given)
         return [job_events.UnitReturned(unit.number, peer, given)]
 
     async def _verify(self) -> None:
@@ -180,7 +180,7 @@ class JobLoop:
             bad: list[Fact] = []
             for peer, given in unit.given.items():
                 try:
-                    await asyncio.to_thread(validation.check, self.job, unit, given, self._lane)
+                    await asyncio.to_thread(validation.check, self.job, unit, given, self._store)
                 except (BadMessage, OSError) as err:
                     detail = printable(str(err))
                     bad.append(AnswerDropped(unit.number, peer, "bad answer", detail))

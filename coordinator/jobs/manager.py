@@ -38,8 +38,8 @@ _KEPT_JOBS = 8
 class JobQueue:
     """All jobs of the ledger. All that have not ended are worked on at the same time."""
 
-    def __init__(self, around: Fleetwork, lane: JobStore, registry: Registry) -> None:
-        self._around, self._lane, self._registry = around, lane, registry
+    def __init__(self, around: Fleetwork, store: JobStore, registry: Registry) -> None:
+        self._around, self._store, self._registry = around, store, registry
         self._jobs: dict[str, Job] = {}
         self._loops: dict[str, JobLoop] = {}
         self._new: asyncio.Queue[str] = asyncio.Queue()
@@ -67,7 +67,7 @@ class JobQueue:
             while True:
                 job = self._jobs[await self._new.get()]
                 if not job.ended:
-                    loop = JobLoop(job, self._around, self._lane)
+                    loop = JobLoop(job, self._around, self._store)
                     self._loops[job.id] = loop
                     group.create_task(self._drive(loop), name=f"job {job.id}")
 
@@ -103,7 +103,7 @@ class JobQueue:
 
     def _sweep(self) -> None:
         if not self.at_work:  # else there are units' rows, which no job's facts name
-            self._lane.sweep(self._wanted())
+            self._store.sweep(self._wanted())
 
     # --- from outside ---
 
@@ -145,7 +145,7 @@ class JobQueue:
         if spec.kind != "analyze" and not spec.models:
             raise UsageFault("a model is needed", "--model best, latest, or a digest")
         if spec.kind == "scatter":
-            if not spec.blocks or not self._lane.has(spec.input):
+            if not spec.blocks or not self._store.has(spec.input):
                 raise UsageFault("the job has no input")
             self._registry.check_quorum(spec.quorum)
             return spec
@@ -192,7 +192,7 @@ class JobQueue:
         if not job.taken:
             self._record(job.id, JobTaken())
         for digest in job.on_disk - self._wanted():
-            self._lane.drop(digest)
+            self._store.drop(digest)
 
     def _record(self, job_id: str, fact: job_events.Fact) -> None:
         self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])

@@ -40,7 +40,7 @@ def check_target(out: Path) -> None:
         )
 
 
-def merge(job: Job, lane: JobStore, out: Path) -> int:
+def merge(job: Job, store: JobStore, out: Path) -> int:
     """Write the answers of a finished job to `out`, in the order of its rows; how many they are.
 
     A column named "row", which each task counts from 0 in each block, counts through. Raises
@@ -50,8 +50,8 @@ def merge(job: Job, lane: JobStore, out: Path) -> int:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     done = 0
     try:
-        with _opened(temporary, out.suffix, lambda: _answers(job, lane)) as table:
-            for names, body in _answers(job, lane):
+        with _opened(temporary, out.suffix, lambda: _answers(job, store)) as table:
+            for names, body in _answers(job, store):
                 done += table.add(names, body, done)
         temporary.replace(out)
     except OSError as err:
@@ -61,11 +61,11 @@ def merge(job: Job, lane: JobStore, out: Path) -> int:
     return done
 
 
-def _answers(job: Job, lane: JobStore) -> Iterator[tuple[Row, bytes]]:
+def _answers(job: Job, store: JobStore) -> Iterator[tuple[Row, bytes]]:
     """The columns and rows of each unit, in the order of the rows."""
     names: Row = []
     for unit in sorted(job.units.values(), key=lambda unit: unit.first):
-        head, _, body = lane.read(unit.answer).partition(b"\n")
+        head, _, body = store.read(unit.answer).partition(b"\n")
         found = _decode(head)
         if found != (names := names or found):
             raise CommonweightError(f"unit {unit.number} was answered with other columns")

@@ -43,8 +43,8 @@ class Answered(NamedTuple):
 class JobQuestions:
     """Those of one job that are under way. For the event loop's thread."""
 
-    def __init__(self, around: Fleetwork, lane: JobStore) -> None:
-        self._around, self._lane = around, lane
+    def __init__(self, around: Fleetwork, store: JobStore) -> None:
+        self._around, self._store = around, store
         self._under_way: dict[str, Asked] = {}
         self._settling: dict[str, asyncio.Future[bool]] = {}
         #: By peer: since when it is at the first of its questions (monotonic s).
@@ -106,7 +106,7 @@ class JobQuestions:
         question: wire.Question
         match spec.kind:
             case "scatter":
-                rows = await asyncio.to_thread(self._lane.cut, spec, unit)
+                rows = await asyncio.to_thread(self._store.cut, spec, unit)
                 self._cut[unit.number], question = rows.input, rows
             case "private":
                 question = Private(min_group=spec.min_group)
@@ -175,7 +175,7 @@ class JobQuestions:
         """The job has ended: nobody fetches its rows any more."""
         self._take_back(set(self._under_way))
         for digest in self._cut.values():
-            self._lane.drop(digest)
+            self._store.drop(digest)
 
     def _take_back(self, questions: set[str]) -> None:
         self._around.grid.forget(questions)
@@ -186,4 +186,4 @@ class JobQuestions:
     def done_with(self, unit: Unit) -> None:
         """A unit is verified; while somebody else is at it, its rows are still fetched."""
         if not unit.leases and unit.number in self._cut:
-            self._lane.drop(self._cut.pop(unit.number))
+            self._store.drop(self._cut.pop(unit.number))

@@ -103,7 +103,7 @@ class JobStore(WeightStore):
 
     def sweep(self, wanted: Set[str]) -> None:
         """Delete old files that no job references."""
-        for path in self._versions.iterdir():
+        for path in self.folder.iterdir():
             if path.name.removesuffix(self.suffix) not in wanted:
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _STRAY_S:

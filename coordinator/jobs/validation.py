@@ -48,21 +48,21 @@ def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
     )
 
 
-def check(job: Job, unit: Unit, given: Given, lane: JobStore) -> None:
+def check(job: Job, unit: Unit, given: Given, store: JobStore) -> None:
     """Raise BadMessage unless this can be an answer to the unit's question; OSError."""
     match job.spec.kind:
         case "scatter":
-            rows, found = job.rows(unit), _count_rows(lane.lines(given))
+            rows, found = job.rows(unit), _count_rows(store.lines(given))
             if (given.rows, found) != (rows, rows):
                 raise BadMessage(f"{found} rows are answered where {rows} were asked for")
         case "private":
             if given.nbytes and not given.body:  # it is read from the ledger
                 raise BadMessage("it is longer than any measures of models are")
             pinned = {model.digest for model in job.spec.models}
-            if wire.decode_scores(lane.read(given)).keys() != pinned:
+            if wire.decode_scores(store.read(given)).keys() != pinned:
                 raise BadMessage("it does not measure the models that were asked about")
         case "analyze":
-            if wrong := analysis.check(job.spec.query, lane.read(given)):
+            if wrong := analysis.check(job.spec.query, store.read(given)):
                 raise BadMessage(wrong)
 
 

@@ -29,7 +29,7 @@ class Versions:
     suffix = ".safetensors"
 
     def __init__(self, folder: Path) -> None:
-        self._versions = folder
+        self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         self._delete_unfinished()
         #: Versions that jobs use, by how many, and those of them that are not wanted else.
@@ -41,14 +41,14 @@ class Versions:
 
     def version(self, digest: str) -> Path:
         """Where the version with this digest lies, or would."""
-        return self._versions / f"{digest}{self.suffix}"
+        return self.folder / f"{digest}{self.suffix}"
 
     def has(self, digest: str) -> bool:
         return self.version(digest).exists()
 
     def patch(self, digest: str) -> Path:
         """Where the patch to this version from its parent lies, or would."""
-        return self._versions / f"{digest}.patch"
+        return self.folder / f"{digest}.patch"
 
     def make_patch(self, parent: str, digest: str) -> int:
         """Make the patch to a version, if a small one does; its bytes, else 0."""
@@ -115,7 +115,7 @@ class Versions:
         Nothing drops it before `recorded`.
         """
         # Commands write here beside the coordinator, so every writer has a file of its own.
-        temporary = self._versions / f".new-{secrets.token_hex(8)}"
+        temporary = self.folder / f".new-{secrets.token_hex(8)}"
         with Writer(temporary, schema) as writer:
             for piece in pieces:
                 writer.write(piece)
@@ -124,12 +124,12 @@ class Versions:
             self.unrecorded.add(writer.digest)
             temporary.replace(self.version(writer.digest))
         failpoint("version.renamed")
-        atomic_files.sync_folder(self._versions)
+        atomic_files.sync_folder(self.folder)
         return writer.digest
 
     def _delete_unfinished(self) -> None:
         """Delete temporary files that nobody has written to for an hour."""
-        for path in self._versions.iterdir():
+        for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # its writer has just finished
                 if path.name.startswith(".") and (
                     path.stat().st_mtime < time.time() - _UNFINISHED_S

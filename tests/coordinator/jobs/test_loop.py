@@ -49,7 +49,7 @@ def scattered(fleet: Fleet, x: Floats, **changed: Any) -> tuple[JobSpec, np.ndar
     source = fleet.folder / "rows.csv"
     np.savetxt(source, x, delimiter=",", header="a,b,c,d,e", comments="", fmt="%.9g")
     lane, model = fleet.hub.job_lane, first_weights(5, seed=3)
-    given = prepare(source, lane.version("").parent, lane.suffix)
+    given = prepare(source, lane.folder, lane.suffix)
     spec = JobSpec(
         kind="scatter",
         task="softmax",
