@@ -248,8 +248,9 @@ def _step_2nn(at: Position, plan: Plan) -> Step:
 
     def descend(weight: Tensor, bias: Tensor, delta: Tensor, inputs: Tensor) -> None:
         # The gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127, equation 2).
-        for tensor in (weight, bias) if correction else ():  # plain SGD, without a velocity
-            tensor.sub_(correction[id(tensor)], alpha=plan.lr)
+        for tensor in (weight, bias):
+            if id(tensor) in correction:  # plain SGD, without a velocity
+                tensor.sub_(correction[id(tensor)], alpha=plan.lr)
         pulls = [(t, t - origin[id(t)]) for t in (weight, bias)] if origin else []
         for tensor, pull in pulls:
             if velocity:

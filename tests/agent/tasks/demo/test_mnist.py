@@ -19,7 +19,7 @@ from agent.tasks.demo import mnist
 from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, cut
 from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.model import weights
-from protocols.model.weights import Weights
+from protocols.model.weights import Weights, digest
 
 #: As in the package: 500 of each digit, in order.
 LABELS = np.repeat(np.arange(10, dtype=np.uint8), DIGITS // 10)
@@ -306,6 +306,21 @@ def test_a_correction_is_added_to_each_gradient(model: str) -> None:
         moved = np.subtract(first[name], plain[name])
         np.testing.assert_allclose(moved, 0.5 * np.asarray(gradient[name]), atol=2e-6)
         np.testing.assert_allclose(np.subtract(plain[name], steered[name]), 0.005, atol=2e-6)
+
+
+def test_layers_without_a_correction_are_steered_as_if_it_were_0() -> None:
+    """Layers that stay on a machine have no control variates."""
+    task = Mnist()
+    task.load(DataSettings(index=0, parts=200))
+    settings: dict[str, Setting] = {"max_steps": 3, "round": 1}
+    first = task.init(1, settings)
+    correction = {name: np.full_like(first[name], 0.01) for name in first if "output" not in name}
+    task.steer(correction)
+    some = task.train(first, settings, lambda *_: None).weights
+    none = {name: np.zeros_like(first[name]) for name in first if "output" in name}
+    task.steer(correction | none)
+    whole = task.train(first, settings, lambda *_: None).weights
+    assert digest(Weights(some)) == digest(Weights(whole))
 
 
 @pytest.mark.parametrize(
