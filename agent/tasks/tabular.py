@@ -34,8 +34,9 @@ from agent.data import profile as survey
 from agent.data.features import Encoded, Rows
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
-from agent.tasks.training import devices
-from agent.tasks.training.classification import measured
+from agent.tasks.training import devices, evaluation
+from agent.tasks.training.classification import batches_of, measured
+from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import stream
@@ -278,26 +279,20 @@ def _measured(
     model: _Model, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
 ) -> EvalOutcome:
     w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
-    squared, absolute, seen = 0.0, 0.0, 0
-    told: list[evaluation_counts.Tallies] = []
-    steps = -(-len(held_out.y) // EVALUATION_BATCH)
-    batches = zip(
-        torch.split(held_out.x, EVALUATION_BATCH),
-        torch.split(held_out.y, EVALUATION_BATCH),
-        strict=True,
-    )
-    for number, (x, y) in enumerate(batches, 1):
+
+    def measure(rows: tuple[Tensor, Tensor]) -> Measured:
+        x, y = rows
         guess = model.forward(w, x)
         error = (guess - y).double()
         # Of which the mean is taken away: no sum says where the target lies.
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
-        told.append({"regression": evaluation_counts.regression_of(*in_units)})
-        squared += float(error.square().sum())
-        absolute += float(error.abs().sum())
-        seen += len(y)
-        on_step(number, steps, squared / seen, seen)
-    loss = squared / seen
-    metrics = {"loss": loss, "mse": loss * scale**2, "mae": absolute / seen * scale}
-    if not math.isfinite(loss):
-        return EvalOutcome(seen, metrics)
-    return EvalOutcome(seen, metrics, evaluation_counts.merged(told, [1.0] * len(told)))
+        told = {"regression": evaluation_counts.regression_of(*in_units)}
+        sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}
+        return Measured(len(y), sums, told)
+
+    seen, means, told = evaluation.evaluate(
+        batches_of(held_out, EVALUATION_BATCH), measure, on_step
+    )
+    loss = means["loss"]
+    metrics = {"loss": loss, "mse": loss * scale**2, "mae": means["mae"] * scale}
+    return EvalOutcome(seen, metrics, told if math.isfinite(loss) else {})

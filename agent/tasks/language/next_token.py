@@ -15,6 +15,8 @@ from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.language.tokens import Tokens
+from agent.tasks.training import evaluation
+from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import LossOf
 from protocols.errors import DataFault
@@ -93,13 +95,12 @@ def measured(
     """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     batches = torch.split(found.held_out.to(device), batch_size or len(found.held_out))
-    loss, right, seen = 0.0, 0, 0
-    for number, starts in enumerate(batches, 1):
+
+    def measure(starts: Tensor) -> Measured:
         batch = found.batch(starts)
         logits, after = logits_of(tensors, batch[:, :-1], False).float(), batch[:, 1:]
-        loss += float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
-        right += int((logits.argmax(2) == after).sum())
-        seen += len(starts)
-        on_step(number, len(batches), loss / (seen * found.context), seen)
-    each = seen * found.context
-    return EvalOutcome(seen, {"loss": loss / each, "accuracy": right / each})
+        loss = float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
+        right = int((logits.argmax(2) == after).sum())
+        return Measured(len(starts), {"loss": loss, "accuracy": right})
+
+    return evaluation.evaluate(batches, measure, on_step, values=found.context)

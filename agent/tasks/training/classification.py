@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
+from agent.tasks.training import evaluation
+from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import Examples
 from protocols.model.weights import Array
@@ -30,23 +32,23 @@ def measured(
     """
     device = held_out.x.device
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-    steps = -(-len(held_out.y) // batch)
-    loss, right, seen = 0.0, 0, 0
-    told: list[evaluation_counts.Tallies] = []
-    for number, (x, y) in enumerate(
-        zip(torch.split(held_out.x, batch), torch.split(held_out.y, batch), strict=True), 1
-    ):
+
+    def measure(rows: tuple[Tensor, Tensor]) -> Measured:
+        x, y = rows
         logits = logits_of(tensors, x)
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        loss = float(F.cross_entropy(logits, y, reduction="sum"))
         sure, guess = logits.float().softmax(1).max(1)
-        right += int((guess == y).sum())
-        told.append(_tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1]))
-        seen += len(y)
-        on_step(number, steps, loss / seen, seen)
-    metrics = {"loss": loss / seen, "accuracy": right / seen}
-    if not all(told):
-        return EvalOutcome(seen, metrics)  # the training went to NaN: no guess has a probability
-    return EvalOutcome(seen, metrics, evaluation_counts.merged(told, [1.0] * len(told)))
+        right = int((guess == y).sum())
+        # Empty where the training went to NaN: no guess has a probability.
+        told = _tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1])
+        return Measured(len(y), {"loss": loss, "accuracy": right}, told)
+
+    return evaluation.evaluate(batches_of(held_out, batch), measure, on_step)
+
+
+def batches_of(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The examples as (x, y) of `size` rows each; the last may have fewer."""
+    return list(zip(torch.split(examples.x, size), torch.split(examples.y, size), strict=True))
 
 
 def classes_of(logits: Tensor) -> dict[str, list[Any]]:

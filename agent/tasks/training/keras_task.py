@@ -34,7 +34,9 @@ import tensorflow as tf
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome
+from agent.tasks.training import evaluation
 from agent.tasks.training.batch_size import tried
+from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan, settings_of
 from agent.tasks.training.seeds import seed_of
 from protocols.errors import TaskUnusable, UsageFault
@@ -182,21 +184,18 @@ class KerasTask:
         """Mean "loss", and "accuracy" of a classification, on this peer's held-out examples."""
         model, examples = self._built(settings), self._found(settings)
         _put(model, self.to_keras(weights, settings))
-        steps = -(-len(examples.held_out) // EVALUATION_BATCH)
-        loss, right, seen = 0.0, 0, 0
-        for number in range(steps):
-            rows = examples.held_out[number * EVALUATION_BATCH :][:EVALUATION_BATCH]
+
+        def measure(first: int) -> Measured:
+            rows = examples.held_out[first : first + EVALUATION_BATCH]
             x, y = self.prepared(examples.x[rows], settings, False), examples.y[rows]
             made = model(tf.constant(x), training=False)
-            loss += float(self._loss(made, tf.constant(y))) * len(rows)
+            sums = {"loss": float(self._loss(made, tf.constant(y))) * len(rows)}
             if self.kind == "classification":
-                right += int((np.asarray(made).argmax(1) == y).sum())
-            seen += len(rows)
-            on_step(number + 1, steps, loss / seen, seen)
-        metrics = {"loss": loss / seen}
-        if self.kind == "classification":
-            metrics["accuracy"] = right / seen
-        return EvalOutcome(seen, metrics)
+                sums["accuracy"] = int((np.asarray(made).argmax(1) == y).sum())
+            return Measured(len(rows), sums)
+
+        batches = range(0, len(examples.held_out), EVALUATION_BATCH)
+        return evaluation.evaluate(batches, measure, on_step)
 
     # --- Resumable ---
 

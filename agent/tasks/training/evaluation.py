@@ -1,0 +1,51 @@
+"""The evaluation loop of every task: batch by batch, sums become means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+from agent.tasks import EvalOutcome, OnStep
+from protocols.tables import evaluation_counts
+from protocols.tables.evaluation_counts import Tallies
+
+Batch = TypeVar("Batch")
+
+
+class Measured(NamedTuple):
+    """What one batch adds: the number of its examples, sums over them, and counts.
+
+    `sums` has "loss". Empty `tallies` mean that the batch cannot be counted, and then none is.
+    """
+
+    examples: int
+    sums: Mapping[str, float]
+    tallies: Tallies = MappingProxyType({})
+
+
+def evaluate(
+    batches: Collection[Batch],
+    measure: Callable[[Batch], Measured],
+    on_step: OnStep,
+    *,
+    values: int = 1,
+) -> EvalOutcome:
+    """The means of the sums, and the counts of all batches together.
+
+    `values` is how many values an example has: means are over values.
+    """
+    seen = 0
+    sums: dict[str, float] = {}
+    tallies: list[Tallies] = []
+    for number, batch in enumerate(batches, 1):
+        found = measure(batch)
+        seen += found.examples
+        for name, value in found.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+        tallies.append(found.tallies)
+        on_step(number, len(batches), sums["loss"] / (seen * values), seen)
+    means = {name: value / (seen * values) for name, value in sums.items()}
+    if not all(tallies):
+        return EvalOutcome(seen, means)
+    return EvalOutcome(seen, means, evaluation_counts.merged(tallies, [1.0] * len(tallies)))
