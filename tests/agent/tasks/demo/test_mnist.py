@@ -217,7 +217,7 @@ def test_unknown_settings_and_models_are_told_with_the_known_ones() -> None:
 
 def test_registry_names_tasks_without_importing_them() -> None:
     code = (
-        "import sys; from agent.tasks import finding; assert 'mnist' in finding.names(); "
+        "import sys; from agent.tasks import registry; assert 'mnist' in registry.names(); "
         "sys.exit('torch' in sys.modules)"
     )
     root = Path(tasks.__file__).parents[2]
