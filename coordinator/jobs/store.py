@@ -70,9 +70,8 @@ class JobStore(WeightStore):
         """Keep an uploaded answer. Raises BadMessage if it is missing or has another size."""
         if given.body or not given.nbytes:
             return
-        if self.has(
-            given.digest
-        ):  # from before a restart, or from another peer with the same answer
+        # It can be there from before a restart, or from another peer with the same answer.
+        if self.has(given.digest):
             self.uploads.drop(peer, given.digest)
             return
         update = self.uploads.path(peer, given.digest)
