@@ -209,7 +209,8 @@ class Personal:
         if out is not None:
             kept = pick(self._schema, training.own.__getitem__)
             state = {_OPTIMISER + name: array for name, array in training.optimiser.items()}
-            weights.save(Weights({**kept, **state}) if state else kept, out)
+            bf16 = [name for name, spec in kept.schema.items() if spec.dtype == "BF16"]
+            weights.save(Weights({**kept, **state}, bf16), out)
         whole = {**training.version, **trained, **training.travels}
         return pick(self.shared, whole.__getitem__)
 
