@@ -3,6 +3,7 @@
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark, each in an environment of its own
 # make setup  only build .venv
+# make wheel  the wheel to install on other machines, in dist/
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-extras check setup docs man month upgrade bench bench-quick \
+.PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
 	quality faults faults-quick soak clean
 
 demo: setup
@@ -52,7 +53,11 @@ quality: setup
 docs: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	$(BIN)/python deploy/run_options.py > docs/run-options.md
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Needs no .venv: pip fetches the build backend
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 man: setup
 	$(BIN)/python deploy/manual.py build/man

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 import agent.cli.main
 import coordinator.cli.main
 from benchmarks.speed import page as figures
+from protocols.local import homes
 
 ROOT = Path(__file__).parents[1]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
-PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
 PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
@@ -32,8 +37,9 @@ OTHERS = {
     "make",
     "pre-commit",
     "sudo",
-    "~/commonweight/bin/pip",
-    "cp",
+    "python",
+    "export",
+    "git",
 }
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:commonweight|commonweight-agent) [^`…]+)`")
@@ -41,14 +47,15 @@ _PATH = re.compile(r"`((?:agent|coordinator|protocols|tests|benchmarks|docs|depl
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
-def lines() -> list[tuple[str, str]]:
-    """(page, command line) of each line that a reader may copy."""
+def lines() -> list[tuple[str, str, bool]]:
+    """(page, command line, whether it is in a block to copy) of each line in the pages."""
     found = []
     for page in PAGES:
         text = page.read_text()
         whole = re.sub(r"\\\n", " ", "".join(_BLOCK.findall(text)))
         copied = [line for line in whole.splitlines() if line.strip() and line[0] != "#"]
-        found += [(page.name, line) for line in [*copied, *_INLINE.findall(text)]]
+        found += [(page.name, line, True) for line in copied]
+        found += [(page.name, line, False) for line in _INLINE.findall(text)]
     return found
 
 
@@ -67,14 +74,16 @@ def check(words: list[str]) -> None:
         command.make_parser(context).parse_args(list(rest))
 
 
-@pytest.mark.parametrize(("page", "line"), lines())
-def test_a_command_line_is_one_that_is_there(page: str, line: str) -> None:
+@pytest.mark.parametrize(("page", "line", "copied"), lines())
+def test_a_command_line_is_one_that_is_there(page: str, line: str, copied: bool) -> None:
     words = shlex.split(line, comments=True)
     if words[0] in PROGRAMS:
         try:
             check(words)
         except click.ClickException as err:
-            pytest.fail(f"{page}: {line}: {err.format_message()}")
+            # A sentence may name a command alone.
+            if copied or not isinstance(err, click.MissingParameter):
+                pytest.fail(f"{page}: {line}: {err.format_message()}")
     else:
         assert words[0] in OTHERS, f"{page}: what is {words[0]}?"
         if words[0] == "make":
@@ -83,9 +92,48 @@ def test_a_command_line_is_one_that_is_there(page: str, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    made = {"reference.md"}  # from the code, by make docs
+    made = {"reference.md", "contributing.md"}  # by make docs
     for target in _LINK.findall(page.read_text()):
         assert target in made or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "line",
+    sorted(
+        {
+            line.partition("#")[0].strip()
+            for _, line, _ in lines()
+            if line.startswith("commonweight-agent policy set ")
+        }
+    ),
+)
+def test_a_policy_that_the_docs_set_can_be_set(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path))
+    homes.open_home("agent", create=True)
+    done = CliRunner().invoke(agent.cli.main.app, shlex.split(line)[1:])
+    assert done.exception is None, done.exception
+    _, _, key, value, *_ = shlex.split(line)[1:]
+    assert f"{key.replace('.', '_')} is {value}" in done.output
+
+
+_PYTHON = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), _PYTHON, ids=[page.name for page, _ in _PYTHON])
+def test_python_in_the_docs_has_the_names_that_it_uses(page: Path, code: str) -> None:
+    tree = ast.parse(code)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports
+    exec(compile(ast.Module(imports, []), str(page), "exec"), {})
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "-"]
+    done = subprocess.run(ruff, input=code, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_is_no_command_is_found() -> None:
@@ -103,14 +151,19 @@ def test_the_table_of_run_options_is_up_to_date() -> None:
     )
 
 
-def test_the_readme_has_a_place_for_the_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "made"), [("docs/benchmarks.md", figures.table), ("README.md", figures.comparison)]
+)
+def test_the_figures_are_those_of_the_last_benchmark(
+    tmp_path: Path, name: str, made: Callable[[dict[str, Any]], str]
+) -> None:
     results = json.loads((ROOT / "docs" / "bench" / "bench-results.json").read_bytes())
-    page = tmp_path / "README.md"
-    page.write_text((ROOT / "README.md").read_text())
-    for _ in range(2):  # it finds its place again
-        figures.write(page, results)
-    assert page.read_text().count(figures.table(results)) == 1
+    page = tmp_path / "page.md"
+    page.write_text(text := (ROOT / name).read_text())
+    figures.write(page, made(results))
+    assert page.read_text() == text
     assert len(figures.table(results).splitlines()) == len(results["cases"]) + 4
+    assert len(figures.comparison(results).splitlines()) == 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""The README's table of figures, from the results of a full run."""
+"""The tables of figures in docs/benchmarks.md and in the README, from the results of a full run."""
 
 from __future__ import annotations
 
@@ -12,42 +12,65 @@ _HEAD = (
     "| model × agents | a round | stock Flower | times faster | ÷ physical limit | coordinator |\n"
     "|---|---|---|---|---|---|\n"
 )
+_SHORT_HEAD = (
+    "| model × agents | a round | plain Flower | coordinator's memory | plain Flower |\n"
+    "|---|---|---|---|---|\n"
+)
+#: The cases of the README's table, of those that were measured beside stock Flower.
+_SHORT = ("10 KB × 2", "40 MB × 4", "400 MB × 2")
 
 
-def write(file: Path, results: dict[str, Any]) -> None:
-    """Put the table where the file has its place. Raises ValueError if it has none."""
+def write(file: Path, made: str) -> None:
+    """Put a table where the file has its place. Raises ValueError if it has none."""
     text = file.read_text()
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
         raise ValueError(f"{file.name} has no place for the figures")
-    file.write_text(before + begin + table(results) + end + after)
+    file.write_text(before + begin + made + end + after)
 
 
 def table(results: dict[str, Any]) -> str:
     """The cases as a table, the many agents and the machine as a sentence."""
     rows = "".join(map(_row, results["cases"]))
     machine = results["machine"]
-    words = [
-        f"{machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}"
+    sentences = [
+        f"{machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}."
     ]
-    words += [
-        f"{found['present']:,} present, {found['working']:,} of them in rounds of "
-        f"{found['round_s']:.1f} s: presence of all within {found['presence_burst']['p99_s']:.1f} s"
+    sentences += [
+        f"With {found['present']:,} agents present and {found['working']:,} of them in rounds, a "
+        f"round takes {found['round_s']:.1f} s, and the coordinator knows of all agents within "
+        f"{found['presence_burst']['p99_s']:.1f} s."
         for found in results.get("load", [])[-1:]
         if found["round_s"] is not None
     ]
-    return f"{_HEAD}{rows}\n{'; '.join(words)}. `docs/bench/` has all figures.\n"
+    return f"{_HEAD}{rows}\n{' '.join(sentences)} `docs/bench/` has all figures.\n"
 
 
 def _row(found: dict[str, Any]) -> str:
     stock, faster = found["stock_s"], found["ratio_stock"]
     cells = [
         found["name"],
-        f"{found['ours_s']:.3f} s" if found["ours_s"] < 1 else f"{found['ours_s']:.1f} s",
+        _seconds(found["ours_s"]),
         f"{stock:.1f} s" if stock else "–",
         f"{faster:.0f}" if faster else "–",
         f"{found['ratio_floor']:.1f}" if found["model_bytes"] > MB else "–",
         f"{found['ours_peak_rss_bytes'] / MB:.0f} MB",
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def comparison(results: dict[str, Any]) -> str:
+    """A few cases beside stock Flower: seconds a round, and memory of the server's processes."""
+    rows = "".join(
+        f"| {found['name']} | {_seconds(found['ours_s'])} | {_seconds(found['stock_s'])} "
+        f"| {found['ours_peak_rss_bytes'] / MB:,.0f} MB "
+        f"| {found['stock_peak_rss_bytes'] / MB:,.0f} MB |\n"
+        for found in results["cases"]
+        if found["name"] in _SHORT and found["stock_s"]
+    )
+    return _SHORT_HEAD + rows
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value < 1 else f"{value:.1f} s"
