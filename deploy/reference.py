@@ -1,7 +1,8 @@
-"""The docs' reference page, made from the code: commands, settings, errors. An MkDocs hook."""
+"""An MkDocs hook: the reference page, made from the code, and CONTRIBUTING.md as a page."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,17 @@ from protocols import errors  # noqa: E402
 
 
 def on_files(files: Files, config: object) -> Files:
-    """Add the page that no file holds."""
-    text = "\n".join(page())
-    files.append(File.generated(config, "reference.md", content=text))  # type: ignore[arg-type]
+    """Add the pages that docs/ does not hold."""
+    pages = {"reference.md": "\n".join(page()), "contributing.md": contributing()}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))  # type: ignore[arg-type]
     return files
+
+
+def contributing() -> str:
+    """CONTRIBUTING.md with its links as they are inside docs/; links out of docs/ become text."""
+    text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
+    return re.sub(r"\[([^\]]+)\]\((?!docs/|http)[^)]+\)", r"`\1`", text).replace("](docs/", "](")
 
 
 def page() -> Iterator[str]:
