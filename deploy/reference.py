@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import manual  # noqa: E402
 
-from agent.home.settings import AgentSettings, in_words  # noqa: E402
+from agent.home.settings import AgentSettings, format_value  # noqa: E402
 from protocols import errors  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def page() -> Iterator[str]:
     defaults = AgentSettings()
     for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
         about = next((m.description for m in getattr(hint, "__metadata__", ())), "") or ""
-        shown = in_words(getattr(defaults, name))
+        shown = format_value(getattr(defaults, name))
         yield f"| `{name}` | {f'`{shown}`' if shown else ''} | {_cell(about)} |"
     yield (
         "\n## Errors and exit codes\n\n```text\n"

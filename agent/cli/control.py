@@ -15,8 +15,8 @@ from protocols.local import homes, json_output
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LOOK_EVERY_S = 0.3
+_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_POLL_EVERY_S = 0.3
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,12 +36,12 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def seconds(text: str) -> float:
+def parse_duration(text: str) -> float:
     """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageFault."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:
         raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
-    return float(match[1]) * _UNITS[match[2] or "s"]
+    return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
 
 
 def is_running(home: Path) -> bool:
@@ -60,13 +60,13 @@ def pause(
     duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
 ) -> None:
     """Stop working, keeping what is done; until `resume`, or for a while."""
-    _wish("pause", time.time() + seconds(duration) if duration else 0.0)
+    _request("pause", time.time() + parse_duration(duration) if duration else 0.0)
     say("paused" + (f" for {duration}" if duration else "; commonweight-agent resume goes on"))
 
 
 def resume() -> None:
     """Work again, as the policy allows it."""
-    _wish("run", 0.0)
+    _request("run", 0.0)
     say("goes on")
 
 
@@ -75,17 +75,17 @@ def finish() -> None:
     home = homes.open_home("agent")
     if not is_running(home):
         raise NotRunning("the agent is not running", "there is nothing to finish")
-    _wish("finish", 0.0)
+    _request("finish", 0.0)
     say("will stop after this round")
 
 
-def _wish(want: Any, until: float) -> None:
+def _request(want: Any, until: float) -> None:
     from agent.home import status_files
 
     home = homes.open_home("agent")
-    kept = status_files.read_wish(home).modes
-    status_files.write_wish(
-        home, status_files.Wish(want=want, until=until, at=time.time(), modes=kept)
+    kept = status_files.read_request(home).modes
+    status_files.write_request(
+        home, status_files.OwnerRequest(want=want, until=until, at=time.time(), modes=kept)
     )
 
 
@@ -96,11 +96,11 @@ def show_id(json: Json = False) -> None:
     """This machine's id, as the coordinator and the monitor show it."""
     from agent.home import settings
 
-    enrolment = settings.read_enrolment(homes.open_home("agent"))
+    joined = settings.read_enrollment(homes.open_home("agent"))
     if json:
-        sys.stdout.write(json_output.ok({"peer": enrolment.peer, "name": enrolment.name}) + "\n")
+        sys.stdout.write(json_output.ok({"peer": joined.peer, "name": joined.name}) + "\n")
     else:
-        sys.stdout.write(enrolment.peer + "\n")
+        sys.stdout.write(joined.peer + "\n")
 
 
 def paths(json: Json = False) -> None:
@@ -130,18 +130,18 @@ def show_logs(
     """What the agent has logged."""
     from agent.home import logs
 
-    log = logs.Log(homes.open_home("agent"))
+    log = logs.LogReader(homes.open_home("agent"))
     found = log.new_lines()
     if not found and not follow:
         say("nothing is logged yet; commonweight-agent run")
     found = found[max(0, len(found) - lines) :]
     while True:
         for line in found:
-            sys.stdout.write((line if json else logs.in_words(line)) + "\n")
+            sys.stdout.write((line if json else logs.format_line(line)) + "\n")
         sys.stdout.flush()
         if not follow:
             return
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_EVERY_S)
         found = log.new_lines()
 
 
@@ -159,7 +159,7 @@ def show_ledger(
         sys.stdout.write(json_output.ok(found) + "\n")
         return
     for departure in found:
-        sys.stdout.write(audit_log.in_words(departure) + "\n")
+        sys.stdout.write(audit_log.format_entry(departure) + "\n")
         if told and departure.told:
             sys.stdout.write(f"    {departure.told}\n")
     if not found:
@@ -185,14 +185,14 @@ def leave(
     from agent.setup import enrollment
 
     home = homes.open_home("agent")
-    with enrollment.exclusive(home):
-        enrolment = settings.read_enrolment(home)
+    with enrollment.lock_home(home):
+        joined = settings.read_enrollment(home)
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageFault("leaving asks first, and there is no terminal", "add --yes")
-            typer.confirm(f"{enrolment.name} leaves fleet {enrolment.fleet}?", abort=True, err=True)
-        enrollment.leave(home, enrolment, offline=offline)
+            typer.confirm(f"{joined.name} leaves fleet {joined.fleet}?", abort=True, err=True)
+        enrollment.leave(home, joined, offline=offline)
     say("left the fleet; its keys are deleted, data and settings are where they were")
     if offline:
-        say(f"the coordinator was not told: commonweight peers remove {enrolment.name}")
+        say(f"the coordinator was not told: commonweight peers remove {joined.name}")
     say("to join again: commonweight-agent join TICKET")

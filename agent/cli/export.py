@@ -45,7 +45,7 @@ def export(
     from protocols.model import personalization
 
     chosen = settings.read(homes.locate("agent"))
-    path, task_name, asked = found_model(model)
+    path, task_name, asked = find_model(model)
     form = form or ("onnx" if out.suffix == ".onnx" else "merged")
     if out.exists():
         raise UsageFault(f"{out} exists already", "choose another name")
@@ -66,14 +66,14 @@ def export(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
         data = settings.data_settings(chosen, folder)
-        task.export(weights_of(path), plain, form, data, out)
+        task.export(load_weights(path), plain, form, data, out)
     if json:
         sys.stdout.write(json_output.ok({"form": form, "out": out}) + "\n")
     else:
         say(f"wrote {out} ({form})")
 
 
-def found_model(model: str) -> tuple[Path, str, dict[str, Any]]:
+def find_model(model: str) -> tuple[Path, str, dict[str, Any]]:
     """The file, its task and that one's settings. Raises UsageFault, UnknownName, NotEnrolled."""
     from agent.home import settings
     from agent.transport import version_proofs
@@ -85,8 +85,8 @@ def found_model(model: str) -> tuple[Path, str, dict[str, Any]]:
         card = model_card.read(path)
         return path, card.task, card.settings
     home = homes.open_home("agent")
-    enrolment = settings.read_enrolment(home)
-    mine = version_proofs.held(home / "cache", enrolment.coordinator_public)
+    enrollment = settings.read_enrollment(home)
+    mine = version_proofs.held(home / "cache", enrollment.coordinator_public)
     for found in mine:
         if not is_digest or found.work.base.startswith(model):
             return found.path, found.work.task, found.work.settings
@@ -96,7 +96,7 @@ def found_model(model: str) -> tuple[Path, str, dict[str, Any]]:
     raise UnknownName("this agent has no version yet", "it gets one with its first work")
 
 
-def predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predicting:
+def load_predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predicting:
     """The task `name`, ready to predict: loaded, if the owner has set data or base models.
 
     Raises UnknownName, TaskUnusable, and what the task's `load` raises.
@@ -113,7 +113,7 @@ def predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predicting
     return task
 
 
-def weights_of(path: Path) -> Any:
+def load_weights(path: Path) -> Any:
     from protocols.model import personalization, weights
 
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from agent.home.status_files import Status
 
 #: What is left after a command's end are threads: an upload broken off, the sync of a file.
-EXIT_WITHIN_S = 10.0
+EXIT_TIMEOUT_S = 10.0
 
 app = typer.Typer(
     name="commonweight-agent",
@@ -80,28 +80,28 @@ def join(
     from agent.home import settings
     from agent.setup import enrollment
 
-    text = _ticket_text(ticket)
+    text = _read_ticket(ticket)
     asks = sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
     if asks:
-        policy |= {name: _asked(name) for name, given in policy.items() if given is None}
-    labels = dict(_pair(item) for item in label or [])
+        policy |= {name: _prompt(name) for name, given in policy.items() if given is None}
+    labels = dict(_parse_label(item) for item in label or [])
     home = homes.open_home("agent", create=True)
     data = settings.data_path(data)
-    index, parts = _part(part) if part else (None, None)
+    index, parts = _parse_part(part) if part else (None, None)
     chosen: dict[str, Any] = {"data": data, "part": index, "parts": parts, "split": split, **policy}
     settings.read(home, **chosen)
-    enrolment, awaiting = enrollment.join(
+    joined, awaiting = enrollment.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )
     settings.change(home, **chosen)
     if json:
-        told = {"peer": enrolment.peer, "name": enrolment.name, "awaiting": awaiting}
+        told = {"peer": joined.peer, "name": joined.name, "awaiting": awaiting}
         sys.stdout.write(json_output.ok(told) + "\n")
         return
-    say(f"joined as {enrolment.name}, id {enrolment.peer}")
+    say(f"joined as {joined.name}, id {joined.peer}")
     if awaiting:
-        say(f"the operator must approve it: commonweight peers approve {enrolment.name}")
+        say(f"the operator must approve it: commonweight peers approve {joined.name}")
     say("next: commonweight-agent run")
 
 
@@ -113,7 +113,7 @@ def discover(
     """Coordinators that announce themselves in this network."""
     from agent.setup import discovery
 
-    found = discovery.look(seconds)
+    found = discovery.discover(seconds)
     if json:
         rows = [{**one._asdict(), "ca": one.ca.hex()} for one in found]
         sys.stdout.write(json_output.ok(rows) + "\n")
@@ -125,38 +125,38 @@ def discover(
 
 
 #: The three questions of a first start, and what an empty answer means.
-_QUESTIONS = {
+_PROMPTS = {
     "battery": ("train on battery too? always, or auto for not", "auto"),
     "hours": ("in which hours, such as mon-fri 18:00-08:00? empty for all", ""),
     "cpu_share": ("how much of its CPU time to use, 0.01 to 1", "1"),
 }
 
 
-def _asked(name: str) -> str:
-    question, default = _QUESTIONS[name]
+def _prompt(name: str) -> str:
+    question, default = _PROMPTS[name]
     return str(typer.prompt(question, default=default, show_default=bool(default), err=True))
 
 
-def _ticket_text(given: str | None) -> str:
+def _read_ticket(given: str | None) -> str:
     if given is None:
         if sys.stdin.isatty():
             from agent.setup import discovery
 
             with contextlib.suppress(Unreachable):  # a help for the question, no more
-                for one in discovery.look(1.5):
+                for one in discovery.discover(1.5):
                     say(f"in this network: {one.name} at {one.addresses[0]}")
         return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
     return cli_entry.ticket_text(given)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageFault(f"the label {text!r} is not key=value")
     return key, value
 
 
-def _part(text: str) -> tuple[int, int]:
+def _parse_part(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise UsageFault(f"{text!r} is no part: write i/n with i from 0 to n-1, such as 0/4")
@@ -175,20 +175,20 @@ def run(
 
     os.umask(0o077)
     home = homes.open_home("agent")
-    held = homes.lock(home, "agent")  # first: until then, join --replace may change the enrolment
-    enrolment = settings.read_enrolment(home)
-    index, parts = _part(part) if part else (None, None)
+    held = homes.lock(home, "agent")  # first: until then, join --replace may change the enrollment
+    joined = settings.read_enrollment(home)
+    index, parts = _parse_part(part) if part else (None, None)
     chosen = settings.read(home, part=index, parts=parts, split=split)
-    _log_to(home, chosen.log_level)
+    _configure_logs(home, chosen.log_level)
 
     from agent.daemon.agent import Agent
 
     # What is here now stays: else garbage waits until it is a quarter as much as all modules.
     gc.collect()
     gc.freeze()
-    say(f"agent {enrolment.name} ({enrolment.peer}) of fleet {enrolment.fleet}; Ctrl-C stops it")
+    say(f"agent {joined.name} ({joined.peer}) of fleet {joined.fleet}; Ctrl-C stops it")
     try:
-        asyncio.run(Agent(home, enrolment, chosen).serve())
+        asyncio.run(Agent(home, joined, chosen).serve())
     except Exception as err:
         crash_reports.keep(home, err)
         raise
@@ -197,14 +197,14 @@ def run(
     say("agent stopped")
 
 
-def _log_to(home: Path, level: str) -> None:
+def _configure_logs(home: Path, level: str) -> None:
     import logging
 
     from agent.home import logs
 
     person = logging.StreamHandler(sys.stderr)
     person.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logs.write_to(home, level, person)
+    logs.configure(home, level, person)
 
 
 @app.command()
@@ -217,14 +217,14 @@ def status(
     """What the agent on this machine is doing."""
     home = homes.open_home("agent")
     if not watch:
-        sys.stdout.write(_status(home, json=json))
+        sys.stdout.write(_format_status(home, json=json))
         return
     moving = sys.stdout.isatty() and not json
     told = ""
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             try:
-                text = _status(home, json=json)
+                text = _format_status(home, json=json)
             except NotRunning as err:
                 text = (json_output.error(err) if json else json_output.in_words(err)) + "\n"
             if moving:  # home, each line cleared to its end, then what is below
@@ -237,7 +237,7 @@ def status(
             time.sleep(1.0)
 
 
-def _status(home: Path, *, json: bool) -> str:
+def _format_status(home: Path, *, json: bool) -> str:
     from agent.home import status_files
 
     told = status_files.read_status(home)
@@ -252,14 +252,14 @@ def _status(home: Path, *, json: bool) -> str:
     text = f"{label(PeerState(told.state), told.reason)}{work}\n{links}\n"
     if told.free_at > time.time():
         text += f"expects to work again {time.strftime('%a %H:%M', time.localtime(told.free_at))}\n"
-    text += _knows(told)
+    text += _format_version(told)
     if told.share < 1:
         text += f"works {told.share:.0%} of the time\n"
-    text += f"{told.name} {told.peer}, up {_ago(told.since)}, pid {told.pid}\n"
+    text += f"{told.name} {told.peer}, up {_format_uptime(told.since)}, pid {told.pid}\n"
     return text + (f"last error: {told.last_error}\n" if told.last_error else "")
 
 
-def _knows(told: Status) -> str:
+def _format_version(told: Status) -> str:
     """Which version is here, and what peers hold while the coordinator is away."""
     if told.head is None:
         return ""
@@ -271,7 +271,7 @@ def _knows(told: Status) -> str:
     return text + "\n"
 
 
-def _ago(since: float) -> str:
+def _format_uptime(since: float) -> str:
     minutes = int(time.time() - since) // 60
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
@@ -292,5 +292,5 @@ def main() -> None:
     try:
         code = cli_entry.run(app)
     finally:
-        exits.end_within(EXIT_WITHIN_S, code)
+        exits.end_within(EXIT_TIMEOUT_S, code)
     raise SystemExit(code)

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.control import Json, is_running, say, seconds
+from agent.cli.control import Json, is_running, parse_duration, say
 from protocols.errors import UsageFault
 from protocols.local import homes, json_output
 
 policy = typer.Typer(help="What the agent may do here.", no_args_is_help=True)
 
-_LOOK_EVERY_S = 0.3
+_SENSOR_INTERVAL_S = 0.3
 
 
 @policy.command("show")
@@ -23,12 +23,12 @@ def show_policy(json: Json = False) -> None:
     """Every setting: its value, where that comes from, and what it is for."""
     from agent.home import settings
 
-    found = settings.shown(homes.open_home("agent"))
+    found = settings.describe(homes.open_home("agent"))
     if json:
         sys.stdout.write(json_output.ok([setting._asdict() for setting in found]) + "\n")
         return
     for setting in found:
-        value = settings.in_words(setting.value) or "(none)"
+        value = settings.format_value(setting.value) or "(none)"
         sys.stdout.write(f"{setting.name:21} {value:12} {setting.source}\n    {setting.about}\n")
 
 
@@ -46,19 +46,19 @@ def set_policy(
     home = homes.open_home("agent")
     key = key.replace(".", "_")  # data.columns
     if duration:
-        _set_for(home, key, value, seconds(duration))
+        _override(home, key, value, parse_duration(duration))
         say(f"{key} is {value} for {duration}")
         return
-    settings.change(home, **{key: settings.parsed(key, value)})
-    source = next(setting.source for setting in settings.shown(home) if setting.name == key)
+    settings.change(home, **{key: settings.parse_value(key, value)})
+    source = next(setting.source for setting in settings.describe(home) if setting.name == key)
     say(f"{key} is {value} in {home / settings.FILE}")
     if source != settings.FILE:
         say(f"but {source} is set, and goes before it")
-    if is_running(home) and key in settings.AT_START:
+    if is_running(home) and key in settings.RESTART_KEYS:
         say("the running agent takes it up when it is started again")
 
 
-def _set_for(home: Path, key: str, value: str, for_s: float) -> None:
+def _override(home: Path, key: str, value: str, for_s: float) -> None:
     """A mode that holds for a while, over the one in the settings. Raises UsageFault."""
     import msgspec
 
@@ -68,28 +68,30 @@ def _set_for(home: Path, key: str, value: str, for_s: float) -> None:
     if key not in ("work", *policy.RULES):
         raise UsageFault(f"{key} has no mode", f"for a while: work, {', '.join(policy.RULES)}")
     try:
-        mode = msgspec.convert({"value": value, "until": time.time() + for_s}, status_files.Mode)
+        mode = msgspec.convert(
+            {"value": value, "until": time.time() + for_s}, status_files.RuleOverride
+        )
     except msgspec.ValidationError as err:
         raise UsageFault(f"{value!r} is no mode", "always, auto or never") from err
-    wish = status_files.read_wish(home)
+    wish = status_files.read_request(home)
     kept = {name: old for name, old in wish.modes.items() if old.until > time.time()}
-    status_files.write_wish(home, msgspec.structs.replace(wish, modes=kept | {key: mode}))
+    status_files.write_request(home, msgspec.structs.replace(wish, modes=kept | {key: mode}))
 
 
 @policy.command("now")
 def policy_now(json: Json = False) -> None:
     """What the policy says now, and what the sensors say."""
-    from agent.daemon.policy_loop import in_words
+    from agent.daemon.policy_loop import format_decision
     from agent.home import settings
     from agent.policy import rules, sensors
 
     home = homes.open_home("agent")
     chosen = settings.read(home)
     feeling = sensors.Sensors(home, gpu=sensors.has_gpu(chosen.device))
-    feeling.sense()
-    time.sleep(_LOOK_EVERY_S)  # other programs' use of the CPU is told from two looks
-    sensed = feeling.sense()
-    decided = in_words(rules.decide(chosen, sensed))
+    feeling.read()
+    time.sleep(_SENSOR_INTERVAL_S)  # other programs' use of the CPU is told from two looks
+    sensed = feeling.read()
+    decided = format_decision(rules.decide(chosen, sensed))
     if json:
         sys.stdout.write(json_output.ok({"decision": decided, "sensed": sensed._asdict()}) + "\n")
         return

@@ -30,7 +30,7 @@ def predict(
     ] = None,
 ) -> None:
     """Answer from the shared model, here and offline."""
-    from agent.cli.export import found_model, predicting_task, weights_of
+    from agent.cli.export import find_model, load_predicting_task, load_weights
     from agent.home import settings
     from agent.inference import writers
     from protocols.model import personalization
@@ -38,10 +38,10 @@ def predict(
     if out is not None and out.exists():
         raise UsageFault(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.locate("agent"))
-    path, name, asked = found_model(model)
+    path, name, asked = find_model(model)
     plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-        task = predicting_task(name, chosen, Path(folder))
-        count = writers.write(task.predict(weights_of(path), plain, source), out)
+        task = load_predicting_task(name, chosen, Path(folder))
+        count = writers.write(task.predict(load_weights(path), plain, source), out)
     where = f" in {out}" if out else ""
     say(f"{count} answers{where}, by {path.stem[:12]} of the task {name}")

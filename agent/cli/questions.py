@@ -15,7 +15,7 @@ from protocols.local import homes, json_output
 questions = typer.Typer(help="Questions about your data: what was told.", no_args_is_help=True)
 
 
-def _memory() -> Any:
+def _query_log() -> Any:
     from agent.analytics.query_log import Memory
 
     return Memory(homes.open_home("agent") / "analysis.db")
@@ -24,7 +24,7 @@ def _memory() -> Any:
 @questions.command("list")
 def list_questions(json: Json = False) -> None:
     """Every question, what left this machine, or why nothing did; and those that wait for you."""
-    memory = _memory()
+    memory = _query_log()
     entries, wishes = memory.entries(), memory.wishes()
     if json:
         told = {
@@ -65,6 +65,6 @@ def deny(
 
 
 def _decide(question: str, *, allowed: bool) -> None:
-    if len(question) < 4 or not _memory().decide(question, allowed):
+    if len(question) < 4 or not _query_log().decide(question, allowed):
         raise UnknownName(f"no question {question!r}", "commonweight-agent questions list")
     say(f"{'allowed' if allowed else 'denied'}; it counts when it is asked again")

@@ -52,19 +52,19 @@ def _load(model: str, cache: Path, old: Served | None = None) -> Served:
     `cache` is a folder in which the task may keep what it made of the data. Raises UnknownName,
     UsageFault, NotEnrolled, and what the task's `load` raises.
     """
-    from agent.cli.export import found_model, predicting_task, weights_of
+    from agent.cli.export import find_model, load_predicting_task, load_weights
     from agent.home import settings
     from agent.inference.server import Served
     from protocols.model import personalization
 
     chosen = settings.read(homes.locate("agent"))
-    path, name, asked = found_model(model)
+    path, name, asked = find_model(model)
     if old is not None and old.name == name:
         task = old.task
     else:
-        task = predicting_task(name, chosen, cache)
+        task = load_predicting_task(name, chosen, cache)
     plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
-    return Served(path.stem, name, task, weights_of(path), plain)
+    return Served(path.stem, name, task, load_weights(path), plain)
 
 
 async def _serve(served: Served, model: str, cache: Path, port: int, socket: Path | None) -> None:
@@ -72,7 +72,7 @@ async def _serve(served: Served, model: str, cache: Path, port: int, socket: Pat
 
     from agent.inference.server import Server
 
-    server = Server(served, lambda old: _newer(old, model, cache))
+    server = Server(served, lambda old: _load_newer(old, model, cache))
     http = uvicorn.Server(
         uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
     )
@@ -80,8 +80,8 @@ async def _serve(served: Served, model: str, cache: Path, port: int, socket: Pat
     http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     for name in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
-            asyncio.get_running_loop().add_signal_handler(name, _end, http)
-    listener = _listen(port, socket)
+            asyncio.get_running_loop().add_signal_handler(name, _request_exit, http)
+    listener = _open_listener(port, socket)
     where = f"the socket {socket}" if socket else f"http://{HOST}:{listener.getsockname()[1]}"
     say(f"{served.name} {served.version[:12]} answers at {where}, /predict; Ctrl-C stops it")
     works = [asyncio.create_task(work) for work in (server.work(), server.watch())]
@@ -95,11 +95,11 @@ async def _serve(served: Served, model: str, cache: Path, port: int, socket: Pat
         task.result()
 
 
-def _end(http: uvicorn.Server) -> None:
+def _request_exit(http: uvicorn.Server) -> None:
     http.should_exit = True
 
 
-def _listen(port: int, path: Path | None) -> net.socket:
+def _open_listener(port: int, path: Path | None) -> net.socket:
     """A bound socket. uvicorn's own would let everybody in by a Unix socket (0666)."""
     try:
         if path is not None:
@@ -119,7 +119,7 @@ def _listen(port: int, path: Path | None) -> net.socket:
     return listener
 
 
-def _newer(old: Served, model: str, cache: Path) -> Served | None:
+def _load_newer(old: Served, model: str, cache: Path) -> Served | None:
     """A version that has come since, if the newest is followed."""
     if model != "latest":
         return None

@@ -17,7 +17,7 @@ service = typer.Typer(help="Start the agent with this machine, without root.", n
 def _system() -> Any:
     from agent.setup import autostart
 
-    return autostart.choose(autostart.plan())
+    return autostart.find_manager(autostart.service_spec())
 
 
 @service.command("install")
@@ -28,13 +28,13 @@ def install_service() -> None:
     from protocols.local.checks import Advice
 
     home = homes.open_home("agent")
-    settings.read_enrolment(home)
+    settings.read_enrollment(home)
     system, running = _system(), is_running(home)
     system.install(start=not running)
     say(f"installed {system.file}")
     if running:
         say("an agent runs here by hand: end it, then commonweight-agent service start")
-    advice = autostart.advice()
+    advice = autostart.check()
     if isinstance(advice, Advice):
         say(f"{advice.detail}: {advice.fix}")
 

@@ -42,7 +42,7 @@ def add(
     settings.change(home, task_files=files, tasks=allowed)
     say(f"registered {known}; try it: commonweight-agent task check {known}")
     say(f"the operator starts it with: commonweight run start {known}")
-    _say_when(home)
+    _say_restart_needed(home)
 
 
 @task.command("list")
@@ -77,10 +77,10 @@ def remove(name: Annotated[str, typer.Argument(help="As `task list` shows it.")]
     files = {known: source for known, source in chosen.task_files.items() if known != name}
     settings.change(home, task_files=files)
     say(f"forgot {name}")
-    _say_when(home)
+    _say_restart_needed(home)
 
 
-def _say_when(home: Path) -> None:
+def _say_restart_needed(home: Path) -> None:
     if is_running(home):
         say("the running agent takes it up when it is started again")
 
@@ -106,7 +106,7 @@ def check(
             path, attribute = registry.parted(name)
             name, source = registry.called(name), f"{path}:{attribute}"
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
-        trial = _Trial()
+        trial = _TrialRun()
         trainer = TrainerProcess(
             folder,
             settings.data_settings(chosen, folder),
@@ -115,7 +115,7 @@ def check(
             sources={name: source} if source else {},
         )
         stack.callback(trainer.stop)
-        wanted = dict(_setting(text) for text in set_ or [])
+        wanted = dict(_parse_setting(text) for text in set_ or [])
         try:
             told = trial.run(trainer, name, wanted, folder)
         except TrainerFailed as err:
@@ -126,10 +126,10 @@ def check(
     if json:
         sys.stdout.write(json_output.ok(told) + "\n")
     else:
-        _show(told)
+        _write_report(told)
 
 
-class _Trial:
+class _TrialRun:
     """One step of training and of evaluation; what they took."""
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class _Trial:
         return told | {"first_step_s": step_s, "memory_bytes": memory}
 
 
-def _show(told: dict[str, Any]) -> None:
+def _write_report(told: dict[str, Any]) -> None:
     write = sys.stdout.write
     schema = told["schema"]
     write(f"task {told['task']}")
@@ -232,7 +232,7 @@ def _without_log(hint: str) -> str:
     return "" if hint.startswith("the trainer's log") else hint
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _parse_setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageFault(f"{text!r} is not key=value")

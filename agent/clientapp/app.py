@@ -260,7 +260,7 @@ class Client:
                 trained.unlink(missing_ok=True)
         if kept:
             sync(update)  # first: what is kept moves on with this update
-            self._outbox.personal.wait(work.run, done.digest)
+            self._outbox.personal.stage(work.run, done.digest)
         return done
 
     def _deliver(self, work: Work, finished: Finished) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from pathlib import Path
 
-from agent.home.run_state import RunFiles
+from agent.home.run_state import RunStateFolder
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec, Encoded
 from protocols.errors import BadWeights
@@ -24,16 +24,16 @@ class Leftovers:
     """The files of leftovers in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = RunFiles(folder, ".left")
-        self.settle = self._files.settle
+        self._files = RunStateFolder(folder, ".left")
+        self.settle = self._files.commit
 
     def encode(self, codec: Codec, run: str, trained: Path, base: Path, out: Path) -> Encoded:
         """Write the update to `out`; its leftovers wait for `settle`.
 
         Raises BadWeights where the training went to NaN or infinity, OSError.
         """
-        self._files.drop_others(run)
-        kept = self._files.of(run)
+        self._files.keep_only(run)
+        kept = self._files.paths(run)
         with contextlib.ExitStack() as stack:
             old = stack.enter_context(Stored(base))
             new = stack.enter_context(Stored(trained))
@@ -41,7 +41,7 @@ class Leftovers:
             if left is not None:
                 stack.enter_context(left)
             made = registry.encode(codec, new, old, left, out, kept.next)
-        self._files.wait(run, made.digest)
+        self._files.stage(run, made.digest)
         return made
 
     def _open(self, path: Path, schema: Schema) -> Stored | None:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from agent.clientapp.error_feedback import Leftovers
-from agent.home.run_state import Kept, RunFiles
+from agent.home.run_state import RunStateFolder, RunStatePaths
 from agent.tasks.work import Done
 from protocols.codecs import registry
 from protocols.errors import BadMessage
@@ -41,7 +41,7 @@ class Outbox:
         self.update = folder / "update.safetensors"
         self.trained = folder / "trained.safetensors"
         self.leftovers = Leftovers(folder / "leftovers")
-        self.personal = RunFiles(folder / "personal", ".kept")
+        self.personal = RunStateFolder(folder / "personal", ".kept")
         self.answer = folder / "finished.json"
         #: The update that is known to be whole; what a life before has left is looked at.
         self._made = ""
@@ -106,16 +106,16 @@ class Outbox:
         self._made = claim.digest
         return finished
 
-    def own(self, work: Work) -> Kept | None:
+    def own(self, work: Work) -> RunStatePaths | None:
         """Where this peer's own part of the run's model lies, if the run has such a part."""
         if personalization.SETTINGS.isdisjoint(work.settings):
             return None
-        return self.personal.of(work.run)
+        return self.personal.paths(work.run)
 
     def settle(self, digest: str) -> None:
         """The update with this digest (empty: none) is the one that is sent."""
         self.leftovers.settle(digest)
-        self.personal.settle(digest)
+        self.personal.commit(digest)
 
     def settle_last(self) -> None:
         """What belongs to an update that was never sent is of no use."""

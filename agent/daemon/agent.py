@@ -14,28 +14,28 @@ import time
 from pathlib import Path
 
 from agent.daemon import state_machine
-from agent.daemon.event_loop import WorkerLoop
-from agent.daemon.gossip_loop import Spread
-from agent.daemon.owner_commands import Owner
-from agent.daemon.policy_loop import Polite
-from agent.daemon.session_loop import Sessions
+from agent.daemon.gossip_loop import GossipLoop
+from agent.daemon.owner_commands import OwnerCommands
+from agent.daemon.policy_loop import PolicyLoop
+from agent.daemon.session_loop import SessionLoop
 from agent.daemon.state_machine import (
     Announce,
     BrokerChanged,
-    FinishAsked,
-    Leave,
-    LookForWork,
-    PauseAsked,
+    FinishRequested,
     PauseLifted,
+    PauseRequested,
     PauseTrainer,
+    PollForWork,
     ResumeTrainer,
     SetPace,
+    Shutdown,
 )
-from agent.daemon.status_reporter import Report
+from agent.daemon.state_runner import StateRunner
+from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
 from agent.home import log_redaction, logs
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrolment
+from agent.home.settings import AgentSettings, Enrollment
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth
@@ -52,8 +52,8 @@ from protocols.messages.states import PauseReason
 log = logging.getLogger("commonweight.agent")
 
 #: An owner's word is heeded within half a second; an agent that does nothing has more time.
-_TICK_S, _RESTING_TICK_S = 0.5, 1.0
-_ROUTE_EVERY_S = 2.0
+_TICK_S, _IDLE_TICK_S = 0.5, 1.0
+_ROUTE_CHECK_EVERY_S = 2.0
 
 
 class Agent:
@@ -63,38 +63,38 @@ class Agent:
     hook, set in `_connect`.
     """
 
-    def __init__(self, home: Path, enrolment: Enrolment, chosen: AgentSettings) -> None:
+    def __init__(self, home: Path, enrollment: Enrollment, chosen: AgentSettings) -> None:
         self._home = home
-        self._waking: asyncio.Task[None] | None = None
-        self._lifting: asyncio.TimerHandle | None = None
-        credentials = Credentials.of(home, enrolment)
-        public = enrolment.coordinator_public
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._pause_end: asyncio.TimerHandle | None = None
+        credentials = Credentials.load(home, enrollment)
+        public = enrollment.coordinator_public
         # What happens here, and who is told.
-        self._loop = WorkerLoop(self._obey)
+        self._runner = StateRunner(self._execute)
         self._presence = PresenceLink(
-            enrolment.mqtt,
-            enrolment.fleet,
-            enrolment.peer,
+            enrollment.mqtt,
+            enrollment.fleet,
+            enrollment.peer,
             credentials.sign_key.sign,
             public,
             self._on_command,
             self._on_mqtt,
         )
-        self._report = Report(home, enrolment, chosen, self._presence)
+        self._report = StatusReporter(home, enrollment, chosen, self._presence)
         # The coordinator, and other peers.
         self._bandwidth = Bandwidth(home)
-        self._sessions = Sessions(
+        self._sessions = SessionLoop(
             home,
-            enrolment,
+            enrollment,
             credentials,
-            self._loop,
+            self._runner,
             self._report,
             self._bandwidth,
             self._presence.move,
         )
         self._gossip = Gossip(
             home,
-            enrolment,
+            enrollment,
             credentials,
             Heads(home / "cache", public),
             self._sessions.certificate,
@@ -112,20 +112,20 @@ class Agent:
         # The work.
         self._work = WorkThread(
             home,
-            enrolment,
+            enrollment,
             credentials,
             chosen,
-            self._loop,
+            self._runner,
             self._report,
             self._sessions.link,
             self._sharing,
             self._bandwidth.received,
         )
-        self._spread = Spread(
+        self._gossip_loop = GossipLoop(
             home / "cache",
             credentials,
             public,
-            self._loop,
+            self._runner,
             self._gossip,
             self._sharing,
             self._work.versions,
@@ -134,42 +134,42 @@ class Agent:
         )
         # When it may be done.
         feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
-        self._polite = Polite(
-            home, chosen, self._loop, feeling, self._bandwidth, self._work.make_room
+        self._policy = PolicyLoop(
+            home, chosen, self._runner, feeling, self._bandwidth, self._work.make_room
         )
-        self._owner = Owner(home, self._loop, self._polite)
+        self._owner_commands = OwnerCommands(home, self._runner, self._policy)
         self._connect()
 
     def _connect(self) -> None:
         self._report.traffic = self._sessions.traffic
-        self._report.known = self._gossip.known
+        self._report.gossip_status = self._gossip.known
         self._gossip.address = self._sharing.address
-        self._bandwidth.rates = self._polite.rates
+        self._bandwidth.rates = self._policy.rates
 
     # --- life ---
 
     async def serve(self) -> None:
         """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
-        self._loop.begin()
+        self._runner.start()
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 asyncio.get_running_loop().add_signal_handler(name, self.stop)
-        self._owner.heed()
-        await self._polite.decide()
-        self._report.announce(self._loop.worker)
+        self._owner_commands.poll()
+        await self._policy.decide()
+        self._report.announce(self._runner.state)
         running = [
             asyncio.create_task(work, name=name)
             for name, work in {
-                "link": self._sessions.keep(self._work.answer),
-                "heartbeat": self._sessions.keep_beating(),
+                "link": self._sessions.run(self._work.answer),
+                "heartbeat": self._sessions.run_heartbeat(),
                 "presence": self._presence.run(),
                 "sharing": self._sharing.run(),
-                "spread": self._spread.run(),
-                "policy": self._polite.keep(),
+                "spread": self._gossip_loop.run(),
+                "policy": self._policy.run(),
                 "ticks": self._tick(),
             }.items()
         ]
-        stopping = asyncio.create_task(self._loop.stopping.wait())
+        stopping = asyncio.create_task(self._runner.stopping.wait())
         try:
             done, _ = await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
@@ -184,58 +184,58 @@ class Agent:
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
             self._bandwidth.keep(at_once=True)
-            self._report.stopped(self._loop.worker)
+            self._report.write_stopped(self._runner.state)
 
     def stop(self) -> None:
-        self._loop.stop()
+        self._runner.stop()
 
-    def _obey(self, instruction: state_machine.Instruction) -> None:
+    def _execute(self, instruction: state_machine.Instruction) -> None:
         match instruction:
             case Announce():
-                self._report.announce(self._loop.worker)
+                self._report.announce(self._runner.state)
             case PauseTrainer():
                 self._work.trainer.pause()
             case ResumeTrainer():
                 self._work.trainer.resume()
             case SetPace(share):
                 self._work.trainer.pace(share)
-            case LookForWork():
-                self._sessions.ring()
-            case Leave():
+            case PollForWork():
+                self._sessions.wake()
+            case Shutdown():
                 self.stop()
 
     # --- MQTT ---
 
     def _on_mqtt(self, up: bool, why: str) -> None:
-        if up != self._loop.worker.mqtt:
+        if up != self._runner.state.mqtt:
             log.info("MQTT is %s", "up" if up else f"down: {why}")
-        self._loop.happened(BrokerChanged(up))
-        self._report.changed()
+        self._runner.dispatch(BrokerChanged(up))
+        self._report.mark_stale()
 
     def _on_command(self, command: Doorbell | Command | LogsAsked) -> None:
         match command:
             case Doorbell():
-                self._sessions.ring()
+                self._sessions.wake()
             case LogsAsked():
-                self._sessions.aside(self._tell_logs, command)
+                self._sessions.run_in_background(self._send_logs, command)
             case Command(action="pause", for_s=for_s):
-                if self._lifting is not None:  # the end of an earlier pause is not this one's
-                    self._lifting.cancel()
+                if self._pause_end is not None:  # the end of an earlier pause is not this one's
+                    self._pause_end.cancel()
                 until = time.time() + for_s if for_s else 0.0
-                self._loop.happened(PauseAsked(PauseReason.OPERATOR, until))
+                self._runner.dispatch(PauseRequested(PauseReason.OPERATOR, until))
                 if for_s:
                     lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
-                    self._lifting = self._loop.happens_in(for_s, lifted)
+                    self._pause_end = self._runner.dispatch_later(for_s, lifted)
             case Command(action="resume"):
                 asked = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
-                self._loop.happened(PauseLifted(asked))
+                self._runner.dispatch(PauseLifted(asked))
             case Command(action="finish"):
-                self._loop.happened(FinishAsked())
+                self._runner.dispatch(FinishRequested())
 
-    def _tell_logs(self, asked: LogsAsked) -> None:
-        may = self._polite.chosen.share_log
+    def _send_logs(self, asked: LogsAsked) -> None:
+        may = self._policy.chosen.share_log
         lines = log_redaction.tail(self._home / logs.FILE) if may else []
-        told = log_redaction.shared(lines, asked.most)
+        told = log_redaction.redact(lines, asked.most)
         if not may:
             text = "the owner keeps this log private: policy set share_log true"
             told = [LogLine(at=time.time(), level="info", text=text)]
@@ -251,30 +251,30 @@ class Agent:
             before, clocks, looked_s = clocks, Clocks.now(), looked_s + tick_s
             if slept := slept_s(before, clocks, tick_s):
                 why = f"back after {slept:.0f} s of sleep"
-                self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
-            elif looked_s >= _ROUTE_EVERY_S:
+                self._reconnecting = asyncio.create_task(self._reconnect(why), name="wake")
+            elif looked_s >= _ROUTE_CHECK_EVERY_S:
                 looked_s = 0.0
-                if route.has_changed(self._sessions.ends):
+                if route.has_changed(self._sessions.endpoints):
                     why = "this machine's network has changed"
-                    self._waking = asyncio.create_task(self._connect_anew(why), name="wake")
-            if self._owner.heed():
-                self._take_up(self._polite.chosen)
+                    self._reconnecting = asyncio.create_task(self._reconnect(why), name="wake")
+            if self._owner_commands.poll():
+                self._apply_settings(self._policy.chosen)
             trainer = self._work.trainer
-            idle = trainer.running and self._loop.worker.work is None
-            if idle and trainer.idle_s > self._polite.chosen.idle_timeout_s:
+            idle = trainer.running and self._runner.state.work is None
+            if idle and trainer.idle_s > self._policy.chosen.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)
-            self._report.keep_fresh(self._loop.worker)
+            self._report.write_if_stale(self._runner.state)
             self._bandwidth.keep()
-            resting = not trainer.running and self._loop.worker.work is None
-            tick_s = _RESTING_TICK_S if resting else _TICK_S
+            resting = not trainer.running and self._runner.state.work is None
+            tick_s = _IDLE_TICK_S if resting else _TICK_S
             await asyncio.sleep(tick_s)
 
-    def _take_up(self, chosen: AgentSettings) -> None:
+    def _apply_settings(self, chosen: AgentSettings) -> None:
         """What of changed settings is not asked for each time."""
         logs.set_level(chosen.log_level)
-        self._report.take_up(chosen, self._loop.worker)
+        self._report.apply_settings(chosen, self._runner.state)
 
-    async def _connect_anew(self, why: str) -> None:
+    async def _reconnect(self, why: str) -> None:
         log.info("%s: connecting anew", why)
         self._presence.reconnect()
         await self._sessions.reconnect()

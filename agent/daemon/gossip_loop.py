@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.daemon.event_loop import WorkerLoop
 from agent.daemon.state_machine import is_willing
+from agent.daemon.state_runner import StateRunner
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import Link
@@ -32,21 +32,21 @@ from protocols.p2p.gossip import Head, Neighbour, Told
 
 log = logging.getLogger("commonweight.share")
 
-_LOOK_S = 1.0
+_TICK_S = 1.0
 #: Between two rounds of asking, first and at most.
-FIRST_S, MOST_S = 2.0, 60.0
-_ASKED_AT_ONCE = 2
+MIN_INTERVAL_S, MAX_INTERVAL_S = 2.0, 60.0
+_PEERS_PER_ROUND = 2
 #: In one round, and of each version: who lies, or serves nobody, holds up no other.
-_VERSIONS_TRIED, _HOLDERS_TRIED = 4, 3
+_MAX_VERSIONS_TRIED, _MAX_HOLDERS_TRIED = 4, 3
 #: When the coordinator is asked for neighbours and a new pass again: soon in a session, as others
 #: may just have come, then so often. And after a failure.
-_LEARN_SOON_S, _LEARN_EVERY_S, _LEARN_AGAIN_S = (10.0, 60.0, 600.0), 3600.0, 60.0
+_FIRST_REFRESHES_S, _REFRESH_EVERY_S, _REFRESH_RETRY_S = (10.0, 60.0, 600.0), 3600.0, 60.0
 #: Who did not answer may later; who has sent what is not the version is not asked for it soon.
-_SILENT_S, _WRONG_S = 60.0, 3600.0
-_MOST_FAILED = 256
+_NO_ANSWER_RETRY_S, _WRONG_DATA_RETRY_S = 60.0, 3600.0
+_MAX_FAILED = 256
 
 
-class Spread:
+class GossipLoop:
     """Runs beside an agent's session. `link()` is that of the moment; `session()`: is it open?"""
 
     def __init__(
@@ -54,8 +54,8 @@ class Spread:
         folder: Path,
         credentials: Credentials,
         coordinator_public: bytes,
-        loop: WorkerLoop,
-        hearsay: Gossip,
+        runner: StateRunner,
+        gossip: Gossip,
         sharing: Sharing,
         versions: Versions,
         bandwidth: Bandwidth,
@@ -63,35 +63,39 @@ class Spread:
     ) -> None:
         self._folder, self._credentials = folder, credentials
         self._coordinator_public = coordinator_public
-        self._loop, self._gossip, self._sharing = loop, hearsay, sharing
+        self._runner, self._gossip, self._sharing = runner, gossip, sharing
         self._versions, self._bandwidth, self._link = versions, bandwidth, link
         #: By version and peer: until when (monotonic s) it is not asked for it again.
-        self._failed: dict[tuple[Head, str], float] = {}
-        self._stocked = False
+        self._retry_at: dict[tuple[Head, str], float] = {}
+        self._shared_cache = False
 
     async def run(self) -> None:
         """Until cancelled."""
         if self._sharing.is_off:
             await asyncio.Event().wait()
-        learn_at, learnt_as, ask_at, every_s = 0.0, "", 0.0, FIRST_S
-        waits = iter(_LEARN_SOON_S)
+        learn_at, learnt_as, ask_at, every_s = 0.0, "", 0.0, MIN_INTERVAL_S
+        waits = iter(_FIRST_REFRESHES_S)
         while True:
             now = time.monotonic()
-            if self._loop.worker.session:
+            if self._runner.state.session:
                 address = self._sharing.asked().address
                 if now >= learn_at or address != learnt_as:
-                    done = await self._learn()
-                    learn_at = now + (next(waits, _LEARN_EVERY_S) if done else _LEARN_AGAIN_S)
+                    done = await self._refresh_neighbours()
+                    learn_at = now + (next(waits, _REFRESH_EVERY_S) if done else _REFRESH_RETRY_S)
                     learnt_as = address
-                ask_at, every_s = now + FIRST_S, FIRST_S
+                ask_at, every_s = now + MIN_INTERVAL_S, MIN_INTERVAL_S
             else:
-                learn_at, waits = now, iter(_LEARN_SOON_S)
+                learn_at, waits = now, iter(_FIRST_REFRESHES_S)
                 if now >= ask_at:
-                    every_s = FIRST_S if await self._ask() else min(1.5 * every_s, MOST_S)
+                    every_s = (
+                        MIN_INTERVAL_S
+                        if await self._run_round()
+                        else min(1.5 * every_s, MAX_INTERVAL_S)
+                    )
                     ask_at = time.monotonic() + every_s * random.uniform(0.8, 1.2)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_TICK_S)
 
-    async def _learn(self) -> bool:
+    async def _refresh_neighbours(self) -> bool:
         """Ask the coordinator whom to ask without it; False if that failed."""
         try:
             link, asked = self._link(), self._sharing.asked()
@@ -102,40 +106,40 @@ class Spread:
             return False
         return True
 
-    async def _ask(self) -> bool:
+    async def _run_round(self) -> bool:
         """One round; True if it brought a newer version."""
         given = self._gossip.given
         partners = self._gossip.partners()
         if given is None or not partners:
             return False
-        if not self._stocked:  # what lay here before this agent was started can be served too
-            self._stocked = True
-            await asyncio.to_thread(self._stock)
-        chosen = random.sample(partners, min(_ASKED_AT_ONCE, len(partners)))
-        for told in await asyncio.gather(*(self._words(partner) for partner in chosen)):
+        if not self._shared_cache:  # what lay here before this agent was started can be served too
+            self._shared_cache = True
+            await asyncio.to_thread(self._share_cached_versions)
+        chosen = random.sample(partners, min(_PEERS_PER_ROUND, len(partners)))
+        for told in await asyncio.gather(*(self._exchange_gossip(partner) for partner in chosen)):
             if told is not None:
                 self._gossip.take(told)
-        return await self._take_newest(partners)
+        return await self._fetch_newest(partners)
 
-    def _stock(self) -> None:
+    def _share_cached_versions(self) -> None:
         for kept in held(self._folder, self._coordinator_public):
             with contextlib.suppress(OSError):  # dropped meanwhile
                 self._sharing.shelf.put(kept.work.base, kept.path)
 
-    def _asking(self, partner: Neighbour) -> Asking:
+    def _client(self, partner: Neighbour) -> Asking:
         assert self._gossip.given is not None
-        return Asking(partner, self._gossip.given.pass_, self._credentials.signed)
+        return Asking(partner, self._gossip.given.pass_, self._credentials.sign_request)
 
-    async def _words(self, partner: Neighbour) -> Told | None:
+    async def _exchange_gossip(self, partner: Neighbour) -> Told | None:
         try:
-            return await asyncio.to_thread(self._asking(partner).words, self._gossip.told())
+            return await asyncio.to_thread(self._client(partner).words, self._gossip.told())
         except CommonweightError as err:
             log.debug("no words from a peer: %s", err.message)
             return None
 
-    async def _take_newest(self, partners: list[Neighbour]) -> bool:
+    async def _fetch_newest(self, partners: list[Neighbour]) -> bool:
         """Fetch the newest version that a peer sends, if it is newer than ours."""
-        worker = self._loop.worker
+        worker = self._runner.state
         if worker.work is not None or not is_willing(worker):  # what it works on must stay here
             return False
         own, now = self._gossip.heads.newest(), time.monotonic()
@@ -145,34 +149,38 @@ class Spread:
             head = told.get(one.peer)
             if head is None or (own is not None and head <= own):
                 continue
-            if self._failed.get((head, one.peer), 0.0) <= now:
+            if self._retry_at.get((head, one.peer), 0.0) <= now:
                 holders.setdefault(head, []).append(one)
-        for head in sorted(holders, reverse=True)[:_VERSIONS_TRIED]:
+        for head in sorted(holders, reverse=True)[:_MAX_VERSIONS_TRIED]:
             near = holders[head]
-            for holder in random.sample(near, min(_HOLDERS_TRIED, len(near))):
-                if await self._took(head, holder):
+            for holder in random.sample(near, min(_MAX_HOLDERS_TRIED, len(near))):
+                if await self._try_fetch(head, holder):
                     return True
         return False
 
-    async def _took(self, head: Head, holder: Neighbour) -> bool:
+    async def _try_fetch(self, head: Head, holder: Neighbour) -> bool:
         """Fetch a version from this peer; False if it does not come."""
         try:
             await asyncio.to_thread(self._fetch, head, holder)
         except (CommonweightError, OSError) as err:
             log.info("version %d of %s does not come: %s", head.version, head.run, err)
-            wait_s = _WRONG_S if isinstance(err, BadMessage | BadWeights) else _SILENT_S
-            self._failed.pop((head, holder.peer), None)
-            self._failed[head, holder.peer] = time.monotonic() + wait_s
-            while len(self._failed) > _MOST_FAILED:
-                del self._failed[next(iter(self._failed))]
+            wait_s = (
+                _WRONG_DATA_RETRY_S
+                if isinstance(err, BadMessage | BadWeights)
+                else _NO_ANSWER_RETRY_S
+            )
+            self._retry_at.pop((head, holder.peer), None)
+            self._retry_at[head, holder.peer] = time.monotonic() + wait_s
+            while len(self._retry_at) > _MAX_FAILED:
+                del self._retry_at[next(iter(self._retry_at))]
             return False
         log.info("took version %d of %s from %s", head.version, head.run, holder.name)
         return True
 
     def _fetch(self, head: Head, holder: Neighbour) -> None:
         """Bring a version and its proof. Raises CommonweightError, OSError."""
-        asking = self._asking(holder)
-        work, payload, signature = self._proven(head, asking.proof(head.digest))
+        asking = self._client(holder)
+        work, payload, signature = self._verify_proof(head, asking.proof(head.digest))
         check_room(self._folder, work.nbytes)
         part = self._folder / f"{head.digest}.spread"
         try:
@@ -183,7 +191,7 @@ class Spread:
                 part.unlink(missing_ok=True)
         prove(self._folder, work, payload, signature)
 
-    def _proven(self, head: Head, proof: bytes) -> tuple[Work, bytes, bytes]:
+    def _verify_proof(self, head: Head, proof: bytes) -> tuple[Work, bytes, bytes]:
         """What the coordinator has signed of a version. Raises BadMessage."""
         work, payload, signature = read(proof, self._coordinator_public)
         if Head.of(work) != head:

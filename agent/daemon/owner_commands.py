@@ -5,52 +5,56 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from agent.daemon.event_loop import WorkerLoop
-from agent.daemon.policy_loop import Polite
-from agent.daemon.state_machine import FinishAsked, PauseAsked, PauseLifted
+from agent.daemon.policy_loop import PolicyLoop
+from agent.daemon.state_machine import FinishRequested, PauseLifted, PauseRequested
+from agent.daemon.state_runner import StateRunner
 from agent.home import status_files
-from agent.home.status_files import Wish
+from agent.home.status_files import OwnerRequest
 from protocols.local.disk_space import is_full
 from protocols.messages.states import PauseReason
 
-_OWN = frozenset({PauseReason.USER})
-_ASKED_FOR = _OWN | {PauseReason.OPERATOR, PauseReason.TRAINER}
+_OWN_PAUSE = frozenset({PauseReason.USER})
+_LIFTED_BY_OWNER = _OWN_PAUSE | {PauseReason.OPERATOR, PauseReason.TRAINER}
 
 
-class Owner:
+class OwnerCommands:
     """Looks at the wish file and the settings, and tells the worker and the policy."""
 
-    def __init__(self, home: Path, loop: WorkerLoop, polite: Polite) -> None:
-        self._home, self._loop, self._polite = home, loop, polite
-        self._wish = Wish()
+    def __init__(self, home: Path, runner: StateRunner, policy: PolicyLoop) -> None:
+        self._home, self._runner, self._policy = home, runner, policy
+        self._request = OwnerRequest()
 
-    def heed(self) -> bool:
+    def poll(self) -> bool:
         """Obey what is new; True if the settings may have changed."""
-        wish = status_files.read_wish(self._home)
+        wish = status_files.read_request(self._home)
         over = wish.want == "pause" and 0 < wish.until <= time.time()
         if over:
-            wish = Wish(modes=wish.modes)
-            self._keep(wish)
-        changed = self._polite.heed(wish)
-        if (wish.want, wish.until, wish.at) == (self._wish.want, self._wish.until, self._wish.at):
+            wish = OwnerRequest(modes=wish.modes)
+            self._save(wish)
+        changed = self._policy.reload(wish)
+        if (wish.want, wish.until, wish.at) == (
+            self._request.want,
+            self._request.until,
+            self._request.at,
+        ):
             return changed
-        self._wish = wish
+        self._request = wish
         if wish.want == "pause":
-            self._loop.happened(PauseAsked(PauseReason.USER, wish.until))
+            self._runner.dispatch(PauseRequested(PauseReason.USER, wish.until))
         else:
             # The owner's word also lifts what the operator asked for; the clock says no word.
-            self._loop.happened(PauseLifted(_OWN if over else _ASKED_FOR))
+            self._runner.dispatch(PauseLifted(_OWN_PAUSE if over else _LIFTED_BY_OWNER))
         if wish.want == "finish":
-            kept = Wish(modes=wish.modes)
-            if self._keep(kept):
-                self._wish = kept  # or else it would look like a new one, and lift every pause
-            self._loop.happened(FinishAsked())
+            kept = OwnerRequest(modes=wish.modes)
+            if self._save(kept):
+                self._request = kept  # or else it would look like a new one, and lift every pause
+            self._runner.dispatch(FinishRequested())
         return changed
 
-    def _keep(self, wish: Wish) -> bool:
+    def _save(self, wish: OwnerRequest) -> bool:
         """What was asked for is over. On a full disk it is still written there, and over again."""
         try:
-            status_files.write_wish(self._home, wish)
+            status_files.write_request(self._home, wish)
         except OSError as err:
             if not is_full(err):
                 raise

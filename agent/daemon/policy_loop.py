@@ -10,11 +10,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from agent.daemon.event_loop import WorkerLoop
 from agent.daemon.state_machine import PolicyDecided
+from agent.daemon.state_runner import StateRunner
 from agent.home import settings
 from agent.home.settings import AgentSettings
-from agent.home.status_files import Wish
+from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow
 from agent.policy.sensors import Sensors
@@ -24,10 +24,10 @@ from protocols.errors import CommonweightError
 log = logging.getLogger("commonweight.agent")
 
 #: A pause is to be felt within a second of its cause; an agent without work has time.
-_WORKING_S, _RESTING_S = 0.2, 5.0
+_WORKING_INTERVAL_S, _IDLE_INTERVAL_S = 0.2, 5.0
 
 
-class Polite:
+class PolicyLoop:
     """Holds the settings of the moment: those in the file, and the owner's for a while on top.
 
     `make_room(nbytes)` drops what can be spared in the agent's folder, and says how much.
@@ -37,72 +37,72 @@ class Polite:
         self,
         home: Path,
         chosen: AgentSettings,
-        loop: WorkerLoop,
+        runner: StateRunner,
         sensors: Sensors,
         bandwidth: Bandwidth,
         make_room: Callable[[int], int],
     ) -> None:
-        self._home, self._chosen, self._loop = home, chosen, loop
+        self._home, self._chosen, self._runner = home, chosen, runner
         self._sensors, self._bandwidth = sensors, bandwidth
         self._make_room = make_room
-        self._modes: dict[str, rules.Mode] = {}
-        self._file_at = self._changed_at()
-        self._again = asyncio.Event()
+        self._overrides: dict[str, rules.Mode] = {}
+        self._file_mtime_ns = self._settings_mtime_ns()
+        self._reloaded = asyncio.Event()
         self._decision: Decision = Run()
 
     @property
     def chosen(self) -> AgentSettings:
         """The settings as they hold now."""
-        return replace(self._chosen, **self._modes) if self._modes else self._chosen
+        return replace(self._chosen, **self._overrides) if self._overrides else self._chosen
 
     def rates(self) -> tuple[float, float]:
         """Mbit/s that may be sent and received; 0 is any."""
         return self._chosen.up_mbit, self._chosen.down_mbit
 
-    def heed(self, wish: Wish) -> bool:
+    def reload(self, request: OwnerRequest) -> bool:
         """Take up what the owner has changed since the last look; True if it was something."""
         now = time.time()
         modes: dict[str, rules.Mode] = {
-            key: mode.value for key, mode in wish.modes.items() if mode.until > now
+            key: mode.value for key, mode in request.modes.items() if mode.until > now
         }
-        changed = modes != self._modes
-        self._modes = modes
-        if self._file_at != (changed_at := self._changed_at()):
-            self._file_at, changed = changed_at, True
+        changed = modes != self._overrides
+        self._overrides = modes
+        if self._file_mtime_ns != (changed_at := self._settings_mtime_ns()):
+            self._file_mtime_ns, changed = changed_at, True
             try:
                 self._chosen = settings.read(self._home)
                 log.info("settings were changed, and hold from now on")
             except CommonweightError as err:
                 log.error("settings as they were, since the new ones are wrong: %s", err.message)
         if changed:
-            self._again.set()
+            self._reloaded.set()
         return changed
 
-    async def keep(self) -> None:
+    async def run(self) -> None:
         """Decide again and again, for ever."""
         while True:
-            self._again.clear()
+            self._reloaded.clear()
             await self.decide()
-            wait_s = _WORKING_S if self._loop.worker.work else _RESTING_S
+            wait_s = _WORKING_INTERVAL_S if self._runner.state.work else _IDLE_INTERVAL_S
             try:
                 async with asyncio.timeout(wait_s):
-                    await self._again.wait()
+                    await self._reloaded.wait()
             except TimeoutError:
                 continue
 
     async def decide(self) -> None:
         """Sense, decide, and tell the worker."""
-        sensed = await asyncio.to_thread(self._sensors.sense, *self._bandwidth.today())
+        sensed = await asyncio.to_thread(self._sensors.read, *self._bandwidth.today())
         held = self._decision.rules if isinstance(self._decision, Pause) else frozenset()
         chosen = self.chosen
-        if (over := rules.over_cap(chosen, sensed)) > 0:
+        if (over := rules.bytes_over_cap(chosen, sensed)) > 0:
             freed = await asyncio.to_thread(self._make_room, over)
             if freed:
                 log.info("dropped %d bytes of old versions: disk_gb", freed)
                 sensed = sensed._replace(home_bytes=(sensed.home_bytes or 0) - freed)
-                self._sensors.look_at_home_again()
+                self._sensors.invalidate_home_bytes()
         decision = rules.decide(chosen, sensed, held)
-        ahead = rules.window(chosen, sensed, decision)
+        ahead = rules.forecast(chosen, sensed, decision)
         # To the minute, as the schedule has it: what is told must not change with each look.
         minute = time.time() // 60 * 60
         event = PolicyDecided(
@@ -112,18 +112,18 @@ class Polite:
             free_until=minute + ahead.free_for_s if ahead.free_for_s else 0.0,
         )
         if decision != self._decision:
-            log.info("policy: %s", in_words(decision))
+            log.info("policy: %s", format_decision(decision))
         self._decision = decision
-        self._loop.happened(event)
+        self._runner.dispatch(event)
 
-    def _changed_at(self) -> int:
+    def _settings_mtime_ns(self) -> int:
         try:
             return (self._home / settings.FILE).stat().st_mtime_ns
         except OSError:
             return 0
 
 
-def in_words(decision: Decision) -> str:
+def format_decision(decision: Decision) -> str:
     """A decision for a person."""
     match decision:
         case Pause(reason=reason):

@@ -16,11 +16,11 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.daemon import state_machine
-from agent.daemon.event_loop import WorkerLoop
 from agent.daemon.state_machine import SessionChanged
-from agent.daemon.status_reporter import Report
+from agent.daemon.state_runner import StateRunner
+from agent.daemon.status_reporter import StatusReporter
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrolment, write_enrolment
+from agent.home.settings import Enrollment, write_enrollment
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import BEAT_EVERY_S, Link
 from agent.transport.weight_transfer import SessionLost
@@ -36,10 +36,10 @@ log = logging.getLogger("commonweight.agent")
 T = TypeVar("T")
 
 RENEW_BEFORE_S = 60 * 86400.0
-_BEAT_AGAIN_S = 5.0
+_HEARTBEAT_RETRY_S = 5.0
 
 
-class Sessions:
+class SessionLoop:
     """Keeps one session open and asks it for work; two threads of its own, for work and heartbeat.
 
     `on_moved(address)` is told, on the event loop, when the broker's address or login changes.
@@ -48,23 +48,23 @@ class Sessions:
     def __init__(
         self,
         home: Path,
-        enrolment: Enrolment,
+        enrollment: Enrollment,
         credentials: Credentials,
-        loop: WorkerLoop,
-        report: Report,
+        runner: StateRunner,
+        report: StatusReporter,
         bandwidth: Bandwidth,
-        on_moved: Callable[[MqttAddress], None],
+        on_broker_changed: Callable[[MqttAddress], None],
     ) -> None:
-        self._home, self._enrolment, self._credentials = home, enrolment, credentials
-        self._loop, self._report, self._on_moved = loop, report, on_moved
+        self._home, self._enrollment, self._credentials = home, enrollment, credentials
+        self._runner, self._report, self._on_broker_changed = runner, report, on_broker_changed
         self._bandwidth = bandwidth
         self._link: Link | None = None
         self._closed = False
         self._doorbell = asyncio.Event()
-        self._worked_at = 0.0
-        self._skew = ""
-        self._working = ThreadPoolExecutor(1, "work")
-        self._beating = ThreadPoolExecutor(1, "heartbeat")
+        self._last_work_at = 0.0
+        self._last_skew = ""
+        self._work_pool = ThreadPoolExecutor(1, "work")
+        self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
 
     def link(self) -> Link:
         """The link of the moment. Raises Unreachable before the first try to open a session."""
@@ -74,10 +74,10 @@ class Sessions:
 
     def certificate(self) -> bytes:
         """The node certificate of the moment: it is renewed now and then."""
-        return self._enrolment.certificate
+        return self._enrollment.certificate
 
     @property
-    def ends(self) -> tuple[str, str]:
+    def endpoints(self) -> tuple[str, str]:
         """The last connection's IP addresses, ours and the other's; empty before the first."""
         return self._link.ends if self._link else ("", "")
 
@@ -85,25 +85,25 @@ class Sessions:
         """Bytes up and down since the agent's start."""
         return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """There may be work: ask now."""
         self._doorbell.set()
 
-    def aside(self, call: Callable[..., None], *arguments: Any) -> None:
+    def run_in_background(self, call: Callable[..., None], *arguments: Any) -> None:
         """Do this soon in the heartbeat's thread, one at a time: the work does not wait for it."""
-        self._beating.submit(call, *arguments)
+        self._heartbeat_pool.submit(call, *arguments)
 
     async def close(self) -> None:
         """Say goodbye, and let the threads end."""
         self._closed = True
         if self._link is not None:
             await asyncio.to_thread(self._link.close)
-        self._working.shutdown(wait=False, cancel_futures=True)
-        self._beating.shutdown(wait=False, cancel_futures=True)
+        self._work_pool.shutdown(wait=False, cancel_futures=True)
+        self._heartbeat_pool.shutdown(wait=False, cancel_futures=True)
 
     # --- a session ---
 
-    async def keep(self, answer: Callable[[Message], Message | None]) -> None:
+    async def run(self, answer: Callable[[Message], Message | None]) -> None:
         """Open a session, work, and open it again whenever it is lost; for ever.
 
         `answer(message)` does the work in the work thread, and gives the next message.
@@ -112,45 +112,47 @@ class Sessions:
         while True:
             try:
                 await self._in_thread(self._open)
-                self._loop.happened(SessionChanged(True))
-                self._report.write(self._loop.worker)
+                self._runner.dispatch(SessionChanged(True))
+                self._report.write(self._runner.state)
                 log.info("connected to %s", self._credentials.address)
                 waits = delays(Random(), 0.3, 15.0)
-                await self._work_on(answer)
+                await self._pull_and_answer(answer)
             except CommonweightError as err:
                 if isinstance(err, VersionSkew):
-                    if err.message != self._skew:
+                    if err.message != self._last_skew:
                         log.error("%s; %s", err.message, err.hint)
-                    self._skew = err.message
-                elif self._loop.worker.session:
+                    self._last_skew = err.message
+                elif self._runner.state.session:
                     log.warning("lost the coordinator: %s", err.message)
                 else:
                     log.debug("no session: %s", err.message)
-                self._report.trouble(err.message)
+                self._report.set_last_error(err.message)
             except Exception as err:  # an agent runs for months: no surprise may end it
                 log.exception("unexpected trouble with the link")
                 crash_reports.keep(self._home, err)
-                self._report.complain(f"unexpected trouble: {type(err).__name__}")
-            self._loop.happened(SessionChanged(False))
-            self._report.changed()
+                self._report.report_error(f"unexpected trouble: {type(err).__name__}")
+            self._runner.dispatch(SessionChanged(False))
+            self._report.mark_stale()
             # A doorbell means that the coordinator is back: no need to wait to the end.
             self._doorbell.clear()
-            await self._rung(next(waits))
+            await self._wait_for_doorbell(next(waits))
 
-    async def _work_on(self, answer: Callable[[Message], Message | None]) -> None:
+    async def _pull_and_answer(self, answer: Callable[[Message], Message | None]) -> None:
         """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
         while True:
             self._doorbell.clear()
-            if state_machine.can_take_work(self._loop.worker):
+            if state_machine.can_take_work(self._runner.state):
                 message = await self._in_thread(self.link().pull)
                 while message is not None:
                     message = await self._in_thread(answer, message)
-                    self._worked_at = time.monotonic()
-            await self._rung(
-                state_machine.poll_s(self._loop.worker, time.monotonic() - self._worked_at)
+                    self._last_work_at = time.monotonic()
+            await self._wait_for_doorbell(
+                state_machine.poll_interval_s(
+                    self._runner.state, time.monotonic() - self._last_work_at
+                )
             )
 
-    async def _rung(self, within_s: float) -> None:
+    async def _wait_for_doorbell(self, within_s: float) -> None:
         """Wait for a doorbell, but not longer than that."""
         # Not wait_for: before Python 3.12 it loses a cancel that comes together with the doorbell.
         with contextlib.suppress(TimeoutError):
@@ -164,48 +166,48 @@ class Sessions:
             raise Unreachable("the agent ends")
         version_check.check(self._link.standing().version, "the coordinator")
         self._link.open()
-        self._learn_mqtt(self._link.mqtt())
-        self._keep_certificate(self._link)
+        self._save_broker_address(self._link.mqtt())
+        self._renew_certificate(self._link)
 
-    def _keep_certificate(self, link: Link) -> None:
+    def _renew_certificate(self, link: Link) -> None:
         """Renew the node certificate in the last two months of its year."""
-        ca_pem = self._enrolment.ca_pem.encode()
-        ends_at = identity.read_certificate(ca_pem, self._enrolment.certificate).not_after
+        ca_pem = self._enrollment.ca_pem.encode()
+        ends_at = identity.read_certificate(ca_pem, self._enrollment.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
             identity.read_certificate(ca_pem, certificate)
-            self._enrolment = replace(self._enrolment, certificate=certificate)
-            write_enrolment(self._home, self._enrolment)
+            self._enrollment = replace(self._enrollment, certificate=certificate)
+            write_enrollment(self._home, self._enrollment)
 
-    def _learn_mqtt(self, address: MqttAddress) -> None:
+    def _save_broker_address(self, address: MqttAddress) -> None:
         """The broker's password changes when a peer is removed: keep what holds now."""
-        if address != self._enrolment.mqtt:
-            self._enrolment = replace(self._enrolment, mqtt=address)
-            write_enrolment(self._home, self._enrolment)
-            self._loop.soon(self._on_moved, address)
+        if address != self._enrollment.mqtt:
+            self._enrollment = replace(self._enrollment, mqtt=address)
+            write_enrollment(self._home, self._enrollment)
+            self._runner.call_threadsafe(self._on_broker_changed, address)
 
     # --- alive ---
 
-    async def keep_beating(self) -> None:
+    async def run_heartbeat(self) -> None:
         """Heartbeats, also while the work thread is busy; a lost session is opened again."""
         while True:
             link = self._link
-            held = link is not None and self._loop.worker.session
+            held = link is not None and self._runner.state.session
             due_s = link.beat_due_s if link is not None and held else BEAT_EVERY_S
             if link is None or due_s > 0:
                 await asyncio.sleep(due_s)
                 continue
-            if not await self._beat(link):
-                await asyncio.sleep(_BEAT_AGAIN_S)
+            if not await self._send_heartbeat(link):
+                await asyncio.sleep(_HEARTBEAT_RETRY_S)
 
-    async def _beat(self, link: Link) -> bool:
+    async def _send_heartbeat(self, link: Link) -> bool:
         """One heartbeat; False if it failed."""
         try:
-            await self._in_thread(link.beat, pool=self._beating)
+            await self._in_thread(link.beat, pool=self._heartbeat_pool)
             return True
         except SessionLost:
             with contextlib.suppress(CommonweightError):
-                await self._in_thread(link.open, pool=self._beating)
+                await self._in_thread(link.open, pool=self._heartbeat_pool)
         except CommonweightError as err:
             log.debug("a heartbeat failed: %s", err.message)
         return False
@@ -215,12 +217,12 @@ class Sessions:
         if self._link is not None:
             # In neither of our threads: both may wait on what is dead.
             await asyncio.to_thread(self._link.reconnect)
-            if self._loop.worker.session:
-                await self._beat(self._link)
-        self.ring()
+            if self._runner.state.session:
+                await self._send_heartbeat(self._link)
+        self.wake()
 
     async def _in_thread(
         self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None
     ) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool or self._working, work, *arguments)
+        return await loop.run_in_executor(pool or self._work_pool, work, *arguments)

@@ -20,7 +20,7 @@ from protocols.messages.states import PauseReason, PeerState
 from protocols.messages.work import Work
 
 
-class Worker(Struct, frozen=True, kw_only=True):
+class AgentState(Struct, frozen=True, kw_only=True):
     """The agent now. `pauses` holds every reason that is in force and when it ends, `trouble` the
     trainer's.
 
@@ -34,13 +34,13 @@ class Worker(Struct, frozen=True, kw_only=True):
     work: Work | None = None
     sending: bool = False
     pauses: Mapping[PauseReason, float] = {}
-    trouble: str = ""
-    policy: str = ""
+    trainer_failure: str = ""
+    policy_reason: str = ""
     share: float = 1.0
     free_at: float = 0.0
     free_until: float = 0.0
     finishing: bool = False
-    left: bool = False
+    finished: bool = False
 
 
 # --- events ---
@@ -54,11 +54,11 @@ class BrokerChanged(NamedTuple):
     up: bool
 
 
-class WorkBegan(NamedTuple):
+class WorkStarted(NamedTuple):
     work: Work
 
 
-class SendingBegan(NamedTuple):
+class SendingStarted(NamedTuple):
     pass
 
 
@@ -66,7 +66,7 @@ class WorkEnded(NamedTuple):
     pass
 
 
-class PauseAsked(NamedTuple):
+class PauseRequested(NamedTuple):
     """`until` (Unix s) is when it will be lifted, 0 if nobody knows."""
 
     reason: PauseReason
@@ -94,21 +94,21 @@ class PolicyDecided(NamedTuple):
     free_until: float = 0.0
 
 
-class FinishAsked(NamedTuple):
+class FinishRequested(NamedTuple):
     pass
 
 
 Event = (
     SessionChanged
     | BrokerChanged
-    | WorkBegan
-    | SendingBegan
+    | WorkStarted
+    | SendingStarted
     | WorkEnded
-    | PauseAsked
+    | PauseRequested
     | PauseLifted
     | TrainerGaveUp
     | PolicyDecided
-    | FinishAsked
+    | FinishRequested
 )
 
 # --- instructions ---
@@ -132,50 +132,50 @@ class SetPace(NamedTuple):
     share: float
 
 
-class LookForWork(NamedTuple):
+class PollForWork(NamedTuple):
     """Ask the coordinator now: there may be work."""
 
 
-class Leave(NamedTuple):
+class Shutdown(NamedTuple):
     """End the program cleanly."""
 
 
-Instruction = Announce | PauseTrainer | ResumeTrainer | SetPace | LookForWork | Leave
+Instruction = Announce | PauseTrainer | ResumeTrainer | SetPace | PollForWork | Shutdown
 
 
-def handle(worker: Worker, event: Event) -> tuple[Worker, list[Instruction]]:
+def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instruction]]:
     """The worker after `event`, and what to do."""
     match event:
         case SessionChanged(up):
-            after = replace(worker, session=up)
+            after = replace(state, session=up)
         case BrokerChanged(up):
-            after = replace(worker, mqtt=up)
-        case WorkBegan(work):
-            after = replace(worker, work=work, sending=False)
-        case SendingBegan():
-            after = replace(worker, sending=worker.work is not None)
+            after = replace(state, mqtt=up)
+        case WorkStarted(work):
+            after = replace(state, work=work, sending=False)
+        case SendingStarted():
+            after = replace(state, sending=state.work is not None)
         case WorkEnded():
-            after = replace(worker, work=None, sending=False)
-        case PauseAsked(reason, until):
-            after = replace(worker, pauses={**worker.pauses, reason: until})
+            after = replace(state, work=None, sending=False)
+        case PauseRequested(reason, until):
+            after = replace(state, pauses={**state.pauses, reason: until})
         case PauseLifted(reasons):
-            left = {why: until for why, until in worker.pauses.items() if why not in reasons}
-            after = replace(worker, pauses=left)
+            left = {why: until for why, until in state.pauses.items() if why not in reasons}
+            after = replace(state, pauses=left)
         case TrainerGaveUp(kind, until):
-            resting = {**worker.pauses, PauseReason.TRAINER: until}
-            after = replace(worker, pauses=resting, trouble=kind)
+            resting = {**state.pauses, PauseReason.TRAINER: until}
+            after = replace(state, pauses=resting, trainer_failure=kind)
         case PolicyDecided(reason, share, free_at, free_until):
             after = replace(
-                worker, policy=reason, share=share, free_at=free_at, free_until=free_until
+                state, policy_reason=reason, share=share, free_at=free_at, free_until=free_until
             )
-        case FinishAsked():
-            after = replace(worker, finishing=True)
+        case FinishRequested():
+            after = replace(state, finishing=True)
     if after.finishing and after.work is None:
-        after = replace(after, left=True)
-    return after, _instructions(worker, after)
+        after = replace(after, finished=True)
+    return after, _instructions(state, after)
 
 
-def _instructions(before: Worker, after: Worker) -> list[Instruction]:
+def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
     """What follows from the change alone: no event needs a rule of its own."""
     instructions: list[Instruction] = []
     if is_paused(after) and not is_paused(before):
@@ -188,61 +188,61 @@ def _instructions(before: Worker, after: Worker) -> list[Instruction]:
         instructions.append(Announce())
     # Nobody may have rung while the broker was away, and nobody rings from now on if it went.
     if can_take_work(after) and (not can_take_work(before) or after.mqtt != before.mqtt):
-        instructions.append(LookForWork())
-    if after.left and not before.left:
-        instructions.append(Leave())
+        instructions.append(PollForWork())
+    if after.finished and not before.finished:
+        instructions.append(Shutdown())
     return instructions
 
 
-def is_paused(worker: Worker) -> bool:
+def is_paused(state: AgentState) -> bool:
     """True if anything holds up the work."""
-    return bool(worker.pauses or worker.policy)
+    return bool(state.pauses or state.policy_reason)
 
 
-def is_willing(worker: Worker) -> bool:
+def is_willing(state: AgentState) -> bool:
     """True if more work may be taken once none is in hand."""
-    return not is_paused(worker) and not worker.finishing
+    return not is_paused(state) and not state.finishing
 
 
-def can_take_work(worker: Worker) -> bool:
+def can_take_work(state: AgentState) -> bool:
     """True if a message may be pulled now."""
-    return worker.work is None and is_willing(worker)
+    return state.work is None and is_willing(state)
 
 
-def _presence(worker: Worker) -> tuple[object, ...]:
-    return (*shown(worker), worker.work, *free(worker))
+def _presence(state: AgentState) -> tuple[object, ...]:
+    return (*display_state(state), state.work, *availability(state))
 
 
-def free(worker: Worker) -> tuple[float, float]:
+def availability(state: AgentState) -> tuple[float, float]:
     """When it expects to work again, and until when it can from now on; Unix s, 0 is unknown."""
-    if not is_paused(worker):
-        return 0.0, worker.free_until
-    known = [*worker.pauses.values(), *([worker.free_at] if worker.policy else [])]
+    if not is_paused(state):
+        return 0.0, state.free_until
+    known = [*state.pauses.values(), *([state.free_at] if state.policy_reason else [])]
     return (max(known) if all(known) else 0.0), 0.0
 
 
-def shown(worker: Worker) -> tuple[PeerState, str]:
+def display_state(state: AgentState) -> tuple[PeerState, str]:
     """State and reason, as presence and `status` say them."""
-    if is_paused(worker):
+    if is_paused(state):
         reasons = [
-            f"{reason}: {worker.trouble}"
-            if worker.trouble and reason is PauseReason.TRAINER
+            f"{reason}: {state.trainer_failure}"
+            if state.trainer_failure and reason is PauseReason.TRAINER
             else reason
-            for reason in sorted(worker.pauses)
+            for reason in sorted(state.pauses)
         ]
-        return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [worker.policy])])
-    if worker.sending:
+        return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [state.policy_reason])])
+    if state.sending:
         return PeerState.SENDING, ""
-    if worker.work is not None:
-        return PeerState.TRAINING, "finishing" if worker.finishing else ""
+    if state.work is not None:
+        return PeerState.TRAINING, "finishing" if state.finishing else ""
     return PeerState.IDLE, ""
 
 
-def poll_s(worker: Worker, since_work_s: float) -> float:
+def poll_interval_s(state: AgentState, since_work_s: float) -> float:
     """How long to wait for a doorbell before asking anyway.
 
     Without a broker nobody rings: ask often while a run is likely on, seldom otherwise.
     """
-    if worker.mqtt:
+    if state.mqtt:
         return 15.0
     return 1.5 if since_work_s < 60.0 else 15.0

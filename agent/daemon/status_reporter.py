@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 
 from agent.daemon import state_machine
-from agent.daemon.state_machine import Worker
+from agent.daemon.state_machine import AgentState
 from agent.home import status_files
-from agent.home.settings import AgentSettings, Enrolment
+from agent.home.settings import AgentSettings, Enrollment
 from agent.home.status_files import Status
 from agent.tasks import registry
 from agent.trainer.ipc import Progress
@@ -27,10 +27,10 @@ from protocols.messages.states import PeerState
 
 log = logging.getLogger("commonweight.agent")
 
-_AT_LEAST_EVERY_S = 10.0
+_MAX_AGE_S = 10.0
 
 
-class Report:
+class StatusReporter:
     """Reports one agent's state: over MQTT, in the status file, in the log.
 
     `traffic()` gives bytes up and down, `known()` what it knows of versions and peers.
@@ -40,45 +40,45 @@ class Report:
     def __init__(
         self,
         home: Path,
-        enrolment: Enrolment,
+        enrollment: Enrollment,
         chosen: AgentSettings,
-        presence: PresenceLink,
+        mqtt: PresenceLink,
     ) -> None:
-        self._home, self._settings, self._presence = home, chosen, presence
+        self._home, self._settings, self._mqtt = home, chosen, mqtt
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self.known: Callable[[], Known] = lambda: Known(None, 0, 0, "")
+        self.gossip_status: Callable[[], Known] = lambda: Known(None, 0, 0, "")
         here = {*registry.names(), *chosen.task_files}
         self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
         self._process = psutil.Process()
-        self._said = Presence(state=PeerState.IDLE)
-        self._is_old = True
+        self._last_presence = Presence(state=PeerState.IDLE)
+        self._is_stale = True
         self._written_at = -math.inf
         self._status = Status(
             pid=os.getpid(),
             at=time.time(),
             since=time.time(),
-            peer=enrolment.peer,
-            name=enrolment.name,
+            peer=enrollment.peer,
+            name=enrollment.name,
             version=VERSION,
             state="idle",
-            coordinator=enrolment.addresses[0],
+            coordinator=enrollment.addresses[0],
         )
 
     def presence(self) -> Presence:
         """What was last said of the state."""
-        return self._said
+        return self._last_presence
 
-    def take_up(self, chosen: AgentSettings, now: Worker) -> None:
+    def apply_settings(self, chosen: AgentSettings, agent: AgentState) -> None:
         """Say what of the settings others may know, after they were changed."""
         self._settings = chosen
-        self.announce(now)
+        self.announce(agent)
 
-    def announce(self, now: Worker) -> None:
+    def announce(self, agent: AgentState) -> None:
         """Say what the worker is: on MQTT at once, in the status file within a tick."""
-        state, reason = state_machine.shown(now)
-        free_at, free_until = state_machine.free(now)
-        work = now.work
-        self._said = Presence(
+        state, reason = state_machine.display_state(agent)
+        free_at, free_until = state_machine.availability(agent)
+        work = agent.work
+        self._last_presence = Presence(
             state=state,
             reason=reason,
             name=self._status.name,
@@ -87,27 +87,27 @@ class Report:
             run=work.run if work else "",
             round=work.round if work else 0,
             tasks=self._tasks,
-            policy=self._settings.announced(),
+            policy=self._settings.public_values(),
             disk_free_bytes=_disk_free(self._home),
             free_at=free_at,
             free_until=free_until,
         )
-        self._presence.set_presence(self._said)
+        self._mqtt.set_presence(self._last_presence)
         self._status.state, self._status.reason = state.value, reason
-        self._status.share, self._status.free_at = now.share, free_at
+        self._status.share, self._status.free_at = agent.share, free_at
         self._status.run = work.run if work else ""
         self._status.round = work.round if work else 0
-        self._is_old = True
+        self._is_stale = True
 
-    def progress(self, now: Worker, progress: Progress, trainer_bytes: int) -> None:
+    def progress(self, agent: AgentState, progress: Progress, trainer_bytes: int) -> None:
         """Say how far the work in hand is."""
-        if now.work is None:
+        if agent.work is None:
             return
         up, down = self.traffic()
-        self._presence.telemetry(
+        self._mqtt.telemetry(
             Telemetry(
-                run=now.work.run,
-                round=now.work.round,
+                run=agent.work.run,
+                round=agent.work.round,
                 phase=progress.phase if progress.phase in ("train", "evaluate") else "",
                 step=progress.step,
                 steps=progress.steps,
@@ -122,42 +122,42 @@ class Report:
             )
         )
 
-    def complain(self, text: str) -> None:
+    def report_error(self, text: str) -> None:
         """Tell the owner, the log and the monitor of a failure."""
         log.error("%s", text)
         self._status.last_error = text
-        self._presence.notice(Notice(level="error", text=text[:400]))
+        self._mqtt.notice(Notice(level="error", text=text[:400]))
 
-    def trouble(self, text: str) -> None:
+    def set_last_error(self, text: str) -> None:
         """Note what is wrong for the owner alone; it may pass by itself."""
         self._status.last_error = text
-        self._is_old = True
+        self._is_stale = True
 
-    def answered(self) -> None:
+    def count_answer(self) -> None:
         """One more piece of work was answered."""
         self._status.rounds_done += 1
 
-    def changed(self) -> None:
+    def mark_stale(self) -> None:
         """Something that the status file tells is not as it was."""
-        self._is_old = True
+        self._is_stale = True
 
-    def keep_fresh(self, now: Worker) -> None:
+    def write_if_stale(self, agent: AgentState) -> None:
         """Write the status file if it is old."""
-        if self._is_old or time.monotonic() - self._written_at >= _AT_LEAST_EVERY_S:
-            self.write(now)
+        if self._is_stale or time.monotonic() - self._written_at >= _MAX_AGE_S:
+            self.write(agent)
 
-    def stopped(self, now: Worker) -> None:
+    def write_stopped(self, agent: AgentState) -> None:
         """The last word in the status file."""
         self._status.state, self._status.reason = "stopped", ""
-        self.write(now)
+        self.write(agent)
 
-    def write(self, now: Worker) -> None:
+    def write(self, agent: AgentState) -> None:
         """Write the status file."""
-        self._is_old, self._written_at = False, time.monotonic()
+        self._is_stale, self._written_at = False, time.monotonic()
         self._status.at = time.time()
-        self._status.session, self._status.mqtt = now.session, now.mqtt
+        self._status.session, self._status.mqtt = agent.session, agent.mqtt
         self._status.bytes_up, self._status.bytes_down = self.traffic()
-        known = self.known()
+        known = self.gossip_status()
         self._status.head, self._status.shares_at = known.head, known.shares_at
         self._status.heard, self._status.alike = known.heard, known.alike
         try:

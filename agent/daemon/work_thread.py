@@ -22,19 +22,19 @@ from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Handler, Jobs
 from agent.clientapp.recovery import Recall
 from agent.daemon import state_machine
-from agent.daemon.event_loop import WorkerLoop
 from agent.daemon.state_machine import (
-    PauseAsked,
     PauseLifted,
-    SendingBegan,
+    PauseRequested,
+    SendingStarted,
     TrainerGaveUp,
-    WorkBegan,
     WorkEnded,
+    WorkStarted,
 )
-from agent.daemon.status_reporter import Report
+from agent.daemon.state_runner import StateRunner
+from agent.daemon.status_reporter import StatusReporter
 from agent.home import audit_log, settings
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrolment, data_settings
+from agent.home.settings import AgentSettings, Enrollment, data_settings
 from agent.trainer.ipc import Progress
 from agent.trainer.process import TrainerProcess
 from agent.trainer.retry import WORTH_A_TRY_IN_JOBS, Watchdog
@@ -51,13 +51,13 @@ from protocols.messages.states import PauseReason
 from protocols.messages.work import UpdateClaim, Work
 
 #: After the trainer failed again and again: then the agent tries once more by itself.
-TRAINER_REST_S = 600.0
-_LOOK_EVERY_S = 0.5
+TRAINER_COOLDOWN_S = 600.0
+_POLL_EVERY_S = 0.5
 #: While the coordinator's disk is full: an upload is tried so often, each time after a rest.
-_UPLOAD_TRIES, _UPLOAD_AGAIN_S = 12, 5.0
+_MAX_UPLOAD_TRIES, _UPLOAD_RETRY_S = 12, 5.0
 #: While ours is full: tried again with so much more room, or after that time.
-_MORE_ROOM_BYTES, _TRY_AGAIN_S = 1024 * 1024, 20.0
-_FAILED = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
+_MORE_ROOM_BYTES, _DISK_RETRY_S = 1024 * 1024, 20.0
+_CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the reason is in its text
 
 
 class _Weights(NamedTuple):
@@ -78,20 +78,20 @@ class _Weights(NamedTuple):
 class _Events(Observer):
     """Tells the state machine what the client does, and keeps proofs and the owner's ledger."""
 
-    def __init__(self, home: Path, loop: WorkerLoop, trainer: TrainerProcess) -> None:
+    def __init__(self, home: Path, loop: StateRunner, trainer: TrainerProcess) -> None:
         self._home, self._loop, self._trainer = home, loop, trainer
 
     def on_work(self, work: Work | None) -> None:
-        self._loop.happened_in_thread(WorkBegan(work) if work else WorkEnded())
+        self._loop.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         prove(self._home / "cache", work, payload, signature)
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
-        audit_log.write(self._home, claim, task, description)
+        audit_log.write_update(self._home, claim, task, description)
 
     def on_sending(self) -> None:
-        self._loop.happened_in_thread(SendingBegan())
+        self._loop.dispatch_threadsafe(SendingStarted())
 
     def on_trained(self) -> None:
         self._trainer.forget()
@@ -103,16 +103,16 @@ class WorkThread:
     def __init__(
         self,
         home: Path,
-        enrolment: Enrolment,
+        enrollment: Enrollment,
         credentials: Credentials,
         chosen: AgentSettings,
-        loop: WorkerLoop,
-        report: Report,
+        runner: StateRunner,
+        report: StatusReporter,
         link: Callable[[], Link],
         sharing: Sharing | None = None,
         received: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        self._home, self._loop, self._report, self._link = home, loop, report, link
+        self._home, self._runner, self._report, self._link = home, runner, report, link
         cache, outbox = home / "cache", home / "outbox"
         for folder in (cache, outbox, home / "trainer", home / "jobs" / "models"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class WorkThread:
             threads=chosen.threads,
             nice=chosen.nice,
             fleet=chosen.fleet,
-            on_progress=lambda progress: loop.soon(self._progressed, progress),
+            on_progress=lambda progress: runner.call_threadsafe(self._on_progress, progress),
             hang_s=chosen.hang_timeout_s,
             journal_every_s=chosen.checkpoint_interval_s,
             sources=chosen.task_files,
@@ -134,15 +134,15 @@ class WorkThread:
         )
         #: The trainer's rest that follows is not in force yet.
         self._gave_up = False
-        self._resting: asyncio.TimerHandle | None = None
-        self._heads = Heads(cache, enrolment.coordinator_public)
+        self._cooldown_end: asyncio.TimerHandle | None = None
+        self._heads = Heads(cache, enrollment.coordinator_public)
         self.versions = Versions(cache, link, sharing, received)
-        me = PeerIdentity(enrolment.peer, credentials.sign_key.sign, enrolment.coordinator_public)
-        events = _Events(home, loop, self.trainer)
+        me = PeerIdentity(enrollment.peer, credentials.sign_key.sign, enrollment.coordinator_public)
+        events = _Events(home, runner, self.trainer)
         jobs = Jobs(
             me,
             outbox / "answers",
-            send=self._send_answer,
+            send=self._upload_answer,
             handlers=self._handlers(),
             on_work=events.on_work,
             on_leaving=partial(audit_log.write_answer, home),
@@ -150,11 +150,11 @@ class WorkThread:
         self._client = Client(
             me,
             self._watchdog,
-            _Weights(self.versions, self._send),
+            _Weights(self.versions, self._upload_update),
             outbox,
             allowed=chosen.allows,
             observer=events,
-            queries=Queries(Recall(me, cache, self._send).answer, jobs.answer),
+            queries=Queries(Recall(me, cache, self._upload_update).answer, jobs.answer),
         )
 
     def _handlers(self) -> dict[type[Question], Handler]:
@@ -188,7 +188,7 @@ class WorkThread:
 
         Kept are the newest, for answers and for peers, and all while there is work.
         """
-        if self._loop.worker.work is not None:
+        if self._runner.state.work is not None:
             return 0
         newest = self._heads.newest()
         freed = self._pinned.shrink(nbytes, ())
@@ -203,20 +203,22 @@ class WorkThread:
         failpoint("agent.message.taken")
         self._gave_up = False
         try:
-            reply = self._handled(message)
+            reply = self._handle(message)
         except (Unreachable, SessionLost):
             raise  # the answer is in the outbox; the question will be asked again
         except CommonweightError as err:
-            if self._loop.stopping.is_set():
+            if self._runner.stopping.is_set():
                 return None
             if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
-                self._loop.soon(self._report.complain, f"the work failed: {err.message}")
-            reply = Message(Error(_FAILED, refusal_text(err)), reply_to=message)
-        self._report.answered()
+                self._runner.call_threadsafe(
+                    self._report.report_error, f"the work failed: {err.message}"
+                )
+            reply = Message(Error(_CLIENT_APP_ERROR, refusal_text(err)), reply_to=message)
+        self._report.count_answer()
         following: Message | None = None
         failpoint("agent.claim.sending")
         link = self._link()
-        if state_machine.is_willing(self._loop.worker) and not self._gave_up:
+        if state_machine.is_willing(self._runner.state) and not self._gave_up:
             following = link.exchange(reply)
         else:
             link.push(reply)
@@ -225,61 +227,65 @@ class WorkThread:
         failpoint("agent.claim.sent")
         return following
 
-    def _handled(self, message: Message) -> Message:
+    def _handle(self, message: Message) -> Message:
         """The client's reply; while the disk is full, paused, and then tried again."""
         while True:
             try:
                 return self._client.handle(message)
             except DiskFull as err:
-                if self._loop.stopping.is_set():
+                if self._runner.stopping.is_set():
                     raise
-                self._loop.soon(self._report.complain, f"no room on the disk: {err.message}")
-            self._loop.happened_in_thread(PauseAsked(PauseReason.DISK))
+                self._runner.call_threadsafe(
+                    self._report.report_error, f"no room on the disk: {err.message}"
+                )
+            self._runner.dispatch_threadsafe(PauseRequested(PauseReason.DISK))
             self._wait_for_room(free_bytes(self._home) + _MORE_ROOM_BYTES)
-            self._loop.happened_in_thread(PauseLifted(frozenset({PauseReason.DISK})))
+            self._runner.dispatch_threadsafe(PauseLifted(frozenset({PauseReason.DISK})))
 
     def _wait_for_room(self, enough_bytes: int) -> None:
-        self._rest(_TRY_AGAIN_S, lambda: free_bytes(self._home) >= enough_bytes)
+        self._sleep(_DISK_RETRY_S, lambda: free_bytes(self._home) >= enough_bytes)
 
-    def _send(self, digest: str, path: Path) -> None:
+    def _upload_update(self, digest: str, path: Path) -> None:
         """Hand in an update."""
-        self._patiently(lambda: self._link().hand_in(digest, path))
+        self._retry_while_full(lambda: self._link().hand_in(digest, path))
 
-    def _send_answer(self, digest: str, path: Path) -> None:
+    def _upload_answer(self, digest: str, path: Path) -> None:
         """Hand in a job's answer."""
-        self._patiently(lambda: self._link().upload(digest, path, ANSWER_PATH))
+        self._retry_while_full(lambda: self._link().upload(digest, path, ANSWER_PATH))
 
-    def _patiently(self, send: Callable[[], None]) -> None:
+    def _retry_while_full(self, send: Callable[[], None]) -> None:
         """Send; waits a while for a coordinator whose disk is full."""
-        for _ in range(_UPLOAD_TRIES):
+        for _ in range(_MAX_UPLOAD_TRIES):
             try:
                 return send()
             except NoRoom as err:
-                self._report.trouble(err.message)
-                self._rest(_UPLOAD_AGAIN_S)
-                if self._loop.stopping.is_set():
+                self._report.set_last_error(err.message)
+                self._sleep(_UPLOAD_RETRY_S)
+                if self._runner.stopping.is_set():
                     raise
         raise NoRoom("the coordinator has had no room on its disk for too long")
 
-    def _rest(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
+    def _sleep(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
         """Wait for the time, until `ready` or the agent's end."""
         until = time.monotonic() + most_s
-        while time.monotonic() < until and not self._loop.stopping.is_set() and not ready():
-            time.sleep(_LOOK_EVERY_S)
+        while time.monotonic() < until and not self._runner.stopping.is_set() and not ready():
+            time.sleep(_POLL_EVERY_S)
 
     def _on_given_up(self, kind: str) -> None:
         self._gave_up = True
-        self._loop.soon(self._rest_trainer, kind)
+        self._runner.call_threadsafe(self._start_cooldown, kind)
 
     # --- on the event loop ---
 
-    def _rest_trainer(self, kind: str) -> None:
+    def _start_cooldown(self, kind: str) -> None:
         """No more work for now: the trainer failed again and again."""
-        self._loop.happened(TrainerGaveUp(kind, time.time() + TRAINER_REST_S))
-        if self._resting is not None:  # the owner has ended that rest: its end is not this one's
-            self._resting.cancel()
+        self._runner.dispatch(TrainerGaveUp(kind, time.time() + TRAINER_COOLDOWN_S))
+        if (
+            self._cooldown_end is not None
+        ):  # the owner has ended that rest: its end is not this one's
+            self._cooldown_end.cancel()
         lifted = PauseLifted(frozenset({PauseReason.TRAINER}))
-        self._resting = self._loop.happens_in(TRAINER_REST_S, lifted)
+        self._cooldown_end = self._runner.dispatch_later(TRAINER_COOLDOWN_S, lifted)
 
-    def _progressed(self, progress: Progress) -> None:
-        self._report.progress(self._loop.worker, progress, self.trainer.rss_bytes)
+    def _on_progress(self, progress: Progress) -> None:
+        self._report.progress(self._runner.state, progress, self.trainer.rss_bytes)

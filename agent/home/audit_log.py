@@ -20,10 +20,10 @@ from protocols.messages.jobs import Answer, Scatter, Unit
 from protocols.messages.work import UpdateClaim
 
 FILE = "left.jsonl"
-MOST_BYTES = 4 << 20
+MAX_BYTES = 4 << 20
 
-What = Literal["description", "first weights", "weights", "evaluation", "answer"]
-_WHAT: dict[str, What] = {
+EntryKind = Literal["description", "first weights", "weights", "evaluation", "answer"]
+_KINDS: dict[str, EntryKind] = {
     "describe": "description",
     "init": "first weights",
     "train": "weights",
@@ -31,7 +31,7 @@ _WHAT: dict[str, What] = {
 }
 
 
-class Departure(Struct, frozen=True, kw_only=True):
+class AuditEntry(Struct, frozen=True, kw_only=True):
     """One answer. `told` is a description as JSON; `digest` and `nbytes` are those of the bytes;
     `tallies`, what an evaluation adds up over peers."""
 
@@ -39,7 +39,7 @@ class Departure(Struct, frozen=True, kw_only=True):
     run: str
     task: str
     round: int
-    what: What
+    what: EntryKind
     digest: str = ""
     nbytes: int = 0
     codec: str = ""
@@ -49,15 +49,15 @@ class Departure(Struct, frozen=True, kw_only=True):
     told: str = ""
 
 
-def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
+def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) -> None:
     """Add an answer to the ledger, fsynced; call it before any part of the answer is sent.
 
     Raises OSError: an answer that cannot be noted must not be sent.
     """
-    what = _WHAT.get(claim.kind)
+    what = _KINDS.get(claim.kind)
     if what is None:
         return
-    departure = Departure(
+    entry = AuditEntry(
         at=time.time(),
         run=claim.run,
         task=task,
@@ -69,9 +69,9 @@ def write(home: Path, claim: UpdateClaim, task: str, told: bytes) -> None:
         num_examples=claim.num_examples,
         metrics=claim.metrics,
         tallies={name: list(counts) for name, counts in claim.tallies.items()},
-        told=told.decode(),
+        told=description.decode(),
     )
-    _add(home, departure)
+    _append(home, entry)
 
 
 def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
@@ -80,7 +80,7 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
     Raises OSError, as `write` does.
     """
     spread = isinstance(unit.question, Scatter)
-    departure = Departure(
+    entry = AuditEntry(
         at=time.time(),
         run=unit.job,
         task=unit.task,
@@ -91,52 +91,52 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
         num_examples=answer.rows,
         told="" if spread else body.decode(errors="replace"),
     )
-    _add(home, departure)
+    _append(home, entry)
 
 
-def _add(home: Path, departure: Departure) -> None:
+def _append(home: Path, entry: AuditEntry) -> None:
     """Append one entry and fsync it, so that a power cut after the sending cannot lose it."""
     path = home / FILE
-    if path.exists() and path.stat().st_size > MOST_BYTES:
-        path.replace(_older(home))
+    if path.exists() and path.stat().st_size > MAX_BYTES:
+        path.replace(_rotated_file(home))
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
         # A line of its own, also after one that a power cut has left without its end.
-        file.write(b"\n" + msgspec.json.encode(departure) + b"\n")
+        file.write(b"\n" + msgspec.json.encode(entry) + b"\n")
         file.flush()
         os.fsync(descriptor)
     if is_new:
         sync_folder(home)
 
 
-def read(home: Path) -> list[Departure]:
+def read(home: Path) -> list[AuditEntry]:
     """All that is noted, oldest first; a line that is cut off is passed over."""
     found = []
-    for path in (_older(home), home / FILE):
+    for path in (_rotated_file(home), home / FILE):
         lines = path.read_bytes().splitlines() if path.exists() else []
         for line in lines:
             try:
-                found.append(msgspec.json.decode(line, type=Departure))
+                found.append(msgspec.json.decode(line, type=AuditEntry))
             except msgspec.DecodeError:
                 continue
     return found
 
 
-def in_words(departure: Departure) -> str:
+def format_entry(entry: AuditEntry) -> str:
     """One line for a person."""
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(departure.at))
-    said = f"{at}  {departure.run}  round {departure.round}  {departure.what}"
-    if departure.nbytes:
-        said += f", {departure.nbytes:,} bytes {departure.digest[:12]}"
-    if departure.codec:
-        said += f" as {departure.codec}"
-    if departure.num_examples:
-        said += f", {departure.num_examples} examples"
-    numbers = {name: value for name, value in departure.metrics.items() if value is not None}
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
+    said = f"{at}  {entry.run}  round {entry.round}  {entry.what}"
+    if entry.nbytes:
+        said += f", {entry.nbytes:,} bytes {entry.digest[:12]}"
+    if entry.codec:
+        said += f" as {entry.codec}"
+    if entry.num_examples:
+        said += f", {entry.num_examples} examples"
+    numbers = {name: value for name, value in entry.metrics.items() if value is not None}
     said += "".join(f", {name} {value:.4g}" for name, value in numbers.items())
-    return said + "".join(f", {len(n)} sums of {name}" for name, n in departure.tallies.items())
+    return said + "".join(f", {len(n)} sums of {name}" for name, n in entry.tallies.items())
 
 
-def _older(home: Path) -> Path:
+def _rotated_file(home: Path) -> Path:
     return home / f"1.{FILE}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.home.settings import Enrolment
+from agent.home.settings import Enrollment
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.identity import NodeKey, SigningKey
 
@@ -20,17 +20,17 @@ class Credentials(NamedTuple):
     sign_key: SigningKey
 
     @classmethod
-    def of(cls, home: Path, enrolment: Enrolment) -> Credentials:
+    def load(cls, home: Path, enrollment: Enrollment) -> Credentials:
         """Those of the machine that joined in this home. Raises HomeFault."""
         return cls(
-            address=enrolment.addresses[0],
-            ca_pem=enrolment.ca_pem.encode(),
-            peer=enrolment.peer,
+            address=enrollment.addresses[0],
+            ca_pem=enrollment.ca_pem.encode(),
+            peer=enrollment.peer,
             node_key=identity.load_node_key(home / "node.key"),
             sign_key=identity.load_signing_key(home / "sign.key"),
         )
 
-    def signed(
+    def sign_request(
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
     ) -> dict[str, str]:
         """The headers of one request."""

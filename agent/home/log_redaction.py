@@ -16,8 +16,8 @@ from typing import Any
 from protocols.messages.envelope import LogLine, printable
 
 _OURS = "commonweight"
-_TAIL_BYTES = 256 * 1024
-_HIDDEN = (
+_MAX_TAIL_BYTES = 256 * 1024
+_REDACTIONS = (
     # Quoted text: repr() of a path, of a value, of a line of data.
     (re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`"), "‹…›"),
     # A URL keeps its scheme only: there may be a login in it.
@@ -40,7 +40,7 @@ def tail(path: Path) -> list[str]:
     try:
         with path.open("rb") as log:
             log.seek(0, os.SEEK_END)
-            start = max(0, log.tell() - _TAIL_BYTES)
+            start = max(0, log.tell() - _MAX_TAIL_BYTES)
             log.seek(start)
             lines = log.read().decode(errors="replace").split("\n")
     except OSError:
@@ -48,13 +48,13 @@ def tail(path: Path) -> list[str]:
     return lines[1:] if start else lines
 
 
-def shared(lines: Iterable[str], most: int) -> list[LogLine]:
+def redact(lines: Iterable[str], max_lines: int) -> list[LogLine]:
     """The last `most` of these JSON lines that may be seen, oldest first."""
-    found = [line for text in lines if (line := _line(text)) is not None]
-    return found[-most:]
+    found = [line for text in lines if (line := _redact_line(text)) is not None]
+    return found[-max_lines:]
 
 
-def _line(text: str) -> LogLine | None:
+def _redact_line(text: str) -> LogLine | None:
     try:
         told: dict[str, Any] = json.loads(text)
         name, level, at = str(told["name"]), str(told["level"]), float(told["at"])
@@ -67,12 +67,12 @@ def _line(text: str) -> LogLine | None:
         level = "error"
     if level not in ("debug", "info", "warning", "error"):
         return None
-    return LogLine(at=at, level=level, text=harmless(message))  # type: ignore[arg-type]
+    return LogLine(at=at, level=level, text=redact_message(message))  # type: ignore[arg-type]
 
 
-def harmless(message: str) -> str:
+def redact_message(message: str) -> str:
     """One line without paths, quotations, secrets or rows of numbers."""
     first = message.partition("\n")[0]
-    for pattern, instead in _HIDDEN:
+    for pattern, instead in _REDACTIONS:
         first = pattern.sub(instead, first)
     return printable(first)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 FILE = "agent.log"
 #: Of the log at most four megabytes are kept.
-FILE_BYTES, ROTATED = 1 << 20, 3
+MAX_FILE_BYTES, ROTATED_FILES = 1 << 20, 3
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -32,10 +32,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def write_to(home: Path, level: str, *others: logging.Handler) -> None:
+def configure(home: Path, level: str, *others: logging.Handler) -> None:
     """Log to the rotated files in `home`, JSON lines, and to `others`."""
-    file = RotatingFileHandler(home / FILE, "a", FILE_BYTES, ROTATED)
-    file.setFormatter(JsonLines())
+    file = RotatingFileHandler(home / FILE, "a", MAX_FILE_BYTES, ROTATED_FILES)
+    file.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[file, *others])
     for quiet in ("httpx", "httpcore", "commonweight.mqtt"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
@@ -46,12 +46,12 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(level.upper())
 
 
-class Log:
+class LogReader:
     """The log in `home`. Each look gives what was written since the one before."""
 
     def __init__(self, home: Path) -> None:
         # Oldest first: what is read must not move on meanwhile into a file read before.
-        numbers = [f".{number}" for number in range(ROTATED, 0, -1)]
+        numbers = [f".{number}" for number in range(ROTATED_FILES, 0, -1)]
         self._files = [home / f"{FILE}{number}" for number in (*numbers, "")]
         self._inode = self._offset = 0
 
@@ -94,7 +94,7 @@ def _read(file: Path, inode: int, offset: int) -> bytes | None:
         return None
 
 
-def in_words(line: str) -> str:
+def format_line(line: str) -> str:
     """A JSON line for a person: `2026-11-23 23:25:01 warning: lost the coordinator`."""
     try:
         told = json.loads(line)
@@ -102,10 +102,10 @@ def in_words(line: str) -> str:
         words = f"{at} {told['level']}: {told['message']}"
         trace = str(told.get("trace", ""))
     except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
-        return _shown(line)
-    return "\n    ".join(_shown(part) for part in (words, *trace.splitlines()))
+        return _strip_controls(line)
+    return "\n    ".join(_strip_controls(part) for part in (words, *trace.splitlines()))
 
 
-def _shown(text: str) -> str:
+def _strip_controls(text: str) -> str:
     """Without what could steer a terminal: a log repeats what others sent."""
     return "".join(letter if letter.isprintable() else "·" for letter in text)

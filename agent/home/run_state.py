@@ -15,38 +15,38 @@ from typing import NamedTuple
 from protocols.local.atomic_files import sync_folder
 
 #: What nobody has asked for so long is of a run that is over.
-KEPT_S = 30 * 86400.0
+MAX_AGE_S = 30 * 86400.0
 
 
-class Kept(NamedTuple):
+class RunStatePaths(NamedTuple):
     """A run's file, which may not be there yet, and where the next one is to be written."""
 
     file: Path
     next: Path
 
 
-class RunFiles:
+class RunStateFolder:
     """A folder of such files; those that are in force end in `suffix`."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.iterdir():
-            if time.time() - path.stat().st_mtime > KEPT_S:
+            if time.time() - path.stat().st_mtime > MAX_AGE_S:
                 path.unlink()
 
-    def of(self, run: str) -> Kept:
+    def paths(self, run: str) -> RunStatePaths:
         """The files of a run. Its id is text that came from afar: no part of a path."""
         stem = hashlib.sha256(run.encode()).hexdigest()[:32]
-        return Kept(self._folder / f"{stem}{self._suffix}", self._folder / f"{stem}.new")
+        return RunStatePaths(self._folder / f"{stem}{self._suffix}", self._folder / f"{stem}.new")
 
-    def wait(self, run: str, digest: str) -> None:
+    def stage(self, run: str, digest: str) -> None:
         """The next one is written; it belongs to the update with this digest."""
-        written = self.of(run).next
+        written = self.paths(run).next
         written.replace(written.with_suffix(f".{digest}"))
         sync_folder(self._folder)
 
-    def settle(self, digest: str) -> None:
+    def commit(self, digest: str) -> None:
         """The update with this digest (empty: none) is the one that is sent; any other is not."""
         settled = False
         for path in self._folder.iterdir():
@@ -60,9 +60,9 @@ class RunFiles:
         if settled:
             sync_folder(self._folder)
 
-    def drop_others(self, run: str) -> None:
+    def keep_only(self, run: str) -> None:
         """Only this run's file is wanted from now on."""
-        kept = self.of(run).file
+        kept = self.paths(run).file
         for other in self._folder.iterdir():
             if other != kept:
                 other.unlink()

@@ -1,4 +1,4 @@
-"""The agent's settings and enrolment, as files in its home. Pure but for reading and writing them.
+"""The agent's settings and enrollment, as files in its home. Pure but for reading and writing them.
 
 Order: flag, environment (`COMMONWEIGHT_AGENT_…`), settings.toml, default. Read with msgspec, which
 is loaded anyway: an idle agent counts its megabytes.
@@ -24,14 +24,14 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 
 FILE = "settings.toml"
-ENROLLED = "enrolled.json"
-PREFIX = "COMMONWEIGHT_AGENT_"
-_ANNOUNCED = (
+ENROLLMENT_FILE = "enrolled.json"
+ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
+_PUBLIC_KEYS = (
     *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
     *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
 )
 #: What the trainer and the session are made with; the rest holds as soon as it is written.
-AT_START = frozenset(
+RESTART_KEYS = frozenset(
     {
         *("part", "parts", "split", "data_seed", "data", "tasks", "task_files", "models"),
         *("threads", "device", "framework", "compile"),
@@ -159,9 +159,9 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         float, Meta(ge=0, description="so many Mbit/s at most go to other peers; 0 is no bound")
     ] = 200.0
 
-    def announced(self) -> dict[str, str]:
+    def public_values(self) -> dict[str, str]:
         """What the operator is told of these settings; nothing of where the data lies."""
-        told = {name: str(getattr(self, name)) for name in _ANNOUNCED}
+        told = {name: str(getattr(self, name)) for name in _PUBLIC_KEYS}
         return {name: value[:64] for name, value in told.items() if value}
 
     def allows(self, task: str) -> bool:
@@ -169,7 +169,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         return "*" in self.tasks or task in self.tasks
 
 
-class Enrolment(Struct, frozen=True, kw_only=True):
+class Enrollment(Struct, frozen=True, kw_only=True):
     """What joining gave this machine. `mqtt` holds the fleet's login: the file is 0600."""
 
     peer: str
@@ -184,9 +184,9 @@ class Enrolment(Struct, frozen=True, kw_only=True):
 
 def read(home: Path, **flags: Any) -> AgentSettings:
     """The settings with these flags on top (None: not given). Raises UsageFault."""
-    values = _from_file(home) | _from_environment(os.environ)
+    values = _read_file(home) | _read_environment(os.environ)
     values |= {name: value for name, value in flags.items() if value is not None}
-    return _checked(values, f"look into {home / FILE}")
+    return _validate(values, f"look into {home / FILE}")
 
 
 def change(home: Path, **values: Any) -> AgentSettings:
@@ -196,8 +196,8 @@ def change(home: Path, **values: Any) -> AgentSettings:
             f"there is no setting {sorted(unknown)[0]!r}",
             f"known are {', '.join(AgentSettings.__struct_fields__)}",
         )
-    merged = _from_file(home) | {k: v for k, v in values.items() if v is not None}
-    chosen = _checked(merged, "commonweight-agent policy show")
+    merged = _read_file(home) | {k: v for k, v in values.items() if v is not None}
+    chosen = _validate(merged, "commonweight-agent policy show")
     # Only what was chosen: a default that gets better must reach this machine as well.
     kept = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
     write_private(home / FILE, tomli_w.dumps(kept).encode())
@@ -230,7 +230,7 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
     )
 
 
-def _wrong(said: str, values: Mapping[str, Any]) -> str:
+def _error_text(said: str, values: Mapping[str, Any]) -> str:
     """What msgspec says of a value, as a sentence about its setting."""
     why, _, place = said.partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
@@ -242,18 +242,18 @@ def _wrong(said: str, values: Mapping[str, Any]) -> str:
     return f"{name} is not right: {why}, not {values[name]!r}"
 
 
-def _checked(values: dict[str, Any], hint: str) -> AgentSettings:
+def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
     try:
         chosen = msgspec.convert(values, AgentSettings, strict=False)
     except msgspec.ValidationError as err:
-        raise UsageFault(_wrong(str(err), values), hint) from err
+        raise UsageFault(_error_text(str(err), values), hint) from err
     if chosen.part >= chosen.parts:
         raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     schedule.parse(chosen.hours)
     return chosen
 
 
-class Shown(NamedTuple):
+class SettingInfo(NamedTuple):
     """One setting for its owner; `source` is the variable, the file, or the default."""
 
     name: str
@@ -262,21 +262,21 @@ class Shown(NamedTuple):
     about: str
 
 
-def shown(home: Path) -> list[Shown]:
+def describe(home: Path) -> list[SettingInfo]:
     """Every setting, where its value comes from, and what it is for. Raises UsageFault."""
     chosen = msgspec.to_builtins(read(home))
-    file, environment = _from_file(home), _from_environment(os.environ)
+    file, environment = _read_file(home), _read_environment(os.environ)
     found = []
     for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
         source = FILE if name in file else "default"
         if name in environment:
-            source = PREFIX + name.upper()
+            source = ENVIRONMENT_PREFIX + name.upper()
         about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
-        found.append(Shown(name, chosen[name], source, about or ""))
+        found.append(SettingInfo(name, chosen[name], source, about or ""))
     return found
 
 
-def parsed(name: str, text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
     """A setting's value as it is written on a command line or in the environment."""
     if name in ("data", "models"):
         return data_path(text)
@@ -284,24 +284,24 @@ def parsed(name: str, text: str) -> Any:
     if kind not in (tuple, dict):
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return dict(_pair(part) for part in parts) if kind is dict else parts
+    return dict(_parse_pair(part) for part in parts) if kind is dict else parts
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as `parsed` takes it."""
     if isinstance(value, dict):
         return ",".join(f"{name}={source}" for name, source in value.items())
     return ",".join(value) if isinstance(value, list | tuple) else str(value)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_pair(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     if not equals:
         raise UsageFault(f"{text!r} is not name=file.py:Class")
     return name, source
 
 
-def _from_file(home: Path) -> dict[str, Any]:
+def _read_file(home: Path) -> dict[str, Any]:
     try:
         return tomllib.loads((home / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -310,26 +310,28 @@ def _from_file(home: Path) -> dict[str, Any]:
         raise UsageFault(f"cannot read {home / FILE}: {err}") from err
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in AgentSettings.__struct_fields__:
-        if (text := environment.get(PREFIX + name.upper())) is not None:
-            values[name] = parsed(name, text)
+        if (text := environment.get(ENVIRONMENT_PREFIX + name.upper())) is not None:
+            values[name] = parse_value(name, text)
     return values
 
 
-def read_enrolment(home: Path) -> Enrolment:
+def read_enrollment(home: Path) -> Enrollment:
     """What joining gave this machine. Raises NotEnrolled, HomeFault."""
     try:
-        return msgspec.json.decode((home / ENROLLED).read_bytes(), type=Enrolment)
+        return msgspec.json.decode((home / ENROLLMENT_FILE).read_bytes(), type=Enrollment)
     except FileNotFoundError as err:
         raise NotEnrolled(
             "this machine has not joined a fleet",
             "commonweight-agent join TICKET (the ticket comes from commonweight ticket create)",
         ) from err
     except (OSError, msgspec.DecodeError) as err:
-        raise HomeFault(f"{home / ENROLLED} is damaged: {err}", "join again: --replace") from err
+        raise HomeFault(
+            f"{home / ENROLLMENT_FILE} is damaged: {err}", "join again: --replace"
+        ) from err
 
 
-def write_enrolment(home: Path, enrolment: Enrolment) -> None:
-    write_private(home / ENROLLED, msgspec.json.encode(enrolment))
+def write_enrollment(home: Path, enrollment: Enrollment) -> None:
+    write_private(home / ENROLLMENT_FILE, msgspec.json.encode(enrollment))

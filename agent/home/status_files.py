@@ -17,7 +17,7 @@ from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import is_full
 from protocols.p2p.gossip import Head
 
-STATUS, WISH = "status.json", "wish.json"
+STATUS_FILE, REQUEST_FILE = "status.json", "wish.json"
 
 
 class Status(Struct, kw_only=True):
@@ -52,14 +52,14 @@ class Status(Struct, kw_only=True):
     alike: int = 0
 
 
-class Mode(Struct, frozen=True, kw_only=True):
+class RuleOverride(Struct, frozen=True, kw_only=True):
     """A policy rule's mode until then (Unix s), in place of the one in the settings."""
 
     value: Literal["always", "auto", "never"]
     until: float
 
 
-class Wish(Struct, frozen=True, kw_only=True):
+class OwnerRequest(Struct, frozen=True, kw_only=True):
     """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed.
 
     `at` (Unix s) is when it was asked for: the same wish, asked for again, is another. `modes` are
@@ -69,36 +69,36 @@ class Wish(Struct, frozen=True, kw_only=True):
     want: Literal["run", "pause", "finish"] = "run"
     until: float = 0.0
     at: float = 0.0
-    modes: dict[str, Mode] = {}
+    modes: dict[str, RuleOverride] = {}
 
 
 def write_status(home: Path, status: Status) -> None:
     """Raises OSError. On a full disk over the last one, which has its place: it tells why."""
     told = msgspec.json.encode(status)
     try:
-        write_private(home / STATUS, told, synced=False)
+        write_private(home / STATUS_FILE, told, synced=False)
     except OSError as err:
         if not is_full(err):
             raise
-        with (home / STATUS).open("r+b") as file:
+        with (home / STATUS_FILE).open("r+b") as file:
             file.write(told.ljust(os.fstat(file.fileno()).st_size))
 
 
 def read_status(home: Path) -> Status | None:
     """What the agent last said, or None if it never ran."""
     try:
-        return msgspec.json.decode((home / STATUS).read_bytes(), type=Status)
+        return msgspec.json.decode((home / STATUS_FILE).read_bytes(), type=Status)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-def write_wish(home: Path, wish: Wish) -> None:
-    write_private(home / WISH, msgspec.json.encode(wish))
+def write_request(home: Path, request: OwnerRequest) -> None:
+    write_private(home / REQUEST_FILE, msgspec.json.encode(request))
 
 
-def read_wish(home: Path) -> Wish:
+def read_request(home: Path) -> OwnerRequest:
     """What the owner wants; without a file, to run."""
     try:
-        return msgspec.json.decode((home / WISH).read_bytes(), type=Wish)
+        return msgspec.json.decode((home / REQUEST_FILE).read_bytes(), type=OwnerRequest)
     except (OSError, msgspec.DecodeError):
-        return Wish()
+        return OwnerRequest()

@@ -18,14 +18,14 @@ from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
-from agent.policy import schedule as hours
+from agent.policy import schedule
 
 Mode = Literal["always", "auto", "never"]
 
 #: What has a mode, in the order in which reasons are told.
 RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "traffic", "disk")
-_MB = 1e6
-_COOLS_C, _FREES_PERCENT = 10.0, 3.0
+_BYTES_PER_MB = 1e6
+_HOT_HYSTERESIS_C, _HYSTERESIS_PERCENT = 10.0, 3.0
 
 
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 1.0
 
 
-class Sensed(NamedTuple):
+class SensorReadings(NamedTuple):
     """What the sensors say; None is unknown.
 
     `minute` of the local week; `others_percent` of all cores in the last moments and
@@ -125,7 +125,9 @@ class Pause(NamedTuple):
 Decision = Run | Slow | Pause
 
 
-def decide(chosen: PolicySettings, sensed: Sensed, held: frozenset[str] = frozenset()) -> Decision:
+def decide(
+    chosen: PolicySettings, sensed: SensorReadings, held: frozenset[str] = frozenset()
+) -> Decision:
     """What may be done now; `held` are the rules of the last decision, if it was a Pause."""
     if chosen.work == "never":
         return Pause(frozenset({"work"}), "work is set to never")
@@ -134,20 +136,20 @@ def decide(chosen: PolicySettings, sensed: Sensed, held: frozenset[str] = frozen
         if found:
             return Pause(frozenset(rule for rule, _ in found), ", ".join(why for _, why in found))
     share = chosen.gpu_share if sensed.gpu else chosen.cpu_share
-    if chosen.work == "auto" and chosen.user == "auto" and _in_use(chosen, sensed):
+    if chosen.work == "auto" and chosen.user == "auto" and _is_user_active(chosen, sensed):
         share = min(share, chosen.cpu_share_in_use)
     return Slow(share) if share < 1.0 else Run()
 
 
 def _reasons(
-    chosen: PolicySettings, sensed: Sensed, held: frozenset[str]
+    chosen: PolicySettings, sensed: SensorReadings, held: frozenset[str]
 ) -> Iterator[tuple[str, str]]:
     for rule in RULES:
         mode: Mode = getattr(chosen, rule)
         if mode == "always":
             continue
         strict = mode == "never"
-        why = _ASKED[rule](chosen, sensed, strict, rule in held)
+        why = _CHECKS[rule](chosen, sensed, strict, rule in held)
         if why:
             yield rule, why
         elif why is None and strict:
@@ -156,10 +158,12 @@ def _reasons(
 
 # --- the rules: words for why not, "" for nothing against it, None for unknown -----------------
 
-_Rule = Callable[[PolicySettings, Sensed, bool, bool], str | None]
+_Rule = Callable[[PolicySettings, SensorReadings, bool, bool], str | None]
 
 
-def _battery(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _battery(
+    chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool
+) -> str | None:
     if sensed.on_battery is None:
         return None
     least = 100.0 if strict else chosen.battery_least_percent
@@ -169,11 +173,11 @@ def _battery(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -
         return "on battery"
     if sensed.battery_percent is None:
         return None
-    below = sensed.battery_percent < least + (_FREES_PERCENT if held else 0.0)
+    below = sensed.battery_percent < least + (_HYSTERESIS_PERCENT if held else 0.0)
     return f"battery below {least:g} %" if below else ""
 
 
-def _busy(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _busy(chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool) -> str | None:
     if sensed.others_percent is None:
         return None
     percent = sensed.others_percent
@@ -183,7 +187,7 @@ def _busy(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> s
     return f"other programs use more than {chosen.busy_percent:g} % of the CPU" if busy else ""
 
 
-def _user(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _user(chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool) -> str | None:
     if not sensed.gpu and not strict:
         return ""
     if sensed.user_idle_s is None:
@@ -191,65 +195,72 @@ def _user(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> s
     return "somebody uses this machine" if sensed.user_idle_s < chosen.user_idle_s else ""
 
 
-def _schedule(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _schedule(
+    chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool
+) -> str | None:
     if not chosen.hours:
         return ""
     if sensed.minute is None:
         return None
-    week = hours.parse(chosen.hours)
+    week = schedule.parse(chosen.hours)
     if week.is_open(sensed.minute):
         return ""
-    return f"schedule, until {hours.clock(sensed.minute + week.changes_in(sensed.minute))}"
+    opens = sensed.minute + week.minutes_until_change(sensed.minute)
+    return f"schedule, until {schedule.format_minute(opens)}"
 
 
-def _metered(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _metered(
+    chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool
+) -> str | None:
     if sensed.metered is None:
         return None
     return "metered network" if sensed.metered else ""
 
 
-def _hot(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _hot(chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool) -> str | None:
     if sensed.hottest_c is None:
         return None
-    limit = chosen.hot_c - (_COOLS_C if held else 0.0)
+    limit = chosen.hot_c - (_HOT_HYSTERESIS_C if held else 0.0)
     return f"hotter than {chosen.hot_c:g} °C" if sensed.hottest_c > limit else ""
 
 
-def _memory(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _memory(chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool) -> str | None:
     if sensed.memory_free_percent is None:
         return None
-    least = chosen.memory_free_percent + (_FREES_PERCENT if held else 0.0)
+    least = chosen.memory_free_percent + (_HYSTERESIS_PERCENT if held else 0.0)
     words = f"less than {chosen.memory_free_percent:g} % of memory free"
     return words if sensed.memory_free_percent < least else ""
 
 
-def _traffic(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _traffic(
+    chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool
+) -> str | None:
     for cap_mb, used, word in (
         (chosen.up_mb_a_day, sensed.up_today_bytes, "sent"),
         (chosen.down_mb_a_day, sensed.down_today_bytes, "received"),
     ):
-        if cap_mb and used >= cap_mb * _MB:
+        if cap_mb and used >= cap_mb * _BYTES_PER_MB:
             return f"{cap_mb:g} MB {word} today"
     return ""
 
 
-def _disk(chosen: PolicySettings, sensed: Sensed, strict: bool, held: bool) -> str | None:
+def _disk(chosen: PolicySettings, sensed: SensorReadings, strict: bool, held: bool) -> str | None:
     if not chosen.disk_gb:
         return ""
     if sensed.home_bytes is None:
         return None
-    over = over_cap(chosen, sensed) > 0
+    over = bytes_over_cap(chosen, sensed) > 0
     return f"more than {chosen.disk_gb:g} GB in the agent's folder" if over else ""
 
 
-def over_cap(chosen: PolicySettings, sensed: Sensed) -> int:
+def bytes_over_cap(chosen: PolicySettings, sensed: SensorReadings) -> int:
     """Bytes in the agent's folder beyond its cap; 0 without a cap, or where that is unknown."""
     if not chosen.disk_gb or chosen.disk == "always" or sensed.home_bytes is None:
         return 0
     return max(0, sensed.home_bytes - int(chosen.disk_gb * 1e9))
 
 
-_ASKED: dict[str, _Rule] = {
+_CHECKS: dict[str, _Rule] = {
     "battery": _battery,
     "busy": _busy,
     "user": _user,
@@ -262,14 +273,14 @@ _ASKED: dict[str, _Rule] = {
 }
 
 
-def _in_use(chosen: PolicySettings, sensed: Sensed) -> bool:
+def _is_user_active(chosen: PolicySettings, sensed: SensorReadings) -> bool:
     return sensed.user_idle_s is not None and sensed.user_idle_s < chosen.user_idle_s
 
 
 # --- what a peer can say of its next hours -----------------------------------------------------
 
 
-class Window(NamedTuple):
+class Forecast(NamedTuple):
     """Seconds until the agent expects to be free, and from now until it is no more; 0: not known.
 
     `free_for_s` 0 while free means: for as long as one can see.
@@ -279,16 +290,16 @@ class Window(NamedTuple):
     free_for_s: float = 0.0
 
 
-def window(chosen: PolicySettings, sensed: Sensed, decision: Decision) -> Window:
+def forecast(chosen: PolicySettings, sensed: SensorReadings, decision: Decision) -> Forecast:
     """When this will change by the clock alone."""
     by_hours = bool(chosen.hours) and chosen.schedule != "always" and chosen.work == "auto"
     change_s = 0.0
     if by_hours and sensed.minute is not None:
-        change_s = 60.0 * hours.parse(chosen.hours).changes_in(sensed.minute)
+        change_s = 60.0 * schedule.parse(chosen.hours).minutes_until_change(sensed.minute)
     if not isinstance(decision, Pause):
-        return Window(0.0, change_s)
+        return Forecast(0.0, change_s)
     if decision.rules == {"schedule"}:
-        return Window(change_s, 0.0)
+        return Forecast(change_s, 0.0)
     if decision.rules == {"traffic"} and sensed.minute is not None:
-        return Window(60.0 * (hours.DAY - sensed.minute % hours.DAY), 0.0)
-    return Window()
+        return Forecast(60.0 * (schedule.DAY_MINUTES - sensed.minute % schedule.DAY_MINUTES), 0.0)
+    return Forecast()

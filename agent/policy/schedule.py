@@ -12,12 +12,12 @@ from typing import NamedTuple
 from protocols.errors import UsageFault
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DAY, WEEK = 1440, 7 * 1440
+DAY_MINUTES, WEEK_MINUTES = 1440, 7 * 1440
 _DAYS = "|".join(DAYS)
 _PART = re.compile(rf"({_DAYS})(?:-({_DAYS}))? +(\d\d?):(\d\d) *- *(\d\d?):(\d\d)", re.IGNORECASE)
 
 
-class Hours(NamedTuple):
+class WeeklyHours(NamedTuple):
     """Windows of a week in minutes from Monday 0:00, `end` up to a day behind the week's end."""
 
     windows: tuple[tuple[int, int], ...] = ()
@@ -25,24 +25,31 @@ class Hours(NamedTuple):
     def is_open(self, minute: int) -> bool:
         """True if the minute of the week is in a window, or there are none."""
         return not self.windows or any(
-            begin <= at < end for begin, end in self.windows for at in (minute, minute + WEEK)
+            begin <= at < end
+            for begin, end in self.windows
+            for at in (minute, minute + WEEK_MINUTES)
         )
 
-    def changes_in(self, minute: int) -> int:
+    def minutes_until_change(self, minute: int) -> int:
         """Minutes until it opens or closes; 0 if it never does."""
         now = self.is_open(minute)
-        edges = {edge % WEEK for window in self.windows for edge in window}
-        waits = sorted((edge - minute - 1) % WEEK + 1 for edge in edges)
-        return next((w for w in waits if self.is_open((minute + w) % WEEK) != now), 0)
+        edges = {edge % WEEK_MINUTES for window in self.windows for edge in window}
+        waits = sorted((edge - minute - 1) % WEEK_MINUTES + 1 for edge in edges)
+        return next((w for w in waits if self.is_open((minute + w) % WEEK_MINUTES) != now), 0)
 
 
-def parse(text: str) -> Hours:
+def parse(text: str) -> WeeklyHours:
     """The hours in `text`. Raises UsageFault."""
     windows: list[tuple[int, int]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = _PART.fullmatch(part)
         begin, end = (_minutes(*found.group(n, n + 1)) if found else -1 for n in (3, 5))
-        if found is None or not 0 <= begin < DAY or not 0 <= end <= DAY or begin == end:
+        if (
+            found is None
+            or not 0 <= begin < DAY_MINUTES
+            or not 0 <= end <= DAY_MINUTES
+            or begin == end
+        ):
             raise UsageFault(
                 f"{part!r} are no hours of a week",
                 "write such as: mon-fri 18:00-08:00, sat 0:00-24:00",
@@ -50,16 +57,16 @@ def parse(text: str) -> Hours:
         first = DAYS.index(found[1].lower())
         last = DAYS.index((found[2] or found[1]).lower())
         for day in range(first, first + (last - first) % 7 + 1):
-            at = day % 7 * DAY
-            windows.append((at + begin, at + end + DAY * (end < begin)))
-    return Hours(tuple(sorted(windows)))
+            at = day % 7 * DAY_MINUTES
+            windows.append((at + begin, at + end + DAY_MINUTES * (end < begin)))
+    return WeeklyHours(tuple(sorted(windows)))
 
 
 def _minutes(hours: str, minutes: str) -> int:
     return int(hours) * 60 + int(minutes) if int(minutes) < 60 else -1
 
 
-def clock(minute: int) -> str:
+def format_minute(minute: int) -> str:
     """A minute of the week as a person says it: `mon 18:00`."""
-    day, left = divmod(minute % WEEK, DAY)
+    day, left = divmod(minute % WEEK_MINUTES, DAY_MINUTES)
     return f"{DAYS[day]} {left // 60:02}:{left % 60:02}"

@@ -20,18 +20,18 @@ from typing import Generic, TypeVar
 
 import psutil
 
-from agent.policy.rules import Sensed
+from agent.policy.rules import SensorReadings
 
-VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
+SYSFS_VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
 #: The windows over which other programs' use of the CPU is measured. The short one decides how soon
 #: they are noticed: one core of two is a quarter of all after half of it.
-SHORT_S, LONG_S = 0.8, 30.0
-_ASK_WITHIN_S = 2.0
+SHORT_WINDOW_S, LONG_WINDOW_S = 0.8, 30.0
+_COMMAND_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
 
 
-class _Every(Generic[T]):
+class _CachedReading(Generic[T]):
     """A reading that is made anew at most every so many seconds."""
 
     def __init__(self, every_s: float, read: Callable[[], T]) -> None:
@@ -58,31 +58,31 @@ class Sensors:
     def __init__(
         self,
         home: Path,
-        ours: Callable[[], Iterable[int]] = tuple,
+        own_pids: Callable[[], Iterable[int]] = tuple,
         *,
         gpu: bool = False,
         root: Path | None = None,
     ) -> None:
-        root = root or Path(os.environ.get(VARIABLE) or "/sys")
+        root = root or Path(os.environ.get(SYSFS_VARIABLE) or "/sys")
         self._gpu = gpu
-        self._others = Others(ours)
-        self._battery = _Every(0.2, lambda: battery(root))
-        self._hottest = _Every(5.0, lambda: hottest_c(root))
-        self._memory = _Every(2.0, memory_free_percent)
-        self._idle = _Every(20.0, user_idle_s)
-        self._metered = _Every(60.0, metered)
-        self._home_bytes = _Every(60.0, lambda: home_bytes(home))
+        self._others = OtherProcesses(own_pids)
+        self._battery = _CachedReading(0.2, lambda: battery(root))
+        self._hottest = _CachedReading(5.0, lambda: hottest_c(root))
+        self._memory = _CachedReading(2.0, memory_free_percent)
+        self._idle = _CachedReading(20.0, user_idle_s)
+        self._metered = _CachedReading(60.0, metered)
+        self._home_bytes = _CachedReading(60.0, lambda: home_bytes(home))
 
-    def look_at_home_again(self) -> None:
+    def invalidate_home_bytes(self) -> None:
         """Something was dropped there."""
         self._home_bytes.expire()
 
-    def sense(self, up_today_bytes: int = 0, down_today_bytes: int = 0) -> Sensed:
+    def read(self, up_today_bytes: int = 0, down_today_bytes: int = 0) -> SensorReadings:
         """All of them as they are now."""
         now, local = time.monotonic(), time.localtime()
         short, long = self._others.percent(now)
         on_battery, charge = self._battery(now)
-        return Sensed(
+        return SensorReadings(
             minute=(local.tm_wday * 24 + local.tm_hour) * 60 + local.tm_min,
             on_battery=on_battery,
             battery_percent=charge,
@@ -99,15 +99,15 @@ class Sensors:
         )
 
 
-class Others:
+class OtherProcesses:
     """How much of all cores programs use that are neither ours nor themselves in the background.
 
     What runs at a raised `nice` yields to everybody, so nobody has to yield to it: other agents'
     trainers among them.
     """
 
-    def __init__(self, ours: Callable[[], Iterable[int]]) -> None:
-        self._ours = ours
+    def __init__(self, own_pids: Callable[[], Iterable[int]]) -> None:
+        self._ours = own_pids
         self._readings: deque[tuple[float, float, float]] = deque()
         self._own: dict[int, float] = {}
         self._own_total = 0.0
@@ -115,9 +115,9 @@ class Others:
     def percent(self, now: float) -> tuple[float | None, float | None]:
         """Over the last moments, and over the last half minute; None before there are two looks."""
         self._readings.append((now, *self._read()))
-        while len(self._readings) > 2 and self._readings[1][0] <= now - LONG_S:
+        while len(self._readings) > 2 and self._readings[1][0] <= now - LONG_WINDOW_S:
             self._readings.popleft()
-        return self._over(now, SHORT_S), self._over(now, LONG_S)
+        return self._over(now, SHORT_WINDOW_S), self._over(now, LONG_WINDOW_S)
 
     def _over(self, now: float, window_s: float) -> float | None:
         """Since the youngest reading that is at least so old, or the oldest there is."""
@@ -162,13 +162,13 @@ def battery(root: Path) -> tuple[bool | None, float | None]:
         return None, None
     mains, charges, discharging = [], [], False
     for supply in supplies.iterdir():
-        kind = _text(supply / "type")
-        if kind == "Battery" and _text(supply / "scope") != "Device":  # not a mouse's
-            capacity = _text(supply / "capacity")
+        kind = _read_text(supply / "type")
+        if kind == "Battery" and _read_text(supply / "scope") != "Device":  # not a mouse's
+            capacity = _read_text(supply / "capacity")
             charges += [float(capacity)] if capacity.isdigit() else []
-            discharging |= _text(supply / "status") == "Discharging"
+            discharging |= _read_text(supply / "status") == "Discharging"
         elif kind in ("Mains", "USB"):
-            mains.append(_text(supply / "online") == "1")
+            mains.append(_read_text(supply / "online") == "1")
     charge = sum(charges) / len(charges) if charges else None
     return discharging and not any(mains), charge
 
@@ -178,7 +178,7 @@ def hottest_c(root: Path) -> float | None:
     found = []
     for pattern in ("class/thermal/thermal_zone*/temp", "class/hwmon/hwmon*/temp*_input"):
         for path in glob.iglob(str(root / pattern)):
-            value = _text(Path(path))
+            value = _read_text(Path(path))
             if value.lstrip("-").isdigit() and 0 < int(value) < 150_000:
                 found.append(int(value) / 1000)
     return max(found, default=None)
@@ -193,7 +193,7 @@ def memory_free_percent() -> float:
 def user_idle_s() -> float | None:
     """Seconds since somebody touched this machine, as far as it tells; infinite if nobody is on."""
     if sys.platform == "darwin":
-        return _idle_by_ioreg(_ask("ioreg", "-c", "IOHIDSystem", "-d", "4"))
+        return _idle_by_ioreg(_run("ioreg", "-c", "IOHIDSystem", "-d", "4"))
     found = []
     for user in psutil.users():
         if user.terminal:
@@ -201,7 +201,7 @@ def user_idle_s() -> float | None:
                 found.append(time.time() - Path("/dev", user.terminal).stat().st_atime)
             except OSError:  # a display, not a terminal
                 continue
-    logind = _ask("loginctl", "show-user", "--property=IdleHint", "--property=IdleSinceHint")
+    logind = _run("loginctl", "show-user", "--property=IdleHint", "--property=IdleSinceHint")
     if logind is not None:
         told = dict(line.split("=", 1) for line in logind.splitlines() if "=" in line)
         if told.get("IdleHint") == "no":
@@ -226,7 +226,7 @@ def metered() -> bool | None:
         return None
     name = "org.freedesktop.NetworkManager"
     path = "/org/freedesktop/NetworkManager"
-    told = _ask("busctl", "get-property", name, path, name, "Metered")
+    told = _run("busctl", "get-property", name, path, name, "Metered")
     return {"u 1": True, "u 3": True, "u 2": False, "u 4": False}.get((told or "").strip())
 
 
@@ -250,7 +250,7 @@ def has_gpu(device: str) -> bool:
     return device != "cpu"
 
 
-def missing(sensed: Sensed) -> list[str]:
+def missing_sensors(sensed: SensorReadings) -> list[str]:
     """The names of sensors that this machine does not have, for its owner."""
     named = {
         "battery": sensed.on_battery,
@@ -262,7 +262,7 @@ def missing(sensed: Sensed) -> list[str]:
     return [name for name, value in named.items() if value is None]
 
 
-def _ask(*command: str) -> str | None:
+def _run(*command: str) -> str | None:
     """What a small program says; None if it is not there or fails."""
     try:
         done = subprocess.run(
@@ -270,7 +270,7 @@ def _ask(*command: str) -> str | None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_ASK_WITHIN_S,
+            timeout=_COMMAND_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -278,7 +278,7 @@ def _ask(*command: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):

@@ -19,22 +19,22 @@ from protocols.errors import CommonweightError, NotRunning, UsageFault
 from protocols.local import homes
 from protocols.local.checks import Advice
 
-_VARIABLE = "COMMONWEIGHT_AGENT_HOME"
-STOP_WITHIN_S = 300
+_HOME_VARIABLE = "COMMONWEIGHT_AGENT_HOME"
+STOP_TIMEOUT_S = 300
 _LINGER = Path("/var/lib/systemd/linger")
 
 
-class Plan(NamedTuple):
+class ServiceSpec(NamedTuple):
     """What is to run: `chosen_home` is set only if the variable names the home."""
 
     python: str
     home: Path
-    chosen_home: bool
+    is_custom_home: bool
 
     @property
     def name(self) -> str:
         """One name for the usual home, others for others: several agents fit on a machine."""
-        if not self.chosen_home:
+        if not self.is_custom_home:
             return "commonweight-agent"
         return f"commonweight-agent-{hashlib.sha256(os.fsencode(self.home)).hexdigest()[:8]}"
 
@@ -44,22 +44,22 @@ class Plan(NamedTuple):
         return [self.python, "-P", "-m", "agent.cli", "run"]
 
 
-def plan(environment: Mapping[str, str] = os.environ) -> Plan:
+def service_spec(environment: Mapping[str, str] = os.environ) -> ServiceSpec:
     """The agent of this Python and this home."""
-    return Plan(sys.executable, homes.locate("agent"), bool(environment.get(_VARIABLE)))
+    return ServiceSpec(sys.executable, homes.locate("agent"), bool(environment.get(_HOME_VARIABLE)))
 
 
 # --- texts -----------------------------------------------------------------------------------
 
 
-def unit_text(wanted: Plan) -> str:
+def systemd_unit(spec: ServiceSpec) -> str:
     """The systemd user unit. Not restarted when it could not work: 2 usage, 4 refused, 5 no home.
 
     KillMode=mixed: only the agent is asked to end, and it ends its trainer; whoever is left is
     killed.
     """
-    command = " ".join(_quoted(word).replace("$", "$$") for word in wanted.command)
-    variable = f"Environment={_quoted(f'{_VARIABLE}={wanted.home}')}\n" * wanted.chosen_home
+    command = " ".join(_quoted(word).replace("$", "$$") for word in spec.command)
+    variable = f"Environment={_quoted(f'{_HOME_VARIABLE}={spec.home}')}\n" * spec.is_custom_home
     return f"""\
 [Unit]
 Description=commonweight agent: trains here, keeps the data here
@@ -69,7 +69,7 @@ ExecStart={command}
 {variable}Restart=on-failure
 RestartSec=10
 RestartPreventExitStatus=2 4 5
-TimeoutStopSec={STOP_WITHIN_S}
+TimeoutStopSec={STOP_TIMEOUT_S}
 KillMode=mixed
 UMask=0077
 Nice=10
@@ -85,7 +85,7 @@ RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
-ReadWritePaths={_quoted(str(wanted.home))}
+ReadWritePaths={_quoted(str(spec.home))}
 
 [Install]
 WantedBy=default.target
@@ -100,33 +100,33 @@ def _quoted(word: str) -> str:
     return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-def plist_text(wanted: Plan) -> bytes:
+def launchd_plist(spec: ServiceSpec) -> bytes:
     """The launchd agent. No exit status ends its restarts for good, hence the long wait."""
     fields: dict[str, Any] = {
-        "Label": _label(wanted),
-        "ProgramArguments": wanted.command,
+        "Label": _label(spec),
+        "ProgramArguments": spec.command,
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": 60,
-        "ExitTimeOut": STOP_WITHIN_S,
+        "ExitTimeOut": STOP_TIMEOUT_S,
         "ProcessType": "Background",
         "Nice": 10,
         "LowPriorityIO": True,
         "Umask": 0o077,
     }
-    if wanted.chosen_home:
-        fields["EnvironmentVariables"] = {_VARIABLE: str(wanted.home)}
+    if spec.is_custom_home:
+        fields["EnvironmentVariables"] = {_HOME_VARIABLE: str(spec.home)}
     return plistlib.dumps(fields)
 
 
-def _label(wanted: Plan) -> str:
-    return f"org.{wanted.name}"
+def _label(spec: ServiceSpec) -> str:
+    return f"org.{spec.name}"
 
 
 # --- systems ---------------------------------------------------------------------------------
 
 
-class System(Protocol):
+class ServiceManager(Protocol):
     """What can start the agent with the machine. Each raises CommonweightError."""
 
     file: Path
@@ -138,56 +138,56 @@ class System(Protocol):
     def status(self) -> str: ...
 
 
-def choose(wanted: Plan, platform: str = sys.platform) -> System:
+def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceManager:
     """This machine's system. Raises UsageFault where there is none that we know."""
     if platform == "darwin":
-        return Launchd(wanted)
+        return Launchd(spec)
     if platform.startswith("linux"):
-        return Systemd(wanted)
+        return Systemd(spec)
     raise UsageFault(
         f"commonweight can install no service on {platform}",
-        "let your system start it at log-in: " + subprocess.list2cmdline(wanted.command),
+        "let your system start it at log-in: " + subprocess.list2cmdline(spec.command),
     )
 
 
 class Systemd:
     """`systemctl --user` and a file in ~/.config/systemd/user."""
 
-    def __init__(self, wanted: Plan) -> None:
-        self._plan = wanted
+    def __init__(self, spec: ServiceSpec) -> None:
+        self._spec = spec
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        self.file = Path(config) / "systemd" / "user" / f"{wanted.name}.service"
+        self.file = Path(config) / "systemd" / "user" / f"{spec.name}.service"
 
     def install(self, start: bool) -> None:
-        self._ask("show-environment")  # says what is wrong before a file is written
-        _write(self.file, unit_text(self._plan).encode())
-        self._ask("daemon-reload")
-        self._ask("enable", *(["--now"] if start else []), self.file.name)
+        self._systemctl("show-environment")  # says what is wrong before a file is written
+        _write(self.file, systemd_unit(self._spec).encode())
+        self._systemctl("daemon-reload")
+        self._systemctl("enable", *(["--now"] if start else []), self.file.name)
 
     def uninstall(self) -> None:
-        self._installed()
-        self._ask("disable", "--now", self.file.name)
+        self._check_installed()
+        self._systemctl("disable", "--now", self.file.name)
         self.file.unlink()
-        self._ask("daemon-reload")
+        self._systemctl("daemon-reload")
 
     def start(self) -> None:
-        self._installed()
-        self._ask("start", self.file.name)
+        self._check_installed()
+        self._systemctl("start", self.file.name)
 
     def stop(self) -> None:
-        self._installed()
-        self._ask("stop", self.file.name)
+        self._check_installed()
+        self._systemctl("stop", self.file.name)
 
     def status(self) -> str:
         """systemd's word: active, inactive, failed, activating. Raises NotRunning: not installed"""
-        self._installed()
-        return self._ask("show", "--property=ActiveState", "--value", self.file.name)
+        self._check_installed()
+        return self._systemctl("show", "--property=ActiveState", "--value", self.file.name)
 
-    def _installed(self) -> None:
+    def _check_installed(self) -> None:
         _check_installed(self.file)
 
-    def _ask(self, *words: str) -> str:
-        return _ask(
+    def _systemctl(self, *words: str) -> str:
+        return _run(
             ["systemctl", "--user", *words],
             "is a systemd running for this user (log in on the machine itself, not by su or in a "
             "container)? Without it: commonweight-agent run",
@@ -197,54 +197,54 @@ class Systemd:
 class Launchd:
     """`launchctl` and a file in ~/Library/LaunchAgents."""
 
-    def __init__(self, wanted: Plan) -> None:
-        self._plan = wanted
-        self.file = Path.home() / "Library" / "LaunchAgents" / f"{_label(wanted)}.plist"
+    def __init__(self, spec: ServiceSpec) -> None:
+        self._spec = spec
+        self.file = Path.home() / "Library" / "LaunchAgents" / f"{_label(spec)}.plist"
         self._domain = f"gui/{os.getuid()}" if sys.platform != "win32" else ""
-        self._target = f"{self._domain}/{_label(wanted)}"
+        self._target = f"{self._domain}/{_label(spec)}"
 
     def install(self, start: bool) -> None:
-        if self.file.exists() and self._loaded():
-            self._ask("bootout", self._target)
-        _write(self.file, plist_text(self._plan))
+        if self.file.exists() and self._is_loaded():
+            self._launchctl("bootout", self._target)
+        _write(self.file, launchd_plist(self._spec))
         if start:
-            self._ask("bootstrap", self._domain, str(self.file))
+            self._launchctl("bootstrap", self._domain, str(self.file))
 
     def uninstall(self) -> None:
         _check_installed(self.file)
-        if self._loaded():
-            self._ask("bootout", self._target)
+        if self._is_loaded():
+            self._launchctl("bootout", self._target)
         self.file.unlink()
 
     def start(self) -> None:
         _check_installed(self.file)
-        if self._loaded():
-            self._ask("kickstart", self._target)
+        if self._is_loaded():
+            self._launchctl("kickstart", self._target)
         else:
-            self._ask("bootstrap", self._domain, str(self.file))
+            self._launchctl("bootstrap", self._domain, str(self.file))
 
     def stop(self) -> None:
         _check_installed(self.file)
-        if self._loaded():
-            self._ask("bootout", self._target)
+        if self._is_loaded():
+            self._launchctl("bootout", self._target)
 
     def status(self) -> str:
         _check_installed(self.file)
-        if not self._loaded():
+        if not self._is_loaded():
             return "inactive"
-        lines = (line.strip() for line in self._ask("print", self._target).splitlines())
+        lines = (line.strip() for line in self._launchctl("print", self._target).splitlines())
         state = next((line for line in lines if line.startswith("state = ")), "")
         return "active" if state == "state = running" else "inactive"
 
-    def _loaded(self) -> bool:
+    def _is_loaded(self) -> bool:
         try:
-            self._ask("print", self._target)
+            self._launchctl("print", self._target)
         except CommonweightError:
             return False
         return True
 
-    def _ask(self, *words: str) -> str:
-        return _ask(["launchctl", *words], "log in on the Mac's own screen, then try again")
+    def _launchctl(self, *words: str) -> str:
+        return _run(["launchctl", *words], "log in on the Mac's own screen, then try again")
 
 
 def _check_installed(file: Path) -> None:
@@ -262,14 +262,14 @@ def _write(file: Path, text: bytes) -> None:
         ) from err
 
 
-def _ask(command: list[str], hint: str) -> str:
+def _run(command: list[str], hint: str) -> str:
     try:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=STOP_WITHIN_S + 20,
+            timeout=STOP_TIMEOUT_S + 20,
             check=False,
         )
     except FileNotFoundError as err:
@@ -285,10 +285,10 @@ def _ask(command: list[str], hint: str) -> str:
 # --- for the doctor --------------------------------------------------------------------------
 
 
-def advice() -> str | Advice:
+def check() -> str | Advice:
     """Whether the agent starts with the machine, and stays when its owner logs out."""
     try:
-        system = choose(plan())
+        system = find_manager(service_spec())
     except UsageFault as err:
         return Advice("none on this system", err.hint)
     if not system.file.exists():

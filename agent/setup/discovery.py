@@ -20,7 +20,7 @@ LISTEN_S = 3.0
 _ANSWER_MS = 1500
 
 
-class Found(NamedTuple):
+class DiscoveredCoordinator(NamedTuple):
     """One coordinator; `ca` is the beginning of its CA's SHA-256, `addresses` are host:port."""
 
     name: str
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 class _Listener(ServiceListener):
     def __init__(self) -> None:
-        self.found: dict[str, Found] = {}
+        self.found: dict[str, DiscoveredCoordinator] = {}
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         info = zc.get_service_info(type_, name, _ANSWER_MS)
@@ -40,7 +40,7 @@ class _Listener(ServiceListener):
             return
         addresses = tuple(address_of(ip, info.port) for ip in info.parsed_scoped_addresses())
         if addresses:
-            self.found[name] = Found(told.name, told.ca, addresses, told.version)
+            self.found[name] = DiscoveredCoordinator(told.name, told.ca, addresses, told.version)
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         self.add_service(zc, type_, name)
@@ -49,7 +49,9 @@ class _Listener(ServiceListener):
         self.found.pop(name, None)
 
 
-def look(within_s: float = LISTEN_S, interfaces: list[str] | None = None) -> list[Found]:
+def discover(
+    within_s: float = LISTEN_S, interfaces: list[str] | None = None
+) -> list[DiscoveredCoordinator]:
     """The coordinators that answer in that time, by name. `interfaces`: addresses, else all.
 
     Raises Unreachable where nothing can be heard.
@@ -68,7 +70,7 @@ def look(within_s: float = LISTEN_S, interfaces: list[str] | None = None) -> lis
     return sorted(listener.found.values())
 
 
-def placed(code: Ticket, found: list[Found]) -> Ticket:
+def resolve_code(code: Ticket, found: list[DiscoveredCoordinator]) -> Ticket:
     """The code with the addresses of the coordinators that could be its own. Raises UnknownName."""
     addresses = [a for one in found if one.ca == code.ca_sha256 for a in one.addresses]
     if not addresses:

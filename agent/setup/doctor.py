@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.home import settings
-from agent.home.settings import Enrolment
+from agent.home.settings import Enrollment
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.setup import autostart, environment
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 5.0
 #: A version of a large model, its update and the outbox.
-_LITTLE_BYTES, _TOO_LITTLE_BYTES = 5_000_000_000, 500_000_000
+_LOW_SPACE_BYTES, _MIN_SPACE_BYTES = 5_000_000_000, 500_000_000
 #: Flower refuses a signature that is dated further ahead, or further behind.
-AHEAD_S, BEHIND_S = 5.0, 300.0
-_ODD_S = 3.0
-_RENEWED_DAYS = 30
+MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 300.0
+_SKEW_WARNING_S = 3.0
+_CERTIFICATE_WARNING_DAYS = 30
 
 
 def examine_agent(home: Path) -> Iterator[Check]:
@@ -54,10 +54,10 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 Step("settings", doctor.settings, ("home",)),
                 Step("disk", doctor.disk, ("home",)),
                 Step("crashes", doctor.crashes, ("home",)),
-                Step("packages", environment.packages),
-                Step("device", environment.device),
+                Step("packages", environment.check_packages),
+                Step("device", environment.check_device),
                 Step("sensors", doctor.sensors, ("settings",)),
-                Step("service", autostart.advice),
+                Step("service", autostart.check),
                 Step("enrolled", doctor.enrolled, ("home",)),
                 Step("dns", doctor.dns, ("enrolled",)),
                 Step("tcp", doctor.tcp, ("dns",)),
@@ -76,7 +76,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
 class _Doctor:
     """What the checks learn from each other: a check runs only after those it needs."""
 
-    _enrolment: Enrolment
+    _enrollment: Enrollment
     _standing: StandingAnswer | None = None
     _http: httpx.Client | None = None
     _link: Link | None = None
@@ -106,7 +106,7 @@ class _Doctor:
 
     def sensors(self) -> str | Advice:
         chosen = settings.read(self._home)
-        sensed = Sensors(self._home).sense()
+        sensed = Sensors(self._home).read()
         if sensed.on_battery is None:
             power = "power unknown"
         elif sensed.on_battery:
@@ -114,7 +114,7 @@ class _Doctor:
         else:
             power = "on mains"
         charge = f", battery {sensed.battery_percent:.0f} %" if sensed.battery_percent else ""
-        said, unknown = power + charge, sensors.missing(sensed)
+        said, unknown = power + charge, sensors.missing_sensors(sensed)
         if not unknown:
             return said
         said += f"; no sensor here for {', '.join(unknown)}"
@@ -126,23 +126,23 @@ class _Doctor:
         return f"{said}: unknown holds nothing up"
 
     def disk(self) -> str | Advice:
-        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
+        return check_room(self._home, _LOW_SPACE_BYTES, _MIN_SPACE_BYTES)
 
     # --- the coordinator, from the outside in ---
 
     def enrolled(self) -> str:
-        enrolment = settings.read_enrolment(self._home)
+        enrollment = settings.read_enrollment(self._home)
         mine = identity.raw_public(identity.load_signing_key(self._home / "sign.key"))
         identity.load_node_key(self._home / "node.key")
-        certificate = identity.read_certificate(enrolment.ca_pem.encode(), enrolment.certificate)
+        certificate = identity.read_certificate(enrollment.ca_pem.encode(), enrollment.certificate)
         if certificate.sign_public != mine:
             raise NotEnrolled("the certificate is for another key", "join again: --replace")
-        self._enrolment = enrolment
-        return f"{enrolment.name}, id {enrolment.peer}, fleet {enrolment.fleet}"
+        self._enrollment = enrollment
+        return f"{enrollment.name}, id {enrollment.peer}, fleet {enrollment.fleet}"
 
     @property
     def _address(self) -> tuple[str, int]:
-        found = addresses.parse(self._enrolment.addresses[0])
+        found = addresses.parse(self._enrollment.addresses[0])
         return found.host, found.port
 
     def dns(self) -> str:
@@ -157,7 +157,7 @@ class _Doctor:
         return f"{host} is {', '.join(sorted({str(one[4][0]) for one in found}))}"
 
     def tcp(self) -> str:
-        where = self._enrolment.addresses[0]
+        where = self._enrollment.addresses[0]
         try:
             with socket.create_connection(self._address, _TIMEOUT_S):
                 return f"{where} takes connections"
@@ -168,8 +168,8 @@ class _Doctor:
             ) from err
 
     def tls(self) -> str | Advice:
-        ca_pem = self._enrolment.ca_pem
-        if identity.ca_fingerprint(ca_pem.encode()).hex()[:16] != self._enrolment.fleet:
+        ca_pem = self._enrollment.ca_pem
+        if identity.ca_fingerprint(ca_pem.encode()).hex()[:16] != self._enrollment.fleet:
             raise NotEnrolled("the CA here is not this fleet's", "join again: --replace")
         context = ssl.create_default_context(cadata=ca_pem)
         try:
@@ -186,7 +186,7 @@ class _Doctor:
             raise Unreachable(f"no TLS: {err}", "does something else listen there?") from err
         days = int((ssl.cert_time_to_seconds(str(shown["notAfter"])) - time.time()) // 86400)
         said = f"the chain leads to this fleet's CA, {days} days left"
-        if days < _RENEWED_DAYS:
+        if days < _CERTIFICATE_WARNING_DAYS:
             return Advice(said, "start the coordinator again: it renews its certificate")
         return said
 
@@ -196,9 +196,9 @@ class _Doctor:
         from protocols.enrollment.joining import CA_PATH
 
         if self._http is None:
-            context = ssl.create_default_context(cadata=self._enrolment.ca_pem)
+            context = ssl.create_default_context(cadata=self._enrollment.ca_pem)
             self._http = httpx.Client(
-                base_url=f"https://{self._enrolment.addresses[0]}",
+                base_url=f"https://{self._enrollment.addresses[0]}",
                 verify=context,
                 timeout=_TIMEOUT_S,
             )
@@ -213,14 +213,14 @@ class _Doctor:
         if "date" not in answer.headers:
             return "the coordinator's answer carries no time"
         theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()
-        return skew((before + time.time()) / 2 - theirs)
+        return check_skew((before + time.time()) / 2 - theirs)
 
     def _open_link(self) -> Link:
         if self._link is None:
             from agent.home.credentials import Credentials
             from agent.transport.coordinator_client import Link
 
-            self._link = Link(Credentials.of(self._home, self._enrolment))
+            self._link = Link(Credentials.load(self._home, self._enrollment))
         return self._link
 
     def coordinator(self) -> str:
@@ -251,7 +251,7 @@ class _Doctor:
     def mqtt(self) -> str:
         from agent.transport.mqtt_client import try_login
 
-        address = self._enrolment.mqtt
+        address = self._enrollment.mqtt
         if self._standing is not None and self._standing.standing == "enrolled":
             address = self._open_link().mqtt()  # the password changes: an agent asks as well
         # Windows: paho needs a selector loop.
@@ -281,15 +281,15 @@ def _tls_fix(err: ssl.SSLCertVerificationError) -> str:
     return "another coordinator answers there: join it with a ticket of its own and --replace"
 
 
-def skew(ahead_s: float) -> str | Advice:
+def check_skew(ahead_s: float) -> str | Advice:
     """Words for how far this clock is from the coordinator's header, which cuts off up to 2 s.
 
     Raises CommonweightError when signatures would be refused.
     """
     ahead_s -= 1.0  # the middle of what may have been cut off
-    odd = abs(ahead_s) > _ODD_S
+    odd = abs(ahead_s) > _SKEW_WARNING_S
     said = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator"
     fix = "let the network set the clock (NTP), here and there"
-    if ahead_s > AHEAD_S or ahead_s < -BEHIND_S:
+    if ahead_s > MAX_AHEAD_S or ahead_s < -MAX_BEHIND_S:
         raise CommonweightError(f"{said}: signatures are refused", fix)
     return Advice(said, fix) if odd else "as the coordinator's, within 3 s"

@@ -16,7 +16,7 @@ import httpx
 import msgspec
 
 from agent.home import status_files
-from agent.home.settings import ENROLLED, Enrolment, write_enrolment
+from agent.home.settings import ENROLLMENT_FILE, Enrollment, write_enrollment
 from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION
@@ -38,9 +38,9 @@ from protocols.network import addresses
 from protocols.network.error_text import why
 
 _TIMEOUT_S = 10.0
-_MOST_CA_BYTES = 64 * 1024
-_KEYS = ("sign.key", "node.key")
-_NEW = ".new"
+_MAX_CA_BYTES = 64 * 1024
+_KEY_FILES = ("sign.key", "node.key")
+_NEW_SUFFIX = ".new"
 
 
 def join(
@@ -50,25 +50,25 @@ def join(
     name: str,
     labels: dict[str, str],
     replace: bool = False,
-) -> tuple[Enrolment, bool]:
-    """Join with this ticket or code; the enrolment, and whether it still awaits approval.
+) -> tuple[Enrollment, bool]:
+    """Join with this ticket or code; the enrollment, and whether it still awaits approval.
 
     Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already, and
     HomeLocked while its agent runs. Until a replacement is accepted, the machine stays who it was.
     """
     ticket = tickets.decode(text)
-    if (home / ENROLLED).exists() and not replace:
+    if (home / ENROLLMENT_FILE).exists() and not replace:
         raise HomeFault(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
-    with exclusive(home):
+    with lock_home(home):
         return _join(home, ticket, name=name, labels=labels, replace=replace)
 
 
 @contextlib.contextmanager
-def exclusive(home: Path) -> Iterator[None]:
-    """Hold the home's lock: a running agent would write its old enrolment over a new one.
+def lock_home(home: Path) -> Iterator[None]:
+    """Hold the home's lock: a running agent would write its old enrollment over a new one.
 
     Raises HomeLocked.
     """
@@ -87,14 +87,14 @@ def exclusive(home: Path) -> Iterator[None]:
 
 def _join(
     home: Path, ticket: Ticket, *, name: str, labels: dict[str, str], replace: bool
-) -> tuple[Enrolment, bool]:
+) -> tuple[Enrollment, bool]:
     announced = not ticket.addresses
     if announced:
         from agent.setup import discovery
 
-        ticket = discovery.placed(ticket, discovery.look())
+        ticket = discovery.resolve_code(ticket, discovery.discover())
     address, ca_pem = _find_coordinator(ticket)
-    sign_key, node_key = _keys(home, _NEW if replace else "")
+    sign_key, node_key = _load_or_create_keys(home, _NEW_SUFFIX if replace else "")
     joining = Joining(
         ticket=ticket.id,
         secret=ticket.secret,
@@ -105,13 +105,13 @@ def _join(
         proof=sign_key.sign(claimed(ticket.id, ticket.secret, identity.node_public(node_key))),
         version=VERSION,
     )
-    answer = _ask(address, ca_pem, joining)
+    answer = _post_join(address, ca_pem, joining)
     certificate = identity.read_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
     # What was only announced is forgotten: it may be a forger's.
     others = () if announced else tuple(o for o in ticket.addresses if o != address)
-    enrolment = Enrolment(
+    enrollment = Enrollment(
         peer=answer.peer,
         name=answer.name,
         fleet=answer.fleet,
@@ -119,18 +119,18 @@ def _join(
         ca_pem=ca_pem.decode(),
         certificate=answer.certificate,
         coordinator_public=answer.coordinator_public,
-        mqtt=_reachable(answer.mqtt, address),
+        mqtt=_with_host(answer.mqtt, address),
     )
     if replace:
-        _forget(home)
-        for file in _KEYS:
-            (home / (file + _NEW)).replace(home / file)
+        _delete_identity(home)
+        for file in _KEY_FILES:
+            (home / (file + _NEW_SUFFIX)).replace(home / file)
         shutil.rmtree(home / "outbox", ignore_errors=True)  # answers in the old one's name
-    write_enrolment(home, enrolment)
-    return enrolment, answer.awaiting
+    write_enrollment(home, enrollment)
+    return enrollment, answer.awaiting
 
 
-def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
+def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
     """Have our key refused by the coordinator, unless `offline`; then delete what joining gave.
 
     Raises Unreachable, Refused, and keeps everything then.
@@ -139,7 +139,7 @@ def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
         from agent.home.credentials import Credentials
         from agent.transport.coordinator_client import Link
 
-        link = Link(Credentials.of(home, enrolment))
+        link = Link(Credentials.load(home, enrollment))
         without = "leave here without its knowing: commonweight-agent leave --yes --offline"
         try:
             link.leave()
@@ -152,22 +152,22 @@ def leave(home: Path, enrolment: Enrolment, *, offline: bool = False) -> None:
             ) from err
         finally:
             link.close()
-    _forget(home)
-    for file in _KEYS:
-        (home / (file + _NEW)).unlink(missing_ok=True)
+    _delete_identity(home)
+    for file in _KEY_FILES:
+        (home / (file + _NEW_SUFFIX)).unlink(missing_ok=True)
     for folder in ("cache", "outbox"):
         shutil.rmtree(home / folder, ignore_errors=True)
 
 
-def _forget(home: Path) -> None:
-    """Delete the keys and what was got for them. The enrolment goes first: without it, no agent."""
-    for file in (ENROLLED, *_KEYS, status_files.STATUS, NEIGHBOURS, CERTIFICATE):
+def _delete_identity(home: Path) -> None:
+    """Delete the enrollment first, as no agent starts without it; then keys and certificates."""
+    for file in (ENROLLMENT_FILE, *_KEY_FILES, status_files.STATUS_FILE, NEIGHBOURS, CERTIFICATE):
         (home / file).unlink(missing_ok=True)
 
 
-def _keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKey]:
+def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKey]:
     """This machine's keys, made on the first try so that a second try is the same machine."""
-    sign, node = (home / (file + suffix) for file in _KEYS)
+    sign, node = (home / (file + suffix) for file in _KEY_FILES)
     if not sign.exists():
         write_private(sign, identity.private_pem(identity.new_signing_key()))
     if not node.exists():
@@ -183,7 +183,7 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
         for address in ticket.addresses:
             try:
-                ca_pem = _ca_at(http, address)
+                ca_pem = _fetch_ca(http, address)
             except (httpx.HTTPError, httpx.InvalidURL) as err:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue
@@ -205,19 +205,19 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     )
 
 
-def _ca_at(http: httpx.Client, address: str) -> bytes:
+def _fetch_ca(http: httpx.Client, address: str) -> bytes:
     """What is shown as a CA there; of more than one can have, no more. Raises httpx.HTTPError."""
     shown = bytearray()
     with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
         answer.raise_for_status()
         for piece in answer.iter_raw():
             shown += piece
-            if len(shown) > _MOST_CA_BYTES:
+            if len(shown) > _MAX_CA_BYTES:
                 break
     return bytes(shown)
 
 
-def _ask(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
+def _post_join(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
     context = ssl.create_default_context(cadata=ca_pem.decode())
     try:
         with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
@@ -227,14 +227,14 @@ def _ask(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
     except httpx.HTTPError as err:
         raise Unreachable(f"{address}: {why(err)}", "try again") from err
     if answer.status_code != 200:
-        raise _refusal(answer)
+        raise _refusal_error(answer)
     try:
         return msgspec.json.decode(answer.content, type=JoinAnswer)
     except msgspec.DecodeError as err:
         raise Refused(f"the coordinator's answer is not understood: {err}") from err
 
 
-def _refusal(answer: httpx.Response) -> CommonweightError:
+def _refusal_error(answer: httpx.Response) -> CommonweightError:
     try:
         told = msgspec.json.decode(answer.content, type=dict[str, str])
         return Refused(told["message"], told.get("hint", ""))
@@ -242,6 +242,6 @@ def _refusal(answer: httpx.Response) -> CommonweightError:
         return Refused(f"the coordinator refused ({answer.status_code})", "ask for a new ticket")
 
 
-def _reachable(mqtt: MqttAddress, address: str) -> MqttAddress:
+def _with_host(mqtt: MqttAddress, address: str) -> MqttAddress:
     """The broker as this machine reaches it: by default where the coordinator answered."""
     return msgspec.structs.replace(mqtt, host=mqtt.host or addresses.parse(address).host)

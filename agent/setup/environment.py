@@ -11,7 +11,7 @@ from pathlib import Path
 from protocols import VERSION
 from protocols.errors import CommonweightError
 
-_DEVICE = """
+_DEVICE_SCRIPT = """
 import torch
 if torch.cuda.is_available():
     print("cuda:", torch.cuda.get_device_name(0), end="")
@@ -23,7 +23,7 @@ print(f", torch {torch.__version__}")
 """
 
 
-def packages() -> str:
+def check_packages() -> str:
     """Our packages have short names: another distribution may have brought its own `agent`."""
     import agent
     import protocols
@@ -45,7 +45,7 @@ def packages() -> str:
     return f"commonweight {VERSION} in {ours[0]}, Python {sys.version.split()[0]}"
 
 
-def device() -> str:
+def check_device() -> str:
     """What torch trains on, asked in a child process: this one never imports it."""
     if find_spec("torch") is None:
         raise CommonweightError(
@@ -54,7 +54,7 @@ def device() -> str:
         )
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _DEVICE],
+            [sys.executable, "-P", "-c", _DEVICE_SCRIPT],
             capture_output=True,
             text=True,
             timeout=120,

@@ -100,7 +100,7 @@ class _Signed:
         request.headers[TIMESTAMP_HEADER] = timestamp
         request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode()
         digest = hashlib.sha256(request.content).hexdigest()
-        request.headers.update(self._credentials.signed("POST", request.url.path, digest))
+        request.headers.update(self._credentials.sign_request("POST", request.url.path, digest))
         return call_next(context)
 
 

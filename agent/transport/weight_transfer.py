@@ -170,7 +170,7 @@ class Lane:
     def _signed(
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
     ) -> dict[str, str]:
-        return self._credentials.signed(method, path, body_sha256)
+        return self._credentials.sign_request(method, path, body_sha256)
 
 
 #: What parsing an answer raises that no coordinator of this version gives.

@@ -11,15 +11,15 @@ import msgspec
 
 from agent.daemon import state_machine
 from agent.daemon.state_machine import (
+    AgentState,
     Announce,
-    LookForWork,
-    PauseAsked,
     PauseLifted,
-    SendingBegan,
+    PauseRequested,
+    PollForWork,
+    SendingStarted,
     SessionChanged,
-    WorkBegan,
     WorkEnded,
-    Worker,
+    WorkStarted,
 )
 from benchmarks.faults import sim_handshake
 from benchmarks.faults.sim_coordinator import Coordinator
@@ -67,7 +67,7 @@ class Agent:
 
     def _begin(self) -> None:
         self._lives += 1
-        self._worker = Worker()
+        self._worker = AgentState()
         self.rung = False
         self._session = 0
         self._seq = 0
@@ -96,7 +96,7 @@ class Agent:
         if self._worker.pauses:
             self.lift_pauses()
         else:
-            self._happened(PauseAsked(PauseReason.USER))
+            self._happened(PauseRequested(PauseReason.USER))
 
     def lift_pauses(self) -> None:
         self._happened(PauseLifted(frozenset(self._worker.pauses)))
@@ -109,11 +109,11 @@ class Agent:
             match instruction:
                 case Announce():
                     self._announce()
-                case LookForWork():
+                case PollForWork():
                     self.rung = True
 
     def _announce(self) -> None:
-        state, reason = state_machine.shown(self._worker)
+        state, reason = state_machine.display_state(self._worker)
         self._seq += 1
         self._said_at = self._now
         self._network.publish(
@@ -161,7 +161,7 @@ class Agent:
             raise Lost
 
     def _answer(self, question: str, work: Work) -> Generator[None, None, tuple[str, Work] | None]:
-        self._happened(WorkBegan(work))
+        self._happened(WorkStarted(work))
         told: Told | None = None
         try:
             sim_handshake.compare(work, fits=self._fits)
@@ -240,7 +240,7 @@ class Agent:
 
     def _deliver(self, claim: UpdateClaim) -> Iterator[None]:
         if claim.digest and claim.kind != "describe":
-            self._happened(SendingBegan())
+            self._happened(SendingStarted())
             yield
             digest = claim.digest
             self._network.request(self.peer, lambda: self._coordinator.upload(self.peer, digest))

@@ -95,12 +95,12 @@ class Site(Fleet):
     def redirect(self, name: str, port: int) -> None:
         """Let this machine reach the coordinator through another port."""
         home = self.folder / name
-        enrolment = settings.read_enrolment(home)
-        settings.write_enrolment(home, replace(enrolment, addresses=(f"127.0.0.1:{port}",)))
+        enrollment = settings.read_enrollment(home)
+        settings.write_enrollment(home, replace(enrollment, addresses=(f"127.0.0.1:{port}",)))
 
     def peer(self, name: str) -> str:
         """The id of this machine's peer."""
-        return settings.read_enrolment(self.folder / name).peer
+        return settings.read_enrollment(self.folder / name).peer
 
     def enlist(self, *names: str) -> None:
         self.join(*names)

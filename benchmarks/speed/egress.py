@@ -148,7 +148,7 @@ def _measured(peers: int, mb: int, mbit: float, policy: str) -> dict[str, Any]:
 def _home(site: Site, folder: Path, number: int, port: int, policy: str) -> Path:
     home = folder / f"peer{number}"
     home.mkdir()
-    machine = site.enrol(home.name)
+    machine = site.enroll(home.name)
     write_private(home / "node.key", identity.private_pem(machine.node_key))
     write_private(home / "sign.key", identity.private_pem(machine.sign_key))
     (home / "ca.pem").write_bytes(site.ca_pem)

@@ -1,4 +1,4 @@
-"""Enrolment: tickets, peers and operators, as the fold of the ledger's "fleet" entries.
+"""Enrollment: tickets, peers and operators, as the fold of the ledger's "fleet" entries.
 
 `Registry` is pure but for the ledger it appends to: every change is first a fact, then applied.
 A ticket's secret is stored hashed; a peer is known by its Ed25519 key's id.
@@ -160,7 +160,7 @@ class Registry:
         self._record(TicketRevoked(ticket_id))
 
     def join(self, joining: Joining) -> Peer:
-        """Enrol a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
+        """Enroll a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
         identity.check_node_public(joining.node_public)
         signed = claimed(joining.ticket, joining.secret, joining.node_public)
         if not identity.verify(joining.sign_public, joining.proof, signed):

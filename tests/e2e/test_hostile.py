@@ -127,13 +127,13 @@ class OverLink(NamedTuple):
 @contextmanager
 def rogue_agent(home: Path) -> Iterator[None]:
     """An enrolled agent, all real but its trainer, at work in a thread of this process."""
-    enrolment = settings.read_enrolment(home)
-    mine = Credentials.of(home, enrolment)
+    enrollment = settings.read_enrollment(home)
+    mine = Credentials.load(home, enrollment)
     link = Link(mine)
     outbox = home / "outbox"
     outbox.mkdir()
 
-    me = PeerIdentity(mine.peer, mine.sign_key.sign, enrolment.coordinator_public)
+    me = PeerIdentity(mine.peer, mine.sign_key.sign, enrollment.coordinator_public)
     client = Client(me, RogueTrainer(), OverLink(home, link), outbox, allowed=lambda task: True)
     over, opened = threading.Event(), threading.Event()
     failed: list[BaseException] = []
@@ -203,15 +203,15 @@ def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path
 async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: Path) -> None:
     with fleet(tmp_path) as site:
         start_honest(site)
-        enrolment = settings.read_enrolment(tmp_path / "ada")
+        enrollment = settings.read_enrollment(tmp_path / "ada")
         run = site.start_run("ping", "--rounds", "20", "--quorum", "2")
         payloads = [b"\x00\xff" * 40, b"A" * 88 + b".{}", b"x" * 16_000, b"{}"]
-        async with with_password_only(enrolment.mqtt) as client:
+        async with with_password_only(enrollment.mqtt) as client:
             for payload in payloads:
                 for topic in (topics.telemetry, topics.presence):
-                    where = topic(enrolment.fleet, enrolment.peer)
+                    where = topic(enrollment.fleet, enrollment.peer)
                     await client.publish(where, payload, qos=1)
-                where = topics.command(enrolment.fleet, enrolment.peer)
+                where = topics.command(enrollment.fleet, enrollment.peer)
                 await client.publish(where, payload, qos=1)
         assert site.ended_run(run)["state"] == "finished"
         expected = 2 * len(payloads)

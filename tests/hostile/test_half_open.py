@@ -54,16 +54,16 @@ def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Pa
         site.join("ada")
         up = json.loads((site.home / "up.json").read_bytes())
         port = int(up["address"].rpartition(":")[2])
-        enrolment = settings.read_enrolment(tmp_path / "ada")
+        enrollment = settings.read_enrollment(tmp_path / "ada")
         server = psutil.Process(up["pid"])
-        honest = Link(Credentials.of(tmp_path / "ada", enrolment))
+        honest = Link(Credentials.load(tmp_path / "ada", enrollment))
         honest.open()
         with bounded_growth(up["pid"], 64, "300 half-open connections"):
             silent = [plain(port) for _ in range(150)]
             stalled = [plain(port) for _ in range(75)]
             for number, sock in enumerate(stalled):  # the first bytes of a TLS hello, then nothing
                 sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(number))
-            partial = [secure(port, enrolment.ca_pem) for _ in range(75)]
+            partial = [secure(port, enrollment.ca_pem) for _ in range(75)]
             for number, secured in enumerate(partial):
                 secured.sendall(b"POST /cw/v1/exchange HTTP/1.1\r\nx: " + b"y" * number)
             began = time.monotonic()

@@ -397,7 +397,7 @@ class Asked:
     """An enrolled machine that has a question, and what it would honestly send."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.machine = site, site.enrol("eve")
+        self.site, self.machine = site, site.enroll("eve")
         self.node = site.nodes[self.machine.peer]
         site.superlink.state.activate_node(self.node, 60.0)
 

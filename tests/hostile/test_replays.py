@@ -27,7 +27,7 @@ from protocols.model.weights import Weights
 from tests.hostile.tools import (
     PROTOBUF,
     client,
-    enrol,
+    enroll,
     fleet_bodies,
     flowers,
     ours,
@@ -84,7 +84,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
     """Also those of Flower, whose signature is good for five minutes and any body."""
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         hub = fleet.hub
-        victim = enrol(hub, "victim")
+        victim = enroll(hub, "victim")
         node = hub._sessions.node_of(victim.peer)
         assert node is not None
         agent = Agent(tmp_path / "victim", victim, fleet.agents[0]._credentials, some_data(5, 1))
@@ -151,7 +151,7 @@ async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path
     fleet = Fleet(tmp_path)
     try:
         async with fleet.up():
-            machine = enrol(fleet.hub, "box")
+            machine = enroll(fleet.hub, "box")
             captured = ours(machine, "GET", STANDING_PATH)
         async with fleet.up():
             with client(fleet) as http:

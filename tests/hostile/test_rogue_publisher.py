@@ -50,16 +50,16 @@ class Victim:
     """An enrolled agent's session and MQTT link in this process, under names that we can know."""
 
     def __init__(self, home: Path) -> None:
-        self.enrolment = settings.read_enrolment(home)
-        self.mine = Credentials.of(home, self.enrolment)
+        self.enrollment = settings.read_enrollment(home)
+        self.mine = Credentials.load(home, self.enrollment)
         self.link = Link(self.mine)
         self.obeyed: list[Doorbell | Command] = []
         self.mqtt = PresenceLink(
-            self.enrolment.mqtt,
-            self.enrolment.fleet,
-            self.enrolment.peer,
+            self.enrollment.mqtt,
+            self.enrollment.fleet,
+            self.enrollment.peer,
             self.mine.sign_key.sign,
-            self.enrolment.coordinator_public,
+            self.enrollment.coordinator_public,
             self.obeyed.append,
             lambda up, why: None,
         )
@@ -67,7 +67,7 @@ class Victim:
 
     @property
     def peer(self) -> str:
-        return self.enrolment.peer
+        return self.enrollment.peer
 
     @asynccontextmanager
     async def online(self) -> AsyncIterator[None]:
@@ -84,8 +84,8 @@ class Rogue:
     """The fleet's login, eavesdropping, and a voice signed by its own key in anybody's name."""
 
     def __init__(self, home: Path) -> None:
-        self.enrolment = settings.read_enrolment(home)
-        self.sign = Credentials.of(home, self.enrolment).sign_key.sign
+        self.enrollment = settings.read_enrollment(home)
+        self.sign = Credentials.load(home, self.enrollment).sign_key.sign
         self.captured: list[tuple[str, bytes]] = []
 
     def has_heard(self, words: bytes) -> bool:
@@ -93,7 +93,7 @@ class Rogue:
 
     @asynccontextmanager
     async def connected(self, identifier: str | None = None) -> AsyncIterator[aiomqtt.Client]:
-        address: MqttAddress = self.enrolment.mqtt
+        address: MqttAddress = self.enrollment.mqtt
         client = aiomqtt.Client(
             address.host,
             address.port,
@@ -170,7 +170,7 @@ def site(tmp_path: Path) -> Any:
 @pytest.mark.long
 async def test_whatever_a_rogue_publishes_moves_nothing(site: Fleet, tmp_path: Path) -> None:
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
-    peer, here = victim.peer, rogue.enrolment.fleet
+    peer, here = victim.peer, rogue.enrollment.fleet
     await asyncio.to_thread(victim.link.open)
     async with rogue.connected() as client, victim.online():
         await row_when(site, peer, "idle", lambda r: r["state"] == "idle")
@@ -229,7 +229,7 @@ COUNTED = ("presence", "telemetry", "notice")
 
 def forged_by(rogue: Rogue, peer: str, here: str) -> list[tuple[str, bytes]]:
     """Words that are not the rogue's to say, in other names and in its own on others' topics."""
-    mine = rogue.enrolment.peer
+    mine = rogue.enrollment.peer
     gone = Presence(state=PeerState.OFFLINE, reason="forged", will=True)
     paused = Presence(state=PeerState.PAUSED, reason="forged", tasks=("forged",))
     bodies: list[tuple[Callable[[str, str], str], Body]] = [
@@ -289,7 +289,7 @@ async def test_old_sessions_cannot_be_played_again(site: Fleet, tmp_path: Path) 
             async with former.online():
                 await soon(lambda said=reason.encode(): rogue.has_heard(said))
         # Each session said at least its presence and its farewell.
-        said = topics.presence(victim.enrolment.fleet, peer)
+        said = topics.presence(victim.enrollment.fleet, peer)
         await soon(lambda: sum(topic == said for topic, _ in rogue.captured) >= 24)
         old = [(topic, payload) for topic, payload in rogue.captured if topic == said]
         async with victim.online():

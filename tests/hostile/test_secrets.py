@@ -138,7 +138,7 @@ class Worked:
         found = tickets.decode(ticket)
         login = json.loads((site.home / "mqtt.json").read_bytes())
         self.password: str = login["password"]
-        assert settings.read_enrolment(site.folder / "ada").mqtt.password == self.password
+        assert settings.read_enrollment(site.folder / "ada").mqtt.password == self.password
         self.ticket = {
             "the ticket": ticket.encode(),
             "its secret": found.secret,
@@ -219,8 +219,8 @@ def test_the_mqtt_password_is_only_where_it_is_used(worked: Worked) -> None:
     assert found == {
         "coordinator/mqtt.json",
         "coordinator/broker/broker.toml",
-        f"ada/{settings.ENROLLED}",
-        f"bob/{settings.ENROLLED}",
+        f"ada/{settings.ENROLLMENT_FILE}",
+        f"bob/{settings.ENROLLMENT_FILE}",
     }
     assert not any(worked.password in line for line in worked.lines)
 

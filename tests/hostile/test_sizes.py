@@ -19,7 +19,7 @@ from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrolment
+from agent.home.settings import Enrollment
 from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import Link
 from coordinator.transport.upload_limits import MAX_UPLOADS
@@ -52,9 +52,9 @@ class Target:
         self.pid: int = up["pid"]
         self.port = int(up["address"].rpartition(":")[2])
         self.home = site.folder / "eve"
-        self.enrolment: Enrolment = settings.read_enrolment(self.home)
-        self.mine = Credentials.of(self.home, self.enrolment)
-        self.ca_pem = self.enrolment.ca_pem
+        self.enrollment: Enrollment = settings.read_enrollment(self.home)
+        self.mine = Credentials.load(self.home, self.enrollment)
+        self.ca_pem = self.enrollment.ca_pem
         self.link = Link(self.mine)
         self.link.open()
 
@@ -69,7 +69,7 @@ class Target:
     def head(
         self, method: str, path: str, headers: dict[str, str], *, digest: str = "", end: str = ""
     ) -> bytes:
-        signed = self.mine.signed(method, path, digest or signed_requests.EMPTY_SHA256)
+        signed = self.mine.sign_request(method, path, digest or signed_requests.EMPTY_SHA256)
         lines = [f"{method} {path} HTTP/1.1", "host: x", "connection: close"]
         lines += [f"{name}: {value}" for name, value in (signed | headers).items()]
         return "\r\n".join([*lines, end, ""]).encode()
@@ -78,7 +78,7 @@ class Target:
         """An honest answer to the first question of a run."""
         trainer = TrainerProcess(self.home, DataSettings())
         me = PeerIdentity(
-            self.mine.peer, self.mine.sign_key.sign, self.enrolment.coordinator_public
+            self.mine.peer, self.mine.sign_key.sign, self.enrollment.coordinator_public
         )
         client = Client(me, trainer, NoWeights(), self.home, allowed=lambda task: True)
         try:

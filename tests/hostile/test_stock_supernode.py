@@ -58,9 +58,9 @@ def asked(site: Fleet) -> int:
 @pytest.mark.parametrize("who", ["nobody", "its own new key", "a registered key"])
 def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: str) -> None:
     up = json.loads((site.home / "up.json").read_bytes())
-    enrolment = settings.read_enrolment(site.folder / "ada")
+    enrollment = settings.read_enrollment(site.folder / "ada")
     ca = tmp_path / "ca.pem"
-    ca.write_text(enrolment.ca_pem)
+    ca.write_text(enrollment.ca_pem)
     port, _ = two_free_ports()
     words = ["--superlink", up["address"], "--root-certificates", str(ca), "--max-retries", "2"]
     words += ["--max-wait-time", "3", "--host", HOST, "--port", str(port)]
@@ -102,7 +102,7 @@ def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: st
     assert "Traceback" not in site.programs["up"].log
     peers = site.data("peers", "list")
     assert [peer["name"] for peer in peers] == ["ada"]
-    link = Link(Credentials.of(site.folder / "ada", enrolment))
+    link = Link(Credentials.load(site.folder / "ada", enrollment))
     link.open()
     assert link.pull() is None
     link.close()

@@ -33,7 +33,7 @@ from tests.hostile.tools import (
     PROTOBUF,
     REFUSED,
     client,
-    enrol,
+    enroll,
     fleet_bodies,
     flowers,
     ours,
@@ -176,7 +176,7 @@ def refusals(http: httpx.Client, calls: Iterator[Call]) -> int:
 
 async def test_no_route_lets_in_who_does_not_belong(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, some_data(20, 0), some_data(30, 1)) as fleet:
-        rogue, removed = enrol(fleet.hub, "rogue"), enrol(fleet.hub, "removed")
+        rogue, removed = enroll(fleet.hub, "rogue"), enroll(fleet.hub, "removed")
         with client(fleet) as http:
             # Its connection was open before it was removed, and stays open.
             path = STANDING_PATH
@@ -195,7 +195,7 @@ async def test_no_route_lets_in_who_does_not_belong(tmp_path: Path) -> None:
 async def test_who_awaits_approval_may_only_ask_how_it_stands(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         fleet.hub.registry._approve = True
-        waiting = enrol(fleet.hub, "waiting")
+        waiting = enroll(fleet.hub, "waiting")
         before = state_of(fleet)
         with client(fleet) as http:
             calls = as_itself(fleet, waiting, but=(STANDING_PATH, LEAVE_PATH))

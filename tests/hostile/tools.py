@@ -64,7 +64,7 @@ def state_of(fleet: Fleet) -> State:
     )
 
 
-def enrol(hub: Hub, name: str) -> Machine:
+def enroll(hub: Hub, name: str) -> Machine:
     """A machine that has joined and runs no agent."""
     machine = Machine(name)
     ticket = tickets.new_ticket(hub.addresses(), bytes(32))

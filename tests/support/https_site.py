@@ -151,7 +151,7 @@ class Site:
         self.registry.create_ticket(made, ttl_s=ttl_s, uses=uses)
         return made
 
-    def enrol(self, name: str = "box") -> Machine:
+    def enroll(self, name: str = "box") -> Machine:
         machine = Machine(name)
         self.registry.join(machine.joining(self.ticket()))
         return machine

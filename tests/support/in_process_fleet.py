@@ -310,7 +310,7 @@ class Fleet:
             await serving
 
     def join(self, name: str, data: Data) -> Agent:
-        """Enrol and start an agent."""
+        """Enroll and start an agent."""
         machine = Machine(name)
         ticket = tickets.new_ticket(self.hub.addresses(), bytes(32))
         self.hub.registry.create_ticket(ticket, ttl_s=60, uses=1)

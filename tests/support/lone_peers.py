@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from agent.daemon.event_loop import WorkerLoop
-from agent.daemon.gossip_loop import Spread
-from agent.home.settings import Enrolment
+from agent.daemon.gossip_loop import GossipLoop
+from agent.daemon.state_runner import StateRunner
+from agent.home.settings import Enrollment
 from agent.transport import version_proofs
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import Link
@@ -51,7 +51,7 @@ class Peer:
     """A machine that has joined, with all of an agent that works without the coordinator."""
 
     def __init__(self, site: Site, folder: Path, name: str, policy: str = "on") -> None:
-        self.site, self.name, self.machine = site, name, site.enrol(name)
+        self.site, self.name, self.machine = site, name, site.enroll(name)
         self.home = folder / name
         self.cache = self.home / "cache"
         self.cache.mkdir(parents=True)
@@ -60,7 +60,7 @@ class Peer:
         self.signs = identity.raw_public(self.machine.sign_key)
         self.public = public = identity.raw_public(site.sign_key)
         self.serves_nobody = policy != "on"  # the address of all tests is no private network's
-        self._enrolment = Enrolment(
+        self._enrollment = Enrollment(
             peer=self.machine.peer,
             name=name,
             fleet=site.fleet_id,
@@ -75,9 +75,9 @@ class Peer:
         self.sharing = Sharing(policy, self.home, credentials, public, hearsay=self.gossip)  # type: ignore[arg-type]
         self.gossip.address = self.sharing.address
         self.link = Link(credentials)
-        self.loop = WorkerLoop(lambda _: None)
-        self.loop.begin()
-        self.spread = Spread(
+        self.loop = StateRunner(lambda _: None)
+        self.loop.start()
+        self.spread = GossipLoop(
             self.cache,
             credentials,
             public,
@@ -99,10 +99,10 @@ class Peer:
     def new_gossip(self) -> Gossip:
         return Gossip(
             self.home,
-            self._enrolment,
+            self._enrollment,
             self.credentials,
             self.heads,
-            lambda: self._enrolment.certificate,
+            lambda: self._enrollment.certificate,
             lambda: IDLE,
         )
 
@@ -131,7 +131,7 @@ async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
         for peer in peers:
             await until(lambda p=peer: p.serves_nobody or p.sharing.asked().address)
         for peer in (*peers, *peers):  # once more, now that all have told where they serve
-            assert await peer.spread._learn()
+            assert await peer.spread._refresh_neighbours()
         running = [asyncio.create_task(peer.spread.run()) for peer in peers]
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrolment
+from agent.home.settings import Enrollment
 from agent.transport.version_proofs import Heads
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
@@ -53,7 +53,7 @@ class Gossip:
     def __init__(
         self,
         home: Path,
-        enrolment: Enrolment,
+        enrollment: Enrollment,
         credentials: Credentials,
         heads: Heads,
         certificate: Callable[[], bytes],
@@ -61,11 +61,11 @@ class Gossip:
     ) -> None:
         self._file = home / FILE
         self._certificate, self._credentials = certificate, credentials
-        self._coordinator_public = enrolment.coordinator_public
+        self._coordinator_public = enrollment.coordinator_public
         self.heads = heads
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
-        self._words = Words(credentials.ca_pem, enrolment.fleet)
+        self._words = Words(credentials.ca_pem, enrollment.fleet)
         self.given = self._read()
 
     def _read(self) -> Neighbours | None:

@@ -45,7 +45,7 @@ class Sharing:
     ) -> None:
         self.shelf = Shelf()
         self._gossip = hearsay
-        self.sign = credentials.signed
+        self.sign = credentials.sign_request
         self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
         self._home, self._credentials = home, credentials
         self._coordinator_public = coordinator_public

@@ -144,7 +144,7 @@ def following(home: Path) -> Iterator[Program]:
 
 def test_following_goes_on_through_rotation(home: Path, following: Program) -> None:
     until(lambda: "info: before" in following.log, "the first lines")
-    writing = RotatingFileHandler(home / logs.FILE, "a", 150, logs.ROTATED)
+    writing = RotatingFileHandler(home / logs.FILE, "a", 150, logs.ROTATED_FILES)
     for number in range(8):
         text = json.dumps({"at": 1.0, "level": "info", "message": f"line {number} {'x' * 60}"})
         writing.emit(logging.LogRecord("n", 20, "", 0, text, None, None))
@@ -227,9 +227,9 @@ def test_one_that_still_awaits_approval_can_leave(tmp_path: Path) -> None:
 def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
     site.join("two")
     home = site.folder / "two"
-    enrolment = settings.read_enrolment(home)
-    nowhere = msgspec.structs.replace(enrolment, addresses=(f"127.0.0.1:{two_free_ports()[0]}",))
-    settings.write_enrolment(home, nowhere)
+    enrollment = settings.read_enrollment(home)
+    nowhere = msgspec.structs.replace(enrollment, addresses=(f"127.0.0.1:{two_free_ports()[0]}",))
+    settings.write_enrollment(home, nowhere)
     done = site.ask_agent("two", "leave", "--yes")
     assert done.returncode == 3
     assert "does not answer" in done.stderr
@@ -247,11 +247,11 @@ def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
 def test_an_agent_exits_at_once_while_a_connection_is_being_made(site: Fleet) -> None:
     """One end of the handshake waits: a coordinator that is stopping, or a network that drops."""
     site.join("five")
-    enrolment = settings.read_enrolment(site.folder / "five")
+    enrollment = settings.read_enrollment(site.folder / "five")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        changed = msgspec.structs.replace(enrolment, addresses=(address,))
-        settings.write_enrolment(site.folder / "five", changed)
+        changed = msgspec.structs.replace(enrollment, addresses=(address,))
+        settings.write_enrollment(site.folder / "five", changed)
         program = site._start("five", [AGENT, "run"], site._env("five"))
         accepted, _ = silent.accept()
         with accepted:

@@ -310,7 +310,7 @@ def test_an_update_is_in_the_owners_ledger_on_disk_before_it_is_sent(
         found.append((noted.count(digest), ledger.exists() and ledger.stat().st_ino in synced))
         synced.clear()
 
-    desk.leaving = partial(audit_log.write, desk.folder)
+    desk.leaving = partial(audit_log.write_update, desk.folder)
     monkeypatch.setattr(desk, "send", send)
     desk.client = desk.made_again()
     monkeypatch.setattr(os, "fsync", noting_fsync)
@@ -327,7 +327,7 @@ def test_an_update_that_cannot_be_noted_is_not_sent_and_is_not_lost(desk: Desk) 
     with pytest.raises(DiskFull):
         desk.ask()
     assert desk.sent == []
-    desk.leaving = partial(audit_log.write, desk.folder)
+    desk.leaving = partial(audit_log.write_update, desk.folder)
     desk.ask()
     assert len(desk.trainer.did) == 1, "the answer was in the outbox"
     assert desk.sent == [(DIGEST, b"update")]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.clientapp.error_feedback import Leftovers
-from agent.home.run_state import KEPT_S
+from agent.home.run_state import MAX_AGE_S
 from protocols.codecs import registry
 from protocols.errors import BadWeights
 from protocols.model import weights
@@ -107,7 +107,7 @@ def test_another_run_drops_them(bench: Bench) -> None:
 def test_what_nobody_asked_for_in_a_month_goes(bench: Bench) -> None:
     bench.left.settle(bench.encode())
     path = next((bench.folder / "leftovers").iterdir())
-    old = time.time() - KEPT_S - 60
+    old = time.time() - MAX_AGE_S - 60
     os.utime(path, (old, old))
     bench.again()
     assert bench.files() == []

@@ -13,7 +13,7 @@ import pytest
 from agent.daemon import work_thread
 from agent.daemon.agent import Agent
 from agent.home import settings, status_files
-from agent.home.status_files import Wish
+from agent.home.status_files import OwnerRequest
 from agent.setup import enrollment
 from benchmarks.faults.disk import can_mount, fill, small_disk
 from protocols.enrollment import tickets
@@ -35,9 +35,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
     home.mkdir(exist_ok=True)
     ticket = tickets.encode(site.ticket())
-    enrolment, _ = enrollment.join(home, ticket, name="box", labels={})
-    agent = Agent(home, enrolment, settings.read(home, **chosen))
-    agent._loop.begin()
+    joined, _ = enrollment.join(home, ticket, name="box", labels={})
+    agent = Agent(home, joined, settings.read(home, **chosen))
+    agent._runner.start()
     return agent
 
 
@@ -49,7 +49,7 @@ async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Pa
     (spoken,) = agent._gossip.told().words
     heard = gossip.hear(spoken, site.ca_pem, site.fleet_id, time.time())
     assert heard.word.address == "10.0.0.7:4000"
-    agent._report.write(agent._loop.worker)
+    agent._report.write(agent._runner.state)
     status = status_files.read_status(tmp_path / "box")
     assert status is not None
     assert status.shares_at == "10.0.0.7:4000"
@@ -59,25 +59,25 @@ async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_pat
     agent = an_agent(site, tmp_path / "box")
     agent._on_command(Command(action="pause", for_s=0.01))
     agent._on_command(Command(action="resume"))
-    assert not agent._loop.worker.pauses
+    assert not agent._runner.state.pauses
     agent._on_command(Command(action="pause"))
     await asyncio.sleep(0.05)  # the first one's end has passed
-    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
     agent._on_command(Command(action="pause", for_s=0.01))
-    await until(lambda: not agent._loop.worker.pauses)
+    await until(lambda: not agent._runner.state.pauses)
 
 
 async def test_nor_is_that_of_the_trainers_rest(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = an_agent(site, tmp_path / "box")
-    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 0.01)
-    agent._work._rest_trainer("died")
+    monkeypatch.setattr(work_thread, "TRAINER_COOLDOWN_S", 0.01)
+    agent._work._start_cooldown("died")
     agent._on_command(Command(action="resume"))
-    monkeypatch.setattr(work_thread, "TRAINER_REST_S", 600.0)
-    agent._work._rest_trainer("died")
+    monkeypatch.setattr(work_thread, "TRAINER_COOLDOWN_S", 600.0)
+    agent._work._start_cooldown("died")
     await asyncio.sleep(0.05)  # the first one's end has passed
-    assert agent._loop.worker.pauses.keys() == {PauseReason.TRAINER}
+    assert agent._runner.state.pauses.keys() == {PauseReason.TRAINER}
 
 
 async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
@@ -86,42 +86,44 @@ async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
     home = tmp_path / "box"
     agent = an_agent(site, home)
     agent._on_command(Command(action="pause"))
-    status_files.write_wish(home, Wish(want="pause", until=time.time() + 0.05, at=1.0))
-    agent._owner.heed()
-    assert set(agent._loop.worker.pauses) == {PauseReason.OPERATOR, PauseReason.USER}
+    status_files.write_request(home, OwnerRequest(want="pause", until=time.time() + 0.05, at=1.0))
+    agent._owner_commands.poll()
+    assert set(agent._runner.state.pauses) == {PauseReason.OPERATOR, PauseReason.USER}
     await asyncio.sleep(0.1)
-    agent._owner.heed()
-    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    agent._owner_commands.poll()
+    assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
     # The owner's word is another thing: once.
-    status_files.write_wish(home, Wish(at=2.0))
-    agent._owner.heed()
-    assert not agent._loop.worker.pauses
+    status_files.write_request(home, OwnerRequest(at=2.0))
+    agent._owner_commands.poll()
+    assert not agent._runner.state.pauses
 
 
 async def test_to_finish_is_said_once(site: Site, tmp_path: Path) -> None:
     home = tmp_path / "box"
     agent = an_agent(site, home)
-    status_files.write_wish(home, Wish(want="finish", at=1.0))
-    agent._owner.heed()
+    status_files.write_request(home, OwnerRequest(want="finish", at=1.0))
+    agent._owner_commands.poll()
     agent._on_command(Command(action="pause"))
-    agent._owner.heed()  # the wish that is over is no new one
-    assert agent._loop.worker.finishing
-    assert agent._loop.worker.pauses == {PauseReason.OPERATOR: 0.0}
+    agent._owner_commands.poll()  # the wish that is over is no new one
+    assert agent._runner.state.finishing
+    assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root on Linux can mount a small disk")
-@pytest.mark.parametrize("wish", [Wish(want="pause", until=1.0, at=1.0), Wish(want="finish")])
+@pytest.mark.parametrize(
+    "wish", [OwnerRequest(want="pause", until=1.0, at=1.0), OwnerRequest(want="finish")]
+)
 async def test_a_wish_that_ends_on_a_full_disk_does_not_end_the_agent(
-    site: Site, tmp_path: Path, wish: Wish
+    site: Site, tmp_path: Path, wish: OwnerRequest
 ) -> None:
     home = tmp_path / "box"
     home.mkdir()
     with small_disk(home):
         agent = an_agent(site, home)
-        status_files.write_wish(home, wish)
+        status_files.write_request(home, wish)
         ballast = fill(home, 0)
-        agent._owner.heed()
-        assert status_files.read_wish(home) == wish
+        agent._owner_commands.poll()
+        assert status_files.read_request(home) == wish
         ballast.unlink()
-        agent._owner.heed()
-        assert not agent._loop.worker.pauses
+        agent._owner_commands.poll()
+        assert not agent._runner.state.pauses

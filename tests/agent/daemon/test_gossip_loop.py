@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent.daemon import gossip_loop as spreading
-from agent.daemon.state_machine import WorkBegan, WorkEnded
+from agent.daemon import gossip_loop
+from agent.daemon.state_machine import WorkEnded, WorkStarted
 from agent.transport import version_proofs
 from agent.transport.p2p import server, sharing
 from agent.transport.p2p.gossip import FILE
@@ -32,9 +32,9 @@ from tests.support.waiting import until
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spreading, "_LOOK_S", 0.02)
-    monkeypatch.setattr(spreading, "FIRST_S", 0.05)
-    monkeypatch.setattr(spreading, "MOST_S", 0.1)
+    monkeypatch.setattr(gossip_loop, "_TICK_S", 0.02)
+    monkeypatch.setattr(gossip_loop, "MIN_INTERVAL_S", 0.05)
+    monkeypatch.setattr(gossip_loop, "MAX_INTERVAL_S", 0.1)
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ async def test_whose_owner_shares_nothing_says_and_takes_nothing(
 async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     base, newest = ann.hold(1), bob.hold(4)
-    ann.loop.happened(WorkBegan(made(1, 1.0)[1]))
+    ann.loop.dispatch(WorkStarted(made(1, 1.0)[1]))
     async with without_coordinator(ann, bob):
         await until(lambda: ann.gossip.known().heard)
         assert ann.heads.newest() == base
-        ann.loop.happened(WorkEnded())
+        ann.loop.dispatch(WorkEnded())
         await until(lambda: ann.heads.newest() == newest)
 
 
@@ -108,7 +108,7 @@ async def test_a_peer_that_lies_about_what_it_holds(
     monkeypatch.setattr(rogue.heads, "newest", lambda: lie)
     rogue.sharing.shelf.put(real.digest, file)
     async with without_coordinator(ann, rogue):
-        await until(lambda: (lie, rogue.machine.peer) in ann.spread._failed)
+        await until(lambda: (lie, rogue.machine.peer) in ann.spread._retry_at)
         assert ann.heads.newest() == base
         assert {path.name for path in ann.cache.iterdir()} == {
             f"{base.digest}.safetensors",
@@ -128,7 +128,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         )
 
         async def let_in(who: Peer, sealed: bytes, partner: Neighbour = at_ann) -> bool:
-            asking = Asking(partner, sealed, who.credentials.signed)
+            asking = Asking(partner, sealed, who.credentials.sign_request)
             try:
                 return bool((await asyncio.to_thread(asking.words, Told())).words)
             except Unreachable:
@@ -149,7 +149,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
 
         site.registry.remove(eve.machine.peer, "a thief")
         assert await let_in(eve, eve.gossip.given.pass_)
-        assert await ann.spread._learn()
+        assert await ann.spread._refresh_neighbours()
         assert not await let_in(eve, eve.gossip.given.pass_)
         assert eve.machine.peer not in {one.peer for one in ann.gossip.partners()}
 
@@ -185,14 +185,14 @@ async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
 async def test_who_did_not_send_it_is_asked_again(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spreading, "_SILENT_S", 0.1)
+    monkeypatch.setattr(gossip_loop, "_NO_ANSWER_RETRY_S", 0.1)
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     newest = bob.hold(4)
     file = bob.heads.path(newest.digest)
-    bob.spread._stocked = True  # it says that it holds what it cannot send yet
+    bob.spread._shared_cache = True  # it says that it holds what it cannot send yet
     monkeypatch.setattr(server, "_PIECE_S", 0.05)
     async with without_coordinator(ann, bob):
-        await until(lambda: (newest, bob.machine.peer) in ann.spread._failed)
+        await until(lambda: (newest, bob.machine.peer) in ann.spread._retry_at)
         bob.sharing.shelf.put(newest.digest, file)
         await until(lambda: ann.heads.newest() == newest)
 
@@ -208,10 +208,10 @@ async def test_an_address_that_is_none_harms_nobody(
     with pytest.raises(Unreachable):  # nor at the coordinator's door
         await asyncio.to_thread(rogue.link.neighbours, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
-    assert await ann.spread._learn()
+    assert await ann.spread._refresh_neighbours()
     ann.gossip.take(rogue.gossip.told())
     assert not ann.gossip.heard()
-    assert not await ann.spread._ask()
+    assert not await ann.spread._run_round()
     ann.link.close()
     rogue.link.close()
 

@@ -32,16 +32,16 @@ def test_words_stay_and_private_things_go() -> None:
         ("token abcdefghijklmnopqrstuvwxyz0123456789", "abcdefghij"),
         ("first line\nSmith, 1961", "Smith"),
     ):
-        (told,) = log_redaction.shared([line(message)], 10)
+        (told,) = log_redaction.redact([line(message)], 10)
         assert gone not in told.text
     plain = "lost the coordinator: it answered 412"
-    assert log_redaction.shared([line(plain)], 10) == [LogLine(at=5.0, level="info", text=plain)]
+    assert log_redaction.redact([line(plain)], 10) == [LogLine(at=5.0, level="info", text=plain)]
 
 
 def test_only_our_own_loggers_and_only_the_last() -> None:
     lines = [line(f"n{n}") for n in range(9)]
     lines += [line("x", name="mytask"), "no json", "[]", "{}", line("y", level="odd")]
-    assert [told.text for told in log_redaction.shared(lines, 3)] == ["n6", "n7", "n8"]
+    assert [told.text for told in log_redaction.redact(lines, 3)] == ["n6", "n7", "n8"]
 
 
 def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
@@ -50,12 +50,12 @@ def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
     path.write_text("".join(f"{line(f'n{n}')}\n" for n in range(20_000)))
     lines = log_redaction.tail(path)
     assert sum(map(len, lines)) < 300_000
-    assert log_redaction.shared(lines, 1)[0].text == "n19999"
+    assert log_redaction.redact(lines, 1)[0].text == "n19999"
 
 
 @given(st.text())
 def test_whatever_stands_there_can_be_sent_and_read(message: str) -> None:
     import msgspec
 
-    told = LogsTold(ask="a", lines=log_redaction.shared([line(message)], 5))
+    told = LogsTold(ask="a", lines=log_redaction.redact([line(message)], 5))
     assert msgspec.json.decode(msgspec.json.encode(told), type=LogsTold) == told

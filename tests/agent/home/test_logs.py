@@ -20,8 +20,8 @@ def test_no_line_is_lost_or_told_twice(
 ) -> None:
     """Between two looks at most three files are rotated away: as many as are kept."""
     home = tmp_path_factory.mktemp("home")
-    writing = RotatingFileHandler(home / logs.FILE, "a", 200, logs.ROTATED)
-    log, seen, written = logs.Log(home), [], 0
+    writing = RotatingFileHandler(home / logs.FILE, "a", 200, logs.ROTATED_FILES)
+    log, seen, written = logs.LogReader(home), [], 0
     for piece in pieces:
         for _ in range(piece):
             text = f"{written:03} {'x' * 40}"  # four to a file
@@ -36,13 +36,13 @@ def test_the_first_look_goes_back_through_rotated_files(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         (tmp_path / f"{logs.FILE}.{number}").write_text(f"old {number}\n")
     (tmp_path / logs.FILE).write_text("new\n")
-    log = logs.Log(tmp_path)
+    log = logs.LogReader(tmp_path)
     assert log.new_lines() == ["old 3", "old 2", "old 1", "new"]
     assert log.new_lines() == []
 
 
 def test_a_line_waits_for_its_end_and_odd_bytes_do_no_harm(tmp_path: Path) -> None:
-    log = logs.Log(tmp_path)
+    log = logs.LogReader(tmp_path)
     assert log.new_lines() == []
     with (tmp_path / logs.FILE).open("ab") as file:
         file.write(b"one\ntw")
@@ -58,14 +58,14 @@ def test_a_line_waits_for_its_end_and_odd_bytes_do_no_harm(tmp_path: Path) -> No
 
 def test_words_for_a_person() -> None:
     record = logging.LogRecord("n", logging.WARNING, "", 0, "a \x1b[2J b", None, None)
-    words = logs.in_words(logs.JsonLines().format(record))
+    words = logs.format_line(logs.JsonFormatter().format(record))
     assert words[10] == " "
     assert words[19:] == " warning: a ·[2J b"
     try:
         raise ValueError("oh")
     except ValueError as err:
         record.exc_info = (ValueError, err, err.__traceback__)
-    lines = logs.in_words(logs.JsonLines().format(record)).splitlines()
+    lines = logs.format_line(logs.JsonFormatter().format(record)).splitlines()
     assert lines[1] == "    Traceback (most recent call last):"
     assert lines[-1] == "    ValueError: oh"
 
@@ -74,9 +74,9 @@ def test_words_for_a_person() -> None:
     "line", ["", "plain", "[1]", '{"at":1e999}', '{"at":"x"}', "[" * 100_000, '{"at":NaN}']
 )
 def test_what_is_not_ours_is_shown_as_it_is(line: str) -> None:
-    assert logs.in_words(line) == line
+    assert logs.format_line(line) == line
 
 
 def test_a_level_and_a_message_of_any_kind_are_shown() -> None:
     line = json.dumps({"at": 0, "level": 3, "message": None, "trace": 5})
-    assert logs.in_words(line).endswith(" 3: None\n    5")
+    assert logs.format_line(line).endswith(" 3: None\n    5")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.home import settings
-from agent.home.settings import AgentSettings, Enrolment
+from agent.home.settings import AgentSettings, Enrollment
 from protocols.errors import ExitCode, HomeFault, NotEnrolled, UsageFault
 from protocols.messages.mqtt import MqttAddress
 from tests.support.ascii_locale import in_ascii
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_text_is_a_usage_fault(tmp_path: Path) -> None:
 def test_a_wrong_variable_is_a_usage_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    monkeypatch.setenv(settings.PREFIX + name, value)
+    monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name, value)
     with pytest.raises(UsageFault):
         settings.read(tmp_path)
 
@@ -109,8 +109,8 @@ def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, A
     settings.read(tmp_path)
 
 
-def an_enrolment() -> Enrolment:
-    return Enrolment(
+def an_enrollment() -> Enrollment:
+    return Enrollment(
         peer="P",
         name="box",
         fleet="0" * 16,
@@ -122,32 +122,32 @@ def an_enrolment() -> Enrolment:
     )
 
 
-def test_an_enrolment_comes_back_and_is_private(tmp_path: Path) -> None:
-    settings.write_enrolment(tmp_path, an_enrolment())
-    assert settings.read_enrolment(tmp_path) == an_enrolment()
+def test_an_enrollment_comes_back_and_is_private(tmp_path: Path) -> None:
+    settings.write_enrollment(tmp_path, an_enrollment())
+    assert settings.read_enrollment(tmp_path) == an_enrollment()
     if os.name == "posix":
-        assert (tmp_path / settings.ENROLLED).stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / settings.ENROLLMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
-def test_without_an_enrolment_the_way_is_shown(tmp_path: Path) -> None:
+def test_without_an_enrollment_the_way_is_shown(tmp_path: Path) -> None:
     with pytest.raises(NotEnrolled) as caught:
-        settings.read_enrolment(tmp_path)
+        settings.read_enrollment(tmp_path)
     assert caught.value.exit_code is ExitCode.REFUSED
     assert "join TICKET" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"peer":1}', b"[" * 100_000])
-def test_a_damaged_enrolment_is_said(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / settings.ENROLLED).write_bytes(content)
+def test_a_damaged_enrollment_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / settings.ENROLLMENT_FILE).write_bytes(content)
     with pytest.raises(HomeFault, match="damaged"):
-        settings.read_enrolment(tmp_path)
+        settings.read_enrollment(tmp_path)
 
 
 def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
     settings.change(tmp_path, data="/home/jürgen/data.csv")
     in_ascii(f"""
         from pathlib import Path
-        from agent import settings
+        from agent.home import settings
         assert settings.read(Path({str(tmp_path)!r})).data == "/home/j\\u00fcrgen/data.csv"
     """)
 
@@ -162,6 +162,6 @@ def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
 def test_a_wrong_value_is_told_with_what_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
 ) -> None:
-    monkeypatch.setenv(settings.PREFIX + name.upper(), value)
+    monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name.upper(), value)
     with pytest.raises(UsageFault, match=words):
         settings.read(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.home import status_files
-from agent.home.status_files import Status, Wish
+from agent.home.status_files import OwnerRequest, Status
 
 
 def a_status() -> Status:
@@ -25,24 +25,30 @@ def test_the_status_is_what_was_last_said(tmp_path: Path) -> None:
 
 
 def test_the_wish_outlives_the_agent(tmp_path: Path) -> None:
-    assert status_files.read_wish(tmp_path) == Wish()
-    for wish in (Wish(want="pause", until=12.5), Wish(want="finish"), Wish()):
-        status_files.write_wish(tmp_path, wish)
-        assert status_files.read_wish(tmp_path) == wish
+    assert status_files.read_request(tmp_path) == OwnerRequest()
+    for wish in (
+        OwnerRequest(want="pause", until=12.5),
+        OwnerRequest(want="finish"),
+        OwnerRequest(),
+    ):
+        status_files.write_request(tmp_path, wish)
+        assert status_files.read_request(tmp_path) == wish
     if os.name == "posix":
-        assert (tmp_path / status_files.WISH).stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / status_files.REQUEST_FILE).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[]", b"{", b'{"want":"dance"}', b'{"want":1}', b"[" * 100_000]
 )
 def test_a_damaged_file_reads_as_none(tmp_path: Path, content: bytes) -> None:
-    for name in (status_files.STATUS, status_files.WISH):
+    for name in (status_files.STATUS_FILE, status_files.REQUEST_FILE):
         (tmp_path / name).write_bytes(content)
     assert status_files.read_status(tmp_path) is None
-    assert status_files.read_wish(tmp_path) == Wish()
+    assert status_files.read_request(tmp_path) == OwnerRequest()
 
 
 def test_a_file_of_a_newer_version_is_read_as_far_as_it_is_understood(tmp_path: Path) -> None:
-    (tmp_path / status_files.WISH).write_bytes(b'{"want":"pause","until":0.0,"mood":"good"}')
-    assert status_files.read_wish(tmp_path) == Wish(want="pause")
+    (tmp_path / status_files.REQUEST_FILE).write_bytes(
+        b'{"want":"pause","until":0.0,"mood":"good"}'
+    )
+    assert status_files.read_request(tmp_path) == OwnerRequest(want="pause")

@@ -65,30 +65,30 @@ def claim(**changed: Any) -> UpdateClaim:
 
 
 def test_what_left_is_noted_for_the_owner_alone(tmp_path: Path) -> None:
-    audit_log.write(tmp_path, claim(kind="describe"), "tabular", b'{"rows":3}')
-    audit_log.write(tmp_path, claim(metrics={"loss": 0.5, "nan": None}), "tabular", b"")
-    audit_log.write(tmp_path, claim(kind="recall"), "tabular", b"")
+    audit_log.write_update(tmp_path, claim(kind="describe"), "tabular", b'{"rows":3}')
+    audit_log.write_update(tmp_path, claim(metrics={"loss": 0.5, "nan": None}), "tabular", b"")
+    audit_log.write_update(tmp_path, claim(kind="recall"), "tabular", b"")
     with (tmp_path / audit_log.FILE).open("ab") as file:
         file.write(b'{"at": 1, "run"')  # a power cut
     sums = {"confusion": [3.0, 1.0, 0.0, 4.0]}
-    audit_log.write(tmp_path, claim(kind="evaluate", tallies=sums), "tabular", b"")
+    audit_log.write_update(tmp_path, claim(kind="evaluate", tallies=sums), "tabular", b"")
     told = audit_log.read(tmp_path)
     last = told.pop()
     assert (last.what, last.tallies) == ("evaluation", sums)
-    assert audit_log.in_words(last).endswith("4 sums of confusion")
+    assert audit_log.format_entry(last).endswith("4 sums of confusion")
     assert [(one.what, one.told) for one in told] == [
         ("description", '{"rows":3}'),
         ("weights", ""),
     ]
-    assert "weights, 7 bytes dddddddddddd as fp32, 5 examples, loss 0.5" in audit_log.in_words(
+    assert "weights, 7 bytes dddddddddddd as fp32, 5 examples, loss 0.5" in audit_log.format_entry(
         told[1]
     )
     assert stat.S_IMODE((tmp_path / audit_log.FILE).stat().st_mode) == 0o600
 
 
 def test_the_list_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_log, "MOST_BYTES", 2000)
+    monkeypatch.setattr(audit_log, "MAX_BYTES", 2000)
     for number in range(100):
-        audit_log.write(tmp_path, claim(round=number), "t", b"")
+        audit_log.write_update(tmp_path, claim(round=number), "t", b"")
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 6000
     assert [one.round for one in audit_log.read(tmp_path)][-1] == 99

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from agent.policy.rules import (
     RULES,
+    Forecast,
     Pause,
     PolicySettings,
     Run,
-    Sensed,
+    SensorReadings,
     Slow,
-    Window,
     decide,
-    window,
+    forecast,
 )
-from agent.policy.schedule import DAY
+from agent.policy.schedule import DAY_MINUTES
 
 #: A quiet desktop on mains, Wednesday noon, nobody at it.
 QUIET: dict[str, Any] = {
-    "minute": 2 * DAY + 720,
+    "minute": 2 * DAY_MINUTES + 720,
     "on_battery": False,
     "others_percent": 3.0,
     "others_long_percent": 3.0,
@@ -96,8 +96,8 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"user": "never"}, {"user_idle_s": float("inf")}, "run"),
     # the week
     ({"hours": NIGHTS}, {}, "schedule, until wed 18:00"),
-    ({"hours": NIGHTS}, {"minute": 2 * DAY + 1100}, "run"),
-    ({"hours": NIGHTS}, {"minute": 5 * DAY + 600}, "schedule, until mon 18:00"),
+    ({"hours": NIGHTS}, {"minute": 2 * DAY_MINUTES + 1100}, "run"),
+    ({"hours": NIGHTS}, {"minute": 5 * DAY_MINUTES + 600}, "schedule, until mon 18:00"),
     ({"hours": NIGHTS}, {"minute": None}, "run"),
     ({"hours": NIGHTS, "schedule": "never"}, {"minute": None}, "schedule: unknown here"),
     ({"hours": NIGHTS, "schedule": "always"}, {}, "run"),
@@ -151,7 +151,7 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 def told(chosen: dict[str, Any], sensed: dict[str, Any]) -> str:
-    match decide(PolicySettings(**chosen), Sensed(**{**QUIET, **sensed})):
+    match decide(PolicySettings(**chosen), SensorReadings(**{**QUIET, **sensed})):
         case Pause(reason=reason):
             return reason
         case Slow(share):
@@ -178,15 +178,15 @@ def test_the_table(chosen: dict[str, Any], sensed: dict[str, Any], decided: str)
     ],
 )
 def test_what_has_paused_lets_go_later(rule: str, sensed: dict[str, Any], still: bool) -> None:
-    decided = decide(PolicySettings(), Sensed(**{**QUIET, **sensed}), frozenset({rule}))
+    decided = decide(PolicySettings(), SensorReadings(**{**QUIET, **sensed}), frozenset({rule}))
     assert isinstance(decided, Pause) is still
 
 
 modes = st.sampled_from(["always", "auto", "never"])
 percents = st.none() | st.floats(0, 100)
 senses = st.builds(
-    Sensed,
-    minute=st.none() | st.integers(0, 7 * DAY - 1),
+    SensorReadings,
+    minute=st.none() | st.integers(0, 7 * DAY_MINUTES - 1),
     on_battery=st.none() | st.booleans(),
     battery_percent=percents,
     others_percent=percents,
@@ -215,7 +215,7 @@ rules = st.frozensets(st.sampled_from(RULES))
 
 @given(chosen=settings, sensed=senses, held=rules)
 def test_a_decision_names_rules_that_are_asked(
-    chosen: PolicySettings, sensed: Sensed, held: frozenset[str]
+    chosen: PolicySettings, sensed: SensorReadings, held: frozenset[str]
 ) -> None:
     decided = decide(chosen, sensed, held)
     if isinstance(decided, Pause):
@@ -226,14 +226,16 @@ def test_a_decision_names_rules_that_are_asked(
         assert decide(chosen, sensed, decided.rules) == decided, "it holds itself up at most"
     elif isinstance(decided, Slow):
         assert 0 < decided.share < 1
-    ahead = window(chosen, sensed, decided)
+    ahead = forecast(chosen, sensed, decided)
     assert ahead.free_in_s >= 0
     assert ahead.free_for_s >= 0
     assert not ahead.free_in_s or isinstance(decided, Pause)
 
 
 @given(chosen=settings, sensed=senses)
-def test_a_stricter_mode_never_lets_more_through(chosen: PolicySettings, sensed: Sensed) -> None:
+def test_a_stricter_mode_never_lets_more_through(
+    chosen: PolicySettings, sensed: SensorReadings
+) -> None:
     from msgspec.structs import replace
 
     for rule in RULES:
@@ -251,26 +253,26 @@ def test_where_nothing_is_known_auto_works(chosen: PolicySettings) -> None:
     from msgspec.structs import replace
 
     auto = replace(chosen, work="auto", **dict.fromkeys(RULES, "auto"))
-    assert not isinstance(decide(auto, Sensed()), Pause)
+    assert not isinstance(decide(auto, SensorReadings()), Pause)
 
 
 @pytest.mark.parametrize(
     ("chosen", "sensed", "ahead"),
     [
-        ({}, {}, Window()),
-        ({"hours": NIGHTS}, {}, Window(free_in_s=6 * 3600.0)),
-        ({"hours": NIGHTS}, {"minute": 2 * DAY + 1140}, Window(free_for_s=13 * 3600.0)),
-        ({"hours": NIGHTS}, {"on_battery": True}, Window()),
-        ({"hours": NIGHTS, "schedule": "always"}, {}, Window()),
-        (CAP, {"up_today_bytes": 10**9}, Window(free_in_s=12 * 3600.0)),
+        ({}, {}, Forecast()),
+        ({"hours": NIGHTS}, {}, Forecast(free_in_s=6 * 3600.0)),
+        ({"hours": NIGHTS}, {"minute": 2 * DAY_MINUTES + 1140}, Forecast(free_for_s=13 * 3600.0)),
+        ({"hours": NIGHTS}, {"on_battery": True}, Forecast()),
+        ({"hours": NIGHTS, "schedule": "always"}, {}, Forecast()),
+        (CAP, {"up_today_bytes": 10**9}, Forecast(free_in_s=12 * 3600.0)),
     ],
 )
 def test_when_it_changes_by_the_clock(
-    chosen: dict[str, Any], sensed: dict[str, Any], ahead: Window
+    chosen: dict[str, Any], sensed: dict[str, Any], ahead: Forecast
 ) -> None:
-    made, felt = PolicySettings(**chosen), Sensed(**{**QUIET, **sensed})
-    assert window(made, felt, decide(made, felt)) == ahead
+    made, felt = PolicySettings(**chosen), SensorReadings(**{**QUIET, **sensed})
+    assert forecast(made, felt, decide(made, felt)) == ahead
 
 
 def test_run_is_the_answer_of_a_quiet_machine() -> None:
-    assert decide(PolicySettings(), Sensed(**QUIET)) == Run()
+    assert decide(PolicySettings(), SensorReadings(**QUIET)) == Run()

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.policy import schedule
-from agent.policy.schedule import DAY, WEEK, Hours
+from agent.policy.schedule import DAY_MINUTES, WEEK_MINUTES, WeeklyHours
 from protocols.errors import UsageFault
 
-MON, FRI, SAT, SUN = 0, 4 * DAY, 5 * DAY, 6 * DAY
+MON, FRI, SAT, SUN = 0, 4 * DAY_MINUTES, 5 * DAY_MINUTES, 6 * DAY_MINUTES
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ MON, FRI, SAT, SUN = 0, 4 * DAY, 5 * DAY, 6 * DAY
         ("sat-sun 0:00-24:00", SUN + 1439, True),
         ("sat-sun 0:00-24:00", MON, False),
         ("fri-mon 0:00-1:00", SUN + 30, True),
-        ("fri-mon 0:00-1:00", DAY + 30, False),
+        ("fri-mon 0:00-1:00", DAY_MINUTES + 30, False),
         ("MON 8:00 - 9:00, sat 0:00-24:00", SAT + 5, True),
     ],
 )
@@ -53,21 +53,25 @@ def test_what_are_no_hours_is_refused(text: str) -> None:
 
 
 def test_all_week_never_changes() -> None:
-    assert schedule.parse("mon-sun 0:00-24:00").changes_in(17) == 0
-    assert schedule.parse("").changes_in(17) == 0
+    assert schedule.parse("mon-sun 0:00-24:00").minutes_until_change(17) == 0
+    assert schedule.parse("").minutes_until_change(17) == 0
 
 
 @given(
-    windows=st.lists(st.tuples(st.integers(0, WEEK - 1), st.integers(1, DAY)), max_size=5),
-    minute=st.integers(0, WEEK - 1),
+    windows=st.lists(
+        st.tuples(st.integers(0, WEEK_MINUTES - 1), st.integers(1, DAY_MINUTES)), max_size=5
+    ),
+    minute=st.integers(0, WEEK_MINUTES - 1),
 )
 def test_it_changes_when_it_says(windows: list[tuple[int, int]], minute: int) -> None:
-    week = Hours(tuple((begin, begin + length) for begin, length in windows))
-    wait = week.changes_in(minute)
+    week = WeeklyHours(tuple((begin, begin + length) for begin, length in windows))
+    wait = week.minutes_until_change(minute)
     now = week.is_open(minute)
-    last = wait or WEEK
+    last = wait or WEEK_MINUTES
     # Each minute until then is as now; and that one is not.
-    assert all(week.is_open((minute + m) % WEEK) == now for m in range(0, last, max(1, last // 97)))
+    assert all(
+        week.is_open((minute + m) % WEEK_MINUTES) == now for m in range(0, last, max(1, last // 97))
+    )
     if wait:
-        assert week.is_open((minute + wait) % WEEK) != now
-        assert week.is_open((minute + wait - 1) % WEEK) == now
+        assert week.is_open((minute + wait) % WEEK_MINUTES) != now
+        assert week.is_open((minute + wait - 1) % WEEK_MINUTES) == now

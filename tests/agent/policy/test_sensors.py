@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.policy import sensors
-from agent.policy.sensors import Others, Sensors
+from agent.policy.sensors import OtherProcesses, Sensors
 
 
 def supply(root: Path, name: str, **files: object) -> None:
@@ -46,20 +46,20 @@ def test_the_hottest_of_all(tmp_path: Path) -> None:
 
 
 def test_what_is_sensed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sensors.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sensors.SYSFS_VARIABLE, str(tmp_path))
     supply(tmp_path, "BAT0", type="Battery", status="Discharging", capacity=41)
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     feeling = Sensors(tmp_path)
-    assert feeling.sense().on_battery is True
+    assert feeling.read().on_battery is True
     supply(tmp_path, "AC", type="Mains", online=1)
     clock[0] += 1.0
-    sensed = feeling.sense(5, 6)
+    sensed = feeling.read(5, 6)
     assert (sensed.on_battery, sensed.up_today_bytes, sensed.down_today_bytes) == (False, 5, 6)
     assert sensed.memory_free_percent is not None
     assert 0 < sensed.memory_free_percent <= 100
     assert sensed.home_bytes is not None
-    assert set(sensors.missing(sensed)) <= {"user", "metered", "hot"}
+    assert set(sensors.missing_sensors(sensed)) <= {"user", "metered", "hot"}
 
 
 def spin(seconds: float, nice: int = 0) -> subprocess.Popen[bytes]:
@@ -75,7 +75,7 @@ def test_our_own_work_is_not_that_of_others(nice: int, ours_s: float) -> None:
     What is nice is in neither: it yields to everybody.
     """
     pids: list[int] = []
-    knowing, ignorant = Others(lambda: pids), Others(lambda: ())
+    knowing, ignorant = OtherProcesses(lambda: pids), OtherProcesses(lambda: ())
     process = spin(0.5, nice)
     pids.append(process.pid)
     before = [look._read()[0] for look in (knowing, ignorant)]
@@ -89,7 +89,7 @@ def test_our_own_work_is_not_that_of_others(nice: int, ours_s: float) -> None:
 
 
 def test_use_by_others_is_a_part_of_all_cores() -> None:
-    others = Others(lambda: ())
+    others = OtherProcesses(lambda: ())
     assert others.percent(0.0) == (None, None), "it takes two looks"
     time.sleep(0.05)
     short, long = others.percent(1.0)

@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from agent.setup.autostart import Launchd, Plan, Systemd, choose, plan, plist_text, unit_text
+from agent.setup.autostart import (
+    Launchd,
+    ServiceSpec,
+    Systemd,
+    find_manager,
+    launchd_plist,
+    service_spec,
+    systemd_unit,
+)
 from protocols.errors import CommonweightError, NotRunning, UsageFault
 from protocols.local.checks import Advice
 from tests.support.fleet_harness import AGENT, environment, run_program
 
-USUAL = Plan("/opt/cw/bin/python", Path("/home/ann/.local/share/commonweight/agent"), False)
-OTHER = Plan('/opt/a "b"/bin/py$1', Path("/srv/50% of it/agent"), True)
+USUAL = ServiceSpec("/opt/cw/bin/python", Path("/home/ann/.local/share/commonweight/agent"), False)
+OTHER = ServiceSpec('/opt/a "b"/bin/py$1', Path("/srv/50% of it/agent"), True)
 
 UNIT = """\
 [Unit]
@@ -53,17 +61,17 @@ WantedBy=default.target
 
 
 def test_the_unit_of_the_usual_home() -> None:
-    assert unit_text(USUAL) == UNIT
+    assert systemd_unit(USUAL) == UNIT
     assert USUAL.name == "commonweight-agent"
 
 
 def test_a_chosen_home_and_odd_letters_are_quoted() -> None:
-    lines = unit_text(OTHER).splitlines()
+    lines = systemd_unit(OTHER).splitlines()
     assert lines[4] == 'ExecStart="/opt/a \\"b\\"/bin/py$$1" -P -m agent.cli run'
     assert lines[5] == 'Environment="COMMONWEIGHT_AGENT_HOME=/srv/50%% of it/agent"'
     assert 'ReadWritePaths="/srv/50%% of it/agent"' in lines
     assert OTHER.name == "commonweight-agent-9d5ab524"
-    assert Plan("", Path("/srv/x"), True).name != OTHER.name
+    assert ServiceSpec("", Path("/srv/x"), True).name != OTHER.name
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -72,7 +80,7 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, odd: bool) -> None:
     home = tmp_path / ("50% of it" if odd else "home")
     home.mkdir()
     file = tmp_path / "commonweight-agent.service"
-    file.write_text(unit_text(Plan(sys.executable, home, odd)))
+    file.write_text(systemd_unit(ServiceSpec(sys.executable, home, odd)))
     done = subprocess.run(
         ["systemd-analyze", "--user", "verify", str(file)],
         env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
@@ -87,7 +95,7 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, odd: bool) -> None:
 
 
 def test_the_launchd_agent() -> None:
-    assert plistlib.loads(plist_text(USUAL)) == {
+    assert plistlib.loads(launchd_plist(USUAL)) == {
         "Label": "org.commonweight-agent",
         "ProgramArguments": ["/opt/cw/bin/python", "-P", "-m", "agent.cli", "run"],
         "RunAtLoad": True,
@@ -99,19 +107,19 @@ def test_the_launchd_agent() -> None:
         "LowPriorityIO": True,
         "Umask": 0o077,
     }
-    other = plistlib.loads(plist_text(OTHER))
+    other = plistlib.loads(launchd_plist(OTHER))
     assert other["Label"] == "org.commonweight-agent-9d5ab524"
     assert other["EnvironmentVariables"] == {"COMMONWEIGHT_AGENT_HOME": "/srv/50% of it/agent"}
 
 
 def test_each_system_has_its_own_way_and_others_are_told(tmp_path: Path) -> None:
-    assert isinstance(choose(USUAL, "linux"), Systemd)
-    assert isinstance(choose(USUAL, "darwin"), Launchd)
+    assert isinstance(find_manager(USUAL, "linux"), Systemd)
+    assert isinstance(find_manager(USUAL, "darwin"), Launchd)
     with pytest.raises(UsageFault, match="no service on win32") as caught:
-        choose(USUAL, "win32")
+        find_manager(USUAL, "win32")
     assert "-P -m agent.cli run" in caught.value.hint
-    made = plan({"COMMONWEIGHT_AGENT_HOME": "/srv/x"})
-    assert (made.python, made.chosen_home) == (sys.executable, True)
+    made = service_spec({"COMMONWEIGHT_AGENT_HOME": "/srv/x"})
+    assert (made.python, made.is_custom_home) == (sys.executable, True)
 
 
 # --- what is asked of systemctl ---------------------------------------------------------------
@@ -180,14 +188,14 @@ def test_the_doctor_is_told_of_the_service(tmp_path: Path, monkeypatch: pytest.M
     from agent.setup import autostart
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    said = autostart.advice()
+    said = autostart.check()
     assert isinstance(said, str)
     assert "not installed" in said
-    file = choose(plan()).file
+    file = find_manager(service_spec()).file
     file.parent.mkdir(parents=True)
     file.touch()
     monkeypatch.setattr(autostart, "_LINGER", tmp_path / "linger")
-    advice = autostart.advice()
+    advice = autostart.check()
     assert isinstance(advice, Advice)
     assert advice.fix.startswith("loginctl enable-linger ")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.setup import discovery, enrollment
-from agent.setup.discovery import Found
+from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.daemon import mdns as announcing
 from coordinator.daemon.mdns import announce, own_addresses
 from protocols.enrollment import identity, tickets
@@ -40,10 +40,10 @@ async def _quietly(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def seen(*, at_least: int) -> list[Found]:
-    found: list[Found] = []
+def seen(*, at_least: int) -> list[DiscoveredCoordinator]:
+    found: list[DiscoveredCoordinator] = []
     for _ in range(10):
-        found = discovery.look(1.0, [HOST])
+        found = discovery.discover(1.0, [HOST])
         if len(found) >= at_least:
             break
     return found
@@ -65,14 +65,14 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
         assert sorted(one.name for one in network) == ["forger", "own"]
         assert all(one.ca == ca[: tickets.CA_BYTES] for one in network)
         only_forged = [one for one in network if one.name == "forger"]
-        monkeypatch.setattr(discovery, "look", lambda: only_forged)
+        monkeypatch.setattr(discovery, "discover", lambda: only_forged)
         with pytest.raises(Refused, match="is not the coordinator"):
             enrollment.join(tmp_path / "home", code, name="box", labels={})
         assert ("POST", "/cw/v1/join") not in forger.requests
-        monkeypatch.setattr(discovery, "look", lambda: network)  # the forger stands first
-        enrolment, _ = enrollment.join(tmp_path / "home", code, name="box", labels={})
-        assert enrolment.addresses == (own.address,)
-        monkeypatch.setattr(discovery, "look", list)
+        monkeypatch.setattr(discovery, "discover", lambda: network)  # the forger stands first
+        joined, _ = enrollment.join(tmp_path / "home", code, name="box", labels={})
+        assert joined.addresses == (own.address,)
+        monkeypatch.setattr(discovery, "discover", list)
         with pytest.raises(UnknownName, match="seen: none"):
             enrollment.join(tmp_path / "other", code, name="box", labels={})
 
@@ -119,5 +119,5 @@ def test_where_there_is_no_network_yet_it_is_announced_later(
 
 def test_where_nothing_can_be_heard_that_is_told() -> None:
     with pytest.raises(Unreachable, match="cannot look") as told:
-        discovery.look(0.1, [NOBODYS])
+        discovery.discover(0.1, [NOBODYS])
     assert "whole ticket" in told.value.hint

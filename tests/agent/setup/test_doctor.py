@@ -19,8 +19,8 @@ import msgspec
 import pytest
 
 from agent.home import settings
-from agent.home.settings import Enrolment
-from agent.setup.doctor import examine_agent, skew
+from agent.home.settings import Enrollment
+from agent.setup.doctor import check_skew, examine_agent
 from agent.transport.mqtt_client import try_login
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
@@ -140,7 +140,7 @@ def test_another_environment_s_agent_package_is_found(site: Fleet, tmp_path: Pat
 
 
 async def test_an_mqtt_login_is_really_tried(site: Fleet) -> None:
-    mqtt = settings.read_enrolment(site.folder / "box").mqtt
+    mqtt = settings.read_enrollment(site.folder / "box").mqtt
     assert await try_login(mqtt) == ""
     wrong = msgspec.structs.replace(mqtt, password="wrong")
     assert "login was refused or nobody answers" in await try_login(wrong)
@@ -219,7 +219,7 @@ def impostor(
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        enrol(home, *trusted, server.server_address[1])
+        enroll(home, *trusted, server.server_address[1])
         yield
     finally:
         server.shutdown()
@@ -227,7 +227,7 @@ def impostor(
         server.server_close()
 
 
-def enrol(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) -> None:
+def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) -> None:
     sign_key, node_key = identity.new_signing_key(), identity.new_node_key()
     write_private(home / "sign.key", identity.private_pem(sign_key))
     write_private(home / "node.key", identity.private_pem(node_key))
@@ -241,7 +241,7 @@ def enrol(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) -> 
         node_public=identity.node_public(node_key),
         not_after=time.time() + 1000,
     )
-    enrolment = Enrolment(
+    enrollment = Enrollment(
         peer=certificate.peer,
         name="box",
         fleet=fleet_id,
@@ -251,7 +251,7 @@ def enrol(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) -> 
         coordinator_public=bytes(32),
         mqtt=MqttAddress(host=HOST, port=port, ca_pem=ca_pem.decode()),
     )
-    settings.write_enrolment(home, enrolment)
+    settings.write_enrollment(home, enrollment)
 
 
 @pytest.fixture
@@ -299,12 +299,12 @@ def test_who_answers_is_not_our_coordinator(
 def test_how_far_a_clock_may_be_off() -> None:
     # A header's time lags by up to 2 s: 1 s is what it shows on the average.
     for fine in (-2.0, 0.0, 1.0, 2.0, 3.9):
-        assert isinstance(skew(fine), str)
+        assert isinstance(check_skew(fine), str)
     for odd in (4.5, -2.5, -100.0, -298.0):
-        assert isinstance(skew(odd), Advice)
+        assert isinstance(check_skew(odd), Advice)
     for wrong in (6.5, 3600.0, -300.0, -86400.0):
         with pytest.raises(CommonweightError, match="signatures are refused"):
-            skew(wrong)
+            check_skew(wrong)
 
 
 def test_it_can_be_asked_again_and_again(site: Fleet) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.home.settings import ENROLLED, read_enrolment
+from agent.home.settings import ENROLLMENT_FILE, read_enrollment
 from agent.setup import enrollment
 from agent.transport.p2p.gossip import FILE
 from agent.transport.p2p.server import certify
@@ -41,28 +41,28 @@ def home(tmp_path: Path) -> Path:
 
 
 def join(home: Path, ticket: Ticket, **options: bool) -> str:
-    enrolment, _ = enrollment.join(home, tickets.encode(ticket), name="box", labels={}, **options)
-    return enrolment.peer
+    joined, _ = enrollment.join(home, tickets.encode(ticket), name="box", labels={}, **options)
+    return joined.peer
 
 
 def test_a_machine_joins_and_knows_what_it_needs(site: Site, home: Path) -> None:
-    enrolment, awaiting = enrollment.join(
+    joined, awaiting = enrollment.join(
         home, tickets.encode(site.ticket()), name="box", labels={"site": "north"}
     )
     assert not awaiting
-    assert enrolment == read_enrolment(home)
-    assert enrolment.addresses == (site.address,)
-    assert enrolment.fleet == site.fleet_id
-    assert enrolment.mqtt.host == HOST
-    assert enrolment.coordinator_public == identity.raw_public(site.sign_key)
-    certificate = identity.read_certificate(site.ca_pem, enrolment.certificate)
+    assert joined == read_enrollment(home)
+    assert joined.addresses == (site.address,)
+    assert joined.fleet == site.fleet_id
+    assert joined.mqtt.host == HOST
+    assert joined.coordinator_public == identity.raw_public(site.sign_key)
+    certificate = identity.read_certificate(site.ca_pem, joined.certificate)
     key = identity.load_signing_key(home / "sign.key")
     assert certificate.sign_public == identity.raw_public(key)
-    assert enrolment.peer == identity.peer_id(certificate.sign_public)
-    assert site.registry.peers[enrolment.peer].labels == {"site": "north"}
+    assert joined.peer == identity.peer_id(certificate.sign_public)
+    assert site.registry.peers[joined.peer].labels == {"site": "north"}
     assert site.requests == [("GET", CA_PATH), ("POST", JOIN_PATH)]
     if os.name == "posix":
-        for name in ("sign.key", "node.key", ENROLLED):
+        for name in ("sign.key", "node.key", ENROLLMENT_FILE):
             assert (home / name).stat().st_mode & 0o777 == 0o600
 
 
@@ -79,12 +79,12 @@ def test_the_right_ca_without_its_key_gets_nothing(site: Site, home: Path, tmp_p
     """An impostor can show a copy of the CA certificate, but TLS then asks for a key."""
     (tmp_path / "impostor").mkdir()
     impostor = Site(tmp_path / "impostor")
-    impostor.ca_pem = site.ca_pem
+    impostor.identity = impostor.identity._replace(ca_pem=site.ca_pem)
     ticket = msgspec.structs.replace(site.ticket(), addresses=(impostor.address,))
     with impostor.up(), pytest.raises(Unreachable, match="certificate"):
         join(home, ticket)
     assert impostor.requests == [("GET", CA_PATH)]
-    assert not (home / ENROLLED).exists()
+    assert not (home / ENROLLMENT_FILE).exists()
 
 
 def test_no_ticket_no_request(site: Site, home: Path) -> None:
@@ -121,13 +121,13 @@ def test_a_ticket_that_is_no_good_is_refused_with_why(
     with pytest.raises(Refused, match=words) as caught:
         join(home, ticket)
     assert caught.value.hint
-    assert not (home / ENROLLED).exists()
+    assert not (home / ENROLLMENT_FILE).exists()
 
 
 def test_a_second_try_with_the_same_key_is_the_same_machine(site: Site, home: Path) -> None:
     ticket = site.ticket()
     first = join(home, ticket)
-    (home / ENROLLED).unlink()  # as if the answer had been lost
+    (home / ENROLLMENT_FILE).unlink()  # as if the answer had been lost
     assert join(home, ticket) == first
     assert len(site.registry.peers) == 1
 
@@ -139,7 +139,7 @@ def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home:
     assert "--replace" in caught.value.hint
     second = join(home, site.ticket(), replace=True)
     assert second != first
-    assert read_enrolment(home).peer == second
+    assert read_enrollment(home).peer == second
 
 
 @pytest.mark.parametrize("how", ["replace", "leave"])
@@ -150,13 +150,13 @@ def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, 
     if how == "replace":
         join(home, site.ticket(), replace=True)
     else:
-        enrollment.leave(home, read_enrolment(home), offline=True)
+        enrollment.leave(home, read_enrollment(home), offline=True)
     assert not (home / FILE).exists()
     assert not (home / CERTIFICATE).exists()
 
 
 def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) -> None:
-    """The agent would later write its old enrolment over the new one, beside the new keys."""
+    """The agent would later write its old enrollment over the new one, beside the new keys."""
     first = join(home, site.ticket())
     before = {path.name: path.read_bytes() for path in home.iterdir()}
     running = homes.lock(home, "agent")
@@ -172,7 +172,7 @@ def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) 
 
 def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) -> None:
     site.registry.remove(join(home, site.ticket()), "test")
-    (home / ENROLLED).unlink()
+    (home / ENROLLMENT_FILE).unlink()
     with pytest.raises(Refused, match="removed") as caught:
         join(home, site.ticket())
     assert "--replace" in caught.value.hint
@@ -184,7 +184,7 @@ def test_a_refused_replacement_keeps_the_machine_that_was(site: Site, home: Path
     bad = msgspec.structs.replace(site.ticket(), secret=bytes(16))
     with pytest.raises(Refused):
         join(home, bad, replace=True)
-    assert read_enrolment(home).peer == first
+    assert read_enrollment(home).peer == first
     key = identity.load_signing_key(home / "sign.key")
     assert identity.peer_id(identity.raw_public(key)) == first
 
@@ -194,7 +194,7 @@ def test_the_first_address_that_answers_is_taken(site: Site, home: Path) -> None
         closed = f"{HOST}:{taken.getsockname()[1]}"
     ticket = msgspec.structs.replace(site.ticket(), addresses=(closed, site.address))
     join(home, ticket)
-    assert read_enrolment(home).addresses == (site.address, closed)
+    assert read_enrollment(home).addresses == (site.address, closed)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture
 def machine(site: Site) -> Machine:
-    return site.enrol()
+    return site.enroll()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Enrolment: tickets spent and refused; peers joined, approved and removed; all of it kept."""
+"""Enrollment: tickets spent and refused; peers joined, approved and removed; all of it kept."""
 
 from __future__ import annotations
 

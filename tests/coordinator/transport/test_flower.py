@@ -162,7 +162,7 @@ def http(site: Site) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def machine(site: Site) -> Machine:
-    return site.enrol()
+    return site.enroll()
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_strangers_key_opens_no_session(site: Site) -> None:
 def test_another_machines_session_cannot_be_closed(
     site: Site, machine: Machine, link: Link
 ) -> None:
-    other = Link(site.credentials(site.enrol()))
+    other = Link(site.credentials(site.enroll()))
     other.open()
     own, other._node = other._node, link._node
     with pytest.raises(httpx.HTTPStatusError, match="401"):
@@ -353,7 +353,7 @@ def text_of(message: Message) -> object:
 
 
 def test_messages_travel_both_ways(site: Site, machine: Machine, link: Link) -> None:
-    other = site.enrol()
+    other = site.enroll()
     other_link = Link(site.credentials(other))
     other_link.open()
     ids = set(
@@ -438,7 +438,7 @@ def test_a_reply_that_is_not_whole_does_not_block_the_others(
     site: Site, machine: Machine, link: Link
 ) -> None:
     """To Flower's own handlers a reply may be known before its objects are there."""
-    other = site.enrol()
+    other = site.enroll()
     other_link = Link(site.credentials(other))
     other_link.open()
     ids = set(site.grid.push_messages([question(site, m, "q") for m in (machine, other)]))
@@ -466,7 +466,7 @@ def test_nobody_answers_in_anothers_name(site: Site, machine: Machine, link: Lin
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
     message = link.pull()
     assert message is not None
-    stranger = site.enrol()
+    stranger = site.enroll()
     other = Link(site.credentials(stranger))
     other.open()
     forged = Exchange(reply=packed(message, "forged"), want=False)
@@ -522,7 +522,7 @@ HEADS: list[tuple[str, Any]] = [
 @settings(max_examples=150)
 def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     """Whatever an enrolled machine makes of its reply: refused, or an answer that the gate sees."""
-    machine = site.enrol()
+    machine = site.enroll()
     node = site.nodes[machine.peer]
     site.superlink.state.activate_node(node, 60.0)
     ids = set(site.grid.push_messages([question(site, machine, "q")]))

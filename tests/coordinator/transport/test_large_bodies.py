@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def machine(served: Site) -> Machine:
     served.lane.uploads.clear()
-    return served.enrol()
+    return served.enroll()
 
 
 @pytest.fixture

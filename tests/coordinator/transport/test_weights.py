@@ -47,7 +47,7 @@ def site(served: Site) -> Site:
 
 @pytest.fixture
 def machine(site: Site) -> Machine:
-    return site.enrol()
+    return site.enroll()
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_nobody_gets_by_unsigned_or_with_anothers_signature(
     body: dict[str, Any] = {"content": DATA} if method == "PUT" else {}
     digest = DIGEST if method == "PUT" else ""
     stranger = Machine()
-    forged = machine.headers(method, path, digest=digest) | {"x-cw-sender": site.enrol("b").peer}
+    forged = machine.headers(method, path, digest=digest) | {"x-cw-sender": site.enroll("b").peer}
     elsewhere = machine.headers(method, path.replace(DIGEST, "0" * 64), digest=digest)
     for headers in ({}, stranger.headers(method, path, digest=digest), forged, elsewhere):
         assert http.request(method, path, headers=headers, **body).status_code == 401
@@ -438,7 +438,7 @@ def test_what_uploads_under_way_were_promised_is_taken(site: Site) -> None:
 def test_a_disk_that_fills_in_an_upload_leaves_what_can_be_resumed(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk), Site(disk).up() as site, site.http() as http:
-        machine = site.enrol()
+        machine = site.enroll()
         site.transfer.limits.max_bytes = 4 << 20
         data = np.arange(512 * 1024, dtype=np.float32).tobytes()
         digest = hashlib.sha256(data).hexdigest()

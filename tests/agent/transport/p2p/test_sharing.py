@@ -77,7 +77,7 @@ class Peer:
     """A machine that has joined and shares, with its cache of versions."""
 
     def __init__(self, site: Site, folder: Path, name: str, policy: str = "on") -> None:
-        self.machine = site.enrol(name)
+        self.machine = site.enroll(name)
         home = folder / name
         home.mkdir()
         write_private(home / "node.key", identity.private_pem(self.machine.node_key))
@@ -191,7 +191,7 @@ def test_somebody_else_at_a_holders_address_gets_not_a_word(
 ) -> None:
     with peers(site, tmp_path, "ann") as (ann,), hostile_holder(site, tmp_path, "bytes") as rogue:
         _, address = rogue
-        victim = site.enrol("victim")  # whose key the rogue has not
+        victim = site.enroll("victim")  # whose key the rogue has not
         asked = PlanAsked(address=address, networks=("127.0.0.0/8",), open=True)
         site.holders.ask(digest, victim.peer, asked, HOST, time.monotonic())
         assert weights.file_digest(ann.fetch(digest)) == digest
@@ -204,7 +204,7 @@ hostile_heads: list[bytes] = []
 @contextmanager
 def hostile_holder(site: Site, folder: Path, wrong: str) -> Iterator[tuple[Machine, str]]:
     """An enrolled machine whose server answers every request in a wrong way."""
-    machine = site.enrol("rogue")
+    machine = site.enroll("rogue")
     write_private(folder / "rogue.key", identity.private_pem(machine.node_key))
     certify(folder / "rogue.pem", machine.node_key, machine.peer)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -267,7 +267,7 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
 ) -> None:
     with peers(site, tmp_path, "ann") as (ann,):
         ann.fetch(digest)
-        bob, stranger = site.enrol("bob"), Machine("stranger")
+        bob, stranger = site.enroll("bob"), Machine("stranger")
         path = f"/cw/v1/weights/{digest}"
         address = ann.sharing.asked().address
         good = bob.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
@@ -342,7 +342,7 @@ def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest:
 
 def _served(site: Site, ann: Peer, digest: str) -> bool:
     ann.fetch(digest)
-    bob = site.enrol("bob")
+    bob = site.enroll("bob")
     path = f"/cw/v1/weights/{digest}"
     headers = bob.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
     try:

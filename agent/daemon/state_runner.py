@@ -6,23 +6,23 @@ import asyncio
 from collections.abc import Callable
 
 from agent.daemon import state_machine
-from agent.daemon.state_machine import Worker
+from agent.daemon.state_machine import AgentState
 
 
-class WorkerLoop:
+class StateRunner:
     """Holds the worker as it is now, and the agent's end.
 
     `obey` gets every instruction, on the event loop. Before `begin` and after the loop's end what
     comes from other threads is dropped: nobody would act on it.
     """
 
-    def __init__(self, obey: Callable[[state_machine.Instruction], None]) -> None:
-        self.worker = Worker()
+    def __init__(self, execute: Callable[[state_machine.Instruction], None]) -> None:
+        self.state = AgentState()
         self.stopping = asyncio.Event()
-        self._obey = obey
+        self._execute = execute
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Take the running event loop for ours."""
         self._loop = asyncio.get_running_loop()
 
@@ -30,22 +30,22 @@ class WorkerLoop:
         """End the agent."""
         self.stopping.set()
 
-    def happened(self, event: state_machine.Event) -> None:
+    def dispatch(self, event: state_machine.Event) -> None:
         """Tell the machine (on the event loop)."""
-        self.worker, instructions = state_machine.handle(self.worker, event)
+        self.state, instructions = state_machine.handle(self.state, event)
         for instruction in instructions:
-            self._obey(instruction)
+            self._execute(instruction)
 
-    def happened_in_thread(self, event: state_machine.Event) -> None:
+    def dispatch_threadsafe(self, event: state_machine.Event) -> None:
         """Tell the machine soon (from any thread)."""
-        self.soon(self.happened, event)
+        self.call_threadsafe(self.dispatch, event)
 
-    def happens_in(self, wait_s: float, event: state_machine.Event) -> asyncio.TimerHandle:
+    def dispatch_later(self, wait_s: float, event: state_machine.Event) -> asyncio.TimerHandle:
         """Tell the machine later (on the event loop), unless what is given back is cancelled."""
         assert self._loop is not None
-        return self._loop.call_later(wait_s, self.happened, event)
+        return self._loop.call_later(wait_s, self.dispatch, event)
 
-    def soon(self, call: Callable[..., None], *arguments: object) -> None:
+    def call_threadsafe(self, call: Callable[..., None], *arguments: object) -> None:
         """Call this on the event loop (from any thread)."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *arguments)
