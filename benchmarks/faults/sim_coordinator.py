@@ -19,10 +19,10 @@ from benchmarks.faults.sim_network import Network
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet.reducer import Fleet
 from coordinator.runs import buffered, decisions, schema_agreement, transitions
-from coordinator.runs.decisions import View
+from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact
+from coordinator.storage.run_events import RunEvent
 from protocols.errors import TELLABLE, CommonweightError, UpdateRefused
 from protocols.messages.envelope import Envelope, PeerKnown
 from protocols.messages.states import PeerState, RunState
@@ -92,7 +92,9 @@ class Coordinator:
         self._settling: dict[str, Settling] = {}
         self._misfits: set[str] = set()
         self._phase_at = self.now
-        self._patient_until = self.now + _PATIENCE if self.run.pending or self.run.given else 0.0
+        self._patient_until = (
+            self.now + _PATIENCE if self.run.pending or self.run.assignments else 0.0
+        )
         self._changed = True
         self._doing = self._drive()
 
@@ -169,9 +171,9 @@ class Coordinator:
         paused = (PeerState.PAUSED, PeerState.ERROR)
         return frozenset(p for p in self.sessions if self.fleet.peers[p].state not in paused)
 
-    def view(self) -> View:
+    def view(self) -> Observation:
         here = self._eligible() - self._misfits
-        return View(here, self.now - self._phase_at >= self.run.spec.deadline_s)
+        return Observation(here, self.now - self._phase_at >= self.run.spec.deadline_s)
 
     def _drive(self) -> Generator[None, None, None]:
         while not self.run.ended:
@@ -184,9 +186,9 @@ class Coordinator:
             step = decisions.decide(self.run, self.view())
             if isinstance(step, decisions.Wait):
                 self._changed = False
-                while not self._changed and not self.view().due:
+                while not self._changed and not self.view().deadline_passed:
                     yield
-                if self.view().due and not self._changed:
+                if self.view().deadline_passed and not self._changed:
                     yield
             else:
                 yield from self._do(step)
@@ -196,7 +198,7 @@ class Coordinator:
     def _do(self, step: decisions.Step) -> Iterator[None]:
         run = self.run
         match step:
-            case decisions.Agree():
+            case decisions.AgreeSchema():
                 try:
                     news = schema_agreement.agree(run, {}).facts
                 except CommonweightError as err:
@@ -205,15 +207,15 @@ class Coordinator:
             case decisions.AskInit(peer):
                 self._phase_at = self.now
                 yield from self._record(run_events.PeersAsked((peer,)))
-            case decisions.AskMore(peers):
-                if self.view().due:
+            case decisions.AskPeers(peers):
+                if self.view().deadline_passed:
                     self._phase_at = self.now
                 present = (run.round, run.kind)
                 found = self.outstanding.items()
                 self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
                 yield from self._record(run_events.PeersAsked(peers))
-            case decisions.GiveWork(given):
-                if self.view().due:
+            case decisions.AssignWork(given):
+                if self.view().deadline_passed:
                     self._phase_at = self.now
                 yield from self._record(*given)
             case decisions.OpenRound(number, base, eligible):
@@ -263,7 +265,7 @@ class Coordinator:
 
     def _sweep(self, peers: set[str]) -> None:
         """Uploads of these peers, who have none under way, that count for nothing."""
-        for peer in peers - self.run.given.keys():
+        for peer in peers - self.run.assignments.keys():
             kept = {f"update {peer} {one.update.digest}" for one in self.run.buffer}
             for name in self.disk.names(f"update {peer} "):
                 if name not in kept:
@@ -273,10 +275,10 @@ class Coordinator:
         """Buffered: each peer's own training."""
         longest = self.run.spec.deadline_s
         found = [(q, a) for q, a in self.outstanding.items() if a.kind == "train"]
-        if self.run.given:
+        if self.run.assignments:
             self._take_back({q for q, _ in found if self.now - self._asked_at[q] > longest})
         reached = {(a.peer, a.round) for a in self.outstanding.values() if a.kind == "train"}
-        for peer, given in sorted(self.run.given.items()):
+        for peer, given in sorted(self.run.assignments.items()):
             if not given.lost and peer in self._eligible() and (peer, given.round) not in reached:
                 yield
                 self._put(peer, given.round, "train", given.base, given.turn)
@@ -285,7 +287,9 @@ class Coordinator:
         run = self.run
         question = (run.round, run.kind)
         reached = {asked.peer for asked in self.outstanding.values() if asked[1:] == question}
-        waits = run.given.keys() - {a.peer for a in self.outstanding.values() if a.kind == "train"}
+        waits = run.assignments.keys() - {
+            a.peer for a in self.outstanding.values() if a.kind == "train"
+        }
         here = self._eligible()
         peers = [p for p in run.pending if p not in reached and p in here and p not in waits]
         if not peers:
@@ -327,7 +331,7 @@ class Coordinator:
     def _notice_losses(self) -> Iterator[None]:
         if self.now < self._patient_until:
             return
-        at_work = {peer for peer, given in self.run.given.items() if not given.lost}
+        at_work = {peer for peer, given in self.run.assignments.items() if not given.lost}
         lost = sorted((at_work | set(self.run.pending)) - self._eligible())
         for peer in lost:
             self._take_back({q for q, asked in self.outstanding.items() if asked.peer == peer})
@@ -356,7 +360,7 @@ class Coordinator:
             return
         self.waits -= asked_of.keys()
         yield
-        news: list[Fact] = []
+        news: list[RunEvent] = []
         for question, asked in asked_of.items():
             try:
                 news.append(
@@ -375,7 +379,7 @@ class Coordinator:
         for question in asked_of:
             self._settle(question, True)
 
-    def _record(self, *news: Fact) -> Iterator[None]:
+    def _record(self, *news: RunEvent) -> Iterator[None]:
         if not news:
             return
         yield

@@ -10,18 +10,18 @@ from benchmarks.faults.sim_disk import Disk
 from coordinator.runs import buffered, validation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact, Update
+from coordinator.storage.run_events import RunEvent, Update
 from protocols.errors import UpdateRefused
 from protocols.messages.work import UpdateClaim
 
 _decode_claim = msgspec.json.Decoder(UpdateClaim).decode
 
 
-def judged(run: Run, disk: Disk, peer: str, kind: str, payload: bytes, bug: str) -> Fact:
-    """As `coordinator.runs.acceptance.judge` does. Raises UpdateRefused."""
+def judged(run: Run, disk: Disk, peer: str, kind: str, payload: bytes, bug: str) -> RunEvent:
+    """As `coordinator.runs.acceptance.validate_reply` does. Raises UpdateRefused."""
     told = sim_handshake.unpack(payload)
     claim = _decode_claim(told.claim)
-    expected = validation.expectation(run, {}, peer, kind)
+    expected = validation.expected_reply(run, {}, peer, kind)
     try:
         validation.check_claim(run, expected, peer, claim, told.claim, b"", lambda *signed: True)
     except UpdateRefused as err:

@@ -59,7 +59,7 @@ class Schedule:
             tables = {"target": "y"} if seed // 4 % 2 else {}
             quorum = min(spec.quorum, len(PEERS) - bool(misfit))  # who does not fit, never will
             spec = replace(spec, handshake=True, settings=tables, quorum=quorum)
-        news: list[run_events.Fact] = [run_events.RunStarted(spec)]
+        news: list[run_events.RunEvent] = [run_events.RunStarted(spec)]
         disk = Disk(self.random)
         if self.random.random() < 0.7:  # the others begin with the first weights of a peer
             news.append(run_events.WeightsInitialised("first", "file"))

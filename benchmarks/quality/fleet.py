@@ -29,7 +29,7 @@ from agent.tasks import work as trainer_work
 from agent.tasks.work import Done, Train
 from agent.transport.coordinator_client import _pack, _unpack
 from coordinator.runs import state, transitions
-from coordinator.runs.context import Fleetwork
+from coordinator.runs.context import RunContext
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
@@ -70,7 +70,7 @@ class Peer:
         self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
 
     def fetch(self, work: Work) -> Path:
-        return self._transfer.store.version(work.base)
+        return self._transfer.store.version_path(work.base)
 
     def send(self, digest: str, path: Path) -> None:
         """Store an upload as the coordinator does, without the HTTP request."""
@@ -143,9 +143,9 @@ class InProcessFleet:
         """The whole of a run, from `first` on. Raises CommonweightError when it fails."""
         random.seed(spec.seed)  # Flower samples from here
         run_id = f"run{spec.seed}"
-        begun: list[run_events.Fact] = [run_events.RunStarted(spec)]
+        begun: list[run_events.RunEvent] = [run_events.RunStarted(spec)]
         if first is not None:
-            begun.append(run_events.WeightsInitialised(self.lane.commit(first), "file"))
+            begun.append(run_events.WeightsInitialised(self.lane.save(first), "file"))
         self.ledger.append(run_id, [run_events.encode(fact) for fact in begun])
         ended = asyncio.run(self._driven(transitions.replay(run_id, begun), on_round))
         if len(ended.history) < spec.rounds and not ended.ended:
@@ -172,21 +172,21 @@ class InProcessFleet:
         working.cancel()
         return await driving
 
-    def _fleetwork(self, publish: Callable[[Any], None]) -> Fleetwork:
+    def _fleetwork(self, publish: Callable[[Any], None]) -> RunContext:
         def ring(peers: Sequence[str]) -> None:
             for peer in peers:
                 self._rung.put_nowait(peer)
 
-        return Fleetwork(
+        return RunContext(
             ledger=self.ledger,
-            lane=self.lane,
+            store=self.lane,
             transfer=self.transfer,
             grid=self.grid,
             sign=self._sign_key.sign,
             verify=lambda peer, signature, signed: identity.verify(
                 identity.raw_public(self.peers[peer].sign_key), signature, signed
             ),
-            is_own=partial(identity.verify, identity.raw_public(self._sign_key)),
+            is_own_signature=partial(identity.verify, identity.raw_public(self._sign_key)),
             eligible=lambda: frozenset(self.peers),
             node_of=self._node_of.get,
             peer_of=lambda node: self._peer_of[node],

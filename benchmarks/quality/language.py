@@ -183,7 +183,7 @@ def by_rounds(data: list[DataSettings], first: Weights, way: Way) -> dict[str, A
         run = fleet.run(
             spec, lambda closed: losses.append(_told(closed.round, closed.metrics["loss"])), first
         )
-        model = fleet.lane.version(run.head).stat().st_size
+        model = fleet.lane.version_path(run.head).stat().st_size
     assert not any(closed.refused for closed in run.history)
     up, down = sum(closed.bytes_up for closed in run.history), model * PEERS * way.rounds
     whole = model * PEERS * way.steps

@@ -121,8 +121,8 @@ def _measured(peers: int, mb: int, mbit: float, policy: str) -> dict[str, Any]:
         (folder / "coordinator").mkdir()
         model = Weights({"w": np.random.default_rng(1).standard_normal(mb * 250_000, np.float32)})
         with Site(folder / "coordinator").up() as site:
-            digest = site.lane.commit(model)
-            nbytes = site.lane.version(digest).stat().st_size
+            digest = site.lane.save(model)
+            nbytes = site.lane.version_path(digest).stat().st_size
             with Proxy(int(site.address.rpartition(":")[2])) as line:
                 line.fault = Fault(line_bytes_per_s=mbit * 125_000)
                 homes = [_home(site, folder, number, line.port, policy) for number in range(peers)]

@@ -23,11 +23,11 @@ import numpy as np
 
 from coordinator import strategies
 from coordinator.runs import aggregation, buffered, decisions, transitions, validation
-from coordinator.runs.decisions import View
+from coordinator.runs.decisions import Observation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
 from coordinator.storage.weight_store import WeightStore
-from coordinator.strategies.state import States
+from coordinator.strategies.state import StateStore
 from protocols.model import weights
 
 PEERS, SLOW, TIMES = 8, 2, 10.0
@@ -84,17 +84,17 @@ class Virtual:
 
     def __init__(self, fleet: Fleet, folder: Path, spec: RunSpec) -> None:
         self.fleet, self.lane, self.spec = fleet, WeightStore(folder), spec
-        self.states = States(self.lane.states)
+        self.states = StateStore(self.lane.states)
         self.strategy = strategies.find(spec.strategy).make(spec.strategy_args)
         self.run = transitions.replay("r", [run_events.RunStarted(spec)])
-        first = self.lane.commit(fleet.tasks[0].init(spec.seed, SETTINGS))
+        first = self.lane.save(fleet.tasks[0].init(spec.seed, SETTINGS))
         self.record(run_events.WeightsInitialised(first, "file"))
         self.now, self.chance = 0.0, Random(spec.seed)
         self.uploads = self.refused = self.most_stale = 0
         #: (when it is done, peer, round, base, turn)
         self.at_work: list[tuple[float, str, int, str, int]] = []
 
-    def record(self, fact: run_events.Fact) -> None:
+    def record(self, fact: run_events.RunEvent) -> None:
         self.run = transitions.apply(self.run, fact)
 
     def begin(self, peer: str, number: int, base: str, turn: int) -> None:
@@ -106,14 +106,14 @@ class Virtual:
         """Until the goal is reached, or for so much time."""
         everybody = frozenset(names())
         while self.now < most and not self.run.ended:
-            step = decisions.decide(self.run, View(everybody))
+            step = decisions.decide(self.run, Observation(everybody))
             match step:
                 case decisions.OpenRound(number, base):
                     asked = () if self.run.buffered else tuple(names())
                     self.record(run_events.RoundOpened(number, base, asked, PEERS))
                     for peer in asked:
                         self.begin(peer, number, base, 0)
-                case decisions.GiveWork(given):
+                case decisions.AssignWork(given):
                     for work in given:
                         self.record(work)
                         self.begin(work.peer, work.round, work.base, work.turn)
@@ -121,7 +121,7 @@ class Virtual:
                     self.record(run_events.TrainingClosed(self.run.round, contributors))
                 case decisions.Aggregate(contributors):
                     if self.commit(contributors) >= GOAL:
-                        versions = self.run.versions
+                        versions = self.run.num_versions
                         counts = self.uploads, self.refused, self.most_stale
                         return Figure(self.now, versions, *counts)
                 case decisions.OpenEvaluation():
@@ -142,7 +142,7 @@ class Virtual:
                 run.round, made.digest, run.head, contributors, made.metrics, made.state
             )
         )
-        return self.fleet.accuracy(weights.load(self.lane.version(made.digest)))
+        return self.fleet.accuracy(weights.load(self.lane.version_path(made.digest)))
 
     def finish_those_that_are_due(self) -> None:
         """All that end at the same moment, before anybody is given more."""
@@ -151,7 +151,7 @@ class Virtual:
             _, peer, number, base, turn = heapq.heappop(self.at_work)
             self.uploads += 1
             try:
-                expected = validation.expectation(self.run, {}, peer, "train")
+                expected = validation.expected_reply(self.run, {}, peer, "train")
             except validation.UpdateRefused as err:
                 self.refused += 1
                 self.record(
@@ -167,7 +167,7 @@ class Virtual:
 
     def train(self, peer: str, number: int, base: str, turn: int) -> Update:
         settings = {**SETTINGS, "seed": self.spec.seed + 7919 * turn, "round": number}
-        model = weights.load(self.lane.version(base))
+        model = weights.load(self.lane.version_path(base))
         made = self.fleet.tasks[int(peer[1:])].train(model, settings, lambda *_: None)
         trained = weights.Weights(made.weights)
         digest = weights.digest(trained)

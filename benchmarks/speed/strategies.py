@@ -63,7 +63,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     from coordinator.storage import run_events
     from coordinator.storage.run_events import RunSpec, Update
     from coordinator.storage.weight_store import WeightStore
-    from coordinator.strategies.state import States
+    from coordinator.strategies.state import StateStore
     from protocols.model.weights import TensorSpec
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
@@ -78,7 +78,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
     names = [f"P{number}" for number in range(peers)]
     with tempfile.TemporaryDirectory() as folder:
         lane = WeightStore(Path(folder))
-        states = States(lane.states)
+        states = StateStore(lane.states)
         recipe = strategies.find(name)
         strategy = recipe.make(spec.strategy_args)
         run = transitions.replay("r", [run_events.RunStarted(spec)])
@@ -86,10 +86,12 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         run = transitions.apply(run, run_events.WeightsInitialised(first, "file"))
         before_bytes = cpu_s = 0.0
         for number in (1, 2):
-            news: list[run_events.Fact] = [run_events.RoundOpened(number, run.head, tuple(names))]
+            news: list[run_events.RunEvent] = [
+                run_events.RoundOpened(number, run.head, tuple(names))
+            ]
             for seed, peer in enumerate(names, 1):
                 digest = lane.write(schema, _noise(schema, 1000 * number + seed))
-                lane.version(digest).replace(lane.uploads.path(peer, digest))
+                lane.version_path(digest).replace(lane.uploads.path(peer, digest))
                 update = Update(digest=digest, num_examples=10, metrics={"loss": 1.0})
                 news.append(run_events.UpdateAccepted(number, peer, update))
             for fact in (*news, run_events.TrainingClosed(number, tuple(names))):

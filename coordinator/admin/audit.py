@@ -124,7 +124,7 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
     )
 
 
-def _of_run(entry: Entry, fact: run_events.Fact, names: dict[str, str]) -> Line:
+def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> Line:
     event, text, peer, reason, run = "", "", "", "", entry.subject
     match fact:
         case run_events.RunStarted(spec=spec):

@@ -39,7 +39,7 @@ FORMAT = 1
 LEDGER = "ledger.db"
 MANIFEST = "manifest.json"
 _NEEDED = ("home.json", "ca.pem", "ca.key", "coordinator.key", "operator.key", "mqtt.json", LEDGER)
-_OPTIONAL = (settings.FILE,)
+_OPTIONAL = (settings.SETTINGS_FILE,)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MOST_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
@@ -261,7 +261,7 @@ def _begin_recall(home: Path) -> None:
     for run in found:
         if not run.ended or (run.state is RunState.FINISHED and run is found[-1]):
             closed = [run.first, *(closed.digest for closed in run.history)][-1]
-            begun = run_events.RecallBegun(whole=bool(closed) and lane.is_whole(closed))
+            begun = run_events.RecallBegun(whole=bool(closed) and lane.verify_digest(closed))
             ledger.append(run.id, [run_events.encode(begun)])
     ledger.close()
 

@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.fleet.sessions import NoSession, Sessions
 from coordinator.jobs.manager import JobQueue
-from coordinator.runs.manager import RunQueue
+from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import Superlink
 from coordinator.transport.weights import WeightTransfer
 from protocols.failpoints import failpoint
@@ -28,7 +28,7 @@ class Exchanges:
         superlink: Superlink,
         sessions: Sessions,
         transfer: WeightTransfer,
-        runs: RunQueue,
+        runs: RunManager,
         jobs: JobQueue,
         lingering: Lingering,
     ) -> None:
@@ -49,12 +49,12 @@ class Exchanges:
             return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
         question = self._superlink.question_of(asked.reply)
-        settling = self._jobs.settling(question) or self._runs.settling(question)
+        settling = self._jobs.settling(question) or self._runs.ack_future(question)
         handed_in = Exchange(reply=asked.reply, want=False)
         await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
         self.on_request("push-object", node)
-        settled = await self._runs.settled(settling)
+        settled = await self._runs.acknowledged(settling)
         if not asked.want:
             return Exchanged(settled=settled)
         answer = await self._superlink.exchange_soon(node, Exchange())
@@ -71,7 +71,7 @@ class Exchanges:
         loop = self._runs.current
         if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
             return answer
-        version = self._transfer.store.few_bytes(loop.run.head)
+        version = self._transfer.store.inline_bytes(loop.run.head)
         self._transfer.bytes_down += len(version)
         return msgspec.structs.replace(answer, version=version)
 

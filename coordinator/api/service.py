@@ -12,7 +12,7 @@ from coordinator.api.log_requests import LogDesk
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.jobs.manager import JobQueue
-from coordinator.runs.manager import RunQueue
+from coordinator.runs.manager import RunManager
 from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
@@ -43,7 +43,7 @@ class Desk(Protocol):
     transfer: WeightTransfer
     job_transfer: WeightTransfer
     jobs: JobQueue
-    runs: RunQueue
+    runs: RunManager
     logs: LogDesk
     sharing: SharingDesk
 

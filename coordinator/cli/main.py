@@ -62,7 +62,7 @@ def init(
 
     home, new = settings.init(name or [])
     if name:
-        settings.keep_names(home, name)
+        settings.save_names(home, name)
     keys = settings.open_keys(home)
     if json:
         sys.stdout.write(json_output.ok({"home": home, "fleet": keys.fleet, "new": new}) + "\n")

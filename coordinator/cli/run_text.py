@@ -82,7 +82,7 @@ def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> list[str]:
         f"buffered: {spec.buffer} updates a version, at most {spec.max_staleness} versions behind, "
         f"{spec.concurrency or 'all'} peers at a time, server learning rate {spec.server_lr:g}"
     )
-    behind = {name(peer): buffered.staleness(run, given) for peer, given in run.given.items()}
+    behind = {name(peer): buffered.staleness(run, given) for peer, given in run.assignments.items()}
     if behind:
         told = ", ".join(f"{who} {count}" for who, count in sorted(behind.items()))
         lines.append(f"at work, versions behind: {told}")
@@ -106,7 +106,7 @@ def fairness(closed: Round, peers: Mapping[str, Peer]) -> list[str]:
 
 def deadline(run: Run) -> str:
     """The present round's deadline."""
-    from coordinator.runs.decisions import deadline_s
+    from coordinator.runs.decisions import phase_deadline_s
 
     word = "auto, now " if run.spec.deadline == "auto" else ""
-    return f"{word}{deadline_s(run):g} s"
+    return f"{word}{phase_deadline_s(run):g} s"

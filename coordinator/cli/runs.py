@@ -22,14 +22,14 @@ runs = typer.Typer(help="Training runs: start, stop, look at, delete.", no_args_
 
 def _parameter(option: Option) -> inspect.Parameter:
     """An option of the table as Typer reads it."""
-    kind: Any = list[str] | None if option.several else option.kind
+    kind: Any = list[str] | None if option.repeatable else option.kind
     bounds = option.bounds if option.kind in (int, float) else None
-    least = bounds.least if bounds and not bounds.without_least else None
+    least = bounds.least if bounds and not bounds.above_least else None
     shown = typer.Option(f"--{option.name}", help=option.help, min=least)
     return inspect.Parameter(
         _variable(option),
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if option.several else option.default,
+        default=None if option.repeatable else option.default,
         annotation=Annotated[kind, shown],
     )
 
@@ -167,7 +167,7 @@ def delete(
 
     remote = connect()
     found = remote.deletion(run)
-    sys.stderr.write(deletion.in_words(found) + "\n")
+    sys.stderr.write(deletion.format_deletion(found) + "\n")
     if not yes:
         if not sys.stdin.isatty():
             raise UsageFault(

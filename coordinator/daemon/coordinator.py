@@ -31,8 +31,8 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobQueue
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
-from coordinator.runs.context import Fleetwork
-from coordinator.runs.manager import RunQueue
+from coordinator.runs.context import RunContext
+from coordinator.runs.manager import RunManager
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
@@ -93,7 +93,7 @@ class Hub:
         self._grid = LaneGrid(self._superlink, self.lane)
         self._refused: Counter[str] = Counter()
         around = self._fleetwork()
-        self.runs = RunQueue(around, self.registry, self._sessions.tasks)
+        self.runs = RunManager(around, self.registry, self._sessions.tasks)
         self.jobs = JobQueue(around, self.job_lane, self.registry)
         self._exchanges = Exchanges(
             self._superlink, self._sessions, self.transfer, self.runs, self.jobs, lingering
@@ -105,9 +105,9 @@ class Hub:
         self.registry.on_change = self._peers.on_change
         self._superlink.on_request = self._peers.on_request
         self._exchanges.on_request = self._peers.on_request
-        self._mirror.on_news = self._peers.nudge
+        self._mirror.on_news = self._peers.wake
         self._mirror.on_up = self.runs.ring_again
-        self.transfer.limits.on_shortage = self.runs.nudge
+        self.transfer.limits.on_shortage = self.runs.wake
 
     @property
     def port(self) -> int:
@@ -217,15 +217,15 @@ class Hub:
 
     # --- runs ---
 
-    def _fleetwork(self) -> Fleetwork:
-        return Fleetwork(
+    def _fleetwork(self) -> RunContext:
+        return RunContext(
             ledger=self._ledger,
-            lane=self.lane,
+            store=self.lane,
             transfer=self.transfer,
             grid=self._grid,
             sign=self._keys.sign_key.sign,
             verify=self.registry.verify,
-            is_own=partial(identity.verify, self.identity.public),
+            is_own_signature=partial(identity.verify, self.identity.public),
             eligible=self._sessions.eligible,
             node_of=self._sessions.node_of,
             peer_of=self._sessions.peer_of,
@@ -233,7 +233,7 @@ class Hub:
             ring=self._peers.ring,
             publish=self._mirror.publish,
             refused=self._refused,
-            look=self._peers.look,
+            refresh_online=self._peers.look,
         )
 
     def _on_broker(self, up: bool, why: str) -> None:

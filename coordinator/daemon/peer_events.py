@@ -9,7 +9,7 @@ from coordinator.api.exchange import Lingering
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobQueue
-from coordinator.runs.manager import RunQueue
+from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import ARRIVALS, Superlink
 from coordinator.transport.publisher import Mirror
 from coordinator.transport.sharing import SharingDesk
@@ -36,16 +36,16 @@ class PeerEvents:
     ) -> None:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
         self._mirror, self._sharing, self._lingering = mirror, sharing, lingering
-        self.queues: Sequence[RunQueue | JobQueue] = ()
+        self.queues: Sequence[RunManager | JobQueue] = ()
 
     def name_of(self, peer: str) -> str:
         known = self._registry.peers.get(peer)
         return known.name if known else peer
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Something changed that runs and jobs may care for."""
         for queue in self.queues:
-            queue.nudge()
+            queue.wake()
 
     def ring(self, peers: Sequence[str]) -> None:
         """Tell these peers of work: in the answer that they wait for, else by a doorbell."""
@@ -72,7 +72,7 @@ class PeerEvents:
             self._sharing.gone(peer.peer)
             self._mirror.forget(peer.peer)
             self._mirror.tell_of(peer)
-            self.nudge()
+            self.wake()
         else:
             self._admit(peer)
         text = f"{peer.name} {_CHANGES[peer.standing]}"
@@ -83,7 +83,7 @@ class PeerEvents:
     def on_request(self, action: str, node_id: int) -> None:
         """A Fleet request of this node succeeded."""
         if action in ARRIVALS:
-            self.nudge()
+            self.wake()
         peer = self._sessions.peer_of(node_id)
         if self._sessions.node_of(peer) is None:
             return
@@ -96,10 +96,10 @@ class PeerEvents:
             self._mirror.tell_links([self._registry.peers[peer]])
         elif action == "deactivate-node":
             self._sessions.closed(peer)
-            self.nudge()
+            self.wake()
             self._mirror.tell_links([self._registry.peers[peer]])
         elif news:
-            self.nudge()
+            self.wake()
 
     def look(self) -> bool:
         """Take over from Flower whose heartbeats hold; True if that is news."""
@@ -110,7 +110,7 @@ class PeerEvents:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
             if self.look():
-                self.nudge()
+                self.wake()
             # Also how many messages were rejected: not one by one.
             self._mirror.tell_links(self._registry.peers.values())
             await asyncio.sleep(ONLINE_EVERY_S)

@@ -19,10 +19,10 @@ from coordinator.jobs.requests import Answered, JobQuestions
 from coordinator.jobs.scheduler import View
 from coordinator.jobs.state import FAILED, Job
 from coordinator.jobs.store import JobStore
-from coordinator.runs.context import Fleetwork
+from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
-from coordinator.storage.job_events import AnswerDropped, Fact, JobState, LeaseEnded
+from coordinator.storage.job_events import AnswerDropped, JobEvent, JobState, LeaseEnded
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_full
@@ -38,7 +38,7 @@ _AGAIN_S = 1.0
 class JobLoop:
     """One job in work. `changed` is set by whoever has news for it, in the loop's thread."""
 
-    def __init__(self, job: Job, around: Fleetwork, store: JobStore) -> None:
+    def __init__(self, job: Job, around: RunContext, store: JobStore) -> None:
         self.job = job
         self.changed = asyncio.Event()
         self.questions = JobQuestions(around, store)
@@ -142,7 +142,7 @@ class JobLoop:
     async def _collect(self) -> None:
         """Write down what answers there are, and let their senders go on."""
         found = await self.questions.answers()
-        news: list[Fact] = []
+        news: list[JobEvent] = []
         for answered in found.values():
             try:
                 news += await asyncio.to_thread(self._returned, answered)
@@ -152,7 +152,7 @@ class JobLoop:
         self._record(*news)
         self.questions.settle(found, True)
 
-    def _returned(self, answered: Answered) -> list[Fact]:
+    def _returned(self, answered: Answered) -> list[JobEvent]:
         """The facts that a reply amounts to. Raises BadMessage, KeyError, TypeError, ValueError."""
         asked, reply, seconds = answered
         unit, peer = self.job.units[asked.unit], asked.peer
@@ -177,7 +177,7 @@ class JobLoop:
         for unit in list(self.job.units.values()):
             if unit.verified or not unit.given:
                 continue
-            bad: list[Fact] = []
+            bad: list[JobEvent] = []
             for peer, given in unit.given.items():
                 try:
                     await asyncio.to_thread(validation.check, self.job, unit, given, self._store)
@@ -201,7 +201,7 @@ class JobLoop:
 
     # --- writing down, telling ---
 
-    def _record(self, *news: Fact) -> None:
+    def _record(self, *news: JobEvent) -> None:
         """Write facts down, and act on none of them before. Raises DiskFull."""
         if not news:
             return
@@ -215,7 +215,7 @@ class JobLoop:
             self._tell(fact)
         self._around.publish(job_body(self.job))
 
-    def _tell(self, fact: Fact) -> None:
+    def _tell(self, fact: JobEvent) -> None:
         match fact:
             case job_events.PeerExcused(peer, reason):
                 name = self._around.name_of(peer)
@@ -232,7 +232,7 @@ class JobLoop:
         )
 
 
-def _fact(step: scheduler.Step) -> Fact:
+def _fact(step: scheduler.Step) -> JobEvent:
     match step:
         case scheduler.Lease(unit, peer, first, stop):
             return job_events.UnitLeased(unit, peer, first, stop)

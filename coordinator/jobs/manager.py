@@ -14,7 +14,7 @@ from coordinator.jobs.loop import JobLoop
 from coordinator.jobs.messages import job_body
 from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
-from coordinator.runs.context import Fleetwork
+from coordinator.runs.context import RunContext
 from coordinator.storage import job_events
 from coordinator.storage.job_events import (
     PREFIX,
@@ -38,7 +38,7 @@ _KEPT_JOBS = 8
 class JobQueue:
     """All jobs of the ledger. All that have not ended are worked on at the same time."""
 
-    def __init__(self, around: Fleetwork, store: JobStore, registry: Registry) -> None:
+    def __init__(self, around: RunContext, store: JobStore, registry: Registry) -> None:
         self._around, self._store, self._registry = around, store, registry
         self._jobs: dict[str, Job] = {}
         self._loops: dict[str, JobLoop] = {}
@@ -84,10 +84,10 @@ class JobQueue:
 
     def _pin(self, job: Job) -> None:
         """Keep a job's models from its start to its end, whichever run drops them."""
-        self._around.lane.pin(model.digest for model in job.spec.models)
+        self._around.store.pin(model.digest for model in job.spec.models)
 
     def _unpin(self, job: Job) -> None:
-        self._around.lane.unpin([model.digest for model in job.spec.models])
+        self._around.store.unpin([model.digest for model in job.spec.models])
 
     def _end(self, job_id: str, because: str) -> None:
         """End a job that is not in work."""
@@ -107,7 +107,7 @@ class JobQueue:
 
     # --- from outside ---
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Something changed that jobs may care for."""
         for loop in self._loops.values():
             loop.changed.set()
@@ -122,7 +122,7 @@ class JobQueue:
             loop.session_opened(peer)
 
     def settling(self, question: str) -> asyncio.Future[bool] | None:
-        """What `RunQueue.settled` waits for, if the question is one of a job."""
+        """What `RunManager.acknowledged` waits for, if the question is one of a job."""
         found = (loop.questions.settling(question) for loop in self._loops.values())
         return next((settling for settling in found if settling is not None), None)
 
@@ -158,13 +158,13 @@ class JobQueue:
 
     def _check_models(self, spec: JobSpec) -> None:
         for model in spec.models:
-            if not self._around.lane.has(model.digest):
+            if not self._around.store.has(model.digest):
                 raise UnknownName(
                     f"version {model.digest[:12]} is not kept any more", "commonweight models list"
                 )
 
     def _sized(self, model: Model) -> Model:
-        return Model(model.digest, self._around.lane.version(model.digest).stat().st_size)
+        return Model(model.digest, self._around.store.version_path(model.digest).stat().st_size)
 
     def stop(self, job_id: str) -> None:
         """End a job; what is verified stays."""
@@ -194,7 +194,7 @@ class JobQueue:
         for digest in job.on_disk - self._wanted():
             self._store.drop(digest)
 
-    def _record(self, job_id: str, fact: job_events.Fact) -> None:
+    def _record(self, job_id: str, fact: job_events.JobEvent) -> None:
         self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])
         self._jobs[job_id] = jobs.apply(self._jobs[job_id], fact)
         self._around.publish(job_body(self._jobs[job_id]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coordinator.runs.export import chosen
+from coordinator.runs.export import resolve_version
 from coordinator.runs.state import Run
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages.jobs import Model, Setting
@@ -54,14 +54,14 @@ def pin(runs: Sequence[Run], words: Sequence[str], task: str = "") -> Pins:
 
 def _found(runs: Sequence[Run], word: str) -> tuple[Run, str]:
     if word in ("best", "latest"):
-        return runs[-1], chosen(runs[-1], word)
+        return runs[-1], resolve_version(runs[-1], word)
     name, colon, which = word.partition(":")
     named = [run for run in runs if run.id == name]
     if named:
-        return named[0], chosen(named[0], which if colon else "best")
+        return named[0], resolve_version(named[0], which if colon else "best")
     for run in reversed(runs):
         try:
-            return run, chosen(run, word)
+            return run, resolve_version(run, word)
         except UnknownName:
             continue
     raise UnknownName(f"no run has a version {word!r}", _HINT)

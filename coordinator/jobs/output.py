@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
-from coordinator.runs.best_version import less_is_better
+from coordinator.runs.best_version import lower_is_better
 from protocols.errors import CommonweightError, UsageFault
 from protocols.messages import jobs as wire
 from protocols.messages.jobs import Score
@@ -209,7 +209,7 @@ def matrices(scores: Mapping[str, Mapping[str, Score]]) -> list[Matrix]:
 
 
 def _matrix(metric: str, scores: Mapping[str, Mapping[str, Score]], models: list[str]) -> Matrix:
-    sign = -1.0 if less_is_better(metric) else 1.0
+    sign = -1.0 if lower_is_better(metric) else 1.0
     weighted: dict[str, float | None] = {}
     worst: dict[str, tuple[str, float] | None] = {}
     for model in models:

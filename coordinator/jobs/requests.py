@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from coordinator.jobs import scheduler
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
-from coordinator.runs.context import Fleetwork
+from coordinator.runs.context import RunContext
 from protocols.failpoints import failpoint
 from protocols.messages import jobs as wire
 from protocols.messages.jobs import Analyze, Private
@@ -43,7 +43,7 @@ class Answered(NamedTuple):
 class JobQuestions:
     """Those of one job that are under way. For the event loop's thread."""
 
-    def __init__(self, around: Fleetwork, store: JobStore) -> None:
+    def __init__(self, around: RunContext, store: JobStore) -> None:
         self._around, self._store = around, store
         self._under_way: dict[str, Asked] = {}
         self._settling: dict[str, asyncio.Future[bool]] = {}

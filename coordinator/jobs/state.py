@@ -23,9 +23,9 @@ from msgspec.structs import replace
 
 from coordinator.storage.job_events import (
     AnswerDropped,
-    Fact,
     Given,
     JobEnded,
+    JobEvent,
     JobResumed,
     JobSpec,
     JobStarted,
@@ -218,7 +218,7 @@ ADMITS: dict[type[Any], tuple[frozenset[UnitState], Callable[[Job, Unit, Any], J
 }
 
 
-def apply(job: Job, fact: Fact) -> Job:
+def apply(job: Job, fact: JobEvent) -> Job:
     """The job after `fact`."""
     match fact:
         case PeerExcused(peer, reason):
@@ -250,7 +250,7 @@ def started(job_id: str, spec: JobSpec, at: float = 0.0) -> Job:
     return Job(id=job_id, spec=spec, units={} if spec.kind == "scatter" else own, began_at=at)
 
 
-def replay(job_id: str, facts: list[Fact]) -> Job:
+def replay(job_id: str, facts: list[JobEvent]) -> Job:
     """The job that these facts, the first of them JobStarted, add up to."""
     first = facts[0]
     assert isinstance(first, JobStarted), "a job's first fact is JobStarted"

@@ -47,7 +47,7 @@ class JobStore(WeightStore):
         start = sum(block.nbytes for block in spec.blocks[: unit.first])
         nbytes = sum(block.nbytes for block in blocks)
         try:
-            with self.version(spec.input).open("rb") as file:
+            with self.version_path(spec.input).open("rb") as file:
                 file.seek(start)
                 data = file.read(nbytes)
         except OSError as err:
@@ -56,9 +56,9 @@ class JobStore(WeightStore):
             raise BadMessage("the job's input was cut short on disk")
         digest = hashlib.sha256(data).hexdigest()
         # Not synced: each attempt writes the file again, also after a power cut.
-        temporary = self.version(digest).with_suffix(".tmp")
+        temporary = self.version_path(digest).with_suffix(".tmp")
         temporary.write_bytes(data)
-        temporary.replace(self.version(digest))
+        temporary.replace(self.version_path(digest))
         return Scatter(
             input=digest,
             sizes=tuple(block.nbytes for block in blocks),
@@ -82,13 +82,13 @@ class JobStore(WeightStore):
         if size != given.nbytes or size <= INLINE_BYTES:
             raise BadMessage(f"the answer has {size} bytes, and was said to have {given.nbytes}")
         self.promote_upload(peer, given.digest)
-        self.recorded(given.digest)
+        self.mark_recorded(given.digest)
 
     def read(self, given: Given) -> bytes:
         """An answer's bytes. Raises OSError."""
         if given.body or not given.nbytes:
             return given.body
-        return self.version(given.digest).read_bytes()
+        return self.version_path(given.digest).read_bytes()
 
     def lines(self, given: Given) -> Iterator[bytes]:
         """The lines of an answer, without holding it in memory. Raises OSError.
@@ -96,7 +96,7 @@ class JobStore(WeightStore):
         A line above the size limit comes in parts.
         """
         inline = given.body or not given.nbytes
-        with BytesIO(given.body) if inline else self.version(given.digest).open("rb") as file:
+        with BytesIO(given.body) if inline else self.version_path(given.digest).open("rb") as file:
             while line := file.readline(_MAX_LINE_BYTES):
                 yield line
 

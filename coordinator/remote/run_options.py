@@ -115,4 +115,4 @@ def _adopt(path: Path) -> str:
         given = weights.load_any(path)
     except (OSError, BadWeights) as err:
         raise UsageFault(f"cannot use {path} as first weights: {err}") from err
-    return WeightStore(homes.open_home("coordinator")).commit(given)
+    return WeightStore(homes.open_home("coordinator")).save(given)

@@ -9,12 +9,12 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from coordinator.runs import buffered, late_updates, recovery, retention, validation
-from coordinator.runs.context import Fleetwork
-from coordinator.runs.model import Model
-from coordinator.runs.requests import AGENT_FAILED, Asked
+from coordinator.runs.context import RunContext
+from coordinator.runs.model import RunModel
+from coordinator.runs.requests import AGENT_FAILED, Request
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact, Update
+from coordinator.storage.run_events import RunEvent, Update
 from coordinator.transport.flower_records import read_claim, read_description, read_proof
 from protocols.codecs import registry
 from protocols.errors import TELLABLE, BadMessage, BadWeights, UpdateRefused
@@ -22,15 +22,17 @@ from protocols.messages.envelope import printable
 from protocols.model.weights_file import Stored
 
 
-async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: Message) -> Fact:
-    """The fact that a reply amounts to. Raises UpdateRefused."""
+async def validate_reply(
+    run: Run, ctx: RunContext, model: RunModel, asked: Request, reply: Message
+) -> RunEvent:
+    """The event that a reply amounts to. Raises UpdateRefused."""
     peer = asked.peer
     if reply.has_error():
         # Flower's own words: the node is gone. From a peer that is there they are a lie, and
         # to believe it would be to ask again, and again.
         if reply.error.code != AGENT_FAILED:
-            around.look()
-            if peer not in around.eligible():
+            ctx.refresh_online()
+            if peer not in ctx.eligible():
                 return run_events.PeerLost(peer, "went away")
         reason = printable(reply.error.reason or "no reason given")
         code, colon, words = reason.partition(": ")
@@ -42,11 +44,11 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
     except (BadMessage, KeyError, TypeError, ValueError) as err:
         raise UpdateRefused("bad claim", str(err)) from err
     if asked.kind == "train" and not run.buffered and late_updates.is_late(run, asked.round):
-        given = late_updates.given(run, peer, asked.round)
-        expected = validation.Expected("train", given.base, model.schema, given)
+        given = late_updates.late_assignment(run, peer, asked.round)
+        expected = validation.ExpectedReply("train", given.base, model.schema, given)
     else:
-        expected = validation.expectation(run, model.schema, peer, asked.kind)
-    validation.check_claim(run, expected, peer, claim, payload, signature, around.verify)
+        expected = validation.expected_reply(run, model.schema, peer, asked.kind)
+    validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
     if expected.kind == "describe":
         try:
             return run_events.PeerDescribed(peer, read_description(reply, claim))
@@ -55,20 +57,20 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
     if expected.kind == "holdings":
         try:
             return run_events.HoldingTold(
-                peer, recovery.proven(run, read_proof(reply), around.is_own)
+                peer, recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature)
             )
         except (KeyError, TypeError) as err:
             raise UpdateRefused("bad proof", str(err)) from err
     norm = 0.0
     if expected.kind != "evaluate":
-        norm = await asyncio.to_thread(_measure, around, model, expected, peer, claim.digest)
-        validation.check_measured(run, claim, norm)
+        norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest)
+        validation.check_norm(run, claim, norm)
         if expected.kind in ("init", "recall"):
-            around.lane.promote_upload(peer, claim.digest)
-            model.learn(claim.digest)
-            if run.sought:
-                state = retention.state_of(run, run.sought, around.lane)
-                return run_events.VersionRecalled(run.sought, peer, state)
+            ctx.store.promote_upload(peer, claim.digest)
+            model.set_version(claim.digest)
+            if run.target_version:
+                state = retention.state_of(run, run.target_version, ctx.store)
+                return run_events.VersionRecalled(run.target_version, peer, state)
             return run_events.WeightsInitialised(claim.digest, peer)
     update = Update(
         digest=claim.digest,
@@ -87,29 +89,29 @@ async def judge(run: Run, around: Fleetwork, model: Model, asked: Asked, reply: 
 
 
 def _measure(
-    around: Fleetwork, model: Model, expected: validation.Expected, peer: str, digest: str
+    ctx: RunContext, model: RunModel, expected: validation.ExpectedReply, peer: str, digest: str
 ) -> float:
     """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
     with contextlib.ExitStack() as stack:
 
         def uploaded() -> Stored:
-            return stack.enter_context(around.lane.uploads.open(peer, digest))
+            return stack.enter_context(ctx.store.uploads.open(peer, digest))
 
         if expected.kind == "recall" and digest != expected.base:
             raise UpdateRefused("bad weights", f"these are {digest[:12]}, not {expected.base[:12]}")
         if expected.kind in ("init", "recall"):
             validation.check_weights(expected, uploaded)
             return 0.0
-        base = stack.enter_context(_base(around, expected))
-        return validation.measure(
+        base = stack.enter_context(_base(ctx, expected))
+        return validation.check_update(
             expected, lambda: registry.decoded(model.codec, uploaded(), base), base
         )
 
 
-def _base(around: Fleetwork, expected: validation.Expected) -> Stored:
+def _base(ctx: RunContext, expected: validation.ExpectedReply) -> Stored:
     """The version that an update was trained on. Raises UpdateRefused."""
     try:
-        return Stored(around.lane.version(expected.base))
+        return Stored(ctx.store.version_path(expected.base))
     except (FileNotFoundError, BadWeights) as err:
         if expected.given is None:
             raise

@@ -1,6 +1,6 @@
 """What closes a round: the fold of its updates into a version, and its federated evaluation.
 
-Both go through an unmodified Flower strategy; `strategies.feeding` says how it gets the updates.
+Both go through an unmodified Flower strategy; `strategies.runner` says how it gets the updates.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from coordinator.storage.run_events import Update
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging
 from coordinator.strategies.failures import strategy_errors
-from coordinator.strategies.prefetch import ahead
-from coordinator.strategies.runner import Work, as_reply, next_version
-from coordinator.strategies.state import States
+from coordinator.strategies.prefetch import prefetch
+from coordinator.strategies.runner import AggregationInput, as_reply, next_version
+from coordinator.strategies.state import StateStore
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.messages.envelope import Metrics
@@ -32,7 +32,7 @@ from protocols.tables import evaluation_counts as tallies
 K = TypeVar("K", bound=Hashable)
 
 
-class Committed(NamedTuple):
+class CommittedVersion(NamedTuple):
     """A new version, the mean of its updates' metrics, and the strategy's state by slot."""
 
     digest: str
@@ -41,10 +41,14 @@ class Committed(NamedTuple):
 
 
 def commit(
-    run: Run, lane: WeightStore, states: States, strategy: Strategy, contributors: tuple[str, ...]
-) -> Committed:
+    run: Run,
+    store: WeightStore,
+    states: StateStore,
+    strategy: Strategy,
+    contributors: tuple[str, ...],
+) -> CommittedVersion:
     """Updates → the strategy → a new version, durable together with the strategy's new state."""
-    recipe, codec = strategies.find(run.spec.strategy), registry.find(run.spec.codec)
+    adapter, codec = strategies.find(run.spec.strategy), registry.find(run.spec.codec)
     equal = run.spec.weighting == "equal"
     accepted = sorted(run.updates.items())
     accepted += [(one.peer, one.update) for one in buffered.in_order(run)]
@@ -55,17 +59,17 @@ def commit(
         {number: update.metrics for number, update in enumerate(updates)}, dict(enumerate(share))
     )
     told = {name: value for name, value in metrics.items() if value is not None}
-    asked = recipe.metric(run.spec.strategy_args)
+    asked = adapter.required_metric(run.spec.strategy_args)
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(Stored(lane.version(run.head)))
-        work = Work(
+        base = stack.enter_context(Stored(store.version_path(run.head)))
+        work = AggregationInput(
             round=run.round,
             base=base,
-            origin=stack.enter_context(Stored(lane.version(run.head))),
+            origin=stack.enter_context(Stored(store.version_path(run.head))),
             updates=[
-                recipe.seen(
+                adapter.transform_update(
                     run.spec.strategy_args,
-                    _on_head(codec, lane, peer, update, run.head, base, stack),
+                    _rebased(codec, store, peer, update, run.head, base, stack),
                     base,
                     update.metrics,
                 )
@@ -87,23 +91,23 @@ def commit(
             told={
                 **told,
                 "num-examples": sum(update.num_examples for update in updates),
-                "participation": min(1.0, len(contributors) / max(run.eligible, 1)),
+                "participation": min(1.0, len(contributors) / max(run.num_eligible, 1)),
             },
         )
         made = next_version(
-            recipe,
+            adapter,
             strategy,
             work,
             states,
             run.strategy_state,
-            lambda: recipe.make(run.spec.strategy_args),
+            lambda: adapter.make(run.spec.strategy_args),
         )
         # A thread for a model of one piece costs more than it saves.
         pieces = made.pieces
         if base.nbytes > PIECE_BYTES:
-            pieces = stack.enter_context(contextlib.closing(ahead(pieces)))
-        digest = lane.write(base.schema, pieces)
-    return Committed(digest, metrics, made.state)
+            pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
+        digest = store.write(base.schema, pieces)
+    return CommittedVersion(digest, metrics, made.state)
 
 
 def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
@@ -115,9 +119,9 @@ def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
     return [share[p] * (w / of_peer[p]) for p, w in zip(peers, weights, strict=True)]
 
 
-def _on_head(
+def _rebased(
     codec: Codec,
-    lane: WeightStore,
+    store: WeightStore,
     peer: str,
     update: Update,
     digest: str,
@@ -125,11 +129,11 @@ def _on_head(
     stack: contextlib.ExitStack,
 ) -> Readable:
     """An update's weights as if it had begun at the newest version, `head`, named by its digest."""
-    file = stack.enter_context(Stored(lane.uploads.path(peer, update.digest)))
+    file = stack.enter_context(Stored(store.uploads.path(peer, update.digest)))
     if codec.coding is not None or update.base in ("", digest):
         return registry.decoded(codec, file, head)
-    base = stack.enter_context(Stored(lane.version(update.base)))
-    return averaging.Moved(file, base, head)
+    base = stack.enter_context(Stored(store.version_path(update.base)))
+    return averaging.RebasedUpdate(file, base, head)
 
 
 class Evaluation(NamedTuple):
@@ -139,7 +143,7 @@ class Evaluation(NamedTuple):
     tallies: dict[str, list[float]]
 
 
-def evaluation(run: Run, strategy: Strategy) -> Evaluation:
+def aggregate_evaluation(run: Run, strategy: Strategy) -> Evaluation:
     """The round's federated evaluation: means through the strategy, and what the tallies amount to.
 
     One reply holds the mean of all: Flower's strategies raise when two replies tell different

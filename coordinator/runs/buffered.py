@@ -1,9 +1,10 @@
-"""The mode "buffered": no peer waits for another, and so many updates make a version. Pure.
+"""The mode "buffered": peers train independently, and so many updates make a version. Pure.
 
-FedBuff: Nguyen et al. 2022, arXiv 2106.06639. The facts are those of rounds: round r is open while
-version r is made. But a peer's training is its own (`runs.Given`), on the version that was newest
-when it was free, and goes on over the rounds; evaluation of version r and training for the next one
-go on at the same time. An update of a version that is tau versions old counts 1/√(1 + tau).
+FedBuff: Nguyen et al. 2022, arXiv 2106.06639. The events are those of rounds: round r is open while
+version r is made. Each peer has an assignment of its own (`state.Assignment`) on the version that
+was newest when the peer was free, and it may span several rounds. Evaluation of version r and
+training for version r + 1 run at the same time. An update whose base is tau versions old has the
+weight 1/√(1 + tau).
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 
-from coordinator.runs.state import Given, Run
+from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec, UpdateAccepted, WorkGiven
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from protocols.errors import UsageFault
 
 
-def staleness(run: Run, given: Given) -> int:
+def staleness(run: Run, given: Assignment) -> int:
     """How many versions were made since the one that this work is on."""
-    return run.versions - (given.round - 1)
+    return run.num_versions - (given.round - 1)
 
 
-def is_stale(run: Run, given: Given) -> bool:
+def is_stale(run: Run, given: Assignment) -> bool:
     """True for work whose update is refused."""
     return staleness(run, given) > run.spec.max_staleness
 
@@ -39,7 +40,7 @@ def is_full(run: Run) -> bool:
 
 def is_over(run: Run) -> bool:
     """True when the last version is made: whatever is still in work comes too late."""
-    return run.versions >= run.spec.rounds
+    return run.num_versions >= run.spec.rounds
 
 
 def in_order(run: Run) -> list[UpdateAccepted]:
@@ -53,24 +54,33 @@ def work_for(run: Run, eligible: Set[str], due: bool) -> tuple[WorkGiven, ...]:
     Who comes back goes on with what it had, unless that is too old by now. Whose last answer was
     refused gets nothing before the next version, or before the deadline.
     """
-    resting = frozenset() if due else run.resting
-    at_work = sum(not given.lost for given in run.given.values())
+    resting = frozenset() if due else run.cooling_down
+    at_work = sum(not given.lost for given in run.assignments.values())
     room = (run.spec.concurrency or len(eligible)) - at_work
-    free = [peer for peer in eligible - resting if peer not in run.given or run.given[peer].lost]
-    free.sort(key=lambda peer: (run.last[peer].round if peer in run.last else 0, peer))
+    free = [
+        peer
+        for peer in eligible - resting
+        if peer not in run.assignments or run.assignments[peer].lost
+    ]
+    free.sort(
+        key=lambda peer: (
+            run.last_assignments[peer].round if peer in run.last_assignments else 0,
+            peer,
+        )
+    )
     return tuple(_next(run, peer) for peer in free[: max(0, room)])
 
 
 def _next(run: Run, peer: str) -> WorkGiven:
-    held = run.given.get(peer)
+    held = run.assignments.get(peer)
     if held is not None and not is_stale(run, held):
         return WorkGiven(peer, held.round, held.base, held.turn)
-    number, last = run.versions + 1, run.last.get(peer)
+    number, last = run.num_versions + 1, run.last_assignments.get(peer)
     turn = last.turn + 1 if last is not None and last.base == run.head else 0
     return WorkGiven(peer, number, run.head, turn)
 
 
-def check(spec: RunSpec, recipe: Recipe) -> None:
+def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
     """Raise UsageFault unless the settings of the mode fit each other and the strategy."""
     if spec.mode == "synchronous":
         if spec.buffer or spec.concurrency or spec.server_lr != 1.0:
@@ -94,13 +104,13 @@ def check(spec: RunSpec, recipe: Recipe) -> None:
     for words, held in limits.items():
         if not held:
             raise UsageFault(words)
-    if recipe.feed != "mean":
+    if adapter.feed != "mean":
         raise UsageFault(
             f"{spec.strategy} and --mode buffered do not go together: a fast peer may have several "
             "updates in a buffer, and a bound on bad peers then bounds nothing",
             "fedavg or a server optimiser; --max-weight-share and --clip-norm bound each peer",
         )
-    if recipe.needs_base:
+    if adapter.needs_base:
         raise UsageFault(
             f"{spec.strategy} and --mode buffered do not go together: its control variates are "
             "those of one version",

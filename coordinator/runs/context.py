@@ -1,4 +1,4 @@
-"""What a run needs of the coordinator around it."""
+"""The parts of the coordinator that a run uses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from coordinator.transport.weights import WeightTransfer
 from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 
 
-class Fleetwork(NamedTuple):
+class RunContext(NamedTuple):
     """Storage, transfer and the grid; which peers are online; and callbacks to reach them."""
 
     ledger: Ledger
-    lane: WeightStore
+    store: WeightStore
     #: Sends and receives what is in the store.
     transfer: WeightTransfer
     grid: LaneGrid
     sign: Sign
     verify: Verify
     #: True for a signature of this coordinator's own, of this life or an earlier one.
-    is_own: Callable[[bytes, bytes], bool]
+    is_own_signature: Callable[[bytes, bytes], bool]
     eligible: Callable[[], frozenset[str]]
     node_of: Callable[[str], int | None]
     peer_of: Callable[[int], str]
@@ -34,4 +34,4 @@ class Fleetwork(NamedTuple):
     #: Refused updates by reason, since the coordinator started.
     refused: Counter[str]
     #: Look anew who is there; else a heartbeat that has run out is seen within seconds.
-    look: Callable[[], object] = lambda: None
+    refresh_online: Callable[[], object] = lambda: None

@@ -9,7 +9,7 @@ from msgspec import Struct
 from coordinator.runs import retention
 from coordinator.runs.state import Run
 from coordinator.storage.weight_store import WeightStore
-from coordinator.strategies.state import States
+from coordinator.strategies.state import StateStore
 
 
 class Deletion(Struct, frozen=True, kw_only=True):
@@ -28,32 +28,32 @@ class Deletion(Struct, frozen=True, kw_only=True):
     in_use: tuple[str, ...] = ()
 
 
-def plan(run: Run, kept: Set[str], lane: WeightStore) -> Deletion:
+def plan(run: Run, kept: Set[str], store: WeightStore) -> Deletion:
     """What there is to delete of a run. `kept`: digests that other runs keep."""
-    states = States(lane.states)
-    versions = set(filter(lane.has, retention.all_versions(run)))
+    states = StateStore(store.states)
+    versions = set(filter(store.has, retention.all_versions(run)))
     remembered = {d for d in retention.all_states(run) if states.path(d).exists()} - kept
     unshared = versions - kept
-    nbytes = sum(map(lane.nbytes, unshared))
+    nbytes = sum(map(store.nbytes, unshared))
     nbytes += sum(states.path(digest).stat().st_size for digest in remembered)
     return Deletion(
         run=run.id,
-        versions=tuple(sorted(d for d in unshared if not lane.is_pinned(d))),
+        versions=tuple(sorted(d for d in unshared if not store.is_pinned(d))),
         states=tuple(sorted(remembered)),
         nbytes=nbytes,
         shared=tuple(sorted(versions & kept)),
-        in_use=tuple(sorted(filter(lane.is_pinned, unshared))),
+        in_use=tuple(sorted(filter(store.is_pinned, unshared))),
     )
 
 
-def carry_out(deletion: Deletion, lane: WeightStore) -> None:
+def execute(deletion: Deletion, store: WeightStore) -> None:
     """Delete the files; those that a job uses, when it has ended."""
     for digest in (*deletion.versions, *deletion.in_use):
-        lane.drop(digest)
-    States(lane.states).drop(deletion.states)
+        store.drop(digest)
+    StateStore(store.states).drop(deletion.states)
 
 
-def in_words(deletion: Deletion) -> str:
+def format_deletion(deletion: Deletion) -> str:
     """The deletion as sentences for a person."""
     lines = [
         f"{deletion.run}: {_count(deletion.versions, 'version')} and "

@@ -16,7 +16,7 @@ from protocols.model.model_card import Contributor, ModelCard
 from protocols.model.weights import Schema
 
 
-def chosen(run: Run, which: str) -> str:
+def resolve_version(run: Run, which: str) -> str:
     """The digest that "best", "latest", or the beginning of a digest means. Raises UnknownName."""
     if which == "best":
         found = [run.best.digest] if run.best else []
@@ -30,7 +30,7 @@ def chosen(run: Run, which: str) -> str:
     return found[0]
 
 
-def card_of(
+def build_card(
     run: Run, version: str, sha256: str, schema: Schema, names: Mapping[str, str]
 ) -> ModelCard:
     """The card of a version of this run. `names` are the peers' by id."""
@@ -65,8 +65,8 @@ def card_of(
 
 def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
     """Write both files; the version's digest. Raises UnknownName, UsageFault, CommonweightError."""
-    version = chosen(run, which)
-    path = WeightStore(home).version(version)
+    version = resolve_version(run, which)
+    path = WeightStore(home).version_path(version)
     if not path.exists():
         raise UnknownName(
             f"version {version[:12]} of run {run.id} is not kept any more",
@@ -82,7 +82,7 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
     try:
         sha256 = weights.save(model, out)
         with replacing(card_path) as file:
-            file.write(model_card.encode(card_of(run, version, sha256, model.schema, names)))
+            file.write(model_card.encode(build_card(run, version, sha256, model.schema, names)))
     except OSError as err:
         raise CommonweightError(f"cannot write {out}: {err.strerror or err}") from err
     return version

@@ -8,9 +8,9 @@ the last round, it is refused as late.
 
 from __future__ import annotations
 
-from coordinator.runs.state import Given, Run
+from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from protocols.errors import UpdateRefused, UsageFault
 from protocols.messages.states import RunState
 
@@ -29,9 +29,9 @@ def is_late(run: Run, number: int) -> bool:
     return (number, RunState.TRAINING) != (run.round, run.state)
 
 
-def given(run: Run, peer: str, number: int) -> Given:
+def late_assignment(run: Run, peer: str, number: int) -> Assignment:
     """The work that a late update of this peer is of. Raises UpdateRefused if it is not folded."""
-    if run.spec.late == "drop" or run.ended or run.versions >= run.spec.rounds:
+    if run.spec.late == "drop" or run.ended or run.num_versions >= run.spec.rounds:
         raise UpdateRefused("late", f"it is for round {number} (train)")
     counted = run.contributors if number == run.round else ()
     counted += next((c.contributors for c in run.history if c.round == number), ())
@@ -39,20 +39,20 @@ def given(run: Run, peer: str, number: int) -> Given:
     if peer in counted or (peer, number) in held:
         raise UpdateRefused("replay", "this peer's answer was counted already")
     base = base_of(run, number)
-    if not base or run.versions - (number - 1) > run.spec.max_staleness:
+    if not base or run.num_versions - (number - 1) > run.spec.max_staleness:
         raise UpdateRefused("late", f"it is for round {number}, too many versions ago")
-    return Given(number, base)
+    return Assignment(number, base)
 
 
-def is_over(run: Run, kind: str, number: int) -> bool:
+def is_expired(run: Run, kind: str, number: int) -> bool:
     """True when round `number` has been left so far behind that no answer of it is of use."""
     behind = run.spec.max_staleness if run.spec.late == "fold" and kind == "train" else 0
     return number < run.round - behind
 
 
-def check(spec: RunSpec, recipe: Recipe) -> None:
+def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
     """Raise UsageFault unless late updates can be folded under this strategy."""
-    fits = recipe.feed == "mean" and not recipe.needs_base and spec.mode == "synchronous"
+    fits = adapter.feed == "mean" and not adapter.needs_base and spec.mode == "synchronous"
     if spec.late == "fold" and not fits:
         raise UsageFault(
             f"--late fold does not go with {spec.strategy}, mode {spec.mode}",

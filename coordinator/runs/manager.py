@@ -23,7 +23,7 @@ from coordinator.runs import (
     retention,
     transitions,
 )
-from coordinator.runs.context import Fleetwork
+from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
@@ -45,10 +45,10 @@ _SHOWN_RUNS = 5
 #: What a round tells of single peers, or for plots.
 _OF_PEERS = ("norms", "spread", "worst", "tallies", "spent", "staleness")
 #: Well within an agent's patience. One that hears no more than that keeps its answer.
-_SETTLED_WITHIN_S = 10.0
+_ACK_TIMEOUT_S = 10.0
 
 
-class RunQueue:
+class RunManager:
     """All runs of the ledger. `known_tasks()` are those that some present peer can run.
 
     Of runs that have ended only the last rounds are kept in memory, whose versions may still be
@@ -57,44 +57,44 @@ class RunQueue:
     """
 
     def __init__(
-        self, around: Fleetwork, registry: Registry, known_tasks: Callable[[], set[str]]
+        self, ctx: RunContext, registry: Registry, known_tasks: Callable[[], set[str]]
     ) -> None:
-        self._around, self._registry, self._known_tasks = around, registry, known_tasks
+        self._ctx, self._registry, self._known_tasks = ctx, registry, known_tasks
         self._runs: dict[str, Run] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self.current: RunLoop | None = None
         #: Deleted runs of the last life, of which a crash may have left files.
         self._deleted: list[Run] = []
-        self._recall()
+        self._load()
 
-    def _recall(self) -> None:
+    def _load(self) -> None:
         found = [
             subject
-            for subject in self._around.ledger.subjects()
+            for subject in self._ctx.ledger.subjects()
             if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
         ]
         shown = frozenset(found[-_SHOWN_RUNS:])
         for subject in found:
-            run = self._whole(subject)
+            run = self._replay(subject)
             if run.deleted:
                 self._deleted.append(run)
                 continue
-            self._runs[subject] = _light(run)
+            self._runs[subject] = _compact(run)
             if subject in shown:
-                self._around.publish(run_body(run, ""))
+                self._ctx.publish(run_body(run, ""))
                 for closed in run.history:
-                    self._around.publish(round_body(run.id, closed))
+                    self._ctx.publish(round_body(run.id, closed))
         failpoint("runs.recalled")
 
-    def _whole(self, run_id: str) -> Run:
+    def _replay(self, run_id: str) -> Run:
         """A run with all its rounds, as the ledger has it."""
-        past = [run_events.decode(entry.body) for entry in self._around.ledger.entries(run_id)]
+        past = [run_events.decode(entry.body) for entry in self._ctx.ledger.entries(run_id)]
         return transitions.replay(run_id, past)
 
     async def work(self, resume: bool) -> None:
         """One run after the other, unfinished ones of the last life first."""
         for deleted in self._deleted:
-            deletion.carry_out(self._plan(deleted), self._around.lane)
+            deletion.execute(self._plan(deleted), self._ctx.store)
         self._deleted = []
         for run in list(self._runs.values()):
             if not run.ended:
@@ -108,18 +108,18 @@ class RunQueue:
                 continue
             run = found
             try:
-                self.current = RunLoop(run, self._around, partial(self._kept_by_others, run.id))
+                self.current = RunLoop(run, self._ctx, partial(self._protected_by_others, run.id))
             except CommonweightError as err:  # its strategy is not installed any more, say
                 self._end(run.id, err.message, RunState.FAILED)
                 continue
             try:
                 await self.current.drive()
             finally:
-                self._runs[run.id] = _light(self.current.run)
+                self._runs[run.id] = _compact(self.current.run)
                 self.current = None
             heap.trim()
 
-    def _kept_by_others(self, run_id: str) -> set[str]:
+    def _protected_by_others(self, run_id: str) -> set[str]:
         """Digests of the versions and states that all runs but this one keep."""
         kept: set[str] = set()
         for run in self.all():
@@ -127,10 +127,10 @@ class RunQueue:
                 versions = retention.versions_to_keep(run)
                 kept |= versions | retention.states_to_keep(run, versions)
         if self.current is not None and self.current.run.id != run_id:
-            kept |= self.current.on_disk | self._around.lane.unrecorded
+            kept |= self.current.on_disk | self._ctx.store.unrecorded
         return kept
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Something changed that the run in work may care for."""
         if self.current is not None:
             self.current.changed.set()
@@ -142,49 +142,49 @@ class RunQueue:
     def ring_again(self) -> None:
         """The broker is back: doorbells of before may be lost."""
         if self.current is not None:
-            self.current.questions.ring_again()
+            self.current.requests.ring_again()
 
-    def settling(self, question: str) -> asyncio.Future[bool] | None:
+    def ack_future(self, question: str) -> asyncio.Future[bool] | None:
         """For `settled`: to be asked before the reply to this question is handed in."""
-        return self.current.questions.settling(question) if self.current is not None else None
+        return self.current.requests.ack_future(question) if self.current is not None else None
 
-    async def settled(self, settling: asyncio.Future[bool] | None) -> bool:
+    async def acknowledged(self, settling: asyncio.Future[bool] | None) -> bool:
         """Wait until a reply's fate is in the ledger; False if it is none of ours or takes long."""
         if settling is None:
             return False
-        await asyncio.wait({settling}, timeout=_SETTLED_WITHIN_S)
+        await asyncio.wait({settling}, timeout=_ACK_TIMEOUT_S)
         return settling.done() and settling.result()
 
     def start(self, spec: RunSpec, from_digest: str) -> str:
         """Write a run down and queue it; its id. Raises UsageFault and its kin."""
         self._check(spec)
-        if from_digest and not self._around.lane.has(from_digest):
+        if from_digest and not self._ctx.store.has(from_digest):
             raise UnknownName(f"no version {from_digest[:12]}")
         if from_digest:
             from_digest = self._as_first(spec, from_digest)
-            with Stored(self._around.lane.version(from_digest)) as first:
-                memory_estimate.told(
+            with Stored(self._ctx.store.version_path(from_digest)) as first:
+                memory_estimate.check_memory(
                     strategies.find(spec.strategy), spec, first.schema, spec.quorum
                 )
         task = re.sub(r"\W+", "-", spec.task)[:48]
         run_id = f"{task}-{secrets.token_hex(3)}"
-        news: list[run_events.Fact] = [RunStarted(spec, time.time())]
+        news: list[run_events.RunEvent] = [RunStarted(spec, time.time())]
         if from_digest:
             news.append(run_events.WeightsInitialised(from_digest, "file"))
-        self._around.ledger.append(run_id, [run_events.encode(fact) for fact in news])
+        self._ctx.ledger.append(run_id, [run_events.encode(event) for event in news])
         failpoint("runs.queued")
         self._runs[run_id] = transitions.replay(run_id, news)
-        self._around.publish(run_body(self._runs[run_id], "its turn"))
+        self._ctx.publish(run_body(self._runs[run_id], "its turn"))
         self._queue.put_nowait(run_id)
         return run_id
 
     def _as_first(self, spec: RunSpec, digest: str) -> str:
         """A version as such a run begins with it: with control variates, or without some layers."""
         scheme = strategies.find(spec.strategy).trainer_settings(spec.strategy_args)
-        lane = self._around.lane
-        given = weights.load(lane.version(digest))
+        store = self._ctx.store
+        given = weights.load(store.version_path(digest))
         first = personalization.first_version(given, scheme)
-        return digest if first.schema == given.schema else lane.commit(first)
+        return digest if first.schema == given.schema else store.save(first)
 
     def _check(self, spec: RunSpec) -> None:
         if taken := sorted(personalization.SETTINGS & spec.settings.keys()):
@@ -229,10 +229,10 @@ class RunQueue:
                 "commonweight models export, and run start --from that file, for more rounds",
             )
         self._check(run.spec)
-        fact = run_events.RunResumed()
-        self._around.ledger.append(run.id, [run_events.encode(fact)])
-        self._runs[run.id] = self._whole(run.id)
-        self._around.publish(run_body(self._runs[run.id], "its turn"))
+        event = run_events.RunResumed()
+        self._ctx.ledger.append(run.id, [run_events.encode(event)])
+        self._runs[run.id] = self._replay(run.id)
+        self._ctx.publish(run_body(self._runs[run.id], "its turn"))
         self._queue.put_nowait(run.id)
 
     def deletion(self, run_id: str) -> Deletion:
@@ -246,38 +246,38 @@ class RunQueue:
         return self._plan(run)
 
     def _plan(self, run: Run) -> Deletion:
-        kept = self._kept_by_others(run.id)
+        kept = self._protected_by_others(run.id)
         current = self.current.run if self.current is not None else None
         if current and current.state is RunState.AGGREGATING:
             # It may be writing the same states, which the ledger does not name yet. The next start
             # deletes what stays here.
             kept |= retention.all_states(run)
-        return deletion.plan(run, kept, self._around.lane)
+        return deletion.plan(run, kept, self._ctx.store)
 
     def delete(self, run_id: str) -> Deletion:
         """Delete the files of an ended run and list it no more. Raises as `deletion` does."""
         found = self.deletion(run_id)
-        fact = run_events.RunDeleted((*found.versions, *found.in_use), found.states, found.nbytes)
-        self._around.ledger.append(found.run, [run_events.encode(fact)])
+        event = run_events.RunDeleted((*found.versions, *found.in_use), found.states, found.nbytes)
+        self._ctx.ledger.append(found.run, [run_events.encode(event)])
         del self._runs[found.run]
-        deletion.carry_out(found, self._around.lane)
+        deletion.execute(found, self._ctx.store)
         text = f"run {found.run} was deleted: {found.nbytes / 1e6:,.1f} MB"
-        self._around.publish(Happened(level="info", text=text, subject=found.run))
+        self._ctx.publish(Happened(level="info", text=text, subject=found.run))
         return found
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
-        fact = run_events.RunEnded(state, because)
-        self._around.ledger.append(run_id, [run_events.encode(fact)])
-        run = transitions.apply(self._runs[run_id], fact)
-        self._runs[run_id] = _light(run)
-        self._around.publish(run_body(run, ""))
+        event = run_events.RunEnded(state, because)
+        self._ctx.ledger.append(run_id, [run_events.encode(event)])
+        run = transitions.apply(self._runs[run_id], event)
+        self._runs[run_id] = _compact(run)
+        self._ctx.publish(run_body(run, ""))
 
     def find(self, run_id: str) -> Run:
         """A run by its id or the beginning of it. Raises UnknownName."""
         found = [run for run in self.all() if run.id.startswith(run_id)]
         if len(found) != 1:
             raise UnknownName(f"no run {run_id!r}", "commonweight run list")
-        return self._whole(found[0].id) if found[0].ended else found[0]
+        return self._replay(found[0].id) if found[0].ended else found[0]
 
     def all(self) -> list[Run]:
         """Every run, oldest first; ended ones with their last rounds."""
@@ -286,30 +286,30 @@ class RunQueue:
         return list(self._runs.values())
 
 
-def _light(run: Run) -> Run:
+def _compact(run: Run) -> Run:
     """The run, if it has ended without early rounds and what was told of single peers."""
     if not run.ended:
         return run
     return replace(
         run,
-        history=tuple(map(_bare, run.history[-run.spec.keep_versions :])),
-        best=_bare(run.best) if run.best else None,
+        history=tuple(map(_compact_round, run.history[-run.spec.keep_versions :])),
+        best=_compact_round(run.best) if run.best else None,
         described={},
         peers={},
         updates={},
         contributors=(),
         norms={},
-        needed={},
+        training_seconds={},
         holdings={},
-        given={},
-        last={},
+        assignments={},
+        last_assignments={},
         buffer=(),
-        resting=frozenset(),
+        cooling_down=frozenset(),
         excluded=frozenset(),
         staleness={},
     )
 
 
-def _bare(closed: Round) -> Round:
+def _compact_round(closed: Round) -> Round:
     nobody: dict[str, Any] = {name: {} for name in _OF_PEERS}
     return replace(closed, contributors=(), **nobody)

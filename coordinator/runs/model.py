@@ -11,10 +11,10 @@ from protocols.model.weights_file import Stored
 #: Room for headers and codecs on top of the model's size.
 _SLACK_BYTES = 1024 * 1024
 #: First weights have no base to be measured by.
-_FIRST_WEIGHTS_BYTES = 8 * 1024**3
+_MAX_FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
 
-class Model:
+class RunModel:
     """Known from the first version on. It sets the limits of uploads."""
 
     def __init__(self, transfer: WeightTransfer, codec: Codec) -> None:
@@ -25,17 +25,17 @@ class Model:
         #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
         self._patch = ("", "", 0)
 
-    def learn(self, digest: str) -> None:
+    def set_version(self, digest: str) -> None:
         """Take schema and size from a version."""
-        with Stored(self._transfer.store.version(digest)) as model:
+        with Stored(self._transfer.store.version_path(digest)) as model:
             self.schema, self.nbytes = model.schema, model.nbytes
         self._transfer.limits.version_bytes = self.nbytes
         most = registry.most_bytes(self.codec, self.schema, self.nbytes)
         self._transfer.limits.max_bytes = min(most, self.nbytes) + _SLACK_BYTES
 
-    def await_first(self) -> None:
+    def expect_first_weights(self) -> None:
         """First weights are to come, of whatever size."""
-        self._transfer.limits.max_bytes = _FIRST_WEIGHTS_BYTES
+        self._transfer.limits.max_bytes = _MAX_FIRST_WEIGHTS_BYTES
         self._transfer.limits.version_bytes = 0
 
     def make_patch(self, parent: str, digest: str) -> None:

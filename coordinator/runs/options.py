@@ -21,13 +21,13 @@ class Bounds(NamedTuple):
     words: str
     least: float = -math.inf
     most: float = math.inf
-    without_least: bool = False
+    above_least: bool = False
     or_zero: bool = False
 
-    def hold(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         if self.or_zero and value == 0:
             return True
-        is_least = value > self.least if self.without_least else value >= self.least
+        is_least = value > self.least if self.above_least else value >= self.least
         return is_least and value <= self.most and abs(value) < math.inf
 
 
@@ -49,7 +49,7 @@ class Option(NamedTuple):
     other_field: str = ""
 
     @property
-    def several(self) -> bool:
+    def repeatable(self) -> bool:
         """It may be given repeatedly."""
         return isinstance(self.default, tuple)
 
@@ -68,7 +68,7 @@ class Option(NamedTuple):
 
     def parse(self, text: str) -> Any:
         """The value of a text as it stands in a form. Raises UsageFault."""
-        if self.several:
+        if self.repeatable:
             return text.split()
         try:
             return self.kind(text)
@@ -79,14 +79,14 @@ class Option(NamedTuple):
     def check(self, spec: RunSpec) -> None:
         """Raise UsageFault unless the field has a value that the option takes."""
         value = getattr(spec, self.field) if self.bounds or self.choices else None
-        if value is None or value in self.choices or (self.bounds and self.bounds.hold(value)):
+        if value is None or value in self.choices or (self.bounds and self.bounds.contains(value)):
             return
         raise UsageFault(f"--{self.name} must be {self.limits}, not {value!r}")
 
 
 _FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
-_ABOVE_0 = Bounds("above 0", 0, without_least=True)
-_SHARE = Bounds("above 0 and at most 1", 0, 1, without_least=True)
+_ABOVE_0 = Bounds("above 0", 0, above_least=True)
+_SHARE = Bounds("above 0 and at most 1", 0, 1, above_least=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
 _FINITE = Bounds("a finite number")
 _STRATEGIES = (

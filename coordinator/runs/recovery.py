@@ -18,7 +18,7 @@ from protocols.messages.work import SIGNED_WORK
 from protocols.p2p.gossip import version_of
 
 #: How long to listen for a newer version than those that were told of.
-WITHIN_S = 30.0
+LISTEN_S = 30.0
 
 
 class Ask(NamedTuple):
@@ -27,7 +27,7 @@ class Ask(NamedTuple):
     peers: tuple[str, ...]
 
 
-class Seek(NamedTuple):
+class FetchVersion(NamedTuple):
     """Take this version: nobody holds a newer one."""
 
     version: Holding
@@ -41,23 +41,23 @@ class GiveUp(NamedTuple):
     """The run had finished, and nobody holds a version of it."""
 
 
-Step = Ask | Seek | KeepOwn | GiveUp | str
+Step = Ask | FetchVersion | KeepOwn | GiveUp | str
 
 
 def decide(run: Run, eligible: frozenset[str], due: bool) -> Step:
     """The next step; a string says what is waited for."""
-    if run.sought is not None:
-        return _fetch(run, eligible, run.sought, due)
+    if run.target_version is not None:
+        return _fetch(run, eligible, run.target_version, due)
     if new := {p for p in eligible if run.peers.get(p, "lost") == "lost"}:
         return Ask(tuple(sorted(new)))
     if not run.peers or not due:
         return f"what its peers hold of its versions ({len(run.holdings)} have told)"
     told = Counter(held for held in run.holdings.values() if held)
     newest = max(told, key=lambda held: (held.round, told[held], held.digest), default=None)
-    if run.whole and (newest is None or newest.round <= run.round):
+    if run.head_intact and (newest is None or newest.round <= run.round):
         return KeepOwn()
     if newest is not None:
-        return Seek(newest)
+        return FetchVersion(newest)
     if run.ended_because:
         return GiveUp()
     return "a peer that holds a version of it"
@@ -73,7 +73,7 @@ def _fetch(run: Run, eligible: frozenset[str], sought: Holding, due: bool) -> St
     return f"a peer that holds version {sought.digest[:12]} to come back"
 
 
-def proven(
+def verify_proof(
     run: Run, proof: tuple[bytes, bytes] | None, verify: Callable[[bytes, bytes], bool]
 ) -> Holding | None:
     """The version of this run that a signed piece of work proves. Raises UpdateRefused."""

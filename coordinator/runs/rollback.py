@@ -1,6 +1,6 @@
 """How a run goes back to an earlier version: a damaged one, one that its peers hold, a new start.
 
-Pure; the transitions of these facts.
+Pure; the transitions of these events.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from coordinator.storage.run_events import (
 from protocols.messages.states import RunState
 
 
-def version_lost(run: Run, fact: VersionLost) -> Run:
+def version_lost(run: Run, event: VersionLost) -> Run:
     """As it was when `to` was the newest: what came after is done again."""
     digests = [closed.digest for closed in run.history]
-    kept = run.history[: digests.index(fact.to) + 1 if fact.to in digests else 0]
-    return replace(_back_to(run, kept), head=fact.to)
+    kept = run.history[: digests.index(event.to) + 1 if event.to in digests else 0]
+    return replace(_back_to(run, kept), head=event.to)
 
 
 def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
@@ -42,42 +42,42 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         evaluating=False,
         norms={},
         refused=0,
-        given={},
+        assignments={},
         buffer=(),
-        resting=frozenset(),
+        cooling_down=frozenset(),
         staleness={},
         history=kept,
-        best=max(kept, key=lambda one: best_version.merit(run.spec, one.metrics), default=None),
+        best=max(kept, key=lambda one: best_version.score(run.spec, one.metrics), default=None),
         strategy_state=kept[-1].strategy_state if kept else {},
     )
 
 
-def recall_begun(run: Run, fact: RecallBegun) -> Run:
-    begun = {"recalling": True, "whole": fact.whole, "holdings": {}, "sought": None}
+def recall_begun(run: Run, event: RecallBegun) -> Run:
+    begun = {"recalling": True, "head_intact": event.whole, "holdings": {}, "target_version": None}
     return replace(_back_to(run, run.history), **begun)
 
 
-def holding_told(run: Run, fact: HoldingTold) -> Run:
-    peers = run.peers | {fact.peer: "answered"}
-    return replace(run, peers=peers, holdings=run.holdings | {fact.peer: fact.holding})
+def holding_told(run: Run, event: HoldingTold) -> Run:
+    peers = run.peers | {event.peer: "answered"}
+    return replace(run, peers=peers, holdings=run.holdings | {event.peer: event.holding})
 
 
-def version_sought(run: Run, fact: VersionSought) -> Run:
-    return replace(run, sought=fact.version, peers={})
+def version_sought(run: Run, event: VersionSought) -> Run:
+    return replace(run, target_version=event.version, peers={})
 
 
-def version_recalled(run: Run, fact: VersionRecalled) -> Run:
+def version_recalled(run: Run, event: VersionRecalled) -> Run:
     """Rounds after the version are forgotten; those that the ledger never saw are one entry."""
-    number, digest = fact.version.round, fact.version.digest
+    number, digest = event.version.round, event.version.digest
     kept = tuple(closed for closed in run.history if closed.round <= number)
     if number and (not kept or kept[-1].digest != digest):
-        kept = (*(closed for closed in kept if closed.round < number), _unseen(fact.version))
-    over = {"recalling": False, "holdings": {}, "sought": None, "ended_because": ""}
+        kept = (*(closed for closed in kept if closed.round < number), _unseen(event.version))
+    over = {"recalling": False, "holdings": {}, "target_version": None, "ended_because": ""}
     return replace(
         _back_to(run, kept),
         first=run.first if number else digest,
         head=digest,
-        strategy_state=fact.strategy_state,
+        strategy_state=event.strategy_state,
         **over,
     )
 
@@ -97,7 +97,7 @@ def _unseen(version: Holding) -> Round:
     )
 
 
-def run_resumed(run: Run, fact: RunResumed) -> Run:
+def run_resumed(run: Run, event: RunResumed) -> Run:
     run = replace(run, ended_because="")
     if run.ended_in is RunState.EVALUATING:  # its version is there: only the evaluation is missing
         return replace(run, state=RunState.EVALUATING, evaluating=False)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from coordinator.runs.state import Run
-from coordinator.storage import run_events as facts
-from coordinator.storage.run_events import Fact
+from coordinator.storage import run_events as events
+from coordinator.storage.run_events import RunEvent
 from protocols.errors import CommonweightError, SchemaMismatch
 from protocols.model import schema_card
 from protocols.model.schema_card import SchemaCard
@@ -23,7 +23,7 @@ from protocols.tables.statistics import TableStatistics
 class Agreement(NamedTuple):
     """Facts for the ledger, and notes for people: pairs of a peer (or nothing) and words."""
 
-    facts: list[Fact]
+    events: list[RunEvent]
     notes: list[tuple[str, str]]
 
 
@@ -40,20 +40,20 @@ def agree(run: Run, first: Schema) -> Agreement:
         misfits = derived.misfits | _of_another_kind(cards, "a table", "no table")
         text = preprocessing.encode(derived.preprocessing)
         fitting = tuple(sorted(tables.keys() - misfits.keys()))
-        return _agreed(run, misfits, facts.PreprocessingFixed(text, fitting), derived.notes)
+        return _agreed(run, misfits, events.PreprocessingFixed(text, fitting), derived.notes)
     misfits = _of_another_kind(tables, "a model", "a table")
-    agreed = schema_card.most_common(_fitting(cards, first))
+    agreed = schema_card.most_common(_matching(cards, first))
     for peer, card in cards.items():
         if (difference := schema_card.difference(agreed, card)) is not None:
             misfits[peer] = difference.as_error()
-    return _agreed(run, misfits, facts.SchemaAgreed(agreed), [])
+    return _agreed(run, misfits, events.SchemaAgreed(agreed), [])
 
 
 def _agreed(
-    run: Run, misfits: dict[str, SchemaMismatch], agreed: Fact, notes: list[tuple[str, str]]
+    run: Run, misfits: dict[str, SchemaMismatch], agreed: RunEvent, notes: list[tuple[str, str]]
 ) -> Agreement:
-    refused: list[Fact] = [
-        facts.UpdateRefused(0, peer, err.code, err.message[:400], "describe")
+    refused: list[RunEvent] = [
+        events.UpdateRefused(0, peer, err.code, err.message[:400], "describe")
         for peer, err in sorted(misfits.items())
     ]
     if len(run.described) - len(misfits) < run.spec.quorum:
@@ -65,7 +65,7 @@ def _of_another_kind(peers: Iterable[str], expected: str, found: str) -> dict[st
     return {peer: SchemaMismatch("description", expected, found) for peer in peers}
 
 
-def _fitting(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCard]:
+def _matching(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCard]:
     """The cards of tasks that fit the first weights. Raises CommonweightError if none does."""
     fitting = {peer: card for peer, card in cards.items() if not first or card.schema == first}
     if fitting:

@@ -16,7 +16,7 @@ from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import Question
 from protocols.model.schema_card import Description, SchemaCard
 
-Standing = Literal["asked", "answered", "refused", "lost"]
+PeerStatus = Literal["asked", "answered", "refused", "lost"]
 
 #: Words for refusals that a run remembers.
 TOO_STALE, TOO_FEW = "too stale", "too few examples"
@@ -45,7 +45,7 @@ class Round(Struct, frozen=True, kw_only=True):
     num_evaluated: int = 0
 
 
-class Given(Struct, frozen=True):
+class Assignment(Struct, frozen=True):
     """Buffered: the training that a peer has in hand; `lost` while it is away."""
 
     round: int
@@ -82,8 +82,8 @@ class Run(Struct, frozen=True, kw_only=True):
     described: dict[str, Description] = {}
     preprocessing: str = ""
     card: SchemaCard | None = None
-    eligible: int = 0
-    peers: dict[str, Standing] = {}
+    num_eligible: int = 0
+    peers: dict[str, PeerStatus] = {}
     updates: dict[str, Update] = {}
     contributors: tuple[str, ...] = ()
     evaluating: bool = False
@@ -95,15 +95,15 @@ class Run(Struct, frozen=True, kw_only=True):
     history: tuple[Round, ...] = ()
     best: Round | None = None
     strategy_state: dict[str, str] = {}
-    needed: dict[str, tuple[float, ...]] = {}
+    training_seconds: dict[str, tuple[float, ...]] = {}
     recalling: bool = False
-    whole: bool = False
+    head_intact: bool = False
     holdings: dict[str, Holding | None] = {}
-    sought: Holding | None = None
-    given: dict[str, Given] = {}
-    last: dict[str, Given] = {}
+    target_version: Holding | None = None
+    assignments: dict[str, Assignment] = {}
+    last_assignments: dict[str, Assignment] = {}
     buffer: tuple[UpdateAccepted, ...] = ()
-    resting: frozenset[str] = frozenset()
+    cooling_down: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     staleness: dict[str, int] = {}
     num_examples: int = 0
@@ -121,7 +121,7 @@ class Run(Struct, frozen=True, kw_only=True):
         return self.spec.mode == "buffered"
 
     @property
-    def versions(self) -> int:
+    def num_versions(self) -> int:
         """How many versions there are, the first weights not counted."""
         made = self.state in (RunState.WAITING, RunState.EVALUATING)
         return self.round if made else self.round - 1
@@ -135,7 +135,7 @@ class Run(Struct, frozen=True, kw_only=True):
     def kind(self) -> Question:
         """What peers are asked for in this state."""
         if self.recalling:
-            return "recall" if self.sought else "holdings"
+            return "recall" if self.target_version else "holdings"
         if self.state is RunState.WAITING:
             return "describe" if self.describing else "init"
         return "train" if self.state is RunState.TRAINING else "evaluate"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 
-from coordinator.storage.run_events import Fact
+from coordinator.storage.run_events import RunEvent
 
 _PARTS = ("work", "wait", "aggregate", "evaluate")
 _EDGES = ("UpdateAccepted", "TrainingClosed", "VersionCommitted")
 
 
-class Stopwatch:
+class PhaseTimer:
     """Runs from the opening of a round, and again from that of a phase (`phase_s`)."""
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class Stopwatch:
     def open_phase(self) -> None:
         self._phase_at = time.monotonic()
 
-    def mark(self, fact: Fact) -> None:
-        """The first fact of its kind in a round ends a part of it."""
-        self._marks.setdefault(type(fact).__name__, time.monotonic())
+    def mark(self, event: RunEvent) -> None:
+        """The first event of its kind in a round ends a part of it."""
+        self._marks.setdefault(type(event).__name__, time.monotonic())
 
     @property
     def phase_s(self) -> float:
@@ -37,7 +37,7 @@ class Stopwatch:
     def round_s(self) -> float:
         return time.monotonic() - self._opened_at
 
-    def spent(self) -> dict[str, float]:
+    def phase_seconds(self) -> dict[str, float]:
         """Seconds by part of the round that closes now; nothing for one that a restart cut."""
         marks = [self._marks[name] for name in _EDGES if name in self._marks]
         if len(marks) < len(_EDGES):

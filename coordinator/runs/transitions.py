@@ -1,8 +1,8 @@
-"""A run as a pure state machine: facts in, its state out. No I/O, no clock.
+"""A run as a pure state machine: events in, its state out. No I/O, no clock.
 
-Rule 1. The state of a run is the fold of its facts (`apply`); the ledger holds nothing else of it.
-Rule 2. `decisions.decide(run, view)` says what to do next; doing it gives new facts, and nothing
-        else does.
+Rule 1. The state of a run is the fold of its events (`apply`); the ledger holds nothing else.
+Rule 2. `decisions.decide(run, observed)` says what to do next; doing it gives new events,
+        and nothing else does.
 Rule 3. What is in the view (who is there, has the deadline passed) may change a decision, never
         the state: so replaying the ledger gives the same state, digest for digest.
 
@@ -22,10 +22,9 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from coordinator.runs import best_version, rollback
-from coordinator.runs.state import TOO_FEW, TOO_STALE, Given, Round, Run
+from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Round, Run
 from coordinator.storage.run_events import (
     EvaluationOpened,
-    Fact,
     HoldingTold,
     PeerDescribed,
     PeerLost,
@@ -36,6 +35,7 @@ from coordinator.storage.run_events import (
     RoundOpened,
     RunDeleted,
     RunEnded,
+    RunEvent,
     RunResumed,
     RunStarted,
     SchemaAgreed,
@@ -56,34 +56,34 @@ from protocols.messages.states import ENDED, RunState
 _REMEMBERED = 5
 
 
-def _peer_described(run: Run, fact: PeerDescribed) -> Run:
+def _peer_described(run: Run, event: PeerDescribed) -> Run:
     return replace(
         run,
-        peers=run.peers | {fact.peer: "answered"},
-        described=run.described | {fact.peer: fact.description},
+        peers=run.peers | {event.peer: "answered"},
+        described=run.described | {event.peer: event.description},
     )
 
 
-def _preprocessing_fixed(run: Run, fact: PreprocessingFixed) -> Run:
-    return replace(run, preprocessing=fact.text, peers={}, described={})
+def _preprocessing_fixed(run: Run, event: PreprocessingFixed) -> Run:
+    return replace(run, preprocessing=event.text, peers={}, described={})
 
 
-def _schema_agreed(run: Run, fact: SchemaAgreed) -> Run:
-    return replace(run, card=fact.card, peers={}, described={})
+def _schema_agreed(run: Run, event: SchemaAgreed) -> Run:
+    return replace(run, card=event.card, peers={}, described={})
 
 
-def _weights_initialised(run: Run, fact: WeightsInitialised) -> Run:
-    return replace(run, first=fact.digest, head=fact.digest, peers={})
+def _weights_initialised(run: Run, event: WeightsInitialised) -> Run:
+    return replace(run, first=event.digest, head=event.digest, peers={})
 
 
-def _round_opened(run: Run, fact: RoundOpened) -> Run:
+def _round_opened(run: Run, event: RoundOpened) -> Run:
     return replace(
         run,
         state=RunState.TRAINING,
-        round=fact.round,
-        parent=fact.base,
-        eligible=fact.eligible or len(fact.asked),
-        peers=dict.fromkeys(fact.asked, "asked"),
+        round=event.round,
+        parent=event.base,
+        num_eligible=event.eligible or len(event.asked),
+        peers=dict.fromkeys(event.asked, "asked"),
         updates={},
         contributors=(),
         norms={},
@@ -91,97 +91,103 @@ def _round_opened(run: Run, fact: RoundOpened) -> Run:
     )
 
 
-def _peers_asked(run: Run, fact: PeersAsked) -> Run:
-    return replace(run, peers=run.peers | dict.fromkeys(fact.peers, "asked"))
+def _peers_asked(run: Run, event: PeersAsked) -> Run:
+    return replace(run, peers=run.peers | dict.fromkeys(event.peers, "asked"))
 
 
-def _work_given(run: Run, fact: WorkGiven) -> Run:
-    given = Given(fact.round, fact.base, fact.turn)
+def _work_given(run: Run, event: WorkGiven) -> Run:
+    given = Assignment(event.round, event.base, event.turn)
     return replace(
         run,
-        given=run.given | {fact.peer: given},
-        last=run.last | {fact.peer: given},
-        resting=run.resting - {fact.peer},
+        assignments=run.assignments | {event.peer: given},
+        last_assignments=run.last_assignments | {event.peer: given},
+        cooling_down=run.cooling_down - {event.peer},
     )
 
 
-def _peer_lost(run: Run, fact: PeerLost) -> Run:
-    if (given := run.given.get(fact.peer)) is not None:
-        run = replace(run, given=run.given | {fact.peer: replace(given, lost=True)})
-    if run.peers.get(fact.peer) != "asked":
+def _peer_lost(run: Run, event: PeerLost) -> Run:
+    if (given := run.assignments.get(event.peer)) is not None:
+        run = replace(run, assignments=run.assignments | {event.peer: replace(given, lost=True)})
+    if run.peers.get(event.peer) != "asked":
         return run
-    return replace(run, peers=run.peers | {fact.peer: "lost"})
+    return replace(run, peers=run.peers | {event.peer: "lost"})
 
 
-def _update_accepted(run: Run, fact: UpdateAccepted) -> Run:
-    if fact.update.base:
+def _update_accepted(run: Run, event: UpdateAccepted) -> Run:
+    if event.update.base:
         return replace(
             run,
-            given=_without(run.given, fact.peer),
-            buffer=(*run.buffer, fact),
-            needed=_needed(run, fact.peer, fact.update.seconds),
+            assignments=_without(run.assignments, event.peer),
+            buffer=(*run.buffer, event),
+            training_seconds=_needed(run, event.peer, event.update.seconds),
         )
     run = replace(
         run,
-        peers=run.peers | {fact.peer: "answered"},
-        updates=run.updates | {fact.peer: fact.update},
+        peers=run.peers | {event.peer: "answered"},
+        updates=run.updates | {event.peer: event.update},
     )
     if run.evaluating:
         return run
-    norms = run.norms | {fact.peer: fact.update.norm}
-    return replace(run, norms=norms, needed=_needed(run, fact.peer, fact.update.seconds))
+    norms = run.norms | {event.peer: event.update.norm}
+    return replace(
+        run, norms=norms, training_seconds=_needed(run, event.peer, event.update.seconds)
+    )
 
 
 def _needed(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
     if not seconds:
-        return run.needed
-    return run.needed | {peer: (*run.needed.get(peer, ()), seconds)[-_REMEMBERED:]}
+        return run.training_seconds
+    return run.training_seconds | {
+        peer: (*run.training_seconds.get(peer, ()), seconds)[-_REMEMBERED:]
+    }
 
 
-def _without(given: dict[str, Given], peer: str) -> dict[str, Given]:
+def _without(given: dict[str, Assignment], peer: str) -> dict[str, Assignment]:
     return {name: work for name, work in given.items() if name != peer}
 
 
-def _update_refused(run: Run, fact: UpdateRefused) -> Run:
-    if fact.reason == TOO_FEW:
-        run = replace(run, excluded=run.excluded | {fact.peer})
-    given = run.given.get(fact.peer)
-    if given is not None and fact.kind == "train" and fact.round == given.round:
+def _update_refused(run: Run, event: UpdateRefused) -> Run:
+    if event.reason == TOO_FEW:
+        run = replace(run, excluded=run.excluded | {event.peer})
+    given = run.assignments.get(event.peer)
+    if given is not None and event.kind == "train" and event.round == given.round:
         # What came too late is no fault of its peer: it has new work at once.
-        resting = run.resting if fact.reason == TOO_STALE else run.resting | {fact.peer}
-        run = replace(run, given=_without(run.given, fact.peer), resting=resting)
+        resting = run.cooling_down if event.reason == TOO_STALE else run.cooling_down | {event.peer}
+        run = replace(run, assignments=_without(run.assignments, event.peer), cooling_down=resting)
     peers = run.peers
-    present = fact.round == run.round and fact.kind in ("", run.kind)
-    if present and peers.get(fact.peer) == "asked":
-        peers = peers | {fact.peer: "refused"}
+    present = event.round == run.round and event.kind in ("", run.kind)
+    if present and peers.get(event.peer) == "asked":
+        peers = peers | {event.peer: "refused"}
     described = run.described
-    if run.describing and fact.kind == "describe" and fact.peer in described:
+    if run.describing and event.kind == "describe" and event.peer in described:
         # It was heard, and found not to fit the others.
-        peers = peers | {fact.peer: "refused"}
-        described = {peer: told for peer, told in described.items() if peer != fact.peer}
+        peers = peers | {event.peer: "refused"}
+        described = {peer: told for peer, told in described.items() if peer != event.peer}
     holdings = run.holdings
-    if fact.kind == "recall":  # it has not what it told of: another holder, or another version
-        holdings = {peer: held for peer, held in holdings.items() if peer != fact.peer}
+    if event.kind == "recall":  # it has not what it told of: another holder, or another version
+        holdings = {peer: held for peer, held in holdings.items() if peer != event.peer}
     return replace(
         run,
         peers=peers,
         described=described,
         holdings=holdings,
-        sought=run.sought if run.sought in holdings.values() else None,
+        target_version=run.target_version if run.target_version in holdings.values() else None,
         refused=run.refused + 1,
         refusals=run.refusals + 1,
-        last_refusal=f"{fact.reason}: {fact.detail}",
-        last_refused=fact.peer,
-        needed=_needed(run, fact.peer, fact.seconds) if fact.kind == "train" else run.needed,
+        last_refusal=f"{event.reason}: {event.detail}",
+        last_refused=event.peer,
+        training_seconds=_needed(run, event.peer, event.seconds)
+        if event.kind == "train"
+        else run.training_seconds,
     )
 
 
-def _training_closed(run: Run, fact: TrainingClosed) -> Run:
-    examples = sum(run.updates[p].num_examples for p in fact.contributors if p in run.updates)
+def _training_closed(run: Run, event: TrainingClosed) -> Run:
+    examples = sum(run.updates[p].num_examples for p in event.contributors if p in run.updates)
     run = replace(
         run,
         state=RunState.AGGREGATING,
-        contributors=fact.contributors,
+        contributors=event.contributors,
         num_examples=examples,
     )
     staleness: dict[str, int] = {}
@@ -191,25 +197,25 @@ def _training_closed(run: Run, fact: TrainingClosed) -> Run:
     return replace(run, norms=norms, staleness=staleness)
 
 
-def _version_committed(run: Run, fact: VersionCommitted) -> Run:
+def _version_committed(run: Run, event: VersionCommitted) -> Run:
     return replace(
         run,
         state=RunState.EVALUATING,
-        head=fact.digest,
-        strategy_state=fact.strategy_state,
+        head=event.digest,
+        strategy_state=event.strategy_state,
         peers={},
         updates={},
         buffer=(),
-        resting=frozenset(),
+        cooling_down=frozenset(),
     )
 
 
-def _evaluation_opened(run: Run, fact: EvaluationOpened) -> Run:
+def _evaluation_opened(run: Run, event: EvaluationOpened) -> Run:
     return replace(
         run,
         state=RunState.EVALUATING,
         evaluating=True,
-        peers=dict.fromkeys(fact.asked, "asked"),
+        peers=dict.fromkeys(event.asked, "asked"),
     )
 
 
@@ -222,22 +228,22 @@ def _spread(answers: dict[str, Update]) -> dict[str, tuple[float, float, float]]
     return {name: (min(vs), statistics.median(vs), max(vs)) for name, vs in told.items()}
 
 
-def _round_closed(run: Run, fact: RoundClosed) -> Run:
+def _round_closed(run: Run, event: RoundClosed) -> Run:
     closed = Round(
         round=run.round,
         digest=run.head,
         contributors=run.contributors,
         refused=run.refused,
-        metrics=fact.metrics,
-        seconds=fact.seconds,
-        bytes_up=fact.bytes_up,
-        bytes_down=fact.bytes_down,
+        metrics=event.metrics,
+        seconds=event.seconds,
+        bytes_up=event.bytes_up,
+        bytes_down=event.bytes_down,
         norms=run.norms,
         strategy_state=run.strategy_state,
         spread=_spread(run.updates) if run.evaluating else {},
-        worst=best_version.worst(run.updates) if run.evaluating else {},
-        tallies=fact.tallies,
-        spent=fact.spent,
+        worst=best_version.worst_peers(run.updates) if run.evaluating else {},
+        tallies=event.tallies,
+        spent=event.spent,
         staleness=run.staleness,
         num_examples=run.num_examples,
         num_evaluated=sum(update.num_examples for update in run.updates.values())
@@ -245,7 +251,7 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
         else 0,
     )
     best = run.best
-    if best is None or best_version.merit(run.spec, closed.metrics) > best_version.merit(
+    if best is None or best_version.score(run.spec, closed.metrics) > best_version.score(
         run.spec, best.metrics
     ):
         best = closed
@@ -260,27 +266,27 @@ def _round_closed(run: Run, fact: RoundClosed) -> Run:
     )
 
 
-def _run_ended(run: Run, fact: RunEnded) -> Run:
+def _run_ended(run: Run, event: RunEnded) -> Run:
     return replace(
         run,
-        state=fact.state,
+        state=event.state,
         ended_in=run.state,
-        ended_because=fact.because,
+        ended_because=event.because,
         peers={},
         updates={},
-        given={},
+        assignments={},
         buffer=(),
     )
 
 
-def _run_deleted(run: Run, fact: RunDeleted) -> Run:
+def _run_deleted(run: Run, event: RunDeleted) -> Run:
     return replace(run, deleted=True)
 
 
 _ANY = frozenset(RunState) - ENDED
 _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
 
-#: fact -> (states in which it may happen, what it does). Anywhere else it changes nothing.
+#: event -> (states in which it may happen, what it does). Anywhere else it changes nothing.
 TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
     PeerDescribed: (frozenset({RunState.WAITING}), _peer_described),
     PreprocessingFixed: (frozenset({RunState.WAITING}), _preprocessing_fixed),
@@ -310,19 +316,19 @@ TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
 }
 
 
-def apply(run: Run, fact: Fact) -> Run:
-    """The run after `fact`."""
-    states, transition = TRANSITIONS[type(fact)]
-    return transition(run, fact) if run.state in states else run
+def apply(run: Run, event: RunEvent) -> Run:
+    """The run after `event`."""
+    states, transition = TRANSITIONS[type(event)]
+    return transition(run, event) if run.state in states else run
 
 
-def replay(run_id: str, facts: list[Fact]) -> Run:
-    """The run that these facts, the first of them RunStarted, add up to."""
-    first = facts[0]
-    assert isinstance(first, RunStarted), "a run's first fact is RunStarted"
+def replay(run_id: str, events: list[RunEvent]) -> Run:
+    """The run that these events, the first of them RunStarted, add up to."""
+    first = events[0]
+    assert isinstance(first, RunStarted), "a run's first event is RunStarted"
     # An evaluation alone is one of the round's version, and no round opens.
     before = 0 if first.spec.only == "evaluate" else 1
     run = Run(id=run_id, spec=first.spec, since=first.at, round=first.spec.first_round - before)
-    for fact in facts[1:]:
-        run = apply(run, fact)
+    for event in events[1:]:
+        run = apply(run, event)
     return run

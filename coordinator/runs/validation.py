@@ -14,7 +14,7 @@ import numpy as np
 
 from coordinator import strategies
 from coordinator.runs import buffered
-from coordinator.runs.state import TOO_FEW, TOO_STALE, Given, Run
+from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Run
 from protocols.codecs.registry import Decoded
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages.envelope import Verify
@@ -29,15 +29,15 @@ R = TypeVar("R", bound=Readable)
 
 _CACHED_BYTES = 256 * 1024
 #: So many squares are added up in float32 before float64 goes on.
-_ROW = 512
+_ROW_ELEMENTS = 512
 #: Below it float32 has lost digits of what was added up.
-_LEAST_SQUARES = 1e-25
+_MIN_FLOAT32_SQUARES = 1e-25
 
 #: Numbers that an update may carry, each named in the ledger and on every monitor.
 MAX_METRICS = 32
 
 
-class Expected(NamedTuple):
+class ExpectedReply(NamedTuple):
     """What the run waits for: the claim's kind, its base version and the model's schema.
 
     `given`: the work that is this peer's own, in a buffered run.
@@ -46,12 +46,12 @@ class Expected(NamedTuple):
     kind: str
     base: str
     schema: Schema
-    given: Given | None = None
+    given: Assignment | None = None
 
 
 def check_claim(
     run: Run,
-    expected: Expected,
+    expected: ExpectedReply,
     sender: str,
     claim: UpdateClaim,
     payload: bytes,
@@ -83,7 +83,7 @@ def check_claim(
     if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is best
         raise UpdateRefused("bad metrics", f"an accuracy of {accuracy:g}")
     if claim.kind == "train":
-        needed = strategies.find(run.spec.strategy).metric(run.spec.strategy_args)
+        needed = strategies.find(run.spec.strategy).required_metric(run.spec.strategy_args)
         value = claim.metrics.get(needed)
         if needed and (value is None or value < 0):
             told = "none" if value is None else f"{value:g}"
@@ -97,7 +97,7 @@ def check_claim(
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
 
 
-def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
+def check_weights(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
     """The update's weights. Raises UpdateRefused: missing, another schema, not finite."""
     update = _of_schema(expected, open_update)
     try:
@@ -107,7 +107,9 @@ def check_weights(expected: Expected, open_update: Callable[[], R]) -> R:
     return update
 
 
-def measure(expected: Expected, open_update: Callable[[], Readable], base: Readable) -> float:
+def check_update(
+    expected: ExpectedReply, open_update: Callable[[], Readable], base: Readable
+) -> float:
     """The `distance` of an update from its base. Raises UpdateRefused as `check_weights` does.
 
     Both in one pass, where the difference tells enough of the update.
@@ -115,18 +117,18 @@ def measure(expected: Expected, open_update: Callable[[], Readable], base: Reada
     update = _of_schema(expected, open_update)
     if isinstance(update, Decoded):  # finite when it is rounded to the base's dtype, too
         check_weights(expected, lambda: update)
-    return distance(update, base)
+    return update_norm(update, base)
 
 
-def check_measured(run: Run, claim: UpdateClaim, norm: float) -> None:
+def check_norm(run: Run, claim: UpdateClaim, norm: float) -> None:
     """Raise UpdateRefused if what the strategy makes of an update so far away is no number."""
     if claim.kind == "train":
-        recipe = strategies.find(run.spec.strategy)
-        if fault := recipe.fault(run.spec.strategy_args, claim.metrics, norm):
+        adapter = strategies.find(run.spec.strategy)
+        if fault := adapter.update_error(run.spec.strategy_args, claim.metrics, norm):
             raise UpdateRefused("bad metrics", fault)
 
 
-def _of_schema(expected: Expected, open_update: Callable[[], R]) -> R:
+def _of_schema(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
     try:
         update = open_update()
         if expected.schema:
@@ -136,7 +138,7 @@ def _of_schema(expected: Expected, open_update: Callable[[], R]) -> R:
     return update
 
 
-def expectation(run: Run, schema: Schema, peer: str = "", kind: str = "") -> Expected:
+def expected_reply(run: Run, schema: Schema, peer: str = "", kind: str = "") -> ExpectedReply:
     """What an answer to the run's present question must be, or to this peer's own.
 
     Raises UpdateRefused for an answer to work that this peer does not have, or that is too old.
@@ -144,32 +146,32 @@ def expectation(run: Run, schema: Schema, peer: str = "", kind: str = "") -> Exp
     if run.buffered and kind == "train":
         return _own(run, schema, peer)
     if run.recalling:
-        return Expected(run.kind, run.sought.digest if run.sought else "", {})
+        return ExpectedReply(run.kind, run.target_version.digest if run.target_version else "", {})
     if run.state is RunState.WAITING:
         card = run.card.schema if run.card and run.kind == "init" else {}
         base = preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""
-        return Expected(run.kind, base, card)
+        return ExpectedReply(run.kind, base, card)
     if run.state is RunState.TRAINING:
-        return Expected("train", run.parent, schema)
-    return Expected("evaluate", run.head, schema)
+        return ExpectedReply("train", run.parent, schema)
+    return ExpectedReply("evaluate", run.head, schema)
 
 
-def _own(run: Run, schema: Schema, peer: str) -> Expected:
-    given = run.given.get(peer)
+def _own(run: Run, schema: Schema, peer: str) -> ExpectedReply:
+    given = run.assignments.get(peer)
     if given is None:
         raise UpdateRefused("late", "this peer has no such work any more")
     if buffered.is_over(run):
-        raise UpdateRefused("late", f"the run's last version, {run.versions}, is made")
+        raise UpdateRefused("late", f"the run's last version, {run.num_versions}, is made")
     if buffered.is_stale(run, given):
         behind, most = buffered.staleness(run, given), run.spec.max_staleness
         raise UpdateRefused(
             TOO_STALE,
             f"trained on version {given.round - 1}, {behind} behind the newest; {most} may be",
         )
-    return Expected("train", given.base, schema, given)
+    return ExpectedReply("train", given.base, schema, given)
 
 
-def distance(update: Readable, base: Readable) -> float:
+def update_norm(update: Readable, base: Readable) -> float:
     """Euclidean norm of the update's floating-point tensors minus the base's.
 
     What is beyond float64 counts as its largest number: the ledger has no infinity. In pieces that
@@ -189,7 +191,7 @@ def distance(update: Readable, base: Readable) -> float:
                 new, dtype = update.change(part), "F32"
             else:
                 new, old = update.read(part), base.read(part)
-            quick = _quick_squares(new, old) if dtype == "F32" else None
+            quick = _float32_squares(new, old) if dtype == "F32" else None
             if quick is not None:
                 total += quick
                 continue
@@ -204,16 +206,16 @@ def distance(update: Readable, base: Readable) -> float:
     return math.sqrt(min(total, sys.float_info.max))
 
 
-def _quick_squares(new: Array, old: Array | float) -> float | None:
+def _float32_squares(new: Array, old: Array | float) -> float | None:
     """The sum of squared differences of float32; None where float32 is too narrow for it.
 
     A sum that is a number is of numbers alone.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         difference = np.subtract(new, old, dtype=np.float32)
-        whole = len(difference) // _ROW * _ROW
-        rows = difference[:whole].reshape(-1, _ROW)
+        whole = len(difference) // _ROW_ELEMENTS * _ROW_ELEMENTS
+        rows = difference[:whole].reshape(-1, _ROW_ELEMENTS)
         total = float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
         rest = difference[whole:]
         total += float(np.einsum("i,i->", rest, rest))
-    return total if _LEAST_SQUARES < total < math.inf or not difference.any() else None
+    return total if _MIN_FLOAT32_SQUARES < total < math.inf or not difference.any() else None

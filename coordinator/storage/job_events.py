@@ -1,4 +1,4 @@
-"""What happens to a job: its settings and its facts, as the ledger keeps them. Pure.
+"""What happens to a job: its settings and its events, as the ledger keeps them. Pure.
 
 A job's subject in the ledger is `job/ID`: so runs, which have bare ids, are told from it. Facts are
 in the past tense, and a new field has a default: old ledgers are read for ever.
@@ -142,7 +142,7 @@ class JobTaken(Struct, frozen=True, tag=True):
     """The requester has the answers: rows and answers need not be kept any more."""
 
 
-Fact = (
+JobEvent = (
     JobStarted
     | UnitLeased
     | LeaseEnded
@@ -156,4 +156,4 @@ Fact = (
 )
 
 encode = msgspec.json.Encoder().encode
-decode = msgspec.json.Decoder(Fact).decode
+decode = msgspec.json.Decoder(JobEvent).decode

@@ -43,7 +43,7 @@ class Ledger:
         self._lock = threading.Lock()
         try:
             if not read_only and path.exists() and path.stat().st_size:
-                _check_whole(path)
+                _verify_file(path)
             mode = "ro" if read_only else "rwc"
             self._db = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode={mode}",
@@ -159,7 +159,7 @@ class Ledger:
             self._db.close()
 
 
-def _check_whole(path: Path) -> None:
+def _verify_file(path: Path) -> None:
     """Raise HomeFault, or what SQLite raises, unless every entry fits the one before."""
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:

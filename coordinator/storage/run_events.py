@@ -1,4 +1,4 @@
-"""What happens to a run: its settings and its facts, as the ledger keeps them. Pure.
+"""What happens to a run: its settings and its events, as the ledger keeps them. Pure.
 
 Facts are in the past tense. A new field has a default: old ledgers are read for ever.
 """
@@ -280,7 +280,7 @@ class RunDeleted(Struct, frozen=True, tag=True):
     nbytes: int = 0
 
 
-Fact = (
+RunEvent = (
     RunStarted
     | PeerDescribed
     | PreprocessingFixed
@@ -307,4 +307,4 @@ Fact = (
 )
 
 encode = msgspec.json.Encoder().encode
-decode = msgspec.json.Decoder(Fact).decode
+decode = msgspec.json.Decoder(RunEvent).decode

@@ -28,7 +28,7 @@ from protocols.errors import BadMessage, HomeFault, UsageFault
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 
-FILE = "settings.toml"
+SETTINGS_FILE = "settings.toml"
 #: Says where the running coordinator answers.
 UP_FILE = "up.json"
 PORT = 9092
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(settings_cls, homes.locate("coordinator") / FILE)
+        file = TomlConfigSettingsSource(settings_cls, homes.locate("coordinator") / SETTINGS_FILE)
         return (init_settings, env_settings, file)
 
 
@@ -84,7 +84,9 @@ def read(**flags: Any) -> Settings:
     except SettingsError as err:  # a list in the environment is written as JSON
         raise UsageFault(f'{err}: write a list as JSON, such as ["a", "b"]') from err
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"cannot read {homes.locate('coordinator') / FILE}: {err}") from err
+        raise UsageFault(
+            f"cannot read {homes.locate('coordinator') / SETTINGS_FILE}: {err}"
+        ) from err
 
 
 class MqttLogin(msgspec.Struct, frozen=True):
@@ -122,15 +124,15 @@ def init(names: list[str]) -> tuple[Path, bool]:
     return home, True
 
 
-def keep_names(home: Path, names: list[str]) -> None:
+def save_names(home: Path, names: list[str]) -> None:
     """Write the names under which agents reach this machine into the file: `up` certifies them."""
     try:
-        values = tomllib.loads((home / FILE).read_text(encoding="utf-8"))
+        values = tomllib.loads((home / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         values = {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"cannot read {home / FILE}: {err}") from err
-    write_private(home / FILE, tomli_w.dumps(values | {"names": names}).encode())
+        raise UsageFault(f"cannot read {home / SETTINGS_FILE}: {err}") from err
+    write_private(home / SETTINGS_FILE, tomli_w.dumps(values | {"names": names}).encode())
 
 
 def new_login(home: Path, removed: int) -> MqttLogin:

@@ -48,14 +48,14 @@ class Spool:
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 
-    def whole(self, node: str) -> set[Path]:
+    def complete(self, node: str) -> set[Path]:
         """The files of this peer's whole uploads."""
         return {path for path in self._files[node] if path.suffix != _PART}
 
     def begin(self, node: str, digest: str) -> PartialUpload:
         """Start or resume an upload. The peer's other partial upload is deleted."""
         part = PartialUpload(self, node, digest)
-        for other in self._files[node] - self.whole(node) - {part.path}:
+        for other in self._files[node] - self.complete(node) - {part.path}:
             self.writers.pop(other, None)
             other.unlink(missing_ok=True)
             self._files[node].discard(other)
@@ -81,7 +81,7 @@ class Spool:
 
     def keep_only(self, node: str, digests: Set[str]) -> None:
         """Delete this peer's whole uploads except these."""
-        for path in self.whole(node) - {self.path(node, digest) for digest in digests}:
+        for path in self.complete(node) - {self.path(node, digest) for digest in digests}:
             remove(path)
             self._files[node].discard(path)
 

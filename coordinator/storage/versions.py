@@ -39,28 +39,28 @@ class Versions:
         self.unrecorded: set[str] = set()
         self._naming = threading.Lock()
 
-    def version(self, digest: str) -> Path:
+    def version_path(self, digest: str) -> Path:
         """Where the version with this digest lies, or would."""
         return self.folder / f"{digest}{self.suffix}"
 
     def has(self, digest: str) -> bool:
-        return self.version(digest).exists()
+        return self.version_path(digest).exists()
 
-    def patch(self, digest: str) -> Path:
+    def patch_path(self, digest: str) -> Path:
         """Where the patch to this version from its parent lies, or would."""
         return self.folder / f"{digest}.patch"
 
     def make_patch(self, parent: str, digest: str) -> int:
         """Make the patch to a version, if a small one does; its bytes, else 0."""
         try:
-            with Stored(self.version(parent)) as old, Stored(self.version(digest)) as new:
-                return patches.make(old, new, self.patch(digest))
+            with Stored(self.version_path(parent)) as old, Stored(self.version_path(digest)) as new:
+                return patches.make(old, new, self.patch_path(digest))
         except OSError:  # a full disk: the version itself is safe, and is sent whole
             return 0
 
     def nbytes(self, digest: str) -> int:
         """What a version and the patch to it take on disk."""
-        paths = (self.version(digest), self.patch(digest))
+        paths = (self.version_path(digest), self.patch_path(digest))
         return sum(path.stat().st_size for path in paths if path.exists())
 
     def is_pinned(self, digest: str) -> bool:
@@ -85,16 +85,16 @@ class Versions:
             return
         with self._naming:
             if digest not in self.unrecorded:
-                remove(self.version(digest))
-                self.patch(digest).unlink(missing_ok=True)
+                remove(self.version_path(digest))
+                self.patch_path(digest).unlink(missing_ok=True)
 
-    def recorded(self, digest: str) -> None:
+    def mark_recorded(self, digest: str) -> None:
         """The ledger names a version: from now on it can be dropped."""
         self.unrecorded.discard(digest)
 
-    def is_whole(self, digest: str) -> bool:
+    def verify_digest(self, digest: str) -> bool:
         """True if a version's bytes are there and are its own. Damaged ones are put aside."""
-        path = self.version(digest)
+        path = self.version_path(digest)
         if not path.exists():
             return False
         if weights.file_digest(path) == digest:
@@ -102,11 +102,11 @@ class Versions:
         path.replace(path.with_suffix(".damaged"))
         return False
 
-    def commit(self, model: Weights) -> str:
+    def save(self, model: Weights) -> str:
         """Keep a small model as a version, durably; its digest."""
         parts = weights.pieces(model.schema)
         digest = self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
-        self.recorded(digest)
+        self.mark_recorded(digest)
         return digest
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
@@ -122,7 +122,7 @@ class Versions:
         failpoint("version.written")
         with self._naming:
             self.unrecorded.add(writer.digest)
-            temporary.replace(self.version(writer.digest))
+            temporary.replace(self.version_path(writer.digest))
         failpoint("version.renamed")
         atomic_files.sync_folder(self.folder)
         return writer.digest
@@ -136,9 +136,9 @@ class Versions:
                 ):
                     path.unlink()
 
-    def few_bytes(self, digest: str) -> bytes:
+    def inline_bytes(self, digest: str) -> bytes:
         """A version that is so small that it goes with the work; empty for any other."""
-        path = self.version(digest)
+        path = self.version_path(digest)
         if not path.exists() or path.stat().st_size > FEW_BYTES:
             return b""
         return path.read_bytes()

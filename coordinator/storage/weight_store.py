@@ -27,6 +27,6 @@ class WeightStore(Versions):
         """
         with self._naming:
             self.unrecorded.add(digest)
-            self.uploads.move(node, digest, self.version(digest))
+            self.uploads.move(node, digest, self.version_path(digest))
         atomic_files.sync_folder(self.folder)
         failpoint("version.adopted")

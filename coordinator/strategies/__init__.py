@@ -1,15 +1,15 @@
 """Flower's strategies by name, unmodified: which there are, and what each needs.
 
 The run decides who works and how long it waits, so a strategy samples among the nodes that the Grid
-offers. `feeding` says how its `aggregate_train` is given a round's updates.
+offers. `runner` says how its `aggregate_train` is given a round's updates.
 """
 
 from __future__ import annotations
 
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.bulyan import Bulyan
-from coordinator.strategies.custom import Own
+from coordinator.strategies.custom import CustomStrategy
 from coordinator.strategies.diloco import DiLoCo
 from coordinator.strategies.fedavgm import FedAvgM
 from coordinator.strategies.fedbn import FedBN
@@ -21,8 +21,8 @@ from coordinator.strategies.qfedavg import QFedAvg
 from coordinator.strategies.scaffold import Scaffold
 from protocols.errors import UnknownName
 
-_RECIPES: dict[str, Recipe] = {
-    "fedavg": Recipe("FedAvg"),
+_ADAPTERS: dict[str, StrategyAdapter] = {
+    "fedavg": StrategyAdapter("FedAvg"),
     "fedprox": FedProx("FedProx"),
     "diloco": DiLoCo("DiLoCo"),
     "fedavgm": FedAvgM("FedAvgM"),
@@ -41,19 +41,19 @@ _RECIPES: dict[str, Recipe] = {
 
 
 def names() -> list[str]:
-    return sorted(_RECIPES)
+    return sorted(_ADAPTERS)
 
 
-def find(name: str) -> Recipe:
-    """The recipe of a strategy, by name or `module:Class`. Raises UnknownName, UsageFault."""
+def find(name: str) -> StrategyAdapter:
+    """The adapter of a strategy, by name or `module:Class`. Raises UnknownName, UsageFault."""
     if ":" in name:
-        return Own(name, _RECIPES)
-    if name not in _RECIPES:
+        return CustomStrategy(name, _ADAPTERS)
+    if name not in _ADAPTERS:
         known = f"known: {', '.join(names())}; or module:Class"
         if name.startswith("fedxgb"):
             known += "; fedxgb joins trees, which are no tensors of one schema"
         raise UnknownName(f"no strategy {name!r}", known)
-    return _RECIPES[name]
+    return _ADAPTERS[name]
 
 
 def check(spec: RunSpec) -> None:

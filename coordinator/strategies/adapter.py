@@ -1,6 +1,6 @@
-"""How one of Flower's strategies is run: its class stays as it is, a recipe says what it needs.
+"""How one of Flower's strategies is run: its class stays as it is, an adapter says what it needs.
 
-What differs from FedAvg is a subclass of `Recipe` in a file of its own.
+What differs from FedAvg is a subclass of `StrategyAdapter` in a file of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Feed = Literal["mean", "parts", "models"]
 
 #: What the run decides, or what is no number: not for `--strategy-arg`.
-_NOT_ASKED = frozenset(
+_RESERVED = frozenset(
     {
         "min_train_nodes",
         "min_evaluate_nodes",
@@ -66,8 +66,8 @@ LIMITS: Limits = {
 }
 
 
-class Recipe:
-    """FedAvg's own recipe, and what the others differ from. Arithmetic mean, nothing remembered.
+class StrategyAdapter:
+    """FedAvg's own adapter, and what the others differ from. Arithmetic mean, nothing remembered.
 
     McMahan et al. 2017, arXiv 1602.05629.
     """
@@ -80,13 +80,13 @@ class Recipe:
     #: What arguments may be, by name: a test and words for it.
     limits: Limits = LIMITS
     #: Arguments that Flower's class does not know: they are for the trainers (`trainer_settings`).
-    for_trainers: Mapping[str, Setting] = MappingProxyType({})
+    trainer_arguments: Mapping[str, Setting] = MappingProxyType({})
     #: It moves on from the round's first weights, so it is `put` them though it remembers nothing.
     needs_base = False
     #: It looks at the weights that it sends out; Flower's own classes only pass them on.
-    looks_at_weights = False
+    reads_weights = False
     #: Copies of all updates that Flower's class holds at its peak ("models" only; measured).
-    copies = 0.0
+    memory_copies = 0.0
 
     def __init__(self, flower: str) -> None:
         self.flower = flower
@@ -111,26 +111,28 @@ class Recipe:
                     found.setdefault(name, parameter)
             if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
                 break
-        for name, default in self.for_trainers.items():
+        for name, default in self.trainer_arguments.items():
             kind = inspect.Parameter.KEYWORD_ONLY
             found[name] = inspect.Parameter(name, kind, default=default, annotation=type(default))
         return found
 
-    def arguments(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        """`given`, each of its parameter's type, over our defaults. Raises UsageFault, UnknownName.
+    def arguments(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
+        """`args`, each of its parameter's type, over our defaults. Raises UsageFault, UnknownName.
 
         Text is parsed, a whole number does for a fraction.
         """
         asked = {
             name: parameter
             for name, parameter in self.parameters().items()
-            if name not in _NOT_ASKED and _kind(parameter) is not None
+            if name not in _RESERVED and _kind(parameter) is not None
         }
         chosen: dict[str, Setting] = {}
-        for name, value in {**self.for_trainers, **self.defaults, **given}.items():
+        for name, value in {**self.trainer_arguments, **self.defaults, **args}.items():
             if name not in asked:
-                raise UnknownName(f"{self.flower} has no argument {name!r}", _told(asked, self))
-            chosen[name] = _of_type(name, value, asked[name])
+                raise UnknownName(
+                    f"{self.flower} has no argument {name!r}", _argument_list(asked, self)
+                )
+            chosen[name] = _converted(name, value, asked[name])
             held, words = self.limits.get(name, (lambda _: True, ""))
             if not held(chosen[name]):
                 raise UsageFault(f"{name} of {self.flower} is {words}, not {value}")
@@ -141,14 +143,16 @@ class Recipe:
                 )
         return chosen
 
-    def make(self, given: Mapping[str, Setting]) -> Strategy:
+    def make(self, args: Mapping[str, Setting]) -> Strategy:
         """A new object of Flower's class. Raises UsageFault, UnknownName, StrategyFailed."""
         with strategy_errors(self.flower):
-            return self._made(given)
+            return self._create(args)
 
-    def _made(self, given: Mapping[str, Setting]) -> Strategy:
-        chosen = self.arguments(given)
-        arguments: dict[str, Any] = {n: v for n, v in chosen.items() if n not in self.for_trainers}
+    def _create(self, args: Mapping[str, Setting]) -> Strategy:
+        chosen = self.arguments(args)
+        arguments: dict[str, Any] = {
+            n: v for n, v in chosen.items() if n not in self.trainer_arguments
+        }
         # The run decides who works and how long it waits.
         for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
             if name in self.parameters():
@@ -162,8 +166,8 @@ class Recipe:
 
     def check(self, spec: RunSpec) -> None:
         """Raise UsageFault, UnknownName or CannotBeMet unless such a run can work."""
-        made = self.make(spec.strategy_args)
-        self.check_quorum(made, spec.quorum)
+        strategy = self.make(spec.strategy_args)
+        self.check_quorum(strategy, spec.quorum)
         if self.feed == "mean":
             return
         if spec.max_weight_share < 1:
@@ -177,53 +181,57 @@ class Recipe:
                 "leave --weighting out",
             )
 
-    def check_quorum(self, made: Strategy, quorum: int) -> None:
+    def check_quorum(self, strategy: Strategy, quorum: int) -> None:
         """Raise CannotBeMet if so few updates are too few for it."""
 
     def memory_bytes(self, peers: int, model_bytes: int) -> int:
         """What closing a round takes beyond the few pieces that every strategy takes."""
-        return int(self.copies * peers * model_bytes) + 3 * model_bytes if self.copies else 0
+        return (
+            int(self.memory_copies * peers * model_bytes) + 3 * model_bytes
+            if self.memory_copies
+            else 0
+        )
 
-    def metric(self, given: Mapping[str, Setting]) -> str:
+    def required_metric(self, args: Mapping[str, Setting]) -> str:
         """A metric, 0 or more, that every update must tell for it; or empty."""
         return ""
 
-    def fault(self, given: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
+    def update_error(self, args: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
         """What is wrong with an update so far from its base, and its metrics; or empty."""
         return ""
 
-    def seen(
-        self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
+    def transform_update(
+        self, args: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
     ) -> Readable:
         """An update as it is to be aggregated: with what follows from it and from its metrics."""
         return update
 
-    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
+    def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
         """What every trainer is told and no task sees (`protocols.model.personalization`)."""
         return {}
 
     # --- what it remembers from round to round ---
 
-    def slots(self, made: Strategy) -> tuple[str, ...]:
+    def slots(self, strategy: Strategy) -> tuple[str, ...]:
         """Names of the arrays that it keeps for each weight, in a fixed order."""
         return ()
 
-    def put(self, made: Strategy, base: Arrays, state: Mapping[str, Arrays]) -> None:
+    def load_state(self, strategy: Strategy, base: Arrays, state: Mapping[str, Arrays]) -> None:
         """Give it the round's first weights, and its state (empty in the first round)."""
 
-    def take(self, made: Strategy, names: list[str]) -> dict[str, Arrays]:
+    def dump_state(self, strategy: Strategy, names: list[str]) -> dict[str, Arrays]:
         """Its new state: arrays by slot and name."""
         return {}
 
-    def remembered(self, made: Strategy) -> Arrays | None:
+    def dump_extra(self, strategy: Strategy) -> Arrays | None:
         """What else a class of one's own wants to find again after a restart."""
         return None
 
-    def remind(self, made: Strategy, arrays: Arrays) -> None:
+    def load_extra(self, strategy: Strategy, arrays: Arrays) -> None:
         """Give that back."""
 
 
-def least(what: str, needed: int, quorum: int) -> None:
+def require_quorum(what: str, needed: int, quorum: int) -> None:
     """Raise CannotBeMet unless the quorum reaches what a strategy needs."""
     if quorum < needed:
         raise CannotBeMet(
@@ -241,7 +249,7 @@ def _kind(parameter: inspect.Parameter) -> type[Any] | None:
     return None
 
 
-def _of_type(name: str, value: Setting, parameter: inspect.Parameter) -> Setting:
+def _converted(name: str, value: Setting, parameter: inspect.Parameter) -> Setting:
     kind = _kind(parameter)
     assert kind is not None
     try:
@@ -257,9 +265,9 @@ def _of_type(name: str, value: Setting, parameter: inspect.Parameter) -> Setting
     return value
 
 
-def _told(asked: Mapping[str, inspect.Parameter], recipe: Recipe) -> str:
+def _argument_list(asked: Mapping[str, inspect.Parameter], adapter: StrategyAdapter) -> str:
     def one(name: str, parameter: inspect.Parameter) -> str:
-        default = recipe.defaults.get(name, parameter.default)
+        default = adapter.defaults.get(name, parameter.default)
         return name if default is parameter.empty else f"{name}={default}"
 
     return "its arguments: " + ", ".join(one(*item) for item in sorted(asked.items()))

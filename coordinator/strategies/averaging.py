@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coordinator.strategies.prefetch import ahead
+from coordinator.strategies.prefetch import prefetch
 from protocols.model.weights import (
     DTYPES,
     FLOATING,
@@ -34,7 +34,7 @@ from protocols.model.weights import (
 _BLOCK = 1 << 15
 
 #: What a strategy makes of a piece of the mean: flat arrays by part, float dtypes only.
-Through = Callable[[dict[Part, Array]], dict[Part, Array]]
+Transform = Callable[[dict[Part, Array]], dict[Part, Array]]
 
 
 def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[str, float]:
@@ -56,7 +56,7 @@ def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[
     return share
 
 
-class Moved:
+class RebasedUpdate:
     """Weights with the change that they make to `base`, made to `head` instead.
 
     All three have one schema. Integer and boolean tensors are those of `head`.
@@ -72,7 +72,7 @@ class Moved:
         if dtype not in FLOATING:
             return to
         new, old, to = (
-            _floats(array, dtype).astype(np.float64)
+            _widened(array, dtype).astype(np.float64)
             for array in (self._weights.read(part), self._base.read(part), to)
         )
         moved = to + (new - old)
@@ -81,12 +81,12 @@ class Moved:
         return moved.astype(DTYPES[dtype])
 
 
-def fold(
+def average(
     updates: Sequence[Readable],
     share: Sequence[float],
     scale: Sequence[float],
     base: Readable,
-    through: Through,
+    transform: Transform,
 ) -> Generator[dict[Part, Array], None, None]:
     """The version that follows `base`, piece by piece in file order.
 
@@ -109,8 +109,8 @@ def fold(
 
     # A thread costs more than a model of one piece takes.
     small = sum(spec.nbytes for spec in base.schema.values()) <= PIECE_BYTES
-    for piece, mean, still in means() if small else ahead(means()):
-        new = through(mean) if mean else {}
+    for piece, mean, still in means() if small else prefetch(means()):
+        new = transform(mean) if mean else {}
         yield {
             part: still[part]
             if part in still
@@ -144,7 +144,7 @@ def _mean(
         total[:size] = 0.0
         for source, weight in terms:
             np.multiply(
-                _floats(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
+                _widened(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
             )
             total[:size] += term[:size]
         with np.errstate(over="ignore"):  # what is infinite now is no version: the caller looks
@@ -152,7 +152,7 @@ def _mean(
     return mean
 
 
-def _floats(array: Array, dtype: str) -> Array:
+def _widened(array: Array, dtype: str) -> Array:
     return widen(array) if dtype == "BF16" else array
 
 

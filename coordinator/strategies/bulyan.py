@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import Recipe, least
+from coordinator.strategies.adapter import StrategyAdapter, require_quorum
 from coordinator.strategies.median import refuse_sparse
 
 
-class Bulyan(Recipe):
+class Bulyan(StrategyAdapter):
     feed = "models"
     weighs_peers = False
-    copies = 3.1
+    memory_copies = 3.1
 
     def check(self, spec: RunSpec) -> None:
         super().check(spec)
         refuse_sparse(spec)
 
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        bad = made.num_malicious_nodes
-        least(f"Bulyan against {bad} malicious peers", 4 * bad + 3, quorum)
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        bad = strategy.num_malicious_nodes
+        require_quorum(f"Bulyan against {bad} malicious peers", 4 * bad + 3, quorum)

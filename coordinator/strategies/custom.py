@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coordinator.strategies.adapter import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, StrategyAdapter
 from protocols.errors import UnknownName, UsageFault
 from protocols.messages.envelope import printable
 
@@ -27,51 +27,53 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
-class Own(Recipe):
-    """Raises UnknownName, UsageFault. `known`: the recipes of Flower's classes."""
+class CustomStrategy(StrategyAdapter):
+    """Raises UnknownName, UsageFault. `known`: the adapters of Flower's classes."""
 
     limits = MappingProxyType({})
-    looks_at_weights = True
+    reads_weights = True
 
-    def __init__(self, name: str, known: Mapping[str, Recipe]) -> None:
+    def __init__(self, name: str, known: Mapping[str, StrategyAdapter]) -> None:
         super().__init__(name)
-        self._class = _found(name)
-        by_class = {recipe.flower: recipe for recipe in reversed(list(known.values()))}
-        near = next((c for c in self._class.__mro__ if c.__name__ in by_class and _is(c)), None)
-        self._like = by_class[near.__name__] if near is not None else Recipe("Strategy")
+        self._class = _load_class(name)
+        by_class = {adapter.flower: adapter for adapter in reversed(list(known.values()))}
+        near = next(
+            (c for c in self._class.__mro__ if c.__name__ in by_class and _is_flowers_own(c)), None
+        )
+        self._like = by_class[near.__name__] if near is not None else StrategyAdapter("Strategy")
         giver = next(c for c in self._class.__mro__ if "aggregate_train" in c.__dict__)
-        if _is(giver):
-            self.feed, self.copies = self._like.feed, self._like.copies
+        if _is_flowers_own(giver):
+            self.feed, self.memory_copies = self._like.feed, self._like.memory_copies
         else:
-            self.feed, self.copies = "models", 3.0
+            self.feed, self.memory_copies = "models", 3.0
         self.defaults = self._like.defaults if near is not None else {}
 
     def flower_class(self) -> type[Strategy]:
         return self._class
 
-    def metric(self, given: Any) -> str:
-        return self._like.metric(given)
+    def required_metric(self, args: Any) -> str:
+        return self._like.required_metric(args)
 
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        self._like.check_quorum(made, quorum)
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        self._like.check_quorum(strategy, quorum)
 
-    def slots(self, made: Any) -> tuple[str, ...]:
-        return self._like.slots(made)
+    def slots(self, strategy: Any) -> tuple[str, ...]:
+        return self._like.slots(strategy)
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        self._like.put(made, base, state)
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        self._like.load_state(strategy, base, state)
 
-    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
-        return self._like.take(made, names)
+    def dump_state(self, strategy: Any, names: list[str]) -> dict[str, Arrays]:
+        return self._like.dump_state(strategy, names)
 
-    def remembered(self, made: Any) -> Arrays | None:
-        return dict(made.get_state()) if hasattr(made, "get_state") else None
+    def dump_extra(self, strategy: Any) -> Arrays | None:
+        return dict(strategy.get_state()) if hasattr(strategy, "get_state") else None
 
-    def remind(self, made: Any, arrays: Arrays) -> None:
-        made.set_state({name: np.array(arrays[name]) for name in arrays})
+    def load_extra(self, strategy: Any, arrays: Arrays) -> None:
+        strategy.set_state({name: np.array(arrays[name]) for name in arrays})
 
 
-def _found(name: str) -> type[Strategy]:
+def _load_class(name: str) -> type[Strategy]:
     from flwr.serverapp.strategy import Strategy
 
     module, _, attribute = name.partition(":")
@@ -93,6 +95,6 @@ def _found(name: str) -> type[Strategy]:
     return found
 
 
-def _is(cls: type[Any]) -> bool:
+def _is_flowers_own(cls: type[Any]) -> bool:
     """True for one of Flower's own classes."""
     return cls.__module__.startswith("flwr.")

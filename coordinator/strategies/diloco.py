@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from coordinator.storage.run_events import Setting
-from coordinator.strategies.adapter import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, StrategyAdapter
 from protocols.model import personalization
 
 if TYPE_CHECKING:
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 MOMENTUM = "momentum"
 
 
-class DiLoCo(Recipe):
-    for_trainers = MappingProxyType({"keep_optimiser": True})
+class DiLoCo(StrategyAdapter):
+    trainer_arguments = MappingProxyType({"keep_optimiser": True})
 
     def flower_class(self) -> type[Strategy]:
         from coordinator.strategies.diloco_server import DiLoCo as Strategy
 
         return Strategy
 
-    def slots(self, made: Any) -> tuple[str, ...]:
+    def slots(self, strategy: Any) -> tuple[str, ...]:
         return (MOMENTUM,)
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        made.base = base
-        made.momentum = state.get(MOMENTUM, {})
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        strategy.base = base
+        strategy.momentum = state.get(MOMENTUM, {})
 
-    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
-        return {MOMENTUM: made.momentum}
+    def dump_state(self, strategy: Any, names: list[str]) -> dict[str, Arrays]:
+        return {MOMENTUM: strategy.momentum}
 
-    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        keeps = self.arguments(given)["keep_optimiser"]
+    def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
+        keeps = self.arguments(args)["keep_optimiser"]
         return {personalization.KEEP_OPTIMISER: True} if keeps else {}

@@ -11,23 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.strategies.adapter import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, StrategyAdapter
 
 MOMENTUM = "momentum"
 
 
-class FedAvgM(Recipe):
+class FedAvgM(StrategyAdapter):
     #: Flower's own default, 0, is FedAvg; 0.9 is the paper's.
     defaults = MappingProxyType({"server_momentum": 0.9})
 
-    def slots(self, made: Any) -> tuple[str, ...]:
-        return (MOMENTUM,) if made.server_momentum > 0 else ()
+    def slots(self, strategy: Any) -> tuple[str, ...]:
+        return (MOMENTUM,) if strategy.server_momentum > 0 else ()
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
         from flwr.app import Array, ArrayRecord
 
-        made.current_arrays = ArrayRecord({name: Array(np.asarray(base[name])) for name in base})
-        made.momentum_vector = [state[MOMENTUM][name] for name in base] if state else None
+        strategy.current_arrays = ArrayRecord(
+            {name: Array(np.asarray(base[name])) for name in base}
+        )
+        strategy.momentum_vector = [state[MOMENTUM][name] for name in base] if state else None
 
-    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
-        return {MOMENTUM: dict(zip(names, made.momentum_vector, strict=True))}
+    def dump_state(self, strategy: Any, names: list[str]) -> dict[str, Arrays]:
+        return {MOMENTUM: dict(zip(names, strategy.momentum_vector, strict=True))}

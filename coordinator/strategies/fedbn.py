@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from coordinator.storage.run_events import Setting
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from protocols.model import personalization
 
 
-class FedBN(Recipe):
+class FedBN(StrategyAdapter):
     #: Names of tensors, as patterns: such as "norm*,*.bn.*".
-    for_trainers = MappingProxyType({"layers": "*norm*"})
+    trainer_arguments = MappingProxyType({"layers": "*norm*"})
 
-    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        return {personalization.AT_HOME: self.arguments(given)["layers"]}
+    def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
+        return {personalization.AT_HOME: self.arguments(args)["layers"]}

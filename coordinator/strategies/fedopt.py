@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from coordinator.strategies.adapter import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, StrategyAdapter
 
 FIRST, SECOND = "first_moment", "second_moment"
 
 
-class FedOpt(Recipe):
-    def slots(self, made: Any) -> tuple[str, ...]:
+class FedOpt(StrategyAdapter):
+    def slots(self, strategy: Any) -> tuple[str, ...]:
         return (FIRST, SECOND)
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        made.current_arrays = dict(base)
-        made.m_t = dict(state[FIRST]) if state else None
-        made.v_t = dict(state[SECOND]) if state else None
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        strategy.current_arrays = dict(base)
+        strategy.m_t = dict(state[FIRST]) if state else None
+        strategy.v_t = dict(state[SECOND]) if state else None
 
-    def take(self, made: Any, names: list[str]) -> dict[str, Arrays]:
-        return {FIRST: made.m_t, SECOND: made.v_t}
+    def dump_state(self, strategy: Any, names: list[str]) -> dict[str, Arrays]:
+        return {FIRST: strategy.m_t, SECOND: strategy.v_t}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 
 
-class FedProx(Recipe):
+class FedProx(StrategyAdapter):
     #: Flower's own default, 0, is FedAvg: whoever asks for FedProx wants the term.
     defaults = MappingProxyType({"proximal_mu": 0.01})

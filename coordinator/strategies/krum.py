@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.strategies.adapter import Recipe, least
+from coordinator.strategies.adapter import StrategyAdapter, require_quorum
 from protocols.errors import CannotBeMet
 
 
-class Krum(Recipe):
+class Krum(StrategyAdapter):
     feed = "models"
     weighs_peers = False  # it takes one update as it is
-    copies = 3.1  # as a message, as flat vectors, and those times two for the products
+    memory_copies = 3.1  # as a message, as flat vectors, and those times two for the products
 
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        bad = made.num_malicious_nodes
-        least(f"{self.flower} against {bad} malicious peers", 2 * bad + 3, quorum)
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        bad = strategy.num_malicious_nodes
+        require_quorum(f"{self.flower} against {bad} malicious peers", 2 * bad + 3, quorum)
 
 
 class MultiKrum(Krum):
     weighs_peers = True
 
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        super().check_quorum(made, quorum)
-        honest = quorum - made.num_malicious_nodes
-        if made.num_nodes_to_select > honest:
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        super().check_quorum(strategy, quorum)
+        honest = quorum - strategy.num_malicious_nodes
+        if strategy.num_nodes_to_select > honest:
             raise CannotBeMet(
-                f"num_nodes_to_select={made.num_nodes_to_select} of {quorum} updates takes in "
+                f"num_nodes_to_select={strategy.num_nodes_to_select} of {quorum} updates takes in "
                 f"malicious ones: {honest} are honest",
                 f"--strategy-arg num_nodes_to_select={honest} or fewer",
             )

@@ -9,12 +9,12 @@ import math
 from typing import Any
 
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import Recipe, least
+from coordinator.strategies.adapter import StrategyAdapter, require_quorum
 from protocols.codecs import registry
 from protocols.errors import UsageFault
 
 
-class Coordinatewise(Recipe):
+class Coordinatewise(StrategyAdapter):
     feed = "parts"
     weighs_peers = False
 
@@ -24,14 +24,16 @@ class Coordinatewise(Recipe):
 
 
 class FedMedian(Coordinatewise):
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        least("a median that one peer cannot move at will", 3, quorum)
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        require_quorum("a median that one peer cannot move at will", 3, quorum)
 
 
 class FedTrimmedAvg(Coordinatewise):
-    def check_quorum(self, made: Any, quorum: int) -> None:
-        if made.beta > 0:  # fewer, and nobody is cut off: a plain mean without weights
-            least(f"a trimmed mean with beta={made.beta:g}", math.ceil(1 / made.beta), quorum)
+    def check_quorum(self, strategy: Any, quorum: int) -> None:
+        if strategy.beta > 0:  # fewer, and nobody is cut off: a plain mean without weights
+            require_quorum(
+                f"a trimmed mean with beta={strategy.beta:g}", math.ceil(1 / strategy.beta), quorum
+            )
 
 
 def refuse_sparse(spec: RunSpec) -> None:

@@ -5,33 +5,35 @@ from __future__ import annotations
 import psutil
 
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.state import state_schema
 from protocols.errors import CannotBeMet
 from protocols.model.weights import Schema
 
 #: A round is not begun if it takes so many times what is free: it would end in swapping or a kill.
-_FAR = 1.5
+_MAX_OVERCOMMIT = 1.5
 _MB = 1_000_000
 
 
-def needed_bytes(recipe: Recipe, schema: Schema, peers: int) -> int:
+def needed_bytes(adapter: StrategyAdapter, schema: Schema, peers: int) -> int:
     """What closing a round takes with so many updates; 0 if it does not grow with them."""
     model_bytes = sum(spec.nbytes for spec in state_schema(schema).values())
-    return recipe.memory_bytes(peers, model_bytes)
+    return adapter.memory_bytes(peers, model_bytes)
 
 
-def told(recipe: Recipe, spec: RunSpec, schema: Schema, peers: int) -> tuple[int, str]:
+def check_memory(
+    adapter: StrategyAdapter, spec: RunSpec, schema: Schema, peers: int
+) -> tuple[int, str]:
     """The bytes that a round of `peers` takes, and a warning: both empty for most strategies.
 
     Raises CannotBeMet if even the quorum takes far more than is free.
     """
-    needed, least = (needed_bytes(recipe, schema, n) for n in (peers, spec.quorum))
+    needed, least = (needed_bytes(adapter, schema, n) for n in (peers, spec.quorum))
     if not needed:
         return 0, ""
     free = psutil.virtual_memory().available
     one = sum(tensor.nbytes for tensor in schema.values())
-    if least > _FAR * free:
+    if least > _MAX_OVERCOMMIT * free:
         raise CannotBeMet(
             f"{spec.strategy} holds all updates in memory at once: {_mb(least)} for a quorum of "
             f"{spec.quorum} with a model of {_mb(one)}; {_mb(free)} are free",

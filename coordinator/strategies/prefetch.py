@@ -17,7 +17,7 @@ class _End(Generic[T]):
         self.error = error
 
 
-def ahead(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
+def prefetch(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
     """The same items in the same order, `depth` of them made before they are asked for.
 
     An error of `items` is raised where its item would have come. A reader that gives up closes

@@ -10,19 +10,19 @@ from types import MappingProxyType
 from typing import Any
 
 from coordinator.storage.run_events import Setting
-from coordinator.strategies.adapter import Arrays, Recipe
+from coordinator.strategies.adapter import Arrays, StrategyAdapter
 
 
-class QFedAvg(Recipe):
+class QFedAvg(StrategyAdapter):
     feed = "models"
     weighs_peers = False
     defaults = MappingProxyType({"train_loss_key": "loss"})
-    copies = 1.1
+    memory_copies = 1.1
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
         from coordinator.transport.flower_records import HeldRecord
 
-        made.current_arrays = HeldRecord(base)
+        strategy.current_arrays = HeldRecord(base)
 
-    def metric(self, given: Mapping[str, Setting]) -> str:
-        return str({**self.defaults, **given}["train_loss_key"])
+    def required_metric(self, args: Mapping[str, Setting]) -> str:
+        return str({**self.defaults, **args}["train_loss_key"])

@@ -1,6 +1,6 @@
 """Gives a round's updates to a strategy, and what it makes of them as pieces of the next version.
 
-Three ways (`recipe.Feed`): the mean piece by piece, every reply piece by piece, every reply whole.
+Three ways (`adapter.Feed`): the mean piece by piece, every reply piece by piece, every reply whole.
 The strategy is Flower's own class. What it remembers is put into it before each call and taken out
 after, from and to the disk: so the next version follows from the base, the updates and the state
 alone, however often the coordinator was restarted in between.
@@ -19,9 +19,9 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from coordinator.strategies import averaging
-from coordinator.strategies.adapter import Recipe
+from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
-from coordinator.strategies.state import States, StateWriter
+from coordinator.strategies.state import StateStore, StateWriter
 from coordinator.transport.flower_records import HeldRecord, part_key
 from protocols.errors import CommonweightError
 from protocols.model import weights
@@ -42,13 +42,13 @@ Piece = dict[Part, npt.NDArray[np.generic]]
 
 #: A piece of every update together is about as large as a piece of the mean; but no piece is
 #: smaller than this, or Flower's messages would cost more than the sums.
-_LEAST_PIECE_BYTES = 64 * 1024
+_MIN_PIECE_BYTES = 64 * 1024
 #: The slot of what a class of one's own remembers.
-OWN = "own"
+CUSTOM_SLOT = "own"
 
 
 @dataclass(frozen=True)
-class Work:
+class AggregationInput:
     """A round's updates, in the order of the peers' names.
 
     `origin` is `base`, opened once more: the fold reads that one in a thread of its own.
@@ -68,7 +68,7 @@ class Work:
     told: Mapping[str, float]
 
 
-class Made(NamedTuple):
+class AggregationResult(NamedTuple):
     """`state` is there once all pieces were taken: digests by slot."""
 
     pieces: Generator[Piece, None, None]
@@ -76,57 +76,61 @@ class Made(NamedTuple):
 
 
 def next_version(
-    recipe: Recipe,
+    adapter: StrategyAdapter,
     strategy: Strategy,
-    work: Work,
-    states: States,
+    work: AggregationInput,
+    states: StateStore,
     state: Mapping[str, str],
     fresh: Callable[[], Strategy],
-) -> Made:
+) -> AggregationResult:
     """The version after `work.base`, in file order. Raises CommonweightError while it is taken.
 
     `fresh` makes a strategy like this one that has not aggregated yet.
     """
     state_after: dict[str, str] = {}
-    given = _written(recipe, strategy, work, states, state, fresh, state_after)
-    return Made(given, state_after)
+    given = _written(adapter, strategy, work, states, state, fresh, state_after)
+    return AggregationResult(given, state_after)
 
 
 def _written(
-    recipe: Recipe,
+    adapter: StrategyAdapter,
     strategy: Strategy,
-    work: Work,
-    states: States,
+    work: AggregationInput,
+    states: StateStore,
     state: Mapping[str, str],
     fresh: Callable[[], Strategy],
     state_after: dict[str, str],
 ) -> Generator[Piece, None, None]:
-    name, schema, slots = recipe.flower, work.base.schema, recipe.slots(strategy)
-    surely_finite = recipe.feed == "mean" and not slots and _is_mean(recipe, work)
+    name, schema, slots = adapter.flower, work.base.schema, adapter.slots(strategy)
+    surely_finite = adapter.feed == "mean" and not slots and _is_mean(adapter, work)
     known = {slot: digest for slot, digest in state.items() if slot in slots}
     # Also before the first version: what was begun and failed must leave no trace.
     with strategy_errors(name):
-        if recipe.remembered(strategy) is not None:
-            earlier = states.load(OWN, state[OWN]) if OWN in state else recipe.remembered(fresh())
-            recipe.remind(strategy, earlier or {})
+        if adapter.dump_extra(strategy) is not None:
+            earlier = (
+                states.load(CUSTOM_SLOT, state[CUSTOM_SLOT])
+                if CUSTOM_SLOT in state
+                else adapter.dump_extra(fresh())
+            )
+            adapter.load_extra(strategy, earlier or {})
     with states.open(known, schema) as before, states.write(slots, schema) as after:
-        feed = {"mean": _by_mean, "parts": _by_parts, "models": _by_models}[recipe.feed]
-        for piece in feed(recipe, strategy, work, before, after):
+        feed = {"mean": _by_mean, "parts": _by_parts, "models": _by_models}[adapter.feed]
+        for piece in feed(adapter, strategy, work, before, after):
             if not surely_finite:
                 _check_finite(piece, schema)
             yield piece
     state_after.update(after.digests)
     with strategy_errors(name):
-        remembered = recipe.remembered(strategy)
+        remembered = adapter.dump_extra(strategy)
         own = None if remembered is None else Weights(remembered)
     if own is not None:
-        state_after[OWN] = states.save(own)
+        state_after[CUSTOM_SLOT] = states.save(own)
 
 
-def _is_mean(recipe: Recipe, work: Work) -> bool:
+def _is_mean(adapter: StrategyAdapter, work: AggregationInput) -> bool:
     """True if the mean is one of updates as the gate has found them, finite: so is it then."""
-    moved = any(isinstance(update, averaging.Moved) for update in work.updates)
-    as_sent = type(recipe).seen is Recipe.seen and not moved
+    moved = any(isinstance(update, averaging.RebasedUpdate) for update in work.updates)
+    as_sent = type(adapter).transform_update is StrategyAdapter.transform_update and not moved
     return as_sent and all(scale <= 1 for scale in work.scale)
 
 
@@ -134,30 +138,34 @@ def _is_mean(recipe: Recipe, work: Work) -> bool:
 
 
 def _by_mean(
-    recipe: Recipe, strategy: Strategy, work: Work, before: Any, after: StateWriter
+    adapter: StrategyAdapter,
+    strategy: Strategy,
+    work: AggregationInput,
+    before: Any,
+    after: StateWriter,
 ) -> Iterator[Piece]:
     """One reply stands for all: a weighted mean of updates is itself an update.
 
     `through` may be called for pieces in any order; at the same time, too, if each call had a
     `work.origin` of its own.
     """
-    slots = bool(recipe.slots(strategy))
+    slots = bool(adapter.slots(strategy))
 
     def through(mean: Piece) -> Piece:
         one = strategy
-        if slots or recipe.needs_base:
+        if slots or adapter.needs_base:
             base, state = _keyed(_values(work.origin, list(mean), work)), _state(before, mean)
-            with strategy_errors(recipe.flower):
+            with strategy_errors(adapter.flower):
                 one = copy.copy(strategy)
-                recipe.put(one, base, state)
+                adapter.load_state(one, base, state)
             mean = {part: _wide(array) for part, array in mean.items()}
-        arrays = _aggregated(recipe, one, work, [_reply(_keyed(mean), work.told)])
+        arrays = _aggregated(adapter, one, work, [_reply(_keyed(mean), work.told)])
         if slots:
-            after.put(_taken(recipe, one, {part_key(part): part for part in mean}))
+            after.put(_taken(adapter, one, {part_key(part): part for part in mean}))
         return {part: arrays[part_key(part)] for part in mean}
 
-    plain = _is_plain_mean(strategy) and not (slots or recipe.needs_base)
-    yield from averaging.fold(
+    plain = _is_plain_mean(strategy) and not (slots or adapter.needs_base)
+    yield from averaging.average(
         work.updates, work.share, work.scale, work.base, _as_it_is if plain else through
     )
 
@@ -175,14 +183,18 @@ def _as_it_is(mean: Piece) -> Piece:
 
 
 def _by_parts(
-    recipe: Recipe, strategy: Strategy, work: Work, before: Any, after: StateWriter
+    adapter: StrategyAdapter,
+    strategy: Strategy,
+    work: AggregationInput,
+    before: Any,
+    after: StateWriter,
 ) -> Iterator[Piece]:
     """Every reply, a piece at a time; the piece shrinks as the peers grow in number.
 
     Pieces are independent: several could be made at once, given open files for each.
     """
     schema = work.base.schema
-    limit = max(_LEAST_PIECE_BYTES, PIECE_BYTES // len(work.updates))
+    limit = max(_MIN_PIECE_BYTES, PIECE_BYTES // len(work.updates))
     for piece in pieces(schema, limit):
         floats = [part for part in piece if schema[part.name].dtype in FLOATING]
         new: Mapping[str, Floats] = {}
@@ -191,7 +203,7 @@ def _by_parts(
                 _reply(_keyed(_values(update, floats, work, scale)), told)
                 for update, scale, told in _each(work)
             ]
-            new = _aggregated(recipe, strategy, work, replies)
+            new = _aggregated(adapter, strategy, work, replies)
         yield {
             part: _stored(new[part_key(part)], schema[part.name].dtype)
             if part in floats
@@ -201,7 +213,11 @@ def _by_parts(
 
 
 def _by_models(
-    recipe: Recipe, strategy: Strategy, work: Work, before: Any, after: StateWriter
+    adapter: StrategyAdapter,
+    strategy: Strategy,
+    work: AggregationInput,
+    before: Any,
+    after: StateWriter,
 ) -> Iterator[Piece]:
     """Every reply whole, with the tensors' names and shapes. In one call: never in parallel."""
     schema = work.base.schema
@@ -222,12 +238,12 @@ def _by_models(
         for slot, parts in before.read(whole.values()).items()
     }
     base = model(work.base)
-    with strategy_errors(recipe.flower):
-        recipe.put(strategy, base, state)
+    with strategy_errors(adapter.flower):
+        adapter.load_state(strategy, base, state)
     replies = [_reply(model(update, scale), told) for update, scale, told in _each(work)]
-    new = _aggregated(recipe, strategy, work, replies)
-    if recipe.slots(strategy):
-        after.put(_taken(recipe, strategy, whole))
+    new = _aggregated(adapter, strategy, work, replies)
+    if adapter.slots(strategy):
+        after.put(_taken(adapter, strategy, whole))
     for piece in pieces(schema):
         yield {
             part: _stored(
@@ -255,7 +271,7 @@ def _reply(arrays: Mapping[str, npt.NDArray[Any]], told: Mapping[str, Any]) -> M
 
 
 def _aggregated(
-    recipe: Recipe, strategy: Strategy, work: Work, replies: list[Message]
+    adapter: StrategyAdapter, strategy: Strategy, work: AggregationInput, replies: list[Message]
 ) -> dict[str, Floats]:
     """What the strategy makes of the replies. Raises CommonweightError."""
     sizes = {
@@ -264,7 +280,7 @@ def _aggregated(
         for name, array in record.items()
     }
     # What is not finite is told by `_check_finite`.
-    with strategy_errors(recipe.flower), np.errstate(all="ignore"):
+    with strategy_errors(adapter.flower), np.errstate(all="ignore"):
         arrays, _ = strategy.aggregate_train(work.round, replies)
         if arrays is None:
             raise CommonweightError("the strategy gave no new weights")
@@ -280,7 +296,7 @@ def _aggregated(
     return new
 
 
-def _each(work: Work) -> Iterator[tuple[Readable, float, dict[str, float]]]:
+def _each(work: AggregationInput) -> Iterator[tuple[Readable, float, dict[str, float]]]:
     for update, scale, count, metrics in zip(
         work.updates, work.scale, work.examples, work.metrics, strict=True
     ):
@@ -288,7 +304,7 @@ def _each(work: Work) -> Iterator[tuple[Readable, float, dict[str, float]]]:
 
 
 def _values(
-    source: Readable, parts: list[Part], work: Work, scale: float = 1.0
+    source: Readable, parts: list[Part], work: AggregationInput, scale: float = 1.0
 ) -> dict[Part, Floats]:
     """Parts as float32 or float64, moved towards the base if the update is clipped."""
     schema = work.base.schema
@@ -326,10 +342,10 @@ def _state(before: Any, parts: Mapping[Part, object]) -> dict[str, dict[str, Flo
 
 
 def _taken(
-    recipe: Recipe, strategy: Strategy, by_name: Mapping[str, Part]
+    adapter: StrategyAdapter, strategy: Strategy, by_name: Mapping[str, Part]
 ) -> dict[str, dict[Part, Floats]]:
-    with strategy_errors(recipe.flower):
-        state = recipe.take(strategy, list(by_name))
+    with strategy_errors(adapter.flower):
+        state = adapter.dump_state(strategy, list(by_name))
         return {
             slot: {part: arrays[name].reshape(-1) for name, part in by_name.items()}
             for slot, arrays in state.items()

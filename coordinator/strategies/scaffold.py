@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coordinator.storage.run_events import Setting
-from coordinator.strategies.adapter import LIMITS, Arrays, Recipe
+from coordinator.strategies.adapter import LIMITS, Arrays, StrategyAdapter
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization
 from protocols.model.weights import DTYPES, Array, Part, Readable, widen
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 #: No element of a control variate, which is float32 or wider, is beyond it.
-_MOST = float(np.finfo(np.float32).max)
+_MAX_CONTROL = float(np.finfo(np.float32).max)
 
 
-class Scaffold(Recipe):
+class Scaffold(StrategyAdapter):
     #: c_i⁺ as the gradient at the version (1), or as the mean of those on the way: sent (2) or
     #: made by the coordinator (3).
-    for_trainers = MappingProxyType({"option": 2})
+    trainer_arguments = MappingProxyType({"option": 2})
     limits = MappingProxyType({**LIMITS, "option": (lambda value: value in (1, 2, 3), "1, 2 or 3")})
     needs_base = True
 
@@ -44,30 +44,30 @@ class Scaffold(Recipe):
 
         return Strategy
 
-    def put(self, made: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        made.base = base
+    def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
+        strategy.base = base
 
-    def metric(self, given: Mapping[str, Setting]) -> str:
-        return personalization.PATH if self.arguments(given)["option"] == 3 else ""
+    def required_metric(self, args: Mapping[str, Setting]) -> str:
+        return personalization.PATH if self.arguments(args)["option"] == 3 else ""
 
-    def fault(self, given: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
-        path = metrics.get(personalization.PATH) if self.metric(given) else None
-        if path and not norm / path <= _MOST:
+    def update_error(self, args: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
+        path = metrics.get(personalization.PATH) if self.required_metric(args) else None
+        if path and not norm / path <= _MAX_CONTROL:
             return f"a {personalization.PATH} of {path:g} for a change of {norm:g} makes infinities"
         return ""
 
-    def seen(
-        self, given: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
+    def transform_update(
+        self, args: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
     ) -> Readable:
-        if self.arguments(given)["option"] != 3:
+        if self.arguments(args)["option"] != 3:
             return update
-        return WithControls(update, base, metrics[personalization.PATH] or 0.0)
+        return UpdateWithControls(update, base, metrics[personalization.PATH] or 0.0)
 
-    def trainer_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
-        return {personalization.SCAFFOLD: self.arguments(given)["option"]}
+    def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
+        return {personalization.SCAFFOLD: self.arguments(args)["option"]}
 
 
-class WithControls:
+class UpdateWithControls:
     """An update and the control variates that follow from it: c + (c_i⁺ - c_i) = (x - y) / path.
 
     A peer that took no step leaves c as it is.

@@ -36,12 +36,12 @@ def state_schema(model: Schema) -> Schema:
     }
 
 
-class States:
+class StateStore:
     """The states in a folder. `digests`, here and in the ledger, are by slot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._proven: set[str] = set()
+        self._verified: set[str] = set()
 
     def path(self, digest: str) -> Path:
         """Where the file with this digest lies, or would."""
@@ -50,12 +50,12 @@ class States:
     def open(self, digests: Mapping[str, str], model: Schema) -> StateReader:
         """The state of a version. Raises CommonweightError if it is missing or damaged."""
         for slot, digest in digests.items():
-            self._prove(slot, digest)
+            self._verify(slot, digest)
         return StateReader({slot: self.path(digest) for slot, digest in digests.items()}, model)
 
     def load(self, slot: str, digest: str) -> Weights:
         """A small state whole. Raises CommonweightError as `open` does."""
-        self._prove(slot, digest)
+        self._verify(slot, digest)
         return weights.load(self.path(digest))
 
     def write(self, slots: tuple[str, ...], model: Schema) -> StateWriter:
@@ -65,13 +65,13 @@ class States:
     def save(self, arrays: Weights) -> str:
         """Keep a small state, durably; its digest."""
         temporary = self._folder / ".new.safetensors"
-        return self.adopt(temporary, weights.save(arrays, temporary))
+        return self.promote(temporary, weights.save(arrays, temporary))
 
-    def adopt(self, temporary: Path, digest: str) -> str:
+    def promote(self, temporary: Path, digest: str) -> str:
         """Give a whole, synced file its name."""
         temporary.replace(self.path(digest))
         atomic_files.sync_folder(self._folder)
-        self._proven.add(digest)
+        self._verified.add(digest)
         return digest
 
     def drop(self, digests: Iterable[str]) -> None:
@@ -79,9 +79,9 @@ class States:
         for digest in digests:
             remove(self.path(digest))
 
-    def _prove(self, slot: str, digest: str) -> None:
+    def _verify(self, slot: str, digest: str) -> None:
         """Once in a coordinator's life: a disk may have lost or changed it since the last."""
-        if digest in self._proven:
+        if digest in self._verified:
             return
         try:
             sound = weights.file_digest(self.path(digest)) == digest
@@ -92,7 +92,7 @@ class States:
                 f"the strategy's state {slot} ({digest[:12]}) is missing or damaged",
                 "restore it from a backup, or start a new run from the last version",
             )
-        self._proven.add(digest)
+        self._verified.add(digest)
 
 
 class StateReader:
@@ -129,7 +129,7 @@ class StateWriter:
     Pieces may come in any order and from several threads: one that is early waits in memory.
     """
 
-    def __init__(self, states: States, slots: tuple[str, ...], model: Schema) -> None:
+    def __init__(self, states: StateStore, slots: tuple[str, ...], model: Schema) -> None:
         self._states, self._slots = states, slots
         self._schema = state_schema(model)
         self._sizes = {
@@ -187,4 +187,4 @@ class StateWriter:
         self._stack.__exit__(kind, err, trace)
         if kind is None:
             for slot, writer in self._writers.items():
-                self.digests[slot] = self._states.adopt(self._temporary(slot), writer.digest)
+                self.digests[slot] = self._states.promote(self._temporary(slot), writer.digest)

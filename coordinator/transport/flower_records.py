@@ -185,6 +185,6 @@ class LaneGrid(LinkGrid):
                 continue
             digest = record.digest if isinstance(record, VersionRecord) else ""
             if not digest:
-                digest = self._lane.commit(as_weights(record))
-            slim[WEIGHTS] = weights_record(digest, self._lane.version(digest).stat().st_size)
+                digest = self._lane.save(as_weights(record))
+            slim[WEIGHTS] = weights_record(digest, self._lane.version_path(digest).stat().st_size)
         return slim

@@ -61,7 +61,7 @@ class SharingDesk:
             digest = digest_of(request)
             peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
             asked = _decoded(body, PlanAsked)
-            path = self._lane.version(digest)
+            path = self._lane.version_path(digest)
             if not path.exists():
                 raise HTTPException(404)
             pieces = await self._pieces(digest, path)

@@ -52,7 +52,7 @@ class WeightTransfer:
 
         async def download(request: Request) -> Response:
             await auth.peer(request)
-            return self._send(request, self.store.version(digest_of(request)))
+            return self._send(request, self.store.version_path(digest_of(request)))
 
         async def upload(request: Request) -> Response:
             digest = digest_of(request)
@@ -66,7 +66,7 @@ class WeightTransfer:
 
         async def download_patch(request: Request) -> Response:
             await auth.peer(request)
-            return self._send(request, self.store.patch(digest_of(request)), ranges=False)
+            return self._send(request, self.store.patch_path(digest_of(request)), ranges=False)
 
         return [("GET", PATCH_PATH, download_patch)]
 
@@ -98,7 +98,7 @@ class WeightTransfer:
     def _begin(self, node: str, digest: str) -> PartialUpload:
         """Start or resume an upload. Raises HTTPException if the peer has too many."""
         part = self.store.uploads.begin(node, digest)
-        self.limits.check_count(len(self.store.uploads.whole(node)))
+        self.limits.check_count(len(self.store.uploads.complete(node)))
         return part
 
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:

@@ -31,7 +31,7 @@ from coordinator.fleet import reducer as fleets
 from coordinator.fleet.reducer import Fleet
 from coordinator.runs import validation
 from coordinator.runs.state import Run
-from coordinator.runs.validation import Expected
+from coordinator.runs.validation import ExpectedReply
 from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower_records import CLAIM, read_claim
 from coordinator.transport.mqtt_client import Feed
@@ -257,7 +257,7 @@ def judge(payload: bytes, signature: bytes) -> UpdateClaim | None:
     reply = Message(content, reply_to=Message(RecordDict(), 1, "train"))
     try:
         claim, payload, signature = read_claim(reply)
-        expected = Expected("train", "a" * 64, {})
+        expected = ExpectedReply("train", "a" * 64, {})
         validation.check_claim(RUN, expected, PEER, claim, payload, signature, knows)
     except (BadMessage, KeyError, TypeError, ValueError, UpdateRefused):
         return None
@@ -341,7 +341,7 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
     assert len(set(refused)) == 1
     with contextlib.suppress(UpdateRefused):
         validation.check_weights(
-            Expected("train", "", MODEL.schema), lambda: weights.from_bytes(data)
+            ExpectedReply("train", "", MODEL.schema), lambda: weights.from_bytes(data)
         )
 
 

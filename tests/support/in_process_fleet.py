@@ -34,7 +34,7 @@ from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
-from coordinator.storage.run_events import Fact, RunSpec
+from coordinator.storage.run_events import RunEvent, RunSpec
 from coordinator.storage.settings import Settings
 from protocols.enrollment import identity, tickets
 from protocols.errors import CommonweightError, Unreachable
@@ -346,7 +346,7 @@ class Fleet:
     def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
         """What the ledger says of a run."""
         ledger = Ledger(self.home / "ledger.db")
-        found: list[Fact] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
+        found: list[RunEvent] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
         ledger.close()
         return [fact for fact in found if isinstance(fact, kind)]
 
@@ -360,7 +360,7 @@ class Fleet:
         return shown.changed.waiting_for if shown else ""
 
     def version(self, digest: str) -> Weights:
-        return weights.load(self.hub.lane.version(digest))
+        return weights.load(self.hub.lane.version_path(digest))
 
     async def close(self) -> None:
         """Stop the agents, also those whose work waits for a door."""

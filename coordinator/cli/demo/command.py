@@ -232,7 +232,7 @@ class _Demo:
 def _keep(home: Path, run: ShownRun, out: Path | None) -> Path:
     """Copy the best version out of the demo's home; where it lies now. Raises CommonweightError."""
     best = [closed.digest for closed in run.rounds if closed.round == run.changed.best_round]
-    source = WeightStore(home).version(best[0] if best else run.changed.head)
+    source = WeightStore(home).version_path(best[0] if best else run.changed.head)
     target = (
         out
         or platformdirs.user_data_path("commonweight") / "demo" / f"{run.changed.run}.safetensors"

@@ -15,12 +15,12 @@ from benchmarks.faults import checker
 from benchmarks.faults.checker import Truth
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
-from coordinator.storage.run_events import Fact, RunSpec, Update
+from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from coordinator.storage.weight_store import WeightStore
 from protocols.messages.states import RunState
 from protocols.model.weights import Weights
 
-Facts = list[Fact]
+Facts = list[RunEvent]
 PEERS = ("A", "B")
 
 
@@ -50,7 +50,7 @@ class Home:
         )
 
     def _version(self, number: int) -> str:
-        return self.lane.commit(Weights({"w": np.full(4, number, np.float32)}))
+        return self.lane.save(Weights({"w": np.full(4, number, np.float32)}))
 
     def _round(self, number: int) -> Facts:
         base, made = self.versions[number - 1 : number + 1]
@@ -106,11 +106,11 @@ def leave_out_what_was_accepted(home: Home) -> None:
 
 
 def lose_a_version(home: Home) -> None:
-    home.lane.version(home.versions[2]).unlink()
+    home.lane.version_path(home.versions[2]).unlink()
 
 
 def flip_a_version(home: Home) -> None:
-    path = home.lane.version(home.versions[2])
+    path = home.lane.version_path(home.versions[2])
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 

@@ -45,7 +45,9 @@ def trained(
             assert confusion.sum() == pytest.approx(1000)
             assert confusion.trace() / 1000 == pytest.approx(closed.metrics["accuracy"])
             assert 0 < closed.metrics["macro_f1"] < 1
-        return [closed.digest for closed in run.history], weights.load(fleet.lane.version(run.head))
+        return [closed.digest for closed in run.history], weights.load(
+            fleet.lane.version_path(run.head)
+        )
 
 
 SHORT = {"epochs": 1, "max_steps": 4}

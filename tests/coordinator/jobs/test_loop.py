@@ -53,7 +53,7 @@ def scattered(fleet: Fleet, x: Floats, **changed: Any) -> tuple[JobSpec, np.ndar
     spec = JobSpec(
         kind="scatter",
         task="softmax",
-        models=(Model(fleet.hub.lane.commit(model), 0),),
+        models=(Model(fleet.hub.lane.save(model), 0),),
         input=given.digest,
         suffix=given.suffix,
         blocks=given.blocks,
@@ -151,7 +151,7 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
 
         def asked_again(job: Job) -> str:
             """As `commonweight infer --scatter` looks for what was asked before."""
-            fleet.hub.job_lane.version(job.spec.input).touch()
+            fleet.hub.job_lane.version_path(job.spec.input).touch()
             remote, model = Remote(fleet.home), job.spec.models[0]
             spec = replace(job.spec, models=(Model(model.digest, 0),))
             try:
@@ -205,7 +205,7 @@ async def test_a_restart_loses_nothing_and_does_nothing_verified_again(tmp_path:
 async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         models = [first_weights(5, seed=seed) for seed in (1, 2)]
-        digests = [fleet.hub.lane.commit(model) for model in models]
+        digests = [fleet.hub.lane.save(model) for model in models]
         few = min(fleet.agents, key=lambda agent: len(agent.trainer.data.y))
         spec = JobSpec(
             kind="private",
@@ -232,7 +232,7 @@ async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
 async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         first, second, _ = fleet.agents
-        digest = fleet.hub.lane.commit(first_weights(5, seed=1))
+        digest = fleet.hub.lane.save(first_weights(5, seed=1))
         spec = JobSpec(
             kind="private",
             task="softmax",

@@ -31,7 +31,7 @@ def answered(tmp_path: Path, rows: list[list[Any]]) -> tuple[Job, JobStore]:
     lines = [["row", "class", "probability"], *rows]
     body = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
     given = Given(digest="d" * 64, nbytes=len(body), rows=len(rows))
-    lane.version(given.digest).write_bytes(body)
+    lane.version_path(given.digest).write_bytes(body)
     units = {
         n: Unit(number=n, first=n, stop=n + 1, given={"ada": one}, verified=given.digest)
         for n, one in enumerate((given, Given(**{**_fields(given), "body": body})))

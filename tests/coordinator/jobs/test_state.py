@@ -15,7 +15,7 @@ from coordinator.jobs import state as jobs
 from coordinator.jobs.scheduler import EndLease, Lease, View
 from coordinator.jobs.state import Job, UnitState
 from coordinator.storage import job_events
-from coordinator.storage.job_events import Block, Fact, Given, JobSpec, JobStarted, JobState
+from coordinator.storage.job_events import Block, Given, JobEvent, JobSpec, JobStarted, JobState
 
 T = TypeVar("T")
 PEERS = ("ada", "bob", "cyd", "dan")
@@ -26,11 +26,11 @@ def scattered(blocks: int = 100, rows: int = 10, **changed: Any) -> Job:
     return jobs.started("job", spec)
 
 
-def lease(step: Lease) -> Fact:
+def lease(step: Lease) -> JobEvent:
     return job_events.UnitLeased(step.unit, step.peer, step.first, step.stop)
 
 
-def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str = "") -> Fact:
+def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str = "") -> JobEvent:
     rows = job.rows(job.units[unit])
     return job_events.UnitReturned(
         unit, peer, Given(digest=digest or f"d{unit}", nbytes=1, rows=rows, seconds=seconds)
@@ -212,9 +212,9 @@ def test_any_schedule_verifies_each_row_once(seed: int, blocks: int, quorum: int
     def some(of: Sequence[T], least: int = 0) -> set[T]:
         return set(rng.sample(of, rng.randint(least, len(of))))
 
-    log: list[Fact] = [JobStarted(job.spec)]
+    log: list[JobEvent] = [JobStarted(job.spec)]
 
-    def record(fact: Fact) -> None:
+    def record(fact: JobEvent) -> None:
         nonlocal job
         log.append(fact)
         job = jobs.apply(job, fact)

@@ -28,7 +28,7 @@ def lane(tmp_path: Path) -> JobStore:
 def given(lane: JobStore, body: bytes, *, inline: bool, rows: int = 2) -> Given:
     digest = hashlib.sha256(body).hexdigest()
     if not inline:
-        lane.version(digest).write_bytes(body)
+        lane.version_path(digest).write_bytes(body)
     return Given(digest=digest, nbytes=len(body), rows=rows, body=body if inline else b"")
 
 

@@ -16,7 +16,7 @@ from agent.tasks.demo.mnist import Mnist
 from agent.tasks.language.gpt import TextLM
 from coordinator.remote import run_options
 from coordinator.runs import best_version, decisions, transitions
-from coordinator.runs.decisions import View
+from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
@@ -32,7 +32,7 @@ def spec(**changed: Any) -> RunSpec:
 
 def test_the_usual_metric_is_accuracy_else_loss() -> None:
     def score(**metrics: float | None) -> float:
-        return best_version.merit(spec(), dict(metrics))
+        return best_version.score(spec(), dict(metrics))
 
     assert score(accuracy=0.9, loss=9.0) > score(accuracy=0.8, loss=0.1)
     assert score(loss=0.1) > score(loss=0.2)
@@ -59,10 +59,10 @@ def test_the_usual_metric_is_accuracy_else_loss() -> None:
 def test_a_metrics_name_says_its_direction(name: str, less: bool) -> None:
     low, high = ({name: value} for value in (0.1, 0.2))
     better = low if less else high
-    assert max(low, high, key=lambda m: best_version.merit(spec(best_metric=name), m)) == better
+    assert max(low, high, key=lambda m: best_version.score(spec(best_metric=name), m)) == better
     for direction, expected in (("max", high), ("min", low)):
         asked = spec(best_metric=name, best_direction=direction)
-        assert max(low, high, key=lambda m: best_version.merit(asked, m)) == expected
+        assert max(low, high, key=lambda m: best_version.score(asked, m)) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_known_metrics_are_those_that_tasks_tell(
     task = made()
     task.load(DataSettings(index=0, parts=20, path=str(tmp_path), device="cpu"))
     _, metrics, *counted = task.evaluate(task.init(1, {}), {}, lambda *_: None)
-    assert {*metrics, *evaluation_counts.metrics(counted[0])} == best_version.TOLD[name]
+    assert {*metrics, *evaluation_counts.metrics(counted[0])} == best_version.TASK_METRICS[name]
 
 
 def after(told: list[Metrics], **changed: Any) -> Run:
@@ -155,7 +155,7 @@ def after(told: list[Metrics], **changed: Any) -> Run:
 
 
 def step(run: Run) -> decisions.Step:
-    return decisions.decide(run, View(frozenset({"A"})))
+    return decisions.decide(run, Observation(frozenset({"A"})))
 
 
 def accuracies(*values: float | None) -> list[Metrics]:
@@ -205,7 +205,9 @@ metrics = st.dictionaries(
 
 @given(st.dictionaries(st.sampled_from("ABCD"), metrics))
 def test_the_worst_peer_is_one_than_which_none_is_worse(told: dict[str, Metrics]) -> None:
-    found = best_version.worst({p: Update(num_examples=1, metrics=m) for p, m in told.items()})
+    found = best_version.worst_peers(
+        {p: Update(num_examples=1, metrics=m) for p, m in told.items()}
+    )
     for name in ("accuracy", "loss"):
         finite = {
             p: value

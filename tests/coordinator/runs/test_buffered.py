@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from coordinator.runs import buffered, decisions, transitions, validation
-from coordinator.runs.decisions import View
-from coordinator.runs.state import Given
+from coordinator.runs.decisions import Observation
+from coordinator.runs.state import Assignment
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact, RunSpec, Update
+from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
 
@@ -35,16 +35,16 @@ class Machine(RuleBasedStateMachine):
             concurrency=concurrency,
             max_staleness=staleness,
         )
-        self.facts: list[Fact] = []
+        self.facts: list[RunEvent] = []
         self.run = transitions.replay("r", [run_events.RunStarted(spec)])
         self.facts.append(run_events.RunStarted(spec))
         self.here = set(PEERS)
         self.counted: Counter[Key] = Counter()
         self.summed: Counter[Key] = Counter()
-        self.trained_on: dict[str, Given] = {}
+        self.trained_on: dict[str, Assignment] = {}
         self.record(run_events.WeightsInitialised("v0", "file"))
 
-    def record(self, *news: Fact) -> None:
+    def record(self, *news: RunEvent) -> None:
         for fact in news:
             self.facts.append(fact)
             self.run = transitions.apply(self.run, fact)
@@ -56,11 +56,11 @@ class Machine(RuleBasedStateMachine):
                 return
 
     def do(self, due: bool) -> bool:
-        run, step = self.run, decisions.decide(self.run, View(frozenset(self.here), due))
+        run, step = self.run, decisions.decide(self.run, Observation(frozenset(self.here), due))
         match step:
             case decisions.OpenRound(number, base):
                 self.record(run_events.RoundOpened(number, base, (), len(self.here)))
-            case decisions.GiveWork(given):
+            case decisions.AssignWork(given):
                 assert given, "a step that does nothing would be done for ever"
                 self.record(*given)
             case decisions.CloseTraining(contributors):
@@ -86,12 +86,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from(PEERS), good=st.booleans())
     def peer_hands_in_its_training(self, peer: str, good: bool) -> None:
-        if self.run.state is RunState.AGGREGATING or (given := self.run.given.get(peer)) is None:
+        if (
+            self.run.state is RunState.AGGREGATING
+            or (given := self.run.assignments.get(peer)) is None
+        ):
             return
         if given.lost:
             return
         try:
-            expected = validation.expectation(self.run, {}, peer, "train")
+            expected = validation.expected_reply(self.run, {}, peer, "train")
             if not good:
                 raise UpdateRefused("not finite", "x")
         except UpdateRefused as err:
@@ -140,7 +143,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def no_more_work_at_a_time_than_they_may(self) -> None:
         if hasattr(self, "run") and (most := self.run.spec.concurrency):
-            assert sum(not given.lost for given in self.run.given.values()) <= most
+            assert sum(not given.lost for given in self.run.assignments.values()) <= most
 
     def teardown(self) -> None:
         """Everybody is here and works: the run ends with its last version."""
@@ -155,7 +158,7 @@ class Machine(RuleBasedStateMachine):
                 self.peer_hands_in_its_training(peer, True)
                 self.peer_evaluates(peer)
         assert self.run.state is RunState.FINISHED
-        assert self.run.versions == self.run.spec.rounds or len(self.run.history) == 6
+        assert self.run.num_versions == self.run.spec.rounds or len(self.run.history) == 6
 
 
 TestBuffered = Machine.TestCase

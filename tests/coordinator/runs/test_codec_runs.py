@@ -55,7 +55,7 @@ async def test_a_run_with_a_codec_learns_with_fewer_bytes(
         start = sum(loss_of(first_weights(FEATURES), data) for data in DATA)
         end = sum(loss_of(fleet.version(run.head), data) for data in DATA)
         assert end < start
-        model = fleet.hub.lane.version(run.head).stat().st_size
+        model = fleet.hub.lane.version_path(run.head).stat().st_size
         for closed in run.history[1:]:  # the first weights came up whole
             assert 2 * model / closed.bytes_up > fewer
         assert all(closed.norms for closed in run.history)
@@ -154,7 +154,7 @@ async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Pat
     async with fleet_of(tmp_path, *DATA) as fleet:
         run = await fleet.finished(fleet.start(rounds=1, quorum=2, codec="sign"))
         schema = fleet.version(run.head).schema
-        model = fleet.hub.lane.version(run.head).stat().st_size
+        model = fleet.hub.lane.version_path(run.head).stat().st_size
         most = registry.most_bytes(registry.find("sign"), schema, model)
         assert most < model / 25
         assert most <= fleet.hub.transfer.limits.max_bytes < model + 1024 * 1024
@@ -193,7 +193,7 @@ async def test_where_little_moves_a_version_comes_as_a_patch(tmp_path: Path, cod
             agent.trainer.step = coarse
         run = await fleet.finished(fleet.start(rounds=4, quorum=2, codec=codec))
         assert fleet.refusals(run.id) == []
-        model = fleet.hub.lane.version(run.head).stat().st_size
+        model = fleet.hub.lane.version_path(run.head).stat().st_size
         down = [closed.bytes_down for closed in run.history]
         # The first weights come down whole; they are already there for whoever made them, or not.
         assert down[0] >= model
@@ -205,7 +205,7 @@ async def test_where_little_moves_a_version_comes_as_a_patch(tmp_path: Path, cod
         lane = fleet.hub.lane
         patched = {p.stem for p in (fleet.home / "versions").glob("*.patch")}
         assert patched <= {run.head, run.parent, run.best.digest if run.best else ""}
-        assert lane.patch(run.head).exists()
+        assert lane.patch_path(run.head).exists()
 
 
 def cached(agent: Agent) -> list[Path]:
@@ -224,7 +224,7 @@ async def test_whatever_is_wrong_with_a_patch_the_version_comes_whole(
         def spoilt(parent: str, digest: str) -> int:
             nbytes = make(parent, digest)
             assert nbytes
-            path = lane.patch(digest)
+            path = lane.patch_path(digest)
             found = path.read_bytes()
             if harm == "gone":
                 path.unlink()
@@ -240,7 +240,7 @@ async def test_whatever_is_wrong_with_a_patch_the_version_comes_whole(
         run = await fleet.finished(fleet.start(rounds=3, quorum=2))
         assert run.state is RunState.FINISHED
         assert fleet.refusals(run.id) == []
-        model = lane.version(run.head).stat().st_size
+        model = lane.version_path(run.head).stat().st_size
         assert all(closed.bytes_down >= 2 * model for closed in run.history[1:])
         for agent in fleet.agents:
             assert all(

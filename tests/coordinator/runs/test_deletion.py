@@ -163,8 +163,8 @@ async def test_what_a_crash_left_of_a_deleted_run_is_deleted_at_the_next_start(
             run_id = await ended(fleet, rounds=2, quorum=2, seed=4)
             model = fleet.version(fleet.hub.runs.find(run_id).head)
             fleet.hub.runs.delete(run_id)
-            fleet.hub.lane.commit(model)
-            other = fleet.hub.lane.commit(first_weights(5, seed=9))
+            fleet.hub.lane.save(model)
+            other = fleet.hub.lane.save(first_weights(5, seed=9))
         async with fleet.up():
             await until(lambda: on_disk(fleet) == {f"{other}.safetensors"})
     finally:

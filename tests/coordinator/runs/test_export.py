@@ -38,8 +38,8 @@ def trained(lane: WeightStore, rounds: int, *, close: bool = True, **more: float
     card = schema_card.card(
         "gait", "3", {"w": TensorSpec("F32", (2, 3))}, {"classes": ("sit", "go")}
     )
-    head = lane.commit(model(0, **more))
-    told: list[run_events.Fact] = [
+    head = lane.save(model(0, **more))
+    told: list[run_events.RunEvent] = [
         run_events.RunStarted(spec),
         run_events.SchemaAgreed(card),
         run_events.WeightsInitialised(head, "p1"),
@@ -51,7 +51,7 @@ def trained(lane: WeightStore, rounds: int, *, close: bool = True, **more: float
             update = Update(digest=f"u{peer}", num_examples=1, metrics={})
             told.append(run_events.UpdateAccepted(number, peer, update))
         told.append(run_events.TrainingClosed(number, asked))
-        digest = lane.commit(model(number, **more))
+        digest = lane.save(model(number, **more))
         told.append(run_events.VersionCommitted(number, digest, head, asked, {}))
         head = digest
         if close or number < rounds:

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message
 
 from agent.clientapp.app import DESCRIPTION
 from coordinator.runs import decisions, state, transitions
-from coordinator.runs.decisions import View
+from coordinator.runs.decisions import Observation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import DataFault
@@ -114,7 +114,7 @@ async def test_where_nobody_fits_the_run_fails_at_once_and_says_why(tmp_path: Pa
 
 async def test_first_weights_from_a_file_must_fit(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        digest = fleet.hub.lane.commit(Weights({"w": np.zeros((5, 4), np.float32)}))
+        digest = fleet.hub.lane.save(Weights({"w": np.zeros((5, 4), np.float32)}))
         run_id = fleet.hub.runs.start(
             RunSpec(task="softmax", rounds=1, quorum=2, handshake=True), digest
         )
@@ -166,19 +166,19 @@ async def test_a_description_that_was_not_signed_is_refused(tmp_path: Path) -> N
 # --- decisions -------------------------------------------------------------------------------
 
 
-def a_run(*news: run_events.Fact, quorum: int = 2) -> state.Run:
+def a_run(*news: run_events.RunEvent, quorum: int = 2) -> state.Run:
     spec = RunSpec(task="softmax", rounds=1, quorum=quorum, handshake=True)
     return transitions.replay("r", [run_events.RunStarted(spec), *news])
 
 
-def here(*peers: str, due: bool = False) -> View:
-    return View(frozenset(peers), due)
+def here(*peers: str, due: bool = False) -> Observation:
+    return Observation(frozenset(peers), due)
 
 
 def test_everybody_is_asked_once_the_quorum_is_here() -> None:
     run = a_run()
     assert decisions.decide(run, here("a")) == decisions.Wait("1 peer more for the quorum")
-    assert decisions.decide(run, here("a", "b", "c")) == decisions.AskMore(("a", "b", "c"))
+    assert decisions.decide(run, here("a", "b", "c")) == decisions.AskPeers(("a", "b", "c"))
 
 
 def test_it_agrees_when_all_have_told_or_the_deadline_has_passed() -> None:
@@ -186,12 +186,12 @@ def test_it_agrees_when_all_have_told_or_the_deadline_has_passed() -> None:
     two = [run_events.PeerDescribed(peer, CARD) for peer in "ab"]
     run = a_run(asked, *two)
     assert isinstance(decisions.decide(run, here("a", "b", "c")), decisions.Wait)
-    assert decisions.decide(run, here("a", "b", "c", due=True)) == decisions.Agree()
+    assert decisions.decide(run, here("a", "b", "c", due=True)) == decisions.AgreeSchema()
     lost = transitions.apply(run, run_events.PeerLost("c", "went away"))
-    assert decisions.decide(lost, here("a", "b")) == decisions.Agree()
-    assert decisions.decide(lost, here("a", "b", "c")) == decisions.AskMore(("c",))
+    assert decisions.decide(lost, here("a", "b")) == decisions.AgreeSchema()
+    assert decisions.decide(lost, here("a", "b", "c")) == decisions.AskPeers(("c",))
     silent = a_run(asked, two[0])
-    assert decisions.decide(silent, here("a", "b", "c", due=True)) == decisions.AskMore(("b", "c"))
+    assert decisions.decide(silent, here("a", "b", "c", due=True)) == decisions.AskPeers(("b", "c"))
 
 
 def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
@@ -203,7 +203,7 @@ def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
     step = decisions.decide(run, here("a"))
     assert isinstance(step, decisions.Wait)
     assert "no such column" in step.what
-    assert decisions.decide(run, here("a", "new")) == decisions.AskMore(("new",))
+    assert decisions.decide(run, here("a", "new")) == decisions.AskPeers(("new",))
 
 
 def test_ledgers_of_before_the_handshake_do_without() -> None:

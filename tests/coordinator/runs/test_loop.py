@@ -100,7 +100,7 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         assert [closed.digest for closed in listed.history] == [c.digest for c in run.history[-2:]]
         assert listed.best is not None
         assert not any(closed.norms or closed.contributors for closed in listed.history)
-        assert not any((listed.needed, listed.described, listed.best.norms))
+        assert not any((listed.training_seconds, listed.described, listed.best.norms))
         assert fleet.hub.runs.find(run_id) == run
         assert contributors(run) == [named(fleet.agents)] * 3
         assert [set(closed.metrics) for closed in run.history] == [{"loss"}] * 3
@@ -113,7 +113,7 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
             first.digest,
             *(fact.digest for fact in committed[:-1]),
         ]
-        assert weights.file_digest(fleet.hub.lane.version(run.head)) == run.head
+        assert weights.file_digest(fleet.hub.lane.version_path(run.head)) == run.head
         assert first.digest == weights.digest(first_weights(5, seed=5))
         # One version is sent to an agent once, for training and evaluation alike.
         for agent in fleet.agents:
@@ -142,7 +142,7 @@ async def test_the_same_seed_gives_the_same_digest(tmp_path: Path) -> None:
 
 async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        digest = fleet.hub.lane.commit(first_weights(5, seed=1))
+        digest = fleet.hub.lane.save(first_weights(5, seed=1))
         run_id = fleet.hub.runs.start(RunSpec(task="softmax", rounds=1, quorum=2), digest)
         run = await fleet.finished(run_id)
         assert fleet.facts(run_id, run_events.VersionCommitted)[0].parent == digest
@@ -218,7 +218,7 @@ async def test_flowers_word_that_a_node_is_gone_is_believed_as_soon_as_it_comes(
         assert node is not None
         with superlink.lock:
             superlink.state.acknowledge_node_heartbeat(node, -1.0)
-        fleet.hub.runs.nudge()
+        fleet.hub.runs.wake()
         await until(lambda: fleet.facts(run_id, run_events.PeerLost))
         door.open()
         run = await fleet.finished(run_id)
@@ -531,7 +531,7 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
             made += [fact.digest for fact in fleet.facts(run_id, run_events.VersionCommitted)]
         kept = [digest for digest in made if fleet.hub.lane.has(digest)]
         for digest in kept[-lost:]:
-            path = fleet.hub.lane.version(digest)
+            path = fleet.hub.lane.version_path(digest)
             path.write_bytes(path.read_bytes()[:-1] + b"?")
         async with fleet.up():
             held.open()
@@ -543,7 +543,7 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
                 assert run.head == undisturbed.head
                 (lost_version,) = fleet.facts(run_id, run_events.VersionLost)
                 assert (lost_version.digest, lost_version.to) == (made[-1], kept[-1 - lost])
-                assert fleet.hub.lane.version(made[-1]).with_suffix(".damaged").exists()
+                assert fleet.hub.lane.version_path(made[-1]).with_suffix(".damaged").exists()
             await fleet.close()
     finally:
         await fleet.close()

@@ -31,7 +31,7 @@ def test_a_plain_option_is_as_its_field(option: Option) -> None:
     assert (option.kind, set(option.choices)) == (str if choices else kind, set(choices))
     assert not option.choices or option.default in option.choices
     if option.bounds is not None:
-        assert option.bounds.hold(option.default)
+        assert option.bounds.contains(option.default)
 
 
 def test_the_command_line_takes_every_option_of_the_table() -> None:
@@ -45,7 +45,7 @@ def outside(bounds: Bounds) -> float:
     """A number that does not hold."""
     if bounds.least == float("-inf"):
         return float("inf")
-    if bounds.without_least:
+    if bounds.above_least:
         return int(bounds.least)
     return 0.5 if bounds.or_zero else int(bounds.least) - 1
 
@@ -58,7 +58,7 @@ def test_each_bound_is_checked_at_every_entrance(option: Option) -> None:
     text = FORMS.get(option.name, "{}").format(number)
     value: Any = text if option.kind is str else number
     with pytest.raises(UsageFault, match=words):
-        run_options.order({"task": "ping", option.name: [value] if option.several else value})
+        run_options.order({"task": "ping", option.name: [value] if option.repeatable else value})
     with pytest.raises(UsageFault, match=words):
         run_form.order({"task": "ping", option.name: text})
     spec = RunSpec(task="ping", rounds=1)
@@ -88,5 +88,5 @@ def test_what_is_left_out_is_as_the_table_says() -> None:
 
 
 def test_bounds_hold_for_numbers_without_limit() -> None:
-    assert Bounds("1 or more", 1).hold(10**400)
-    assert not Bounds("1 or more", 1).hold(-(10**400))
+    assert Bounds("1 or more", 1).contains(10**400)
+    assert not Bounds("1 or more", 1).contains(-(10**400))

@@ -9,7 +9,7 @@ import pytest
 from coordinator.runs import recovery, transitions
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact, Holding, RunSpec, Update
+from coordinator.storage.run_events import Holding, RunEvent, RunSpec, Update
 from protocols.enrollment import identity
 from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
@@ -19,7 +19,7 @@ OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
 IS_OWN = partial(identity.verify, identity.raw_public(OWN))
 HERE = frozenset("ABC")
 #: The ledger of the backup: one round of three is closed.
-BEFORE: list[Fact] = [
+BEFORE: list[RunEvent] = [
     run_events.RunStarted(RunSpec(task="t", rounds=3)),
     run_events.WeightsInitialised("v0", "A"),
     run_events.RoundOpened(1, "v0", ("A",)),
@@ -30,12 +30,12 @@ BEFORE: list[Fact] = [
 ]
 
 
-def seeking(*then: Fact, whole: bool = False) -> Run:
+def seeking(*then: RunEvent, whole: bool = False) -> Run:
     return transitions.replay("r", [*BEFORE, run_events.RecallBegun(whole), *then])
 
 
-def told(**held: Holding | None) -> list[Fact]:
-    asked: Fact = run_events.PeersAsked(tuple(sorted(held)))
+def told(**held: Holding | None) -> list[RunEvent]:
+    asked: RunEvent = run_events.PeersAsked(tuple(sorted(held)))
     return [asked, *(run_events.HoldingTold(peer, version) for peer, version in held.items())]
 
 
@@ -45,12 +45,12 @@ def test_everybody_who_comes_is_asked_and_the_newest_version_is_taken() -> None:
     run = seeking(*told(A=old, B=new, C=None))
     assert isinstance(recovery.decide(run, HERE, False), str)  # one with a newer one may come yet
     assert recovery.decide(run, HERE | {"D"}, False) == recovery.Ask(("D",))
-    assert recovery.decide(run, HERE, True) == recovery.Seek(new)
+    assert recovery.decide(run, HERE, True) == recovery.FetchVersion(new)
 
 
 def test_of_two_versions_of_one_round_that_of_more_peers_is_taken() -> None:
     run = seeking(*told(A=Holding(5, "z"), B=Holding(5, "a"), C=Holding(5, "a")))
-    assert recovery.decide(run, HERE, True) == recovery.Seek(Holding(5, "a"))
+    assert recovery.decide(run, HERE, True) == recovery.FetchVersion(Holding(5, "a"))
 
 
 def test_a_holder_that_has_it_not_is_passed_over_and_then_the_next_best_is_taken() -> None:
@@ -69,14 +69,14 @@ def test_a_holder_that_has_it_not_is_passed_over_and_then_the_next_best_is_taken
     assert again == recovery.Ask(("A",))  # asked anew: what it holds may have changed
     run = transitions.apply(run, run_events.PeersAsked(("A",)))
     run = transitions.apply(run, run_events.HoldingTold("A", old))
-    assert recovery.decide(run, frozenset("A"), True) == recovery.Seek(old)
+    assert recovery.decide(run, frozenset("A"), True) == recovery.FetchVersion(old)
 
 
 def test_the_backups_own_version_is_kept_if_nobody_has_a_newer_one() -> None:
     run = seeking(*told(A=Holding(1, "v1"), B=None), whole=True)
     assert recovery.decide(run, frozenset("AB"), True) == recovery.KeepOwn()
     newer = seeking(*told(A=Holding(2, "v2")), whole=True)
-    assert recovery.decide(newer, frozenset("A"), True) == recovery.Seek(Holding(2, "v2"))
+    assert recovery.decide(newer, frozenset("A"), True) == recovery.FetchVersion(Holding(2, "v2"))
 
 
 def test_a_run_that_had_finished_does_not_wait_for_ever() -> None:
@@ -102,9 +102,9 @@ def signed(kind: Question, number: int = 4, run: str = "r", key: identity.Signin
 
 
 def test_work_proves_the_version_that_it_is_on() -> None:
-    assert recovery.proven(seeking(), signed("train"), IS_OWN) == Holding(3, "d")
-    assert recovery.proven(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d")
-    assert recovery.proven(seeking(), None, IS_OWN) is None
+    assert recovery.verify_proof(seeking(), signed("train"), IS_OWN) == Holding(3, "d")
+    assert recovery.verify_proof(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d")
+    assert recovery.verify_proof(seeking(), None, IS_OWN) is None
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_what_the_coordinator_did_not_sign_for_this_run_proves_nothing(
     proof: tuple[bytes, bytes],
 ) -> None:
     with pytest.raises(UpdateRefused, match=r"work|proves"):
-        recovery.proven(seeking(), proof, IS_OWN)
+        recovery.verify_proof(seeking(), proof, IS_OWN)

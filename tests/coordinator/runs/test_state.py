@@ -19,10 +19,10 @@ from msgspec.structs import replace
 
 from coordinator.cli import run_text
 from coordinator.runs import decisions, transitions
-from coordinator.runs.decisions import View
+from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.run_events import Fact, RunSpec, Update
+from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.envelope import Metrics
 from protocols.messages.states import ENDED, RunState
 from protocols.model import schema_card
@@ -35,13 +35,13 @@ class Loop:
     """What the run loop does with a run, without network, disk or clock."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self.facts: list[Fact] = [run_events.RunStarted(spec)]
+        self.facts: list[RunEvent] = [run_events.RunStarted(spec)]
         self.run = transitions.replay("r", self.facts)
         self.here: frozenset[str] = frozenset()
         self.due = False
         self.accepted: set[str] = set()
 
-    def record(self, *news: Fact) -> None:
+    def record(self, *news: RunEvent) -> None:
         for fact in news:
             self.facts.append(fact)
             self.run = transitions.apply(self.run, fact)
@@ -65,7 +65,7 @@ class Loop:
         self.record(run_events.UpdateRefused(self.run.round, peer, reason, detail, self.run.kind))
 
     def decide(self) -> decisions.Step:
-        return decisions.decide(self.run, View(self.here, self.due))
+        return decisions.decide(self.run, Observation(self.here, self.due))
 
     def do(self, step: decisions.Step) -> None:
         run = self.run
@@ -75,7 +75,7 @@ class Loop:
             case decisions.AskInit(peer):
                 self.due = False
                 self.record(run_events.PeersAsked((peer,)))
-            case decisions.AskMore(peers):
+            case decisions.AskPeers(peers):
                 self.due = False
                 self.record(run_events.PeersAsked(peers))
             case decisions.OpenRound(number, base, eligible):
@@ -248,7 +248,7 @@ def test_it_does_not_go_on_below_the_quorum() -> None:
     loop.answer("A")
     loop.due = True
     # B's question may have been lost; one that is at work on it answers at once when it is done.
-    assert loop.decide() == decisions.AskMore(("B",))
+    assert loop.decide() == decisions.AskPeers(("B",))
     loop.here = frozenset()
     assert loop.decide() == decisions.Wait("the quorum: 1 of 2; the deadline has passed")
 
@@ -260,7 +260,7 @@ def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
     loop.here |= {"C"}
     assert isinstance(loop.decide(), decisions.Wait)
     loop.due = True
-    assert loop.decide() == decisions.AskMore(("B", "C"))
+    assert loop.decide() == decisions.AskPeers(("B", "C"))
     loop.do(loop.decide())
     loop.answer("C")
     loop.due = True
@@ -273,7 +273,7 @@ def test_who_failed_may_try_again_after_a_deadline() -> None:
     loop.refuse("B")
     assert loop.decide() == decisions.Wait("1 peer more for the quorum")
     loop.due = True
-    assert loop.decide() == decisions.AskMore(("B",))
+    assert loop.decide() == decisions.AskPeers(("B",))
 
 
 def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() -> None:
@@ -285,7 +285,7 @@ def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() ->
     ended = decisions.EndRun(RunState.FAILED, f"nobody could train: {': '.join(why)}")
     assert loop.decide() == ended
     loop.here |= {"C"}
-    assert loop.decide() == decisions.AskMore(("C",))
+    assert loop.decide() == decisions.AskPeers(("C",))
     # What else goes wrong may go right the next time.
     other = training()
     other.refuse("A", *why)
@@ -299,7 +299,7 @@ def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
     loop.lose("B")
     assert loop.decide() == decisions.Wait("1 peer more for the quorum")
     loop.here |= {"B"}
-    assert loop.decide() == decisions.AskMore(("B",))
+    assert loop.decide() == decisions.AskPeers(("B",))
 
 
 def test_the_round_does_not_wait_for_lost_peers_once_the_quorum_is_there() -> None:
@@ -320,7 +320,7 @@ def test_another_peer_makes_the_first_weights_when_one_cannot_or_hangs() -> None
     assert loop.decide() == decisions.AskInit("B")
     loop.do(loop.decide())
     loop.due = True
-    assert loop.decide() == decisions.AskMore(("A", "B", "C"))
+    assert loop.decide() == decisions.AskPeers(("A", "B", "C"))
 
 
 def test_a_late_answer_does_not_settle_the_present_question() -> None:
@@ -375,10 +375,10 @@ def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -
     loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.5, seed=7))
     loop.record(run_events.WeightsInitialised("first", "file"))
     run = loop.run
-    chosen = decisions.selected(run, 1, ALL)
+    chosen = decisions.select_peers(run, 1, ALL)
     assert len(chosen) == 3
-    assert chosen == decisions.selected(run, 1, reversed(PEERS))  # of who is there, and no more
-    rounds = [decisions.selected(run, number, ALL) for number in range(1, 40)]
+    assert chosen == decisions.select_peers(run, 1, reversed(PEERS))  # of who is there, and no more
+    rounds = [decisions.select_peers(run, number, ALL) for number in range(1, 40)]
     assert set().union(*rounds) == ALL
     loop.record(run_events.RoundOpened(1, "first", chosen))
     loop.here = ALL
@@ -390,7 +390,7 @@ def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -
 
 def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
     loop = Loop(RunSpec(task="t", rounds=9, quorum=2, select=1.0))
-    asked = decisions.selected(loop.run, 1, ALL)
+    asked = decisions.select_peers(loop.run, 1, ALL)
     loop.record(
         run_events.WeightsInitialised("first", "file"), run_events.RoundOpened(1, "first", asked)
     )
@@ -398,7 +398,7 @@ def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
     loop.answer(asked[0])
     loop.lose(asked[1])
     step = loop.decide()
-    assert isinstance(step, decisions.AskMore)
+    assert isinstance(step, decisions.AskPeers)
     assert len(step.peers) == 1
     assert step.peers[0] not in asked
 
@@ -413,16 +413,16 @@ def test_an_automatic_deadline_is_twice_what_the_slowest_needed() -> None:
     first = run_events.WeightsInitialised("first", "file")
     loop.record(first, run_events.RoundOpened(1, "first", ("A", "B")))
     answered(loop, "A", 10.0)
-    assert decisions.deadline_s(loop.run) == 600.0  # nobody knows what B needs
+    assert decisions.phase_deadline_s(loop.run) == 600.0  # nobody knows what B needs
     answered(loop, "B", 30.0)
-    assert decisions.deadline_s(loop.run) == 60.0
+    assert decisions.phase_deadline_s(loop.run) == 60.0
     for _ in range(5):  # what was long ago is forgotten
         answered(loop, "B", 1.0)
         answered(loop, "A", 1.0)
-    assert decisions.deadline_s(loop.run) == 5.0
+    assert decisions.phase_deadline_s(loop.run) == 5.0
     late = run_events.UpdateRefused(1, "B", "late", "x", "train", 400.0)
     loop.record(late)  # one that was too slow is given time
-    assert decisions.deadline_s(loop.run) == 600.0
+    assert decisions.phase_deadline_s(loop.run) == 600.0
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
@@ -495,8 +495,8 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
         run = transitions.apply(run, FACTS[kind](data.draw))
         if before.ended and kind not in (run_events.RunResumed, run_events.RecallBegun):
             assert run == replace(before, deleted=run.deleted)
-        decisions.decide(run, View(ALL, data.draw(st.booleans())))
-        decisions.decide(run, View(frozenset(), data.draw(st.booleans())))
+        decisions.decide(run, Observation(ALL, data.draw(st.booleans())))
+        decisions.decide(run, Observation(frozenset(), data.draw(st.booleans())))
 
 
 def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
@@ -511,4 +511,4 @@ def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
 @pytest.mark.parametrize("state", sorted(ENDED))
 def test_an_ended_run_decides_nothing(state: RunState) -> None:
     run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
-    assert isinstance(decisions.decide(run, View(ALL, True)), decisions.Wait)
+    assert isinstance(decisions.decide(run, Observation(ALL, True)), decisions.Wait)

@@ -36,15 +36,15 @@ class Axe:
         self.at, self.left = "", 0
         for module in (loop, requests, recorder, retention, versions):
             patch.setattr(module, "failpoint", self.reached)
-        adopt = state.States.adopt
+        promote = state.StateStore.promote
 
-        def adopting(states: state.States, temporary: Path, digest: str) -> str:
+        def promoting(states: state.StateStore, temporary: Path, digest: str) -> str:
             self.reached("state.adopting")
-            found = adopt(states, temporary, digest)
+            found = promote(states, temporary, digest)
             self.reached("state.adopted")
             return found
 
-        patch.setattr(state.States, "adopt", adopting)
+        patch.setattr(state.StateStore, "promote", promoting)
 
     def aim(self, at: str, nth: int) -> None:
         self.at, self.left = at, nth
@@ -177,7 +177,7 @@ async def test_memory_is_said_before_the_start_and_refused_if_it_is_not_there(
             available = 300
 
         monkeypatch.setattr(memory_estimate.psutil, "virtual_memory", Memory)
-        digest = fleet.hub.lane.commit(first_weights(5))
+        digest = fleet.hub.lane.save(first_weights(5))
         with pytest.raises(CannotBeMet, match=r"krum .* quorum of 3 .* are free"):
             fleet.hub.runs.start(RunSpec(task="softmax", **spec), digest)
         run = await fleet.finished(fleet.start(**spec))  # its size is known only when it is made

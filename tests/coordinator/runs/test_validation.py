@@ -25,7 +25,7 @@ BASE, DIGEST = "0" * 64, "1" * 64
 MODEL = Weights({"w": np.zeros((20, 10), np.float32), "steps": np.array(3, np.int64)})
 
 
-def a_run(*then: run_events.Fact, **spec: Any) -> Run:
+def a_run(*then: run_events.RunEvent, **spec: Any) -> Run:
     asked = run_events.RoundOpened(1, BASE, ("A", "B"))
     started = run_events.RunStarted(RunSpec(task="t", rounds=2, **spec))
     return transitions.replay(
@@ -65,7 +65,7 @@ class Desk:
     def present_bytes(
         self, sender: str, claim: UpdateClaim, payload: bytes, signature: bytes
     ) -> None:
-        expected = validation.expectation(self.run, MODEL.schema)
+        expected = validation.expected_reply(self.run, MODEL.schema)
         validation.check_claim(self.run, expected, sender, claim, payload, signature, self.verify)
 
 
@@ -164,7 +164,7 @@ def changed(**tensors: Any) -> Weights:
     return Weights({name: array for name, array in found.items() if array is not None})
 
 
-EXPECTED = validation.Expected("train", BASE, MODEL.schema)
+EXPECTED = validation.ExpectedReply("train", BASE, MODEL.schema)
 
 
 def test_good_weights_pass() -> None:
@@ -184,7 +184,7 @@ def test_good_weights_pass() -> None:
     ],
 )
 def test_weights_that_must_not_be_summed(word: str, update: Weights) -> None:
-    for gate_of in (validation.check_weights, partial(validation.measure, base=MODEL)):
+    for gate_of in (validation.check_weights, partial(validation.check_update, base=MODEL)):
         with pytest.raises(UpdateRefused) as caught:
             gate_of(EXPECTED, lambda: update)
         assert caught.value.reason == word
@@ -199,7 +199,7 @@ def test_missing_bytes_are_refused() -> None:
 
 
 def test_first_weights_have_no_schema_to_meet_but_must_be_finite() -> None:
-    first = validation.Expected("init", "", {})
+    first = validation.ExpectedReply("init", "", {})
     validation.check_weights(first, lambda: changed(extra=np.zeros(1)))
     with pytest.raises(UpdateRefused, match="'w'"):
         validation.check_weights(first, lambda: changed(w=np.array([np.nan])))
@@ -209,10 +209,10 @@ def test_what_is_expected_in_each_state() -> None:
     closed = a_run(run_events.TrainingClosed(1, ("A",)))
     committed = transitions.apply(closed, run_events.VersionCommitted(1, DIGEST, BASE, ("A",), {}))
     waiting = Run(id="r", spec=a_run().spec)
-    assert validation.expectation(waiting, MODEL.schema)[:3] == ("init", "", {})
-    assert validation.expectation(a_run(), MODEL.schema)[:3] == ("train", BASE, MODEL.schema)
+    assert validation.expected_reply(waiting, MODEL.schema)[:3] == ("init", "", {})
+    assert validation.expected_reply(a_run(), MODEL.schema)[:3] == ("train", BASE, MODEL.schema)
     assert committed.state is RunState.EVALUATING
-    assert validation.expectation(committed, MODEL.schema)[:2] == ("evaluate", DIGEST)
+    assert validation.expected_reply(committed, MODEL.schema)[:2] == ("evaluate", DIGEST)
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def test_what_is_expected_in_each_state() -> None:
 
 def test_the_norm_is_that_of_the_difference() -> None:
     update = changed(w=np.full((20, 10), 0.5, np.float32), steps=np.array(99, np.int64))
-    assert validation.distance(update, MODEL) == pytest.approx(0.5 * math.sqrt(200))
-    assert validation.distance(MODEL, MODEL) == 0.0
+    assert validation.update_norm(update, MODEL) == pytest.approx(0.5 * math.sqrt(200))
+    assert validation.update_norm(MODEL, MODEL) == 0.0
 
 
 def test_bf16_counts_too() -> None:
@@ -229,7 +229,7 @@ def test_bf16_counts_too() -> None:
         bits = np.full(4, value, np.float32).view(np.uint32) >> 16
         return Weights({"w": bits.astype(np.uint16)}, ["w"])
 
-    assert validation.distance(bf16(1.0), bf16(3.0)) == 4.0
+    assert validation.update_norm(bf16(1.0), bf16(3.0)) == 4.0
 
 
 def test_the_norm_of_a_large_tensor_is_right_to_float32() -> None:
@@ -237,7 +237,7 @@ def test_the_norm_of_a_large_tensor_is_right_to_float32() -> None:
     old = rng.standard_normal(200_001).astype(np.float32)
     new = (old + 1e-3 * rng.standard_normal(200_001)).astype(np.float32)
     exact = np.linalg.norm(new.astype(np.float64) - old)
-    assert validation.distance(Weights({"w": new}), Weights({"w": old})) == pytest.approx(
+    assert validation.update_norm(Weights({"w": new}), Weights({"w": old})) == pytest.approx(
         exact, rel=2e-7
     )
 
@@ -247,7 +247,7 @@ def test_the_norm_of_a_large_tensor_is_right_to_float32() -> None:
 def test_the_norm_is_right_where_squares_do_not_fit_float32(far: float) -> None:
     update = Weights({"w": np.full(1000, far, np.float32)})
     base = Weights({"w": np.zeros(1000, np.float32)})
-    assert validation.distance(update, base) == pytest.approx(far * math.sqrt(1000), rel=1e-6)
+    assert validation.update_norm(update, base) == pytest.approx(far * math.sqrt(1000), rel=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
@@ -256,9 +256,9 @@ def test_what_is_not_finite_is_found_by_the_norm_wherever_it_is(wrong: float, at
     model = Weights({"w": np.ones(70_001, np.float32)})
     update = np.zeros(70_001, np.float32)
     update[at] = wrong
-    expected = validation.Expected("train", BASE, model.schema)
+    expected = validation.ExpectedReply("train", BASE, model.schema)
     with pytest.raises(UpdateRefused, match="'w'") as caught:
-        validation.measure(expected, lambda: Weights({"w": update}), model)
+        validation.check_update(expected, lambda: Weights({"w": update}), model)
     assert caught.value.reason == "not finite"
 
 
@@ -266,7 +266,7 @@ def test_what_is_not_finite_is_found_by_the_norm_wherever_it_is(wrong: float, at
 def test_the_norm_of_huge_weights_is_a_number() -> None:
     """An infinity would go into the ledger as null, which no later start could read."""
     for far in (1e200, 1.7e308):
-        norm = validation.distance(
+        norm = validation.update_norm(
             Weights({"w": np.array([far, far])}), Weights({"w": np.array([-far, far])})
         )
         assert math.isfinite(norm)

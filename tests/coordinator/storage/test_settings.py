@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.storage import settings
-from coordinator.storage.settings import FILE
+from coordinator.storage.settings import SETTINGS_FILE
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, HomeFault, UsageFault
 from protocols.local.atomic_files import write_private
@@ -26,7 +26,7 @@ def test_the_order_is_flag_environment_file_default(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert settings.read().port == settings.PORT
-    (home / FILE).write_text("port = 1111\nhost = '10.0.0.1'\nnames = ['a', 'b']\n")
+    (home / SETTINGS_FILE).write_text("port = 1111\nhost = '10.0.0.1'\nnames = ['a', 'b']\n")
     assert settings.read().port == 1111
     monkeypatch.setenv("COMMONWEIGHT_PORT", "2222")
     assert settings.read().port == 2222
@@ -45,15 +45,15 @@ def test_a_list_in_the_environment_is_json(home: Path, monkeypatch: pytest.Monke
     ["port = 70000", "port = -1", "port = 'x'", "port = ", "names = 'a'", "colour = 'red'", "= 1"],
 )
 def test_a_wrong_file_is_a_usage_fault(home: Path, wrong: str) -> None:
-    (home / FILE).write_text(wrong)
+    (home / SETTINGS_FILE).write_text(wrong)
     with pytest.raises(UsageFault) as caught:
         settings.read()
     assert caught.value.exit_code is ExitCode.USAGE
 
 
 def test_a_file_that_is_no_text_is_a_usage_fault(home: Path) -> None:
-    (home / FILE).write_bytes(b"host = '\xff\xfe'")
-    with pytest.raises(UsageFault, match=FILE):
+    (home / SETTINGS_FILE).write_bytes(b"host = '\xff\xfe'")
+    with pytest.raises(UsageFault, match=SETTINGS_FILE):
         settings.read()
 
 
@@ -92,8 +92,8 @@ def test_a_home_is_made_once(home: Path) -> None:
 
 
 def test_names_are_kept_and_the_rest_of_the_file_with_them(home: Path) -> None:
-    (home / FILE).write_text("port = 1111\n")
-    settings.keep_names(home, ["host.lan"])
+    (home / SETTINGS_FILE).write_text("port = 1111\n")
+    settings.save_names(home, ["host.lan"])
     chosen = settings.read()
     assert (chosen.port, chosen.names) == (1111, ["host.lan"])
 

@@ -22,7 +22,7 @@ def test_two_writers_at_the_same_time_write_two_whole_versions(tmp_path: Path) -
     coordinator, command = Versions(folder), Versions(folder)
 
     def pieces() -> Iterator[dict[Part, Array]]:
-        assert command.commit(OTHER) == weights.digest(OTHER)
+        assert command.save(OTHER) == weights.digest(OTHER)
         for piece in weights.pieces(ONE.schema):
             yield {part: ONE.read(part) for part in piece}
 
@@ -34,7 +34,7 @@ def test_two_writers_at_the_same_time_write_two_whole_versions(tmp_path: Path) -
 
 def test_what_a_killed_writer_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
     folder = tmp_path / "versions"
-    digest = Versions(folder).commit(ONE)
+    digest = Versions(folder).save(ONE)
     old, new = folder / ".new-1", folder / ".new-2"
     for path in (old, new):
         path.write_bytes(b"cut off")

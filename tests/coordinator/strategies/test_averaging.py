@@ -32,7 +32,7 @@ def weighted_mean(
     """The mean of small models in memory, without a strategy in between."""
     flat = {name: np.array(base[name]).reshape(-1) for name in base}
     scale = scale or [1.0] * len(updates)
-    for piece in averaging.fold(updates, share, scale, base, lambda mean: mean):
+    for piece in averaging.average(updates, share, scale, base, lambda mean: mean):
         for part, array in piece.items():
             flat[part.name][part.start : part.stop] = array
     bf16 = [name for name, spec in base.schema.items() if spec.dtype == "BF16"]

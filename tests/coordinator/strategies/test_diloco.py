@@ -60,7 +60,7 @@ def trained(cache: Path, rounds: int, steps: int, **args: Setting) -> Weights:
     with fleet_of([DataSettings(parts=20, cache=str(cache), device="cpu")]) as fleet:
         run = fleet.run(spec)
         assert run.state is RunState.FINISHED, run.ended_because
-        return weights.load(fleet.lane.version(run.head))
+        return weights.load(fleet.lane.version_path(run.head))
 
 
 def distance(one: Weights, other: Weights) -> float:

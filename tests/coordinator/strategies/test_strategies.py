@@ -26,7 +26,7 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Setting, Update
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging, runner
-from coordinator.strategies.state import States
+from coordinator.strategies.state import StateStore
 from protocols.errors import (
     CannotBeMet,
     CommonweightError,
@@ -80,15 +80,15 @@ class Table:
         self.lane = WeightStore(folder)
         self.spec = spec
         self.run = transitions.replay("r", [run_events.RunStarted(spec)])
-        self.record(run_events.WeightsInitialised(self.lane.commit(first), "file"))
+        self.record(run_events.WeightsInitialised(self.lane.save(first), "file"))
         self.restart()
 
     def restart(self) -> None:
         """A new life of the coordinator: only the disk and the facts are left."""
-        self.states = States(self.lane.states)
+        self.states = StateStore(self.lane.states)
         self.strategy = strategies.find(self.spec.strategy).make(self.spec.strategy_args)
 
-    def record(self, fact: run_events.Fact) -> None:
+    def record(self, fact: run_events.RunEvent) -> None:
         self.run = transitions.apply(self.run, fact)
 
     def open_round(self, updates: Mapping[str, Weights], losses: Mapping[str, float] = {}) -> None:
@@ -101,12 +101,12 @@ class Table:
                 digest=digest,
                 num_examples=10 * count,
                 metrics={"loss": losses.get(peer, 1.0)},
-                norm=validation.distance(model, base),
+                norm=validation.update_norm(model, base),
             )
             self.record(run_events.UpdateAccepted(number, peer, update))
         self.record(run_events.TrainingClosed(number, tuple(sorted(updates))))
 
-    def commit(self) -> aggregation.Committed:
+    def commit(self) -> aggregation.CommittedVersion:
         return aggregation.commit(
             self.run, self.lane, self.states, self.strategy, self.run.contributors
         )
@@ -121,7 +121,7 @@ class Table:
         self.record(run_events.RoundClosed(run.round, {}, 1.0, 0, 0))
 
     def model(self) -> Weights:
-        return weights.load(self.lane.version(self.run.head))
+        return weights.load(self.lane.version_path(self.run.head))
 
 
 def record_of(model: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
@@ -464,7 +464,7 @@ def test_clipping_bounds_what_one_peer_can_do(tmp_path: Path, name: str) -> None
     table = Table(tmp_path, spec_of(name, clip_norm=0.05), first_model())
     table.open_round(updates)
     table.close_round()
-    assert validation.distance(table.model(), first_model()) <= 0.05
+    assert validation.update_norm(table.model(), first_model()) <= 0.05
 
 
 # --- what can go wrong -----------------------------------------------------------------------

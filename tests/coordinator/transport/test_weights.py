@@ -91,7 +91,7 @@ def get(http: httpx.Client, machine: Machine, digest: str, **headers: str) -> ht
 def test_a_version_is_downloaded_whole(
     site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
 ) -> None:
-    assert site.lane.commit(MODEL) == DIGEST
+    assert site.lane.save(MODEL) == DIGEST
     assert get(http, machine, DIGEST).content == DATA
     target = tmp_path / "version.safetensors"
     link.download(DIGEST, len(DATA), target)
@@ -107,7 +107,7 @@ def test_a_version_is_downloaded_whole(
 def test_a_range(
     site: Site, http: httpx.Client, machine: Machine, wanted: str, expected: bytes
 ) -> None:
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     answer = get(http, machine, DIGEST, range=wanted)
     assert answer.status_code == 206
     assert answer.content == expected
@@ -116,7 +116,7 @@ def test_a_range(
 def test_a_range_beyond_the_end_is_refused(
     site: Site, http: httpx.Client, machine: Machine
 ) -> None:
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     answer = get(http, machine, DIGEST, range=f"bytes={len(DATA)}-")
     assert answer.status_code == 416
     assert answer.headers["content-range"] == f"bytes */{len(DATA)}"
@@ -128,7 +128,7 @@ def test_a_download_goes_on_where_it_was_cut(
     site: Site, link: Link, tmp_path: Path, have: int
 ) -> None:
     """Also when the crash came after the last byte and before the rename."""
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     target = tmp_path / "version.safetensors"
     target.with_suffix(".part").write_bytes(DATA[:have])
     link.download(DIGEST, len(DATA), target)
@@ -141,7 +141,7 @@ def test_a_download_goes_on_where_it_was_cut(
 def test_rubbish_in_a_part_file_is_found_and_does_no_lasting_harm(
     site: Site, link: Link, tmp_path: Path, part: bytes
 ) -> None:
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     target = tmp_path / "version.safetensors"
     target.with_suffix(".part").write_bytes(part)
     try:
@@ -155,7 +155,7 @@ def test_rubbish_in_a_part_file_is_found_and_does_no_lasting_harm(
 def test_a_version_that_is_not_its_digest_never_gets_its_name(
     site: Site, link: Link, tmp_path: Path
 ) -> None:
-    site.lane.version(DIGEST).write_bytes(DATA[:-1] + b"\0")
+    site.lane.version_path(DIGEST).write_bytes(DATA[:-1] + b"\0")
     target = tmp_path / "version.safetensors"
     for nbytes in (len(DATA), len(DATA) - 10):
         with pytest.raises(BadWeights):
@@ -367,7 +367,7 @@ def test_a_claimed_digest_cannot_open_another_file(site: Site, digest: str) -> N
 def test_nobody_gets_by_unsigned_or_with_anothers_signature(
     site: Site, http: httpx.Client, machine: Machine, method: str
 ) -> None:
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     part = "weights" if method == "GET" else "updates"
     path = f"/cw/v1/{part}/{DIGEST}"
     body: dict[str, Any] = {"content": DATA} if method == "PUT" else {}
@@ -385,7 +385,7 @@ def test_nobody_gets_by_unsigned_or_with_anothers_signature(
 def test_a_removed_peer_gets_nothing_any_more(
     site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
 ) -> None:
-    site.lane.commit(MODEL)
+    site.lane.save(MODEL)
     site.registry.remove(machine.peer, "test")
     assert get(http, machine, DIGEST).status_code == 401
     with pytest.raises(CommonweightError):

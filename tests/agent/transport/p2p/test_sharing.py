@@ -41,7 +41,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     folder = tmp_path / "coordinator"
     folder.mkdir()
     with Site(folder).up() as up:
-        up.lane.commit(MODEL)
+        up.lane.save(MODEL)
         yield up
 
 
@@ -159,7 +159,7 @@ def test_a_cut_download_goes_on_with_the_pieces_that_it_has(
     site: Site, tmp_path: Path, digest: str
 ) -> None:
     with peers(site, tmp_path, "ann") as (ann,):
-        whole = site.lane.version(digest).read_bytes()
+        whole = site.lane.version_path(digest).read_bytes()
         left = bytearray(SIZE)
         left[: 2 * PIECE_BYTES] = whole[: 2 * PIECE_BYTES]
         left[PIECE_BYTES + 5] ^= 1  # and the second was spoilt
@@ -272,7 +272,9 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
         address = ann.sharing.asked().address
         good = bob.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
         with httpx.Client(base_url=f"https://{address}", verify=False) as http:
-            assert http.get(path, headers=good).content == site.lane.version(digest).read_bytes()
+            assert (
+                http.get(path, headers=good).content == site.lane.version_path(digest).read_bytes()
+            )
 
             def refused(headers: dict[str, str], method: str = "GET", where: str = path) -> bool:
                 answer = http.request(method, where, headers=headers)
