@@ -143,7 +143,7 @@ class Jobs:
         return self._found(found)
 
     def _found(self, job: Job) -> str:
-        if not job.is_spread:
+        if not job.is_scattered:
             answers = sorted((unit.only, unit.verified) for unit in job.units.values())
             return json.dumps(answers)
         out = self._fleet.folder / f"{job.id}.csv"

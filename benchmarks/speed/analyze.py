@@ -19,7 +19,7 @@ import pandas as pd
 
 from agent.analytics import child_process
 from agent.home.settings import AgentSettings
-from coordinator.jobs.analysis import answer, fits
+from coordinator.jobs.analysis import combine, validate
 from protocols.analytics.mergeable_states import ALPHA, Told
 from protocols.analytics.parser import question
 
@@ -93,8 +93,8 @@ def _measure(
         body = child_process.answer(asked, chosen, home)
         sizes[peer] = len(body)
         told[peer] = msgspec.json.decode(body, type=Told)
-        assert not fits(asked, told[peer]), fits(asked, told[peer])
-    found = answer(asked, told, list(told))
+        assert not validate(asked, told[peer]), validate(asked, told[peer])
+    found = combine(asked, told, list(told))
     seconds = time.monotonic() - began
     print(f"\n{text}\n  {found.label}, {seconds:.1f} s one peer after the other")
     print(f"  bytes that left: {', '.join(f'{p} {n:,}' for p, n in sizes.items())}")

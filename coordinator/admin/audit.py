@@ -17,7 +17,7 @@ from coordinator.storage import run_events
 from coordinator.storage.ledger import Entry, Ledger
 from protocols.errors import NotRunning, UnknownName
 
-LEDGER = "ledger.db"
+LEDGER_FILE = "ledger.db"
 
 _fleet_fact = msgspec.json.Decoder(FleetFact)
 #: Most entries are a run's everyday work: these are told by their tag before they are decoded.
@@ -31,7 +31,7 @@ class _Tag(Struct):
 _tag = msgspec.json.Decoder(_Tag)
 
 
-class Line(Struct, frozen=True, kw_only=True):
+class AuditEntry(Struct, frozen=True, kw_only=True):
     """One line of the audit: entry `seq` of the ledger, at `at` (Unix s).
 
     `peer` is an id and `name` what the machine was called when it joined; `text` is for a person.
@@ -50,12 +50,12 @@ class Line(Struct, frozen=True, kw_only=True):
 
 def open_ledger(home: Path) -> Ledger:
     """The home's ledger, to be read only. Raises NotRunning, HomeFault."""
-    if not (home / LEDGER).exists():
+    if not (home / LEDGER_FILE).exists():
         raise NotRunning(f"nothing has happened yet in {home}", "start it: commonweight up")
-    return Ledger(home / LEDGER, read_only=True)
+    return Ledger(home / LEDGER_FILE, read_only=True)
 
 
-def lines(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[Line]:
+def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[AuditEntry]:
     """The audit, oldest first, of one peer (id or name) or all, from Unix s `since` on.
 
     A name stands for every machine that ever had it. Raises UnknownName.
@@ -70,7 +70,7 @@ def lines(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[Line]:
     return [line for line in found if line.at >= since]
 
 
-def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[Line]:
+def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
     for entry in ledger.entries():
         try:
             if entry.subject == registry.SUBJECT:
@@ -79,10 +79,10 @@ def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[Line]:
                 yield _of_run(entry, run_events.decode(entry.body), names)
         except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as err:
             text = f"this entry of {entry.subject!r} cannot be read: {err}"
-            yield Line(seq=entry.seq, at=entry.at, event="unreadable", text=text)
+            yield AuditEntry(seq=entry.seq, at=entry.at, event="unreadable", text=text)
 
 
-def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
+def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> AuditEntry:
     event, text, ticket, peer, reason = "", "", "", "", ""
     match fact:
         case registry.TicketCreated(id=ticket, uses=uses, label=label):
@@ -105,14 +105,14 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
             text = f"{fact.name} ({fact.operator}) may watch as {fact.role}, ticket {ticket}"
         case registry.OperatorRemoved():
             event = "access removed"
-            text = f"the access of {_called(fact.operator, names)} was removed"
+            text = f"the access of {_label(fact.operator, names)} was removed"
         case registry.PeerApproved(peer=peer):
             event = "approved"
-            text = f"{_called(peer, names)} was approved by the operator"
+            text = f"{_label(peer, names)} was approved by the operator"
         case registry.PeerRemoved(peer=peer, because=reason):
             event = "removed"
-            text = f"{_called(peer, names)}: {reason}"
-    return Line(
+            text = f"{_label(peer, names)}: {reason}"
+    return AuditEntry(
         seq=entry.seq,
         at=entry.at,
         event=event,
@@ -124,7 +124,7 @@ def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> Line:
     )
 
 
-def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> Line:
+def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> AuditEntry:
     event, text, peer, reason, run = "", "", "", "", entry.subject
     match fact:
         case run_events.RunStarted(spec=spec):
@@ -140,8 +140,8 @@ def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> L
         case run_events.UpdateRefused(peer=peer, reason=reason):
             event = "update refused"
             detail = f" ({fact.detail})" if fact.detail else ""
-            text = f"{_called(peer, names)}, {run} round {fact.round}: {reason}{detail}"
-    return Line(
+            text = f"{_label(peer, names)}, {run} round {fact.round}: {reason}{detail}"
+    return AuditEntry(
         seq=entry.seq,
         at=entry.at,
         event=event,
@@ -153,5 +153,5 @@ def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> L
     )
 
 
-def _called(peer: str, names: dict[str, str]) -> str:
+def _label(peer: str, names: dict[str, str]) -> str:
     return f"{names[peer]} ({peer})" if peer in names else peer

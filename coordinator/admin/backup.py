@@ -36,12 +36,13 @@ from protocols.local.atomic_files import sync_folder
 from protocols.messages.states import RunState
 
 FORMAT = 1
-LEDGER = "ledger.db"
+LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
-_NEEDED = ("home.json", "ca.pem", "ca.key", "coordinator.key", "operator.key", "mqtt.json", LEDGER)
+_KEYS = ("ca.pem", "ca.key", "coordinator.key", "operator.key")
+_REQUIRED = ("home.json", *_KEYS, "mqtt.json", LEDGER_FILE)
 _OPTIONAL = (settings.SETTINGS_FILE,)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
-_MOST_MANIFEST_BYTES = 64 * 1024 * 1024
+_MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
 
 
@@ -72,13 +73,13 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
     keys = settings.open_keys(home)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
-        snapshot = Path(folder) / LEDGER
-        _snapshot(home / LEDGER, snapshot)
+        snapshot = Path(folder) / LEDGER_FILE
+        _snapshot(home / LEDGER_FILE, snapshot)
         ledger = Ledger(snapshot, read_only=True)
         newest = ledger.newest()
         ledger.close()
-        sources = {name: home / name for name in (*_NEEDED, *_OPTIONAL) if (home / name).exists()}
-        sources[LEDGER] = snapshot
+        sources = {name: home / name for name in (*_REQUIRED, *_OPTIONAL) if (home / name).exists()}
+        sources[LEDGER_FILE] = snapshot
         if with_versions:
             for path in sorted([*home.glob("versions/*"), *home.glob("states/*")]):
                 name = path.relative_to(home).as_posix()
@@ -94,7 +95,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
                     fleet=keys.fleet,
                     entries=newest.seq if newest else 0,
                     head=newest.hash.hex() if newest else "",
-                    files={name: _measured(file) for name, file in files.items()},
+                    files={name: _describe(file) for name, file in files.items()},
                 )
                 _pack(part, manifest, files)
             os.link(part, out)  # unlike a rename it replaces nothing
@@ -116,7 +117,7 @@ def _snapshot(ledger: Path, to: Path) -> None:
         raise HomeFault(f"cannot read the ledger {ledger}: {err}") from err
 
 
-def _measured(file: IO[bytes]) -> File:
+def _describe(file: IO[bytes]) -> File:
     sha, nbytes = hashlib.sha256(), 0
     while piece := file.read(_PIECE_BYTES):
         sha.update(piece)
@@ -199,7 +200,7 @@ def _unpack(source: IO[bytes], folder: Path) -> Manifest:
 
 
 def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
-    if member is None or member.name != MANIFEST or member.size > _MOST_MANIFEST_BYTES:
+    if member is None or member.name != MANIFEST or member.size > _MAX_MANIFEST_BYTES:
         raise _damaged("it does not begin with a manifest")
     try:
         text = b"".join(_pieces(tar, member))
@@ -213,11 +214,11 @@ def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
         raise _damaged(f"its manifest cannot be read: {err}") from err
     for name, file in manifest.files.items():
         weights = _WEIGHTS.fullmatch(name)
-        if not weights and name not in (*_NEEDED, *_OPTIONAL):
+        if not weights and name not in (*_REQUIRED, *_OPTIONAL):
             raise _damaged(f"{name!r} does not belong into a home")
         if weights and weights[2] != file.sha256:
             raise _damaged(f"{name!r} is not named by its digest")
-    if absent := set(_NEEDED) - manifest.files.keys():
+    if absent := set(_REQUIRED) - manifest.files.keys():
         raise _damaged(f"{min(absent)!r} is missing")
     return manifest
 
@@ -239,7 +240,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
         fleet = settings.open_keys(folder).fleet
     except (ValueError, TypeError, CommonweightError) as err:
         raise _damaged(f"its keys cannot be used: {err}") from err
-    ledger = Ledger(folder / LEDGER)  # verifies every entry
+    ledger = Ledger(folder / LEDGER_FILE)  # verifies every entry
     newest = ledger.newest()
     ledger.close()
     head = newest.hash.hex() if newest else ""
@@ -249,7 +250,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
 
 def _begin_recall(home: Path) -> None:
     """Write down for each run that goes on, and for the newest, that its versions are sought."""
-    ledger, lane = Ledger(home / LEDGER), WeightStore(home)
+    ledger, lane = Ledger(home / LEDGER_FILE), WeightStore(home)
     found = [
         transitions.replay(
             subject, [run_events.decode(entry.body) for entry in ledger.entries(subject)]

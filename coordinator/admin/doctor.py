@@ -30,12 +30,12 @@ from protocols.messages.mqtt import MqttAddress, tls_context, why_down
 ENGINE = "1.41"
 _TIMEOUT_S = 5.0
 #: Room for the versions of a large model.
-_LITTLE_BYTES, _TOO_LITTLE_BYTES = 10_000_000_000, 1_000_000_000
+_LOW_DISK_BYTES, _MIN_DISK_BYTES = 10_000_000_000, 1_000_000_000
 _RENEWED_DAYS = 30
-_AGAIN = "start the coordinator again: it makes itself a new one"
+_RESTART_HINT = "start the coordinator again: it makes itself a new one"
 
 
-class Up(NamedTuple):
+class Status(NamedTuple):
     """What the coordinator that is up says."""
 
     address: str
@@ -70,7 +70,7 @@ class _Doctor:
     """What the checks learn from each other: a check runs only after those it needs."""
 
     _settings: Settings
-    _up: Up | None = None
+    _up: Status | None = None
     _newest_at = 0.0
 
     def __init__(self, home: Path) -> None:
@@ -94,7 +94,7 @@ class _Doctor:
         return f"{self._settings.host}:{self._settings.port}, {broker}"
 
     def disk(self) -> str | Advice:
-        return check_room(self._home, _LITTLE_BYTES, _TOO_LITTLE_BYTES)
+        return check_room(self._home, _LOW_DISK_BYTES, _MIN_DISK_BYTES)
 
     def ledger(self) -> str:
         if not (self._home / "ledger.db").exists():
@@ -146,14 +146,14 @@ class _Doctor:
             missing = set(names) - identity.certificate_names(pem)
             days = int(identity.days_left(pem))
         except (OSError, ValueError) as err:
-            raise HomeFault(f"server.pem cannot be read: {err}", _AGAIN) from err
+            raise HomeFault(f"server.pem cannot be read: {err}", _RESTART_HINT) from err
         said = f"good for {', '.join(names)}, {days} days left"
         if missing or days < 0:
             said = f"it lacks {', '.join(sorted(missing))}" if missing else "it has ended"
             if self._up is not None:  # otherwise the next start makes a new one by itself
-                raise CommonweightError(said, _AGAIN)
-            return Advice(said, _AGAIN)
-        return Advice(said, _AGAIN) if days < _RENEWED_DAYS else said
+                raise CommonweightError(said, _RESTART_HINT)
+            return Advice(said, _RESTART_HINT)
+        return Advice(said, _RESTART_HINT) if days < _RENEWED_DAYS else said
 
     # --- at work ---
 
@@ -162,7 +162,7 @@ class _Doctor:
 
         remote = Remote(self._home)
         try:
-            self._up = Up(remote.address, remote.fleet(), remote.watch().mqtt)
+            self._up = Status(remote.address, remote.fleet(), remote.watch().mqtt)
         finally:
             remote.close()
         return f"answers at {remote.address}"
@@ -191,7 +191,7 @@ class _Doctor:
         if self._settings.mqtt_url:
             fix = "training goes on without; look at that broker"
         try:
-            shake_hands(mqtt)
+            check_tls_handshake(mqtt)
         except OSError as err:
             raise Unreachable(why_down(err, mqtt), fix) from err
         if not links.mqtt:
@@ -235,7 +235,7 @@ def check_free(host: str, port: int) -> None:
         ) from err
 
 
-def shake_hands(mqtt: MqttAddress) -> None:
+def check_tls_handshake(mqtt: MqttAddress) -> None:
     """Connect and, unless the address says otherwise, check certificate and name. Raises OSError"""
     context = tls_context(mqtt)
     with socket.create_connection((mqtt.host, mqtt.port), _TIMEOUT_S) as plain:

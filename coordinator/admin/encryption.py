@@ -21,7 +21,7 @@ from protocols.errors import HomeFault, Refused, UsageFault
 MAGIC = b"cwsealed1\n"
 #: 128 MB of memory and some tenths of a second for each guess at a passphrase.
 LOG_N = 17
-_MOST_LOG_N = 20
+_MAX_LOG_N = 20
 _PIECE_BYTES, _TAG_BYTES = 1 << 20, 16
 _SALT_BYTES, _NONCE_BYTES = 16, 7
 _HEAD_BYTES = len(MAGIC) + 1 + _SALT_BYTES + _NONCE_BYTES
@@ -65,7 +65,7 @@ def unseal(source: Path, out: Path, passphrase: str) -> None:
             head = sealed.read(_HEAD_BYTES)
             if len(head) < _HEAD_BYTES or not head.startswith(MAGIC):
                 raise HomeFault(f"{source} is not sealed, or was cut off")
-            if head[len(MAGIC)] > _MOST_LOG_N:
+            if head[len(MAGIC)] > _MAX_LOG_N:
                 raise HomeFault(f"{source} asks for more memory than a passphrase needs")
             cipher = _cipher(head, passphrase)
             descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from coordinator.fleet.sessions import NoSession, Sessions
-from coordinator.jobs.manager import JobQueue
+from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import Superlink
 from coordinator.transport.weights import WeightTransfer
@@ -29,7 +29,7 @@ class Exchanges:
         sessions: Sessions,
         transfer: WeightTransfer,
         runs: RunManager,
-        jobs: JobQueue,
+        jobs: JobManager,
         lingering: Lingering,
     ) -> None:
         self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
@@ -49,7 +49,7 @@ class Exchanges:
             return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
         question = self._superlink.question_of(asked.reply)
-        settling = self._jobs.settling(question) or self._runs.ack_future(question)
+        settling = self._jobs.ack_future(question) or self._runs.ack_future(question)
         handed_in = Exchange(reply=asked.reply, want=False)
         await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
@@ -58,7 +58,7 @@ class Exchanges:
         if not asked.want:
             return Exchanged(settled=settled)
         answer = await self._superlink.exchange_soon(node, Exchange())
-        if answer.work is None and (self._runs.current is not None or self._jobs.at_work):
+        if answer.work is None and (self._runs.current is not None or self._jobs.is_working):
             await self._lingering.wait(peer, LINGER_S)
             if self._sessions.number(peer) != session:
                 # It was started again meanwhile: what is there now is for who asks in that life.

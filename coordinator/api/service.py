@@ -11,7 +11,7 @@ from starlette.responses import Response
 from coordinator.api.log_requests import LogDesk
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
-from coordinator.jobs.manager import JobQueue
+from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import WeightTransfer
@@ -42,7 +42,7 @@ class Desk(Protocol):
     fleet: Fleet
     transfer: WeightTransfer
     job_transfer: WeightTransfer
-    jobs: JobQueue
+    jobs: JobManager
     runs: RunManager
     logs: LogDesk
     sharing: SharingDesk

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json
-from coordinator.remote.durations import seconds
+from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageFault
 from protocols.local import homes, json_output
 
@@ -138,13 +138,13 @@ def show(
     """Who joined with which ticket, was approved, removed or refused; runs started and ended."""
     if context.invoked_subcommand is not None:
         return
-    from coordinator.admin.audit import lines, open_ledger
+    from coordinator.admin.audit import open_ledger, read_audit
     from protocols.messages.envelope import printable
 
-    after = moment(since, time.time()) if since else 0.0
+    after = parse_time(since, time.time()) if since else 0.0
     ledger = open_ledger(homes.open_home("coordinator"))
     try:
-        found = lines(ledger, peer=peer, since=after)
+        found = read_audit(ledger, peer=peer, since=after)
     finally:
         ledger.close()
     if json:
@@ -157,14 +157,14 @@ def show(
         sys.stdout.write(f"{line.seq:6} {at} {line.event:14} {printable(line.text)}\n")
 
 
-def moment(text: str, now: float) -> float:
+def parse_time(text: str, now: float) -> float:
     """Unix s of a date, a date with a time (local), or so long ago. Raises UsageFault."""
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
         pass
     try:
-        return now - seconds(text)
+        return now - parse_seconds(text)
     except UsageFault as err:
         raise UsageFault(
             f"{text!r} is no time", "write 2h, 7d, 2026-11-23 or 2026-11-23T18:00"

@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from coordinator.jobs.analysis import Answer, Figure
+from coordinator.jobs.analysis import AnalysisResult, Figure
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def rows(answer: Answer) -> tuple[list[str], list[list[str]]]:
+def rows(answer: AnalysisResult) -> tuple[list[str], list[list[str]]]:
     """Titles, and a row of texts for each group."""
     titles = [*answer.by, *([] if "count" in answer.figures else ["rows"]), *answer.figures]
     told = []
     for group in answer.groups:
         values = ["–" if value is None else value for value in group.group]
         counted = [] if "count" in answer.figures else [f"{group.rows:,}"]
-        told.append([*values, *counted, *map(in_words, group.figures)])
+        told.append([*values, *counted, *map(format_figure, group.figures)])
     return titles, told
 
 
-def in_words(figure: Figure) -> str:
+def format_figure(figure: Figure) -> str:
     """A figure with six digits that matter; a histogram as bars between its ends."""
     match figure:
         case None:
@@ -39,5 +39,5 @@ def _bars(bins: dict[str, Any]) -> str:
     most = max(counts, default=0) or 1
     bars = "".join(_BARS[math.ceil(count / most * 7)] for count in counts)
     outside = [f"{bins[side]:,} {side}" for side in ("below", "above") if bins.get(side)]
-    ends = f"{in_words(float(bins['least']))} {bars} {in_words(float(bins['most']))}"
+    ends = f"{format_figure(float(bins['least']))} {bars} {format_figure(float(bins['most']))}"
     return f"{ends} ({', '.join(outside)})" if outside else ends

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, connect, print_table
-from coordinator.remote.durations import seconds
+from coordinator.remote.durations import parse_seconds
 from protocols.errors import UsageFault
 from protocols.local import json_output
 
@@ -44,7 +44,7 @@ def analyze(
     limits = dict(_bounds(text) for text in bounds or [])
     asked = parser.question(question, where, epsilon=epsilon, bounds=limits)
     remote = connect()
-    found = analysis.ask(remote, asked, seconds(deadline))
+    found = analysis.ask(remote, asked, parse_seconds(deadline))
     called = {peer["peer"]: peer["name"] for peer in remote.peers()}
     left_out = {called.get(peer, peer): why for peer, why in found.left_out.items()}
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.cli.common import Json, connect, print_table
-from coordinator.remote.durations import seconds
+from coordinator.remote.durations import parse_seconds
 from protocols.errors import UsageFault
 from protocols.local import json_output
 
@@ -16,7 +16,7 @@ tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=
 peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
 operators = typer.Typer(help="Who watches from other machines.", no_args_is_help=True)
 
-_LOOK_EVERY_S = 0.5
+_POLL_S = 0.5
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,7 +46,7 @@ def create_ticket(
         raise UsageFault(f"a role is agent, observer or operator, not {role!r}")
     if code and role != "agent":
         raise UsageFault("a short code is for agents only", "leave out --code")
-    order = TicketOrder(ttl_s=seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
+    order = TicketOrder(ttl_s=parse_seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
     made = connect().make_ticket(order)
     if code:
         from protocols.enrollment import tickets as forms
@@ -145,7 +145,7 @@ def drain(
     from protocols.messages.states import PeerState, label
 
     remote = connect()
-    until = time.monotonic() + seconds(deadline)
+    until = time.monotonic() + parse_seconds(deadline)
     asked = False
     while True:
         fleet = remote.fleet()
@@ -165,7 +165,7 @@ def drain(
                 f"after {deadline} {peer} is still {label(state, found[0].reason)}",
                 f"wait longer, or give up its round: commonweight peers pause {peer}",
             )
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
 
 
 @peers.command("pause")
@@ -174,7 +174,7 @@ def pause(
     duration: Annotated[str, typer.Option("--for", help="For how long; else until resume.")] = "0",
 ) -> None:
     """Ask a machine to pause (id or name)."""
-    _command(peer, "pause", seconds(duration))
+    _command(peer, "pause", parse_seconds(duration))
 
 
 @peers.command("resume")

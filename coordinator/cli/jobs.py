@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.cli.common import Json, connect, print_table
-from coordinator.remote.durations import seconds
+from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageFault
 from protocols.local import homes, json_output
 
 jobs = typer.Typer(help="Jobs beside training: look at them, stop them.", no_args_is_help=True)
 
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 
 
 def add_to(app: typer.Typer) -> None:
@@ -63,13 +63,13 @@ def infer(
     if scatter is not None:
         _scattered(remote, scatter, pins, out, quorum, yes=yes, json=json)
     else:
-        _measured(remote, pins, min_group, seconds(deadline), json=json)
+        _measured(remote, pins, min_group, parse_seconds(deadline), json=json)
 
 
 def _pinned(remote: Any, words: list[str], task: str) -> Any:
     from coordinator.jobs import model_refs
 
-    return model_refs.pin(remote.runs(), words, task)
+    return model_refs.resolve(remote.runs(), words, task)
 
 
 def _scattered(
@@ -105,7 +105,9 @@ def _scattered(
         blocks=given.blocks,
         quorum=quorum,
     )
-    job = _ended(remote, _same(remote, spec, store) or remote.start_job(spec), quiet=json)
+    job = _wait_until_ended(
+        remote, _same_job(remote, spec, store) or remote.start_job(spec), quiet=json
+    )
     if job.state != "finished":
         raise CommonweightError(
             f"job {job.id} {job.state}: {job.ended_because}",
@@ -113,7 +115,7 @@ def _scattered(
         )
     rows = job_output.merge(job, store, out)
     with contextlib.suppress(CommonweightError):  # then the files stay for a while
-        remote.took_job(job.id)
+        remote.mark_job_taken(job.id)
     if json:
         told = {"job": job.id, "out": out, "rows": rows, "dropped": job.dropped}
         sys.stdout.write(json_output.ok(told) + "\n")
@@ -121,7 +123,7 @@ def _scattered(
         sys.stderr.write(f"wrote {rows:,} answers to {out}\n")
 
 
-def _same(remote: Any, spec: Any, store: Any) -> str:
+def _same_job(remote: Any, spec: Any, store: Any) -> str:
     """The job that was asked the same before and whose answers nobody has taken, or none.
 
     One that had ended early is made to go on; one whose answers were dropped is of no use.
@@ -152,7 +154,7 @@ def _measured(remote: Any, pins: Any, min_group: int, deadline_s: float, *, json
         min_group=min_group,
         deadline_s=deadline_s,
     )
-    job = _ended(remote, remote.start_job(spec), quiet=json)
+    job = _wait_until_ended(remote, remote.start_job(spec), quiet=json)
     scores = job_output.scores_of(job)
     called = {peer["peer"]: peer["name"] for peer in remote.peers()}
     found = job_output.matrices(scores)
@@ -204,7 +206,7 @@ def _worst(found: tuple[str, float] | None, called: dict[str, str]) -> str:
     return "–" if found is None else f"{found[1]:.4f} {called.get(found[0], found[0])}"
 
 
-def _ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
+def _wait_until_ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
     """The job, once it has ended, with a bar meanwhile."""
     from rich.console import Console
     from rich.progress import Progress
@@ -213,11 +215,11 @@ def _ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
     with Progress(console=console, disable=quiet or not console.is_terminal) as bar:
         shown = bar.add_task(job_id, total=None)
         while True:
-            stands = remote.job_stands(job_id)
+            stands = remote.job_status(job_id)
             bar.update(shown, total=stands.total, completed=stands.done)
             if stands.state != "working":
                 return remote.job(job_id)
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
 
 
 # --- all jobs --------------------------------------------------------------------------------
@@ -226,9 +228,9 @@ def _ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
     """All jobs of this coordinator."""
-    from coordinator.jobs.messages import job_body
+    from coordinator.jobs.messages import job_changed
 
-    found = [job_body(job) for job in connect().jobs()]
+    found = [job_changed(job) for job in connect().jobs()]
     if json:
         sys.stdout.write(json_output.ok(found) + "\n")
         return
@@ -249,7 +251,7 @@ def list_jobs(json: Json = False) -> None:
 @jobs.command("show")
 def show(job: str, json: Json = False) -> None:
     """One job: its units, who did them, and what was dropped."""
-    from coordinator.jobs.messages import job_body
+    from coordinator.jobs.messages import job_changed
 
     remote = connect()
     found = remote.job(job)
@@ -257,7 +259,7 @@ def show(job: str, json: Json = False) -> None:
         sys.stdout.write(json_output.ok(found) + "\n")
         return
     called = {peer["peer"]: peer["name"] for peer in remote.peers()}
-    stands = job_body(found)
+    stands = job_changed(found)
     sys.stdout.write(f"{found.id}: {found.state}, {stands.done:,} of {stands.total:,}\n")
     if found.ended_because:
         sys.stdout.write(f"because {found.ended_because}\n")

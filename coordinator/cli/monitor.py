@@ -124,8 +124,8 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
         from coordinator.monitor.tui.app import MonitorApp
 
         chosen = config.read()
-        if (home / access.FILE).exists():
-            read_only = read_only or access.door(home).role == "observer"
+        if (home / access.ACCESS_FILE).exists():
+            read_only = read_only or access.connection_info(home).role == "observer"
     recorder = Recorder(record) if record else None
     if recorder is not None:
         source = RecordingSource(source, recorder)
@@ -141,9 +141,9 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
 
 def _via(peer: str, *, once: bool, ascii_only: bool) -> None:
     from coordinator.remote import access
-    from coordinator.remote.peer_source import ViaSource
+    from coordinator.remote.peer_source import PeerSource
 
-    source = ViaSource(access.open_home(), peer)
+    source = PeerSource(access.open_home(), peer)
     if once or not sys.stdout.isatty():
         shown = asyncio.run(source.snapshot())
         _print(shown, time.time(), ascii_only=ascii_only, heading=source.heading)
@@ -156,20 +156,20 @@ def _via(peer: str, *, once: bool, ascii_only: bool) -> None:
 
 def _record(source: Any) -> None:
     """Only write down, until Ctrl-C."""
-    from coordinator.remote.follower import Following
+    from coordinator.remote.follower import FleetFollower
 
     print_line("recording; Ctrl-C ends it")
     try:
-        asyncio.run(Following(source, time.time).run())
+        asyncio.run(FleetFollower(source, time.time).run())
     except KeyboardInterrupt:
         pass
 
 
 def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
-    from coordinator.remote.recording import DEMO
+    from coordinator.remote.recording import DEMO_FILE
     from coordinator.remote.replay import ReplaySource
 
-    source = ReplaySource(DEMO if name == "demo" else Path(name), speed)
+    source = ReplaySource(DEMO_FILE if name == "demo" else Path(name), speed)
     if once or not sys.stdout.isatty():
         source.seek(source.length_s)
         _print(asyncio.run(source.snapshot()), source.clock(), ascii_only=ascii_only)

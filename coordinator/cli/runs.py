@@ -59,13 +59,13 @@ def start(
     **typed: Any,
 ) -> None:
     """Start a run."""
-    from coordinator.remote.run_options import order
+    from coordinator.remote.run_options import build_order
 
     given = {option.name: typed[_variable(option)] for option in OPTIONS}
     if task and given["task"]:
         raise UsageFault("name one task", "commonweight run start mnist")
     given["task"] = task or given["task"]
-    made = order({name: value for name, value in given.items() if value is not None})
+    made = build_order({name: value for name, value in given.items() if value is not None})
     remote = connect()
     run_id = remote.start_run(made)
     if follow:

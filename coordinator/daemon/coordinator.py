@@ -29,7 +29,7 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
-from coordinator.jobs.manager import JobQueue
+from coordinator.jobs.manager import JobManager
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
@@ -94,7 +94,7 @@ class Hub:
         self._refused: Counter[str] = Counter()
         around = self._fleetwork()
         self.runs = RunManager(around, self.registry, self._sessions.tasks)
-        self.jobs = JobQueue(around, self.job_lane, self.registry)
+        self.jobs = JobManager(around, self.job_lane, self.registry)
         self._exchanges = Exchanges(
             self._superlink, self._sessions, self.transfer, self.runs, self.jobs, lingering
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from coordinator.api.exchange import Lingering
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.fleet.sessions import Sessions
-from coordinator.jobs.manager import JobQueue
+from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import ARRIVALS, Superlink
 from coordinator.transport.publisher import Mirror
@@ -36,7 +36,7 @@ class PeerEvents:
     ) -> None:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
         self._mirror, self._sharing, self._lingering = mirror, sharing, lingering
-        self.queues: Sequence[RunManager | JobQueue] = ()
+        self.queues: Sequence[RunManager | JobManager] = ()
 
     def name_of(self, peer: str) -> str:
         known = self._registry.peers.get(peer)

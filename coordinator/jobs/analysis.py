@@ -41,7 +41,7 @@ class Group(Struct, frozen=True):
     figures: tuple[Figure, ...]
 
 
-class Answer(Struct, frozen=True, kw_only=True):
+class AnalysisResult(Struct, frozen=True, kw_only=True):
     """`peers` of `asked` have answered, with `rows` rows of the `all_rows` that they told of.
 
     `kept_back`: rows in cells that are too small to be told. `left_out`: why, by peer.
@@ -67,12 +67,12 @@ class Answer(Struct, frozen=True, kw_only=True):
         return f"{self.peers} of {self.asked} peers{share}{kept}{noise}"
 
 
-def answer(question: Question, told: Mapping[str, Told], asked: Sequence[str]) -> Answer:
+def combine(question: Question, told: Mapping[str, Told], asked: Sequence[str]) -> AnalysisResult:
     """The answer of all peers together. `told` is by peer; who is missing there said nothing."""
     left_out = {peer: "no answer in time" for peer in asked if peer not in told}
     left_out |= {peer: given.refused for peer, given in told.items() if given.refused}
     good = {peer: given for peer, given in told.items() if not given.refused}
-    left_out |= _odd(good)
+    left_out |= _kind_conflicts(good)
     good = {peer: given for peer, given in good.items() if peer not in left_out}
     cells: dict[tuple[str | None, ...], list[tuple[int, tuple[State, ...]]]] = {}
     for given in good.values():
@@ -84,7 +84,7 @@ def answer(question: Question, told: Mapping[str, Told], asked: Sequence[str]) -
         states = [merged(column) for column in zip(*(s for _, s in parts), strict=True)]
         figures = map(figure, question.operations, states)
         groups.append(Group(group, sum(rows for rows, _ in parts), tuple(figures)))
-    return Answer(
+    return AnalysisResult(
         figures=tuple(map(str, question.operations)),
         by=question.by,
         groups=tuple(groups),
@@ -98,7 +98,7 @@ def answer(question: Question, told: Mapping[str, Told], asked: Sequence[str]) -
     )
 
 
-def fits(question: Question, given: Told) -> str:
+def validate(question: Question, given: Told) -> str:
     """What is wrong with the form of a peer's answer; empty if nothing is.
 
     A peer chose every number in it: here ends what it could break.
@@ -185,7 +185,7 @@ def _moment(kind: str, moments: Moments) -> Figure:
     return variance if kind == "var" else math.sqrt(variance)
 
 
-def _odd(told: Mapping[str, Told]) -> dict[str, str]:
+def _kind_conflicts(told: Mapping[str, Told]) -> dict[str, str]:
     """Peers in which a column holds something else than in most, with the words why."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for given in told.values() for name in given.kinds):
@@ -197,10 +197,10 @@ def _odd(told: Mapping[str, Told]) -> dict[str, str]:
     return found
 
 
-def check(query: str, body: bytes) -> str:
+def validate_bytes(query: str, body: bytes) -> str:
     """What is wrong with an answer's bytes; empty if nothing is. For the coordinator's own gate."""
     try:
         question = msgspec.json.decode(query, type=Question)
-        return fits(question, msgspec.json.decode(body, type=Told))
+        return validate(question, msgspec.json.decode(body, type=Told))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         return f"not an answer: {err}"

@@ -18,13 +18,13 @@ from protocols.errors import CommonweightError, UsageFault
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 #: So many blocks there are about, of so many rows at least and at most.
-_BLOCKS, _LEAST_ROWS, _MOST_ROWS = 256, 16, 8192
+_BLOCKS, _MIN_ROWS, _MAX_ROWS = 256, 16, 8192
 _PIECE_BYTES = 1 << 20
 #: Without these in it, a piece of CSV has a record a line.
 _ODD = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
 
 
-class Prepared(NamedTuple):
+class PreparedInput(NamedTuple):
     """The stored input of a job: its digest, the suffix of its blocks, and their sizes."""
 
     digest: str
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-def prepare(path: Path, folder: Path, suffix: str) -> Prepared:
+def prepare(path: Path, folder: Path, suffix: str) -> PreparedInput:
     """Write the blocks of `path`, one after the other, to the file DIGEST + `suffix` in `folder`.
 
     CSV (with a line of names), Parquet, a folder of pictures, or text by lines. Raises UsageFault.
@@ -55,7 +55,7 @@ def prepare(path: Path, folder: Path, suffix: str) -> Prepared:
         raise CommonweightError(f"cannot read {path}: {err.strerror or err}") from err
     if not found:
         raise UsageFault(f"{path} has no rows")
-    return Prepared(sha.hexdigest(), kind, tuple(found))
+    return PreparedInput(sha.hexdigest(), kind, tuple(found))
 
 
 def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
@@ -76,7 +76,7 @@ def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
 
 
 def _size(rows: int) -> int:
-    return min(max(rows // _BLOCKS, _LEAST_ROWS), _MOST_ROWS)
+    return min(max(rows // _BLOCKS, _MIN_ROWS), _MAX_ROWS)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""Drives one job: does what `dispatch.decide` says, and writes down what came of it.
+"""Drives one job: does what `scheduler.decide` says, and writes down what came of it.
 
 Beside training: units are Flower messages like a run's questions, and a peer takes one after the
 other as they come. Facts are in the ledger before anything is sent because of them. A peer that
@@ -14,9 +14,9 @@ from typing import Any
 
 from coordinator.jobs import scheduler, validation
 from coordinator.jobs import state as jobs
-from coordinator.jobs.messages import job_body
-from coordinator.jobs.requests import Answered, JobQuestions
-from coordinator.jobs.scheduler import View
+from coordinator.jobs.messages import job_changed
+from coordinator.jobs.requests import JobReply, PendingJobRequests
+from coordinator.jobs.scheduler import Availability
 from coordinator.jobs.state import FAILED, Job
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
@@ -31,8 +31,8 @@ from protocols.messages.envelope import Happened, printable
 log = logging.getLogger("commonweight.job")
 
 #: How long peers that were at work may take to come back, after a restart or a lost link.
-RETURN_WITHIN_S = 20.0
-_AGAIN_S = 1.0
+RECONNECT_TIMEOUT_S = 20.0
+_RETRY_S = 1.0
 
 
 class JobLoop:
@@ -41,10 +41,10 @@ class JobLoop:
     def __init__(self, job: Job, around: RunContext, store: JobStore) -> None:
         self.job = job
         self.changed = asyncio.Event()
-        self.questions = JobQuestions(around, store)
+        self.requests = PendingJobRequests(around, store)
         self._around, self._store = around, store
         now = time.monotonic()
-        self._patient_until = now + RETURN_WITHIN_S if any(job.leases()) else 0.0
+        self._patient_until = now + RECONNECT_TIMEOUT_S if any(job.leases()) else 0.0
         self._ends_at = now + job.spec.deadline_s if job.spec.deadline_s else float("inf")
         #: When anybody could be given work the last time (monotonic s).
         self._attended_at = now
@@ -60,7 +60,7 @@ class JobLoop:
         self.changed.set()
 
     def session_opened(self, peer: str) -> None:
-        self.questions.take_back_from(peer)
+        self.requests.cancel_from(peer)
         self._lost_until.pop(peer, None)
         self.changed.set()
 
@@ -79,8 +79,8 @@ class JobLoop:
             except (OSError, DiskFull) as err:
                 if not is_full(err):
                     raise
-                await asyncio.sleep(_AGAIN_S)  # nothing was decided: the same again
-        self.questions.take_back_all()
+                await asyncio.sleep(_RETRY_S)  # nothing was decided: the same again
+        self.requests.cancel_all()
         level = "error" if self.job.state is JobState.FAILED else "info"
         self._say(level, f"job {self.job.id} {self.job.state}: {self.job.ended_because}")
         return self.job
@@ -103,33 +103,33 @@ class JobLoop:
             if any(isinstance(step, scheduler.Lease) for step in steps):
                 break  # each free peer has its unit now
         if not self.job.ended:
-            await self.questions.put(self.job)
+            await self.requests.send_open(self.job)
 
-    def _view(self) -> View:
+    def _view(self) -> Availability:
         now = time.monotonic()
         lost = {peer for peer, until in self._lost_until.items() if now < until}
         eligible = self._around.eligible() - lost
-        asked = self.questions.asked
+        asked = self.requests.leases
         gone = set()
         for unit, peer, lease in self.job.leases():
             wanted = lease == "open" and not unit.verified
             away = peer not in eligible and now >= self._patient_until
             if away or not (wanted or (unit.number, peer) in asked):
                 gone.add((unit.number, peer))
-        due = self.questions.due(asked)
+        due = self.requests.deadlines(asked)
         overdue = frozenset(lease for lease, at in due.items() if now >= at)
         if eligible:
             self._attended_at = now
-        deserted = now >= self._attended_at + RETURN_WITHIN_S
-        return View(eligible, frozenset(gone), overdue, now >= self._ends_at, deserted)
+        deserted = now >= self._attended_at + RECONNECT_TIMEOUT_S
+        return Availability(eligible, frozenset(gone), overdue, now >= self._ends_at, deserted)
 
     async def _wait(self) -> None:
         if self.job.ended:
             return
         now = time.monotonic()
         leases = ((u.number, p) for u, p, lease in self.job.leases() if lease == "open")
-        times = [*self.questions.due(leases).values(), *self._lost_until.values()]
-        times += [self._patient_until, self._ends_at, self._attended_at + RETURN_WITHIN_S]
+        times = [*self.requests.deadlines(leases).values(), *self._lost_until.values()]
+        times += [self._patient_until, self._ends_at, self._attended_at + RECONNECT_TIMEOUT_S]
         ahead = min((at - now for at in times if at > now), default=None)
         try:
             async with asyncio.timeout(None if ahead == float("inf") else ahead):
@@ -141,24 +141,28 @@ class JobLoop:
 
     async def _collect(self) -> None:
         """Write down what answers there are, and let their senders go on."""
-        found = await self.questions.answers()
+        found = await self.requests.take_replies()
         news: list[JobEvent] = []
         for answered in found.values():
             try:
                 news += await asyncio.to_thread(self._returned, answered)
             except (BadMessage, KeyError, TypeError, ValueError) as err:
-                unit, peer, detail = answered.asked.unit, answered.asked.peer, printable(str(err))
+                unit, peer, detail = (
+                    answered.request.unit,
+                    answered.request.peer,
+                    printable(str(err)),
+                )
                 news.append(AnswerDropped(unit, peer, "bad answer", detail))
         self._record(*news)
-        self.questions.settle(found, True)
+        self.requests.acknowledge(found, True)
 
-    def _returned(self, answered: Answered) -> list[JobEvent]:
+    def _returned(self, answered: JobReply) -> list[JobEvent]:
         """The facts that a reply amounts to. Raises BadMessage, KeyError, TypeError, ValueError."""
         asked, reply, seconds = answered
         unit, peer = self.job.units[asked.unit], asked.peer
         if reply.has_error():
             if reply.error.code != AGENT_FAILED:  # Flower's own, of a node that it cannot reach
-                self._lost_until[peer] = time.monotonic() + _AGAIN_S
+                self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [LeaseEnded(unit.number, peer, "went away")]
             reason = printable(reply.error.reason or "no reason given")
             return [
@@ -169,7 +173,7 @@ class JobLoop:
         if unit.verified:
             self._store.uploads.drop(peer, given.digest)
             return [AnswerDropped(unit.number, peer, "late")]
-        self._store.keep(peer, given)
+        self._store.save_answer(peer, given)
         return [job_events.UnitReturned(unit.number, peer, given)]
 
     async def _verify(self) -> None:
@@ -186,7 +190,7 @@ class JobLoop:
                     bad.append(AnswerDropped(unit.number, peer, "bad answer", detail))
             self._record(*bad)
             unit = self.job.units[unit.number]
-            quorum = self.job.spec.quorum if self.job.is_spread else 1
+            quorum = self.job.spec.quorum if self.job.is_scattered else 1
             if unit.agreed < quorum:
                 continue
             digests = [given.digest for given in unit.given.values()]
@@ -197,7 +201,7 @@ class JobLoop:
                 if given.digest != chosen
             ]
             self._record(*others, job_events.UnitVerified(unit.number, chosen))
-            self.questions.done_with(self.job.units[unit.number])
+            self.requests.release_input(self.job.units[unit.number])
 
     # --- writing down, telling ---
 
@@ -213,7 +217,7 @@ class JobLoop:
         for fact in news:
             self.job = jobs.apply(self.job, fact)
             self._tell(fact)
-        self._around.publish(job_body(self.job))
+        self._around.publish(job_changed(self.job))
 
     def _tell(self, fact: JobEvent) -> None:
         match fact:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from coordinator.fleet.registry import Registry
 from coordinator.jobs import state as jobs
 from coordinator.jobs.loop import JobLoop
-from coordinator.jobs.messages import job_body
+from coordinator.jobs.messages import job_changed
 from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
@@ -30,12 +30,12 @@ from protocols.failpoints import failpoint
 from protocols.messages.jobs import Model
 
 #: Jobs that the monitor still sees after a restart.
-_SHOWN_JOBS = 5
+_MAX_SHOWN_JOBS = 5
 #: Ended jobs whose answers nobody has taken yet: the newest so many keep their files.
-_KEPT_JOBS = 8
+_MAX_UNTAKEN_JOBS = 8
 
 
-class JobQueue:
+class JobManager:
     """All jobs of the ledger. All that have not ended are worked on at the same time."""
 
     def __init__(self, around: RunContext, store: JobStore, registry: Registry) -> None:
@@ -51,8 +51,8 @@ class JobQueue:
                 self._jobs[job_id] = jobs.replay(job_id, past)
                 if not self._jobs[job_id].ended:
                     self._pin(self._jobs[job_id])
-        for job in list(self._jobs.values())[-_SHOWN_JOBS:]:
-            around.publish(job_body(job))
+        for job in list(self._jobs.values())[-_MAX_SHOWN_JOBS:]:
+            around.publish(job_changed(job))
 
     async def work(self, resume: bool) -> None:
         """Drive all jobs, those of the last life first. One that fails of a disk ends them all."""
@@ -94,16 +94,16 @@ class JobQueue:
         self._record(job_id, JobEnded(JobState.STOPPED, because, time.time()))
         self._unpin(self._jobs[job_id])
 
-    def _wanted(self) -> set[str]:
+    def _referenced(self) -> set[str]:
         """Digests of files that somebody may ask for yet."""
         jobs = list(self._jobs.values())
         ended = [job for job in jobs if job.ended and not job.taken and job.on_disk]
-        kept = [job for job in jobs if not job.ended] + ended[-_KEPT_JOBS:]
+        kept = [job for job in jobs if not job.ended] + ended[-_MAX_UNTAKEN_JOBS:]
         return {digest for job in kept for digest in job.on_disk}
 
     def _sweep(self) -> None:
-        if not self.at_work:  # else there are units' rows, which no job's facts name
-            self._store.sweep(self._wanted())
+        if not self.is_working:  # else there are units' rows, which no job's facts name
+            self._store.sweep(self._referenced())
 
     # --- from outside ---
 
@@ -113,7 +113,7 @@ class JobQueue:
             loop.changed.set()
 
     @property
-    def at_work(self) -> bool:
+    def is_working(self) -> bool:
         """True while any job has not ended."""
         return bool(self._loops)
 
@@ -121,9 +121,9 @@ class JobQueue:
         for loop in self._loops.values():
             loop.session_opened(peer)
 
-    def settling(self, question: str) -> asyncio.Future[bool] | None:
-        """What `RunManager.acknowledged` waits for, if the question is one of a job."""
-        found = (loop.questions.settling(question) for loop in self._loops.values())
+    def ack_future(self, question: str) -> asyncio.Future[bool] | None:
+        """What `RunManager.settled` waits for, if the question is one of a job."""
+        found = (loop.requests.ack_future(question) for loop in self._loops.values())
         return next((settling for settling in found if settling is not None), None)
 
     def start(self, spec: JobSpec) -> str:
@@ -135,7 +135,7 @@ class JobQueue:
         failpoint("job.queued")
         self._jobs[job_id] = jobs.started(job_id, spec, fact.at)
         self._pin(self._jobs[job_id])
-        self._around.publish(job_body(self._jobs[job_id]))
+        self._around.publish(job_changed(self._jobs[job_id]))
         self._new.put_nowait(job_id)
         return job_id
 
@@ -184,20 +184,20 @@ class JobQueue:
         self._pin(self._jobs[job.id])
         self._new.put_nowait(job.id)
 
-    def take(self, job_id: str) -> None:
+    def mark_taken(self, job_id: str) -> None:
         """The requester of a finished job has its answers: drop them. Raises CannotBeMet."""
         job = self.find(job_id)
         if job.state is not JobState.FINISHED:
             raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
         if not job.taken:
             self._record(job.id, JobTaken())
-        for digest in job.on_disk - self._wanted():
+        for digest in job.on_disk - self._referenced():
             self._store.drop(digest)
 
     def _record(self, job_id: str, fact: job_events.JobEvent) -> None:
         self._around.ledger.append(PREFIX + job_id, [job_events.encode(fact)])
         self._jobs[job_id] = jobs.apply(self._jobs[job_id], fact)
-        self._around.publish(job_body(self._jobs[job_id]))
+        self._around.publish(job_changed(self._jobs[job_id]))
 
     def find(self, job_id: str) -> Job:
         """A job by its id or the beginning of it. Raises UnknownName."""

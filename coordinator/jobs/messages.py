@@ -8,12 +8,12 @@ from coordinator.jobs.state import Job
 from protocols.messages.envelope import JobChanged, printable
 
 #: Reasons that go into one message.
-_EXCUSED_TOLD = 8
+_MAX_EXCUSED = 8
 
 
-def job_body(job: Job) -> JobChanged:
+def job_changed(job: Job) -> JobChanged:
     """Where a job stands, as the monitors are told."""
-    spread, units = job.is_spread, job.units.values()
+    spread, units = job.is_scattered, job.units.values()
     verified = sum(bool(unit.verified) for unit in units)
     in_hand = [unit for unit in units if unit.leases and not unit.verified]
     given = [given for unit in units for given in unit.given.values()]
@@ -35,7 +35,7 @@ def job_body(job: Job) -> JobChanged:
         dropped=sum(job.dropped.values()),
         num_excused=len(job.excused),
         excused={
-            peer: printable(reason) for peer, reason in islice(job.excused.items(), _EXCUSED_TOLD)
+            peer: printable(reason) for peer, reason in islice(job.excused.items(), _MAX_EXCUSED)
         },
         began_at=job.began_at,
         ended_at=job.ended_at,

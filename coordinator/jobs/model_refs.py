@@ -13,7 +13,7 @@ from protocols.messages.jobs import Model, Setting
 _HINT = "commonweight models list"
 
 
-class Pins(NamedTuple):
+class ResolvedModels(NamedTuple):
     """Models by digest (of 0 bytes: the coordinator knows their size), and what was said of them.
 
     `settings` are what the task needs to know of them.
@@ -25,7 +25,7 @@ class Pins(NamedTuple):
     names: tuple[str, ...]
 
 
-def pin(runs: Sequence[Run], words: Sequence[str], task: str = "") -> Pins:
+def resolve(runs: Sequence[Run], words: Sequence[str], task: str = "") -> ResolvedModels:
     """The versions that are meant: "best", "latest", RUN, RUN:latest, or a digest's beginning.
 
     Raises UnknownName, and UsageFault for models that one task cannot use alike.
@@ -44,7 +44,7 @@ def pin(runs: Sequence[Run], words: Sequence[str], task: str = "") -> Pins:
     models = dict.fromkeys(digest for _, digest in found)
     if len(models) < len(found):
         raise UsageFault("two of these models are the same version", "name each once")
-    return Pins(
+    return ResolvedModels(
         tasks.pop(),
         settings[0],
         tuple(Model(digest, 0) for digest in models),

@@ -65,7 +65,7 @@ def _answers(job: Job, store: JobStore) -> Iterator[tuple[Row, bytes]]:
     """The columns and rows of each unit, in the order of the rows."""
     names: Row = []
     for unit in sorted(job.units.values(), key=lambda unit: unit.first):
-        head, _, body = store.read(unit.answer).partition(b"\n")
+        head, _, body = store.read_answer(unit.answer).partition(b"\n")
         found = _decode(head)
         if found != (names := names or found):
             raise CommonweightError(f"unit {unit.number} was answered with other columns")
@@ -144,13 +144,13 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with _fitting():
+        with _type_errors():
             schemas = [_arrow(names, body, 0).schema for names, body in answers]
             self._schema = pa.unify_schemas(schemas, promote_options="permissive")
         self._writer = stack.enter_context(pq.ParquetWriter(path, self._schema))
 
     def add(self, names: Row, body: bytes, first: int) -> int:
-        with _fitting():
+        with _type_errors():
             table = _arrow(names, body, first).cast(self._schema)
         self._writer.write_table(table)
         return int(table.num_rows)
@@ -164,7 +164,7 @@ def _arrow(names: Row, body: bytes, first: int) -> Any:
 
 
 @contextlib.contextmanager
-def _fitting() -> Iterator[None]:
+def _type_errors() -> Iterator[None]:
     import pyarrow as pa
 
     try:

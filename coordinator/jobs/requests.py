@@ -23,7 +23,7 @@ from protocols.messages import jobs as wire
 from protocols.messages.jobs import Analyze, Private
 
 
-class Asked(NamedTuple):
+class JobRequest(NamedTuple):
     """A question under way: which unit, to whom, the unit's key, and how long it may take, in s."""
 
     unit: int
@@ -32,53 +32,55 @@ class Asked(NamedTuple):
     may_take_s: float
 
 
-class Answered(NamedTuple):
+class JobReply(NamedTuple):
     """A question, what came back, and how long the peer was at it, in s."""
 
-    asked: Asked
+    request: JobRequest
     reply: Message
     seconds: float
 
 
-class JobQuestions:
+class PendingJobRequests:
     """Those of one job that are under way. For the event loop's thread."""
 
     def __init__(self, around: RunContext, store: JobStore) -> None:
         self._around, self._store = around, store
-        self._under_way: dict[str, Asked] = {}
-        self._settling: dict[str, asyncio.Future[bool]] = {}
+        self._in_flight: dict[str, JobRequest] = {}
+        self._ack_futures: dict[str, asyncio.Future[bool]] = {}
         #: By peer: since when it is at the first of its questions (monotonic s).
-        self._began: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
         #: By lease: when it is overdue (monotonic s); it begins anew in each life.
-        self._due: dict[tuple[int, str], float] = {}
+        self._deadlines: dict[tuple[int, str], float] = {}
         #: The digest of what peers fetch, by unit.
-        self._cut: dict[int, str] = {}
+        self._inputs: dict[int, str] = {}
 
     @property
-    def asked(self) -> set[tuple[int, str]]:
+    def leases(self) -> set[tuple[int, str]]:
         """The leases (unit, peer) with a question under way."""
-        return {(asked.unit, asked.peer) for asked in self._under_way.values()}
+        return {(asked.unit, asked.peer) for asked in self._in_flight.values()}
 
-    def due(self, leases: Iterable[tuple[int, str]]) -> dict[tuple[int, str], float]:
+    def deadlines(self, leases: Iterable[tuple[int, str]]) -> dict[tuple[int, str], float]:
         """When each of these leases is overdue (monotonic s), as far as one has a question."""
-        return {lease: self._due[lease] for lease in leases if lease in self._due}
+        return {lease: self._deadlines[lease] for lease in leases if lease in self._deadlines}
 
     # --- putting them ---
 
-    async def put(self, job: Job) -> None:
+    async def send_open(self, job: Job) -> None:
         """Put every open lease to its peer that has no question about it. Raises BadMessage."""
-        asked, eligible = self.asked, self._around.eligible()
-        outgoing: list[tuple[Asked, Message]] = []
+        asked, eligible = self.leases, self._around.eligible()
+        outgoing: list[tuple[JobRequest, Message]] = []
         for unit, peer, lease in job.leases():
             node = self._around.node_of(peer)
             wanted = lease == "open" and not unit.verified and peer in eligible
             if not wanted or (unit.number, peer) in asked or node is None:
                 continue
             question, key, record = await self._question(job, unit)
-            may_take_s = scheduler.lease_s(job, unit, peer) if job.is_spread else float("inf")
+            may_take_s = (
+                scheduler.lease_duration_s(job, unit, peer) if job.is_scattered else float("inf")
+            )
             content = RecordDict({"unit": record})
             message = Message(content, node, f"query.{question}", group_id=job.id)
-            outgoing.append((Asked(unit.number, peer, key, may_take_s), message))
+            outgoing.append((JobRequest(unit.number, peer, key, may_take_s), message))
         if not outgoing:
             return
         failpoint("job.pushing")
@@ -87,18 +89,18 @@ class JobQuestions:
         failpoint("job.pushed")
         for one, message in outgoing:
             if message.metadata.message_id in sent:
-                self._under_way[message.metadata.message_id] = one
-                self._began.setdefault(one.peer, time.monotonic())
-                self._set_due(one.peer)
+                self._in_flight[message.metadata.message_id] = one
+                self._started_at.setdefault(one.peer, time.monotonic())
+                self._set_deadlines(one.peer)
         self._around.ring([one.peer for one, _ in outgoing])
 
-    def _set_due(self, peer: str) -> None:
+    def _set_deadlines(self, peer: str) -> None:
         """Each of a peer's questions may take its time, one after the other."""
-        due = self._began.get(peer, 0.0)
-        for asked in self._under_way.values():
+        due = self._started_at.get(peer, 0.0)
+        for asked in self._in_flight.values():
             if asked.peer == peer:
                 due += asked.may_take_s
-                self._due[asked.unit, peer] = due
+                self._deadlines[asked.unit, peer] = due
 
     async def _question(self, job: Job, unit: Unit) -> tuple[wire.Action, str, ConfigRecord]:
         """How the message about a unit is called, the unit's key, and what the message holds."""
@@ -106,8 +108,8 @@ class JobQuestions:
         question: wire.Question
         match spec.kind:
             case "scatter":
-                rows = await asyncio.to_thread(self._store.cut, spec, unit)
-                self._cut[unit.number], question = rows.input, rows
+                rows = await asyncio.to_thread(self._store.write_input, spec, unit)
+                self._inputs[unit.number], question = rows.input, rows
             case "private":
                 question = Private(min_group=spec.min_group)
             case "analyze":
@@ -128,62 +130,62 @@ class JobQuestions:
 
     # --- answers ---
 
-    async def answers(self) -> dict[str, Answered]:
+    async def take_replies(self) -> dict[str, JobReply]:
         """What has come, by question; none of it is under way any more."""
-        if not self._under_way:
+        if not self._in_flight:
             return {}
         grid = self._around.grid
-        pulled = list(await asyncio.to_thread(grid.pull_messages, set(self._under_way)))
+        pulled = list(await asyncio.to_thread(grid.pull_messages, set(self._in_flight)))
         if pulled:
             failpoint("job.reply.pulled")
         found = {}
         for reply in pulled:
             question = reply.metadata.reply_to_message_id
-            if (asked := self._under_way.get(question)) is not None:
-                found[question] = Answered(asked, reply, self._end(question))
+            if (asked := self._in_flight.get(question)) is not None:
+                found[question] = JobReply(asked, reply, self._remove(question))
         return found
 
-    def _end(self, question: str) -> float:
+    def _remove(self, question: str) -> float:
         """A question is not under way any more; how long its peer was at it, in s."""
-        asked, now = self._under_way.pop(question), time.monotonic()
-        self._due.pop((asked.unit, asked.peer), None)
-        began = self._began.pop(asked.peer, now)
-        if any(other.peer == asked.peer for other in self._under_way.values()):
-            self._began[asked.peer] = now
-            self._set_due(asked.peer)
+        asked, now = self._in_flight.pop(question), time.monotonic()
+        self._deadlines.pop((asked.unit, asked.peer), None)
+        began = self._started_at.pop(asked.peer, now)
+        if any(other.peer == asked.peer for other in self._in_flight.values()):
+            self._started_at[asked.peer] = now
+            self._set_deadlines(asked.peer)
         return now - began
 
-    def settling(self, question: str) -> asyncio.Future[bool] | None:
+    def ack_future(self, question: str) -> asyncio.Future[bool] | None:
         """Done when the answer to a question of this job is in the ledger, or never will be."""
-        if question not in self._under_way:
+        if question not in self._in_flight:
             return None
-        return self._settling.setdefault(question, asyncio.get_running_loop().create_future())
+        return self._ack_futures.setdefault(question, asyncio.get_running_loop().create_future())
 
-    def settle(self, questions: Iterable[str], settled: bool) -> None:
+    def acknowledge(self, questions: Iterable[str], settled: bool) -> None:
         for question in questions:
-            waiting = self._settling.pop(question, None)
+            waiting = self._ack_futures.pop(question, None)
             if waiting is not None and not waiting.done():
                 waiting.set_result(settled)
 
     # --- taking them back ---
 
-    def take_back_from(self, peer: str) -> None:
+    def cancel_from(self, peer: str) -> None:
         """A peer's new session knows nothing of messages that its last one took."""
-        self._take_back({q for q, asked in self._under_way.items() if asked.peer == peer})
+        self._cancel({q for q, asked in self._in_flight.items() if asked.peer == peer})
 
-    def take_back_all(self) -> None:
+    def cancel_all(self) -> None:
         """The job has ended: nobody fetches its rows any more."""
-        self._take_back(set(self._under_way))
-        for digest in self._cut.values():
+        self._cancel(set(self._in_flight))
+        for digest in self._inputs.values():
             self._store.drop(digest)
 
-    def _take_back(self, questions: set[str]) -> None:
+    def _cancel(self, questions: set[str]) -> None:
         self._around.grid.forget(questions)
         for question in questions:
-            self._end(question)
-        self.settle(questions, False)
+            self._remove(question)
+        self.acknowledge(questions, False)
 
-    def done_with(self, unit: Unit) -> None:
+    def release_input(self, unit: Unit) -> None:
         """A unit is verified; while somebody else is at it, its rows are still fetched."""
-        if not unit.leases and unit.number in self._cut:
-            self._store.drop(self._cut.pop(unit.number))
+        if not unit.leases and unit.number in self._inputs:
+            self._store.drop(self._inputs.pop(unit.number))

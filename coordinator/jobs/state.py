@@ -1,7 +1,7 @@
 """A job as a pure state machine: facts in, its state out. No I/O, no clock.
 
 Rule 1. The state of a job is the fold of its facts (`apply`); the ledger holds nothing else of it.
-Rule 2. `dispatch.decide(job, view)` says what to do next.
+Rule 2. `scheduler.decide(job, view)` says what to do next.
 Rule 3. A fact that a unit's state does not admit (`ADMITS`) changes nothing.
 
     queued ──UnitLeased──> leased ──UnitReturned──> returned ──UnitVerified──> verified
@@ -42,7 +42,7 @@ from coordinator.storage.job_events import (
 Lease = Literal["open", "overdue"]
 OVERDUE, FAILED = "overdue", "failed"
 #: How much a new measurement of a peer's speed counts.
-_NEWEST = 0.5
+_RATE_WEIGHT = 0.5
 
 
 class UnitState(StrEnum):
@@ -109,19 +109,19 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
         return self.state is not JobState.WORKING
 
     @property
-    def is_spread(self) -> bool:
+    def is_scattered(self) -> bool:
         """True if any peer may do any unit; else each does its own."""
         return self.spec.kind == "scatter"
 
     @cached_property
-    def cut(self) -> int:
+    def num_cut_blocks(self) -> int:
         """Blocks that belong to a unit already."""
         return max((unit.stop for unit in self.units.values()), default=0)
 
     @cached_property
-    def cut_rows(self) -> int:
+    def num_cut_rows(self) -> int:
         """Rows that belong to a unit already."""
-        return sum(block.rows for block in self.spec.blocks[: self.cut])
+        return sum(block.rows for block in self.spec.blocks[: self.num_cut_blocks])
 
     def rows(self, unit: Unit) -> int:
         """Rows of a scattered unit."""
@@ -139,7 +139,7 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
     def verified_rows(self) -> int:
         """Rows whose answer is there; of one's own rows, as the peers told."""
         return sum(
-            self.rows(unit) if self.is_spread else unit.answer.rows
+            self.rows(unit) if self.is_scattered else unit.answer.rows
             for unit in self.units.values()
             if unit.verified
         )
@@ -181,7 +181,7 @@ def _returned(job: Job, unit: Unit, fact: UnitReturned) -> Job:
         return job
     rate = given.rows / given.seconds
     known = job.rates.get(fact.peer, rate)
-    return replace(job, rates={**job.rates, fact.peer: known + _NEWEST * (rate - known)})
+    return replace(job, rates={**job.rates, fact.peer: known + _RATE_WEIGHT * (rate - known)})
 
 
 def _verified(job: Job, unit: Unit, fact: UnitVerified) -> Job:

@@ -38,7 +38,7 @@ class JobStore(WeightStore):
         folder.mkdir(mode=0o700, exist_ok=True)
         super().__init__(folder)
 
-    def cut(self, spec: JobSpec, unit: Unit) -> Scatter:
+    def write_input(self, spec: JobSpec, unit: Unit) -> Scatter:
         """Write the rows of a unit to a file that peers can fetch; the message that names it.
 
         Raises BadMessage if the job's input is no longer on disk.
@@ -66,7 +66,7 @@ class JobStore(WeightStore):
             suffix=spec.suffix,
         )
 
-    def keep(self, peer: str, given: Given) -> None:
+    def save_answer(self, peer: str, given: Given) -> None:
         """Keep an uploaded answer. Raises BadMessage if it is missing or has another size."""
         if given.body or not given.nbytes:
             return
@@ -84,7 +84,7 @@ class JobStore(WeightStore):
         self.promote_upload(peer, given.digest)
         self.mark_recorded(given.digest)
 
-    def read(self, given: Given) -> bytes:
+    def read_answer(self, given: Given) -> bytes:
         """An answer's bytes. Raises OSError."""
         if given.body or not given.nbytes:
             return given.body

@@ -13,7 +13,7 @@ import msgspec
 from flwr.app import ConfigRecord, Message
 
 from coordinator.jobs import analysis
-from coordinator.jobs.requests import Asked
+from coordinator.jobs.requests import JobRequest
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import Given
@@ -27,7 +27,7 @@ _names = msgspec.json.Decoder(list[str]).decode
 _row = msgspec.json.Decoder(list[Any]).decode
 
 
-def read(asked: Asked, reply: Message, seconds: float, verify: Verify) -> Given:
+def read(asked: JobRequest, reply: Message, seconds: float, verify: Verify) -> Given:
     """The answer in a reply that is no failure. Raises BadMessage, KeyError, TypeError."""
     record = cast(ConfigRecord, reply.content[ANSWER])
     payload, signature, body = record["answer"], record["signature"], record["body"]
@@ -59,10 +59,10 @@ def check(job: Job, unit: Unit, given: Given, store: JobStore) -> None:
             if given.nbytes and not given.body:  # it is read from the ledger
                 raise BadMessage("it is longer than any measures of models are")
             pinned = {model.digest for model in job.spec.models}
-            if wire.decode_scores(store.read(given)).keys() != pinned:
+            if wire.decode_scores(store.read_answer(given)).keys() != pinned:
                 raise BadMessage("it does not measure the models that were asked about")
         case "analyze":
-            if wrong := analysis.check(job.spec.query, store.read(given)):
+            if wrong := analysis.validate_bytes(job.spec.query, store.read_answer(given)):
                 raise BadMessage(wrong)
 
 

@@ -19,7 +19,7 @@ from coordinator.fleet.reducer import (
     num_available,
     shown_state,
 )
-from coordinator.remote.formatting import age, amount
+from coordinator.remote.formatting import age, format_bytes
 from protocols import VERSION
 from protocols.messages.states import ENDED, PeerState
 from protocols.network import version_check
@@ -71,7 +71,7 @@ def _peer_alerts(peer: Peer, now: float) -> Iterator[Alert]:
     if peer.diverged:
         yield Alert(f"diverged {who}", "error", f"{name} has diverged: its loss is no number", who)
     if 0 < peer.disk_free_bytes < LOW_DISK_BYTES:
-        text = f"{name} has only {amount(peer.disk_free_bytes)} of disk left"
+        text = f"{name} has only {format_bytes(peer.disk_free_bytes)} of disk left"
         yield Alert(f"disk {who}", "warning", text, who)
     if peer.version and peer.version != VERSION:
         near = version_check.is_near(VERSION, peer.version)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from coordinator.remote.formatting import squeezed
+from coordinator.remote.formatting import downsample
 
 Values = Sequence[float | None]
 
@@ -49,7 +49,7 @@ def fit_scale(values: Values, *, zero: bool = False) -> Scale | None:
 def resample(values: Values, points: int) -> list[float | None]:
     """`values` over exactly `points` points: between two of them a straight line, or means."""
     if len(values) >= points:
-        return squeezed(values, points)
+        return downsample(values, points)
     if len(values) < 2:
         return list(values) * points
     found: list[float | None] = []
@@ -124,7 +124,7 @@ def stack(
     how much. Too many are put together.
     """
     lines = [[Block(" ")] * width for _ in range(height)]
-    thin = [[value or 0.0 for value in squeezed(part, width)] for part in parts]
+    thin = [[value or 0.0 for value in downsample(part, width)] for part in parts]
     count = len(thin[0]) if thin else 0
     broad = bar_width(count, width)
     for bar in range(count):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from coordinator.fleet.reducer import Fleet, Job, called
 from coordinator.monitor.peer_table import Cell, Column, Tone
-from coordinator.remote.formatting import NOTHING, age, amount, count, cut, duration, progress, rate
+from coordinator.remote.formatting import (
+    NOTHING,
+    age,
+    count,
+    duration,
+    format_bytes,
+    progress,
+    rate,
+    truncate,
+)
 
 #: How a state is shown; one that only a newer coordinator knows is shown as it came.
 STATES: dict[str, tuple[str, Tone]] = {
@@ -69,7 +78,7 @@ def state_cell(job: Job, now: float, width: int = 80) -> Cell:
     """Glyph and word."""
     state = job.changed.state
     glyph, tone = STATES.get(state, ("·", "quiet"))
-    return Cell(cut(f"{glyph} {state}", width), tone)
+    return Cell(truncate(f"{glyph} {state}", width), tone)
 
 
 def _done(job: Job, now: float, width: int) -> Cell:
@@ -105,21 +114,21 @@ def _units(job: Job, now: float, width: int) -> Cell:
 
 
 def _up(job: Job, now: float, width: int) -> Cell:
-    return Cell(amount(job.changed.bytes_up))
+    return Cell(format_bytes(job.changed.bytes_up))
 
 
 def _down(job: Job, now: float, width: int) -> Cell:
-    return Cell(amount(job.changed.bytes_down) if job.changed.bytes_down else NOTHING)
+    return Cell(format_bytes(job.changed.bytes_down) if job.changed.bytes_down else NOTHING)
 
 
 def _outcome(job: Job, now: float, width: int) -> Cell:
-    return Cell(cut(job.changed.ended_because or job.changed.task, width), "quiet")
+    return Cell(truncate(job.changed.ended_because or job.changed.task, width), "quiet")
 
 
 #: In drop order, as the fleet's.
 COLUMNS: tuple[Column[Job], ...] = (
     Column("state", "State", 10, 12, 0, state_cell),
-    Column("job", "Job", 14, 18, 0, lambda job, now, width: Cell(cut(job.changed.job, width))),
+    Column("job", "Job", 14, 18, 0, lambda job, now, width: Cell(truncate(job.changed.job, width))),
     Column("done", "Done", 11, 24, 0, _done),
     Column("left", "Left", 10, 12, 0, _left, right=True),
     Column("took", "Time", 6, 6, 80, _duration, right=True),
@@ -156,9 +165,9 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     rows += f" · {rate(speed)}" if speed else ""
     rows += f" · {duration(took)}" if took is not None else ""
     told.append(("answered", Cell(rows)))
-    traffic = f"{amount(changed.bytes_up)} of answers up"
+    traffic = f"{format_bytes(changed.bytes_up)} of answers up"
     if changed.bytes_down:
-        traffic += f" · {amount(changed.bytes_down)} of rows down"
+        traffic += f" · {format_bytes(changed.bytes_down)} of rows down"
     told.append(("bytes", Cell(traffic)))
     if changed.dropped:
         answers = "answer" if changed.dropped == 1 else "answers"

@@ -13,12 +13,12 @@ from coordinator.remote.formatting import (
     DIVERGED,
     NOTHING,
     age,
-    amount,
-    cut,
     decimal,
+    format_bytes,
     progress,
     rate,
     trend,
+    truncate,
 )
 from protocols.messages.states import PauseReason, PeerState, label
 
@@ -73,7 +73,7 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     room = width - len(bare) - len(": ")
     if len(reason) > room and room < 9:
         reason = ""
-    return Cell(cut(label(state, reason), width), TONES[state])
+    return Cell(truncate(label(state, reason), width), TONES[state])
 
 
 def _seen(peer: Peer, now: float, width: int) -> Cell:
@@ -137,7 +137,7 @@ def _links(peer: Peer, now: float, width: int) -> Cell:
 #: In drop order: the last ones go first when the terminal is narrow.
 COLUMNS: tuple[Column[Peer], ...] = (
     Column("state", "State", 19, 26, 0, state_cell),
-    Column("peer", "Peer", 12, 22, 0, lambda peer, now, width: Cell(cut(called(peer), width))),
+    Column("peer", "Peer", 12, 22, 0, lambda peer, now, width: Cell(truncate(called(peer), width))),
     Column(
         "round",
         "Round",
@@ -165,7 +165,7 @@ COLUMNS: tuple[Column[Peer], ...] = (
         7,
         80,
         lambda peer, now, width: Cell(
-            amount(peer.telemetry.bytes_up) if peer.telemetry else NOTHING
+            format_bytes(peer.telemetry.bytes_up) if peer.telemetry else NOTHING
         ),
         right=True,
     ),
@@ -179,14 +179,19 @@ COLUMNS: tuple[Column[Peer], ...] = (
         7,
         120,
         lambda peer, now, width: Cell(
-            amount(peer.telemetry.memory_bytes) if peer.telemetry else NOTHING
+            format_bytes(peer.telemetry.memory_bytes) if peer.telemetry else NOTHING
         ),
         right=True,
     ),
     Column("battery", "Battery", 7, 7, 120, _battery, right=True),
     Column("links", "Links", 5, 5, 120, _links),
     Column(
-        "version", "Version", 7, 10, 120, lambda peer, now, width: Cell(cut(peer.version, width))
+        "version",
+        "Version",
+        7,
+        10,
+        120,
+        lambda peer, now, width: Cell(truncate(peer.version, width)),
     ),
 )
 GAP = 2  # blank characters that each column takes besides its width

@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 from coordinator.fleet.reducer import Fleet, Peer, Run, called
 from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell
-from coordinator.remote.formatting import DIVERGED, NOTHING, amount, decimal, duration, percent
+from coordinator.remote.formatting import (
+    DIVERGED,
+    NOTHING,
+    decimal,
+    duration,
+    format_bytes,
+    percent,
+)
 from protocols.messages.envelope import RoundClosed
 from protocols.messages.states import ENDED, RunState
 
@@ -63,8 +70,8 @@ def round_cells(closed: RoundClosed, best: int) -> list[Cell]:
             "warn" if closed.refused else "quiet",
         ),
         Cell(duration(closed.seconds)),
-        Cell(amount(closed.bytes_up)),
-        Cell(amount(closed.bytes_down)),
+        Cell(format_bytes(closed.bytes_up)),
+        Cell(format_bytes(closed.bytes_down)),
     ]
 
 

@@ -44,7 +44,7 @@ from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.network.error_text import why
 
-FILE = "access.json"
+ACCESS_FILE = "access.json"
 _KEY = "access.key"
 _TIMEOUT_S = 10.0
 
@@ -59,7 +59,7 @@ class Access(Struct, frozen=True, kw_only=True):
     ca_pem: str
 
 
-class Door(NamedTuple):
+class ConnectionInfo(NamedTuple):
     """How to ask a coordinator: its addresses, its CA, our name and key there, and what we may."""
 
     addresses: tuple[str, ...]
@@ -76,7 +76,7 @@ def open_home() -> Path:
     """
     if (homes.locate("coordinator") / homes.STAMP).exists():
         return homes.open_home("coordinator")
-    if (homes.locate("operator") / FILE).exists():
+    if (homes.locate("operator") / ACCESS_FILE).exists():
         return homes.open_home("operator")
     raise NotRunning(
         f"there is no coordinator in {homes.locate('coordinator')}, and no access to another",
@@ -84,15 +84,17 @@ def open_home() -> Path:
     )
 
 
-def door(home: Path) -> Door:
+def connection_info(home: Path) -> ConnectionInfo:
     """The way in from this home. Raises NotRunning (no coordinator is up here), HomeFault."""
-    if (home / FILE).exists():
+    if (home / ACCESS_FILE).exists():
         try:
-            access = msgspec.json.decode((home / FILE).read_bytes(), type=Access)
+            access = msgspec.json.decode((home / ACCESS_FILE).read_bytes(), type=Access)
         except (OSError, msgspec.DecodeError) as err:
-            raise HomeFault(f"{home / FILE} is damaged: {err}", "join again with a ticket") from err
+            raise HomeFault(
+                f"{home / ACCESS_FILE} is damaged: {err}", "join again with a ticket"
+            ) from err
         key = identity.load_signing_key(home / _KEY)
-        return Door(access.addresses, access.ca_pem, access.operator, key, access.role)
+        return ConnectionInfo(access.addresses, access.ca_pem, access.operator, key, access.role)
     try:
         address = str(json.loads((home / UP_FILE).read_bytes())["address"])
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -100,7 +102,7 @@ def door(home: Path) -> Door:
             f"no coordinator is running over {home}", "start it: commonweight up"
         ) from err
     key = identity.load_signing_key(home / "operator.key")
-    return Door((address,), (home / "ca.pem").read_text(), OPERATOR, key, "operator")
+    return ConnectionInfo((address,), (home / "ca.pem").read_text(), OPERATOR, key, "operator")
 
 
 def join(text: str, name: str = "") -> Access:
@@ -130,7 +132,7 @@ def join(text: str, name: str = "") -> Access:
     except httpx.HTTPError as err:
         raise Unreachable(f"{address}: {why(err)}", "try again") from err
     if not answer.is_success:
-        raise refusal(answer)
+        raise error_from(answer)
     told = msgspec.json.decode(answer.content, type=OperatorAnswer)
     others = tuple(other for other in ticket.addresses if other != address)
     access = Access(
@@ -141,7 +143,7 @@ def join(text: str, name: str = "") -> Access:
         ca_pem=ca_pem.decode(),
     )
     write_private(home / _KEY, identity.private_pem(key))
-    write_private(home / FILE, msgspec.json.encode(access))
+    write_private(home / ACCESS_FILE, msgspec.json.encode(access))
     return access
 
 
@@ -171,7 +173,7 @@ def _find(ticket: Ticket) -> tuple[str, bytes]:
     )
 
 
-def refusal(answer: httpx.Response) -> CommonweightError:
+def error_from(answer: httpx.Response) -> CommonweightError:
     """The error in a coordinator's answer, with its own words, code and exit status."""
     try:
         told = msgspec.json.decode(answer.content, type=dict[str, str])

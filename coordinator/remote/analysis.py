@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.jobs.analysis import Answer, answer
+from coordinator.jobs.analysis import AnalysisResult, combine
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import JobSpec, JobState
 from protocols.analytics.mergeable_states import Told
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
     from coordinator.storage.job_events import Given
 
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 
 
 def start(remote: Remote, question: Question, deadline_s: float) -> str:
@@ -34,15 +34,15 @@ def start(remote: Remote, question: Question, deadline_s: float) -> str:
     return remote.start_job(JobSpec(kind="analyze", query=query, deadline_s=deadline_s))
 
 
-def ask(remote: Remote, question: Question, deadline_s: float = 600.0) -> Answer:
+def ask(remote: Remote, question: Question, deadline_s: float = 600.0) -> AnalysisResult:
     """The fleet's answer, once all peers have told or the deadline has passed."""
     job_id = start(remote, question, deadline_s)
     while (job := remote.job(job_id)).state is JobState.WORKING:
-        time.sleep(_LOOK_EVERY_S)
-    return answer_of(job, question)
+        time.sleep(_POLL_S)
+    return result_of(job, question)
 
 
-def answer_of(job: Job, question: Question) -> Answer:
+def result_of(job: Job, question: Question) -> AnalysisResult:
     """What a job's peers have told together. Raises CommonweightError if none has."""
     told: dict[str, Told] = {}
     for unit in job.units.values():
@@ -50,7 +50,7 @@ def answer_of(job: Job, question: Question) -> Answer:
             told[unit.only] = _read(unit.answer)
     for peer, reason in job.excused.items():
         told.setdefault(peer, Told(refused=printable(reason)))
-    found = answer(question, told, [unit.only for unit in job.units.values()])
+    found = combine(question, told, [unit.only for unit in job.units.values()])
     if not found.peers:
         reasons = "; ".join(dict.fromkeys(found.left_out.values())) or job.ended_because
         raise CommonweightError(
@@ -68,5 +68,5 @@ def _read(given: Given) -> Told:
             raise CommonweightError(
                 "an answer is too long to be shown elsewhere", "ask on the coordinator's machine"
             )
-        body = JobStore(homes.open_home("coordinator") / "jobs").read(given)
+        body = JobStore(homes.open_home("coordinator") / "jobs").read_answer(given)
     return msgspec.json.decode(body, type=Told)

@@ -38,7 +38,7 @@ from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours
 T = TypeVar("T")
 
 #: So often a watcher is told anew whom to ask while the coordinator is away.
-_KEEP_EVERY_S = 600.0
+_SAVE_NEIGHBOURS_EVERY_S = 600.0
 
 
 class Remote:
@@ -50,17 +50,17 @@ class Remote:
     """
 
     def __init__(self, home: Path) -> None:
-        self._door = access.door(home)
-        self.role = self._door.role
-        context = ssl.create_default_context(cadata=self._door.ca_pem)
+        self._connection = access.connection_info(home)
+        self.role = self._connection.role
+        context = ssl.create_default_context(cadata=self._connection.ca_pem)
         self._http = httpx.Client(verify=context, timeout=15)
-        self.address = self._door.addresses[0]
+        self.address = self._connection.addresses[0]
 
     def close(self) -> None:
         self._http.close()
 
     def fleet(self) -> Fleet:
-        return fleets.decode(self._ask("GET", "/cw/v1/fleet"))
+        return fleets.decode(self._request("GET", "/cw/v1/fleet"))
 
     def neighbours(self) -> Neighbours:
         """Whom to ask while the coordinator is away, and a pass for it."""
@@ -79,10 +79,10 @@ class Remote:
         return self._get(f"/cw/v1/runs/{run_id}", Run)
 
     def stop_run(self, run_id: str) -> None:
-        self._ask("POST", f"/cw/v1/runs/{run_id}/stop")
+        self._request("POST", f"/cw/v1/runs/{run_id}/stop")
 
     def resume_run(self, run_id: str) -> None:
-        self._ask("POST", f"/cw/v1/runs/{run_id}/resume")
+        self._request("POST", f"/cw/v1/runs/{run_id}/resume")
 
     def deletion(self, run_id: str) -> Deletion:
         """What `delete_run` would delete."""
@@ -90,7 +90,7 @@ class Remote:
 
     def delete_run(self, run_id: str) -> Deletion:
         """Delete an ended run; what was deleted."""
-        return _decoded(self._ask("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
+        return _decoded(self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
 
     def start_job(self, spec: JobSpec) -> str:
         return self._post("/cw/v1/jobs", spec)["job"]
@@ -101,18 +101,18 @@ class Remote:
     def job(self, job_id: str) -> Job:
         return self._get(f"/cw/v1/jobs/{job_id}", Job)
 
-    def job_stands(self, job_id: str) -> JobChanged:
+    def job_status(self, job_id: str) -> JobChanged:
         return self._get(f"/cw/v1/jobs/{job_id}/stands", JobChanged)
 
     def stop_job(self, job_id: str) -> None:
-        self._ask("POST", f"/cw/v1/jobs/{job_id}/stop")
+        self._request("POST", f"/cw/v1/jobs/{job_id}/stop")
 
-    def took_job(self, job_id: str) -> None:
+    def mark_job_taken(self, job_id: str) -> None:
         """Its answers are taken: they need not be kept."""
-        self._ask("POST", f"/cw/v1/jobs/{job_id}/taken")
+        self._request("POST", f"/cw/v1/jobs/{job_id}/taken")
 
     def resume_job(self, job_id: str) -> None:
-        self._ask("POST", f"/cw/v1/jobs/{job_id}/resume")
+        self._request("POST", f"/cw/v1/jobs/{job_id}/resume")
 
     def make_ticket(self, order: TicketOrder) -> dict[str, str]:
         return self._post("/cw/v1/tickets", order)
@@ -121,16 +121,16 @@ class Remote:
         return self._get("/cw/v1/tickets", list[dict[str, Any]])
 
     def revoke_ticket(self, ticket_id: str) -> None:
-        self._ask("POST", f"/cw/v1/tickets/{ticket_id}/revoke")
+        self._request("POST", f"/cw/v1/tickets/{ticket_id}/revoke")
 
     def peers(self) -> list[dict[str, Any]]:
         return self._get("/cw/v1/peers", list[dict[str, Any]])
 
     def approve(self, peer: str) -> None:
-        self._ask("POST", f"/cw/v1/peers/{peer}/approve")
+        self._request("POST", f"/cw/v1/peers/{peer}/approve")
 
     def remove(self, peer: str) -> None:
-        self._ask("POST", f"/cw/v1/peers/{peer}/remove")
+        self._request("POST", f"/cw/v1/peers/{peer}/remove")
 
     def command(self, peer: str, command: Command) -> str:
         return str(self._post(f"/cw/v1/peers/{peer}/command", command)["outcome"])
@@ -142,21 +142,21 @@ class Remote:
         return self._get("/cw/v1/operators", list[dict[str, Any]])
 
     def remove_operator(self, operator: str) -> None:
-        self._ask("POST", f"/cw/v1/operators/{operator}/remove")
+        self._request("POST", f"/cw/v1/operators/{operator}/remove")
 
     def _get(self, path: str, kind: type[T]) -> T:
-        return _decoded(self._ask("GET", path), kind)
+        return _decoded(self._request("GET", path), kind)
 
     def _post(self, path: str, body: Any) -> dict[str, str]:
-        return _decoded(self._ask("POST", path, msgspec.json.encode(body)), dict[str, str])
+        return _decoded(self._request("POST", path, msgspec.json.encode(body)), dict[str, str])
 
-    def _ask(self, method: str, path: str, body: bytes = b"") -> bytes:
+    def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """The answer of the first address that gives one; it is asked first from then on."""
         tried: list[str] = []
-        for address in dict.fromkeys((self.address, *self._door.addresses)):
+        for address in dict.fromkeys((self.address, *self._connection.addresses)):
             signed = signed_requests.headers(
-                self._door.sender,
-                self._door.key.sign,
+                self._connection.sender,
+                self._connection.key.sign,
                 method,
                 path,
                 hashlib.sha256(body).hexdigest(),
@@ -173,7 +173,7 @@ class Remote:
             self.address = address
             if answer.is_success:
                 return answer.content
-            raise access.refusal(answer)
+            raise access.error_from(answer)
         raise Unreachable(
             f"the coordinator does not answer: {'; '.join(tried)}", "is it running? commonweight up"
         )
@@ -205,9 +205,11 @@ class LiveSource:
         fleet = await self._call(lambda remote: remote.fleet())
         self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
         if time.monotonic() >= self._keep_at:
-            self._keep_at = time.monotonic() + _KEEP_EVERY_S
+            self._keep_at = time.monotonic() + _SAVE_NEIGHBOURS_EVERY_S
             with contextlib.suppress(CommonweightError, OSError):  # a help for later, no more
-                peer_source.keep(self._home, await self._call(lambda remote: remote.neighbours()))
+                peer_source.save_neighbours(
+                    self._home, await self._call(lambda remote: remote.neighbours())
+                )
         return fleet
 
     async def messages(self) -> AsyncIterator[Envelope]:

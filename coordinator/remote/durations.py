@@ -9,7 +9,7 @@ from protocols.errors import UsageFault
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """`90s`, `30m`, `24h`, `7d` or plain seconds. Raises UsageFault."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:

@@ -20,7 +20,7 @@ POLL_S = 2.0
 RESYNC_S = 60.0
 #: A silent fleet sends nothing on a good link: without an error for so long the link counts as up.
 GRACE_S = 5.0
-LOST = (CommonweightError, OSError, TimeoutError)
+LINK_ERRORS = (CommonweightError, OSError, TimeoutError)
 
 
 def jittered(attempt: int) -> float:
@@ -28,7 +28,7 @@ def jittered(attempt: int) -> float:
     return float(min(2 ** min(attempt, 4), 10)) * random.uniform(0.67, 1.0)
 
 
-class Following:
+class FleetFollower:
     """The fleet as it is known here, and how good the links to it are.
 
     `dirty` holds the peers that changed since `clean()`; `whole` is True when anything may have.
@@ -45,9 +45,9 @@ class Following:
         self.stream = False
         self.http = False
         self.fresh_at = 0.0
-        self.trouble: CommonweightError | None = None
-        self.dirty: set[str] = set()
-        self.whole = True
+        self.error: CommonweightError | None = None
+        self.changed_peers: set[str] = set()
+        self.all_changed = True
         self._clock = clock
         self._back_off = back_off
         self._fetching = False
@@ -65,10 +65,10 @@ class Following:
         """When the next attempt is made, by the clock; None while one is under way."""
         return min(self._next_try.values(), default=None)
 
-    def clean(self) -> None:
+    def mark_drawn(self) -> None:
         """What has changed so far was drawn."""
-        self.dirty.clear()
-        self.whole = False
+        self.changed_peers.clear()
+        self.all_changed = False
 
     def reconnect(self) -> None:
         """Try again now."""
@@ -92,19 +92,19 @@ class Following:
                     attempt = 0
                     self._stream_up()
                     self._take(envelope)
-            except LOST as err:
+            except LINK_ERRORS as err:
                 self._lost(err)
             finally:
                 grace.cancel()
             if self.stream:
                 self._hurry["http"].set()
-            self.stream, self.whole = False, True
+            self.stream, self.all_changed = False, True
             await self._wait("stream", self._back_off(attempt), retrying=True)
             attempt += 1
 
     def _stream_up(self) -> None:
         if not self.stream:
-            self.stream, self.whole = True, True
+            self.stream, self.all_changed = True, True
 
     def _take(self, envelope: Envelope) -> None:
         now = self._clock()
@@ -115,9 +115,9 @@ class Following:
             return
         fold(self.fleet, envelope, now)
         if envelope.sender == COORDINATOR:
-            self.whole = True
+            self.all_changed = True
         else:
-            self.dirty.add(envelope.sender)
+            self.changed_peers.add(envelope.sender)
         if self.fleet.gap and not self._fetching:
             self._hurry["http"].set()
 
@@ -129,9 +129,9 @@ class Following:
             self._fetching = True
             try:
                 fleet = await self.source.snapshot()
-            except LOST as err:
+            except LINK_ERRORS as err:
                 self._lost(err)
-                self.http, self.whole = False, True
+                self.http, self.all_changed = False, True
                 await self._wait("http", self._back_off(attempt), retrying=True)
                 attempt += 1
             else:
@@ -155,7 +155,7 @@ class Following:
             for name in fleet.__struct_fields__:
                 setattr(self.fleet, name, getattr(fleet, name))
         self.fresh_at = now
-        self.http, self.whole, self.trouble = True, True, None
+        self.http, self.all_changed, self.error = True, True, None
         self._fetching = False
 
     async def _until_needed(self) -> None:
@@ -172,7 +172,7 @@ class Following:
     def _lost(self, err: BaseException) -> None:
         if not isinstance(err, CommonweightError):
             err = CommonweightError(str(err) or type(err).__name__)
-        self.trouble = err
+        self.error = err
 
     async def _wait(self, link: str, seconds: float, *, retrying: bool = False) -> None:
         event = self._hurry[link]

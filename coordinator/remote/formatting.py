@@ -18,7 +18,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 # --- amounts ---------------------------------------------------------------------------------
 
 
-def amount(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes with three digits: `999 B`, `1.2 MB`, `34 GB`."""
     value = finite(num_bytes) or 0.0
     units = ["PB", "TB", "GB", "MB", "kB", "B"]
@@ -106,7 +106,7 @@ def rate(per_s: float) -> str:
 # --- trends ----------------------------------------------------------------------------------
 
 
-def squeezed(values: Sequence[float | None], width: int) -> list[float | None]:
+def downsample(values: Sequence[float | None], width: int) -> list[float | None]:
     """At most `width` points: means of neighbours, None where one of them is not finite."""
     clean = [finite(value) for value in values]
     if width <= 0 or len(clean) <= width:
@@ -141,11 +141,11 @@ def _heights(points: Sequence[float | None], most: int) -> list[int | None]:
 
 def trend(values: Sequence[float | None], width: int) -> str:
     """One line, `▁▂▃▄▅▆▇█`; `✕` where a value is not finite. At most `width` characters."""
-    heights = _heights(squeezed(values, width), 8)
+    heights = _heights(downsample(values, width), 8)
     return "".join("✕" if height is None else _EIGHTHS[height] for height in heights)
 
 
-def cut(text: str, width: int) -> str:
+def truncate(text: str, width: int) -> str:
     """`text` in at most `width` characters."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 

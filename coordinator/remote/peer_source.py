@@ -41,18 +41,18 @@ from protocols.network.error_text import why
 from protocols.p2p import gossip
 from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Heard, Neighbours, Told, Words
 
-BOOK = "neighbours.json"
+NEIGHBOURS_FILE = "neighbours.json"
 _TIMEOUT_S = 10.0
 
 
-def keep(home: Path, given: Neighbours) -> None:
+def save_neighbours(home: Path, given: Neighbours) -> None:
     """Keep whom to ask while the coordinator is away. Raises OSError."""
-    write_private(home / BOOK, msgspec.json.encode(given))
+    write_private(home / NEIGHBOURS_FILE, msgspec.json.encode(given))
 
 
-def _book(home: Path) -> Neighbours:
+def _load_neighbours(home: Path) -> Neighbours:
     try:
-        return msgspec.json.decode((home / BOOK).read_bytes(), type=Neighbours)
+        return msgspec.json.decode((home / NEIGHBOURS_FILE).read_bytes(), type=Neighbours)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as err:
         raise NotRunning(
             "no peers are known here to ask",
@@ -84,14 +84,14 @@ def _partner(given: Neighbours, word: str) -> _Partner:
     )
 
 
-class ViaSource(ReadOnly):
+class PeerSource(ReadOnly):
     """`watch.Source` over one peer's words. Nothing can be changed through it.
 
     Raises UnknownName, NotRunning (no peers are known here).
     """
 
     def __init__(self, home: Path, word: str) -> None:
-        given = _book(home)
+        given = _load_neighbours(home)
         self._partner, self._pass = _partner(given, word), given.pass_
         self._holder, self._key, self._ca_pem = _own_key(home)
         self._fleet = identity.ca_fingerprint(self._ca_pem).hex()[:16]
@@ -102,7 +102,7 @@ class ViaSource(ReadOnly):
         told = await asyncio.to_thread(self._ask)
         words, now = Words(self._ca_pem, self._fleet), time.time()
         words.take(told.words, now)
-        return known(self._fleet, self.heading, words.all(), now)
+        return fleet_from_gossip(self._fleet, self.heading, words.all(), now)
 
     async def messages(self) -> AsyncIterator[Envelope]:
         nothing: tuple[Envelope, ...] = ()
@@ -159,14 +159,14 @@ def _connection(address: str) -> http.client.HTTPSConnection:
 
 def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
     """Who we are to the fleet, our key and its CA. Raises HomeFault."""
-    if (home / access.FILE).exists():
-        door = access.door(home)
+    if (home / access.ACCESS_FILE).exists():
+        door = access.connection_info(home)
         return door.sender, door.key, door.ca_pem.encode()
     key = identity.load_signing_key(home / "operator.key")
     return OPERATOR, key, (home / "ca.pem").read_bytes()
 
 
-def known(fleet: str, name: str, heard: Sequence[Heard], now: float) -> Fleet:
+def fleet_from_gossip(fleet: str, name: str, heard: Sequence[Heard], now: float) -> Fleet:
     """The fleet that these words add up to. Pure. `round` is the version that a peer holds."""
     found = Fleet(fleet=fleet, name=name, at=now)
     for word, speaker, _ in heard:

@@ -32,7 +32,7 @@ else:
 FORMAT = 1
 FLUSH_S = 1.0
 MAX_LINE_BYTES = 64 * 1024 * 1024
-DEMO = Path(__file__).with_name("recordings") / "demo.cwrec"
+DEMO_FILE = Path(__file__).with_name("recordings") / "demo.cwrec"
 
 
 class Head(Struct, frozen=True, kw_only=True):

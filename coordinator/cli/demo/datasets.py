@@ -1,6 +1,6 @@
 """Tables for `commonweight demo --task tabular`: one real table, as several clinics might hold it.
 
-569 breast tumours, 30 measures of each (Street, Wolberg and Mangasarian 1993), from scikit-learn.
+569 breast tumors, 30 measures of each (Street, Wolberg and Mangasarian 1993), from scikit-learn.
 The clinics are of very different sizes, and each has its columns in an order of its own.
 """
 

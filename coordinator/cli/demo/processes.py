@@ -30,10 +30,10 @@ from coordinator.storage.settings import UP_FILE
 from protocols.errors import CommonweightError, Unreachable
 
 STEP_S = 0.05
-START_WITHIN_S = 60.0
+START_TIMEOUT_S = 60.0
 #: And so much for every agent: they share the cores.
-AGENT_WITHIN_S = 5.0
-STOP_WITHIN_S = 10.0
+START_TIMEOUT_PER_AGENT_S = 5.0
+STOP_TIMEOUT_S = 10.0
 _LOG_LINES = 8
 
 
@@ -124,7 +124,7 @@ class DemoFleet:
                     self.start_agent(name)
             return not waiting
 
-        within_s = START_WITHIN_S + count * AGENT_WITHIN_S
+        within_s = START_TIMEOUT_S + count * START_TIMEOUT_PER_AGENT_S
         self._await(all_run, "the agents did not join", within_s)
 
     def start_agent(self, name: str) -> None:
@@ -146,7 +146,7 @@ class DemoFleet:
         return subprocess.Popen(words, env=environment)
 
     def _await(
-        self, condition: Callable[[], bool], otherwise: str, within_s: float = START_WITHIN_S
+        self, condition: Callable[[], bool], otherwise: str, within_s: float = START_TIMEOUT_S
     ) -> None:
         until = time.monotonic() + within_s
         while not condition():
@@ -177,7 +177,7 @@ class DemoFleet:
         said = "".join(f"\n  {line}" for line in lines if line.strip())
         return CommonweightError(what + (f"; its last words:{said}" if said else ""))
 
-    def asked(self, remote: Remote, ask: Callable[[Remote], Any]) -> Any:
+    def request(self, remote: Remote, ask: Callable[[Remote], Any]) -> Any:
         """What the coordinator answers. Raises as `check` if it is gone, else Unreachable."""
         try:
             return ask(remote)
@@ -201,7 +201,7 @@ class DemoFleet:
         psutil.wait_procs(left, timeout=2)
 
     def _end(self, group: list[subprocess.Popen[bytes]]) -> None:
-        until = time.monotonic() + STOP_WITHIN_S
+        until = time.monotonic() + STOP_TIMEOUT_S
         while any(process.poll() is None for process in group):
             if time.monotonic() > until or self._interrupts.hurry.wait(0.02):
                 break

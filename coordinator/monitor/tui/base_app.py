@@ -37,7 +37,7 @@ from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.sanitize_filter import SanitizeFilter
 from coordinator.monitor.tui.tabs import Tabs
 from coordinator.monitor.tui.theme import DEFAULT, THEMES, set_colors
-from coordinator.remote.follower import Following, jittered
+from coordinator.remote.follower import FleetFollower, jittered
 from coordinator.remote.formatting import age, stopwatch
 from coordinator.remote.source import Source
 from protocols.messages.states import ENDED
@@ -78,7 +78,7 @@ class MonitorBase(App[None]):
         self.config = config or Config()
         self._sanitizer = SanitizeFilter(ascii_too=ascii_only or self.config.ascii)
         super().__init__()
-        self.following = Following(source, clock, back_off)
+        self.following = FleetFollower(source, clock, back_off)
         self.actions = ActionTracker(source, clock)
         self.read_only = read_only
         self.frozen = False
@@ -160,21 +160,21 @@ class MonitorBase(App[None]):
 
     def _draw_changes(self) -> None:
         news = self.following
-        if (news.whole or news.dirty) and not self.frozen:
-            self._draw(None if news.whole else list(news.dirty))
+        if (news.all_changed or news.changed_peers) and not self.frozen:
+            self._draw(None if news.all_changed else list(news.changed_peers))
 
     def _draw(self, dirty: Iterable[str] | None) -> None:
         """Draw the open page: the rows of `dirty` peers, or everything if None."""
         if not self.is_running or not self.screen_stack:  # it closes: the pages may be gone already
             return
-        self.following.clean()
+        self.following.mark_drawn()
         now = self._clock()
         self._show_notices()
         if (screen := self.peer_screen) is not None:
             if dirty is None or screen.peer in dirty:
                 screen.draw()
         elif self.page == "fleet":
-            self._part(FleetPage).error = self.following.trouble
+            self._part(FleetPage).error = self.following.error
             self._part(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
         elif self.page == "rounds":
             self._part(RoundsPage).draw(self.fleet)
@@ -213,7 +213,7 @@ class MonitorBase(App[None]):
         tabs.num_jobs = num_working(self.fleet) if self.fleet else 0
         tabs.refresh()
         news = self.following
-        lost = not news.connected and (news.trouble is not None)
+        lost = not news.connected and (news.error is not None)
         trouble = self.screen_stack[0].query_one("#trouble", Static)
         trouble.display = lost
         for screen in self.screen_stack:
@@ -228,7 +228,7 @@ class MonitorBase(App[None]):
 
     def _connection_error(self, now: float) -> Text:
         news = self.following
-        trouble = news.trouble
+        trouble = news.error
         why = f"{trouble.message}. {trouble.hint}".rstrip(" .") if trouble else ""
         parts = [f"stale {stopwatch(now - news.fresh_at)}"] if news.fresh_at else ["no data yet"]
         if news.retry_at is not None:
@@ -280,7 +280,7 @@ class MonitorBase(App[None]):
         self._own_events = [*self._own_events, event][-MAX_OWN_EVENTS:]
         if toast:
             self._toast(event)
-        self.following.whole = True
+        self.following.all_changed = True
 
     @on(FleetPage.ViewChanged)
     @on(EventsPage.ViewChanged)

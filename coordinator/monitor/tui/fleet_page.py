@@ -20,7 +20,7 @@ from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.recent_events import RecentEvents
 from coordinator.monitor.tui.round_plots import RoundPlots
 from coordinator.monitor.tui.theme import colors
-from coordinator.remote.formatting import cut
+from coordinator.remote.formatting import truncate
 from protocols.errors import CommonweightError
 
 MIN_WIDE_TERMINAL = 120
@@ -193,7 +193,7 @@ class FleetPage(Vertical):
         if peer is None:
             return Cell("")
         if column.key == "peer" and peer_id in self.marked:
-            return Cell(cut(f"✓ {called(peer)}", width), "strong")
+            return Cell(truncate(f"✓ {called(peer)}", width), "strong")
         return column.cell(peer, self._now, width)
 
     def _placeholder_text(self, fleet: Fleet) -> Text:

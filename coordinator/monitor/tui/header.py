@@ -8,8 +8,8 @@ from textual.widget import Widget
 from coordinator.fleet.reducer import current_run, num_available, num_enrolled
 from coordinator.monitor.peer_table import Cell, status_dot
 from coordinator.monitor.tui.theme import colors, styles
-from coordinator.remote.follower import Following
-from coordinator.remote.formatting import age, cut
+from coordinator.remote.follower import FleetFollower
+from coordinator.remote.formatting import age, truncate
 from protocols.messages.states import ENDED
 
 
@@ -18,7 +18,7 @@ class Header(Widget):
 
     DEFAULT_CSS = "Header { height: 1; padding: 0 1; background: $panel; }"
 
-    def __init__(self, following: Following, *, id: str | None = None) -> None:  # noqa: A002
+    def __init__(self, following: FleetFollower, *, id: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id)
         self._following = following
         self.now = 0.0
@@ -27,7 +27,7 @@ class Header(Widget):
         return header_line(self._following, self.now, self.content_size.width)
 
 
-def header_line(following: Following, now: float, width: int) -> Text:
+def header_line(following: FleetFollower, now: float, width: int) -> Text:
     """The header's text in at most `width` characters where that is possible."""
     segments = _segments(following, now)
     separator = " · "
@@ -51,7 +51,7 @@ def header_line(following: Following, now: float, width: int) -> Text:
     return line
 
 
-def _segments(following: Following, now: float) -> list[list[Cell]]:
+def _segments(following: FleetFollower, now: float) -> list[list[Cell]]:
     """For each segment its forms, from the longest to none at all."""
     fleet = following.fleet
     run = current_run(fleet) if fleet else None
@@ -61,11 +61,19 @@ def _segments(following: Following, now: float) -> list[list[Cell]]:
         here, all_peers = num_available(fleet, now), num_enrolled(fleet)
         forms[2] = [Cell(f"{here}/{all_peers} peers"), Cell(f"{here}/{all_peers}")]
         name = fleet.name or fleet.fleet
-        forms[0] = [Cell(cut(name, 20), "strong"), Cell(cut(name, 10), "strong"), Cell("")]
+        forms[0] = [
+            Cell(truncate(name, 20), "strong"),
+            Cell(truncate(name, 10), "strong"),
+            Cell(""),
+        ]
     if fleet and run:
         changed = run.changed
         name = changed.run
-        forms[0] = [Cell(cut(name, 24), "strong"), Cell(cut(name, 12), "strong"), Cell("")]
+        forms[0] = [
+            Cell(truncate(name, 24), "strong"),
+            Cell(truncate(name, 12), "strong"),
+            Cell(""),
+        ]
         forms[1] = [
             Cell(f"round {changed.round}/{changed.rounds}"),
             Cell(f"{changed.round}/{changed.rounds}"),

@@ -32,8 +32,16 @@ from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.plots import curve_plot
 from coordinator.monitor.tui.theme import colors, styles, to_text
-from coordinator.remote.follower import Following
-from coordinator.remote.formatting import DIVERGED, NOTHING, age, amount, decimal, progress, rate
+from coordinator.remote.follower import FleetFollower
+from coordinator.remote.formatting import (
+    DIVERGED,
+    NOTHING,
+    age,
+    decimal,
+    format_bytes,
+    progress,
+    rate,
+)
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import LogLine
@@ -62,7 +70,7 @@ class PeerScreen(Screen[None]):
     def __init__(
         self,
         peer: str,
-        following: Following,
+        following: FleetFollower,
         source: Source,
         footer: Footer,
         clock: Callable[[], float],
@@ -267,12 +275,14 @@ def _facts(peer: Peer, now: float) -> Table:
         if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
             done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
             table.add_row("step", done)
-        table.add_row("sent", f"{amount(sent.bytes_up)} up · {amount(sent.bytes_down)} down")
+        table.add_row(
+            "sent", f"{format_bytes(sent.bytes_up)} up · {format_bytes(sent.bytes_down)} down"
+        )
     if peer.given:
         part = Text(peer.given.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
         count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
         table.add_row("took part", part.append(count, colors().dim))
-    disk = amount(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
+    disk = format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
     table.add_row("disk left", disk)
     table.add_row("clock", _describe_skew(peer.skew_s))
     table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
@@ -315,7 +325,7 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
         table.add_row("loss", loss)
         table.add_row("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s")
         table.add_row("processor", f"{sent.cpu_percent:.0f} %")
-        table.add_row("memory", amount(sent.memory_bytes))
+        table.add_row("memory", format_bytes(sent.memory_bytes))
         battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
         table.add_row("battery", battery)
     else:

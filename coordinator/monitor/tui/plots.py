@@ -12,7 +12,7 @@ from textual.color import Color
 from coordinator.fleet.reducer import finite
 from coordinator.monitor.charts import Scale, Values, band, bar_width, curve, fit_scale, stack
 from coordinator.monitor.tui.theme import colors
-from coordinator.remote.formatting import DIVERGED, brief, cut
+from coordinator.remote.formatting import DIVERGED, brief, truncate
 
 Format = Callable[[float], str]
 MIN_WIDTH_AXIS = 22  # narrower panes have no axis
@@ -150,7 +150,7 @@ def bar_list(
     wide = min(max((len(name) for name, _, _ in rows), default=0), max(width // 3, 6))
     lines = [title_line(title, Text(), (), width)]
     for name, words, share in rows:
-        line = Text(f"{cut(name, wide):<{wide}} ", colors().dim, no_wrap=True)
+        line = Text(f"{truncate(name, wide):<{wide}} ", colors().dim, no_wrap=True)
         line.append(f"{words:>7} ", colors().text)
         room = max(width - wide - 9, 1)
         lines.append(line.append("━" * max(round(share * room), 1), color))

@@ -25,7 +25,7 @@ class ReplayApp(MonitorApp):
 
     @property
     def playback(self) -> str:
-        return self._recording.words
+        return self._recording.status_text
 
     def action_play(self) -> None:
         self._recording.play()

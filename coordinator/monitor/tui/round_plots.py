@@ -33,7 +33,7 @@ from coordinator.monitor.tui.plots import (
     title_line,
 )
 from coordinator.monitor.tui.theme import colors
-from coordinator.remote.formatting import amount, brief, cut, decimal, duration, percent
+from coordinator.remote.formatting import brief, decimal, duration, format_bytes, percent, truncate
 from protocols.messages.envelope import RoundClosed
 
 GAP = 3
@@ -110,7 +110,7 @@ class RoundPlots(Widget):
 
 def _run_header(run: Run, width: int) -> list[Text]:
     """The run and what it waits for, at most four lines and a blank one."""
-    lines = [Text(cut(run.changed.task, width), f"bold {colors().text}", no_wrap=True)]
+    lines = [Text(truncate(run.changed.task, width), f"bold {colors().text}", no_wrap=True)]
     words = wrap(describe_run(run).removeprefix(f"{run.changed.task} · "), width)
     return [*lines, *(Text(line, colors().dim, no_wrap=True) for line in words[:3]), Text()]
 
@@ -240,7 +240,7 @@ def _participation(width: int, height: int, *, run: Run, fleet: Fleet) -> list[T
     broad = 2 if 2 * shown <= room else 1
     lines = [title_line("Peers", last, notes, width)]
     for name, strip in sorted(strips.items()):
-        line = Text(f"{cut(name, wide):<{wide}} ", own.dim, no_wrap=True)
+        line = Text(f"{truncate(name, wide):<{wide}} ", own.dim, no_wrap=True)
         for sign in strip[-shown:].rjust(shown):
             color = own.purple if sign == "■" else own.faint
             line.append(sign + " " * (broad - 1), Style(color=color))
@@ -321,8 +321,14 @@ def _bytes(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
     up = [float(closed.bytes_up) for closed in rounds]
     down = [float(closed.bytes_down) for closed in rounds]
     sums = [sum(c.bytes_up for c in run.rounds), sum(c.bytes_down for c in run.rounds)]
-    note = f"↑ {amount(sums[0])} ↓ {amount(sums[1])} in all"
+    note = f"↑ {format_bytes(sums[0])} ↓ {format_bytes(sums[1])} in all"
     parts = [(own.yellow, up), (own.blue, down)]
     return stack_plot(
-        "Bytes ↑ ↓", parts, width, height, rounds=_round_range(rounds), fmt=amount, notes=[note]
+        "Bytes ↑ ↓",
+        parts,
+        width,
+        height,
+        rounds=_round_range(rounds),
+        fmt=format_bytes,
+        notes=[note],
     )

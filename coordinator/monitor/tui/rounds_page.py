@@ -30,7 +30,7 @@ from coordinator.monitor.round_table import (
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.round_plots import RoundPlots
 from coordinator.monitor.tui.theme import colors
-from coordinator.remote.formatting import cut, trend
+from coordinator.remote.formatting import trend, truncate
 
 MIN_TALL_TERMINAL = 22
 
@@ -114,7 +114,7 @@ class RoundsPage(Vertical):
     def _columns(self) -> list[Column[list[Cell]]]:
         """What every run has, who was served worst if that is told, and its task's own metrics."""
         titles = [*ROUND_TITLES, *[("Worst", WORST_WIDTH)] * self._worst]
-        own = (cut(name.replace("_", " "), METRIC_WIDTH) for name in self._names)
+        own = (truncate(name.replace("_", " "), METRIC_WIDTH) for name in self._names)
         titles += [(title, max(len(title), 8)) for title in own]
         return [
             Column(title, title, wide, wide, 0, partial(_nth, number), right=True)
@@ -136,7 +136,7 @@ class RoundsPage(Vertical):
             return []
         cells = round_cells(rounds[at], self._best)
         if self._worst:
-            cells.append(Cell(cut(worst_peer(rounds[at], self._fleet), WORST_WIDTH)))
+            cells.append(Cell(truncate(worst_peer(rounds[at], self._fleet), WORST_WIDTH)))
         return [*cells, *metric_cells(rounds[at], self._names)]
 
     def invalidate(self) -> None:

@@ -23,7 +23,7 @@ from protocols.errors import CommonweightError
 def order(texts: Mapping[str, str]) -> RunOrder:
     """The order for texts by option name. Raises CommonweightError as the command does."""
     filled = [(one, texts.get(one.name, "").strip()) for one in OPTIONS]
-    return run_options.order({one.name: one.parse(text) for one, text in filled if text})
+    return run_options.build_order({one.name: one.parse(text) for one, text in filled if text})
 
 
 class RunForm(ModalScreen[RunOrder | None]):

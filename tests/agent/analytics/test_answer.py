@@ -21,7 +21,7 @@ from agent.analytics.limits import Limits
 from agent.analytics.query_log import Memory
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
-from coordinator.jobs.analysis import Answer, answer, fits
+from coordinator.jobs.analysis import AnalysisResult, combine, validate
 from protocols.analytics.mergeable_states import ALPHA, Told
 from protocols.analytics.parser import question
 from protocols.analytics.query import Question
@@ -68,11 +68,11 @@ class Peer:
         return msgspec.json.decode(answered(asked, data, self.limits, self.memory), type=Told)
 
 
-def together(peers: Sequence[Peer], text: str, where: str = "", **more: Any) -> Answer:
+def together(peers: Sequence[Peer], text: str, where: str = "", **more: Any) -> AnalysisResult:
     asked = question(text, where, **more)
     told = {f"p{number}": peer.told(asked) for number, peer in enumerate(peers)}
-    assert [fits(asked, given) for given in told.values()] == [""] * len(told)
-    return answer(asked, told, list(told))
+    assert [validate(asked, given) for given in told.values()] == [""] * len(told)
+    return combine(asked, told, list(told))
 
 
 def split(rows: list[Row], folder: Path) -> list[Peer]:
@@ -303,11 +303,11 @@ def test_an_answer_of_a_wrong_form_is_told(tmp_path: Path) -> None:
     peer = Peer(tmp_path, people())
     asked = question("count, mean(age) by sex")
     told = peer.told(asked)
-    assert fits(asked, told) == ""
+    assert validate(asked, told) == ""
     for other in ("count by sex", "count, count by sex", "mean(age), count by sex", "count"):
-        assert fits(question(other), told) != ""
+        assert validate(question(other), told) != ""
     twice = msgspec.structs.replace(told, cells=told.cells * 2)
-    assert fits(asked, twice) != ""
+    assert validate(asked, twice) != ""
     for wrong in (b'{"cells":[[["f"],-1,[]]]}', b'{"rows":1e9}', b'{"cells":[[["f"],1,[["x"]]]]}'):
         with pytest.raises(msgspec.ValidationError):
             msgspec.json.decode(wrong, type=Told)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from coordinator.admin import audit
-from coordinator.cli.admin import moment
+from coordinator.cli.admin import parse_time
 from coordinator.fleet import registry
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
@@ -39,7 +39,7 @@ def joined(peer: str, name: str, standing: registry.Standing = "enrolled") -> re
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A few days of a fleet."""
-    made = Ledger(tmp_path / audit.LEDGER)
+    made = Ledger(tmp_path / audit.LEDGER_FILE)
     ticket = registry.TicketCreated(
         id="t1", secret_hash="5ec2e7", expires_at=time.time() + 7200, uses=3, label="lab"
     )
@@ -64,7 +64,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
-    assert [(line.seq, line.event, line.text) for line in audit.lines(ledger)] == [
+    assert [(line.seq, line.event, line.text) for line in audit.read_audit(ledger)] == [
         (1, "ticket made", "ticket t1 for 3 machines, good for 2 h, 'lab'"),
         (2, "asked to join", "ada (AAAA) asked to join with ticket t1"),
         (3, "approved", "ada (AAAA) was approved by the operator"),
@@ -77,37 +77,37 @@ def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
         (12, "joined", "bob (CCCC) joined with ticket t1"),
         (13, "removed", "bob (CCCC): left by itself"),
     ]
-    assert "5ec2e7" not in str(audit.lines(ledger)), "a ticket's hash is nobody's business"
+    assert "5ec2e7" not in str(audit.read_audit(ledger)), "a ticket's hash is nobody's business"
 
 
 def test_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
-    by_id = audit.lines(ledger, peer=BOB)
+    by_id = audit.read_audit(ledger, peer=BOB)
     assert [line.event for line in by_id] == ["joined", "update refused", "removed"]
     assert [line.reason for line in by_id] == ["", "not finite", "removed by the operator"]
-    by_name = audit.lines(ledger, peer="bob")
+    by_name = audit.read_audit(ledger, peer="bob")
     assert {line.peer for line in by_name} == {BOB, BOB2}
-    assert audit.lines(ledger, peer="ada", since=time.time() + 1) == []
+    assert audit.read_audit(ledger, peer="ada", since=time.time() + 1) == []
     with pytest.raises(UnknownName, match="ever joined"):
-        audit.lines(ledger, peer="eve")
+        audit.read_audit(ledger, peer="eve")
 
 
 def test_an_entry_that_cannot_be_read_is_a_line_too(ledger: Ledger) -> None:
     ledger.append("fleet", [b"not json", b'{"type":"Novelty"}', b"\xff"])
     ledger.append("mnist-1", [b"[]", b'{"type":"SomethingNew"}'])
-    assert [line.event for line in audit.lines(ledger)][11:] == ["unreadable"] * 4
+    assert [line.event for line in audit.read_audit(ledger)][11:] == ["unreadable"] * 4
 
 
 def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Path) -> None:
     reading = audit.open_ledger(tmp_path)
-    assert len(audit.lines(reading)) == 11
+    assert len(audit.read_audit(reading)) == 11
     with pytest.raises(Exception, match="readonly"):
         reading.append("fleet", [b"{}"])
     ledger.append("fleet", [msgspec.json.encode(joined("DDDD", "dan"))])
-    assert audit.lines(reading)[-1].name == "dan"
+    assert audit.read_audit(reading)[-1].name == "dan"
     reading.close()
     ledger.close()
     alone = audit.open_ledger(tmp_path)
-    assert audit.lines(alone)[-1].name == "dan"
+    assert audit.read_audit(alone)[-1].name == "dan"
     newest = alone.newest()
     assert newest is not None
     assert newest.seq == 14
@@ -118,13 +118,13 @@ def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Pat
 
 def test_a_moment_is_a_date_or_so_long_ago() -> None:
     now = 1_700_000_000.0
-    assert moment("2h", now) == now - 7200
-    assert moment("90", now) == now - 90
-    assert moment("2026-11-23T18:00+00:00", now) == 1_795_456_800.0
-    assert moment("2026-11-23", now) == time.mktime((2026, 11, 23, 0, 0, 0, 0, 0, -1))
+    assert parse_time("2h", now) == now - 7200
+    assert parse_time("90", now) == now - 90
+    assert parse_time("2026-11-23T18:00+00:00", now) == 1_795_456_800.0
+    assert parse_time("2026-11-23", now) == time.mktime((2026, 11, 23, 0, 0, 0, 0, 0, -1))
     for wrong in ("yesterday", "", "2026-13-01", "-2h"):
         with pytest.raises(UsageFault, match="no time"):
-            moment(wrong, now)
+            parse_time(wrong, now)
 
 
 # --- the commands -----------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_verify_names_the_first_changed_entry(site: Fleet) -> None:
         site.ticket()
     done = site.ask("audit", "verify")
     assert (done.returncode, done.stdout[:30]) == (0, "3 entries, every hash fits; th")
-    with sqlite3.connect(site.home / audit.LEDGER) as other:
+    with sqlite3.connect(site.home / audit.LEDGER_FILE) as other:
         other.execute("UPDATE log SET at = at - 60 WHERE seq = 2")
     other.close()
     done = site.ask("audit", "verify", "--json")

@@ -152,9 +152,9 @@ async def test_what_is_restored_is_what_was_there(tmp_path: Path) -> None:
     made = backup.restore(file, again)
     for name in made.files:
         assert (again / name).stat().st_mode & 0o077 == 0
-        if name != backup.LEDGER:
+        if name != backup.LEDGER_FILE:
             assert (again / name).read_bytes() == (home / name).read_bytes()
-    ledgers = [Ledger(folder / backup.LEDGER, read_only=True) for folder in (home, again)]
+    ledgers = [Ledger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)]
     assert list(ledgers[0].entries())[: made.entries] == list(ledgers[1].entries())
     for ledger in ledgers:
         ledger.close()

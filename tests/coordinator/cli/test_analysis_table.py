@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.cli.analysis_table import in_words, rows
-from coordinator.jobs.analysis import Answer, Group
+from coordinator.cli.analysis_table import format_figure, rows
+from coordinator.jobs.analysis import AnalysisResult, Group
 
 
 @pytest.mark.parametrize(
@@ -21,11 +21,11 @@ from coordinator.jobs.analysis import Answer, Group
     ],
 )  # fmt: skip
 def test_a_figure_in_words(figure: object, words: str) -> None:
-    assert in_words(figure) == words  # type: ignore[arg-type]
+    assert format_figure(figure) == words  # type: ignore[arg-type]
 
 
 def test_a_table_names_groups_rows_and_figures() -> None:
-    answer = Answer(
+    answer = AnalysisResult(
         figures=("mean(age)",),
         by=("city",),
         groups=(Group(("Oslo",), 12, (30.5,)), Group((None,), 5, (None,))),

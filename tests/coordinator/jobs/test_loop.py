@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator.cli.jobs import _same
+from coordinator.cli.jobs import _same_job
 from coordinator.jobs import output
 from coordinator.jobs.input import prepare
 from coordinator.jobs.state import Job
@@ -125,7 +125,7 @@ async def test_rows_are_spread_and_merged_while_a_run_trains(tmp_path: Path) -> 
         folder = fleet.home / "jobs"
         await until(lambda: not list((folder / "spool").iterdir()))
         assert {path.stem for path in (folder / "versions").iterdir()} == job.on_disk
-        fleet.hub.jobs.take(job.id)
+        fleet.hub.jobs.mark_taken(job.id)
         assert list((folder / "versions").iterdir()) == []
         assert fleet.hub.jobs.find(job.id).taken
 
@@ -133,7 +133,7 @@ async def test_rows_are_spread_and_merged_while_a_run_trains(tmp_path: Path) -> 
 async def test_what_nobody_takes_is_kept_for_some_jobs_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.jobs.manager._KEPT_JOBS", 1)
+    monkeypatch.setattr("coordinator.jobs.manager._MAX_UNTAKEN_JOBS", 1)
     for side in ("agent.clientapp.jobs", "coordinator.jobs.store"):
         monkeypatch.setattr(f"{side}.INLINE_BYTES", 64)  # so answers are files
     async with fleet_of(tmp_path, THREE[0]) as fleet:
@@ -155,7 +155,7 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
             remote, model = Remote(fleet.home), job.spec.models[0]
             spec = replace(job.spec, models=(Model(model.digest, 0),))
             try:
-                return _same(remote, spec, fleet.hub.job_lane)
+                return _same_job(remote, spec, fleet.hub.job_lane)
             finally:
                 remote.close()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coordinator.jobs import scheduler
 from coordinator.jobs import state as jobs
-from coordinator.jobs.scheduler import EndLease, Lease, View
+from coordinator.jobs.scheduler import Availability, EndLease, Lease
 from coordinator.jobs.state import Job, UnitState
 from coordinator.storage import job_events
 from coordinator.storage.job_events import Block, Given, JobEvent, JobSpec, JobStarted, JobState
@@ -38,7 +38,7 @@ def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str =
 
 
 def leases(job: Job, *peers: str, **view: Any) -> list[Lease]:
-    steps = scheduler.decide(job, View(frozenset(peers), **view))
+    steps = scheduler.decide(job, Availability(frozenset(peers), **view))
     return [step for step in steps if isinstance(step, Lease)]
 
 
@@ -103,7 +103,7 @@ def test_a_peer_that_is_overdue_gives_back_all_that_it_has_in_hand() -> None:
     for _ in range(2):
         (step,) = leases(job, "ada")
         job = jobs.apply(job, lease(step))
-    steps = scheduler.decide(job, View(frozenset({"ada"}), overdue=frozenset({(1, "ada")})))
+    steps = scheduler.decide(job, Availability(frozenset({"ada"}), overdue=frozenset({(1, "ada")})))
     assert steps == [EndLease(1, "ada", jobs.OVERDUE), EndLease(2, "ada", jobs.OVERDUE)]
     for unit in (1, 2):
         job = jobs.apply(job, job_events.LeaseEnded(unit, "ada", jobs.OVERDUE))
@@ -115,9 +115,9 @@ def test_what_was_given_back_goes_out_before_new_rows() -> None:
     job = scattered()
     (step,) = leases(job, "ada")
     job = jobs.apply(job, lease(step))
-    assert scheduler.decide(job, View(frozenset({"bob"}), gone=frozenset({(0, "ada")}))) == [
-        EndLease(0, "ada", "went away")
-    ]
+    assert scheduler.decide(
+        job, Availability(frozenset({"bob"}), gone=frozenset({(0, "ada")}))
+    ) == [EndLease(0, "ada", "went away")]
     job = jobs.apply(job, job_events.LeaseEnded(0, "ada", "went away"))
     assert leases(job, "bob") == [Lease(0, "bob", step.first, step.stop)]
 
@@ -136,7 +136,7 @@ def test_an_overdue_unit_goes_to_another_and_the_first_answer_counts() -> None:
     job = jobs.apply(job, job_events.AnswerDropped(0, "bob", "late"))
     assert job.units[0].answer == returned(job, 0, "ada").given  # type: ignore[union-attr]
     assert job.dropped == {"late": 1}
-    assert scheduler.decide(job, View(frozenset(PEERS)))[0].state is JobState.FINISHED  # type: ignore[union-attr]
+    assert scheduler.decide(job, Availability(frozenset(PEERS)))[0].state is JobState.FINISHED  # type: ignore[union-attr]
 
 
 def test_only_the_last_rows_are_given_out_twice() -> None:
@@ -164,7 +164,7 @@ def test_a_quorum_needs_equal_answers_of_different_peers() -> None:
     (third,) = leases(job, "ada", "bob", "cyd")
     assert third.peer == "cyd"
     # With nobody else there it is told, and not waited for.
-    (end,) = scheduler.decide(job, View(frozenset({"ada", "bob"})))
+    (end,) = scheduler.decide(job, Availability(frozenset({"ada", "bob"})))
     assert "no 2 peers agree" in end.because  # type: ignore[union-attr]
     job = jobs.apply(jobs.apply(job, lease(third)), returned(job, 0, "cyd", digest="right"))
     assert job.units[0].agreed == 2
@@ -177,17 +177,17 @@ def test_a_unit_that_fails_everywhere_fails_the_job() -> None:
         job = jobs.apply(job, lease(step))
         job = jobs.apply(job, job_events.LeaseEnded(0, peer, jobs.FAILED))
         job = jobs.apply(job, job_events.PeerExcused(peer, "the trainer: task"))
-    (end,) = scheduler.decide(job, View(frozenset(PEERS)))
+    (end,) = scheduler.decide(job, Availability(frozenset(PEERS)))
     assert isinstance(end, scheduler.End)
     assert end == (JobState.FAILED, "unit 0 failed on 3 peers: the trainer: task")
 
 
 def test_a_job_that_nobody_can_do_ends_also_when_they_have_left() -> None:
     job = jobs.apply(scattered(), job_events.PeerExcused("ada", "refused"))
-    assert scheduler.decide(job, View(frozenset())) == []  # others may come yet
-    (end,) = scheduler.decide(job, View(frozenset(), deserted=True))
+    assert scheduler.decide(job, Availability(frozenset())) == []  # others may come yet
+    (end,) = scheduler.decide(job, Availability(frozenset(), deserted=True))
     assert end == scheduler.End(JobState.FAILED, "no peer can do it: refused")
-    assert scheduler.decide(scattered(), View(frozenset(), deserted=True)) == []
+    assert scheduler.decide(scattered(), Availability(frozenset(), deserted=True)) == []
 
 
 def test_a_job_over_own_rows_tells_who_answered() -> None:
@@ -198,8 +198,8 @@ def test_a_job_over_own_rows_tells_who_answered() -> None:
     job = jobs.apply(job, job_events.UnitReturned(0, "ada", Given(digest="d", nbytes=1, rows=7)))
     job = jobs.apply(job, job_events.UnitVerified(0, "d"))
     job = jobs.apply(job, job_events.PeerExcused("bob", "refused"))
-    assert scheduler.decide(job, View(frozenset({"ada"}))) == []  # cyd may come yet
-    assert scheduler.decide(job, View(frozenset({"ada"}), due=True)) == [
+    assert scheduler.decide(job, Availability(frozenset({"ada"}))) == []  # cyd may come yet
+    assert scheduler.decide(job, Availability(frozenset({"ada"}), due=True)) == [
         scheduler.End(JobState.FINISHED, "1 of 3 peers answered")
     ]
 
@@ -224,7 +224,7 @@ def test_any_schedule_verifies_each_row_once(seed: int, blocks: int, quorum: int
         held = [(unit.number, peer) for unit, peer, _ in job.leases()]
         gone = frozenset((unit, peer) for unit, peer in held if peer not in there)
         late = frozenset(some(held))
-        steps = scheduler.decide(job, View(there, gone, late))
+        steps = scheduler.decide(job, Availability(there, gone, late))
         for step in steps:
             match step:
                 case Lease():

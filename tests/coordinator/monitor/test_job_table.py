@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from coordinator.fleet.reducer import RUNS_KEPT, Fleet, Job, fold, rebased
 from coordinator.jobs import state as jobs
-from coordinator.jobs.messages import job_body
+from coordinator.jobs.messages import job_changed
 from coordinator.monitor.job_table import (
     COLUMNS,
     describe_job,
@@ -51,14 +51,14 @@ def test_a_body_tells_what_the_facts_add_up_to() -> None:
         job_events.AnswerDropped(1, "dan", "late"),
     ):
         job = jobs.apply(job, fact)
-    body = job_body(job)
+    body = job_changed(job)
     assert (body.done, body.leased, body.total, body.peers) == (20, 40, 100, 2)
     assert (body.units, body.rows, body.rows_per_s) == (1, 20, 5.0)
     assert (body.bytes_up, body.bytes_down) == (77, 6_000)
     assert (body.dropped, body.num_excused) == (1, 1)
     assert body.excused == {"cyd": "its owner·[3m says no"}
     assert (body.began_at, body.ended_at) == (NOW, 0.0)
-    ended = job_body(jobs.apply(job, job_events.JobEnded(JobState.STOPPED, "enough", NOW + 9)))
+    ended = job_changed(jobs.apply(job, job_events.JobEnded(JobState.STOPPED, "enough", NOW + 9)))
     assert (ended.state, ended.ended_because, ended.ended_at) == ("stopped", "enough", NOW + 9)
     assert (ended.leased, ended.peers) == (0, 0)
 
@@ -67,7 +67,7 @@ def test_many_excuses_fit_into_one_message() -> None:
     job = jobs.started("private-1", JobSpec(kind="private"))
     for number in range(50):
         job = jobs.apply(job, job_events.PeerExcused(f"peer-{number}", "x" * 1_000))
-    body = job_body(job)
+    body = job_changed(job)
     assert body.num_excused == 50
     assert sum(map(len, body.excused.values())) < 8_000
     fleet = Fleet(fleet="f")

@@ -21,7 +21,15 @@ from coordinator.monitor.peer_table import (
 )
 from coordinator.monitor.plain_table import plain_table
 from coordinator.monitor.round_table import round_progress
-from coordinator.remote.formatting import age, amount, decimal, progress, rate, stopwatch, trend
+from coordinator.remote.formatting import (
+    age,
+    decimal,
+    format_bytes,
+    progress,
+    rate,
+    stopwatch,
+    trend,
+)
 from protocols.messages.envelope import RunChanged, Telemetry
 from protocols.messages.states import PauseReason, PeerState, RunState
 
@@ -54,7 +62,7 @@ def peer(name: str, state: PeerState = PeerState.IDLE, reason: str = "", **label
     ],
 )
 def test_amounts(num_bytes: float, words: str) -> None:
-    assert amount(num_bytes) == words
+    assert format_bytes(num_bytes) == words
 
 
 @pytest.mark.parametrize(

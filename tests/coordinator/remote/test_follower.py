@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from coordinator.fleet.reducer import fold
-from coordinator.remote.follower import Following, jittered
+from coordinator.remote.follower import FleetFollower, jittered
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Envelope, Presence
 from protocols.messages.states import PeerState
@@ -16,8 +16,8 @@ from tests.support.scene import IDS, NOW, Replay, busy_fleet, empty_fleet, known
 
 
 @asynccontextmanager
-async def following(source: Replay) -> AsyncIterator[Following]:
-    follow = Following(source, lambda: NOW, lambda attempt: 0.01)
+async def following(source: Replay) -> AsyncIterator[FleetFollower]:
+    follow = FleetFollower(source, lambda: NOW, lambda attempt: 0.01)
     task = asyncio.create_task(follow.run())
     try:
         yield follow
@@ -38,7 +38,7 @@ def presence(seq: int, state: PeerState, epoch: str = "e2") -> Envelope:
     return Envelope(sender=IDS["north"], epoch=epoch, seq=seq, at=NOW, body=body)
 
 
-def state_of(follow: Following) -> PeerState | None:
+def state_of(follow: FleetFollower) -> PeerState | None:
     peer = follow.fleet.peers.get(IDS["north"]) if follow.fleet else None
     return peer.state if peer else None
 
@@ -52,7 +52,7 @@ async def test_live_messages_that_came_before_the_snapshot_are_not_lost() -> Non
         source.http_up = True
         follow.reconnect()
         await eventually(lambda: state_of(follow) is PeerState.IDLE)
-        assert follow.dirty or follow.whole
+        assert follow.changed_peers or follow.all_changed
 
 
 async def test_a_gap_fetches_a_new_snapshot() -> None:
@@ -89,7 +89,7 @@ async def test_it_never_gives_up() -> None:
         source.live.put_nowait(Unreachable("the broker is gone"))
         await eventually(lambda: not follow.connected)
         assert follow.fleet is not None, "what was known stays"
-        assert follow.trouble is not None
+        assert follow.error is not None
         source.http_up = source.mqtt_up = True
         source.live.put_nowait(presence(5, PeerState.SENDING))
         await eventually(lambda: follow.stream and follow.http)

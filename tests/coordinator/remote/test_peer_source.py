@@ -12,7 +12,7 @@ from agent.transport.p2p.peer_client import Asking
 from coordinator.fleet.auth import OPERATOR
 from coordinator.monitor.plain_table import plain_table
 from coordinator.remote import peer_source
-from coordinator.remote.peer_source import ViaSource
+from coordinator.remote.peer_source import PeerSource
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
 from protocols.local.atomic_files import write_private
@@ -48,14 +48,14 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
     with Site(tmp_path / "coordinator").up() as site:
         home = home_of(site, tmp_path)
         with pytest.raises(NotRunning):
-            ViaSource(home, "ann")
+            PeerSource(home, "ann")
         ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
         head = ann.hold(3)
         async with without_coordinator(ann, bob):
-            peer_source.keep(home, await told(site))
+            peer_source.save_neighbours(home, await told(site))
             await until(lambda: bob.heads.newest() == head)
             await until(lambda: ann.gossip.known().alike)
-            source = ViaSource(home, "ann")
+            source = PeerSource(home, "ann")
             fleet = await source.snapshot()
             assert source.heading == fleet.name == "as ann knows it"
             rows = {peer.name: (peer.state, peer.run, peer.round) for peer in fleet.peers.values()}
@@ -63,10 +63,10 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
             assert [event.text for event in fleet.events if head.digest[:12] in event.text]
             assert "as ann knows it" in str(plain_table(fleet, fleet.at, source.heading).title)
 
-            moved = ViaSource(home, ann.sharing.asked().address)
+            moved = PeerSource(home, ann.sharing.asked().address)
             assert (await moved.snapshot()).peers.keys() == fleet.peers.keys()
             with pytest.raises(UnknownName, match="cyd"):
-                ViaSource(home, "cyd")
+                PeerSource(home, "cyd")
             with pytest.raises(Refused):
                 await source.stop_run("r")
             with pytest.raises(Unreachable):
@@ -101,9 +101,9 @@ async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> 
     (tmp_path / "coordinator").mkdir()
     with Site(tmp_path / "coordinator").up() as site:
         home = home_of(site, tmp_path)
-        peer_source.keep(home, await told(site))
+        peer_source.save_neighbours(home, await told(site))
         with pytest.raises(Unreachable, match="does not answer at"):
-            await ViaSource(home, word).snapshot()
+            await PeerSource(home, word).snapshot()
 
 
 async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
@@ -114,22 +114,22 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
         async with without_coordinator(ann, bob):
             given = await told(site)
             write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
-            peer_source.keep(home, given)
+            peer_source.save_neighbours(home, given)
             with pytest.raises(Refused, match="ann refused"):
-                await ViaSource(home, "ann").snapshot()
+                await PeerSource(home, "ann").snapshot()
             # Somebody else at ann's address is not asked.
             at_bob = bob.sharing.asked().address
             near = tuple(
                 msgspec.structs.replace(one, address=at_bob) for one in given.near
                 if one.name == "ann"
             )  # fmt: skip
-            peer_source.keep(home, msgspec.structs.replace(given, near=near))
+            peer_source.save_neighbours(home, msgspec.structs.replace(given, near=near))
             with pytest.raises(Refused, match="somebody else"):
-                await ViaSource(home, "ann").snapshot()
-            peer_source.keep(home, msgspec.structs.replace(given, near=()))
+                await PeerSource(home, "ann").snapshot()
+            peer_source.save_neighbours(home, msgspec.structs.replace(given, near=()))
             with pytest.raises(Refused, match="somebody else"):
-                await ViaSource(home, at_bob).snapshot()
-        peer_source.keep(home, given)
+                await PeerSource(home, at_bob).snapshot()
+        peer_source.save_neighbours(home, given)
         with pytest.raises(Unreachable):
-            await ViaSource(home, "ann").snapshot()
+            await PeerSource(home, "ann").snapshot()
         assert at_bob.startswith(HOST)

@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.fleet import reducer as fleets
 from coordinator.monitor.terminal_text import ascii_only, strip_controls
-from coordinator.remote.recording import DEMO, Recorder, RecordingSource, read
+from coordinator.remote.recording import DEMO_FILE, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
 from protocols.errors import CommonweightError, UsageFault
 from tests.support.scene import NOW, Replay, busy_fleet, empty_fleet, story
@@ -68,7 +68,7 @@ async def test_pace_stop_and_step(tmp_path: Path) -> None:
     assert source.position_s == 40
     source.play()
     wall["now"] = 90.0
-    assert (source.position_s, source.words[0]) == (40, "‖")
+    assert (source.position_s, source.status_text[0]) == (40, "‖")
     messages = source.messages()
     source.step()
     first = await anext(messages)
@@ -127,7 +127,7 @@ def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes) -> None:
 
 
 def test_the_demo_is_here_and_has_a_story() -> None:
-    source = ReplaySource(DEMO)
+    source = ReplaySource(DEMO_FILE)
     source.seek(source.length_s)
     fleet = shown(source)
     run = fleets.current_run(fleet)

@@ -113,7 +113,7 @@ def test_metrics_that_are_told_or_may_be_pass(asked: RunSpec) -> None:
 
 def test_a_target_may_name_its_metric() -> None:
     def typed_as(*target: str, **more: Any) -> RunSpec:
-        return run_options.order({"task": "tabular", "target": target, **more}).spec
+        return run_options.build_order({"task": "tabular", "target": target, **more}).spec
 
     found = typed_as("price", "rmse=2.5")
     assert (found.best_metric, found.target) == ("rmse", 2.5)

@@ -141,7 +141,7 @@ async def test_a_version_that_a_job_uses_is_deleted_when_the_job_has_ended(tmp_p
             assert fleet.hub.lane.has(head)
         assert fleet.hub.lane.has(head), "the job goes on after the restart"
         async with fleet.up():
-            await until(lambda: fleet.hub.jobs.at_work)
+            await until(lambda: fleet.hub.jobs.is_working)
             assert fleet.hub.lane.has(head)
             fleet.hub.jobs.stop(job)
             await until(lambda: not fleet.hub.lane.has(head))

@@ -164,7 +164,7 @@ async def test_a_run_starts_from_a_bf16_file(tmp_path: Path) -> None:
             agent.trainer.first, agent.trainer.step = lambda seed: model, step
             agent.trainer.loss = lambda model, data: 1.0
         typed = {"task": "softmax", "rounds": 1, "quorum": 2, "from": file}
-        order = run_options.order(typed)
+        order = run_options.build_order(typed)
         run = await fleet.finished(fleet.hub.runs.start(order.spec, order.from_digest))
         assert (run.state, run.first) == (RunState.FINISHED, weights.digest(model))
         assert run.head != run.first

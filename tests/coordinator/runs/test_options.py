@@ -58,7 +58,9 @@ def test_each_bound_is_checked_at_every_entrance(option: Option) -> None:
     text = FORMS.get(option.name, "{}").format(number)
     value: Any = text if option.kind is str else number
     with pytest.raises(UsageFault, match=words):
-        run_options.order({"task": "ping", option.name: [value] if option.repeatable else value})
+        run_options.build_order(
+            {"task": "ping", option.name: [value] if option.repeatable else value}
+        )
     with pytest.raises(UsageFault, match=words):
         run_form.order({"task": "ping", option.name: text})
     spec = RunSpec(task="ping", rounds=1)
@@ -71,11 +73,11 @@ def test_each_bound_is_checked_at_every_entrance(option: Option) -> None:
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.choices], ids=lambda o: o.name)
 def test_a_choice_that_is_not_there_is_refused(option: Option) -> None:
     with pytest.raises(UsageFault, match=f"--{option.name} must be .* or .*, not 'by mood'"):
-        run_options.order({"task": "ping", option.name: "by mood"})
+        run_options.build_order({"task": "ping", option.name: "by mood"})
 
 
 def test_what_is_left_out_is_as_the_table_says() -> None:
-    spec = run_options.order({"task": "ping"}).spec
+    spec = run_options.build_order({"task": "ping"}).spec
     for option in OPTIONS:
         if option.is_plain:
             assert getattr(spec, option.field) == option.default, option.name

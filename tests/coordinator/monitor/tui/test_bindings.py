@@ -23,7 +23,7 @@ from coordinator.monitor.tui.replay_app import ReplayApp
 from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.row_table import RowTable
 from coordinator.monitor.tui.run_form import RunForm
-from coordinator.remote.recording import DEMO
+from coordinator.remote.recording import DEMO_FILE
 from coordinator.remote.replay import ReplaySource
 from tests.support.scene import (
     IDS,
@@ -312,7 +312,7 @@ async def test_keys_of_the_boxes() -> None:
 
 
 async def test_keys_of_a_recording() -> None:
-    source = ReplaySource(DEMO, 1.0)
+    source = ReplaySource(DEMO_FILE, 1.0)
     app = ReplayApp(source)
     async with app.run_test(size=(100, 30)) as pilot:
         await until(pilot, lambda: app.fleet is not None)

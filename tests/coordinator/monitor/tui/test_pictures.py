@@ -152,12 +152,12 @@ async def _links(look: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> No
     app = app_of(nobody, look, monkeypatch)
     async with app.run_test(size=SIZES[0]) as pilot:
         await held(app, pilot)
-        app.following.trouble = None
+        app.following.error = None
         await tour(pilot, album, name("connecting"), {"fleet": ()})
     nobody.mqtt_up = False
     app = app_of(nobody, look, monkeypatch)
     async with app.run_test(size=SIZES[0]) as pilot:
-        await until(pilot, lambda: app.following.trouble is not None)
+        await until(pilot, lambda: app.following.error is not None)
         await held(app, pilot, NOW + 8)
         await tour(pilot, album, name("unreachable"), {"fleet": (), "jobs": ("4",)})
     source = serving(scene.rich_fleet())
