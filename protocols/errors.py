@@ -1,7 +1,7 @@
 """Every error that a person can meet. Pure.
 
 CommonweightError                     1  something failed
-├── UsageFault                        2  what was typed cannot work
+├── UsageError                        2  what was typed cannot work
 │   ├── TicketMalformed                  a ticket that is cut or mistyped
 │   ├── UnknownName                      a task, run, peer or setting nobody knows
 │   └── CannotBeMet                      a quorum or deadline that cannot be met
@@ -10,14 +10,14 @@ CommonweightError                     1  something failed
 │   ├── NotEnrolled                      this machine has not joined
 │   └── VersionSkew                      the two programs are too far apart
 ├── NotRunning                        5  the program asked for is not up
-├── HomeFault                         1  the home folder cannot be used
+├── HomeError                         1  the home folder cannot be used
 │   ├── HomeLocked                       another process works in it
 │   └── HomeTooNew                       written by a newer version
 ├── DiskFull                          1  no room is left where something must be written
 ├── PortInUse                         1  somebody else listens there
 ├── BadMessage                        1  bytes that are not one of our messages
 ├── BadWeights                        1  bytes that are not weights, or not these weights
-├── DataFault                         1  a peer's data cannot serve the run
+├── DataError                         1  a peer's data cannot serve the run
 │   └── SchemaMismatch                   they, the model or the task are not those of the others
 ├── OutOfMemory                       1  a step of training takes more memory than there is
 ├── TaskUnusable                      1  a task's own file or package cannot be loaded
@@ -65,26 +65,26 @@ class CommonweightError(Exception):
         self.hint = hint
 
 
-class UsageFault(CommonweightError):
+class UsageError(CommonweightError):
     """What was typed cannot work."""
 
     exit_code = ExitCode.USAGE
     code = "usage"
 
 
-class TicketMalformed(UsageFault):
+class TicketMalformed(UsageError):
     """The join string is not a whole ticket."""
 
     code = "ticket_malformed"
 
 
-class UnknownName(UsageFault):
+class UnknownName(UsageError):
     """No task, run, peer or setting has this name."""
 
     code = "unknown_name"
 
 
-class CannotBeMet(UsageFault):
+class CannotBeMet(UsageError):
     """A quorum or a deadline that the fleet cannot meet."""
 
     code = "cannot_be_met"
@@ -123,19 +123,19 @@ class NotRunning(CommonweightError):
     code = "not_running"
 
 
-class HomeFault(CommonweightError):
+class HomeError(CommonweightError):
     """The home folder cannot be used."""
 
     code = "home"
 
 
-class HomeLocked(HomeFault):
+class HomeLocked(HomeError):
     """Another process works in this home."""
 
     code = "home_locked"
 
 
-class HomeTooNew(HomeFault):
+class HomeTooNew(HomeError):
     """The home was written by a newer version than this one."""
 
     code = "home_too_new"
@@ -165,7 +165,7 @@ class BadWeights(CommonweightError):
     code = "bad_weights"
 
 
-class DataFault(CommonweightError):
+class DataError(CommonweightError):
     """A peer's data cannot serve the run.
 
     Others are told the `message`: it quotes no row, no file's name and no path. The `hint` may, as
@@ -175,7 +175,7 @@ class DataFault(CommonweightError):
     code = "data"
 
 
-class SchemaMismatch(DataFault):
+class SchemaMismatch(DataError):
     """A field of this peer's schema is not what all the others have."""
 
     code = "schema"
@@ -194,7 +194,7 @@ class OutOfMemory(CommonweightError):
         would = f"{fits} would fit" if fits else "not even one would fit"
         hint = f"commonweight run start … --set batch_size={fits}" if fits else "a smaller model"
         super().__init__(f"{batch_size} examples a step do not fit into memory; {would}", hint)
-        self.fits = fits
+        self.max_batch_size = fits
 
 
 class TaskUnusable(CommonweightError):
@@ -210,9 +210,9 @@ class CannotPredict(CommonweightError):
 
 
 #: Codes of errors whose words are fit for the other side.
-TELLABLE = frozenset({DataFault.code, SchemaMismatch.code, CannotPredict.code})
+SHAREABLE_CODES = frozenset({DataError.code, SchemaMismatch.code, CannotPredict.code})
 #: And of errors that speak of a run's settings, which come from there.
-OF_SETTINGS = frozenset({UsageFault.code, UnknownName.code})
+SETTINGS_CODES = frozenset({UsageError.code, UnknownName.code})
 
 
 class TrainerFailed(CommonweightError):

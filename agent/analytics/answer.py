@@ -17,7 +17,7 @@ from agent.data.settings import DataSettings
 from protocols.analytics.mergeable_states import Cell, Told
 from protocols.analytics.query import Question
 from protocols.errors import CommonweightError, Refused
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.analysis")
 
@@ -39,7 +39,7 @@ def answered(question: Question, table: DataSettings, limits: Limits, memory: Me
         # Others learn the kind of trouble, not what the table holds.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
         log.info("a question was not answered: %s", err.message)
-        return memory.keep(question, data, Told(refused=printable(words)), ())
+        return memory.keep(question, data, Told(refused=strip_controls(words)), ())
     return memory.keep(question, data, told, sets)
 
 

@@ -19,7 +19,7 @@ from agent.data.column_types import Kinds, kinds, numbers, texts
 from protocols.analytics import mergeable_states, sketches
 from protocols.analytics.mergeable_states import Counted, Measured, Ranged, State
 from protocols.analytics.query import Condition, Operation, Question
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.tables.statistics import Kind, moments
 
 Group = tuple[str | None, ...]
@@ -44,7 +44,7 @@ class Computed(NamedTuple):
 
 
 def compute(question: Question, reader: Reader) -> Computed:
-    """The statistics of every group. Raises UnknownName, UsageFault, DataFault."""
+    """The statistics of every group. Raises UnknownName, UsageError, DataError."""
     columns = question.columns
     known = reader.columns()
     for name in columns:
@@ -56,7 +56,7 @@ def compute(question: Question, reader: Reader) -> Computed:
     for operation in question.operations:
         for name in operation.columns:
             if operation.kind in _OF_NUMBERS and held[name] == "text":
-                raise UsageFault(f"{operation} needs numbers, and {name!r} holds text")
+                raise UsageError(f"{operation} needs numbers, and {name!r} holds text")
     cells: dict[Group, tuple[State, ...]] = {}
     members: dict[Group, list[Rows]] = {}
     read: list[int] = []
@@ -72,7 +72,7 @@ def compute(question: Question, reader: Reader) -> Computed:
             )
             old = cells.get(group)
             if old is None and len(cells) >= MOST_GROUPS:
-                raise UsageFault(
+                raise UsageError(
                     f"more than {MOST_GROUPS} groups", "group by fewer, rounder values"
                 )
             cells[group] = (
@@ -140,7 +140,7 @@ class _Batch:
                     return np.isin(column, np.array(values, np.float64))
                 return _COMPARE[condition.comparison](column, float(values[0])) & ~np.isnan(column)
         if condition.comparison not in ("==", "!=", "in"):
-            raise UsageFault(f"{name!r} holds text, which has no order here", "use == or in")
+            raise UsageError(f"{name!r} holds text, which has no order here", "use == or in")
         plain = [f"{v:.0f}" if isinstance(v, float) and v == int(v) else str(v) for v in values]
         column = self.texts(name)
         found = _mask(pc.is_in(column, value_set=pa.array(plain, pa.string())))

@@ -15,7 +15,7 @@ from types import ModuleType
 from agent.analytics.compute import Computed
 from protocols.analytics.mergeable_states import Binned, Cell, Counted, Measured, State, Told
 from protocols.analytics.query import Operation, Question
-from protocols.errors import CommonweightError, Refused, UsageFault
+from protocols.errors import CommonweightError, Refused, UsageError
 from protocols.tables.statistics import Moments
 
 DELTA = 1e-6
@@ -23,7 +23,7 @@ _MOST_NOISE = 2**50
 
 
 def check(question: Question, budget: float, spent: float) -> None:
-    """Raise Refused or UsageFault if this cannot be answered with noise, or not any more."""
+    """Raise Refused or UsageError if this cannot be answered with noise, or not any more."""
     if question.epsilon <= 0:
         raise Refused(
             "the owner tells answers with noise only",
@@ -38,17 +38,17 @@ def check(question: Question, budget: float, spent: float) -> None:
 
 
 def check_form(question: Question) -> None:
-    """Raise UsageFault for what has no noisy form, or lacks bounds."""
+    """Raise UsageError for what has no noisy form, or lacks bounds."""
     for operation in question.operations:
         if operation.kind not in ("count", "missing", "sum", "mean", "histogram"):
-            raise UsageFault(
+            raise UsageError(
                 f"{operation} has no answer with noise here", "count, missing, sum, mean, histogram"
             )
         if operation.kind in ("sum", "mean") and operation.columns[0] not in question.bounds:
             name = operation.columns[0]
-            raise UsageFault(f"noise for {operation} needs bounds", f"--bounds {name}=0..100")
+            raise UsageError(f"noise for {operation} needs bounds", f"--bounds {name}=0..100")
         if operation.kind == "histogram" and len(operation.args) != 3:
-            raise UsageFault(
+            raise UsageError(
                 "a histogram with noise needs a range", "histogram(income, 20, 0, 1e5)"
             )
 

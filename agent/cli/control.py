@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from protocols.errors import HomeLocked, NotRunning, UsageFault
+from protocols.errors import HomeLocked, NotRunning, UsageError
 from protocols.local import homes, json_output
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
@@ -37,10 +37,10 @@ def say(text: str) -> None:
 
 
 def parse_duration(text: str) -> float:
-    """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageFault."""
+    """`90s`, `30m`, `2h`, `7d` or plain seconds. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:
-        raise UsageFault(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
+        raise UsageError(f"{text!r} is no duration", "write 90s, 30m, 2h or 7d")
     return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
 
 
@@ -189,7 +189,7 @@ def leave(
         joined = settings.read_enrollment(home)
         if not yes:
             if not sys.stdin.isatty():
-                raise UsageFault("leaving asks first, and there is no terminal", "add --yes")
+                raise UsageError("leaving asks first, and there is no terminal", "add --yes")
             typer.confirm(f"{joined.name} leaves fleet {joined.fleet}?", abort=True, err=True)
         enrollment.leave(home, joined, offline=offline)
     say("left the fleet; its keys are deleted, data and settings are where they were")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agent.cli.control import Json, say
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local import homes, json_output
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def export(
     path, task_name, asked = find_model(model)
     form = form or ("onnx" if out.suffix == ".onnx" else "merged")
     if out.exists():
-        raise UsageFault(f"{out} exists already", "choose another name")
+        raise UsageError(f"{out} exists already", "choose another name")
     out = out.absolute()
     if not out.parent.is_dir():
-        raise UsageFault(f"there is no folder {out.parent}")
+        raise UsageError(f"there is no folder {out.parent}")
     task = registry.find(task_name, chosen.task_files.get(task_name, ""), chosen.framework)
     forms = task.forms if isinstance(task, Exporting) else ()
     if form not in forms:
@@ -59,7 +59,7 @@ def export(
         raise UnknownName(f"the task {task_name} has no form {form!r}", known)
     assert isinstance(task, Exporting)
     if asked.get(personalization.AT_HOME):
-        raise UsageFault(
+        raise UsageError(
             f"this run's {asked[personalization.AT_HOME]} stay at home: no version is whole"
         )
     plain = {name: value for name, value in asked.items() if name not in personalization.SETTINGS}
@@ -74,7 +74,7 @@ def export(
 
 
 def find_model(model: str) -> tuple[Path, str, dict[str, Any]]:
-    """The file, its task and that one's settings. Raises UsageFault, UnknownName, NotEnrolled."""
+    """The file, its task and that one's settings. Raises UsageError, UnknownName, NotEnrolled."""
     from agent.home import settings
     from agent.transport import version_proofs
     from protocols.model import model_card

@@ -22,7 +22,7 @@ from agent.cli import export, predict, questions, serve, service, task
 from agent.cli import policy as cli_policy
 from agent.cli.control import Json, is_running, say
 from protocols import VERSION
-from protocols.errors import NotRunning, Unreachable, UsageFault
+from protocols.errors import NotRunning, Unreachable, UsageError
 from protocols.local import cli_entry, crash_reports, exits, homes, json_output
 
 if TYPE_CHECKING:
@@ -152,14 +152,14 @@ def _read_ticket(given: str | None) -> str:
 def _parse_label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageFault(f"the label {text!r} is not key=value")
+        raise UsageError(f"the label {text!r} is not key=value")
     return key, value
 
 
 def _parse_part(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise UsageFault(f"{text!r} is no part: write i/n with i from 0 to n-1, such as 0/4")
+        raise UsageError(f"{text!r} is no part: write i/n with i from 0 to n-1, such as 0/4")
     return int(match[1]), int(match[2])
 
 

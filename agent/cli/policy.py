@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.control import Json, is_running, parse_duration, say
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import homes, json_output
 
 policy = typer.Typer(help="What the agent may do here.", no_args_is_help=True)
@@ -59,20 +59,20 @@ def set_policy(
 
 
 def _override(home: Path, key: str, value: str, for_s: float) -> None:
-    """A mode that holds for a while, over the one in the settings. Raises UsageFault."""
+    """A mode that holds for a while, over the one in the settings. Raises UsageError."""
     import msgspec
 
     from agent.home import status_files
     from agent.policy import rules as policy
 
     if key not in ("work", *policy.RULES):
-        raise UsageFault(f"{key} has no mode", f"for a while: work, {', '.join(policy.RULES)}")
+        raise UsageError(f"{key} has no mode", f"for a while: work, {', '.join(policy.RULES)}")
     try:
         mode = msgspec.convert(
             {"value": value, "until": time.time() + for_s}, status_files.RuleOverride
         )
     except msgspec.ValidationError as err:
-        raise UsageFault(f"{value!r} is no mode", "always, auto or never") from err
+        raise UsageError(f"{value!r} is no mode", "always, auto or never") from err
     wish = status_files.read_request(home)
     kept = {name: old for name, old in wish.modes.items() if old.until > time.time()}
     status_files.write_request(home, msgspec.structs.replace(wish, modes=kept | {key: mode}))

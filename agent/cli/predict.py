@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.control import say
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import homes
 
 
@@ -36,7 +36,7 @@ def predict(
     from protocols.model import personalization
 
     if out is not None and out.exists():
-        raise UsageFault(f"{out} exists already", "choose another name")
+        raise UsageError(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.locate("agent"))
     path, name, asked = find_model(model)
     plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli.control import say
-from protocols.errors import PortInUse, UsageFault
+from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def serve(
 ) -> None:
     """Answer over HTTP from the agent's copy of the shared model, until Ctrl-C."""
     if socket is not None and socket.exists():
-        raise UsageFault(f"{socket} exists already", "another service, or what a dead one left")
+        raise UsageError(f"{socket} exists already", "another service, or what a dead one left")
     os.umask(0o077)
     try:
         with tempfile.TemporaryDirectory(prefix="commonweight-") as cache:
@@ -50,7 +50,7 @@ def _load(model: str, cache: Path, old: Served | None = None) -> Served:
     """The model and its task, which is `old`'s if it is the same: its data are loaded already.
 
     `cache` is a folder in which the task may keep what it made of the data. Raises UnknownName,
-    UsageFault, NotEnrolled, and what the task's `load` raises.
+    UsageError, NotEnrolled, and what the task's `load` raises.
     """
     from agent.cli.export import find_model, load_predicting_task, load_weights
     from agent.home import settings

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.control import Json, is_running, say
-from protocols.errors import TrainerFailed, UnknownName, UsageFault
+from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes, json_output
 
 task = typer.Typer(help="Tasks of your own on this machine.", no_args_is_help=True)
@@ -32,10 +32,10 @@ def add(
     home = homes.open_home("agent")
     path, attribute = registry.parted(source)
     if not path.is_file():
-        raise UsageFault(f"there is no file {path}")
+        raise UsageError(f"there is no file {path}")
     known = registry.checked_name(name) if name else registry.called(source)
     if known in registry.names():
-        raise UsageFault(f"{known} is the name of an installed task", "choose another: --name")
+        raise UsageError(f"{known} is the name of an installed task", "choose another: --name")
     chosen = settings.read(home)
     files = {**chosen.task_files, known: f"{path}:{attribute}"}
     allowed = None if chosen.allows(known) else [*chosen.tasks, known]
@@ -235,5 +235,5 @@ def _without_log(hint: str) -> str:
 def _parse_setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageFault(f"{text!r} is not key=value")
+        raise UsageError(f"{text!r} is not key=value")
     return key, value  # a task parses text by its own defaults

@@ -22,8 +22,8 @@ from agent.clientapp.outbox import Finished, Outbox
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
 from protocols.errors import (
-    OF_SETTINGS,
-    TELLABLE,
+    SETTINGS_CODES,
+    SHAREABLE_CODES,
     BadMessage,
     CommonweightError,
     DiskFull,
@@ -297,9 +297,9 @@ def claim_text(reply: Message) -> str:
 def refusal_text(err: CommonweightError) -> str:
     """What the coordinator is told of a failure; a task's own words may quote data."""
     if isinstance(err, TrainerFailed):
-        if err.kind in OF_SETTINGS:
+        if err.kind in SETTINGS_CODES:
             hint = f" ({err.hint})" if err.hint else ""
             return f"{err.kind}: {err.message}{hint}"[:300]
-        told = err.kind in TELLABLE or err.kind == OutOfMemory.code
+        told = err.kind in SHAREABLE_CODES or err.kind == OutOfMemory.code
         return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
     return f"{err.code}: {err.message}"[:300]

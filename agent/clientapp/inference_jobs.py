@@ -17,7 +17,7 @@ from agent.tasks import Setting
 from agent.tasks.work import Evaluate, Predict, Trainer
 from protocols.errors import BadMessage, Refused, TrainerFailed
 from protocols.messages import jobs
-from protocols.messages.jobs import Model, Private, Scatter, Score, Scores, Unit
+from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, Unit
 from protocols.model.weights import file_digest
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
@@ -37,7 +37,7 @@ class Inferring:
         self,
         trainer: Trainer,
         settings: Callable[[], AgentSettings],
-        version: Callable[[Model], Path],
+        version: Callable[[ModelRef], Path],
         fetch: Callable[[str, int, Path], None],
         folder: Path,
         kept: Path,
@@ -100,7 +100,7 @@ class Inferring:
             self._predict_own(unit, model, base)
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
-    def _predict_own(self, unit: Unit, model: Model, base: Path) -> None:
+    def _predict_own(self, unit: Unit, model: ModelRef, base: Path) -> None:
         """Write what the model says of this peer's own file, if there is one and the task can."""
         data = self._settings().data
         if not data or "://" in data:
@@ -174,7 +174,7 @@ def _unpacked(block: Path) -> Path:
     return folder
 
 
-def find_version(cache: Path, model: Model, fetch: Callable[[str, int], Path]) -> Path:
+def find_version(cache: Path, model: ModelRef, fetch: Callable[[str, int], Path]) -> Path:
     """A pinned version: from the folder of those that training keeps, or fetched."""
     path = cache / f"{model.digest}.safetensors"
     try:

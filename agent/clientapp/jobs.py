@@ -23,7 +23,7 @@ from protocols.errors import BadMessage, Refused
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import replacing
 from protocols.messages import jobs
-from protocols.messages.jobs import INLINE_BYTES, Answer, Question, Unit
+from protocols.messages.jobs import INLINE_MAX_BYTES, Answer, Unit, UnitQuestion
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
 
@@ -67,7 +67,7 @@ class Jobs:
         outbox: Path,
         *,
         send: Callable[[str, Path], None],
-        handlers: Mapping[type[Question], Handler],
+        handlers: Mapping[type[UnitQuestion], Handler],
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_leaving: Callable[[Unit, Answer, bytes], None] = lambda unit, answer, body: None,
     ) -> None:
@@ -111,7 +111,7 @@ class Jobs:
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
             raise BadMessage("a message without a signed unit")
         unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
-        return unit, jobs.key_of(payload)
+        return unit, jobs.idempotency_key(payload)
 
     # --- the outbox ---
 
@@ -123,7 +123,7 @@ class Jobs:
         try:
             kept = msgspec.json.decode((self._outbox / f"{key}.json").read_bytes(), type=_Kept)
             answer = jobs.SIGNED_ANSWER.decode(kept.answer)
-            if answer.nbytes > INLINE_BYTES and file_digest(self._file(key)) != answer.digest:
+            if answer.nbytes > INLINE_MAX_BYTES and file_digest(self._file(key)) != answer.digest:
                 return None
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
@@ -132,10 +132,10 @@ class Jobs:
     def _keep(self, key: str, result: Result) -> _Kept:
         """The answer, signed, safe in the outbox."""
         body = result.body
-        if isinstance(body, Path) and body.stat().st_size <= INLINE_BYTES:
+        if isinstance(body, Path) and body.stat().st_size <= INLINE_MAX_BYTES:
             path, body = body, body.read_bytes()
             path.unlink()
-        if isinstance(body, bytes) and len(body) > INLINE_BYTES:
+        if isinstance(body, bytes) and len(body) > INLINE_MAX_BYTES:
             with replacing(self._file(key)) as file:
                 file.write(body)
             digest, nbytes, inline = hashlib.sha256(body).hexdigest(), len(body), b""

@@ -13,7 +13,7 @@ from agent.clientapp.interfaces import PeerIdentity
 from agent.transport.version_proofs import Kept, held
 from protocols.errors import Refused
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
-from protocols.p2p.gossip import version_of
+from protocols.p2p.gossip import version_number
 
 PROOF = "cw.proof"
 
@@ -38,7 +38,7 @@ class Recall:
     def _tell(self, mine: list[Kept], work: Work) -> RecordDict:
         content = RecordDict({CLAIM: self._claim(work, "", 0)})
         if mine:
-            newest = max(mine, key=lambda kept: version_of(kept.work))
+            newest = max(mine, key=lambda kept: version_number(kept.work))
             content[PROOF] = ConfigRecord({"work": newest.payload, "signature": newest.signature})
         return content
 

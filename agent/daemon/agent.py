@@ -46,7 +46,7 @@ from agent.transport.route_watch import RouteWatch
 from agent.transport.suspend_watch import Clocks, slept_s
 from agent.transport.version_proofs import Heads
 from protocols.errors import CommonweightError
-from protocols.messages.envelope import Command, Doorbell, LogLine, LogsAsked, LogsTold
+from protocols.messages.envelope import Command, Doorbell, LogLine, LogRequest, LogResponse
 from protocols.messages.states import PauseReason
 
 log = logging.getLogger("commonweight.agent")
@@ -212,11 +212,11 @@ class Agent:
         self._runner.dispatch(BrokerChanged(up))
         self._report.mark_stale()
 
-    def _on_command(self, command: Doorbell | Command | LogsAsked) -> None:
+    def _on_command(self, command: Doorbell | Command | LogRequest) -> None:
         match command:
             case Doorbell():
                 self._sessions.wake()
-            case LogsAsked():
+            case LogRequest():
                 self._sessions.run_in_background(self._send_logs, command)
             case Command(action="pause", for_s=for_s):
                 if self._pause_end is not None:  # the end of an earlier pause is not this one's
@@ -232,15 +232,15 @@ class Agent:
             case Command(action="finish"):
                 self._runner.dispatch(FinishRequested())
 
-    def _send_logs(self, asked: LogsAsked) -> None:
+    def _send_logs(self, asked: LogRequest) -> None:
         may = self._policy.chosen.share_log
         lines = log_redaction.tail(self._home / logs.FILE) if may else []
-        told = log_redaction.redact(lines, asked.most)
+        told = log_redaction.redact(lines, asked.max_lines)
         if not may:
             text = "the owner keeps this log private: policy set share_log true"
             told = [LogLine(at=time.time(), level="info", text=text)]
         with contextlib.suppress(CommonweightError):
-            self._sessions.link().tell_logs(LogsTold(ask=asked.ask, lines=told))
+            self._sessions.link().tell_logs(LogResponse(request_id=asked.request_id, lines=told))
 
     # --- now and then ---
 

@@ -28,7 +28,7 @@ from agent.transport.version_store import Versions
 from protocols.errors import BadMessage, BadWeights, CommonweightError
 from protocols.local.disk_space import check_room
 from protocols.messages.work import Work
-from protocols.p2p.gossip import Head, Neighbour, Told
+from protocols.p2p.gossip import GossipBatch, Head, Neighbor
 
 log = logging.getLogger("commonweight.share")
 
@@ -126,25 +126,25 @@ class GossipLoop:
             with contextlib.suppress(OSError):  # dropped meanwhile
                 self._sharing.shelf.put(kept.work.base, kept.path)
 
-    def _client(self, partner: Neighbour) -> Asking:
+    def _client(self, partner: Neighbor) -> Asking:
         assert self._gossip.given is not None
-        return Asking(partner, self._gossip.given.pass_, self._credentials.sign_request)
+        return Asking(partner, self._gossip.given.access_token, self._credentials.sign_request)
 
-    async def _exchange_gossip(self, partner: Neighbour) -> Told | None:
+    async def _exchange_gossip(self, partner: Neighbor) -> GossipBatch | None:
         try:
             return await asyncio.to_thread(self._client(partner).words, self._gossip.told())
         except CommonweightError as err:
             log.debug("no words from a peer: %s", err.message)
             return None
 
-    async def _fetch_newest(self, partners: list[Neighbour]) -> bool:
+    async def _fetch_newest(self, partners: list[Neighbor]) -> bool:
         """Fetch the newest version that a peer sends, if it is newer than ours."""
         worker = self._runner.state
         if worker.work is not None or not is_willing(worker):  # what it works on must stay here
             return False
         own, now = self._gossip.heads.newest(), time.monotonic()
         told = {word.peer: word.head for word, _, _ in self._gossip.heard() if word.head}
-        holders: dict[Head, list[Neighbour]] = {}
+        holders: dict[Head, list[Neighbor]] = {}
         for one in partners:
             head = told.get(one.peer)
             if head is None or (own is not None and head <= own):
@@ -158,7 +158,7 @@ class GossipLoop:
                     return True
         return False
 
-    async def _try_fetch(self, head: Head, holder: Neighbour) -> bool:
+    async def _try_fetch(self, head: Head, holder: Neighbor) -> bool:
         """Fetch a version from this peer; False if it does not come."""
         try:
             await asyncio.to_thread(self._fetch, head, holder)
@@ -177,7 +177,7 @@ class GossipLoop:
         log.info("took version %d of %s from %s", head.version, head.run, holder.name)
         return True
 
-    def _fetch(self, head: Head, holder: Neighbour) -> None:
+    def _fetch(self, head: Head, holder: Neighbor) -> None:
         """Bring a version and its proof. Raises CommonweightError, OSError."""
         asking = self._client(holder)
         work, payload, signature = self._verify_proof(head, asking.proof(head.digest))

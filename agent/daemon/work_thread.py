@@ -46,7 +46,7 @@ from agent.transport.weight_transfer import NoRoom, SessionLost
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
-from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Question, Scatter
+from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Analyze, Private, Scatter, UnitQuestion
 from protocols.messages.states import PauseReason
 from protocols.messages.work import UpdateClaim, Work
 
@@ -157,7 +157,7 @@ class WorkThread:
             queries=Queries(Recall(me, cache, self._upload_update).answer, jobs.answer),
         )
 
-    def _handlers(self) -> dict[type[Question], Handler]:
+    def _handlers(self) -> dict[type[UnitQuestion], Handler]:
         """What this agent can do for jobs, by the type of the question."""
         pinned = self._pinned = Versions(self._home / "jobs" / "models", self._link)
         # What others ask may fail as it likes: no reason to take no work for a while.

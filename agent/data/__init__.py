@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from agent.data.reader import Operation, Reader
 from agent.data.settings import DataSettings
-from protocols.errors import CommonweightError, DataFault, UnknownName
+from protocols.errors import CommonweightError, DataError, UnknownName
 
 __all__ = ["Operation", "Reader", "open_table"]
 
 
 def open_table(data: DataSettings) -> Reader:
-    """The reader that the owner chose, over `data.path`. Raises DataFault, CommonweightError."""
+    """The reader that the owner chose, over `data.path`. Raises DataError, CommonweightError."""
     if not data.path:
-        raise DataFault("this peer has no data", "commonweight-agent policy set data FILE")
+        raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
     try:
         if engine == "arrow":

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from agent.data import Operation
-from protocols.errors import DataFault
+from protocols.errors import DataError
 
 S = TypeVar("S")
 
@@ -52,14 +52,14 @@ class ArrowReader:
 
 
 def files(path: str) -> list[Path]:
-    """The table's files, sorted. Raises DataFault."""
+    """The table's files, sorted. Raises DataError."""
     given = Path(path)
     if given.is_dir():
         found = [file for file in given.iterdir() if file.suffix.lower() in (".csv", *_PARQUET)]
     else:
         found = [given] if given.is_file() else [Path(name) for name in glob.glob(path)]
     if not found:
-        raise DataFault("there are no data where this peer's owner said", f"no such file: {path}")
+        raise DataError("there are no data where this peer's owner said", f"no such file: {path}")
     return sorted(found)
 
 
@@ -68,7 +68,7 @@ def is_parquet(file: Path) -> bool:
 
 
 def header(file: Path) -> list[str]:
-    """The names of a file's columns. Raises DataFault."""
+    """The names of a file's columns. Raises DataError."""
     with told(file):
         if is_parquet(file):
             names = list(pq.read_schema(file).names)
@@ -76,15 +76,15 @@ def header(file: Path) -> list[str]:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 names = next(csv.reader(lines, delimiter=separator(file)), [])
     if not names:
-        raise DataFault("a table has no header", f"{file} is empty")
+        raise DataError("a table has no header", f"{file} is empty")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataFault(f"column {twice!r} is there twice", f"in {file}")
+        raise DataError(f"column {twice!r} is there twice", f"in {file}")
     return names
 
 
 def check_text(file: Path) -> None:
-    """Raise DataFault unless a CSV file is UTF-8 to its end: for readers that replace what is not.
+    """Raise DataError unless a CSV file is UTF-8 to its end: for readers that replace what is not.
 
     Goes through it once, in pieces.
     """
@@ -128,15 +128,15 @@ def completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
 
 @contextmanager
 def told(file: Path) -> Iterator[None]:
-    """What is wrong with a file, without its name and contents for others. Raises DataFault."""
+    """What is wrong with a file, without its name and contents for others. Raises DataError."""
     try:
         yield
     except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as err:
         if isinstance(err, UnicodeDecodeError) or "UTF8" in str(err).replace("-", ""):
-            raise DataFault(
+            raise DataError(
                 "a file is no UTF-8 text",
                 f"{file}: iconv -f latin1 -t utf-8 OLD > NEW, if it is in that code",
             ) from err
-        raise DataFault("a file cannot be read as a table", f"{file}: {err}") from err
+        raise DataError("a file cannot be read as a table", f"{file}: {err}") from err
     except OSError as err:
-        raise DataFault("a file cannot be read", f"{file}: {err.strerror or err}") from err
+        raise DataError("a file cannot be read", f"{file}: {err.strerror or err}") from err

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from agent.data import Reader, column_types
 from agent.data.column_types import Kinds
 from agent.data.settings import DataSettings
-from protocols.errors import DataFault, SchemaMismatch
+from protocols.errors import DataError, SchemaMismatch
 from protocols.tables import statistics
 from protocols.tables.preprocessing import MOST_CLASSES, Preprocessing, Wanted
 from protocols.tables.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
@@ -122,19 +122,19 @@ def _counts(column: pa.StringArray) -> ColumnStatistics:
 def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistics:
     """What may be told of a table: the columns that its owner allows, nothing rare.
 
-    Raises DataFault: too few rows for the owner, a column that is not there or not allowed.
+    Raises DataError: too few rows for the owner, a column that is not there or not allowed.
     """
     names = _allowed(reader.columns(), data.columns, wanted)
     kinds = reader.partial(FindKinds(), names)
     if kinds is None:
-        raise DataFault("this peer's table has no rows")
+        raise DataError("this peer's table has no rows")
     found: dict[str, Kind] = {
         name: "text" if name in wanted.categorical and kinds[name].some else kinds[name].kind
         for name in names
     }
     extremes = wanted.scaling == "minmax"
     if extremes and not data.extremes:
-        raise DataFault(
+        raise DataError(
             "the owner does not tell the least and the most of a column, which minmax needs",
             "commonweight-agent policy set data.extremes true",
         )
@@ -142,7 +142,7 @@ def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistic
     table = reader.partial(measure, names)
     assert table is not None
     if table.rows < data.min_rows:
-        raise DataFault(
+        raise DataError(
             f"the owner asks for at least {data.min_rows} rows, and there are fewer",
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )

@@ -33,13 +33,13 @@ class Reader(Protocol):
     """A table on this machine, or on its owner's cluster."""
 
     def columns(self) -> tuple[str, ...]:
-        """Names, in the table's order. Raises DataFault."""
+        """Names, in the table's order. Raises DataError."""
         ...
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows, these columns only, some ten thousand rows at a time. Raises DataFault."""
+        """All rows, these columns only, some ten thousand rows at a time. Raises DataError."""
         ...
 
     def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
-        """The operation's state over all rows; None for no rows. Raises DataFault."""
+        """The operation's state over all rows; None for no rows. Raises DataError."""
         ...

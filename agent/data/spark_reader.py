@@ -22,7 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from agent.data import Operation
 from agent.data.arrow_reader import check_text, completed, files, header, is_parquet, separator
-from protocols.errors import CommonweightError, DataFault
+from protocols.errors import CommonweightError, DataError
 
 S = TypeVar("S")
 
@@ -95,7 +95,7 @@ class SparkReader:
         try:
             yield from rows
         except PySparkException as err:
-            raise DataFault("Spark cannot read the table", str(err)[:2000]) from err
+            raise DataError("Spark cannot read the table", str(err)[:2000]) from err
 
 
 def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -21,7 +21,7 @@ class Credentials(NamedTuple):
 
     @classmethod
     def load(cls, home: Path, enrollment: Enrollment) -> Credentials:
-        """Those of the machine that joined in this home. Raises HomeFault."""
+        """Those of the machine that joined in this home. Raises HomeError."""
         return cls(
             address=enrollment.addresses[0],
             ca_pem=enrollment.ca_pem.encode(),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from protocols.messages.envelope import LogLine, printable
+from protocols.messages.envelope import LogLine, strip_controls
 
 _OURS = "commonweight"
 _MAX_TAIL_BYTES = 256 * 1024
@@ -75,4 +75,4 @@ def redact_message(message: str) -> str:
     first = message.partition("\n")[0]
     for pattern, instead in _REDACTIONS:
         first = pattern.sub(instead, first)
-    return printable(first)
+    return strip_controls(first)

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from agent.data.settings import DataSettings
 from agent.policy import schedule
 from agent.policy.rules import PolicySettings
-from protocols.errors import HomeFault, NotEnrolled, UnknownName, UsageFault
+from protocols.errors import HomeError, NotEnrolled, UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 
@@ -183,14 +183,14 @@ class Enrollment(Struct, frozen=True, kw_only=True):
 
 
 def read(home: Path, **flags: Any) -> AgentSettings:
-    """The settings with these flags on top (None: not given). Raises UsageFault."""
+    """The settings with these flags on top (None: not given). Raises UsageError."""
     values = _read_file(home) | _read_environment(os.environ)
     values |= {name: value for name, value in flags.items() if value is not None}
     return _validate(values, f"look into {home / FILE}")
 
 
 def change(home: Path, **values: Any) -> AgentSettings:
-    """Write these settings into the file, keeping the others. Raises UsageFault, UnknownName."""
+    """Write these settings into the file, keeping the others. Raises UsageError, UnknownName."""
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
             f"there is no setting {sorted(unknown)[0]!r}",
@@ -246,9 +246,9 @@ def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
     try:
         chosen = msgspec.convert(values, AgentSettings, strict=False)
     except msgspec.ValidationError as err:
-        raise UsageFault(_error_text(str(err), values), hint) from err
+        raise UsageError(_error_text(str(err), values), hint) from err
     if chosen.part >= chosen.parts:
-        raise UsageFault(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
+        raise UsageError(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     schedule.parse(chosen.hours)
     return chosen
 
@@ -263,7 +263,7 @@ class SettingInfo(NamedTuple):
 
 
 def describe(home: Path) -> list[SettingInfo]:
-    """Every setting, where its value comes from, and what it is for. Raises UsageFault."""
+    """Every setting, where its value comes from, and what it is for. Raises UsageError."""
     chosen = msgspec.to_builtins(read(home))
     file, environment = _read_file(home), _read_environment(os.environ)
     found = []
@@ -297,7 +297,7 @@ def format_value(value: Any) -> str:
 def _parse_pair(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     if not equals:
-        raise UsageFault(f"{text!r} is not name=file.py:Class")
+        raise UsageError(f"{text!r} is not name=file.py:Class")
     return name, source
 
 
@@ -307,7 +307,7 @@ def _read_file(home: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"cannot read {home / FILE}: {err}") from err
+        raise UsageError(f"cannot read {home / FILE}: {err}") from err
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_enrollment(home: Path) -> Enrollment:
-    """What joining gave this machine. Raises NotEnrolled, HomeFault."""
+    """What joining gave this machine. Raises NotEnrolled, HomeError."""
     try:
         return msgspec.json.decode((home / ENROLLMENT_FILE).read_bytes(), type=Enrollment)
     except FileNotFoundError as err:
@@ -328,7 +328,7 @@ def read_enrollment(home: Path) -> Enrollment:
             "commonweight-agent join TICKET (the ticket comes from commonweight ticket create)",
         ) from err
     except (OSError, msgspec.DecodeError) as err:
-        raise HomeFault(
+        raise HomeError(
             f"{home / ENROLLMENT_FILE} is damaged: {err}", "join again: --replace"
         ) from err
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from agent.inference import writers
 from agent.tasks import OnStep, Predicting, Settings
-from protocols.errors import CannotPredict, DataFault
+from protocols.errors import CannotPredict, DataError
 from protocols.model.weights import Weights
 
 _encoder = msgspec.json.Encoder()
@@ -23,7 +23,7 @@ def batches(
 ) -> Iterator[dict[str, list[Any]]]:
     """What the task answers for `source`: columns of plain values, batch by batch.
 
-    Raises CannotPredict, DataFault (columns of several lengths), and what the task raises.
+    Raises CannotPredict, DataError (columns of several lengths), and what the task raises.
     """
     if not isinstance(task, Predicting):
         raise CannotPredict(
@@ -35,7 +35,7 @@ def batches(
             for name, column in batch.items()
         }
         if len({len(column) for column in columns.values()}) > 1:
-            raise DataFault("the task gave columns of several lengths in one batch")
+            raise DataError("the task gave columns of several lengths in one batch")
         yield columns
 
 
@@ -61,12 +61,12 @@ def write(
             before = done
             for batch in batches(task, model, settings, source):
                 if list(batch) != (names := names or list(batch)):
-                    raise DataFault("the task gave other columns than in its first batch")
+                    raise DataError("the task gave other columns than in its first batch")
                 done += len(next(iter(batch.values()), ()))
                 on_step(number + 1, len(sources), 0.0, done)
                 yield batch
             if rows and done - before != rows[number]:
-                raise DataFault(f"the task gave {done - before} answers for {rows[number]} rows")
+                raise DataError(f"the task gave {done - before} answers for {rows[number]} rows")
 
     if out.suffix == ".parquet":
         return writers.write(found(), out)

@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from agent.inference import predictions
 from agent.tasks import Settings
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.model.weights import Weights
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -169,7 +169,7 @@ def _predicted(served: Served, batch: list[_Asked]) -> list[dict[str, Any]]:
             for name, values in part.items():
                 columns.setdefault(name, []).extend(values)
     if any(len(values) != sum(counts) for values in columns.values()):
-        raise UsageFault("the task did not answer for each row")
+        raise UsageError("the task did not answer for each row")
     told, start = [], 0
     for count in counts:
         mine = {name: values[start : start + count] for name, values in columns.items()}
@@ -188,22 +188,22 @@ def _by_head(batch: list[_Asked]) -> list[list[_Asked]]:
 
 
 def _rows_of(kind: str, body: bytes) -> tuple[bytes, list[bytes]]:
-    """The line of names, and the rows, as CSV. Raises UsageFault."""
+    """The line of names, and the rows, as CSV. Raises UsageError."""
     try:
         if kind.partition(";")[0].strip() == "application/json":
             rows = msgspec.json.decode(body, type=_Rows).rows
             names = list(rows[0]) if rows else []
             if any(row.keys() != rows[0].keys() for row in rows):
-                raise UsageFault("the rows have not all the same names")
+                raise UsageError("the rows have not all the same names")
             table: list[list[Any]] = [names, *([row[name] for name in names] for row in rows)]
         else:
             table = [row for row in csv.reader(io.StringIO(body.decode(), newline="")) if row]
     except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as err:
-        raise UsageFault(f"these are no rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
+        raise UsageError(f"these are no rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
     if len(table) < 2:
-        raise UsageFault("there are no rows", "a line of names, then a line for each row")
+        raise UsageError("there are no rows", "a line of names, then a line for each row")
     if any(len(row) != len(table[0]) for row in table):
-        raise UsageFault("a row has more or fewer values than there are names")
+        raise UsageError("a row has more or fewer values than there are names")
     head, *lines = (_line(row) for row in table)
     return head, lines
 
@@ -223,7 +223,7 @@ async def _body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY_BYTES:
-            raise UsageFault(f"more than {MAX_BODY_BYTES:,} bytes", "send fewer rows at a time")
+            raise UsageError(f"more than {MAX_BODY_BYTES:,} bytes", "send fewer rows at a time")
     return bytes(body)
 
 
@@ -231,7 +231,7 @@ def _check_host(request: Request) -> None:
     host = request.headers.get("host", "")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name not in _HOSTS:
-        raise UsageFault("this service is for this machine only", "ask it as 127.0.0.1")
+        raise UsageError("this service is for this machine only", "ask it as 127.0.0.1")
 
 
 def _give(answer: asyncio.Future[dict[str, Any]], told: dict[str, Any]) -> None:

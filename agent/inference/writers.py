@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.local.atomic_files import replacing
 
 Batch = Mapping[str, Any]
@@ -22,16 +22,16 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 def write(batches: Iterable[Batch], out: Path | None) -> int:
     """Write all batches to `out`, or as CSV to standard output; the number of answers.
 
-    A file is there when it is whole. Raises UsageFault, CommonweightError, and what a task raises.
+    A file is there when it is whole. Raises UsageError, CommonweightError, and what a task raises.
     """
     if out is None:
         return _csv(batches, sys.stdout)
     if out.suffix not in SUFFIXES:
-        raise UsageFault(
+        raise UsageError(
             f"cannot write {out.suffix or 'a file without a suffix'}", "--out NAME.csv"
         )
     if not out.absolute().parent.is_dir():
-        raise UsageFault(f"there is no folder {out.absolute().parent}")
+        raise UsageError(f"there is no folder {out.absolute().parent}")
     with replacing(out) as file:
         if out.suffix == ".parquet":
             return _parquet(batches, file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY_MINUTES, WEEK_MINUTES = 1440, 7 * 1440
@@ -39,7 +39,7 @@ class WeeklyHours(NamedTuple):
 
 
 def parse(text: str) -> WeeklyHours:
-    """The hours in `text`. Raises UsageFault."""
+    """The hours in `text`. Raises UsageError."""
     windows: list[tuple[int, int]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = _PART.fullmatch(part)
@@ -50,7 +50,7 @@ def parse(text: str) -> WeeklyHours:
             or not 0 <= end <= DAY_MINUTES
             or begin == end
         ):
-            raise UsageFault(
+            raise UsageError(
                 f"{part!r} are no hours of a week",
                 "write such as: mon-fri 18:00-08:00, sat 0:00-24:00",
             )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from protocols.errors import CommonweightError, NotRunning, UsageFault
+from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import homes
 from protocols.local.checks import Advice
 
@@ -139,12 +139,12 @@ class ServiceManager(Protocol):
 
 
 def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceManager:
-    """This machine's system. Raises UsageFault where there is none that we know."""
+    """This machine's system. Raises UsageError where there is none that we know."""
     if platform == "darwin":
         return Launchd(spec)
     if platform.startswith("linux"):
         return Systemd(spec)
-    raise UsageFault(
+    raise UsageError(
         f"commonweight can install no service on {platform}",
         "let your system start it at log-in: " + subprocess.list2cmdline(spec.command),
     )
@@ -289,7 +289,7 @@ def check() -> str | Advice:
     """Whether the agent starts with the machine, and stays when its owner logs out."""
     try:
         system = find_manager(service_spec())
-    except UsageFault as err:
+    except UsageError as err:
         return Advice("none on this system", err.hint)
     if not system.file.exists():
         return "not installed: it runs while somebody lets it run"

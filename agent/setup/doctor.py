@@ -259,7 +259,7 @@ class _Doctor:
             why = runner.run(try_login(address))
         if why:
             raise Unreachable(why, "training goes on without; is the broker's port open to us?")
-        return f"logged in at {address.where}"
+        return f"logged in at {address.netloc}"
 
     def version(self) -> str | Advice:
         assert self._standing is not None

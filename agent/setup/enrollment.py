@@ -26,7 +26,7 @@ from protocols.enrollment.tickets import Ticket
 from protocols.errors import (
     BadMessage,
     CommonweightError,
-    HomeFault,
+    HomeError,
     HomeLocked,
     Refused,
     Unreachable,
@@ -53,12 +53,12 @@ def join(
 ) -> tuple[Enrollment, bool]:
     """Join with this ticket or code; the enrollment, and whether it still awaits approval.
 
-    Raises TicketMalformed, Unreachable, Refused; HomeFault when this home has joined already, and
+    Raises TicketMalformed, Unreachable, Refused; HomeError when this home has joined already, and
     HomeLocked while its agent runs. Until a replacement is accepted, the machine stays who it was.
     """
     ticket = tickets.decode(text)
     if (home / ENROLLMENT_FILE).exists() and not replace:
-        raise HomeFault(
+        raise HomeError(
             f"{home} has joined a fleet already",
             "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings as DataSettings
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.tables.evaluation_counts import Tallies
 from protocols.tables.statistics import TableStatistics
@@ -75,7 +75,7 @@ class Task(Protocol):
     """
 
     def schema(self, settings: Settings) -> Schema:
-        """Names, dtypes and shapes of the model's tensors. Raises UnknownName, UsageFault."""
+        """Names, dtypes and shapes of the model's tensors. Raises UnknownName, UsageError."""
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """First weights; the same seed and settings give the same bytes."""
@@ -114,7 +114,7 @@ class Surveying(Protocol):
     """
 
     def survey(self, settings: Settings) -> TableStatistics:
-        """Mergeable statistics, no rows. Called after `load`. Raises DataFault."""
+        """Mergeable statistics, no rows. Called after `load`. Raises DataError."""
 
 
 @runtime_checkable
@@ -142,7 +142,7 @@ class Steerable(Protocol):
     def path(self, settings: Settings) -> float:
         """Learning rate times steps of a `train` with these settings on this peer's data.
 
-        Raises UsageFault where its steps would be no plain SGD.
+        Raises UsageError where its steps would be no plain SGD.
         """
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
@@ -194,7 +194,7 @@ class Exporting(Protocol):
 def checked(settings: Settings, defaults: Settings) -> dict[str, Setting]:
     """`defaults` overlaid with `settings`, each of its default's type; text is parsed.
 
-    Raises UnknownName for a setting that has no default, UsageFault for one of a wrong type.
+    Raises UnknownName for a setting that has no default, UsageError for one of a wrong type.
     """
     merged = dict(defaults)
     for name, value in settings.items():
@@ -219,4 +219,4 @@ def _of_type(name: str, value: Setting, default: Setting) -> Setting:
     else:
         if type(value) is kind:
             return value
-    raise UsageFault(f"the setting {name} cannot be {value!r}", f"such as {name}={default}")
+    raise UsageError(f"the setting {name} cannot be {value!r}", f"such as {name}={default}")

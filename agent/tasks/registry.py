@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.tasks import Task
-from protocols.errors import TaskUnusable, UnknownName, UsageFault
+from protocols.errors import TaskUnusable, UnknownName, UsageError
 
 GROUP = "commonweight.tasks"
 BUILT_IN: dict[str, str] = {
@@ -114,10 +114,10 @@ def _from_file(source: str) -> Any:
 
 
 def parted(source: str) -> tuple[Path, str]:
-    """File and class of "file.py:Class". Raises UsageFault."""
+    """File and class of "file.py:Class". Raises UsageError."""
     path, colon, attribute = source.rpartition(":")
     if not colon or not path.endswith(".py") or not attribute.isidentifier():
-        raise UsageFault(f"{source!r} names no task", "write file and class: ./my_task.py:MyTask")
+        raise UsageError(f"{source!r} names no task", "write file and class: ./my_task.py:MyTask")
     return Path(path).expanduser().absolute(), attribute
 
 
@@ -128,9 +128,9 @@ def called(source: str) -> str:
 
 
 def checked_name(name: str) -> str:
-    """`name` if a task may be called so. Raises UsageFault."""
+    """`name` if a task may be called so. Raises UsageError."""
     if not _NAME.fullmatch(name):
-        raise UsageFault(
+        raise UsageError(
             f"a task cannot be called {name!r}",
             "up to 64 letters, digits, or one of _ . : - ; the first a letter or digit",
         )

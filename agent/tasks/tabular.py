@@ -41,7 +41,7 @@ from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import stream
 from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
-from protocols.errors import DataFault, UnknownName, UsageFault
+from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.preprocessing import Preprocessing
@@ -128,7 +128,7 @@ class Tabular:
     # --- what the peers have alike ---
 
     def survey(self, settings: Settings) -> TableStatistics:
-        """Statistics of this peer's table, as much as may leave it. Raises DataFault."""
+        """Statistics of this peer's table, as much as may leave it. Raises DataError."""
         settings_of(settings, DEFAULTS)
         return survey.survey(self._reader(), self._data, preprocessing.wanted(settings))
 
@@ -136,7 +136,7 @@ class Tabular:
         return _model(settings).schema()
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
-        """Reads the table, so that what is wrong with it is told early. Raises DataFault."""
+        """Reads the table, so that what is wrong with it is told early. Raises DataError."""
         made = _preprocessing(settings)
         survey.compare(self._reader(), self._data, made, preprocessing.wanted(settings))
         self._rows(settings)
@@ -177,7 +177,7 @@ class Tabular:
             rows = features.encoded(self._reader(), made, chance, folder)
             count = len(rows.trained_on.y) + len(rows.held_out.y)
             if count < max(_FEWEST_ROWS, self._data.min_rows):
-                raise DataFault(
+                raise DataError(
                     f"too few rows have a target that all peers know: fewer than "
                     f"{max(_FEWEST_ROWS, self._data.min_rows)}",
                     f"{count} have one, {rows.dropped} do not",
@@ -226,7 +226,7 @@ class Tabular:
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
         if not names:
-            raise UsageFault(
+            raise UsageError(
                 "the table has none of the model's features",
                 f"they are {', '.join(feature.name for feature in made.features)}",
             )
@@ -249,12 +249,12 @@ class Tabular:
 def _preprocessing(settings: Settings) -> Preprocessing:
     text = settings.get("preprocessing")
     if not text:
-        raise DataFault("the peers' tables were not surveyed before the run")
+        raise DataError("the peers' tables were not surveyed before the run")
     return preprocessing.decode(str(text))
 
 
 def _model(settings: Settings) -> _Model:
-    """Raises UnknownName, UsageFault, DataFault."""
+    """Raises UnknownName, UsageError, DataError."""
     chosen, made = settings_of(settings, DEFAULTS), _preprocessing(settings)
     numbers, _ = features.width(made)
     outputs = len(made.target.classes) or 1
@@ -268,7 +268,7 @@ def _model(settings: Settings) -> _Model:
     except ValueError:
         hidden = ()
     if not hidden or min(hidden) < 1:
-        raise UsageFault(f"hidden cannot be {chosen['hidden']!r}", "such as hidden=64,32")
+        raise UsageError(f"hidden cannot be {chosen['hidden']!r}", "such as hidden=64,32")
     # Half of the categories: Guo and Berkhahn, Entity Embeddings of Categorical Variables, 2016.
     dims = tuple((size, min(32, -(-size // 2))) for size in sizes)
     return _Model(numbers, dims, hidden, outputs)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.tasks import Continuing, Settings, Steerable, Task
-from protocols.errors import BadWeights, UsageFault
+from protocols.errors import BadWeights, UsageError
 from protocols.model import personalization, weights
 from protocols.model.personalization import control_of, pick
 from protocols.model.weights import Array, Schema, Weights
@@ -49,7 +49,7 @@ class Training:
 
 
 class Hook(Protocol):
-    """Acts around the training of one work. Both methods raise UsageFault."""
+    """Acts around the training of one work. Both methods raise UsageError."""
 
     def before_train(self, training: Training) -> None: ...
 
@@ -193,7 +193,7 @@ class Personal:
         return pick(self._model, lambda n: version[n] if n in self.shared else at_home[n])
 
     def before_train(self, task: Task, settings: Settings, version: Weights) -> Training:
-        """Prepare the task to train `Training.model`. Raises UsageFault."""
+        """Prepare the task to train `Training.model`. Raises UsageError."""
         training = Training(task, settings, version, self.model(version))
         for hook in self._hooks:
             hook.before_train(training)
@@ -202,7 +202,7 @@ class Personal:
     def after_train(
         self, training: Training, trained: Mapping[str, Array], out: Path | None
     ) -> Weights:
-        """The update. What does not travel is written to `out`. Raises UsageFault."""
+        """The update. What does not travel is written to `out`. Raises UsageError."""
         training.trained = trained
         for hook in self._hooks:
             hook.after_train(training)
@@ -228,9 +228,9 @@ def _floats(array: Array) -> Floats:
 
 
 def _continuing(task: Task) -> Continuing:
-    """The task, if its optimiser can go on from round to round. Raises UsageFault."""
+    """The task, if its optimiser can go on from round to round. Raises UsageError."""
     if not isinstance(task, Continuing):
-        raise UsageFault(
+        raise UsageError(
             f"{type(task).__name__} cannot keep its optimiser: it lacks recall or remembered",
             "--strategy-arg keep_optimiser=false, or these methods: see agent/tasks",
         )
@@ -238,9 +238,9 @@ def _continuing(task: Task) -> Continuing:
 
 
 def _steerable(task: Task) -> Steerable:
-    """The task, if SCAFFOLD can steer it. Raises UsageFault."""
+    """The task, if SCAFFOLD can steer it. Raises UsageError."""
     if not isinstance(task, Steerable):
-        raise UsageFault(
+        raise UsageError(
             f"{type(task).__name__} cannot be trained with SCAFFOLD: it lacks steer, path or "
             "gradient",
             "another strategy, or these methods: see agent/tasks",

@@ -29,7 +29,7 @@ from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
 from agent.trainer.progress import Control
 from protocols.enrollment import identity, signed_requests
-from protocols.errors import CommonweightError, DataFault, NotRunning, Refused, Unreachable
+from protocols.errors import CommonweightError, DataError, NotRunning, Refused, Unreachable
 from protocols.messages.envelope import Metrics
 from protocols.model import schema_card
 from protocols.model.weights import file_digest
@@ -99,7 +99,7 @@ class FleetTrainer:
             case Describe():
                 run = self._errand(work, {"only": "describe", "handshake": True})
                 if run["preprocessing"] and "preprocessing" not in work.settings:
-                    raise DataFault(
+                    raise DataError(
                         "tables are not surveyed over two levels of fleets",
                         "let the peers of this fleet join the upper one themselves",
                     )

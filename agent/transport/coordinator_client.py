@@ -57,12 +57,24 @@ from protocols.enrollment.joining import (
 )
 from protocols.errors import Refused, Unreachable
 from protocols.failpoints import failpoint
-from protocols.messages.envelope import LOGS_PATH, LogsTold
+from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import EXCHANGE_PATH, FEW_BYTES, Exchange, Exchanged, Parcel
+from protocols.messages.work import (
+    INLINE_MAX_BYTES,
+    POLL_PATH,
+    FlowerMessage,
+    PollRequest,
+    PollResponse,
+)
 from protocols.network import addresses
-from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours
-from protocols.p2p.swarm import HELD_PATH, PLAN_PATH, Held, Plan, PlanAsked
+from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
+from protocols.p2p.swarm import (
+    DOWNLOAD_REPORT_PATH,
+    PLAN_PATH,
+    DownloadPlan,
+    DownloadPlanRequest,
+    DownloadReport,
+)
 
 T = TypeVar("T")
 
@@ -204,7 +216,7 @@ class Link(Lane):
         with translated():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
 
-    def tell_logs(self, told: LogsTold) -> None:
+    def tell_logs(self, told: LogResponse) -> None:
         """Answer the operator's question for log lines."""
         self._post(LOGS_PATH, msgspec.json.encode(told))
 
@@ -234,37 +246,37 @@ class Link(Lane):
         if attached is not None and reply is not None and not reply.has_error():
             update = attached.source.read_bytes()
         packed = _pack(reply) if reply is not None else None
-        body = msgspec.msgpack.encode(Exchange(reply=packed, want=want, update=update))
-        headers = self._signed("POST", EXCHANGE_PATH, hashlib.sha256(body).hexdigest())
+        body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
+        headers = self._signed("POST", POLL_PATH, hashlib.sha256(body).hexdigest())
         with translated():
             asked_at = time.monotonic()
-            answer = self._wire.ask("POST", EXCHANGE_PATH, headers, body)
+            answer = self._wire.ask("POST", POLL_PATH, headers, body)
             if attached is not None and answer.status in (413, 507):
                 self.upload(attached.digest, attached.source)  # says why, or succeeds now
                 return self._exchange(reply, want=want)
             check(answer.status)
             self.bytes_up += len(update)
             self._heard_at = asked_at
-            told = msgspec.msgpack.decode(answer.body, type=Exchanged)
+            told = msgspec.msgpack.decode(answer.body, type=PollResponse)
             if told.work is not None:
                 self._brought = told.version
             if reply is not None:  # a heartbeat may come between a reply and the look at this
-                self.settled = told.settled
+                self.settled = told.acknowledged
             return _unpack(told.work) if told.work is not None else None
 
-    def plan(self, digest: str, asked: PlanAsked) -> Plan:
+    def plan(self, digest: str, asked: DownloadPlanRequest) -> DownloadPlan:
         """Where a version can be had from, piece by piece."""
-        return self._told(PLAN_PATH.format(digest=digest), asked, Plan)
+        return self._told(PLAN_PATH.format(digest=digest), asked, DownloadPlan)
 
-    def tell_held(self, digest: str, held: Held) -> None:
+    def tell_held(self, digest: str, held: DownloadReport) -> None:
         """Say that a version is here now, and who helped."""
-        self._post(HELD_PATH.format(digest=digest), msgspec.json.encode(held))
+        self._post(DOWNLOAD_REPORT_PATH.format(digest=digest), msgspec.json.encode(held))
 
-    def neighbours(self, asked: PlanAsked) -> Neighbours:
+    def neighbours(self, asked: DownloadPlanRequest) -> NeighborsResponse:
         """Whom to ask while the coordinator is away; it hears where this agent serves."""
-        return self._told(NEIGHBOURS_PATH, asked, Neighbours)
+        return self._told(NEIGHBORS_PATH, asked, NeighborsResponse)
 
-    def _told(self, path: str, asked: PlanAsked, kind: type[T]) -> T:
+    def _told(self, path: str, asked: DownloadPlanRequest, kind: type[T]) -> T:
         with translated():
             return msgspec.json.decode(self._post(path, msgspec.json.encode(asked)), type=kind)
 
@@ -277,26 +289,26 @@ class Link(Lane):
 
     def hand_in(self, digest: str, source: Path) -> None:
         """Send an update's bytes: few of them with the answer that is pushed next."""
-        if source.stat().st_size > FEW_BYTES:
+        if source.stat().st_size > INLINE_MAX_BYTES:
             self.upload(digest, source)
             return
         self._attached = _Attached(digest, source)
         failpoint("agent.upload.piece")
 
 
-def _pack(reply: Message) -> Parcel:
+def _pack(reply: Message) -> FlowerMessage:
     """A reply with all its objects."""
     with no_object_id_recompute():
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = get_all_nested_objects(reply)
-        return Parcel(
+        return FlowerMessage(
             message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
             tree=get_object_tree(reply).SerializeToString(),
             objects={object_id: part.deflate() for object_id, part in objects.items()},
         )
 
 
-def _unpack(work: Parcel) -> Message:
+def _unpack(work: FlowerMessage) -> Message:
     head = ProtoMessage()
     head.ParseFromString(work.message)
     message_id = head.metadata.message_id

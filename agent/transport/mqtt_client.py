@@ -30,12 +30,12 @@ from protocols.messages import topics
 from protocols.messages.envelope import (
     Command,
     Doorbell,
-    LogsAsked,
+    LogRequest,
     Notice,
     Presence,
     Sign,
     Telemetry,
-    printable,
+    strip_controls,
     unseal,
 )
 from protocols.messages.mqtt import (
@@ -43,10 +43,10 @@ from protocols.messages.mqtt import (
     KEEPALIVE_S,
     TIMEOUT_S,
     MqttAddress,
-    Seen,
-    Voice,
+    ReplayFilter,
+    SequencedSigner,
+    describe_failure,
     tls_context,
-    why_down,
 )
 from protocols.messages.states import PeerState
 from protocols.network.backoff import delays
@@ -80,7 +80,7 @@ class PresenceLink:
         peer: str,
         sign: Sign,
         coordinator_public: bytes,
-        on_command: Callable[[Doorbell | Command | LogsAsked], None],
+        on_command: Callable[[Doorbell | Command | LogRequest], None],
         on_change: Callable[[bool, str], None],
     ) -> None:
         self.connected = False
@@ -96,7 +96,7 @@ class PresenceLink:
         self._coordinator_public = coordinator_public
         self._on_command, self._on_change = on_command, on_change
         self._told: tuple[bool, str] | None = None
-        self._seen = Seen()
+        self._seen = ReplayFilter()
         self._began_at = time.time()
         self._rng = Random()
         self._wake, self._again = asyncio.Event(), asyncio.Event()
@@ -106,7 +106,7 @@ class PresenceLink:
 
     def set_presence(self, presence: Presence) -> None:
         """Say this now, at every reconnect, and as a sign of life until the next one."""
-        self._presence = replace(presence, reason=printable(presence.reason))
+        self._presence = replace(presence, reason=strip_controls(presence.reason))
         self._wake.set()
 
     def telemetry(self, telemetry: Telemetry) -> None:
@@ -117,7 +117,7 @@ class PresenceLink:
 
     def notice(self, notice: Notice) -> None:
         """Say this once. While the link is down the last few are kept."""
-        self._notices.append(replace(notice, text=printable(notice.text)))
+        self._notices.append(replace(notice, text=strip_controls(notice.text)))
         self._wake.set()
 
     def move(self, address: MqttAddress) -> None:
@@ -129,7 +129,7 @@ class PresenceLink:
         self._again.set()
 
     async def run(self) -> None:
-        """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageFault."""
+        """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageError."""
         address: MqttAddress | None = None
         waits = delays(self._rng)
         while True:
@@ -138,13 +138,13 @@ class PresenceLink:
                 tls = await asyncio.to_thread(tls_context, address)
             began = time.monotonic()
             self._again.clear()
-            why = f"the link to {address.where} was lost"
+            why = f"the link to {address.netloc} was lost"
             try:
                 await self._session(tls)
             except* aiomqtt.MqttError as group:
                 if not self.connected:
                     cause = group.exceptions[0]
-                    why = why_down(cause.__cause__ or cause.__context__, self._address)
+                    why = describe_failure(cause.__cause__ or cause.__context__, self._address)
             self.connected, self._telemetry = False, None
             self._tell(False, why)
             if time.monotonic() - began > _LIVED_S:
@@ -159,7 +159,7 @@ class PresenceLink:
             self._on_change(up, why)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
-        voice = Voice(self._peer, self._sign)
+        voice = SequencedSigner(self._peer, self._sign)
         will = self._offline("connection lost", will=True)
         client = aiomqtt.Client(
             self._address.host,
@@ -200,7 +200,7 @@ class PresenceLink:
 
     # --- what we say -------------------------------------------------------------------------
 
-    async def _say_all(self, client: aiomqtt.Client, voice: Voice) -> None:
+    async def _say_all(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
         said: Presence | None = None
         say_again, telemetry_from, presence_from = math.inf, 0.0, 0.0
         while True:
@@ -233,7 +233,7 @@ class PresenceLink:
             async with asyncio.timeout(None if due == math.inf else max(0, due - time.monotonic())):
                 await self._wake.wait()
 
-    async def _farewell(self, client: aiomqtt.Client, voice: Voice) -> None:
+    async def _farewell(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
         payload = voice.seal(self._presence_topic, self._offline("stopped"))
         with suppress(aiomqtt.MqttError):
             await client.publish(self._presence_topic, payload, qos=1, retain=True, timeout=2)
@@ -254,7 +254,7 @@ class PresenceLink:
             else:
                 self._on_command(heard)
 
-    def _heard(self, topic: str, payload: object) -> Doorbell | Command | LogsAsked:
+    def _heard(self, topic: str, payload: object) -> Doorbell | Command | LogRequest:
         """The message in `payload`, if the coordinator sent it to us just now. Raises BadMessage.
 
         A doorbell carries nothing to trust, so a wrong clock does not keep it out; whoever rings
@@ -264,7 +264,7 @@ class PresenceLink:
             raise BadMessage("not on our command topic")
         envelope = unseal(topic, payload, self._by_coordinator)
         body = envelope.body
-        if not isinstance(body, Doorbell | Command | LogsAsked):
+        if not isinstance(body, Doorbell | Command | LogRequest):
             raise BadMessage(f"a {type(body).__name__} is no command")
         late_s = time.time() - envelope.at
         if not isinstance(body, Doorbell) and not abs(late_s) <= COMMAND_WINDOW_S:
@@ -272,7 +272,7 @@ class PresenceLink:
         if not isinstance(body, Doorbell) and envelope.at < self._began_at:
             # What this agent heard in its last life it does not remember: none of that counts.
             raise BadMessage("a command from before this agent's start")
-        if not self._seen.fresh(envelope.epoch, type(body).__name__, envelope.seq):
+        if not self._seen.is_new(envelope.epoch, type(body).__name__, envelope.seq):
             raise BadMessage("a message that was heard before")
         return body
 
@@ -281,7 +281,7 @@ class PresenceLink:
 
 
 async def try_login(address: MqttAddress) -> str:
-    """Log in and out again: words for what is wrong, or "". Raises UsageFault (a CA that is none).
+    """Log in and out again: words for what is wrong, or "". Raises UsageError (a CA that is none).
 
     A session of its own that says nothing: a running agent's link is not disturbed.
     """
@@ -300,7 +300,7 @@ async def try_login(address: MqttAddress) -> str:
         async with _entered(client):
             return ""
     except aiomqtt.MqttError as err:
-        return why_down(err.__cause__ or err.__context__, address)
+        return describe_failure(err.__cause__ or err.__context__, address)
 
 
 @asynccontextmanager

@@ -34,7 +34,7 @@ from coordinator.storage.job_events import PREFIX, JobSpec
 from protocols import failpoints
 from protocols.analytics import parser
 from protocols.errors import CommonweightError
-from protocols.messages.jobs import Model
+from protocols.messages.jobs import ModelRef
 from tests.support.fleet_harness import closing, until
 
 KINDS = ("infer", "eval", "analyze")
@@ -90,7 +90,7 @@ class Jobs:
         run = fleet.order(
             task="rows", settings={"features": _FEATURES}, seed=1, rounds=1, quorum=len(PEERS)
         )
-        self._model = Model(checker.digests(fleet.outcome(run))[-1], 0)
+        self._model = ModelRef(checker.digests(fleet.outcome(run))[-1], 0)
         given = prepare(fleet.folder / "rows.csv", self._lane.folder, self._lane.suffix)
         shared = {"task": "rows", "settings": {"features": _FEATURES}, "models": (self._model,)}
         asked = parser.question("count, mean(x0), quantile(x1, 0.5)", "")

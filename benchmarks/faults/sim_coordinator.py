@@ -23,8 +23,8 @@ from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import TELLABLE, CommonweightError, UpdateRefused
-from protocols.messages.envelope import Envelope, PeerKnown
+from protocols.errors import SHAREABLE_CODES, CommonweightError, UpdateRefused
+from protocols.messages.envelope import Envelope, PeerChanged
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 from protocols.messages.work import Work
@@ -79,7 +79,7 @@ class Coordinator:
         self.applied = len(past)
         self.fleet = Fleet(fleet="f", name="c")
         for seq, peer in enumerate(self._peers):
-            known = PeerKnown(peer=peer, name=peer, public_key=bytes(32))
+            known = PeerChanged(peer=peer, name=peer, public_key=bytes(32))
             envelope = Envelope(sender=COORDINATOR, epoch="c", seq=seq, at=self.now, body=known)
             fleets.fold(self.fleet, envelope, self.now)
         self.sessions: dict[str, int] = {}
@@ -387,6 +387,6 @@ class Coordinator:
         yield
         for fact in news:
             self.run = transitions.apply(self.run, fact)
-            if isinstance(fact, run_events.UpdateRefused) and fact.reason in TELLABLE:
+            if isinstance(fact, run_events.UpdateRefused) and fact.reason in SHAREABLE_CODES:
                 self._misfits.add(fact.peer)
         self.applied = len(self.ledger)

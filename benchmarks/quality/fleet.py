@@ -42,7 +42,7 @@ from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import CommonweightError
-from protocols.messages.work import Exchange, Work
+from protocols.messages.work import PollRequest, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_trainer import InProcess
@@ -205,10 +205,10 @@ class InProcessFleet:
                 loop.changed.set()
 
     def _answer(self, peer: Peer, node: int) -> None:
-        given = self.superlink.exchange(node, Exchange(want=True)).work
+        given = self.superlink.exchange(node, PollRequest(wants_work=True)).work
         if given is not None:
             reply: Message = peer.client.handle(_unpack(given))
-            self.superlink.exchange(node, Exchange(reply=_pack(reply), want=False))
+            self.superlink.exchange(node, PollRequest(reply=_pack(reply), wants_work=False))
 
 
 @contextlib.contextmanager

@@ -40,14 +40,14 @@ from protocols.enrollment.tickets import Ticket
 from protocols.messages import envelope as messages
 from protocols.messages import topics
 from protocols.messages.envelope import Presence
-from protocols.messages.mqtt import KEEPALIVE_S, Voice
+from protocols.messages.mqtt import KEEPALIVE_S, SequencedSigner
 from protocols.messages.states import PeerState
 from protocols.messages.work import (
-    EXCHANGE_PATH,
+    POLL_PATH,
     SIGNED_CLAIM,
     SIGNED_WORK,
-    Exchange,
-    Exchanged,
+    PollRequest,
+    PollResponse,
     UpdateClaim,
     Work,
 )
@@ -135,7 +135,7 @@ class StandIn:
         """Log in to the broker and say that we are here."""
         mqtt, fleet = self._answer.mqtt, self._answer.fleet
         self._topic = topics.presence(fleet, self.peer)
-        self._voice = Voice(self.peer, self._sign_key.sign)
+        self._voice = SequencedSigner(self.peer, self._sign_key.sign)
         gone = self._presence(PeerState.OFFLINE, reason="connection lost", will=True)
         await self._mqtt.connect(
             (mqtt.host or "127.0.0.1", mqtt.port, self._tls),
@@ -156,7 +156,7 @@ class StandIn:
         """Publish what we do now."""
         state = PeerState.PAUSED if self.paused else PeerState.IDLE
         presence = self._presence(PeerState.TRAINING if work else state, work=work)
-        envelope = self._voice.envelope(presence)
+        envelope = self._voice.next_envelope(presence)
         payload = messages.seal(self._topic, envelope, self._sign_key.sign)
         self.said = (envelope.seq, time.time())
         self._mqtt.publish(self._topic, payload)
@@ -202,11 +202,11 @@ class StandIn:
         packed, update = None, b""
         if reply is not None:
             packed, update, self._attached = _pack(reply), self._attached, b""
-        asked = Exchange(reply=packed, want=want, update=update)
+        asked = PollRequest(reply=packed, wants_work=want, update=update)
         asked_at = time.monotonic()
-        answer = await self._ask("POST", EXCHANGE_PATH, msgspec.msgpack.encode(asked))
+        answer = await self._ask("POST", POLL_PATH, msgspec.msgpack.encode(asked))
         self._heard_at = asked_at
-        told = msgspec.msgpack.decode(answer, type=Exchanged)
+        told = msgspec.msgpack.decode(answer, type=PollResponse)
         if told.version:
             self._hold(hashlib.sha256(told.version).hexdigest(), told.version)
         return _unpack(told.work) if told.work is not None else None

@@ -30,9 +30,9 @@ from coordinator.remote.source import ReadOnly
 from protocols.messages.envelope import (
     Body,
     Envelope,
-    Happened,
+    EventLine,
     Links,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -86,7 +86,7 @@ class Crowd(ReadOnly):
         if number % 100 == 0:
             return COORDINATOR, self._run()
         if number % 250 == 1:
-            return COORDINATOR, Happened(level="info", text=f"round {self._round} goes on")
+            return COORDINATOR, EventLine(level="info", text=f"round {self._round} goes on")
         peer = self._ids[number % len(self._ids)]
         if number % 20 == 0:
             return peer, _presence(PeerState.IDLE if number % 40 else PeerState.TRAINING)
@@ -129,7 +129,7 @@ class Crowd(ReadOnly):
             fold(self._fleet, self._envelope(COORDINATOR, self._closed(number)), now)
         self._round = rounds
         for _ in range(events):
-            happened = Happened(level="info", text="a round goes on")
+            happened = EventLine(level="info", text="a round goes on")
             fold(self._fleet, self._envelope(COORDINATOR, happened), now)
         for peer in self._ids:
             for number in range(losses):
@@ -150,8 +150,8 @@ class Crowd(ReadOnly):
             await asyncio.sleep(TICK_S)
 
 
-def _known(peer: str) -> PeerKnown:
-    return PeerKnown(peer=peer, name=peer.lower(), public_key=bytes(32))
+def _known(peer: str) -> PeerChanged:
+    return PeerChanged(peer=peer, name=peer.lower(), public_key=bytes(32))
 
 
 def _presence(state: PeerState) -> Presence:

@@ -49,7 +49,7 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
 
 def open_ledger(home: Path) -> Ledger:
-    """The home's ledger, to be read only. Raises NotRunning, HomeFault."""
+    """The home's ledger, to be read only. Raises NotRunning, HomeError."""
     if not (home / LEDGER_FILE).exists():
         raise NotRunning(f"nothing has happened yet in {home}", "start it: commonweight up")
     return Ledger(home / LEDGER_FILE, read_only=True)

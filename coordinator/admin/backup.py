@@ -30,7 +30,7 @@ from coordinator.storage import job_events, run_events, settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
-from protocols.errors import CommonweightError, HomeFault, HomeTooNew, UsageFault
+from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import sync_folder
 from protocols.messages.states import RunState
@@ -64,12 +64,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
 
 def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
-    """Write a backup of the home, also while its coordinator works. Raises UsageFault, HomeFault.
+    """Write a backup of the home, also while its coordinator works. Raises UsageError, HomeError.
 
     `with_versions`: also the shared weights and the strategies' memory that are on disk.
     """
     if out.exists():
-        raise UsageFault(f"{out} exists already", "a backup replaces nothing: choose another name")
+        raise UsageError(f"{out} exists already", "a backup replaces nothing: choose another name")
     keys = settings.open_keys(home)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
@@ -101,7 +101,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
             os.link(part, out)  # unlike a rename it replaces nothing
             sync_folder(out.parent)
         except OSError as err:
-            raise HomeFault(f"cannot write the backup {out}: {err.strerror}") from err
+            raise HomeError(f"cannot write the backup {out}: {err.strerror}") from err
         finally:
             part.unlink(missing_ok=True)
     return manifest
@@ -114,7 +114,7 @@ def _snapshot(ledger: Path, to: Path) -> None:
         with contextlib.closing(source), contextlib.closing(sqlite3.connect(to)) as copy:
             source.backup(copy)
     except sqlite3.DatabaseError as err:
-        raise HomeFault(f"cannot read the ledger {ledger}: {err}") from err
+        raise HomeError(f"cannot read the ledger {ledger}: {err}") from err
 
 
 def _describe(file: IO[bytes]) -> File:
@@ -149,10 +149,10 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
 
     `from_peers`: the newest versions of its runs are to be sought at the peers, as the disk of the
     coordinator is gone and the backup is older.
-    Raises UsageFault (the home is not empty), HomeTooNew, HomeFault (no backup of ours, damaged).
+    Raises UsageError (the home is not empty), HomeTooNew, HomeError (no backup of ours, damaged).
     """
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        raise UsageFault(
+        raise UsageError(
             f"{home} is not empty: a restore replaces nothing",
             "set COMMONWEIGHT_HOME to another folder, or move this one away",
         )
@@ -167,7 +167,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         os.replace(fresh, home)
         sync_folder(home.parent)
     except (OSError, tarfile.TarError, EOFError) as err:
-        raise HomeFault(f"cannot restore {file}: {err}", "nothing was changed") from err
+        raise HomeError(f"cannot restore {file}: {err}", "nothing was changed") from err
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return manifest
@@ -234,7 +234,7 @@ def _pieces(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
 
 
 def _check(folder: Path, manifest: Manifest) -> None:
-    """Open what was unpacked as the coordinator will. Raises HomeFault and its kin."""
+    """Open what was unpacked as the coordinator will. Raises HomeError and its kin."""
     homes.check_stamp(folder, "coordinator")
     try:
         fleet = settings.open_keys(folder).fleet
@@ -267,5 +267,5 @@ def _begin_recall(home: Path) -> None:
     ledger.close()
 
 
-def _damaged(why: str) -> HomeFault:
-    return HomeFault(f"this is no whole backup: {why}", "nothing was changed; use another backup")
+def _damaged(why: str) -> HomeError:
+    return HomeError(f"this is no whole backup: {why}", "nothing was changed; use another backup")

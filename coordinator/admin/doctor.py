@@ -21,11 +21,11 @@ from coordinator.storage.settings import UP_FILE, Settings
 from coordinator.transport.ports import listenable
 from protocols import VERSION
 from protocols.enrollment import identity
-from protocols.errors import CommonweightError, HomeFault, PortInUse, Unreachable
+from protocols.errors import CommonweightError, HomeError, PortInUse, Unreachable
 from protocols.local import homes
 from protocols.local.checks import Advice, Check, Step, examine
 from protocols.local.home_checks import check_crashes, check_private, check_room
-from protocols.messages.mqtt import MqttAddress, tls_context, why_down
+from protocols.messages.mqtt import MqttAddress, describe_failure, tls_context
 
 ENGINE = "1.41"
 _TIMEOUT_S = 5.0
@@ -106,7 +106,7 @@ class _Doctor:
         finally:
             ledger.close()
         if changed is not None:
-            raise HomeFault(
+            raise HomeError(
                 f"entry {changed} was changed, or one before it is missing",
                 "do not trust what comes after it: commonweight audit verify",
             )
@@ -146,7 +146,7 @@ class _Doctor:
             missing = set(names) - identity.certificate_names(pem)
             days = int(identity.days_left(pem))
         except (OSError, ValueError) as err:
-            raise HomeFault(f"server.pem cannot be read: {err}", _RESTART_HINT) from err
+            raise HomeError(f"server.pem cannot be read: {err}", _RESTART_HINT) from err
         said = f"good for {', '.join(names)}, {days} days left"
         if missing or days < 0:
             said = f"it lacks {', '.join(sorted(missing))}" if missing else "it has ended"
@@ -171,7 +171,7 @@ class _Doctor:
         if self._up is not None:
             ours = [self._up.address]
             if not self._settings.mqtt_url:
-                ours.append(self._up.mqtt.where)
+                ours.append(self._up.mqtt.netloc)
             return f"{' and '.join(ours)} are ours"
         chosen = self._settings
         ports = [chosen.port]
@@ -193,10 +193,10 @@ class _Doctor:
         try:
             check_tls_handshake(mqtt)
         except OSError as err:
-            raise Unreachable(why_down(err, mqtt), fix) from err
+            raise Unreachable(describe_failure(err, mqtt), fix) from err
         if not links.mqtt:
-            raise Unreachable(f"{mqtt.where} answers, and the coordinator is not logged in", fix)
-        return f"{mqtt.where} answers{' over TLS' if mqtt.tls else ' (without TLS)'}"
+            raise Unreachable(f"{mqtt.netloc} answers, and the coordinator is not logged in", fix)
+        return f"{mqtt.netloc} answers{' over TLS' if mqtt.tls else ' (without TLS)'}"
 
     def peers(self) -> str | Advice:
         assert self._up is not None

@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from protocols.errors import HomeFault, Refused, UsageFault
+from protocols.errors import HomeError, Refused, UsageError
 
 MAGIC = b"cwsealed1\n"
 #: 128 MB of memory and some tenths of a second for each guess at a passphrase.
@@ -28,24 +28,24 @@ _HEAD_BYTES = len(MAGIC) + 1 + _SALT_BYTES + _NONCE_BYTES
 
 
 def is_sealed(file: Path) -> bool:
-    """True if the file begins as a sealed one does. Raises UsageFault if it cannot be read."""
+    """True if the file begins as a sealed one does. Raises UsageError if it cannot be read."""
     try:
         with file.open("rb") as source:
             return source.read(len(MAGIC)) == MAGIC
     except OSError as err:
-        raise UsageFault(f"cannot read {file}: {err.strerror}") from err
+        raise UsageError(f"cannot read {file}: {err.strerror}") from err
 
 
 def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> None:
-    """Write `source`, sealed, to the new file `out`. Raises UsageFault, HomeFault."""
+    """Write `source`, sealed, to the new file `out`. Raises UsageError, HomeError."""
     head = MAGIC + bytes([log_n]) + os.urandom(_SALT_BYTES + _NONCE_BYTES)
     cipher = _cipher(head, passphrase)
     try:
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as err:
-        raise UsageFault(f"{out} exists already", "choose another name") from err
+        raise UsageError(f"{out} exists already", "choose another name") from err
     except OSError as err:
-        raise HomeFault(f"cannot write {out}: {err.strerror}") from err
+        raise HomeError(f"cannot write {out}: {err.strerror}") from err
     try:
         with os.fdopen(descriptor, "wb") as target, source.open("rb") as plain:
             target.write(head)
@@ -55,18 +55,18 @@ def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> Non
             os.fsync(target.fileno())
     except OSError as err:
         out.unlink(missing_ok=True)
-        raise HomeFault(f"cannot write {out}: {err.strerror}") from err
+        raise HomeError(f"cannot write {out}: {err.strerror}") from err
 
 
 def unseal(source: Path, out: Path, passphrase: str) -> None:
-    """Write what `source` holds to `out`. Raises Refused (passphrase, or damaged), HomeFault."""
+    """Write what `source` holds to `out`. Raises Refused (passphrase, or damaged), HomeError."""
     try:
         with source.open("rb") as sealed:
             head = sealed.read(_HEAD_BYTES)
             if len(head) < _HEAD_BYTES or not head.startswith(MAGIC):
-                raise HomeFault(f"{source} is not sealed, or was cut off")
+                raise HomeError(f"{source} is not sealed, or was cut off")
             if head[len(MAGIC)] > _MAX_LOG_N:
-                raise HomeFault(f"{source} asks for more memory than a passphrase needs")
+                raise HomeError(f"{source} asks for more memory than a passphrase needs")
             cipher = _cipher(head, passphrase)
             descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as plain:
@@ -78,12 +78,12 @@ def unseal(source: Path, out: Path, passphrase: str) -> None:
             "try the passphrase again; no other way leads into it",
         ) from err
     except OSError as err:
-        raise HomeFault(f"cannot read {source}: {err.strerror}") from err
+        raise HomeError(f"cannot read {source}: {err.strerror}") from err
 
 
 def _cipher(head: bytes, passphrase: str) -> AESGCM:
     if not passphrase:
-        raise UsageFault("an empty passphrase keeps nobody out")
+        raise UsageError("an empty passphrase keeps nobody out")
     log_n = head[len(MAGIC)]
     salt = head[len(MAGIC) + 1 : len(MAGIC) + 1 + _SALT_BYTES]
     return AESGCM(Scrypt(salt=salt, length=32, n=1 << log_n, r=8, p=1).derive(passphrase.encode()))

@@ -49,9 +49,9 @@ from protocols.enrollment.joining import (
     StandingAnswer,
 )
 from protocols.errors import BadMessage, CommonweightError
-from protocols.messages.envelope import LOGS_PATH, LogsTold
+from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH
-from protocols.messages.work import EXCHANGE_PATH, Exchange
+from protocols.messages.work import POLL_PATH, PollRequest
 
 #: Messages are small: weights travel on the lane.
 MAX_EXCHANGE_BYTES = 1024 * 1024
@@ -105,7 +105,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
     async def exchange(request: Request) -> Response:
         peer, body = await auth.peer_and_body(request, MAX_EXCHANGE_BYTES)
         try:
-            asked = msgspec.msgpack.decode(body, type=Exchange)
+            asked = msgspec.msgpack.decode(body, type=PollRequest)
             if asked.reply is not None and asked.update:
                 await desk.transfer.receive_inline(peer.peer, asked.update)
             answer = await desk.exchange(peer.peer, asked)
@@ -146,7 +146,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
     async def tell_logs(request: Request) -> Response:
         peer, body = await auth.peer_and_body(request, MAX_LOGS_BYTES)
         try:
-            told = msgspec.json.decode(body, type=LogsTold)
+            told = msgspec.json.decode(body, type=LogResponse)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
         return Response(status_code=204 if desk.logs.told(peer.peer, told) else 410)
@@ -154,7 +154,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
     routes = [
         Route(CA_PATH, ca),
         Route(JOIN_PATH, join, methods=["POST"]),
-        Route(EXCHANGE_PATH, exchange, methods=["POST"]),
+        Route(POLL_PATH, exchange, methods=["POST"]),
         Route(MQTT_PATH, mqtt),
         Route(STANDING_PATH, standing),
         Route(RENEW_PATH, renew, methods=["POST"]),

@@ -14,7 +14,7 @@ from coordinator.transport.flower import Superlink
 from coordinator.transport.weights import WeightTransfer
 from protocols.failpoints import failpoint
 from protocols.messages.states import RunState
-from protocols.messages.work import Exchange, Exchanged
+from protocols.messages.work import PollRequest, PollResponse
 
 #: Who hands in an answer is told of work that comes so soon after, without doorbell and question.
 LINGER_S = 1.0
@@ -37,7 +37,7 @@ class Exchanges:
         self._lingering = lingering
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
 
-    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
         """What the peer gets for its reply. Raises BadMessage, NoSession."""
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
@@ -50,23 +50,23 @@ class Exchanges:
         # Before it is handed over: the run may be quicker than we are.
         question = self._superlink.question_of(asked.reply)
         settling = self._jobs.ack_future(question) or self._runs.ack_future(question)
-        handed_in = Exchange(reply=asked.reply, want=False)
+        handed_in = PollRequest(reply=asked.reply, wants_work=False)
         await self._superlink.exchange_soon(node, handed_in)
         failpoint("reply.taken")
         self.on_request("push-object", node)
         settled = await self._runs.acknowledged(settling)
-        if not asked.want:
-            return Exchanged(settled=settled)
-        answer = await self._superlink.exchange_soon(node, Exchange())
+        if not asked.wants_work:
+            return PollResponse(acknowledged=settled)
+        answer = await self._superlink.exchange_soon(node, PollRequest())
         if answer.work is None and (self._runs.current is not None or self._jobs.is_working):
             await self._lingering.wait(peer, LINGER_S)
             if self._sessions.number(peer) != session:
                 # It was started again meanwhile: what is there now is for who asks in that life.
                 raise NoSession(f"{peer} has another session")
-            answer = await self._superlink.exchange_soon(node, Exchange())
-        return self._with_version(Exchanged(work=answer.work, settled=settled))
+            answer = await self._superlink.exchange_soon(node, PollRequest())
+        return self._with_version(PollResponse(work=answer.work, acknowledged=settled))
 
-    def _with_version(self, answer: Exchanged) -> Exchanged:
+    def _with_version(self, answer: PollResponse) -> PollResponse:
         """An answer with the version that its work is on, if that is new to all and small."""
         loop = self._runs.current
         if answer.work is None or loop is None or loop.run.state is not RunState.EVALUATING:

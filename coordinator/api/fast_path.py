@@ -13,10 +13,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from protocols.messages.work import EXCHANGE_PATH
+from protocols.messages.work import POLL_PATH
 
 _DIGEST = "{digest}"
-_FREQUENT_PATHS = (EXCHANGE_PATH, f"/cw/v1/weights/{_DIGEST}", f"/cw/v1/updates/{_DIGEST}")
+_FREQUENT_PATHS = (POLL_PATH, f"/cw/v1/weights/{_DIGEST}", f"/cw/v1/updates/{_DIGEST}")
 
 
 def with_fast_path(app: Starlette) -> ASGIApp:

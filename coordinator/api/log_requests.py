@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from protocols.errors import Unreachable
-from protocols.messages.envelope import LogLine, LogsAsked, LogsTold
+from protocols.messages.envelope import LogLine, LogRequest, LogResponse
 
 WITHIN_S = 8.0
 #: Questions that wait at once: each is one operator before one screen.
@@ -20,7 +20,7 @@ MOST_WAITING = 64
 class LogDesk:
     """`send(peer, question)` says whether the broker has it."""
 
-    def __init__(self, send: Callable[[str, LogsAsked], Awaitable[bool]]) -> None:
+    def __init__(self, send: Callable[[str, LogRequest], Awaitable[bool]]) -> None:
         self._send = send
         self._waiting: dict[str, tuple[str, asyncio.Future[list[LogLine]]]] = {}
 
@@ -28,9 +28,9 @@ class LogDesk:
         """The last lines that the agent lets others see. Raises Unreachable."""
         if len(self._waiting) >= MOST_WAITING:
             raise Unreachable("too many ask for logs at once", "try again in a few seconds")
-        asked = LogsAsked(ask=secrets.token_hex(8))
+        asked = LogRequest(request_id=secrets.token_hex(8))
         answer: asyncio.Future[list[LogLine]] = asyncio.get_running_loop().create_future()
-        self._waiting[asked.ask] = (peer, answer)
+        self._waiting[asked.request_id] = (peer, answer)
         try:
             async with asyncio.timeout(within_s):
                 if not await self._send(peer, asked):
@@ -45,11 +45,11 @@ class LogDesk:
                 "it may be offline; on that machine: commonweight-agent logs",
             ) from err
         finally:
-            del self._waiting[asked.ask]
+            del self._waiting[asked.request_id]
 
-    def told(self, peer: str, told: LogsTold) -> bool:
+    def told(self, peer: str, told: LogResponse) -> bool:
         """Take an answer. False if nobody asked this peer for it, or nobody waits any more."""
-        asked, answer = self._waiting.get(told.ask, ("", None))
+        asked, answer = self._waiting.get(told.request_id, ("", None))
         if answer is None or asked != peer or answer.done():
             return False
         answer.set_result(told.lines)

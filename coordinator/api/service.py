@@ -19,7 +19,7 @@ from protocols.enrollment import identity
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import Exchange, Exchanged
+from protocols.messages.work import PollRequest, PollResponse
 
 
 class Identity(NamedTuple):
@@ -50,7 +50,7 @@ class Desk(Protocol):
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
     async def command(self, peer: str, command: Command) -> str: ...
-    async def exchange(self, peer: str, asked: Exchange) -> Exchanged: ...
+    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse: ...
 
 
 def host_of(request: Request) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from coordinator.cli.common import Json
 from coordinator.remote.durations import parse_seconds
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes, json_output
 
 audit = typer.Typer(help="Who was let in, sent away or refused, from the ledger.")
@@ -41,17 +41,17 @@ PassphraseFile = Annotated[
 
 
 def _passphrase(file: Path | None, *, new: bool) -> str:
-    """Never from the command line, which everybody on the machine can read. Raises UsageFault."""
+    """Never from the command line, which everybody on the machine can read. Raises UsageError."""
     if file is None:
         if not sys.stdin.isatty():
-            raise UsageFault(
+            raise UsageError(
                 "a passphrase is asked for, and there is no terminal", "--passphrase-file"
             )
         return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))
     try:
         return file.read_text().partition("\n")[0]
     except (OSError, UnicodeDecodeError) as err:
-        raise UsageFault(f"cannot read the passphrase: {err}") from err
+        raise UsageError(f"cannot read the passphrase: {err}") from err
 
 
 def backup(
@@ -139,7 +139,7 @@ def show(
     if context.invoked_subcommand is not None:
         return
     from coordinator.admin.audit import open_ledger, read_audit
-    from protocols.messages.envelope import printable
+    from protocols.messages.envelope import strip_controls
 
     after = parse_time(since, time.time()) if since else 0.0
     ledger = open_ledger(homes.open_home("coordinator"))
@@ -154,19 +154,19 @@ def show(
         sys.stderr.write("nothing of that kind has happened\n")
     for line in found:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.at))
-        sys.stdout.write(f"{line.seq:6} {at} {line.event:14} {printable(line.text)}\n")
+        sys.stdout.write(f"{line.seq:6} {at} {line.event:14} {strip_controls(line.text)}\n")
 
 
 def parse_time(text: str, now: float) -> float:
-    """Unix s of a date, a date with a time (local), or so long ago. Raises UsageFault."""
+    """Unix s of a date, a date with a time (local), or so long ago. Raises UsageError."""
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
         pass
     try:
         return now - parse_seconds(text)
-    except UsageFault as err:
-        raise UsageFault(
+    except UsageError as err:
+        raise UsageError(
             f"{text!r} is no time", "write 2h, 7d, 2026-11-23 or 2026-11-23T18:00"
         ) from err
 

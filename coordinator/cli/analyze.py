@@ -9,7 +9,7 @@ import typer
 
 from coordinator.cli.common import Json, connect, print_table
 from coordinator.remote.durations import parse_seconds
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import json_output
 
 
@@ -68,5 +68,5 @@ def _bounds(text: str) -> tuple[str, tuple[float, float]]:
         equals = ""
         found = 0.0, 0.0
     if not (name and equals and dots and found[0] < found[1]):
-        raise UsageFault(f"{text!r} is no bound", "--bounds age=0..120")
+        raise UsageError(f"{text!r} is no bound", "--bounds age=0..120")
     return name, found

@@ -9,7 +9,7 @@ import typer
 
 from coordinator.cli.common import Json, connect, print_table
 from coordinator.remote.durations import parse_seconds
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import json_output
 
 tickets = typer.Typer(help="Join tickets: make, list, revoke.", no_args_is_help=True)
@@ -43,9 +43,9 @@ def create_ticket(
     from coordinator.api.schema import TicketOrder
 
     if role not in ("agent", "observer", "operator"):
-        raise UsageFault(f"a role is agent, observer or operator, not {role!r}")
+        raise UsageError(f"a role is agent, observer or operator, not {role!r}")
     if code and role != "agent":
-        raise UsageFault("a short code is for agents only", "leave out --code")
+        raise UsageError("a short code is for agents only", "leave out --code")
     order = TicketOrder(ttl_s=parse_seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
     made = connect().make_ticket(order)
     if code:

@@ -12,7 +12,7 @@ import typer
 
 from coordinator.cli.common import Json, connect, print_table
 from coordinator.remote.durations import parse_seconds
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes, json_output
 
 jobs = typer.Typer(help="Jobs beside training: look at them, stop them.", no_args_is_help=True)
@@ -57,7 +57,7 @@ def infer(
 ) -> None:
     """Answers from shared models: on the peers' own rows, or for rows that you give away."""
     if private == (scatter is not None):
-        raise UsageFault("either --private or --scatter INPUT", "commonweight infer --help")
+        raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
     remote = connect()
     pins = _pinned(remote, model or ["best"], task)
     if scatter is not None:
@@ -81,12 +81,12 @@ def _scattered(
     from coordinator.storage.job_events import JobSpec
 
     if out is None:
-        raise UsageFault("where do the answers go?", "--out answers.csv")
+        raise UsageError("where do the answers go?", "--out answers.csv")
     if len(pins.models) != 1:
-        raise UsageFault("rows are spread for one model", "name one --model")
+        raise UsageError("rows are spread for one model", "name one --model")
     job_output.check_target(out)
     if remote.role != "operator" or not (homes.locate("coordinator") / homes.STAMP).exists():
-        raise UsageFault("rows are spread from the coordinator's own machine")
+        raise UsageError("rows are spread from the coordinator's own machine")
     store = JobStore(homes.open_home("coordinator") / "jobs")
     given = prepare(source, store.folder, store.suffix)
     sys.stderr.write(

@@ -58,9 +58,9 @@ def monitor(
 ) -> None:
     """Watch the fleet in the terminal."""
     if record is not None and (serve or replay is not None or via is not None):
-        from protocols.errors import UsageFault
+        from protocols.errors import UsageError
 
-        raise UsageFault(
+        raise UsageError(
             "--record writes what a coordinator says to this terminal's monitor",
             "leave --serve, --replay and --via out",
         )

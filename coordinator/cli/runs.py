@@ -13,7 +13,7 @@ import typer
 from coordinator.cli import run_text
 from coordinator.cli.common import Json, connect, print_table
 from coordinator.runs.options import OPTIONS, Option
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.local import json_output
 from protocols.messages.states import RunState
 
@@ -63,7 +63,7 @@ def start(
 
     given = {option.name: typed[_variable(option)] for option in OPTIONS}
     if task and given["task"]:
-        raise UsageFault("name one task", "commonweight run start mnist")
+        raise UsageError("name one task", "commonweight run start mnist")
     given["task"] = task or given["task"]
     made = build_order({name: value for name, value in given.items() if value is not None})
     remote = connect()
@@ -170,7 +170,7 @@ def delete(
     sys.stderr.write(deletion.format_deletion(found) + "\n")
     if not yes:
         if not sys.stdin.isatty():
-            raise UsageFault(
+            raise UsageError(
                 "nothing was deleted: there is no terminal to confirm it on",
                 f"commonweight run delete {found.run} --yes",
             )

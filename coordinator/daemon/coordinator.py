@@ -49,7 +49,7 @@ from protocols.enrollment import identity
 from protocols.local import heap
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import Exchange, Exchanged
+from protocols.messages.work import PollRequest, PollResponse
 
 log = logging.getLogger("commonweight.hub")
 
@@ -211,7 +211,7 @@ class Hub:
         await self._mirror.command(peer, command)
         return f"{command.action} sent to {self._peers.name_of(peer)}"
 
-    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
         """A peer hands in a reply and takes its next message. Raises BadMessage, NoSession."""
         return await self._exchanges.exchange(peer, asked)
 

@@ -23,7 +23,7 @@ CERTIFICATE_EVERY_S = 6 * 3600.0
 
 
 class Listening:
-    """An open socket with a certificate for all its names. Raises PortInUse, UsageFault."""
+    """An open socket with a certificate for all its names. Raises PortInUse, UsageError."""
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._host = home, keys, chosen.host

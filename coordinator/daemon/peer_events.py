@@ -13,7 +13,7 @@ from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import ARRIVALS, Superlink
 from coordinator.transport.publisher import Mirror
 from coordinator.transport.sharing import SharingDesk
-from protocols.messages.envelope import Happened
+from protocols.messages.envelope import EventLine
 
 ONLINE_EVERY_S = 2.0
 _CHANGES = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was removed"}
@@ -76,7 +76,7 @@ class PeerEvents:
         else:
             self._admit(peer)
         text = f"{peer.name} {_CHANGES[peer.standing]}"
-        self._mirror.publish(Happened(level="info", text=text, subject=peer.peer))
+        self._mirror.publish(EventLine(level="info", text=text, subject=peer.peer))
 
     # --- Flower's sessions ---
 

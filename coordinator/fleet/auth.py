@@ -19,7 +19,7 @@ from coordinator.fleet.registry import Peer, Registry
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, Nonces, Signed
 from protocols.errors import BadMessage, Refused
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.auth")
 
@@ -128,8 +128,8 @@ class Auth:
             self._second, self._lines = now, 0
         self._lines += 1
         if self._lines <= _LINES_PER_S:
-            path = printable(_path(request))
-            log.warning("refused %s %s: %s", request.method, path, printable(why))
+            path = strip_controls(_path(request))
+            log.warning("refused %s %s: %s", request.method, path, strip_controls(why))
         return HTTPException(status)
 
 

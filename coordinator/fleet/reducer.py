@@ -35,11 +35,11 @@ from coordinator.fleet.state import (
 )
 from protocols.messages.envelope import (
     Envelope,
-    Happened,
+    EventLine,
     JobChanged,
     Links,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -98,7 +98,7 @@ def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
             _event(fleet, now, body.level, f"{called(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
         fleet.ignored += 1
-    elif isinstance(body, PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links):
+    elif isinstance(body, PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links):
         _coordinator(fleet, envelope, body, now)
     # Doorbells and commands are between the coordinator and one agent: nothing to show.
     return fleet
@@ -206,7 +206,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
 def _coordinator(
     fleet: Fleet,
     envelope: Envelope,
-    body: PeerKnown | RunChanged | RoundClosed | JobChanged | Happened | Links,
+    body: PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links,
     now: float,
 ) -> None:
     if envelope.epoch == fleet.epoch:
@@ -221,7 +221,7 @@ def _coordinator(
         fleet.past_epochs = [*fleet.past_epochs, fleet.epoch][-EPOCHS_KEPT:]
         fleet.gap = True
     fleet.epoch, fleet.seq = envelope.epoch, envelope.seq
-    if isinstance(body, PeerKnown):
+    if isinstance(body, PeerChanged):
         _known(fleet, body)
     elif isinstance(body, RunChanged):
         _run_changed(fleet, body, now)
@@ -229,22 +229,22 @@ def _coordinator(
         _round_closed(fleet, body)
     elif isinstance(body, JobChanged):
         _job_changed(fleet, body, now - envelope.at, now)
-    elif isinstance(body, Happened):
+    elif isinstance(body, EventLine):
         _event(fleet, now, body.level, body.text, body.subject)
     else:
         fleet.links = body
 
 
-def _known(fleet: Fleet, body: PeerKnown) -> None:
-    if body.standing == "removed":
+def _known(fleet: Fleet, body: PeerChanged) -> None:
+    if body.enrollment == "removed":
         fleet.peers.pop(body.peer, None)
         return
     peer = fleet.peers.get(body.peer)
     if peer is None or peer.public_key != body.public_key:
         peer = Peer(peer=body.peer, name=body.name, public_key=body.public_key)
         fleet.peers[body.peer] = peer
-    peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.standing
-    peer.flower = body.flower
+    peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.enrollment
+    peer.flower = body.has_session
 
 
 def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:

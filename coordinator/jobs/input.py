@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.storage.job_events import Block
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 #: So many blocks there are about, of so many rows at least and at most.
@@ -35,7 +35,7 @@ class PreparedInput(NamedTuple):
 def prepare(path: Path, folder: Path, suffix: str) -> PreparedInput:
     """Write the blocks of `path`, one after the other, to the file DIGEST + `suffix` in `folder`.
 
-    CSV (with a line of names), Parquet, a folder of pictures, or text by lines. Raises UsageFault.
+    CSV (with a line of names), Parquet, a folder of pictures, or text by lines. Raises UsageError.
     """
     try:
         kind, blocks = _blocks_of(path)
@@ -50,11 +50,11 @@ def prepare(path: Path, folder: Path, suffix: str) -> PreparedInput:
             os.fsync(file.fileno())
         temporary.replace(folder / f"{sha.hexdigest()}{suffix}")
     except (UnicodeDecodeError, csv.Error) as err:
-        raise UsageFault(f"{path} does not have the format of its suffix: {err}") from err
+        raise UsageError(f"{path} does not have the format of its suffix: {err}") from err
     except OSError as err:
         raise CommonweightError(f"cannot read {path}: {err.strerror or err}") from err
     if not found:
-        raise UsageFault(f"{path} has no rows")
+        raise UsageError(f"{path} has no rows")
     return PreparedInput(sha.hexdigest(), kind, tuple(found))
 
 
@@ -62,7 +62,7 @@ def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
     if path.is_dir():
         return ".zip", _pictures(path)
     if not path.is_file():
-        raise UsageFault(f"there is no {path}")
+        raise UsageError(f"there is no {path}")
     match path.suffix.lower():
         case ".csv":
             return ".csv", _csv(path)
@@ -70,7 +70,7 @@ def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
             return ".parquet", _parquet(path)
         case ".txt":
             return ".txt", _lines(path)
-    raise UsageFault(
+    raise UsageError(
         f"rows cannot be told in {path.name}", "CSV, Parquet, .txt or a folder of pictures"
     )
 
@@ -120,7 +120,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as err:
-        raise UsageFault(
+        raise UsageError(
             "Parquet needs pyarrow", "pip install 'commonweight[tabular]', or give CSV"
         ) from err
     try:
@@ -130,7 +130,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
             pq.write_table(pa.Table.from_batches([batch]), file)
             yield batch.num_rows, file.getvalue()
     except pa.ArrowException as err:
-        raise UsageFault(f"{path} is no Parquet file: {err}") from err
+        raise UsageError(f"{path} is no Parquet file: {err}") from err
 
 
 def _pictures(root: Path) -> Iterator[tuple[int, bytes]]:

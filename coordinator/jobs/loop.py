@@ -26,7 +26,7 @@ from coordinator.storage.job_events import AnswerDropped, JobEvent, JobState, Le
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_full
-from protocols.messages.envelope import Happened, printable
+from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.job")
 
@@ -150,7 +150,7 @@ class JobLoop:
                 unit, peer, detail = (
                     answered.request.unit,
                     answered.request.peer,
-                    printable(str(err)),
+                    strip_controls(str(err)),
                 )
                 news.append(AnswerDropped(unit, peer, "bad answer", detail))
         self._record(*news)
@@ -164,7 +164,7 @@ class JobLoop:
             if reply.error.code != AGENT_FAILED:  # Flower's own, of a node that it cannot reach
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [LeaseEnded(unit.number, peer, "went away")]
-            reason = printable(reply.error.reason or "no reason given")
+            reason = strip_controls(reply.error.reason or "no reason given")
             return [
                 LeaseEnded(unit.number, peer, FAILED),
                 job_events.PeerExcused(peer, reason),
@@ -186,7 +186,7 @@ class JobLoop:
                 try:
                     await asyncio.to_thread(validation.check, self.job, unit, given, self._store)
                 except (BadMessage, OSError) as err:
-                    detail = printable(str(err))
+                    detail = strip_controls(str(err))
                     bad.append(AnswerDropped(unit.number, peer, "bad answer", detail))
             self._record(*bad)
             unit = self.job.units[unit.number]
@@ -232,7 +232,7 @@ class JobLoop:
     def _say(self, level: Any, text: str, subject: str = "") -> None:
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
         self._around.publish(
-            Happened(level=level, text=printable(text), subject=subject or self.job.id)
+            EventLine(level=level, text=strip_controls(text), subject=subject or self.job.id)
         )
 
 

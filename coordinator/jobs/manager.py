@@ -25,9 +25,9 @@ from coordinator.storage.job_events import (
     JobState,
     JobTaken,
 )
-from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.errors import CannotBeMet, UnknownName, UsageError
 from protocols.failpoints import failpoint
-from protocols.messages.jobs import Model
+from protocols.messages.jobs import ModelRef
 
 #: Jobs that the monitor still sees after a restart.
 _MAX_SHOWN_JOBS = 5
@@ -127,7 +127,7 @@ class JobManager:
         return next((settling for settling in found if settling is not None), None)
 
     def start(self, spec: JobSpec) -> str:
-        """Write a job down and begin; its id. Raises UsageFault and its kin."""
+        """Write a job down and begin; its id. Raises UsageError and its kin."""
         spec = self._checked(spec)
         job_id = f"{spec.kind}-{secrets.token_hex(3)}"
         fact = JobStarted(spec, time.time())
@@ -143,10 +143,10 @@ class JobManager:
         self._check_models(spec)
         spec = replace(spec, models=tuple(map(self._sized, spec.models)))
         if spec.kind != "analyze" and not spec.models:
-            raise UsageFault("a model is needed", "--model best, latest, or a digest")
+            raise UsageError("a model is needed", "--model best, latest, or a digest")
         if spec.kind == "scatter":
             if not spec.blocks or not self._store.has(spec.input):
-                raise UsageFault("the job has no input")
+                raise UsageError("the job has no input")
             self._registry.check_quorum(spec.quorum)
             return spec
         peers = spec.peers or tuple(sorted(self._around.eligible()))
@@ -163,8 +163,8 @@ class JobManager:
                     f"version {model.digest[:12]} is not kept any more", "commonweight models list"
                 )
 
-    def _sized(self, model: Model) -> Model:
-        return Model(model.digest, self._around.store.version_path(model.digest).stat().st_size)
+    def _sized(self, model: ModelRef) -> ModelRef:
+        return ModelRef(model.digest, self._around.store.version_path(model.digest).stat().st_size)
 
     def stop(self, job_id: str) -> None:
         """End a job; what is verified stays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from coordinator.jobs.state import Job
-from protocols.messages.envelope import JobChanged, printable
+from protocols.messages.envelope import JobChanged, strip_controls
 
 #: Reasons that go into one message.
 _MAX_EXCUSED = 8
@@ -25,7 +25,7 @@ def job_changed(job: Job) -> JobChanged:
         done=job.verified_rows if spread else verified,
         total=job.total_rows if spread else len(job.units),
         peers=len({peer for _, peer, _ in job.leases()}),
-        ended_because=printable(job.ended_because),
+        ended_because=strip_controls(job.ended_because),
         leased=sum(job.rows(unit) if spread else 1 for unit in in_hand),
         units=verified,
         rows=job.verified_rows,
@@ -35,7 +35,8 @@ def job_changed(job: Job) -> JobChanged:
         dropped=sum(job.dropped.values()),
         num_excused=len(job.excused),
         excused={
-            peer: printable(reason) for peer, reason in islice(job.excused.items(), _MAX_EXCUSED)
+            peer: strip_controls(reason)
+            for peer, reason in islice(job.excused.items(), _MAX_EXCUSED)
         },
         began_at=job.began_at,
         ended_at=job.ended_at,

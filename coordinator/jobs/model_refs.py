@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from coordinator.runs.export import resolve_version
 from coordinator.runs.state import Run
-from protocols.errors import UnknownName, UsageFault
-from protocols.messages.jobs import Model, Setting
+from protocols.errors import UnknownName, UsageError
+from protocols.messages.jobs import ModelRef, Setting
 
 _HINT = "commonweight models list"
 
@@ -21,14 +21,14 @@ class ResolvedModels(NamedTuple):
 
     task: str
     settings: dict[str, Setting]
-    models: tuple[Model, ...]
+    models: tuple[ModelRef, ...]
     names: tuple[str, ...]
 
 
 def resolve(runs: Sequence[Run], words: Sequence[str], task: str = "") -> ResolvedModels:
     """The versions that are meant: "best", "latest", RUN, RUN:latest, or a digest's beginning.
 
-    Raises UnknownName, and UsageFault for models that one task cannot use alike.
+    Raises UnknownName, and UsageError for models that one task cannot use alike.
     """
     fitting = [run for run in runs if run.head and task in ("", run.spec.task)]
     if not fitting:
@@ -38,16 +38,16 @@ def resolve(runs: Sequence[Run], words: Sequence[str], task: str = "") -> Resolv
     settings = [_settings(run) for run, _ in found]
     tasks = {run.spec.task for run, _ in found}
     if len(tasks) > 1 or any(other != settings[0] for other in settings):
-        raise UsageFault(
+        raise UsageError(
             "these models are of other tasks or settings", "one job is of one task: ask for each"
         )
     models = dict.fromkeys(digest for _, digest in found)
     if len(models) < len(found):
-        raise UsageFault("two of these models are the same version", "name each once")
+        raise UsageError("two of these models are the same version", "name each once")
     return ResolvedModels(
         tasks.pop(),
         settings[0],
-        tuple(Model(digest, 0) for digest in models),
+        tuple(ModelRef(digest, 0) for digest in models),
         tuple(dict.fromkeys(words)),
     )
 

@@ -16,7 +16,7 @@ import msgspec
 from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.runs.best_version import lower_is_better
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.messages import jobs as wire
 from protocols.messages.jobs import Score
 
@@ -27,15 +27,15 @@ _NUMBERS = b"0123456789+-.eE,[]\n"
 
 
 def check_target(out: Path) -> None:
-    """Raise UsageFault unless rows can be written to this new file."""
+    """Raise UsageError unless rows can be written to this new file."""
     if out.exists():
-        raise UsageFault(f"{out} exists already", "choose another name")
+        raise UsageError(f"{out} exists already", "choose another name")
     if not out.absolute().parent.is_dir():
-        raise UsageFault(f"there is no folder {out.absolute().parent}")
+        raise UsageError(f"there is no folder {out.absolute().parent}")
     if out.suffix not in _SUFFIXES:
-        raise UsageFault(f"{out.name} is no kind of table", "OUT.csv, OUT.jsonl or OUT.parquet")
+        raise UsageError(f"{out.name} is no kind of table", "OUT.csv, OUT.jsonl or OUT.parquet")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UsageFault(
+        raise UsageError(
             "Parquet needs pyarrow", "pip install 'commonweight[tabular]', or --out OUT.csv"
         )
 

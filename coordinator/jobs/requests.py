@@ -102,10 +102,10 @@ class PendingJobRequests:
                 due += asked.may_take_s
                 self._deadlines[asked.unit, peer] = due
 
-    async def _question(self, job: Job, unit: Unit) -> tuple[wire.Action, str, ConfigRecord]:
+    async def _question(self, job: Job, unit: Unit) -> tuple[wire.QueryAction, str, ConfigRecord]:
         """How the message about a unit is called, the unit's key, and what the message holds."""
         spec = job.spec
-        question: wire.Question
+        question: wire.UnitQuestion
         match spec.kind:
             case "scatter":
                 rows = await asyncio.to_thread(self._store.write_input, spec, unit)
@@ -126,7 +126,7 @@ class PendingJobRequests:
             self._around.sign,
         )
         record = ConfigRecord({"unit": payload, "signature": signature})
-        return wire.action(question), wire.key_of(payload), record
+        return wire.query_action(question), wire.idempotency_key(payload), record
 
     # --- answers ---
 

@@ -20,7 +20,7 @@ from coordinator.jobs.state import Unit
 from coordinator.storage.job_events import Given, JobSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage
-from protocols.messages.jobs import INLINE_BYTES, Scatter
+from protocols.messages.jobs import INLINE_MAX_BYTES, Scatter
 
 #: One answer: the result of some seconds of work.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
@@ -79,7 +79,7 @@ class JobStore(WeightStore):
             size = update.stat().st_size
         except OSError as err:
             raise BadMessage("the answer's bytes were never uploaded") from err
-        if size != given.nbytes or size <= INLINE_BYTES:
+        if size != given.nbytes or size <= INLINE_MAX_BYTES:
             raise BadMessage(f"the answer has {size} bytes, and was said to have {given.nbytes}")
         self.promote_upload(peer, given.digest)
         self.mark_recorded(given.digest)

@@ -34,7 +34,7 @@ def read(asked: JobRequest, reply: Message, seconds: float, verify: Verify) -> G
     if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
         raise TypeError("an answer and its signature are bytes")
     answer = wire.SIGNED_ANSWER.decode(payload)
-    signed = verify(asked.peer, signature, wire.SIGNED_ANSWER.part(payload))
+    signed = verify(asked.peer, signature, wire.SIGNED_ANSWER.signed_bytes(payload))
     if answer.peer != asked.peer or not signed:
         raise BadMessage("the answer is not signed by the peer that sent it")
     if answer.key != asked.key:

@@ -15,19 +15,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from coordinator.transport.ports import listenable
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 COOKIE = "commonweight"
 
 
 def check_host(host: str) -> str:
-    """The address to listen on. Raises UsageFault for one that others can reach."""
+    """The address to listen on. Raises UsageError for one that others can reach."""
     try:
         local = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError as err:
-        raise UsageFault(f"{host!r} is no address", "leave --host out") from err
+        raise UsageError(f"{host!r} is no address", "leave --host out") from err
     if not local.is_loopback:
-        raise UsageFault(
+        raise UsageError(
             f"the monitor is not served on {host}: whoever reaches the page could operate the "
             "fleet, and the page has no TLS",
             "leave --host out, and reach it from elsewhere by ssh -L PORT:127.0.0.1:PORT; or "
@@ -42,13 +42,13 @@ def is_same_origin(origin: str, host: str) -> bool:
 
 
 def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
-    """Serve until Ctrl-C. Raises UsageFault: the extra is missing, or another address."""
+    """Serve until Ctrl-C. Raises UsageError: the extra is missing, or another address."""
     host = check_host(host)
     try:
         from aiohttp import web
         from textual_serve.server import Server
     except ImportError as err:
-        raise UsageFault(
+        raise UsageError(
             "the monitor in a browser needs textual-serve", "pip install 'commonweight[serve]'"
         ) from err
     token = secrets.token_urlsafe(24)

@@ -35,7 +35,7 @@ from protocols.errors import (
     BadMessage,
     CommonweightError,
     ExitCode,
-    HomeFault,
+    HomeError,
     NotRunning,
     Refused,
     Unreachable,
@@ -72,7 +72,7 @@ class ConnectionInfo(NamedTuple):
 def open_home() -> Path:
     """The coordinator's home on this machine, else that of a joined access.
 
-    Raises NotRunning when there is neither, HomeFault.
+    Raises NotRunning when there is neither, HomeError.
     """
     if (homes.locate("coordinator") / homes.STAMP).exists():
         return homes.open_home("coordinator")
@@ -85,12 +85,12 @@ def open_home() -> Path:
 
 
 def connection_info(home: Path) -> ConnectionInfo:
-    """The way in from this home. Raises NotRunning (no coordinator is up here), HomeFault."""
+    """The way in from this home. Raises NotRunning (no coordinator is up here), HomeError."""
     if (home / ACCESS_FILE).exists():
         try:
             access = msgspec.json.decode((home / ACCESS_FILE).read_bytes(), type=Access)
         except (OSError, msgspec.DecodeError) as err:
-            raise HomeFault(
+            raise HomeError(
                 f"{home / ACCESS_FILE} is damaged: {err}", "join again with a ticket"
             ) from err
         key = identity.load_signing_key(home / _KEY)

@@ -18,7 +18,7 @@ from protocols.analytics.mergeable_states import Told
 from protocols.analytics.query import Question
 from protocols.errors import CommonweightError
 from protocols.local import homes
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 if TYPE_CHECKING:
     from coordinator.jobs.state import Job
@@ -49,7 +49,7 @@ def result_of(job: Job, question: Question) -> AnalysisResult:
         if unit.verified:
             told[unit.only] = _read(unit.answer)
     for peer, reason in job.excused.items():
-        told.setdefault(peer, Told(refused=printable(reason)))
+        told.setdefault(peer, Told(refused=strip_controls(reason)))
     found = combine(question, told, [unit.only for unit in job.units.values()])
     if not found.peers:
         reasons = "; ".join(dict.fromkeys(found.left_out.values())) or job.ended_because

@@ -30,10 +30,10 @@ from coordinator.storage.job_events import JobSpec
 from coordinator.transport.mqtt_client import Feed
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
-from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerKnown
+from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.error_text import why
-from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours
+from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ _SAVE_NEIGHBOURS_EVERY_S = 600.0
 class Remote:
     """A coordinator that runs over `home`, or that it has access to.
 
-    Every method raises Unreachable, Refused, UsageFault, and BadMessage: of another version.
+    Every method raises Unreachable, Refused, UsageError, and BadMessage: of another version.
 
     Raises NotRunning when the home says that none is up.
     """
@@ -62,9 +62,9 @@ class Remote:
     def fleet(self) -> Fleet:
         return fleets.decode(self._request("GET", "/cw/v1/fleet"))
 
-    def neighbours(self) -> Neighbours:
+    def neighbours(self) -> NeighborsResponse:
         """Whom to ask while the coordinator is away, and a pass for it."""
-        return self._get(NEIGHBOURS_PATH, Neighbours)
+        return self._get(NEIGHBORS_PATH, NeighborsResponse)
 
     def watch(self) -> WatchAnswer:
         return self._get("/cw/v1/watch", WatchAnswer)
@@ -223,7 +223,7 @@ class LiveSource:
 
         def on_envelope(_: Kind, envelope: Envelope) -> None:
             body = envelope.body
-            if isinstance(body, PeerKnown):  # signed by the coordinator, so it may teach us keys
+            if isinstance(body, PeerChanged):  # signed by the coordinator, so it may teach us keys
                 self._keys[body.peer] = body.public_key
             put(envelope)
 

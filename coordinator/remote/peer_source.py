@@ -39,20 +39,27 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Envelope
 from protocols.network.error_text import why
 from protocols.p2p import gossip
-from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Heard, Neighbours, Told, Words
+from protocols.p2p.gossip import (
+    GOSSIP_PATH,
+    MAX_BATCH_BYTES,
+    GossipBatch,
+    GossipStore,
+    NeighborsResponse,
+    VerifiedEntry,
+)
 
 NEIGHBOURS_FILE = "neighbours.json"
 _TIMEOUT_S = 10.0
 
 
-def save_neighbours(home: Path, given: Neighbours) -> None:
+def save_neighbours(home: Path, given: NeighborsResponse) -> None:
     """Keep whom to ask while the coordinator is away. Raises OSError."""
     write_private(home / NEIGHBOURS_FILE, msgspec.json.encode(given))
 
 
-def _load_neighbours(home: Path) -> Neighbours:
+def _load_neighbours(home: Path) -> NeighborsResponse:
     try:
-        return msgspec.json.decode((home / NEIGHBOURS_FILE).read_bytes(), type=Neighbours)
+        return msgspec.json.decode((home / NEIGHBOURS_FILE).read_bytes(), type=NeighborsResponse)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as err:
         raise NotRunning(
             "no peers are known here to ask",
@@ -68,15 +75,15 @@ class _Partner(NamedTuple):
     keys: frozenset[bytes]
 
 
-def _partner(given: Neighbours, word: str) -> _Partner:
+def _partner(given: NeighborsResponse, word: str) -> _Partner:
     """The peer that `word` means: its name, its id, or host:port. Raises UnknownName."""
-    for one in given.near:
+    for one in given.neighbors:
         if word in (one.name, one.peer, one.address):
             return _Partner(one.name, one.address, frozenset({one.node_public}))
     host, _, port = word.rpartition(":")
     if host and port.isdecimal():  # it has moved: any of the fleet may answer there
-        return _Partner(word, word, frozenset(one.node_public for one in given.near))
-    known = ", ".join(sorted(one.name for one in given.near)) or "none"
+        return _Partner(word, word, frozenset(one.node_public for one in given.neighbors))
+    known = ", ".join(sorted(one.name for one in given.neighbors)) or "none"
     raise UnknownName(
         f"no peer {word!r} can be asked",
         f"those that share with others can: {known}; or give HOST:PORT, which "
@@ -92,7 +99,7 @@ class PeerSource(ReadOnly):
 
     def __init__(self, home: Path, word: str) -> None:
         given = _load_neighbours(home)
-        self._partner, self._pass = _partner(given, word), given.pass_
+        self._partner, self._pass = _partner(given, word), given.access_token
         self._holder, self._key, self._ca_pem = _own_key(home)
         self._fleet = identity.ca_fingerprint(self._ca_pem).hex()[:16]
         self.heading = f"as {self._partner.name} knows it"
@@ -100,9 +107,9 @@ class PeerSource(ReadOnly):
     async def snapshot(self) -> Fleet:
         """Raises Unreachable, Refused."""
         told = await asyncio.to_thread(self._ask)
-        words, now = Words(self._ca_pem, self._fleet), time.time()
-        words.take(told.words, now)
-        return fleet_from_gossip(self._fleet, self.heading, words.all(), now)
+        words, now = GossipStore(self._ca_pem, self._fleet), time.time()
+        words.add(told.entries, now)
+        return fleet_from_gossip(self._fleet, self.heading, words.newest_first(), now)
 
     async def messages(self) -> AsyncIterator[Envelope]:
         nothing: tuple[Envelope, ...] = ()
@@ -113,14 +120,14 @@ class PeerSource(ReadOnly):
     def refusal(self) -> CommonweightError:
         return Refused("a peer only tells what it knows", "act when the coordinator is up again")
 
-    def _ask(self) -> Told:
-        body = msgspec.msgpack.encode(Told())
+    def _ask(self) -> GossipBatch:
+        body = msgspec.msgpack.encode(GossipBatch())
         digest = hashlib.sha256(body).hexdigest()
-        headers = signed_requests.headers(self._holder, self._key.sign, "POST", WORDS_PATH, digest)
-        headers[gossip.PASS] = b64encode(self._pass).decode()
+        headers = signed_requests.headers(self._holder, self._key.sign, "POST", GOSSIP_PATH, digest)
+        headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
         heard = self._answer(body, headers)
         try:
-            return msgspec.msgpack.decode(heard, type=Told)
+            return msgspec.msgpack.decode(heard, type=GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise BadMessage(f"{self._partner.name} tells what is not understood: {err}") from err
 
@@ -132,14 +139,14 @@ class PeerSource(ReadOnly):
                 shown = connection.sock.getpeercert(binary_form=True) or b""
                 if not any(identity.is_of_key(shown, key) for key in self._partner.keys):
                     raise Refused(f"somebody else than {name} answers at {address}")
-                connection.request("POST", WORDS_PATH, body=body, headers=headers)
+                connection.request("POST", GOSSIP_PATH, body=body, headers=headers)
                 answer = connection.getresponse()
                 if answer.status != 200:
                     raise Refused(
                         f"{name} refused ({answer.status})",
                         "the pass may have ended: watch once while the coordinator is up",
                     )
-                return answer.read(MOST_TOLD_BYTES)
+                return answer.read(MAX_BATCH_BYTES)
         # A host and port that somebody typed may be neither: UnicodeError, OverflowError.
         except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
             raise Unreachable(f"{name} does not answer at {address}: {why(err)}") from err
@@ -158,7 +165,7 @@ def _connection(address: str) -> http.client.HTTPSConnection:
 
 
 def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
-    """Who we are to the fleet, our key and its CA. Raises HomeFault."""
+    """Who we are to the fleet, our key and its CA. Raises HomeError."""
     if (home / access.ACCESS_FILE).exists():
         door = access.connection_info(home)
         return door.sender, door.key, door.ca_pem.encode()
@@ -166,7 +173,7 @@ def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
     return OPERATOR, key, (home / "ca.pem").read_bytes()
 
 
-def fleet_from_gossip(fleet: str, name: str, heard: Sequence[Heard], now: float) -> Fleet:
+def fleet_from_gossip(fleet: str, name: str, heard: Sequence[VerifiedEntry], now: float) -> Fleet:
     """The fleet that these words add up to. Pure. `round` is the version that a peer holds."""
     found = Fleet(fleet=fleet, name=name, at=now)
     for word, speaker, _ in heard:

@@ -20,7 +20,7 @@ from coordinator.api.schema import RunOrder
 from coordinator.fleet.reducer import Fleet
 from coordinator.remote.source import Action, Source
 from protocols import VERSION
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.messages.envelope import Envelope, LogLine
 
 # The same module under two names: in the standard library from Python 3.14 on.
@@ -57,7 +57,7 @@ _line = msgspec.json.Decoder(Line)
 
 
 class Recorder:
-    """Writes a recording. Raises UsageFault when the file is there already or cannot be made."""
+    """Writes a recording. Raises UsageError when the file is there already or cannot be made."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -65,9 +65,9 @@ class Recorder:
         try:
             self._raw = path.open("xb")
         except FileExistsError as err:
-            raise UsageFault(f"{path} exists already", "choose another name") from err
+            raise UsageError(f"{path} exists already", "choose another name") from err
         except OSError as err:
-            raise UsageFault(f"cannot write {path}: {err.strerror}") from err
+            raise UsageError(f"cannot write {path}: {err.strerror}") from err
         self._file = zstd.ZstdFile(self._raw, "w")
         self._flushed = 0.0
         self._write(_encode(Head(commonweight_recording=FORMAT, version=VERSION, at=self._began)))
@@ -96,16 +96,16 @@ class Recorder:
 
 
 def read(path: Path) -> tuple[Head, Iterator[Line]]:
-    """The head, and the lines as they are read. Raises UsageFault: no recording, or a newer one."""
+    """The head, and the lines as they are read. Raises UsageError: no recording, or a newer one."""
     try:
         file = cast(IO[bytes], io.BufferedReader(zstd.ZstdFile(path)))
         head = _head.decode(file.readline(4096))
     except OSError as err:
-        raise UsageFault(f"cannot read {path}: {err.strerror or err}") from err
+        raise UsageError(f"cannot read {path}: {err.strerror or err}") from err
     except (zstd.ZstdError, EOFError, msgspec.DecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"{path} is no recording of a monitor: {err}") from err
+        raise UsageError(f"{path} is no recording of a monitor: {err}") from err
     if head.commonweight_recording != FORMAT:
-        raise UsageFault(
+        raise UsageError(
             f"{path} has format {head.commonweight_recording}; this version plays {FORMAT}",
             "pip install --upgrade commonweight",
         )
@@ -125,7 +125,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Line]:
             try:
                 line = _line.decode(text)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-                raise UsageFault(f"{path} is damaged after {last:.0f} s: {err}") from err
+                raise UsageError(f"{path} is damaged after {last:.0f} s: {err}") from err
             if line.t < last:  # time goes one way
                 line = msgspec.structs.replace(line, t=last)
             last = line.t

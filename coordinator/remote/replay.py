@@ -27,7 +27,7 @@ class ReplaySource(ReadOnly):
     """`clock()` is the recorded time that is shown now: ages in a replay are those of then.
 
     `on_jump` is called when a watcher should ask for a snapshot: time was left out, or the
-    recorded monitor had fetched one. `wall` gives monotonic s. Raises UsageFault.
+    recorded monitor had fetched one. `wall` gives monotonic s. Raises UsageError.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import homes
 
 #: A round that sets its own deadline takes no longer than that.
@@ -21,14 +21,14 @@ _MAX_AUTO_DEADLINE_S = 600.0
 def build_order(typed: Mapping[str, Any]) -> RunOrder:
     """The order for options by their names in the table; an option left out has its default.
 
-    Raises UsageFault and its kin.
+    Raises UsageError and its kin.
     """
     given = {one.name: one.default for one in options.OPTIONS} | dict(typed)
     if not given["task"]:
-        raise UsageFault("name one task", "commonweight run start mnist")
+        raise UsageError("name one task", "commonweight run start mnist")
     column, goal, metric = _targets(given["target"])
     if metric and given["best-metric"] not in ("", metric):
-        raise UsageFault(
+        raise UsageError(
             f"--target {metric} and --best-metric {given['best-metric']} are two metrics",
             "name one of them",
         )
@@ -56,10 +56,10 @@ def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:
 
 
 def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
-    """`key=value` with the value as the number or truth value it looks like. Raises UsageFault."""
+    """`key=value` with the value as the number or truth value it looks like. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageFault(f"{text!r} is not key=value")
+        raise UsageError(f"{text!r} is not key=value")
     if value in ("true", "false"):
         return key, value == "true"
     for kind in (int, float):
@@ -71,7 +71,7 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
 
 
 def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
-    """The column, the value of the metric and its name among what was given. Raises UsageFault.
+    """The column, the value of the metric and its name among what was given. Raises UsageError.
 
     A metric's value is `0.9` or `macro_f1=0.9`; all else is a column.
     """
@@ -82,7 +82,7 @@ def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
             goal, metric = float(value), name
         except ValueError:
             if column:
-                raise UsageFault(
+                raise UsageError(
                     f"{column} and {text} cannot both be predicted", "start two runs"
                 ) from None
             column = text
@@ -93,20 +93,20 @@ def _task_name(text: str) -> str:
     """A task's name. Of one in a file only "file.py:Class": each agent has its own copy of it."""
     path, colon, attribute = text.rpartition(":")
     if not (colon and path.endswith(".py")) and ("/" in text or text.endswith(".py")):
-        raise UsageFault(f"{text!r} names no task", "write file and class: ./my_task.py:MyTask")
+        raise UsageError(f"{text!r} names no task", "write file and class: ./my_task.py:MyTask")
     return f"{Path(path).name}:{attribute}" if colon and path.endswith(".py") else text
 
 
 def _times(text: str) -> float:
-    """`1.2x` or `1.2`. Raises UsageFault."""
+    """`1.2x` or `1.2`. Raises UsageError."""
     try:
         return float(text.removesuffix("x"))
     except ValueError as err:
-        raise UsageFault(f"{text!r} is no factor", "write 1.2x") from err
+        raise UsageError(f"{text!r} is no factor", "write 1.2x") from err
 
 
 def _import_weights(path: Path) -> str:
-    """Put a safetensors file into the home as a version; its digest. Raises UsageFault."""
+    """Put a safetensors file into the home as a version; its digest. Raises UsageError."""
     from coordinator.storage.weight_store import WeightStore
     from protocols.errors import BadWeights
     from protocols.model import weights
@@ -114,5 +114,5 @@ def _import_weights(path: Path) -> str:
     try:
         given = weights.load_any(path)
     except (OSError, BadWeights) as err:
-        raise UsageFault(f"cannot use {path} as first weights: {err}") from err
+        raise UsageError(f"cannot use {path} as first weights: {err}") from err
     return WeightStore(homes.open_home("coordinator")).save(given)

@@ -17,8 +17,8 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, Update
 from coordinator.transport.flower_records import read_claim, read_description, read_proof
 from protocols.codecs import registry
-from protocols.errors import TELLABLE, BadMessage, BadWeights, UpdateRefused
-from protocols.messages.envelope import printable
+from protocols.errors import SHAREABLE_CODES, BadMessage, BadWeights, UpdateRefused
+from protocols.messages.envelope import strip_controls
 from protocols.model.weights_file import Stored
 
 
@@ -34,9 +34,9 @@ async def validate_reply(
             ctx.refresh_online()
             if peer not in ctx.eligible():
                 return run_events.PeerLost(peer, "went away")
-        reason = printable(reply.error.reason or "no reason given")
+        reason = strip_controls(reply.error.reason or "no reason given")
         code, colon, words = reason.partition(": ")
-        if colon and code in TELLABLE:  # its own word that it does not fit the run
+        if colon and code in SHAREABLE_CODES:  # its own word that it does not fit the run
             raise UpdateRefused(code, words)
         raise UpdateRefused("agent failed", reason)
     try:

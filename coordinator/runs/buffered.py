@@ -15,7 +15,7 @@ from collections.abc import Set
 from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec, UpdateAccepted, WorkGiven
 from coordinator.strategies.adapter import StrategyAdapter
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 def staleness(run: Run, given: Assignment) -> int:
@@ -81,10 +81,10 @@ def _next(run: Run, peer: str) -> WorkGiven:
 
 
 def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
-    """Raise UsageFault unless the settings of the mode fit each other and the strategy."""
+    """Raise UsageError unless the settings of the mode fit each other and the strategy."""
     if spec.mode == "synchronous":
         if spec.buffer or spec.concurrency or spec.server_lr != 1.0:
-            raise UsageFault(
+            raise UsageError(
                 "--buffer, --concurrency and --server-lr belong to --mode buffered",
                 "--mode buffered --buffer 4",
             )
@@ -103,15 +103,15 @@ def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
     }
     for words, held in limits.items():
         if not held:
-            raise UsageFault(words)
+            raise UsageError(words)
     if adapter.feed != "mean":
-        raise UsageFault(
+        raise UsageError(
             f"{spec.strategy} and --mode buffered do not go together: a fast peer may have several "
             "updates in a buffer, and a bound on bad peers then bounds nothing",
             "fedavg or a server optimiser; --max-weight-share and --clip-norm bound each peer",
         )
     if adapter.needs_base:
-        raise UsageFault(
+        raise UsageError(
             f"{spec.strategy} and --mode buffered do not go together: its control variates are "
             "those of one version",
             "fedavg or a server optimiser, or --mode synchronous",

@@ -15,7 +15,7 @@ from coordinator.runs import best_version, buffered, recovery
 from coordinator.runs.recovery import FetchVersion, KeepOwn
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import WorkGiven
-from protocols.errors import OF_SETTINGS
+from protocols.errors import SETTINGS_CODES
 from protocols.messages.states import RunState
 
 
@@ -99,7 +99,7 @@ Step = (
 
 
 #: Begins what an agent tells that cannot work with the run's settings.
-_SETTINGS_REFUSALS = tuple(f"agent failed: {code}: " for code in sorted(OF_SETTINGS))
+_SETTINGS_REFUSALS = tuple(f"agent failed: {code}: " for code in sorted(SETTINGS_CODES))
 #: So many peers that are waited for are named.
 _MAX_NAMED_PEERS = 4
 #: An automatic deadline is so many times what the slowest peer needed, but no less than that.

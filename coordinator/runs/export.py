@@ -9,7 +9,7 @@ from pathlib import Path
 from coordinator.runs.state import Run
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local.atomic_files import replacing
 from protocols.model import model_card, personalization, weights
 from protocols.model.model_card import Contributor, ModelCard
@@ -64,7 +64,7 @@ def build_card(
 
 
 def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
-    """Write both files; the version's digest. Raises UnknownName, UsageFault, CommonweightError."""
+    """Write both files; the version's digest. Raises UnknownName, UsageError, CommonweightError."""
     version = resolve_version(run, which)
     path = WeightStore(home).version_path(version)
     if not path.exists():
@@ -74,7 +74,7 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
         )
     card_path = model_card.beside(out)
     if card_path == out:
-        raise UsageFault("the model and its card would be one file", "MODEL.safetensors, say")
+        raise UsageError("the model and its card would be one file", "MODEL.safetensors, say")
     for taken in (out, card_path):
         if taken.exists():
             raise CommonweightError(f"{taken} exists already", "choose another name")

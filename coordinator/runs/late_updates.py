@@ -11,7 +11,7 @@ from __future__ import annotations
 from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
-from protocols.errors import UpdateRefused, UsageFault
+from protocols.errors import UpdateRefused, UsageError
 from protocols.messages.states import RunState
 
 
@@ -51,10 +51,10 @@ def is_expired(run: Run, kind: str, number: int) -> bool:
 
 
 def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
-    """Raise UsageFault unless late updates can be folded under this strategy."""
+    """Raise UsageError unless late updates can be folded under this strategy."""
     fits = adapter.feed == "mean" and not adapter.needs_base and spec.mode == "synchronous"
     if spec.late == "fold" and not fits:
-        raise UsageFault(
+        raise UsageError(
             f"--late fold does not go with {spec.strategy}, mode {spec.mode}",
             "fedavg or a server optimiser in synchronous rounds; --late drop",
         )

@@ -32,7 +32,7 @@ from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.codecs import registry
-from protocols.errors import CommonweightError, DiskFull, HomeFault, UpdateRefused
+from protocols.errors import CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_full
 from protocols.messages.states import RunState
@@ -126,7 +126,7 @@ class RunLoop:
                 if not is_full(err):
                     raise
                 await self._recorder.wait_for_space(err)  # nothing was decided: the same again
-            except HomeFault:  # the disk's fault and not the run's: it goes on later
+            except HomeError:  # the disk's fault and not the run's: it goes on later
                 raise
             except CommonweightError as err:
                 log.error("run %s failed: %s", self.run.id, err.message)

@@ -32,10 +32,10 @@ from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from protocols.codecs import registry as codecs
-from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageFault
+from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageError
 from protocols.failpoints import failpoint
 from protocols.local import heap
-from protocols.messages.envelope import Happened
+from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
 from protocols.model.weights_file import Stored
@@ -156,7 +156,7 @@ class RunManager:
         return settling.done() and settling.result()
 
     def start(self, spec: RunSpec, from_digest: str) -> str:
-        """Write a run down and queue it; its id. Raises UsageFault and its kin."""
+        """Write a run down and queue it; its id. Raises UsageError and its kin."""
         self._check(spec)
         if from_digest and not self._ctx.store.has(from_digest):
             raise UnknownName(f"no version {from_digest[:12]}")
@@ -188,7 +188,7 @@ class RunManager:
 
     def _check(self, spec: RunSpec) -> None:
         if taken := sorted(personalization.SETTINGS & spec.settings.keys()):
-            raise UsageFault(
+            raise UsageError(
                 f"{taken[0]} is no setting of a task: the strategy says it",
                 "--strategy scaffold or fedbn, with --strategy-arg",
             )
@@ -198,10 +198,10 @@ class RunManager:
         codecs.find(spec.codec)
         self._registry.check_quorum(spec.quorum)
         if spec.min_examples > spec.max_examples:
-            raise UsageFault(f"--min-examples must be at most {spec.max_examples}")
+            raise UsageError(f"--min-examples must be at most {spec.max_examples}")
         late_updates.check(spec, strategies.find(spec.strategy))
         if spec.best_direction and not spec.best_metric:
-            raise UsageFault("--best-direction needs --best-metric")
+            raise UsageError("--best-direction needs --best-metric")
         best_version.check(spec)
         known = self._known_tasks()
         if known and spec.task not in known:
@@ -262,7 +262,7 @@ class RunManager:
         del self._runs[found.run]
         deletion.execute(found, self._ctx.store)
         text = f"run {found.run} was deleted: {found.nbytes / 1e6:,.1f} MB"
-        self._ctx.publish(Happened(level="info", text=text, subject=found.run))
+        self._ctx.publish(EventLine(level="info", text=text, subject=found.run))
         return found
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from coordinator.runs import state
 from coordinator.runs.state import Run
 from protocols.messages import envelope
-from protocols.messages.envelope import RunChanged, printable
+from protocols.messages.envelope import RunChanged, strip_controls
 from protocols.messages.states import RunState
 
 
@@ -25,7 +25,7 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         waiting_for="" if run.ended else waiting_for,
         head=run.head,
         best_round=run.best.round if run.best else 0,
-        ended_because=printable(run.ended_because),
+        ended_because=strip_controls(run.ended_because),
         memory_bytes=memory_bytes,
     )
 

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 if TYPE_CHECKING:
     from coordinator.storage.run_events import RunSpec
@@ -67,21 +67,21 @@ class Option(NamedTuple):
         return self.other_field or self.name.replace("-", "_")
 
     def parse(self, text: str) -> Any:
-        """The value of a text as it stands in a form. Raises UsageFault."""
+        """The value of a text as it stands in a form. Raises UsageError."""
         if self.repeatable:
             return text.split()
         try:
             return self.kind(text)
         except ValueError as err:
             number = "a whole number" if self.kind is int else "a number"
-            raise UsageFault(f"--{self.name} must be {number}, not {text!r}") from err
+            raise UsageError(f"--{self.name} must be {number}, not {text!r}") from err
 
     def check(self, spec: RunSpec) -> None:
-        """Raise UsageFault unless the field has a value that the option takes."""
+        """Raise UsageError unless the field has a value that the option takes."""
         value = getattr(spec, self.field) if self.bounds or self.choices else None
         if value is None or value in self.choices or (self.bounds and self.bounds.contains(value)):
             return
-        raise UsageFault(f"--{self.name} must be {self.limits}, not {value!r}")
+        raise UsageError(f"--{self.name} must be {self.limits}, not {value!r}")
 
 
 _FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
@@ -151,6 +151,6 @@ OPTIONS = (
 
 
 def check(spec: RunSpec) -> None:
-    """Raise UsageFault unless each option of a run is one that its row allows."""
+    """Raise UsageError unless each option of a run is one that its row allows."""
     for option in OPTIONS:
         option.check(spec)

@@ -15,9 +15,9 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import TELLABLE, DiskFull
+from protocols.errors import SHAREABLE_CODES, DiskFull
 from protocols.failpoints import failpoint
-from protocols.messages.envelope import Happened, printable
+from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.run")
 
@@ -68,7 +68,7 @@ class RunRecorder:
         self.announce()
 
     def _report_refusal(self, event: run_events.UpdateRefused) -> None:
-        if event.reason in TELLABLE:
+        if event.reason in SHAREABLE_CODES:
             self.incompatible.add(event.peer)
         self._ctx.refused[event.reason] += 1
         name = self._ctx.name_of(event.peer)
@@ -117,4 +117,4 @@ class RunRecorder:
         """An event, of a peer or of the run itself."""
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
         subject = subject or self.run.id
-        self._ctx.publish(Happened(level=level, text=printable(text), subject=subject))
+        self._ctx.publish(EventLine(level=level, text=strip_controls(text), subject=subject))

@@ -15,7 +15,7 @@ from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from protocols.errors import BadMessage, UpdateRefused
 from protocols.messages.work import SIGNED_WORK
-from protocols.p2p.gossip import version_of
+from protocols.p2p.gossip import version_number
 
 #: How long to listen for a newer version than those that were told of.
 LISTEN_S = 30.0
@@ -85,4 +85,4 @@ def verify_proof(
         raise UpdateRefused("bad proof", err.message) from err
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):
         raise UpdateRefused("bad proof", "it proves no version of this run")
-    return Holding(version_of(work), work.base)
+    return Holding(version_number(work), work.base)

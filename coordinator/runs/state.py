@@ -13,7 +13,7 @@ from msgspec import Struct
 from coordinator.storage.run_events import Holding, RunSpec, Update, UpdateAccepted
 from protocols.messages.envelope import Metrics
 from protocols.messages.states import ENDED, RunState
-from protocols.messages.work import Question
+from protocols.messages.work import WorkKind
 from protocols.model.schema_card import Description, SchemaCard
 
 PeerStatus = Literal["asked", "answered", "refused", "lost"]
@@ -132,7 +132,7 @@ class Run(Struct, frozen=True, kw_only=True):
         return self.spec.handshake and self.card is None and self.round < self.spec.first_round
 
     @property
-    def kind(self) -> Question:
+    def kind(self) -> WorkKind:
         """What peers are asked for in this state."""
         if self.recalling:
             return "recall" if self.target_version else "holdings"

@@ -59,7 +59,7 @@ def check_claim(
     verify: Verify,
 ) -> None:
     """Raise UpdateRefused unless `sender` was asked for just this and signed it."""
-    if claim.peer != sender or not verify(sender, signature, SIGNED_CLAIM.part(payload)):
+    if claim.peer != sender or not verify(sender, signature, SIGNED_CLAIM.signed_bytes(payload)):
         raise UpdateRefused("bad signature", "the claim is not signed by the peer that sent it")
     if claim.run != run.id:
         raise UpdateRefused("another run", f"it belongs to run {claim.run}")

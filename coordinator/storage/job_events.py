@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from protocols.messages.jobs import Model, Setting
+from protocols.messages.jobs import ModelRef, Setting
 
 PREFIX = "job/"
 
@@ -47,7 +47,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     kind: Kind
     task: str = ""
     settings: dict[str, Setting] = {}
-    models: tuple[Model, ...] = ()
+    models: tuple[ModelRef, ...] = ()
     names: tuple[str, ...] = ()
     input: str = ""
     suffix: str = ""

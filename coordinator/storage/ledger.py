@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from protocols.errors import DiskFull, HomeFault, HomeTooNew
+from protocols.errors import DiskFull, HomeError, HomeTooNew
 from protocols.failpoints import failpoint
 
 FORMAT = 1
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Ledger:
-    """Append and read entries. Thread-safe. Raises HomeFault when the file cannot be used.
+    """Append and read entries. Thread-safe. Raises HomeError when the file cannot be used.
 
     The writer looks at every entry before it changes anything. `read_only`: for a reader beside
     the one writer; nothing can be appended.
@@ -60,7 +60,7 @@ class Ledger:
                 self._prepare()
             row = self._db.execute("SELECT hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
         except (sqlite3.DatabaseError, OSError) as err:
-            raise HomeFault(
+            raise HomeError(
                 f"the ledger {path} cannot be used: {err}",
                 "nothing was changed; restore it from a backup, or look at the disk",
             ) from err
@@ -86,7 +86,7 @@ class Ledger:
         )
 
     def append(self, subject: str, bodies: Sequence[bytes]) -> None:
-        """Add entries in one transaction. Raises DiskFull, HomeFault (file gone)."""
+        """Add entries in one transaction. Raises DiskFull, HomeError (file gone)."""
         with self._lock:
             head, now = self._head, time.time()
             try:
@@ -107,7 +107,7 @@ class Ledger:
                         f"the disk of the ledger {self._path} is full",
                         "make room; the coordinator goes on from the last entry",
                     ) from err
-                raise HomeFault(
+                raise HomeError(
                     f"the ledger {self._path} cannot be written: {err}",
                     "make room on the disk; the coordinator goes on from the last entry",
                 ) from err
@@ -160,7 +160,7 @@ class Ledger:
 
 
 def _verify_file(path: Path) -> None:
-    """Raise HomeFault, or what SQLite raises, unless every entry fits the one before."""
+    """Raise HomeError, or what SQLite raises, unless every entry fits the one before."""
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
         begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone()
@@ -174,7 +174,7 @@ def _verify_file(path: Path) -> None:
     finally:
         ledger.close()
     if changed is not None:
-        raise HomeFault(
+        raise HomeError(
             f"the ledger {path} is damaged: entry {changed} does not fit the one before",
             "nothing was changed; restore it from a backup, or look at the disk",
         )

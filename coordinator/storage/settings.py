@@ -24,7 +24,7 @@ from pydantic_settings import (
 
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import BadMessage, HomeFault, UsageFault
+from protocols.errors import BadMessage, HomeError, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 
@@ -74,17 +74,17 @@ class Settings(BaseSettings):
 
 
 def read(**flags: Any) -> Settings:
-    """The settings with these flags on top (None: not given). Raises UsageFault."""
+    """The settings with these flags on top (None: not given). Raises UsageError."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageFault(f"setting {where!r}: {first['msg']}") from err
+        raise UsageError(f"setting {where!r}: {first['msg']}") from err
     except SettingsError as err:  # a list in the environment is written as JSON
-        raise UsageFault(f'{err}: write a list as JSON, such as ["a", "b"]') from err
+        raise UsageError(f'{err}: write a list as JSON, such as ["a", "b"]') from err
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(
+        raise UsageError(
             f"cannot read {homes.locate('coordinator') / SETTINGS_FILE}: {err}"
         ) from err
 
@@ -131,7 +131,7 @@ def save_names(home: Path, names: list[str]) -> None:
     except FileNotFoundError:
         values = {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"cannot read {home / SETTINGS_FILE}: {err}") from err
+        raise UsageError(f"cannot read {home / SETTINGS_FILE}: {err}") from err
     write_private(home / SETTINGS_FILE, tomli_w.dumps(values | {"names": names}).encode())
 
 
@@ -143,15 +143,15 @@ def new_login(home: Path, removed: int) -> MqttLogin:
 
 
 def open_keys(home: Path) -> Keys:
-    """The keys in the home. Raises HomeFault."""
+    """The keys in the home. Raises HomeError."""
     if not (home / "ca.pem").exists():
-        raise HomeFault(f"{home} has no CA", "make one: commonweight init")
+        raise HomeError(f"{home} has no CA", "make one: commonweight init")
     try:
         ca_pem = (home / "ca.pem").read_bytes()
         login = msgspec.json.decode((home / "mqtt.json").read_bytes(), type=MqttLogin)
         fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
     except (OSError, msgspec.DecodeError, BadMessage) as err:
-        raise HomeFault(f"the home {home} is damaged: {err}", "restore it from a backup") from err
+        raise HomeError(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(
         fleet=fleet,
         ca_pem=ca_pem,
@@ -175,7 +175,7 @@ def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> 
     try:
         key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
     except ValueError as err:
-        raise UsageFault(f"no certificate can be made for {', '.join(names)}: {err}") from err
+        raise UsageError(f"no certificate can be made for {', '.join(names)}: {err}") from err
     write_private(home / "server.key", identity.private_pem(key))
     write_private(certificate, pem)
     return True

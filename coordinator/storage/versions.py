@@ -14,7 +14,7 @@ from protocols.codecs import patches
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
 from protocols.local.background_unlink import remove
-from protocols.messages.work import FEW_BYTES
+from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
 from protocols.model.weights_file import Stored, Writer
@@ -139,6 +139,6 @@ class Versions:
     def inline_bytes(self, digest: str) -> bytes:
         """A version that is so small that it goes with the work; empty for any other."""
         path = self.version_path(digest)
-        if not path.exists() or path.stat().st_size > FEW_BYTES:
+        if not path.exists() or path.stat().st_size > INLINE_MAX_BYTES:
             return b""
         return path.read_bytes()

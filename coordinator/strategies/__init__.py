@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> StrategyAdapter:
-    """The adapter of a strategy, by name or `module:Class`. Raises UnknownName, UsageFault."""
+    """The adapter of a strategy, by name or `module:Class`. Raises UnknownName, UsageError."""
     if ":" in name:
         return CustomStrategy(name, _ADAPTERS)
     if name not in _ADAPTERS:
@@ -57,5 +57,5 @@ def find(name: str) -> StrategyAdapter:
 
 
 def check(spec: RunSpec) -> None:
-    """Raise UnknownName, UsageFault or CannotBeMet unless a run with this strategy can work."""
+    """Raise UnknownName, UsageError or CannotBeMet unless a run with this strategy can work."""
     find(spec.strategy).check(spec)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from coordinator.storage.run_events import RunSpec, Setting
 from coordinator.strategies.failures import strategy_errors
-from protocols.errors import CannotBeMet, UnknownName, UsageFault
+from protocols.errors import CannotBeMet, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -117,7 +117,7 @@ class StrategyAdapter:
         return found
 
     def arguments(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
-        """`args`, each of its parameter's type, over our defaults. Raises UsageFault, UnknownName.
+        """`args`, each of its parameter's type, over our defaults. Raises UsageError, UnknownName.
 
         Text is parsed, a whole number does for a fraction.
         """
@@ -135,16 +135,16 @@ class StrategyAdapter:
             chosen[name] = _converted(name, value, asked[name])
             held, words = self.limits.get(name, (lambda _: True, ""))
             if not held(chosen[name]):
-                raise UsageFault(f"{name} of {self.flower} is {words}, not {value}")
+                raise UsageError(f"{name} of {self.flower} is {words}, not {value}")
         for name, parameter in asked.items():
             if parameter.default is parameter.empty and name not in chosen:
-                raise UsageFault(
+                raise UsageError(
                     f"{self.flower} needs the argument {name}", f"--strategy-arg {name}=…"
                 )
         return chosen
 
     def make(self, args: Mapping[str, Setting]) -> Strategy:
-        """A new object of Flower's class. Raises UsageFault, UnknownName, StrategyFailed."""
+        """A new object of Flower's class. Raises UsageError, UnknownName, StrategyFailed."""
         with strategy_errors(self.flower):
             return self._create(args)
 
@@ -160,23 +160,23 @@ class StrategyAdapter:
         try:
             return self.flower_class()(**arguments)
         except (ValueError, TypeError) as err:
-            raise UsageFault(f"{self.flower} refuses its arguments: {err}") from err
+            raise UsageError(f"{self.flower} refuses its arguments: {err}") from err
 
     # --- before the start ---
 
     def check(self, spec: RunSpec) -> None:
-        """Raise UsageFault, UnknownName or CannotBeMet unless such a run can work."""
+        """Raise UsageError, UnknownName or CannotBeMet unless such a run can work."""
         strategy = self.make(spec.strategy_args)
         self.check_quorum(strategy, spec.quorum)
         if self.feed == "mean":
             return
         if spec.max_weight_share < 1:
-            raise UsageFault(
+            raise UsageError(
                 f"{spec.strategy} gives no peer a share: --max-weight-share has no meaning with it",
                 "leave it out; the strategy itself bounds what one peer can do",
             )
         if spec.weighting == "equal" and not self.weighs_peers:
-            raise UsageFault(
+            raise UsageError(
                 f"{spec.strategy} does not weigh peers by examples: --weighting has no meaning",
                 "leave --weighting out",
             )
@@ -261,7 +261,7 @@ def _converted(name: str, value: Setting, parameter: inspect.Parameter) -> Setti
         pass  # told below, like every other value that does not fit
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         word = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-        raise UsageFault(f"the strategy's argument {name} is {word}, not {value!r}")
+        raise UsageError(f"the strategy's argument {name} is {word}, not {value!r}")
     return value
 
 

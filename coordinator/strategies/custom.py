@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coordinator.strategies.adapter import Arrays, StrategyAdapter
-from protocols.errors import UnknownName, UsageFault
-from protocols.messages.envelope import printable
+from protocols.errors import UnknownName, UsageError
+from protocols.messages.envelope import strip_controls
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
 class CustomStrategy(StrategyAdapter):
-    """Raises UnknownName, UsageFault. `known`: the adapters of Flower's classes."""
+    """Raises UnknownName, UsageError. `known`: the adapters of Flower's classes."""
 
     limits = MappingProxyType({})
     reads_weights = True
@@ -80,18 +80,18 @@ def _load_class(name: str) -> type[Strategy]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as err:  # importing it runs code that is not ours
-        what = printable(f"{type(err).__name__}: {err}"[:400])
+        what = strip_controls(f"{type(err).__name__}: {err}"[:400])
         raise UnknownName(
             f"the strategy {name!r} cannot be loaded on the coordinator: {what}",
             "install its package into the coordinator's environment",
         ) from err
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
-        raise UsageFault(f"{name} is no class that extends flwr.serverapp.strategy.Strategy")
+        raise UsageError(f"{name} is no class that extends flwr.serverapp.strategy.Strategy")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
-        raise UsageFault(f"{name} lacks {missing}")
+        raise UsageError(f"{name} lacks {missing}")
     if hasattr(found, "get_state") != hasattr(found, "set_state"):
-        raise UsageFault(f"{name} has only one of get_state and set_state")
+        raise UsageError(f"{name} has only one of get_state and set_state")
     return found
 
 

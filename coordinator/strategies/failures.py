@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from protocols.errors import CommonweightError, StrategyFailed
 from protocols.local.disk_space import is_full
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.run")
 
@@ -29,7 +29,7 @@ def strategy_errors(name: str) -> Iterator[None]:
         if is_full(err):
             raise
         log.exception("the strategy %s failed", name)
-        what = printable(f"{type(err).__name__}: {err}"[:_MAX_CHARACTERS])
+        what = strip_controls(f"{type(err).__name__}: {err}"[:_MAX_CHARACTERS])
         raise StrategyFailed(
             f"the strategy {name} failed: {what}", "the coordinator's log has the traceback"
         ) from err

@@ -11,7 +11,7 @@ from typing import Any
 from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter, require_quorum
 from protocols.codecs import registry
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 class Coordinatewise(StrategyAdapter):
@@ -37,12 +37,12 @@ class FedTrimmedAvg(Coordinatewise):
 
 
 def refuse_sparse(spec: RunSpec) -> None:
-    """Raise UsageFault for a codec that sends few coordinates.
+    """Raise UsageError for a codec that sends few coordinates.
 
     In most coordinates most updates then say "no change", and so does their median.
     """
     if registry.is_sparse(str(getattr(spec, "codec", ""))):
-        raise UsageFault(
+        raise UsageError(
             f"{spec.strategy} and the codec {getattr(spec, 'codec', '')} do not go together: "
             "few peers send the same coordinate, and what few say is cut off",
             "another codec (int8, sign), or multikrum",

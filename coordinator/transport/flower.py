@@ -72,7 +72,7 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.sessions import NoSession
 from coordinator.transport.flower_guard import Door
 from protocols.errors import BadMessage
-from protocols.messages.work import Exchange, Exchanged, Parcel
+from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
@@ -139,7 +139,7 @@ class Superlink:
         """Nodes whose heartbeat has not run out."""
         return self.state.get_nodes(self.run_id)
 
-    def exchange(self, node_id: int, asked: Exchange) -> Exchanged:
+    def exchange(self, node_id: int, asked: PollRequest) -> PollResponse:
         """Take a node's reply and give it its next message: Flower's own handlers in one go.
 
         What takes a node about 14 requests on the Fleet routes is one request and one transaction,
@@ -149,7 +149,7 @@ class Superlink:
         with self.lock:
             return self._exchange(node_id, asked)
 
-    async def exchange_soon(self, node_id: int, asked: Exchange) -> Exchanged:
+    async def exchange_soon(self, node_id: int, asked: PollRequest) -> PollResponse:
         """`exchange` from the event loop: a thread is only needed while somebody has the lock."""
         if not self.lock.acquire(blocking=False):
             return await run_in_threadpool(self.exchange, node_id, asked)
@@ -158,7 +158,7 @@ class Superlink:
         finally:
             self.lock.release()
 
-    def _exchange(self, node_id: int, asked: Exchange) -> Exchanged:
+    def _exchange(self, node_id: int, asked: PollRequest) -> PollResponse:
         state = cast(InMemoryLinkState, self.state)
         node = state.nodes[node_id]
         if node.online_until <= time.time():
@@ -166,17 +166,17 @@ class Superlink:
         state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
         if asked.reply is not None:
             self._take(node_id, asked.reply)
-        return Exchanged(work=self._give(node_id) if asked.want else None)
+        return PollResponse(work=self._give(node_id) if asked.wants_work else None)
 
     @staticmethod
-    def question_of(parcel: Parcel) -> str:
+    def question_of(parcel: FlowerMessage) -> str:
         """The id of the message that a reply says it answers; empty for what is no reply."""
         message = ProtoMessage()
         with contextlib.suppress(DecodeError):
             message.ParseFromString(parcel.message)
         return str(message.metadata.reply_to_message_id)
 
-    def _take(self, node_id: int, parcel: Parcel) -> None:
+    def _take(self, node_id: int, parcel: FlowerMessage) -> None:
         try:
             message, tree = ProtoMessage(), ObjectTree()
             message.ParseFromString(parcel.message)
@@ -206,7 +206,7 @@ class Superlink:
             # Flower keeps the session of a reply that nobody waits for, and half a reply, for ever.
             self.state._cleanup_push_session(session, cleanup_messages=not whole)
 
-    def _give(self, node_id: int) -> Parcel | None:
+    def _give(self, node_id: int) -> FlowerMessage | None:
         messages = cast(InMemoryLinkState, self.state).message_ins_store
         message, waiting = None, self.waiting[node_id]
         while message is None and waiting:
@@ -220,7 +220,7 @@ class Superlink:
             node.object_id: store.get(node.object_id) or b"" for node in iterate_object_tree(tree)
         }
         store.delete(message.metadata.message_id)
-        return Parcel(
+        return FlowerMessage(
             message=message_to_proto(message).SerializeToString(),
             tree=tree.SerializeToString(),
             objects=objects,
@@ -282,7 +282,7 @@ class Superlink:
         return watch
 
 
-def _check_objects(tree: ObjectTree, parcel: Parcel) -> None:
+def _check_objects(tree: ObjectTree, parcel: FlowerMessage) -> None:
     """Raise BadMessage, ValueError unless `tree` is that of the parcel's objects, and small.
 
     Flower takes a tree's word for who is whose child, and writes each out as often as it is named.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from protocols.p2p.swarm import MOST_HOLDERS, PlanAsked, host_of, in_networks
+from protocols.p2p.swarm import MAX_SOURCES, DownloadPlanRequest, host_of, in_networks
 
 #: A holder that asked so long ago may be anywhere by now.
 FRESH_S = 3600.0
@@ -59,7 +59,9 @@ class Holders:
         #: By holder: who has complained of it.
         self._complaints: dict[str, set[str]] = {}
 
-    def ask(self, digest: str, peer: str, asked: PlanAsked, outside: str, now: float) -> Advice:
+    def ask(
+        self, digest: str, peer: str, asked: DownloadPlanRequest, outside: str, now: float
+    ) -> Advice:
         """Where this peer may fetch the version from.
 
         Remembers, if it can be reached itself, that it will hold it soon.
@@ -83,12 +85,18 @@ class Holders:
             and self._is_here(other)
             and len(self._complaints.get(other, ())) < 2
         ]
-        chosen = [other for *_, other in sorted(found)[:MOST_HOLDERS]]
+        chosen = [other for *_, other in sorted(found)[:MAX_SOURCES]]
         for other in chosen:
             self._load[digest, other] = self._load.get((digest, other), 0) + 1
         if asked.address and len(standings) < MOST_REMEMBERED:
             standings[peer] = _Standing(
-                now, order, asked.address, asked.networks, outside, asked.open, False
+                now,
+                order,
+                asked.address,
+                asked.networks,
+                outside,
+                asked.serves_other_networks,
+                False,
             )
         whole = any(standings[other].whole for other in chosen)
         seed = not chosen or (not whole and self._needs_seed(digest, asked.networks, now))
@@ -139,7 +147,7 @@ class Holders:
 
 
 def is_near(
-    address: str, there_outside: str, asked: PlanAsked, outside: str, *, is_open: bool
+    address: str, there_outside: str, asked: DownloadPlanRequest, outside: str, *, is_open: bool
 ) -> bool:
     """May a peer that serves at `address` help the one that asks? `outside` is what we see."""
     if is_open:

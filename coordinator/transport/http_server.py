@@ -26,7 +26,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.transport.http_connection import LimitedHttpProtocol
-from protocols.errors import PortInUse, UsageFault
+from protocols.errors import PortInUse, UsageError
 
 HANDSHAKE_TIMEOUT_S = 10.0
 #: Many agents, with two connections each, may share one address behind a router.
@@ -215,7 +215,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket that limits its clients. Raises PortInUse, UsageFault."""
+    """Bind a socket that limits its clients. Raises PortInUse, UsageError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = RateLimitedListener(family)
     if os.name != "nt":
@@ -227,7 +227,7 @@ def listen(host: str, port: int) -> socket.socket:
         if err.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} of {host} is in use", "choose another: --port") from err
         hint = "choose another: --host"
-        raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror or err}", hint) from err
+        raise UsageError(f"cannot listen on {host}:{port}: {err.strerror or err}", hint) from err
     listener.setblocking(False)
     return listener
 

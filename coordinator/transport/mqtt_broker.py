@@ -23,7 +23,7 @@ from pathlib import Path
 import tomli_w
 
 from coordinator.transport.ports import listenable
-from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
+from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
 from protocols.messages.mqtt import MqttAddress, parse_url
@@ -97,7 +97,7 @@ class EmbeddedBroker:
     async def start(self) -> None:
         """Start the child and wait until it answers.
 
-        Raises PortInUse, UsageFault (no such address here), HomeFault (no certificate),
+        Raises PortInUse, UsageError (no such address here), HomeError (no certificate),
         CommonweightError (it does not start).
         """
         if self.running:
@@ -106,7 +106,7 @@ class EmbeddedBroker:
             _first_certificate(self._certificate)
             self._key.read_bytes()
         except (OSError, ValueError) as err:
-            raise HomeFault(f"cannot read {self._certificate} and its key: {err}") from err
+            raise HomeError(f"cannot read {self._certificate} and its key: {err}") from err
         self._ip = await self._resolve()
         self.port = _free_port(self._ip, self.host, self.port)
         self._process = self._spawn()
@@ -165,7 +165,7 @@ class EmbeddedBroker:
                 self.host, self.port or None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
         except OSError as err:
-            raise UsageFault(f"there is no address {self.host}", "choose another: --host") from err
+            raise UsageError(f"there is no address {self.host}", "choose another: --host") from err
         first = min(found, key=lambda one: one[0] != socket.AF_INET)  # `localhost` has two
         return str(first[4][0])
 
@@ -269,7 +269,7 @@ class EmbeddedBroker:
 class ExternalBroker:
     """A broker that somebody else runs, given by its URL; the same doors as `EmbeddedBroker`.
 
-    Raises UsageFault for a wrong URL or an unreadable CA file.
+    Raises UsageError for a wrong URL or an unreadable CA file.
     """
 
     running = True
@@ -279,7 +279,7 @@ class ExternalBroker:
         try:
             ca_pem = ca_file.read_text() if ca_file else ""
         except (OSError, UnicodeDecodeError) as err:
-            raise UsageFault(f"cannot read the CA file {ca_file}", "it must be PEM") from err
+            raise UsageError(f"cannot read the CA file {ca_file}", "it must be PEM") from err
         self._address = parse_url(url, ca_pem)
         self.host, self.port = self._address.host, self._address.port
 
@@ -306,7 +306,7 @@ else:
 
 
 def _free_port(ip: str, host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises PortInUse, UsageFault."""
+    """`port`, or a free one for 0. Raises PortInUse, UsageError."""
     try:
         return listenable(ip, port)
     except OSError as err:
@@ -314,8 +314,8 @@ def _free_port(ip: str, host: str, port: int) -> int:
             raise PortInUse(f"port {port} of {host} is in use", _CHOOSE) from err
         if err.errno == errno.EADDRNOTAVAIL:
             hint = "choose another: --host"
-            raise UsageFault(f"this machine has no address {host}", hint) from err
-        raise UsageFault(f"cannot listen on {host}:{port}: {err.strerror}", _CHOOSE) from err
+            raise UsageError(f"this machine has no address {host}", hint) from err
+        raise UsageError(f"cannot listen on {host}:{port}: {err.strerror}", _CHOOSE) from err
 
 
 def _first_certificate(path: Path) -> bytes:

@@ -34,11 +34,11 @@ from protocols.messages.envelope import (
     Command,
     Doorbell,
     Envelope,
-    Happened,
+    EventLine,
     JobChanged,
     Links,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -52,9 +52,9 @@ from protocols.messages.mqtt import (
     KEEPALIVE_S,
     TIMEOUT_S,
     MqttAddress,
-    Voice,
+    SequencedSigner,
+    describe_failure,
     tls_context,
-    why_down,
 )
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.backoff import delays
@@ -63,7 +63,7 @@ _ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
     "presence": (Presence,),
     "telemetry": (Telemetry,),
     "notice": (Notice,),
-    "event": (PeerKnown, RunChanged, RoundClosed, JobChanged, Happened, Links),
+    "event": (PeerChanged, RunChanged, RoundClosed, JobChanged, EventLine, Links),
 }
 _MOST_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
 _MOST_PER_WAKE = 256  # messages that are read from the socket before others have their turn
@@ -107,9 +107,9 @@ class Feed:
         self._doorbells = doorbells
         self._sign = sign
         # Orders have numbers of their own: a watcher takes a missing number for a lost event.
-        self._orders = Voice(COORDINATOR, sign) if sign else None
+        self._orders = SequencedSigner(COORDINATOR, sign) if sign else None
         # Presence at QoS 0: at QoS 1 rumqttd hands out 100 retained messages and keeps the rest.
-        every = functools.partial(topics.every_peer, fleet)
+        every = functools.partial(topics.all_peers, fleet)
         self._filters = [(every("presence"), 0), (every("telemetry"), 0), (every("notice"), 1)]
         if listen_to_coordinator:
             self._filters.append((topics.event(fleet), 1))
@@ -118,19 +118,19 @@ class Feed:
         self._pending = 0
 
     async def run(self) -> None:
-        """Keep the link up until cancelled. Raises UsageFault (a CA that is none)."""
+        """Keep the link up until cancelled. Raises UsageError (a CA that is none)."""
         tls = await asyncio.to_thread(tls_context, self._address)
         rng = Random()
         waits = delays(rng)
         while True:
             began = time.monotonic()
-            why = f"the link to {self._address.where} was lost"
+            why = f"the link to {self._address.netloc} was lost"
             try:
                 await self._session(tls)
             except* aiomqtt.MqttError as group:
                 if not self.connected:
                     cause = group.exceptions[0]
-                    why = why_down(cause.__cause__ or cause.__context__, self._address)
+                    why = describe_failure(cause.__cause__ or cause.__context__, self._address)
             self.connected = False
             self._tell(False, why)
             if time.monotonic() - began > _LIVED_S:

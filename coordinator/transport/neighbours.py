@@ -22,15 +22,21 @@ from coordinator.fleet.registry import Registry
 from coordinator.transport.holders import is_near
 from protocols.messages.envelope import Sign
 from protocols.p2p import gossip
-from protocols.p2p.gossip import MOST_NEIGHBOURS, NEIGHBOURS_PATH, Neighbour, Neighbours, Pass
-from protocols.p2p.swarm import PlanAsked
+from protocols.p2p.gossip import (
+    MAX_NEIGHBORS,
+    NEIGHBORS_PATH,
+    AccessToken,
+    Neighbor,
+    NeighborsResponse,
+)
+from protocols.p2p.swarm import DownloadPlanRequest
 
 _MOST_BODY_BYTES = 16 * 1024
 _MOST_LISTED = 4096
 
 
 class _Place(NamedTuple):
-    asked: PlanAsked
+    asked: DownloadPlanRequest
     outside: str  # the address that the coordinator sees
 
 
@@ -40,23 +46,27 @@ class Neighbourhood:
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
 
-    def tell(self, peer: str, asked: PlanAsked, outside: str) -> None:
+    def tell(self, peer: str, asked: DownloadPlanRequest, outside: str) -> None:
         """A peer says where it serves, or that it does not."""
         self._places.pop(peer, None)
         if asked.address:
             self._places[peer] = _Place(asked, outside)
 
-    def near(self, peer: str, asked: PlanAsked, outside: str) -> list[tuple[str, str]]:
+    def near(self, peer: str, asked: DownloadPlanRequest, outside: str) -> list[tuple[str, str]]:
         """(peer, address) of some that this one may ask, who told of it last first."""
         found = [
             (other, place.asked.address)
             for other, place in reversed(self._places.items())
             if other != peer
             and is_near(
-                place.asked.address, place.outside, asked, outside, is_open=place.asked.open
+                place.asked.address,
+                place.outside,
+                asked,
+                outside,
+                is_open=place.asked.serves_other_networks,
             )
         ]
-        return found[:MOST_NEIGHBOURS]
+        return found[:MAX_NEIGHBORS]
 
     def everywhere(self) -> list[tuple[str, str]]:
         """(peer, address) of all who serve."""
@@ -79,7 +89,7 @@ class NeighbourDesk:
         async def of_peer(request: Request) -> Response:
             peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
             try:
-                asked = msgspec.json.decode(body, type=PlanAsked)
+                asked = msgspec.json.decode(body, type=DownloadPlanRequest)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
                 raise HTTPException(400) from err
             outside = request.client.host if request.client else ""
@@ -92,19 +102,19 @@ class NeighbourDesk:
             holder, public = auth.operator_key(request)
             return self._answer(holder, public, self.book.everywhere(), words_only=True)
 
-        return [("POST", NEIGHBOURS_PATH, of_peer), ("GET", NEIGHBOURS_PATH, of_operator)]
+        return [("POST", NEIGHBORS_PATH, of_peer), ("GET", NEIGHBORS_PATH, of_operator)]
 
     def _answer(
         self, holder: str, public: bytes, near: list[tuple[str, str]], *, words_only: bool
     ) -> Response:
-        known, until = self._registry.peers, time.time() + gossip.PASS_S
-        given = Pass(holder=holder, sign_public=public, until=until, words_only=words_only)
+        known, until = self._registry.peers, time.time() + gossip.ACCESS_TOKEN_LIFETIME_S
+        given = AccessToken(holder=holder, sign_public=public, until=until, gossip_only=words_only)
         removed = [p.peer for p in known.values() if p.standing == "removed"]
         removed += [o.operator for o in self._registry.operators.values() if o.removed]
-        answer = Neighbours(
-            pass_=gossip.SIGNED_PASS.pack(given, self._sign),
-            near=tuple(
-                Neighbour(
+        answer = NeighborsResponse(
+            access_token=gossip.SIGNED_ACCESS_TOKEN.pack(given, self._sign),
+            neighbors=tuple(
+                Neighbor(
                     peer=other,
                     name=known[other].name,
                     address=address,

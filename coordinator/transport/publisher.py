@@ -23,15 +23,15 @@ from protocols.messages.envelope import (
     Command,
     CoordinatorBody,
     Envelope,
-    Happened,
+    EventLine,
     Links,
-    LogsAsked,
-    PeerKnown,
+    LogRequest,
+    PeerChanged,
     Presence,
     Verify,
-    printable,
+    strip_controls,
 )
-from protocols.messages.mqtt import MqttAddress, Voice
+from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.topics import COORDINATOR, Kind
 
 log = logging.getLogger("commonweight.hub")
@@ -47,7 +47,7 @@ class Mirror:
         self._fleet, self._sessions, self._keys = fleet, sessions, keys
         self.on_news: Callable[[], None] = lambda: None
         self.on_up: Callable[[], None] = lambda: None
-        self._voice = Voice(COORDINATOR, keys.sign_key.sign)
+        self._voice = SequencedSigner(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MOST_OUTGOING)
         self._saying: set[asyncio.Task[bool]] = set()
         self._feed: Feed | None = None
@@ -80,7 +80,7 @@ class Mirror:
 
     def publish(self, body: CoordinatorBody) -> None:
         """Fold one of our own messages and queue it for the monitors."""
-        envelope = self._voice.envelope(body)
+        envelope = self._voice.next_envelope(body)
         fleets.fold(self._fleet, envelope, time.time())
         if not self._outgoing.full():  # monitors see the gap in the numbers, and ask for a snapshot
             self._outgoing.put_nowait(envelope)
@@ -110,7 +110,7 @@ class Mirror:
                 "training goes on; try again when the monitor shows mqtt ●",
             )
 
-    async def ask_logs(self, peer: str, asked: LogsAsked) -> bool:
+    async def ask_logs(self, peer: str, asked: LogRequest) -> bool:
         """Whether the broker has the question."""
         topic = topics.command(self._keys.fleet, peer)
         return self._feed is not None and await self._feed.publish(topic, asked)
@@ -118,13 +118,13 @@ class Mirror:
     def tell_of(self, peer: Peer) -> None:
         """Who a peer is, and whether its session holds."""
         self.publish(
-            PeerKnown(
+            PeerChanged(
                 peer=peer.peer,
                 name=peer.name,
                 labels=peer.labels,
-                standing=peer.standing,
+                enrollment=peer.standing,
                 public_key=peer.sign_public,
-                flower=self._sessions.is_open(peer.peer),
+                has_session=self._sessions.is_open(peer.peer),
             )
         )
 
@@ -160,9 +160,11 @@ class Mirror:
     def _on_rejected(self, topic: str, err: BadMessage) -> None:
         self._rejected += 1
         if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th…: a flood stays quiet
-            log.warning("ignored a message on %s: %s", printable(topic), printable(err.message))
+            log.warning(
+                "ignored a message on %s: %s", strip_controls(topic), strip_controls(err.message)
+            )
             text = f"ignored {self._rejected} malformed or forged MQTT messages so far"
-            self.publish(Happened(level="warning", text=text))
+            self.publish(EventLine(level="warning", text=text))
 
     def _on_link(self, up: bool, why: str) -> None:
         changed = up != self._up
@@ -170,6 +172,6 @@ class Mirror:
         self.tell_links()
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
-            self.publish(Happened(level="info" if up else "warning", text=printable(text)))
+            self.publish(EventLine(level="info" if up else "warning", text=strip_controls(text)))
         if up:
             self.on_up()

@@ -26,7 +26,15 @@ from coordinator.transport.neighbours import NeighbourDesk
 from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
 from protocols.p2p import swarm
-from protocols.p2p.swarm import HELD_PATH, PERMIT_S, PIECE_BYTES, PLAN_PATH, Held, Holder, PlanAsked
+from protocols.p2p.swarm import (
+    DOWNLOAD_REPORT_PATH,
+    DOWNLOAD_TOKEN_LIFETIME_S,
+    PIECE_BYTES,
+    PLAN_PATH,
+    DownloadPlanRequest,
+    DownloadReport,
+    PieceSource,
+)
 
 log = logging.getLogger("commonweight.share")
 
@@ -60,7 +68,7 @@ class SharingDesk:
         async def plan(request: Request) -> Response:
             digest = digest_of(request)
             peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
-            asked = _decoded(body, PlanAsked)
+            asked = _decoded(body, DownloadPlanRequest)
             path = self._lane.version_path(digest)
             if not path.exists():
                 raise HTTPException(404)
@@ -68,37 +76,37 @@ class SharingDesk:
             outside = request.client.host if request.client else ""
             advice = self._holders.ask(digest, peer.peer, asked, outside, time.monotonic())
             known = self._registry.peers
-            permit = swarm.Permit(
+            permit = swarm.DownloadToken(
                 peer=peer.peer,
                 sign_public=peer.sign_public,
                 digest=digest,
-                until=time.time() + PERMIT_S,
+                until=time.time() + DOWNLOAD_TOKEN_LIFETIME_S,
             )
-            answer = swarm.Plan(
+            answer = swarm.DownloadPlan(
                 digest=digest,
                 nbytes=path.stat().st_size,
                 piece_bytes=PIECE_BYTES,
                 pieces=pieces,
-                holders=tuple(
-                    Holder(peer=other, address=address, node_public=known[other].node_public)
+                sources=tuple(
+                    PieceSource(peer=other, address=address, node_public=known[other].node_public)
                     for other, address in advice.holders
                     if other in known and known[other].standing == "enrolled"
                 ),
-                permit=swarm.SIGNED_PERMIT.pack(permit, self._sign),
-                seed=advice.seed,
+                token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(permit, self._sign),
+                use_coordinator=advice.seed,
             )
             return Response(msgspec.json.encode(answer), media_type="application/json")
 
         async def held(request: Request) -> Response:
             digest = digest_of(request)
             peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
-            told = _decoded(body, Held)
+            told = _decoded(body, DownloadReport)
             for other in self._holders.held(digest, peer.peer, told.rates, told.faulty):
                 name = self._registry.peers[other].name if other in self._registry.peers else other
                 log.warning("%s found %s of no help with a version", peer.name, name)
             return Response(status_code=204)
 
-        plans = [("POST", PLAN_PATH, plan), ("POST", HELD_PATH, held)]
+        plans = [("POST", PLAN_PATH, plan), ("POST", DOWNLOAD_REPORT_PATH, held)]
         return [*plans, *self.neighbours.routes(auth)]
 
     async def _pieces(self, digest: str, path: Path) -> bytes:
@@ -116,7 +124,7 @@ class SharingDesk:
 
 def _hashed(path: Path) -> bytes:
     with path.open("rb") as file:
-        return swarm.piece_list(iter(lambda: file.read(PIECE_BYTES), b""))
+        return swarm.piece_digests(iter(lambda: file.read(PIECE_BYTES), b""))
 
 
 def _decoded(body: bytes, kind: type[T]) -> T:

@@ -14,7 +14,7 @@ import re
 from typing import NamedTuple
 
 from protocols.analytics.query import Comparison, Condition, Kind, Number, Operation, Question
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 
 _BY = re.compile(r"""\s+by\s+(?=(?:[^"']|"[^"]*"|'[^']*')*\Z)""", re.IGNORECASE)
 
@@ -66,16 +66,16 @@ def question(
     epsilon: float = 0.0,
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Question:
-    """The question that `text` asks. Raises UsageFault, UnknownName."""
+    """The question that `text` asks. Raises UsageError, UnknownName."""
     what, *grouping = _BY.split(text.strip())
     if len(grouping) > 1:
-        raise UsageFault("there is more than one 'by'", "write: mean(age) by sex, city")
+        raise UsageError("there is more than one 'by'", "write: mean(age) by sex, city")
     operations = tuple(_operation(node) for node in _items(what, "count, mean(age) by sex"))
     by = tuple(_column(node) for node in _items(grouping[0], "by sex, city")) if grouping else ()
     if not operations:
-        raise UsageFault("nothing is asked", "such as: count, mean(age) by sex")
+        raise UsageError("nothing is asked", "such as: count, mean(age) by sex")
     if len(operations) > 32 or len(by) > 3:
-        raise UsageFault("at most 32 figures, by at most 3 columns")
+        raise UsageError("at most 32 figures, by at most 3 columns")
     asked = Question(
         operations=operations,
         by=by,
@@ -84,33 +84,33 @@ def question(
         bounds=bounds or {},
     )
     if missing := bounds and [name for name in bounds if name not in asked.columns]:
-        raise UsageFault(f"bounds are given for {missing[0]!r}, which is not asked for")
+        raise UsageError(f"bounds are given for {missing[0]!r}, which is not asked for")
     return asked
 
 
 def conditions(text: str) -> tuple[Condition, ...]:
-    """Comparisons joined by `and`, all of which must hold. Raises UsageFault."""
+    """Comparisons joined by `and`, all of which must hold. Raises UsageError."""
     if not text.strip():
         return ()
     tree = _parsed(text, "age >= 18 and city == 'Oslo'")
     nodes = tree.values if isinstance(tree, ast.BoolOp) else [tree]
     if isinstance(tree, ast.BoolOp) and not isinstance(tree.op, ast.And):
-        raise UsageFault("conditions can be joined by 'and' only", "or: city in ('Oslo', 'Bergen')")
+        raise UsageError("conditions can be joined by 'and' only", "or: city in ('Oslo', 'Bergen')")
     return tuple(_condition(node) for node in nodes)
 
 
 def _condition(node: ast.expr) -> Condition:
     if not isinstance(node, ast.Compare) or len(node.ops) != 1:
-        raise UsageFault("a condition is one comparison", "age >= 18 and city == 'Oslo'")
+        raise UsageError("a condition is one comparison", "age >= 18 and city == 'Oslo'")
     comparison = _COMPARISONS.get(type(node.ops[0]))
     if comparison is None:
-        raise UsageFault(
+        raise UsageError(
             "that comparison is not known", f"known: {', '.join(_COMPARISONS.values())}"
         )
     right = node.comparators[0]
     nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
     if (comparison == "in") != isinstance(right, ast.Tuple | ast.List) or not nodes:
-        raise UsageFault("'in' is followed by values in brackets", "city in ('Oslo', 'Bergen')")
+        raise UsageError("'in' is followed by values in brackets", "city in ('Oslo', 'Bergen')")
     return Condition(_column(node.left), comparison, tuple(_value(value) for value in nodes))
 
 
@@ -123,10 +123,10 @@ def _operation(node: ast.expr) -> Operation:
     form = FORMS[kind]
     arguments = node.args if isinstance(node, ast.Call) else []
     if isinstance(node, ast.Call) and node.keywords:
-        raise UsageFault(f"{kind} takes no named arguments", f"write {form.example}")
+        raise UsageError(f"{kind} takes no named arguments", f"write {form.example}")
     numbers = len(arguments) - form.columns
     if not form.least <= numbers <= form.most or (kind == "histogram" and numbers == 2):
-        raise UsageFault(f"{kind} is not written so", f"write {form.example}")
+        raise UsageError(f"{kind} is not written so", f"write {form.example}")
     columns = tuple(_column(argument) for argument in arguments[: form.columns])
     operation = Operation(kind, columns, tuple(map(_number, arguments[form.columns :])))
     _check(operation)
@@ -136,12 +136,12 @@ def _operation(node: ast.expr) -> Operation:
 def _check(operation: Operation) -> None:
     args = operation.args
     if operation.kind == "quantile" and not 0 <= args[0] <= 1:
-        raise UsageFault("a quantile lies between 0 and 1", "the median is quantile(age, 0.5)")
+        raise UsageError("a quantile lies between 0 and 1", "the median is quantile(age, 0.5)")
     if operation.kind == "histogram":
         if args[0] != int(args[0]) or not 1 <= args[0] <= 1000:
-            raise UsageFault("a histogram has 1 to 1000 bins", FORMS["histogram"].example)
+            raise UsageError("a histogram has 1 to 1000 bins", FORMS["histogram"].example)
         if len(args) == 3 and not args[1] < args[2]:
-            raise UsageFault("a histogram's range goes upwards", FORMS["histogram"].example)
+            raise UsageError("a histogram's range goes upwards", FORMS["histogram"].example)
 
 
 def _unknown(name: str) -> UnknownName:
@@ -165,7 +165,7 @@ def _parsed(text: str, example: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
-        raise UsageFault(
+        raise UsageError(
             f"this is not understood: {text.strip()[:200]}", f"such as: {example}"
         ) from err
 
@@ -175,13 +175,13 @@ def _column(node: ast.expr) -> str:
         return node.id
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) <= 64:
         return node.value
-    raise UsageFault("a column's name is expected", """a word, or a text: mean("home town")""")
+    raise UsageError("a column's name is expected", """a word, or a text: mean("home town")""")
 
 
 def _number(node: ast.expr) -> float:
     value = _value(node)
     if isinstance(value, str):
-        raise UsageFault(f"a number is expected, not {value!r}")
+        raise UsageError(f"a number is expected, not {value!r}")
     return value
 
 
@@ -197,4 +197,4 @@ def _value(node: ast.expr) -> Number | str:
             return sign * float(value)
         if isinstance(value, str) and sign > 0 and len(value) <= 400:
             return value
-    raise UsageFault("a number or a text is expected", "age >= 18 and city == 'Oslo'")
+    raise UsageError("a number or a text is expected", "age >= 18 and city == 'Oslo'")

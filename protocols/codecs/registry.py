@@ -20,7 +20,7 @@ import numpy as np
 from protocols.codecs.delta import BLOCK, Changes, Floats, Layout, add
 from protocols.codecs.dense import Bf16, Coding, Int8, Sign
 from protocols.codecs.sparse import Ternary, TopK
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import (
     Array,
@@ -54,7 +54,7 @@ class Codec(NamedTuple):
 def find(name: str) -> Codec:
     """The codec that `name` means: one of `KNOWN`, or a sparse one with its share: `topk:0.02`.
 
-    Raises UnknownName, UsageFault.
+    Raises UnknownName, UsageError.
     """
     kind, colon, argument = name.partition(":")
     if kind not in KNOWN or (colon and kind not in SPARSE):
@@ -80,7 +80,7 @@ def _share(kind: str, text: str) -> float:
         share = 0.0
     if not 0 < share <= _MOST_SHARE:
         other = {"topk": "int8", "ternary": "sign"}[kind]
-        raise UsageFault(
+        raise UsageError(
             f"{kind}:{text}: the share is above 0 and at most {_MOST_SHARE:g}",
             f"{kind}:{SPARSE[kind][0]} sends the largest {SPARSE[kind][0]:.0%}; above a quarter "
             f"{other} has fewer bytes",

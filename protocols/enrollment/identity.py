@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protocols.errors import BadMessage, HomeFault
+from protocols.errors import BadMessage, HomeError
 from protocols.messages.signing import SignedJson
 
 SigningKey = ed25519.Ed25519PrivateKey
@@ -111,18 +111,18 @@ def private_pem(key: SigningKey | NodeKey) -> bytes:
 
 
 def load_signing_key(path: Path) -> SigningKey:
-    """An Ed25519 key from PEM. Raises HomeFault."""
+    """An Ed25519 key from PEM. Raises HomeError."""
     key = _load(path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise HomeFault(f"{path} is not an Ed25519 key")
+        raise HomeError(f"{path} is not an Ed25519 key")
     return key
 
 
 def load_node_key(path: Path) -> NodeKey:
-    """A P-384 key from PEM. Raises HomeFault."""
+    """A P-384 key from PEM. Raises HomeError."""
     key = _load(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise HomeFault(f"{path} is not an elliptic-curve key")
+        raise HomeError(f"{path} is not an elliptic-curve key")
     return key
 
 
@@ -130,7 +130,7 @@ def _load(path: Path) -> object:
     try:
         return serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
-        raise HomeFault(f"cannot read the key {path}: {err}") from err
+        raise HomeError(f"cannot read the key {path}: {err}") from err
 
 
 # --- the coordinator's CA and TLS certificate ------------------------------------------------

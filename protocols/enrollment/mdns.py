@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from protocols import VERSION
 from protocols.enrollment.tickets import CA_BYTES
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 SERVICE = "_commonweight._tcp.local."
 _FORMAT = "1"
@@ -36,5 +36,5 @@ def read(told: Mapping[bytes, bytes | None]) -> Announced | None:
         return None
     if fields.get("v") != _FORMAT or len(ca) != CA_BYTES:
         return None
-    name, version = (printable(fields.get(key, ""))[:64] for key in ("name", "version"))
+    name, version = (strip_controls(fields.get(key, ""))[:64] for key in ("name", "version"))
     return Announced(name, ca, version)

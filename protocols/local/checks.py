@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from protocols.errors import CommonweightError
-from protocols.messages.envelope import printable
+from protocols.messages.envelope import strip_controls
 
 _MARKS = {True: "✓", False: "✗", None: "–"}
 
@@ -75,8 +75,8 @@ def _made(step: Step) -> Check:
 
 def in_words(check: Check) -> str:
     """The check for a person: one line, and one more for its fix."""
-    line = f"{_MARKS[check.ok]} {check.name}: {printable(check.detail)}"
-    return line + (f"\n    fix: {printable(check.fix)}" if check.fix else "")
+    line = f"{_MARKS[check.ok]} {check.name}: {strip_controls(check.detail)}"
+    return line + (f"\n    fix: {strip_controls(check.fix)}" if check.fix else "")
 
 
 def num_faults(checks: Iterable[Check]) -> int:

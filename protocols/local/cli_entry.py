@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from protocols.errors import CommonweightError, ExitCode, UsageFault
+from protocols.errors import CommonweightError, ExitCode, UsageError
 from protocols.local import checks, json_output
 
 
@@ -44,7 +44,7 @@ def run(command: Callable[..., Any]) -> int:
 
 
 def ticket_text(given: str) -> str:
-    """The ticket: itself, in `file:PATH`, or for `-` what is typed or piped. Raises UsageFault."""
+    """The ticket: itself, in `file:PATH`, or for `-` what is typed or piped. Raises UsageError."""
     if given == "-":
         if sys.stdin.isatty():
             import click
@@ -56,9 +56,9 @@ def ticket_text(given: str) -> str:
         try:
             return path.read_text()
         except OSError as err:
-            raise UsageFault(f"cannot read the ticket in {path}: {err.strerror}") from err
+            raise UsageError(f"cannot read the ticket in {path}: {err.strerror}") from err
         except UnicodeDecodeError as err:
-            raise UsageFault(f"{path} holds no ticket: it is not text") from err
+            raise UsageError(f"{path} holds no ticket: it is not text") from err
     return given
 
 

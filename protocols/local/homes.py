@@ -15,7 +15,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from protocols import VERSION
-from protocols.errors import HomeFault, HomeLocked, HomeTooNew, NotRunning
+from protocols.errors import HomeError, HomeLocked, HomeTooNew, NotRunning
 from protocols.local import migrations
 from protocols.local.atomic_files import write_private
 
@@ -42,7 +42,7 @@ def locate(kind: Kind) -> Path:
 
 
 def open_home(kind: Kind, *, create: bool = False) -> Path:
-    """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeFault."""
+    """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeError."""
     home = locate(kind)
     start = _STARTS[kind]
     try:
@@ -54,12 +54,12 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
     except FileNotFoundError as err:
         raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
     except OSError as err:
-        raise HomeFault(
+        raise HomeError(
             f"cannot use the folder {home}: {err.strerror}",
             f"give yourself access, or set {_VARIABLES[kind]} to another folder",
         ) from err
     if not os.access(home, os.W_OK):
-        raise HomeFault(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
+        raise HomeError(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
     if found < FORMAT:
         _migrate(home, kind)
     return home
@@ -82,13 +82,13 @@ def _migrate(home: Path, kind: Kind) -> None:
 
 
 def check_stamp(home: Path, kind: Kind) -> int:
-    """The format of the home. Raises HomeTooNew, HomeFault if this version cannot use it."""
+    """The format of the home. Raises HomeTooNew, HomeError if this version cannot use it."""
     text = (home / STAMP).read_bytes()
     try:
         stamp = json.loads(text)
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
-        raise HomeFault(f"{home / STAMP} is damaged", "restore it from a backup") from err
+        raise HomeError(f"{home / STAMP} is damaged", "restore it from a backup") from err
     if found > FORMAT:
         raise HomeTooNew(
             f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "
@@ -96,7 +96,7 @@ def check_stamp(home: Path, kind: Kind) -> int:
             "update commonweight on this machine: pip install --upgrade commonweight",
         )
     if found_kind != kind:
-        raise HomeFault(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
+        raise HomeError(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
     return found
 
 

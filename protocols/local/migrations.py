@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from protocols.errors import HomeFault
+from protocols.errors import HomeError
 
 Step = Callable[[Path], None]
 STEPS: dict[str, dict[int, Step]] = {"coordinator": {}, "agent": {}, "operator": {}}
@@ -19,7 +19,7 @@ _LARGE = ("versions", "updates", "cache", "outbox", "trainer")
 
 
 def migrate(home: Path, steps: Mapping[int, Step], found: int, wanted: int) -> Path:
-    """Take the home from format `found` to `wanted`; the folder of the copy. Raises HomeFault.
+    """Take the home from format `found` to `wanted`; the folder of the copy. Raises HomeError.
 
     A step that is missing had nothing to change.
     """
@@ -38,7 +38,7 @@ def migrate(home: Path, steps: Mapping[int, Step], found: int, wanted: int) -> P
     except Exception as err:  # a step may meet anything in a folder of years
         if kept.exists():
             _copy_back(kept, home)
-        raise HomeFault(
+        raise HomeError(
             f"{home} could not be taken from format {found} to {wanted}: {err}",
             f"it is as it was, with a copy in {kept}; the version that wrote it still works",
         ) from err

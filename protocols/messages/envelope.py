@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from protocols.errors import BadMessage
 from protocols.messages.states import PeerState, RunState
@@ -34,7 +34,7 @@ Tallies = Annotated[dict[Name, Annotated[list[float], Meta(max_length=1024)]], M
 Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
 
 
-def printable(text: str) -> str:
+def strip_controls(text: str) -> str:
     """`text` as a `Text`: cut to its length, `·` for whatever could steer a terminal."""
     return "".join(letter if letter.isprintable() else "·" for letter in text[:400])
 
@@ -98,11 +98,11 @@ class Command(Struct, frozen=True, tag=True, kw_only=True):
     for_s: Annotated[float, Meta(ge=0, le=366 * 86400)] = 0.0
 
 
-class LogsAsked(Struct, frozen=True, tag=True, kw_only=True):
+class LogRequest(Struct, frozen=True, tag="LogsAsked", kw_only=True):
     """The operator wants the last `most` lines of an agent's log; the answer names `ask`."""
 
-    ask: Name
-    most: Annotated[int, Meta(ge=1, le=500)] = 200
+    request_id: Name = field(name="ask")
+    max_lines: Annotated[int, Meta(ge=1, le=500)] = field(default=200, name="most")
 
 
 class LogLine(Struct, frozen=True, kw_only=True):
@@ -113,14 +113,14 @@ class LogLine(Struct, frozen=True, kw_only=True):
     text: Text
 
 
-class LogsTold(Struct, frozen=True, kw_only=True):
-    """An agent's answer to `LogsAsked`, over HTTPS: others on the broker do not read along."""
+class LogResponse(Struct, frozen=True, kw_only=True):
+    """The answer to `LogRequest`, sent over HTTPS so that nobody on the broker can read it."""
 
-    ask: Name
+    request_id: Name = field(name="ask")
     lines: Annotated[list[LogLine], Meta(max_length=500)]
 
 
-class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
+class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     """A peer was enrolled, approved or removed, or its session opened or ended.
 
     `public_key` is its Ed25519 key (raw, 32 bytes); `flower` says whether it holds a Flower
@@ -130,9 +130,11 @@ class PeerKnown(Struct, frozen=True, tag=True, kw_only=True):
     peer: Name
     name: Name
     labels: dict[Name, Name] = {}
-    standing: Literal["awaiting", "enrolled", "removed"] = "enrolled"
+    enrollment: Literal["awaiting", "enrolled", "removed"] = field(
+        default="enrolled", name="standing"
+    )
     public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    flower: bool | None = None
+    has_session: bool | None = field(default=None, name="flower")
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
@@ -215,7 +217,7 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     ended_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
 
 
-class Happened(Struct, frozen=True, tag=True, kw_only=True):
+class EventLine(Struct, frozen=True, tag="Happened", kw_only=True):
     """A line for the Events screen. `subject` is a peer or a run, or empty."""
 
     level: Literal["info", "warning", "error"]
@@ -235,12 +237,12 @@ PeerBody = Presence | Telemetry | Notice
 CoordinatorBody = (
     Doorbell
     | Command
-    | LogsAsked
-    | PeerKnown
+    | LogRequest
+    | PeerChanged
     | RunChanged
     | RoundClosed
     | JobChanged
-    | Happened
+    | EventLine
     | Links
 )
 Body = PeerBody | CoordinatorBody
@@ -266,14 +268,14 @@ Sign = Callable[[bytes], bytes]
 Verify = Callable[[str, bytes, bytes], bool]
 
 
-def _signed_part(topic: str, payload: bytes) -> bytes:
+def _signed_bytes(topic: str, payload: bytes) -> bytes:
     return b"commonweight mqtt 1\n" + topic.encode() + b"\n" + payload
 
 
 def seal(topic: str, envelope: Envelope, sign: Sign) -> bytes:
     """The payload of `envelope` on `topic`, signed by `sign`."""
     payload = _encode(envelope)
-    return urlsafe_b64encode(sign(_signed_part(topic, payload))) + b"." + payload
+    return urlsafe_b64encode(sign(_signed_bytes(topic, payload))) + b"." + payload
 
 
 def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
@@ -295,6 +297,6 @@ def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
         raise BadMessage("the signature is not written in the one way that there is")
     if envelope.v != FORMAT:
         raise BadMessage(f"message format {envelope.v}; this version speaks {FORMAT}")
-    if not verify(envelope.sender, signature, _signed_part(topic, body)):
+    if not verify(envelope.sender, signature, _signed_bytes(topic, body)):
         raise BadMessage(f"the signature is not that of {envelope.sender}")
     return envelope

@@ -18,16 +18,16 @@ from protocols.messages.envelope import Count, Digest, Metrics, Name
 from protocols.messages.signing import SignedJson
 
 #: What a Flower message of type `query` is for. Flower has no types of our own.
-Action = Literal["infer", "analyze"]
+QueryAction = Literal["infer", "analyze"]
 #: An answer up to this size travels in the message, a longer one on the lane.
-INLINE_BYTES = 64 * 1024
+INLINE_MAX_BYTES = 64 * 1024
 INPUT_PATH = "/cw/v1/inputs/{digest}"
 ANSWER_PATH = "/cw/v1/answers/{digest}"
 
 Setting = str | int | float | bool
 
 
-class Model(Struct, frozen=True):
+class ModelRef(Struct, frozen=True):
     """A version of shared weights, pinned by its digest."""
 
     digest: Digest
@@ -63,10 +63,10 @@ class Analyze(Struct, frozen=True, tag=True):
     query: str
 
 
-Question = Scatter | Private | Analyze
+UnitQuestion = Scatter | Private | Analyze
 
 
-def action(question: Question) -> Action:
+def query_action(question: UnitQuestion) -> QueryAction:
     """How the Flower message that carries this question is called."""
     return "analyze" if isinstance(question, Analyze) else "infer"
 
@@ -87,10 +87,10 @@ class Unit(Struct, frozen=True, kw_only=True):
 
     job: Name
     unit: Count
-    question: Question
+    question: UnitQuestion
     task: Name = ""
     settings: dict[Name, Setting] = {}
-    models: tuple[Model, ...] = ()
+    models: tuple[ModelRef, ...] = ()
 
 
 class Answer(Struct, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ SIGNED_UNIT = SignedJson(Unit, "unit", "unit of work")
 SIGNED_ANSWER = SignedJson(Answer, "answer", "answer", "the peer that sent it")
 
 
-def key_of(payload: bytes) -> str:
+def idempotency_key(payload: bytes) -> str:
     """The idempotency key of a unit, from its bytes."""
     return hashlib.sha256(payload).hexdigest()
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from msgspec import Meta, Struct
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.messages.envelope import Body, Envelope, Sign, seal
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
@@ -38,14 +38,14 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
     ca_pem: str = ""
 
     @property
-    def where(self) -> str:
+    def netloc(self) -> str:
         """`host:port`, as a person reads it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
     def __str__(self) -> str:
         login = f"{self.user}@" if self.user else ""
-        return f"{'mqtts' if self.tls else 'mqtt'}://{login}{self.where}"
+        return f"{'mqtts' if self.tls else 'mqtt'}://{login}{self.netloc}"
 
     def __repr__(self) -> str:
         return f"MqttAddress({self})"
@@ -56,7 +56,7 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
 
 
 def parse_url(url: str, ca_pem: str = "") -> MqttAddress:
-    """The address in `mqtt://[user:password@]host[:port]` or `mqtts://…`. Raises UsageFault.
+    """The address in `mqtt://[user:password@]host[:port]` or `mqtts://…`. Raises UsageError.
 
     The error never repeats the URL: there may be a password in it.
     """
@@ -64,17 +64,17 @@ def parse_url(url: str, ca_pem: str = "") -> MqttAddress:
         parts = urlsplit(url.strip())
         port, host = parts.port, parts.hostname
     except ValueError:  # its text quotes the URL
-        raise UsageFault("the MQTT URL's host or port cannot be read", _EXAMPLE) from None
+        raise UsageError("the MQTT URL's host or port cannot be read", _EXAMPLE) from None
     if parts.scheme not in _PORTS:
-        raise UsageFault("the MQTT URL begins with neither mqtt:// nor mqtts://", _EXAMPLE)
+        raise UsageError("the MQTT URL begins with neither mqtt:// nor mqtts://", _EXAMPLE)
     if not host or len(host) > 253 or any(not 0 < len(part) < 64 for part in host.split(".")):
-        raise UsageFault("the MQTT URL names no host", _EXAMPLE)
+        raise UsageError("the MQTT URL names no host", _EXAMPLE)
     if port == 0:
-        raise UsageFault("no broker can be asked at port 0", _EXAMPLE)
+        raise UsageError("no broker can be asked at port 0", _EXAMPLE)
     if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise UsageFault("the MQTT URL goes on after its port", _EXAMPLE)
+        raise UsageError("the MQTT URL goes on after its port", _EXAMPLE)
     if ca_pem and parts.scheme == "mqtt":
-        raise UsageFault("a CA is of no use without TLS", "write mqtts:// instead of mqtt://")
+        raise UsageError("a CA is of no use without TLS", "write mqtts:// instead of mqtt://")
     return MqttAddress(
         host=host,
         port=port or _PORTS[parts.scheme],
@@ -86,29 +86,29 @@ def parse_url(url: str, ca_pem: str = "") -> MqttAddress:
 
 
 def tls_context(address: MqttAddress) -> ssl.SSLContext | None:
-    """What checks the broker's certificate and name; None without TLS. Raises UsageFault."""
+    """What checks the broker's certificate and name; None without TLS. Raises UsageError."""
     if not address.tls:
         return None
     try:
         return ssl.create_default_context(cadata=address.ca_pem or None)
     except ssl.SSLError as err:
-        raise UsageFault("the CA for the MQTT broker is not a certificate in PEM form") from err
+        raise UsageError("the CA for the MQTT broker is not a certificate in PEM form") from err
 
 
-def why_down(cause: BaseException | None, address: MqttAddress) -> str:
+def describe_failure(cause: BaseException | None, address: MqttAddress) -> str:
     """Words for a failed connection, from the error below the MQTT library's."""
     match cause:
         case ConnectionRefusedError():
-            return f"nobody listens at {address.where}"
+            return f"nobody listens at {address.netloc}"
         case ssl.SSLCertVerificationError():
-            return f"the certificate of {address.where} is not good: {cause.verify_message}"
+            return f"the certificate of {address.netloc} is not good: {cause.verify_message}"
         case OSError() if cause.strerror and not isinstance(cause, TimeoutError):
-            return f"cannot reach {address.where}: {cause.strerror}"
+            return f"cannot reach {address.netloc}: {cause.strerror}"
         case _:
-            return f"the MQTT login was refused or nobody answers at {address.where}"
+            return f"the MQTT login was refused or nobody answers at {address.netloc}"
 
 
-class Voice:
+class SequencedSigner:
     """One session of a sender (its `epoch`): numbers and signs what it says, from 0 without gaps.
 
     Receivers take a missing number for a lost message, so one voice serves one audience.
@@ -118,7 +118,7 @@ class Voice:
         self.epoch = secrets.token_hex(8)
         self._sender, self._sign, self._seq = sender, sign, -1
 
-    def envelope(self, body: Body) -> Envelope:
+    def next_envelope(self, body: Body) -> Envelope:
         """The next message, numbered and not yet signed."""
         self._seq += 1
         return Envelope(
@@ -127,10 +127,10 @@ class Voice:
 
     def seal(self, topic: str, body: Body) -> bytes:
         """The next message's payload on `topic`."""
-        return seal(topic, self.envelope(body), self._sign)
+        return seal(topic, self.next_envelope(body), self._sign)
 
 
-class Seen:
+class ReplayFilter:
     """Tells new messages of one sender from replayed ones: the highest number of each session.
 
     Sessions have random names; the `limit` latest are remembered. An older one would be let in
@@ -141,7 +141,7 @@ class Seen:
         self._highest: dict[tuple[str, str], int] = {}
         self._limit = limit
 
-    def fresh(self, epoch: str, kind: str, seq: int) -> bool:
+    def is_new(self, epoch: str, kind: str, seq: int) -> bool:
         """True once for each number, if they come in order.
 
         `kind` keeps apart what may overtake each other on the way (QoS 0 and 1).

@@ -12,7 +12,7 @@ from protocols.messages.envelope import Sign
 
 T = TypeVar("T")
 #: `verify(signature, signed bytes)`.
-VerifyOne = Callable[[bytes, bytes], bool]
+VerifySignature = Callable[[bytes, bytes], bool]
 
 _SIGNATURE_BYTES = 64
 _encode = msgspec.json.Encoder().encode
@@ -35,11 +35,11 @@ class SignedJson(Generic[T]):
     def seal(self, value: T, sign: Sign) -> tuple[bytes, bytes]:
         """The struct as JSON, and the signature over it."""
         payload = _encode(value)
-        return payload, sign(self.part(payload))
+        return payload, sign(self.signed_bytes(payload))
 
-    def open(self, payload: bytes, signature: bytes, verify: VerifyOne) -> T:
+    def open(self, payload: bytes, signature: bytes, verify: VerifySignature) -> T:
         """The struct in `payload`. Raises BadMessage unless `verify` accepts the signature."""
-        if not verify(signature, self.part(payload)):
+        if not verify(signature, self.signed_bytes(payload)):
             raise BadMessage(f"the {self._name} is not signed by {self._signer}")
         return self.decode(payload)
 
@@ -50,7 +50,7 @@ class SignedJson(Generic[T]):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise BadMessage(f"not a valid {self._name}: {err}") from err
 
-    def part(self, payload: bytes) -> bytes:
+    def signed_bytes(self, payload: bytes) -> bytes:
         """The bytes under the signature."""
         return self._prefix + payload
 
@@ -59,6 +59,6 @@ class SignedJson(Generic[T]):
         payload, signature = self.seal(value, sign)
         return signature + payload
 
-    def unpack(self, data: bytes, verify: VerifyOne) -> T:
+    def unpack(self, data: bytes, verify: VerifySignature) -> T:
         """The struct in what `pack` has made. Raises BadMessage."""
         return self.open(data[_SIGNATURE_BYTES:], data[:_SIGNATURE_BYTES], verify)

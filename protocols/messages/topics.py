@@ -49,7 +49,7 @@ def event(fleet: str) -> str:
     return f"cw/{fleet}/coordinator/event"
 
 
-def every_peer(fleet: str, kind: Kind) -> str:
+def all_peers(fleet: str, kind: Kind) -> str:
     """The filter that receives one kind from all peers."""
     return f"cw/{fleet}/peer/+/{kind}"
 

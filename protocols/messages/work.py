@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from protocols.messages.envelope import Count, Digest, Metrics, Name, Tallies
 from protocols.messages.signing import SignedJson
 
-EXCHANGE_PATH = "/cw/v1/exchange"
+POLL_PATH = "/cw/v1/exchange"
 #: Weights of this size travel with the messages: a request on the lane costs more than they do.
-FEW_BYTES = 64 * 1024
+INLINE_MAX_BYTES = 64 * 1024
 
-Question = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
+WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ class Work(Struct, frozen=True, kw_only=True):
     run: Name
     since: float = 0.0
     round: Count
-    kind: Question
+    kind: WorkKind
     task: Name
     base: Name = ""
     nbytes: Count = 0
@@ -56,7 +56,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
 
     run: Name
     round: Count
-    kind: Question
+    kind: WorkKind
     turn: Count = 0
     peer: Name
     base: Name
@@ -69,7 +69,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     nonce: Name
 
 
-class Parcel(Struct, frozen=True, kw_only=True):
+class FlowerMessage(Struct, frozen=True, kw_only=True):
     """A Flower message with everything it needs: its protobuf, its object tree, its objects."""
 
     message: bytes
@@ -77,18 +77,18 @@ class Parcel(Struct, frozen=True, kw_only=True):
     objects: dict[Digest, bytes]
 
 
-class Exchange(Struct, frozen=True, kw_only=True):
+class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: a reply to hand in, if it has one, and whether it takes new work.
 
     `update`: the bytes that the reply's claim names, if they are few; else they are on the lane.
     """
 
-    reply: Parcel | None = None
-    want: bool = True
+    reply: FlowerMessage | None = None
+    wants_work: bool = field(default=True, name="want")
     update: bytes = b""
 
 
-class Exchanged(Struct, frozen=True, kw_only=True):
+class PollResponse(Struct, frozen=True, kw_only=True):
     """The coordinator's answer: work, if there is any.
 
     `settled`: what became of the reply is in the ledger and outlives the coordinator's death. False
@@ -96,8 +96,8 @@ class Exchanged(Struct, frozen=True, kw_only=True):
     `version`: the bytes of the version that the work is on, if they are few and new.
     """
 
-    work: Parcel | None = None
-    settled: bool = False
+    work: FlowerMessage | None = None
+    acknowledged: bool = field(default=False, name="settled")
     version: bytes = b""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model.weights import Schema, file_digest
 
 KIND = "commonweight model 1"
@@ -74,21 +74,21 @@ def encode(card: ModelCard) -> bytes:
 
 
 def read(model: Path) -> ModelCard:
-    """The card of an exported model, checked against its file. Raises UsageFault."""
+    """The card of an exported model, checked against its file. Raises UsageError."""
     path = beside(model)
     try:
         with path.open("rb") as file:
             card = msgspec.json.decode(file.read(MAX_BYTES), type=ModelCard)
         found = file_digest(model)
     except OSError as err:
-        raise UsageFault(
+        raise UsageError(
             f"cannot read {err.filename}: {err.strerror}",
             "commonweight models export RUN MODEL.safetensors writes both files",
         ) from err
     except (msgspec.DecodeError, UnicodeDecodeError) as err:
-        raise UsageFault(f"{path} is no card of a model: {err}") from err
+        raise UsageError(f"{path} is no card of a model: {err}") from err
     if card.kind != KIND:
-        raise UsageFault(f"{path} is a card of another kind: {card.kind!r}")
+        raise UsageError(f"{path} is a card of another kind: {card.kind!r}")
     if card.sha256 != found:
-        raise UsageFault(f"{model} is not the file of its card {path.name}", "copy both files anew")
+        raise UsageError(f"{model} is not the file of its card {path.name}", "copy both files anew")
     return card

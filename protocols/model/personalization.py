@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model.weights import DTYPES, FLOATING, Array, Schema, TensorSpec, Weights
 
 #: The setting that asks for control variates: SCAFFOLD's option, 1 or 2; 3: they do not travel up.
@@ -64,10 +64,10 @@ def controls(schema: Schema, settings: Settings) -> Schema:
 
 
 def shared(model: Schema, settings: Settings) -> Schema:
-    """The schema of a run's versions. Raises UsageFault if nothing of the model would travel."""
+    """The schema of a run's versions. Raises UsageError if nothing of the model would travel."""
     travels = {name: spec for name, spec in model.items() if not stays(name, settings)}
     if not travels:
-        raise UsageFault(
+        raise UsageError(
             f"every tensor of the model stays at home ({settings[AT_HOME]})",
             "patterns that leave something to share, such as *norm*",
         )

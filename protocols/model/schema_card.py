@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.errors import BadMessage, DataFault, SchemaMismatch
+from protocols.errors import BadMessage, DataError, SchemaMismatch
 from protocols.messages.envelope import Digest, Name, Text
 from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.statistics import TableStatistics
@@ -63,7 +63,7 @@ class Difference(Struct, frozen=True):
 def card(
     task: str, version: str, schema: Schema, traits: Mapping[str, Sequence[str] | str] = {}
 ) -> SchemaCard:
-    """The card of a task. Raises DataFault for a name that cannot be told."""
+    """The card of a task. Raises DataError for a name that cannot be told."""
     plain = {
         "task": task,
         "version": version,
@@ -76,7 +76,7 @@ def card(
     try:
         return msgspec.convert({"type": "schema", **plain}, SchemaCard)
     except msgspec.ValidationError as err:
-        raise DataFault(f"the schema has a name that cannot be told: {err}") from err
+        raise DataError(f"the schema has a name that cannot be told: {err}") from err
 
 
 #: A card; or, while the preprocessing is not agreed on, the statistics that it follows from.
@@ -84,10 +84,10 @@ Description = SchemaCard | TableStatistics
 
 
 def encode(description: Description) -> bytes:
-    """The description as JSON. Raises DataFault if it is too long."""
+    """The description as JSON. Raises DataError if it is too long."""
     data = msgspec.json.encode(description)
     if len(data) > MAX_BYTES:
-        raise DataFault(f"a description of {len(data)} bytes; the limit is {MAX_BYTES}")
+        raise DataError(f"a description of {len(data)} bytes; the limit is {MAX_BYTES}")
     return data
 
 

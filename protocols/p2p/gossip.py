@@ -1,48 +1,49 @@
-"""What peers tell each other while the coordinator is away: passes, neighbours, words. Pure.
+"""How peers exchange state while the coordinator is away: access tokens, neighbors, gossip. Pure.
 
-While it is there, the coordinator gives each peer a pass and names some neighbours. When it is
-away they tell each other their words: how each is, the version that it holds, and where it serves.
-A word is good whoever passes it on: its speaker has signed it, and it carries his certificate,
-signed by the fleet's CA. That a version is one is proved by the coordinator's signature alone.
+While the coordinator is there, it gives each peer an access token and names some neighbors. While
+it is away, peers exchange gossip entries: the state of a peer, the version it holds, and where it
+serves. Any peer may forward an entry, because the peer it is about has signed it and its
+certificate is signed by the fleet's CA. Only the coordinator's signature proves that a version is
+genuine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Digest, Name, Presence, Sign
-from protocols.messages.signing import SignedJson
+from protocols.messages.signing import SignedJson, VerifySignature
 from protocols.messages.work import Work
-from protocols.p2p.swarm import Serving
+from protocols.p2p.swarm import PeerAddress
 
-NEIGHBOURS_PATH = "/cw/v1/neighbours"
-WORDS_PATH = "/cw/v1/words"
+NEIGHBORS_PATH = "/cw/v1/neighbours"
+GOSSIP_PATH = "/cw/v1/words"
 PROOF_PATH = "/cw/v1/proofs/{digest}"
-PASS = "x-cw-pass"
+ACCESS_TOKEN_HEADER = "x-cw-pass"
 
-#: A pass outlives an absence of the coordinator; it is renewed all the time while it is there.
-PASS_S = 7 * 86400.0
-MOST_NEIGHBOURS = 16
-#: Words that are remembered and told, the newest; each has at most so many bytes.
-MOST_WORDS, MOST_WORD_BYTES = 256, 8 * 1024
-MOST_TOLD_BYTES = 1 << 20
-#: What MessagePack adds to a word, and to all of them, at most.
+#: Long enough for an absence of the coordinator, which renews tokens all the time otherwise.
+ACCESS_TOKEN_LIFETIME_S = 7 * 86400.0
+MAX_NEIGHBORS = 16
+#: Entries that a store keeps and a batch holds, and the size of each.
+MAX_ENTRIES, MAX_ENTRY_BYTES = 256, 8 * 1024
+MAX_BATCH_BYTES = 1 << 20
+#: At most this much MessagePack adds to an entry, and to the whole batch.
 _FRAME_BYTES = 16
-#: A word may be dated so far ahead: clocks differ.
-_AHEAD_S = 600.0
+#: An entry may be dated this far ahead.
+_MAX_CLOCK_SKEW_S = 600.0
 
 
 class Head(Struct, frozen=True, kw_only=True, order=True):
-    """The newest version that a peer holds: of the run that began at `since` (Unix s).
+    """The newest version that a peer holds, of the run that began at `since` (Unix s).
 
-    Heads are ordered as versions follow each other: a later run's is newer.
+    Heads sort by age: a version of a later run is newer.
     """
 
     since: float
@@ -52,158 +53,165 @@ class Head(Struct, frozen=True, kw_only=True, order=True):
 
     @classmethod
     def of(cls, work: Work) -> Head:
-        """The version that this work proves."""
-        return cls(since=work.since, run=work.run, version=version_of(work), digest=work.base)
+        """The version that this signed work proves."""
+        return cls(since=work.since, run=work.run, version=version_number(work), digest=work.base)
 
 
-def version_of(work: Work) -> int:
-    """Training in round 5 is on version 4; the evaluation of round 5 is of version 5."""
+def version_number(work: Work) -> int:
+    """The version that work starts from: 4 to train in round 5, and 5 to evaluate round 5."""
     return max(0, work.round - (work.kind == "train"))
 
 
-class Word(Struct, frozen=True, kw_only=True):
-    """What a peer says of itself, at `at` by its clock (Unix s); it serves at `address`, if any."""
+class GossipEntry(Struct, frozen=True, kw_only=True):
+    """The state of a peer `at` a time by its own clock (Unix s); `address` if it serves others."""
 
     peer: Name
     at: Annotated[float, Meta(ge=0, le=2**40)]
     presence: Presence
     head: Head | None = None
-    address: Serving = ""
+    address: PeerAddress = ""
 
 
-class _Spoken(Struct, frozen=True, kw_only=True):
+class _SignedEntry(Struct, frozen=True, kw_only=True):
     certificate: Annotated[bytes, Meta(max_length=4096)]
-    word: Annotated[bytes, Meta(max_length=MOST_WORD_BYTES)]
+    entry: Annotated[bytes, Meta(max_length=MAX_ENTRY_BYTES)] = field(name="word")
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
-class Heard(NamedTuple):
-    """A word, who vouches for its speaker, and the bytes in which it travels on."""
+class VerifiedEntry(NamedTuple):
+    """An entry, the certificate of the peer that signed it, and its signed bytes to forward."""
 
-    word: Word
-    speaker: NodeCertificate
-    spoken: bytes
-
-
-class Told(Struct, frozen=True, kw_only=True):
-    """Words that travel together, each as `speak` has made it."""
-
-    words: Annotated[
-        tuple[Annotated[bytes, Meta(max_length=2 * MOST_WORD_BYTES)], ...],
-        Meta(max_length=MOST_WORDS),
-    ] = ()
+    entry: GossipEntry
+    sender: NodeCertificate
+    signed: bytes
 
 
-class Neighbour(Struct, frozen=True, kw_only=True):
-    """A peer that can be asked; `address` is host:port, `node_public` (PEM) the key to expect."""
+class GossipBatch(Struct, frozen=True, kw_only=True):
+    """Entries that travel together, each as made by `sign_entry`."""
+
+    entries: Annotated[
+        tuple[Annotated[bytes, Meta(max_length=2 * MAX_ENTRY_BYTES)], ...],
+        Meta(max_length=MAX_ENTRIES),
+    ] = field(default=(), name="words")
+
+
+class Neighbor(Struct, frozen=True, kw_only=True):
+    """A peer to exchange gossip with, at host:port; `node_public` (PEM) is the key to expect."""
 
     peer: Name
     name: Name
-    address: Serving
+    address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
 
-class Neighbours(Struct, frozen=True, kw_only=True):
-    """What the coordinator gives for a time without it.
+class NeighborsResponse(Struct, frozen=True, kw_only=True):
+    """What an agent needs while the coordinator is away.
 
-    `removed` are peers whose passes count no more.
+    Access tokens of peers in `removed` are no longer valid.
     """
 
-    pass_: bytes
-    near: Annotated[tuple[Neighbour, ...], Meta(max_length=4096)] = ()
+    access_token: bytes = field(name="pass_")
+    neighbors: Annotated[tuple[Neighbor, ...], Meta(max_length=4096)] = field(
+        default=(), name="near"
+    )
     removed: Annotated[tuple[Name, ...], Meta(max_length=4096)] = ()
 
 
-class Pass(Struct, frozen=True, kw_only=True):
-    """The coordinator's word that who holds this key may ask peers, until `until` (Unix s).
+class AccessToken(Struct, frozen=True, kw_only=True):
+    """The coordinator lets the holder of this key ask peers, until `until` (Unix s).
 
-    `words_only`: who watches hears how the fleet is, and gets no version.
+    `gossip_only`: a monitor may read gossip, and gets no version.
     """
 
     holder: Name
     sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
     until: float
-    words_only: bool = False
+    gossip_only: bool = field(default=False, name="words_only")
 
 
-SIGNED_PASS = SignedJson(Pass, "pass", "pass")
-_SIGNED_WORD = SignedJson(Word, "word", "word")
+SIGNED_ACCESS_TOKEN = SignedJson(AccessToken, "pass", "access token")
+_SIGNED_JSON_ENTRY = SignedJson(GossipEntry, "word", "gossip entry")
 
 
-def read_pass(data: bytes, verify: Callable[[bytes, bytes], bool], now: float) -> Pass:
-    """The pass in `data`, if it is good now. Raises BadMessage."""
-    given = SIGNED_PASS.unpack(data, verify)
-    if now > given.until:
-        raise BadMessage("the pass has ended")
-    return given
+def verify_access_token(data: bytes, verify: VerifySignature, now: float) -> AccessToken:
+    """The token in `data`, if it is valid now. Raises BadMessage."""
+    token = SIGNED_ACCESS_TOKEN.unpack(data, verify)
+    if now > token.until:
+        raise BadMessage("the access token has expired")
+    return token
 
 
-def speak(word: Word, certificate: bytes, sign: Sign) -> bytes:
-    """The word as it travels. `certificate` and `sign` are the speaker's own."""
-    body, signature = _SIGNED_WORD.seal(word, sign)
-    spoken = _Spoken(certificate=certificate, word=body, signature=signature)
-    return msgspec.msgpack.encode(spoken)
+def sign_entry(entry: GossipEntry, certificate: bytes, sign: Sign) -> bytes:
+    """The entry as it travels. `certificate` and `sign` belong to the peer that it is about."""
+    body, signature = _SIGNED_JSON_ENTRY.seal(entry, sign)
+    return msgspec.msgpack.encode(
+        _SignedEntry(certificate=certificate, entry=body, signature=signature)
+    )
 
 
-def hear(spoken: bytes, ca_pem: bytes, fleet: str, now: float) -> Heard:
-    """The word in `spoken`, if an enrolled peer of this fleet has said it. Raises BadMessage."""
+def verify_entry(signed: bytes, ca_pem: bytes, fleet: str, now: float) -> VerifiedEntry:
+    """The entry in `signed`, if an enrolled peer of this fleet signed it. Raises BadMessage."""
     try:
-        told = msgspec.msgpack.decode(spoken, type=_Spoken)
+        parts = msgspec.msgpack.decode(signed, type=_SignedEntry)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a valid word: {err}") from err
-    word = _SIGNED_WORD.decode(told.word)
-    speaker = identity.read_certificate(ca_pem, told.certificate)
-    if (speaker.fleet, speaker.peer) != (fleet, word.peer) or speaker.not_after < now:
-        raise BadMessage("the word's certificate is of another fleet or peer, or has ended")
-    if not identity.verify(speaker.sign_public, told.signature, _SIGNED_WORD.part(told.word)):
-        raise BadMessage(f"the word is not signed by {word.peer}")
-    if word.at > now + _AHEAD_S:
-        raise BadMessage("the word is dated ahead")
-    return Heard(word, speaker, spoken)
+        raise BadMessage(f"not a valid gossip entry: {err}") from err
+    entry = _SIGNED_JSON_ENTRY.decode(parts.entry)
+    sender = identity.read_certificate(ca_pem, parts.certificate)
+    if (sender.fleet, sender.peer) != (fleet, entry.peer) or sender.not_after < now:
+        raise BadMessage("the certificate of the entry is of another fleet or peer, or has expired")
+    message = _SIGNED_JSON_ENTRY.signed_bytes(parts.entry)
+    if not identity.verify(sender.sign_public, parts.signature, message):
+        raise BadMessage(f"the gossip entry is not signed by {entry.peer}")
+    if entry.at > now + _MAX_CLOCK_SKEW_S:
+        raise BadMessage("the time of the gossip entry lies in the future")
+    return VerifiedEntry(entry, sender, signed)
 
 
-class Words:
-    """The newest word of each peer, from whomever it came; at most `MOST_WORDS`."""
+class GossipStore:
+    """The newest entry of each peer, at most `MAX_ENTRIES`."""
 
     def __init__(self, ca_pem: bytes, fleet: str) -> None:
         self._ca_pem, self._fleet = ca_pem, fleet
-        self._heard: dict[str, Heard] = {}
+        self._newest: dict[str, VerifiedEntry] = {}
 
-    def take(self, spoken: Iterable[bytes], now: float, but: Iterable[str] = ()) -> int:
-        """Keep what is new and right, of all `but` these peers; how many words that were."""
-        new, unheard = 0, set(but)
-        known = {heard.spoken for heard in self._heard.values()}
-        for data in spoken:
+    def add(self, signed: Iterable[bytes], now: float, excluded: Iterable[str] = ()) -> int:
+        """Store the entries that are valid and newer, except those about `excluded` peers.
+
+        Returns how many were stored.
+        """
+        num_stored, excluded = 0, set(excluded)
+        known = {stored.signed for stored in self._newest.values()}
+        for data in signed:
             if data in known:
                 continue
             try:
-                heard = hear(data, self._ca_pem, self._fleet, now)
+                new = verify_entry(data, self._ca_pem, self._fleet, now)
             except BadMessage:
-                continue  # who passed it on may have had it from somebody else
-            peer = heard.word.peer
-            last = self._heard.get(peer)
-            if peer not in unheard and (last is None or last.word.at < heard.word.at):
-                self._heard[peer] = heard
-                new += 1
-        while len(self._heard) > MOST_WORDS:
-            del self._heard[min(self._heard, key=lambda peer: self._heard[peer].word.at)]
-        return new
+                continue  # the peer that forwarded it may not have checked it
+            peer = new.entry.peer
+            old = self._newest.get(peer)
+            if peer not in excluded and (old is None or old.entry.at < new.entry.at):
+                self._newest[peer] = new
+                num_stored += 1
+        while len(self._newest) > MAX_ENTRIES:
+            del self._newest[min(self._newest, key=lambda peer: self._newest[peer].entry.at)]
+        return num_stored
 
-    def all(self) -> list[Heard]:
-        """Every peer's newest word, the newest first."""
-        return sorted(self._heard.values(), key=lambda heard: -heard.word.at)
+    def newest_first(self) -> list[VerifiedEntry]:
+        """The newest entry of every peer, sorted by time."""
+        return sorted(self._newest.values(), key=lambda stored: -stored.entry.at)
 
-    def told(self, own: bytes) -> Told:
-        """What is told to others: one's `own` word, and the newest that one message can hold."""
-        words, left = [own], MOST_TOLD_BYTES - len(own) - _FRAME_BYTES
-        for heard in self.all()[: MOST_WORDS - 1]:
-            left -= len(heard.spoken) + _FRAME_BYTES
-            if left < 0:
+    def batch(self, own: bytes) -> GossipBatch:
+        """What to send to others: one's `own` entry, and the newest others that fit."""
+        entries, room = [own], MAX_BATCH_BYTES - len(own) - _FRAME_BYTES
+        for stored in self.newest_first()[: MAX_ENTRIES - 1]:
+            room -= len(stored.signed) + _FRAME_BYTES
+            if room < 0:
                 break
-            words.append(heard.spoken)
-        return Told(words=tuple(words))
+            entries.append(stored.signed)
+        return GossipBatch(entries=tuple(entries))
 
-    def forget(self, peers: Iterable[str]) -> None:
-        """These were removed from the fleet."""
+    def remove(self, peers: Iterable[str]) -> None:
+        """Drop the entries of peers that were removed from the fleet."""
         for peer in peers:
-            self._heard.pop(peer, None)
+            self._newest.pop(peer, None)

@@ -1,38 +1,38 @@
-"""How peers hand each other versions: piece lists, plans, permits. Pure.
+"""How peers download versions from each other: piece digests, plans, tokens. Pure.
 
-A version is cut into pieces of `PIECE_BYTES`. The coordinator tells whoever needs one the SHA-256
-of every piece, a few holders near by, and a permit that they let in. So a piece is checked when it
-comes, whoever sends it, and a holder that lies is known by its first wrong piece. What peers are
-to each other ends there: updates go to the coordinator alone.
+A version is split into pieces of `PIECE_BYTES`. An agent that needs it gets a plan from the
+coordinator: the SHA-256 of every piece, a few sources near by, and a token that they accept. The
+agent checks each piece on arrival, so a source that lies is found at its first wrong piece.
+Updates go to the coordinator alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Digest, Name
-from protocols.messages.signing import SignedJson
+from protocols.messages.signing import SignedJson, VerifySignature
 
 PIECE_BYTES = 1 << 20
-#: Smaller versions come from the coordinator alone: asking costs more than it spares.
-WORTH_SHARING_BYTES = 1 << 20
-#: A permit is good for so long: a download over a slow line ends within it, or asks again.
-PERMIT_S = 1800.0
-MOST_HOLDERS = 3
+#: Smaller versions come from the coordinator alone: a plan costs more than it saves.
+MIN_SHARED_BYTES = 1 << 20
+#: Enough for a download over a slow line; a longer one asks for a new plan.
+DOWNLOAD_TOKEN_LIFETIME_S = 1800.0
+MAX_SOURCES = 3
 
 PLAN_PATH = "/cw/v1/plans/{digest}"
-HELD_PATH = "/cw/v1/plans/{digest}/held"
-PERMIT = "x-cw-permit"
+DOWNLOAD_REPORT_PATH = "/cw/v1/plans/{digest}/held"
+DOWNLOAD_TOKEN_HEADER = "x-cw-permit"
 
-#: Where a peer serves: an IP address (IPv6 in brackets) and a port, or empty. What else a peer
-#: could write there would be looked up, or break who connects.
-Serving = Annotated[
+#: Where a peer serves: an IP address (IPv6 in brackets) and a port, or empty. A host name is
+#: refused: other peers would look it up.
+PeerAddress = Annotated[
     str,
     Meta(
         max_length=128,
@@ -43,54 +43,56 @@ Serving = Annotated[
 _Hosts = Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)]
 
 
-class PlanAsked(Struct, frozen=True, kw_only=True):
+class DownloadPlanRequest(Struct, frozen=True, kw_only=True):
     """An agent needs a version, and will serve it to others at `address` (host:port, or empty).
 
-    `networks` are those that it is in (CIDR). `open`: its owner lets it serve other networks too.
-    `faulty` are holders that failed it in this download: it is not given them again.
+    `networks` are its own (CIDR); with `serves_other_networks` its owner lets it serve others too.
+    `faulty` sources failed in this download, and are not named again.
     """
 
-    address: Serving = ""
+    address: PeerAddress = ""
     networks: _Hosts = ()
-    open: bool = False
+    serves_other_networks: bool = field(default=False, name="open")
     faulty: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
 
 
-class Holder(Struct, frozen=True, kw_only=True):
-    """A peer that has the version, or is fetching it; `node_public` (PEM) is the key to expect."""
+class PieceSource(Struct, frozen=True, kw_only=True):
+    """A peer that has the version or is downloading it; `node_public` (PEM) is its expected key."""
 
     peer: Name
-    address: Serving
+    address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
 
-class Plan(Struct, frozen=True, kw_only=True):
-    """How to get a version: `pieces` are SHA-256 digests, one after the other.
+class DownloadPlan(Struct, frozen=True, kw_only=True):
+    """How to download a version. `pieces` is the concatenation of the pieces' SHA-256 digests.
 
-    `seed`: take from the coordinator also what no holder is sending.
+    `use_coordinator`: also fetch pieces from the coordinator that no source is sending.
     """
 
     digest: Digest
     nbytes: Count
     piece_bytes: Annotated[int, Meta(ge=1)]
     pieces: bytes
-    holders: Annotated[tuple[Holder, ...], Meta(max_length=MOST_HOLDERS)] = ()
-    permit: bytes = b""
-    seed: bool = False
+    sources: Annotated[tuple[PieceSource, ...], Meta(max_length=MAX_SOURCES)] = field(
+        default=(), name="holders"
+    )
+    token: bytes = field(default=b"", name="permit")
+    use_coordinator: bool = field(default=False, name="seed")
 
 
-class Held(Struct, frozen=True, kw_only=True):
-    """An agent has the version now. By holder: the bytes that came from it, and its bytes a second.
+class DownloadReport(Struct, frozen=True, kw_only=True):
+    """An agent has the version now. `rates`: bytes per second by source.
 
-    `faulty`: who sent wrong bytes, or none in time.
+    `faulty` sources sent wrong bytes, or none in time.
     """
 
     rates: Annotated[dict[Name, float], Meta(max_length=64)] = {}
     faulty: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
 
 
-class Permit(Struct, frozen=True, kw_only=True):
-    """The coordinator's word that a peer may fetch one version until `until` (Unix s)."""
+class DownloadToken(Struct, frozen=True, kw_only=True):
+    """The coordinator lets a peer download one version until `until` (Unix s)."""
 
     peer: Name
     sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -98,35 +100,35 @@ class Permit(Struct, frozen=True, kw_only=True):
     until: float
 
 
-SIGNED_PERMIT = SignedJson(Permit, "permit", "permit")
+SIGNED_DOWNLOAD_TOKEN = SignedJson(DownloadToken, "permit", "download token")
 
 
-def read_permit(
-    data: bytes, verify: Callable[[bytes, bytes], bool], digest: str, now: float
-) -> Permit:
-    """The permit in `data`, if it is good for this version now. Raises BadMessage."""
-    permit = SIGNED_PERMIT.unpack(data, verify)
-    if permit.digest != digest or now > permit.until:
-        raise BadMessage("the permit is for another version, or has ended")
-    return permit
+def verify_download_token(
+    data: bytes, verify: VerifySignature, digest: str, now: float
+) -> DownloadToken:
+    """The token in `data`, if it is valid for this version now. Raises BadMessage."""
+    token = SIGNED_DOWNLOAD_TOKEN.unpack(data, verify)
+    if token.digest != digest or now > token.until:
+        raise BadMessage("the download token is for another version, or has expired")
+    return token
 
 
-def count(nbytes: int, piece_bytes: int = PIECE_BYTES) -> int:
-    """How many pieces so many bytes have."""
+def num_pieces(nbytes: int, piece_bytes: int = PIECE_BYTES) -> int:
+    """The number of pieces in a version of `nbytes`."""
     return -(-nbytes // piece_bytes)
 
 
-def piece_list(pieces: Iterable[bytes]) -> bytes:
-    """What stands in `Plan.pieces`, for a version's pieces in order."""
+def piece_digests(pieces: Iterable[bytes]) -> bytes:
+    """The value of `DownloadPlan.pieces`, from a version's pieces in order."""
     return b"".join(hashlib.sha256(piece).digest() for piece in pieces)
 
 
-def check_plan(plan: Plan, digest: str, nbytes: int) -> None:
-    """Raise BadMessage unless the plan is for this version and its numbers fit each other."""
+def check_plan(plan: DownloadPlan, digest: str, nbytes: int) -> None:
+    """Raise BadMessage unless the plan is for this version and its numbers are consistent."""
     if plan.digest != digest or plan.nbytes != nbytes:
         raise BadMessage("the plan is for another version")
-    if len(plan.pieces) != 32 * count(nbytes, plan.piece_bytes):
-        raise BadMessage("the plan's list of pieces has a wrong length")
+    if len(plan.pieces) != 32 * num_pieces(nbytes, plan.piece_bytes):
+        raise BadMessage("the plan has a wrong number of piece digests")
 
 
 def host_of(address: str) -> str:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageFault
+from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageError
 from protocols.messages.envelope import Text
 from protocols.tables import statistics
 from protocols.tables.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
@@ -105,18 +105,18 @@ class Wanted(NamedTuple):
 
 
 def wanted(settings: Mapping[str, Setting]) -> Wanted:
-    """Raises UsageFault."""
+    """Raises UsageError."""
     target = str(settings.get("target", ""))
     if not target:
-        raise UsageFault("which column is to be predicted?", "--target COLUMN")
+        raise UsageError("which column is to be predicted?", "--target COLUMN")
     kind, scaling = str(settings.get("kind", "auto")), str(settings.get("scaling", "standard"))
     if kind not in ("auto", "classification", "regression"):
-        raise UsageFault(f"--kind is auto, classification or regression, not {kind!r}")
+        raise UsageError(f"--kind is auto, classification or regression, not {kind!r}")
     if scaling not in ("standard", "minmax"):
-        raise UsageFault(f"scaling is standard or minmax, not {scaling!r}")
+        raise UsageError(f"scaling is standard or minmax, not {scaling!r}")
     features = _names(settings.get("features", ""))
     if target in features:
-        raise UsageFault(f"{target} is the target, and no feature of itself")
+        raise UsageError(f"{target} is the target, and no feature of itself")
     hashed = str(settings.get("hashed", False)).lower() == "true"
     categorical = frozenset(_names(settings.get("categorical", "")))
     return Wanted(target, kind, features, categorical, scaling, hashed)

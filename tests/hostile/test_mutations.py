@@ -47,14 +47,14 @@ from protocols.errors import (
 from protocols.messages import envelope as messages
 from protocols.messages import topics
 from protocols.messages.envelope import Presence, Telemetry, seal, unseal
-from protocols.messages.mqtt import MqttAddress, Voice
+from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.work import (
-    EXCHANGE_PATH,
+    POLL_PATH,
     SIGNED_CLAIM,
     SIGNED_WORK,
-    Exchange,
-    Parcel,
+    FlowerMessage,
+    PollRequest,
     UpdateClaim,
     Work,
 )
@@ -171,9 +171,9 @@ def knows(sender: str, signature: bytes, signed: bytes) -> bool:
 
 def a_feed() -> tuple[Feed, Fleet, list[BadMessage]]:
     fleet = Fleet(fleet=FLEET)
-    known = messages.PeerKnown(peer=PEER, name="box", public_key=PUBLIC)
-    voice = Voice(topics.COORDINATOR, KEY.sign)
-    fleets.fold(fleet, voice.envelope(known), time.time())
+    known = messages.PeerChanged(peer=PEER, name="box", public_key=PUBLIC)
+    voice = SequencedSigner(topics.COORDINATOR, KEY.sign)
+    fleets.fold(fleet, voice.next_envelope(known), time.time())
     rejected: list[BadMessage] = []
     feed = Feed(
         MqttAddress(host="x", port=1),
@@ -192,7 +192,7 @@ def test_envelopes_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     tried["envelope"] += 1
     feed, fleet, rejected = a_feed()
     before = fleets.encode(fleet, 0.0)
-    payload = mutated(Voice(PEER, KEY.sign).seal(TOPIC, PRESENCE), changes)
+    payload = mutated(SequencedSigner(PEER, KEY.sign).seal(TOPIC, PRESENCE), changes)
     feed._take(TOPIC, payload)
     assert len(rejected) == (1 if payload else 0)
     assert fleets.encode(fleet, 0.0) == before
@@ -206,7 +206,7 @@ def test_envelopes_of_a_lying_member(
     tried["envelope"] += 1
     feed, fleet, _ = a_feed()
     topic = TOPIC if isinstance(body, Presence) else topics.telemetry(FLEET, PEER)
-    whole = plain_of(Voice(PEER, KEY.sign).envelope(body))
+    whole = plain_of(SequencedSigner(PEER, KEY.sign).next_envelope(body))
     payload = as_json(distorted(whole, places))
     signature = KEY.sign(b"commonweight mqtt 1\n" + topic.encode() + b"\n" + payload)
     feed._take(topic, base64.urlsafe_b64encode(signature) + b"." + payload)
@@ -221,7 +221,7 @@ def test_topics(changes: list[tuple[str, int, bytes]]) -> None:
     text = mutated(TOPIC.encode(), changes).decode("latin-1")
     found = topics.parse(text)
     assert found is None or found.fleet in text
-    envelope = Voice(PEER, KEY.sign).envelope(PRESENCE)
+    envelope = SequencedSigner(PEER, KEY.sign).next_envelope(PRESENCE)
     with pytest.raises(BadMessage):
         unseal(text, seal(TOPIC, envelope, KEY.sign), knows)
 
@@ -279,7 +279,7 @@ def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
 def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
     tried["claim"] += 1
     payload = as_json(distorted(plain_of(GOOD), places))
-    claim = judge(payload, KEY.sign(SIGNED_CLAIM.part(payload)))
+    claim = judge(payload, KEY.sign(SIGNED_CLAIM.signed_bytes(payload)))
     if claim is not None:  # what is accepted is what was asked, within its bounds
         assert (claim.run, claim.round, claim.kind, claim.peer) == ("mnist-1", 2, "train", PEER)
         assert claim.base == "a" * 64
@@ -401,11 +401,11 @@ class Asked:
         self.node = site.nodes[self.machine.peer]
         site.superlink.state.activate_node(self.node, 60.0)
 
-    def parcel(self) -> Parcel:
+    def parcel(self) -> FlowerMessage:
         content = RecordDict({"config": ConfigRecord({"text": "q"})})
         question = Message(content, self.node, "train", group_id="r")
         self.ids = set(self.site.grid.push_messages([question]))
-        given_out = self.site.superlink.exchange(self.node, Exchange()).work
+        given_out = self.site.superlink.exchange(self.node, PollRequest()).work
         assert given_out is not None
         answer = RecordDict({CLAIM: ConfigRecord({"claim": b"x"}), "metrics": MetricRecord()})
         return _pack(Message(answer, reply_to=_unpack(given_out)))
@@ -467,7 +467,7 @@ def test_exchange_bodies(
     if part == "body":
         body = mutated(body, changes)
     try:
-        order = msgspec.msgpack.decode(body, type=Exchange)
+        order = msgspec.msgpack.decode(body, type=PollRequest)
         asked.site.superlink.exchange(asked.node, order)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage):
         pass
@@ -488,7 +488,7 @@ ROUTES = [
     ("POST", "/cw/v1/join"),
     ("POST", "/cw/v1/operators/join"),
     ("POST", "/cw/v1/logs"),
-    ("POST", EXCHANGE_PATH),
+    ("POST", POLL_PATH),
     ("GET", "/cw/v1/weights/" + "0" * 64),
     ("PUT", "/cw/v1/updates/" + "0" * 64),
     ("GET", "/cw/v1/peers"),

@@ -61,7 +61,7 @@ class Poisoner:
         payload = SIGNED_CLAIM.seal(msgspec.structs.replace(claim, **changed), self._sign)[0]
         if claim.kind == "train" and claim.round in self.raw:
             payload = self.raw[claim.round](payload)
-        signature = self._sign(SIGNED_CLAIM.part(payload))
+        signature = self._sign(SIGNED_CLAIM.signed_bytes(payload))
         content = RecordDict({CLAIM: ConfigRecord({"claim": payload, "signature": signature})})
         return Message(content, reply_to=message)
 

@@ -21,7 +21,7 @@ from coordinator.transport.flower_records import CLAIM
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.joining import MQTT_PATH, STANDING_PATH
 from protocols.messages.states import RunState
-from protocols.messages.work import EXCHANGE_PATH, SIGNED_CLAIM, Exchange, UpdateClaim
+from protocols.messages.work import POLL_PATH, SIGNED_CLAIM, PollRequest, UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.hostile.tools import (
@@ -121,7 +121,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
                 assert set(found) >= {
                     "/v1/fleet/activate-node",
                     "/v1/fleet/deactivate-node",
-                    EXCHANGE_PATH,
+                    POLL_PATH,
                     MQTT_PATH,
                     STANDING_PATH,
                 }
@@ -201,13 +201,13 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
                 return Message(RecordDict({CLAIM: old}), reply_to=message)
             if claim.round == 1:
                 first.append((record["claim"], record["signature"]))  # type: ignore[arg-type]
-            body = msgspec.msgpack.encode(Exchange(reply=_pack(reply), want=False))
+            body = msgspec.msgpack.encode(PollRequest(reply=_pack(reply), wants_work=False))
             with client(fleet) as http:
                 for _ in range(5):
                     sent = http.post(
-                        EXCHANGE_PATH,
+                        POLL_PATH,
                         content=body,
-                        headers=ours(rogue.machine, "POST", EXCHANGE_PATH, body),
+                        headers=ours(rogue.machine, "POST", POLL_PATH, body),
                     )
                     statuses.append(sent.status_code)
             return reply
@@ -263,12 +263,12 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
                 )
             elif mine.round == 4:  # the reply itself in its node's name
                 reply.metadata.__dict__["_src_node_id"] = fleet.hub._sessions.node_of(victim.peer)
-                body = msgspec.msgpack.encode(Exchange(reply=_pack(reply), want=False))
+                body = msgspec.msgpack.encode(PollRequest(reply=_pack(reply), wants_work=False))
                 with client(fleet) as http:
                     sent = http.post(
-                        EXCHANGE_PATH,
+                        POLL_PATH,
                         content=body,
-                        headers=ours(rogue.machine, "POST", EXCHANGE_PATH, body),
+                        headers=ours(rogue.machine, "POST", POLL_PATH, body),
                     )
                 statuses.append(sent.status_code)
             stolen = ConfigRecord({"claim": payload, "signature": signature})

@@ -24,15 +24,15 @@ from protocols.messages.envelope import (
     Body,
     Command,
     Doorbell,
-    Happened,
+    EventLine,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RunChanged,
     Telemetry,
     seal,
 )
-from protocols.messages.mqtt import MqttAddress, Voice, tls_context
+from protocols.messages.mqtt import MqttAddress, SequencedSigner, tls_context
 from protocols.messages.states import PeerState, RunState
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.waiting import until as soon
@@ -118,7 +118,7 @@ class Rogue:
             self.captured.append((message.topic.value, message.payload))
 
     def forged(self, sender: str, topic: str, body: Body) -> bytes:
-        return seal(topic, Voice(sender, self.sign).envelope(body), self.sign)
+        return seal(topic, SequencedSigner(sender, self.sign).next_envelope(body), self.sign)
 
 
 def told(site: Fleet) -> Any:
@@ -251,11 +251,11 @@ def forged_by(rogue: Rogue, peer: str, here: str) -> list[tuple[str, bytes]]:
         for sender in (topics.COORDINATOR, peer, mine):
             topic = topics.command(here, peer)
             made.append((topic, rogue.forged(sender, topic, order)))
-    known = PeerKnown(peer=peer, name="forged", standing="removed", public_key=bytes(32))
+    known = PeerChanged(peer=peer, name="forged", enrollment="removed", public_key=bytes(32))
     run = RunChanged(
         run="forged", task="x", state=RunState.FAILED, round=1, rounds=1, quorum=1, head="forged"
     )
-    for event in (known, run, Happened(level="error", text="forged", subject=peer)):
+    for event in (known, run, EventLine(level="error", text="forged", subject=peer)):
         for sender in (topics.COORDINATOR, mine):
             for topic in (
                 topics.event(here),

@@ -24,7 +24,7 @@ from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import Link
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.enrollment import signed_requests
-from protocols.messages.work import EXCHANGE_PATH, Work
+from protocols.messages.work import POLL_PATH, Work
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
 from tests.support.fleet_harness import Fleet, fleet, until
 
@@ -147,7 +147,7 @@ REFUSED = {0, 400, 401, 403, 404, 405, 411, 413, 422}
 @pytest.mark.parametrize("method", ["PUT", "POST"])
 def test_a_lying_length_is_refused(target: Target, headers: dict[str, str], method: str) -> None:
     digest = hashlib.sha256(b"x").hexdigest()
-    path = f"/cw/v1/updates/{digest}" if method == "PUT" else EXCHANGE_PATH
+    path = f"/cw/v1/updates/{digest}" if method == "PUT" else POLL_PATH
     for signed_digest in (digest, signed_requests.EMPTY_SHA256):
         head = target.head(method, path, headers, digest=signed_digest)
         for body in (b"", b"x" * 20, b"5\r\nhello\r\n0\r\n\r\n", b"ffffffffffffffff\r\nx"):
@@ -276,7 +276,7 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
 def test_a_slow_sender_is_shown_the_door(target: Target) -> None:
     """A byte a second, in a head, in a body and in a TLS handshake; each ends within its limit."""
     digest = hashlib.sha256(b"x").hexdigest()
-    body_head = target.head("POST", EXCHANGE_PATH, {"content-length": "100000"}, digest=digest)
+    body_head = target.head("POST", POLL_PATH, {"content-length": "100000"}, digest=digest)
     in_head = secure(target.port, target.ca_pem)
     in_body = secure(target.port, target.ca_pem)
     silent = secure(target.port, target.ca_pem)

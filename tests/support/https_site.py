@@ -36,7 +36,7 @@ from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import Joining, claimed
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import Exchange, Exchanged
+from protocols.messages.work import PollRequest, PollResponse
 
 HOST = "127.0.0.1"
 
@@ -126,7 +126,7 @@ class Site:
     def mqtt_for(self, host: str) -> MqttAddress:
         return MqttAddress(host=host, port=1883, user="fleet", password="word")
 
-    async def exchange(self, peer: str, asked: Exchange) -> Exchanged:
+    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
         answer = await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
         self.heard.append(("exchange", self.nodes[peer]))
         return answer

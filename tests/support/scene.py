@@ -20,12 +20,12 @@ from protocols.errors import Refused, Unreachable
 from protocols.messages.envelope import (
     Body,
     Envelope,
-    Happened,
+    EventLine,
     JobChanged,
     Links,
     LogLine,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -57,10 +57,10 @@ class Said:
         return Envelope(sender=sender, epoch=epoch, seq=self._seqs[sender], at=at, body=body)
 
 
-def known(name: str, **labels: str) -> PeerKnown:
+def known(name: str, **labels: str) -> PeerChanged:
     standing = "awaiting" if name == "garden" else "enrolled"
-    return PeerKnown(
-        peer=IDS[name], name=name, labels=labels, standing=standing, public_key=KEYS[name]
+    return PeerChanged(
+        peer=IDS[name], name=name, labels=labels, enrollment=standing, public_key=KEYS[name]
     )
 
 
@@ -114,7 +114,7 @@ def story() -> list[tuple[float, Envelope]]:
         run="motion-7", task="watch-motion", state=RunState.TRAINING, round=1, rounds=50, quorum=3
     )
     tell(800, COORDINATOR, run)
-    tell(799, COORDINATOR, Happened(level="info", text="run motion-7 started", subject="motion-7"))
+    tell(799, COORDINATOR, EventLine(level="info", text="run motion-7 started", subject="motion-7"))
     for number in range(1, 12):
         tell(700 - 40 * number, COORDINATOR, _round(number))
     late = RunChanged(
@@ -156,9 +156,9 @@ def story() -> list[tuple[float, Envelope]]:
     will = Presence(state=PeerState.OFFLINE, name="west", will=True)
     tell(47, IDS["west"], will)
     happened = "round 11 closed: loss 0.574, 5 peers"
-    tell(25, COORDINATOR, Happened(level="info", text=happened, subject="motion-7"))
+    tell(25, COORDINATOR, EventLine(level="info", text=happened, subject="motion-7"))
     worse = "east: its loss is not finite; [its] update will not be summed"
-    tell(5, COORDINATOR, Happened(level="error", text=worse, subject=IDS["east"]))
+    tell(5, COORDINATOR, EventLine(level="error", text=worse, subject=IDS["east"]))
     told.sort(key=lambda heard: heard[0])
     return [(at, say(sender, body, at=at)) for at, sender, body in told]
 
@@ -307,7 +307,7 @@ def crowd_fleet(peers: int = 300) -> Fleet:
     fleet, say = busy_fleet(), Said()
     for number in range(peers):
         name = f"reader-{number:03}"
-        body = PeerKnown(peer=name, name=name, public_key=bytes(32))
+        body = PeerChanged(peer=name, name=name, public_key=bytes(32))
         seq = fleet.seq + 1
         known = Envelope(sender=COORDINATOR, epoch=fleet.epoch, seq=seq, at=NOW, body=body)
         fold(fleet, known, NOW)

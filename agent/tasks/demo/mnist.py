@@ -40,7 +40,7 @@ from agent.tasks.training.torch_loop import (
     mean_gradient,
     path,
 )
-from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageFault
+from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
@@ -109,7 +109,7 @@ class Mnist:
         return Weights(tensors)
 
     def load(self, data: DataSettings) -> None:
-        """Take part `data.index` of the digits. Raises UsageFault, CommonweightError."""
+        """Take part `data.index` of the digits. Raises UsageError, CommonweightError."""
         pixels, labels = _digits(data.cache)
         mine, held_out = cut(labels, data)
         device = devices.chosen(data.device)
@@ -132,7 +132,7 @@ class Mnist:
         return self._local.train(weights, plan, examples, make_step, on_step)
 
     def path(self, settings: Settings) -> float:
-        """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
+        """Learning rate times steps. Raises UsageError for what is no plain SGD."""
         return path(read_plan(settings, DEFAULTS), len(self._loaded().trained_on.y))
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
@@ -151,7 +151,7 @@ class Mnist:
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each digit at `source`: its number, what it is, and how probable that is.
 
-        CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataFault.
+        CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataError.
         """
         forward, w = _FORWARD[_model(settings)], tensors_of(weights)
         first = 0
@@ -186,7 +186,7 @@ def _scaled(examples: Examples, settings: Settings) -> Examples:
 
 
 def _model(settings: Settings) -> str:
-    """The model's name. Raises UnknownName, UsageFault for any setting that cannot be."""
+    """The model's name. Raises UnknownName, UsageError for any setting that cannot be."""
     read_plan(settings, DEFAULTS)
     pixels = settings.get("pixels", DEFAULTS["pixels"])
     if pixels not in ("unit", "standard"):
@@ -291,13 +291,13 @@ def cut(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
     """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
 
     "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3). The
-    held-out digits are always cut at random. Raises UsageFault.
+    held-out digits are always cut at random. Raises UsageError.
     """
     n = data.parts
     if not 1 <= n <= DIGITS - TRAINED_ON:
-        raise UsageFault(f"these digits cannot be cut in {n} parts", "from 1 to 1000")
+        raise UsageError(f"these digits cannot be cut in {n} parts", "from 1 to 1000")
     if not 0 <= data.index < n:
-        raise UsageFault(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
+        raise UsageError(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
     order = stream("split", data.seed).permutation(DIGITS)
     train, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
     if data.split == "shards":

@@ -36,7 +36,7 @@ from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import stream
 from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
-from protocols.errors import BadWeights, UsageFault
+from protocols.errors import BadWeights, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights, load
 
 # --- config ----------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def _filters(settings: Settings) -> int:
     read_plan(settings, DEFAULTS)
     filters = int(settings_of(settings, DEFAULTS)["filters"])
     if not 1 <= filters <= 1024:
-        raise UsageFault(f"the setting filters cannot be {filters}", "such as filters=32")
+        raise UsageError(f"the setting filters cannot be {filters}", "such as filters=32")
     return filters
 
 
@@ -110,9 +110,9 @@ def cut(found: Recordings, people: list[int]) -> tuple[Windows, Windows]:
 
 
 def people_of(data: DataSettings) -> list[int]:
-    """Whose movements part `data.index` holds. Raises UsageFault."""
+    """Whose movements part `data.index` holds. Raises UsageError."""
     if not 1 <= data.parts <= PEOPLE:
-        raise UsageFault(f"{PEOPLE} people cannot be {data.parts} peers", f"from 1 to {PEOPLE}")
+        raise UsageError(f"{PEOPLE} people cannot be {data.parts} peers", f"from 1 to {PEOPLE}")
     return list(range(1 + data.index, PEOPLE + 1, data.parts))
 
 
@@ -161,7 +161,7 @@ class Motion:
         return Weights(tensors)
 
     def load(self, data: DataSettings) -> None:
-        """Take the people of part `data.index`. Raises UsageFault, TaskUnusable."""
+        """Take the people of part `data.index`. Raises UsageError, TaskUnusable."""
         device = devices.chosen(data.device)
         trained, held_out = (
             Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
@@ -187,7 +187,7 @@ class Motion:
         """For each window at `source`: its number, its exercise, and how probable that is.
 
         CSV with a window of two seconds a line: 600 columns, the 100 values of each of the six
-        numbers one after the other. Raises DataFault.
+        numbers one after the other. Raises DataError.
         """
         _filters(settings)
         w, first = tensors_of(weights), 0

@@ -21,7 +21,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.images.settings import ImagePlan
 from agent.tasks.training import class_folders
 from agent.tasks.training.class_folders import Found, Rows
-from protocols.errors import BadWeights, TaskUnusable, UsageFault
+from protocols.errors import BadWeights, TaskUnusable, UsageError
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
 from protocols.model.weights_file import Writer
@@ -58,7 +58,7 @@ def traits(plan: ImagePlan) -> dict[str, tuple[str, ...]]:
 
 
 def read(data: DataSettings, plan: ImagePlan) -> Pictures:
-    """The pictures of this peer. Raises DataFault where there are none to train on."""
+    """The pictures of this peer. Raises DataError where there are none to train on."""
     channels, size = plan.channels, plan.size
     found = class_folders.find(data.path, plan.classes, _SUFFIXES)
     count = len(found.paths)
@@ -82,13 +82,13 @@ def read(data: DataSettings, plan: ImagePlan) -> Pictures:
 def loose(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
     """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
 
-    What cannot be read is left out. Raises UsageFault where there is none.
+    What cannot be read is left out. Raises UsageError where there is none.
     """
     root = Path(source)
     within = root.rglob("*") if root.is_dir() else [root]
     paths = sorted(p for p in within if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
-        raise UsageFault(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
+        raise UsageError(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
     for path, row in zip(paths, _decoded(paths, plan.channels, plan.size), strict=True):
         if row is None:
             sys.stderr.write(f"{path} cannot be read\n")

@@ -21,7 +21,7 @@ from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.settings import RESNET
 from agent.tasks.training.keras_task import Examples, KerasTask
 from agent.tasks.training.seeds import stream
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 
 
@@ -97,7 +97,7 @@ class Images(KerasTask):
 def _layers(settings: Settings) -> tuple[Layer, ...]:
     plan = image_plan.read(settings)
     if plan.network == RESNET:
-        raise UsageFault(
+        raise UsageError(
             "resnet18 is there in torch only", "on such peers: pip install 'commonweight[agent]'"
         )
     return layer_spec.declared(plan.network, plan.channels, plan.size, len(plan.classes))

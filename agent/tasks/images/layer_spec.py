@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 _LAYER = re.compile(r"conv (\d+) (\d+)( norm)?|pool|dense (\d+)( norm)?")
@@ -59,23 +59,23 @@ class Layer(NamedTuple):
 
 
 def declared(text: str, channels: int, size: int, classes: int) -> tuple[Layer, ...]:
-    """The layers that `text` declares for pictures of `size` by `size`. Raises UsageFault."""
+    """The layers that `text` declares for pictures of `size` by `size`. Raises UsageError."""
     layers: list[Layer] = []
     given: tuple[int, ...] = (channels, size, size)
     for number, words in enumerate(text.split(","), 1):
         words = " ".join(words.split())
         match = _LAYER.fullmatch(words)
         if not match:
-            raise UsageFault(f"{words!r} is no layer", _EXAMPLE)
+            raise UsageError(f"{words!r} is no layer", _EXAMPLE)
         if words == "pool":
             if len(given) != 3 or given[1] < 2:
-                raise UsageFault(f"layer {number} has nothing left to pool", "a larger size")
+                raise UsageError(f"layer {number} has nothing left to pool", "a larger size")
             layers.append(Layer(f"pool{number}", "pool", given))
             given = (given[0], given[1] // 2, given[2] // 2)
         elif match[1]:
             units, kernel = _count(match[1]), _count(match[2])
             if len(given) != 3 or kernel % 2 == 0:
-                raise UsageFault(f"layer {number} cannot be {words!r}", _EXAMPLE)
+                raise UsageError(f"layer {number} cannot be {words!r}", _EXAMPLE)
             layers.append(Layer(f"conv{number}", "conv", given, units, kernel, bool(match[3])))
             given = (units, *given[1:])
         else:
@@ -88,7 +88,7 @@ def declared(text: str, channels: int, size: int, classes: int) -> tuple[Layer, 
 def _count(digits: str) -> int:
     number = int(digits)
     if not 1 <= number <= _MOST:
-        raise UsageFault(f"a layer cannot have {number} units", f"from 1 to {_MOST}")
+        raise UsageError(f"a layer cannot have {number} units", f"from 1 to {_MOST}")
     return number
 
 

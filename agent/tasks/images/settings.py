@@ -18,7 +18,7 @@ from typing import NamedTuple
 from agent.tasks import Setting, Settings
 from agent.tasks.training import class_folders
 from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 RESNET = "resnet18"
 CNN = "conv 32 3, pool, conv 64 3, pool, conv 128 3, pool, dense 128"
@@ -50,7 +50,7 @@ class ImagePlan(NamedTuple):
 
 
 def read(settings: Settings) -> ImagePlan:
-    """The settings that are about pictures and model. Raises UsageFault, UnknownName."""
+    """The settings that are about pictures and model. Raises UsageError, UnknownName."""
     read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
     merged = settings_of(settings, DEFAULTS)
     plan = ImagePlan(
@@ -62,9 +62,9 @@ def read(settings: Settings) -> ImagePlan:
         str(merged["norm"]),
     )
     if not 8 <= plan.size <= 1024:
-        raise UsageFault(f"pictures cannot be of size {plan.size}", "from 8 to 1024")
+        raise UsageError(f"pictures cannot be of size {plan.size}", "from 8 to 1024")
     if plan.channels not in (1, 3):
-        raise UsageFault(f"pictures have 1 or 3 channels, not {plan.channels}", "channels=3")
+        raise UsageError(f"pictures have 1 or 3 channels, not {plan.channels}", "channels=3")
     if plan.norm not in ("group", "batch"):
-        raise UsageFault(f"the norm cannot be {plan.norm!r}", "norm=group or norm=batch")
+        raise UsageError(f"the norm cannot be {plan.norm!r}", "norm=group or norm=batch")
     return plan

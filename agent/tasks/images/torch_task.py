@@ -109,7 +109,7 @@ class Images:
         )
 
     def path(self, settings: Settings) -> float:
-        """Learning rate times steps. Raises UsageFault for what is no plain SGD."""
+        """Learning rate times steps. Raises UsageError for what is no plain SGD."""
         found = self._found(image_plan.read(settings))
         return path(read_plan(settings, image_plan.DEFAULTS), len(found.train))
 

@@ -18,7 +18,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language.lora_settings import LoraPlan
 from agent.tasks.language.tokens import Tokenizer
-from protocols.errors import DataFault, TaskUnusable
+from protocols.errors import DataError, TaskUnusable
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import Schema, TensorSpec
 
@@ -46,22 +46,22 @@ class Adapted(NamedTuple):
 
 
 def folder(data: DataSettings, name: str) -> Path:
-    """Where the model lies that a run calls `name`. Raises DataFault where it cannot serve."""
+    """Where the model lies that a run calls `name`. Raises DataError where it cannot serve."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise DataFault(
+        raise DataError(
             "a base model is named by one folder's name",
             "--set model=NAME, such as model=gpt2-small",
         )
     if not data.models:
-        raise DataFault("this machine has no folder of base models", _MODELS)
+        raise DataError("this machine has no folder of base models", _MODELS)
     found = Path(data.models) / name
     if not (found / "config.json").is_file():
-        raise DataFault(
+        raise DataError(
             f"this machine has no base model {name}", f"there is no {found}/config.json; {_MODELS}"
         )
     if not any(found.glob("*.safetensors")):
         pickled = next((p.name for p in (*found.glob("*.bin"), *found.glob("*.pt"))), "")
-        raise DataFault(
+        raise DataError(
             f"the folder of the base model {name} has no weights in safetensors",
             f"{pickled or 'nothing'} is in {found}; "
             "model.save_pretrained(FOLDER) of transformers writes them so",
@@ -91,7 +91,7 @@ def digest(found: Path, cache: str) -> str:
 def adapted(found: Path, plan: LoraPlan, seed: int = 0) -> Adapted:
     """Load the model and put new adapters into it, chosen by `seed`.
 
-    Raises TaskUnusable, DataFault.
+    Raises TaskUnusable, DataError.
     """
     peft, transformers = _libraries()
     kind = {
@@ -117,7 +117,7 @@ def adapted(found: Path, plan: LoraPlan, seed: int = 0) -> Adapted:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # a folder that is damaged or of another kind raises nearly anything
-        raise DataFault(
+        raise DataError(
             f"the base model {found.name} cannot be used: {type(err).__name__}",
             f"{found}: {' '.join(str(err).split())[:400]}",
         ) from err

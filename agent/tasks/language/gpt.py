@@ -40,7 +40,7 @@ from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import stream
 from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
-from protocols.errors import SchemaMismatch, UsageFault
+from protocols.errors import SchemaMismatch, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 # --- config ----------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(settings: Settings) -> Shape:
-    """The model that the settings ask for. Raises UnknownName, UsageFault."""
+    """The model that the settings ask for. Raises UnknownName, UsageError."""
     read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
     merged = settings_of(settings, DEFAULTS)
     shape = Shape(*(merged[name] for name in Shape._fields))  # type: ignore[arg-type]
@@ -85,16 +85,16 @@ def shape_of(settings: Settings) -> Shape:
         ("context", 2),
     ):
         if getattr(shape, name) < least:
-            raise UsageFault(
+            raise UsageError(
                 f"the setting {name} cannot be {getattr(shape, name)}", f"{least} or more"
             )
     if shape.width % shape.heads:
-        raise UsageFault(
+        raise UsageError(
             f"a width of {shape.width} cannot be shared by {shape.heads} heads",
             f"such as width={shape.heads * 32}",
         )
     if not 0 <= shape.dropout < 1:
-        raise UsageFault(f"the setting dropout cannot be {shape.dropout}", "such as dropout=0.1")
+        raise UsageError(f"the setting dropout cannot be {shape.dropout}", "such as dropout=0.1")
     return shape
 
 

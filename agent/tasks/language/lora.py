@@ -200,7 +200,7 @@ class Lora:
 
 
 def _texts(path: str, plan: LoraPlan, made: Adapted) -> _Texts:
-    """The texts in a folder for each class. Raises DataFault."""
+    """The texts in a folder for each class. Raises DataError."""
     found = class_folders.find(path, plan.classes, text.SUFFIXES)
     rows = [list(made.tokens.encode("".join(text.pieces(p))))[: plan.context] for p in found.paths]
     lengths = np.array([len(row) for row in rows], np.int64)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from agent.tasks import Setting, Settings
 from agent.tasks.training import class_folders
 from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 
 KINDS = ("causal", "classification")
 DEFAULTS: dict[str, Setting] = {
@@ -55,13 +55,13 @@ class LoraPlan(NamedTuple):
 
 
 def read(settings: Settings) -> LoraPlan:
-    """The settings that are about model and adapters. Raises UsageFault, UnknownName."""
+    """The settings that are about model and adapters. Raises UsageError, UnknownName."""
     read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
     merged = settings_of(settings, DEFAULTS)
     if merged["kind"] not in KINDS:
         raise UnknownName(f"there is no kind {merged['kind']!r}", f"kinds: {', '.join(KINDS)}")
     if not merged["model"]:
-        raise UsageFault(
+        raise UsageError(
             "a run of lora names its base model", "the folder's name: --set model=NAME"
         )
     if merged["kind"] == "classification":
@@ -75,7 +75,7 @@ def read(settings: Settings) -> LoraPlan:
     }
     for name, held in limits.items():
         if not held:
-            raise UsageFault(
+            raise UsageError(
                 f"the setting {name} cannot be {merged[name]}", f"such as {name}={DEFAULTS[name]}"
             )
     return plan if plan.classes else plan._replace(classes=())

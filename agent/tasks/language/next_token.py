@@ -19,7 +19,7 @@ from agent.tasks.training import evaluation
 from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import LossOf
-from protocols.errors import DataFault
+from protocols.errors import DataError
 from protocols.model.weights import Array
 
 HELD_OUT = 10
@@ -45,10 +45,10 @@ class Windows(NamedTuple):
 
 
 def windows(tokens: Tokens, context: int) -> Windows:
-    """Cut into examples. Raises DataFault for fewer than two."""
+    """Cut into examples. Raises DataError for fewer than two."""
     starts = torch.arange(0, len(tokens) - context, context)
     if len(starts) < 2:
-        raise DataFault(
+        raise DataError(
             f"{len(tokens)} tokens of text, where {2 * context + 1} are needed",
             "more text, or a smaller --set context",
         )

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings
-from protocols.errors import DataFault, SchemaMismatch, TaskUnusable
+from protocols.errors import DataError, SchemaMismatch, TaskUnusable
 from protocols.local.atomic_files import replacing
 
 BYTES = "bytes"
@@ -52,7 +52,7 @@ class Tokenizer(NamedTuple):
 def tokenizer(kind: str, folder: Path) -> Tokenizer:
     """That of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
 
-    Raises DataFault, SchemaMismatch, TaskUnusable.
+    Raises DataError, SchemaMismatch, TaskUnusable.
     """
     if kind == BYTES:
         return Tokenizer(
@@ -62,7 +62,7 @@ def tokenizer(kind: str, folder: Path) -> Tokenizer:
     try:
         data = path.read_bytes()
     except OSError as err:
-        raise DataFault(f"there is no {TOKENIZER} beside the text", f"not at {path}") from err
+        raise DataError(f"there is no {TOKENIZER} beside the text", f"not at {path}") from err
     digest = hashlib.sha256(data).hexdigest()
     if digest != kind:
         hint = f"commonweight run start … --set tokens={digest}, or the others' file at {path}"
@@ -76,7 +76,7 @@ def tokenizer(kind: str, folder: Path) -> Tokenizer:
     try:
         made: Any = Made.from_str(data.decode())
     except Exception as err:  # whatever the library makes of a damaged file
-        raise DataFault(f"{TOKENIZER} cannot be read", f"{path}: {err}") from err
+        raise DataError(f"{TOKENIZER} cannot be read", f"{path}: {err}") from err
     size = made.get_vocab_size()
     # One more than it knows: no entry is sure to mean the end of a text.
     return Tokenizer(lambda text: made.encode(text).ids, made.decode, size + 1, size, digest)
@@ -87,12 +87,12 @@ def _text_of_bytes(tokens: Sequence[int]) -> str:
 
 
 def files(path: str) -> list[Path]:
-    """The text files at `path`: itself, or all in the folder, sorted. Raises DataFault."""
+    """The text files at `path`: itself, or all in the folder, sorted. Raises DataError."""
     root = Path(path)
     if path and root.is_file():
         return [root]
     if not path or not root.is_dir():
-        raise DataFault(
+        raise DataError(
             "there is no folder of text",
             f"not at {path!r}: commonweight-agent policy set data FOLDER",
         )
@@ -102,12 +102,12 @@ def files(path: str) -> list[Path]:
         if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
     )
     if not found:
-        raise DataFault("there is no text", f"nothing in {root} ends in {', '.join(SUFFIXES)}")
+        raise DataError("there is no text", f"nothing in {root} ends in {', '.join(SUFFIXES)}")
     return found
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """The text of a file, about a megabyte at a time. Raises DataFault where it is not UTF-8."""
+    """The text of a file, about a megabyte at a time. Raises DataError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with path.open("rb") as file:
@@ -116,7 +116,7 @@ def pieces(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as err:
-                raise DataFault(
+                raise DataError(
                     "a text is not UTF-8",
                     f"{path}, at byte {done + err.start} or so: iconv -t utf-8 converts it",
                 ) from err
@@ -137,7 +137,7 @@ def given(source: str) -> Iterator[tuple[str, str]]:
 
 
 def tokens(data: DataSettings, made: Tokenizer) -> Tokens:
-    """The tokens of all files, int32[n], mapped. Raises DataFault."""
+    """The tokens of all files, int32[n], mapped. Raises DataError."""
     paths = files(data.path)
     if not data.cache:
         return np.fromiter((t for part in _encoded(paths, made) for t in part), np.int32)

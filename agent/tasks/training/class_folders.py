@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protocols.errors import DataFault, UsageFault
+from protocols.errors import DataError, UsageError
 
 _HELD_OUT = 5
 
@@ -30,10 +30,10 @@ class Found(NamedTuple):
 
 
 def classes_of(words: str) -> tuple[str, ...]:
-    """The classes that a run names, in the order of their numbers. Raises UsageFault."""
+    """The classes that a run names, in the order of their numbers. Raises UsageError."""
     names = tuple(name.strip() for name in words.split(",") if name.strip())
     if len(names) < 2 or len(set(names)) != len(names):
-        raise UsageFault(
+        raise UsageError(
             f"a run names two classes or more, each once; not {words!r}",
             "the folders' names, in the order of the labels: --set classes=cat,dog",
         )
@@ -41,24 +41,24 @@ def classes_of(words: str) -> tuple[str, ...]:
 
 
 def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
-    """Every file that ends in one of `suffixes`. Raises DataFault.
+    """Every file that ends in one of `suffixes`. Raises DataError.
 
     A peer need not have all classes; a folder that is none is a mistake.
     """
     root = Path(path)
     if not path or not root.is_dir():
-        raise DataFault(
+        raise DataError(
             "there is no folder of data",
             f"not at {path!r}: commonweight-agent policy set data FOLDER",
         )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
-        raise DataFault(
+        raise DataError(
             "the folder of data has no folder for a class in it",
             f"put the examples into {root / classes[0]}, {root / classes[1]} and so on",
         )
     if strange := [name for name in folders if name not in classes]:
-        raise DataFault(
+        raise DataError(
             f"a folder of data is no class of this run, which has {', '.join(classes)}",
             f"move {root / strange[0]} elsewhere, or start a run that names it",
         )
@@ -69,7 +69,7 @@ def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
         if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
     ]
     if not found:
-        raise DataFault(
+        raise DataError(
             "there is nothing in the folders of the classes",
             f"no file in {root} ends in {', '.join(sorted(suffixes))}",
         )
@@ -81,13 +81,13 @@ def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
 def cut(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
     """Rows to train on, and a fifth that is held out, chosen by the hash of its name.
 
-    So an example that is added later moves no other. Raises DataFault for fewer than two.
+    So an example that is added later moves no other. Raises DataError for fewer than two.
     """
     hashes = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
     order = order[usable[order]]
     if len(order) < 2:
         # Without a hint of ours the agent names the trainer's log, where each is told.
-        raise DataFault(f"{len(order)} of {len(names)} examples can be read; two are needed")
+        raise DataError(f"{len(order)} of {len(names)} examples can be read; two are needed")
     held_out = max(1, len(order) // _HELD_OUT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

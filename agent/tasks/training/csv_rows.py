@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protocols.errors import DataFault
+from protocols.errors import DataError
 
 _BATCH = 1024
 LABEL = "label"
@@ -26,11 +26,11 @@ def batches(
 ) -> Iterator[npt.NDArray[Any]]:
     """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` a value must be.
 
-    Raises DataFault.
+    Raises DataError.
     """
     path = Path(source)
     if path.suffix.lower() != ".csv" or not path.is_file():
-        raise DataFault(
+        raise DataError(
             f"the rows are in no CSV file: {columns} columns, each {what}", f"found: {path}"
         )
     try:
@@ -38,7 +38,7 @@ def batches(
             names = next(csv.reader(file), [])
             chosen = [place for place, name in enumerate(names) if name.strip() != LABEL]
             if len(chosen) != columns:
-                raise DataFault(
+                raise DataError(
                     f"the table has {len(chosen)} columns, and {columns} are needed, each {what}",
                     "a line of names, then an example a line",
                 )
@@ -47,7 +47,7 @@ def batches(
                 yield _numbers(lines, first, chosen, dtype, what)
                 first += len(lines)
     except UnicodeDecodeError as err:
-        raise DataFault("a file is no UTF-8 text", str(path)) from err
+        raise DataError("a file is no UTF-8 text", str(path)) from err
 
 
 def _numbers(
@@ -57,7 +57,7 @@ def _numbers(
         found = np.loadtxt(lines, dtype, delimiter=",", usecols=chosen, ndmin=2, quotechar='"')
     except ValueError as err:
         last = first + len(lines) - 1
-        raise DataFault(f"in lines {first} to {last} a value is missing or is not {what}") from err
+        raise DataError(f"in lines {first} to {last} a value is missing or is not {what}") from err
     if found.dtype.kind == "f" and not np.isfinite(found).all():
-        raise DataFault(f"a value is missing or is not {what}")
+        raise DataError(f"a value is missing or is not {what}")
     return found

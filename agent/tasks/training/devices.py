@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 def chosen(name: str) -> torch.device:
-    """The device of this name; "auto" is cuda, else mps, else cpu. Raises UsageFault."""
+    """The device of this name; "auto" is cuda, else mps, else cpu. Raises UsageError."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -17,7 +17,7 @@ def chosen(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind, usable in there.items() if usable)
     if not there.get(name, False):
-        raise UsageFault(
+        raise UsageError(
             f"torch cannot use {name} on this machine", "commonweight-agent policy set device auto"
         )
     return torch.device(name)

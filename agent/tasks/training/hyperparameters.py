@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from agent.tasks import Setting, Settings, checked
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 
 #: The defaults, over which a task lays its own.
 LOOP: Mapping[str, Setting] = {
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 def settings_of(settings: Settings, defaults: Settings) -> dict[str, Setting]:
     """A task's settings, its own and those of the loop, over its defaults; "all" is 0.
 
-    Raises UnknownName, UsageFault.
+    Raises UnknownName, UsageError.
     """
     if settings.get("batch_size") == "all":
         settings = {**settings, "batch_size": 0}
@@ -83,7 +83,7 @@ def settings_of(settings: Settings, defaults: Settings) -> dict[str, Setting]:
 
 
 def read_plan(settings: Settings, defaults: Settings = LOOP) -> Plan:
-    """The loop's part of a task's settings. Raises UnknownName, UsageFault."""
+    """The loop's part of a task's settings. Raises UnknownName, UsageError."""
     merged = settings_of(settings, defaults)
     number = {name: value for name, value in merged.items() if name not in _CHOICES}
     for name, choices in _CHOICES.items():
@@ -107,7 +107,7 @@ def read_plan(settings: Settings, defaults: Settings = LOOP) -> Plan:
     for name, held in limits.items():
         if not held(number[name]):  # type: ignore[arg-type]
             example = defaults[name] if held(defaults[name]) else 100  # type: ignore[arg-type]
-            raise UsageFault(
+            raise UsageError(
                 f"the setting {name} cannot be {merged[name]}", f"such as {name}={example}"
             )
     round_number = int(settings.get("round", 0))

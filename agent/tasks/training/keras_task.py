@@ -39,7 +39,7 @@ from agent.tasks.training.batch_size import tried
 from agent.tasks.training.evaluation import Measured
 from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan, settings_of
 from agent.tasks.training.seeds import seed_of
-from protocols.errors import TaskUnusable, UsageFault
+from protocols.errors import TaskUnusable, UsageError
 from protocols.model.weights import Array, Schema, Weights
 
 EVALUATION_BATCH = 256
@@ -107,7 +107,7 @@ class KerasTask:
         raise NotImplementedError
 
     def read(self, data: DataSettings, settings: Settings) -> Examples:
-        """This peer's examples. Raises DataFault."""
+        """This peer's examples. Raises DataError."""
         raise NotImplementedError
 
     def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
@@ -134,12 +134,12 @@ class KerasTask:
         return self._now(settings)
 
     def load(self, data: DataSettings) -> None:
-        """Note which; the examples are read when they are needed. Raises UsageFault."""
+        """Note which; the examples are read when they are needed. Raises UsageError."""
         cards = tf.config.list_physical_devices("GPU")
         if data.device == "cpu" and cards:
             tf.config.set_visible_devices([], "GPU")
         elif data.device not in ("auto", "cpu") and not cards:
-            raise UsageFault(
+            raise UsageError(
                 f"TensorFlow cannot use {data.device} on this machine",
                 "commonweight-agent policy set device auto",
             )
@@ -211,13 +211,13 @@ class KerasTask:
     # --- for subclasses, and here ---
 
     def merged(self, settings: Settings) -> dict[str, Setting]:
-        """The settings over the defaults. Raises UnknownName, UsageFault."""
+        """The settings over the defaults. Raises UnknownName, UsageError."""
         return settings_of(settings, self.defaults)
 
     def _plan(self, settings: Settings) -> Plan:
         plan = read_plan(settings, self.defaults)
         if plan.precision == "bf16":
-            raise UsageFault("Keras tasks train in fp32", "precision=auto or precision=fp32")
+            raise UsageError("Keras tasks train in fp32", "precision=auto or precision=fp32")
         return plan
 
     def _built(self, settings: Settings) -> Any:

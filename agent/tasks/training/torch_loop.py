@@ -31,7 +31,7 @@ from agent.tasks.training.hyperparameters import Plan
 from agent.tasks.training.loop_state import Position as Position
 from agent.tasks.training.loop_state import Tensors as Tensors
 from agent.tasks.training.loop_state import as_arrays
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model.weights import Array, Weights
 
 #: Examples that are put in order at a time, so that an epoch needs no second copy of the data.
@@ -132,15 +132,15 @@ class LocalTraining:
 def path(plan: Plan, examples: int) -> float:
     """Learning rate times steps of training on so many examples.
 
-    Raises UsageFault where the weights would move by more than that times the gradients.
+    Raises UsageError where the weights would move by more than that times the gradients.
     """
     bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
     if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
-        raise UsageFault(
+        raise UsageError(
             "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} at 0"
         )
     if not plan.lr:
-        raise UsageFault("SCAFFOLD needs a learning rate above 0", "lr=0.1")
+        raise UsageError("SCAFFOLD needs a learning rate above 0", "lr=0.1")
     return plan.lr * plan.steps(examples)
 
 
@@ -240,10 +240,10 @@ def _bend(at: Position, plan: Plan) -> None:
 
 
 def _precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """In what the forward pass is computed. Raises UsageFault where the device lacks it."""
+    """In what the forward pass is computed. Raises UsageError where the device lacks it."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if name == "fp32" or (name == "auto" and not fast):
         return contextlib.nullcontext()
     if device.type == "cuda" and not fast:
-        raise UsageFault("this graphics card has no bf16", "precision=auto or precision=fp32")
+        raise UsageError("this graphics card has no bf16", "precision=auto or precision=fp32")
     return torch.autocast(device.type, torch.bfloat16)

@@ -50,13 +50,15 @@ class Entry:
         self, path: str, headers: dict[str, str], digest: str, now: float
     ) -> tuple[str, bytes]:
         """Whose request this must be, and his key. Raises BadMessage, ValueError."""
-        if gossip.PASS in headers and self._gossip is not None:
-            given = self._gossip.admit(b64decode(headers[gossip.PASS], validate=True))
-            if given.words_only and path != gossip.WORDS_PATH:
+        if gossip.ACCESS_TOKEN_HEADER in headers and self._gossip is not None:
+            given = self._gossip.admit(
+                b64decode(headers[gossip.ACCESS_TOKEN_HEADER], validate=True)
+            )
+            if given.gossip_only and path != gossip.GOSSIP_PATH:
                 raise BadMessage("the pass of who watches is for words alone")
             return given.holder, given.sign_public
-        permit = swarm.read_permit(
-            b64decode(headers.get(swarm.PERMIT, ""), validate=True),
+        permit = swarm.verify_download_token(
+            b64decode(headers.get(swarm.DOWNLOAD_TOKEN_HEADER, ""), validate=True),
             partial(identity.verify, self._coordinator_public),
             digest,
             now,

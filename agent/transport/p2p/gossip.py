@@ -23,7 +23,16 @@ from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.p2p import gossip
-from protocols.p2p.gossip import Head, Heard, Neighbour, Neighbours, Pass, Told, Word, Words
+from protocols.p2p.gossip import (
+    AccessToken,
+    GossipBatch,
+    GossipEntry,
+    GossipStore,
+    Head,
+    Neighbor,
+    NeighborsResponse,
+    VerifiedEntry,
+)
 
 log = logging.getLogger("commonweight.share")
 
@@ -65,52 +74,52 @@ class Gossip:
         self.heads = heads
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
-        self._words = Words(credentials.ca_pem, enrollment.fleet)
+        self._words = GossipStore(credentials.ca_pem, enrollment.fleet)
         self.given = self._read()
 
-    def _read(self) -> Neighbours | None:
+    def _read(self) -> NeighborsResponse | None:
         try:
-            return msgspec.json.decode(self._file.read_bytes(), type=Neighbours)
+            return msgspec.json.decode(self._file.read_bytes(), type=NeighborsResponse)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
-    def learn(self, given: Neighbours) -> None:
+    def learn(self, given: NeighborsResponse) -> None:
         """The coordinator has given this for a time without it; still to be kept."""
         self.given = given
-        self._words.forget(given.removed)
+        self._words.remove(given.removed)
 
-    def keep(self, given: Neighbours) -> None:
+    def keep(self, given: NeighborsResponse) -> None:
         """Keep what was given for the next start (from any thread). Raises OSError."""
         write_private(self._file, msgspec.json.encode(given))
 
-    def told(self) -> Told:
+    def told(self) -> GossipBatch:
         """What others are told: our own word, made now, and what we have heard."""
-        word = Word(
+        word = GossipEntry(
             peer=self._credentials.peer,
             at=time.time(),
             presence=self._presence(),
             head=self.heads.newest(),
             address=self.address(),
         )
-        own = gossip.speak(word, self._certificate(), self._credentials.sign_key.sign)
-        return self._words.told(own)
+        own = gossip.sign_entry(word, self._certificate(), self._credentials.sign_key.sign)
+        return self._words.batch(own)
 
-    def take(self, told: Told) -> None:
+    def take(self, told: GossipBatch) -> None:
         """Keep what is new and right of what somebody has told."""
         unheard = (self._credentials.peer, *(self.given.removed if self.given else ()))
-        self._words.take(told.words, time.time(), unheard)
+        self._words.add(told.entries, time.time(), unheard)
 
-    def heard(self) -> list[Heard]:
+    def heard(self) -> list[VerifiedEntry]:
         """Every peer's newest word."""
-        return self._words.all()
+        return self._words.newest_first()
 
-    def partners(self) -> list[Neighbour]:
+    def partners(self) -> list[Neighbor]:
         """Peers that can be asked: those that the coordinator has named, and who says where."""
         removed = frozenset(self.given.removed if self.given else ())
-        found = {one.peer: one for one in (self.given.near if self.given else ())}
+        found = {one.peer: one for one in (self.given.neighbors if self.given else ())}
         for word, speaker, _ in self.heard():
             if word.address:
-                found[word.peer] = Neighbour(
+                found[word.peer] = Neighbor(
                     peer=word.peer,
                     name=speaker.name,
                     address=word.address,
@@ -118,9 +127,9 @@ class Gossip:
                 )
         return [one for peer, one in found.items() if peer not in removed]
 
-    def admit(self, sealed: bytes) -> Pass:
+    def admit(self, sealed: bytes) -> AccessToken:
         """The pass of somebody who asks us. Raises BadMessage if it does not count."""
-        given = gossip.read_pass(
+        given = gossip.verify_access_token(
             sealed,
             partial(identity.verify, self._coordinator_public),
             time.time(),

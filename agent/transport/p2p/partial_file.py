@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.transport.p2p.piece_store import Book
 from protocols.p2p import swarm
-from protocols.p2p.swarm import Plan
+from protocols.p2p.swarm import DownloadPlan
 
 
 class Parts:
@@ -18,11 +18,11 @@ class Parts:
     What an earlier try has left in the file is checked and kept.
     """
 
-    def __init__(self, path: Path, plan: Plan, book: Book) -> None:
+    def __init__(self, path: Path, plan: DownloadPlan, book: Book) -> None:
         self._plan, self._book = plan, book
         self._changed = threading.Condition()
         self._file_lock = threading.Lock()
-        total = swarm.count(plan.nbytes, plan.piece_bytes)
+        total = swarm.num_pieces(plan.nbytes, plan.piece_bytes)
         self._wanted = set(range(total))  # neither here nor asked of anybody
         self._missing = set(range(total))
         self._file = path.open("r+b", buffering=0)

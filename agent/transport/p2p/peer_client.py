@@ -20,7 +20,7 @@ from agent.transport.p2p.pinned_tls import Pinned
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.local.atomic_files import write_all
 from protocols.p2p import gossip
-from protocols.p2p.gossip import MOST_TOLD_BYTES, PROOF_PATH, WORDS_PATH, Neighbour, Told
+from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, PROOF_PATH, GossipBatch, Neighbor
 
 _WITHIN_S = 10.0
 #: A version comes at least so fast, or somebody else is asked.
@@ -35,17 +35,17 @@ SignRequest = Callable[[str, str, str], dict[str, str]]
 class Asking:
     """A conversation with one peer. Every method raises Unreachable when it is of no use."""
 
-    def __init__(self, partner: Neighbour, pass_: bytes, sign: SignRequest) -> None:
+    def __init__(self, partner: Neighbor, pass_: bytes, sign: SignRequest) -> None:
         self._partner, self._pass, self._sign = partner, pass_, sign
         self._name = partner.name
 
-    def words(self, told: Told) -> Told:
+    def words(self, told: GossipBatch) -> GossipBatch:
         """Tell words, and hear those of the other."""
         body = msgspec.msgpack.encode(told)
-        with self._asked("POST", WORDS_PATH, body) as answer:
-            heard = self._whole(answer, MOST_TOLD_BYTES)
+        with self._asked("POST", GOSSIP_PATH, body) as answer:
+            heard = self._whole(answer, MAX_BATCH_BYTES)
         try:
-            return msgspec.msgpack.decode(heard, type=Told)
+            return msgspec.msgpack.decode(heard, type=GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise Unreachable(f"{self._name} tells nonsense: {err}") from err
 
@@ -100,7 +100,7 @@ class Asking:
     ) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request, on a connection of its own."""
         headers = self._sign(method, path, hashlib.sha256(body).hexdigest())
-        headers[gossip.PASS] = b64encode(self._pass).decode()
+        headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
         connection = Pinned(self._partner.address, self._partner.node_public)
         overdue = threading.Timer(within_s, connection.end)
         overdue.daemon = True

@@ -13,7 +13,7 @@ from agent.transport.p2p.partial_file import Parts
 from agent.transport.p2p.pinned_tls import Pinned
 from protocols.errors import BadWeights, Refused
 from protocols.p2p import swarm
-from protocols.p2p.swarm import Holder, Plan
+from protocols.p2p.swarm import DownloadPlan, PieceSource
 
 log = logging.getLogger("commonweight.share")
 
@@ -36,9 +36,9 @@ class HolderLink:
 
     def __init__(
         self,
-        holder: Holder,
+        holder: PieceSource,
         parts: Parts,
-        plan: Plan,
+        plan: DownloadPlan,
         sign: SignRequest,
         received: Callable[[int], None],
     ) -> None:
@@ -101,12 +101,14 @@ class _NotYet(Exception):
     """The holder waits for the piece itself."""
 
 
-def _piece(connection: Pinned, plan: Plan, sign: SignRequest, start: int, stop: int) -> bytes:
+def _piece(
+    connection: Pinned, plan: DownloadPlan, sign: SignRequest, start: int, stop: int
+) -> bytes:
     """Bytes `start` to `stop`, in time or not at all."""
     path = f"/cw/v1/weights/{plan.digest}"
     connection.due = time.monotonic() + PIECE_S
     headers = sign("GET", path)
-    headers[swarm.PERMIT] = b64encode(plan.permit).decode()
+    headers[swarm.DOWNLOAD_TOKEN_HEADER] = b64encode(plan.token).decode()
     headers["range"] = f"bytes={start}-{stop - 1}"
     connection.request("GET", path, headers=headers)
     connection.sock.settimeout(PIECE_S)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from protocols.p2p.swarm import PIECE_BYTES, count
+from protocols.p2p.swarm import PIECE_BYTES, num_pieces
 
 
 class Bell:
@@ -58,7 +58,7 @@ class Book:
     def __init__(self, path: Path, nbytes: int, *, whole: bool) -> None:
         self._file = path.open("rb", buffering=0)
         self.nbytes = nbytes
-        self._missing = set() if whole else set(range(count(nbytes)))
+        self._missing = set() if whole else set(range(num_pieces(nbytes)))
         self._lock = threading.Lock()
         self._bell = Bell()
         self._closed = False
@@ -139,4 +139,4 @@ class Shelf:
 
 def pieces_of(start: int, stop: int) -> range:
     """The pieces in which bytes `start` to `stop` lie."""
-    return range(start // PIECE_BYTES, count(stop))
+    return range(start // PIECE_BYTES, num_pieces(stop))

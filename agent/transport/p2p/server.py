@@ -31,7 +31,7 @@ from agent.transport.p2p.piece_store import Shelf, pieces_of
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeKey
 from protocols.local.atomic_files import write_private
-from protocols.p2p.gossip import MOST_TOLD_BYTES, WORDS_PATH, Told
+from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, GossipBatch
 from protocols.p2p.swarm import PIECE_BYTES
 
 log = logging.getLogger("commonweight.share")
@@ -189,7 +189,7 @@ class PeerServer:
         digest = ""
         if method == "GET" and (found := version or proof):
             digest = found[1]
-        elif (method, path) != ("POST", WORDS_PATH):
+        elif (method, path) != ("POST", GOSSIP_PATH):
             raise _Refused(404)
         announced = self._entry.admits(method, path, headers, digest if version else "")
         if not announced:
@@ -201,7 +201,7 @@ class PeerServer:
         if self._gossip is None:
             return None
         try:
-            self._gossip.take(msgspec.msgpack.decode(body, type=Told))
+            self._gossip.take(msgspec.msgpack.decode(body, type=GossipBatch))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return msgspec.msgpack.encode(self._gossip.told())
@@ -282,7 +282,7 @@ async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | N
     body = bytearray()
     while isinstance(event := await _event(http, reader), h11.Data):
         body += event.data
-        if len(body) > MOST_TOLD_BYTES:
+        if len(body) > MAX_BATCH_BYTES:
             return None
     return bytes(body) if isinstance(event, h11.EndOfMessage) else None
 

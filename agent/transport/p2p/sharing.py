@@ -17,7 +17,7 @@ from agent.transport.p2p.piece_store import Shelf
 from agent.transport.p2p.server import PeerServer, certify
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
-from protocols.p2p.swarm import WORTH_SHARING_BYTES, PlanAsked, address_of
+from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest, address_of
 
 log = logging.getLogger("commonweight.share")
 
@@ -49,7 +49,7 @@ class Sharing:
         self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
         self._home, self._credentials = home, credentials
         self._coordinator_public = coordinator_public
-        self._asked: PlanAsked | None = None
+        self._asked: DownloadPlanRequest | None = None
         self._sent = 0
         self._server: PeerServer | None = None
 
@@ -65,17 +65,20 @@ class Sharing:
 
     def is_worth_it(self, nbytes: int) -> bool:
         """True if a version of this size had better come from, and go to, other peers."""
-        return self._asked is not None and nbytes >= WORTH_SHARING_BYTES
+        return self._asked is not None and nbytes >= MIN_SHARED_BYTES
 
     def address(self) -> str:
         """Where this agent serves others; empty if it does not."""
         return self._asked.address if self._asked else ""
 
-    def asked(self, faulty: tuple[str, ...] = ()) -> PlanAsked:
+    def asked(self, faulty: tuple[str, ...] = ()) -> DownloadPlanRequest:
         """What the coordinator is told with the question for a plan."""
-        here = self._asked or PlanAsked()
-        return PlanAsked(
-            address=here.address, networks=here.networks, open=here.open, faulty=faulty
+        here = self._asked or DownloadPlanRequest()
+        return DownloadPlanRequest(
+            address=here.address,
+            networks=here.networks,
+            serves_other_networks=here.serves_other_networks,
+            faulty=faulty,
         )
 
     async def run(self) -> None:
@@ -132,10 +135,10 @@ class Sharing:
             await asyncio.sleep(_LOOK_S)
             return
         self._server = server
-        self._asked = PlanAsked(
+        self._asked = DownloadPlanRequest(
             address=address_of(here.host, port),
             networks=here.networks,
-            open=self._policy == "on",
+            serves_other_networks=self._policy == "on",
         )
         log.info("other peers may fetch shared versions at %s", self._asked.address)
         serving = asyncio.create_task(server.serve(), name="peer server")

@@ -16,7 +16,7 @@ from agent.transport.p2p.peer_download import HolderLink, SignRequest
 from agent.transport.p2p.piece_store import Shelf
 from protocols.errors import BadWeights
 from protocols.p2p import swarm as sharing
-from protocols.p2p.swarm import Held, Plan
+from protocols.p2p.swarm import DownloadPlan, DownloadReport
 
 _LOOK_S = 0.2
 #: Without a new piece for so long, or while the coordinator sends, another plan may be better. It
@@ -31,9 +31,9 @@ class _Swarm:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: DownloadPlan,
         parts: Parts,
-        ask: Callable[[tuple[str, ...]], Plan],
+        ask: Callable[[tuple[str, ...]], DownloadPlan],
         stream: Callable[[str, int, int], Iterator[bytes]],
         sign: SignRequest,
         received: Callable[[int], None],
@@ -50,7 +50,7 @@ class _Swarm:
         try:
             while not self._parts.complete:
                 helped = any(link.is_working for link in self._links)
-                if not helped or self._plan.seed:
+                if not helped or self._plan.use_coordinator:
                     self._from_coordinator()
                 else:
                     self._parts.wait(_LOOK_S)
@@ -63,17 +63,17 @@ class _Swarm:
             for link in self._links:
                 link.join()
 
-    def held(self) -> Held:
+    def held(self) -> DownloadReport:
         """Who helped, and who failed."""
-        return Held(
+        return DownloadReport(
             rates={link.peer: link.rate for link in self._links if link.rate},
             faulty=tuple(sorted({link.peer for link in self._links if link.failed})),
         )
 
-    def _follow(self, plan: Plan) -> None:
+    def _follow(self, plan: DownloadPlan) -> None:
         self._plan, self._planned_at, self._missing_then = plan, time.monotonic(), -1
         working = {link.peer for link in self._links if link.is_working}
-        for holder in plan.holders:
+        for holder in plan.sources:
             if holder.peer not in working:
                 link = HolderLink(holder, self._parts, plan, self._sign, self._received)
                 self._links.append(link)
@@ -86,7 +86,7 @@ class _Swarm:
         stuck = self._parts.missing == self._missing_then
         self._missing_then = self._parts.missing
         self._planned_at = time.monotonic()
-        if (failed or stuck or self._plan.seed) and not self._parts.complete:
+        if (failed or stuck or self._plan.use_coordinator) and not self._parts.complete:
             self._every_s *= 2
             self._follow(self._ask(self.held().faulty))
 
@@ -125,11 +125,11 @@ def fetch(
     part: Path,
     *,
     shelf: Shelf,
-    ask: Callable[[tuple[str, ...]], Plan],
+    ask: Callable[[tuple[str, ...]], DownloadPlan],
     stream: Callable[[str, int, int], Iterator[bytes]],
     sign: SignRequest,
     received: Callable[[int], None] = lambda nbytes: None,
-) -> Held:
+) -> DownloadReport:
     """Bring the version into `part`; who helped, and who failed.
 
     `ask(faulty)` gets a plan from the coordinator, `stream(digest, start, stop)` those bytes, and
@@ -137,7 +137,7 @@ def fetch(
     Raises BadMessage, BadWeights, OSError and what these two raise; what has come stays in `part`.
     """
 
-    def asked(faulty: tuple[str, ...]) -> Plan:
+    def asked(faulty: tuple[str, ...]) -> DownloadPlan:
         plan = ask(faulty)
         sharing.check_plan(plan, digest, nbytes)
         return plan

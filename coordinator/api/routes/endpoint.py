@@ -18,7 +18,7 @@ from starlette.routing import Route
 from coordinator.api.schema import STATUS
 from coordinator.api.service import Desk, error_answer, json_answer
 from coordinator.fleet.auth import Auth
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 
 T = TypeVar("T")
 
@@ -35,11 +35,11 @@ class Call(NamedTuple):
         return str(self.request.path_params[name])
 
     def read(self, kind: type[T]) -> T:
-        """The body. Raises UsageFault."""
+        """The body. Raises UsageError."""
         try:
             return msgspec.json.decode(self.body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise UsageFault(f"the request is not right: {err}") from err
+            raise UsageError(f"the request is not right: {err}") from err
 
 
 class Endpoint(NamedTuple):

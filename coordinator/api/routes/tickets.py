@@ -8,13 +8,13 @@ from typing import Any
 from coordinator.api.routes.endpoint import Call, change, show
 from coordinator.api.schema import TicketOrder
 from protocols.enrollment import tickets
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 async def make_ticket(call: Call) -> dict[str, str]:
     order = call.read(TicketOrder)
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
-        raise UsageFault("a ticket is good for at most a year and 100,000 machines")
+        raise UsageError("a ticket is good for at most a year and 100,000 machines")
     ticket = tickets.new_ticket(call.desk.addresses(), call.desk.identity.ca_sha256)
     call.desk.registry.create_ticket(
         ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role

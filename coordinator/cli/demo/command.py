@@ -34,7 +34,7 @@ from coordinator.fleet.reducer import Run as ShownRun
 from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local import json_output
 from protocols.messages.states import ENDED, RunState
 
@@ -115,20 +115,20 @@ def _checked(
     if shown is None:
         raise UnknownName(f"there is no demo of {task!r}", f"there is one of {', '.join(DEMOS)}")
     if agents is not None and agents > shown.most_agents:
-        raise UsageFault(f"{agents} agents for {task}", f"it is for {shown.most_agents} at most")
+        raise UsageError(f"{agents} agents for {task}", f"it is for {shown.most_agents} at most")
     if split not in ("iid", "shards"):
-        raise UsageFault(f"a split is iid or shards, not {split!r}")
+        raise UsageError(f"a split is iid or shards, not {split!r}")
     missing = [name for name in shown.needs if find_spec(name) is None]
     if missing:
         raise CommonweightError(
             f"the demo needs {' and '.join(missing)}", "pip install 'commonweight[demo]'"
         )
     if with_monitor and not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageFault("--monitor needs a terminal", "leave it out: the rounds are shown anyway")
+        raise UsageError("--monitor needs a terminal", "leave it out: the rounds are shown anyway")
     if out is not None and out.exists():
-        raise UsageFault(f"{out} exists already", "choose another name: --out")
+        raise UsageError(f"{out} exists already", "choose another name: --out")
     if out is not None and not os.access(out.absolute().parent, os.W_OK):
-        raise UsageFault(f"cannot write into {out.absolute().parent}", "choose another: --out")
+        raise UsageError(f"cannot write into {out.absolute().parent}", "choose another: --out")
     return shown
 
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from random import Random
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 TARGET = "readmitted"
 #: Rows, mean age and separator of each clinic.
@@ -23,18 +23,18 @@ _COLUMNS = ("patient", "age", "sex", "pressure", "smoker", "visits", TARGET)
 def write(folder: Path) -> list[Path]:
     """north.csv, south.csv, west.csv, and new-patients.csv without the target.
 
-    Raises UsageFault where one of them exists already, or the folder cannot be written.
+    Raises UsageError where one of them exists already, or the folder cannot be written.
     """
     tables = {f"{name}.csv": clinic for name, clinic in CLINICS.items()}
     tables[NEW_PATIENTS] = (20, 55.0, ",")
     for name in tables:
         if (folder / name).exists():
-            raise UsageFault(f"{folder / name} exists already", "name another folder")
+            raise UsageError(f"{folder / name} exists already", "name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_all(folder, tables)
     except OSError as err:
-        raise UsageFault(f"cannot write into {folder}: {err.strerror}", "name another") from None
+        raise UsageError(f"cannot write into {folder}: {err.strerror}", "name another") from None
     return [folder / name for name in tables]
 
 

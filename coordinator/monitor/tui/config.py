@@ -20,7 +20,7 @@ import platformdirs
 from msgspec import Struct
 
 from coordinator.monitor.tui.keys import KEYS
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 
 FILE_NAME = "monitor.toml"
 
@@ -41,7 +41,7 @@ def locate() -> Path:
 
 
 def read(path: Path | None = None) -> Config:
-    """The file's contents; the defaults without a file. Raises UsageFault, UnknownName."""
+    """The file's contents; the defaults without a file. Raises UsageError, UnknownName."""
     path = path or locate()
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read(path: Path | None = None) -> Config:
     except FileNotFoundError:
         return Config()
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as err:
-        raise UsageFault(f"cannot use {path}: {err}", "mend it, or move it away") from err
+        raise UsageError(f"cannot use {path}: {err}", "mend it, or move it away") from err
     _check(config, path)
     return config
 
@@ -65,7 +65,7 @@ def _check(config: Config, path: Path) -> None:
     for key in KEYS:
         for one in config.keys.get(key.id, key.key).split(","):
             if not one.strip():
-                raise UsageFault(f"{path}: {key.id} has an empty key", "write for example ctrl+a")
+                raise UsageError(f"{path}: {key.id} has an empty key", "write for example ctrl+a")
             other = taken.setdefault(one.strip(), key.id)
             if other != key.id:
-                raise UsageFault(f"{path}: {one} is {other} and {key.id}", "give one another key")
+                raise UsageError(f"{path}: {one} is {other} and {key.id}", "give one another key")

@@ -17,7 +17,7 @@ import pytest
 
 from agent.home import logs, settings
 from agent.home.settings import AgentSettings
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import (
@@ -107,7 +107,7 @@ def test_an_unknown_setting_names_the_known_ones(home: Path) -> None:
     with pytest.raises(UnknownName) as caught:
         settings.change(home, colour="red")
     assert "threads" in caught.value.hint
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         settings.change(home, threads=-1)
 
 

@@ -141,7 +141,9 @@ class Desk(Observer):
         payload, signature = record["claim"], record["signature"]
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
-        assert identity.verify(identity.raw_public(KEY), signature, SIGNED_CLAIM.part(payload))
+        assert identity.verify(
+            identity.raw_public(KEY), signature, SIGNED_CLAIM.signed_bytes(payload)
+        )
         return SIGNED_CLAIM.decode(payload)
 
 

@@ -16,7 +16,7 @@ from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
 from coordinator.jobs.input import prepare
 from protocols.errors import BadMessage
-from protocols.messages.jobs import Model, Scatter, Unit
+from protocols.messages.jobs import ModelRef, Scatter, Unit
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_trainer import InProcess
@@ -70,7 +70,7 @@ def answers(home: Path, blocks: Path, data: DataSettings = DataSettings()) -> li
         rows=tuple(block.rows for block in given.blocks),
         suffix=given.suffix,
     )
-    models = (Model(digest, base.stat().st_size),)
+    models = (ModelRef(digest, base.stat().st_size),)
     unit = Unit(job="j", unit=1, question=question, task="names", models=models)
     body = inferring.scatter(unit).body
     assert isinstance(body, Path)

@@ -20,7 +20,7 @@ from protocols.enrollment import tickets
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
 from protocols.p2p import gossip
-from protocols.p2p.swarm import PlanAsked
+from protocols.p2p.swarm import DownloadPlanRequest
 from tests.support.https_site import Site
 from tests.support.waiting import until
 
@@ -45,10 +45,10 @@ async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Pa
     """The owner's limit holds on the wire, and the status tells what the other parts know."""
     agent = an_agent(site, tmp_path / "box", up_mbit=8.0)
     assert agent._bandwidth.rates() == (8.0, 0.0)
-    agent._sharing._asked = PlanAsked(address="10.0.0.7:4000")
-    (spoken,) = agent._gossip.told().words
-    heard = gossip.hear(spoken, site.ca_pem, site.fleet_id, time.time())
-    assert heard.word.address == "10.0.0.7:4000"
+    agent._sharing._asked = DownloadPlanRequest(address="10.0.0.7:4000")
+    (spoken,) = agent._gossip.told().entries
+    heard = gossip.verify_entry(spoken, site.ca_pem, site.fleet_id, time.time())
+    assert heard.entry.address == "10.0.0.7:4000"
     agent._report.write(agent._runner.state)
     status = status_files.read_status(tmp_path / "box")
     assert status is not None

@@ -23,8 +23,8 @@ from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState
 from protocols.model import weights
 from protocols.p2p import gossip
-from protocols.p2p.gossip import Head, Neighbour, Pass, Told
-from protocols.p2p.swarm import PlanAsked
+from protocols.p2p.gossip import AccessToken, GossipBatch, Head, Neighbor
+from protocols.p2p.swarm import DownloadPlanRequest
 from tests.support.https_site import Machine, Site
 from tests.support.lone_peers import Peer, certificate, made, without_coordinator
 from tests.support.waiting import until
@@ -120,37 +120,39 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
     ann, bob, eve = (Peer(site, tmp_path, name) for name in ("ann", "bob", "eve"))
     ann.hold(1)
     async with without_coordinator(ann, bob, eve):
-        at_ann = Neighbour(
+        at_ann = Neighbor(
             peer=ann.machine.peer,
             name="ann",
             address=ann.sharing.asked().address,
             node_public=identity.node_public(ann.machine.node_key),
         )
 
-        async def let_in(who: Peer, sealed: bytes, partner: Neighbour = at_ann) -> bool:
+        async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:
             asking = Asking(partner, sealed, who.credentials.sign_request)
             try:
-                return bool((await asyncio.to_thread(asking.words, Told())).words)
+                return bool((await asyncio.to_thread(asking.words, GossipBatch())).entries)
             except Unreachable:
                 return False
 
         assert bob.gossip.given is not None
         assert eve.gossip.given is not None
-        good = bob.gossip.given.pass_
+        good = bob.gossip.given.access_token
         assert await let_in(bob, good)
         assert not await let_in(bob, b"")
         assert not await let_in(eve, good), "a pass is for the key that it names"
-        own = Pass(holder=eve.machine.peer, sign_public=eve.signs, until=time.time() + 60)
-        assert not await let_in(eve, gossip.SIGNED_PASS.pack(own, eve.machine.sign_key.sign))
-        ended = Pass(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
-        assert not await let_in(bob, gossip.SIGNED_PASS.pack(ended, site.sign_key.sign))
+        own = AccessToken(holder=eve.machine.peer, sign_public=eve.signs, until=time.time() + 60)
+        assert not await let_in(
+            eve, gossip.SIGNED_ACCESS_TOKEN.pack(own, eve.machine.sign_key.sign)
+        )
+        ended = AccessToken(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
+        assert not await let_in(bob, gossip.SIGNED_ACCESS_TOKEN.pack(ended, site.sign_key.sign))
         elsewhere = replace(at_ann, node_public=identity.node_public(bob.machine.node_key))
         assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
 
         site.registry.remove(eve.machine.peer, "a thief")
-        assert await let_in(eve, eve.gossip.given.pass_)
+        assert await let_in(eve, eve.gossip.given.access_token)
         assert await ann.spread._refresh_neighbours()
-        assert not await let_in(eve, eve.gossip.given.pass_)
+        assert not await let_in(eve, eve.gossip.given.access_token)
         assert eve.machine.peer not in {one.peer for one in ann.gossip.partners()}
 
 
@@ -202,7 +204,7 @@ async def test_an_address_that_is_none_harms_nobody(
     site: Site, tmp_path: Path, address: str
 ) -> None:
     ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
-    nowhere = PlanAsked(address=address, open=True)
+    nowhere = DownloadPlanRequest(address=address, serves_other_networks=True)
     rogue.sharing.asked = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
     rogue.gossip.address = lambda: address
     with pytest.raises(Unreachable):  # nor at the coordinator's door
@@ -220,14 +222,14 @@ async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
     ann = Peer(site, tmp_path, "ann")
     tasks = tuple(f"{number:060}" for number in range(64))  # as many and as long as may be
     long = Presence(state=PeerState.IDLE, tasks=tasks, reason="long " * 60)
-    for number in range(gossip.MOST_WORDS):
+    for number in range(gossip.MAX_ENTRIES):
         machine = Machine(f"m{number}")
-        word = gossip.Word(peer=machine.peer, at=time.time(), presence=long)
-        said = gossip.speak(word, certificate(site, machine), machine.sign_key.sign)
-        ann.gossip.take(Told(words=(said,)))
+        word = gossip.GossipEntry(peer=machine.peer, at=time.time(), presence=long)
+        said = gossip.sign_entry(word, certificate(site, machine), machine.sign_key.sign)
+        ann.gossip.take(GossipBatch(entries=(said,)))
     told = ann.gossip.told()
-    assert 100 < len(told.words) < len(ann.gossip.heard())
-    assert len(msgspec.msgpack.encode(told)) <= gossip.MOST_TOLD_BYTES
+    assert 100 < len(told.entries) < len(ann.gossip.heard())
+    assert len(msgspec.msgpack.encode(told)) <= gossip.MAX_BATCH_BYTES
     ann.link.close()
 
 

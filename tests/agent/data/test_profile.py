@@ -14,7 +14,7 @@ import pytest
 from agent.data import arrow_reader, column_types, open_table, profile
 from agent.data.profile import FindKinds
 from agent.data.settings import DataSettings
-from protocols.errors import CommonweightError, DataFault, SchemaMismatch
+from protocols.errors import CommonweightError, DataError, SchemaMismatch
 from protocols.model import schema_card
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import wanted
@@ -119,10 +119,10 @@ def test_only_allowed_columns_and_common_values_are_told(tmp_path: Path) -> None
 
 def test_too_few_rows_and_unwanted_extremes_are_refused(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", MIXED)
-    with pytest.raises(DataFault, match="at least 500 rows") as caught:
+    with pytest.raises(DataError, match="at least 500 rows") as caught:
         surveyed(path, min_rows=500)
     assert "200" not in caught.value.message, "how many there are is for the owner alone"
-    with pytest.raises(DataFault, match="minmax"):
+    with pytest.raises(DataError, match="minmax"):
         surveyed(path, settings={"scaling": "minmax"})
     told = surveyed(path, settings={"scaling": "minmax"}, extremes=True)
     assert told.columns["age"].extremes == (20, 69)
@@ -159,14 +159,14 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
         broken: "cannot be read as a table",
         tmp_path / "absent.csv": "no data where",
     }.items():
-        with pytest.raises(DataFault, match=words) as caught:
+        with pytest.raises(DataError, match=words) as caught:
             surveyed(path, target="y")
         assert path.name not in caught.value.message
     with pytest.raises(SchemaMismatch, match=r"column price: expected one, found no such column"):
         surveyed(write_csv(tmp_path / "a.csv", MIXED), target="price")
     with pytest.raises(SchemaMismatch, match="found no such column, but city"):
         surveyed(write_csv(tmp_path / "a.csv", MIXED), target="City ")
-    with pytest.raises(DataFault, match="no data"):
+    with pytest.raises(DataError, match="no data"):
         open_table(DataSettings())
     with pytest.raises(CommonweightError, match="no reader"):
         open_table(DataSettings(path=str(latin), reader="excel"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.home import log_redaction
-from protocols.messages.envelope import LogLine, LogsTold
+from protocols.messages.envelope import LogLine, LogResponse
 
 
 def line(message: str, name: str = "commonweight.agent", level: str = "info") -> str:
@@ -57,5 +57,5 @@ def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
 def test_whatever_stands_there_can_be_sent_and_read(message: str) -> None:
     import msgspec
 
-    told = LogsTold(ask="a", lines=log_redaction.redact([line(message)], 5))
-    assert msgspec.json.decode(msgspec.json.encode(told), type=LogsTold) == told
+    told = LogResponse(request_id="a", lines=log_redaction.redact([line(message)], 5))
+    assert msgspec.json.decode(msgspec.json.encode(told), type=LogResponse) == told

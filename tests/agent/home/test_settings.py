@@ -10,7 +10,7 @@ import pytest
 
 from agent.home import settings
 from agent.home.settings import AgentSettings, Enrollment
-from protocols.errors import ExitCode, HomeFault, NotEnrolled, UsageFault
+from protocols.errors import ExitCode, HomeError, NotEnrolled, UsageError
 from protocols.messages.mqtt import MqttAddress
 from tests.support.ascii_locale import in_ascii
 
@@ -67,7 +67,7 @@ def test_tasks_in_the_environment_are_a_list(
 )
 def test_a_wrong_file_is_a_usage_fault(tmp_path: Path, wrong: str) -> None:
     file(tmp_path, wrong)
-    with pytest.raises(UsageFault) as caught:
+    with pytest.raises(UsageError) as caught:
         settings.read(tmp_path)
     assert caught.value.exit_code is ExitCode.USAGE
     assert settings.FILE in caught.value.message + caught.value.hint
@@ -75,7 +75,7 @@ def test_a_wrong_file_is_a_usage_fault(tmp_path: Path, wrong: str) -> None:
 
 def test_a_file_that_is_no_text_is_a_usage_fault(tmp_path: Path) -> None:
     (tmp_path / settings.FILE).write_bytes(b"part = \xff\xfe")
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         settings.read(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_variable_is_a_usage_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name, value)
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         settings.read(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, A
     """A setting that `read` would refuse would keep the agent from ever starting."""
     settings.change(tmp_path, split="shards")
     before = (tmp_path / settings.FILE).read_bytes()
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         settings.change(tmp_path, **wrong)
     assert (tmp_path / settings.FILE).read_bytes() == before
     settings.read(tmp_path)
@@ -139,7 +139,7 @@ def test_without_an_enrollment_the_way_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"peer":1}', b"[" * 100_000])
 def test_a_damaged_enrollment_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / settings.ENROLLMENT_FILE).write_bytes(content)
-    with pytest.raises(HomeFault, match="damaged"):
+    with pytest.raises(HomeError, match="damaged"):
         settings.read_enrollment(tmp_path)
 
 
@@ -163,5 +163,5 @@ def test_a_wrong_value_is_told_with_what_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
 ) -> None:
     monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name.upper(), value)
-    with pytest.raises(UsageFault, match=words):
+    with pytest.raises(UsageError, match=words):
         settings.read(tmp_path)

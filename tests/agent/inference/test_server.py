@@ -17,7 +17,7 @@ import pytest
 from agent.home import settings
 from agent.inference import server as serving
 from agent.inference.server import Served, Server
-from protocols.errors import DataFault
+from protocols.errors import DataError
 from protocols.local import homes
 from protocols.model import model_card, weights
 from protocols.model.weights import Weights
@@ -38,7 +38,7 @@ class Doubling:
         with open(source) as file:
             names, *rows = file.read().splitlines()
         if names != "x":
-            raise DataFault("there is no column x")
+            raise DataError("there is no column x")
         self.sizes.append(len(rows))
         factor = float(np.asarray(model["factor"])[0])
         yield {"row": range(len(rows)), "y": [float(row) * factor for row in rows]}

@@ -14,7 +14,7 @@ import pytest
 
 from agent.home import audit_log
 from agent.inference import writers
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.messages.work import UpdateClaim
 
 
@@ -54,7 +54,7 @@ def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="the second batch"):
             writers.write(broken(), tmp_path / f"a{suffix}")
     for wrong in ("a.xlsx", "a", "no/folder/a.csv"):
-        with pytest.raises(UsageFault):
+        with pytest.raises(UsageError):
             writers.write(two_batches(), tmp_path / wrong)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from agent.policy import schedule
 from agent.policy.schedule import DAY_MINUTES, WEEK_MINUTES, WeeklyHours
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 MON, FRI, SAT, SUN = 0, 4 * DAY_MINUTES, 5 * DAY_MINUTES, 6 * DAY_MINUTES
 
@@ -48,7 +48,7 @@ def test_hours_as_written(text: str, minute: int, is_open: bool) -> None:
     ],
 )
 def test_what_are_no_hours_is_refused(text: str) -> None:
-    with pytest.raises(UsageFault, match="no hours of a week"):
+    with pytest.raises(UsageError, match="no hours of a week"):
         schedule.parse(text)
 
 

@@ -21,7 +21,7 @@ from agent.setup.autostart import (
     service_spec,
     systemd_unit,
 )
-from protocols.errors import CommonweightError, NotRunning, UsageFault
+from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local.checks import Advice
 from tests.support.fleet_harness import AGENT, environment, run_program
 
@@ -115,7 +115,7 @@ def test_the_launchd_agent() -> None:
 def test_each_system_has_its_own_way_and_others_are_told(tmp_path: Path) -> None:
     assert isinstance(find_manager(USUAL, "linux"), Systemd)
     assert isinstance(find_manager(USUAL, "darwin"), Launchd)
-    with pytest.raises(UsageFault, match="no service on win32") as caught:
+    with pytest.raises(UsageError, match="no service on win32") as caught:
         find_manager(USUAL, "win32")
     assert "-P -m agent.cli run" in caught.value.hint
     made = service_spec({"COMMONWEIGHT_AGENT_HOME": "/srv/x"})

@@ -21,7 +21,7 @@ from agent.transport.p2p.sharing import CERTIFICATE
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import HomeFault, HomeLocked, Refused, TicketMalformed, Unreachable
+from protocols.errors import HomeError, HomeLocked, Refused, TicketMalformed, Unreachable
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from tests.support.https_site import HOST, Machine, Site
@@ -134,7 +134,7 @@ def test_a_second_try_with_the_same_key_is_the_same_machine(site: Site, home: Pa
 
 def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home: Path) -> None:
     first = join(home, site.ticket())
-    with pytest.raises(HomeFault, match="joined a fleet already") as caught:
+    with pytest.raises(HomeError, match="joined a fleet already") as caught:
         join(home, site.ticket())
     assert "--replace" in caught.value.hint
     second = join(home, site.ticket(), replace=True)

@@ -13,7 +13,7 @@ from agent.home import settings
 from agent.tasks import registry
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess
-from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageFault
+from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 from protocols.model import weights
 from tests.agent.cli.test_main import agent
@@ -131,11 +131,11 @@ def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
     "source", ["task.py", "task.txt:Task", "task.py:", "task.py:not one", ":T"]
 )
 def test_what_names_no_class_in_a_file_is_refused(source: str) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         registry.parted(source)
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "x" * 65, "ü"])
 def test_what_a_task_cannot_be_called(name: str) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         registry.checked_name(name)

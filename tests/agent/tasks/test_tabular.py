@@ -19,7 +19,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.tabular import Tabular
 from benchmarks.speed.analyze import made
-from protocols.errors import DataFault, SchemaMismatch, UnknownName, UsageFault
+from protocols.errors import DataError, SchemaMismatch, UnknownName, UsageError
 from protocols.model.weights import Array
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
@@ -253,7 +253,7 @@ def test_predictions_come_row_by_row_in_the_targets_own_words(tmp_path: Path) ->
     assert answers["y"] == ["big", "small"]
     assert all(0.5 < chance <= 1 for chance in answers["probability"])
     other = write_csv(tmp_path / "c.csv", [{"z": 1}])
-    with pytest.raises(UsageFault, match="none of the model's features"):
+    with pytest.raises(UsageError, match="none of the model's features"):
         list(Tabular().predict(weights, settings, str(other)))  # type: ignore[arg-type]
 
 
@@ -283,11 +283,11 @@ def test_a_table_that_came_later_is_compared(tmp_path: Path) -> None:
         traits([{"age": "old", "label": "no"}] * 20)
     with pytest.raises(SchemaMismatch, match="column label"):
         traits([{"age": 3}] * 20)
-    with pytest.raises(DataFault, match="too few rows have a target"):
+    with pytest.raises(DataError, match="too few rows have a target"):
         traits([{"age": 3, "label": "perhaps"}] * 20)
     with pytest.raises(SchemaMismatch, match="column age: expected one, found one that its owner"):
         traits([{"age": 3, "label": "no"}] * 20, columns=("label",))
-    with pytest.raises(DataFault, match="fewer than 50"):
+    with pytest.raises(DataError, match="fewer than 50"):
         traits([{"age": 3, "label": "no"}] * 20, min_rows=50)
 
 
@@ -295,9 +295,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     task, settings = loaded(write_csv(tmp_path / "a.csv", MIXED), {"target": "label"})
     with pytest.raises(UnknownName, match="no model 'forest'"):
         task.schema({**settings, "model": "forest"})
-    with pytest.raises(UsageFault, match="hidden"):
+    with pytest.raises(UsageError, match="hidden"):
         task.schema({**settings, "model": "mlp", "hidden": "64,x"})
     with pytest.raises(UnknownName, match="no setting 'depth'"):
         task.survey({"target": "label", "depth": 3})
-    with pytest.raises(DataFault, match="not surveyed"):
+    with pytest.raises(DataError, match="not surveyed"):
         task.schema({"target": "label"})

@@ -18,7 +18,7 @@ from agent.transport.coordinator_client import Link
 from agent.transport.weight_transfer import CONNECTION_S, NoRoom, SessionLost
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, Refused, Unreachable
-from protocols.messages.work import FEW_BYTES
+from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from tests.support.https_site import HOST, Machine, Site
 
@@ -292,7 +292,7 @@ def test_a_large_update_goes_at_once(
     site: Site, machine: Machine, link: Link, tmp_path: Path
 ) -> None:
     source = tmp_path / "update"
-    source.write_bytes(bytes(FEW_BYTES + 1))
+    source.write_bytes(bytes(INLINE_MAX_BYTES + 1))
     digest = weights.file_digest(source)
     link.hand_in(digest, source)
     assert site.lane.uploads.path(machine.peer, digest).exists()

@@ -25,7 +25,7 @@ from protocols.messages.envelope import (
     Telemetry,
     seal,
 )
-from protocols.messages.mqtt import Voice
+from protocols.messages.mqtt import SequencedSigner
 from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
 from tests.support.waiting import until
 
@@ -92,13 +92,15 @@ async def test_forged_commands_are_not_obeyed(stage: Stage) -> None:
 
 async def test_a_replayed_command_is_obeyed_once(stage: Stage, site: Site) -> None:
     agent = stage.agent
-    coordinator = Voice(topics.COORDINATOR, site.coordinator_key.sign)
+    coordinator = SequencedSigner(topics.COORDINATOR, site.coordinator_key.sign)
     first, second = (coordinator.seal(stage.topic, Command(action=a)) for a in ("pause", "resume"))
     for payload in (first, second, first, second, first):
         await stage.send(payload)
     await until(lambda: agent.link.rejected == 3)
     assert agent.told == [Command(action="pause"), Command(action="resume")]
-    again = Voice(topics.COORDINATOR, site.coordinator_key.sign)  # a restarted coordinator
+    again = SequencedSigner(
+        topics.COORDINATOR, site.coordinator_key.sign
+    )  # a restarted coordinator
     await stage.send(again.seal(stage.topic, PAUSE))
     await stage.send(first)
     await until(lambda: agent.link.rejected == 4)
@@ -200,7 +202,7 @@ async def test_a_refused_login_is_said_in_words(
         async with running(wrong.link.run):
             await until(lambda: wrong.changes)
         assert wrong.changes == [
-            (False, f"the MQTT login was refused or nobody answers at {address.where}")
+            (False, f"the MQTT login was refused or nobody answers at {address.netloc}")
         ]
         assert not wrong.link.connected
         stranger = Agent(site, replace(address, ca_pem=""))

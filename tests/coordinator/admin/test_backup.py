@@ -19,7 +19,7 @@ from coordinator.admin.backup import Manifest
 from coordinator.runs import recovery
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
-from protocols.errors import HomeFault, HomeTooNew, UsageFault
+from protocols.errors import HomeError, HomeTooNew, UsageError
 from protocols.messages.states import RunState
 from protocols.messages.work import Work
 from tests.support.in_process_fleet import Fleet, fleet_of, some_data
@@ -158,9 +158,9 @@ async def test_what_is_restored_is_what_was_there(tmp_path: Path) -> None:
     assert list(ledgers[0].entries())[: made.entries] == list(ledgers[1].entries())
     for ledger in ledgers:
         ledger.close()
-    with pytest.raises(UsageFault, match="not empty"):
+    with pytest.raises(UsageError, match="not empty"):
         backup.restore(file, again)
-    with pytest.raises(UsageFault, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         backup.write(home, file, with_versions=False)
 
 
@@ -248,12 +248,12 @@ async def test_a_damaged_or_hostile_file_changes_nothing(tmp_path: Path) -> None
     for change in changes:
         file.write_bytes(whole)
         repacked(file, change)
-        with pytest.raises(HomeFault):
+        with pytest.raises(HomeError):
             backup.restore(file, again)
         assert listing(tmp_path) == before, change.__name__
     for cut in (0, 100, 5000, len(whole) // 2):
         file.write_bytes(whole[:cut])
-        with pytest.raises(HomeFault):
+        with pytest.raises(HomeError):
             backup.restore(file, again)
         assert listing(tmp_path) == before
     file.write_bytes(whole)

@@ -13,7 +13,7 @@ from coordinator.admin import encryption
 from coordinator.cli.main import app
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
-from protocols.errors import HomeFault, Refused, UsageFault
+from protocols.errors import HomeError, Refused, UsageError
 
 PIECE = encryption._PIECE_BYTES
 QUICK = 4  # of scrypt's n: no attacker here
@@ -73,16 +73,16 @@ def test_pieces_cannot_be_left_out_or_put_elsewhere(two_pieces: Path, tmp_path: 
     for changed in (head + first, head + second, head + second + first, head, data[:-1]):
         with pytest.raises(Refused):
             opens(changed, tmp_path)
-    with pytest.raises(HomeFault):
+    with pytest.raises(HomeError):
         opens(head[:-1], tmp_path)
-    with pytest.raises(HomeFault, match="more memory"):
+    with pytest.raises(HomeError, match="more memory"):
         opens(encryption.MAGIC + b"\x40" + head[len(encryption.MAGIC) + 1 :], tmp_path)
 
 
 def test_nothing_is_written_over(two_pieces: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageFault, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         encryption.seal(two_pieces, two_pieces, "word", log_n=QUICK)
-    with pytest.raises(UsageFault, match="empty passphrase"):
+    with pytest.raises(UsageError, match="empty passphrase"):
         encryption.seal(two_pieces, tmp_path / "new", "", log_n=QUICK)
 
 
@@ -101,7 +101,7 @@ def test_a_backup_under_a_passphrase_makes_a_home(
     assert keys.read_bytes() not in file.read_bytes()
     was = keys.read_bytes()
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "other"))
-    assert isinstance(ask(app, ["restore", str(file)]).exception, UsageFault), "no terminal"
+    assert isinstance(ask(app, ["restore", str(file)]).exception, UsageError), "no terminal"
     assert ask(app, ["restore", str(file), *given]).exit_code == 0
     assert (tmp_path / "other" / "ca.key").read_bytes() == was
     words.write_text("another\n")

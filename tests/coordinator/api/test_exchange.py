@@ -11,7 +11,7 @@ import pytest
 from coordinator.api.exchange import Exchanges, Lingering
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.sessions import NoSession, Sessions
-from protocols.messages.work import Exchange, Exchanged, Parcel
+from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
 
 class Noticed(Lingering):
@@ -58,13 +58,13 @@ async def test_a_second_request_takes_the_place_of_one_that_was_given_up() -> No
 async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one() -> None:
     """An agent was started again within a second of its answer: its old request still waits."""
     sessions, lingering = Sessions(Fleet(fleet="f")), Noticed()
-    taken: list[Exchange] = []
+    taken: list[PollRequest] = []
     sessions.admit("A", 7)
     sessions.opened("A")
 
-    async def exchange_soon(node: int, asked: Exchange) -> Exchanged:
+    async def exchange_soon(node: int, asked: PollRequest) -> PollResponse:
         taken.append(asked)
-        return Exchanged()
+        return PollResponse()
 
     async def settled(settling: object) -> bool:
         return True
@@ -78,7 +78,7 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         lingering,
     )
     asked = asyncio.create_task(
-        exchanges.exchange("A", Exchange(reply=Parcel(message=b"", tree=b"", objects={})))
+        exchanges.exchange("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))
     )
     await lingering.began.wait()
     looks = len(taken)

@@ -17,10 +17,10 @@ from protocols.messages.envelope import (
     Command,
     Doorbell,
     Envelope,
-    Happened,
+    EventLine,
     Links,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -41,7 +41,7 @@ def said(sender: str, seq: int, body: Body, epoch: str = "e1", at: float = NOW) 
 def new_fleet(*peers: str) -> Fleet:
     fleet = Fleet(fleet="0" * 16)
     for seq, peer in enumerate(peers, 1):
-        known = PeerKnown(peer=peer, name=peer.lower(), public_key=KEY)
+        known = PeerChanged(peer=peer, name=peer.lower(), public_key=KEY)
         fold(fleet, said(COORDINATOR, seq, known), NOW)
     return fleet
 
@@ -156,7 +156,7 @@ def test_a_retained_will_is_all_that_is_known_of_a_peer_never_heard() -> None:
 
 def test_nobody_speaks_for_an_unknown_or_removed_peer() -> None:
     fleet = new_fleet("A")
-    gone = PeerKnown(peer="A", name="a", standing="removed", public_key=KEY)
+    gone = PeerChanged(peer="A", name="a", enrollment="removed", public_key=KEY)
     fold(fleet, said(COORDINATOR, 2, gone), NOW)
     fold(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
     fold(fleet, said("B", 1, Telemetry()), NOW)
@@ -166,9 +166,9 @@ def test_nobody_speaks_for_an_unknown_or_removed_peer() -> None:
 
 def test_a_peer_does_not_speak_as_the_coordinator() -> None:
     fleet = new_fleet("A")
-    for body in (run_at(1), Links(mqtt=True, flower=True), Happened(level="error", text="x")):
+    for body in (run_at(1), Links(mqtt=True, flower=True), EventLine(level="error", text="x")):
         fold(fleet, said("A", 9, body), NOW)
-    known = PeerKnown(peer="B", name="b", public_key=KEY)
+    known = PeerChanged(peer="B", name="b", public_key=KEY)
     fold(fleet, said("A", 9, known), NOW)
     assert (fleet.runs, list(fleet.peers), fleet.events) == ({}, ["A"], [])
     assert not fleet.links.mqtt
@@ -178,7 +178,7 @@ def test_a_peer_does_not_speak_as_the_coordinator() -> None:
 def test_a_peer_that_enrols_again_with_another_key_starts_anew() -> None:
     fleet = new_fleet("A")
     fold(fleet, said("A", 50, is_(PeerState.TRAINING)), NOW)
-    again = PeerKnown(peer="A", name="a", public_key=b"n" * 32)
+    again = PeerChanged(peer="A", name="a", public_key=b"n" * 32)
     fold(fleet, said(COORDINATOR, 2, again), NOW)
     assert fleet.peers["A"].seq == -1
     assert fleet.peers["A"].state is PeerState.OFFLINE
@@ -232,7 +232,7 @@ def test_silence_is_seen_and_not_stored() -> None:
 
 def test_a_peer_that_awaits_approval_is_shown_so_whatever_it_says() -> None:
     fleet = Fleet(fleet="0" * 16)
-    known = PeerKnown(peer="A", name="a", standing="awaiting", public_key=KEY)
+    known = PeerChanged(peer="A", name="a", enrollment="awaiting", public_key=KEY)
     fold(fleet, said(COORDINATOR, 1, known), NOW)
     fold(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
     assert shown_state(fleet.peers["A"], NOW) is PeerState.AWAITING
@@ -306,7 +306,7 @@ def test_everything_kept_is_bounded() -> None:
         seq += 1
         fold(fleet, said(COORDINATOR, seq, closed(number)), NOW)
         seq += 1
-        fold(fleet, said(COORDINATOR, seq, Happened(level="info", text=str(number))), NOW)
+        fold(fleet, said(COORDINATOR, seq, EventLine(level="info", text=str(number))), NOW)
     assert len(fleet.runs["r"].rounds) == fleets.ROUNDS_KEPT
     assert fleets.EVENTS_KEPT <= len(fleet.events) <= fleets.EVENTS_KEPT + 100
     assert fleet.events[-1].text == "2099"
@@ -366,10 +366,10 @@ bodies = st.one_of(
     st.builds(Doorbell),
     st.builds(Command, action=st.just("pause")),
     st.builds(
-        PeerKnown,
+        PeerChanged,
         peer=names,
         name=short,
-        standing=st.sampled_from(["awaiting", "enrolled", "removed"]),
+        enrollment=st.sampled_from(["awaiting", "enrolled", "removed"]),
         public_key=st.sampled_from([KEY, b"n" * 32]),
     ),
     st.builds(
@@ -393,7 +393,7 @@ bodies = st.one_of(
         metrics=st.dictionaries(short, st.none() | floats, max_size=2),
         norms=st.dictionaries(names, floats, max_size=2),
     ),
-    st.builds(Happened, level=st.sampled_from(["info", "warning", "error"]), text=short),
+    st.builds(EventLine, level=st.sampled_from(["info", "warning", "error"]), text=short),
     st.builds(Links, mqtt=st.booleans(), flower=st.booleans(), rejected=numbers),
 )
 envelopes = st.builds(
@@ -447,7 +447,7 @@ def test_order_and_duplicates_do_not_change_what_a_peer_is(told: list[Body], ran
 def test_repeated_words_of_the_coordinator_count_once(count: int, random: Any) -> None:
     told = [said(COORDINATOR, 1, run_at(1))]
     told += [said(COORDINATOR, seq, closed(seq)) for seq in range(2, count + 2)]
-    told += [said(COORDINATOR, count + 2, Happened(level="info", text="done"))]
+    told += [said(COORDINATOR, count + 2, EventLine(level="info", text="done"))]
     repeated = [envelope for envelope in told for _ in range(random.randint(1, 3))]
     one, other = new_fleet(), new_fleet()
     for envelope in told:

@@ -13,7 +13,7 @@ from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, ExitCode, Refused, UnknownName
-from protocols.messages.envelope import PeerKnown
+from protocols.messages.envelope import PeerChanged
 from tests.support.https_site import Machine
 
 
@@ -131,8 +131,8 @@ def test_names_are_told_apart_and_stay_names(registry: Registry) -> None:
         peers = [join(registry, Machine(name)) for _ in range(3)]
         assert len({peer.name for peer in peers}) == 3
         for peer in peers:
-            told = PeerKnown(peer=peer.peer, name=peer.name, public_key=peer.sign_public)
-            assert msgspec.json.decode(msgspec.json.encode(told), type=PeerKnown) == told
+            told = PeerChanged(peer=peer.peer, name=peer.name, public_key=peer.sign_public)
+            assert msgspec.json.decode(msgspec.json.encode(told), type=PeerChanged) == told
     assert registry.find("laptop-2").name == "laptop-2"
 
 

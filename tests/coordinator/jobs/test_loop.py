@@ -20,8 +20,8 @@ from coordinator.remote.api_client import Remote
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, Block, JobSpec, JobState
 from coordinator.storage.ledger import Ledger
-from protocols.errors import CannotBeMet, UnknownName, UsageFault
-from protocols.messages.jobs import Model
+from protocols.errors import CannotBeMet, UnknownName, UsageError
+from protocols.messages.jobs import ModelRef
 from tests.support.in_process_fleet import (
     Agent,
     Fleet,
@@ -53,7 +53,7 @@ def scattered(fleet: Fleet, x: Floats, **changed: Any) -> tuple[JobSpec, np.ndar
     spec = JobSpec(
         kind="scatter",
         task="softmax",
-        models=(Model(fleet.hub.lane.save(model), 0),),
+        models=(ModelRef(fleet.hub.lane.save(model), 0),),
         input=given.digest,
         suffix=given.suffix,
         blocks=given.blocks,
@@ -135,7 +135,7 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
 ) -> None:
     monkeypatch.setattr("coordinator.jobs.manager._MAX_UNTAKEN_JOBS", 1)
     for side in ("agent.clientapp.jobs", "coordinator.jobs.store"):
-        monkeypatch.setattr(f"{side}.INLINE_BYTES", 64)  # so answers are files
+        monkeypatch.setattr(f"{side}.INLINE_MAX_BYTES", 64)  # so answers are files
     async with fleet_of(tmp_path, THREE[0]) as fleet:
         folder = fleet.home / "jobs" / "versions"
         jobs = []
@@ -153,7 +153,7 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
             """As `commonweight infer --scatter` looks for what was asked before."""
             fleet.hub.job_lane.version_path(job.spec.input).touch()
             remote, model = Remote(fleet.home), job.spec.models[0]
-            spec = replace(job.spec, models=(Model(model.digest, 0),))
+            spec = replace(job.spec, models=(ModelRef(model.digest, 0),))
             try:
                 return _same_job(remote, spec, fleet.hub.job_lane)
             finally:
@@ -210,7 +210,7 @@ async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
         spec = JobSpec(
             kind="private",
             task="softmax",
-            models=tuple(Model(digest, 0) for digest in digests),
+            models=tuple(ModelRef(digest, 0) for digest in digests),
             min_group=30,
             settings={"round": 0},
         )
@@ -236,7 +236,7 @@ async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Pat
         spec = JobSpec(
             kind="private",
             task="softmax",
-            models=(Model(digest, 0),),
+            models=(ModelRef(digest, 0),),
             peers=(first.machine.name, second.peer, first.peer),
             settings={"round": 0},
         )
@@ -267,10 +267,10 @@ async def test_jobs_that_cannot_be(tmp_path: Path) -> None:
         spec, _ = scattered(fleet, features())
         start = fleet.hub.jobs.start
         with pytest.raises(UnknownName, match="is not kept any more"):
-            start(JobSpec(kind="private", models=(Model("0" * 64, 0),)))
-        with pytest.raises(UsageFault, match="a model is needed"):
+            start(JobSpec(kind="private", models=(ModelRef("0" * 64, 0),)))
+        with pytest.raises(UsageError, match="a model is needed"):
             start(JobSpec(kind="private"))
-        with pytest.raises(UsageFault, match="no input"):
+        with pytest.raises(UsageError, match="no input"):
             start(JobSpec(kind="scatter", models=spec.models, blocks=(Block(1, 1),)))
         with pytest.raises(CannotBeMet, match="a quorum of 2"):
             start(

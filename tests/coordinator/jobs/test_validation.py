@@ -12,11 +12,13 @@ from coordinator.jobs.state import Unit
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import Block, Given, JobSpec
 from protocols.errors import BadMessage
-from protocols.messages.jobs import INLINE_BYTES, Model, Score, encode
+from protocols.messages.jobs import INLINE_MAX_BYTES, ModelRef, Score, encode
 
 MODEL = "a" * 64
 SCATTER = state.started("job", JobSpec(kind="scatter", blocks=(Block(2, 1),)))
-PRIVATE = state.started("job", JobSpec(kind="private", models=(Model(MODEL, 1),), peers=("ada",)))
+PRIVATE = state.started(
+    "job", JobSpec(kind="private", models=(ModelRef(MODEL, 1),), peers=("ada",))
+)
 UNIT = Unit(number=0, first=0, stop=1, only="ada")
 
 
@@ -69,7 +71,9 @@ def test_a_line_of_no_end_is_not_held(lane: JobStore) -> None:
 def test_measures_are_in_the_ledger(lane: JobStore) -> None:
     scores = encode({MODEL: Score(20, {"loss": 0.5})})
     validation.check(PRIVATE, UNIT, given(lane, scores, inline=True), lane)
-    padded = scores + b" " * INLINE_BYTES  # so it comes by the lane, and who asks cannot read it
+    padded = (
+        scores + b" " * INLINE_MAX_BYTES
+    )  # so it comes by the lane, and who asks cannot read it
     with pytest.raises(BadMessage, match="longer"):
         validation.check(PRIVATE, UNIT, given(lane, padded, inline=False), lane)
 

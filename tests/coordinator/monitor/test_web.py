@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from coordinator.monitor import web
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "2001:db8::1", "example.org"])
 def test_another_address_is_refused_and_why(host: str) -> None:
-    with pytest.raises(UsageFault) as refused:
+    with pytest.raises(UsageError) as refused:
         web.check_host(host)
     assert host in refused.value.message
 

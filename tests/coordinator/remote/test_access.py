@@ -30,7 +30,7 @@ from protocols.errors import (
     UnknownName,
     Unreachable,
 )
-from protocols.messages.envelope import Command, LogLine, LogsAsked, LogsTold
+from protocols.messages.envelope import Command, LogLine, LogRequest, LogResponse
 from tests.support.https_site import Machine, Site
 
 
@@ -102,7 +102,7 @@ def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> No
     site.registry.join(Machine("north").joining(site.ticket()))
     _, remote = joined(site, "operator")
 
-    async def unsent(peer: str, question: LogsAsked) -> bool:
+    async def unsent(peer: str, question: LogRequest) -> bool:
         return False  # there is no broker
 
     site.logs = LogDesk(unsent)
@@ -159,12 +159,12 @@ def test_access_outlives_a_restart_of_the_registry(site: Site) -> None:
 
 
 def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
-    asked: list[tuple[str, LogsAsked]] = []
+    asked: list[tuple[str, LogRequest]] = []
 
-    async def send(peer: str, question: LogsAsked) -> bool:
+    async def send(peer: str, question: LogRequest) -> bool:
         asked.append((peer, question))
         line = LogLine(at=1.0, level="info", text="connected")
-        told = LogsTold(ask=question.ask, lines=[line])
+        told = LogResponse(request_id=question.request_id, lines=[line])
         # As the agents do it: over HTTPS, while the operator's request waits.
         for machine in (stranger, north):
             link = Link(site.credentials(machine))
@@ -179,7 +179,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
     assert [peer for peer, _ in asked] == [north.peer]
 
 
-def _tell(link: Link, told: LogsTold) -> None:
+def _tell(link: Link, told: LogResponse) -> None:
     try:
         link.tell_logs(told)
     except CommonweightError:
@@ -189,7 +189,7 @@ def _tell(link: Link, told: LogsTold) -> None:
 
 
 async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
-    async def send(peer: str, question: LogsAsked) -> bool:
+    async def send(peer: str, question: LogRequest) -> bool:
         return peer == "deaf"
 
     desk = LogDesk(send)
@@ -197,10 +197,10 @@ async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
         await desk.ask("deaf", within_s=0.05)
     with pytest.raises(Unreachable, match="broker is away"):
         await desk.ask("other")
-    assert not desk.told("deaf", LogsTold(ask="x", lines=[]))
+    assert not desk.told("deaf", LogResponse(request_id="x", lines=[]))
     waiting = asyncio.create_task(desk.ask("deaf", within_s=5))
     await asyncio.sleep(0)  # it begins to wait
     (ask,) = desk._waiting
-    assert not desk.told("liar", LogsTold(ask=ask, lines=[]))
-    assert desk.told("deaf", msgspec.structs.replace(LogsTold(ask=ask, lines=[])))
+    assert not desk.told("liar", LogResponse(request_id=ask, lines=[]))
+    assert desk.told("deaf", msgspec.structs.replace(LogResponse(request_id=ask, lines=[])))
     assert await waiting == []

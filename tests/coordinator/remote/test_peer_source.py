@@ -17,7 +17,7 @@ from protocols.enrollment import identity, signed_requests
 from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
 from protocols.local.atomic_files import write_private
 from protocols.messages.states import PeerState
-from protocols.p2p.gossip import NEIGHBOURS_PATH, Neighbours, Told
+from protocols.p2p.gossip import NEIGHBORS_PATH, GossipBatch, NeighborsResponse
 from tests.support.https_site import HOST, Site
 from tests.support.lone_peers import Peer, without_coordinator
 from tests.support.waiting import until
@@ -32,15 +32,15 @@ def home_of(site: Site, folder: Path) -> Path:
     return home
 
 
-async def told(site: Site) -> Neighbours:
+async def told(site: Site) -> NeighborsResponse:
     """What a watcher is given while the coordinator is there."""
 
     def ask() -> bytes:
         with site.http() as http:
-            headers = site.operator("GET", NEIGHBOURS_PATH)
-            return http.get(NEIGHBOURS_PATH, headers=headers).raise_for_status().content
+            headers = site.operator("GET", NEIGHBORS_PATH)
+            return http.get(NEIGHBORS_PATH, headers=headers).raise_for_status().content
 
-    return msgspec.json.decode(await asyncio.to_thread(ask), type=Neighbours)
+    return msgspec.json.decode(await asyncio.to_thread(ask), type=NeighborsResponse)
 
 
 async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
         async with without_coordinator(ann, bob):
             await until(lambda: bob.heads.newest() == head)
             given = await told(site)
-            near = next(one for one in given.near if one.name == "ann")
-            asking = Asking(near, given.pass_, sign)
-            assert (await asyncio.to_thread(asking.words, Told())).words
+            near = next(one for one in given.neighbors if one.name == "ann")
+            asking = Asking(near, given.access_token, sign)
+            assert (await asyncio.to_thread(asking.words, GossipBatch())).entries
             with pytest.raises(Unreachable, match="401"):
                 await asyncio.to_thread(asking.proof, head.digest)
             nbytes = ann.heads.path(head.digest).stat().st_size
@@ -120,7 +120,7 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
             # Somebody else at ann's address is not asked.
             at_bob = bob.sharing.asked().address
             near = tuple(
-                msgspec.structs.replace(one, address=at_bob) for one in given.near
+                msgspec.structs.replace(one, address=at_bob) for one in given.neighbors
                 if one.name == "ann"
             )  # fmt: skip
             peer_source.save_neighbours(home, msgspec.structs.replace(given, near=near))

@@ -12,7 +12,7 @@ from coordinator.fleet import reducer as fleets
 from coordinator.monitor.terminal_text import ascii_only, strip_controls
 from coordinator.remote.recording import DEMO_FILE, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from tests.support.scene import NOW, Replay, busy_fleet, empty_fleet, story
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_was_cut_off_plays_to_there(tmp_path: Path) -> None:
         path.write_bytes(whole[: int(len(whole) * share)])
         try:
             head, lines = read(path)
-        except UsageFault:
+        except UsageError:
             continue  # not even its head is there
         assert head.commonweight_recording == 1
         assert len(list(lines)) <= len(story()) + 1
@@ -118,11 +118,11 @@ def test_a_file_that_was_cut_off_plays_to_there(tmp_path: Path) -> None:
 def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(data)
-    with pytest.raises(UsageFault, match="no recording of a monitor"):
+    with pytest.raises(UsageError, match="no recording of a monitor"):
         ReplaySource(path)
-    with pytest.raises(UsageFault, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot read"):
         ReplaySource(tmp_path / "nothing")
-    with pytest.raises(UsageFault, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         Recorder(path)
 
 

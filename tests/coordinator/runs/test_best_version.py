@@ -20,7 +20,7 @@ from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import Metrics
 from protocols.messages.states import RunState
 from protocols.tables import evaluation_counts
@@ -121,7 +121,7 @@ def test_a_target_may_name_its_metric() -> None:
     found = typed_as("0.9", **{"best-metric": "macro_f1"})
     assert (found.best_metric, found.target) == ("macro_f1", 0.9)
     assert typed_as("a=b").settings["target"] == "a=b"
-    with pytest.raises(UsageFault, match="two metrics"):
+    with pytest.raises(UsageError, match="two metrics"):
         typed_as("rmse=2.5", **{"best-metric": "mae"})
 
 

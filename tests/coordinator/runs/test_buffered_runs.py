@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -234,7 +234,7 @@ async def test_what_does_not_fit_is_refused(
     tmp_path: Path, spec: dict[str, Any], words: str
 ) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        with pytest.raises(UsageFault) as caught:
+        with pytest.raises(UsageError) as caught:
             fleet.hub.runs.start(RunSpec(task="softmax", rounds=1, **spec), "")
         assert words in caught.value.message + caught.value.hint
 

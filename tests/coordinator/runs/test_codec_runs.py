@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from agent.clientapp.app import CLAIM
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
@@ -164,7 +164,7 @@ async def test_an_unknown_codec_is_refused_before_the_start(tmp_path: Path) -> N
     async with fleet_of(tmp_path, *DATA) as fleet:
         with pytest.raises(UnknownName, match="known: fp32, bf16, int8, sign, ternary, topk"):
             fleet.start(rounds=1, codec="zip")
-        with pytest.raises(UsageFault, match="share"):
+        with pytest.raises(UsageError, match="share"):
             fleet.start(rounds=1, codec="topk:7")
 
 

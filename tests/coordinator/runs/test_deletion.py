@@ -16,7 +16,7 @@ from coordinator.storage.job_events import JobSpec
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import CannotBeMet, UnknownName
-from protocols.messages.jobs import Model
+from protocols.messages.jobs import ModelRef
 from protocols.messages.states import RunState
 from tests.support.fleet_harness import COORDINATOR, environment, run_program
 from tests.support.in_process_fleet import Fleet, first_weights, fleet_of, some_data, until
@@ -132,7 +132,7 @@ async def test_a_version_that_a_job_uses_is_deleted_when_the_job_has_ended(tmp_p
             spec = JobSpec(
                 kind="private",
                 task="softmax",
-                models=(Model(head, 0),),
+                models=(ModelRef(head, 0),),
                 peers=tuple(agent.peer for agent in fleet.agents),
                 settings={"round": 0},
             )

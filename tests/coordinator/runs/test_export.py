@@ -14,7 +14,7 @@ from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
 from coordinator.storage.weight_store import WeightStore
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.model import model_card, personalization, schema_card
 from protocols.model.weights import TensorSpec, Weights, file_digest
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     lane.drop(run.history[0].digest)
     with pytest.raises(UnknownName, match="not kept any more"):
         export.export(home, run, run.history[0].digest, NAMES, out)
-    with pytest.raises(UsageFault, match="one file"):
+    with pytest.raises(UsageError, match="one file"):
         export.export(home, run, "best", NAMES, tmp_path / "a.json")
     (tmp_path / "a.json").touch()
     with pytest.raises(CommonweightError, match=r"a.json exists already"):
@@ -145,15 +145,15 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
 
 def test_a_file_that_is_not_its_cards_is_refused(lane: WeightStore, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
-    with pytest.raises(UsageFault, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot read"):
         model_card.read(out)
     export.export(tmp_path / "home", trained(lane, 1), "best", NAMES, out)
     whole = out.read_bytes()
     out.write_bytes(whole[:-1] + b"\1")
-    with pytest.raises(UsageFault, match="is not the file of its card"):
+    with pytest.raises(UsageError, match="is not the file of its card"):
         model_card.read(out)
     out.write_bytes(whole)
     for text in (b"{}", b"\xff", b'{"kind": 3}'):
         (tmp_path / "a.json").write_bytes(text)
-        with pytest.raises(UsageFault, match="no card of a model"):
+        with pytest.raises(UsageError, match="no card of a model"):
             model_card.read(out)

@@ -13,7 +13,7 @@ from coordinator.runs import decisions, state, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import DataFault
+from protocols.errors import DataError
 from protocols.messages.states import RunState
 from protocols.model import schema_card
 from protocols.model.weights import TensorSpec, Weights
@@ -88,7 +88,7 @@ async def test_data_that_cannot_serve_are_told_in_the_peers_own_words(tmp_path: 
     async with fleet_of(tmp_path, *THREE) as fleet:
 
         def absent(kind: str, number: int) -> None:
-            raise DataFault("column price: expected numbers, found no such column", "in x.csv")
+            raise DataError("column price: expected numbers, found no such column", "in x.csv")
 
         fleet.agents[2].trainer.before = absent
         run_id = fleet.start(rounds=1, quorum=2, handshake=True)
@@ -104,7 +104,7 @@ async def test_where_nobody_fits_the_run_fails_at_once_and_says_why(tmp_path: Pa
         for agent in fleet.agents:
 
             def absent(kind: str, number: int) -> None:
-                raise DataFault("no such column: price")
+                raise DataError("no such column: price")
 
             agent.trainer.before = absent
         run = await fleet.finished(fleet.start(rounds=1, quorum=2, handshake=True))

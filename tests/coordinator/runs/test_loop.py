@@ -27,7 +27,7 @@ from protocols.errors import (
     CommonweightError,
     UnknownName,
     Unreachable,
-    UsageFault,
+    UsageError,
 )
 from protocols.messages import envelope
 from protocols.messages.states import RunState
@@ -761,19 +761,19 @@ async def test_what_is_no_claim_is_one_of_four_errors(tmp_path: Path, content: R
 async def test_what_cannot_be_met_is_said_before_the_start(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         for spec, fault in (
-            ({"rounds": 0}, UsageFault),
-            ({"quorum": 0}, UsageFault),
+            ({"rounds": 0}, UsageError),
+            ({"quorum": 0}, UsageError),
             ({"quorum": 3}, CannotBeMet),
-            ({"deadline_s": 0.0}, UsageFault),
-            ({"deadline_s": -1.0}, UsageFault),
-            ({"select": 0.5}, UsageFault),
-            ({"select": math.nan}, UsageFault),
-            ({"keep_versions": 0}, UsageFault),
-            ({"late": "fold", "strategy": "fedmedian"}, UsageFault),
-            ({"max_weight_share": 0.0}, UsageFault),
-            ({"max_weight_share": 1.5}, UsageFault),
+            ({"deadline_s": 0.0}, UsageError),
+            ({"deadline_s": -1.0}, UsageError),
+            ({"select": 0.5}, UsageError),
+            ({"select": math.nan}, UsageError),
+            ({"keep_versions": 0}, UsageError),
+            ({"late": "fold", "strategy": "fedmedian"}, UsageError),
+            ({"max_weight_share": 0.0}, UsageError),
+            ({"max_weight_share": 1.5}, UsageError),
             ({"strategy": "magic"}, UnknownName),
-            ({"strategy_args": {"x": 1}}, UsageFault),
+            ({"strategy_args": {"x": 1}}, UsageError),
         ):
             with pytest.raises(fault):
                 fleet.start(**({"rounds": 1} | spec))

@@ -16,7 +16,7 @@ from coordinator.remote import run_options
 from coordinator.runs import options
 from coordinator.runs.options import OPTIONS, Bounds, Option
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(RunSpec)}
 BOUNDED = [option for option in OPTIONS if option.bounds is not None]
@@ -57,22 +57,22 @@ def test_each_bound_is_checked_at_every_entrance(option: Option) -> None:
     words = f"--{option.name} must be {option.limits}"
     text = FORMS.get(option.name, "{}").format(number)
     value: Any = text if option.kind is str else number
-    with pytest.raises(UsageFault, match=words):
+    with pytest.raises(UsageError, match=words):
         run_options.build_order(
             {"task": "ping", option.name: [value] if option.repeatable else value}
         )
-    with pytest.raises(UsageFault, match=words):
+    with pytest.raises(UsageError, match=words):
         run_form.order({"task": "ping", option.name: text})
     spec = RunSpec(task="ping", rounds=1)
     options.check(spec)
     for bad in (number, float("nan")):
-        with pytest.raises(UsageFault, match=words):
+        with pytest.raises(UsageError, match=words):
             options.check(replace(spec, **{option.field: bad}))
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.choices], ids=lambda o: o.name)
 def test_a_choice_that_is_not_there_is_refused(option: Option) -> None:
-    with pytest.raises(UsageFault, match=f"--{option.name} must be .* or .*, not 'by mood'"):
+    with pytest.raises(UsageError, match=f"--{option.name} must be .* or .*, not 'by mood'"):
         run_options.build_order({"task": "ping", option.name: "by mood"})
 
 

@@ -15,7 +15,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.work import Done, Init, Train, Work
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import CommonweightError, UsageFault
+from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
 from protocols.model.weights import Weights
@@ -177,7 +177,7 @@ async def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             ({"settings": {"scaffold": 1}}, "the strategy says it"),
             ({"settings": {"at_home": "*"}}, "the strategy says it"),
         ):
-            with pytest.raises(UsageFault) as caught:
+            with pytest.raises(UsageError) as caught:
                 fleet.start(rounds=1, **spec)
             assert words in caught.value.message + caught.value.hint
         run = await fleet.finished(

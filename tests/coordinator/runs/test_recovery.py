@@ -13,7 +13,7 @@ from coordinator.storage.run_events import Holding, RunEvent, RunSpec, Update
 from protocols.enrollment import identity
 from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
-from protocols.messages.work import SIGNED_WORK, Question, Work
+from protocols.messages.work import SIGNED_WORK, Work, WorkKind
 
 OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
 IS_OWN = partial(identity.verify, identity.raw_public(OWN))
@@ -96,7 +96,7 @@ def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
     assert (back.round, back.head, back.history, back.best) == (0, "v0", (), None)
 
 
-def signed(kind: Question, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
+def signed(kind: WorkKind, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
     work = Work(run=run, round=number, kind=kind, task="t", base="d" if kind != "init" else "")
     return SIGNED_WORK.seal(work, key.sign)
 

@@ -14,7 +14,7 @@ from coordinator.runs import loop, recorder, requests, retention
 from coordinator.storage import run_events, versions
 from coordinator.storage.run_events import RunSpec
 from coordinator.strategies import memory_estimate, state
-from protocols.errors import CannotBeMet, UsageFault
+from protocols.errors import CannotBeMet, UsageError
 from protocols.messages.states import RunState
 from tests.support.in_process_fleet import Fleet, first_weights, fleet_of, some_data
 from tests.support.waiting import until
@@ -192,7 +192,7 @@ async def test_what_cannot_work_is_refused_before_the_start(tmp_path: Path) -> N
         for name, words in (("krum", "needs 3"), ("bulyan", "needs 3"), ("fedmedian", "needs 3")):
             with pytest.raises(CannotBeMet, match=words):
                 fleet.start(rounds=1, quorum=2, strategy=name)
-        with pytest.raises(UsageFault, match="few peers send the same coordinate"):
+        with pytest.raises(UsageError, match="few peers send the same coordinate"):
             fleet.start(rounds=1, quorum=3, strategy="fedmedian", codec="topk")
         assert fleet.hub.runs.all() == []
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.storage.ledger import FORMAT, Ledger
-from protocols.errors import DiskFull, HomeFault, HomeTooNew
+from protocols.errors import DiskFull, HomeError, HomeTooNew
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_damaged_ledger_is_refused_at_the_start_and_not_touched(
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'{"find":"me"}', b'{"find":"ne"}'))
     spoilt = path.read_bytes()
-    with pytest.raises(HomeFault, match=r"damaged: entry 7 .*"):
+    with pytest.raises(HomeError, match=r"damaged: entry 7 .*"):
         Ledger(path)
     assert path.read_bytes() == spoilt
     path.write_bytes(whole)
@@ -169,6 +169,6 @@ def test_what_is_no_database_is_said(tmp_path: Path) -> None:
     (tmp_path / "junk.db").write_bytes(b"this is no database" * 100)
     (tmp_path / "folder.db").mkdir()
     for name in ("junk.db", "folder.db", "missing/ledger.db"):
-        with pytest.raises(HomeFault, match="cannot be used"):
+        with pytest.raises(HomeError, match="cannot be used"):
             Ledger(tmp_path / name)
     assert (tmp_path / "junk.db").read_bytes() == b"this is no database" * 100

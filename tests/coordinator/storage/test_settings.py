@@ -11,7 +11,7 @@ import pytest
 from coordinator.storage import settings
 from coordinator.storage.settings import SETTINGS_FILE
 from protocols.enrollment import identity
-from protocols.errors import ExitCode, HomeFault, UsageFault
+from protocols.errors import ExitCode, HomeError, UsageError
 from protocols.local.atomic_files import write_private
 
 
@@ -46,14 +46,14 @@ def test_a_list_in_the_environment_is_json(home: Path, monkeypatch: pytest.Monke
 )
 def test_a_wrong_file_is_a_usage_fault(home: Path, wrong: str) -> None:
     (home / SETTINGS_FILE).write_text(wrong)
-    with pytest.raises(UsageFault) as caught:
+    with pytest.raises(UsageError) as caught:
         settings.read()
     assert caught.value.exit_code is ExitCode.USAGE
 
 
 def test_a_file_that_is_no_text_is_a_usage_fault(home: Path) -> None:
     (home / SETTINGS_FILE).write_bytes(b"host = '\xff\xfe'")
-    with pytest.raises(UsageFault, match=SETTINGS_FILE):
+    with pytest.raises(UsageError, match=SETTINGS_FILE):
         settings.read()
 
 
@@ -65,12 +65,12 @@ def test_a_wrong_variable_is_a_usage_fault(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"COMMONWEIGHT_{name}", value)
-    with pytest.raises(UsageFault, match=name.lower()):
+    with pytest.raises(UsageError, match=name.lower()):
         settings.read()
 
 
 def test_a_wrong_flag_is_a_usage_fault(home: Path) -> None:
-    with pytest.raises(UsageFault, match="port"):
+    with pytest.raises(UsageError, match="port"):
         settings.read(port=70000)
 
 
@@ -99,7 +99,7 @@ def test_names_are_kept_and_the_rest_of_the_file_with_them(home: Path) -> None:
 
 
 def test_without_keys_the_way_is_shown(home: Path) -> None:
-    with pytest.raises(HomeFault) as caught:
+    with pytest.raises(HomeError) as caught:
         settings.open_keys(home)
     assert "commonweight init" in caught.value.hint
 
@@ -114,7 +114,7 @@ def test_a_damaged_home_is_said(home: Path, name: str, content: bytes | None) ->
         (home / name).unlink()
     else:
         (home / name).write_bytes(content)
-    with pytest.raises(HomeFault):
+    with pytest.raises(HomeError):
         settings.open_keys(home)
 
 
@@ -157,7 +157,7 @@ def test_a_certificate_that_does_not_fit_its_key_is_made_anew(
 def test_a_name_that_no_certificate_can_hold(home: Path) -> None:
     settings.init([])
     keys = settings.open_keys(home)
-    with pytest.raises(UsageFault, match="münchen"):
+    with pytest.raises(UsageError, match="münchen"):
         settings.certify(home, keys.ca_key, keys.ca_pem, ["münchen.lan"])
     assert "localhost" in names(home)
 

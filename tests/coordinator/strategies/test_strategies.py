@@ -32,7 +32,7 @@ from protocols.errors import (
     CommonweightError,
     ExitCode,
     UnknownName,
-    UsageFault,
+    UsageError,
 )
 from protocols.model import weights
 from protocols.model.weights import Weights, narrow, widen
@@ -212,7 +212,7 @@ def test_an_unknown_argument_is_told_with_the_known_ones_and_their_defaults() ->
     ],
 )
 def test_a_wrong_value_is_refused(name: str, given: dict[str, Setting], words: str) -> None:
-    with pytest.raises(UsageFault, match=words):
+    with pytest.raises(UsageError, match=words):
         strategies.check(spec_of(name, strategy_args=given))
 
 
@@ -248,9 +248,9 @@ def test_what_cannot_go_together_is_said() -> None:
             spec_of("multikrum", strategy_args={"num_malicious_nodes": 1, "num_nodes_to_select": 5})
         )
     for name in ("fedmedian", "krum", "multikrum", "bulyan", "qfedavg", "fedtrimmedavg"):
-        with pytest.raises(UsageFault, match="max-weight-share"):
+        with pytest.raises(UsageError, match="max-weight-share"):
             strategies.check(spec_of(name, max_weight_share=0.5))
-    with pytest.raises(UsageFault, match="--weighting"):
+    with pytest.raises(UsageError, match="--weighting"):
         strategies.check(spec_of("qfedavg", weighting="equal"))
     for name in ("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"):
         strategies.check(spec_of(name, max_weight_share=0.5, weighting="equal", clip_norm=1.0))
@@ -666,10 +666,10 @@ def test_what_is_no_strategy_is_refused(tmp_path: Path) -> None:
         ("acme_strategies:Nothing", UnknownName, "Nothing"),
         ("acme_strategies:", UnknownName, "cannot be loaded"),
         (":Class", UnknownName, "cannot be loaded"),
-        ("acme_strategies:Config", UsageFault, "no class that extends"),
-        ("acme_strategies:Bare", UsageFault, "lacks aggregate_evaluate"),
-        ("acme_strategies:Half", UsageFault, "only one of"),
-        ("acme_strategies:Counting", UsageFault, "needs the argument step"),
+        ("acme_strategies:Config", UsageError, "no class that extends"),
+        ("acme_strategies:Bare", UsageError, "lacks aggregate_evaluate"),
+        ("acme_strategies:Half", UsageError, "only one of"),
+        ("acme_strategies:Counting", UsageError, "needs the argument step"),
     ):
         with pytest.raises(error, match=words):
             strategies.check(spec_of(name))

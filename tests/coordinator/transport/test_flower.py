@@ -32,7 +32,7 @@ from agent.transport.weight_transfer import SessionLost
 from coordinator.transport.flower_guard import MAX_BODY_BYTES
 from coordinator.transport.flower_records import read_claim
 from protocols.errors import BadMessage, Unreachable
-from protocols.messages.work import EXCHANGE_PATH, Exchange, Parcel
+from protocols.messages.work import POLL_PATH, FlowerMessage, PollRequest
 from tests.support.https_site import Machine, Site, until
 
 # --- the contract with flwr 1.41 -------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_nothing_is_left_behind(site: Site, machine: Machine, link: Link) -> Non
 # --- hostile replies -------------------------------------------------------------------------
 
 
-def packed(message: Message, text: str) -> Parcel:
+def packed(message: Message, text: str) -> FlowerMessage:
     return _pack(answer_to(message, text))
 
 
@@ -469,7 +469,7 @@ def test_nobody_answers_in_anothers_name(site: Site, machine: Machine, link: Lin
     stranger = site.enroll()
     other = Link(site.credentials(stranger))
     other.open()
-    forged = Exchange(reply=packed(message, "forged"), want=False)
+    forged = PollRequest(reply=packed(message, "forged"), wants_work=False)
     with pytest.raises(BadMessage, match="another's name"):
         site.superlink.exchange(site.nodes[stranger.peer], forged)
     other.close()
@@ -486,7 +486,7 @@ def test_a_parcel_that_is_none_is_refused(site: Site, machine: Machine, http: ht
         msgspec.msgpack.encode({"reply": {"message": b"x"}}),
     ):
         answer = http.post(
-            EXCHANGE_PATH, content=body, headers=machine.headers("POST", EXCHANGE_PATH, body)
+            POLL_PATH, content=body, headers=machine.headers("POST", POLL_PATH, body)
         )
         assert answer.status_code == 400
 
@@ -526,7 +526,7 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     node = site.nodes[machine.peer]
     site.superlink.state.activate_node(node, 60.0)
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
-    given_out = site.superlink.exchange(node, Exchange()).work
+    given_out = site.superlink.exchange(node, PollRequest()).work
     assert given_out is not None
     message = Message(
         RecordDict(), reply_to=_unpack(given_out)
@@ -559,11 +559,11 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     if what == "head":
         field, value = data.draw(st.sampled_from(HEADS))
         setattr(head.metadata, field, value)
-    hostile = Parcel(
+    hostile = FlowerMessage(
         message=head.SerializeToString(), tree=tree.SerializeToString(), objects=objects
     )
     with contextlib.suppress(BadMessage):
-        site.superlink.exchange(node, Exchange(reply=hostile, want=False))
+        site.superlink.exchange(node, PollRequest(reply=hostile, wants_work=False))
     for reply in site.grid.pull_messages(ids):
         assert reply.metadata.reply_to_message_id in ids
         with contextlib.suppress(BadMessage, KeyError, TypeError, ValueError):

@@ -6,16 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.transport.holders import FRESH_S, SEED_S, Holders
-from protocols.p2p.swarm import MOST_HOLDERS, PlanAsked
+from protocols.p2p.swarm import MAX_SOURCES, DownloadPlanRequest
 
 VERSION = "0" * 64
 HOME = ("192.168.1.0/24",)
 ROUTER = "203.0.113.7"
 
 
-def at_home(number: int, **changed: object) -> PlanAsked:
+def at_home(number: int, **changed: object) -> DownloadPlanRequest:
     fields: dict[str, object] = {"address": f"192.168.1.{number}:4000", "networks": HOME}
-    return PlanAsked(**(fields | changed))  # type: ignore[arg-type]
+    return DownloadPlanRequest(**(fields | changed))  # type: ignore[arg-type]
 
 
 def ask(holders: Holders, number: int, now: float = 0.0, **changed: object) -> list[str]:
@@ -37,7 +37,7 @@ def test_the_first_of_a_network_asks_the_coordinator_and_later_ones_those_before
 def test_other_networks_are_another_affair() -> None:
     holders = Holders()
     ask(holders, 1)
-    elsewhere = PlanAsked(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
+    elsewhere = DownloadPlanRequest(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
     assert holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders == []
     # The same private numbers behind another router are another home.
     assert holders.ask(VERSION, "twin", at_home(8), "198.51.100.1", 0.0).holders == []
@@ -52,8 +52,8 @@ def test_without_a_router_in_between_the_network_is_seen_as_it_is() -> None:
 
 def test_an_open_holder_serves_everybody() -> None:
     holders = Holders()
-    ask(holders, 1, open=True)
-    elsewhere = PlanAsked(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
+    ask(holders, 1, serves_other_networks=True)
+    elsewhere = DownloadPlanRequest(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
     found = holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders
     assert found == [("p1", "192.168.1.1:4000")]
 
@@ -130,7 +130,7 @@ def test_whoever_waits_waits_for_nobody_who_waits_for_him(deeds: list[tuple[int,
                 others.discard(peer)
         else:
             found = ask(holders, number, **({"address": ""} if deed == "mute" else {}))
-            assert len(found) <= MOST_HOLDERS
+            assert len(found) <= MAX_SOURCES
             assert peer not in found
             waits[peer] = {other for other in found if other in waits}
     settled: set[str] = set()

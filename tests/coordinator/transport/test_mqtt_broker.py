@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
-from protocols.errors import CommonweightError, HomeFault, PortInUse, UsageFault
+from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
 from tests.support.waiting import until
 
@@ -86,10 +86,10 @@ async def test_what_cannot_work_is_said(site: Site) -> None:
     certificate, key = site.folder / "tls.pem", site.folder / "tls.key"
     for host in ("192.0.2.1", "nowhere.invalid"):
         broker = EmbeddedBroker(site.folder, host, 0, certificate, key, "u", "p")
-        with pytest.raises(UsageFault, match=host):
+        with pytest.raises(UsageError, match=host):
             await broker.start()
     broker = EmbeddedBroker(site.folder, HOST, 0, site.folder / "none.pem", key, "u", "p")
-    with pytest.raises(HomeFault, match=r"none\.pem"):
+    with pytest.raises(HomeError, match=r"none\.pem"):
         await broker.start()
 
 
@@ -210,5 +210,5 @@ async def test_an_external_broker_is_its_url(site: Site) -> None:
     async with running(lambda: broker.supervise(lambda up, _: changes.append(up))):
         await until(lambda: changes == [True])
     await broker.stop()
-    with pytest.raises(UsageFault, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot read"):
         ExternalBroker("mqtts://broker.example", site.folder / "none")

@@ -27,7 +27,7 @@ from protocols.messages.envelope import (
     Command,
     Doorbell,
     Envelope,
-    Happened,
+    EventLine,
     Links,
     Notice,
     Presence,
@@ -35,7 +35,7 @@ from protocols.messages.envelope import (
     Telemetry,
     seal,
 )
-from protocols.messages.mqtt import MqttAddress, Voice
+from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.states import PeerState
 from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
 from tests.support.waiting import until
@@ -168,7 +168,7 @@ async def test_forged_and_misplaced_messages_are_counted_not_heard(site: Site) -
     mine, theirs = topics.presence(site.fleet, site.peer), topics.presence(site.fleet, other)
     event = topics.event(site.fleet)
     notice = topics.notice(site.fleet, site.peer)
-    happened = Happened(level="info", text="x")
+    happened = EventLine(level="info", text="x")
 
     def forge(topic: str, sender: str, body: Body, signed_for: str = "") -> tuple[str, bytes]:
         envelope = Envelope(sender=sender, epoch="e", seq=1, at=0.0, body=body)
@@ -198,7 +198,7 @@ async def test_forged_and_misplaced_messages_are_counted_not_heard(site: Site) -
 
 async def test_any_bytes_are_counted_and_ignored(site: Site) -> None:
     rng = random.Random(1)
-    good = Voice(site.peer, site.agent_key.sign)
+    good = SequencedSigner(site.peer, site.agent_key.sign)
     topic = topics.presence(site.fleet, site.peer)
     payload = good.seal(topic, IDLE)
     bad = [rng.randbytes(rng.randrange(1, 400)) for _ in range(100)]
@@ -224,7 +224,9 @@ async def test_more_retained_presences_than_a_qos_1_subscription_gets(site: Site
         async with rogue(site.address(broker)) as client:
             for peer, key in zip(peers, keys, strict=True):
                 topic = topics.presence(site.fleet, peer)
-                await client.publish(topic, Voice(peer, key.sign).seal(topic, IDLE), 1, True)
+                await client.publish(
+                    topic, SequencedSigner(peer, key.sign).seal(topic, IDLE), 1, True
+                )
         watch = Watch(site, site.address(broker))
         async with running(watch.feed.run):
             await until(lambda: len(watch.heard) == 300)
@@ -290,7 +292,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
         watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign, doorbells=False)
         async with running(watch.feed.run):
             await until(lambda: watch.feed.connected)
-            large = Happened(level="info", text="x" * MAX_PAYLOAD_BYTES)
+            large = EventLine(level="info", text="x" * MAX_PAYLOAD_BYTES)
             assert not await watch.tell(large)
             assert not await watch.feed.ring(site.peer)
             assert watch.feed.connected

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from coordinator.transport.neighbours import Neighbourhood
-from protocols.p2p.gossip import MOST_NEIGHBOURS
-from protocols.p2p.swarm import PlanAsked
+from protocols.p2p.gossip import MAX_NEIGHBORS
+from protocols.p2p.swarm import DownloadPlanRequest
 
 HOME = ("192.168.1.0/24",)
 
 
-def at(host: str, *, is_open: bool = False, networks: tuple[str, ...] = HOME) -> PlanAsked:
-    return PlanAsked(address=f"{host}:5000", networks=networks, open=is_open)
+def at(
+    host: str, *, is_open: bool = False, networks: tuple[str, ...] = HOME
+) -> DownloadPlanRequest:
+    return DownloadPlanRequest(
+        address=f"{host}:5000", networks=networks, serves_other_networks=is_open
+    )
 
 
 def test_near_ones_and_open_ones_are_named() -> None:
@@ -18,7 +22,7 @@ def test_near_ones_and_open_ones_are_named() -> None:
     book.tell("near", at("192.168.1.2"), "80.0.0.1")
     book.tell("another home", at("192.168.1.3"), "80.0.0.2")
     book.tell("open", at("10.9.9.9", is_open=True, networks=("10.9.9.0/24",)), "80.0.0.3")
-    book.tell("silent", PlanAsked(networks=HOME), "80.0.0.1")
+    book.tell("silent", DownloadPlanRequest(networks=HOME), "80.0.0.1")
     asked = at("192.168.1.9")
     assert book.near("me", asked, "80.0.0.1") == [
         ("open", "10.9.9.9:5000"),
@@ -26,13 +30,13 @@ def test_near_ones_and_open_ones_are_named() -> None:
     ]
     assert [peer for peer, _ in book.everywhere()] == ["near", "another home", "open"]
     book.gone("open")
-    book.tell("near", PlanAsked(), "80.0.0.1")  # it has stopped to serve
+    book.tell("near", DownloadPlanRequest(), "80.0.0.1")  # it has stopped to serve
     assert book.near("me", asked, "80.0.0.1") == []
 
 
 def test_few_are_named_those_who_told_last() -> None:
     book = Neighbourhood()
-    for number in range(2 * MOST_NEIGHBOURS):
+    for number in range(2 * MAX_NEIGHBORS):
         book.tell(f"p{number}", at(f"192.168.1.{number + 1}"), "80.0.0.1")
     named = [peer for peer, _ in book.near("p31", at("192.168.1.99"), "80.0.0.1")]
-    assert named == [f"p{number}" for number in range(30, 30 - MOST_NEIGHBOURS, -1)]
+    assert named == [f"p{number}" for number in range(30, 30 - MAX_NEIGHBORS, -1)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from agent.data import open_table
 from agent.data.dask_reader import client
 from agent.data.settings import DataSettings
-from protocols.errors import DataFault
+from protocols.errors import DataError
 from tests.extras.same_tables import (
     FORMS,
     ROWS,
@@ -60,6 +60,6 @@ def test_on_a_cluster_of_ones_own(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_without_the_files_name(tmp_path: Path) -> None:
     latin = tmp_path / "latin.csv"
     latin.write_bytes("x,y\nZürich,1\n".encode("latin-1"))
-    with pytest.raises(DataFault, match="no UTF-8 text") as caught:
+    with pytest.raises(DataError, match="no UTF-8 text") as caught:
         list(open_table(DataSettings(path=str(latin), reader="dask")).batches(["x"]))
     assert "latin.csv" not in caught.value.message

@@ -19,7 +19,7 @@ from agent.tasks.language.gpt import TextLM
 from agent.tasks.language.lora import Lora
 from benchmarks.quality.fleet import fleet_of
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import DataFault, UsageFault
+from protocols.errors import DataError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights, file_digest
@@ -117,7 +117,7 @@ def test_text_lm_on_byte_pairs_of_a_tokenizer_that_the_run_names(hub: Path, text
     pairs_of = text.tokens(data_of(hub, texts), text.tokenizer(digest, texts / "one"))
     assert len(pairs_of) < len(bytes_of) / 2
     (texts / "one" / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataFault, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         text.tokenizer(file_digest(texts / "one" / "tokenizer.json"), texts / "one")
 
 
@@ -176,10 +176,10 @@ def test_another_base_model_is_another_trait(hub: Path, texts: Path, tmp_path: P
 def test_model_folders_that_cannot_serve_are_told(hub: Path, texts: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
 
-    def fault(name: str = "tiny", **words: str) -> DataFault:
+    def fault(name: str = "tiny", **words: str) -> DataError:
         task = Lora()
         task.load(DataSettings(path=str(texts / "one"), models=str(models), **words))  # type: ignore[arg-type]
-        with pytest.raises(DataFault) as caught:
+        with pytest.raises(DataError) as caught:
             task.traits(CAUSAL | {"model": name})
         assert str(tmp_path) not in caught.value.message
         return caught.value
@@ -205,7 +205,7 @@ def test_code_in_a_model_folder_is_not_run(hub: Path, texts: Path, tmp_path: Pat
     config = (folder / "config.json").read_text().replace('"llama"', '"odd"')
     auto = '{"auto_map": {"AutoConfig": "odd.C", "AutoModelForCausalLM": "odd.M"}, '
     (folder / "config.json").write_text(auto + config.lstrip()[1:])
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         loaded(tmp_path / "models", texts).traits(CAUSAL)
     assert not ran.exists()
 
@@ -221,5 +221,5 @@ def test_the_digest_is_remembered_until_a_file_changes(hub: Path, texts: Path) -
     "settings", [{"model": ""}, {"kind": "seq2seq"}, {"rank": 0}, {"kind": "classification"}]
 )
 def test_settings_that_cannot_be(settings: dict[str, str | int]) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         Lora().schema(CAUSAL | settings)

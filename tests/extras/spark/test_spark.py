@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from agent.data import open_table
 from agent.data.settings import DataSettings
 from agent.data.spark_reader import check_java
-from protocols.errors import CommonweightError, DataFault
+from protocols.errors import CommonweightError, DataError
 from tests.extras.same_tables import (
     FORMS,
     ROWS,
@@ -45,7 +45,7 @@ def test_any_table_has_the_same_answers_and_statistics(rows: Rows) -> None:
 def test_bytes_that_are_no_text_are_told_and_not_replaced(tmp_path: Path) -> None:
     latin = tmp_path / "latin.csv"
     latin.write_bytes("x,y\nplain,1\nZürich,1\n".encode("latin-1"))
-    with pytest.raises(DataFault, match="no UTF-8 text") as caught:
+    with pytest.raises(DataError, match="no UTF-8 text") as caught:
         list(open_table(DataSettings(path=str(latin), reader="spark:local[2]")).batches(["x"]))
     assert "latin.csv" not in caught.value.message
     replaced = write_csv(tmp_path / "replaced.csv", [{"x": "Z\ufffdrich", "y": "1"}])

@@ -18,7 +18,7 @@ from agent.tasks.images import keras_task, torch_task
 from agent.tasks.training.keras_task import Examples, KerasTask
 from benchmarks.quality.fleet import fleet_of
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -157,7 +157,7 @@ def test_a_mixed_run_converges_like_the_pure_ones(folders: Path) -> None:
 
 def test_what_only_torch_can_do_is_told() -> None:
     task = registry.find("images", framework="keras")
-    with pytest.raises(UsageFault, match="resnet18 is there in torch only"):
+    with pytest.raises(UsageError, match="resnet18 is there in torch only"):
         task.schema(DIGITS | {"model": "resnet18"})
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocols.analytics.parser import FORMS, question
 from protocols.analytics.query import Condition, Operation
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 
 
 def test_a_question_is_read_as_it_is_meant() -> None:
@@ -73,7 +73,7 @@ def test_each_example_is_right(form: object) -> None:
     ],
 )
 def test_what_is_no_question_is_told(text: str, where: str, words: str) -> None:
-    with pytest.raises((UsageFault, UnknownName), match=words):
+    with pytest.raises((UsageError, UnknownName), match=words):
         question(text, where)
 
 

@@ -17,7 +17,7 @@ from protocols.codecs import registry
 from protocols.codecs.delta import BLOCK, Floats, Layout
 from protocols.codecs.index_coding import deflated
 from protocols.codecs.registry import KNOWN, Decoded, Encoded
-from protocols.errors import BadWeights, UnknownName, UsageFault
+from protocols.errors import BadWeights, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import FLOATING, Array, Part, Schema, Weights, narrow, pieces, widen
 from protocols.model.weights_file import Stored
@@ -143,7 +143,7 @@ def test_unknown_codecs_are_refused_with_the_known() -> None:
         with pytest.raises(UnknownName, match="fp32, bf16, int8, sign, ternary, topk"):
             registry.find(name)
     for kind, share in itertools.product(registry.SPARSE, ("", "0", "nan", "-1", "0.5", "much")):
-        with pytest.raises(UsageFault, match=f"{kind}:{share}: the share"):
+        with pytest.raises(UsageError, match=f"{kind}:{share}: the share"):
             registry.find(f"{kind}:{share}")
     assert registry.find("topk").name == registry.find("topk:0.01").name == "topk:0.01"
     assert registry.find("ternary").name == registry.find("ternary:0.2").name == "ternary:0.2"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
-from protocols.errors import BadMessage, HomeFault
+from protocols.errors import BadMessage, HomeError
 from protocols.local.atomic_files import write_private
 
 
@@ -204,10 +204,10 @@ def test_a_wrong_key_file_is_a_fault_of_the_home(tmp_path: Path) -> None:
         )
     )
     for name in ("node", "junk", "locked", "missing"):
-        with pytest.raises(HomeFault, match=name):
+        with pytest.raises(HomeError, match=name):
             identity.load_signing_key(tmp_path / name)
     for name in ("sign", "junk", "locked", "missing"):
-        with pytest.raises(HomeFault, match=name):
+        with pytest.raises(HomeError, match=name):
             identity.load_node_key(tmp_path / name)
 
 

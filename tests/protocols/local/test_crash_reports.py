@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.local import crash_reports
 
 SECRET = "row 17: alice@example.org"
@@ -31,11 +31,11 @@ def test_a_report_holds_no_data(tmp_path: Path) -> None:
     told = json.loads(text)
     assert [error["kind"] for error in told["errors"]] == ["KeyError", "ValueError"]
     assert told["errors"][0]["steps"][-1].endswith(" fall")
-    assert "KeyError in protocols/test_crashes.py:" in crash_reports.in_words(report)
+    assert "KeyError in local/test_crash_reports.py:" in crash_reports.in_words(report)
 
 
 def test_the_last_few_are_kept_and_what_was_expected_is_none(tmp_path: Path) -> None:
-    crash_reports.keep(tmp_path, UsageFault("no"))
+    crash_reports.keep(tmp_path, UsageError("no"))
     crash_reports.keep(tmp_path, KeyboardInterrupt())
     assert crash_reports.kept(tmp_path) == []
     for number in range(crash_reports.KEPT + 3):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from protocols.errors import ExitCode, HomeFault, HomeLocked, HomeTooNew, NotRunning
+from protocols.errors import ExitCode, HomeError, HomeLocked, HomeTooNew, NotRunning
 from protocols.local import homes
 
 
@@ -87,20 +87,20 @@ def test_a_newer_format_is_refused_and_kept(home: Path) -> None:
 )
 def test_a_damaged_stamp_is_said(home: Path, content: bytes) -> None:
     stamp(home, content)
-    with pytest.raises(HomeFault, match="damaged"):
+    with pytest.raises(HomeError, match="damaged"):
         homes.open_home("coordinator")
 
 
 def test_the_other_programs_home_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     homes.open_home("coordinator", create=True)
     monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(home))
-    with pytest.raises(HomeFault, match="home of a coordinator"):
+    with pytest.raises(HomeError, match="home of a coordinator"):
         homes.open_home("agent", create=True)
 
 
 def test_a_file_in_the_way_is_said(home: Path) -> None:
     home.write_text("not a folder")
-    with pytest.raises(HomeFault, match=str(home)):
+    with pytest.raises(HomeError, match=str(home)):
         homes.open_home("coordinator", create=True)
 
 
@@ -111,7 +111,7 @@ def test_no_permission_is_said(home: Path) -> None:
     homes.open_home("coordinator", create=True)
     home.chmod(0o500)
     try:
-        with pytest.raises(HomeFault, match="permission"):
+        with pytest.raises(HomeError, match="permission"):
             homes.open_home("coordinator")
     finally:
         home.chmod(0o700)
@@ -120,7 +120,7 @@ def test_no_permission_is_said(home: Path) -> None:
 _LOCK = """
 import sys
 from pathlib import Path
-from protocols import homes
+from protocols.local import homes
 from protocols.errors import HomeLocked
 try:
     homes.lock(Path(sys.argv[1]), "coordinator")

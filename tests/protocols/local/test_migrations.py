@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protocols.errors import HomeFault, HomeLocked
+from protocols.errors import HomeError, HomeLocked
 from protocols.local import homes, migrations
 
 
@@ -48,7 +48,7 @@ def test_it_is_copied_and_taken_along(home: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_step_that_fails_changes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(migrations.STEPS["agent"], 2, spoil)
     for _ in range(2):
-        with pytest.raises(HomeFault, match=r"from format 1 to 3: what is this\?"):
+        with pytest.raises(HomeError, match=r"from format 1 to 3: what is this\?"):
             homes.open_home("agent")
         assert (home / "settings.toml").read_text() == "part = 1\n"
         assert json.loads((home / "home.json").read_text())["format"] == 1

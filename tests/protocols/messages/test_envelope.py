@@ -20,10 +20,10 @@ from protocols.messages.envelope import (
     Command,
     Doorbell,
     Envelope,
-    Happened,
+    EventLine,
     Links,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -63,7 +63,7 @@ BODIES = st.one_of(
         for_s=st.floats(0, 366 * 86400),
     ),
     st.builds(
-        PeerKnown,
+        PeerChanged,
         peer=WORDS,
         name=WORDS,
         labels=st.dictionaries(WORDS, WORDS, max_size=2),
@@ -88,7 +88,7 @@ BODIES = st.one_of(
         metrics=st.dictionaries(WORDS, st.none() | NUMBERS, max_size=2),
         norms=st.dictionaries(WORDS, NUMBERS, max_size=2),
     ),
-    st.builds(Happened, level=st.just("info"), text=WORDS, subject=WORDS),
+    st.builds(EventLine, level=st.just("info"), text=WORDS, subject=WORDS),
     st.builds(Links, mqtt=st.booleans(), flower=st.booleans(), rejected=st.integers(0, 9)),
 )
 ENVELOPES = st.builds(
@@ -107,7 +107,7 @@ def sealed(body: object, **changed: Any) -> bytes:
 
 
 def sign(body: bytes) -> bytes:
-    return urlsafe_b64encode(KEY.sign(messages._signed_part(TOPIC, body))) + b"." + body
+    return urlsafe_b64encode(KEY.sign(messages._signed_bytes(TOPIC, body))) + b"." + body
 
 
 def an_envelope(body: messages.Body) -> Envelope:
@@ -189,7 +189,7 @@ def test_no_steering_character_passes(steering: str, where: str) -> None:
 
 @given(st.text())
 def test_whatever_is_made_printable_passes(text: str) -> None:
-    body = Notice(level="error", text=messages.printable(text))
+    body = Notice(level="error", text=messages.strip_controls(text))
     payload = messages.seal(TOPIC, an_envelope(body), KEY.sign)
     assert messages.unseal(TOPIC, payload, accept).body == body
 
@@ -285,7 +285,7 @@ def test_a_signature_for_one_purpose_serves_no_other() -> None:
     claim = msgspec.convert(a_claim_as_json(), UpdateClaim)
     payload, signature = SIGNED_CLAIM.seal(claim, KEY.sign)
     assert SIGNED_CLAIM.decode(payload) == claim
-    assert verify(signature, SIGNED_CLAIM.part(payload))
+    assert verify(signature, SIGNED_CLAIM.signed_bytes(payload))
     with pytest.raises(BadMessage, match="not signed"):
         SIGNED_WORK.open(payload, signature, verify)
 

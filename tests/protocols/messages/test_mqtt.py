@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from protocols.enrollment import identity
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.messages import envelope as messages
 from protocols.messages import topics
-from protocols.messages.mqtt import MqttAddress, Seen, Voice, parse_url, tls_context
+from protocols.messages.mqtt import (
+    MqttAddress,
+    ReplayFilter,
+    SequencedSigner,
+    parse_url,
+    tls_context,
+)
 from protocols.network.backoff import delays
 
 PASSWORD = "pass/word"
@@ -56,7 +62,7 @@ def test_an_url_is_read(url: str, expected: MqttAddress) -> None:
     ],
 )
 def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:
-    with pytest.raises(UsageFault) as caught:
+    with pytest.raises(UsageError) as caught:
         parse_url(url)
     assert "mqtt" in caught.value.hint + caught.value.message
     assert "word" not in caught.value.message
@@ -79,9 +85,9 @@ def test_tls_checks_the_name_and_one_ca_only() -> None:
     assert context is not None
     assert context.check_hostname
     assert len(context.get_ca_certs()) == 1
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         tls_context(MqttAddress(host="x", port=1, ca_pem="no certificate"))
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         parse_url("mqtt://x", ca_pem.decode())
 
 
@@ -97,7 +103,7 @@ def test_waits_stay_in_bounds_and_differ(seed: int) -> None:
 
 def test_a_voice_numbers_without_gaps_and_is_heard_once() -> None:
     key = identity.new_signing_key()
-    voice, seen = Voice("P", key.sign), Seen(limit=2)
+    voice, seen = SequencedSigner("P", key.sign), ReplayFilter(limit=2)
     topic = topics.presence("0" * 16, "P")
 
     def verify(sender: str, signature: bytes, signed: bytes) -> bool:
@@ -107,16 +113,16 @@ def test_a_voice_numbers_without_gaps_and_is_heard_once() -> None:
         payload = voice.seal(topic, messages.Doorbell())
         envelope = messages.unseal(topic, payload, verify)
         assert (envelope.epoch, envelope.seq, envelope.sender) == (voice.epoch, number, "P")
-        assert seen.fresh(envelope.epoch, "a", envelope.seq)
-        assert not seen.fresh(envelope.epoch, "a", envelope.seq)
-    assert seen.fresh(voice.epoch, "b", 0)
-    assert Voice("P", key.sign).epoch != voice.epoch
+        assert seen.is_new(envelope.epoch, "a", envelope.seq)
+        assert not seen.is_new(envelope.epoch, "a", envelope.seq)
+    assert seen.is_new(voice.epoch, "b", 0)
+    assert SequencedSigner("P", key.sign).epoch != voice.epoch
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 9))))
 def test_nothing_is_fresh_twice(numbers: list[tuple[str, int]]) -> None:
-    seen = Seen()
-    fresh = [one for one in numbers if seen.fresh(one[0], "k", one[1])]
+    seen = ReplayFilter()
+    fresh = [one for one in numbers if seen.is_new(one[0], "k", one[1])]
     assert len(fresh) == len(set(fresh))
     for epoch in "xyz":
         of_epoch = [number for name, number in fresh if name == epoch]

@@ -19,8 +19,8 @@ from protocols.errors import BadMessage
 from protocols.messages.jobs import SIGNED_ANSWER, SIGNED_UNIT
 from protocols.messages.signing import SignedJson
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK
-from protocols.p2p.gossip import _SIGNED_WORD, SIGNED_PASS
-from protocols.p2p.swarm import SIGNED_PERMIT
+from protocols.p2p.gossip import _SIGNED_JSON_ENTRY, SIGNED_ACCESS_TOKEN
+from protocols.p2p.swarm import SIGNED_DOWNLOAD_TOKEN
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -42,15 +42,15 @@ def by(key: SigningKey) -> partial[bool]:
         (SIGNED_CLAIM, b"claim"),
         (SIGNED_UNIT, b"unit"),
         (SIGNED_ANSWER, b"answer"),
-        (SIGNED_PERMIT, b"permit"),
-        (SIGNED_PASS, b"pass"),
-        (_SIGNED_WORD, b"word"),
+        (SIGNED_DOWNLOAD_TOKEN, b"permit"),
+        (SIGNED_ACCESS_TOKEN, b"pass"),
+        (_SIGNED_JSON_ENTRY, b"word"),
         (_SIGNED_CERTIFICATE, b"node certificate"),
     ],
     ids=lambda value: value.decode() if isinstance(value, bytes) else "",
 )
 def test_the_bytes_under_a_signature(signed: SignedJson[Any], domain: bytes) -> None:
-    assert signed.part(b"{}") == b"commonweight " + domain + b" 1\n{}"
+    assert signed.signed_bytes(b"{}") == b"commonweight " + domain + b" 1\n{}"
 
 
 def test_what_is_sealed_opens_with_its_key_and_domain_alone() -> None:
@@ -79,4 +79,4 @@ def test_a_packed_struct_is_its_signature_and_its_json() -> None:
 @pytest.mark.parametrize("payload", [b"", b"[]", b'{"text":1}', b'{"text":"\xff"}', b"[" * 9999])
 def test_nonsense_is_refused_also_when_it_is_signed(payload: bytes) -> None:
     with pytest.raises(BadMessage, match="not a valid note"):
-        NOTE.open(payload, KEY.sign(NOTE.part(payload)), by(KEY))
+        NOTE.open(payload, KEY.sign(NOTE.signed_bytes(payload)), by(KEY))

@@ -59,7 +59,7 @@ def test_near_misses(topic: str) -> None:
 
 
 def test_one_filter_for_all_peers() -> None:
-    assert topics.every_peer("f" * 16, "notice") == f"cw/{'f' * 16}/peer/+/notice"
+    assert topics.all_peers("f" * 16, "notice") == f"cw/{'f' * 16}/peer/+/notice"
 
 
 def test_every_state_has_its_own_glyph_and_word() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from protocols.errors import BadMessage, DataFault
+from protocols.errors import BadMessage, DataError
 from protocols.model import schema_card
 from protocols.model.schema_card import SchemaCard
 from protocols.model.weights import TensorSpec
@@ -82,9 +82,9 @@ def test_the_majority_says_what_is_expected() -> None:
 
 
 def test_what_could_steer_a_terminal_or_is_too_long_is_refused() -> None:
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         schema_card.card("t", "1", {}, {"features": ["\x1b[2J"]})
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         schema_card.encode(schema_card.card("t", "1", {}, {"features": ["x" * 300] * 1000}))
     for data in (b"", b"{}", b"[1]", b"\xff", b" " * (schema_card.MAX_BYTES + 1)):
         with pytest.raises(BadMessage):

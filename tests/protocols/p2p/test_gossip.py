@@ -16,7 +16,14 @@ from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState
 from protocols.messages.work import Work
 from protocols.p2p import gossip
-from protocols.p2p.gossip import MOST_WORDS, Head, Pass, Told, Word, Words
+from protocols.p2p.gossip import (
+    MAX_ENTRIES,
+    AccessToken,
+    GossipBatch,
+    GossipEntry,
+    GossipStore,
+    Head,
+)
 
 CA_KEY, CA_PEM = identity.new_ca("test")
 SIGN, NODE = identity.new_signing_key(), identity.new_node_key()
@@ -42,25 +49,25 @@ def certificate(
 CERTIFICATE = certificate()
 
 
-def word(at: float, peer: str = PEER, state: PeerState = PeerState.IDLE) -> Word:
-    return Word(peer=peer, at=at, presence=Presence(state=state))
+def word(at: float, peer: str = PEER, state: PeerState = PeerState.IDLE) -> GossipEntry:
+    return GossipEntry(peer=peer, at=at, presence=Presence(state=state))
 
 
 def spoken(at: float, **changed: bytes) -> bytes:
-    return gossip.speak(word(at), changed.get("certificate", CERTIFICATE), SIGN.sign)
+    return gossip.sign_entry(word(at), changed.get("certificate", CERTIFICATE), SIGN.sign)
 
 
 def test_the_newest_word_of_a_peer_counts() -> None:
     now = time.time()
-    words = Words(CA_PEM, "f")
+    words = GossipStore(CA_PEM, "f")
     new, old = spoken(now), spoken(now - 5)
-    assert words.take([old, new], now) == 2
-    assert words.take([old, new], now) == 0
-    assert [heard.word.at for heard in words.all()] == [now]
-    assert words.told(b"own") == Told(words=(b"own", new))
-    assert words.take([spoken(now + 1)], now, but=[PEER]) == 0
-    words.forget([PEER])
-    assert not words.all()
+    assert words.add([old, new], now) == 2
+    assert words.add([old, new], now) == 0
+    assert [heard.entry.at for heard in words.newest_first()] == [now]
+    assert words.batch(b"own") == GossipBatch(entries=(b"own", new))
+    assert words.add([spoken(now + 1)], now, excluded=[PEER]) == 0
+    words.remove([PEER])
+    assert not words.newest_first()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_the_newest_word_of_a_peer_counts() -> None:
         spoken(time.time(), certificate=certificate(key=identity.new_signing_key())),
         spoken(time.time(), certificate=certificate(lasts_s=-1)),
         spoken(time.time() + 3600),
-        gossip.speak(word(time.time()), CERTIFICATE, identity.new_signing_key().sign),
+        gossip.sign_entry(word(time.time()), CERTIFICATE, identity.new_signing_key().sign),
         spoken(time.time())[:-1],
     ],
     ids=[
@@ -89,25 +96,25 @@ def test_the_newest_word_of_a_peer_counts() -> None:
     ],
 )
 def test_a_forged_word_is_not_heard(forged: bytes) -> None:
-    assert Words(CA_PEM, "f").take([forged], time.time()) == 0
+    assert GossipStore(CA_PEM, "f").add([forged], time.time()) == 0
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_harm(data: bytes) -> None:
-    assert Words(CA_PEM, "f").take([data], 0.0) == 0
+    assert GossipStore(CA_PEM, "f").add([data], 0.0) == 0
     with pytest.raises(BadMessage):
-        gossip.read_pass(data, lambda signature, signed: True, float("inf"))
+        gossip.verify_access_token(data, lambda signature, signed: True, float("inf"))
 
 
 def test_words_are_bounded() -> None:
-    now, words = time.time(), Words(CA_PEM, "f")
-    for number in range(MOST_WORDS + 3):
+    now, words = time.time(), GossipStore(CA_PEM, "f")
+    for number in range(MAX_ENTRIES + 3):
         peer = f"{number:016x}"
-        said = gossip.speak(word(now + number / 1000, peer), certificate(peer), SIGN.sign)
-        assert words.take([said], now) == 1
-    assert len(words.all()) == MOST_WORDS
-    assert f"{0:016x}" not in {heard.word.peer for heard in words.all()}
-    assert len(msgspec.msgpack.encode(words.told(b""))) < gossip.MOST_TOLD_BYTES
+        said = gossip.sign_entry(word(now + number / 1000, peer), certificate(peer), SIGN.sign)
+        assert words.add([said], now) == 1
+    assert len(words.newest_first()) == MAX_ENTRIES
+    assert f"{0:016x}" not in {heard.entry.peer for heard in words.newest_first()}
+    assert len(msgspec.msgpack.encode(words.batch(b""))) < gossip.MAX_BATCH_BYTES
 
 
 def test_versions_follow_each_other() -> None:
@@ -122,15 +129,15 @@ def test_versions_follow_each_other() -> None:
 def test_a_pass_is_the_coordinators() -> None:
     key = identity.new_signing_key()
     until = time.time() + 5
-    held = Pass(holder=PEER, sign_public=identity.raw_public(SIGN), until=until)
-    sealed = gossip.SIGNED_PASS.pack(held, key.sign)
+    held = AccessToken(holder=PEER, sign_public=identity.raw_public(SIGN), until=until)
+    sealed = gossip.SIGNED_ACCESS_TOKEN.pack(held, key.sign)
 
     def verify(signature: bytes, signed: bytes) -> bool:
         return identity.verify(identity.raw_public(key), signature, signed)
 
-    assert gossip.read_pass(sealed, verify, time.time()) == held
-    for wrong in (sealed[:-1], gossip.SIGNED_PASS.pack(held, SIGN.sign), b""):
+    assert gossip.verify_access_token(sealed, verify, time.time()) == held
+    for wrong in (sealed[:-1], gossip.SIGNED_ACCESS_TOKEN.pack(held, SIGN.sign), b""):
         with pytest.raises(BadMessage):
-            gossip.read_pass(wrong, verify, time.time())
+            gossip.verify_access_token(wrong, verify, time.time())
     with pytest.raises(BadMessage):
-        gossip.read_pass(sealed, verify, until + 1)
+        gossip.verify_access_token(sealed, verify, until + 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protocols.errors import BadMessage, CommonweightError, UsageFault
+from protocols.errors import BadMessage, CommonweightError, UsageError
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Derived, derive
 from protocols.tables.statistics import ColumnStatistics, Moments, TableStatistics
@@ -167,7 +167,7 @@ def test_a_target_that_cannot_be_learnt(target: ColumnStatistics, kind: str, wor
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, str]) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         preprocessing.wanted(settings)
 
 

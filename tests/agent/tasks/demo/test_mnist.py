@@ -17,7 +17,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
 from agent.tasks.demo import mnist
 from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, cut
-from protocols.errors import CommonweightError, UnknownName, UsageFault
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights, digest
 
@@ -87,7 +87,7 @@ def test_seed_decides_the_split() -> None:
     [DataSettings(index=2, parts=2), DataSettings(index=-1), DataSettings(parts=1001)],
 )
 def test_part_that_does_not_exist_is_refused(data: DataSettings) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         cut(LABELS, data)
 
 
@@ -201,7 +201,7 @@ def test_given_weights_are_left_alone(task: Mnist) -> None:
     ],
 )
 def test_settings_of_a_wrong_kind_are_refused(settings: dict[str, tasks.Setting]) -> None:
-    with pytest.raises(UsageFault, match=next(iter(settings))):
+    with pytest.raises(UsageError, match=next(iter(settings))):
         Mnist().schema(settings)
 
 
@@ -269,7 +269,7 @@ def test_without_the_proximal_term_it_is_fedavg_to_the_bit(task: Mnist, model: s
         return weights.digest(Weights(dict(task.train(base, settings | more, quiet).weights)))
 
     assert made(proximal_mu=0.0) == made() != made(proximal_mu=0.1)
-    with pytest.raises(UsageFault, match="proximal_mu"):
+    with pytest.raises(UsageError, match="proximal_mu"):
         task.train(base, {"proximal_mu": -1.0}, quiet)
 
 
@@ -329,7 +329,7 @@ def test_layers_without_a_correction_are_steered_as_if_it_were_0() -> None:
 def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
     task = Mnist()
     task.load(DataSettings(index=0, parts=200))
-    with pytest.raises(UsageFault, match="SCAFFOLD"):
+    with pytest.raises(UsageError, match="SCAFFOLD"):
         task.path(bent)
 
 

@@ -12,7 +12,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.demo import motion_download
 from agent.tasks.demo.motion import PEOPLE, Motion, Recordings, cut, people_of
-from protocols.errors import TaskUnusable, UsageFault
+from protocols.errors import TaskUnusable, UsageError
 from protocols.model import weights
 
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def test_each_person_is_one_peers_alone(parts: int) -> None:
 
 
 def test_ten_people_are_no_eleven_peers() -> None:
-    with pytest.raises(UsageFault, match="cannot be 11 peers"):
+    with pytest.raises(UsageError, match="cannot be 11 peers"):
         people_of(DataSettings(index=1, parts=11))
 
 
@@ -88,5 +88,5 @@ def test_one_persons_movements_are_learnt(cache: str) -> None:
 
 def test_settings_that_cannot_be() -> None:
     for settings in ({"filters": 0}, {"lr": -1.0}):
-        with pytest.raises(UsageFault):
+        with pytest.raises(UsageError):
             Motion().schema(settings)

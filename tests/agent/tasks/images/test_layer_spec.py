@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.tasks.images import layer_spec
 from agent.tasks.training.seeds import stream
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 from protocols.model import weights
 
 TEXTS = (
@@ -76,7 +76,7 @@ def test_a_filter_is_turned_with_its_rows_and_columns_in_place() -> None:
     ],
 )
 def test_what_is_no_network_is_told_by_its_layer(text: str, said: str) -> None:
-    with pytest.raises(UsageFault, match=said):
+    with pytest.raises(UsageError, match=said):
         layer_spec.declared(text, 3, 8, 2)
 
 

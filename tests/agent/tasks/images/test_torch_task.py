@@ -16,7 +16,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.images import dataset, resnet
 from agent.tasks.images import settings as image_plan
 from agent.tasks.images.torch_task import Images
-from protocols.errors import DataFault, UnknownName, UsageFault
+from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
 
@@ -204,7 +204,7 @@ def test_answers_for_pictures_that_it_has_never_seen(folder: Path, tmp_path: Pat
     assert all(0.5 < chance <= 1 for chance in answers["probability"])
     (one,) = Images().predict(made, settings, str(tmp_path / "new" / "bright.png"))
     assert one["class"] == ["light"]
-    with pytest.raises(UsageFault, match="no picture at"):
+    with pytest.raises(UsageError, match="no picture at"):
         list(Images().predict(made, settings, str(tmp_path / "none")))
 
 
@@ -237,9 +237,9 @@ def test_what_is_no_picture_is_left_out(folder: Path, capsys: pytest.CaptureFixt
 def test_folders_that_cannot_serve_are_told_without_names_of_files(tmp_path: Path) -> None:
     task = Images()
 
-    def fault(path: Path) -> DataFault:
+    def fault(path: Path) -> DataError:
         task.load(DataSettings(path=str(path), device="cpu"))
-        with pytest.raises(DataFault) as caught:
+        with pytest.raises(DataError) as caught:
             task.traits(SMALL)
         assert str(tmp_path) not in caught.value.message
         return caught.value
@@ -272,7 +272,7 @@ def test_folders_that_cannot_serve_are_told_without_names_of_files(tmp_path: Pat
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(UsageFault, match=said):
+    with pytest.raises(UsageError, match=said):
         Images().schema(SMALL | settings)  # type: ignore[arg-type]
     with pytest.raises(UnknownName):
         Images().schema(SMALL | {"learning_rate": 1})

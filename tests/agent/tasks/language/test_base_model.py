@@ -15,7 +15,7 @@ from agent.tasks.language import base_model, lora_settings, next_token, tokens
 from agent.tasks.language.base_model import Adapted
 from agent.tasks.language.lora import Lora, _Texts
 from agent.tasks.training.torch_loop import Examples
-from protocols.errors import DataFault, TaskUnusable, UnknownName, UsageFault
+from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model.weights import Weights, save
 
 ASKED = {"model": "tiny"}
@@ -32,8 +32,8 @@ def models(tmp_path: Path) -> Path:
 
 
 def test_folders_without_weights_are_told(models: Path) -> None:
-    def fault(name: str = "tiny", folder: str = str(models)) -> DataFault:
-        with pytest.raises(DataFault) as caught:
+    def fault(name: str = "tiny", folder: str = str(models)) -> DataError:
+        with pytest.raises(DataError) as caught:
             base_model.folder(DataSettings(models=folder), name)
         assert str(models) not in caught.value.message
         return caught.value
@@ -87,17 +87,17 @@ def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("settings", "kind"),
     [
-        ({"model": ""}, UsageFault),
+        ({"model": ""}, UsageError),
         ({"kind": "seq2seq"}, UnknownName),
-        ({"rank": 0}, UsageFault),
-        ({"alpha": 0.0}, UsageFault),
-        ({"context": 1}, UsageFault),
-        ({"kind": "classification"}, UsageFault),
-        ({"lr": -1.0}, UsageFault),
+        ({"rank": 0}, UsageError),
+        ({"alpha": 0.0}, UsageError),
+        ({"context": 1}, UsageError),
+        ({"kind": "classification"}, UsageError),
+        ({"lr": -1.0}, UsageError),
         ({"epoch": 1}, UnknownName),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageFault]) -> None:
+def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageError]) -> None:
     with pytest.raises(kind):
         lora_settings.read(ASKED | settings)
 

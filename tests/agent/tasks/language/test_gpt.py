@@ -13,7 +13,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.gpt import TextLM, logits_of, shape_of
-from protocols.errors import DataFault, SchemaMismatch, UsageFault
+from protocols.errors import DataError, SchemaMismatch, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
 
@@ -118,14 +118,14 @@ def test_examples_are_apart_and_cover_the_text() -> None:
     assert starts == list(range(0, 991, 10))
     assert len(found.held_out) == 10
     assert found.batch(torch.tensor([20])).tolist() == [list(range(20, 31))]
-    with pytest.raises(DataFault, match="21 are needed"):
+    with pytest.raises(DataError, match="21 are needed"):
         next_token.windows(np.arange(20, dtype=np.int32), 10)
 
 
 def test_text_that_is_not_utf8_is_told_with_its_place(folder: Path) -> None:
     bad = folder / "data" / "latin.txt"
     bad.write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(DataFault) as caught:
+    with pytest.raises(DataError) as caught:
         loaded(folder).traits(TINY)
     assert caught.value.message == "a text is not UTF-8"
     assert f"{bad}, at byte 3" in caught.value.hint
@@ -139,7 +139,7 @@ def test_a_letter_that_lies_across_two_pieces_is_whole(
     (tmp_path / "a.txt").write_text("aßbΩ漢z", "utf-8")
     assert "".join(text.pieces(tmp_path / "a.txt")) == "aßbΩ漢z"
     (tmp_path / "b.txt").write_bytes("漢".encode()[:2])
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         list(text.pieces(tmp_path / "b.txt"))
 
 
@@ -147,10 +147,10 @@ def test_folders_and_tokenizers_that_cannot_serve(folder: Path, tmp_path: Path) 
     empty = tmp_path / "empty"
     empty.mkdir()
     for path, said in ((str(empty), "no text"), ("", "no folder"), (str(empty / "x"), "no folder")):
-        with pytest.raises(DataFault, match=said):
+        with pytest.raises(DataError, match=said):
             loaded(folder, path=path).traits(TINY)
     wanted = "ab" * 32
-    with pytest.raises(DataFault, match="no tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer"):
         loaded(folder).traits(TINY | {"tokens": wanted})
     (folder / "data" / "tokenizer.json").write_text("{}")
     with pytest.raises(SchemaMismatch) as caught:
@@ -164,5 +164,5 @@ def test_folders_and_tokenizers_that_cannot_serve(folder: Path, tmp_path: Path) 
     "settings", [{"heads": 3}, {"layers": 0}, {"dropout": 1.0}, {"context": 1}, {"width": 0}]
 )
 def test_settings_that_cannot_be(settings: dict[str, float]) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         TextLM().schema(TINY | settings)

@@ -77,7 +77,7 @@ def test_the_largest_half_of_a_half_that_goes(batch: int, room: int) -> None:
     with pytest.raises(OutOfMemory) as caught:
         tried(step, batch)
     halves = [batch >> k for k in range(1, batch.bit_length())]
-    assert caught.value.fits == next((half for half in halves if half <= room), 0)
+    assert caught.value.max_batch_size == next((half for half in halves if half <= room), 0)
 
 
 def test_other_faults_are_their_own() -> None:

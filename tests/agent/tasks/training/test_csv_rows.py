@@ -12,7 +12,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.demo.motion import Motion
 from agent.tasks.training import csv_rows
-from protocols.errors import DataFault
+from protocols.errors import DataError
 
 torch.set_num_threads(1)
 
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_told_and_quotes_no_value(
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(text)
-    with pytest.raises(DataFault, match=words) as caught:
+    with pytest.raises(DataError, match=words) as caught:
         read(path)
     assert "secret" not in str(caught.value)
     assert path.name not in caught.value.message
@@ -63,15 +63,15 @@ def test_what_does_not_fit_is_told_and_quotes_no_value(
 
 def test_other_files(tmp_path: Path) -> None:
     for name in ("rows.parquet", "missing.csv"):
-        with pytest.raises(DataFault, match="in no CSV file"):
+        with pytest.raises(DataError, match="in no CSV file"):
             read(tmp_path / name)
     path = tmp_path / "rows.csv"
     path.write_bytes("a,b\n1,ä\n".encode("latin-1"))
-    with pytest.raises(DataFault, match="no UTF-8 text"):
+    with pytest.raises(DataError, match="no UTF-8 text"):
         read(path)
     floats = tmp_path / "floats.csv"
     floats.write_text("a,b\n1,nan\n")
-    with pytest.raises(DataFault, match="is missing or is not a number"):
+    with pytest.raises(DataError, match="is missing or is not a number"):
         list(csv_rows.batches(str(floats), 2, np.float32, "a number"))
 
 

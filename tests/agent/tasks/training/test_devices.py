@@ -12,7 +12,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import Setting
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.training import devices
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 THERE = {
     "cuda": torch.cuda.is_available(),
@@ -26,7 +26,7 @@ def test_a_device_is_used_or_refused_by_name(name: str) -> None:
     if THERE[name]:
         assert devices.chosen(name).type == name
     else:
-        with pytest.raises(UsageFault, match=name) as caught:
+        with pytest.raises(UsageError, match=name) as caught:
             devices.chosen(name)
         assert "device auto" in caught.value.hint
 

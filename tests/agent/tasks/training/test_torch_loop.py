@@ -14,7 +14,7 @@ from torch import Tensor
 from agent.tasks import Cancelled, Setting, Snapshot
 from agent.tasks.training.hyperparameters import LOOP, read_plan
 from agent.tasks.training.torch_loop import Examples, LocalTraining, Tensors, by_autograd
-from protocols.errors import UnknownName, UsageFault
+from protocols.errors import UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Array, Weights
 
@@ -192,7 +192,7 @@ def test_the_learning_rate_follows_the_rounds() -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Setting]) -> None:
-    with pytest.raises(UsageFault, match=next(iter(settings))) as caught:
+    with pytest.raises(UsageError, match=next(iter(settings))) as caught:
         read_plan(settings)
     assert "such as" in caught.value.hint
 

@@ -28,7 +28,13 @@ from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.p2p import swarm
-from protocols.p2p.swarm import PIECE_BYTES, Holder, Permit, Plan, PlanAsked
+from protocols.p2p.swarm import (
+    PIECE_BYTES,
+    DownloadPlan,
+    DownloadPlanRequest,
+    DownloadToken,
+    PieceSource,
+)
 from tests.support.https_site import HOST, Machine, Site, until
 
 #: Three pieces and a bit.
@@ -175,11 +181,13 @@ def test_a_hostile_holder_costs_time_only(
     monkeypatch.setattr("agent.transport.p2p.peer_download.PIECE_S", 1.0)
     with peers(site, tmp_path, "ann") as (ann,), hostile_holder(site, tmp_path, wrong) as rogue:
         machine, address = rogue
-        asked = PlanAsked(address=address, networks=("127.0.0.0/8",), open=True)
+        asked = DownloadPlanRequest(
+            address=address, networks=("127.0.0.0/8",), serves_other_networks=True
+        )
         site.holders.ask(digest, machine.peer, asked, HOST, time.monotonic())
         site.holders.held(digest, machine.peer, {}, ())
         assert weights.file_digest(ann.fetch(digest)) == digest
-        again = PlanAsked(address="", networks=("127.0.0.0/8",), faulty=())
+        again = DownloadPlanRequest(address="", networks=("127.0.0.0/8",), faulty=())
         site.holders.held(digest, "another", {}, (machine.peer,))
         assert machine.peer not in dict(
             site.holders.ask(digest, "third", again, HOST, time.monotonic()).holders
@@ -192,7 +200,9 @@ def test_somebody_else_at_a_holders_address_gets_not_a_word(
     with peers(site, tmp_path, "ann") as (ann,), hostile_holder(site, tmp_path, "bytes") as rogue:
         _, address = rogue
         victim = site.enroll("victim")  # whose key the rogue has not
-        asked = PlanAsked(address=address, networks=("127.0.0.0/8",), open=True)
+        asked = DownloadPlanRequest(
+            address=address, networks=("127.0.0.0/8",), serves_other_networks=True
+        )
         site.holders.ask(digest, victim.peer, asked, HOST, time.monotonic())
         assert weights.file_digest(ann.fetch(digest)) == digest
         assert hostile_heads == []
@@ -253,13 +263,13 @@ def hostile_holder(site: Site, folder: Path, wrong: str) -> Iterator[tuple[Machi
 
 
 def permit_of(site: Site, who: Machine, digest: str, until_s: float = 60.0) -> str:
-    permit = Permit(
+    permit = DownloadToken(
         peer=who.peer,
         sign_public=identity.raw_public(who.sign_key),
         digest=digest,
         until=time.time() + until_s,
     )
-    return b64encode(swarm.SIGNED_PERMIT.pack(permit, site.sign_key.sign)).decode()
+    return b64encode(swarm.SIGNED_DOWNLOAD_TOKEN.pack(permit, site.sign_key.sign)).decode()
 
 
 def test_a_holder_serves_only_who_has_a_permit_and_signs(
@@ -270,7 +280,9 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
         bob, stranger = site.enroll("bob"), Machine("stranger")
         path = f"/cw/v1/weights/{digest}"
         address = ann.sharing.asked().address
-        good = bob.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
+        good = bob.headers("GET", path) | {
+            swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)
+        }
         with httpx.Client(base_url=f"https://{address}", verify=False) as http:
             assert (
                 http.get(path, headers=good).content == site.lane.version_path(digest).read_bytes()
@@ -284,23 +296,25 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
             assert refused({})
             assert refused(bob.headers("GET", path))
             assert refused(
-                stranger.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
+                stranger.headers("GET", path)
+                | {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)}
             )
             own = Site.__new__(Site)
             own.sign_key = identity.new_signing_key()
             forged = permit_of(own, bob, digest)
-            assert refused(bob.headers("GET", path) | {swarm.PERMIT: forged})
+            assert refused(bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: forged})
             late = permit_of(site, bob, digest, until_s=-1)
-            assert refused(bob.headers("GET", path) | {swarm.PERMIT: late})
+            assert refused(bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: late})
             other = permit_of(site, bob, "1" * 64)
-            assert refused(bob.headers("GET", path) | {swarm.PERMIT: other})
+            assert refused(bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: other})
             elsewhere = path.replace("weights", "updates")
-            permit = {swarm.PERMIT: permit_of(site, bob, digest)}
+            permit = {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)}
             assert refused(bob.headers("GET", elsewhere) | permit, where=elsewhere)
             assert refused(bob.headers("PUT", path) | permit, method="PUT")
             unknown = f"/cw/v1/weights/{'2' * 64}"
             assert refused(
-                bob.headers("GET", unknown) | {swarm.PERMIT: permit_of(site, bob, "2" * 64)},
+                bob.headers("GET", unknown)
+                | {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, "2" * 64)},
                 where=unknown,
             )
 
@@ -346,7 +360,7 @@ def _served(site: Site, ann: Peer, digest: str) -> bool:
     ann.fetch(digest)
     bob = site.enroll("bob")
     path = f"/cw/v1/weights/{digest}"
-    headers = bob.headers("GET", path) | {swarm.PERMIT: permit_of(site, bob, digest)}
+    headers = bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)}
     try:
         answer = httpx.get(
             f"https://{ann.sharing.asked().address}{path}", headers=headers, verify=False
@@ -397,16 +411,16 @@ async def test_nothing_listens_unless_the_owner_lets_it(
 
 
 def test_a_plan_must_fit_the_version(digest: str) -> None:
-    pieces = bytes(32 * swarm.count(SIZE))
-    good = Plan(digest=digest, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces)
+    pieces = bytes(32 * swarm.num_pieces(SIZE))
+    good = DownloadPlan(digest=digest, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces)
     swarm.check_plan(good, digest, SIZE)
     for wrong in (
-        Plan(digest="0" * 64, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces),
-        Plan(digest=digest, nbytes=SIZE + 1, piece_bytes=PIECE_BYTES, pieces=pieces),
-        Plan(digest=digest, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces[:-1]),
+        DownloadPlan(digest="0" * 64, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces),
+        DownloadPlan(digest=digest, nbytes=SIZE + 1, piece_bytes=PIECE_BYTES, pieces=pieces),
+        DownloadPlan(digest=digest, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=pieces[:-1]),
     ):
         with pytest.raises(swarm.BadMessage):
             swarm.check_plan(wrong, digest, SIZE)
-    assert Holder(peer="p", address=swarm.address_of("fe80::1", 5), node_public=b"").address == (
-        "[fe80::1]:5"
-    )
+    assert PieceSource(
+        peer="p", address=swarm.address_of("fe80::1", 5), node_public=b""
+    ).address == ("[fe80::1]:5")

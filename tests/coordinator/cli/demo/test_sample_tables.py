@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from coordinator.cli.demo import sample_tables
 from coordinator.cli.main import app
-from protocols.errors import UsageFault
+from protocols.errors import UsageError
 
 
 def test_three_clinics_and_new_patients(tmp_path: Path) -> None:
@@ -37,12 +37,12 @@ def test_each_call_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_no_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "west.csv").write_text("mine")
-    with pytest.raises(UsageFault, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         sample_tables.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["west.csv"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageFault, match="cannot write into"):
+    with pytest.raises(UsageError, match="cannot write into"):
         sample_tables.write(tmp_path / "file" / "folder")

@@ -16,11 +16,11 @@ from coordinator.monitor.tui.app import MonitorApp
 from protocols.messages.envelope import (
     Body,
     Envelope,
-    Happened,
+    EventLine,
     JobChanged,
     Links,
     Notice,
-    PeerKnown,
+    PeerChanged,
     Presence,
     RoundClosed,
     RunChanged,
@@ -88,12 +88,12 @@ def body(rng: random.Random) -> Body:
             battery_percent=rng.choice([None, number()]),
         ),
         Notice(level=level, text=word()),
-        Happened(level=level, text=word(), subject=rng.choice([*peers, word()])),
-        PeerKnown(
+        EventLine(level=level, text=word(), subject=rng.choice([*peers, word()])),
+        PeerChanged(
             peer=rng.choice(peers),
             name=word(),
             labels={word(): word()},
-            standing=rng.choice(["awaiting", "enrolled", "enrolled", "removed"]),
+            enrollment=rng.choice(["awaiting", "enrolled", "enrolled", "removed"]),
             public_key=bytes(32),
         ),
         RunChanged(
@@ -182,7 +182,7 @@ def test_the_fold_takes_it_and_what_reads_it_too(seed: int) -> None:
 
 def test_a_million_events_are_a_thousand() -> None:
     fleet = empty_fleet()
-    said = Happened(level="info", text="again")
+    said = EventLine(level="info", text="again")
     for seq in range(1_000_000):
         fold(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=seq, at=NOW, body=said), NOW)
     assert fleet.num_events == 1_000_000
@@ -213,7 +213,7 @@ async def test_the_screens_take_it_and_send_no_escape_code(
     fleet = empty_fleet()
     for envelope in stream[:600]:
         fold(fleet, envelope, NOW)
-    known = PeerKnown(peer="P0", name=WORDS[2], public_key=bytes(32))
+    known = PeerChanged(peer="P0", name=WORDS[2], public_key=bytes(32))
     fold(fleet, Envelope(sender=COORDINATOR, epoch="e3", seq=1, at=NOW, body=known), NOW)
     source = Unchecked(fleet, stream[600:])
     app = monitor(source)

@@ -16,8 +16,8 @@ from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
 from coordinator.monitor.tui.run_form import RunForm, order
 from coordinator.monitor.tui.theme import colors
 from coordinator.runs.options import OPTIONS
-from protocols.errors import UnknownName, UsageFault
-from protocols.messages.envelope import Envelope, PeerKnown, RunChanged
+from protocols.errors import UnknownName, UsageError
+from protocols.messages.envelope import Envelope, PeerChanged, RunChanged
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 from tests.coordinator.monitor.tui.test_monitor import busy, running, says
@@ -25,7 +25,7 @@ from tests.support.scene import IDS, NOW, Replay, busy_fleet, monitor, screen_te
 from tests.support.scene import KEYS as PEER_KEYS
 
 
-def told(source: Replay, number: int, body: PeerKnown | RunChanged) -> None:
+def told(source: Replay, number: int, body: PeerChanged | RunChanged) -> None:
     fleet = busy_fleet()
     seq, epoch = fleet.seq + number, fleet.epoch
     source.live.put_nowait(Envelope(sender=COORDINATOR, epoch=epoch, seq=seq, at=NOW, body=body))
@@ -37,7 +37,7 @@ async def test_approve_and_remove_are_done_when_the_fleet_shows_it() -> None:
         garden = IDS["garden"]
         await pilot.press("home", "a")
         await until(pilot, lambda: source.commands == [(garden, "approve", 0.0)])
-        told(source, 1, PeerKnown(peer=garden, name="garden", public_key=PEER_KEYS["garden"]))
+        told(source, 1, PeerChanged(peer=garden, name="garden", public_key=PEER_KEYS["garden"]))
         await until(pilot, lambda: any(e.text == "garden is approved" for e in app.events))
         await pilot.press("end", "ctrl+d")
         await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
@@ -49,8 +49,8 @@ async def test_approve_and_remove_are_done_when_the_fleet_shows_it() -> None:
         assert "Remove west?" in screen_text(app)
         await pilot.press("y")
         await until(pilot, lambda: len(source.commands) == 2)
-        gone = PeerKnown(
-            peer=IDS["west"], name="west", standing="removed", public_key=PEER_KEYS["west"]
+        gone = PeerChanged(
+            peer=IDS["west"], name="west", enrollment="removed", public_key=PEER_KEYS["west"]
         )
         told(source, 2, gone)
         await until(pilot, lambda: any(e.text == "west is out of the fleet" for e in app.events))
@@ -108,7 +108,7 @@ def test_the_form_refuses_what_the_command_line_refuses() -> None:
         {"task": "mnist", "weighting": "by mood"},
         {"task": "mnist", "set": "nonsense"},
     ):
-        with pytest.raises(UsageFault):
+        with pytest.raises(UsageError):
             order(typed)
     assert order({"task": "--help"}).spec.task == "--help", "an argument is no option"
 
@@ -219,10 +219,10 @@ async def test_keys_are_remapped_by_the_file(tmp_path: Path) -> None:
     ("text", "error"),
     [
         ("[keys]\nfly = 'f'", UnknownName),
-        ("[keys]\npause = 'R'", UsageFault),
-        ("[keys]\npause = ''", UsageFault),
-        ("nonsense", UsageFault),
-        ("colour = 1", UsageFault),
+        ("[keys]\npause = 'R'", UsageError),
+        ("[keys]\npause = ''", UsageError),
+        ("nonsense", UsageError),
+        ("colour = 1", UsageError),
     ],
 )
 def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, error: type[Exception]) -> None:

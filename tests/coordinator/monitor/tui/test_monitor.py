@@ -17,7 +17,7 @@ from coordinator.monitor.tui.header import header_line
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.row_table import MAX_CACHED_CELLS, MAX_CACHED_LINES
 from protocols.errors import Unreachable
-from protocols.messages.envelope import Envelope, Happened, Presence
+from protocols.messages.envelope import Envelope, EventLine, Presence
 from protocols.messages.states import PauseReason, PeerState
 from protocols.messages.topics import COORDINATOR
 from tests.support.scene import (
@@ -263,7 +263,7 @@ async def test_a_flood_of_errors_is_a_few_toasts_and_all_events() -> None:
     async with running(source) as (app, pilot):
         fleet = busy_fleet()
         for number in range(1, 11):
-            body = Happened(level="error", text=f"trouble {number}")
+            body = EventLine(level="error", text=f"trouble {number}")
             source.live.put_nowait(
                 Envelope(
                     sender=COORDINATOR, epoch=fleet.epoch, seq=fleet.seq + number, at=NOW, body=body
