@@ -86,7 +86,7 @@ def find_model(model: str) -> tuple[Path, str, dict[str, Any]]:
         return path, card.task, card.settings
     home = homes.open_home("agent")
     enrollment = settings.read_enrollment(home)
-    mine = version_proofs.held(home / "cache", enrollment.coordinator_public)
+    mine = version_proofs.list_verified(home / "cache", enrollment.coordinator_public)
     for found in mine:
         if not is_digest or found.work.base.startswith(model):
             return found.path, found.work.task, found.work.settings

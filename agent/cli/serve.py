@@ -20,7 +20,7 @@ from protocols.local import homes
 if TYPE_CHECKING:
     import uvicorn
 
-    from agent.inference.server import Served
+    from agent.inference.server import ServedModel
 
 HOST = "127.0.0.1"
 
@@ -46,7 +46,7 @@ def serve(
             socket.unlink(missing_ok=True)
 
 
-def _load(model: str, cache: Path, old: Served | None = None) -> Served:
+def _load(model: str, cache: Path, old: ServedModel | None = None) -> ServedModel:
     """The model and its task, which is `old`'s if it is the same: its data are loaded already.
 
     `cache` is a folder in which the task may keep what it made of the data. Raises UnknownName,
@@ -54,7 +54,7 @@ def _load(model: str, cache: Path, old: Served | None = None) -> Served:
     """
     from agent.cli.export import find_model, load_predicting_task, load_weights
     from agent.home import settings
-    from agent.inference.server import Served
+    from agent.inference.server import ServedModel
     from protocols.model import personalization
 
     chosen = settings.read(homes.locate("agent"))
@@ -64,15 +64,17 @@ def _load(model: str, cache: Path, old: Served | None = None) -> Served:
     else:
         task = load_predicting_task(name, chosen, cache)
     plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
-    return Served(path.stem, name, task, load_weights(path), plain)
+    return ServedModel(path.stem, name, task, load_weights(path), plain)
 
 
-async def _serve(served: Served, model: str, cache: Path, port: int, socket: Path | None) -> None:
+async def _serve(
+    served: ServedModel, model: str, cache: Path, port: int, socket: Path | None
+) -> None:
     import uvicorn
 
-    from agent.inference.server import Server
+    from agent.inference.server import InferenceServer
 
-    server = Server(served, lambda old: _load_newer(old, model, cache))
+    server = InferenceServer(served, lambda old: _load_newer(old, model, cache))
     http = uvicorn.Server(
         uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
     )
@@ -119,7 +121,7 @@ def _open_listener(port: int, path: Path | None) -> net.socket:
     return listener
 
 
-def _load_newer(old: Served, model: str, cache: Path) -> Served | None:
+def _load_newer(old: ServedModel, model: str, cache: Path) -> ServedModel | None:
     """A version that has come since, if the newest is followed."""
     if model != "latest":
         return None

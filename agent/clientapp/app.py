@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
-from agent.clientapp.background_sync import Syncing
+from agent.clientapp.background_sync import BackgroundSync
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Transport
 from agent.clientapp.outbox import Finished, Outbox
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
@@ -65,9 +65,9 @@ class Client:
         self._outbox = Outbox(outbox, me.peer, me.sign)
         self._allowed, self._queries = allowed, queries
         self._observer = observer or Observer()
-        self._syncing: Syncing | None = None
+        self._syncing: BackgroundSync | None = None
         #: The run whose card this agent has found to be that of its own task and data.
-        self._fits = ("", "")
+        self._matched_card = ("", "")
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
@@ -113,11 +113,11 @@ class Client:
                 finished = self._describe(work)
                 self._deliver(work, finished)
             else:
-                self._compare(work)
-                base = self._brought(work)
+                self._check_card(work)
+                base = self._fetch_base(work)
                 if work.base:
                     self._observer.on_version(work, payload, signature)
-                finished = self._do(work, base)
+                finished = self._run_work(work, base)
         finally:
             self._observer.on_work(None)
         content = RecordDict(
@@ -149,7 +149,7 @@ class Client:
             registry.find(work.codec)  # before an hour of training, not after it
         return work, payload, signature
 
-    def _brought(self, work: Work) -> Path:
+    def _fetch_base(self, work: Work) -> Path:
         """The version that the work is on; no file for first weights."""
         if work.kind == "init":
             return Path()
@@ -161,30 +161,30 @@ class Client:
 
     def _describe(self, work: Work) -> Finished:
         """Tell of data and model."""
-        told = self._described(work)
+        told = self._run_describe(work)
         self._outbox.settle_last()
         done = Done(digest=hashlib.sha256(told).hexdigest(), nbytes=len(told))
         return self._outbox.keep(work, done, told)
 
-    def _described(self, work: Work) -> bytes:
+    def _run_describe(self, work: Work) -> bytes:
         return self._trainer.run(Describe(task=work.task, settings=_settings(work))).description
 
-    def _compare(self, work: Work) -> None:
+    def _check_card(self, work: Work) -> None:
         """Is this peer's card the run's? Looked at once a run, as it may need the data.
 
         Raises SchemaMismatch, which names the field.
         """
-        if not work.card or self._fits == (work.run, work.card):
+        if not work.card or self._matched_card == (work.run, work.card):
             return
         expected = schema_card.decode_card(work.card)
-        found = schema_card.decode(self._described(work))
+        found = schema_card.decode(self._run_describe(work))
         if not isinstance(found, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
         if (difference := schema_card.difference(expected, found)) is not None:
             raise difference.as_error()
-        self._fits = (work.run, work.card)
+        self._matched_card = (work.run, work.card)
 
-    def _do(self, work: Work, base: Path) -> Finished:
+    def _run_work(self, work: Work, base: Path) -> Finished:
         update = self._outbox.update
         if (syncing := self._syncing) is not None:  # the last answer's
             self._syncing = None
@@ -211,18 +211,18 @@ class Client:
                 )
             )
         failpoint("agent.work.done")
-        finished = self._outbox.keep(work, done, synced=self._moves_on(work))
+        finished = self._outbox.keep(work, done, synced=self._keeps_state(work))
         failpoint("agent.outbox.written")
         if not done.digest:  # an evaluation: it costs less than a sync
             self._deliver(work, finished)
             return finished
         try:
-            self._note_departure(work, finished)
+            self._write_audit_entry(work, finished)
         finally:
             # Start the sync after the ledger's own short one, so that this one does not wait for
             # it; start it even if the ledger fails, as the answer is in the outbox all the same.
             # The journal is of no use any more when all of the answer is safe.
-            self._syncing = Syncing(
+            self._syncing = BackgroundSync(
                 update,
                 self._outbox.answer,
                 then=self._observer.on_trained if work.kind == "train" else lambda: None,
@@ -230,7 +230,7 @@ class Client:
         self._send_update(finished)
         return finished
 
-    def _moves_on(self, work: Work) -> bool:
+    def _keeps_state(self, work: Work) -> bool:
         """True if something that this peer keeps for itself moves on with this update."""
         if work.kind != "train":
             return False
@@ -265,10 +265,10 @@ class Client:
 
     def _deliver(self, work: Work, finished: Finished) -> None:
         """Write the answer into the owner's ledger, then send its update, if it has one."""
-        self._note_departure(work, finished)
+        self._write_audit_entry(work, finished)
         self._send_update(finished)
 
-    def _note_departure(self, work: Work, finished: Finished) -> None:
+    def _write_audit_entry(self, work: Work, finished: Finished) -> None:
         self._observer.on_leaving(
             SIGNED_CLAIM.decode(finished.claim), work.task, finished.description
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from protocols.local.atomic_files import sync
 
 
-class Syncing:
+class BackgroundSync:
     """Syncs files of one folder in a thread, then calls `then`. Files that are gone are skipped."""
 
     def __init__(self, *paths: Path, then: Callable[[], None]) -> None:

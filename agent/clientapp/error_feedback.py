@@ -20,7 +20,7 @@ from protocols.model.weights_file import Stored
 log = logging.getLogger("commonweight.agent")
 
 
-class Leftovers:
+class ErrorFeedback:
     """The files of leftovers in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:

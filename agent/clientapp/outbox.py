@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from agent.clientapp.error_feedback import Leftovers
+from agent.clientapp.error_feedback import ErrorFeedback
 from agent.home.run_state import RunStateFolder, RunStatePaths
 from agent.tasks.work import Done
 from protocols.codecs import registry
@@ -40,7 +40,7 @@ class Outbox:
         self.folder, self._peer, self._sign = folder, peer, sign
         self.update = folder / "update.safetensors"
         self.trained = folder / "trained.safetensors"
-        self.leftovers = Leftovers(folder / "leftovers")
+        self.leftovers = ErrorFeedback(folder / "leftovers")
         self.personal = RunStateFolder(folder / "personal", ".kept")
         self.answer = folder / "finished.json"
         #: The update that is known to be whole; what a life before has left is looked at.

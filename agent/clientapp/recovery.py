@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from agent.clientapp.app import CLAIM
 from agent.clientapp.interfaces import PeerIdentity
-from agent.transport.version_proofs import Kept, held
+from agent.transport.version_proofs import ProvenVersion, list_verified
 from protocols.errors import Refused
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.p2p.gossip import version_number
@@ -26,7 +26,7 @@ class Recall:
 
     def answer(self, work: Work) -> RecordDict:
         """The content of the reply. Raises Refused if the version that is asked for is not here."""
-        mine = held(self._folder, self._me.coordinator_public)
+        mine = list_verified(self._folder, self._me.coordinator_public)
         if work.kind == "holdings":
             return self._tell([kept for kept in mine if kept.work.run == work.run], work)
         for kept in mine:
@@ -35,7 +35,7 @@ class Recall:
                 return RecordDict({CLAIM: self._claim(work, work.base, kept.path.stat().st_size)})
         raise Refused(f"version {work.base[:12]} is not here any more")
 
-    def _tell(self, mine: list[Kept], work: Work) -> RecordDict:
+    def _tell(self, mine: list[ProvenVersion], work: Work) -> RecordDict:
         content = RecordDict({CLAIM: self._claim(work, "", 0)})
         if mine:
             newest = max(mine, key=lambda kept: version_number(kept.work))

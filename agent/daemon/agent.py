@@ -39,12 +39,12 @@ from agent.home.settings import AgentSettings, Enrollment
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.mqtt_client import PresenceLink
-from agent.transport.p2p.gossip import Gossip
+from agent.transport.mqtt_client import MqttClient
+from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.route_watch import RouteWatch
-from agent.transport.suspend_watch import Clocks, slept_s
-from agent.transport.version_proofs import Heads
+from agent.transport.suspend_watch import Clocks, suspended_s
+from agent.transport.version_proofs import VersionIndex
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command, Doorbell, LogLine, LogRequest, LogResponse
 from protocols.messages.states import PauseReason
@@ -71,7 +71,7 @@ class Agent:
         public = enrollment.coordinator_public
         # What happens here, and who is told.
         self._runner = StateRunner(self._execute)
-        self._presence = PresenceLink(
+        self._presence = MqttClient(
             enrollment.mqtt,
             enrollment.fleet,
             enrollment.peer,
@@ -92,11 +92,11 @@ class Agent:
             self._bandwidth,
             self._presence.move,
         )
-        self._gossip = Gossip(
+        self._gossip = GossipState(
             home,
             enrollment,
             credentials,
-            Heads(home / "cache", public),
+            VersionIndex(home / "cache", public),
             self._sessions.certificate,
             self._report.presence,
         )
@@ -107,7 +107,7 @@ class Agent:
             public,
             port=chosen.share_port,
             mbit_s=chosen.share_mbit_s,
-            hearsay=self._gossip,
+            gossip_state=self._gossip,
         )
         # The work.
         self._work = WorkThread(
@@ -142,7 +142,7 @@ class Agent:
 
     def _connect(self) -> None:
         self._report.traffic = self._sessions.traffic
-        self._report.gossip_status = self._gossip.known
+        self._report.gossip_status = self._gossip.summary
         self._gossip.address = self._sharing.address
         self._bandwidth.rates = self._policy.rates
 
@@ -183,7 +183,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
-            self._bandwidth.keep(at_once=True)
+            self._bandwidth.save(at_once=True)
             self._report.write_stopped(self._runner.state)
 
     def stop(self) -> None:
@@ -249,7 +249,7 @@ class Agent:
         clocks, route, looked_s, tick_s = Clocks.now(), RouteWatch(), 0.0, 0.0
         while True:
             before, clocks, looked_s = clocks, Clocks.now(), looked_s + tick_s
-            if slept := slept_s(before, clocks, tick_s):
+            if slept := suspended_s(before, clocks, tick_s):
                 why = f"back after {slept:.0f} s of sleep"
                 self._reconnecting = asyncio.create_task(self._reconnect(why), name="wake")
             elif looked_s >= _ROUTE_CHECK_EVERY_S:
@@ -264,7 +264,7 @@ class Agent:
             if idle and trainer.idle_s > self._policy.chosen.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)
             self._report.write_if_stale(self._runner.state)
-            self._bandwidth.keep()
+            self._bandwidth.save()
             resting = not trainer.running and self._runner.state.work is None
             tick_s = _IDLE_TICK_S if resting else _TICK_S
             await asyncio.sleep(tick_s)

@@ -19,12 +19,12 @@ from agent.daemon.state_machine import is_willing
 from agent.daemon.state_runner import StateRunner
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.coordinator_client import Link
-from agent.transport.p2p.gossip import Gossip
-from agent.transport.p2p.peer_client import Asking
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.p2p.gossip import GossipState
+from agent.transport.p2p.peer_client import PeerClient
 from agent.transport.p2p.sharing import Sharing
-from agent.transport.version_proofs import held, prove, read
-from agent.transport.version_store import Versions
+from agent.transport.version_proofs import list_verified, read_proof, save_proof
+from agent.transport.version_store import VersionStore
 from protocols.errors import BadMessage, BadWeights, CommonweightError
 from protocols.local.disk_space import check_room
 from protocols.messages.work import Work
@@ -55,11 +55,11 @@ class GossipLoop:
         credentials: Credentials,
         coordinator_public: bytes,
         runner: StateRunner,
-        gossip: Gossip,
+        gossip: GossipState,
         sharing: Sharing,
-        versions: Versions,
+        versions: VersionStore,
         bandwidth: Bandwidth,
-        link: Callable[[], Link],
+        link: Callable[[], CoordinatorClient],
     ) -> None:
         self._folder, self._credentials = folder, credentials
         self._coordinator_public = coordinator_public
@@ -78,7 +78,7 @@ class GossipLoop:
         while True:
             now = time.monotonic()
             if self._runner.state.session:
-                address = self._sharing.asked().address
+                address = self._sharing.plan_request().address
                 if now >= learn_at or address != learnt_as:
                     done = await self._refresh_neighbours()
                     learn_at = now + (next(waits, _REFRESH_EVERY_S) if done else _REFRESH_RETRY_S)
@@ -98,9 +98,9 @@ class GossipLoop:
     async def _refresh_neighbours(self) -> bool:
         """Ask the coordinator whom to ask without it; False if that failed."""
         try:
-            link, asked = self._link(), self._sharing.asked()
+            link, asked = self._link(), self._sharing.plan_request()
             self._gossip.learn(given := await asyncio.to_thread(link.neighbours, asked))
-            await asyncio.to_thread(self._gossip.keep, given)
+            await asyncio.to_thread(self._gossip.save, given)
         except (CommonweightError, OSError) as err:
             log.debug("no neighbours from the coordinator: %s", err)
             return False
@@ -108,8 +108,8 @@ class GossipLoop:
 
     async def _run_round(self) -> bool:
         """One round; True if it brought a newer version."""
-        given = self._gossip.given
-        partners = self._gossip.partners()
+        given = self._gossip.assigned
+        partners = self._gossip.contacts()
         if given is None or not partners:
             return False
         if not self._shared_cache:  # what lay here before this agent was started can be served too
@@ -118,21 +118,23 @@ class GossipLoop:
         chosen = random.sample(partners, min(_PEERS_PER_ROUND, len(partners)))
         for told in await asyncio.gather(*(self._exchange_gossip(partner) for partner in chosen)):
             if told is not None:
-                self._gossip.take(told)
+                self._gossip.receive(told)
         return await self._fetch_newest(partners)
 
     def _share_cached_versions(self) -> None:
-        for kept in held(self._folder, self._coordinator_public):
+        for kept in list_verified(self._folder, self._coordinator_public):
             with contextlib.suppress(OSError):  # dropped meanwhile
-                self._sharing.shelf.put(kept.work.base, kept.path)
+                self._sharing.pieces.put(kept.work.base, kept.path)
 
-    def _client(self, partner: Neighbor) -> Asking:
-        assert self._gossip.given is not None
-        return Asking(partner, self._gossip.given.access_token, self._credentials.sign_request)
+    def _client(self, partner: Neighbor) -> PeerClient:
+        assert self._gossip.assigned is not None
+        return PeerClient(
+            partner, self._gossip.assigned.access_token, self._credentials.sign_request
+        )
 
     async def _exchange_gossip(self, partner: Neighbor) -> GossipBatch | None:
         try:
-            return await asyncio.to_thread(self._client(partner).words, self._gossip.told())
+            return await asyncio.to_thread(self._client(partner).words, self._gossip.outgoing())
         except CommonweightError as err:
             log.debug("no words from a peer: %s", err.message)
             return None
@@ -143,7 +145,7 @@ class GossipLoop:
         if worker.work is not None or not is_willing(worker):  # what it works on must stay here
             return False
         own, now = self._gossip.heads.newest(), time.monotonic()
-        told = {word.peer: word.head for word, _, _ in self._gossip.heard() if word.head}
+        told = {word.peer: word.head for word, _, _ in self._gossip.entries() if word.head}
         holders: dict[Head, list[Neighbor]] = {}
         for one in partners:
             head = told.get(one.peer)
@@ -189,11 +191,11 @@ class GossipLoop:
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-        prove(self._folder, work, payload, signature)
+        save_proof(self._folder, work, payload, signature)
 
     def _verify_proof(self, head: Head, proof: bytes) -> tuple[Work, bytes, bytes]:
         """What the coordinator has signed of a version. Raises BadMessage."""
-        work, payload, signature = read(proof, self._coordinator_public)
+        work, payload, signature = read_proof(proof, self._coordinator_public)
         if Head.of(work) != head:
             raise BadMessage("it proves another version")
         return work, payload, signature

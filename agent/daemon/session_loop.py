@@ -22,7 +22,7 @@ from agent.daemon.status_reporter import StatusReporter
 from agent.home.credentials import Credentials
 from agent.home.settings import Enrollment, write_enrollment
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.coordinator_client import BEAT_EVERY_S, Link
+from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, Unreachable, VersionSkew
@@ -58,7 +58,7 @@ class SessionLoop:
         self._home, self._enrollment, self._credentials = home, enrollment, credentials
         self._runner, self._report, self._on_broker_changed = runner, report, on_broker_changed
         self._bandwidth = bandwidth
-        self._link: Link | None = None
+        self._link: CoordinatorClient | None = None
         self._closed = False
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
@@ -66,7 +66,7 @@ class SessionLoop:
         self._work_pool = ThreadPoolExecutor(1, "work")
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
 
-    def link(self) -> Link:
+    def link(self) -> CoordinatorClient:
         """The link of the moment. Raises Unreachable before the first try to open a session."""
         if self._link is None:
             raise Unreachable("the coordinator was not asked yet")
@@ -161,7 +161,7 @@ class SessionLoop:
 
     def _open(self) -> None:
         if self._link is None:
-            self._link = Link(self._credentials, self._bandwidth)
+            self._link = CoordinatorClient(self._credentials, self._bandwidth)
         if self._closed:  # `close` may have come before this link was there to be closed
             raise Unreachable("the agent ends")
         version_check.check(self._link.standing().version, "the coordinator")
@@ -169,7 +169,7 @@ class SessionLoop:
         self._save_broker_address(self._link.mqtt())
         self._renew_certificate(self._link)
 
-    def _renew_certificate(self, link: Link) -> None:
+    def _renew_certificate(self, link: CoordinatorClient) -> None:
         """Renew the node certificate in the last two months of its year."""
         ca_pem = self._enrollment.ca_pem.encode()
         ends_at = identity.read_certificate(ca_pem, self._enrollment.certificate).not_after
@@ -193,14 +193,14 @@ class SessionLoop:
         while True:
             link = self._link
             held = link is not None and self._runner.state.session
-            due_s = link.beat_due_s if link is not None and held else BEAT_EVERY_S
+            due_s = link.beat_due_s if link is not None and held else HEARTBEAT_EVERY_S
             if link is None or due_s > 0:
                 await asyncio.sleep(due_s)
                 continue
             if not await self._send_heartbeat(link):
                 await asyncio.sleep(_HEARTBEAT_RETRY_S)
 
-    async def _send_heartbeat(self, link: Link) -> bool:
+    async def _send_heartbeat(self, link: CoordinatorClient) -> bool:
         """One heartbeat; False if it failed."""
         try:
             await self._in_thread(link.beat, pool=self._heartbeat_pool)

@@ -19,8 +19,8 @@ from agent.home.settings import AgentSettings, Enrollment
 from agent.home.status_files import Status
 from agent.tasks import registry
 from agent.trainer.ipc import Progress
-from agent.transport.mqtt_client import PresenceLink
-from agent.transport.p2p.gossip import Known
+from agent.transport.mqtt_client import MqttClient
+from agent.transport.p2p.gossip import GossipSummary
 from protocols import VERSION
 from protocols.messages.envelope import Notice, Presence, Telemetry
 from protocols.messages.states import PeerState
@@ -42,11 +42,11 @@ class StatusReporter:
         home: Path,
         enrollment: Enrollment,
         chosen: AgentSettings,
-        mqtt: PresenceLink,
+        mqtt: MqttClient,
     ) -> None:
         self._home, self._settings, self._mqtt = home, chosen, mqtt
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self.gossip_status: Callable[[], Known] = lambda: Known(None, 0, 0, "")
+        self.gossip_status: Callable[[], GossipSummary] = lambda: GossipSummary(None, 0, 0, "")
         here = {*registry.names(), *chosen.task_files}
         self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
         self._process = psutil.Process()

@@ -38,11 +38,11 @@ from agent.home.settings import AgentSettings, Enrollment, data_settings
 from agent.trainer.ipc import Progress
 from agent.trainer.process import TrainerProcess
 from agent.trainer.retry import WORTH_A_TRY_IN_JOBS, Watchdog
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.sharing import Sharing
-from agent.transport.version_proofs import Heads, prove
-from agent.transport.version_store import Versions
-from agent.transport.weight_transfer import NoRoom, SessionLost
+from agent.transport.version_proofs import VersionIndex, save_proof
+from agent.transport.version_store import VersionStore
+from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
@@ -63,7 +63,7 @@ _CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the reas
 class _Weights(NamedTuple):
     """The client's transport: versions from the cache or the network, updates to the link."""
 
-    versions: Versions
+    versions: VersionStore
     upload: Callable[[str, Path], None]
 
     def fetch(self, work: Work) -> Path:
@@ -85,7 +85,7 @@ class _Events(Observer):
         self._loop.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
-        prove(self._home / "cache", work, payload, signature)
+        save_proof(self._home / "cache", work, payload, signature)
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
         audit_log.write_update(self._home, claim, task, description)
@@ -108,7 +108,7 @@ class WorkThread:
         chosen: AgentSettings,
         runner: StateRunner,
         report: StatusReporter,
-        link: Callable[[], Link],
+        link: Callable[[], CoordinatorClient],
         sharing: Sharing | None = None,
         received: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
@@ -135,8 +135,8 @@ class WorkThread:
         #: The trainer's rest that follows is not in force yet.
         self._gave_up = False
         self._cooldown_end: asyncio.TimerHandle | None = None
-        self._heads = Heads(cache, enrollment.coordinator_public)
-        self.versions = Versions(cache, link, sharing, received)
+        self._heads = VersionIndex(cache, enrollment.coordinator_public)
+        self.versions = VersionStore(cache, link, sharing, received)
         me = PeerIdentity(enrollment.peer, credentials.sign_key.sign, enrollment.coordinator_public)
         events = _Events(home, runner, self.trainer)
         jobs = Jobs(
@@ -159,7 +159,7 @@ class WorkThread:
 
     def _handlers(self) -> dict[type[UnitQuestion], Handler]:
         """What this agent can do for jobs, by the type of the question."""
-        pinned = self._pinned = Versions(self._home / "jobs" / "models", self._link)
+        pinned = self._pinned = VersionStore(self._home / "jobs" / "models", self._link)
         # What others ask may fail as it likes: no reason to take no work for a while.
         patient = Watchdog(self.trainer, tries=2, worth=WORTH_A_TRY_IN_JOBS)
         inferring = Inferring(
@@ -247,7 +247,7 @@ class WorkThread:
 
     def _upload_update(self, digest: str, path: Path) -> None:
         """Hand in an update."""
-        self._retry_while_full(lambda: self._link().hand_in(digest, path))
+        self._retry_while_full(lambda: self._link().upload_update(digest, path))
 
     def _upload_answer(self, digest: str, path: Path) -> None:
         """Hand in a job's answer."""
@@ -258,12 +258,12 @@ class WorkThread:
         for _ in range(_MAX_UPLOAD_TRIES):
             try:
                 return send()
-            except NoRoom as err:
+            except CoordinatorDiskFull as err:
                 self._report.set_last_error(err.message)
                 self._sleep(_UPLOAD_RETRY_S)
                 if self._runner.stopping.is_set():
                     raise
-        raise NoRoom("the coordinator has had no room on its disk for too long")
+        raise CoordinatorDiskFull("the coordinator has had no room on its disk for too long")
 
     def _sleep(self, most_s: float, ready: Callable[[], bool] = lambda: False) -> None:
         """Wait for the time, until `ready` or the agent's end."""

@@ -34,14 +34,14 @@ from protocols.errors import CommonweightError, UsageError
 from protocols.model.weights import Weights
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-MOST_ROWS, MOST_WAITING = 4096, 1024
-LOOK_EVERY_S = 1.0
+MAX_ROWS, MAX_WAITING = 4096, 1024
+CHECK_EVERY_S = 1.0
 _LATENCIES = 10_000
 #: Names for this machine: a page in a browser that reaches us by another is turned away.
 _HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
 
 
-class Served(NamedTuple):
+class ServedModel(NamedTuple):
     """A model that answers. `version` names it."""
 
     version: str
@@ -51,7 +51,7 @@ class Served(NamedTuple):
     settings: Settings
 
 
-class _Asked(NamedTuple):
+class _PendingRequest(NamedTuple):
     head: bytes
     rows: list[bytes]
     answer: asyncio.Future[dict[str, Any]]
@@ -63,12 +63,14 @@ class Busy(CommonweightError):
     code = "busy"
 
 
-class Server:
+class InferenceServer:
     """One model at a time. `newest(served)` gives a newer one than this, or None; it may block."""
 
-    def __init__(self, served: Served, newest: Callable[[Served], Served | None]) -> None:
+    def __init__(
+        self, served: ServedModel, newest: Callable[[ServedModel], ServedModel | None]
+    ) -> None:
         self.served, self._newest = served, newest
-        self._waiting: asyncio.Queue[_Asked] = asyncio.Queue(MOST_WAITING)
+        self._waiting: asyncio.Queue[_PendingRequest] = asyncio.Queue(MAX_WAITING)
         self._thread = ThreadPoolExecutor(1, "model")
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self.requests = self.failed = self.swaps = self.batches = 0
@@ -80,21 +82,23 @@ class Server:
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self._waiting.get()]
-            while not self._waiting.empty() and sum(len(a.rows) for a in batch) < MOST_ROWS:
+            while not self._waiting.empty() and sum(len(a.rows) for a in batch) < MAX_ROWS:
                 batch.append(self._waiting.get_nowait())
-            for alike in _by_head(batch):
+            for alike in _by_columns(batch):
                 self.batches += 1
                 await loop.run_in_executor(self._thread, self._answer, loop, self.served, alike)
 
     async def watch(self) -> None:
         """Take up newer versions; for ever."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(CHECK_EVERY_S)
             found = await asyncio.to_thread(self._newest, self.served)
             if found is not None:
                 self.served, self.swaps = found, self.swaps + 1
 
-    def _answer(self, loop: asyncio.AbstractEventLoop, served: Served, batch: list[_Asked]) -> None:
+    def _answer(
+        self, loop: asyncio.AbstractEventLoop, served: ServedModel, batch: list[_PendingRequest]
+    ) -> None:
         """In the model's thread: all at once, and one by one if that fails."""
         try:
             told = _predicted(served, batch)
@@ -125,7 +129,7 @@ class Server:
         try:
             _check_host(request)
             head, rows = _rows_of(request.headers.get("content-type", ""), await _body(request))
-            asked = _Asked(head, rows, asyncio.get_running_loop().create_future())
+            asked = _PendingRequest(head, rows, asyncio.get_running_loop().create_future())
             if self._waiting.full():
                 raise Busy("too many requests wait", "ask again in a moment")
             self._waiting.put_nowait(asked)
@@ -157,7 +161,7 @@ class Server:
         )
 
 
-def _predicted(served: Served, batch: list[_Asked]) -> list[dict[str, Any]]:
+def _predicted(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[str, Any]]:
     """The answers to requests with the same columns. Raises what the task raises."""
     counts = [len(asked.rows) for asked in batch]
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
@@ -180,8 +184,8 @@ def _predicted(served: Served, batch: list[_Asked]) -> list[dict[str, Any]]:
     return told
 
 
-def _by_head(batch: list[_Asked]) -> list[list[_Asked]]:
-    alike: dict[bytes, list[_Asked]] = {}
+def _by_columns(batch: list[_PendingRequest]) -> list[list[_PendingRequest]]:
+    alike: dict[bytes, list[_PendingRequest]] = {}
     for asked in batch:
         alike.setdefault(asked.head, []).append(asked)
     return list(alike.values())

@@ -31,7 +31,7 @@ from protocols.network.error_text import why
 if TYPE_CHECKING:
     import httpx
 
-    from agent.transport.coordinator_client import Link
+    from agent.transport.coordinator_client import CoordinatorClient
     from protocols.enrollment.joining import StandingAnswer
 
 _TIMEOUT_S = 5.0
@@ -79,7 +79,7 @@ class _Doctor:
     _enrollment: Enrollment
     _standing: StandingAnswer | None = None
     _http: httpx.Client | None = None
-    _link: Link | None = None
+    _link: CoordinatorClient | None = None
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -215,12 +215,12 @@ class _Doctor:
         theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()
         return check_skew((before + time.time()) / 2 - theirs)
 
-    def _open_link(self) -> Link:
+    def _open_link(self) -> CoordinatorClient:
         if self._link is None:
             from agent.home.credentials import Credentials
-            from agent.transport.coordinator_client import Link
+            from agent.transport.coordinator_client import CoordinatorClient
 
-            self._link = Link(Credentials.load(self._home, self._enrollment))
+            self._link = CoordinatorClient(Credentials.load(self._home, self._enrollment))
         return self._link
 
     def coordinator(self) -> str:

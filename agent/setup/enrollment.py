@@ -137,9 +137,9 @@ def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
     """
     if not offline:
         from agent.home.credentials import Credentials
-        from agent.transport.coordinator_client import Link
+        from agent.transport.coordinator_client import CoordinatorClient
 
-        link = Link(Credentials.load(home, enrollment))
+        link = CoordinatorClient(Credentials.load(home, enrollment))
         without = "leave here without its knowing: commonweight-agent leave --yes --offline"
         try:
             link.leave()

@@ -13,7 +13,7 @@ from msgspec import Struct
 from protocols.local.atomic_files import write_private
 
 FILE = "traffic.json"
-_KEEP_EVERY_S = 10.0
+_SAVE_EVERY_S = 10.0
 _BITS = 8e-6  # Mbit in a byte
 
 
@@ -36,45 +36,45 @@ class Bandwidth:
         self.rates: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
         self._lock = threading.Lock()
         self._free_at = [0.0, 0.0]
-        self._kept_at = time.monotonic()
+        self._saved_at = time.monotonic()
         try:
             self._day = msgspec.json.decode(self._file.read_bytes(), type=Day)
         except (OSError, msgspec.DecodeError):
             self._day = Day()
 
     def sent(self, nbytes: int) -> None:
-        self._passed(0, nbytes)
+        self._count(0, nbytes)
 
     def received(self, nbytes: int) -> None:
-        self._passed(1, nbytes)
+        self._count(1, nbytes)
 
     def today(self) -> tuple[int, int]:
         """Bytes up and down since local midnight."""
         with self._lock:
-            day = self._now()
+            day = self._today()
             return day.up, day.down
 
-    def keep(self, *, at_once: bool = False) -> None:
+    def save(self, *, at_once: bool = False) -> None:
         """Write today's count, now and then. A disk that is full costs the count alone."""
         with self._lock:
-            if not at_once and time.monotonic() - self._kept_at < _KEEP_EVERY_S:
+            if not at_once and time.monotonic() - self._saved_at < _SAVE_EVERY_S:
                 return
-            self._kept_at = time.monotonic()
+            self._saved_at = time.monotonic()
             try:
-                write_private(self._file, msgspec.json.encode(self._now()))
+                write_private(self._file, msgspec.json.encode(self._today()))
             except OSError:
                 pass
 
-    def _now(self) -> Day:
+    def _today(self) -> Day:
         today = time.strftime("%Y-%m-%d")
         if self._day.day != today:
             self._day = Day(day=today)
         return self._day
 
-    def _passed(self, way: int, nbytes: int) -> None:
+    def _count(self, way: int, nbytes: int) -> None:
         rate = self.rates()[way]
         with self._lock:
-            day = self._now()
+            day = self._today()
             self._day = Day(
                 day=day.day, up=day.up + nbytes * (way == 0), down=day.down + nbytes * (way == 1)
             )

@@ -45,8 +45,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.http_client import OverWire
-from agent.transport.weight_transfer import Lane, check, translated
+from agent.transport.http_client import HttpxTransport
+from agent.transport.weight_transfer import WeightTransfer, map_errors, raise_for_status
 from protocols.enrollment.identity import node_public
 from protocols.enrollment.joining import (
     LEAVE_PATH,
@@ -83,18 +83,18 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 #: Flower calls a node offline after two missed heartbeats: a lost agent is seen within 40 s.
 HEARTBEAT_S = 20.0
 #: Longer than an idle agent's poll, so that the poll is its heartbeat.
-BEAT_EVERY_S = 0.8 * HEARTBEAT_S
-_GOODBYE_S = 3.0
+HEARTBEAT_EVERY_S = 0.8 * HEARTBEAT_S
+_DEACTIVATE_TIMEOUT_S = 3.0
 
 
-class _Attached(NamedTuple):
+class _InlineUpdate(NamedTuple):
     """A small update in a file."""
 
     digest: str
     source: Path
 
 
-class _Signed:
+class _RequestSigner:
     """Signs Flower's requests twice: with the node key, as its server asks, and as ours.
 
     Flower's own NodeAuthHttpInterceptor would bring FastAPI along: 20 MB in each idle agent. What
@@ -116,7 +116,7 @@ class _Signed:
         return call_next(context)
 
 
-class Link(Lane):
+class CoordinatorClient(WeightTransfer):
     """One session with the coordinator.
 
     Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
@@ -128,29 +128,29 @@ class Link(Lane):
         super().__init__(credentials, bandwidth)
         # Without the address's path: it is no part of what is signed, and the wire puts it before.
         base = f"https://{addresses.parse(credentials.address).netloc}"
-        self._http = httpx.Client(base_url=base, transport=OverWire(self._wire))
-        self._fleet = FleetHttpClient(base, interceptors=[_Signed(credentials)])
+        self._http = httpx.Client(base_url=base, transport=HttpxTransport(self._http_client))
+        self._fleet = FleetHttpClient(base, interceptors=[_RequestSigner(credentials)])
         # Flower's client gives no way to say so, and a second pool is a second connection.
         self._fleet._client = self._http
         self._node: Node | None = None
         self._heard_at = 0.0
         #: Goes with the next answer.
-        self._attached: _Attached | None = None
+        self._attached: _InlineUpdate | None = None
         #: The coordinator has written down what became of the last reply.
         self.settled = False
 
     def reconnect(self) -> None:
         """Let go of all connections, and make others when they are needed."""
-        self._wire.drop()
+        self._http_client.drop_connections()
 
     @property
     def ends(self) -> tuple[str, str]:
         """The last connection's IP addresses, ours and the other's; empty before the first."""
-        return self._wire.ends
+        return self._http_client.peer_addresses
 
     def open(self) -> None:
         """Open a session: from now on the coordinator may send work."""
-        with translated():
+        with map_errors():
             answer = self._fleet.ActivateNode(
                 ActivateNodeRequest(
                     public_key=node_public(self._credentials.node_key),
@@ -165,7 +165,7 @@ class Link(Lane):
 
         Flower looks at signature and key first, and then refuses the heartbeat that no node has.
         """
-        with translated():
+        with map_errors():
             try:
                 self._fleet.ActivateNode(
                     ActivateNodeRequest(
@@ -179,9 +179,9 @@ class Link(Lane):
     def close(self) -> None:
         """Say goodbye if anybody listens, and drop the connections."""
         if self._node is not None:
-            self._wire.timeout_s = _GOODBYE_S
+            self._http_client.timeout_s = _DEACTIVATE_TIMEOUT_S
             try:
-                with translated():
+                with map_errors():
                     self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
             except (Unreachable, Refused):
                 pass  # it will see the missing heartbeat
@@ -195,25 +195,25 @@ class Link(Lane):
     @property
     def beat_due_s(self) -> float:
         """Seconds until a heartbeat is due; every exchange is one."""
-        return self._heard_at + BEAT_EVERY_S - time.monotonic()
+        return self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
 
     def mqtt(self) -> MqttAddress:
         """The broker and the login for it, as they are now: the password changes now and then."""
-        with translated():
+        with map_errors():
             answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=MqttAddress)
 
     def standing(self) -> StandingAnswer:
         """How this machine stands with the coordinator; needs no session."""
-        with translated():
+        with map_errors():
             answer = self._http.get(STANDING_PATH, headers=self._signed("GET", STANDING_PATH))
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=StandingAnswer)
 
     def leave(self) -> None:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""
-        with translated():
+        with map_errors():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
 
     def tell_logs(self, told: LogResponse) -> None:
@@ -222,7 +222,7 @@ class Link(Lane):
 
     def renew(self) -> bytes:
         """A new node certificate for the same keys."""
-        with translated():
+        with map_errors():
             answer = self._http.post(RENEW_PATH, headers=self._signed("POST", RENEW_PATH))
             answer.raise_for_status()
         return answer.content
@@ -248,51 +248,51 @@ class Link(Lane):
         packed = _pack(reply) if reply is not None else None
         body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
         headers = self._signed("POST", POLL_PATH, hashlib.sha256(body).hexdigest())
-        with translated():
+        with map_errors():
             asked_at = time.monotonic()
-            answer = self._wire.ask("POST", POLL_PATH, headers, body)
+            answer = self._http_client.request("POST", POLL_PATH, headers, body)
             if attached is not None and answer.status in (413, 507):
                 self.upload(attached.digest, attached.source)  # says why, or succeeds now
                 return self._exchange(reply, want=want)
-            check(answer.status)
+            raise_for_status(answer.status)
             self.bytes_up += len(update)
             self._heard_at = asked_at
             told = msgspec.msgpack.decode(answer.body, type=PollResponse)
             if told.work is not None:
-                self._brought = told.version
+                self._inline_version = told.version
             if reply is not None:  # a heartbeat may come between a reply and the look at this
                 self.settled = told.acknowledged
             return _unpack(told.work) if told.work is not None else None
 
     def plan(self, digest: str, asked: DownloadPlanRequest) -> DownloadPlan:
         """Where a version can be had from, piece by piece."""
-        return self._told(PLAN_PATH.format(digest=digest), asked, DownloadPlan)
+        return self._post_json(PLAN_PATH.format(digest=digest), asked, DownloadPlan)
 
-    def tell_held(self, digest: str, held: DownloadReport) -> None:
+    def announce_version(self, digest: str, held: DownloadReport) -> None:
         """Say that a version is here now, and who helped."""
         self._post(DOWNLOAD_REPORT_PATH.format(digest=digest), msgspec.json.encode(held))
 
     def neighbours(self, asked: DownloadPlanRequest) -> NeighborsResponse:
         """Whom to ask while the coordinator is away; it hears where this agent serves."""
-        return self._told(NEIGHBORS_PATH, asked, NeighborsResponse)
+        return self._post_json(NEIGHBORS_PATH, asked, NeighborsResponse)
 
-    def _told(self, path: str, asked: DownloadPlanRequest, kind: type[T]) -> T:
-        with translated():
+    def _post_json(self, path: str, asked: DownloadPlanRequest, kind: type[T]) -> T:
+        with map_errors():
             return msgspec.json.decode(self._post(path, msgspec.json.encode(asked)), type=kind)
 
     def _post(self, path: str, body: bytes) -> bytes:
         headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())
-        with translated():
+        with map_errors():
             answer = self._http.post(path, content=body, headers=headers)
             answer.raise_for_status()
             return answer.content
 
-    def hand_in(self, digest: str, source: Path) -> None:
+    def upload_update(self, digest: str, source: Path) -> None:
         """Send an update's bytes: few of them with the answer that is pushed next."""
         if source.stat().st_size > INLINE_MAX_BYTES:
             self.upload(digest, source)
             return
-        self._attached = _Attached(digest, source)
+        self._attached = _InlineUpdate(digest, source)
         failpoint("agent.upload.piece")
 
 

@@ -33,17 +33,17 @@ from protocols.network.error_text import why
 Body = bytes | Iterable[bytes]
 
 #: Headers that http.client writes itself.
-_OWN = frozenset({"host", "content-length", "connection", "accept-encoding"})
+_HANDLED_HEADERS = frozenset({"host", "content-length", "connection", "accept-encoding"})
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """A whole answer."""
 
     status: int
     body: bytes
 
 
-class Stream:
+class StreamedResponse:
     """An answer whose body is still to come."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
@@ -52,46 +52,50 @@ class Stream:
 
     def read_into(self, buffer: memoryview) -> int:
         """The next bytes of the body; 0 at its end, also where it ends too soon."""
-        with _told():
+        with _map_errors():
             return self._response.readinto(buffer)
 
 
-class Wire:
+class HttpClient:
     """Connections to one address, `host:port` or `host:port/path`.
 
     Whatever is wrong with them is Unreachable.
 
-    `kept_s`: how long one that nobody uses is kept. `timeout_s`: for each step of a request.
+    `max_idle_s`: how long an unused connection is kept. `timeout_s`: for each step of a request.
     """
 
     def __init__(
-        self, address: str, tls: ssl.SSLContext, *, timeout_s: float, kept_s: float
+        self, address: str, tls: ssl.SSLContext, *, timeout_s: float, max_idle_s: float
     ) -> None:
         self._host, self._port, self._prefix = addresses.parse(address)
-        self._tls, self._kept_s, self.timeout_s = tls, kept_s, timeout_s
+        self._tls, self._max_idle_s, self.timeout_s = tls, max_idle_s, timeout_s
         self._lock = threading.Lock()
         self._idle: list[tuple[_Connection, float]] = []
         self._busy: set[_Connection] = set()
-        self._life = 0
+        self._generation = 0
         self._closed = False
         #: The last connection's IP addresses: ours, and the other's (a proxy's, if one is between).
-        self.ends = ("", "")
+        self.peer_addresses = ("", "")
 
-    def ask(self, method: str, path: str, headers: Mapping[str, str], body: Body = b"") -> Answer:
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+    ) -> Response:
         """The answer to a request. A body in pieces needs a content-length in `headers`."""
-        with self._asked(method, path, headers, body) as response, _told():
-            return Answer(response.status, response.read())
+        with self._open(method, path, headers, body) as response, _map_errors():
+            return Response(response.status, response.read())
 
     @contextlib.contextmanager
-    def stream(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Stream]:
+    def stream(
+        self, method: str, path: str, headers: Mapping[str, str]
+    ) -> Iterator[StreamedResponse]:
         """The answer to a request, whose body is read in the block."""
-        with self._asked(method, path, headers, b"") as response:
-            yield Stream(response)
+        with self._open(method, path, headers, b"") as response:
+            yield StreamedResponse(response)
 
-    def drop(self) -> None:
+    def drop_connections(self) -> None:
         """End all connections, also those that connect or wait; others are made when needed."""
         with self._lock:
-            self._life += 1
+            self._generation += 1
             idle, self._idle = self._idle, []
             for connection in self._busy:
                 connection.end()
@@ -102,19 +106,19 @@ class Wire:
         """End all connections for good: requests under way and later ones are Unreachable."""
         with self._lock:
             self._closed = True
-        self.drop()
+        self.drop_connections()
 
     @contextlib.contextmanager
-    def _asked(
+    def _open(
         self, method: str, path: str, headers: Mapping[str, str], body: Body
     ) -> Iterator[http.client.HTTPResponse]:
-        life, done = self._life, False
-        connection = self._taken()
+        life, done = self._generation, False
+        connection = self._acquire()
         try:
-            with _told():
+            with _map_errors():
                 if connection.sock is None:
                     connection.connect()
-                    self.ends = connection.ends()
+                    self.peer_addresses = connection.ends()
                 connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
                 for name, value in headers.items():
                     connection.putheader(name, value)
@@ -123,7 +127,7 @@ class Wire:
                 connection.endheaders(body if isinstance(body, bytes) and body else None)
             if not isinstance(body, bytes):
                 _send(connection, body)
-            with _told():
+            with _map_errors():
                 response = connection.getresponse()
             yield response
             done = response.isclosed() and not response.will_close
@@ -131,11 +135,11 @@ class Wire:
             with self._lock:
                 self._busy.discard(connection)
             if done:
-                self._give_back(connection, life)
+                self._release(connection, life)
             else:
                 connection.close()
 
-    def _taken(self) -> _Connection:
+    def _acquire(self) -> _Connection:
         """A connection that nobody uses, or a new one that has yet to connect; busy from now on."""
         while True:
             with self._lock:
@@ -146,7 +150,9 @@ class Wire:
                 self._busy.add(connection)
             if found is None:
                 return connection
-            if time.monotonic() - since < self._kept_s and not _has_ended(connection.sock):
+            if time.monotonic() - since < self._max_idle_s and not _is_closed_by_peer(
+                connection.sock
+            ):
                 connection.sock.settimeout(self.timeout_s)
                 return connection
             with self._lock:
@@ -161,9 +167,9 @@ class Wire:
         connection.set_tunnel(self._host, self._port, proxy.headers)
         return connection
 
-    def _give_back(self, connection: _Connection, life: int) -> None:
+    def _release(self, connection: _Connection, life: int) -> None:
         with self._lock:
-            if life == self._life:
+            if life == self._generation:
                 self._idle.append((connection, time.monotonic()))
                 return
         connection.close()
@@ -183,7 +189,7 @@ class _Connection(http.client.HTTPSConnection):
         super().__init__(host, port, timeout=timeout_s, context=tls)
         self._server, self._tls = server, tls
         self._ended = False
-        self._create_connection = self._connected
+        self._create_connection = self._create_tracked
 
     def connect(self) -> None:
         """Connect, through the proxy if one is set, and shake hands. Raises OSError."""
@@ -204,7 +210,7 @@ class _Connection(http.client.HTTPSConnection):
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
-    def _connected(
+    def _create_tracked(
         self, address: tuple[str, int], timeout_s: float, source: object = None
     ) -> socket.socket:
         """As `socket.create_connection`, with the socket in `self.sock` before it connects."""
@@ -246,16 +252,16 @@ def proxy_for(host: str, port: int) -> Proxy | None:
     return Proxy(told.hostname or "", told.port or 3128, headers)
 
 
-class OverWire(httpx.BaseTransport):
+class HttpxTransport(httpx.BaseTransport):
     """httpx over a Wire, for Flower's own client and for what is asked seldom."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: HttpClient) -> None:
         self._wire = wire
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        headers = {name: v for name, v in request.headers.items() if name not in _OWN}
+        headers = {name: v for name, v in request.headers.items() if name not in _HANDLED_HEADERS}
         path = request.url.raw_path.decode()
-        status, body = self._wire.ask(request.method, path, headers, request.read())
+        status, body = self._wire.request(request.method, path, headers, request.read())
         return httpx.Response(status, content=body, request=request)
 
     def close(self) -> None:
@@ -273,7 +279,7 @@ def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> N
             raise _unreachable(err) from err
 
 
-def _has_ended(sock: socket.socket) -> bool:
+def _is_closed_by_peer(sock: socket.socket) -> bool:
     """True for an idle connection on which something has come: nothing but its end can."""
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([sock], [], [], 0)[0])
@@ -283,7 +289,7 @@ def _has_ended(sock: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _map_errors() -> Iterator[None]:
     """Says errors of the network, and of an answer that is no HTTP, in our words."""
     try:
         yield

@@ -56,15 +56,15 @@ TELEMETRY_EVERY_S = 0.25
 PRESENCE_EVERY_S = 0.25
 _AT_WORK = frozenset({PeerState.IDLE, PeerState.TRAINING, PeerState.SENDING})
 #: Presence is said again at least this often; watchers call a peer stale after three times that.
-SIGN_OF_LIFE_S = 30.0
-NOTICES_KEPT = 32
-_LIVED_S = 10.0  # a link that held this long starts the waits from the first again
+PRESENCE_REFRESH_S = 30.0
+MAX_NOTICES = 32
+_STABLE_S = 10.0  # a link that held this long starts the waits from the first again
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
 
 
-class PresenceLink:
+class MqttClient:
     """One agent's link to the broker. Its methods are cheap and for the event loop's thread.
 
     `sign` makes the node's Ed25519 signature (64 bytes); `coordinator_public` is the coordinator's
@@ -95,14 +95,14 @@ class PresenceLink:
         self._command_topic = topics.command(fleet, peer)
         self._coordinator_public = coordinator_public
         self._on_command, self._on_change = on_command, on_change
-        self._told: tuple[bool, str] | None = None
-        self._seen = ReplayFilter()
+        self._reported: tuple[bool, str] | None = None
+        self._replay_filter = ReplayFilter()
         self._began_at = time.time()
         self._rng = Random()
-        self._wake, self._again = asyncio.Event(), asyncio.Event()
+        self._wake, self._reconnect = asyncio.Event(), asyncio.Event()
         self._presence: Presence | None = None
         self._telemetry: Telemetry | None = None
-        self._notices: deque[Notice] = deque(maxlen=NOTICES_KEPT)
+        self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
 
     def set_presence(self, presence: Presence) -> None:
         """Say this now, at every reconnect, and as a sign of life until the next one."""
@@ -126,7 +126,7 @@ class PresenceLink:
 
     def reconnect(self) -> None:
         """Drop the link and connect anew at once: after a sleep of the machine it is dead."""
-        self._again.set()
+        self._reconnect.set()
 
     async def run(self) -> None:
         """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageError."""
@@ -137,7 +137,7 @@ class PresenceLink:
                 address = self._address
                 tls = await asyncio.to_thread(tls_context, address)
             began = time.monotonic()
-            self._again.clear()
+            self._reconnect.clear()
             why = f"the link to {address.netloc} was lost"
             try:
                 await self._session(tls)
@@ -146,16 +146,16 @@ class PresenceLink:
                     cause = group.exceptions[0]
                     why = describe_failure(cause.__cause__ or cause.__context__, self._address)
             self.connected, self._telemetry = False, None
-            self._tell(False, why)
-            if time.monotonic() - began > _LIVED_S:
+            self._report_status(False, why)
+            if time.monotonic() - began > _STABLE_S:
                 waits = delays(self._rng)
             with suppress(TimeoutError):
                 async with asyncio.timeout(next(waits)):
-                    await self._again.wait()
+                    await self._reconnect.wait()
 
-    def _tell(self, up: bool, why: str) -> None:
-        if self._told != (up, why):
-            self._told = (up, why)
+    def _report_status(self, up: bool, why: str) -> None:
+        if self._reported != (up, why):
+            self._reported = (up, why)
             self._on_change(up, why)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
@@ -180,27 +180,29 @@ class PresenceLink:
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
         )
-        async with _entered(client):
+        async with _connected(client):
             try:
                 codes = await client.subscribe(self._command_topic, qos=1)
                 self.connected = True
                 allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
-                self._tell(True, "" if allowed else "the broker lets no commands through (its ACL)")
+                self._report_status(
+                    True, "" if allowed else "the broker lets no commands through (its ACL)"
+                )
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(self._hear_all(client), name="mqtt hear")
-                    group.create_task(self._say_all(client, voice), name="mqtt say")
-                    group.create_task(self._end_when_asked(), name="mqtt again")
+                    group.create_task(self._receive(client), name="mqtt hear")
+                    group.create_task(self._publish(client, voice), name="mqtt say")
+                    group.create_task(self._end_on_reconnect(), name="mqtt again")
             except asyncio.CancelledError:
-                await self._farewell(client, voice)
+                await self._publish_offline(client, voice)
                 raise
 
-    async def _end_when_asked(self) -> None:
-        await self._again.wait()
+    async def _end_on_reconnect(self) -> None:
+        await self._reconnect.wait()
         raise aiomqtt.MqttError("asked to connect anew")
 
     # --- what we say -------------------------------------------------------------------------
 
-    async def _say_all(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
+    async def _publish(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
         said: Presence | None = None
         say_again, telemetry_from, presence_from = math.inf, 0.0, 0.0
         while True:
@@ -214,7 +216,7 @@ class PresenceLink:
                 await client.publish(self._presence_topic, payload, qos=1, retain=True)
                 said = presence
                 presence_from = time.monotonic() + PRESENCE_EVERY_S
-                say_again = time.monotonic() + SIGN_OF_LIFE_S * self._rng.uniform(0.8, 1.0)
+                say_again = time.monotonic() + PRESENCE_REFRESH_S * self._rng.uniform(0.8, 1.0)
             while self._notices:
                 notice = self._notices.popleft()
                 payload = voice.seal(self._notice_topic, notice)
@@ -225,15 +227,15 @@ class PresenceLink:
                 await client.publish(self._telemetry_topic, payload)
                 telemetry_from = time.monotonic() + TELEMETRY_EVERY_S
             due = say_again if self._telemetry is None else min(say_again, telemetry_from)
-            await self._woken(due)
+            await self._wait_until(due)
 
-    async def _woken(self, due: float) -> None:
+    async def _wait_until(self, due: float) -> None:
         """Wait until `due` (monotonic s). What is not telemetry is not kept waiting by it."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None if due == math.inf else max(0, due - time.monotonic())):
                 await self._wake.wait()
 
-    async def _farewell(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
+    async def _publish_offline(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
         payload = voice.seal(self._presence_topic, self._offline("stopped"))
         with suppress(aiomqtt.MqttError):
             await client.publish(self._presence_topic, payload, qos=1, retain=True, timeout=2)
@@ -244,17 +246,17 @@ class PresenceLink:
 
     # --- what we hear ------------------------------------------------------------------------
 
-    async def _hear_all(self, client: aiomqtt.Client) -> None:
+    async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             try:
-                heard = self._heard(message.topic.value, message.payload)
+                heard = self._verify_message(message.topic.value, message.payload)
             except BadMessage as err:
                 self.rejected += 1
                 self.rejected_why = err.message
             else:
                 self._on_command(heard)
 
-    def _heard(self, topic: str, payload: object) -> Doorbell | Command | LogRequest:
+    def _verify_message(self, topic: str, payload: object) -> Doorbell | Command | LogRequest:
         """The message in `payload`, if the coordinator sent it to us just now. Raises BadMessage.
 
         A doorbell carries nothing to trust, so a wrong clock does not keep it out; whoever rings
@@ -272,7 +274,7 @@ class PresenceLink:
         if not isinstance(body, Doorbell) and envelope.at < self._began_at:
             # What this agent heard in its last life it does not remember: none of that counts.
             raise BadMessage("a command from before this agent's start")
-        if not self._seen.is_new(envelope.epoch, type(body).__name__, envelope.seq):
+        if not self._replay_filter.is_new(envelope.epoch, type(body).__name__, envelope.seq):
             raise BadMessage("a message that was heard before")
         return body
 
@@ -297,14 +299,14 @@ async def try_login(address: MqttAddress) -> str:
         logger=_log,
     )
     try:
-        async with _entered(client):
+        async with _connected(client):
             return ""
     except aiomqtt.MqttError as err:
         return describe_failure(err.__cause__ or err.__context__, address)
 
 
 @asynccontextmanager
-async def _entered(client: aiomqtt.Client) -> AsyncIterator[None]:
+async def _connected(client: aiomqtt.Client) -> AsyncIterator[None]:
     """The client, connected. A cancelled try is seen to its end first, or its socket stays open."""
     entering = asyncio.ensure_future(client.__aenter__())
     try:

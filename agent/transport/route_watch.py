@@ -10,10 +10,10 @@ import socket
 import time
 
 #: Between two reconnects for this reason: a machine may have two ways that take turns.
-_APART_S = 10.0
+_MIN_INTERVAL_S = 10.0
 
 
-def source(host: str) -> str | None:
+def local_address(host: str) -> str | None:
     """This machine's address on packets to that host (an IP address); None if there is no way."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -24,7 +24,7 @@ def source(host: str) -> str | None:
         return None
 
 
-class Way:
+class RouteState:
     """Compares the way of the last connection with the one of the moment. Pure."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Way:
             return False
         if not self._was_cut and found == used:
             return False
-        if now - self._told_at < _APART_S:
+        if now - self._told_at < _MIN_INTERVAL_S:
             return False  # seen again by the next look
         self._was_cut, self._told_at = False, now
         return True
@@ -51,9 +51,9 @@ class RouteWatch:
     """Looks at the way that the last connection took; `ends` are both its IP addresses."""
 
     def __init__(self) -> None:
-        self._way = Way()
+        self._way = RouteState()
 
     def has_changed(self, ends: tuple[str, str]) -> bool:
         """Look; `ends` are ours and the other's, empty before the first connection."""
         own, other = ends
-        return bool(other) and self._way.has_changed(own, source(other), time.monotonic())
+        return bool(other) and self._way.has_changed(own, local_address(other), time.monotonic())

@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 #: No loop of ours is late by so much on a machine that is merely busy.
-ASLEEP_S = 10.0
+MIN_SUSPEND_S = 10.0
 
 
 class Clocks(NamedTuple):
@@ -20,11 +20,11 @@ class Clocks(NamedTuple):
         return cls(time.time(), time.monotonic())
 
 
-def slept_s(before: Clocks, after: Clocks, due_s: float) -> float:
+def suspended_s(before: Clocks, after: Clocks, due_s: float) -> float:
     """Seconds that passed unseen between two looks that were to be `due_s` apart; 0 if few.
 
     A sleeping machine's monotonic clock stands still while the wall clock goes on; that of a frozen
     process goes on. A wall clock that was put forward looks the same, and costs one reconnect.
     """
     passed = max(after.wall - before.wall, after.monotonic - before.monotonic)
-    return passed - due_s if passed - due_s >= ASLEEP_S else 0.0
+    return passed - due_s if passed - due_s >= MIN_SUSPEND_S else 0.0

@@ -28,7 +28,7 @@ class _Proof(Struct, frozen=True, kw_only=True):
     signature: bytes
 
 
-class Kept(NamedTuple):
+class ProvenVersion(NamedTuple):
     """A version in the file `path`, and the work that the coordinator signed for it.
 
     `work.base` is its digest. `payload` and `signature` are for `exchange.SIGNED_WORK.open`.
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     signature: bytes
 
 
-def prove(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
+def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
     """Keep what proves the version that this work is on; drop the proofs of versions that went."""
     proof = folder / f"{work.base}{SUFFIX}"
     if proof.exists():
@@ -54,7 +54,7 @@ def prove(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
             other.unlink(missing_ok=True)
 
 
-def read(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
+def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
     """The work in a proof's file, and its bytes with their signature. Raises BadMessage."""
     try:
         told = msgspec.json.decode(proof, type=_Proof)
@@ -68,13 +68,13 @@ def read(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
     return work, told.work, told.signature
 
 
-def held(folder: Path, coordinator_public: bytes) -> list[Kept]:
+def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion]:
     """Versions whose bytes and proof are both good, the one that came last first."""
     found = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
             path = _version(proof)
-            kept = Kept(path, *read(proof.read_bytes(), coordinator_public))
+            kept = ProvenVersion(path, *read_proof(proof.read_bytes(), coordinator_public))
             if proof.name == f"{kept.work.base}{SUFFIX}" and file_digest(path) == kept.work.base:
                 found.append((path.stat().st_mtime, kept))
         except (OSError, BadMessage):
@@ -82,7 +82,7 @@ def held(folder: Path, coordinator_public: bytes) -> list[Kept]:
     return [kept for _, kept in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-class Heads:
+class VersionIndex:
     """The newest version of a folder, and the proofs in it; cheap enough to ask all the time.
 
     What a proof says is looked at once, and the version's bytes not at all: who fetches them does.
@@ -115,7 +115,7 @@ class Heads:
 
     def _head(self, proof: Path) -> Head | None:
         try:
-            work, _, _ = read(proof.read_bytes(), self._coordinator_public)
+            work, _, _ = read_proof(proof.read_bytes(), self._coordinator_public)
             head = Head.of(work)
         except (OSError, BadMessage):
             return None

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p import swarm
 from agent.transport.p2p.sharing import Sharing
 from protocols.codecs import patches
@@ -22,11 +22,11 @@ from protocols.model.weights_file import Stored
 
 log = logging.getLogger("commonweight.agent")
 
-KEPT = 2
-_LEFTOVERS = frozenset({".part", ".pieces", ".patch", ".made", ".spread"})
+MAX_VERSIONS = 2
+_TEMPORARY_SUFFIXES = frozenset({".part", ".pieces", ".patch", ".made", ".spread"})
 
 
-class Versions:
+class VersionStore:
     """A folder of versions by digest. `link` gives the session of the moment; blocking.
 
     With `sharing`, large versions come piece by piece, from other peers too, and go to them;
@@ -36,28 +36,28 @@ class Versions:
     def __init__(
         self,
         folder: Path,
-        link: Callable[[], Link],
+        link: Callable[[], CoordinatorClient],
         sharing: Sharing | None = None,
         received: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self._folder, self._link, self._sharing = folder, link, sharing
-        self._received = received
+        self._count_received = received
         #: Those that this process has made or looked at: what a crash left may be anything.
-        self._whole: set[str] = set()
+        self._verified: set[str] = set()
 
     def fetch(self, digest: str, nbytes: int) -> Path:
         """A version's file, from the folder or the coordinator."""
         path = self._path(digest)
-        if digest not in self._whole and path.exists() and file_digest(path) != digest:
+        if digest not in self._verified and path.exists() and file_digest(path) != digest:
             log.warning("version %s is damaged on this disk: fetching it again", digest[:12])
             path.unlink()
         if not path.exists():
-            if self._sharing is not None and self._sharing.is_worth_it(nbytes):
+            if self._sharing is not None and self._sharing.is_large_enough(nbytes):
                 self._fetch_shared(self._sharing, digest, nbytes, path)
             else:
                 self._link().download(digest, nbytes, path)
             self._drop_old()
-        self._keep(digest)
+        self._register(digest)
         return path
 
     def _fetch_shared(self, sharing: Sharing, digest: str, nbytes: int, path: Path) -> None:
@@ -67,11 +67,11 @@ class Versions:
                 digest,
                 nbytes,
                 part,
-                shelf=sharing.shelf,
-                ask=lambda faulty: link.plan(digest, sharing.asked(faulty)),
+                shelf=sharing.pieces,
+                ask=lambda faulty: link.plan(digest, sharing.plan_request(faulty)),
                 stream=link.stream,
                 sign=sharing.sign,
-                received=self._received,
+                received=self._count_received,
             )
         except (BadMessage, OSError) as err:
             if is_full(err):
@@ -81,23 +81,23 @@ class Versions:
             part.unlink()
             raise BadWeights("the version's bytes are not those of its digest")
         if os.name == "nt":  # where a file that is being read cannot be renamed
-            sharing.shelf.drop(digest)
+            sharing.pieces.drop(digest)
         part.replace(path)
         sync_folder(path.parent)
-        self._keep(digest)  # before it is told of: whoever is sent here shall find it
-        link.tell_held(digest, held)
+        self._register(digest)  # before it is told of: whoever is sent here shall find it
+        link.announce_version(digest, held)
 
     def adopt(self, part: Path, digest: str) -> None:
         """A version has come otherwise, into this file: keep it under its name."""
         part.replace(self._path(digest))
         sync_folder(self._folder)
-        self._keep(digest)
+        self._register(digest)
         self._drop_old()
 
-    def _keep(self, digest: str) -> None:
-        self._whole.add(digest)
+    def _register(self, digest: str) -> None:
+        self._verified.add(digest)
         if self._sharing is not None:
-            self._sharing.shelf.put(digest, self._path(digest))
+            self._sharing.pieces.put(digest, self._path(digest))
 
     def rebuild(self, work: Work) -> None:
         """Make the version that the work is on from its parent, if that is here.
@@ -114,7 +114,7 @@ class Versions:
                 if patches.apply(old, change, made) != work.base:
                     raise BadWeights("the patch leads to another version")
             made.replace(path)
-            self._keep(work.base)
+            self._register(work.base)
             self._drop_old()
         except (CommonweightError, OSError) as err:
             log.warning("fetching the whole version, as its patch is of no use: %s", err)
@@ -132,7 +132,7 @@ class Versions:
         Never those with a `needed` digest. What a cut-off download has left goes as well.
         """
         freed = 0
-        for leftover in (p for p in self._folder.glob("*.*") if p.suffix in _LEFTOVERS):
+        for leftover in (p for p in self._folder.glob("*.*") if p.suffix in _TEMPORARY_SUFFIXES):
             if leftover.stem not in needed and freed < nbytes:
                 freed += leftover.stat().st_size
                 leftover.unlink(missing_ok=True)
@@ -146,12 +146,12 @@ class Versions:
         return sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
 
     def _drop_old(self) -> None:
-        for old in self._by_age()[:-KEPT]:
+        for old in self._by_age()[:-MAX_VERSIONS]:
             with letting_go(old):
                 self._drop(old)
 
     def _drop(self, old: Path) -> None:
         if self._sharing is not None:
-            self._sharing.shelf.drop(old.stem)  # its open file would keep the room
+            self._sharing.pieces.drop(old.stem)  # its open file would keep the room
         old.unlink(missing_ok=True)
-        self._whole.discard(old.stem)
+        self._verified.discard(old.stem)

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.http_client import Wire
+from agent.transport.http_client import HttpClient
 from protocols.enrollment import signed_requests
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
@@ -24,7 +24,7 @@ from protocols.network.error_text import why
 _TIMEOUT_S = 30.0
 #: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
 #: coordinator keeps one for 75 s.
-CONNECTION_S = 60.0
+IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
 VERSION_PATH = "/cw/v1/weights/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
@@ -36,13 +36,13 @@ class SessionLost(Refused):
     code = "session_lost"
 
 
-class NoRoom(Unreachable):
+class CoordinatorDiskFull(Unreachable):
     """The coordinator's disk is full: it takes the bytes when there is room again."""
 
     code = "no_room"
 
 
-class Lane:
+class WeightTransfer:
     """Versions come, updates go. `bandwidth` counts and slows them.
 
     Every method raises Unreachable when nobody answers and SessionLost when the coordinator does
@@ -51,15 +51,15 @@ class Lane:
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         self._credentials, self._bandwidth = credentials, bandwidth
-        self._wire = Wire(
+        self._http_client = HttpClient(
             credentials.address,
             ssl.create_default_context(cadata=credentials.ca_pem.decode()),
             timeout_s=_TIMEOUT_S,
-            kept_s=CONNECTION_S,
+            max_idle_s=IDLE_CONNECTION_S,
         )
-        self._cut_off = ""
+        self._interrupted = ""
         #: A small version that came with the last work.
-        self._brought = b""
+        self._inline_version = b""
         self.bytes_up = self.bytes_down = 0
 
     def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
@@ -68,7 +68,7 @@ class Lane:
         Raises BadWeights when the bytes are not those of `digest`.
         """
         part = target.with_suffix(".part")
-        brought, self._brought = self._brought, b""
+        brought, self._inline_version = self._inline_version, b""
         if brought and hashlib.sha256(brought).hexdigest() == digest:
             self.bytes_down += len(brought)
             part.write_bytes(brought)
@@ -77,7 +77,7 @@ class Lane:
             return
         have = part.stat().st_size if part.exists() else 0
         if have < nbytes:
-            have, found = self._fetch(at.format(digest=digest), nbytes, part, have)
+            have, found = self._download_rest(at.format(digest=digest), nbytes, part, have)
         else:  # cut off after the last byte: there is nothing left to ask for
             found = file_digest(part)
         if have < nbytes:
@@ -89,7 +89,7 @@ class Lane:
 
     def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
         """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
-        have, _ = self._fetch(f"/cw/v1/patches/{digest}", nbytes, target, 0)
+        have, _ = self._download_rest(f"/cw/v1/patches/{digest}", nbytes, target, 0)
         if have != nbytes:
             raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
 
@@ -99,8 +99,8 @@ class Lane:
         headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
         buffer = memoryview(bytearray(_PIECE_BYTES))
         left = stop - start
-        with self._wire.stream("GET", path, headers) as answer:
-            check(answer.status)
+        with self._http_client.stream("GET", path, headers) as answer:
+            raise_for_status(answer.status)
             while left > 0 and (got := answer.read_into(buffer[: min(left, len(buffer))])):
                 self.bytes_down += got
                 if self._bandwidth is not None:
@@ -108,16 +108,16 @@ class Lane:
                 left -= got
                 yield bytes(buffer[:got])
 
-    def _fetch(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
+    def _download_rest(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
         """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
         sha = hashlib.sha256()
         if have:
-            for piece in _pieces(part):
+            for piece in _read_pieces(part):
                 sha.update(piece)
         headers = self._signed("GET", path) | ({"range": f"bytes={have}-"} if have else {})
         buffer = memoryview(bytearray(_PIECE_BYTES))
-        with self._wire.stream("GET", path, headers) as answer:
-            check(answer.status)
+        with self._http_client.stream("GET", path, headers) as answer:
+            raise_for_status(answer.status)
             if have and answer.status != 206:
                 have, sha = 0, hashlib.sha256()
             # Not synced: after a power cut whatever is there is looked at before it is used.
@@ -142,27 +142,29 @@ class Lane:
         path = at.format(digest=digest)
         size = source.stat().st_size
         # After a cut: an offset at the end sends nothing and asks how much has arrived.
-        offset = size if digest == self._cut_off else 0
-        self._cut_off = digest
+        offset = size if digest == self._interrupted else 0
+        self._interrupted = digest
         for _ in range(3):
             headers = self._signed("PUT", path, digest)
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
-            with translated():
-                answer = self._wire.ask("PUT", path, headers, self._metered(source, offset))
+            with map_errors():
+                answer = self._http_client.request(
+                    "PUT", path, headers, self._metered(source, offset)
+                )
                 if answer.status == 409:
                     offset = min(int(msgspec.json.decode(answer.body)["have"]), size)
                 elif answer.status == 422 and offset:
                     offset = 0  # what was there already was not the beginning of this
                 else:
-                    check(answer.status)
+                    raise_for_status(answer.status)
                     self.bytes_up += size - offset
-                    self._cut_off = ""
+                    self._interrupted = ""
                     return
         raise Unreachable("the upload could not be resumed")
 
     def _metered(self, path: Path, offset: int) -> Iterator[bytes]:
-        for piece in _pieces(path, offset):
+        for piece in _read_pieces(path, offset):
             if self._bandwidth is not None:
                 self._bandwidth.sent(len(piece))
             yield piece
@@ -174,10 +176,10 @@ class Lane:
 
 
 #: What parsing an answer raises that no coordinator of this version gives.
-_NONSENSE = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
+_PARSE_ERRORS = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
 
 
-class translated:
+class map_errors:
     """Turns the transport's errors into ours, and those of parsing what it brought."""
 
     def __enter__(self) -> None:
@@ -187,30 +189,30 @@ class translated:
         self, kind: type[BaseException] | None, err: BaseException | None, _: object
     ) -> None:
         if isinstance(err, httpx.HTTPStatusError):
-            raise _refused(err.response.status_code) from err
-        if isinstance(err, _NONSENSE):
+            raise _error_for(err.response.status_code) from err
+        if isinstance(err, _PARSE_ERRORS):
             raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
         if isinstance(err, httpx.HTTPError):
             raise Unreachable(f"the coordinator does not answer: {why(err)}") from err
 
 
-def check(status: int) -> None:
+def raise_for_status(status: int) -> None:
     """Raise the error of ours that an answer's status amounts to."""
     if status >= 300:
-        raise _refused(status)
+        raise _error_for(status)
 
 
-def _refused(status: int) -> Unreachable | Refused:
+def _error_for(status: int) -> Unreachable | Refused:
     if status in (401, 403, 404, 412):
         return SessionLost(f"the coordinator answered {status}")
     if status == 507:
-        return NoRoom("the coordinator has no room on its disk")
+        return CoordinatorDiskFull("the coordinator has no room on its disk")
     if status in (413, 422):  # it will say the same the next time
         return Refused(f"the coordinator does not take it ({status})")
     return Unreachable(f"the coordinator answered {status}")
 
 
-def _pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
+def _read_pieces(path: Path, offset: int = 0) -> Iterator[bytes]:
     with path.open("rb") as file:
         file.seek(offset)
         while piece := file.read(_PIECE_BYTES):

@@ -13,7 +13,7 @@ import msgspec
 
 from agent.clientapp.app import claim_text
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from benchmarks.faults import checker
 from benchmarks.faults.checker import Fact, Truth
 from benchmarks.faults.results import Row
@@ -38,7 +38,7 @@ class Light(Agent):
     acknowledged: list[Fact]
     opened_at = 0.0
 
-    def _work(self, link: Link) -> None:
+    def _work(self, link: CoordinatorClient) -> None:
         self.opened_at = time.monotonic()
         while not self.stopping:
             message = link.pull()

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.sharing import Sharing
-from agent.transport.version_store import Versions
+from agent.transport.version_store import VersionStore
 from benchmarks.speed import report
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
@@ -195,11 +195,11 @@ def _be_a_peer(home: Path) -> None:
     sharing = Sharing(told["policy"], home, credentials, bytes.fromhex(told["coordinator"]))
     loop = asyncio.new_event_loop()
     threading.Thread(target=lambda: loop.run_until_complete(sharing.run()), daemon=True).start()
-    while told["policy"] != "off" and not sharing.asked().address:
+    while told["policy"] != "off" and not sharing.plan_request().address:
         time.sleep(0.02)
-    link = Link(credentials)
+    link = CoordinatorClient(credentials)
     (home / "cache").mkdir()
-    versions = Versions(home / "cache", lambda: link, sharing)
+    versions = VersionStore(home / "cache", lambda: link, sharing)
     print("ready", flush=True)
     digest, nbytes = sys.stdin.readline().split()
     path = versions.fetch(digest, int(nbytes))

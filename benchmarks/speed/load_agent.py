@@ -29,9 +29,9 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from agent.clientapp.app import CLAIM, DESCRIPTION
 from agent.tasks.demo.ping import Ping
-from agent.transport.coordinator_client import BEAT_EVERY_S, HEARTBEAT_S, _pack, _unpack
-from agent.transport.mqtt_client import SIGN_OF_LIFE_S
-from agent.transport.weight_transfer import CONNECTION_S
+from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, HEARTBEAT_S, _pack, _unpack
+from agent.transport.mqtt_client import PRESENCE_REFRESH_S
+from agent.transport.weight_transfer import IDLE_CONNECTION_S
 from benchmarks.speed.load_wire import Http, Mqtt
 from protocols import VERSION
 from protocols.enrollment import identity, signed_requests
@@ -87,7 +87,7 @@ class StandIn:
         self.name = f"load{number:04}"
         self._tally = tally
         # As in the agent's pool: the second is opened only while the first is busy.
-        self._http, self._second = (Http(*where, expiry_s=CONNECTION_S) for _ in range(2))
+        self._http, self._second = (Http(*where, expiry_s=IDLE_CONNECTION_S) for _ in range(2))
         self._tls = where[2]
         self._sign_key, self._node_key = identity.new_signing_key(), identity.new_node_key()
         self._node_public = b64encode(public_key_to_bytes(self._node_key.public_key())).decode()
@@ -171,7 +171,7 @@ class StandIn:
 
     async def _keep_beating(self) -> None:
         while True:
-            due_s = self._heard_at + BEAT_EVERY_S - time.monotonic()
+            due_s = self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
             await asyncio.sleep(max(due_s, 0.5))
             if due_s <= 0:
                 with contextlib.suppress(TurnedAway):
@@ -179,7 +179,7 @@ class StandIn:
 
     async def _keep_saying(self) -> None:
         while True:
-            await asyncio.sleep(SIGN_OF_LIFE_S * (0.8 + secrets.randbelow(20) / 100))
+            await asyncio.sleep(PRESENCE_REFRESH_S * (0.8 + secrets.randbelow(20) / 100))
             self.say()
 
     async def _keep_working(self) -> None:

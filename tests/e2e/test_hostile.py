@@ -18,7 +18,7 @@ from agent.home.credentials import Credentials
 from agent.tasks import Settings
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.work import Done
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from protocols.errors import TrainerFailed
 from protocols.messages import topics
 from protocols.messages.work import Work
@@ -112,7 +112,7 @@ class OverLink(NamedTuple):
     """Moves weights over a link."""
 
     home: Path
-    link: Link
+    link: CoordinatorClient
 
     def fetch(self, work: Work) -> Path:
         path = self.home / f"{work.base}.safetensors"
@@ -129,7 +129,7 @@ def rogue_agent(home: Path) -> Iterator[None]:
     """An enrolled agent, all real but its trainer, at work in a thread of this process."""
     enrollment = settings.read_enrollment(home)
     mine = Credentials.load(home, enrollment)
-    link = Link(mine)
+    link = CoordinatorClient(mine)
     outbox = home / "outbox"
     outbox.mkdir()
 

@@ -14,7 +14,7 @@ import pytest
 
 from agent.home import settings
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.http_connection import READ_TIMEOUT_S
 from coordinator.transport.http_server import (
     HANDSHAKE_TIMEOUT_S,
@@ -56,7 +56,7 @@ def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Pa
         port = int(up["address"].rpartition(":")[2])
         enrollment = settings.read_enrollment(tmp_path / "ada")
         server = psutil.Process(up["pid"])
-        honest = Link(Credentials.load(tmp_path / "ada", enrollment))
+        honest = CoordinatorClient(Credentials.load(tmp_path / "ada", enrollment))
         honest.open()
         with bounded_growth(up["pid"], 64, "300 half-open connections"):
             silent = [plain(port) for _ in range(150)]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from agent.transport.coordinator_client import Link, _pack
-from agent.transport.http_client import Answer, Body
+from agent.transport.coordinator_client import CoordinatorClient, _pack
+from agent.transport.http_client import Body, Response
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
 from protocols.enrollment import identity, signed_requests
@@ -51,14 +51,14 @@ pytestmark = pytest.mark.usefixtures("coordinator_home")
 class Tap:
     """Keeps every request of a link, as somebody would who has broken its TLS."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: CoordinatorClient) -> None:
         self.seen: list[httpx.Request] = []
-        self._ask = link._wire.ask
-        link._wire.ask = self._noted  # type: ignore[method-assign]
+        self._ask = link._http_client.request
+        link._http_client.request = self._noted  # type: ignore[method-assign]
 
     def _noted(
         self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
-    ) -> Answer:
+    ) -> Response:
         content = body if isinstance(body, bytes) else b"".join(body)
         headers = {name: value for name, value in headers.items() if name != "content-length"}
         self.seen.append(
@@ -91,7 +91,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
         mine = agent._credentials._replace(
             peer=victim.peer, node_key=victim.node_key, sign_key=victim.sign_key
         )
-        link = Link(mine)
+        link = CoordinatorClient(mine)
         tap = Tap(link)
         await asyncio.to_thread(link.open)
         await asyncio.to_thread(link.beat)
@@ -102,7 +102,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
         digest = weights.save(Weights({"w": np.zeros(3, np.float32)}), source)
         hub.transfer.limits.max_bytes = 10_000
         await asyncio.to_thread(link.upload, digest, source)
-        closer = Link(mine)
+        closer = CoordinatorClient(mine)
         closing = Tap(closer)
         await asyncio.to_thread(closer.open)
         await asyncio.to_thread(closer.close)

@@ -16,8 +16,8 @@ import pytest
 from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.transport import mqtt_client
-from agent.transport.coordinator_client import Link
-from agent.transport.mqtt_client import PresenceLink
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.mqtt_client import MqttClient
 from coordinator.remote.api_client import Remote
 from protocols.messages import topics
 from protocols.messages.envelope import (
@@ -52,9 +52,9 @@ class Victim:
     def __init__(self, home: Path) -> None:
         self.enrollment = settings.read_enrollment(home)
         self.mine = Credentials.load(home, self.enrollment)
-        self.link = Link(self.mine)
+        self.link = CoordinatorClient(self.mine)
         self.obeyed: list[Doorbell | Command] = []
-        self.mqtt = PresenceLink(
+        self.mqtt = MqttClient(
             self.enrollment.mqtt,
             self.enrollment.fleet,
             self.enrollment.peer,

@@ -21,7 +21,7 @@ from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.home.settings import Enrollment
 from agent.trainer.process import TrainerProcess
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.enrollment import signed_requests
 from protocols.messages.work import POLL_PATH, Work
@@ -55,7 +55,7 @@ class Target:
         self.enrollment: Enrollment = settings.read_enrollment(self.home)
         self.mine = Credentials.load(self.home, self.enrollment)
         self.ca_pem = self.enrollment.ca_pem
-        self.link = Link(self.mine)
+        self.link = CoordinatorClient(self.mine)
         self.link.open()
 
     def send(self, data: bytes, timeout_s: float = 20.0) -> bytes:

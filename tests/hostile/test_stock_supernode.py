@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from agent.home import settings
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from tests.hostile.tools import bounded_growth
@@ -102,7 +102,7 @@ def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: st
     assert "Traceback" not in site.programs["up"].log
     peers = site.data("peers", "list")
     assert [peer["name"] for peer in peers] == ["ada"]
-    link = Link(Credentials.load(site.folder / "ada", enrollment))
+    link = CoordinatorClient(Credentials.load(site.folder / "ada", enrollment))
     link.open()
     assert link.pull() is None
     link.close()

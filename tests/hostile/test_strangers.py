@@ -15,7 +15,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.routing import Route
 
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.weight_transfer import SessionLost
 from coordinator.api.app import make_app
 from coordinator.fleet.auth import OPERATOR, Auth
@@ -306,7 +306,9 @@ async def test_a_peer_removed_in_the_middle_of_a_round_is_out_at_once(tmp_path: 
         run = await fleet.finished(run_id)
         others = sorted(agent.peer for agent in fleet.agents[1:])
         assert [sorted(closed.contributors) for closed in run.history] == [others, others]
-        new = Link(Credentials(f"{HOST}:{fleet.port}", fleet.keys.ca_pem, *credentials(machine)))
+        new = CoordinatorClient(
+            Credentials(f"{HOST}:{fleet.port}", fleet.keys.ca_pem, *credentials(machine))
+        )
         with pytest.raises(SessionLost, match="401"):
             await asyncio.to_thread(new.open)
         new.close()

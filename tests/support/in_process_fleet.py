@@ -26,8 +26,8 @@ from agent.home.credentials import Credentials
 from agent.home.settings import AgentSettings
 from agent.tasks.work import Done
 from agent.transport import version_proofs
-from agent.transport.coordinator_client import Link
-from agent.transport.version_store import Versions
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import SessionLost
 from coordinator.daemon.coordinator import Hub
 from coordinator.runs.state import Run
@@ -168,7 +168,7 @@ class Proving(Observer):
         self._cache = cache
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
-        version_proofs.prove(self._cache, work, payload, signature)
+        version_proofs.save_proof(self._cache, work, payload, signature)
 
 
 class Agent:
@@ -183,9 +183,9 @@ class Agent:
         self.owner = AgentSettings(jobs_scatter="on", tasks=("softmax",))
         self._folder, self._credentials = folder, credentials
         (folder / "cache").mkdir(parents=True, exist_ok=True)
-        self.versions = Versions(folder / "cache", self._open_link)
+        self.versions = VersionStore(folder / "cache", self._open_link)
         self._stopping = threading.Event()
-        self.link: Link | None = None
+        self.link: CoordinatorClient | None = None
         self.client: Client | None = None
         self._thread = threading.Thread(target=self._run, name=machine.name)
 
@@ -241,14 +241,14 @@ class Agent:
     def stopping(self) -> bool:
         return self._stopping.is_set()
 
-    def _open_link(self) -> Link:
+    def _open_link(self) -> CoordinatorClient:
         assert self.link is not None
         return self.link
 
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                self.link = Link(self._credentials)
+                self.link = CoordinatorClient(self._credentials)
                 with suppress(Unreachable, SessionLost):
                     self.link.open()
                     self._work(self.link)
@@ -258,7 +258,7 @@ class Agent:
             self.failures.append(err)
             raise
 
-    def _work(self, link: Link) -> None:
+    def _work(self, link: CoordinatorClient) -> None:
         while not self._stopping.is_set():
             message = link.pull()
             if message is None:

@@ -14,11 +14,11 @@ from agent.daemon.state_runner import StateRunner
 from agent.home.settings import Enrollment
 from agent.transport import version_proofs
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.coordinator_client import Link
-from agent.transport.p2p.gossip import Gossip
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.sharing import Sharing
-from agent.transport.version_proofs import Heads
-from agent.transport.version_store import Versions
+from agent.transport.version_proofs import VersionIndex
+from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.local.atomic_files import write_private
@@ -70,11 +70,11 @@ class Peer:
             coordinator_public=public,
             mqtt=MqttAddress(host=HOST, port=1),
         )
-        self.heads = Heads(self.cache, public)
+        self.heads = VersionIndex(self.cache, public)
         self.gossip = self.new_gossip()
-        self.sharing = Sharing(policy, self.home, credentials, public, hearsay=self.gossip)  # type: ignore[arg-type]
+        self.sharing = Sharing(policy, self.home, credentials, public, gossip_state=self.gossip)  # type: ignore[arg-type]
         self.gossip.address = self.sharing.address
-        self.link = Link(credentials)
+        self.link = CoordinatorClient(credentials)
         self.loop = StateRunner(lambda _: None)
         self.loop.start()
         self.spread = GossipLoop(
@@ -84,7 +84,7 @@ class Peer:
             self.loop,
             self.gossip,
             self.sharing,
-            Versions(self.cache, lambda: self.link, self.sharing),
+            VersionStore(self.cache, lambda: self.link, self.sharing),
             Bandwidth(self.home),
             lambda: self.link,
         )
@@ -93,11 +93,13 @@ class Peer:
         """Let it have a version of a run, with the coordinator's word."""
         head, work, data = made(version, since)
         (self.cache / f"{head.digest}.safetensors").write_bytes(data)
-        version_proofs.prove(self.cache, work, *SIGNED_WORK.seal(work, self.site.sign_key.sign))
+        version_proofs.save_proof(
+            self.cache, work, *SIGNED_WORK.seal(work, self.site.sign_key.sign)
+        )
         return head
 
-    def new_gossip(self) -> Gossip:
-        return Gossip(
+    def new_gossip(self) -> GossipState:
+        return GossipState(
             self.home,
             self._enrollment,
             self.credentials,
@@ -129,7 +131,7 @@ async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
     running = []
     try:
         for peer in peers:
-            await until(lambda p=peer: p.serves_nobody or p.sharing.asked().address)
+            await until(lambda p=peer: p.serves_nobody or p.sharing.plan_request().address)
         for peer in (*peers, *peers):  # once more, now that all have told where they serve
             assert await peer.spread._refresh_neighbours()
         running = [asyncio.create_task(peer.spread.run()) for peer in peers]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiomqtt
 
-from agent.transport.mqtt_client import PresenceLink
+from agent.transport.mqtt_client import MqttClient
 from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.mqtt_client import Feed
 from protocols.enrollment import identity
@@ -81,7 +81,7 @@ class Agent:
     def __init__(self, site: Site, address: MqttAddress) -> None:
         self.told: list[Doorbell | Command] = []
         self.changes: list[tuple[bool, str]] = []
-        self.link = PresenceLink(
+        self.link = MqttClient(
             address,
             site.fleet,
             site.peer,

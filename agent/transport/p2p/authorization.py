@@ -13,7 +13,7 @@ from base64 import b64decode
 from binascii import Error as BadBase64
 from functools import partial
 
-from agent.transport.p2p.gossip import Gossip
+from agent.transport.p2p.gossip import GossipState
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.signed_requests import Nonces, Signed
 from protocols.errors import BadMessage
@@ -22,14 +22,14 @@ from protocols.p2p import gossip, swarm
 log = logging.getLogger("commonweight.share")
 
 
-class Entry:
+class RequestAuthorizer:
     """Checks requests; each counts once."""
 
-    def __init__(self, coordinator_public: bytes, hearsay: Gossip | None = None) -> None:
-        self._coordinator_public, self._gossip = coordinator_public, hearsay
+    def __init__(self, coordinator_public: bytes, gossip_state: GossipState | None = None) -> None:
+        self._coordinator_public, self._gossip = coordinator_public, gossip_state
         self._nonces = Nonces(limit=20_000)
 
-    def admits(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
+    def authorize(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
         """The digest that the body must have, if this caller may ask for this; else empty.
 
         With the `digest` of a version a permit for it is enough.
@@ -51,7 +51,7 @@ class Entry:
     ) -> tuple[str, bytes]:
         """Whose request this must be, and his key. Raises BadMessage, ValueError."""
         if gossip.ACCESS_TOKEN_HEADER in headers and self._gossip is not None:
-            given = self._gossip.admit(
+            given = self._gossip.check_pass(
                 b64decode(headers[gossip.ACCESS_TOKEN_HEADER], validate=True)
             )
             if given.gossip_only and path != gossip.GOSSIP_PATH:

@@ -17,7 +17,7 @@ import msgspec
 
 from agent.home.credentials import Credentials
 from agent.home.settings import Enrollment
-from agent.transport.version_proofs import Heads
+from agent.transport.version_proofs import VersionIndex
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
@@ -38,10 +38,10 @@ log = logging.getLogger("commonweight.share")
 
 FILE = "neighbours.json"
 #: A peer that was heard of within this time is there.
-_HERE_S = 300.0
+_RECENT_S = 300.0
 
 
-class Known(NamedTuple):
+class GossipSummary(NamedTuple):
     """For the owner: the newest version here, and how many peers were heard of lately.
 
     `alike` of them hold the same version. `shares_at` is where this agent serves other peers.
@@ -53,7 +53,7 @@ class Known(NamedTuple):
     shares_at: str
 
 
-class Gossip:
+class GossipState:
     """`certificate()` is this agent's own, `presence()` what it says of itself.
 
     `address()` is where it serves, or empty.
@@ -64,7 +64,7 @@ class Gossip:
         home: Path,
         enrollment: Enrollment,
         credentials: Credentials,
-        heads: Heads,
+        heads: VersionIndex,
         certificate: Callable[[], bytes],
         presence: Callable[[], Presence],
     ) -> None:
@@ -75,7 +75,7 @@ class Gossip:
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
         self._words = GossipStore(credentials.ca_pem, enrollment.fleet)
-        self.given = self._read()
+        self.assigned = self._read()
 
     def _read(self) -> NeighborsResponse | None:
         try:
@@ -85,14 +85,14 @@ class Gossip:
 
     def learn(self, given: NeighborsResponse) -> None:
         """The coordinator has given this for a time without it; still to be kept."""
-        self.given = given
+        self.assigned = given
         self._words.remove(given.removed)
 
-    def keep(self, given: NeighborsResponse) -> None:
+    def save(self, given: NeighborsResponse) -> None:
         """Keep what was given for the next start (from any thread). Raises OSError."""
         write_private(self._file, msgspec.json.encode(given))
 
-    def told(self) -> GossipBatch:
+    def outgoing(self) -> GossipBatch:
         """What others are told: our own word, made now, and what we have heard."""
         word = GossipEntry(
             peer=self._credentials.peer,
@@ -104,20 +104,20 @@ class Gossip:
         own = gossip.sign_entry(word, self._certificate(), self._credentials.sign_key.sign)
         return self._words.batch(own)
 
-    def take(self, told: GossipBatch) -> None:
+    def receive(self, told: GossipBatch) -> None:
         """Keep what is new and right of what somebody has told."""
-        unheard = (self._credentials.peer, *(self.given.removed if self.given else ()))
+        unheard = (self._credentials.peer, *(self.assigned.removed if self.assigned else ()))
         self._words.add(told.entries, time.time(), unheard)
 
-    def heard(self) -> list[VerifiedEntry]:
+    def entries(self) -> list[VerifiedEntry]:
         """Every peer's newest word."""
         return self._words.newest_first()
 
-    def partners(self) -> list[Neighbor]:
+    def contacts(self) -> list[Neighbor]:
         """Peers that can be asked: those that the coordinator has named, and who says where."""
-        removed = frozenset(self.given.removed if self.given else ())
-        found = {one.peer: one for one in (self.given.neighbors if self.given else ())}
-        for word, speaker, _ in self.heard():
+        removed = frozenset(self.assigned.removed if self.assigned else ())
+        found = {one.peer: one for one in (self.assigned.neighbors if self.assigned else ())}
+        for word, speaker, _ in self.entries():
             if word.address:
                 found[word.peer] = Neighbor(
                     peer=word.peer,
@@ -127,20 +127,20 @@ class Gossip:
                 )
         return [one for peer, one in found.items() if peer not in removed]
 
-    def admit(self, sealed: bytes) -> AccessToken:
+    def check_pass(self, sealed: bytes) -> AccessToken:
         """The pass of somebody who asks us. Raises BadMessage if it does not count."""
         given = gossip.verify_access_token(
             sealed,
             partial(identity.verify, self._coordinator_public),
             time.time(),
         )
-        if self.given is not None and given.holder in self.given.removed:
+        if self.assigned is not None and given.holder in self.assigned.removed:
             raise BadMessage(f"{given.holder} was removed from the fleet")
         return given
 
-    def known(self) -> Known:
+    def summary(self) -> GossipSummary:
         """What `status` tells."""
         head, now = self.heads.newest(), time.time()
-        lately = [word for word, _, _ in self.heard() if now - word.at < _HERE_S]
+        lately = [word for word, _, _ in self.entries() if now - word.at < _RECENT_S]
         alike = sum(word.head == head for word in lately)
-        return Known(head, len(lately), alike, self.address())
+        return GossipSummary(head, len(lately), alike, self.address())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import psutil
 
 
-class Place(NamedTuple):
+class LocalNetwork(NamedTuple):
     """This machine's address on that way, and the networks (CIDR) that the interface is in."""
 
     host: str
@@ -22,7 +22,7 @@ class Place(NamedTuple):
         return address.is_private and not address.is_loopback and not address.is_link_local
 
 
-def place(coordinator: str, port: int) -> Place | None:
+def locate(coordinator: str, port: int) -> LocalNetwork | None:
     """The place from which packets go to that host; None while there is no way. Sends nothing."""
     try:
         family, _, _, _, there = socket.getaddrinfo(coordinator, port, type=socket.SOCK_DGRAM)[0]
@@ -37,7 +37,7 @@ def place(coordinator: str, port: int) -> Place | None:
         for entry in entries
         if entry.address.partition("%")[0] == host and entry.netmask
     ]
-    return Place(host, tuple(networks))
+    return LocalNetwork(host, tuple(networks))
 
 
 def _prefix(netmask: str) -> int:

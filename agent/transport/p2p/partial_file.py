@@ -7,18 +7,18 @@ import os
 import threading
 from pathlib import Path
 
-from agent.transport.p2p.piece_store import Book
+from agent.transport.p2p.piece_store import PartialVersion
 from protocols.p2p import swarm
 from protocols.p2p.swarm import DownloadPlan
 
 
-class Parts:
+class PartialFile:
     """A version's file while its pieces come, in any order and from several threads.
 
     What an earlier try has left in the file is checked and kept.
     """
 
-    def __init__(self, path: Path, plan: DownloadPlan, book: Book) -> None:
+    def __init__(self, path: Path, plan: DownloadPlan, book: PartialVersion) -> None:
         self._plan, self._book = plan, book
         self._changed = threading.Condition()
         self._file_lock = threading.Lock()
@@ -28,8 +28,8 @@ class Parts:
         self._file = path.open("r+b", buffering=0)
         for piece in range(total):
             data = self._file.read(plan.piece_bytes)
-            if self._is_right(piece, data):
-                self._have(piece)
+            if self._matches(piece, data):
+                self._mark_present(piece)
         self._file.truncate(plan.nbytes)
 
     @property
@@ -64,28 +64,28 @@ class Parts:
 
     def put(self, piece: int, data: bytes) -> bool:
         """Keep a piece; False if these are not its bytes."""
-        if not self._is_right(piece, data):
+        if not self._matches(piece, data):
             return False
         with self._file_lock:
             self._file.seek(piece * self._plan.piece_bytes)
             left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
-        self._have(piece)
+        self._mark_present(piece)
         return True
 
-    def _is_right(self, piece: int, data: bytes) -> bool:
+    def _matches(self, piece: int, data: bytes) -> bool:
         expected = self._plan.pieces[32 * piece : 32 * piece + 32]
         return hashlib.sha256(data).digest() == expected
 
-    def _have(self, piece: int) -> None:
+    def _mark_present(self, piece: int) -> None:
         with self._changed:
             self._wanted.discard(piece)
             self._missing.discard(piece)
             self._changed.notify_all()
         self._book.add(piece)
 
-    def take_row(self, most: int) -> range:
+    def take_range(self, most: int) -> range:
         """As `take`, but up to `most` pieces one after the other; empty if there is none."""
         with self._changed:
             first = min(self._wanted, default=0)

@@ -16,23 +16,23 @@ from pathlib import Path
 
 import msgspec
 
-from agent.transport.p2p.pinned_tls import Pinned
+from agent.transport.p2p.pinned_tls import PinnedConnection
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.local.atomic_files import write_all
 from protocols.p2p import gossip
 from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, PROOF_PATH, GossipBatch, Neighbor
 
-_WITHIN_S = 10.0
+_TIMEOUT_S = 10.0
 #: A version comes at least so fast, or somebody else is asked.
-_SLOWEST_BYTES_S = 64 * 1024
-_MOST_PROOF_BYTES = 1 << 20
+_MIN_BYTES_PER_S = 64 * 1024
+_MAX_PROOF_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
 
 #: `sign(method, path, body_sha256)`: the headers of a request in this agent's name.
 SignRequest = Callable[[str, str, str], dict[str, str]]
 
 
-class Asking:
+class PeerClient:
     """A conversation with one peer. Every method raises Unreachable when it is of no use."""
 
     def __init__(self, partner: Neighbor, pass_: bytes, sign: SignRequest) -> None:
@@ -52,7 +52,7 @@ class Asking:
     def proof(self, digest: str) -> bytes:
         """What proves a version, not looked at yet."""
         with self._asked("GET", PROOF_PATH.format(digest=digest)) as answer:
-            return self._whole(answer, _MOST_PROOF_BYTES)
+            return self._whole(answer, _MAX_PROOF_BYTES)
 
     def version(
         self, digest: str, nbytes: int, target: Path, received: Callable[[int], None]
@@ -62,7 +62,7 @@ class Asking:
         `received(n)` is told of bytes as they come.
         """
         sha, have = hashlib.sha256(), 0
-        within_s = _WITHIN_S + nbytes / _SLOWEST_BYTES_S
+        within_s = _TIMEOUT_S + nbytes / _MIN_BYTES_PER_S
         with (
             target.open("wb", buffering=0) as file,
             self._asked("GET", f"/cw/v1/weights/{digest}", within_s=within_s) as answer,
@@ -96,12 +96,12 @@ class Asking:
 
     @contextmanager
     def _asked(
-        self, method: str, path: str, body: bytes = b"", within_s: float = _WITHIN_S
+        self, method: str, path: str, body: bytes = b"", within_s: float = _TIMEOUT_S
     ) -> Iterator[http.client.HTTPResponse]:
         """The answer to one request, on a connection of its own."""
         headers = self._sign(method, path, hashlib.sha256(body).hexdigest())
         headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
-        connection = Pinned(self._partner.address, self._partner.node_public)
+        connection = PinnedConnection(self._partner.address, self._partner.node_public)
         overdue = threading.Timer(within_s, connection.end)
         overdue.daemon = True
         overdue.start()

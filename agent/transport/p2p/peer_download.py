@@ -9,8 +9,8 @@ import time
 from base64 import b64encode
 from collections.abc import Callable
 
-from agent.transport.p2p.partial_file import Parts
-from agent.transport.p2p.pinned_tls import Pinned
+from agent.transport.p2p.partial_file import PartialFile
+from agent.transport.p2p.pinned_tls import PinnedConnection
 from protocols.errors import BadWeights, Refused
 from protocols.p2p import swarm
 from protocols.p2p.swarm import DownloadPlan, PieceSource
@@ -27,7 +27,7 @@ _IDLE_S = 0.5
 SignRequest = Callable[[str, str], dict[str, str]]
 
 
-class HolderLink:
+class PieceDownloader:
     """Takes pieces from one holder until all are here or it is no help any more.
 
     `failed`: it sent wrong bytes, too many, or none in time. `rate`: bytes a second, 0 for none.
@@ -37,7 +37,7 @@ class HolderLink:
     def __init__(
         self,
         holder: PieceSource,
-        parts: Parts,
+        parts: PartialFile,
         plan: DownloadPlan,
         sign: SignRequest,
         received: Callable[[int], None],
@@ -47,7 +47,7 @@ class HolderLink:
         self.rate = 0.0
         self._parts, self._plan, self._sign = parts, plan, sign
         self._received = received
-        self._connection = Pinned(holder.address, holder.node_public)
+        self._connection = PinnedConnection(holder.address, holder.node_public)
         self._thread = threading.Thread(
             target=self._work, name=f"holder {holder.peer}", daemon=True
         )
@@ -102,7 +102,7 @@ class _NotYet(Exception):
 
 
 def _piece(
-    connection: Pinned, plan: DownloadPlan, sign: SignRequest, start: int, stop: int
+    connection: PinnedConnection, plan: DownloadPlan, sign: SignRequest, start: int, stop: int
 ) -> bytes:
     """Bytes `start` to `stop`, in time or not at all."""
     path = f"/cw/v1/weights/{plan.digest}"

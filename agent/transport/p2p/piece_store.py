@@ -13,7 +13,7 @@ from pathlib import Path
 from protocols.p2p.swarm import PIECE_BYTES, num_pieces
 
 
-class Bell:
+class Notifier:
     """Wakes coroutines that wait for what another thread does."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Bell:
         return True
 
 
-class Book:
+class PartialVersion:
     """One version on the shelf: its open file, and which of its pieces are there.
 
     The file may get another name meanwhile. Raises OSError if it cannot be opened.
@@ -60,7 +60,7 @@ class Book:
         self.nbytes = nbytes
         self._missing = set() if whole else set(range(num_pieces(nbytes)))
         self._lock = threading.Lock()
-        self._bell = Bell()
+        self._bell = Notifier()
         self._closed = False
 
     @property
@@ -99,14 +99,14 @@ class Book:
         return data
 
 
-class Shelf:
+class PieceStore:
     """Books by digest."""
 
     def __init__(self) -> None:
-        self._books: dict[str, Book] = {}
-        self._bell = Bell()
+        self._books: dict[str, PartialVersion] = {}
+        self._bell = Notifier()
 
-    async def find(self, digest: str, within_s: float) -> Book | None:
+    async def find(self, digest: str, within_s: float) -> PartialVersion | None:
         """The book, as soon as it is here or begun: who was told of us may be quicker than we."""
         await self._bell.until(lambda: digest in self._books, within_s)
         return self._books.get(digest)
@@ -116,11 +116,11 @@ class Shelf:
         known = self._books.get(digest)
         if known is not None and known.is_whole:
             return
-        self._replace(digest, Book(path, path.stat().st_size, whole=True))
+        self._replace(digest, PartialVersion(path, path.stat().st_size, whole=True))
 
-    def begin(self, digest: str, path: Path, nbytes: int) -> Book:
+    def begin(self, digest: str, path: Path, nbytes: int) -> PartialVersion:
         """A version is coming."""
-        book = Book(path, nbytes, whole=False)
+        book = PartialVersion(path, nbytes, whole=False)
         self._replace(digest, book)
         return book
 
@@ -128,7 +128,7 @@ class Shelf:
         """The version is not here any more."""
         self._replace(digest, None)
 
-    def _replace(self, digest: str, book: Book | None) -> None:
+    def _replace(self, digest: str, book: PartialVersion | None) -> None:
         old = self._books.pop(digest, None)
         if book is not None:
             self._books[digest] = book

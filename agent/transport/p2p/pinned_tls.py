@@ -15,7 +15,7 @@ from protocols.p2p.swarm import host_of
 _CONNECT_S = 3.0
 
 
-class Pinned(http.client.HTTPSConnection):
+class PinnedConnection(http.client.HTTPSConnection):
     """A connection to `address` (host:port); connecting raises Refused if somebody else answers."""
 
     def __init__(self, address: str, node_public: bytes) -> None:

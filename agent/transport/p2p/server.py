@@ -25,9 +25,9 @@ from pathlib import Path
 import h11
 import msgspec
 
-from agent.transport.p2p.authorization import Entry
-from agent.transport.p2p.gossip import Gossip
-from agent.transport.p2p.piece_store import Shelf, pieces_of
+from agent.transport.p2p.authorization import RequestAuthorizer
+from agent.transport.p2p.gossip import GossipState
+from agent.transport.p2p.piece_store import PieceStore, pieces_of
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeKey
 from protocols.local.atomic_files import write_private
@@ -75,16 +75,16 @@ class PeerServer:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: PieceStore,
         *,
         coordinator_public: bytes,
         certificate: Path,
         key: Path,
         bytes_per_s: float = 0.0,
-        hearsay: Gossip | None = None,
+        gossip_state: GossipState | None = None,
     ) -> None:
-        self._shelf, self._gossip = shelf, hearsay
-        self._entry = Entry(coordinator_public, hearsay)
+        self._shelf, self._gossip = shelf, gossip_state
+        self._entry = RequestAuthorizer(coordinator_public, gossip_state)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.load_cert_chain(certificate, key)
@@ -191,7 +191,7 @@ class PeerServer:
             digest = found[1]
         elif (method, path) != ("POST", GOSSIP_PATH):
             raise _Refused(404)
-        announced = self._entry.admits(method, path, headers, digest if version else "")
+        announced = self._entry.authorize(method, path, headers, digest if version else "")
         if not announced:
             raise _Refused(401)
         return digest, announced
@@ -201,10 +201,10 @@ class PeerServer:
         if self._gossip is None:
             return None
         try:
-            self._gossip.take(msgspec.msgpack.decode(body, type=GossipBatch))
+            self._gossip.receive(msgspec.msgpack.decode(body, type=GossipBatch))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
-        return msgspec.msgpack.encode(self._gossip.told())
+        return msgspec.msgpack.encode(self._gossip.outgoing())
 
     def _proof(self, digest: str) -> bytes | None:
         return self._gossip.heads.proof(digest) if self._gossip is not None else None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from agent.home.credentials import Credentials
-from agent.transport.p2p.gossip import Gossip
-from agent.transport.p2p.networks import Place, place
-from agent.transport.p2p.piece_store import Shelf
+from agent.transport.p2p.gossip import GossipState
+from agent.transport.p2p.networks import LocalNetwork, locate
+from agent.transport.p2p.piece_store import PieceStore
 from agent.transport.p2p.server import PeerServer, certify
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
@@ -23,7 +23,7 @@ log = logging.getLogger("commonweight.share")
 
 CERTIFICATE, PORT = "share.pem", "share.port"
 #: How often a machine that moves between networks looks where it is.
-_LOOK_S = 15.0
+_CHECK_EVERY_S = 15.0
 
 
 class Sharing:
@@ -41,10 +41,10 @@ class Sharing:
         *,
         port: int = 0,
         mbit_s: float = 0.0,
-        hearsay: Gossip | None = None,
+        gossip_state: GossipState | None = None,
     ) -> None:
-        self.shelf = Shelf()
-        self._gossip = hearsay
+        self.pieces = PieceStore()
+        self._gossip = gossip_state
         self.sign = credentials.sign_request
         self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
         self._home, self._credentials = home, credentials
@@ -63,7 +63,7 @@ class Sharing:
         """What other peers have got from here."""
         return self._sent + (self._server.bytes_sent if self._server else 0)
 
-    def is_worth_it(self, nbytes: int) -> bool:
+    def is_large_enough(self, nbytes: int) -> bool:
         """True if a version of this size had better come from, and go to, other peers."""
         return self._asked is not None and nbytes >= MIN_SHARED_BYTES
 
@@ -71,7 +71,7 @@ class Sharing:
         """Where this agent serves others; empty if it does not."""
         return self._asked.address if self._asked else ""
 
-    def asked(self, faulty: tuple[str, ...] = ()) -> DownloadPlanRequest:
+    def plan_request(self, faulty: tuple[str, ...] = ()) -> DownloadPlanRequest:
         """What the coordinator is told with the question for a plan."""
         here = self._asked or DownloadPlanRequest()
         return DownloadPlanRequest(
@@ -88,14 +88,14 @@ class Sharing:
         while True:
             here = await asyncio.to_thread(self._look)
             if here is None:
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_CHECK_EVERY_S)
             else:
                 await self._serve(here)
 
-    def _look(self) -> Place | None:
+    def _look(self) -> LocalNetwork | None:
         """Where we may serve now."""
         coordinator = addresses.parse(self._credentials.address)
-        here = place(coordinator.host, coordinator.port)
+        here = locate(coordinator.host, coordinator.port)
         if here is None or (self._policy == "lan" and not here.is_private):
             return None
         return here
@@ -117,22 +117,22 @@ class Sharing:
         certificate = self._home / CERTIFICATE
         certify(certificate, self._credentials.node_key, self._credentials.peer)
         return PeerServer(
-            self.shelf,
+            self.pieces,
             coordinator_public=self._coordinator_public,
             certificate=certificate,
             key=self._home / "node.key",
             bytes_per_s=self._bytes_per_s,
-            hearsay=self._gossip,
+            gossip_state=self._gossip,
         )
 
-    async def _serve(self, here: Place) -> None:
+    async def _serve(self, here: LocalNetwork) -> None:
         """Serve at this place until the machine has left it."""
         try:
             server = self._make_server()
             port = self._listen(server, here.host)
         except OSError as err:
             log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
             return
         self._server = server
         self._asked = DownloadPlanRequest(
@@ -144,12 +144,12 @@ class Sharing:
         serving = asyncio.create_task(server.serve(), name="peer server")
         try:
             while not serving.done() and await asyncio.to_thread(self._look) == here:
-                await asyncio.wait({serving}, timeout=_LOOK_S)
+                await asyncio.wait({serving}, timeout=_CHECK_EVERY_S)
             if serving.done():
                 serving.result()
         except OSError as err:  # too many open files, perhaps: nobody else's affair
             log.warning("sharing versions has stopped for a while: %s", err)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
         finally:
             self._asked, self._server = None, None
             self._sent += server.bytes_sent

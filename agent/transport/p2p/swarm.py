@@ -11,28 +11,28 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from agent.transport.p2p.partial_file import Parts
-from agent.transport.p2p.peer_download import HolderLink, SignRequest
-from agent.transport.p2p.piece_store import Shelf
+from agent.transport.p2p.partial_file import PartialFile
+from agent.transport.p2p.peer_download import PieceDownloader, SignRequest
+from agent.transport.p2p.piece_store import PieceStore
 from protocols.errors import BadWeights
 from protocols.p2p import swarm as sharing
 from protocols.p2p.swarm import DownloadPlan, DownloadReport
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 #: Without a new piece for so long, or while the coordinator sends, another plan may be better. It
 #: is asked for at ever longer intervals.
 _PLAN_S = 3.0
 #: So long one request to the coordinator should take: then somebody else may be nearer.
-_ROW_S = 1.0
+_TARGET_REQUEST_S = 1.0
 
 
-class _Swarm:
+class _Download:
     """One download: its parts, the holders that help, and when to ask for others."""
 
     def __init__(
         self,
         plan: DownloadPlan,
-        parts: Parts,
+        parts: PartialFile,
         ask: Callable[[tuple[str, ...]], DownloadPlan],
         stream: Callable[[str, int, int], Iterator[bytes]],
         sign: SignRequest,
@@ -40,10 +40,10 @@ class _Swarm:
     ) -> None:
         self._parts, self._ask, self._stream, self._sign = parts, ask, stream, sign
         self._received = received
-        self._links: list[HolderLink] = []
-        self._row = 1
+        self._links: list[PieceDownloader] = []
+        self._range_length = 1
         self._every_s = _PLAN_S
-        self._follow(plan)
+        self._use_plan(plan)
 
     def run(self) -> None:
         """Until all is here. Raises what the coordinator's streams raise."""
@@ -53,32 +53,32 @@ class _Swarm:
                 if not helped or self._plan.use_coordinator:
                     self._from_coordinator()
                 else:
-                    self._parts.wait(_LOOK_S)
+                    self._parts.wait(_POLL_S)
                 for link in self._links:
                     link.end_if_overdue()
-                self._plan_again(helped)
+                self._refresh_plan(helped)
         finally:
             for link in self._links:
                 link.end()
             for link in self._links:
                 link.join()
 
-    def held(self) -> DownloadReport:
+    def report(self) -> DownloadReport:
         """Who helped, and who failed."""
         return DownloadReport(
             rates={link.peer: link.rate for link in self._links if link.rate},
             faulty=tuple(sorted({link.peer for link in self._links if link.failed})),
         )
 
-    def _follow(self, plan: DownloadPlan) -> None:
+    def _use_plan(self, plan: DownloadPlan) -> None:
         self._plan, self._planned_at, self._missing_then = plan, time.monotonic(), -1
         working = {link.peer for link in self._links if link.is_working}
         for holder in plan.sources:
             if holder.peer not in working:
-                link = HolderLink(holder, self._parts, plan, self._sign, self._received)
+                link = PieceDownloader(holder, self._parts, plan, self._sign, self._received)
                 self._links.append(link)
 
-    def _plan_again(self, helped: bool) -> None:
+    def _refresh_plan(self, helped: bool) -> None:
         """Ask who else could help, if this goes slowly or a holder has failed."""
         failed = not helped and bool(self._links)
         if not failed and time.monotonic() - self._planned_at < self._every_s:
@@ -88,13 +88,13 @@ class _Swarm:
         self._planned_at = time.monotonic()
         if (failed or stuck or self._plan.use_coordinator) and not self._parts.complete:
             self._every_s *= 2
-            self._follow(self._ask(self.held().faulty))
+            self._use_plan(self._ask(self.report().faulty))
 
     def _from_coordinator(self) -> None:
         """A row of pieces that nobody else is fetching, each passed on as soon as it is whole."""
-        row = self._parts.take_row(self._row)
+        row = self._parts.take_range(self._range_length)
         if not row:
-            self._parts.wait(_LOOK_S)
+            self._parts.wait(_POLL_S)
             return
         began, piece, waiting = time.monotonic(), row.start, bytearray()
         start, stop = self._parts.span(row.start)[0], self._parts.span(row.stop - 1)[1]
@@ -112,7 +112,7 @@ class _Swarm:
             for left in range(piece, row.stop):
                 self._parts.give_back(left)
         took_s = max(time.monotonic() - began, 1e-3)
-        self._row = max(1, min(4 * len(row), round(len(row) * _ROW_S / took_s)))
+        self._range_length = max(1, min(4 * len(row), round(len(row) * _TARGET_REQUEST_S / took_s)))
 
     def _size(self, piece: int) -> int:
         start, stop = self._parts.span(piece)
@@ -124,7 +124,7 @@ def fetch(
     nbytes: int,
     part: Path,
     *,
-    shelf: Shelf,
+    shelf: PieceStore,
     ask: Callable[[tuple[str, ...]], DownloadPlan],
     stream: Callable[[str, int, int], Iterator[bytes]],
     sign: SignRequest,
@@ -144,9 +144,9 @@ def fetch(
 
     plan = asked(())
     part.touch(mode=0o600)
-    parts = Parts(part, plan, shelf.begin(digest, part, nbytes))
+    parts = PartialFile(part, plan, shelf.begin(digest, part, nbytes))
     try:
-        swarm = _Swarm(plan, parts, asked, stream, sign, received)
+        swarm = _Download(plan, parts, asked, stream, sign, received)
         swarm.run()
         parts.sync()
     except BaseException:
@@ -154,4 +154,4 @@ def fetch(
         raise
     finally:
         parts.close()
-    return swarm.held()
+    return swarm.report()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.clientapp.error_feedback import Leftovers
+from agent.clientapp.error_feedback import ErrorFeedback
 from agent.home.run_state import MAX_AGE_S
 from protocols.codecs import registry
 from protocols.errors import BadWeights
@@ -25,7 +25,7 @@ class Bench:
 
     def __init__(self, folder: Path, size: int = 400) -> None:
         self.folder, self.size = folder, size
-        self.left = Leftovers(folder / "leftovers")
+        self.left = ErrorFeedback(folder / "leftovers")
         self.base = folder / "base.safetensors"
         self.trained = folder / "trained.safetensors"
         self.out = folder / "update.safetensors"
@@ -35,7 +35,7 @@ class Bench:
 
     def again(self) -> None:
         """The agent after a restart."""
-        self.left = Leftovers(self.folder / "leftovers")
+        self.left = ErrorFeedback(self.folder / "leftovers")
 
     def encode(self, run: str = "run") -> str:
         return self.left.encode(TOPK, run, self.trained, self.base, self.out).digest

@@ -46,7 +46,7 @@ async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Pa
     agent = an_agent(site, tmp_path / "box", up_mbit=8.0)
     assert agent._bandwidth.rates() == (8.0, 0.0)
     agent._sharing._asked = DownloadPlanRequest(address="10.0.0.7:4000")
-    (spoken,) = agent._gossip.told().entries
+    (spoken,) = agent._gossip.outgoing().entries
     heard = gossip.verify_entry(spoken, site.ca_pem, site.fleet_id, time.time())
     assert heard.entry.address == "10.0.0.7:4000"
     agent._report.write(agent._runner.state)

@@ -16,7 +16,7 @@ from agent.daemon.state_machine import WorkEnded, WorkStarted
 from agent.transport import version_proofs
 from agent.transport.p2p import server, sharing
 from agent.transport.p2p.gossip import FILE
-from agent.transport.p2p.peer_client import Asking
+from agent.transport.p2p.peer_client import PeerClient
 from protocols.enrollment import identity
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Presence
@@ -51,12 +51,12 @@ async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None
     cyd.hold(7, since=0.5)  # of an earlier run
     async with without_coordinator(*fleet):
         await until(lambda: all(peer.heads.newest() == newest for peer in fleet))
-        await until(lambda: all(peer.gossip.known().alike == 2 for peer in fleet))
+        await until(lambda: all(peer.gossip.summary().alike == 2 for peer in fleet))
         for peer in fleet:
             assert weights.file_digest(peer.heads.path(newest.digest)) == newest.digest
-            assert peer.gossip.known().shares_at
+            assert peer.gossip.summary().shares_at
         assert ann.heads.path(old.digest).exists(), "the last two are kept"
-        assert len(version_proofs.held(cyd.cache, cyd.public)) == 2, "each with its proof"
+        assert len(version_proofs.list_verified(cyd.cache, cyd.public)) == 2, "each with its proof"
 
 
 async def test_whose_owner_shares_nothing_says_and_takes_nothing(
@@ -67,11 +67,11 @@ async def test_whose_owner_shares_nothing_says_and_takes_nothing(
     newest = bob.hold(4)
     async with without_coordinator(ann, bob, dan):
         await until(lambda: ann.heads.newest() == newest)
-        await until(lambda: ann.gossip.known().alike)
+        await until(lambda: ann.gossip.summary().alike)
         assert dan.heads.newest() is None
-        assert dan.gossip.known() == (None, 0, 0, "")
+        assert dan.gossip.summary() == (None, 0, 0, "")
         for peer in (ann, bob):
-            assert {word.peer for word, _, _ in peer.gossip.heard()} < {
+            assert {word.peer for word, _, _ in peer.gossip.entries()} < {
                 ann.machine.peer,
                 bob.machine.peer,
             }
@@ -82,7 +82,7 @@ async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
     base, newest = ann.hold(1), bob.hold(4)
     ann.loop.dispatch(WorkStarted(made(1, 1.0)[1]))
     async with without_coordinator(ann, bob):
-        await until(lambda: ann.gossip.known().heard)
+        await until(lambda: ann.gossip.summary().heard)
         assert ann.heads.newest() == base
         ann.loop.dispatch(WorkEnded())
         await until(lambda: ann.heads.newest() == newest)
@@ -106,7 +106,7 @@ async def test_a_peer_that_lies_about_what_it_holds(
         case "short":
             file.write_bytes(file.read_bytes()[:-1])
     monkeypatch.setattr(rogue.heads, "newest", lambda: lie)
-    rogue.sharing.shelf.put(real.digest, file)
+    rogue.sharing.pieces.put(real.digest, file)
     async with without_coordinator(ann, rogue):
         await until(lambda: (lie, rogue.machine.peer) in ann.spread._retry_at)
         assert ann.heads.newest() == base
@@ -123,20 +123,20 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         at_ann = Neighbor(
             peer=ann.machine.peer,
             name="ann",
-            address=ann.sharing.asked().address,
+            address=ann.sharing.plan_request().address,
             node_public=identity.node_public(ann.machine.node_key),
         )
 
         async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:
-            asking = Asking(partner, sealed, who.credentials.sign_request)
+            asking = PeerClient(partner, sealed, who.credentials.sign_request)
             try:
                 return bool((await asyncio.to_thread(asking.words, GossipBatch())).entries)
             except Unreachable:
                 return False
 
-        assert bob.gossip.given is not None
-        assert eve.gossip.given is not None
-        good = bob.gossip.given.access_token
+        assert bob.gossip.assigned is not None
+        assert eve.gossip.assigned is not None
+        good = bob.gossip.assigned.access_token
         assert await let_in(bob, good)
         assert not await let_in(bob, b"")
         assert not await let_in(eve, good), "a pass is for the key that it names"
@@ -150,19 +150,19 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
 
         site.registry.remove(eve.machine.peer, "a thief")
-        assert await let_in(eve, eve.gossip.given.access_token)
+        assert await let_in(eve, eve.gossip.assigned.access_token)
         assert await ann.spread._refresh_neighbours()
-        assert not await let_in(eve, eve.gossip.given.access_token)
-        assert eve.machine.peer not in {one.peer for one in ann.gossip.partners()}
+        assert not await let_in(eve, eve.gossip.assigned.access_token)
+        assert eve.machine.peer not in {one.peer for one in ann.gossip.contacts()}
 
 
 async def test_whom_to_ask_outlives_a_restart(site: Site, tmp_path: Path) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     async with without_coordinator(ann, bob):
         again = ann.new_gossip()
-        assert [one.name for one in again.partners()] == ["bob"]
+        assert [one.name for one in again.contacts()] == ["bob"]
         (ann.home / FILE).write_text("{")
-        assert ann.new_gossip().partners() == []
+        assert ann.new_gossip().contacts() == []
 
 
 async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
@@ -180,7 +180,7 @@ async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
     )
     newest = bob.hold(4)
     async with without_coordinator(ann, bob, cyd, rogue):
-        await until(lambda: ann.gossip.known().heard == 3)
+        await until(lambda: ann.gossip.summary().heard == 3)
         await until(lambda: ann.heads.newest() == newest)
 
 
@@ -195,7 +195,7 @@ async def test_who_did_not_send_it_is_asked_again(
     monkeypatch.setattr(server, "_PIECE_S", 0.05)
     async with without_coordinator(ann, bob):
         await until(lambda: (newest, bob.machine.peer) in ann.spread._retry_at)
-        bob.sharing.shelf.put(newest.digest, file)
+        bob.sharing.pieces.put(newest.digest, file)
         await until(lambda: ann.heads.newest() == newest)
 
 
@@ -205,14 +205,14 @@ async def test_an_address_that_is_none_harms_nobody(
 ) -> None:
     ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
     nowhere = DownloadPlanRequest(address=address, serves_other_networks=True)
-    rogue.sharing.asked = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
+    rogue.sharing.plan_request = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
     rogue.gossip.address = lambda: address
     with pytest.raises(Unreachable):  # nor at the coordinator's door
         await asyncio.to_thread(rogue.link.neighbours, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
     assert await ann.spread._refresh_neighbours()
-    ann.gossip.take(rogue.gossip.told())
-    assert not ann.gossip.heard()
+    ann.gossip.receive(rogue.gossip.outgoing())
+    assert not ann.gossip.entries()
     assert not await ann.spread._run_round()
     ann.link.close()
     rogue.link.close()
@@ -226,9 +226,9 @@ async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
         machine = Machine(f"m{number}")
         word = gossip.GossipEntry(peer=machine.peer, at=time.time(), presence=long)
         said = gossip.sign_entry(word, certificate(site, machine), machine.sign_key.sign)
-        ann.gossip.take(GossipBatch(entries=(said,)))
-    told = ann.gossip.told()
-    assert 100 < len(told.entries) < len(ann.gossip.heard())
+        ann.gossip.receive(GossipBatch(entries=(said,)))
+    told = ann.gossip.outgoing()
+    assert 100 < len(told.entries) < len(ann.gossip.entries())
     assert len(msgspec.msgpack.encode(told)) <= gossip.MAX_BATCH_BYTES
     ann.link.close()
 
@@ -236,7 +236,7 @@ async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
 async def test_an_agent_lives_without_a_certificate_to_share_with(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "_LOOK_S", 0.01)
+    monkeypatch.setattr(sharing, "_CHECK_EVERY_S", 0.01)
     ann = Peer(site, tmp_path, "ann")
     there = ann.home / sharing.CERTIFICATE
     there.mkdir()  # it cannot be written, as on a full disk
@@ -244,7 +244,7 @@ async def test_an_agent_lives_without_a_certificate_to_share_with(
     await asyncio.wait({running}, timeout=0.2)
     assert not running.done()
     there.rmdir()
-    await until(lambda: ann.sharing.asked().address)
+    await until(lambda: ann.sharing.plan_request().address)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     ann.link.close()

@@ -16,7 +16,7 @@ import pytest
 
 from agent.home import settings
 from agent.inference import server as serving
-from agent.inference.server import Served, Server
+from agent.inference.server import InferenceServer, ServedModel
 from protocols.errors import DataError
 from protocols.local import homes
 from protocols.model import model_card, weights
@@ -44,12 +44,12 @@ class Doubling:
         yield {"row": range(len(rows)), "y": [float(row) * factor for row in rows]}
 
 
-def served(version: str, task: Doubling, factor: float) -> Served:
-    return Served(version, "doubling", task, Weights({"factor": np.float32([factor])}), {})
+def served(version: str, task: Doubling, factor: float) -> ServedModel:
+    return ServedModel(version, "doubling", task, Weights({"factor": np.float32([factor])}), {})
 
 
 @asynccontextmanager
-async def up(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+async def up(server: InferenceServer) -> AsyncIterator[httpx.AsyncClient]:
     works = [asyncio.create_task(work) for work in (server.work(), server.watch())]
     transport = httpx.ASGITransport(server.app())
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as http:
@@ -61,7 +61,7 @@ async def up(server: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 async def test_requests_that_crowd_are_answered_together_each_with_its_own() -> None:
     task = Doubling()
-    server = Server(served("one", task, 2.0), lambda old: None)
+    server = InferenceServer(served("one", task, 2.0), lambda old: None)
     async with up(server) as http:
         task.door.clear()
         asking = [
@@ -83,11 +83,11 @@ async def test_requests_that_crowd_are_answered_together_each_with_its_own() -> 
 async def test_a_new_version_takes_over_and_no_request_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serving, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(serving, "CHECK_EVERY_S", 0.02)
     task = Doubling()
     two = served("two", task, 3.0)
-    news: list[Served] = []
-    server = Server(served("one", task, 2.0), lambda old: news.pop() if news else None)
+    news: list[ServedModel] = []
+    server = InferenceServer(served("one", task, 2.0), lambda old: news.pop() if news else None)
     async with up(server) as http:
         seen: list[str] = []
         while "two" not in seen:
@@ -117,7 +117,7 @@ async def test_a_new_version_takes_over_and_no_request_fails(
     ],
 )
 async def test_nonsense_is_told_and_harms_nobody(body: bytes, kind: str, words: str) -> None:
-    server = Server(served("one", Doubling(), 2.0), lambda old: None)
+    server = InferenceServer(served("one", Doubling(), 2.0), lambda old: None)
     async with up(server) as http:
         good = http.post("/predict", content="x\n1\n")
         bad = http.post("/predict", content=body, headers={"content-type": kind})
@@ -175,7 +175,7 @@ def test_the_command_loads_the_owners_data_for_the_task(
 
 
 async def test_a_page_that_reaches_us_by_another_name_is_turned_away() -> None:
-    server = Server(served("one", Doubling(), 2.0), lambda old: None)
+    server = InferenceServer(served("one", Doubling(), 2.0), lambda old: None)
     async with up(server) as http:
         answer = await http.post("/predict", content="x\n1\n", headers={"host": "evil.example"})
         assert (answer.status_code, server.batches) == (422, 0)

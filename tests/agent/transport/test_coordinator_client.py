@@ -14,8 +14,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.home.credentials import Credentials
-from agent.transport.coordinator_client import Link
-from agent.transport.weight_transfer import CONNECTION_S, NoRoom, SessionLost
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, Refused, Unreachable
 from protocols.messages.work import INLINE_MAX_BYTES
@@ -35,13 +35,15 @@ def machine(site: Site) -> Machine:
 
 
 @pytest.fixture
-def link(site: Site, machine: Machine) -> Iterator[Link]:
-    made = Link(site.credentials(machine))
+def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
+    made = CoordinatorClient(site.credentials(machine))
     yield made
     made.close()
 
 
-def test_a_session_is_opened_kept_and_closed(site: Site, machine: Machine, link: Link) -> None:
+def test_a_session_is_opened_kept_and_closed(
+    site: Site, machine: Machine, link: CoordinatorClient
+) -> None:
     node = site.nodes[machine.peer]
     assert node not in site.superlink.online()
     link.open()
@@ -53,7 +55,7 @@ def test_a_session_is_opened_kept_and_closed(site: Site, machine: Machine, link:
 
 def test_a_new_life_opens_a_session_over_its_last_ones(site: Site, machine: Machine) -> None:
     """An agent that was killed said no goodbye."""
-    first, second = (Link(site.credentials(machine)) for _ in range(2))
+    first, second = (CoordinatorClient(site.credentials(machine)) for _ in range(2))
     first.open()
     second.open()
     second.beat()
@@ -61,12 +63,12 @@ def test_a_new_life_opens_a_session_over_its_last_ones(site: Site, machine: Mach
     first.close()
 
 
-def test_without_a_session_nothing_is_asked_of_flower(link: Link) -> None:
+def test_without_a_session_nothing_is_asked_of_flower(link: CoordinatorClient) -> None:
     link.close()  # nothing to say goodbye to
 
 
 def test_a_coordinator_that_forgot_us_means_a_lost_session(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     link.open()
     site.superlink.forget(site.nodes[machine.peer])
@@ -86,11 +88,11 @@ def closed_port() -> str:
         return f"{HOST}:{taken.getsockname()[1]}"
 
 
-def elsewhere(site: Site, machine: Machine, address: str) -> Link:
-    return Link(site.credentials(machine)._replace(address=address))
+def elsewhere(site: Site, machine: Machine, address: str) -> CoordinatorClient:
+    return CoordinatorClient(site.credentials(machine)._replace(address=address))
 
 
-def check_unreachable(link: Link, tmp_path: Path) -> None:
+def check_unreachable(link: CoordinatorClient, tmp_path: Path) -> None:
     message = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
     update = tmp_path / "update"
     update.write_bytes(b"x")
@@ -113,7 +115,7 @@ def test_nobody_there(site: Site, machine: Machine, tmp_path: Path) -> None:
 
 def test_somebody_elses_certificate(site: Site, machine: Machine, tmp_path: Path) -> None:
     _, other_ca = identity.new_ca("other")
-    link = Link(site.credentials(machine)._replace(ca_pem=other_ca))
+    link = CoordinatorClient(site.credentials(machine)._replace(ca_pem=other_ca))
     check_unreachable(link, tmp_path)
 
 
@@ -181,7 +183,7 @@ def test_nonsense_is_an_error_of_ours(
 
 
 def test_a_cut_upload_goes_on_where_it_was_cut(
-    site: Site, machine: Machine, link: Link, tmp_path: Path
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     data = bytes(range(256)) * 2000
     source = tmp_path / "update"
@@ -189,7 +191,7 @@ def test_a_cut_upload_goes_on_where_it_was_cut(
     digest = weights.file_digest(source)
     part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
     part.write_bytes(data[:300_000])
-    link._cut_off = digest
+    link._interrupted = digest
     before = site.transfer.bytes_up
     link.upload(digest, source)
     assert site.transfer.bytes_up - before == len(data) - 300_000 == link.bytes_up
@@ -198,13 +200,13 @@ def test_a_cut_upload_goes_on_where_it_was_cut(
 
 
 def test_a_wrong_beginning_on_the_other_side_is_sent_anew(
-    site: Site, machine: Machine, link: Link, tmp_path: Path
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     source = tmp_path / "update"
     source.write_bytes(b"right" * 1000)
     digest = weights.file_digest(source)
     (site.folder / "spool" / f"{machine.peer}-{digest}.part").write_bytes(b"wrong" * 100)
-    link._cut_off = digest
+    link._interrupted = digest
     link.upload(digest, source)
     stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
     assert stored.read_bytes() == source.read_bytes()
@@ -216,12 +218,12 @@ def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> Non
     assert mine.peer == identity.peer_id(identity.raw_public(mine.sign_key))
 
 
-def test_connections_are_kept_let_go_and_made_again(link: Link) -> None:
+def test_connections_are_kept_let_go_and_made_again(link: CoordinatorClient) -> None:
     link.open()
     link.beat()
-    [(kept, _)] = link._wire._idle
+    [(kept, _)] = link._http_client._idle
     link.beat()
-    assert link._wire._idle[0][0] is kept
+    assert link._http_client._idle[0][0] is kept
     link.reconnect()
     assert kept.sock is None
     link.beat()
@@ -229,26 +231,26 @@ def test_connections_are_kept_let_go_and_made_again(link: Link) -> None:
 
 
 def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
-    site: Site, link: Link
+    site: Site, link: CoordinatorClient
 ) -> None:
     link.open()
-    [(kept, _)] = link._wire._idle
+    [(kept, _)] = link._http_client._idle
     kept.sock.shutdown(socket.SHUT_RDWR)
     link.beat()
-    assert link._wire._idle[0][0] is not kept
+    assert link._http_client._idle[0][0] is not kept
 
 
-def test_a_connection_that_was_idle_for_too_long_is_not_used_again(link: Link) -> None:
+def test_a_connection_that_was_idle_for_too_long_is_not_used_again(link: CoordinatorClient) -> None:
     link.open()
-    [(kept, since)] = link._wire._idle
-    link._wire._idle = [(kept, since - CONNECTION_S)]
+    [(kept, since)] = link._http_client._idle
+    link._http_client._idle = [(kept, since - IDLE_CONNECTION_S)]
     link.beat()
-    assert link._wire._idle[0][0] is not kept
+    assert link._http_client._idle[0][0] is not kept
     assert kept.sock is None
 
 
 def test_a_disk_error_while_an_update_is_sent_is_not_taken_for_one_of_the_network(
-    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    link: CoordinatorClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(path: Path, offset: int) -> Iterator[bytes]:
         yield b"half"
@@ -261,11 +263,11 @@ def test_a_disk_error_while_an_update_is_sent_is_not_taken_for_one_of_the_networ
         link.upload(weights.file_digest(source), source)
 
 
-def answered(link: Link, question: Message) -> Message:
+def answered(link: CoordinatorClient, question: Message) -> Message:
     return Message(RecordDict({"c": ConfigRecord({"a": 1})}), reply_to=question)
 
 
-def asked(site: Site, link: Link, machine: Machine) -> Message:
+def asked(site: Site, link: CoordinatorClient, machine: Machine) -> Message:
     content = RecordDict({"config": ConfigRecord()})
     site.grid.push_messages([Message(content, site.nodes[machine.peer], "train")])
     question = link.pull()
@@ -274,14 +276,14 @@ def asked(site: Site, link: Link, machine: Machine) -> Message:
 
 
 def test_a_small_update_goes_with_the_answer(
-    site: Site, machine: Machine, link: Link, tmp_path: Path
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     source = tmp_path / "update"
     source.write_bytes(b"small")
     digest = weights.file_digest(source)
     link.open()
     question = asked(site, link, machine)
-    link.hand_in(digest, source)
+    link.upload_update(digest, source)
     assert not site.lane.uploads.path(machine.peer, digest).exists()
     link.push(answered(link, question))
     assert site.lane.uploads.path(machine.peer, digest).read_bytes() == b"small"
@@ -289,29 +291,33 @@ def test_a_small_update_goes_with_the_answer(
 
 
 def test_a_large_update_goes_at_once(
-    site: Site, machine: Machine, link: Link, tmp_path: Path
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     source = tmp_path / "update"
     source.write_bytes(bytes(INLINE_MAX_BYTES + 1))
     digest = weights.file_digest(source)
-    link.hand_in(digest, source)
+    link.upload_update(digest, source)
     assert site.lane.uploads.path(machine.peer, digest).exists()
 
 
 def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are(
-    site: Site, machine: Machine, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site,
+    machine: Machine,
+    link: CoordinatorClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = tmp_path / "update"
     source.write_bytes(b"small")
     link.open()
     question = asked(site, link, machine)
     monkeypatch.setattr(site.transfer.limits, "max_bytes", 3)
-    link.hand_in(weights.file_digest(source), source)
+    link.upload_update(weights.file_digest(source), source)
     with pytest.raises(Refused, match="413"):
         link.push(answered(link, question))
     monkeypatch.setattr(site.transfer.limits, "max_bytes", 100)
     monkeypatch.setattr(site.transfer.limits, "version_bytes", 2**60)
-    link.hand_in(weights.file_digest(source), source)
-    with pytest.raises(NoRoom):
+    link.upload_update(weights.file_digest(source), source)
+    with pytest.raises(CoordinatorDiskFull):
         link.push(answered(link, question))
     assert not site.lane.uploads.path(machine.peer, weights.file_digest(source)).exists()

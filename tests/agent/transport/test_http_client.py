@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from agent.transport.http_client import Proxy, Wire, proxy_for
+from agent.transport.http_client import HttpClient, Proxy, proxy_for
 from protocols.errors import Unreachable
 from tests.support.fleet_harness import until
 
@@ -64,14 +64,14 @@ class Asking:
     def __init__(self, silent: socket.socket) -> None:
         host, port = silent.getsockname()
         tls = ssl.create_default_context()
-        self.wire = Wire(f"{host}:{port}", tls, timeout_s=600.0, kept_s=60.0)
+        self.wire = HttpClient(f"{host}:{port}", tls, timeout_s=600.0, max_idle_s=60.0)
         self.failure: Unreachable | None = None
         self.thread = threading.Thread(target=self._ask, daemon=True)
         self.thread.start()
 
     def _ask(self) -> None:
         try:
-            self.wire.ask("GET", "/", {})
+            self.wire.request("GET", "/", {})
         except Unreachable as err:
             self.failure = err
 
@@ -113,10 +113,12 @@ def test_a_request_that_waits_for_a_connection_ends_when_the_link_closes(
 
 def test_a_closed_link_makes_no_connection(silent: socket.socket) -> None:
     host, port = silent.getsockname()
-    wire = Wire(f"{host}:{port}", ssl.create_default_context(), timeout_s=600.0, kept_s=60.0)
+    wire = HttpClient(
+        f"{host}:{port}", ssl.create_default_context(), timeout_s=600.0, max_idle_s=60.0
+    )
     wire.close()
     with pytest.raises(Unreachable, match="closed"):
-        wire.ask("GET", "/", {})
+        wire.request("GET", "/", {})
     silent.setblocking(False)
     with pytest.raises(BlockingIOError):
         silent.accept()

@@ -11,7 +11,7 @@ import aiomqtt
 import pytest
 from msgspec.structs import replace
 
-from agent.transport.mqtt_client import NOTICES_KEPT, TELEMETRY_EVERY_S
+from agent.transport.mqtt_client import MAX_NOTICES, TELEMETRY_EVERY_S
 from protocols.enrollment import identity
 from protocols.messages import topics
 from protocols.messages.envelope import (
@@ -184,7 +184,7 @@ async def test_little_is_kept_while_the_link_is_down(site: Site) -> None:
         async with running(watch.feed.run):
             await until(lambda: watch.feed.connected)
             async with running(agent.link.run):
-                await until(lambda: len(watch.bodies(Notice)) == NOTICES_KEPT)
+                await until(lambda: len(watch.bodies(Notice)) == MAX_NOTICES)
         assert watch.bodies(Presence)[0] == replace(IDLE, round=999)
         assert watch.bodies(Notice)[-1] == Notice(level="info", text="999")
         assert watch.bodies(Telemetry) == []
@@ -212,7 +212,7 @@ async def test_a_refused_login_is_said_in_words(
 
 
 async def test_a_sign_of_life_is_given(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.transport.mqtt_client.SIGN_OF_LIFE_S", 0.1)
+    monkeypatch.setattr("agent.transport.mqtt_client.PRESENCE_REFRESH_S", 0.1)
     async with started(site) as broker:
         watch, agent = Watch(site, site.address(broker)), Agent(site, site.address(broker))
         agent.link.set_presence(IDLE)

@@ -23,13 +23,13 @@ def bring(folder: Path, number: int, key: identity.SigningKey = COORDINATOR) -> 
     digest = weights.save(Weights({"w": np.full(3, number, np.float32)}), file)
     file.rename(folder / f"{digest}.safetensors")
     work = Work(run="r", round=number, kind="train", task="t", base=digest)
-    version_proofs.prove(folder, work, *SIGNED_WORK.seal(work, key.sign))
+    version_proofs.save_proof(folder, work, *SIGNED_WORK.seal(work, key.sign))
     return work
 
 
 def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
     works = [bring(tmp_path, number) for number in (1, 2)]
-    found = version_proofs.held(tmp_path, PUBLIC)
+    found = version_proofs.list_verified(tmp_path, PUBLIC)
     assert {held.work.round for held in found} == {1, 2}
     for held in found:
         assert held.work in works
@@ -43,14 +43,14 @@ def test_the_last_versions_are_held_with_their_proofs(tmp_path: Path) -> None:
 def test_the_first_proof_of_a_version_stays(tmp_path: Path) -> None:
     work = bring(tmp_path, 1)
     later = Work(run="r", round=2, kind="train", task="t", base=work.base)
-    version_proofs.prove(tmp_path, later, *SIGNED_WORK.seal(later, COORDINATOR.sign))
-    assert [held.work for held in version_proofs.held(tmp_path, PUBLIC)] == [work]
+    version_proofs.save_proof(tmp_path, later, *SIGNED_WORK.seal(later, COORDINATOR.sign))
+    assert [held.work for held in version_proofs.list_verified(tmp_path, PUBLIC)] == [work]
 
 
 def test_the_proof_goes_with_its_version(tmp_path: Path) -> None:
     first = bring(tmp_path, 1)
     (tmp_path / f"{first.base}.safetensors").unlink()
-    assert version_proofs.held(tmp_path, PUBLIC) == []
+    assert version_proofs.list_verified(tmp_path, PUBLIC) == []
     second = bring(tmp_path, 2)
     assert [file.name for file in tmp_path.glob(f"*{version_proofs.SUFFIX}")] == [
         second.base + version_proofs.SUFFIX
@@ -73,8 +73,8 @@ def test_what_is_damaged_or_forged_is_not_shown(tmp_path: Path, damage: str) -> 
     if damage == "name":
         for file in (version, proof):
             file.rename(file.with_name("f" * 64 + file.name[64:]))
-    assert version_proofs.held(tmp_path, PUBLIC) == []
+    assert version_proofs.list_verified(tmp_path, PUBLIC) == []
 
 
 def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
-    assert version_proofs.held(tmp_path, PUBLIC) == []
+    assert version_proofs.list_verified(tmp_path, PUBLIC) == []

@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from agent.transport.coordinator_client import Link
-from agent.transport.version_store import Versions
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.version_store import VersionStore
 from protocols.model import weights
 from protocols.model.weights import Weights
 
@@ -34,8 +34,8 @@ def test_a_damaged_version_is_fetched_again_by_the_next_process(
 ) -> None:
     source, digest = Source(), weights.digest(MODEL)
 
-    def life() -> Versions:
-        return Versions(tmp_path, lambda: cast(Link, source))
+    def life() -> VersionStore:
+        return VersionStore(tmp_path, lambda: cast(CoordinatorClient, source))
 
     first = life()
     path = first.fetch(digest, MODEL.nbytes)
@@ -48,7 +48,7 @@ def test_a_damaged_version_is_fetched_again_by_the_next_process(
 
 
 def test_what_is_needed_stays_when_room_is_made(tmp_path: Path) -> None:
-    versions = Versions(tmp_path, lambda: cast(Link, Source()))
+    versions = VersionStore(tmp_path, lambda: cast(CoordinatorClient, Source()))
     for age, name in enumerate(("newest", "old", "older")):
         file = tmp_path / f"{name}.safetensors"
         file.write_bytes(bytes(100))

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from starlette.responses import JSONResponse
 
-from agent.transport.coordinator_client import Link
+from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.api.log_requests import LogDesk
 from coordinator.api.routes import endpoint
 from coordinator.api.schema import RunOrder, TicketOrder
@@ -167,7 +167,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
         told = LogResponse(request_id=question.request_id, lines=[line])
         # As the agents do it: over HTTPS, while the operator's request waits.
         for machine in (stranger, north):
-            link = Link(site.credentials(machine))
+            link = CoordinatorClient(site.credentials(machine))
             threading.Thread(target=_tell, args=(link, told)).start()
         return True
 
@@ -179,7 +179,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
     assert [peer for peer, _ in asked] == [north.peer]
 
 
-def _tell(link: Link, told: LogResponse) -> None:
+def _tell(link: CoordinatorClient, told: LogResponse) -> None:
     try:
         link.tell_logs(told)
     except CommonweightError:

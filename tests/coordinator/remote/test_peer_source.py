@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.transport.p2p.peer_client import Asking
+from agent.transport.p2p.peer_client import PeerClient
 from coordinator.fleet.auth import OPERATOR
 from coordinator.monitor.plain_table import plain_table
 from coordinator.remote import peer_source
@@ -54,7 +54,7 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
         async with without_coordinator(ann, bob):
             peer_source.save_neighbours(home, await told(site))
             await until(lambda: bob.heads.newest() == head)
-            await until(lambda: ann.gossip.known().alike)
+            await until(lambda: ann.gossip.summary().alike)
             source = PeerSource(home, "ann")
             fleet = await source.snapshot()
             assert source.heading == fleet.name == "as ann knows it"
@@ -63,7 +63,7 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
             assert [event.text for event in fleet.events if head.digest[:12] in event.text]
             assert "as ann knows it" in str(plain_table(fleet, fleet.at, source.heading).title)
 
-            moved = PeerSource(home, ann.sharing.asked().address)
+            moved = PeerSource(home, ann.sharing.plan_request().address)
             assert (await moved.snapshot()).peers.keys() == fleet.peers.keys()
             with pytest.raises(UnknownName, match="cyd"):
                 PeerSource(home, "cyd")
@@ -86,7 +86,7 @@ async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
             await until(lambda: bob.heads.newest() == head)
             given = await told(site)
             near = next(one for one in given.neighbors if one.name == "ann")
-            asking = Asking(near, given.access_token, sign)
+            asking = PeerClient(near, given.access_token, sign)
             assert (await asyncio.to_thread(asking.words, GossipBatch())).entries
             with pytest.raises(Unreachable, match="401"):
                 await asyncio.to_thread(asking.proof, head.digest)
@@ -118,7 +118,7 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
             with pytest.raises(Refused, match="ann refused"):
                 await PeerSource(home, "ann").snapshot()
             # Somebody else at ann's address is not asked.
-            at_bob = bob.sharing.asked().address
+            at_bob = bob.sharing.plan_request().address
             near = tuple(
                 msgspec.structs.replace(one, address=at_bob) for one in given.neighbors
                 if one.name == "ann"

@@ -27,7 +27,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.transport.coordinator_client import Link, _pack, _unpack
+from agent.transport.coordinator_client import CoordinatorClient, _pack, _unpack
 from agent.transport.weight_transfer import SessionLost
 from coordinator.transport.flower_guard import MAX_BODY_BYTES
 from coordinator.transport.flower_records import read_claim
@@ -166,8 +166,8 @@ def machine(site: Site) -> Machine:
 
 
 @pytest.fixture
-def link(site: Site, machine: Machine) -> Iterator[Link]:
-    made = Link(site.credentials(machine))
+def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
+    made = CoordinatorClient(site.credentials(machine))
     made.open()
     yield made
     made.close()
@@ -177,7 +177,7 @@ def test_linkstate_keeps_its_messages_where_we_look(site: Site) -> None:
     assert isinstance(site.superlink.state.message_ins_store, dict)
 
 
-def test_flowers_client_sends_through_the_pool_that_we_give(link: Link) -> None:
+def test_flowers_client_sends_through_the_pool_that_we_give(link: CoordinatorClient) -> None:
     """One connection for heartbeats and messages: Flower's own pool would be a second."""
     assert isinstance(link._fleet._client, httpx.Client)
     assert link._fleet._client is link._http
@@ -207,7 +207,7 @@ def test_the_object_store_takes_what_we_give(site: Site) -> None:
 
 def test_a_strangers_key_opens_no_session(site: Site) -> None:
     stranger = Machine()
-    link = Link(site.credentials(stranger))
+    link = CoordinatorClient(site.credentials(stranger))
     with pytest.raises(SessionLost, match="401"):
         link.open()
     with pytest.raises(SessionLost, match="401"):
@@ -216,9 +216,9 @@ def test_a_strangers_key_opens_no_session(site: Site) -> None:
 
 
 def test_another_machines_session_cannot_be_closed(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
-    other = Link(site.credentials(site.enroll()))
+    other = CoordinatorClient(site.credentials(site.enroll()))
     other.open()
     own, other._node = other._node, link._node
     with pytest.raises(httpx.HTTPStatusError, match="401"):
@@ -229,7 +229,7 @@ def test_another_machines_session_cannot_be_closed(
 
 
 def test_every_exchange_is_a_heartbeat_of_an_open_session(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     node = site.superlink.state.nodes[site.nodes[machine.peer]]  # type: ignore[attr-defined]
     for ask in (link.beat, link.pull):
@@ -246,7 +246,9 @@ def test_every_exchange_is_a_heartbeat_of_an_open_session(
     assert site.nodes[machine.peer] in site.superlink.online()
 
 
-def test_a_removed_machine_is_shut_out(site: Site, machine: Machine, link: Link) -> None:
+def test_a_removed_machine_is_shut_out(
+    site: Site, machine: Machine, link: CoordinatorClient
+) -> None:
     site.registry.remove(machine.peer, "test")
     site.superlink.forget(site.nodes[machine.peer])
     for ask in (link.pull, link.beat, link.open):
@@ -307,7 +309,7 @@ def test_a_large_body_is_refused_before_it_is_parsed(http: httpx.Client, machine
     assert http.post(path, content=iter([body, body]), headers=headers).status_code == 413
 
 
-def test_what_our_agents_do_not_use_is_shut_for_them_too(link: Link) -> None:
+def test_what_our_agents_do_not_use_is_shut_for_them_too(link: CoordinatorClient) -> None:
     for ask in (
         lambda: link._fleet.PullMessages(PullMessagesRequest(node=link._node)),
         lambda: link._fleet.PushMessages(PushMessagesRequest(node=link._node)),
@@ -325,7 +327,7 @@ def test_an_unsigned_request_is_refused(http: httpx.Client, action: str, body: b
     assert 400 <= answer.status_code < 500
 
 
-def test_who_succeeded_is_told(site: Site, machine: Machine, link: Link) -> None:
+def test_who_succeeded_is_told(site: Site, machine: Machine, link: CoordinatorClient) -> None:
     node = site.nodes[machine.peer]
     link.beat()
     for action in ("activate-node", "exchange"):  # told after the answer is sent
@@ -352,9 +354,9 @@ def text_of(message: Message) -> object:
     return message.content.config_records["config"]["text"]
 
 
-def test_messages_travel_both_ways(site: Site, machine: Machine, link: Link) -> None:
+def test_messages_travel_both_ways(site: Site, machine: Machine, link: CoordinatorClient) -> None:
     other = site.enroll()
-    other_link = Link(site.credentials(other))
+    other_link = CoordinatorClient(site.credentials(other))
     other_link.open()
     ids = set(
         site.grid.push_messages([question(site, machine, "one"), question(site, other, "two")])
@@ -380,7 +382,7 @@ def test_messages_travel_both_ways(site: Site, machine: Machine, link: Link) -> 
     other_link.close()
 
 
-def test_an_error_travels_too(site: Site, machine: Machine, link: Link) -> None:
+def test_an_error_travels_too(site: Site, machine: Machine, link: CoordinatorClient) -> None:
     (message_id,) = site.grid.push_messages([question(site, machine, "one")])
     message = link.pull()
     assert message is not None
@@ -391,7 +393,7 @@ def test_an_error_travels_too(site: Site, machine: Machine, link: Link) -> None:
 
 
 def test_a_reply_that_nobody_waits_for_is_taken_and_dropped(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     (message_id,) = site.grid.push_messages([question(site, machine, "one")])
     message = link.pull()
@@ -407,14 +409,14 @@ def test_a_reply_that_nobody_waits_for_is_taken_and_dropped(
 
 
 def test_a_message_that_was_taken_back_is_not_given(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     ids = site.grid.push_messages([question(site, machine, "one")])
     site.grid.forget(set(ids))
     assert link.pull() is None
 
 
-def test_nothing_is_left_behind(site: Site, machine: Machine, link: Link) -> None:
+def test_nothing_is_left_behind(site: Site, machine: Machine, link: CoordinatorClient) -> None:
     """Or memory would grow with the rounds."""
     store = site.superlink.state.object_store
     before = len(store)
@@ -435,11 +437,11 @@ def packed(message: Message, text: str) -> FlowerMessage:
 
 
 def test_a_reply_that_is_not_whole_does_not_block_the_others(
-    site: Site, machine: Machine, link: Link
+    site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     """To Flower's own handlers a reply may be known before its objects are there."""
     other = site.enroll()
-    other_link = Link(site.credentials(other))
+    other_link = CoordinatorClient(site.credentials(other))
     other_link.open()
     ids = set(site.grid.push_messages([question(site, m, "q") for m in (machine, other)]))
     first, second = link.pull(), other_link.pull()
@@ -462,12 +464,14 @@ def test_a_reply_that_is_not_whole_does_not_block_the_others(
     other_link.close()
 
 
-def test_nobody_answers_in_anothers_name(site: Site, machine: Machine, link: Link) -> None:
+def test_nobody_answers_in_anothers_name(
+    site: Site, machine: Machine, link: CoordinatorClient
+) -> None:
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
     message = link.pull()
     assert message is not None
     stranger = site.enroll()
-    other = Link(site.credentials(stranger))
+    other = CoordinatorClient(site.credentials(stranger))
     other.open()
     forged = PollRequest(reply=packed(message, "forged"), wants_work=False)
     with pytest.raises(BadMessage, match="another's name"):
@@ -491,7 +495,9 @@ def test_a_parcel_that_is_none_is_refused(site: Site, machine: Machine, http: ht
         assert answer.status_code == 400
 
 
-def test_a_refused_parcel_is_an_error_of_the_link(site: Site, machine: Machine, link: Link) -> None:
+def test_a_refused_parcel_is_an_error_of_the_link(
+    site: Site, machine: Machine, link: CoordinatorClient
+) -> None:
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
     message = link.pull()
     assert message is not None

@@ -76,7 +76,7 @@ async def test_presence_telemetry_and_notices_arrive_and_a_clean_stop_says_so(si
 _AGENT = """
 import asyncio, json, sys
 import msgspec
-from agent.transport.mqtt_client import PresenceLink
+from agent.transport.mqtt_client import MqttClient
 from protocols.enrollment.identity import load_signing_key
 from protocols.messages.envelope import (Presence)
 from protocols.messages.mqtt import MqttAddress
@@ -85,7 +85,7 @@ from pathlib import Path
 
 async def main():
     address, fleet, peer, key = json.loads(sys.stdin.readline())
-    link = PresenceLink(
+    link = MqttClient(
         msgspec.convert(address, MqttAddress), fleet, peer, load_signing_key(Path(key)).sign,
         bytes(32), lambda _: None, lambda *_: None,
     )

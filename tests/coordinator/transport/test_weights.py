@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from agent.transport.coordinator_client import Link
-from agent.transport.weight_transfer import NoRoom, SessionLost
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
 from benchmarks.faults.disk import can_mount, fill, small_disk
 from coordinator.transport.weights import OFFSET
 from protocols.errors import BadWeights, CommonweightError, Refused, Unreachable
@@ -57,8 +57,8 @@ def http(site: Site) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def link(site: Site, machine: Machine) -> Iterator[Link]:
-    made = Link(site.credentials(machine))
+def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
+    made = CoordinatorClient(site.credentials(machine))
     yield made
     made.close()
 
@@ -89,7 +89,7 @@ def get(http: httpx.Client, machine: Machine, digest: str, **headers: str) -> ht
 
 
 def test_a_version_is_downloaded_whole(
-    site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
+    site: Site, http: httpx.Client, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     assert site.lane.save(MODEL) == DIGEST
     assert get(http, machine, DIGEST).content == DATA
@@ -125,7 +125,7 @@ def test_a_range_beyond_the_end_is_refused(
 
 @pytest.mark.parametrize("have", [1, 5000, len(DATA) - 1, len(DATA)])
 def test_a_download_goes_on_where_it_was_cut(
-    site: Site, link: Link, tmp_path: Path, have: int
+    site: Site, link: CoordinatorClient, tmp_path: Path, have: int
 ) -> None:
     """Also when the crash came after the last byte and before the rename."""
     site.lane.save(MODEL)
@@ -139,7 +139,7 @@ def test_a_download_goes_on_where_it_was_cut(
 
 @pytest.mark.parametrize("part", [b"x" * 5000, b"x" * len(DATA), b"x" * (len(DATA) + 1)])
 def test_rubbish_in_a_part_file_is_found_and_does_no_lasting_harm(
-    site: Site, link: Link, tmp_path: Path, part: bytes
+    site: Site, link: CoordinatorClient, tmp_path: Path, part: bytes
 ) -> None:
     site.lane.save(MODEL)
     target = tmp_path / "version.safetensors"
@@ -153,7 +153,7 @@ def test_rubbish_in_a_part_file_is_found_and_does_no_lasting_harm(
 
 
 def test_a_version_that_is_not_its_digest_never_gets_its_name(
-    site: Site, link: Link, tmp_path: Path
+    site: Site, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     site.lane.version_path(DIGEST).write_bytes(DATA[:-1] + b"\0")
     target = tmp_path / "version.safetensors"
@@ -166,7 +166,7 @@ def test_a_version_that_is_not_its_digest_never_gets_its_name(
     assert not target.exists()
 
 
-def test_an_unknown_version_means_a_lost_session(link: Link, tmp_path: Path) -> None:
+def test_an_unknown_version_means_a_lost_session(link: CoordinatorClient, tmp_path: Path) -> None:
     with pytest.raises(SessionLost):
         link.download("0" * 64, 10, tmp_path / "version.safetensors")
 
@@ -175,7 +175,7 @@ def test_an_unknown_version_means_a_lost_session(link: Link, tmp_path: Path) -> 
 
 
 def test_an_update_is_uploaded_once(
-    site: Site, link: Link, machine: Machine, tmp_path: Path
+    site: Site, link: CoordinatorClient, machine: Machine, tmp_path: Path
 ) -> None:
     source = tmp_path / "update.safetensors"
     assert weights.save(MODEL, source) == DIGEST
@@ -208,7 +208,7 @@ def test_more_than_the_model_is_not_taken(site: Site, http: httpx.Client, machin
 
 
 def test_an_upload_that_cannot_be_taken_is_a_refusal_and_not_a_lost_link(
-    site: Site, link: Link, tmp_path: Path
+    site: Site, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     """An agent that took it for a lost link would try again for ever."""
     source = tmp_path / "update.safetensors"
@@ -383,7 +383,7 @@ def test_nobody_gets_by_unsigned_or_with_anothers_signature(
 
 
 def test_a_removed_peer_gets_nothing_any_more(
-    site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
+    site: Site, http: httpx.Client, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     site.lane.save(MODEL)
     site.registry.remove(machine.peer, "test")
@@ -404,7 +404,7 @@ def test_the_digest_in_the_path_is_what_was_signed(http: httpx.Client, machine: 
 
 
 def test_an_upload_waits_for_room_and_is_then_taken(
-    site: Site, http: httpx.Client, machine: Machine, link: Link, tmp_path: Path
+    site: Site, http: httpx.Client, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     told: list[bool] = []
     source = tmp_path / "update"
@@ -416,7 +416,7 @@ def test_an_upload_waits_for_room_and_is_then_taken(
         assert told
         assert "room on the coordinator's disk" in site.transfer.limits.shortage
         assert spool(site) == []
-        with pytest.raises(NoRoom, match="no room"):
+        with pytest.raises(CoordinatorDiskFull, match="no room"):
             link.upload(DIGEST, source)
     finally:
         site.transfer.limits.version_bytes = 0

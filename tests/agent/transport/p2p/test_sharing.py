@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.coordinator_client import Link
-from agent.transport.p2p.networks import Place
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.p2p.networks import LocalNetwork
 from agent.transport.p2p.server import MOST_PER_ADDRESS, PeerServer, certify
 from agent.transport.p2p.sharing import Sharing
-from agent.transport.version_store import Versions
+from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.model import weights
@@ -95,10 +95,10 @@ class Peer:
             identity.raw_public(site.sign_key),
         )
         self.bandwidth = Bandwidth(home)
-        self.link = Link(credentials, self.bandwidth)
+        self.link = CoordinatorClient(credentials, self.bandwidth)
         self.folder = home / "cache"
         self.folder.mkdir()
-        self.versions = Versions(
+        self.versions = VersionStore(
             self.folder, lambda: self.link, self.sharing, self.bandwidth.received
         )
 
@@ -112,7 +112,7 @@ def peers(site: Site, folder: Path, *names: str) -> Iterator[list[Peer]]:
         made = [Peer(site, folder, name) for name in names]
         for peer in made:
             loop.start(peer.sharing.run)
-        until(lambda: all(peer.sharing.asked().address for peer in made))
+        until(lambda: all(peer.sharing.plan_request().address for peer in made))
         try:
             yield made
         finally:
@@ -279,7 +279,7 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
         ann.fetch(digest)
         bob, stranger = site.enroll("bob"), Machine("stranger")
         path = f"/cw/v1/weights/{digest}"
-        address = ann.sharing.asked().address
+        address = ann.sharing.plan_request().address
         good = bob.headers("GET", path) | {
             swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)
         }
@@ -324,7 +324,7 @@ def test_a_refusal_comes_after_the_body(site: Site, tmp_path: Path, digest: str)
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with peers(site, tmp_path, "ann") as (ann,):
-        host, _, port = ann.sharing.asked().address.rpartition(":")
+        host, _, port = ann.sharing.plan_request().address.rpartition(":")
         with context.wrap_socket(socket.create_connection((host, int(port)))) as caller:
             caller.sendall(b"POST /cw/v1/words HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n")
             caller.settimeout(0.3)
@@ -337,7 +337,7 @@ def test_a_refusal_comes_after_the_body(site: Site, tmp_path: Path, digest: str)
 
 def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest: str) -> None:
     with peers(site, tmp_path, "ann") as (ann,):
-        host, _, port = ann.sharing.asked().address.rpartition(":")
+        host, _, port = ann.sharing.plan_request().address.rpartition(":")
         callers = [socket.create_connection((host, int(port))) for _ in range(MOST_PER_ADDRESS + 3)]
         for caller in callers:
             caller.settimeout(0.05)
@@ -363,7 +363,7 @@ def _served(site: Site, ann: Peer, digest: str) -> bool:
     headers = bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)}
     try:
         answer = httpx.get(
-            f"https://{ann.sharing.asked().address}{path}", headers=headers, verify=False
+            f"https://{ann.sharing.plan_request().address}{path}", headers=headers, verify=False
         )
     except httpx.HTTPError:
         return False
@@ -394,7 +394,7 @@ async def test_nothing_listens_unless_the_owner_lets_it(
 
     monkeypatch.setattr(PeerServer, "listen", listen)
     monkeypatch.setattr(
-        "agent.transport.p2p.sharing.place", lambda *_: Place(host, (f"{host}/24",))
+        "agent.transport.p2p.sharing.locate", lambda *_: LocalNetwork(host, (f"{host}/24",))
     )
     peer = Peer(site, tmp_path, "ann", policy)
     running = asyncio.create_task(peer.sharing.run())
@@ -405,7 +405,7 @@ async def test_nothing_listens_unless_the_owner_lets_it(
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert bound == ([host] if listens else [])
-    assert not peer.sharing.is_worth_it(SIZE)
+    assert not peer.sharing.is_large_enough(SIZE)
     peer.link.close()
     site.ledger.close()
 
