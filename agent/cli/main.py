@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: What is left after a command's end are threads: an upload broken off, the sync of a file.
 EXIT_TIMEOUT_S = 10.0
 
+# Typer escapes "[default: 10]" for rich even in help that is plain text.
+typer.core.HAS_RICH = False
+
 app = typer.Typer(
     name="commonweight-agent",
     help="Train together, keep your data: the agent on a machine that has data.",

@@ -16,6 +16,9 @@ from coordinator.cli import admin, analyze, fleet, jobs, models, monitor, runs
 from protocols import VERSION
 from protocols.local import cli_entry, crash_reports, homes, json_output
 
+# Typer escapes "[default: 10]" for rich even in help that is plain text.
+typer.core.HAS_RICH = False
+
 app = typer.Typer(
     name="commonweight",
     help="Train together, keep your data: operate the coordinator and watch the fleet.",

@@ -248,6 +248,9 @@ def _known(fleet: Fleet, body: PeerChanged) -> None:
 
 
 def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
+    if body.deleted:
+        fleet.runs.pop(body.run, None)
+        return
     if run := fleet.runs.get(body.run):
         run.changed, run.changed_at = body, now
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import RunOrder
+from coordinator.remote import access
 from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
@@ -106,7 +107,10 @@ def _times(text: str) -> float:
 
 
 def _import_weights(path: Path) -> str:
-    """Put a safetensors file into the home as a version; its digest. Raises UsageError."""
+    """Save a safetensors file as a version of the home; return its digest.
+
+    Raises UsageError, NotRunning.
+    """
     from coordinator.storage.weight_store import WeightStore
     from protocols.errors import BadWeights
     from protocols.model import weights
@@ -115,4 +119,6 @@ def _import_weights(path: Path) -> str:
         given = weights.load_any(path)
     except (OSError, BadWeights) as err:
         raise UsageError(f"cannot use {path} as first weights: {err}") from err
-    return WeightStore(homes.open_home("coordinator")).save(given)
+    home = homes.open_home("coordinator")
+    access.connection_info(home)  # without a running coordinator no run would own the version
+    return WeightStore(home).save(given)

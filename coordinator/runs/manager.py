@@ -38,7 +38,6 @@ from protocols.local import heap
 from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
-from protocols.model.weights_file import Stored
 
 #: Runs whose rounds the monitor still sees after a restart.
 _SHOWN_RUNS = 5
@@ -156,16 +155,21 @@ class RunManager:
         return settling.done() and settling.result()
 
     def start(self, spec: RunSpec, from_digest: str) -> str:
-        """Write a run down and queue it; its id. Raises UsageError and its kin."""
+        """Record a run and queue it; return its id. Raises UsageError and its kin.
+
+        Afterwards the version `from_digest` stays only if a run keeps it: a refused run leaves
+        none behind.
+        """
+        try:
+            return self._queue_run(spec, from_digest)
+        finally:
+            if from_digest and from_digest not in self._protected_by_others(""):
+                self._ctx.store.drop(from_digest)
+
+    def _queue_run(self, spec: RunSpec, from_digest: str) -> str:
         self._check(spec)
-        if from_digest and not self._ctx.store.has(from_digest):
-            raise UnknownName(f"no version {from_digest[:12]}")
         if from_digest:
-            from_digest = self._as_first(spec, from_digest)
-            with Stored(self._ctx.store.version_path(from_digest)) as first:
-                memory_estimate.check_memory(
-                    strategies.find(spec.strategy), spec, first.schema, spec.quorum
-                )
+            from_digest = self._first_version(spec, from_digest)
         task = re.sub(r"\W+", "-", spec.task)[:48]
         run_id = f"{task}-{secrets.token_hex(3)}"
         news: list[run_events.RunEvent] = [RunStarted(spec, time.time())]
@@ -178,12 +182,17 @@ class RunManager:
         self._queue.put_nowait(run_id)
         return run_id
 
-    def _as_first(self, spec: RunSpec, digest: str) -> str:
-        """A version as such a run begins with it: with control variates, or without some layers."""
-        scheme = strategies.find(spec.strategy).trainer_settings(spec.strategy_args)
-        store = self._ctx.store
+    def _first_version(self, spec: RunSpec, digest: str) -> str:
+        """The digest of a version as the run starts with it.
+
+        Some strategies add control variates to it, some leave out layers.
+        """
+        store, adapter = self._ctx.store, strategies.find(spec.strategy)
+        if not store.has(digest):
+            raise UnknownName(f"no version {digest[:12]}")
         given = weights.load(store.version_path(digest))
-        first = personalization.first_version(given, scheme)
+        first = personalization.first_version(given, adapter.trainer_settings(spec.strategy_args))
+        memory_estimate.check_memory(adapter, spec, first.schema, spec.quorum)
         return digest if first.schema == given.schema else store.save(first)
 
     def _check(self, spec: RunSpec) -> None:
@@ -259,9 +268,10 @@ class RunManager:
         found = self.deletion(run_id)
         event = run_events.RunDeleted((*found.versions, *found.in_use), found.states, found.nbytes)
         self._ctx.ledger.append(found.run, [run_events.encode(event)])
-        del self._runs[found.run]
+        deleted = transitions.apply(self._runs.pop(found.run), event)
         deletion.execute(found, self._ctx.store)
         text = f"run {found.run} was deleted: {found.nbytes / 1e6:,.1f} MB"
+        self._ctx.publish(run_body(deleted, ""))
         self._ctx.publish(EventLine(level="info", text=text, subject=found.run))
         return found
 

@@ -27,6 +27,7 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         best_round=run.best.round if run.best else 0,
         ended_because=strip_controls(run.ended_because),
         memory_bytes=memory_bytes,
+        deleted=run.deleted,
     )
 
 

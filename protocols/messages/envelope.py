@@ -138,9 +138,10 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
-    """Where a run stands, said whole each time. `waiting_for` is words for a person.
+    """The whole status of a run. `waiting_for` is text for a person.
 
-    `memory_bytes`: what closing a round takes, for a strategy that needs all updates at once.
+    `memory_bytes`: memory for closing a round, for a strategy that needs all updates at once.
+    `deleted`: the run is listed no longer.
     """
 
     run: Name
@@ -156,6 +157,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     best_round: Count = 0
     ended_because: Text = ""
     memory_bytes: Count = 0
+    deleted: bool = False
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
@@ -217,7 +219,7 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     ended_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
 
 
-class EventLine(Struct, frozen=True, tag="Happened", kw_only=True):
+class EventLine(Struct, frozen=True, tag="EventLine", kw_only=True):
     """A line for the Events screen. `subject` is a peer or a run, or empty."""
 
     level: Literal["info", "warning", "error"]

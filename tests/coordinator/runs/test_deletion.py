@@ -61,7 +61,9 @@ async def test_a_deleted_run_leaves_its_record_and_nothing_else(tmp_path: Path) 
             there, bytes_there = on_disk(fleet), nbytes_on_disk(fleet)
             preview = fleet.hub.runs.deletion(deleted)
             assert on_disk(fleet) == there
+            assert deleted in fleet.hub.fleet.runs
             assert fleet.hub.runs.delete(deleted) == preview
+            assert deleted not in fleet.hub.fleet.runs, "an open monitor does not show it any more"
             gone = {f"{digest}.safetensors" for digest in (*preview.versions, *preview.states)}
             assert {name for name in there - before if name.endswith(".safetensors")} == gone
             assert preview.states

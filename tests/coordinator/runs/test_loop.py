@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from msgspec.structs import replace
 
 from agent.tasks.work import Done
 from coordinator.remote import run_options
 from coordinator.runs import state
-from coordinator.storage import run_events
+from coordinator.storage import run_events, settings
 from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_records import CLAIM, read_claim
@@ -25,6 +26,7 @@ from protocols.errors import (
     BadMessage,
     CannotBeMet,
     CommonweightError,
+    NotRunning,
     UnknownName,
     Unreachable,
     UsageError,
@@ -169,6 +171,41 @@ async def test_a_run_starts_from_a_bf16_file(tmp_path: Path) -> None:
         assert (run.state, run.first) == (RunState.FINISHED, weights.digest(model))
         assert run.head != run.first
         assert fleet.version(run.head).schema == model.schema
+
+
+async def test_first_weights_of_a_run_that_is_refused_do_not_stay(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    weights.save(first_weights(5, seed=1), file)
+    typed = {"task": "softmax", "rounds": 1, "quorum": 2, "from": file}
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        order = run_options.build_order(typed)
+        assert fleet.hub.lane.has(order.from_digest)
+        with pytest.raises(UnknownName, match="codec"):
+            fleet.hub.runs.start(replace(order.spec, codec="another"), order.from_digest)
+        assert not fleet.hub.lane.has(order.from_digest)
+        # What a run keeps stays when another run that would start from it is refused.
+        order = run_options.build_order(typed)
+        run = await fleet.finished(fleet.hub.runs.start(order.spec, order.from_digest))
+        with pytest.raises(UnknownName, match="codec"):
+            fleet.hub.runs.start(replace(order.spec, codec="another"), run.head)
+        assert fleet.hub.lane.has(run.head)
+        # A run that starts from another form of the weights leaves only that form.
+        weights.save(first_weights(5, seed=2), file)
+        scaffold = run_options.build_order(typed | {"strategy": "scaffold"})
+        fleet.hub.runs.stop(fleet.hub.runs.start(scaffold.spec, scaffold.from_digest))
+        assert not fleet.hub.lane.has(scaffold.from_digest)
+
+
+async def test_weights_are_not_imported_without_a_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, home = tmp_path / "model.safetensors", tmp_path / "home"
+    weights.save(first_weights(5, seed=1), file)
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(home))
+    settings.init([])
+    with pytest.raises(NotRunning):
+        run_options.build_order({"task": "softmax", "from": file})
+    assert not list(home.glob("versions/*.safetensors"))
 
 
 def narrowed(model: Weights) -> Weights:
