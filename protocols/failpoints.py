@@ -23,7 +23,7 @@ VARIABLE = "COMMONWEIGHT_FAILPOINT"
 TRUTH = "COMMONWEIGHT_TRUTH"
 
 #: `run.recording.X` and `run.recorded.X` are before and after the fact X is in the ledger.
-FACTS = (
+RUN_EVENTS = (
     "PeersAsked",
     "WeightsInitialised",
     "RoundOpened",
@@ -35,14 +35,14 @@ FACTS = (
     "RunEnded",
 )
 #: Before round 1, when peers compare themselves.
-MEETING = tuple(
+HANDSHAKE = tuple(
     f"run.{step}.{fact}"
     for fact in ("PeerDescribed", "SchemaAgreed")
     for step in ("recording", "recorded")
 )
 COORDINATOR = (
-    *(f"run.recording.{fact}" for fact in FACTS),
-    *(f"run.recorded.{fact}" for fact in FACTS),
+    *(f"run.recording.{fact}" for fact in RUN_EVENTS),
+    *(f"run.recorded.{fact}" for fact in RUN_EVENTS),
     "ledger.inserted",
     "runs.queued",
     "runs.recalled",
@@ -73,18 +73,18 @@ AGENT = (
     "agent.claim.sent",
 )
 #: Reached in jobs beside training only.
-JOB_FACTS = ("UnitLeased", "UnitReturned", "UnitVerified", "JobEnded")
+JOB_EVENTS = ("UnitLeased", "UnitReturned", "UnitVerified", "JobEnded")
 JOBS = (
     "job.queued",
     "job.pushing",
     "job.pushed",
     "job.reply.pulled",
-    *(f"job.recording.{fact}" for fact in JOB_FACTS),
-    *(f"job.recorded.{fact}" for fact in JOB_FACTS),
+    *(f"job.recording.{fact}" for fact in JOB_EVENTS),
+    *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + MEETING + JOBS + AGENT + AGENT_JOBS + TRAINER)
+NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER)
 
 _HANG_S = 3600.0
 
@@ -97,7 +97,7 @@ class Note(Protocol):
     def __call__(self, what: str, **fields: str | int) -> None: ...
 
 
-def armed(spec: str) -> Failpoint:
+def parse_failpoints(spec: str) -> Failpoint:
     """The failpoints that a spec arms. Raises ValueError for a name or action that is none."""
     actions: dict[tuple[str, int], tuple[str, str]] = {}
     for part in filter(None, spec.split(",")):
@@ -158,5 +158,5 @@ def _noting(path: str) -> Note:
     return note
 
 
-failpoint: Failpoint = armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _off
+failpoint: Failpoint = parse_failpoints(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _off
 note: Note = _noting(os.environ[TRUTH]) if os.environ.get(TRUTH) else _unheard

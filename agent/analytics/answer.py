@@ -14,15 +14,15 @@ from agent.analytics.query_log import Memory
 from agent.data import open_table
 from agent.data.arrow_reader import files
 from agent.data.settings import DataSettings
-from protocols.analytics.mergeable_states import Cell, Told
-from protocols.analytics.query import Question
+from protocols.analytics.mergeable_states import Cell, PeerAnswer
+from protocols.analytics.query import Query
 from protocols.errors import CommonweightError, Refused
 from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.analysis")
 
 
-def answered(question: Question, table: DataSettings, limits: Limits, memory: Memory) -> bytes:
+def answered(question: Query, table: DataSettings, limits: Limits, memory: Memory) -> bytes:
     """What this peer tells, encoded: figures, or why it tells none. Written down before.
 
     Raises OSError when it cannot be written down.
@@ -39,13 +39,13 @@ def answered(question: Question, table: DataSettings, limits: Limits, memory: Me
         # Others learn the kind of trouble, not what the table holds.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
         log.info("a question was not answered: %s", err.message)
-        return memory.keep(question, data, Told(refused=strip_controls(words)), ())
+        return memory.keep(question, data, PeerAnswer(refused=strip_controls(words)), ())
     return memory.keep(question, data, told, sets)
 
 
 def _told(
-    question: Question, table: DataSettings, limits: Limits, memory: Memory
-) -> tuple[Told, tuple[disclosure_control.Bits, ...]]:
+    question: Query, table: DataSettings, limits: Limits, memory: Memory
+) -> tuple[PeerAnswer, tuple[disclosure_control.Bits, ...]]:
     if limits.mode == "off":
         raise Refused(
             "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
@@ -64,7 +64,7 @@ def _told(
         Cell(group, int(computed.members[group].sum()), computed.cells[group])
         for group in guarded.told
     )
-    told = Told(
+    told = PeerAnswer(
         rows=computed.rows,
         kept_back=guarded.kept_back,
         kinds={name: str(kind) for name, kind in computed.kinds.items()},

@@ -12,7 +12,7 @@ from msgspec import Struct
 from agent.analytics.limits import Limits
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings, data_settings
-from protocols.analytics.query import Question
+from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CommonweightError
 
 WITHIN_S = 1800.0
@@ -21,16 +21,16 @@ WITHIN_S = 1800.0
 class Order(Struct, frozen=True, kw_only=True):
     """All that an answer needs: the question, the table, the limits, and the memory's file."""
 
-    question: Question
+    question: Query
     table: DataSettings
     limits: Limits
     memory: str
 
 
-def read_question(text: str) -> Question:
+def read_question(text: str) -> Query:
     """The question in a unit of work. Raises BadMessage."""
     try:
-        return msgspec.json.decode(text, type=Question)
+        return msgspec.json.decode(text, type=Query)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a question: {err}") from err
 
@@ -47,7 +47,7 @@ def limits(chosen: AgentSettings) -> Limits:
     )
 
 
-def answer(question: Question, chosen: AgentSettings, home: Path) -> bytes:
+def answer(question: Query, chosen: AgentSettings, home: Path) -> bytes:
     """What this peer tells, encoded; it is in its memory then. Raises CommonweightError."""
     order = Order(
         question=question,

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from agent.data import Reader
 from agent.data.column_types import Kinds, kinds, numbers, texts
 from protocols.analytics import mergeable_states, sketches
-from protocols.analytics.mergeable_states import Counted, Measured, Ranged, State
-from protocols.analytics.query import Condition, Operation, Question
+from protocols.analytics.mergeable_states import CountState, MomentsState, RangeState, State
+from protocols.analytics.query import Condition, Operation, Query
 from protocols.errors import UnknownName, UsageError
-from protocols.tables.statistics import Kind, moments
+from protocols.tables.statistics import ColumnKind, compute_moments
 
 Group = tuple[str | None, ...]
 Rows = npt.NDArray[np.bool_]
@@ -38,12 +38,12 @@ class Computed(NamedTuple):
     """Groups with their states; `members` are the rows of each, as a mask over all `rows`."""
 
     rows: int
-    kinds: dict[str, Kind]
+    kinds: dict[str, ColumnKind]
     cells: dict[Group, tuple[State, ...]]
     members: dict[Group, Rows]
 
 
-def compute(question: Question, reader: Reader) -> Computed:
+def compute(question: Query, reader: Reader) -> Computed:
     """The statistics of every group. Raises UnknownName, UsageError, DataError."""
     columns = question.columns
     known = reader.columns()
@@ -78,7 +78,7 @@ def compute(question: Question, reader: Reader) -> Computed:
             cells[group] = (
                 found
                 if old is None
-                else tuple(mergeable_states.merged(pair) for pair in zip(old, found, strict=True))
+                else tuple(mergeable_states.merge(pair) for pair in zip(old, found, strict=True))
             )
             mask = np.zeros(rows, bool)
             mask[place] = True
@@ -93,7 +93,7 @@ def compute(question: Question, reader: Reader) -> Computed:
     return Computed(sum(read), held, cells, whole)
 
 
-def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, Kind]:
+def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
     found = {name: Kinds() for name in columns}
     if columns:
         for batch in reader.batches(columns):
@@ -105,7 +105,7 @@ def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, Kind]:
 class _Batch:
     """One batch, its columns as numbers or texts when they are first asked for."""
 
-    def __init__(self, batch: pa.RecordBatch, held: dict[str, Kind]) -> None:
+    def __init__(self, batch: pa.RecordBatch, held: dict[str, ColumnKind]) -> None:
         self._batch, self._held = batch, held
         self._numbers: dict[str, mergeable_states.Floats] = {}
 
@@ -177,32 +177,32 @@ def _state(
 ) -> State:
     """An operation's state over the rows at these places, values cut to their bounds."""
     if operation.kind == "count":
-        return Counted(len(place))
+        return CountState(len(place))
     name = operation.columns[0]
     if operation.kind == "missing":
-        return Counted(int(table.missing(name)[place].sum()))
+        return CountState(int(table.missing(name)[place].sum()))
     if operation.kind == "distinct":
         told = pc.unique(table.texts(name).take(pa.array(place)).drop_null())
-        return sketches.distinct(told.to_pylist())
+        return sketches.count_distinct(told.to_pylist())
     values = table.numbers(name)[place]
     if operation.kind in ("cov", "corr"):
         other = table.numbers(operation.columns[1])[place]
         both = ~np.isnan(values) & ~np.isnan(other)
-        return mergeable_states.comeasured(values[both], other[both])
+        return mergeable_states.compute_comoments(values[both], other[both])
     values = values[~np.isnan(values)]
     if name in bounds:
         values = np.clip(values, *bounds[name])
     match operation.kind:
         case "min" | "max":
             if not len(values):
-                return Ranged()
-            return Ranged(float(values.min()), float(values.max()))
+                return RangeState()
+            return RangeState(float(values.min()), float(values.max()))
         case "quantile":
-            return mergeable_states.sketched(values)
+            return mergeable_states.sketch_quantiles(values)
         case "histogram" if len(operation.args) == 3:
             bins, least, most = operation.args
-            return mergeable_states.binned(values, int(bins), least, most)
+            return mergeable_states.compute_histogram(values, int(bins), least, most)
         case "histogram":
-            return mergeable_states.sketched(values)
+            return mergeable_states.sketch_quantiles(values)
         case _:
-            return Measured(moments(values))
+            return MomentsState(compute_moments(values))

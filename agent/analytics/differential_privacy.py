@@ -13,8 +13,15 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from agent.analytics.compute import Computed
-from protocols.analytics.mergeable_states import Binned, Cell, Counted, Measured, State, Told
-from protocols.analytics.query import Operation, Question
+from protocols.analytics.mergeable_states import (
+    Cell,
+    CountState,
+    HistogramState,
+    MomentsState,
+    PeerAnswer,
+    State,
+)
+from protocols.analytics.query import Operation, Query
 from protocols.errors import CommonweightError, Refused, UsageError
 from protocols.tables.statistics import Moments
 
@@ -22,7 +29,7 @@ DELTA = 1e-6
 _MOST_NOISE = 2**50
 
 
-def check(question: Question, budget: float, spent: float) -> None:
+def check(question: Query, budget: float, spent: float) -> None:
     """Raise Refused or UsageError if this cannot be answered with noise, or not any more."""
     if question.epsilon <= 0:
         raise Refused(
@@ -37,7 +44,7 @@ def check(question: Question, budget: float, spent: float) -> None:
     check_form(question)
 
 
-def check_form(question: Question) -> None:
+def check_form(question: Query) -> None:
     """Raise UsageError for what has no noisy form, or lacks bounds."""
     for operation in question.operations:
         if operation.kind not in ("count", "missing", "sum", "mean", "histogram"):
@@ -53,7 +60,7 @@ def check_form(question: Question) -> None:
             )
 
 
-def noisy(question: Question, computed: Computed) -> Told:
+def noisy(question: Query, computed: Computed) -> PeerAnswer:
     """The answer with noise. Means and sums must have been computed of values within bounds."""
     # A share for the count that decides whether a cell is told, one for the number of rows.
     shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
@@ -69,7 +76,7 @@ def noisy(question: Question, computed: Computed) -> Told:
             for operation, state in zip(question.operations, states, strict=True)
         )
         cells.append(Cell(group, max(rows, 0), noised))
-    return Told(
+    return PeerAnswer(
         rows=max(_whole(computed.rows, each), 0),
         kinds={name: str(kind) for name, kind in computed.kinds.items()},
         cells=tuple(cells),
@@ -80,13 +87,13 @@ def _state(
     operation: Operation, state: State, bounds: Mapping[str, tuple[float, float]], each: float
 ) -> State:
     match state:
-        case Counted(count):
-            return Counted(max(_whole(count, each), 0))
-        case Binned(counts, below, above):
+        case CountState(count):
+            return CountState(max(_whole(count, each), 0))
+        case HistogramState(counts, below, above):
             # One row is in one bin: together they cost what one does.
             told = tuple(max(_whole(count, each), 0) for count in counts)
-            return Binned(told, max(_whole(below, each), 0), max(_whole(above, each), 0))
-        case Measured(moments):
+            return HistogramState(told, max(_whole(below, each), 0), max(_whole(above, each), 0))
+        case MomentsState(moments):
             least, most = bounds[operation.columns[0]]
             middle = (least + most) / 2 if operation.kind == "mean" else 0.0
             # Around the middle of the bounds a mean's sum is moved least by one row.
@@ -96,9 +103,9 @@ def _state(
             total = _float(total, each / reach)
             if operation.kind == "sum":
                 # The count beside it is nobody's affair: the sum is told as one value's mean.
-                return Measured(Moments(1, total, 0.0))
+                return MomentsState(Moments(1, total, 0.0))
             count = max(_whole(moments.count, each), 1)
-            return Measured(Moments(count, min(max(middle + total / count, least), most), 0.0))
+            return MomentsState(Moments(count, min(max(middle + total / count, least), most), 0.0))
         case _:
             raise AssertionError(f"checked before: {operation}")
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from agent.analytics.compute import Computed, Group, Rows
 from agent.analytics.limits import Limits
 from agent.data.profile import may_use
-from protocols.analytics.query import Question
+from protocols.analytics.query import Query
 from protocols.errors import Refused
 
 Bits = npt.NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Guarded(NamedTuple):
     sets: tuple[Bits, ...]
 
 
-def check(question: Question, limits: Limits) -> None:
+def check(question: Query, limits: Limits) -> None:
     """Raise Refused if the owner does not let this be asked at all."""
     for name in question.columns:
         if not may_use(name, limits.columns):

@@ -10,7 +10,7 @@ import msgspec
 from agent.analytics import child_process
 from agent.clientapp.jobs import Result
 from agent.home.settings import AgentSettings
-from protocols.analytics.mergeable_states import Told
+from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.errors import BadMessage
 from protocols.messages.jobs import Analyze, Unit
 
@@ -24,6 +24,6 @@ def handler(settings: Callable[[], AgentSettings], home: Path) -> Callable[[Unit
         body = child_process.answer(
             child_process.read_question(unit.question.query), settings(), home
         )
-        return Result(body, msgspec.json.decode(body, type=Told).rows)
+        return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
     return answer

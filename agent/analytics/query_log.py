@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from agent.analytics.disclosure_control import Bits
-from protocols.analytics.mergeable_states import Told
-from protocols.analytics.query import Question
+from protocols.analytics.mergeable_states import PeerAnswer
+from protocols.analytics.query import Query
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -65,15 +65,15 @@ class Memory:
         (total,) = self._db.execute("SELECT COALESCE(SUM(epsilon), 0) FROM answers").fetchone()
         return float(total)
 
-    def before(self, question: Question, data: str) -> Told | None:
+    def before(self, question: Query, data: str) -> PeerAnswer | None:
         """What was told when the same was asked of the same data: it is told again, at no cost."""
         row = self._db.execute(
             "SELECT told FROM answers WHERE digest = ? AND data = ? AND refused = '' LIMIT 1",
             (question.digest, data),
         ).fetchone()
-        return None if row is None else msgspec.json.decode(row[0], type=Told)
+        return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
-    def keep(self, question: Question, data: str, told: Told, sets: Sequence[Bits]) -> bytes:
+    def keep(self, question: Query, data: str, told: PeerAnswer, sets: Sequence[Bits]) -> bytes:
         """Write an answer down; its bytes, which may be told from now on."""
         body = msgspec.json.encode(told)
         epsilon = 0.0 if told.refused else question.epsilon
@@ -105,7 +105,7 @@ class Memory:
 
     # --- an owner who wants to be asked ---
 
-    def wished(self, question: Question) -> bool:
+    def wished(self, question: Query) -> bool:
         """True if the owner has allowed this question; else it is noted for the owner."""
         self._db.execute(
             "INSERT OR IGNORE INTO wishes VALUES (?, ?, ?, NULL)",

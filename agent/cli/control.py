@@ -47,7 +47,7 @@ def parse_duration(text: str) -> float:
 def is_running(home: Path) -> bool:
     """True if an agent works in this home now."""
     try:
-        homes.lock(home, "agent").release()
+        homes.lock_home(home, "agent").release()
     except HomeLocked:
         return True
     return False
@@ -107,7 +107,7 @@ def paths(json: Json = False) -> None:
     """Where this agent keeps its files."""
     from agent.home import logs
 
-    home = homes.locate("agent")
+    home = homes.home_path("agent")
     files = {
         "home": home,
         "settings": home / "settings.toml",
@@ -171,7 +171,7 @@ def doctor(json: Json = False) -> None:
     from agent.setup.doctor import examine_agent
     from protocols.local import cli_entry
 
-    cli_entry.tell_checks(examine_agent(homes.locate("agent")), json=json)
+    cli_entry.print_checks(examine_agent(homes.home_path("agent")), json=json)
 
 
 def leave(

@@ -44,7 +44,7 @@ def export(
     from agent.tasks import Exporting, registry
     from protocols.model import personalization
 
-    chosen = settings.read(homes.locate("agent"))
+    chosen = settings.read(homes.home_path("agent"))
     path, task_name, asked = find_model(model)
     form = form or ("onnx" if out.suffix == ".onnx" else "merged")
     if out.exists():
@@ -58,9 +58,9 @@ def export(
         known = f"it can be {', '.join(forms)}" if forms else "safetensors and the card are all"
         raise UnknownName(f"the task {task_name} has no form {form!r}", known)
     assert isinstance(task, Exporting)
-    if asked.get(personalization.AT_HOME):
+    if asked.get(personalization.PERSONAL_LAYERS):
         raise UsageError(
-            f"this run's {asked[personalization.AT_HOME]} stay at home: no version is whole"
+            f"this run's {asked[personalization.PERSONAL_LAYERS]} stay at home: no version is whole"
         )
     plain = {name: value for name, value in asked.items() if name not in personalization.SETTINGS}
     with contextlib.ExitStack() as stack:

@@ -149,7 +149,7 @@ def _read_ticket(given: str | None) -> str:
                 for one in discovery.discover(1.5):
                     say(f"in this network: {one.name} at {one.addresses[0]}")
         return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
-    return cli_entry.ticket_text(given)
+    return cli_entry.read_ticket(given)
 
 
 def _parse_label(text: str) -> tuple[str, str]:
@@ -178,7 +178,9 @@ def run(
 
     os.umask(0o077)
     home = homes.open_home("agent")
-    held = homes.lock(home, "agent")  # first: until then, join --replace may change the enrollment
+    held = homes.lock_home(
+        home, "agent"
+    )  # first: until then, join --replace may change the enrollment
     joined = settings.read_enrollment(home)
     index, parts = _parse_part(part) if part else (None, None)
     chosen = settings.read(home, part=index, parts=parts, split=split)
@@ -193,7 +195,7 @@ def run(
     try:
         asyncio.run(Agent(home, joined, chosen).serve())
     except Exception as err:
-        crash_reports.keep(home, err)
+        crash_reports.save(home, err)
         raise
     finally:
         held.release()
@@ -229,7 +231,7 @@ def status(
             try:
                 text = _format_status(home, json=json)
             except NotRunning as err:
-                text = (json_output.error(err) if json else json_output.in_words(err)) + "\n"
+                text = (json_output.error(err) if json else json_output.format_error(err)) + "\n"
             if moving:  # home, each line cleared to its end, then what is below
                 lines = "".join(f"{line}\x1b[K\n" for line in text.splitlines())
                 sys.stdout.write(f"\x1b[H{lines}\x1b[J" if told else f"\x1b[2J\x1b[H{lines}")
@@ -295,5 +297,5 @@ def main() -> None:
     try:
         code = cli_entry.run(app)
     finally:
-        exits.end_within(EXIT_TIMEOUT_S, code)
+        exits.exit_within(EXIT_TIMEOUT_S, code)
     raise SystemExit(code)

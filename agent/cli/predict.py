@@ -37,7 +37,7 @@ def predict(
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
-    chosen = settings.read(homes.locate("agent"))
+    chosen = settings.read(homes.home_path("agent"))
     path, name, asked = find_model(model)
     plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:

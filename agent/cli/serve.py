@@ -57,7 +57,7 @@ def _load(model: str, cache: Path, old: ServedModel | None = None) -> ServedMode
     from agent.inference.server import ServedModel
     from protocols.model import personalization
 
-    chosen = settings.read(homes.locate("agent"))
+    chosen = settings.read(homes.home_path("agent"))
     path, name, asked = find_model(model)
     if old is not None and old.name == name:
         task = old.task

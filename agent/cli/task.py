@@ -100,7 +100,7 @@ def check(
     from agent.trainer.process import TrainerProcess
 
     with contextlib.ExitStack() as stack:
-        chosen = settings.read(homes.locate("agent"), data=settings.data_path(data))
+        chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
         source = chosen.task_files.get(name, "")
         if not source and name.partition(":")[0].endswith(".py"):
             path, attribute = registry.parted(name)

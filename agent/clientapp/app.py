@@ -33,8 +33,8 @@ from protocols.errors import (
     TrainerFailed,
 )
 from protocols.failpoints import failpoint, note
-from protocols.local.atomic_files import sync
-from protocols.local.disk_space import check_room, is_full
+from protocols.local.atomic_files import fsync_files
+from protocols.local.disk_space import check_room, is_disk_full
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
 
@@ -95,7 +95,7 @@ class Client:
                 raise DiskFull(err.message, err.hint) from err
             raise
         except OSError as err:  # a failure of this work, not the end of the agent
-            if is_full(err):
+            if is_disk_full(err):
                 raise DiskFull("the disk is full", _MAKE_ROOM) from err
             raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
 
@@ -146,7 +146,7 @@ class Client:
                 f"commonweight-agent policy set tasks {work.task}",
             )
         if work.kind == "train":
-            registry.find(work.codec)  # before an hour of training, not after it
+            registry.parse(work.codec)  # before an hour of training, not after it
         return work, payload, signature
 
     def _fetch_base(self, work: Work) -> Path:
@@ -180,7 +180,7 @@ class Client:
         found = schema_card.decode(self._run_describe(work))
         if not isinstance(found, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
-        if (difference := schema_card.difference(expected, found)) is not None:
+        if (difference := schema_card.first_difference(expected, found)) is not None:
             raise difference.as_error()
         self._matched_card = (work.run, work.card)
 
@@ -234,13 +234,13 @@ class Client:
         """True if something that this peer keeps for itself moves on with this update."""
         if work.kind != "train":
             return False
-        return registry.find(work.codec).coding is not None or self._outbox.own(work) is not None
+        return registry.parse(work.codec).encoding is not None or self._outbox.own(work) is not None
 
     def _train(self, work: Work, base: Path, update: Path) -> Done:
         """Train, and write the update as the run's codec has it."""
-        codec = registry.find(work.codec)
+        codec = registry.parse(work.codec)
         kept = self._outbox.own(work)
-        whole = codec.coding is None
+        whole = codec.encoding is None
         trained = update if whole else self._outbox.trained
         training = Train(
             task=work.task,
@@ -259,7 +259,7 @@ class Client:
             if not whole:
                 trained.unlink(missing_ok=True)
         if kept:
-            sync(update)  # first: what is kept moves on with this update
+            fsync_files(update)  # first: what is kept moves on with this update
             self._outbox.personal.stage(work.run, done.digest)
         return done
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from protocols.local.atomic_files import sync
+from protocols.local.atomic_files import fsync_files
 
 
 class BackgroundSync:
@@ -24,7 +24,7 @@ class BackgroundSync:
 
     def _work(self) -> None:
         try:
-            sync(*self._paths)
+            fsync_files(*self._paths)
             self._then()
         except OSError as err:  # for who waits
             self._error = err

@@ -15,7 +15,7 @@ from protocols.codecs import registry
 from protocols.codecs.registry import Codec, Encoded
 from protocols.errors import BadWeights
 from protocols.model.weights import Schema, check_schema
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 
 log = logging.getLogger("commonweight.agent")
 
@@ -35,8 +35,8 @@ class ErrorFeedback:
         self._files.keep_only(run)
         kept = self._files.paths(run)
         with contextlib.ExitStack() as stack:
-            old = stack.enter_context(Stored(base))
-            new = stack.enter_context(Stored(trained))
+            old = stack.enter_context(WeightsFile(base))
+            new = stack.enter_context(WeightsFile(trained))
             left = self._open(kept.file, old.schema)
             if left is not None:
                 stack.enter_context(left)
@@ -44,17 +44,17 @@ class ErrorFeedback:
         self._files.stage(run, made.digest)
         return made
 
-    def _open(self, path: Path, schema: Schema) -> Stored | None:
+    def _open(self, path: Path, schema: Schema) -> WeightsFile | None:
         """What was left over before, or None for nothing."""
         try:
-            left = Stored(path)
+            left = WeightsFile(path)
         except FileNotFoundError:
             return None
         except BadWeights as err:
             log.warning("dropped what earlier updates left over: %s", err.message)
             return None
         try:
-            check_schema(left.schema, registry.leftover_schema(schema))
+            check_schema(left.schema, registry.residual_schema(schema))
         except BadWeights:
             left.close()
             log.warning("dropped what earlier updates left over: it is for another model")

@@ -17,7 +17,7 @@ from agent.tasks.work import Done
 from protocols.codecs import registry
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import replacing
-from protocols.local.background_unlink import remove
+from protocols.local.background_unlink import unlink
 from protocols.messages import envelope
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 from protocols.model import personalization
@@ -50,7 +50,7 @@ class Outbox:
         """The update is about to be overwritten: its answer goes first."""
         self.answer.unlink(missing_ok=True)
         # Some file systems write out at once what takes another file's place.
-        remove(self.update)
+        unlink(self.update)
 
     def finished(self, work: Work) -> Finished | None:
         """The answer to this work, if it is in the outbox already."""
@@ -90,7 +90,7 @@ class Outbox:
             base=work.base,
             digest=outcome.digest,
             nbytes=outcome.nbytes,
-            codec=work.codec if work.kind == "train" else registry.WHOLE,
+            codec=work.codec if work.kind == "train" else registry.UNCODED,
             num_examples=outcome.num_examples,
             metrics=outcome.metrics,
             tallies=outcome.tallies,

@@ -10,7 +10,7 @@ from agent.daemon.state_machine import FinishRequested, PauseLifted, PauseReques
 from agent.daemon.state_runner import StateRunner
 from agent.home import status_files
 from agent.home.status_files import OwnerRequest
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import PauseReason
 
 _OWN_PAUSE = frozenset({PauseReason.USER})
@@ -56,7 +56,7 @@ class OwnerCommands:
         try:
             status_files.write_request(self._home, wish)
         except OSError as err:
-            if not is_full(err):
+            if not is_disk_full(err):
                 raise
             return False
         return True

@@ -129,7 +129,7 @@ class SessionLoop:
                 self._report.set_last_error(err.message)
             except Exception as err:  # an agent runs for months: no surprise may end it
                 log.exception("unexpected trouble with the link")
-                crash_reports.keep(self._home, err)
+                crash_reports.save(self._home, err)
                 self._report.report_error(f"unexpected trouble: {type(err).__name__}")
             self._runner.dispatch(SessionChanged(False))
             self._report.mark_stale()
@@ -164,7 +164,7 @@ class SessionLoop:
             self._link = CoordinatorClient(self._credentials, self._bandwidth)
         if self._closed:  # `close` may have come before this link was there to be closed
             raise Unreachable("the agent ends")
-        version_check.check(self._link.standing().version, "the coordinator")
+        version_check.check_compatible(self._link.standing().version, "the coordinator")
         self._link.open()
         self._save_broker_address(self._link.mqtt())
         self._renew_certificate(self._link)
@@ -172,10 +172,10 @@ class SessionLoop:
     def _renew_certificate(self, link: CoordinatorClient) -> None:
         """Renew the node certificate in the last two months of its year."""
         ca_pem = self._enrollment.ca_pem.encode()
-        ends_at = identity.read_certificate(ca_pem, self._enrollment.certificate).not_after
+        ends_at = identity.verify_certificate(ca_pem, self._enrollment.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
-            identity.read_certificate(ca_pem, certificate)
+            identity.verify_certificate(ca_pem, certificate)
             self._enrollment = replace(self._enrollment, certificate=certificate)
             write_enrollment(self._home, self._enrollment)
 

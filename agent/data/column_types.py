@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protocols.tables.statistics import Kind
+from protocols.tables.statistics import ColumnKind
 
 #: Texts that say that a value is missing, in any case and with any spaces around.
 MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
@@ -40,7 +40,7 @@ class Kinds(NamedTuple):
         )
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ColumnKind:
         if not self.some:
             return "empty"
         if self.number:
@@ -69,7 +69,7 @@ def kinds(column: pa.Array) -> Kinds:
     )
 
 
-def numbers(column: pa.Array, kind: Kind) -> Floats:
+def numbers(column: pa.Array, kind: ColumnKind) -> Floats:
     """The values as float64[n]: NaN where missing or not finite; a date in days since 1970."""
     column, _ = _plain(column)
     if kind == "boolean" and pa.types.is_string(column.type):
@@ -109,7 +109,7 @@ def whole_texts(values: Floats) -> pa.StringArray:
     return pa.array(np.where(missing, 0, values).astype(np.int64), mask=missing).cast(pa.string())
 
 
-def _plain(column: pa.Array) -> tuple[pa.Array, Kind | None]:
+def _plain(column: pa.Array) -> tuple[pa.Array, ColumnKind | None]:
     """Text without spaces around and with missing values as null; or values of a fixed kind."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()

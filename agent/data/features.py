@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from agent.data import Reader, column_types
 from protocols.tables.preprocessing import Feature, Preprocessing
-from protocols.tables.statistics import NUMERIC, hashed_category
+from protocols.tables.statistics import NUMERIC, hash_category
 
 #: Beyond this much, rows are kept in a file that the system reads as needed.
 IN_MEMORY_BYTES = 512 << 20
@@ -83,7 +83,7 @@ def _indices(column: pa.Array, feature: Feature, hashed: bool) -> npt.NDArray[An
     texts = column_types.texts(column)
     if hashed:
         coded = texts.dictionary_encode()
-        names = [hashed_category(feature.name, text) for text in coded.dictionary.to_pylist()]
+        names = [hash_category(feature.name, text) for text in coded.dictionary.to_pylist()]
         texts = pa.array(names, pa.string()).take(coded.indices)
     known = pa.array(feature.categories, pa.string())
     found = pc.fill_null(pc.index_in(texts, value_set=known), _UNSEEN - _FIRST)

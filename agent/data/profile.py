@@ -19,8 +19,8 @@ from agent.data.column_types import Kinds
 from agent.data.settings import DataSettings
 from protocols.errors import DataError, SchemaMismatch
 from protocols.tables import statistics
-from protocols.tables.preprocessing import MOST_CLASSES, Preprocessing, Wanted
-from protocols.tables.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
+from protocols.tables.preprocessing import MAX_CLASSES, Preprocessing, TableSettings
+from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
 
 class FindKinds:
@@ -40,10 +40,10 @@ class FindKinds:
 class Measure(NamedTuple):
     """Statistics of columns of known kinds.
 
-    Numbers in `counted` are counted by value as well, up to `MOST_CLASSES` different whole ones.
+    Numbers in `counted` are counted by value as well, up to `MAX_CLASSES` different whole ones.
     """
 
-    kinds: dict[str, Kind]
+    kinds: dict[str, ColumnKind]
     counted: frozenset[str] = frozenset()
     extremes: bool = False
 
@@ -56,7 +56,7 @@ class Measure(NamedTuple):
         return TableStatistics(rows=len(batch), columns=columns)
 
     def merged(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
-        whole = statistics.merged((a, b))
+        whole = statistics.merge((a, b))
         return TableStatistics(
             rows=whole.rows, columns={n: self._bounded(c) for n, c in whole.columns.items()}
         )
@@ -74,7 +74,7 @@ class Measure(NamedTuple):
             kind=kind,
             missing=len(found) - len(there),
             whole=whole,
-            moments=statistics.moments(there),
+            moments=statistics.compute_moments(there),
             extremes=(
                 (float(there.min()), float(there.max())) if self.extremes and len(there) else None
             ),
@@ -98,14 +98,14 @@ class Measure(NamedTuple):
         """Of a number that takes many values, or broken ones, the values are nobody's affair."""
         if column.kind not in NUMERIC:
             return column
-        if column.many or not column.whole or len(column.categories) > MOST_CLASSES:
+        if column.many or not column.whole or len(column.categories) > MAX_CLASSES:
             return ColumnStatistics(
                 kind=column.kind,
                 missing=column.missing,
                 whole=column.whole,
                 moments=column.moments,
                 extremes=column.extremes,
-                many=column.many or len(column.categories) > MOST_CLASSES,
+                many=column.many or len(column.categories) > MAX_CLASSES,
             )
         return column
 
@@ -113,13 +113,13 @@ class Measure(NamedTuple):
 def _counts(column: pa.StringArray) -> ColumnStatistics:
     found = {pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(column)}
     missing = found.pop(None, 0)
-    if len(found) > statistics.MOST_CATEGORIES:
+    if len(found) > statistics.MAX_CATEGORIES:
         total = sum(found.values())
         return ColumnStatistics(kind="text", missing=missing, others=total, many=True)
     return ColumnStatistics(kind="text", missing=missing, categories=found)
 
 
-def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistics:
+def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableStatistics:
     """What may be told of a table: the columns that its owner allows, nothing rare.
 
     Raises DataError: too few rows for the owner, a column that is not there or not allowed.
@@ -128,7 +128,7 @@ def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistic
     kinds = reader.partial(FindKinds(), names)
     if kinds is None:
         raise DataError("this peer's table has no rows")
-    found: dict[str, Kind] = {
+    found: dict[str, ColumnKind] = {
         name: "text" if name in wanted.categorical and kinds[name].some else kinds[name].kind
         for name in names
     }
@@ -147,10 +147,12 @@ def survey(reader: Reader, data: DataSettings, wanted: Wanted) -> TableStatistic
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )
     hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
-    return statistics.shared(table, data.min_count, hashed=hashed if wanted.hashed else ())
+    return statistics.without_rare_values(
+        table, data.min_count, hashed=hashed if wanted.hashed else ()
+    )
 
 
-def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: Wanted) -> list[str]:
+def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:
     """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
     for name in (wanted.target, *wanted.features):
         if name not in there:
@@ -177,7 +179,7 @@ def _kept_back(name: str) -> SchemaMismatch:
 
 
 def compare(
-    reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: Wanted
+    reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: TableSettings
 ) -> None:
     """Does the table hold what was agreed on? Raises SchemaMismatch, which names the column."""
     features = {feature.name: feature.kind for feature in preprocessing.features}

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from protocols.local.atomic_files import sync_folder
+from protocols.local.atomic_files import fsync_folder
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Answer, Scatter, Unit
 from protocols.messages.work import UpdateClaim
@@ -107,7 +107,7 @@ def _append(home: Path, entry: AuditEntry) -> None:
         file.flush()
         os.fsync(descriptor)
     if is_new:
-        sync_folder(home)
+        fsync_folder(home)
 
 
 def read(home: Path) -> list[AuditEntry]:

@@ -34,4 +34,6 @@ class Credentials(NamedTuple):
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
     ) -> dict[str, str]:
         """The headers of one request."""
-        return signed_requests.headers(self.peer, self.sign_key.sign, method, path, body_sha256)
+        return signed_requests.sign_headers(
+            self.peer, self.sign_key.sign, method, path, body_sha256
+        )

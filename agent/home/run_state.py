@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from protocols.local.atomic_files import sync_folder
+from protocols.local.atomic_files import fsync_folder
 
 #: What nobody has asked for so long is of a run that is over.
 MAX_AGE_S = 30 * 86400.0
@@ -44,7 +44,7 @@ class RunStateFolder:
         """The next one is written; it belongs to the update with this digest."""
         written = self.paths(run).next
         written.replace(written.with_suffix(f".{digest}"))
-        sync_folder(self._folder)
+        fsync_folder(self._folder)
 
     def commit(self, digest: str) -> None:
         """The update with this digest (empty: none) is the one that is sent; any other is not."""
@@ -58,7 +58,7 @@ class RunStateFolder:
             else:
                 path.unlink()
         if settled:
-            sync_folder(self._folder)
+            fsync_folder(self._folder)
 
     def keep_only(self, run: str) -> None:
         """Only this run's file is wanted from now on."""

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from protocols.local.atomic_files import write_private
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 from protocols.p2p.gossip import Head
 
 STATUS_FILE, REQUEST_FILE = "status.json", "wish.json"
@@ -78,7 +78,7 @@ def write_status(home: Path, status: Status) -> None:
     try:
         write_private(home / STATUS_FILE, told, synced=False)
     except OSError as err:
-        if not is_full(err):
+        if not is_disk_full(err):
             raise
         with (home / STATUS_FILE).open("r+b") as file:
             file.write(told.ljust(os.fstat(file.fileno()).st_size))

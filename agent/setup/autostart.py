@@ -46,7 +46,9 @@ class ServiceSpec(NamedTuple):
 
 def service_spec(environment: Mapping[str, str] = os.environ) -> ServiceSpec:
     """The agent of this Python and this home."""
-    return ServiceSpec(sys.executable, homes.locate("agent"), bool(environment.get(_HOME_VARIABLE)))
+    return ServiceSpec(
+        sys.executable, homes.home_path("agent"), bool(environment.get(_HOME_VARIABLE))
+    )
 
 
 # --- texts -----------------------------------------------------------------------------------

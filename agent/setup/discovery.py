@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from zeroconf import Error, ServiceBrowser, ServiceListener, Zeroconf
 
-from protocols.enrollment.mdns import SERVICE, read
+from protocols.enrollment.mdns import SERVICE, parse_txt_record
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import UnknownName, Unreachable
 from protocols.p2p.swarm import address_of
@@ -35,7 +35,7 @@ class _Listener(ServiceListener):
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         info = zc.get_service_info(type_, name, _ANSWER_MS)
-        told = read(info.properties) if info is not None else None
+        told = parse_txt_record(info.properties) if info is not None else None
         if info is None or told is None or not info.port:
             return
         addresses = tuple(address_of(ip, info.port) for ip in info.parsed_scoped_addresses())

@@ -23,16 +23,16 @@ from protocols import VERSION
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
 from protocols.local import homes
-from protocols.local.checks import Advice, Check, Step, examine
+from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
 from protocols.network import addresses, version_check
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 if TYPE_CHECKING:
     import httpx
 
     from agent.transport.coordinator_client import CoordinatorClient
-    from protocols.enrollment.joining import StandingAnswer
+    from protocols.enrollment.joining import EnrollmentStatus
 
 _TIMEOUT_S = 5.0
 #: A version of a large model, its update and the outbox.
@@ -47,26 +47,26 @@ def examine_agent(home: Path) -> Iterator[Check]:
     """Every check of the agent in `home`, each as soon as it is made."""
     doctor = _Doctor(home)
     try:
-        yield from examine(
+        yield from run_checks(
             [
-                Step("home", doctor.home),
-                Step("permissions", doctor.permissions, ("home",)),
-                Step("settings", doctor.settings, ("home",)),
-                Step("disk", doctor.disk, ("home",)),
-                Step("crashes", doctor.crashes, ("home",)),
-                Step("packages", environment.check_packages),
-                Step("device", environment.check_device),
-                Step("sensors", doctor.sensors, ("settings",)),
-                Step("service", autostart.check),
-                Step("enrolled", doctor.enrolled, ("home",)),
-                Step("dns", doctor.dns, ("enrolled",)),
-                Step("tcp", doctor.tcp, ("dns",)),
-                Step("tls", doctor.tls, ("tcp",)),
-                Step("clock", doctor.clock, ("tls",)),
-                Step("coordinator", doctor.coordinator, ("tls",)),
-                Step("flower", doctor.flower, ("coordinator",)),
-                Step("mqtt", doctor.mqtt, ("enrolled", "coordinator")),
-                Step("version", doctor.version, ("coordinator",)),
+                CheckStep("home", doctor.home),
+                CheckStep("permissions", doctor.permissions, ("home",)),
+                CheckStep("settings", doctor.settings, ("home",)),
+                CheckStep("disk", doctor.disk, ("home",)),
+                CheckStep("crashes", doctor.crashes, ("home",)),
+                CheckStep("packages", environment.check_packages),
+                CheckStep("device", environment.check_device),
+                CheckStep("sensors", doctor.sensors, ("settings",)),
+                CheckStep("service", autostart.check),
+                CheckStep("enrolled", doctor.enrolled, ("home",)),
+                CheckStep("dns", doctor.dns, ("enrolled",)),
+                CheckStep("tcp", doctor.tcp, ("dns",)),
+                CheckStep("tls", doctor.tls, ("tcp",)),
+                CheckStep("clock", doctor.clock, ("tls",)),
+                CheckStep("coordinator", doctor.coordinator, ("tls",)),
+                CheckStep("flower", doctor.flower, ("coordinator",)),
+                CheckStep("mqtt", doctor.mqtt, ("enrolled", "coordinator")),
+                CheckStep("version", doctor.version, ("coordinator",)),
             ]
         )
     finally:
@@ -77,7 +77,7 @@ class _Doctor:
     """What the checks learn from each other: a check runs only after those it needs."""
 
     _enrollment: Enrollment
-    _standing: StandingAnswer | None = None
+    _standing: EnrollmentStatus | None = None
     _http: httpx.Client | None = None
     _link: CoordinatorClient | None = None
 
@@ -132,9 +132,11 @@ class _Doctor:
 
     def enrolled(self) -> str:
         enrollment = settings.read_enrollment(self._home)
-        mine = identity.raw_public(identity.load_signing_key(self._home / "sign.key"))
+        mine = identity.public_bytes(identity.load_signing_key(self._home / "sign.key"))
         identity.load_node_key(self._home / "node.key")
-        certificate = identity.read_certificate(enrollment.ca_pem.encode(), enrollment.certificate)
+        certificate = identity.verify_certificate(
+            enrollment.ca_pem.encode(), enrollment.certificate
+        )
         if certificate.sign_public != mine:
             raise NotEnrolled("the certificate is for another key", "join again: --replace")
         self._enrollment = enrollment
@@ -208,7 +210,7 @@ class _Doctor:
             answer = self._http.get(CA_PATH).raise_for_status()
         except httpx.HTTPError as err:
             raise Unreachable(
-                f"no answer over HTTPS: {why(err)}", "commonweight doctor, there"
+                f"no answer over HTTPS: {describe_error(err)}", "commonweight doctor, there"
             ) from err
         if "date" not in answer.headers:
             return "the coordinator's answer carries no time"
@@ -231,7 +233,7 @@ class _Doctor:
                 f"it refuses this machine's signature ({err.message})",
                 "set the clock if it is off; if the peer was removed: join --replace",
             ) from err
-        if self._standing.standing == "awaiting":
+        if self._standing.enrollment == "awaiting":
             raise Refused(
                 "this machine awaits approval",
                 f"there: commonweight peers approve {self._standing.name}",
@@ -252,7 +254,7 @@ class _Doctor:
         from agent.transport.mqtt_client import try_login
 
         address = self._enrollment.mqtt
-        if self._standing is not None and self._standing.standing == "enrolled":
+        if self._standing is not None and self._standing.enrollment == "enrolled":
             address = self._open_link().mqtt()  # the password changes: an agent asks as well
         # Windows: paho needs a selector loop.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
@@ -268,7 +270,7 @@ class _Doctor:
             return f"{VERSION}, as the coordinator"
         said = f"{VERSION} here, {theirs} there"
         fix = f"pip install 'commonweight=={theirs}'"
-        if not version_check.is_near(theirs, VERSION):
+        if not version_check.are_compatible(theirs, VERSION):
             raise CommonweightError(said, fix)
         return Advice(said, fix)
 

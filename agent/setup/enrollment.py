@@ -21,7 +21,7 @@ from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION
 from protocols.enrollment import identity, tickets
-from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinAnswer, Joining, claimed
+from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import (
     BadMessage,
@@ -35,7 +35,7 @@ from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import addresses
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 _TIMEOUT_S = 10.0
 _MAX_CA_BYTES = 64 * 1024
@@ -73,7 +73,7 @@ def lock_home(home: Path) -> Iterator[None]:
     Raises HomeLocked.
     """
     try:
-        held = homes.lock(home, "agent")
+        held = homes.lock_home(home, "agent")
     except HomeLocked as err:
         raise HomeLocked(
             f"the agent of {home} is running",
@@ -95,18 +95,20 @@ def _join(
         ticket = discovery.resolve_code(ticket, discovery.discover())
     address, ca_pem = _find_coordinator(ticket)
     sign_key, node_key = _load_or_create_keys(home, _NEW_SUFFIX if replace else "")
-    joining = Joining(
+    joining = JoinRequest(
         ticket=ticket.id,
         secret=ticket.secret,
         name=name,
         labels=labels,
-        sign_public=identity.raw_public(sign_key),
-        node_public=identity.node_public(node_key),
-        proof=sign_key.sign(claimed(ticket.id, ticket.secret, identity.node_public(node_key))),
+        sign_public=identity.public_bytes(sign_key),
+        node_public=identity.node_public_pem(node_key),
+        proof=sign_key.sign(
+            join_proof(ticket.id, ticket.secret, identity.node_public_pem(node_key))
+        ),
         version=VERSION,
     )
     answer = _post_join(address, ca_pem, joining)
-    certificate = identity.read_certificate(ca_pem, answer.certificate)
+    certificate = identity.verify_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
     # What was only announced is forgotten: it may be a forger's.
@@ -188,7 +190,7 @@ def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue
             try:
-                genuine = tickets.is_genuine(ticket, identity.ca_fingerprint(ca_pem))
+                genuine = tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem))
             except BadMessage:
                 genuine = False
             if genuine:
@@ -217,7 +219,7 @@ def _fetch_ca(http: httpx.Client, address: str) -> bytes:
     return bytes(shown)
 
 
-def _post_join(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
+def _post_join(address: str, ca_pem: bytes, joining: JoinRequest) -> JoinResponse:
     context = ssl.create_default_context(cadata=ca_pem.decode())
     try:
         with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
@@ -225,11 +227,11 @@ def _post_join(address: str, ca_pem: bytes, joining: Joining) -> JoinAnswer:
                 f"https://{address}{JOIN_PATH}", content=msgspec.json.encode(joining)
             )
     except httpx.HTTPError as err:
-        raise Unreachable(f"{address}: {why(err)}", "try again") from err
+        raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
     if answer.status_code != 200:
         raise _refusal_error(answer)
     try:
-        return msgspec.json.decode(answer.content, type=JoinAnswer)
+        return msgspec.json.decode(answer.content, type=JoinResponse)
     except msgspec.DecodeError as err:
         raise Refused(f"the coordinator's answer is not understood: {err}") from err
 

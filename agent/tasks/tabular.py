@@ -130,7 +130,7 @@ class Tabular:
     def survey(self, settings: Settings) -> TableStatistics:
         """Statistics of this peer's table, as much as may leave it. Raises DataError."""
         settings_of(settings, DEFAULTS)
-        return survey.survey(self._reader(), self._data, preprocessing.wanted(settings))
+        return survey.survey(self._reader(), self._data, preprocessing.parse_settings(settings))
 
     def schema(self, settings: Settings) -> Schema:
         return _model(settings).schema()
@@ -138,7 +138,7 @@ class Tabular:
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Reads the table, so that what is wrong with it is told early. Raises DataError."""
         made = _preprocessing(settings)
-        survey.compare(self._reader(), self._data, made, preprocessing.wanted(settings))
+        survey.compare(self._reader(), self._data, made, preprocessing.parse_settings(settings))
         self._rows(settings)
         return {
             "features": [feature.name for feature in made.features],
@@ -286,7 +286,7 @@ def _measured(
         error = (guess - y).double()
         # Of which the mean is taken away: no sum says where the target lies.
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
-        told = {"regression": evaluation_counts.regression_of(*in_units)}
+        told = {"regression": evaluation_counts.sum_regression(*in_units)}
         sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}
         return Measured(len(y), sums, told)
 

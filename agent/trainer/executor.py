@@ -109,10 +109,10 @@ class Trainer:
         scheme, settings = _parted(work.settings)
         if isinstance(task, Surveying) and not settings.get("preprocessing"):
             return Done(id=work.id, description=schema_card.encode(task.survey(settings)))
-        schema = personalization.shared(_normal(task.schema(settings)), scheme)
+        schema = personalization.shared_schema(_normal(task.schema(settings)), scheme)
         traits = task.traits(settings) if isinstance(task, Traited) else {}
         version = str(getattr(task, "version", ""))
-        told = schema_card.encode(schema_card.card(work.task, version, schema, traits))
+        told = schema_card.encode(schema_card.make_card(work.task, version, schema, traits))
         return Done(id=work.id, description=told)
 
     def _evaluated(

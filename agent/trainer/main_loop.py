@@ -37,7 +37,7 @@ from agent.trainer.ipc import (
 from agent.trainer.progress import Control
 from protocols.errors import CommonweightError, DiskFull, OutOfMemory
 from protocols.failpoints import failpoint
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 
 _PR_SET_PDEATHSIG = 1
 
@@ -85,7 +85,7 @@ def answer_to(work: Work, executor: Executor, control: Control) -> Done | Failed
         return Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
     except OSError as err:
         traceback.print_exc()
-        kind = DiskFull.code if is_full(err) else "file"
+        kind = DiskFull.code if is_disk_full(err) else "file"
         return Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
     except Exception as err:
         # A task is another's code: whatever it raises must not end the protocol.

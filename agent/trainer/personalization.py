@@ -19,7 +19,7 @@ import numpy.typing as npt
 from agent.tasks import Continuing, Settings, Steerable, Task
 from protocols.errors import BadWeights, UsageError
 from protocols.model import personalization, weights
-from protocols.model.personalization import control_of, pick
+from protocols.model.personalization import build_weights, control_name
 from protocols.model.weights import Array, Schema, Weights
 
 #: Begins the names of the optimizer's arrays in the file.
@@ -99,7 +99,7 @@ class Scaffold:
         new = self._new_controls(_steerable(training.task), training)
         training.own |= new
         if self._option == 3:
-            training.metrics[personalization.PATH] = _steerable(training.task).path(
+            training.metrics[personalization.LR_TIMES_STEPS] = _steerable(training.task).path(
                 training.settings
             )
             return
@@ -149,7 +149,7 @@ class Personal:
         self, model: Schema, scheme: Settings, first: Callable[[], Weights], kept: Path | None
     ) -> None:
         self._model = model
-        self.shared = personalization.shared(model, scheme)
+        self.shared = personalization.shared_schema(model, scheme)
         at_home = {name: spec for name, spec in model.items() if name not in self.shared}
         controls = {n: s for n, s in self.shared.items() if personalization.is_control(n)}
         self._schema = at_home | controls
@@ -160,10 +160,10 @@ class Personal:
         self._own: Mapping[str, Array] = {**self._newcomers, **none} if found is None else found
         self._hooks: list[Hook] = [FedBN(frozenset(at_home))]
         if option := scheme.get(personalization.SCAFFOLD):
-            named = {name: control_of(name, scheme) for name in model}
+            named = {name: control_name(name, scheme) for name in model}
             steered = {name: control for name, control in named.items() if control in controls}
             self._hooks.append(Scaffold(int(option), steered, self._own))
-        if scheme.get(personalization.KEEP_OPTIMISER):
+        if scheme.get(personalization.KEEP_OPTIMIZER):
             self._hooks.append(DiLoCo(optimiser))
 
     def _read(self, kept: Path | None) -> tuple[Weights | None, Arrays]:
@@ -173,7 +173,7 @@ class Personal:
         try:
             whole = weights.load(kept)
             names = [name for name in whole if not name.startswith(_OPTIMISER)]
-            found = pick({name: whole.schema[name] for name in names}, whole.__getitem__)
+            found = build_weights({name: whole.schema[name] for name in names}, whole.__getitem__)
             weights.check_schema(found.schema, self._schema)
         except BadWeights as err:
             sys.stderr.write(f"what this peer kept for itself is dropped: {err.message}\n")
@@ -190,7 +190,7 @@ class Personal:
     def model(self, version: Weights, *, newcomer: bool = False) -> Weights:
         """The task's model: what is shared, and this peer's own (or a newcomer's) beside it."""
         at_home = self._newcomers if newcomer else self._own
-        return pick(self._model, lambda n: version[n] if n in self.shared else at_home[n])
+        return build_weights(self._model, lambda n: version[n] if n in self.shared else at_home[n])
 
     def before_train(self, task: Task, settings: Settings, version: Weights) -> Training:
         """Prepare the task to train `Training.model`. Raises UsageError."""
@@ -207,19 +207,19 @@ class Personal:
         for hook in self._hooks:
             hook.after_train(training)
         if out is not None:
-            kept = pick(self._schema, training.own.__getitem__)
+            kept = build_weights(self._schema, training.own.__getitem__)
             state = {_OPTIMISER + name: array for name, array in training.optimiser.items()}
             bf16 = [name for name, spec in kept.schema.items() if spec.dtype == "BF16"]
             weights.save(Weights({**kept, **state}, bf16), out)
         whole = {**training.version, **trained, **training.travels}
-        return pick(self.shared, whole.__getitem__)
+        return build_weights(self.shared, whole.__getitem__)
 
 
 def _moved(training: Training, name: str) -> Floats:
     """x - y as float64: how far the training has moved a tensor."""
     x, y = training.version[name], training.trained[name]
     if training.model.schema[name].dtype == "BF16":
-        x, y = weights.widen(x), weights.widen(y)
+        x, y = weights.bf16_to_float32(x), weights.bf16_to_float32(y)
     return np.subtract(x, y, dtype=np.float64)
 
 

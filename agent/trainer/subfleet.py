@@ -33,7 +33,7 @@ from protocols.errors import CommonweightError, DataError, NotRunning, Refused, 
 from protocols.messages.envelope import Metrics
 from protocols.model import schema_card
 from protocols.model.weights import file_digest
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 _LOOK_S, _TIMEOUT_S = 0.2, 30.0
 #: What the trainer adds to a task's settings; runs have fields of their own for it.
@@ -55,14 +55,16 @@ class LocalFleet:
             raise NotRunning("this fleet's own coordinator is not up", "commonweight up") from err
         data = b"" if body is None else msgspec.json.encode(body)
         sha256 = hashlib.sha256(data).hexdigest()
-        headers = signed_requests.headers("operator", self._key.sign, method, path, sha256)
+        headers = signed_requests.sign_headers("operator", self._key.sign, method, path, sha256)
         context = ssl.create_default_context(cadata=(self._home / "ca.pem").read_text())
         try:
             with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
                 url = f"https://{address}{path}"
                 answer = http.request(method, url, content=data, headers=headers)
         except httpx.HTTPError as err:
-            raise Unreachable(f"this fleet's own coordinator does not answer: {why(err)}") from err
+            raise Unreachable(
+                f"this fleet's own coordinator does not answer: {describe_error(err)}"
+            ) from err
         told = json.loads(answer.content or b"{}")
         if answer.status_code >= 300:
             raise Refused(str(told.get("message", answer.status_code)), str(told.get("hint", "")))

@@ -47,13 +47,13 @@ from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import HttpxTransport
 from agent.transport.weight_transfer import WeightTransfer, map_errors, raise_for_status
-from protocols.enrollment.identity import node_public
+from protocols.enrollment.identity import node_public_pem
 from protocols.enrollment.joining import (
+    ENROLLMENT_STATUS_PATH,
     LEAVE_PATH,
     MQTT_PATH,
     RENEW_PATH,
-    STANDING_PATH,
-    StandingAnswer,
+    EnrollmentStatus,
 )
 from protocols.errors import Refused, Unreachable
 from protocols.failpoints import failpoint
@@ -103,7 +103,7 @@ class _RequestSigner:
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
-        self._public = b64encode(node_public(credentials.node_key)).decode()
+        self._public = b64encode(node_public_pem(credentials.node_key)).decode()
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         request, timestamp = context.request, now().isoformat()
@@ -153,7 +153,7 @@ class CoordinatorClient(WeightTransfer):
         with map_errors():
             answer = self._fleet.ActivateNode(
                 ActivateNodeRequest(
-                    public_key=node_public(self._credentials.node_key),
+                    public_key=node_public_pem(self._credentials.node_key),
                     heartbeat_interval=HEARTBEAT_S,
                 )
             )
@@ -169,7 +169,7 @@ class CoordinatorClient(WeightTransfer):
             try:
                 self._fleet.ActivateNode(
                     ActivateNodeRequest(
-                        public_key=node_public(self._credentials.node_key), heartbeat_interval=0
+                        public_key=node_public_pem(self._credentials.node_key), heartbeat_interval=0
                     )
                 )
             except httpx.HTTPStatusError as err:
@@ -204,12 +204,14 @@ class CoordinatorClient(WeightTransfer):
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=MqttAddress)
 
-    def standing(self) -> StandingAnswer:
+    def standing(self) -> EnrollmentStatus:
         """How this machine stands with the coordinator; needs no session."""
         with map_errors():
-            answer = self._http.get(STANDING_PATH, headers=self._signed("GET", STANDING_PATH))
+            answer = self._http.get(
+                ENROLLMENT_STATUS_PATH, headers=self._signed("GET", ENROLLMENT_STATUS_PATH)
+            )
             answer.raise_for_status()
-            return msgspec.json.decode(answer.content, type=StandingAnswer)
+            return msgspec.json.decode(answer.content, type=EnrollmentStatus)
 
     def leave(self) -> None:
         """Ask the coordinator to refuse this machine's key from now on; needs no session."""

@@ -28,7 +28,7 @@ import httpx
 
 from protocols.errors import Unreachable
 from protocols.network import addresses
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 Body = bytes | Iterable[bytes]
 
@@ -298,4 +298,4 @@ def _map_errors() -> Iterator[None]:
 
 
 def _unreachable(err: Exception) -> Unreachable:
-    return Unreachable(f"the coordinator does not answer: {why(err)}")
+    return Unreachable(f"the coordinator does not answer: {describe_error(err)}")

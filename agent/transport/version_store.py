@@ -13,12 +13,12 @@ from agent.transport.p2p import swarm
 from agent.transport.p2p.sharing import Sharing
 from protocols.codecs import patches
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
-from protocols.local.atomic_files import sync_folder
-from protocols.local.background_unlink import letting_go
-from protocols.local.disk_space import is_full
+from protocols.local.atomic_files import fsync_folder
+from protocols.local.background_unlink import freeing_in_thread
+from protocols.local.disk_space import is_disk_full
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 
 log = logging.getLogger("commonweight.agent")
 
@@ -74,7 +74,7 @@ class VersionStore:
                 received=self._count_received,
             )
         except (BadMessage, OSError) as err:
-            if is_full(err):
+            if is_disk_full(err):
                 raise
             raise Unreachable(f"the version came only in part: {err}") from err
         if file_digest(part) != digest:
@@ -83,14 +83,14 @@ class VersionStore:
         if os.name == "nt":  # where a file that is being read cannot be renamed
             sharing.pieces.drop(digest)
         part.replace(path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
         self._register(digest)  # before it is told of: whoever is sent here shall find it
         link.announce_version(digest, held)
 
     def adopt(self, part: Path, digest: str) -> None:
         """A version has come otherwise, into this file: keep it under its name."""
         part.replace(self._path(digest))
-        sync_folder(self._folder)
+        fsync_folder(self._folder)
         self._register(digest)
         self._drop_old()
 
@@ -110,7 +110,7 @@ class VersionStore:
         patch, made = path.with_suffix(".patch"), path.with_suffix(".made")
         try:
             self._link().download_patch(work.base, work.patch_bytes, patch)
-            with Stored(parent) as old, Stored(patch) as change:
+            with WeightsFile(parent) as old, WeightsFile(patch) as change:
                 if patches.apply(old, change, made) != work.base:
                     raise BadWeights("the patch leads to another version")
             made.replace(path)
@@ -147,7 +147,7 @@ class VersionStore:
 
     def _drop_old(self) -> None:
         for old in self._by_age()[:-MAX_VERSIONS]:
-            with letting_go(old):
+            with freeing_in_thread(old):
                 self._drop(old)
 
     def _drop(self, old: Path) -> None:

@@ -19,7 +19,7 @@ from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.failpoints import failpoint
 from protocols.local.atomic_files import write_all
 from protocols.model.weights import file_digest
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 _TIMEOUT_S = 30.0
 #: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
@@ -193,7 +193,7 @@ class map_errors:
         if isinstance(err, _PARSE_ERRORS):
             raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
         if isinstance(err, httpx.HTTPError):
-            raise Unreachable(f"the coordinator does not answer: {why(err)}") from err
+            raise Unreachable(f"the coordinator does not answer: {describe_error(err)}") from err
 
 
 def raise_for_status(status: int) -> None:

@@ -70,7 +70,7 @@ def meeting(folder: Path, seeds: Iterable[int]) -> Row:
         fleet.enlist(*PEERS)
         for seed in seeds:
             undisturbed = _weights(fleet, seed)
-            for point in failpoints.MEETING:
+            for point in failpoints.HANDSHAKE:
                 _coordinator_dies(fleet, row, seed, undisturbed, point, handshake=True)
     return row
 

@@ -93,7 +93,7 @@ class Jobs:
         self._model = ModelRef(checker.digests(fleet.outcome(run))[-1], 0)
         given = prepare(fleet.folder / "rows.csv", self._lane.folder, self._lane.suffix)
         shared = {"task": "rows", "settings": {"features": _FEATURES}, "models": (self._model,)}
-        asked = parser.question("count, mean(x0), quantile(x1, 0.5)", "")
+        asked = parser.parse_query("count, mean(x0), quantile(x1, 0.5)", "")
         peers = tuple(sorted(map(fleet.peer, PEERS)))  # named: right after a start none is there
         self._specs = {
             "infer": JobSpec(

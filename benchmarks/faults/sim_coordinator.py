@@ -200,7 +200,7 @@ class Coordinator:
         match step:
             case decisions.AgreeSchema():
                 try:
-                    news = schema_agreement.agree(run, {}).facts
+                    news = schema_agreement.agree(run, {}).events
                 except CommonweightError as err:
                     news = [run_events.RunEnded(RunState.FAILED, err.message)]
                 yield from self._record(*news)

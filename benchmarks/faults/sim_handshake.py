@@ -64,7 +64,7 @@ def describe(work: Work, *, fits: bool) -> Description:
         some = ColumnStatistics(kind="number", moments=Moments(10, 1.0, 2.0))
         return TableStatistics(rows=10, columns={"x": some, "y" if fits else "z": some})
     traits = {"preprocessing": preprocessing.digest(fixed)} if fixed else {}
-    return schema_card.card("t", "", {"w": TensorSpec("F32", (2 if fits else 3,))}, traits)
+    return schema_card.make_card("t", "", {"w": TensorSpec("F32", (2 if fits else 3,))}, traits)
 
 
 def compare(work: Work, *, fits: bool) -> None:
@@ -74,5 +74,7 @@ def compare(work: Work, *, fits: bool) -> None:
     own = describe(work, fits=fits)
     if not isinstance(own, SchemaCard):
         raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
-    if (difference := schema_card.difference(schema_card.decode_card(work.card), own)) is not None:
+    if (
+        difference := schema_card.first_difference(schema_card.decode_card(work.card), own)
+    ) is not None:
         raise difference.as_error()

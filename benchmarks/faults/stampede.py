@@ -21,7 +21,7 @@ from benchmarks.faults.site import NO_BROKER, Site, site
 from benchmarks.speed.load_agent import StandIn, Tally, TurnedAway
 from coordinator.transport.http_server import raise_open_file_limit
 from protocols.enrollment import tickets
-from protocols.enrollment.joining import JOIN_PATH, JoinAnswer
+from protocols.enrollment.joining import JOIN_PATH, JoinResponse
 from tests.support.fleet_harness import HOST, until
 from tests.support.https_site import Machine
 from tests.support.in_process_fleet import Agent, some_data
@@ -96,7 +96,7 @@ def _joined(fleet: Site, count: int) -> list[Light]:
         for number in range(count):
             machine = Machine(f"light{number:02}")
             answer = http.post(JOIN_PATH, content=msgspec.json.encode(machine.joining(ticket)))
-            told = msgspec.json.decode(answer.raise_for_status().content, type=JoinAnswer)
+            told = msgspec.json.decode(answer.raise_for_status().content, type=JoinResponse)
             credentials = Credentials(
                 f"{HOST}:{fleet.port}", ca_pem, told.peer, machine.node_key, machine.sign_key
             )

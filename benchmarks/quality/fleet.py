@@ -66,7 +66,7 @@ class Peer:
         self._transfer = transfer
         self._uploaded: Path | None = None
         folder.mkdir()
-        me = PeerIdentity(name, self.sign_key.sign, identity.raw_public(coordinator))
+        me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
         self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
 
     def fetch(self, work: Work) -> Path:
@@ -117,7 +117,8 @@ class InProcessFleet:
         self._sign_key = identity.new_signing_key()
         # Flower draws its node ids by chance: in their order, so that a seed picks the same peers.
         nodes = sorted(
-            self.superlink.register(identity.node_public(identity.new_node_key())) for _ in parts
+            self.superlink.register(identity.node_public_pem(identity.new_node_key()))
+            for _ in parts
         )
         self.peers: dict[str, Peer] = {}
         self._node_of: dict[str, int] = {}
@@ -184,9 +185,9 @@ class InProcessFleet:
             grid=self.grid,
             sign=self._sign_key.sign,
             verify=lambda peer, signature, signed: identity.verify(
-                identity.raw_public(self.peers[peer].sign_key), signature, signed
+                identity.public_bytes(self.peers[peer].sign_key), signature, signed
             ),
-            is_own_signature=partial(identity.verify, identity.raw_public(self._sign_key)),
+            is_own_signature=partial(identity.verify, identity.public_bytes(self._sign_key)),
             eligible=lambda: frozenset(self.peers),
             node_of=self._node_of.get,
             peer_of=lambda node: self._peer_of[node],

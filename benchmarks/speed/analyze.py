@@ -20,8 +20,8 @@ import pandas as pd
 from agent.analytics import child_process
 from agent.home.settings import AgentSettings
 from coordinator.jobs.analysis import combine, validate
-from protocols.analytics.mergeable_states import ALPHA, Told
-from protocols.analytics.parser import question
+from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
+from protocols.analytics.parser import parse_query
 
 #: Carriers and their shares of the flights of a year from New York.
 CARRIERS = {
@@ -88,11 +88,11 @@ def _peers(folder: Path, flights: pd.DataFrame) -> dict[str, tuple[AgentSettings
 def _measure(
     text: str, peers: dict[str, tuple[AgentSettings, Path]], flights: pd.DataFrame
 ) -> None:
-    asked, told, sizes, began = question(text), {}, {}, time.monotonic()
+    asked, told, sizes, began = parse_query(text), {}, {}, time.monotonic()
     for peer, (chosen, home) in peers.items():
         body = child_process.answer(asked, chosen, home)
         sizes[peer] = len(body)
-        told[peer] = msgspec.json.decode(body, type=Told)
+        told[peer] = msgspec.json.decode(body, type=PeerAnswer)
         assert not validate(asked, told[peer]), validate(asked, told[peer])
     found = combine(asked, told, list(told))
     seconds = time.monotonic() - began

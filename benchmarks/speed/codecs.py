@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from protocols.codecs import registry
-from protocols.codecs.delta import BLOCK, Changes, Floats
-from protocols.codecs.dense import Coding
+from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, Floats
+from protocols.codecs.dense import Encoding
 from protocols.model import weights
-from protocols.model.weights import DTYPES, Array, Readable, Schema, Weights, pieces
+from protocols.model.weights import DTYPES, Array, Schema, WeightReader, Weights, split_into_pieces
 
 #: The 2NN of the FedAvg paper.
 TWO_NN = {
@@ -57,14 +57,14 @@ class _Memory:
 def run(megabytes: int = 64) -> list[dict[str, Any]]:
     """A row for each codec: ratios of bytes, headers in, and GB/s."""
     rows = []
-    for name in registry.KNOWN[1:]:
-        codec = registry.find(name)
-        assert codec.coding is not None
+    for name in registry.NAMES[1:]:
+        codec = registry.parse(name)
+        assert codec.encoding is not None
         row: dict[str, Any] = {"name": codec.name}
         layers = {f"{number}.weight": (1024, 1024) for number in range(max(megabytes // 4, 1))}
         for size, shapes in (("2nn", TWO_NN), ("large", layers)):
             base, trained = _models(shapes)
-            found = _measured(codec.coding, base, trained)
+            found = _measured(codec.encoding, base, trained)
             row[f"ratio_bytes_{size}"] = found.pop("ratio")
             if size == "large":
                 row |= found
@@ -79,20 +79,20 @@ def _models(shapes: dict[str, tuple[int, ...]]) -> tuple[Weights, Weights]:
     return Weights(base), Weights({name: base[name] + step[name] for name in base})
 
 
-def _measured(coding: Coding, base: Weights, trained: Weights) -> dict[str, float]:
+def _measured(coding: Encoding, base: Weights, trained: Weights) -> dict[str, float]:
     first = _Memory(left=True)
-    coding.encode(Changes(trained, base, None, "left"), first)
+    coding.encode(DeltaReader(trained, base, None, "left"), first)
     assert first.left is not None
     left = Weights({"left": np.concatenate(first.left)})
     encode_s, decode_s = [], []
     for _ in range(_PASSES):
         sink = _Memory(left=False)
         start = time.process_time()
-        coding.encode(Changes(trained, base, left, "left"), sink)
+        coding.encode(DeltaReader(trained, base, left, "left"), sink)
         encode_s.append(time.process_time() - start)
         file = sink.file()
         start = time.process_time()
-        _read_all(registry.Decoded(coding, file, base))
+        _read_all(registry.DecodedUpdate(coding, file, base))
         decode_s.append(time.process_time() - start)
     sizes = [len(weights.header_bytes(each.schema)) + each.nbytes for each in (base, file)]
     gigabytes = base.nbytes / 1e9
@@ -104,8 +104,8 @@ def _measured(coding: Coding, base: Weights, trained: Weights) -> dict[str, floa
     }
 
 
-def _read_all(model: Readable) -> None:
-    for piece in pieces(model.schema, 4 * BLOCK):
+def _read_all(model: WeightReader) -> None:
+    for piece in split_into_pieces(model.schema, 4 * BLOCK_ELEMENTS):
         for part in piece:
             model.read(part)
 

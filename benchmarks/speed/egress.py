@@ -156,7 +156,7 @@ def _home(site: Site, folder: Path, number: int, port: int, policy: str) -> Path
         "address": f"{HOST}:{port}",
         "peer": machine.peer,
         "policy": policy,
-        "coordinator": identity.raw_public(site.sign_key).hex(),
+        "coordinator": identity.public_bytes(site.sign_key).hex(),
     }
     (home / "told.json").write_text(json.dumps(told))
     return home

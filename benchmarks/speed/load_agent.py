@@ -35,7 +35,7 @@ from agent.transport.weight_transfer import IDLE_CONNECTION_S
 from benchmarks.speed.load_wire import Http, Mqtt
 from protocols import VERSION
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.joining import JOIN_PATH, JoinAnswer, Joining, claimed
+from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
 from protocols.messages import envelope as messages
 from protocols.messages import topics
@@ -104,18 +104,18 @@ class StandIn:
 
     async def joined(self, ticket: Ticket) -> None:
         """Join with a ticket, over the public route."""
-        node_public = identity.node_public(self._node_key)
-        joining = Joining(
+        node_public = identity.node_public_pem(self._node_key)
+        joining = JoinRequest(
             ticket=ticket.id,
             secret=ticket.secret,
             name=self.name,
-            sign_public=identity.raw_public(self._sign_key),
+            sign_public=identity.public_bytes(self._sign_key),
             node_public=node_public,
-            proof=self._sign_key.sign(claimed(ticket.id, ticket.secret, node_public)),
+            proof=self._sign_key.sign(join_proof(ticket.id, ticket.secret, node_public)),
             version=VERSION,
         )
         body = msgspec.json.encode(joining)
-        answer = msgspec.json.decode(await self._ask("POST", JOIN_PATH, body), type=JoinAnswer)
+        answer = msgspec.json.decode(await self._ask("POST", JOIN_PATH, body), type=JoinResponse)
         self.peer, self._answer = answer.peer, answer
 
     async def opened(self) -> None:
@@ -125,7 +125,7 @@ class StandIn:
 
     async def _open(self) -> None:
         asked = ActivateNodeRequest(
-            public_key=identity.node_public(self._node_key), heartbeat_interval=HEARTBEAT_S
+            public_key=identity.node_public_pem(self._node_key), heartbeat_interval=HEARTBEAT_S
         )
         answer = ActivateNodeResponse()
         answer.ParseFromString(await self._ask_fleet("activate-node", asked.SerializeToString()))
@@ -262,7 +262,9 @@ class StandIn:
             if work.kind == "init":
                 data = weights.to_bytes(Ping().init(0, settings))
             else:
-                data = schema_card.encode(schema_card.card("ping", "", Ping().schema(settings)))
+                data = schema_card.encode(
+                    schema_card.make_card("ping", "", Ping().schema(settings))
+                )
             return hashlib.sha256(data).hexdigest(), data
         if work.base not in self._cache:
             self._hold(work.base, await self._ask("GET", f"/cw/v1/weights/{work.base}", b""))
@@ -292,14 +294,18 @@ class StandIn:
         sender = getattr(self, "peer", "")
         headers = {}
         if sender:
-            headers = signed_requests.headers(sender, self._sign_key.sign, method, path, digest)
+            headers = signed_requests.sign_headers(
+                sender, self._sign_key.sign, method, path, digest
+            )
         return await self._sent(method, path, headers | (more or {}), body)
 
     async def _ask_fleet(self, action: str, body: bytes) -> bytes:
         path = f"/v1/fleet/{action}"
         at = now().isoformat()
         digest = hashlib.sha256(body).hexdigest()
-        headers = signed_requests.headers(self.peer, self._sign_key.sign, "POST", path, digest) | {
+        headers = signed_requests.sign_headers(
+            self.peer, self._sign_key.sign, "POST", path, digest
+        ) | {
             "content-type": PROTOBUF_MEDIA_TYPE,
             FLEET_HTTP_PUBLIC_KEY_HEADER: self._node_public,
             TIMESTAMP_HEADER: at,

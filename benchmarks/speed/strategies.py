@@ -116,10 +116,10 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
 
 
 def _noise(schema: Any, seed: int) -> Any:
-    from protocols.model.weights import pieces
+    from protocols.model.weights import split_into_pieces
 
     rng = np.random.default_rng(seed)
-    for piece in pieces(schema, _TENSOR):
+    for piece in split_into_pieces(schema, _TENSOR):
         yield {part: rng.standard_normal(part.stop - part.start, np.float32) for part in piece}
 
 

@@ -32,7 +32,7 @@ from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
 from protocols.local import homes
-from protocols.local.atomic_files import sync_folder
+from protocols.local.atomic_files import fsync_folder
 from protocols.messages.states import RunState
 
 FORMAT = 1
@@ -99,7 +99,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
                 )
                 _pack(part, manifest, files)
             os.link(part, out)  # unlike a rename it replaces nothing
-            sync_folder(out.parent)
+            fsync_folder(out.parent)
         except OSError as err:
             raise HomeError(f"cannot write the backup {out}: {err.strerror}") from err
         finally:
@@ -165,7 +165,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         if from_peers:
             _begin_recall(fresh)
         os.replace(fresh, home)
-        sync_folder(home.parent)
+        fsync_folder(home.parent)
     except (OSError, tarfile.TarError, EOFError) as err:
         raise HomeError(f"cannot restore {file}: {err}", "nothing was changed") from err
     finally:

@@ -23,7 +23,7 @@ from protocols import VERSION
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, HomeError, PortInUse, Unreachable
 from protocols.local import homes
-from protocols.local.checks import Advice, Check, Step, examine
+from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
 from protocols.messages.mqtt import MqttAddress, describe_failure, tls_context
 
@@ -46,22 +46,22 @@ class Status(NamedTuple):
 def examine_coordinator(home: Path) -> Iterator[Check]:
     """Every check of the coordinator in `home`, each as soon as it is made."""
     doctor = _Doctor(home)
-    yield from examine(
+    yield from run_checks(
         [
-            Step("home", doctor.home),
-            Step("permissions", doctor.permissions, ("home",)),
-            Step("settings", doctor.settings),
-            Step("disk", doctor.disk, ("home",)),
-            Step("crashes", doctor.crashes, ("home",)),
-            Step("engine", engine),
-            Step("ledger", doctor.ledger, ("home",)),
-            Step("versions", doctor.versions, ("home",)),
-            Step("clock", doctor.clock, ("ledger",)),
-            Step("running", doctor.running, ("home",)),
-            Step("certificate", doctor.certificate, ("home", "settings")),
-            Step("ports", doctor.ports, ("settings",)),
-            Step("broker", doctor.broker, ("running",)),
-            Step("peers", doctor.peers, ("running",)),
+            CheckStep("home", doctor.home),
+            CheckStep("permissions", doctor.permissions, ("home",)),
+            CheckStep("settings", doctor.settings),
+            CheckStep("disk", doctor.disk, ("home",)),
+            CheckStep("crashes", doctor.crashes, ("home",)),
+            CheckStep("engine", engine),
+            CheckStep("ledger", doctor.ledger, ("home",)),
+            CheckStep("versions", doctor.versions, ("home",)),
+            CheckStep("clock", doctor.clock, ("ledger",)),
+            CheckStep("running", doctor.running, ("home",)),
+            CheckStep("certificate", doctor.certificate, ("home", "settings")),
+            CheckStep("ports", doctor.ports, ("settings",)),
+            CheckStep("broker", doctor.broker, ("running",)),
+            CheckStep("peers", doctor.peers, ("running",)),
         ]
     )
 

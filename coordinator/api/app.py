@@ -36,17 +36,17 @@ from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.enrollment.joining import (
     CA_PATH,
+    ENROLLMENT_STATUS_PATH,
     JOIN_PATH,
     LEAVE_PATH,
     MQTT_PATH,
     OPERATOR_JOIN_PATH,
     RENEW_PATH,
-    STANDING_PATH,
-    JoinAnswer,
-    Joining,
-    OperatorAnswer,
-    OperatorJoining,
-    StandingAnswer,
+    EnrollmentStatus,
+    JoinRequest,
+    JoinResponse,
+    OperatorJoinRequest,
+    OperatorJoinResponse,
 )
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.envelope import LOGS_PATH, LogResponse
@@ -74,14 +74,14 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
             node_public=peer.node_public,
             not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
         )
-        return identity.issue(ca_key, certificate)
+        return identity.issue_certificate(ca_key, certificate)
 
     async def renew(request: Request) -> Response:
         return Response(certify(await auth.peer(request)), media_type="application/octet-stream")
 
     async def join(request: Request) -> Response:
         try:
-            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=Joining)
+            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=JoinRequest)
             peer = desk.registry.join(joining)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
@@ -91,7 +91,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         if peer.standing == "awaiting":  # the login opens the whole fleet's talk: not yet
             mqtt = msgspec.structs.replace(mqtt, user="", password="")
         return json_answer(
-            JoinAnswer(
+            JoinResponse(
                 peer=peer.peer,
                 name=peer.name,
                 fleet=fleet_id,
@@ -123,7 +123,9 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         peer = await auth.peer(request, or_awaiting=True)
         assert peer.standing != "removed", "auth lets no removed peer through"
         return json_answer(
-            StandingAnswer(peer=peer.peer, name=peer.name, standing=peer.standing, version=VERSION)
+            EnrollmentStatus(
+                peer=peer.peer, name=peer.name, enrollment=peer.standing, version=VERSION
+            )
         )
 
     async def leave(request: Request) -> Response:
@@ -133,14 +135,16 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
 
     async def join_operator(request: Request) -> Response:
         try:
-            joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=OperatorJoining)
+            joining = msgspec.json.decode(
+                await read_body(request, 16 * 1024), type=OperatorJoinRequest
+            )
             joined = desk.registry.join_operator(joining)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
         except CommonweightError as err:
             return error_answer(err, 403)
         return json_answer(
-            OperatorAnswer(operator=joined.operator, role=joined.role, fleet=fleet_id)
+            OperatorJoinResponse(operator=joined.operator, role=joined.role, fleet=fleet_id)
         )
 
     async def tell_logs(request: Request) -> Response:
@@ -156,7 +160,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         Route(JOIN_PATH, join, methods=["POST"]),
         Route(POLL_PATH, exchange, methods=["POST"]),
         Route(MQTT_PATH, mqtt),
-        Route(STANDING_PATH, standing),
+        Route(ENROLLMENT_STATUS_PATH, standing),
         Route(RENEW_PATH, renew, methods=["POST"]),
         Route(LEAVE_PATH, leave, methods=["POST"]),
         Route(LOGS_PATH, tell_logs, methods=["POST"]),

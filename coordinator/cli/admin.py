@@ -31,7 +31,7 @@ def doctor(json: Json = False) -> None:
     from coordinator.admin.doctor import examine_coordinator
     from protocols.local import cli_entry
 
-    cli_entry.tell_checks(examine_coordinator(homes.locate("coordinator")), json=json)
+    cli_entry.print_checks(examine_coordinator(homes.home_path("coordinator")), json=json)
 
 
 PassphraseFile = Annotated[
@@ -107,7 +107,7 @@ def restore(
     from coordinator.admin import backup as backups
     from coordinator.admin import encryption
 
-    home = homes.locate("coordinator")
+    home = homes.home_path("coordinator")
     if encryption.is_sealed(file):
         words = _passphrase(passphrase_file, new=False)
         home.parent.mkdir(parents=True, exist_ok=True)

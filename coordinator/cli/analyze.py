@@ -42,7 +42,7 @@ def analyze(
     from protocols.analytics import parser
 
     limits = dict(_bounds(text) for text in bounds or [])
-    asked = parser.question(question, where, epsilon=epsilon, bounds=limits)
+    asked = parser.parse_query(question, where, epsilon=epsilon, bounds=limits)
     remote = connect()
     found = analysis.ask(remote, asked, parse_seconds(deadline))
     called = {peer["peer"]: peer["name"] for peer in remote.peers()}

@@ -85,7 +85,7 @@ def _scattered(
     if len(pins.models) != 1:
         raise UsageError("rows are spread for one model", "name one --model")
     job_output.check_target(out)
-    if remote.role != "operator" or not (homes.locate("coordinator") / homes.STAMP).exists():
+    if remote.role != "operator" or not (homes.home_path("coordinator") / homes.STAMP).exists():
         raise UsageError("rows are spread from the coordinator's own machine")
     store = JobStore(homes.open_home("coordinator") / "jobs")
     given = prepare(source, store.folder, store.suffix)

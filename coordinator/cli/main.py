@@ -122,7 +122,7 @@ def up(
     )
     home, _ = settings.init(chosen.names)
     homes.open_home("coordinator")
-    held = homes.lock(home, "coordinator")
+    held = homes.lock_home(home, "coordinator")
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -134,7 +134,7 @@ def up(
     if upstream is not None:
         from coordinator.daemon import upstream as above
 
-        above.join(home, cli_entry.ticket_text(upstream))
+        above.join(home, cli_entry.read_ticket(upstream))
 
     async def run() -> None:
         hub = Hub(home, settings.open_keys(home), chosen)
@@ -151,7 +151,7 @@ def up(
     try:
         asyncio.run(run())
     except Exception as err:
-        crash_reports.keep(home, err)
+        crash_reports.save(home, err)
         raise
     finally:
         held.release()

@@ -47,4 +47,4 @@ def export(
     found = remote.run(run)
     names = {peer.peer: called(peer) for peer in remote.fleet().peers.values()}
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
-    sys.stderr.write(f"wrote {out} ({version[:12]}) and {model_card.beside(out)}\n")
+    sys.stderr.write(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}\n")

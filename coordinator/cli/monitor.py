@@ -85,7 +85,7 @@ def monitor(
 def _join(given: str) -> None:
     from coordinator.remote import access
 
-    found = access.join(cli_entry.ticket_text(given))
+    found = access.join(cli_entry.read_ticket(given))
     print_line(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
 
 
@@ -234,10 +234,12 @@ def _watch(*, json: bool) -> None:
             except CommonweightError as err:
                 remote = None
                 if live is not None:
-                    live.update(Text(f"{json_output.in_words(err)}\ntrying again"), refresh=True)
+                    live.update(
+                        Text(f"{json_output.format_error(err)}\ntrying again"), refresh=True
+                    )
                 elif told != err.message:
                     sys.stdout.write(json_output.error(err) + "\n") if json else print_line(
-                        json_output.in_words(err)
+                        json_output.format_error(err)
                     )
                     sys.stdout.flush()
                 told = err.message

@@ -65,8 +65,8 @@ class Hub:
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
-        heap.share()
-        self.identity = Identity(keys.fleet, keys.ca_pem, identity.raw_public(keys.sign_key))
+        heap.limit_arenas()
+        self.identity = Identity(keys.fleet, keys.ca_pem, identity.public_bytes(keys.sign_key))
         self._stopping = asyncio.Event()
         self._listening = Listening(home, keys, chosen)
         # On disk.
@@ -172,7 +172,7 @@ class Hub:
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, ours everywhere else."""
-        auth = Auth(self.registry, identity.raw_public(self._keys.operator_key))
+        auth = Auth(self.registry, identity.public_bytes(self._keys.operator_key))
         flower = self._superlink.app(auth)
         ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from zeroconf import BadTypeInNameException, Error
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-from protocols.enrollment.mdns import SERVICE, properties
+from protocols.enrollment.mdns import SERVICE, encode_txt_record
 
 log = logging.getLogger("commonweight.announce")
 
@@ -47,7 +47,7 @@ async def _announced(
             SERVICE,
             f"{host}-{ca_sha256[:4].hex()}.{SERVICE}",
             port=port,
-            properties=properties(name, ca_sha256),
+            properties=encode_txt_record(name, ca_sha256),
             server=f"{host}-{ca_sha256[:4].hex()}.local.",
             parsed_addresses=list(addresses),
         )

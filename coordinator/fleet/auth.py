@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from coordinator.fleet.registry import Peer, Registry
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, Nonces, Signed
+from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, NonceCache, SignedRequest
 from protocols.errors import BadMessage, Refused
 from protocols.messages.envelope import strip_controls
 
@@ -35,7 +35,7 @@ class Auth:
     def __init__(self, registry: Registry, operator_public: bytes) -> None:
         self._registry = registry
         self._operator = operator_public
-        self._nonces = Nonces()
+        self._nonces = NonceCache()
         self._since = time.time()
         self._second, self._lines = 0, 0
 
@@ -90,7 +90,7 @@ class Auth:
         peer = self._registry.peers.get(peer_id)
         return peer is not None and peer.standing == "enrolled"
 
-    def _peer(self, request: Request, signed: Signed, *, or_awaiting: bool = False) -> Peer:
+    def _peer(self, request: Request, signed: SignedRequest, *, or_awaiting: bool = False) -> Peer:
         peer = self._registry.peers.get(signed.sender)
         if peer is None or peer.standing == "removed":
             raise self._refuse(request, 401, f"{signed.sender} is not enrolled")
@@ -99,25 +99,25 @@ class Auth:
             raise self._refuse(request, 403, f"{peer.name} awaits approval")
         return peer
 
-    async def _body(self, request: Request, signed: Signed, limit: int) -> bytes:
+    async def _body(self, request: Request, signed: SignedRequest, limit: int) -> bytes:
         body = await read_body(request, limit)
         if hashlib.sha256(body).hexdigest() != signed.body_sha256:
             raise self._refuse(request, 401, "the body is not the one that was signed")
         return body
 
-    def _read(self, request: Request) -> Signed:
+    def _read(self, request: Request) -> SignedRequest:
         try:
-            return signed_requests.read(
+            return signed_requests.parse(
                 request.method, _path(request), request.headers, time.time()
             )
         except BadMessage as err:
             raise self._refuse(request, 401, err.message) from err
 
-    def _check(self, request: Request, signed: Signed, public: bytes) -> None:
+    def _check(self, request: Request, signed: SignedRequest, public: bytes) -> None:
         if not identity.verify(public, signed.signature, signed.message):
             raise self._refuse(request, 401, f"the signature is not that of {signed.sender}")
         sent_before = signed.at <= self._since
-        if sent_before or not self._nonces.spend(signed.sender, signed.nonce, time.time()):
+        if sent_before or not self._nonces.use(signed.sender, signed.nonce, time.time()):
             raise self._refuse(request, 401, "the request was sent before")
 
     def _refuse(self, request: Request, status: int, why: str) -> HTTPException:

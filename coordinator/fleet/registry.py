@@ -17,7 +17,12 @@ from msgspec.structs import replace
 
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity
-from protocols.enrollment.joining import Joining, OperatorJoining, claimed, operator_claimed
+from protocols.enrollment.joining import (
+    JoinRequest,
+    OperatorJoinRequest,
+    join_proof,
+    operator_join_proof,
+)
 from protocols.enrollment.tickets import Ticket, hash_secret
 from protocols.errors import BadMessage, CannotBeMet, Refused, UnknownName
 from protocols.network import version_check
@@ -159,10 +164,10 @@ class Registry:
             raise UnknownName(f"no ticket {ticket_id!r}", "commonweight ticket list")
         self._record(TicketRevoked(ticket_id))
 
-    def join(self, joining: Joining) -> Peer:
+    def join(self, joining: JoinRequest) -> Peer:
         """Enroll a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
         identity.check_node_public(joining.node_public)
-        signed = claimed(joining.ticket, joining.secret, joining.node_public)
+        signed = join_proof(joining.ticket, joining.secret, joining.node_public)
         if not identity.verify(joining.sign_public, joining.proof, signed):
             raise BadMessage("the request is not signed by the key that it names")
         ticket = self._known_ticket(joining.ticket, joining.secret)
@@ -178,7 +183,7 @@ class Registry:
         if known is not None:  # the answer to its first try was lost: the ticket is spent already
             return known
         _check_unspent(ticket)
-        version_check.check(joining.version, "the agent on that machine")
+        version_check.check_compatible(joining.version, "the agent on that machine")
         # Flower takes a node key once, also one that was removed: a second would fail every start.
         if any(peer.node_public == joining.node_public for peer in self.peers.values()):
             raise Refused("another machine has this node key", "join again with --replace")
@@ -195,9 +200,9 @@ class Registry:
         )
         return self.peers[peer_id]
 
-    def join_operator(self, joining: OperatorJoining) -> Operator:
+    def join_operator(self, joining: OperatorJoinRequest) -> Operator:
         """Give somebody access against a ticket with a role. Raises Refused, BadMessage."""
-        signed = operator_claimed(joining.ticket, joining.secret, joining.sign_public)
+        signed = operator_join_proof(joining.ticket, joining.secret, joining.sign_public)
         if not identity.verify(joining.sign_public, joining.proof, signed):
             raise BadMessage("the request is not signed by the key that it names")
         ticket = self._known_ticket(joining.ticket, joining.secret)

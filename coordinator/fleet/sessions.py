@@ -116,7 +116,7 @@ class Sessions:
             return False
         if shown.state in (PeerState.PAUSED, PeerState.ERROR):
             return False
-        if not version_check.is_near(VERSION, shown.version):
+        if not version_check.are_compatible(VERSION, shown.version):
             return False
         if shown.state is PeerState.IDLE and shown.free_until:
             left_s = shown.free_until - time.time() - shown.skew_s

@@ -16,18 +16,18 @@ from msgspec import Struct
 
 from protocols.analytics import sketches
 from protocols.analytics.mergeable_states import (
-    Binned,
-    Comeasured,
-    Counted,
-    Distinct,
-    Measured,
-    Ranged,
-    Sketched,
+    ComomentsState,
+    CountState,
+    DistinctState,
+    HistogramState,
+    MomentsState,
+    PeerAnswer,
+    QuantileState,
+    RangeState,
     State,
-    Told,
-    merged,
+    merge,
 )
-from protocols.analytics.query import Operation, Question
+from protocols.analytics.query import Operation, Query
 from protocols.tables.statistics import Moments
 
 Figure = float | int | None | dict[str, Any]
@@ -67,7 +67,9 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
         return f"{self.peers} of {self.asked} peers{share}{kept}{noise}"
 
 
-def combine(question: Question, told: Mapping[str, Told], asked: Sequence[str]) -> AnalysisResult:
+def combine(
+    question: Query, told: Mapping[str, PeerAnswer], asked: Sequence[str]
+) -> AnalysisResult:
     """The answer of all peers together. `told` is by peer; who is missing there said nothing."""
     left_out = {peer: "no answer in time" for peer in asked if peer not in told}
     left_out |= {peer: given.refused for peer, given in told.items() if given.refused}
@@ -81,7 +83,7 @@ def combine(question: Question, told: Mapping[str, Told], asked: Sequence[str]) 
     groups = []
     for group in sorted(cells, key=lambda values: [(v is None, v or "") for v in values]):
         parts = cells[group]
-        states = [merged(column) for column in zip(*(s for _, s in parts), strict=True)]
+        states = [merge(column) for column in zip(*(s for _, s in parts), strict=True)]
         figures = map(figure, question.operations, states)
         groups.append(Group(group, sum(rows for rows, _ in parts), tuple(figures)))
     return AnalysisResult(
@@ -98,7 +100,7 @@ def combine(question: Question, told: Mapping[str, Told], asked: Sequence[str]) 
     )
 
 
-def validate(question: Question, given: Told) -> str:
+def validate(question: Query, given: PeerAnswer) -> str:
     """What is wrong with the form of a peer's answer; empty if nothing is.
 
     A peer chose every number in it: here ends what it could break.
@@ -114,9 +116,9 @@ def validate(question: Question, given: Told) -> str:
         for operation, state in zip(question.operations, cell.states, strict=True):
             if not isinstance(state, state_of(operation)):
                 return f"{operation} answered by another kind of statistics"
-            if isinstance(state, Binned) and len(state.counts) != int(operation.args[0]):
+            if isinstance(state, HistogramState) and len(state.counts) != int(operation.args[0]):
                 return f"{operation} answered in other bins"
-            if isinstance(state, Distinct) and len(state.registers) not in (0, 1 << 14):
+            if isinstance(state, DistinctState) and len(state.registers) not in (0, 1 << 14):
                 return f"{operation} answered with other registers"
     if len({cell.group for cell in given.cells}) != len(given.cells):
         return "a group is there twice"
@@ -127,48 +129,48 @@ def state_of(operation: Operation) -> type[State]:
     """The statistics that an operation needs."""
     match operation.kind:
         case "count" | "missing":
-            return Counted
+            return CountState
         case "sum" | "mean" | "var" | "std":
-            return Measured
+            return MomentsState
         case "min" | "max":
-            return Ranged
+            return RangeState
         case "cov" | "corr":
-            return Comeasured
+            return ComomentsState
         case "quantile":
-            return Sketched
+            return QuantileState
         case "histogram":
-            return Binned if len(operation.args) == 3 else Sketched
+            return HistogramState if len(operation.args) == 3 else QuantileState
         case _:
-            return Distinct
+            return DistinctState
 
 
 def figure(operation: Operation, state: State) -> Figure:
     """What was asked for; None where there is no value to tell of."""
     match state:
-        case Counted():
+        case CountState():
             return state.count
-        case Measured(moments):
+        case MomentsState(moments):
             return _moment(operation.kind, moments)
-        case Ranged():
+        case RangeState():
             return state.least if operation.kind == "min" else state.most
-        case Comeasured(x, y, c):
+        case ComomentsState(x, y, c):
             if not x.count:
                 return None
             if operation.kind == "cov":
                 return c / (x.count - 1) if x.count > 1 else None
             spread = math.sqrt(x.m2 * y.m2)
             return max(-1.0, min(1.0, c / spread)) if spread else None
-        case Binned():
+        case HistogramState():
             least, most = operation.args[1:]
             bins = {"least": least, "most": most, "counts": list(state.counts)}
             return bins | {"below": state.below, "above": state.above}
-        case Sketched() if operation.kind == "quantile":
+        case QuantileState() if operation.kind == "quantile":
             return sketches.quantile(state, operation.args[0])
-        case Sketched():
-            least, most, counts = sketches.spread_out(state, int(operation.args[0]))
+        case QuantileState():
+            least, most, counts = sketches.quantile_histogram(state, int(operation.args[0]))
             return {"least": least, "most": most, "counts": list(counts), "about": True}
-        case Distinct():
-            return round(sketches.cardinality(state))
+        case DistinctState():
+            return round(sketches.estimate_distinct(state))
 
 
 def _moment(kind: str, moments: Moments) -> Figure:
@@ -185,7 +187,7 @@ def _moment(kind: str, moments: Moments) -> Figure:
     return variance if kind == "var" else math.sqrt(variance)
 
 
-def _kind_conflicts(told: Mapping[str, Told]) -> dict[str, str]:
+def _kind_conflicts(told: Mapping[str, PeerAnswer]) -> dict[str, str]:
     """Peers in which a column holds something else than in most, with the words why."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for given in told.values() for name in given.kinds):
@@ -200,7 +202,7 @@ def _kind_conflicts(told: Mapping[str, Told]) -> dict[str, str]:
 def validate_bytes(query: str, body: bytes) -> str:
     """What is wrong with an answer's bytes; empty if nothing is. For the coordinator's own gate."""
     try:
-        question = msgspec.json.decode(query, type=Question)
-        return validate(question, msgspec.json.decode(body, type=Told))
+        question = msgspec.json.decode(query, type=Query)
+        return validate(question, msgspec.json.decode(body, type=PeerAnswer))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         return f"not an answer: {err}"

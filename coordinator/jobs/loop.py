@@ -25,7 +25,7 @@ from coordinator.storage import job_events
 from coordinator.storage.job_events import AnswerDropped, JobEvent, JobState, LeaseEnded
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.job")
@@ -77,7 +77,7 @@ class JobLoop:
                 await self._turn()
                 await self._wait()
             except (OSError, DiskFull) as err:
-                if not is_full(err):
+                if not is_disk_full(err):
                     raise
                 await asyncio.sleep(_RETRY_S)  # nothing was decided: the same again
         self.requests.cancel_all()

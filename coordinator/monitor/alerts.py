@@ -74,7 +74,7 @@ def _peer_alerts(peer: Peer, now: float) -> Iterator[Alert]:
         text = f"{name} has only {format_bytes(peer.disk_free_bytes)} of disk left"
         yield Alert(f"disk {who}", "warning", text, who)
     if peer.version and peer.version != VERSION:
-        near = version_check.is_near(VERSION, peer.version)
+        near = version_check.are_compatible(VERSION, peer.version)
         text = f"{name} runs commonweight {peer.version}; this is {VERSION}"
         text += "" if near else ": too far apart, it gets no work"
         yield Alert(f"version {who} {peer.version}", "warning" if near else "error", text, who)

@@ -26,9 +26,9 @@ from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import (
     CA_PATH,
     OPERATOR_JOIN_PATH,
-    OperatorAnswer,
-    OperatorJoining,
-    operator_claimed,
+    OperatorJoinRequest,
+    OperatorJoinResponse,
+    operator_join_proof,
 )
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import (
@@ -42,7 +42,7 @@ from protocols.errors import (
 )
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 ACCESS_FILE = "access.json"
 _KEY = "access.key"
@@ -74,12 +74,12 @@ def open_home() -> Path:
 
     Raises NotRunning when there is neither, HomeError.
     """
-    if (homes.locate("coordinator") / homes.STAMP).exists():
+    if (homes.home_path("coordinator") / homes.STAMP).exists():
         return homes.open_home("coordinator")
-    if (homes.locate("operator") / ACCESS_FILE).exists():
+    if (homes.home_path("operator") / ACCESS_FILE).exists():
         return homes.open_home("operator")
     raise NotRunning(
-        f"there is no coordinator in {homes.locate('coordinator')}, and no access to another",
+        f"there is no coordinator in {homes.home_path('coordinator')}, and no access to another",
         "make one: commonweight init; or join one: commonweight monitor --join file:TICKET",
     )
 
@@ -114,13 +114,13 @@ def join(text: str, name: str = "") -> Access:
     address, ca_pem = _find(ticket)
     home = homes.open_home("operator", create=True)
     key = identity.new_signing_key()
-    public = identity.raw_public(key)
-    joining = OperatorJoining(
+    public = identity.public_bytes(key)
+    joining = OperatorJoinRequest(
         ticket=ticket.id,
         secret=ticket.secret,
         name=name or socket.gethostname(),
         sign_public=public,
-        proof=key.sign(operator_claimed(ticket.id, ticket.secret, public)),
+        proof=key.sign(operator_join_proof(ticket.id, ticket.secret, public)),
         version=VERSION,
     )
     context = ssl.create_default_context(cadata=ca_pem.decode())
@@ -130,10 +130,10 @@ def join(text: str, name: str = "") -> Access:
                 f"https://{address}{OPERATOR_JOIN_PATH}", content=msgspec.json.encode(joining)
             )
     except httpx.HTTPError as err:
-        raise Unreachable(f"{address}: {why(err)}", "try again") from err
+        raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
     if not answer.is_success:
         raise error_from(answer)
-    told = msgspec.json.decode(answer.content, type=OperatorAnswer)
+    told = msgspec.json.decode(answer.content, type=OperatorJoinResponse)
     others = tuple(other for other in ticket.addresses if other != address)
     access = Access(
         operator=told.operator,
@@ -155,7 +155,7 @@ def _find(ticket: Ticket) -> tuple[str, bytes]:
         for address in ticket.addresses:
             try:
                 answer = http.get(f"https://{address}{CA_PATH}").raise_for_status()
-                genuine = tickets.is_genuine(ticket, identity.ca_fingerprint(answer.content))
+                genuine = tickets.matches_ca(ticket, identity.ca_fingerprint(answer.content))
             except (httpx.HTTPError, httpx.InvalidURL) as err:
                 tried.append(f"{address} ({err or type(err).__name__})")
                 continue

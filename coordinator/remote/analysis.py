@@ -14,8 +14,8 @@ import msgspec
 from coordinator.jobs.analysis import AnalysisResult, combine
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import JobSpec, JobState
-from protocols.analytics.mergeable_states import Told
-from protocols.analytics.query import Question
+from protocols.analytics.mergeable_states import PeerAnswer
+from protocols.analytics.query import Query
 from protocols.errors import CommonweightError
 from protocols.local import homes
 from protocols.messages.envelope import strip_controls
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 
 
-def start(remote: Remote, question: Question, deadline_s: float) -> str:
+def start(remote: Remote, question: Query, deadline_s: float) -> str:
     """Ask all peers that are there; the job's id. Raises CommonweightError."""
     query = msgspec.json.encode(question).decode()
     return remote.start_job(JobSpec(kind="analyze", query=query, deadline_s=deadline_s))
 
 
-def ask(remote: Remote, question: Question, deadline_s: float = 600.0) -> AnalysisResult:
+def ask(remote: Remote, question: Query, deadline_s: float = 600.0) -> AnalysisResult:
     """The fleet's answer, once all peers have told or the deadline has passed."""
     job_id = start(remote, question, deadline_s)
     while (job := remote.job(job_id)).state is JobState.WORKING:
@@ -42,14 +42,14 @@ def ask(remote: Remote, question: Question, deadline_s: float = 600.0) -> Analys
     return result_of(job, question)
 
 
-def result_of(job: Job, question: Question) -> AnalysisResult:
+def result_of(job: Job, question: Query) -> AnalysisResult:
     """What a job's peers have told together. Raises CommonweightError if none has."""
-    told: dict[str, Told] = {}
+    told: dict[str, PeerAnswer] = {}
     for unit in job.units.values():
         if unit.verified:
             told[unit.only] = _read(unit.answer)
     for peer, reason in job.excused.items():
-        told.setdefault(peer, Told(refused=strip_controls(reason)))
+        told.setdefault(peer, PeerAnswer(refused=strip_controls(reason)))
     found = combine(question, told, [unit.only for unit in job.units.values()])
     if not found.peers:
         reasons = "; ".join(dict.fromkeys(found.left_out.values())) or job.ended_because
@@ -60,13 +60,13 @@ def result_of(job: Job, question: Question) -> AnalysisResult:
     return found
 
 
-def _read(given: Given) -> Told:
+def _read(given: Given) -> PeerAnswer:
     """A peer's answer, which the coordinator has checked. Raises CommonweightError."""
     body = given.body
     if not body:  # a long one is not in the ledger
-        if not (homes.locate("coordinator") / homes.STAMP).exists():
+        if not (homes.home_path("coordinator") / homes.STAMP).exists():
             raise CommonweightError(
                 "an answer is too long to be shown elsewhere", "ask on the coordinator's machine"
             )
         body = JobStore(homes.open_home("coordinator") / "jobs").read_answer(given)
-    return msgspec.json.decode(body, type=Told)
+    return msgspec.json.decode(body, type=PeerAnswer)

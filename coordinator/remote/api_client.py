@@ -32,7 +32,7 @@ from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
 from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
 from protocols.messages.topics import COORDINATOR, Kind
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class Remote:
         """The answer of the first address that gives one; it is asked first from then on."""
         tried: list[str] = []
         for address in dict.fromkeys((self.address, *self._connection.addresses)):
-            signed = signed_requests.headers(
+            signed = signed_requests.sign_headers(
                 self._connection.sender,
                 self._connection.key.sign,
                 method,
@@ -165,10 +165,10 @@ class Remote:
             try:
                 answer = self._http.request(method, url, content=body, headers=signed)
             except httpx.ConnectError as err:
-                tried.append(f"{address}: {why(err)}")
+                tried.append(f"{address}: {describe_error(err)}")
                 continue
             except httpx.HTTPError as err:  # it may have heard it: asked once is enough
-                tried.append(f"{address}: {why(err)}")
+                tried.append(f"{address}: {describe_error(err)}")
                 break
             self.address = address
             if answer.is_success:

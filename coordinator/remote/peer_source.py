@@ -37,7 +37,7 @@ from protocols.errors import (
 )
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Envelope
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 from protocols.p2p import gossip
 from protocols.p2p.gossip import (
     GOSSIP_PATH,
@@ -123,7 +123,9 @@ class PeerSource(ReadOnly):
     def _ask(self) -> GossipBatch:
         body = msgspec.msgpack.encode(GossipBatch())
         digest = hashlib.sha256(body).hexdigest()
-        headers = signed_requests.headers(self._holder, self._key.sign, "POST", GOSSIP_PATH, digest)
+        headers = signed_requests.sign_headers(
+            self._holder, self._key.sign, "POST", GOSSIP_PATH, digest
+        )
         headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
         heard = self._answer(body, headers)
         try:
@@ -137,7 +139,9 @@ class PeerSource(ReadOnly):
             with contextlib.closing(_connection(address)) as connection:
                 connection.connect()
                 shown = connection.sock.getpeercert(binary_form=True) or b""
-                if not any(identity.is_of_key(shown, key) for key in self._partner.keys):
+                if not any(
+                    identity.certificate_matches_key(shown, key) for key in self._partner.keys
+                ):
                     raise Refused(f"somebody else than {name} answers at {address}")
                 connection.request("POST", GOSSIP_PATH, body=body, headers=headers)
                 answer = connection.getresponse()
@@ -149,7 +153,9 @@ class PeerSource(ReadOnly):
                 return answer.read(MAX_BATCH_BYTES)
         # A host and port that somebody typed may be neither: UnicodeError, OverflowError.
         except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
-            raise Unreachable(f"{name} does not answer at {address}: {why(err)}") from err
+            raise Unreachable(
+                f"{name} does not answer at {address}: {describe_error(err)}"
+            ) from err
 
 
 def _connection(address: str) -> http.client.HTTPSConnection:

@@ -35,7 +35,7 @@ def build_order(typed: Mapping[str, Any]) -> RunOrder:
         )
     table = {"target": column, "kind": given["kind"], "features": given["features"]}
     is_auto = given["deadline"] == "auto"
-    registry.find(given["codec"])
+    registry.parse(given["codec"])
     fields = {one.field: given[one.name] for one in options.OPTIONS if one.is_plain}
     fields |= {
         "task": _task_name(given["task"]),

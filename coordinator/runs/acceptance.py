@@ -19,7 +19,7 @@ from coordinator.transport.flower_records import read_claim, read_description, r
 from protocols.codecs import registry
 from protocols.errors import SHAREABLE_CODES, BadMessage, BadWeights, UpdateRefused
 from protocols.messages.envelope import strip_controls
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 
 
 async def validate_reply(
@@ -94,7 +94,7 @@ def _measure(
     """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
     with contextlib.ExitStack() as stack:
 
-        def uploaded() -> Stored:
+        def uploaded() -> WeightsFile:
             return stack.enter_context(ctx.store.uploads.open(peer, digest))
 
         if expected.kind == "recall" and digest != expected.base:
@@ -104,14 +104,14 @@ def _measure(
             return 0.0
         base = stack.enter_context(_base(ctx, expected))
         return validation.check_update(
-            expected, lambda: registry.decoded(model.codec, uploaded(), base), base
+            expected, lambda: registry.open_update(model.codec, uploaded(), base), base
         )
 
 
-def _base(ctx: RunContext, expected: validation.ExpectedReply) -> Stored:
+def _base(ctx: RunContext, expected: validation.ExpectedReply) -> WeightsFile:
     """The version that an update was trained on. Raises UpdateRefused."""
     try:
-        return Stored(ctx.store.version_path(expected.base))
+        return WeightsFile(ctx.store.version_path(expected.base))
     except (FileNotFoundError, BadWeights) as err:
         if expected.given is None:
             raise

@@ -25,8 +25,8 @@ from coordinator.strategies.state import StateStore
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.messages.envelope import Metrics
-from protocols.model.weights import PIECE_BYTES, Readable
-from protocols.model.weights_file import Stored
+from protocols.model.weights import PIECE_BYTES, WeightReader
+from protocols.model.weights_file import WeightsFile
 from protocols.tables import evaluation_counts as tallies
 
 K = TypeVar("K", bound=Hashable)
@@ -48,7 +48,7 @@ def commit(
     contributors: tuple[str, ...],
 ) -> CommittedVersion:
     """Updates → the strategy → a new version, durable together with the strategy's new state."""
-    adapter, codec = strategies.find(run.spec.strategy), registry.find(run.spec.codec)
+    adapter, codec = strategies.find(run.spec.strategy), registry.parse(run.spec.codec)
     equal = run.spec.weighting == "equal"
     accepted = sorted(run.updates.items())
     accepted += [(one.peer, one.update) for one in buffered.in_order(run)]
@@ -61,11 +61,11 @@ def commit(
     told = {name: value for name, value in metrics.items() if value is not None}
     asked = adapter.required_metric(run.spec.strategy_args)
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(Stored(store.version_path(run.head)))
+        base = stack.enter_context(WeightsFile(store.version_path(run.head)))
         work = AggregationInput(
             round=run.round,
             base=base,
-            origin=stack.enter_context(Stored(store.version_path(run.head))),
+            origin=stack.enter_context(WeightsFile(store.version_path(run.head))),
             updates=[
                 adapter.transform_update(
                     run.spec.strategy_args,
@@ -125,14 +125,14 @@ def _rebased(
     peer: str,
     update: Update,
     digest: str,
-    head: Stored,
+    head: WeightsFile,
     stack: contextlib.ExitStack,
-) -> Readable:
+) -> WeightReader:
     """An update's weights as if it had begun at the newest version, `head`, named by its digest."""
-    file = stack.enter_context(Stored(store.uploads.path(peer, update.digest)))
-    if codec.coding is not None or update.base in ("", digest):
-        return registry.decoded(codec, file, head)
-    base = stack.enter_context(Stored(store.version_path(update.base)))
+    file = stack.enter_context(WeightsFile(store.uploads.path(peer, update.digest)))
+    if codec.encoding is not None or update.base in ("", digest):
+        return registry.open_update(codec, file, head)
+    base = stack.enter_context(WeightsFile(store.version_path(update.base)))
     return averaging.RebasedUpdate(file, base, head)
 
 
@@ -166,8 +166,8 @@ def aggregate_evaluation(run: Run, strategy: Strategy) -> Evaluation:
         }
     # As a peer's share may be capped, so is what it counted.
     scale = [share[peer] * sum(counts.values()) / counts[peer] for peer in answers]
-    total = tallies.merged((update.tallies for update in answers.values()), scale)
-    return Evaluation({**means, **tallies.metrics(total)}, total)
+    total = tallies.merge((update.tallies for update in answers.values()), scale)
+    return Evaluation({**means, **tallies.compute_metrics(total)}, total)
 
 
 def _clipped(norm: float, most: float) -> float:

@@ -52,7 +52,7 @@ def build_card(
         settings={**run.spec.settings, **shared},
         seed=run.spec.seed,
         strategy=run.spec.strategy,
-        tensors=model_card.tensors_of(schema),
+        tensors=model_card.tensor_cards(schema),
         traits=run.card.traits if run.card else {},
         parents=tuple(digest for digest in reversed(lineage) if digest != version),
         contributors=tuple(
@@ -72,7 +72,7 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
             f"version {version[:12]} of run {run.id} is not kept any more",
             "commonweight models list",
         )
-    card_path = model_card.beside(out)
+    card_path = model_card.card_path(out)
     if card_path == out:
         raise UsageError("the model and its card would be one file", "MODEL.safetensors, say")
     for taken in (out, card_path):

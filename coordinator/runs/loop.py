@@ -34,7 +34,7 @@ from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.failpoints import failpoint
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
 
 log = logging.getLogger("commonweight.run")
@@ -61,7 +61,7 @@ class RunLoop:
         self._adapter = strategies.find(run.spec.strategy)
         self._strategy: Strategy = self._adapter.make(run.spec.strategy_args)
         self._states = StateStore(ctx.store.states)
-        self._model = RunModel(ctx.transfer, registry.find(run.spec.codec))
+        self._model = RunModel(ctx.transfer, registry.parse(run.spec.codec))
         folds = run.spec.late == "fold"
         ctx.transfer.limits.max_uploads = MAX_UPLOADS + run.spec.buffer + folds
         self.requests = PendingRequests(ctx, self._adapter, self._strategy, self._model)
@@ -123,7 +123,7 @@ class RunLoop:
             try:
                 await self._step()
             except (OSError, DiskFull) as err:
-                if not is_full(err):
+                if not is_disk_full(err):
                     raise
                 await self._recorder.wait_for_space(err)  # nothing was decided: the same again
             except HomeError:  # the disk's fault and not the run's: it goes on later

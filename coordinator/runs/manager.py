@@ -204,7 +204,7 @@ class RunManager:
         options.check(spec)
         buffered.check(spec, strategies.find(spec.strategy))
         strategies.check(spec)
-        codecs.find(spec.codec)
+        codecs.parse(spec.codec)
         self._registry.check_quorum(spec.quorum)
         if spec.min_examples > spec.max_examples:
             raise UsageError(f"--min-examples must be at most {spec.max_examples}")

@@ -6,7 +6,7 @@ from coordinator.transport.weights import WeightTransfer
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.model.weights import Schema
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 
 #: Room for headers and codecs on top of the model's size.
 _SLACK_BYTES = 1024 * 1024
@@ -27,10 +27,10 @@ class RunModel:
 
     def set_version(self, digest: str) -> None:
         """Take schema and size from a version."""
-        with Stored(self._transfer.store.version_path(digest)) as model:
+        with WeightsFile(self._transfer.store.version_path(digest)) as model:
             self.schema, self.nbytes = model.schema, model.nbytes
         self._transfer.limits.version_bytes = self.nbytes
-        most = registry.most_bytes(self.codec, self.schema, self.nbytes)
+        most = registry.max_bytes(self.codec, self.schema, self.nbytes)
         self._transfer.limits.max_bytes = min(most, self.nbytes) + _SLACK_BYTES
 
     def expect_first_weights(self) -> None:

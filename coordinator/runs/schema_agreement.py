@@ -37,14 +37,14 @@ def agree(run: Run, first: Schema) -> Agreement:
     cards = {p: told for p, told in run.described.items() if isinstance(told, SchemaCard)}
     if not run.preprocessing and len(tables) > len(cards):
         derived = preprocessing.derive(tables, run.spec.settings)
-        misfits = derived.misfits | _of_another_kind(cards, "a table", "no table")
+        misfits = derived.incompatible | _of_another_kind(cards, "a table", "no table")
         text = preprocessing.encode(derived.preprocessing)
         fitting = tuple(sorted(tables.keys() - misfits.keys()))
         return _agreed(run, misfits, events.PreprocessingFixed(text, fitting), derived.notes)
     misfits = _of_another_kind(tables, "a model", "a table")
     agreed = schema_card.most_common(_matching(cards, first))
     for peer, card in cards.items():
-        if (difference := schema_card.difference(agreed, card)) is not None:
+        if (difference := schema_card.first_difference(agreed, card)) is not None:
             misfits[peer] = difference.as_error()
     return _agreed(run, misfits, events.SchemaAgreed(agreed), [])
 
@@ -73,8 +73,8 @@ def _matching(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCa
     if not cards:
         raise CommonweightError("tables were surveyed anew after the preprocessing was fixed")
     card = next(iter(cards.values()))
-    wanted = schema_card.card(card.task, card.version, first, card.traits)
-    difference = schema_card.difference(wanted, card)
+    wanted = schema_card.make_card(card.task, card.version, first, card.traits)
+    difference = schema_card.first_difference(wanted, card)
     assert difference is not None
     raise CommonweightError(
         f"the first weights do not fit the task: {difference.as_error().message}"

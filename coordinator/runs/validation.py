@@ -15,16 +15,23 @@ import numpy as np
 from coordinator import strategies
 from coordinator.runs import buffered
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Run
-from protocols.codecs.registry import Decoded
+from protocols.codecs.registry import DecodedUpdate
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages.envelope import Verify
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
-from protocols.model.weights import FLOATING, Array, Readable, Schema, pieces, widen
+from protocols.model.weights import (
+    FLOAT_DTYPES,
+    Array,
+    Schema,
+    WeightReader,
+    bf16_to_float32,
+    split_into_pieces,
+)
 from protocols.tables import evaluation_counts, preprocessing
 
-R = TypeVar("R", bound=Readable)
+R = TypeVar("R", bound=WeightReader)
 
 
 _CACHED_BYTES = 256 * 1024
@@ -77,7 +84,7 @@ def check_claim(
         raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {run.spec.codec}")
     if len(claim.metrics) > MAX_METRICS:
         raise UpdateRefused("bad metrics", f"{len(claim.metrics)} of them; {MAX_METRICS} may be")
-    if claim.tallies and (fault := evaluation_counts.fault(claim.tallies, claim.num_examples)):
+    if claim.tallies and (fault := evaluation_counts.validate(claim.tallies, claim.num_examples)):
         raise UpdateRefused("bad metrics", fault)
     accuracy = claim.metrics.get("accuracy")
     if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is best
@@ -108,14 +115,14 @@ def check_weights(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
 
 
 def check_update(
-    expected: ExpectedReply, open_update: Callable[[], Readable], base: Readable
+    expected: ExpectedReply, open_update: Callable[[], WeightReader], base: WeightReader
 ) -> float:
     """The `distance` of an update from its base. Raises UpdateRefused as `check_weights` does.
 
     Both in one pass, where the difference tells enough of the update.
     """
     update = _of_schema(expected, open_update)
-    if isinstance(update, Decoded):  # finite when it is rounded to the base's dtype, too
+    if isinstance(update, DecodedUpdate):  # finite when it is rounded to the base's dtype, too
         check_weights(expected, lambda: update)
     return update_norm(update, base)
 
@@ -171,7 +178,7 @@ def _own(run: Run, schema: Schema, peer: str) -> ExpectedReply:
     return ExpectedReply("train", given.base, schema, given)
 
 
-def update_norm(update: Readable, base: Readable) -> float:
+def update_norm(update: WeightReader, base: WeightReader) -> float:
     """Euclidean norm of the update's floating-point tensors minus the base's.
 
     What is beyond float64 counts as its largest number: the ledger has no infinity. In pieces that
@@ -180,14 +187,14 @@ def update_norm(update: Readable, base: Readable) -> float:
     that is not finite.
     """
     total = 0.0
-    for piece in pieces(update.schema, _CACHED_BYTES):
+    for piece in split_into_pieces(update.schema, _CACHED_BYTES):
         for part in piece:
             dtype = update.schema[part.name].dtype
-            if dtype not in FLOATING:
+            if dtype not in FLOAT_DTYPES:
                 continue
             new: Array
             old: Array | float = 0.0
-            if isinstance(update, Decoded):  # as it was sent, not rounded by way of the base
+            if isinstance(update, DecodedUpdate):  # as it was sent, not rounded by way of the base
                 new, dtype = update.change(part), "F32"
             else:
                 new, old = update.read(part), base.read(part)
@@ -199,7 +206,7 @@ def update_norm(update: Readable, base: Readable) -> float:
                 reason = f"tensor {part.name!r} holds NaN or infinity"
                 raise UpdateRefused("not finite", reason)
             if dtype == "BF16":
-                new, old = widen(new), widen(np.asarray(old))
+                new, old = bf16_to_float32(new), bf16_to_float32(np.asarray(old))
             with np.errstate(over="ignore"):
                 difference = np.subtract(new, old, dtype=np.float64)
                 total += float(np.einsum("i,i->", difference, difference))

@@ -15,8 +15,8 @@ from types import TracebackType
 from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
-from protocols.local.background_unlink import remove
-from protocols.model.weights_file import Stored
+from protocols.local.background_unlink import unlink
+from protocols.model.weights_file import WeightsFile
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _PART = ".part"
@@ -39,12 +39,12 @@ class Spool:
         """The file of this peer's whole upload, whether or not it exists."""
         return self.folder / f"{node}-{digest}{self._suffix}"
 
-    def open(self, node: str, digest: str) -> Stored:
+    def open(self, node: str, digest: str) -> WeightsFile:
         """An upload, open for reading. Raises BadWeights."""
         if not DIGEST.fullmatch(digest):  # a peer chose this text
             raise BadWeights("the update is not named by a digest")
         try:
-            return Stored(self.path(node, digest))
+            return WeightsFile(self.path(node, digest))
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 
@@ -76,13 +76,13 @@ class Spool:
 
     def drop(self, node: str, digest: str) -> None:
         """Delete one upload."""
-        remove(self.path(node, digest))
+        unlink(self.path(node, digest))
         self._files[node].discard(self.path(node, digest))
 
     def keep_only(self, node: str, digests: Set[str]) -> None:
         """Delete this peer's whole uploads except these."""
         for path in self.complete(node) - {self.path(node, digest) for digest in digests}:
-            remove(path)
+            unlink(path)
             self._files[node].discard(path)
 
     def clear(self, keep_of: Collection[str] = ()) -> None:
@@ -91,7 +91,7 @@ class Spool:
             if node in keep_of:
                 continue
             for path in paths - self.writers.keys():
-                remove(path)
+                unlink(path)
                 paths.discard(path)
         failpoint("updates.dropped")
 
@@ -136,4 +136,4 @@ class PartialUpload:
 
     def sync(self) -> None:
         """Make the final name durable. Blocks."""
-        atomic_files.sync_folder(self._spool.folder)
+        atomic_files.fsync_folder(self._spool.folder)

@@ -13,11 +13,11 @@ from pathlib import Path
 from protocols.codecs import patches
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
-from protocols.local.background_unlink import remove
+from protocols.local.background_unlink import unlink
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
-from protocols.model.weights_file import Stored, Writer
+from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 #: Unfinished files of a process that was killed are deleted at a start after this time.
 _UNFINISHED_S = 3600.0
@@ -53,7 +53,10 @@ class Versions:
     def make_patch(self, parent: str, digest: str) -> int:
         """Make the patch to a version, if a small one does; its bytes, else 0."""
         try:
-            with Stored(self.version_path(parent)) as old, Stored(self.version_path(digest)) as new:
+            with (
+                WeightsFile(self.version_path(parent)) as old,
+                WeightsFile(self.version_path(digest)) as new,
+            ):
                 return patches.make(old, new, self.patch_path(digest))
         except OSError:  # a full disk: the version itself is safe, and is sent whole
             return 0
@@ -85,7 +88,7 @@ class Versions:
             return
         with self._naming:
             if digest not in self.unrecorded:
-                remove(self.version_path(digest))
+                unlink(self.version_path(digest))
                 self.patch_path(digest).unlink(missing_ok=True)
 
     def mark_recorded(self, digest: str) -> None:
@@ -104,7 +107,7 @@ class Versions:
 
     def save(self, model: Weights) -> str:
         """Keep a small model as a version, durably; its digest."""
-        parts = weights.pieces(model.schema)
+        parts = weights.split_into_pieces(model.schema)
         digest = self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
         self.mark_recorded(digest)
         return digest
@@ -116,7 +119,7 @@ class Versions:
         """
         # Commands write here beside the coordinator, so every writer has a file of its own.
         temporary = self.folder / f".new-{secrets.token_hex(8)}"
-        with Writer(temporary, schema) as writer:
+        with WeightsWriter(temporary, schema) as writer:
             for piece in pieces:
                 writer.write(piece)
         failpoint("version.written")
@@ -124,7 +127,7 @@ class Versions:
             self.unrecorded.add(writer.digest)
             temporary.replace(self.version_path(writer.digest))
         failpoint("version.renamed")
-        atomic_files.sync_folder(self.folder)
+        atomic_files.fsync_folder(self.folder)
         return writer.digest
 
     def _delete_unfinished(self) -> None:

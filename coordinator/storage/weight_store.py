@@ -28,5 +28,5 @@ class WeightStore(Versions):
         with self._naming:
             self.unrecorded.add(digest)
             self.uploads.move(node, digest, self.version_path(digest))
-        atomic_files.sync_folder(self.folder)
+        atomic_files.fsync_folder(self.folder)
         failpoint("version.adopted")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
     from protocols.messages.envelope import Metrics
-    from protocols.model.weights import Readable
+    from protocols.model.weights import WeightReader
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -201,8 +201,12 @@ class StrategyAdapter:
         return ""
 
     def transform_update(
-        self, args: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
-    ) -> Readable:
+        self,
+        args: Mapping[str, Setting],
+        update: WeightReader,
+        base: WeightReader,
+        metrics: Metrics,
+    ) -> WeightReader:
         """An update as it is to be aggregated: with what follows from it and from its metrics."""
         return update
 

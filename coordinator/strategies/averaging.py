@@ -20,14 +20,14 @@ import numpy as np
 from coordinator.strategies.prefetch import prefetch
 from protocols.model.weights import (
     DTYPES,
-    FLOATING,
+    FLOAT_DTYPES,
     PIECE_BYTES,
     Array,
     Part,
-    Readable,
-    narrow,
-    pieces,
-    widen,
+    WeightReader,
+    bf16_to_float32,
+    float32_to_bf16,
+    split_into_pieces,
 )
 
 #: Elements that are summed at once: blocks of all updates stay in the processor's cache.
@@ -62,14 +62,14 @@ class RebasedUpdate:
     All three have one schema. Integer and boolean tensors are those of `head`.
     """
 
-    def __init__(self, weights: Readable, base: Readable, head: Readable) -> None:
+    def __init__(self, weights: WeightReader, base: WeightReader, head: WeightReader) -> None:
         self.schema = head.schema
         self._weights, self._base, self._head = weights, base, head
 
     def read(self, part: Part) -> Array:
         """The elements of a part, flat, in the tensor's dtype."""
         dtype, to = self.schema[part.name].dtype, self._head.read(part)
-        if dtype not in FLOATING:
+        if dtype not in FLOAT_DTYPES:
             return to
         new, old, to = (
             _widened(array, dtype).astype(np.float64)
@@ -77,15 +77,15 @@ class RebasedUpdate:
         )
         moved = to + (new - old)
         if dtype == "BF16":
-            return narrow(moved.astype(np.float32))
+            return float32_to_bf16(moved.astype(np.float32))
         return moved.astype(DTYPES[dtype])
 
 
 def average(
-    updates: Sequence[Readable],
+    updates: Sequence[WeightReader],
     share: Sequence[float],
     scale: Sequence[float],
-    base: Readable,
+    base: WeightReader,
     transform: Transform,
 ) -> Generator[dict[Part, Array], None, None]:
     """The version that follows `base`, piece by piece in file order.
@@ -97,11 +97,11 @@ def average(
     weights = [part * by for part, by in zip(share, scale, strict=True)]
 
     def means() -> Generator[_Piece, None, None]:
-        for piece in pieces(base.schema):
+        for piece in split_into_pieces(base.schema):
             mean: dict[Part, Array] = {}
             still: dict[Part, Array] = {}
             for part in piece:
-                if base.schema[part.name].dtype in FLOATING:
+                if base.schema[part.name].dtype in FLOAT_DTYPES:
                     mean[part] = _mean(part, updates, weights, base, kept)
                 else:
                     still[part] = base.read(part)
@@ -128,7 +128,11 @@ class _Piece(NamedTuple):
 
 
 def _mean(
-    part: Part, updates: Sequence[Readable], weights: Sequence[float], base: Readable, kept: float
+    part: Part,
+    updates: Sequence[WeightReader],
+    weights: Sequence[float],
+    base: WeightReader,
+    kept: float,
 ) -> Array:
     """The weighted mean of one part; float32 for bf16, else in the tensor's dtype.
 
@@ -153,8 +157,8 @@ def _mean(
 
 
 def _widened(array: Array, dtype: str) -> Array:
-    return widen(array) if dtype == "BF16" else array
+    return bf16_to_float32(array) if dtype == "BF16" else array
 
 
 def _as_stored(array: Array, dtype: str) -> Array:
-    return narrow(array.astype(np.float32)) if dtype == "BF16" else array
+    return float32_to_bf16(array.astype(np.float32)) if dtype == "BF16" else array

@@ -41,4 +41,4 @@ class DiLoCo(StrategyAdapter):
 
     def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
         keeps = self.arguments(args)["keep_optimiser"]
-        return {personalization.KEEP_OPTIMISER: True} if keeps else {}
+        return {personalization.KEEP_OPTIMIZER: True} if keeps else {}

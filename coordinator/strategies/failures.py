@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 from protocols.errors import CommonweightError, StrategyFailed
-from protocols.local.disk_space import is_full
+from protocols.local.disk_space import is_disk_full
 from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.run")
@@ -26,7 +26,7 @@ def strategy_errors(name: str) -> Iterator[None]:
     except CommonweightError:
         raise
     except (Exception, SystemExit) as err:  # a strategy may be anybody's code
-        if is_full(err):
+        if is_disk_full(err):
             raise
         log.exception("the strategy %s failed", name)
         what = strip_controls(f"{type(err).__name__}: {err}"[:_MAX_CHARACTERS])

@@ -20,4 +20,4 @@ class FedBN(StrategyAdapter):
     trainer_arguments = MappingProxyType({"layers": "*norm*"})
 
     def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
-        return {personalization.AT_HOME: self.arguments(args)["layers"]}
+        return {personalization.PERSONAL_LAYERS: self.arguments(args)["layers"]}

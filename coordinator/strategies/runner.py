@@ -27,14 +27,14 @@ from protocols.errors import CommonweightError
 from protocols.model import weights
 from protocols.model.weights import (
     DTYPES,
-    FLOATING,
+    FLOAT_DTYPES,
     PIECE_BYTES,
     Part,
-    Readable,
+    WeightReader,
     Weights,
-    narrow,
-    pieces,
-    widen,
+    bf16_to_float32,
+    float32_to_bf16,
+    split_into_pieces,
 )
 
 Floats = npt.NDArray[Any]
@@ -58,9 +58,9 @@ class AggregationInput:
     """
 
     round: int
-    base: Readable
-    origin: Readable
-    updates: Sequence[Readable]
+    base: WeightReader
+    origin: WeightReader
+    updates: Sequence[WeightReader]
     share: Sequence[float]
     scale: Sequence[float]
     examples: Sequence[int]
@@ -195,8 +195,8 @@ def _by_parts(
     """
     schema = work.base.schema
     limit = max(_MIN_PIECE_BYTES, PIECE_BYTES // len(work.updates))
-    for piece in pieces(schema, limit):
-        floats = [part for part in piece if schema[part.name].dtype in FLOATING]
+    for piece in split_into_pieces(schema, limit):
+        floats = [part for part in piece if schema[part.name].dtype in FLOAT_DTYPES]
         new: Mapping[str, Floats] = {}
         if floats:
             replies = [
@@ -224,10 +224,10 @@ def _by_models(
     whole = {
         name: Part(name, 0, int(np.prod(spec.shape)))
         for name, spec in schema.items()
-        if spec.dtype in FLOATING
+        if spec.dtype in FLOAT_DTYPES
     }
 
-    def model(source: Readable, scale: float = 1.0) -> dict[str, Floats]:
+    def model(source: WeightReader, scale: float = 1.0) -> dict[str, Floats]:
         return {
             part.name: array.reshape(schema[part.name].shape)
             for part, array in _values(source, list(whole.values()), work, scale).items()
@@ -244,7 +244,7 @@ def _by_models(
     new = _aggregated(adapter, strategy, work, replies)
     if adapter.slots(strategy):
         after.put(_taken(adapter, strategy, whole))
-    for piece in pieces(schema):
+    for piece in split_into_pieces(schema):
         yield {
             part: _stored(
                 new[part.name].reshape(-1)[part.start : part.stop], schema[part.name].dtype
@@ -296,7 +296,7 @@ def _aggregated(
     return new
 
 
-def _each(work: AggregationInput) -> Iterator[tuple[Readable, float, dict[str, float]]]:
+def _each(work: AggregationInput) -> Iterator[tuple[WeightReader, float, dict[str, float]]]:
     for update, scale, count, metrics in zip(
         work.updates, work.scale, work.examples, work.metrics, strict=True
     ):
@@ -304,7 +304,7 @@ def _each(work: AggregationInput) -> Iterator[tuple[Readable, float, dict[str, f
 
 
 def _values(
-    source: Readable, parts: list[Part], work: AggregationInput, scale: float = 1.0
+    source: WeightReader, parts: list[Part], work: AggregationInput, scale: float = 1.0
 ) -> dict[Part, Floats]:
     """Parts as float32 or float64, moved towards the base if the update is clipped."""
     schema = work.base.schema
@@ -316,9 +316,9 @@ def _values(
     return found
 
 
-def _read(source: Readable, part: Part, dtype: str) -> Floats:
+def _read(source: WeightReader, part: Part, dtype: str) -> Floats:
     array = source.read(part)
-    return widen(array) if dtype == "BF16" else _wide(array)
+    return bf16_to_float32(array) if dtype == "BF16" else _wide(array)
 
 
 def _wide(array: npt.NDArray[Any]) -> Floats:
@@ -328,7 +328,7 @@ def _wide(array: npt.NDArray[Any]) -> Floats:
 
 def _stored(array: Floats, dtype: str) -> npt.NDArray[np.generic]:
     if dtype == "BF16":
-        return narrow(array.astype(np.float32))
+        return float32_to_bf16(array.astype(np.float32))
     with np.errstate(over="ignore"):
         return array.astype(DTYPES[dtype])
 
@@ -355,7 +355,7 @@ def _taken(
 def _check_finite(piece: Piece, schema: weights.Schema) -> None:
     for part, array in piece.items():
         dtype = schema[part.name].dtype
-        if dtype in FLOATING and not weights.is_finite(
+        if dtype in FLOAT_DTYPES and not weights.is_finite(
             array if dtype == "BF16" else _stored(array, dtype), dtype
         ):
             raise CommonweightError(

@@ -22,7 +22,7 @@ from coordinator.storage.run_events import Setting
 from coordinator.strategies.adapter import LIMITS, Arrays, StrategyAdapter
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization
-from protocols.model.weights import DTYPES, Array, Part, Readable, widen
+from protocols.model.weights import DTYPES, Array, Part, WeightReader, bf16_to_float32
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -48,20 +48,25 @@ class Scaffold(StrategyAdapter):
         strategy.base = base
 
     def required_metric(self, args: Mapping[str, Setting]) -> str:
-        return personalization.PATH if self.arguments(args)["option"] == 3 else ""
+        return personalization.LR_TIMES_STEPS if self.arguments(args)["option"] == 3 else ""
 
     def update_error(self, args: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
-        path = metrics.get(personalization.PATH) if self.required_metric(args) else None
+        path = metrics.get(personalization.LR_TIMES_STEPS) if self.required_metric(args) else None
         if path and not norm / path <= _MAX_CONTROL:
-            return f"a {personalization.PATH} of {path:g} for a change of {norm:g} makes infinities"
+            metric = personalization.LR_TIMES_STEPS
+            return f"a {metric} of {path:g} for a change of {norm:g} makes infinities"
         return ""
 
     def transform_update(
-        self, args: Mapping[str, Setting], update: Readable, base: Readable, metrics: Metrics
-    ) -> Readable:
+        self,
+        args: Mapping[str, Setting],
+        update: WeightReader,
+        base: WeightReader,
+        metrics: Metrics,
+    ) -> WeightReader:
         if self.arguments(args)["option"] != 3:
             return update
-        return UpdateWithControls(update, base, metrics[personalization.PATH] or 0.0)
+        return UpdateWithControls(update, base, metrics[personalization.LR_TIMES_STEPS] or 0.0)
 
     def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
         return {personalization.SCAFFOLD: self.arguments(args)["option"]}
@@ -73,7 +78,7 @@ class UpdateWithControls:
     A peer that took no step leaves c as it is.
     """
 
-    def __init__(self, update: Readable, base: Readable, path: float) -> None:
+    def __init__(self, update: WeightReader, base: WeightReader, path: float) -> None:
         self.schema = base.schema
         self._update, self._base, self._path = update, base, path
 
@@ -83,9 +88,9 @@ class UpdateWithControls:
             return self._update.read(part)
         if not self._path:
             return self._base.read(part)
-        of = part._replace(name=part.name.removeprefix(personalization.DERIVED))
+        of = part._replace(name=part.name.removeprefix(personalization.DERIVED_PREFIX))
         x, y = self._base.read(of), self._update.read(of)
         if self.schema[of.name].dtype == "BF16":
-            x, y = widen(x), widen(y)
+            x, y = bf16_to_float32(x), bf16_to_float32(y)
         moved = np.subtract(x, y, dtype=np.float64) / self._path
         return moved.astype(DTYPES[self.schema[part.name].dtype])

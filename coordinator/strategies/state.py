@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from protocols.errors import BadWeights, CommonweightError
 from protocols.local import atomic_files
-from protocols.local.background_unlink import remove
+from protocols.local.background_unlink import unlink
 from protocols.model import weights
-from protocols.model.weights import DTYPES, FLOATING, Part, Schema, TensorSpec, Weights
-from protocols.model.weights_file import Stored, Writer
+from protocols.model.weights import DTYPES, FLOAT_DTYPES, Part, Schema, TensorSpec, Weights
+from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 Arrays = dict[Part, npt.NDArray[Any]]
 
@@ -32,7 +32,7 @@ def state_schema(model: Schema) -> Schema:
     return {
         name: TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
         for name, spec in model.items()
-        if spec.dtype in FLOATING
+        if spec.dtype in FLOAT_DTYPES
     }
 
 
@@ -70,14 +70,14 @@ class StateStore:
     def promote(self, temporary: Path, digest: str) -> str:
         """Give a whole, synced file its name."""
         temporary.replace(self.path(digest))
-        atomic_files.sync_folder(self._folder)
+        atomic_files.fsync_folder(self._folder)
         self._verified.add(digest)
         return digest
 
     def drop(self, digests: Iterable[str]) -> None:
         """Their versions are gone."""
         for digest in digests:
-            remove(self.path(digest))
+            unlink(self.path(digest))
 
     def _verify(self, slot: str, digest: str) -> None:
         """Once in a coordinator's life: a disk may have lost or changed it since the last."""
@@ -101,10 +101,10 @@ class StateReader:
     def __init__(self, paths: Mapping[str, Path], model: Schema) -> None:
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
-        self._files: dict[str, Stored] = {}
+        self._files: dict[str, WeightsFile] = {}
         with contextlib.ExitStack() as stack:
             for slot, path in paths.items():
-                self._files[slot] = stack.enter_context(Stored(path))
+                self._files[slot] = stack.enter_context(WeightsFile(path))
                 weights.check_schema(self._files[slot].schema, state_schema(model))
             self._stack = stack.pop_all()
 
@@ -141,14 +141,14 @@ class StateWriter:
         self._early: dict[tuple[str, int], tuple[Part, dict[str, npt.NDArray[Any]]]] = {}
         self._lock = threading.Lock()
         self._stack = contextlib.ExitStack()
-        self._writers: dict[str, Writer] = {}
+        self._writers: dict[str, WeightsWriter] = {}
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> StateWriter:
         with contextlib.ExitStack() as stack:
             for slot in self._slots:
                 self._writers[slot] = stack.enter_context(
-                    Writer(self._temporary(slot), self._schema)
+                    WeightsWriter(self._temporary(slot), self._schema)
                 )
             self._stack = stack.pop_all()
         return self

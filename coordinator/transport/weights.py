@@ -164,7 +164,7 @@ class WeightTransfer:
         try:
             yield
         except OSError as err:
-            if not disk_space.is_full(err):
+            if not disk_space.is_disk_full(err):
                 raise
             raise self.limits.no_space() from err
 

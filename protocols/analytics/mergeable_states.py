@@ -19,7 +19,7 @@ import numpy.typing as npt
 from msgspec import Meta, Struct
 
 from protocols.messages.envelope import Count, Text
-from protocols.tables.statistics import Finite, Moments, merged_moments
+from protocols.tables.statistics import Finite, Moments, merge_moments
 
 #: Relative error of a quantile; bin i holds what lies in (GAMMA^(i-1), GAMMA^i].
 ALPHA = 0.005
@@ -27,33 +27,33 @@ GAMMA = (1 + ALPHA) / (1 - ALPHA)
 #: Values nearer to 0 than this count as 0 in a quantile.
 TINY = 1e-300
 PRECISION = 14
-_MOST_BINS = 16_384
+_MAX_BINS = 16_384
 #: All finite floats lie in these bins.
-_Place = Annotated[int, Meta(ge=-72_000, le=72_000)]
+_Bin = Annotated[int, Meta(ge=-72_000, le=72_000)]
 
 Floats = npt.NDArray[np.float64]
 
 
-class Counted(Struct, frozen=True, tag="count"):
+class CountState(Struct, frozen=True, tag="count"):
     """So many rows; also of missing values."""
 
     count: Count = 0
 
 
-class Measured(Struct, frozen=True, tag="moments"):
+class MomentsState(Struct, frozen=True, tag="moments"):
     """Of a column: sum, mean, variance."""
 
     moments: Moments = Moments()
 
 
-class Ranged(Struct, frozen=True, tag="range"):
+class RangeState(Struct, frozen=True, tag="range"):
     """Least and most; None for no value."""
 
     least: Finite | None = None
     most: Finite | None = None
 
 
-class Comeasured(Struct, frozen=True, tag="comoments"):
+class ComomentsState(Struct, frozen=True, tag="comoments"):
     """Of two columns, over rows that have both: their moments and `c`, the sum of products of
     differences from the means."""
 
@@ -62,7 +62,7 @@ class Comeasured(Struct, frozen=True, tag="comoments"):
     c: Finite = 0.0
 
 
-class Binned(Struct, frozen=True, tag="histogram"):
+class HistogramState(Struct, frozen=True, tag="histogram"):
     """Counts in equal bins, and below and above all of them."""
 
     counts: Annotated[tuple[Count, ...], Meta(max_length=1000)] = ()
@@ -70,21 +70,29 @@ class Binned(Struct, frozen=True, tag="histogram"):
     above: Count = 0
 
 
-class Sketched(Struct, frozen=True, tag="quantiles"):
+class QuantileState(Struct, frozen=True, tag="quantiles"):
     """Counts by bin of a DDSketch, by sign; and zeros."""
 
-    positive: Annotated[dict[_Place, Count], Meta(max_length=_MOST_BINS)] = {}
-    negative: Annotated[dict[_Place, Count], Meta(max_length=_MOST_BINS)] = {}
+    positive: Annotated[dict[_Bin, Count], Meta(max_length=_MAX_BINS)] = {}
+    negative: Annotated[dict[_Bin, Count], Meta(max_length=_MAX_BINS)] = {}
     zeros: Count = 0
 
 
-class Distinct(Struct, frozen=True, tag="distinct"):
+class DistinctState(Struct, frozen=True, tag="distinct"):
     """HyperLogLog registers, one byte each; empty for no value."""
 
     registers: Annotated[bytes, Meta(max_length=1 << PRECISION)] = b""
 
 
-State = Counted | Measured | Ranged | Comeasured | Binned | Sketched | Distinct
+State = (
+    CountState
+    | MomentsState
+    | RangeState
+    | ComomentsState
+    | HistogramState
+    | QuantileState
+    | DistinctState
+)
 
 
 class Cell(Struct, frozen=True):
@@ -95,7 +103,7 @@ class Cell(Struct, frozen=True):
     states: Annotated[tuple[State, ...], Meta(max_length=32)]
 
 
-class Told(Struct, frozen=True, kw_only=True):
+class PeerAnswer(Struct, frozen=True, kw_only=True):
     """A peer's answer. `rows` are those of its table, `kept_back` those in cells that it keeps.
 
     `kinds`: what each column of the question holds there. `refused`: why it answers nothing.
@@ -111,33 +119,33 @@ class Told(Struct, frozen=True, kw_only=True):
 # --- making ----------------------------------------------------------------------------------
 
 
-def comeasured(x: Floats, y: Floats) -> Comeasured:
+def compute_comoments(x: Floats, y: Floats) -> ComomentsState:
     """Of two columns, float64[n] each, without NaN."""
     if not len(x):
-        return Comeasured()
+        return ComomentsState()
     mean_x, mean_y = float(x.mean()), float(y.mean())
     dx, dy = x - mean_x, y - mean_y
-    return Comeasured(
+    return ComomentsState(
         Moments(len(x), mean_x, float(dx @ dx)),
         Moments(len(y), mean_y, float(dy @ dy)),
         float(dx @ dy),
     )
 
 
-def binned(values: Floats, bins: int, least: float, most: float) -> Binned:
+def compute_histogram(values: Floats, bins: int, least: float, most: float) -> HistogramState:
     """Counts in `bins` equal bins from `least` to `most`; each bin has its lower edge, the last
     one both."""
     inside = (values >= least) & (values <= most)
     place = ((values[inside] - least) * (bins / (most - least))).astype(np.int64)
     counts = np.bincount(np.minimum(place, bins - 1), minlength=bins)
     below, above = int((values < least).sum()), int((values > most).sum())
-    return Binned(tuple(counts.tolist()), below, above)
+    return HistogramState(tuple(counts.tolist()), below, above)
 
 
-def sketched(values: Floats) -> Sketched:
+def sketch_quantiles(values: Floats) -> QuantileState:
     """A DDSketch of float64[n] without NaN."""
     size = np.abs(values)
-    return Sketched(
+    return QuantileState(
         _bins(values[(values > 0) & (size > TINY)]),
         _bins(-values[(values < 0) & (size > TINY)]),
         int((size <= TINY).sum()),
@@ -154,56 +162,56 @@ def _bins(values: Floats) -> dict[int, int]:
 # --- merging ---------------------------------------------------------------------------------
 
 
-def merged(states: Iterable[State]) -> State:
+def merge(states: Iterable[State]) -> State:
     """The state of all parts together. Raises ValueError for states of different kinds."""
-    return reduce(_merged, states)
+    return reduce(_merge_pair, states)
 
 
-def _merged(a: State, b: State) -> State:
+def _merge_pair(a: State, b: State) -> State:
     match a, b:
-        case Counted(), Counted():
-            return Counted(a.count + b.count)
-        case Measured(), Measured():
-            return Measured(merged_moments(a.moments, b.moments))
-        case Ranged(), Ranged():
+        case CountState(), CountState():
+            return CountState(a.count + b.count)
+        case MomentsState(), MomentsState():
+            return MomentsState(merge_moments(a.moments, b.moments))
+        case RangeState(), RangeState():
             least = [r.least for r in (a, b) if r.least is not None]
             most = [r.most for r in (a, b) if r.most is not None]
-            return Ranged(min(least, default=None), max(most, default=None))
-        case Comeasured(), Comeasured():
-            return _merged_comoments(a, b)
-        case Binned(), Binned():
+            return RangeState(min(least, default=None), max(most, default=None))
+        case ComomentsState(), ComomentsState():
+            return _merge_comoments(a, b)
+        case HistogramState(), HistogramState():
             if len(a.counts) != len(b.counts):
                 raise ValueError("histograms of different bins")
             counts = tuple(x + y for x, y in zip(a.counts, b.counts, strict=True))
-            return Binned(counts, a.below + b.below, a.above + b.above)
-        case Sketched(), Sketched():
-            return Sketched(
-                _added(a.positive, b.positive),
-                _added(a.negative, b.negative),
+            return HistogramState(counts, a.below + b.below, a.above + b.above)
+        case QuantileState(), QuantileState():
+            return QuantileState(
+                _add_counts(a.positive, b.positive),
+                _add_counts(a.negative, b.negative),
                 a.zeros + b.zeros,
             )
-        case Distinct(), Distinct():
-            return _merged_distinct(a, b)
+        case DistinctState(), DistinctState():
+            return _merge_distinct(a, b)
         case _:
             raise ValueError(f"{type(a).__name__} and {type(b).__name__} do not merge")
 
 
-def _merged_comoments(a: Comeasured, b: Comeasured) -> Comeasured:
+def _merge_comoments(a: ComomentsState, b: ComomentsState) -> ComomentsState:
     if not a.x.count or not b.x.count:
         return a if a.x.count else b
     count = a.x.count + b.x.count
     cross = (b.x.mean - a.x.mean) * (b.y.mean - a.y.mean) * (a.x.count * b.x.count / count)
-    return Comeasured(merged_moments(a.x, b.x), merged_moments(a.y, b.y), a.c + b.c + cross)
+    return ComomentsState(merge_moments(a.x, b.x), merge_moments(a.y, b.y), a.c + b.c + cross)
 
 
-def _added(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
+def _add_counts(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
     return {place: a.get(place, 0) + b.get(place, 0) for place in sorted(a.keys() | b.keys())}
 
 
-def _merged_distinct(a: Distinct, b: Distinct) -> Distinct:
+def _merge_distinct(a: DistinctState, b: DistinctState) -> DistinctState:
     if not a.registers or not b.registers:
         return a if a.registers else b
     if len(a.registers) != len(b.registers):
         raise ValueError("registers of different precision")
     x, y = (np.frombuffer(state.registers, np.uint8) for state in (a, b))
-    return Distinct(np.maximum(x, y).tobytes())
+    return DistinctState(np.maximum(x, y).tobytes())

@@ -13,13 +13,13 @@ import difflib
 import re
 from typing import NamedTuple
 
-from protocols.analytics.query import Comparison, Condition, Kind, Number, Operation, Question
+from protocols.analytics.query import Comparison, Condition, Number, Operation, OperationKind, Query
 from protocols.errors import UnknownName, UsageError
 
 _BY = re.compile(r"""\s+by\s+(?=(?:[^"']|"[^"]*"|'[^']*')*\Z)""", re.IGNORECASE)
 
 
-class _Form(NamedTuple):
+class _Signature(NamedTuple):
     """How an operation is called: so many columns, then at least and at most so many numbers."""
 
     columns: int
@@ -28,22 +28,22 @@ class _Form(NamedTuple):
     example: str
 
 
-FORMS: dict[Kind, _Form] = {
-    "count": _Form(0, 0, 0, "count"),
-    "missing": _Form(1, 0, 0, "missing(age)"),
-    "sum": _Form(1, 0, 0, "sum(age)"),
-    "mean": _Form(1, 0, 0, "mean(age)"),
-    "var": _Form(1, 0, 0, "var(age)"),
-    "std": _Form(1, 0, 0, "std(age)"),
-    "min": _Form(1, 0, 0, "min(age)"),
-    "max": _Form(1, 0, 0, "max(age)"),
-    "cov": _Form(2, 0, 0, "cov(age, income)"),
-    "corr": _Form(2, 0, 0, "corr(age, income)"),
-    "quantile": _Form(1, 1, 1, "quantile(age, 0.5)"),
-    "histogram": _Form(1, 1, 3, "histogram(income, 20) or histogram(income, 20, 0, 100000)"),
-    "distinct": _Form(1, 0, 0, "distinct(city)"),
+SIGNATURES: dict[OperationKind, _Signature] = {
+    "count": _Signature(0, 0, 0, "count"),
+    "missing": _Signature(1, 0, 0, "missing(age)"),
+    "sum": _Signature(1, 0, 0, "sum(age)"),
+    "mean": _Signature(1, 0, 0, "mean(age)"),
+    "var": _Signature(1, 0, 0, "var(age)"),
+    "std": _Signature(1, 0, 0, "std(age)"),
+    "min": _Signature(1, 0, 0, "min(age)"),
+    "max": _Signature(1, 0, 0, "max(age)"),
+    "cov": _Signature(2, 0, 0, "cov(age, income)"),
+    "corr": _Signature(2, 0, 0, "corr(age, income)"),
+    "quantile": _Signature(1, 1, 1, "quantile(age, 0.5)"),
+    "histogram": _Signature(1, 1, 3, "histogram(income, 20) or histogram(income, 20, 0, 100000)"),
+    "distinct": _Signature(1, 0, 0, "distinct(city)"),
 }
-_NOT_HERE = {
+_IMPOSSIBLE = {
     "join": "rows of different peers are never brought together",
     "sort": "no order over all peers' rows exists without bringing them together",
     "top": "single rows never leave a peer",
@@ -59,13 +59,13 @@ _COMPARISONS: dict[type[ast.cmpop], Comparison] = {
 }  # fmt: skip
 
 
-def question(
+def parse_query(
     text: str,
     where: str = "",
     *,
     epsilon: float = 0.0,
     bounds: dict[str, tuple[float, float]] | None = None,
-) -> Question:
+) -> Query:
     """The question that `text` asks. Raises UsageError, UnknownName."""
     what, *grouping = _BY.split(text.strip())
     if len(grouping) > 1:
@@ -76,10 +76,10 @@ def question(
         raise UsageError("nothing is asked", "such as: count, mean(age) by sex")
     if len(operations) > 32 or len(by) > 3:
         raise UsageError("at most 32 figures, by at most 3 columns")
-    asked = Question(
+    asked = Query(
         operations=operations,
         by=by,
-        where=conditions(where),
+        where=parse_conditions(where),
         epsilon=epsilon,
         bounds=bounds or {},
     )
@@ -88,7 +88,7 @@ def question(
     return asked
 
 
-def conditions(text: str) -> tuple[Condition, ...]:
+def parse_conditions(text: str) -> tuple[Condition, ...]:
     """Comparisons joined by `and`, all of which must hold. Raises UsageError."""
     if not text.strip():
         return ()
@@ -117,10 +117,10 @@ def _condition(node: ast.expr) -> Condition:
 def _operation(node: ast.expr) -> Operation:
     called = node.func if isinstance(node, ast.Call) else node
     name = called.id if isinstance(called, ast.Name) else ""
-    kind = next((known for known in FORMS if known == name), None)
+    kind = next((known for known in SIGNATURES if known == name), None)
     if kind is None:
         raise _unknown(name)
-    form = FORMS[kind]
+    form = SIGNATURES[kind]
     arguments = node.args if isinstance(node, ast.Call) else []
     if isinstance(node, ast.Call) and node.keywords:
         raise UsageError(f"{kind} takes no named arguments", f"write {form.example}")
@@ -139,16 +139,16 @@ def _check(operation: Operation) -> None:
         raise UsageError("a quantile lies between 0 and 1", "the median is quantile(age, 0.5)")
     if operation.kind == "histogram":
         if args[0] != int(args[0]) or not 1 <= args[0] <= 1000:
-            raise UsageError("a histogram has 1 to 1000 bins", FORMS["histogram"].example)
+            raise UsageError("a histogram has 1 to 1000 bins", SIGNATURES["histogram"].example)
         if len(args) == 3 and not args[1] < args[2]:
-            raise UsageError("a histogram's range goes upwards", FORMS["histogram"].example)
+            raise UsageError("a histogram's range goes upwards", SIGNATURES["histogram"].example)
 
 
 def _unknown(name: str) -> UnknownName:
-    if name in _NOT_HERE:
-        return UnknownName(f"{name} is not possible here: {_NOT_HERE[name]}")
-    near = difflib.get_close_matches(name, FORMS, 1)
-    known = f"did you mean {near[0]}?" if near else f"known: {', '.join(FORMS)}"
+    if name in _IMPOSSIBLE:
+        return UnknownName(f"{name} is not possible here: {_IMPOSSIBLE[name]}")
+    near = difflib.get_close_matches(name, SIGNATURES, 1)
+    known = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIGNATURES)}"
     return UnknownName(
         f"there is no operation {name!r}" if name else "an operation is missing", known
     )

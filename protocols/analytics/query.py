@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from protocols.messages.envelope import Name, Text
 
-Kind = Literal[
+OperationKind = Literal[
     "count", "missing", "sum", "mean", "var", "std", "min", "max", "cov", "corr",
     "quantile", "histogram", "distinct",
 ]  # fmt: skip
@@ -22,13 +22,13 @@ Comparison = Literal["==", "!=", "<", "<=", ">", ">=", "in"]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
 #: More would be a table, not an answer.
-MOST_OPERATIONS, MOST_GROUPING, MOST_CONDITIONS = 32, 3, 16
+MAX_OPERATIONS, MAX_GROUPING, MAX_CONDITIONS = 32, 3, 16
 
 
 class Operation(Struct, frozen=True, order=True):
     """One figure: `columns` are what it is of, `args` its numbers (quantile, bins, range)."""
 
-    kind: Kind
+    kind: OperationKind
     columns: Annotated[tuple[Name, ...], Meta(max_length=2)] = ()
     args: Annotated[tuple[Number, ...], Meta(max_length=3)] = ()
 
@@ -50,15 +50,15 @@ class Condition(Struct, frozen=True):
         return f"{self.column} {self.comparison} {right}"
 
 
-class Question(Struct, frozen=True, kw_only=True):
+class Query(Struct, frozen=True, kw_only=True):
     """What is asked of every peer. `epsilon` (0: none) is what each answer may cost in privacy.
 
     `bounds`: by column, the least and most that a value counts for; noise needs to know them.
     """
 
-    operations: Annotated[tuple[Operation, ...], Meta(min_length=1, max_length=MOST_OPERATIONS)]
-    by: Annotated[tuple[Name, ...], Meta(max_length=MOST_GROUPING)] = ()
-    where: Annotated[tuple[Condition, ...], Meta(max_length=MOST_CONDITIONS)] = ()
+    operations: Annotated[tuple[Operation, ...], Meta(min_length=1, max_length=MAX_OPERATIONS)]
+    by: Annotated[tuple[Name, ...], Meta(max_length=MAX_GROUPING)] = ()
+    where: Annotated[tuple[Condition, ...], Meta(max_length=MAX_CONDITIONS)] = ()
     epsilon: Annotated[float, Meta(ge=0, le=100)] = 0.0
     bounds: dict[Name, tuple[Number, Number]] = {}
 

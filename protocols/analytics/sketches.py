@@ -8,19 +8,19 @@ from types import ModuleType
 
 import numpy as np
 
-from protocols.analytics.mergeable_states import ALPHA, PRECISION, Distinct, Sketched
+from protocols.analytics.mergeable_states import ALPHA, PRECISION, DistinctState, QuantileState
 from protocols.errors import CommonweightError
 
 
-def distinct(values: Iterable[str]) -> Distinct:
+def count_distinct(values: Iterable[str]) -> DistinctState:
     """HyperLogLog++ registers of some texts; give each text once, to be quick."""
     counter = _library("datasketch").HyperLogLogPlusPlus(p=PRECISION, hashfunc=_hash)
     for value in values:
         counter.update(value.encode())
-    return Distinct(counter.reg.tobytes() if counter.reg.any() else b"")
+    return DistinctState(counter.reg.tobytes() if counter.reg.any() else b"")
 
 
-def cardinality(state: Distinct) -> float:
+def estimate_distinct(state: DistinctState) -> float:
     """About how many different values there are."""
     if not state.registers:
         return 0.0
@@ -28,7 +28,7 @@ def cardinality(state: Distinct) -> float:
     return float(_library("datasketch").HyperLogLogPlusPlus(reg=registers, hashfunc=_hash).count())
 
 
-def quantile(state: Sketched, q: float) -> float | None:
+def quantile(state: QuantileState, q: float) -> float | None:
     """The q-quantile within a relative error of `ALPHA`; None for no value."""
     sketches, stores = _library("ddsketch.ddsketch"), _library("ddsketch.store")
     sides = []
@@ -42,7 +42,7 @@ def quantile(state: Sketched, q: float) -> float | None:
     return None if found is None else float(found)
 
 
-def spread_out(state: Sketched, bins: int) -> tuple[float, float, tuple[int, ...]]:
+def quantile_histogram(state: QuantileState, bins: int) -> tuple[float, float, tuple[int, ...]]:
     """Equal bins between the 1 % and the 99 % quantile, about: least, most, counts.
 
     What lies beyond is counted in the first and the last bin.

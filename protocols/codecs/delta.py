@@ -16,19 +16,28 @@ import numpy.typing as npt
 
 from protocols.errors import BadWeights
 from protocols.model import personalization
-from protocols.model.weights import DTYPES, FLOATING, Array, Part, Readable, Schema, narrow, widen
+from protocols.model.weights import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Array,
+    Part,
+    Schema,
+    WeightReader,
+    bf16_to_float32,
+    float32_to_bf16,
+)
 
 Floats = npt.NDArray[np.float32]
 
 #: Elements that are worked on at a time; also the longest row of int8.
-BLOCK = 64 * 1024
+BLOCK_ELEMENTS = 64 * 1024
 #: Rows of int8 that are shorter are joined: the scale has four bytes.
-_SHORTEST_ROW = 512
+_MIN_ROW = 512
 #: A change beyond this is no training any more, and its rounding could overflow.
-MOST = 1e38
+MAX_CHANGE = 1e38
 
 
-class Field(NamedTuple):
+class FlatTensor(NamedTuple):
     """A floating-point tensor: its place on the flat axis, its rows of int8, its bytes of bits."""
 
     name: str
@@ -41,56 +50,58 @@ class Field(NamedTuple):
     first_byte: int
 
 
-class Layout:
+class FlatLayout:
     """Where each floating-point tensor of a schema that travels up lies on the flat axis."""
 
     def __init__(self, schema: Schema) -> None:
-        self.fields: dict[str, Field] = {}
+        self.fields: dict[str, FlatTensor] = {}
         start = rows = nbytes = 0
         for name in sorted(schema):
             dtype, shape = schema[name]
             count = math.prod(shape)
-            if dtype in FLOATING and count and not personalization.is_derived(name):
-                row = _row(shape)
+            if dtype in FLOAT_DTYPES and count and not personalization.is_derived(name):
+                row = _row_length(shape)
                 number = len(self.fields)
-                self.fields[name] = Field(name, number, dtype, count, start, row, rows, nbytes)
+                self.fields[name] = FlatTensor(name, number, dtype, count, start, row, rows, nbytes)
                 start, rows, nbytes = start + count, rows - (-count // row), nbytes - (-count // 8)
         self.count, self.rows, self.sign_bytes = start, rows, nbytes
 
 
-def _row(shape: tuple[int, ...]) -> int:
+def _row_length(shape: tuple[int, ...]) -> int:
     """Elements that share a scale: what leads to one output, or several of such."""
     row = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-    return min(row * -(-_SHORTEST_ROW // row), BLOCK)
+    return min(row * -(-_MIN_ROW // row), BLOCK_ELEMENTS)
 
 
-class Block(NamedTuple):
+class DeltaBlock(NamedTuple):
     """Elements `start` to `stop` of a tensor and their change, in a buffer that is used again."""
 
-    field: Field
+    field: FlatTensor
     start: int
     stop: int
     change: Floats
 
 
-class Changes:
+class DeltaReader:
     """What an update changes: trained - base + what was left over before, block by block.
 
     `left` holds the leftover as one tensor over the flat axis, named `key`.
     """
 
-    def __init__(self, trained: Readable, base: Readable, left: Readable | None, key: str) -> None:
-        self.layout = Layout(base.schema)
+    def __init__(
+        self, trained: WeightReader, base: WeightReader, left: WeightReader | None, key: str
+    ) -> None:
+        self.layout = FlatLayout(base.schema)
         self._trained, self._base, self._left, self._key = trained, base, left, key
-        self._buffer = np.empty(BLOCK, np.float32)
+        self._buffer = np.empty(BLOCK_ELEMENTS, np.float32)
 
-    def blocks(self, unit: Callable[[Field], int] = lambda field: 1) -> Iterator[Block]:
+    def blocks(self, unit: Callable[[FlatTensor], int] = lambda field: 1) -> Iterator[DeltaBlock]:
         """All of it, in order; a block is whole units of its tensor but for the last one.
 
         Raises BadWeights where the change is not finite.
         """
         for field in self.layout.fields.values():
-            step = BLOCK // unit(field) * unit(field)
+            step = BLOCK_ELEMENTS // unit(field) * unit(field)
             for start in range(0, field.size, step):
                 stop = min(start + step, field.size)
                 part = Part(field.name, start, stop)
@@ -102,15 +113,15 @@ class Changes:
                         at = field.start
                         before = self._left.read(Part(self._key, at + start, at + stop))
                         change += np.asarray(before, np.float32)
-                    if not (change.max() <= MOST and change.min() >= -MOST):
+                    if not (change.max() <= MAX_CHANGE and change.min() >= -MAX_CHANGE):
                         raise BadWeights(f"tensor {field.name!r} moved to NaN, infinity or near it")
-                yield Block(field, start, stop, change)
+                yield DeltaBlock(field, start, stop, change)
 
 
 def subtract(new: Array, old: Array, dtype: str, out: Floats) -> None:
     """`new - old` in float32 for elements of a floating-point dtype."""
     if dtype == "BF16":
-        new, old = widen(new), widen(old)
+        new, old = bf16_to_float32(new), bf16_to_float32(old)
     elif dtype == "F16":
         new, old = new.astype(np.float32), old.astype(np.float32)
     np.subtract(new, old, out=out, casting="same_kind")
@@ -122,5 +133,5 @@ def add(old: Array, change: Floats, dtype: str) -> Array:
         if dtype == "F32":
             return np.add(change, old, out=change)
         if dtype == "BF16":
-            return narrow(widen(old) + change)
+            return float32_to_bf16(bf16_to_float32(old) + change)
         return np.add(old, change, dtype=np.float64).astype(DTYPES[dtype])

@@ -18,17 +18,25 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from protocols.codecs.delta import BLOCK, MOST, Block, Changes, Field, Floats, Layout
+from protocols.codecs.delta import (
+    BLOCK_ELEMENTS,
+    MAX_CHANGE,
+    DeltaBlock,
+    DeltaReader,
+    FlatLayout,
+    FlatTensor,
+    Floats,
+)
 from protocols.errors import BadWeights
 from protocols.model.weights import (
     Array,
     Part,
-    Readable,
     Schema,
     TensorSpec,
+    WeightReader,
+    bf16_to_float32,
     check_schema,
-    narrow,
-    widen,
+    float32_to_bf16,
 )
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -45,29 +53,29 @@ class Sink(Protocol):
         """Append to a tensor of the coded file; tensors come in name order."""
         ...
 
-    def keep(self, left: Floats) -> None:
+    def put_residual(self, left: Floats) -> None:
         """What the coded file leaves out of the next block: change - decoded."""
         ...
 
 
-class Coding(Protocol):
+class Encoding(Protocol):
     """One codec's mathematics."""
 
-    def schema(self, layout: Layout) -> Schema:
+    def schema(self, layout: FlatLayout) -> Schema:
         """The coded file's; of a sparse one the largest that may be."""
         ...
 
-    def encode(self, changes: Changes, to: Sink) -> None: ...
+    def encode(self, changes: DeltaReader, to: Sink) -> None: ...
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
         """A coded file, checked. Raises BadWeights."""
         ...
 
 
-class Opened(Protocol):
+class DeltaDecoder(Protocol):
     """A coded file in which any part of the change can be read."""
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         """Elements `start` to `stop` of a tensor's change."""
         ...
 
@@ -75,26 +83,26 @@ class Opened(Protocol):
 class Bf16:
     """The change, rounded to bfloat16."""
 
-    def schema(self, layout: Layout) -> Schema:
+    def schema(self, layout: FlatLayout) -> Schema:
         return {"d": TensorSpec("BF16", (layout.count,))}
 
-    def encode(self, changes: Changes, to: Sink) -> None:
+    def encode(self, changes: DeltaReader, to: Sink) -> None:
         to.begin(self.schema(changes.layout))
         for block in changes.blocks():
-            bits = narrow(block.change)
+            bits = float32_to_bf16(block.change)
             to.put("d", bits)
-            to.keep(np.subtract(block.change, widen(bits), out=block.change))
+            to.put_residual(np.subtract(block.change, bf16_to_float32(bits), out=block.change))
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
         check_schema(file.schema, self.schema(layout))
-        return _OpenedBf16(file)
+        return _Bf16Decoder(file)
 
 
-class _OpenedBf16:
-    def __init__(self, file: Readable) -> None:
+class _Bf16Decoder:
+    def __init__(self, file: WeightReader) -> None:
         self._file = file
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         bits = self._file.read(Part("d", field.start + start, field.start + stop))
         np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
 
@@ -102,32 +110,35 @@ class _OpenedBf16:
 class Int8:
     """127 steps to each side; the scale is that of a row of the tensor."""
 
-    def schema(self, layout: Layout) -> Schema:
+    def schema(self, layout: FlatLayout) -> Schema:
         return {"q": TensorSpec("I8", (layout.count,)), "s": TensorSpec("F32", (layout.rows,))}
 
-    def encode(self, changes: Changes, to: Sink) -> None:
+    def encode(self, changes: DeltaReader, to: Sink) -> None:
         to.begin(self.schema(changes.layout))
-        whole, scales = Quantiser(), [np.empty(0, np.float32)]
+        whole, scales = Quantizer(), [np.empty(0, np.float32)]
         for block in changes.blocks(lambda field: field.row):
-            steps, scale = whole.quantise(block)
+            steps, scale = whole.quantize(block)
             scales.append(scale)
             to.put("q", steps)
-            to.keep(block.change)
+            to.put_residual(block.change)
         to.put("s", np.concatenate(scales))
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
         check_schema(file.schema, self.schema(layout))
         check_scales(file, layout.rows)
-        return OpenedInt8(file)
+        return Int8Decoder(file)
 
 
-class Quantiser:
+class Quantizer:
     """Turns blocks of whole rows into steps and scales."""
 
     def __init__(self) -> None:
-        self._steps, self._coded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
+        self._steps, self._coded = (
+            np.empty(BLOCK_ELEMENTS, np.float32),
+            np.empty(BLOCK_ELEMENTS, np.int8),
+        )
 
-    def quantise(self, block: Block) -> tuple[npt.NDArray[np.int8], Floats]:
+    def quantize(self, block: DeltaBlock) -> tuple[npt.NDArray[np.int8], Floats]:
         """Steps, in a buffer that is used again, and the rows' scales; the block's change becomes
         what is left."""
         change, row = block.change, block.field.row
@@ -147,13 +158,13 @@ class Quantiser:
         return self._coded[: len(change)], np.concatenate(scales)
 
 
-class OpenedInt8:
+class Int8Decoder:
     """Steps in the tensor q, scales in the tensor s."""
 
-    def __init__(self, file: Readable) -> None:
+    def __init__(self, file: WeightReader) -> None:
         self._file = file
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         coded = self._file.read(Part("q", field.start + start, field.start + stop))
         first = start // field.row
         last = -(-stop // field.row)
@@ -181,17 +192,17 @@ def _by_row(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
 class Sign:
     """One bit an element; the scale is the mean distance of the tensor's elements from 0."""
 
-    def schema(self, layout: Layout) -> Schema:
+    def schema(self, layout: FlatLayout) -> Schema:
         return {
             "b": TensorSpec("U8", (layout.sign_bytes,)),
             "s": TensorSpec("F32", (len(layout.fields),)),
         }
 
-    def encode(self, changes: Changes, to: Sink) -> None:
+    def encode(self, changes: DeltaReader, to: Sink) -> None:
         to.begin(self.schema(changes.layout))
         fields = changes.layout.fields
         size = np.zeros(len(fields), np.float64)
-        scratch = np.empty(BLOCK, np.float32)
+        scratch = np.empty(BLOCK_ELEMENTS, np.float32)
         for field, start, stop, change in changes.blocks(_octets):
             size[field.number] += np.abs(change, out=scratch[: stop - start]).sum(dtype=np.float64)
         counts = np.array([field.size for field in fields.values()], np.float64)
@@ -199,10 +210,10 @@ class Sign:
         for field, start, stop, change in changes.blocks(_octets):
             to.put("b", np.packbits(np.signbit(change)))
             change -= np.copysign(scale[field.number], change, out=scratch[: stop - start])
-            to.keep(change)
+            to.put_residual(change)
         to.put("s", scale)
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
         check_schema(file.schema, self.schema(layout))
         check_scales(file, len(layout.fields))
         for field in layout.fields.values():
@@ -210,10 +221,10 @@ class Sign:
                 last = field.first_byte + field.size // 8
                 if int(file.read(Part("b", last, last + 1))[0]) & (0xFF >> field.size % 8):
                     raise BadWeights(f"bits beyond the end of tensor {field.name!r}")
-        return _OpenedSign(file)
+        return _SignDecoder(file)
 
 
-def _octets(field: Field) -> int:
+def _octets(field: FlatTensor) -> int:
     return 8
 
 
@@ -221,12 +232,12 @@ def _octets(field: Field) -> int:
 _SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
 
 
-class _OpenedSign:
-    def __init__(self, file: Readable) -> None:
+class _SignDecoder:
+    def __init__(self, file: WeightReader) -> None:
         self._file = file
-        self._aligned = np.empty(BLOCK + 16, np.float32)
+        self._aligned = np.empty(BLOCK_ELEMENTS + 16, np.float32)
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         first, last = start // 8, -(-stop // 8)
         bits = self._file.read(Part("b", field.first_byte + first, field.first_byte + last))
         scale = np.asarray(self._file.read(Part("s", field.number, field.number + 1)), np.float32)
@@ -235,9 +246,11 @@ class _OpenedSign:
         out[:] = signs[start - first * 8 : stop - first * 8]
 
 
-def check_scales(file: Readable, count: int) -> None:
+def check_scales(file: WeightReader, count: int) -> None:
     """Raise BadWeights unless the tensor s, of so many scales, holds numbers from 0 on."""
-    for start in range(0, count, BLOCK):
-        scales = np.asarray(file.read(Part("s", start, min(start + BLOCK, count))), np.float32)
-        if not (scales.max() <= MOST and scales.min() >= 0):
+    for start in range(0, count, BLOCK_ELEMENTS):
+        scales = np.asarray(
+            file.read(Part("s", start, min(start + BLOCK_ELEMENTS, count))), np.float32
+        )
+        if not (scales.max() <= MAX_CHANGE and scales.min() >= 0):
             raise BadWeights("a scale is not a number from 0 on")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocols.errors import BadWeights
-from protocols.model.weights import Array, Part, Readable
+from protocols.model.weights import Array, Part, WeightReader
 
 Positions = npt.NDArray[np.int64]
 
@@ -49,24 +49,26 @@ class GapWriter:
         return stream
 
 
-def deflated(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+def deflate_chunks(
+    data: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """The bytes of chunks, each deflated, and how many bytes each has then."""
     starts = range(0, len(data), CHUNK_BYTES)
-    chunks = [_deflated_chunk(data[at : at + CHUNK_BYTES]) for at in starts]
+    chunks = [_deflate(data[at : at + CHUNK_BYTES]) for at in starts]
     return np.frombuffer(b"".join(chunks), np.uint8), np.array([*map(len, chunks)], np.int32)
 
 
-def _deflated_chunk(data: npt.NDArray[np.uint8]) -> bytes:
+def _deflate(data: npt.NDArray[np.uint8]) -> bytes:
     deflate = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(data.tobytes()) + deflate.flush()
 
 
-def most_gaps(most: int, limit: int) -> int:
+def max_gap_bytes(most: int, limit: int) -> int:
     """The most bytes that `most` positions below `limit` can take."""
     return min(most + limit // _LARGEST + 1, limit)
 
 
-def most_deflated(nbytes: int) -> tuple[int, int]:
+def max_deflated(nbytes: int) -> tuple[int, int]:
     """How many bytes so many can have at most, and how many chunks."""
     chunks = -(-nbytes // CHUNK_BYTES)
     return nbytes + chunks * _ADDED, chunks
@@ -79,7 +81,7 @@ class GapReader:
     BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
     """
 
-    def __init__(self, file: Readable, name: str, limit: int, lengths: str = "") -> None:
+    def __init__(self, file: WeightReader, name: str, limit: int, lengths: str = "") -> None:
         self._file, self._name = file, name
         self._size = file.schema[name].nbytes
         self._deflated = bool(lengths)
@@ -128,10 +130,10 @@ class GapReader:
         """The bytes of a chunk."""
         is_last = chunk == len(self._ends) - 2
         data = self._file.read(Part(self._name, self._ends[chunk], self._ends[chunk + 1]))
-        return _inflated(data, is_last) if self._deflated else data
+        return _inflate(data, is_last) if self._deflated else data
 
 
-def _inflated(data: Array, is_last: bool) -> Array:
+def _inflate(data: Array, is_last: bool) -> Array:
     """The bytes of a deflated chunk; reads at most a chunk of them. Raises BadWeights."""
     stream = zlib.decompressobj()
     try:

@@ -18,11 +18,19 @@ import numpy as np
 
 from protocols.codecs.index_coding import GapReader, GapWriter
 from protocols.errors import BadWeights
-from protocols.model.weights import Array, Part, Readable, Schema, TensorSpec, check_schema, pieces
-from protocols.model.weights_file import Stored, Writer
+from protocols.model.weights import (
+    Array,
+    Part,
+    Schema,
+    TensorSpec,
+    WeightReader,
+    check_schema,
+    split_into_pieces,
+)
+from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 #: Smaller models are sent whole.
-LEAST_BYTES = 256 * 1024
+MIN_BYTES = 256 * 1024
 #: A patch is less than this share of its version, or there is none.
 _MOST_SHARE = 0.5
 _LOOKS, _LOOK = 4, 256
@@ -30,11 +38,11 @@ _COPY_BYTES = 1024 * 1024
 _SHAPES = {"i": "U8", "v": "U8"}
 
 
-def make(parent: Stored, child: Stored, out: Path) -> int:
+def make(parent: WeightsFile, child: WeightsFile, out: Path) -> int:
     """Write the patch from `parent` to `child`; its bytes, or 0 where there is no small one."""
     check_schema(child.schema, parent.schema)
     most = int(child.nbytes * _MOST_SHARE)
-    if child.nbytes < LEAST_BYTES or _guess_bytes(parent, child) > most:
+    if child.nbytes < MIN_BYTES or _estimate_bytes(parent, child) > most:
         return 0
     gaps = GapWriter()
     offset = 0
@@ -52,13 +60,13 @@ def make(parent: Stored, child: Stored, out: Path) -> int:
                 return 0
         sizes = {"i": where.tell(), "v": what.tell()}
         schema = {name: TensorSpec("U8", (size,)) for name, size in sizes.items()}
-        with Writer(out, schema) as writer:
+        with WeightsWriter(out, schema) as writer:
             for name, file in (("i", where), ("v", what)):
                 _copy(file, name, writer)
     return writer.nbytes
 
 
-def apply(parent: Stored, patch: Readable, out: Path) -> str:
+def apply(parent: WeightsFile, patch: WeightReader, out: Path) -> str:
     """Write the version that `patch` makes of `parent`; its digest, for the caller to compare.
 
     Raises BadWeights.
@@ -68,7 +76,7 @@ def apply(parent: Stored, patch: Readable, out: Path) -> str:
     count = sum(math.prod(spec.shape) for spec in parent.schema.values())
     gaps = GapReader(patch, "i", count)
     offset = taken = 0
-    with Writer(out, parent.schema) as writer:
+    with WeightsWriter(out, parent.schema) as writer:
         for part in _parts(parent.schema):
             array = parent.read(part)
             size = len(array)
@@ -86,7 +94,7 @@ def apply(parent: Stored, patch: Readable, out: Path) -> str:
 
 
 def _parts(schema: Schema) -> Iterator[Part]:
-    for piece in pieces(schema):
+    for piece in split_into_pieces(schema):
         yield from piece
 
 
@@ -95,7 +103,7 @@ def _bits(array: Array) -> Array:
     return array.view(f"u{array.itemsize}")
 
 
-def _guess_bytes(parent: Readable, child: Readable) -> float:
+def _estimate_bytes(parent: WeightReader, child: WeightReader) -> float:
     """About what a patch would take, from a few elements here and there in each tensor."""
     total = 0.0
     for name, spec in child.schema.items():
@@ -111,7 +119,7 @@ def _guess_bytes(parent: Readable, child: Readable) -> float:
     return total
 
 
-def _copy(file: IO[bytes], name: str, writer: Writer) -> None:
+def _copy(file: IO[bytes], name: str, writer: WeightsWriter) -> None:
     file.seek(0)
     start = 0
     while data := file.read(_COPY_BYTES):

@@ -17,26 +17,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protocols.codecs.delta import BLOCK, Changes, Floats, Layout, add
-from protocols.codecs.dense import Bf16, Coding, Int8, Sign
+from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, FlatLayout, Floats, add
+from protocols.codecs.dense import Bf16, Encoding, Int8, Sign
 from protocols.codecs.sparse import Ternary, TopK
 from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import (
     Array,
     Part,
-    Readable,
     Schema,
     TensorSpec,
+    WeightReader,
     check_schema,
     header_bytes,
 )
-from protocols.model.weights_file import Writer
+from protocols.model.weights_file import WeightsWriter
 
-WHOLE = "fp32"
-KNOWN = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
+UNCODED = "fp32"
+NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
 #: Those that send few elements, how large a share of them, and with what.
-SPARSE: dict[str, tuple[float, Callable[[float], Coding]]] = {
+SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
     "ternary": (0.2, Ternary),
     "topk": (0.01, TopK),
 }
@@ -48,23 +48,23 @@ class Codec(NamedTuple):
     """A codec by its full name; `coding` is None for `fp32`."""
 
     name: str
-    coding: Coding | None
+    encoding: Encoding | None
 
 
-def find(name: str) -> Codec:
-    """The codec that `name` means: one of `KNOWN`, or a sparse one with its share: `topk:0.02`.
+def parse(name: str) -> Codec:
+    """The codec that `name` means: one of `NAMES`, or a sparse one with its share: `topk:0.02`.
 
     Raises UnknownName, UsageError.
     """
     kind, colon, argument = name.partition(":")
-    if kind not in KNOWN or (colon and kind not in SPARSE):
+    if kind not in NAMES or (colon and kind not in SPARSE):
         shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
-        raise UnknownName(f"unknown codec {name!r}; known: {', '.join(KNOWN)}, {shares}")
+        raise UnknownName(f"unknown codec {name!r}; known: {', '.join(NAMES)}, {shares}")
     if kind in SPARSE:
         default, coding = SPARSE[kind]
         share = _share(kind, argument) if colon else default
         return Codec(f"{kind}:{share:g}", coding(share))
-    codings: dict[str, Coding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
+    codings: dict[str, Encoding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
     return Codec(kind, codings.get(kind))
 
 
@@ -88,11 +88,11 @@ def _share(kind: str, text: str) -> float:
     return share
 
 
-def most_bytes(codec: Codec, schema: Schema, model_bytes: int) -> int:
+def max_bytes(codec: Codec, schema: Schema, model_bytes: int) -> int:
     """The largest file that an update of such a model can be."""
-    if codec.coding is None:
+    if codec.encoding is None:
         return model_bytes
-    coded = codec.coding.schema(Layout(schema))
+    coded = codec.encoding.schema(FlatLayout(schema))
     return len(header_bytes(coded)) + sum(spec.nbytes for spec in coded.values())
 
 
@@ -103,40 +103,40 @@ class Encoded(NamedTuple):
     nbytes: int
 
 
-def leftover_key(schema: Schema) -> str:
+def residual_key(schema: Schema) -> str:
     """The name of the one tensor in a file of leftovers: which models it is for."""
     return hashlib.sha256(header_bytes(schema)).hexdigest()
 
 
-def leftover_schema(schema: Schema) -> Schema:
+def residual_schema(schema: Schema) -> Schema:
     """The schema of a file of leftovers: what the updates so far did not say."""
-    return {leftover_key(schema): TensorSpec("F32", (Layout(schema).count,))}
+    return {residual_key(schema): TensorSpec("F32", (FlatLayout(schema).count,))}
 
 
 def encode(
     codec: Codec,
-    trained: Readable,
-    base: Readable,
-    left: Readable | None,
+    trained: WeightReader,
+    base: WeightReader,
+    residual: WeightReader | None,
     out: Path,
-    left_out: Path,
+    residual_out: Path,
 ) -> Encoded:
     """Write the update to `out`, and to `left_out` what it leaves over; both durably.
 
     `left` is what was left over before. Raises BadWeights (another schema, not finite), OSError.
     """
-    assert codec.coding is not None, f"{codec.name} has nothing to encode"
+    assert codec.encoding is not None, f"{codec.name} has nothing to encode"
     check_schema(trained.schema, base.schema)
-    key = leftover_key(base.schema)
-    with _Files(out, left_out, leftover_schema(base.schema)) as files:
-        codec.coding.encode(Changes(trained, base, left, key), files)
+    key = residual_key(base.schema)
+    with _Files(out, residual_out, residual_schema(base.schema)) as files:
+        codec.encoding.encode(DeltaReader(trained, base, residual, key), files)
     return Encoded(files.coded.digest, files.coded.nbytes)
 
 
 class _Files(contextlib.ExitStack):
     """A coded file and a file of leftovers, which both take their place only when all went well."""
 
-    coded: Writer
+    coded: WeightsWriter
 
     def __init__(self, out: Path, left_out: Path, left_schema: Schema) -> None:
         super().__init__()
@@ -146,27 +146,27 @@ class _Files(contextlib.ExitStack):
         self._left.write(header_bytes(left_schema))
 
     def begin(self, schema: Schema) -> None:
-        self.coded = self.enter_context(Writer(self._out, schema))
+        self.coded = self.enter_context(WeightsWriter(self._out, schema))
 
     def put(self, name: str, array: Array) -> None:
         start = self._put.get(name, 0)
         self._put[name] = stop = start + len(array)
         self.coded.write({Part(name, start, stop): array})
 
-    def keep(self, left: Floats) -> None:
+    def put_residual(self, left: Floats) -> None:
         self._left.write(left.data)
 
 
-class Decoded:
+class DecodedUpdate:
     """The weights that an update amounts to, read part by part from the coded file and the base.
 
     Raises BadWeights unless the file is one of this codec for this model.
     """
 
-    def __init__(self, coding: Coding, file: Readable, base: Readable) -> None:
+    def __init__(self, coding: Encoding, file: WeightReader, base: WeightReader) -> None:
         self.schema = base.schema
         self._base = base
-        self._fields = (layout := Layout(base.schema)).fields
+        self._fields = (layout := FlatLayout(base.schema)).fields
         self._coded = coding.open(file, layout)
 
     def read(self, part: Part) -> Array:
@@ -180,13 +180,13 @@ class Decoded:
         if part.name not in self._fields:
             return np.zeros(part.stop - part.start, np.float32)
         out = np.empty(part.stop - part.start, np.float32)
-        for start in range(part.start, part.stop, BLOCK):
-            stop = min(start + BLOCK, part.stop)
+        for start in range(part.start, part.stop, BLOCK_ELEMENTS):
+            stop = min(start + BLOCK_ELEMENTS, part.stop)
             here = out[start - part.start : stop - part.start]
             self._coded.change(self._fields[part.name], start, stop, here)
         return out
 
 
-def decoded(codec: Codec, file: Readable, base: Readable) -> Readable:
+def open_update(codec: Codec, file: WeightReader, base: WeightReader) -> WeightReader:
     """The weights in an uploaded file, which for `fp32` are the file's own. Raises BadWeights."""
-    return file if codec.coding is None else Decoded(codec.coding, file, base)
+    return file if codec.encoding is None else DecodedUpdate(codec.encoding, file, base)

@@ -19,18 +19,25 @@ from collections.abc import Container, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from protocols.codecs.delta import BLOCK, Block, Changes, Field, Floats, Layout
-from protocols.codecs.dense import Opened, OpenedInt8, Quantiser, Sink, check_scales
+from protocols.codecs.delta import (
+    BLOCK_ELEMENTS,
+    DeltaBlock,
+    DeltaReader,
+    FlatLayout,
+    FlatTensor,
+    Floats,
+)
+from protocols.codecs.dense import DeltaDecoder, Int8Decoder, Quantizer, Sink, check_scales
 from protocols.codecs.index_coding import (
     GapReader,
     GapWriter,
     Positions,
-    deflated,
-    most_deflated,
-    most_gaps,
+    deflate_chunks,
+    max_deflated,
+    max_gap_bytes,
 )
 from protocols.errors import BadWeights
-from protocols.model.weights import Array, Part, Readable, Schema, TensorSpec
+from protocols.model.weights import Array, Part, Schema, TensorSpec, WeightReader
 
 #: Low bits of a float32 that its class of sizes has not: a class is 1/256 wide, or less.
 _DROPPED = 15
@@ -42,13 +49,13 @@ class TopK:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def schema(self, layout: Layout) -> Schema:
-        most = _most(self.share, layout.count)
-        gaps = most_gaps(most, layout.count)
+    def schema(self, layout: FlatLayout) -> Schema:
+        most = _max_elements(self.share, layout.count)
+        gaps = max_gap_bytes(most, layout.count)
         return {"i": TensorSpec("U8", (gaps,)), "v": TensorSpec("F32", (most,))}
 
-    def encode(self, changes: Changes, to: Sink) -> None:
-        chosen = _Chosen(changes, self.share)
+    def encode(self, changes: DeltaReader, to: Sink) -> None:
+        chosen = _LargestChanges(changes, self.share)
         gaps = chosen.gaps()
         count = len(chosen.positions)
         to.begin({"i": TensorSpec("U8", (len(gaps),)), "v": TensorSpec("F32", (count,))})
@@ -56,21 +63,21 @@ class TopK:
         to.put("v", chosen.values)
         for block in changes.blocks():
             block.change[chosen.within(block)] = 0
-            to.keep(block.change)
+            to.put_residual(block.change)
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
         _check_schema(file, self.schema(layout))
-        return _OpenedTopK(file, layout)
+        return _TopKDecoder(file, layout)
 
 
-class _OpenedTopK:
-    def __init__(self, file: Readable, layout: Layout) -> None:
+class _TopKDecoder:
+    def __init__(self, file: WeightReader, layout: FlatLayout) -> None:
         self._file = file
         self._gaps = GapReader(file, "i", layout.count)
         if self._gaps.count * 4 != file.schema["v"].nbytes:
             raise BadWeights(f"{self._gaps.count} positions, but not as many values")
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         before, positions = self._gaps.between(field.start + start, field.start + stop)
         out[:] = 0
         if len(positions):
@@ -85,12 +92,12 @@ class Ternary:
     def __init__(self, share: float) -> None:
         self.share = share
 
-    def schema(self, layout: Layout) -> Schema:
-        return self._schema(layout, _Small(layout))
+    def schema(self, layout: FlatLayout) -> Schema:
+        return self._schema(layout, _SmallTensors(layout))
 
-    def _schema(self, layout: Layout, small: _Small) -> Schema:
-        most = _most(self.share, layout.count - small.count)
-        longest, chunks = most_deflated(most_gaps(most, layout.count))
+    def _schema(self, layout: FlatLayout, small: _SmallTensors) -> Schema:
+        most = _max_elements(self.share, layout.count - small.count)
+        longest, chunks = max_deflated(max_gap_bytes(most, layout.count))
         return {
             "b": TensorSpec("U8", (-(-most // 8),)),
             "g": TensorSpec("U8", (longest,)),
@@ -99,11 +106,11 @@ class Ternary:
             "s": TensorSpec("F32", (layout.rows,)),
         }
 
-    def encode(self, changes: Changes, to: Sink) -> None:
-        small = _Small(changes.layout)
-        chosen = _Chosen(changes, self.share, small)
+    def encode(self, changes: DeltaReader, to: Sink) -> None:
+        small = _SmallTensors(changes.layout)
+        chosen = _LargestChanges(changes, self.share, small)
         bits = np.packbits(np.signbit(chosen.values))
-        gaps, chunks = deflated(chosen.gaps())
+        gaps, chunks = deflate_chunks(chosen.gaps())
         lengths = {"b": len(bits), "g": len(gaps), "l": len(chunks)}
         to.begin(
             {
@@ -115,34 +122,34 @@ class Ternary:
         to.put("g", gaps)
         to.put("l", chunks)
         scales = [np.empty(0, np.float32)]
-        whole = Quantiser()
+        whole = Quantizer()
         for block in changes.blocks(lambda field: field.row):
             if block.field.name in small.fields:
-                steps, scale = whole.quantise(block)
+                steps, scale = whole.quantize(block)
                 to.put("q", steps)
             else:
-                scale = _scaled(block, chosen.within(block))
+                scale = _row_scales(block, chosen.within(block))
             scales.append(scale)
-            to.keep(block.change)
+            to.put_residual(block.change)
         to.put("s", np.concatenate(scales))
 
-    def open(self, file: Readable, layout: Layout) -> Opened:
-        small = _Small(layout)
+    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+        small = _SmallTensors(layout)
         schema = self._schema(layout, small)
         _check_schema(file, schema)
         if any(file.schema[name] != schema[name] for name in ("q", "s")):
             raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")
         check_scales(file, layout.rows)
         gaps = GapReader(file, "g", layout.count, "l")
-        if gaps.count > (most := _most(self.share, layout.count - small.count)):
+        if gaps.count > (most := _max_elements(self.share, layout.count - small.count)):
             raise BadWeights(f"{gaps.count} positions, but {most} at most")
-        return _OpenedTernary(file, gaps, small)
+        return _TernaryDecoder(file, gaps, small)
 
 
-class _OpenedTernary:
-    def __init__(self, file: Readable, gaps: GapReader, small: _Small) -> None:
+class _TernaryDecoder:
+    def __init__(self, file: WeightReader, gaps: GapReader, small: _SmallTensors) -> None:
         self._file, self._gaps, self._small = file, gaps, small
-        self._steps = OpenedInt8(file)
+        self._steps = Int8Decoder(file)
         count, nbytes = gaps.count, file.schema["b"].nbytes
         if nbytes != -(-count // 8):
             raise BadWeights(f"{count} positions, but not as many signs")
@@ -152,7 +159,7 @@ class _OpenedTernary:
     def _bits(self, first: int, last: int) -> Array:
         return np.unpackbits(np.asarray(self._file.read(Part("b", first, last)), np.uint8))
 
-    def change(self, field: Field, start: int, stop: int, out: Floats) -> None:
+    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         if (among := self._small.fields.get(field.name)) is not None:
             self._steps.change(among, start, stop, out)
             return
@@ -168,7 +175,7 @@ class _OpenedTernary:
         out[positions - (field.start + start)] = np.where(minus, -scale, scale)
 
 
-def _scaled(block: Block, here: Positions) -> Floats:
+def _row_scales(block: DeltaBlock, here: Positions) -> Floats:
     """The scale of each row of a block; `here`, its chosen elements keep what is left of them."""
     change, row = block.change, block.field.row
     sizes, of = np.abs(change[here]), here // row
@@ -179,12 +186,12 @@ def _scaled(block: Block, here: Positions) -> Floats:
     return scale
 
 
-class _Small:
+class _SmallTensors:
     """The smallest tensors, together at most a fiftieth of the model; their places among each
     other."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.fields: dict[str, Field] = {}
+    def __init__(self, layout: FlatLayout) -> None:
+        self.fields: dict[str, FlatTensor] = {}
         self.count = 0
         total, names = 0, set()
         for field in sorted(layout.fields.values(), key=lambda field: field.size):
@@ -198,12 +205,12 @@ class _Small:
                 self.count += field.size
 
 
-def _most(share: float, count: int) -> int:
+def _max_elements(share: float, count: int) -> int:
     """How many of so many elements may be sent."""
     return math.ceil(count * share)
 
 
-def _check_schema(file: Readable, most: Schema) -> None:
+def _check_schema(file: WeightReader, most: Schema) -> None:
     """Raise BadWeights unless the file has these tensors, at most as long."""
     found = file.schema
     kinds = [(name, spec.dtype, len(spec.shape)) for name, spec in sorted(found.items())]
@@ -216,31 +223,33 @@ def _check_schema(file: Readable, most: Schema) -> None:
         )
 
 
-class _Chosen:
+class _LargestChanges:
     """The largest changes, never a 0: ascending `positions` on the flat axis, and `values`.
 
     Those of `small` tensors do not count.
     """
 
-    def __init__(self, changes: Changes, share: float, small: _Small | None = None) -> None:
+    def __init__(
+        self, changes: DeltaReader, share: float, small: _SmallTensors | None = None
+    ) -> None:
         skipped = small.fields if small else {}
-        most = _most(share, changes.layout.count - (small.count if small else 0))
-        least = _cut(changes, most, skipped)
+        most = _max_elements(share, changes.layout.count - (small.count if small else 0))
+        least = _threshold_class(changes, most, skipped)
         where: list[Positions] = [np.empty(0, np.int64)]
         values: list[Floats] = [np.empty(0, np.float32)]
         for block in _without(skipped, changes):
-            here = np.flatnonzero(_size(block.change) >= max(least << _DROPPED, 1))
+            here = np.flatnonzero(_magnitude_bits(block.change) >= max(least << _DROPPED, 1))
             where.append(here + (block.field.start + block.start))
             values.append(block.change[here])
         self.positions, self.values = np.concatenate(where), np.concatenate(values)
         if (excess := len(self.positions) - most) > 0:
-            sizes = _size(self.values)
+            sizes = _magnitude_bits(self.values)
             last = np.flatnonzero(sizes >> _DROPPED == least)
             smallest = last[np.argpartition(sizes[last], excess - 1)[:excess]]
             self.positions = np.delete(self.positions, smallest)
             self.values = np.delete(self.values, smallest)
 
-    def within(self, block: Block) -> Positions:
+    def within(self, block: DeltaBlock) -> Positions:
         """The chosen elements of a block, by their places in it."""
         start = block.field.start
         first, last = np.searchsorted(self.positions, (start + block.start, start + block.stop))
@@ -248,24 +257,28 @@ class _Chosen:
 
     def gaps(self) -> npt.NDArray[np.uint8]:
         writer = GapWriter()
-        starts = range(0, max(len(self.positions), 1), BLOCK)
-        return np.concatenate([writer.encode(self.positions[at : at + BLOCK]) for at in starts])
+        starts = range(0, max(len(self.positions), 1), BLOCK_ELEMENTS)
+        return np.concatenate(
+            [writer.encode(self.positions[at : at + BLOCK_ELEMENTS]) for at in starts]
+        )
 
 
-def _size(change: Floats) -> npt.NDArray[np.uint32]:
+def _magnitude_bits(change: Floats) -> npt.NDArray[np.uint32]:
     """Numbers that are in the order of the sizes: a float without its sign, as bits."""
     return change.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
-def _without(skipped: Container[str], changes: Changes) -> Iterator[Block]:
+def _without(skipped: Container[str], changes: DeltaReader) -> Iterator[DeltaBlock]:
     return (block for block in changes.blocks() if block.field.name not in skipped)
 
 
-def _cut(changes: Changes, most: int, skipped: Container[str]) -> int:
+def _threshold_class(changes: DeltaReader, most: int, skipped: Container[str]) -> int:
     """The largest class of sizes so that it and those above have `most` elements, or all."""
     counts = np.zeros(1 << (31 - _DROPPED), np.int64)
     for block in _without(skipped, changes):
-        classes = (_size(block.change) >> _DROPPED).astype(np.intp)  # else bincount does it, slowly
+        classes = (_magnitude_bits(block.change) >> _DROPPED).astype(
+            np.intp
+        )  # else bincount does it, slowly
         counts += np.bincount(classes, minlength=len(counts))
     from_above = np.cumsum(counts[::-1])
     return max(len(counts) - 1 - int(np.searchsorted(from_above, most)), 0)

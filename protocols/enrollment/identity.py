@@ -44,12 +44,12 @@ def new_node_key() -> NodeKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
-def raw_public(key: SigningKey) -> bytes:
+def public_bytes(key: SigningKey) -> bytes:
     """The 32 raw bytes of the public half."""
     return key.public_key().public_bytes_raw()
 
 
-def node_public(key: NodeKey) -> bytes:
+def node_public_pem(key: NodeKey) -> bytes:
     """The public half in the form that Flower's node authentication sends (PEM)."""
     return _public_pem(key.public_key())
 
@@ -178,7 +178,7 @@ def new_server_certificate(
 def new_node_tls(key: NodeKey, peer: str) -> bytes:
     """A self-signed TLS certificate (PEM) over a node key, for serving other peers.
 
-    Nobody trusts it for its name: who connects knows the key that it must hold (`is_of_key`).
+    Clients do not trust its name: they compare its key (`certificate_matches_key`).
     """
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"commonweight peer {peer}")])
     certificate = (
@@ -189,7 +189,7 @@ def new_node_tls(key: NodeKey, peer: str) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def is_of_key(certificate_der: bytes, node_public_pem: bytes) -> bool:
+def certificate_matches_key(certificate_der: bytes, node_public_pem: bytes) -> bool:
     """True if a TLS certificate (DER) is one of this node key."""
     try:
         key = x509.load_der_x509_certificate(certificate_der).public_key()
@@ -272,12 +272,12 @@ _SIGNED_CERTIFICATE = SignedJson(
 )
 
 
-def issue(ca_key: SigningKey, certificate: NodeCertificate) -> bytes:
+def issue_certificate(ca_key: SigningKey, certificate: NodeCertificate) -> bytes:
     """The certificate as signed bytes: 64 bytes of signature, then JSON."""
     return _SIGNED_CERTIFICATE.pack(certificate, ca_key.sign)
 
 
-def read_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
+def verify_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
     """The certificate in `data`, checked against the CA. Raises BadMessage."""
     ca = x509.load_pem_x509_certificate(ca_pem).public_key()
     assert isinstance(ca, ed25519.Ed25519PublicKey)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from protocols.messages.envelope import Name
 from protocols.messages.mqtt import MqttAddress
@@ -12,13 +12,13 @@ from protocols.messages.mqtt import MqttAddress
 JOIN_PATH = "/cw/v1/join"
 OPERATOR_JOIN_PATH = "/cw/v1/operators/join"
 CA_PATH = "/cw/v1/ca"
-STANDING_PATH = "/cw/v1/standing"
+ENROLLMENT_STATUS_PATH = "/cw/v1/standing"
 RENEW_PATH = "/cw/v1/renew"
 LEAVE_PATH = "/cw/v1/leave"
 MQTT_PATH = "/cw/v1/mqtt"
 
 
-class Joining(Struct, frozen=True, kw_only=True):
+class JoinRequest(Struct, frozen=True, kw_only=True):
     """What an agent sends: its ticket's id and secret, and the public halves of its two keys.
 
     `proof` is its Ed25519 signature over `claimed`: nobody joins with, or asks again in the name
@@ -35,12 +35,12 @@ class Joining(Struct, frozen=True, kw_only=True):
     version: Name
 
 
-def claimed(ticket: str, secret: bytes, node_public: bytes) -> bytes:
+def join_proof(ticket: str, secret: bytes, node_public: bytes) -> bytes:
     """What a joining machine signs with the key that it joins with."""
     return b"\n".join((b"commonweight join 1", ticket.encode(), secret.hex().encode(), node_public))
 
 
-class OperatorJoining(Struct, frozen=True, kw_only=True):
+class OperatorJoinRequest(Struct, frozen=True, kw_only=True):
     """What a monitor elsewhere sends: its ticket, and the public half of its key, proved."""
 
     ticket: Name
@@ -51,13 +51,13 @@ class OperatorJoining(Struct, frozen=True, kw_only=True):
     version: Name
 
 
-def operator_claimed(ticket: str, secret: bytes, sign_public: bytes) -> bytes:
+def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes:
     """What a joining monitor signs with the key that it joins with."""
     parts = (b"commonweight operator 1", ticket.encode(), secret.hex().encode(), sign_public)
     return b"\n".join(parts)
 
 
-class OperatorAnswer(Struct, frozen=True, kw_only=True):
+class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
     """Who the monitor is to the fleet from now on, and what it may."""
 
     operator: str
@@ -65,7 +65,7 @@ class OperatorAnswer(Struct, frozen=True, kw_only=True):
     fleet: str
 
 
-class JoinAnswer(Struct, frozen=True, kw_only=True):
+class JoinResponse(Struct, frozen=True, kw_only=True):
     """What a machine needs to work for the fleet."""
 
     peer: str
@@ -77,10 +77,10 @@ class JoinAnswer(Struct, frozen=True, kw_only=True):
     awaiting: bool
 
 
-class StandingAnswer(Struct, frozen=True, kw_only=True):
+class EnrollmentStatus(Struct, frozen=True, kw_only=True):
     """How a machine stands with the coordinator, and the coordinator's own version."""
 
     peer: str
     name: str
-    standing: Literal["awaiting", "enrolled"]
+    enrollment: Literal["awaiting", "enrolled"] = field(name="standing")
     version: str

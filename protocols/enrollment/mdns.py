@@ -13,7 +13,7 @@ SERVICE = "_commonweight._tcp.local."
 _FORMAT = "1"
 
 
-class Announced(NamedTuple):
+class Announcement(NamedTuple):
     """`ca`: the first `CA_BYTES` bytes of the CA's SHA-256."""
 
     name: str
@@ -21,13 +21,13 @@ class Announced(NamedTuple):
     version: str
 
 
-def properties(name: str, ca_sha256: bytes) -> dict[str, str]:
+def encode_txt_record(name: str, ca_sha256: bytes) -> dict[str, str]:
     """The TXT record."""
     ca = ca_sha256[:CA_BYTES].hex()
     return {"v": _FORMAT, "name": name[:64], "ca": ca, "version": VERSION}
 
 
-def read(told: Mapping[bytes, bytes | None]) -> Announced | None:
+def parse_txt_record(told: Mapping[bytes, bytes | None]) -> Announcement | None:
     """What a TXT record says; None for one that is not ours, or of another format."""
     try:
         fields = {key.decode(): (value or b"").decode() for key, value in told.items()}
@@ -37,4 +37,4 @@ def read(told: Mapping[bytes, bytes | None]) -> Announced | None:
     if fields.get("v") != _FORMAT or len(ca) != CA_BYTES:
         return None
     name, version = (strip_controls(fields.get(key, ""))[:64] for key in ("name", "version"))
-    return Announced(name, ca, version)
+    return Announcement(name, ca, version)

@@ -29,7 +29,7 @@ BODY = "x-cw-body"
 SIGNATURE = "x-cw-signature"
 
 
-class Signed(NamedTuple):
+class SignedRequest(NamedTuple):
     """What a signed request says of itself; `body_sha256` is still to be compared with the body."""
 
     sender: str
@@ -40,7 +40,7 @@ class Signed(NamedTuple):
     message: bytes
 
 
-def headers(
+def sign_headers(
     sender: str,
     sign: Callable[[bytes], bytes],
     method: str,
@@ -59,7 +59,7 @@ def headers(
     }
 
 
-def read(method: str, path: str, sent: Mapping[str, str], now: float) -> Signed:
+def parse(method: str, path: str, sent: Mapping[str, str], now: float) -> SignedRequest:
     """What the request claims; time and form are checked, not the signature. Raises BadMessage."""
     try:
         sender, at, nonce = sent[SENDER], float(sent[TIME]), sent[NONCE]
@@ -71,14 +71,14 @@ def read(method: str, path: str, sent: Mapping[str, str], now: float) -> Signed:
     if len(nonce) != 24 or len(body) != 64 or len(signature) != 64:
         raise BadMessage("the request is not signed")
     message = _message(method, path, body, sent[TIME], nonce)
-    return Signed(sender, at, nonce, body, signature, message)
+    return SignedRequest(sender, at, nonce, body, signature, message)
 
 
 def _message(method: str, path: str, body_sha256: str, at: str, nonce: str) -> bytes:
     return "\n".join(("commonweight request 1", method, path, body_sha256, at, nonce)).encode()
 
 
-class Nonces:
+class NonceCache:
     """Remembers nonces for as long as their signatures are good, at most `limit` of each sender.
 
     Kept apart by sender: one that spends all of its own shuts out nobody else.
@@ -89,7 +89,7 @@ class Nonces:
         self._seen: dict[str, deque[tuple[float, set[int]]]] = {}
         self._limit = limit
 
-    def spend(self, sender: str, nonce: str, now: float) -> bool:
+    def use(self, sender: str, nonce: str, now: float) -> bool:
         """True the first time; False for a replay, or when too many are remembered."""
         sets = self._seen.setdefault(sender, deque())
         # A signature may be dated up to one window ahead, so it is good for two after its arrival.

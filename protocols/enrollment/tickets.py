@@ -25,7 +25,7 @@ PREFIX = "cw1."
 CODE_PREFIX = "cw1s."
 #: Of the CA's SHA-256, in a code and in an announcement.
 CA_BYTES = 16
-_AGAIN = "copy the whole line that `commonweight ticket create` printed"
+_COPY_AGAIN = "copy the whole line that `commonweight ticket create` printed"
 
 
 class Ticket(Struct, frozen=True, kw_only=True, array_like=True):
@@ -54,22 +54,22 @@ def hash_secret(ticket_id: str, secret: bytes) -> str:
     return hashlib.sha256(b"commonweight ticket 1\n" + ticket_id.encode() + secret).hexdigest()
 
 
-def is_genuine(ticket: Ticket, fingerprint: bytes) -> bool:
+def matches_ca(ticket: Ticket, fingerprint: bytes) -> bool:
     """True if the CA with this SHA-256 is the one that the ticket is for."""
     return fingerprint.startswith(ticket.ca_sha256)
 
 
 def encode(ticket: Ticket) -> str:
-    return _written(PREFIX, msgspec.msgpack.encode(ticket))
+    return _with_checksum(PREFIX, msgspec.msgpack.encode(ticket))
 
 
 def encode_code(ticket: Ticket) -> str:
     """The ticket's short form."""
     body = bytes.fromhex(ticket.id) + ticket.ca_sha256[:CA_BYTES] + ticket.secret
-    return _written(CODE_PREFIX, body)
+    return _with_checksum(CODE_PREFIX, body)
 
 
-def _written(prefix: str, body: bytes) -> str:
+def _with_checksum(prefix: str, body: bytes) -> str:
     return prefix + urlsafe_b64encode(body + _checksum(body)).rstrip(b"=").decode()
 
 
@@ -77,12 +77,12 @@ def decode(text: str) -> Ticket:
     """The ticket in `text`, or that of a code. Raises TicketMalformed that says what is wrong."""
     text = "".join(text.split())
     if not text.startswith("cw"):
-        raise TicketMalformed("this is not a ticket: a ticket begins with cw1.", _AGAIN)
+        raise TicketMalformed("this is not a ticket: a ticket begins with cw1.", _COPY_AGAIN)
     if text.startswith(CODE_PREFIX):
-        body = _body(text[len(CODE_PREFIX) :])
+        body = _check_body(text[len(CODE_PREFIX) :])
         ca, secret = body[4 : 4 + CA_BYTES], body[4 + CA_BYTES :]
         if len(secret) != 16:
-            raise TicketMalformed("the code's length is wrong", _AGAIN)
+            raise TicketMalformed("the code's length is wrong", _COPY_AGAIN)
         return Ticket(addresses=(), ca_sha256=ca, id=body[:4].hex(), secret=secret)
     if not text.startswith(PREFIX):
         version = text.partition(".")[0]
@@ -91,25 +91,25 @@ def decode(text: str) -> Ticket:
             "update commonweight on this machine",
         )
     try:
-        ticket = msgspec.msgpack.decode(_body(text[len(PREFIX) :]), type=Ticket)
+        ticket = msgspec.msgpack.decode(_check_body(text[len(PREFIX) :]), type=Ticket)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise TicketMalformed(f"the ticket's fields are wrong: {err}", _AGAIN) from err
+        raise TicketMalformed(f"the ticket's fields are wrong: {err}", _COPY_AGAIN) from err
     if not ticket.addresses or len(ticket.ca_sha256) != 32:
-        raise TicketMalformed("the ticket's fields are wrong: no address, or no hash", _AGAIN)
+        raise TicketMalformed("the ticket's fields are wrong: no address, or no hash", _COPY_AGAIN)
     return ticket
 
 
-def _body(encoded: str) -> bytes:
+def _check_body(encoded: str) -> bytes:
     """What is under the checksum. Raises TicketMalformed."""
     try:
         data = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except (binascii.Error, ValueError) as err:
-        raise TicketMalformed("the ticket is cut or mistyped", _AGAIN) from err
+        raise TicketMalformed("the ticket is cut or mistyped", _COPY_AGAIN) from err
     body, checksum = data[:-4], data[-4:]
     # The decoder passes over letters that it does not know, and over the last letter's spare bits.
     canonical = urlsafe_b64encode(data).rstrip(b"=").decode()
     if len(data) < 40 or _checksum(body) != checksum or canonical != encoded:
-        raise TicketMalformed("the ticket is cut or mistyped (its checksum is wrong)", _AGAIN)
+        raise TicketMalformed("the ticket is cut or mistyped (its checksum is wrong)", _COPY_AGAIN)
     return body
 
 

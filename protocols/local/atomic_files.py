@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from protocols.local.background_unlink import letting_go
+from protocols.local.background_unlink import freeing_in_thread
 
 
 class replacing:
@@ -32,13 +32,13 @@ class replacing:
                     self._file.flush()
                     os.fsync(self._file.fileno())
             if kind is None:
-                with letting_go(self._path):
+                with freeing_in_thread(self._path):
                     os.replace(self._temporary, self._path)
         finally:
             # What a full disk or an error left behind; after a rename there is nothing.
             self._temporary.unlink(missing_ok=True)
         if kind is None and self._synced:
-            sync_folder(self._path.parent)
+            fsync_folder(self._path.parent)
 
 
 def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
@@ -47,7 +47,7 @@ def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
         file.write(data)
 
 
-def sync(*paths: Path) -> None:
+def fsync_files(*paths: Path) -> None:
     """Make files of one folder durable that were written before, if they are still there.
 
     Raises OSError.
@@ -55,7 +55,7 @@ def sync(*paths: Path) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
             os.fsync(file.fileno())  # opened for writing: Windows syncs no other
-    sync_folder(paths[0].parent)
+    fsync_folder(paths[0].parent)
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:
@@ -64,7 +64,7 @@ def write_all(file: IO[bytes], data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
     if os.name == "nt":
         return

@@ -15,16 +15,16 @@ from pathlib import Path
 _LARGE_BYTES = 4 * 1024 * 1024
 
 
-def remove(path: Path) -> None:
+def unlink(path: Path) -> None:
     """Remove a file that may be there. Raises OSError."""
-    with letting_go(path):
+    with freeing_in_thread(path):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def letting_go(path: Path) -> Iterator[None]:
+def freeing_in_thread(path: Path) -> Iterator[None]:
     """Free the disk blocks of `path` in a thread, after a block that replaces or unlinks it."""
-    descriptor = _held(path)
+    descriptor = _open_if_large(path)
     try:
         yield
     finally:
@@ -32,7 +32,7 @@ def letting_go(path: Path) -> Iterator[None]:
             threading.Thread(target=os.close, args=(descriptor,), name="removal").start()
 
 
-def _held(path: Path) -> int | None:
+def _open_if_large(path: Path) -> int | None:
     if os.name == "nt":  # where a file that is open keeps its name
         return None
     try:

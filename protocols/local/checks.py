@@ -38,34 +38,34 @@ class Advice(NamedTuple):
 
 
 #: Looks at one thing and says what it saw. A fault is a CommonweightError: its hint is the fix.
-Look = Callable[[], str | Advice]
+CheckFunction = Callable[[], str | Advice]
 
 
-class Step(NamedTuple):
+class CheckStep(NamedTuple):
     """A check to be made, unless one of those it `needs` did not pass."""
 
     name: str
-    look: Look
+    run: CheckFunction
     needs: tuple[str, ...] = ()
 
 
-def examine(steps: Iterable[Step]) -> Iterator[Check]:
+def run_checks(steps: Iterable[CheckStep]) -> Iterator[Check]:
     """Make these checks one after the other, each given as soon as it is made."""
     passed: set[str] = set()
     for step in steps:
-        check = _skipped(step) if not passed.issuperset(step.needs) else _made(step)
+        check = _skipped(step) if not passed.issuperset(step.needs) else _run(step)
         if check.ok:
             passed.add(check.name)
         yield check
 
 
-def _skipped(step: Step) -> Check:
+def _skipped(step: CheckStep) -> Check:
     return Check(step.name, None, "skipped")
 
 
-def _made(step: Step) -> Check:
+def _run(step: CheckStep) -> Check:
     try:
-        saw = step.look()
+        saw = step.run()
     except CommonweightError as err:
         return Check(step.name, False, err.message, err.hint)
     except Exception as err:  # a check that breaks is a finding: the others are made all the same
@@ -73,17 +73,17 @@ def _made(step: Step) -> Check:
     return Check(step.name, True, *(saw if isinstance(saw, Advice) else (saw,)))
 
 
-def in_words(check: Check) -> str:
+def format_check(check: Check) -> str:
     """The check for a person: one line, and one more for its fix."""
     line = f"{_MARKS[check.ok]} {check.name}: {strip_controls(check.detail)}"
     return line + (f"\n    fix: {strip_controls(check.fix)}" if check.fix else "")
 
 
-def num_faults(checks: Iterable[Check]) -> int:
+def count_failed(checks: Iterable[Check]) -> int:
     return sum(check.ok is False for check in checks)
 
 
-def as_data(checks: Iterable[Check]) -> dict[str, Any]:
+def to_json(checks: Iterable[Check]) -> dict[str, Any]:
     """What `--json` tells: the checks, and how many of them are faults."""
     made = list(checks)
-    return {"faults": num_faults(made), "checks": made}
+    return {"faults": count_failed(made), "checks": made}

@@ -27,7 +27,7 @@ def run(command: Callable[..., Any]) -> int:
         if "--json" in sys.argv:
             sys.stdout.write(json_output.error(err) + "\n")
         else:
-            sys.stderr.write(json_output.in_words(err) + "\n")
+            sys.stderr.write(json_output.format_error(err) + "\n")
         return int(err.exit_code)
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -43,7 +43,7 @@ def run(command: Callable[..., Any]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def ticket_text(given: str) -> str:
+def read_ticket(given: str) -> str:
     """The ticket: itself, in `file:PATH`, or for `-` what is typed or piped. Raises UsageError."""
     if given == "-":
         if sys.stdin.isatty():
@@ -62,7 +62,7 @@ def ticket_text(given: str) -> str:
     return given
 
 
-def tell_checks(found: Iterable[checks.Check], *, json: bool) -> None:
+def print_checks(found: Iterable[checks.Check], *, json: bool) -> None:
     """Print each check as it is made. Ends the command with status 6 if one found a fault."""
     import click
 
@@ -70,9 +70,9 @@ def tell_checks(found: Iterable[checks.Check], *, json: bool) -> None:
     for check in found:
         made.append(check)
         if not json:
-            sys.stdout.write(checks.in_words(check) + "\n")
+            sys.stdout.write(checks.format_check(check) + "\n")
             sys.stdout.flush()
     if json:
-        sys.stdout.write(json_output.ok(checks.as_data(made)) + "\n")
-    if checks.num_faults(made):
+        sys.stdout.write(json_output.ok(checks.to_json(made)) + "\n")
+    if checks.count_failed(made):
         raise click.exceptions.Exit(ExitCode.FAULTS_FOUND)

@@ -17,10 +17,10 @@ from protocols.errors import CommonweightError
 from protocols.local.atomic_files import write_private
 
 FOLDER = "crashes"
-KEPT = 10
+MAX_REPORTS = 10
 
 
-def keep(home: Path, err: BaseException) -> None:
+def save(home: Path, err: BaseException) -> None:
     """Write a report of an error that nobody expected; the oldest go. Never raises OSError."""
     if isinstance(err, CommonweightError | KeyboardInterrupt | SystemExit):
         return
@@ -31,7 +31,7 @@ def keep(home: Path, err: BaseException) -> None:
         chain.append(
             {
                 "kind": type(following).__name__,
-                "steps": [f"{_short(step.filename)}:{step.lineno} {step.name}" for step in steps],
+                "steps": [f"{_shorten(step.filename)}:{step.lineno} {step.name}" for step in steps],
             }
         )
         following = following.__cause__ or following.__context__
@@ -49,18 +49,18 @@ def keep(home: Path, err: BaseException) -> None:
         write_private(
             folder / f"{name}-{time.time_ns() % 10**9:09}.json", json.dumps(report).encode()
         )
-        for old in kept(home)[:-KEPT]:
+        for old in list_reports(home)[:-MAX_REPORTS]:
             old.unlink(missing_ok=True)
     except OSError:
         pass  # a full disk, say: the log has it
 
 
-def kept(home: Path) -> list[Path]:
+def list_reports(home: Path) -> list[Path]:
     """The reports, oldest first."""
     return sorted((home / FOLDER).glob("*.json"))
 
 
-def in_words(report: Path) -> str:
+def format_report(report: Path) -> str:
     """The newest step of a report: `2026-11-24 18:05 ValueError in agent/home/logs.py:17 _open`."""
     try:
         told = json.loads(report.read_bytes())
@@ -71,6 +71,6 @@ def in_words(report: Path) -> str:
         return f"{report.name}: damaged"
 
 
-def _short(file: str) -> str:
+def _shorten(file: str) -> str:
     """The last two parts of a path: nothing of where the owner keeps things."""
     return "/".join(Path(file).parts[-2:])

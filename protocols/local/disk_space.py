@@ -13,7 +13,7 @@ _FULL = frozenset(
 )
 
 
-def is_full(err: BaseException) -> bool:
+def is_disk_full(err: BaseException) -> bool:
     """True if somebody could not write because a disk or a quota has no room left."""
     return isinstance(err, DiskFull) or (isinstance(err, OSError) and err.errno in _FULL)
 

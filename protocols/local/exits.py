@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _REPORT_S = 2.0
 
 
-def end_within(bound_s: float, code: int) -> None:
+def exit_within(bound_s: float, code: int) -> None:
     """Bound the rest of this process: after `bound_s` log all stacks and exit with `code`.
 
     At its exit Python waits for every thread that is no daemon, such as those of executors. A

@@ -8,7 +8,7 @@ import gc
 import sys
 
 
-def share() -> None:
+def limit_arenas() -> None:
     """Let all threads share two heaps: glibc's one heap a thread keeps what each once needed."""
     m_arena_max = -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library

@@ -12,7 +12,7 @@ from protocols.local.checks import Advice
 
 def check_private(home: Path) -> str:
     """Words for a home that nobody else can read. Raises CommonweightError: others can."""
-    if found := homes.exposed(home):
+    if found := homes.exposed_paths(home):
         names = ", ".join(path.name for path in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CommonweightError(
@@ -33,8 +33,8 @@ def check_room(home: Path, little_bytes: float, too_little_bytes: float) -> str 
 
 def check_crashes(home: Path) -> str | Advice:
     """Whether a program fell here over something that nobody expected."""
-    found = crash_reports.kept(home)
+    found = crash_reports.list_reports(home)
     if not found:
         return "none"
-    said = f"{len(found)} kept here, the last {crash_reports.in_words(found[-1])}"
+    said = f"{len(found)} kept here, the last {crash_reports.format_report(found[-1])}"
     return Advice(said, f"report it with {found[-1]}: no data is in it; then delete the file")

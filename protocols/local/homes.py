@@ -34,7 +34,7 @@ _STARTS: dict[Kind, str] = {
 STAMP = "home.json"
 
 
-def locate(kind: Kind) -> Path:
+def home_path(kind: Kind) -> Path:
     """Where the home is, whether or not it exists."""
     if chosen := os.environ.get(_VARIABLES[kind]):
         return Path(chosen).expanduser().absolute()
@@ -43,7 +43,7 @@ def locate(kind: Kind) -> Path:
 
 def open_home(kind: Kind, *, create: bool = False) -> Path:
     """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeError."""
-    home = locate(kind)
+    home = home_path(kind)
     start = _STARTS[kind]
     try:
         if create:
@@ -72,7 +72,7 @@ def _write_stamp(home: Path, kind: Kind) -> None:
 
 def _migrate(home: Path, kind: Kind) -> None:
     """Bring an older home to this format, if no program of the older version works in it."""
-    held = lock(home, f"{kind} of an older version")
+    held = lock_home(home, f"{kind} of an older version")
     try:
         if (found := check_stamp(home, kind)) < FORMAT:
             migrations.migrate(home, migrations.STEPS[kind], found, FORMAT)
@@ -100,14 +100,14 @@ def check_stamp(home: Path, kind: Kind) -> int:
     return found
 
 
-def exposed(home: Path) -> list[Path]:
+def exposed_paths(home: Path) -> list[Path]:
     """The home and what lies in it, as far as others than its owner can get at it."""
     if os.name != "posix":  # there the folder's own access list decides
         return []
     return [path for path in (home, *sorted(home.iterdir())) if path.lstat().st_mode & 0o077]
 
 
-def lock(home: Path, what: str) -> FileLock:
+def lock_home(home: Path, what: str) -> FileLock:
     """Take the home for this process until it ends. Raises HomeLocked."""
     held = FileLock(home / "lock", mode=0o600)
     try:

@@ -26,6 +26,6 @@ def _line(value: Any) -> str:
     return msgspec.json.encode(value, enc_hook=str).decode()
 
 
-def in_words(err: CommonweightError) -> str:
+def format_error(err: CommonweightError) -> str:
     """What happened and why, then what to do next, for a person."""
     return f"error: {err.message}" + (f"\n  try: {err.hint}" if err.hint else "")

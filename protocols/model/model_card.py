@@ -60,11 +60,11 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     made_by: str = ""
 
 
-def tensors_of(schema: Schema) -> dict[str, TensorCard]:
+def tensor_cards(schema: Schema) -> dict[str, TensorCard]:
     return {name: TensorCard(spec.dtype, spec.shape) for name, spec in sorted(schema.items())}
 
 
-def beside(model: Path) -> Path:
+def card_path(model: Path) -> Path:
     """Where the card of this file lies."""
     return model.with_suffix(".json")
 
@@ -75,7 +75,7 @@ def encode(card: ModelCard) -> bytes:
 
 def read(model: Path) -> ModelCard:
     """The card of an exported model, checked against its file. Raises UsageError."""
-    path = beside(model)
+    path = card_path(model)
     try:
         with path.open("rb") as file:
             card = msgspec.json.decode(file.read(MAX_BYTES), type=ModelCard)

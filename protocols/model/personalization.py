@@ -15,69 +15,71 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from protocols.errors import UsageError
-from protocols.model.weights import DTYPES, FLOATING, Array, Schema, TensorSpec, Weights
+from protocols.model.weights import DTYPES, FLOAT_DTYPES, Array, Schema, TensorSpec, Weights
 
 #: The setting that asks for control variates: SCAFFOLD's option, 1 or 2; 3: they do not travel up.
 SCAFFOLD = "scaffold"
 #: With option 3, the metric by which a peer tells its learning rate times its steps.
-PATH = "path"
+LR_TIMES_STEPS = "path"
 #: The setting that names tensors which stay at home: patterns such as "norm*", with commas between.
-AT_HOME = "at_home"
+PERSONAL_LAYERS = "at_home"
 #: The setting by which a peer's optimiser goes on where its last round left it.
-KEEP_OPTIMISER = "keep_optimiser"
-SETTINGS = frozenset({SCAFFOLD, AT_HOME, KEEP_OPTIMISER})
+KEEP_OPTIMIZER = "keep_optimiser"
+SETTINGS = frozenset({SCAFFOLD, PERSONAL_LAYERS, KEEP_OPTIMIZER})
 #: Begins the name of a control variate; and of one that no update holds, as it follows from it.
-CONTROL, DERIVED = "control:", "control:="
+CONTROL_PREFIX, DERIVED_PREFIX = "control:", "control:="
 
 Settings = Mapping[str, str | int | float | bool]
 
 
-def control_of(name: str, settings: Settings) -> str:
+def control_name(name: str, settings: Settings) -> str:
     """The name of the control variate that belongs to a tensor."""
-    return (DERIVED if settings.get(SCAFFOLD) == 3 else CONTROL) + name
+    return (DERIVED_PREFIX if settings.get(SCAFFOLD) == 3 else CONTROL_PREFIX) + name
 
 
 def is_control(name: str) -> bool:
-    return name.startswith(CONTROL)
+    return name.startswith(CONTROL_PREFIX)
 
 
 def is_derived(name: str) -> bool:
     """True for a control variate that no update holds."""
-    return name.startswith(DERIVED)
+    return name.startswith(DERIVED_PREFIX)
 
 
-def stays(name: str, settings: Settings) -> bool:
+def is_personal(name: str, settings: Settings) -> bool:
     """True for a tensor that stays at home."""
-    patterns = str(settings.get(AT_HOME, "")).split(",")
+    patterns = str(settings.get(PERSONAL_LAYERS, "")).split(",")
     return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
 
 
-def controls(schema: Schema, settings: Settings) -> Schema:
+def control_schema(schema: Schema, settings: Settings) -> Schema:
     """The control variates of a model: float32, or float64 where the tensor is that."""
     if not settings.get(SCAFFOLD):
         return {}
     return {
-        control_of(name, settings): TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        control_name(name, settings): TensorSpec(
+            "F64" if spec.dtype == "F64" else "F32", spec.shape
+        )
         for name, spec in schema.items()
-        if spec.dtype in FLOATING
+        if spec.dtype in FLOAT_DTYPES
     }
 
 
-def shared(model: Schema, settings: Settings) -> Schema:
+def shared_schema(model: Schema, settings: Settings) -> Schema:
     """The schema of a run's versions. Raises UsageError if nothing of the model would travel."""
-    travels = {name: spec for name, spec in model.items() if not stays(name, settings)}
+    travels = {name: spec for name, spec in model.items() if not is_personal(name, settings)}
     if not travels:
         raise UsageError(
-            f"every tensor of the model stays at home ({settings[AT_HOME]})",
+            f"every tensor of the model stays at home ({settings[PERSONAL_LAYERS]})",
             "patterns that leave something to share, such as *norm*",
         )
-    return travels | controls(travels, settings)
+    return travels | control_schema(travels, settings)
 
 
 def first_version(model: Weights, settings: Settings) -> Weights:
     """First weights as a run's versions hold them: every control variate is zero."""
-    schema = shared({n: s for n, s in model.schema.items() if not is_control(n)}, settings)
-    return pick(
+    schema = shared_schema({n: s for n, s in model.schema.items() if not is_control(n)}, settings)
+    return build_weights(
         schema,
         lambda name: (
             np.zeros(schema[name].shape, DTYPES[schema[name].dtype])
@@ -89,10 +91,12 @@ def first_version(model: Weights, settings: Settings) -> Weights:
 
 def without_controls(version: Weights) -> Weights:
     """The model in a version."""
-    return pick({n: s for n, s in version.schema.items() if not is_control(n)}, version.__getitem__)
+    return build_weights(
+        {n: s for n, s in version.schema.items() if not is_control(n)}, version.__getitem__
+    )
 
 
-def pick(schema: Schema, array_of: Callable[[str], Array]) -> Weights:
+def build_weights(schema: Schema, array_of: Callable[[str], Array]) -> Weights:
     """Weights of this schema."""
     bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
     return Weights({name: array_of(name) for name in schema}, bf16)

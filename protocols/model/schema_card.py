@@ -60,7 +60,7 @@ class Difference(Struct, frozen=True):
         return SchemaMismatch(self.field, self.expected, self.found)
 
 
-def card(
+def make_card(
     task: str, version: str, schema: Schema, traits: Mapping[str, Sequence[str] | str] = {}
 ) -> SchemaCard:
     """The card of a task. Raises DataError for a name that cannot be told."""
@@ -124,7 +124,7 @@ def digest(told: SchemaCard) -> Digest:
     return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
 
 
-def difference(expected: SchemaCard, found: SchemaCard) -> Difference | None:
+def first_difference(expected: SchemaCard, found: SchemaCard) -> Difference | None:
     """Where `found` first differs from what is expected; None if they are alike."""
     if expected.task != found.task:
         return Difference("task", expected.task, found.task)
@@ -137,11 +137,11 @@ def difference(expected: SchemaCard, found: SchemaCard) -> Difference | None:
             if wanted != there:
                 many = max(len(card.traits.get(name, ())) for card in (expected, found)) > 1
                 field = f"{name}, number {number}" if many else name
-                return Difference(field, _shown(wanted), _shown(there))
+                return Difference(field, _shorten(wanted), _shorten(there))
     for name in sorted(expected.tensors.keys() | found.tensors.keys()):
         wanted, there = (_tensor(card.tensors.get(name)) for card in (expected, found))
         if wanted != there:
-            return Difference(f"tensor {_shown(name)}", wanted, there)
+            return Difference(f"tensor {_shorten(name)}", wanted, there)
     return None
 
 
@@ -152,7 +152,7 @@ def most_common(cards: Mapping[str, SchemaCard]) -> SchemaCard:
     return next(card for _, card in sorted(cards.items()) if digest(card) == chosen)
 
 
-def _shown(word: str | None) -> str:
+def _shorten(word: str | None) -> str:
     if word is None:
         return "nothing"
     return f"{word[:_SHOWN]}…" if len(word) > _SHOWN else word

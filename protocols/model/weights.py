@@ -47,7 +47,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
 
 #: dtypes whose tensors are averaged; all others keep their value (see `aggregate`).
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class TensorSpec(NamedTuple):
@@ -75,7 +75,7 @@ class Part(NamedTuple):
     stop: int
 
 
-class Readable(Protocol):
+class WeightReader(Protocol):
     """Weights that can be read part by part, in memory or in a file."""
 
     schema: Schema
@@ -195,7 +195,7 @@ def check_header(head: bytes, size: int) -> tuple[Schema, int]:
         table = json.loads(head[8:])
     except (ValueError, RecursionError) as err:
         raise BadWeights(f"the header is not JSON: {err}") from err
-    schema = _checked(table)
+    schema = _parse_header(table)
     try:
         canonical = header_bytes(schema)
     except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
@@ -208,7 +208,7 @@ def check_header(head: bytes, size: int) -> tuple[Schema, int]:
     return schema, len(head)
 
 
-def _checked(table: object) -> Schema:
+def _parse_header(table: object) -> Schema:
     if not isinstance(table, dict):
         raise BadWeights("the header is not a table of tensors")
     schema: Schema = {}
@@ -216,13 +216,13 @@ def _checked(table: object) -> Schema:
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise BadWeights(f"tensor {name!r} has no known dtype")
-        if not _is_shape(entry.get("shape"), DTYPES[dtype].itemsize):
+        if not _is_valid_shape(entry.get("shape"), DTYPES[dtype].itemsize):
             raise BadWeights(f"tensor {name!r} has no valid shape")
         schema[name] = TensorSpec(dtype, tuple(entry["shape"]))
     return schema
 
 
-def _is_shape(shape: object, itemsize: int) -> bool:
+def _is_valid_shape(shape: object, itemsize: int) -> bool:
     """True for a list of sides that numpy can hold, also where another side is 0."""
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         return False
@@ -268,7 +268,7 @@ def load_any(path: Path) -> Weights:
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise BadWeights(f"tensor {name!r} is {entry['dtype']}; known are {', '.join(DTYPES)}")
-        if not _is_shape(entry["shape"], dtype.itemsize):
+        if not _is_valid_shape(entry["shape"], dtype.itemsize):
             raise BadWeights(f"tensor {name!r} has no valid shape")
         start, stop = entry["data_offsets"]
         count = (stop - start) // dtype.itemsize
@@ -305,9 +305,9 @@ def check_schema(found: Schema, expected: Schema) -> None:
         raise BadWeights(f"tensor {extra[0]!r} is not part of the model")
 
 
-def check_finite(weights: Readable) -> None:
+def check_finite(weights: WeightReader) -> None:
     """Raise BadWeights that names the first tensor that holds NaN or infinity."""
-    for piece in pieces(weights.schema):
+    for piece in split_into_pieces(weights.schema):
         for part in piece:
             if not is_finite(weights.read(part), weights.schema[part.name].dtype):
                 raise BadWeights(f"tensor {part.name!r} holds NaN or infinity")
@@ -315,14 +315,14 @@ def check_finite(weights: Readable) -> None:
 
 def is_finite(array: Array, dtype: str) -> bool:
     """True unless the array holds NaN or infinity; always for integers."""
-    if dtype not in FLOATING:
+    if dtype not in FLOAT_DTYPES:
         return True
     if dtype == "BF16":  # exponent all ones: infinity or NaN
         return not bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(array).all())
 
 
-def pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part]]:
+def split_into_pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part]]:
     """The whole of a model in file order, in groups of parts of about `limit_bytes`.
 
     A large tensor is cut, small ones go together. Tensors without elements are in no piece.
@@ -344,14 +344,14 @@ def pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part
         yield group
 
 
-def widen(bits: Array) -> npt.NDArray[np.float32]:
+def bf16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
     """bf16 bits (uint16) as float32."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
-def narrow(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """float32 as bf16 bits (uint16), rounded to nearest even."""
     bits = values.view(np.uint32)
     rounded = (bits >> 16) & 1

@@ -28,7 +28,7 @@ from protocols.model.weights import (
 )
 
 
-class Stored:
+class WeightsFile:
     """A canonical safetensors file that is open for reading. Raises BadWeights, OSError."""
 
     def __init__(self, path: Path) -> None:
@@ -66,14 +66,14 @@ class Stored:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Stored:
+    def __enter__(self) -> WeightsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Writer:
+class WeightsWriter:
     """Writes a canonical file piece by piece, in file order; `digest` once the block has ended."""
 
     def __init__(self, path: Path, schema: Schema) -> None:
@@ -83,7 +83,7 @@ class Writer:
         self.digest = ""
         self.nbytes = 0
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> WeightsWriter:
         self._file: IO[bytes] = self._replacing.__enter__()
         self._put(header_bytes(self._schema))
         return self

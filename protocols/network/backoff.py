@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from random import Random
 
 
-def delays(rng: Random, first_s: float = 0.5, most_s: float = 15.0) -> Iterator[float]:
+def delays(rng: Random, first_s: float = 0.5, max_s: float = 15.0) -> Iterator[float]:
     """Seconds to wait, one after another: growing up to `most_s`, and nowhere near in step.
 
     Each is drawn between `first_s` and three times the one before ("decorrelated jitter"), so a
@@ -16,6 +16,6 @@ def delays(rng: Random, first_s: float = 0.5, most_s: float = 15.0) -> Iterator[
     last, waited = first_s, 0.0
     while True:
         longest = max(2 * first_s, min(last * 3, waited / 2))
-        last = min(most_s, rng.uniform(first_s, longest))
+        last = min(max_s, rng.uniform(first_s, longest))
         waited += last
         yield last

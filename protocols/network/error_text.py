@@ -14,7 +14,7 @@ _NAMES = {
 }
 
 
-def why(err: BaseException) -> str:
+def describe_error(err: BaseException) -> str:
     """Words for a failed connection, from the error below a library's own."""
     causes = list(_causes(err))
     for cause in reversed(causes):

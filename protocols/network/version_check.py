@@ -13,7 +13,7 @@ from protocols.errors import VersionSkew
 _NUMBERS = re.compile(r"(\d+)\.(\d+)(?:\.|\Z|[a-z])")
 
 
-def is_near(one: str, other: str) -> bool:
+def are_compatible(one: str, other: str) -> bool:
     """True if these versions work together; also if one of them does not say what it is."""
     a, b = _NUMBERS.match(one), _NUMBERS.match(other)
     if a is None or b is None or "0.0.0" in (one, other):  # a source tree that was never installed
@@ -21,9 +21,9 @@ def is_near(one: str, other: str) -> bool:
     return a[1] == b[1] and abs(int(a[2]) - int(b[2])) <= 1
 
 
-def check(theirs: str, who: str, ours: str = VERSION) -> None:
+def check_compatible(theirs: str, who: str, ours: str = VERSION) -> None:
     """Raise VersionSkew if `who`, of version `theirs`, is too far from this program."""
-    if not is_near(ours, theirs):
+    if not are_compatible(ours, theirs):
         raise VersionSkew(
             f"{who} runs commonweight {theirs}, this is {ours}: more than one minor version apart",
             "update the older one: pip install --upgrade commonweight",

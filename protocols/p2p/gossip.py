@@ -156,7 +156,7 @@ def verify_entry(signed: bytes, ca_pem: bytes, fleet: str, now: float) -> Verifi
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a valid gossip entry: {err}") from err
     entry = _SIGNED_JSON_ENTRY.decode(parts.entry)
-    sender = identity.read_certificate(ca_pem, parts.certificate)
+    sender = identity.verify_certificate(ca_pem, parts.certificate)
     if (sender.fleet, sender.peer) != (fleet, entry.peer) or sender.not_after < now:
         raise BadMessage("the certificate of the entry is of another fleet or peer, or has expired")
     message = _SIGNED_JSON_ENTRY.signed_bytes(parts.entry)

@@ -18,19 +18,19 @@ import numpy as np
 
 BINS = 10
 #: Classes of a confusion that is told: with more it says little to a person and weighs much.
-MOST_CLASSES = 32
+MAX_CLASSES = 32
 _SIZES = {"calibration": 3 * BINS, "regression": 5}
 
 Tally = Sequence[float]
 Tallies = Mapping[str, Tally]
 
 
-def fault(tallies: Tallies, num_examples: int) -> str:
+def validate(tallies: Tallies, num_examples: int) -> str:
     """What is wrong with a peer's tallies of so many examples; empty if they can be."""
     for name, tally in tallies.items():
         size = len(tally)
         if name == "confusion":
-            if not 0 < size <= MOST_CLASSES**2 or math.isqrt(size) ** 2 != size:
+            if not 0 < size <= MAX_CLASSES**2 or math.isqrt(size) ** 2 != size:
                 return f"a confusion of {size} numbers"
         elif name not in _SIZES:
             return f"an unknown tally {name!r}"
@@ -47,7 +47,7 @@ def fault(tallies: Tallies, num_examples: int) -> str:
     return ""
 
 
-def merged(told: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
+def merge(told: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
     """The sum of all, each times its scale. Those of another size than the first are left out."""
     total: dict[str, list[float]] = {}
     for tallies, by in zip(told, scale, strict=True):
@@ -60,7 +60,7 @@ def merged(told: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[fl
     return total
 
 
-def metrics(tallies: Tallies) -> dict[str, float]:
+def compute_metrics(tallies: Tallies) -> dict[str, float]:
     """What the tallies amount to.
 
     confusion: balanced_accuracy (the mean recall of the classes that occur), macro_f1.
@@ -69,16 +69,16 @@ def metrics(tallies: Tallies) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     if "confusion" in tallies:
-        found |= _classified(tallies["confusion"])
+        found |= _classification_metrics(tallies["confusion"])
     if "calibration" in tallies:
         count, confidence, right = np.reshape(tallies["calibration"], (-1, 3)).T
         found["ece"] = float(np.abs(right - confidence).sum() / max(count.sum(), 1e-12))
     if "regression" in tallies:
-        found |= _regressed(tallies["regression"])
+        found |= _regression_metrics(tallies["regression"])
     return found
 
 
-def _classified(confusion: Tally) -> dict[str, float]:
+def _classification_metrics(confusion: Tally) -> dict[str, float]:
     table = np.reshape(confusion, (math.isqrt(len(confusion)), -1))
     right, true, guessed = table.diagonal(), table.sum(1), table.sum(0)
     there = true > 0
@@ -90,7 +90,7 @@ def _classified(confusion: Tally) -> dict[str, float]:
     }
 
 
-def _regressed(sums: Tally) -> dict[str, float]:
+def _regression_metrics(sums: Tally) -> dict[str, float]:
     count, squares, distances, total, total_squares = sums
     if not count:
         return {}
@@ -101,13 +101,13 @@ def _regressed(sums: Tally) -> dict[str, float]:
     return found
 
 
-def confusion_of(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:
+def count_confusion(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:
     """A confusion, of class numbers from 0."""
     pairs = np.asarray(truth, np.int64) * classes + np.asarray(guess, np.int64)
     return [float(n) for n in np.bincount(pairs, minlength=classes * classes)]
 
 
-def calibration_of(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:
+def count_calibration(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:
     """A calibration, of the probability of each guess and whether it was right."""
     sure = np.asarray(confidence, np.float64)
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
@@ -117,7 +117,7 @@ def calibration_of(confidence: Sequence[float], right: Sequence[bool]) -> list[f
     return [float(n) for n in np.stack(sums, 1).reshape(-1)]
 
 
-def regression_of(truth: Sequence[float], guess: Sequence[float]) -> list[float]:
+def sum_regression(truth: Sequence[float], guess: Sequence[float]) -> list[float]:
     """A regression's sums."""
     y, error = np.asarray(truth, np.float64), np.subtract(guess, truth, dtype=np.float64)
     return [

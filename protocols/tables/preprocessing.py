@@ -22,10 +22,10 @@ from msgspec import Struct
 from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageError
 from protocols.messages.envelope import Text
 from protocols.tables import statistics
-from protocols.tables.statistics import NUMERIC, ColumnStatistics, Kind, TableStatistics
+from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
 #: A target of whole numbers with so many different ones at most is a class.
-MOST_CLASSES = 20
+MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
 Setting = str | int | float | bool
@@ -35,7 +35,7 @@ class Feature(Struct, frozen=True, kw_only=True):
     """One column of the input. `missing`: it has a second feature, 1 where the value is missing."""
 
     name: Text
-    kind: Kind
+    kind: ColumnKind
     mean: float = 0.0
     scale: float = 1.0
     missing: bool = False
@@ -46,7 +46,7 @@ class Target(Struct, frozen=True, kw_only=True):
     """The column to be predicted: one of `classes`, or a number that is scaled."""
 
     name: Text
-    kind: Kind
+    kind: ColumnKind
     classes: tuple[Text, ...] = ()
     mean: float = 0.0
     scale: float = 1.0
@@ -93,7 +93,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
-class Wanted(NamedTuple):
+class TableSettings(NamedTuple):
     """The settings of a run that say what a table is used for."""
 
     target: str
@@ -104,7 +104,7 @@ class Wanted(NamedTuple):
     hashed: bool
 
 
-def wanted(settings: Mapping[str, Setting]) -> Wanted:
+def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
     """Raises UsageError."""
     target = str(settings.get("target", ""))
     if not target:
@@ -119,7 +119,7 @@ def wanted(settings: Mapping[str, Setting]) -> Wanted:
         raise UsageError(f"{target} is the target, and no feature of itself")
     hashed = str(settings.get("hashed", False)).lower() == "true"
     categorical = frozenset(_names(settings.get("categorical", "")))
-    return Wanted(target, kind, features, categorical, scaling, hashed)
+    return TableSettings(target, kind, features, categorical, scaling, hashed)
 
 
 def _names(text: Setting) -> tuple[str, ...]:
@@ -133,24 +133,24 @@ class Derived(NamedTuple):
     """
 
     preprocessing: Preprocessing
-    misfits: dict[str, SchemaMismatch]
+    incompatible: dict[str, SchemaMismatch]
     notes: list[tuple[str, str]]
 
 
 def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting]) -> Derived:
     """What fits most peers' tables. Raises CommonweightError where nothing does."""
-    asked = wanted(settings)
+    asked = parse_settings(settings)
     misfits: dict[str, SchemaMismatch] = {}
     notes: list[tuple[str, str]] = []
-    names = _chosen(tables, asked, misfits, notes)
+    names = _choose_features(tables, asked, misfits, notes)
     kinds = {}
     for name in (asked.target, *names):
-        kinds[name] = _agreed_kind(name, tables, misfits)
+        kinds[name] = _agree_on_kind(name, tables, misfits)
     fitting = {peer: table for peer, table in sorted(tables.items()) if peer not in misfits}
     if not fitting:
         first = next(iter(misfits.values()))
         raise CommonweightError(f"no peer's table fits: {first.message}")
-    whole = statistics.merged(fitting.values())
+    whole = statistics.merge(fitting.values())
     for peer, table in fitting.items():
         notes += [
             (peer, f"column {name} is absent and counts as missing")
@@ -163,18 +163,18 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     features = [
         feature
         for name in names
-        if (feature := _feature(name, whole.columns[name], asked, notes)) is not None
+        if (feature := _make_feature(name, whole.columns[name], asked, notes)) is not None
     ]
     if not features:
         raise CommonweightError("no column is left that could be a feature")
-    target = _target(asked, whole.columns[asked.target])
+    target = _make_target(asked, whole.columns[asked.target])
     made = Preprocessing(features=tuple(features), target=target, hashed=asked.hashed)
     return Derived(made, misfits, notes)
 
 
-def _chosen(
+def _choose_features(
     tables: Mapping[str, TableStatistics],
-    asked: Wanted,
+    asked: TableSettings,
     misfits: dict[str, SchemaMismatch],
     notes: list[tuple[str, str]],
 ) -> list[str]:
@@ -198,9 +198,9 @@ def _chosen(
     return sorted(having.keys() - set(few))
 
 
-def _agreed_kind(
+def _agree_on_kind(
     name: str, tables: Mapping[str, TableStatistics], misfits: dict[str, SchemaMismatch]
-) -> Kind:
+) -> ColumnKind:
     """The kind that most peers have; the others become misfits."""
     told = {p: t.columns[name].kind for p, t in tables.items() if name in t.columns}
     counts = Counter(kind for peer, kind in sorted(told.items()) if kind != "empty")
@@ -216,8 +216,8 @@ def _agreed_kind(
     return agreed
 
 
-def _feature(
-    name: str, column: ColumnStatistics, asked: Wanted, notes: list[tuple[str, str]]
+def _make_feature(
+    name: str, column: ColumnStatistics, asked: TableSettings, notes: list[tuple[str, str]]
 ) -> Feature | None:
     if column.kind == "empty":
         notes.append(("", f"column {name} is left out: it has no values at any peer"))
@@ -233,10 +233,10 @@ def _feature(
     if not column.categories:
         notes.append(("", f"column {name} is left out: no text in it is common enough to be told"))
         return None
-    return Feature(name=name, kind="text", categories=statistics.vocabulary(column.categories))
+    return Feature(name=name, kind="text", categories=statistics.sort_categories(column.categories))
 
 
-def _scaling(name: str, column: ColumnStatistics, asked: Wanted) -> tuple[float, float]:
+def _scaling(name: str, column: ColumnStatistics, asked: TableSettings) -> tuple[float, float]:
     if asked.scaling == "minmax":
         if column.extremes is None:
             raise CommonweightError(f"no peer tells least and most of column {name}")
@@ -245,12 +245,12 @@ def _scaling(name: str, column: ColumnStatistics, asked: Wanted) -> tuple[float,
     return column.moments.mean, math.sqrt(column.moments.variance) or 1.0
 
 
-def _target(asked: Wanted, column: ColumnStatistics) -> Target:
+def _make_target(asked: TableSettings, column: ColumnStatistics) -> Target:
     name = asked.target
     if column.kind == "empty":
         raise CommonweightError(f"the target {name} has no values at any peer")
-    classes = statistics.vocabulary(column.categories)
-    few = not column.many and 0 < len(classes) <= MOST_CLASSES
+    classes = statistics.sort_categories(column.categories)
+    few = not column.many and 0 < len(classes) <= MAX_CLASSES
     few = few or column.kind in ("text", "boolean")
     if asked.kind == "classification" or (asked.kind == "auto" and few):
         if column.many or column.kind == "date" or (column.kind == "number" and not column.whole):

@@ -22,11 +22,11 @@ from msgspec.structs import replace
 from protocols.messages.envelope import Count, Text
 
 #: What a column holds. A truth value or a date counts as a number; "empty" has only missing values.
-Kind = Literal["number", "boolean", "date", "text", "empty"]
-NUMERIC: frozenset[Kind] = frozenset({"number", "boolean", "date"})
+ColumnKind = Literal["number", "boolean", "date", "text", "empty"]
+NUMERIC: frozenset[ColumnKind] = frozenset({"number", "boolean", "date"})
 
 #: More different texts than these are no categories but names, notes or keys.
-MOST_CATEGORIES = 1000
+MAX_CATEGORIES = 1000
 
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
@@ -44,7 +44,7 @@ class Moments(Struct, frozen=True, array_like=True):
         return self.m2 / self.count if self.count else 0.0
 
 
-def moments(values: npt.NDArray[np.float64]) -> Moments:
+def compute_moments(values: npt.NDArray[np.float64]) -> Moments:
     """The moments of finite values, float64[n]."""
     if not len(values):
         return Moments()
@@ -52,7 +52,7 @@ def moments(values: npt.NDArray[np.float64]) -> Moments:
     return Moments(len(values), mean, float(np.square(values - mean).sum()))
 
 
-def merged_moments(a: Moments, b: Moments) -> Moments:
+def merge_moments(a: Moments, b: Moments) -> Moments:
     """The moments of both together."""
     count = a.count + b.count
     if not a.count or not b.count:
@@ -70,7 +70,7 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
     one. `many`: there are too many different ones to be categories.
     """
 
-    kind: Kind
+    kind: ColumnKind
     missing: Count = 0
     whole: bool = False
     moments: Moments = Moments()
@@ -87,16 +87,16 @@ class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
     columns: dict[Text, ColumnStatistics]
 
 
-def merged(parts: Iterable[TableStatistics]) -> TableStatistics:
+def merge(parts: Iterable[TableStatistics]) -> TableStatistics:
     """The statistics of all parts together; a column that a part lacks counts as missing there.
 
-    Kinds must agree (see `merged_columns`). Raises ValueError.
+    Kinds must agree (see `merge_columns`). Raises ValueError.
     """
     parts = list(parts)
     names = dict.fromkeys(name for part in parts for name in part.columns)
     columns = {
         name: reduce(
-            merged_columns,
+            merge_columns,
             (
                 part.columns.get(name, ColumnStatistics(kind="empty", missing=part.rows))
                 for part in parts
@@ -107,7 +107,7 @@ def merged(parts: Iterable[TableStatistics]) -> TableStatistics:
     return TableStatistics(rows=sum(part.rows for part in parts), columns=columns)
 
 
-def merged_kind(a: Kind, b: Kind) -> Kind:
+def merge_kinds(a: ColumnKind, b: ColumnKind) -> ColumnKind:
     """The kind that holds both. Raises ValueError where there is none."""
     if a == b or b == "empty":
         return a
@@ -118,13 +118,13 @@ def merged_kind(a: Kind, b: Kind) -> Kind:
     raise ValueError(f"{a} and {b} in one column")
 
 
-def merged_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
+def merge_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
     """One column in two parts. Raises ValueError for kinds that do not go together."""
-    kind = merged_kind(a.kind, b.kind)
+    kind = merge_kinds(a.kind, b.kind)
     counts = dict(a.categories)
     for name, count in b.categories.items():
         counts[name] = counts.get(name, 0) + count
-    many = a.many or b.many or len(counts) > MOST_CATEGORIES
+    many = a.many or b.many or len(counts) > MAX_CATEGORIES
     empty = [part.kind == "empty" for part in (a, b)]
     extremes = [part.extremes for part in (a, b) if part.extremes is not None]
     whole = [part.whole for part, none in zip((a, b), empty, strict=True) if not none]
@@ -132,7 +132,7 @@ def merged_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics
         kind=kind,
         missing=a.missing + b.missing,
         whole=bool(whole) and all(whole),
-        moments=merged_moments(a.moments, b.moments),
+        moments=merge_moments(a.moments, b.moments),
         extremes=(min(e[0] for e in extremes), max(e[1] for e in extremes)) if extremes else None,
         categories={} if many else counts,
         others=a.others + b.others + (sum(counts.values()) if many else 0),
@@ -140,12 +140,12 @@ def merged_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics
     )
 
 
-def shared(
+def without_rare_values(
     table: TableStatistics, min_count: int, *, hashed: Iterable[str] = ()
 ) -> TableStatistics:
     """What of a peer's statistics leaves it: no value that fewer than `min_count` rows have.
 
-    Columns in `hashed` tell `hashed_category` in place of each value.
+    Columns in `hashed` tell `hash_category` in place of each value.
     """
     hashed = frozenset(hashed)
 
@@ -153,7 +153,7 @@ def shared(
         common = {value: n for value, n in column.categories.items() if n >= min_count}
         rare = sum(column.categories.values()) - sum(common.values())
         if name in hashed:
-            common = {hashed_category(name, value): n for value, n in common.items()}
+            common = {hash_category(name, value): n for value, n in common.items()}
         return replace(column, categories=common, others=column.others + rare)
 
     return replace(
@@ -161,12 +161,12 @@ def shared(
     )
 
 
-def hashed_category(column: str, value: str) -> str:
+def hash_category(column: str, value: str) -> str:
     """64 bits of SHA-256 in place of a value. Whoever guesses the value can check the guess."""
     return "#" + hashlib.sha256(f"{column}\0{value}".encode()).hexdigest()[:16]
 
 
-def vocabulary(counts: Mapping[str, int]) -> tuple[str, ...]:
+def sort_categories(counts: Mapping[str, int]) -> tuple[str, ...]:
     """Categories in the order that all peers share: numbers by size, then text by letters."""
 
     def place(value: str) -> tuple[bool, float, str]:

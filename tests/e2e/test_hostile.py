@@ -92,7 +92,7 @@ class RogueTrainer(ByKind):
     """Says what it likes: a fault a round, and lies about its evaluation."""
 
     def describe(self, task: str, settings: Settings) -> bytes:
-        return schema_card.encode(schema_card.card(task, "", Mnist().schema({})))
+        return schema_card.encode(schema_card.make_card(task, "", Mnist().schema({})))
 
     def init(self, task: str, settings: Settings, seed: int, out: Path) -> Done:
         raise TrainerFailed("task", "a rogue makes no first weights")

@@ -14,8 +14,8 @@ from agent.analytics.compute import compute
 from agent.data import Reader, open_table, profile
 from agent.data.settings import DataSettings
 from coordinator.jobs import analysis
-from protocols.analytics.parser import question
-from protocols.tables.preprocessing import wanted
+from protocols.analytics.parser import parse_query
+from protocols.tables.preprocessing import parse_settings
 from tests.support.tables import MIXED, write_csv, write_parquet
 
 FORMS = ("csv", "semicolons", "files", "parquet")
@@ -50,7 +50,7 @@ def _rows(reader: Reader, names: list[str]) -> Counter[tuple[str, ...]]:
 
 def check_statistics(data: DataSettings) -> None:
     """The same statistics, to what float64 can hold."""
-    asked = wanted({"target": "label", "scaling": "minmax"})
+    asked = parse_settings({"target": "label", "scaling": "minmax"})
     found, expected = (
         profile.survey(open_table(one), one, asked)
         for one in (data, msgspec.structs.replace(data, reader="arrow"))
@@ -86,7 +86,7 @@ ROWS = st.lists(
 ).map(lambda rows: [*rows, {"age": "41", "income": "12.5", "city": "Bern", "label": "no"}])
 QUESTIONS = tuple(
     map(
-        question,
+        parse_query,
         (
             "count, missing(age), sum(income), mean(age), var(income), min(age), max(income), "
             "cov(age, income), corr(age, income), quantile(income, 0.5), "
@@ -136,7 +136,7 @@ def check_pandas(path: Path) -> None:
     import pandas as pd
 
     frame = pd.read_csv(path, keep_default_na=False, na_values={"age": [""], "income": ["", "NA"]})
-    asked = question("count, missing(age), sum(income), mean(age), min(age), max(income)")
+    asked = parse_query("count, missing(age), sum(income), mean(age), min(age), max(income)")
     cells = compute(asked, open_table(DataSettings(path=str(path)))).cells[()]
     told = [analysis.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
     assert told == pytest.approx(

@@ -36,7 +36,7 @@ from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower_records import CLAIM, read_claim
 from coordinator.transport.mqtt_client import Feed
 from protocols.enrollment import identity, signed_requests, tickets
-from protocols.enrollment.joining import Joining
+from protocols.enrollment.joining import JoinRequest
 from protocols.errors import (
     BadMessage,
     BadWeights,
@@ -60,13 +60,13 @@ from protocols.messages.work import (
 )
 from protocols.model import weights
 from protocols.model.weights import Weights
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 from tests.hostile.mutate import CHANGES, PLACES, WEIRD, as_json, distorted, few, mutated, plain_of
 from tests.support.https_site import Machine, Site
 
 tried: Counter[str] = Counter()
 KEY = identity.new_signing_key()
-PUBLIC = identity.raw_public(KEY)
+PUBLIC = identity.public_bytes(KEY)
 PEER = identity.peer_id(PUBLIC)
 FLEET = "0123456789abcdef"
 
@@ -129,7 +129,7 @@ def test_join_bodies(
     with contextlib.suppress(
         msgspec.DecodeError, UnicodeDecodeError, RecursionError, CommonweightError
     ):
-        site.registry.join(msgspec.json.decode(body, type=Joining))
+        site.registry.join(msgspec.json.decode(body, type=JoinRequest))
     assert len(site.registry.peers) == before
 
 
@@ -148,10 +148,10 @@ def test_signed_request_headers(
     name: str, changes: list[tuple[str, int, bytes]], method: str
 ) -> None:
     tried["request"] += 1
-    sent = signed_requests.headers(PEER, KEY.sign, "GET", "/cw/v1/mqtt")
+    sent = signed_requests.sign_headers(PEER, KEY.sign, "GET", "/cw/v1/mqtt")
     sent[name] = mutated(sent[name].encode(), changes).decode("latin-1")
     try:
-        signed = signed_requests.read(method, "/cw/v1/mqtt", sent, time.time())
+        signed = signed_requests.parse(method, "/cw/v1/mqtt", sent, time.time())
     except BadMessage:
         return
     good = identity.verify(PUBLIC, signed.signature, signed.message)
@@ -333,7 +333,7 @@ def test_safetensors(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> 
             assert weights.to_bytes(found) == data, "only what is canonical is read"
             refused.append(False)
     try:
-        with Stored(path) as stored:
+        with WeightsFile(path) as stored:
             assert stored.nbytes == len(data)
         refused.append(False)
     except BadWeights:
@@ -372,12 +372,12 @@ def test_node_keys_and_certificates(changes: list[tuple[str, int, bytes]]) -> No
     with pytest.raises(BadMessage):
         identity.check_node_public(mutated(NODE_PUBLIC, changes))
     with pytest.raises(BadMessage):
-        identity.read_certificate(CA_PEM, mutated(CERTIFICATE, changes))
+        identity.verify_certificate(CA_PEM, mutated(CERTIFICATE, changes))
 
 
 CA_KEY, CA_PEM = identity.new_ca("x")
-NODE_PUBLIC = identity.node_public(identity.new_node_key())
-CERTIFICATE = identity.issue(
+NODE_PUBLIC = identity.node_public_pem(identity.new_node_key())
+CERTIFICATE = identity.issue_certificate(
     CA_KEY,
     identity.NodeCertificate(
         fleet=FLEET,

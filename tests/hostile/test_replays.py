@@ -19,7 +19,7 @@ from agent.transport.http_client import Body, Response
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.joining import MQTT_PATH, STANDING_PATH
+from protocols.enrollment.joining import ENROLLMENT_STATUS_PATH, MQTT_PATH
 from protocols.messages.states import RunState
 from protocols.messages.work import POLL_PATH, SIGNED_CLAIM, PollRequest, UpdateClaim
 from protocols.model import weights
@@ -123,7 +123,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
                     "/v1/fleet/deactivate-node",
                     POLL_PATH,
                     MQTT_PATH,
-                    STANDING_PATH,
+                    ENROLLMENT_STATUS_PATH,
                 }
                 assert set(found.values()) == {401}
             # Flower's headers with any other body: what stock Flower would have served.
@@ -143,7 +143,7 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
 
 
 def mine_public(machine: Any) -> bytes:
-    return identity.node_public(machine.node_key)
+    return identity.node_public_pem(machine.node_key)
 
 
 async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path) -> None:
@@ -152,22 +152,22 @@ async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path
     try:
         async with fleet.up():
             machine = enroll(fleet.hub, "box")
-            captured = ours(machine, "GET", STANDING_PATH)
+            captured = ours(machine, "GET", ENROLLMENT_STATUS_PATH)
         async with fleet.up():
             with client(fleet) as http:
-                late = await asyncio.to_thread(http.get, STANDING_PATH, headers=captured)
-                fresh = ours(machine, "GET", STANDING_PATH)
-                now = await asyncio.to_thread(http.get, STANDING_PATH, headers=fresh)
+                late = await asyncio.to_thread(http.get, ENROLLMENT_STATUS_PATH, headers=captured)
+                fresh = ours(machine, "GET", ENROLLMENT_STATUS_PATH)
+                now = await asyncio.to_thread(http.get, ENROLLMENT_STATUS_PATH, headers=fresh)
         assert (late.status_code, now.status_code) == (401, 200)
     finally:
         await fleet.close()
 
 
 def test_one_who_spends_all_its_nonces_shuts_out_nobody_else() -> None:
-    nonces = signed_requests.Nonces(limit=1000)
+    nonces = signed_requests.NonceCache(limit=1000)
     now = time.time()
-    assert sum(nonces.spend("rogue", str(number), now) for number in range(5000)) == 1000
-    assert nonces.spend("ada", "0", now)
+    assert sum(nonces.use("rogue", str(number), now) for number in range(5000)) == 1000
+    assert nonces.use("ada", "0", now)
 
 
 # --- updates and claims ----------------------------------------------------------------------

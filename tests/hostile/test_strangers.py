@@ -22,11 +22,11 @@ from coordinator.fleet.auth import OPERATOR, Auth
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import (
     CA_PATH,
+    ENROLLMENT_STATUS_PATH,
     JOIN_PATH,
     LEAVE_PATH,
     OPERATOR_JOIN_PATH,
-    STANDING_PATH,
-    JoinAnswer,
+    JoinResponse,
 )
 from tests.hostile.tools import (
     BARE,
@@ -70,7 +70,7 @@ pytestmark = pytest.mark.usefixtures("coordinator_home")
 def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
     """Method and path of every route of ours, as the app itself lists them."""
     hub, keys = fleet.hub, fleet.keys
-    auth = Auth(hub.registry, identity.raw_public(keys.operator_key))
+    auth = Auth(hub.registry, identity.public_bytes(keys.operator_key))
     app = make_app(hub, auth, keys.ca_key)
     found = []
     for route in app.routes:
@@ -98,7 +98,7 @@ class Call(NamedTuple):
 def fleet_calls(fleet: Fleet, claimed: Machine, sign: Callable[[str, bytes], dict[str, str]]):
     """Every Fleet request in the name of `claimed`, with the headers that `sign` makes."""
     node = fleet.hub._sessions.node_of(claimed.peer) or 1
-    public = identity.node_public(claimed.node_key)
+    public = identity.node_public_pem(claimed.node_key)
     bodies = fleet_bodies(node, public, fleet.hub._superlink.run_id)
     known = {route.path.removeprefix("/v1/fleet/") for route in fleet_router.routes}  # type: ignore[attr-defined]
     assert bodies.keys() == known, "every route of Flower's is asked"
@@ -121,7 +121,7 @@ def as_nobody(fleet: Fleet) -> Iterator[Call]:
 def as_another(fleet: Fleet, rogue: Machine) -> Iterator[Call]:
     """The rogue is enrolled itself, and claims to be its victim or the operator."""
     victim = fleet.agents[0].machine
-    victims_public = identity.node_public(victim.node_key)
+    victims_public = identity.node_public_pem(victim.node_key)
     stranger = Machine("stranger")
     for method, path in own_routes(fleet):
         for who in (rogue, stranger):
@@ -179,7 +179,7 @@ async def test_no_route_lets_in_who_does_not_belong(tmp_path: Path) -> None:
         rogue, removed = enroll(fleet.hub, "rogue"), enroll(fleet.hub, "removed")
         with client(fleet) as http:
             # Its connection was open before it was removed, and stays open.
-            path = STANDING_PATH
+            path = ENROLLMENT_STATUS_PATH
             kept = await asyncio.to_thread(http.get, path, headers=ours(removed, "GET", path))
             assert kept.status_code == 200
             fleet.hub.registry.remove(removed.peer, "test")
@@ -198,10 +198,10 @@ async def test_who_awaits_approval_may_only_ask_how_it_stands(tmp_path: Path) ->
         waiting = enroll(fleet.hub, "waiting")
         before = state_of(fleet)
         with client(fleet) as http:
-            calls = as_itself(fleet, waiting, but=(STANDING_PATH, LEAVE_PATH))
+            calls = as_itself(fleet, waiting, but=(ENROLLMENT_STATUS_PATH, LEAVE_PATH))
             number = await asyncio.to_thread(refusals, http, calls)
-            told = ours(waiting, "GET", STANDING_PATH)
-            answer = await asyncio.to_thread(http.get, STANDING_PATH, headers=told)
+            told = ours(waiting, "GET", ENROLLMENT_STATUS_PATH)
+            answer = await asyncio.to_thread(http.get, ENROLLMENT_STATUS_PATH, headers=told)
             assert answer.json()["standing"] == "awaiting"
         assert state_of(fleet) == before
         print(f"{number} requests of a waiting machine refused")
@@ -220,7 +220,7 @@ async def test_a_waiting_machine_is_not_given_the_fleets_mqtt_login(tmp_path: Pa
         with client(fleet) as http:
             body = msgspec.json.encode(machine.joining(ticket))
             answer = await asyncio.to_thread(http.post, JOIN_PATH, content=body)
-            joined = msgspec.json.decode(answer.content, type=JoinAnswer)
+            joined = msgspec.json.decode(answer.content, type=JoinResponse)
             assert joined.awaiting
             assert (joined.mqtt.user, joined.mqtt.password) == ("", "")
             fleet.hub.registry.approve(machine.peer)
@@ -235,16 +235,16 @@ async def test_nobody_joins_with_a_key_that_he_has_only_seen(tmp_path: Path) -> 
         victim, thief = fleet.agents[0].machine, Machine("thief")
         ticket = tickets.new_ticket(fleet.hub.addresses(), bytes(32))
         fleet.hub.registry.create_ticket(ticket, ttl_s=60, uses=3)
-        seen = identity.raw_public(victim.sign_key)
+        seen = identity.public_bytes(victim.sign_key)
         before = state_of(fleet)
         with client(fleet) as http:
             for changed in (
                 {"sign_public": seen},
-                {"sign_public": seen, "node_public": identity.node_public(victim.node_key)},
-                {"sign_public": identity.raw_public(Machine().sign_key)},
+                {"sign_public": seen, "node_public": identity.node_public_pem(victim.node_key)},
+                {"sign_public": identity.public_bytes(Machine().sign_key)},
                 {"proof": bytes(64)},
-                {"node_public": identity.node_public(thief.node_key).replace(b"\n", b"\r\n")},
-                {"node_public": b"\n" + identity.node_public(thief.node_key)},
+                {"node_public": identity.node_public_pem(thief.node_key).replace(b"\n", b"\r\n")},
+                {"node_public": b"\n" + identity.node_public_pem(thief.node_key)},
             ):
                 body = msgspec.json.encode(thief.joining(ticket, **changed))
                 answer = await asyncio.to_thread(http.post, JOIN_PATH, content=body)
@@ -259,7 +259,7 @@ async def test_a_host_header_chooses_no_route(tmp_path: Path) -> None:
         operator = fleet.keys.operator_key
 
         def ask(host: str) -> int:
-            headers = signed_requests.headers(OPERATOR, operator.sign, "GET", "/cw/v1/peers")
+            headers = signed_requests.sign_headers(OPERATOR, operator.sign, "GET", "/cw/v1/peers")
             with client(fleet) as http:
                 return http.get("/cw/v1/tickets", headers=headers | {"host": host}).status_code
 

@@ -83,7 +83,7 @@ def ours(
 ) -> dict[str, str]:
     """Our signature by this machine's key, in its own name or in another's."""
     digest = hashlib.sha256(body).hexdigest()
-    return signed_requests.headers(
+    return signed_requests.sign_headers(
         sender or machine.peer, machine.sign_key.sign, method, path, digest
     )
 
@@ -91,7 +91,7 @@ def ours(
 def flowers(machine: Machine, claimed: bytes = b"") -> dict[str, str]:
     """Flower's signature by this machine's key, for its own key or for another's."""
     timestamp = now().isoformat()
-    public = claimed or identity.node_public(machine.node_key)
+    public = claimed or identity.node_public_pem(machine.node_key)
     signature = sign_message(machine.node_key, timestamp.encode())
     return PROTOBUF | {
         "flwr-public-key": b64encode(public).decode(),

@@ -33,7 +33,7 @@ from coordinator.transport.http_server import Server, listen
 from coordinator.transport.sharing import SharingDesk
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity, signed_requests, tickets
-from protocols.enrollment.joining import Joining, claimed
+from protocols.enrollment.joining import JoinRequest, join_proof
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import PollRequest, PollResponse
@@ -55,26 +55,26 @@ class Machine:
     def __init__(self, name: str = "box") -> None:
         self.name = name
         self.sign_key, self.node_key = identity.new_signing_key(), identity.new_node_key()
-        self.peer = identity.peer_id(identity.raw_public(self.sign_key))
+        self.peer = identity.peer_id(identity.public_bytes(self.sign_key))
 
-    def joining(self, ticket: tickets.Ticket, **changed: Any) -> Joining:
+    def joining(self, ticket: tickets.Ticket, **changed: Any) -> JoinRequest:
         fields: dict[str, Any] = {
             "ticket": ticket.id,
             "secret": ticket.secret,
             "name": self.name,
-            "sign_public": identity.raw_public(self.sign_key),
-            "node_public": identity.node_public(self.node_key),
+            "sign_public": identity.public_bytes(self.sign_key),
+            "node_public": identity.node_public_pem(self.node_key),
             "version": "0",
         }
         fields |= changed
-        signed = claimed(fields["ticket"], fields["secret"], fields["node_public"])
-        return Joining(**({"proof": self.sign_key.sign(signed)} | fields))
+        signed = join_proof(fields["ticket"], fields["secret"], fields["node_public"])
+        return JoinRequest(**({"proof": self.sign_key.sign(signed)} | fields))
 
     def headers(
         self, method: str, path: str, body: bytes = b"", digest: str = ""
     ) -> dict[str, str]:
         sha256 = digest or hashlib.sha256(body).hexdigest()
-        return signed_requests.headers(self.peer, self.sign_key.sign, method, path, sha256)
+        return signed_requests.sign_headers(self.peer, self.sign_key.sign, method, path, sha256)
 
 
 class Site:
@@ -91,7 +91,7 @@ class Site:
         (folder / "server.pem").write_bytes(pem)
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
         self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]
-        public = identity.raw_public(self.sign_key)
+        public = identity.public_bytes(self.sign_key)
         self.identity = Identity(self.fleet_id, self.ca_pem, public)
         self.ledger = Ledger(folder / "ledger.db")
         self.registry = Registry(self.ledger, approve=approve)
@@ -100,7 +100,7 @@ class Site:
         self.transfer = WeightTransfer(self.lane)
         self.transfer.limits.max_bytes = 1 << 20
         self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
-        self.auth = Auth(self.registry, identity.raw_public(self.operator_key))
+        self.auth = Auth(self.registry, identity.public_bytes(self.operator_key))
         self.holders = Holders()
         self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)
         self.requests: list[tuple[str, str]] = []
@@ -163,7 +163,9 @@ class Site:
 
     def operator(self, method: str, path: str, body: bytes = b"") -> dict[str, str]:
         digest = hashlib.sha256(body).hexdigest()
-        return signed_requests.headers("operator", self.operator_key.sign, method, path, digest)
+        return signed_requests.sign_headers(
+            "operator", self.operator_key.sign, method, path, digest
+        )
 
     def http(self) -> httpx.Client:
         context = ssl.create_default_context(cadata=self.ca_pem.decode())

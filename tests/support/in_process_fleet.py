@@ -128,7 +128,7 @@ class Trainer(ByKind):
     def describe(self, task: str, settings: Any) -> bytes:
         self._begin("describe", 0)
         return schema_card.encode(
-            schema_card.card(task, self.version, self.first(0).schema, self.traits)
+            schema_card.make_card(task, self.version, self.first(0).schema, self.traits)
         )
 
     def init(self, task: str, settings: Any, seed: int, out: Path) -> Done:
@@ -324,7 +324,7 @@ class Fleet:
         )
         agent = Agent(self.folder / name, machine, credentials, data)
         self.agents.append(agent)
-        agent.start(identity.raw_public(self.keys.sign_key))
+        agent.start(identity.public_bytes(self.keys.sign_key))
         return agent
 
     async def online(self, count: int) -> None:

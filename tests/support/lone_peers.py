@@ -34,14 +34,14 @@ IDLE = Presence(state=PeerState.IDLE, version="1")
 
 
 def certificate(site: Site, machine: Machine) -> bytes:
-    return identity.issue(
+    return identity.issue_certificate(
         site.ca_key,
         NodeCertificate(
             fleet=site.fleet_id,
             peer=machine.peer,
             name=machine.name,
-            sign_public=identity.raw_public(machine.sign_key),
-            node_public=identity.node_public(machine.node_key),
+            sign_public=identity.public_bytes(machine.sign_key),
+            node_public=identity.node_public_pem(machine.node_key),
             not_after=time.time() + 60,
         ),
     )
@@ -57,8 +57,8 @@ class Peer:
         self.cache.mkdir(parents=True)
         write_private(self.home / "node.key", identity.private_pem(self.machine.node_key))
         self.credentials = credentials = site.credentials(self.machine)
-        self.signs = identity.raw_public(self.machine.sign_key)
-        self.public = public = identity.raw_public(site.sign_key)
+        self.signs = identity.public_bytes(self.machine.sign_key)
+        self.public = public = identity.public_bytes(site.sign_key)
         self.serves_nobody = policy != "on"  # the address of all tests is no private network's
         self._enrollment = Enrollment(
             peer=self.machine.peer,

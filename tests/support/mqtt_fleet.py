@@ -86,7 +86,7 @@ class Agent:
             site.fleet,
             site.peer,
             site.agent_key.sign,
-            identity.raw_public(site.coordinator_key),
+            identity.public_bytes(site.coordinator_key),
             self.told.append,
             lambda up, why: self.changes.append((up, why)),
         )
@@ -108,10 +108,10 @@ class Site:
         (self.folder / "tls.pem").write_bytes(pem)
         self.ca_pem = ca_pem.decode()
         self.fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
-        self.peer = identity.peer_id(identity.raw_public(self.agent_key))
+        self.peer = identity.peer_id(identity.public_bytes(self.agent_key))
         self.known = {
-            self.peer: identity.raw_public(self.agent_key),
-            topics.COORDINATOR: identity.raw_public(self.coordinator_key),
+            self.peer: identity.public_bytes(self.agent_key),
+            topics.COORDINATOR: identity.public_bytes(self.coordinator_key),
         }
 
     def verify(self, sender: str, signature: bytes, signed: bytes) -> bool:

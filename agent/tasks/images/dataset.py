@@ -24,7 +24,7 @@ from agent.tasks.training.class_folders import Found, Rows
 from protocols.errors import BadWeights, TaskUnusable, UsageError
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
-from protocols.model.weights_file import Writer
+from protocols.model.weights_file import WeightsWriter
 
 #: What Pillow may read: no format that starts another program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -151,7 +151,7 @@ def _kept(path: Path, rows: Iterator[Row | None], count: int, channels: int, siz
     row_bytes = channels * size * size
     blank, readable = np.zeros(row_bytes, np.uint8), np.zeros(count, np.bool_)
     schema = {"pixels": TensorSpec("U8", shape), "readable": TensorSpec("BOOL", (count,))}
-    with Writer(path, schema) as writer:
+    with WeightsWriter(path, schema) as writer:
         for number, row in enumerate(rows):
             readable[number] = row is not None
             part = Part("pixels", number * row_bytes, (number + 1) * row_bytes)

@@ -64,7 +64,9 @@ def tensors_of(weights: Mapping[str, Array]) -> Tensors:
 def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> evaluation_counts.Tallies:
     if not bool(sure.isfinite().all()):
         return {}
-    found = {"calibration": evaluation_counts.calibration_of(sure.tolist(), (guess == y).tolist())}
-    if classes <= evaluation_counts.MOST_CLASSES:
-        found["confusion"] = evaluation_counts.confusion_of(y.tolist(), guess.tolist(), classes)
+    found = {
+        "calibration": evaluation_counts.count_calibration(sure.tolist(), (guess == y).tolist())
+    }
+    if classes <= evaluation_counts.MAX_CLASSES:
+        found["confusion"] = evaluation_counts.count_confusion(y.tolist(), guess.tolist(), classes)
     return found

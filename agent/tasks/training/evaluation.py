@@ -48,4 +48,4 @@ def evaluate(
     means = {name: value / (seen * values) for name, value in sums.items()}
     if not all(tallies):
         return EvalOutcome(seen, means)
-    return EvalOutcome(seen, means, evaluation_counts.merged(tallies, [1.0] * len(tallies)))
+    return EvalOutcome(seen, means, evaluation_counts.merge(tallies, [1.0] * len(tallies)))

@@ -15,7 +15,7 @@ from functools import partial
 
 from agent.transport.p2p.gossip import GossipState
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.signed_requests import Nonces, Signed
+from protocols.enrollment.signed_requests import NonceCache, SignedRequest
 from protocols.errors import BadMessage
 from protocols.p2p import gossip, swarm
 
@@ -27,7 +27,7 @@ class RequestAuthorizer:
 
     def __init__(self, coordinator_public: bytes, gossip_state: GossipState | None = None) -> None:
         self._coordinator_public, self._gossip = coordinator_public, gossip_state
-        self._nonces = Nonces(limit=20_000)
+        self._nonces = NonceCache(limit=20_000)
 
     def authorize(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
         """The digest that the body must have, if this caller may ask for this; else empty.
@@ -37,7 +37,7 @@ class RequestAuthorizer:
         now = time.time()
         try:
             holder, key = self._bearer(path, headers, digest, now)
-            signed = signed_requests.read(method, path, headers, now)
+            signed = signed_requests.parse(method, path, headers, now)
         except (BadMessage, BadBase64, ValueError) as err:
             log.debug("refused %s: %s", path, err)
             return ""
@@ -65,9 +65,9 @@ class RequestAuthorizer:
         )
         return permit.peer, permit.sign_public
 
-    def _is_genuine(self, signed: Signed, holder: str, key: bytes, now: float) -> bool:
+    def _is_genuine(self, signed: SignedRequest, holder: str, key: bytes, now: float) -> bool:
         return (
             signed.sender == holder
             and identity.verify(key, signed.signature, signed.message)
-            and self._nonces.spend(signed.sender, signed.nonce, now)
+            and self._nonces.use(signed.sender, signed.nonce, now)
         )

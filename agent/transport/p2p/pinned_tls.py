@@ -33,7 +33,7 @@ class PinnedConnection(http.client.HTTPSConnection):
     def connect(self) -> None:
         super().connect()
         shown = self.sock.getpeercert(binary_form=True)
-        if shown is None or not identity.is_of_key(shown, self._expected):
+        if shown is None or not identity.certificate_matches_key(shown, self._expected):
             self.close()
             raise Refused("somebody else answers at a peer's address")
 

@@ -22,9 +22,9 @@ from agent.analytics.query_log import Memory
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
 from coordinator.jobs.analysis import AnalysisResult, combine, validate
-from protocols.analytics.mergeable_states import ALPHA, Told
-from protocols.analytics.parser import question
-from protocols.analytics.query import Question
+from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
+from protocols.analytics.parser import parse_query
+from protocols.analytics.query import Query
 from protocols.errors import BadMessage
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
@@ -60,16 +60,16 @@ class Peer:
         self.limits = limits
         self.memory = Memory(folder / "analysis.db")
 
-    def ask(self, text: str, where: str = "", **more: Any) -> Told:
-        return self.told(question(text, where, **more))
+    def ask(self, text: str, where: str = "", **more: Any) -> PeerAnswer:
+        return self.told(parse_query(text, where, **more))
 
-    def told(self, asked: Question) -> Told:
+    def told(self, asked: Query) -> PeerAnswer:
         data = DataSettings(path=str(self.file))
-        return msgspec.json.decode(answered(asked, data, self.limits, self.memory), type=Told)
+        return msgspec.json.decode(answered(asked, data, self.limits, self.memory), type=PeerAnswer)
 
 
 def together(peers: Sequence[Peer], text: str, where: str = "", **more: Any) -> AnalysisResult:
-    asked = question(text, where, **more)
+    asked = parse_query(text, where, **more)
     told = {f"p{number}": peer.told(asked) for number, peer in enumerate(peers)}
     assert [validate(asked, given) for given in told.values()] == [""] * len(told)
     return combine(asked, told, list(told))
@@ -301,17 +301,17 @@ def test_a_peer_with_other_types_is_left_out_by_name(tmp_path: Path) -> None:
 
 def test_an_answer_of_a_wrong_form_is_told(tmp_path: Path) -> None:
     peer = Peer(tmp_path, people())
-    asked = question("count, mean(age) by sex")
+    asked = parse_query("count, mean(age) by sex")
     told = peer.told(asked)
     assert validate(asked, told) == ""
     for other in ("count by sex", "count, count by sex", "mean(age), count by sex", "count"):
-        assert validate(question(other), told) != ""
+        assert validate(parse_query(other), told) != ""
     twice = msgspec.structs.replace(told, cells=told.cells * 2)
     assert validate(asked, twice) != ""
     for wrong in (b'{"cells":[[["f"],-1,[]]]}', b'{"rows":1e9}', b'{"cells":[[["f"],1,[["x"]]]]}'):
         with pytest.raises(msgspec.ValidationError):
-            msgspec.json.decode(wrong, type=Told)
-    assert math.isfinite(msgspec.json.decode(b'{"rows":5}', type=Told).rows)
+            msgspec.json.decode(wrong, type=PeerAnswer)
+    assert math.isfinite(msgspec.json.decode(b'{"rows":5}', type=PeerAnswer).rows)
 
 
 def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
@@ -319,7 +319,9 @@ def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     chosen = AgentSettings(analyze="on", data=str(file))
-    told = msgspec.json.decode(child_process.answer(question("count"), chosen, home), type=Told)
+    told = msgspec.json.decode(
+        child_process.answer(parse_query("count"), chosen, home), type=PeerAnswer
+    )
     assert told.cells[0].rows == 200
     (entry,) = Memory(home / "analysis.db").entries()
     assert (entry.question, entry.cells, entry.refused) == ("count", 1, "")

@@ -61,7 +61,9 @@ class Trainer(ByKind):
     def __init__(self) -> None:
         self.did: list[tuple[Any, ...]] = []
         self.fault: BaseException | None = None
-        self.card = schema_card.card("mnist", "1", {"w": TensorSpec("F32", (2,))}, {"classes": "a"})
+        self.card = schema_card.make_card(
+            "mnist", "1", {"w": TensorSpec("F32", (2,))}, {"classes": "a"}
+        )
 
     def _do(self, *what: Any) -> None:
         self.did.append(what)
@@ -101,7 +103,7 @@ class Desk(Observer):
         self.client = self.made_again()
 
     def made_again(self) -> Client:
-        me = PeerIdentity("P", KEY.sign, identity.raw_public(COORDINATOR))
+        me = PeerIdentity("P", KEY.sign, identity.public_bytes(COORDINATOR))
         return Client(
             me,
             self.trainer,
@@ -142,7 +144,7 @@ class Desk(Observer):
         assert isinstance(payload, bytes)
         assert isinstance(signature, bytes)
         assert identity.verify(
-            identity.raw_public(KEY), signature, SIGNED_CLAIM.signed_bytes(payload)
+            identity.public_bytes(KEY), signature, SIGNED_CLAIM.signed_bytes(payload)
         )
         return SIGNED_CLAIM.decode(payload)
 
@@ -342,7 +344,7 @@ def test_a_version_that_is_here_is_told_with_its_signed_work(desk: Desk) -> None
     desk.ask()
     [(work, payload, signature)] = desk.held
     assert work == some_work()
-    public = identity.raw_public(COORDINATOR)
+    public = identity.public_bytes(COORDINATOR)
     signed = SIGNED_WORK.open(payload, signature, partial(identity.verify, public))
     assert signed == work
 

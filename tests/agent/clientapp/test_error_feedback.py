@@ -17,7 +17,7 @@ from protocols.errors import BadWeights
 from protocols.model import weights
 from protocols.model.weights import Weights
 
-TOPK = registry.find("topk")
+TOPK = registry.parse("topk")
 
 
 class Bench:
@@ -42,7 +42,7 @@ class Bench:
 
     def sent(self) -> np.ndarray:
         base = weights.load(self.base)
-        found = registry.decoded(TOPK, weights.load(self.out), base)
+        found = registry.open_update(TOPK, weights.load(self.out), base)
         return np.array(found.read(weights.Part("w", 0, self.size)))
 
     def files(self) -> list[str]:

@@ -124,7 +124,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
             peer=ann.machine.peer,
             name="ann",
             address=ann.sharing.plan_request().address,
-            node_public=identity.node_public(ann.machine.node_key),
+            node_public=identity.node_public_pem(ann.machine.node_key),
         )
 
         async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:
@@ -146,7 +146,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         )
         ended = AccessToken(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
         assert not await let_in(bob, gossip.SIGNED_ACCESS_TOKEN.pack(ended, site.sign_key.sign))
-        elsewhere = replace(at_ann, node_public=identity.node_public(bob.machine.node_key))
+        elsewhere = replace(at_ann, node_public=identity.node_public_pem(bob.machine.node_key))
         assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
 
         site.registry.remove(eve.machine.peer, "a thief")

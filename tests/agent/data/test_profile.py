@@ -17,15 +17,15 @@ from agent.data.settings import DataSettings
 from protocols.errors import CommonweightError, DataError, SchemaMismatch
 from protocols.model import schema_card
 from protocols.tables import preprocessing
-from protocols.tables.preprocessing import wanted
-from protocols.tables.statistics import Kind, TableStatistics
+from protocols.tables.preprocessing import parse_settings
+from protocols.tables.statistics import ColumnKind, TableStatistics
 from tests.support.tables import MIXED, write_csv, write_parquet
 
 
 def surveyed(path: Path, *, target: str = "label", **changed: Any) -> TableStatistics:
     settings = {"target": target, **changed.pop("settings", {})}
     data = DataSettings(path=str(path), **({"min_count": 1} | changed))
-    return profile.survey(open_table(data), data, wanted(settings))
+    return profile.survey(open_table(data), data, parse_settings(settings))
 
 
 def test_every_kind_of_column_is_found_and_measured(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
         (pa.array(["3", "3"]).dictionary_encode(), "number", [3, 3]),
     ],
 )
-def test_what_values_mean(column: pa.Array, kind: Kind, found: list[float]) -> None:
+def test_what_values_mean(column: pa.Array, kind: ColumnKind, found: list[float]) -> None:
     assert column_types.kinds(column).kind == kind
     assert np.array_equal(column_types.numbers(column, kind), found, equal_nan=True)
 
@@ -203,4 +203,4 @@ def test_kinds_of_parts_merge(tmp_path: Path) -> None:
     fold = FindKinds()
     found = fold.merged(fold.of(batches[0].slice(0, 1)), fold.of(batches[0].slice(1)))
     assert found == fold.of(batches[0])
-    assert preprocessing.wanted({"target": "x"}).kind == "auto"
+    assert preprocessing.parse_settings({"target": "x"}).kind == "auto"

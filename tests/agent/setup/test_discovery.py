@@ -15,7 +15,7 @@ from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.daemon import mdns as announcing
 from coordinator.daemon.mdns import announce, own_addresses
 from protocols.enrollment import identity, tickets
-from protocols.enrollment.mdns import properties, read
+from protocols.enrollment.mdns import encode_txt_record, parse_txt_record
 from protocols.errors import Refused, TicketMalformed, UnknownName, Unreachable
 from tests.support.https_site import HOST, Site, until
 
@@ -79,15 +79,15 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
 
 def test_what_is_announced_is_read_with_care() -> None:
     ca = bytes(range(32))
-    good = {k.encode(): v.encode() for k, v in properties("box", ca).items()}
-    told = read(good)
+    good = {k.encode(): v.encode() for k, v in encode_txt_record("box", ca).items()}
+    told = parse_txt_record(good)
     assert told is not None
     assert told.name == "box"
     assert told.ca == ca[:16]
-    assert "\x1b" not in read(good | {b"name": b"\x1b[2J"}).name  # type: ignore[union-attr]
+    assert "\x1b" not in parse_txt_record(good | {b"name": b"\x1b[2J"}).name  # type: ignore[union-attr]
     for wrong in ({b"v": b"2"}, {b"ca": b"zz"}, {b"ca": b"00"}, {b"ca": None}, {b"name": b"\xff"}):
-        assert read(good | wrong) is None
-    assert read({}) is None
+        assert parse_txt_record(good | wrong) is None
+    assert parse_txt_record({}) is None
 
 
 def test_a_code_that_is_cut_or_mistyped_is_told_before_anything_is_asked() -> None:

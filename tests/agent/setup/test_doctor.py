@@ -232,13 +232,13 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
     write_private(home / "sign.key", identity.private_pem(sign_key))
     write_private(home / "node.key", identity.private_pem(node_key))
     fleet_id = identity.ca_fingerprint(ca_pem).hex()[:16]
-    public = identity.raw_public(sign_key)
+    public = identity.public_bytes(sign_key)
     certificate = NodeCertificate(
         fleet=fleet_id,
         peer=identity.peer_id(public),
         name="box",
         sign_public=public,
-        node_public=identity.node_public(node_key),
+        node_public=identity.node_public_pem(node_key),
         not_after=time.time() + 1000,
     )
     enrollment = Enrollment(
@@ -247,7 +247,7 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
         fleet=fleet_id,
         addresses=(f"{HOST}:{port}",),
         ca_pem=ca_pem.decode(),
-        certificate=identity.issue(ca_key, certificate),
+        certificate=identity.issue_certificate(ca_key, certificate),
         coordinator_public=bytes(32),
         mqtt=MqttAddress(host=HOST, port=port, ca_pem=ca_pem.decode()),
     )

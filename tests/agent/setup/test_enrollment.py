@@ -54,10 +54,10 @@ def test_a_machine_joins_and_knows_what_it_needs(site: Site, home: Path) -> None
     assert joined.addresses == (site.address,)
     assert joined.fleet == site.fleet_id
     assert joined.mqtt.host == HOST
-    assert joined.coordinator_public == identity.raw_public(site.sign_key)
-    certificate = identity.read_certificate(site.ca_pem, joined.certificate)
+    assert joined.coordinator_public == identity.public_bytes(site.sign_key)
+    certificate = identity.verify_certificate(site.ca_pem, joined.certificate)
     key = identity.load_signing_key(home / "sign.key")
-    assert certificate.sign_public == identity.raw_public(key)
+    assert certificate.sign_public == identity.public_bytes(key)
     assert joined.peer == identity.peer_id(certificate.sign_public)
     assert site.registry.peers[joined.peer].labels == {"site": "north"}
     assert site.requests == [("GET", CA_PATH), ("POST", JOIN_PATH)]
@@ -159,7 +159,7 @@ def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) 
     """The agent would later write its old enrollment over the new one, beside the new keys."""
     first = join(home, site.ticket())
     before = {path.name: path.read_bytes() for path in home.iterdir()}
-    running = homes.lock(home, "agent")
+    running = homes.lock_home(home, "agent")
     with pytest.raises(HomeLocked, match="is running") as caught:
         join(home, site.ticket(), replace=True)
     assert "commonweight-agent finish" in caught.value.hint
@@ -167,7 +167,7 @@ def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) 
     assert list(site.registry.peers) == [first], "nothing was asked of the coordinator"
     running.release()
     assert join(home, site.ticket(), replace=True) != first
-    homes.lock(home, "agent").release()
+    homes.lock_home(home, "agent").release()
 
 
 def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_refused_replacement_keeps_the_machine_that_was(site: Site, home: Path
         join(home, bad, replace=True)
     assert read_enrollment(home).peer == first
     key = identity.load_signing_key(home / "sign.key")
-    assert identity.peer_id(identity.raw_public(key)) == first
+    assert identity.peer_id(identity.public_bytes(key)) == first
 
 
 def test_the_first_address_that_answers_is_taken(site: Site, home: Path) -> None:

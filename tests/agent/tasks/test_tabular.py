@@ -23,7 +23,7 @@ from protocols.errors import DataError, SchemaMismatch, UnknownName, UsageError
 from protocols.model.weights import Array
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
-from protocols.tables.statistics import hashed_category
+from protocols.tables.statistics import hash_category
 from tests.support.tables import MIXED, write_csv
 
 SHARES = (0.4, 0.25, 0.2, 0.1, 0.05)
@@ -76,7 +76,7 @@ def test_the_rules_of_the_preprocessing() -> None:
 
 
 def test_hashed_categories_are_found_again() -> None:
-    city = Feature(name="city", kind="text", categories=(hashed_category("city", "Bern"),))
+    city = Feature(name="city", kind="text", categories=(hash_category("city", "Bern"),))
     rules = Preprocessing(features=(city,), target=RULES.target, hashed=True)
     batch = pa.record_batch({"city": ["Bern", "Genf", None, "Bern"]})
     assert features.inputs(batch, rules)[:, 0].tolist() == [2, 1, 0, 2]

@@ -215,7 +215,7 @@ def test_a_wrong_beginning_on_the_other_side_is_sent_anew(
 def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> None:
     mine = site.credentials(machine)
     assert isinstance(mine, Credentials)
-    assert mine.peer == identity.peer_id(identity.raw_public(mine.sign_key))
+    assert mine.peer == identity.peer_id(identity.public_bytes(mine.sign_key))
 
 
 def test_connections_are_kept_let_go_and_made_again(link: CoordinatorClient) -> None:

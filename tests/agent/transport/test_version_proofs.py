@@ -14,7 +14,7 @@ from protocols.model import weights
 from protocols.model.weights import Weights
 
 COORDINATOR = identity.new_signing_key()
-PUBLIC = identity.raw_public(COORDINATOR)
+PUBLIC = identity.public_bytes(COORDINATOR)
 
 
 def bring(folder: Path, number: int, key: identity.SigningKey = COORDINATOR) -> Work:

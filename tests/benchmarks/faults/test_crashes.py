@@ -15,7 +15,7 @@ def test_every_step_of_a_round_is_a_case() -> None:
     for seed in (1, 2, 3):
         points = [*crashes.coordinator_points(seed), *crashes.agent_points(seed)]
         played = {point.partition(":")[0] for point in points} | {"runs.recalled"}
-        of_rounds = NAMES - set(failpoints.JOBS + failpoints.AGENT_JOBS + failpoints.MEETING)
+        of_rounds = NAMES - set(failpoints.JOBS + failpoints.AGENT_JOBS + failpoints.HANDSHAKE)
         assert played == {name for name in of_rounds if not name.startswith("trainer.")}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.faults import checker
 from protocols import failpoints
-from protocols.failpoints import NAMES, TRUTH, VARIABLE, armed
+from protocols.failpoints import NAMES, TRUTH, VARIABLE, parse_failpoints
 from tests.support.fleet_harness import ROOT
 
 _CALL = re.compile(r'\bfailpoint\("([a-z.]+)"(, )?')
@@ -41,11 +41,11 @@ def test_without_the_variable_they_are_nothing() -> None:
 @pytest.mark.parametrize("spec", ["nowhere", "work.pushed=melt", "work.pushed:x"])
 def test_a_slip_in_a_spec_is_told(spec: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        armed(spec)
+        parse_failpoints(spec)
 
 
 def test_it_happens_the_nth_time_and_once() -> None:
-    failpoint = armed("work.pushed:2=error,run.recorded.RoundOpened=error")
+    failpoint = parse_failpoints("work.pushed:2=error,run.recorded.RoundOpened=error")
     failpoint("work.pushed")
     with pytest.raises(OSError, match="no room"):
         failpoint("work.pushed")
@@ -58,8 +58,8 @@ def test_it_happens_the_nth_time_and_once() -> None:
 def test_with_a_marker_it_happens_in_one_process(tmp_path: Path) -> None:
     spec = f"work.pushed=error@{tmp_path / 'done'}"
     with pytest.raises(OSError, match="no room"):
-        armed(spec)("work.pushed")
-    armed(spec)("work.pushed")
+        parse_failpoints(spec)("work.pushed")
+    parse_failpoints(spec)("work.pushed")
 
 
 def test_a_killed_process_has_noted_what_it_saw_before(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.api.schema import TicketOrder
 from protocols.enrollment import identity, signed_requests, tickets
-from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinAnswer
+from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinResponse
 from tests.support.https_site import Machine, Site
 
 OPERATORS = [
@@ -129,10 +129,10 @@ def test_the_ca_and_joining_are_open(http: httpx.Client, site: Site) -> None:
     )
     machine = Machine("new")
     body = msgspec.json.encode(machine.joining(site.ticket()))
-    answer = msgspec.json.decode(http.post(JOIN_PATH, content=body).content, type=JoinAnswer)
+    answer = msgspec.json.decode(http.post(JOIN_PATH, content=body).content, type=JoinResponse)
     assert (answer.peer, answer.awaiting) == (machine.peer, True)
-    certificate = identity.read_certificate(site.ca_pem, answer.certificate)
-    assert certificate.sign_public == identity.raw_public(machine.sign_key)
+    certificate = identity.verify_certificate(site.ca_pem, answer.certificate)
+    assert certificate.sign_public == identity.public_bytes(machine.sign_key)
 
 
 @pytest.mark.parametrize(

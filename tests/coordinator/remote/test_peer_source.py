@@ -80,7 +80,9 @@ async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
         head = ann.hold(3)
 
         def sign(method: str, path: str, digest: str) -> dict[str, str]:
-            return signed_requests.headers(OPERATOR, site.operator_key.sign, method, path, digest)
+            return signed_requests.sign_headers(
+                OPERATOR, site.operator_key.sign, method, path, digest
+            )
 
         async with without_coordinator(ann, bob):
             await until(lambda: bob.heads.newest() == head)

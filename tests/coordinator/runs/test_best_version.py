@@ -133,7 +133,9 @@ def test_the_known_metrics_are_those_that_tasks_tell(
     task = made()
     task.load(DataSettings(index=0, parts=20, path=str(tmp_path), device="cpu"))
     _, metrics, *counted = task.evaluate(task.init(1, {}), {}, lambda *_: None)
-    assert {*metrics, *evaluation_counts.metrics(counted[0])} == best_version.TASK_METRICS[name]
+    assert {*metrics, *evaluation_counts.compute_metrics(counted[0])} == best_version.TASK_METRICS[
+        name
+    ]
 
 
 def after(told: list[Metrics], **changed: Any) -> Run:

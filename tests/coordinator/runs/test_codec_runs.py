@@ -155,7 +155,7 @@ async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Pat
         run = await fleet.finished(fleet.start(rounds=1, quorum=2, codec="sign"))
         schema = fleet.version(run.head).schema
         model = fleet.hub.lane.version_path(run.head).stat().st_size
-        most = registry.most_bytes(registry.find("sign"), schema, model)
+        most = registry.max_bytes(registry.parse("sign"), schema, model)
         assert most < model / 25
         assert most <= fleet.hub.transfer.limits.max_bytes < model + 1024 * 1024
 

@@ -35,7 +35,7 @@ def lane(tmp_path: Path) -> WeightStore:
 def trained(lane: WeightStore, rounds: int, *, close: bool = True, **more: float) -> Run:
     """A run of p1 and p2; in every second round of p1 alone."""
     spec = RunSpec(task="gait", rounds=9, seed=7, settings={"lr": 0.5}, strategy="fedadam")
-    card = schema_card.card(
+    card = schema_card.make_card(
         "gait", "3", {"w": TensorSpec("F32", (2, 3))}, {"classes": ("sit", "go")}
     )
     head = lane.save(model(0, **more))
@@ -111,7 +111,7 @@ def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(
 
 
 def test_control_variates_are_no_part_of_the_model(lane: WeightStore, tmp_path: Path) -> None:
-    run = trained(lane, 1, **{personalization.control_of("w", {}): 1.0})
+    run = trained(lane, 1, **{personalization.control_name("w", {}): 1.0})
     out = tmp_path / "a.safetensors"
     version = export.export(tmp_path / "home", run, "latest", NAMES, out)
     assert set(load_file(out)) == {"w"}

@@ -21,8 +21,12 @@ from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
 from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data
 from tests.support.waiting import until
 
-CARD = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (2,))}, {"classes": ["a", "b"]})
-OTHER = schema_card.card("softmax", "1", {"w": TensorSpec("F32", (3,))}, {"classes": ["a", "b"]})
+CARD = schema_card.make_card(
+    "softmax", "1", {"w": TensorSpec("F32", (2,))}, {"classes": ["a", "b"]}
+)
+OTHER = schema_card.make_card(
+    "softmax", "1", {"w": TensorSpec("F32", (3,))}, {"classes": ["a", "b"]}
+)
 
 
 pytestmark = pytest.mark.usefixtures("coordinator_home")

@@ -140,7 +140,7 @@ class Liar(InProcess):
         done = super().run(work)
         if not isinstance(work, Train):
             return done
-        return replace(done, metrics={**done.metrics, personalization.PATH: 1e-300})
+        return replace(done, metrics={**done.metrics, personalization.LR_TIMES_STEPS: 1e-300})
 
 
 async def test_no_path_makes_infinite_controls(tmp_path: Path) -> None:

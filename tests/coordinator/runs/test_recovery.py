@@ -16,7 +16,7 @@ from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work, WorkKind
 
 OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
-IS_OWN = partial(identity.verify, identity.raw_public(OWN))
+IS_OWN = partial(identity.verify, identity.public_bytes(OWN))
 HERE = frozenset("ABC")
 #: The ledger of the backup: one round of three is closed.
 BEFORE: list[RunEvent] = [

@@ -455,7 +455,7 @@ def test_the_first_of_equals_stays_best() -> None:
 
 _ONE = st.sampled_from(PEERS)
 _SOME = st.lists(_ONE, unique=True).map(tuple)
-CARD = schema_card.card("t", "1", {})
+CARD = schema_card.make_card("t", "1", {})
 _HELD = st.builds(run_events.Holding, st.integers(-1, 3), st.sampled_from(["x", "y"]))
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     run_events.PeerDescribed: lambda d: run_events.PeerDescribed("A", CARD),

@@ -44,7 +44,7 @@ class Desk:
 
     def verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
         key = self.keys.get(sender)
-        return key is not None and identity.verify(identity.raw_public(key), signature, signed)
+        return key is not None and identity.verify(identity.public_bytes(key), signature, signed)
 
     def present(self, sender: str = "A", signer: str = "A", **changed: Any) -> None:
         claim = UpdateClaim(

@@ -84,7 +84,7 @@ def test_a_home_is_made_once(home: Path) -> None:
     assert settings.init(["host.lan"]) == (home, False)
     again = settings.open_keys(home)
     assert again.fleet == keys.fleet
-    assert identity.raw_public(again.operator_key) == identity.raw_public(keys.operator_key)
+    assert identity.public_bytes(again.operator_key) == identity.public_bytes(keys.operator_key)
     assert again.login == keys.login
     if os.name == "posix":
         private = [path for path in home.iterdir() if path.suffix in (".key", ".json", ".pem")]

@@ -23,7 +23,7 @@ def test_two_writers_at_the_same_time_write_two_whole_versions(tmp_path: Path) -
 
     def pieces() -> Iterator[dict[Part, Array]]:
         assert command.save(OTHER) == weights.digest(OTHER)
-        for piece in weights.pieces(ONE.schema):
+        for piece in weights.split_into_pieces(ONE.schema):
             yield {part: ONE.read(part) for part in piece}
 
     assert coordinator.write(ONE.schema, pieces()) == weights.digest(ONE)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from coordinator.strategies import averaging
 from protocols.model import weights
-from protocols.model.weights import Weights, narrow
+from protocols.model.weights import Weights, float32_to_bf16
 
 COUNTS = st.dictionaries(
     st.sampled_from("ABCDEFGH"), st.integers(1, 10_000_000), min_size=1, max_size=8
@@ -187,7 +187,7 @@ def test_bf16_is_rounded_to_nearest_even(bits: Any) -> None:
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
     expected = [nearest_bf16(value) for value in values]
-    for got, wanted in zip(narrow(values).tolist(), expected, strict=True):
+    for got, wanted in zip(float32_to_bf16(values).tolist(), expected, strict=True):
         assert wanted in (-1, got)
 
 
@@ -203,7 +203,11 @@ def test_the_size_of_the_pieces_does_not_show(rows: Any, limit_bytes: int, scale
     share = [0.2, 0.3, 0.5]
     whole = weighted_mean(updates, share, base, scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(averaging, "pieces", lambda schema: weights.pieces(schema, limit_bytes))
+        patch.setattr(
+            averaging,
+            "split_into_pieces",
+            lambda schema: weights.split_into_pieces(schema, limit_bytes),
+        )
         assert weights.digest(weighted_mean(updates, share, base, scale)) == (weights.digest(whole))
 
 

@@ -35,7 +35,7 @@ from protocols.errors import (
     UsageError,
 )
 from protocols.model import weights
-from protocols.model.weights import Weights, narrow, widen
+from protocols.model.weights import Weights, bf16_to_float32, float32_to_bf16
 from tests.support.in_process_fleet import Data, first_weights, gradient_step
 
 Floats = npt.NDArray[Any]
@@ -336,7 +336,7 @@ def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def cut(limit_bytes: int) -> None:
         for module in (averaging, runner):
             monkeypatch.setattr(
-                module, "pieces", lambda schema, _=0: weights.pieces(schema, limit_bytes)
+                module, "pieces", lambda schema, _=0: weights.split_into_pieces(schema, limit_bytes)
             )
 
     return cut
@@ -410,7 +410,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
     values = rng.normal(size=40).astype(np.float32)
     tensors = {
         "half": values.astype(np.float16),
-        "brain": narrow(values),
+        "brain": float32_to_bf16(values),
         "double": values.astype(np.float64),
         "steps": np.array(7, np.int64),
         "mask": np.array([True, False]),
@@ -422,7 +422,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
         return Weights(
             {
                 "half": new.astype(np.float16),
-                "brain": narrow(new),
+                "brain": float32_to_bf16(new),
                 "double": new.astype(np.float64),
                 "steps": np.array(99, np.int64),
                 "mask": np.array([False, True]),
@@ -438,7 +438,7 @@ def test_integers_stay_and_narrow_floats_stay_narrow(tmp_path: Path, name: str) 
     assert model.schema == first.schema
     assert int(model["steps"]) == 7
     assert model["mask"].tolist() == [True, False]
-    np.testing.assert_allclose(widen(model["brain"]), model["double"], rtol=0, atol=0.02)
+    np.testing.assert_allclose(bf16_to_float32(model["brain"]), model["double"], rtol=0, atol=0.02)
     np.testing.assert_allclose(model["half"], model["double"], rtol=0, atol=5e-3)
     assert not np.array_equal(model["double"], first["double"])
 

@@ -163,8 +163,8 @@ async def _watched(site: Site, **options: object):  # type: ignore[no-untyped-de
 
 async def test_forged_and_misplaced_messages_are_counted_not_heard(site: Site) -> None:
     other_key = identity.new_signing_key()
-    other = identity.peer_id(identity.raw_public(other_key))
-    site.known[other] = identity.raw_public(other_key)
+    other = identity.peer_id(identity.public_bytes(other_key))
+    site.known[other] = identity.public_bytes(other_key)
     mine, theirs = topics.presence(site.fleet, site.peer), topics.presence(site.fleet, other)
     event = topics.event(site.fleet)
     notice = topics.notice(site.fleet, site.peer)
@@ -218,8 +218,8 @@ async def test_any_bytes_are_counted_and_ignored(site: Site) -> None:
 
 async def test_more_retained_presences_than_a_qos_1_subscription_gets(site: Site) -> None:
     keys = [identity.new_signing_key() for _ in range(300)]
-    peers = [identity.peer_id(identity.raw_public(key)) for key in keys]
-    site.known |= {peer: identity.raw_public(key) for peer, key in zip(peers, keys, strict=True)}
+    peers = [identity.peer_id(identity.public_bytes(key)) for key in keys]
+    site.known |= {peer: identity.public_bytes(key) for peer, key in zip(peers, keys, strict=True)}
     async with started(site) as broker:
         async with rogue(site.address(broker)) as client:
             for peer, key in zip(peers, keys, strict=True):

@@ -95,9 +95,9 @@ def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
         round=1,
         task="mnist",
         settings={"model": "2nn", "scaffold": 1},
-        tensors=model_card.tensors_of(weights.schema),
+        tensors=model_card.tensor_cards(weights.schema),
     )
-    model_card.beside(model).write_bytes(model_card.encode(card))
+    model_card.card_path(model).write_bytes(model_card.encode(card))
     out = tmp_path / "digits.onnx"
     done = agent(tmp_path / "home", "export", str(model), str(out), "--json")
     assert done.returncode == 0, done.stderr

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from protocols.analytics import sketches
 from protocols.analytics.mergeable_states import (
     ALPHA,
-    Binned,
-    Counted,
-    Distinct,
-    Sketched,
-    binned,
-    comeasured,
-    merged,
-    sketched,
+    CountState,
+    DistinctState,
+    HistogramState,
+    QuantileState,
+    compute_comoments,
+    compute_histogram,
+    merge,
+    sketch_quantiles,
 )
 
 pytest.importorskip("ddsketch", reason="sketches come with the extra analyze")
@@ -31,9 +31,9 @@ floats = st.lists(
 
 @given(floats, floats)
 def test_a_sketch_of_both_is_that_of_all(a: list[float], b: list[float]) -> None:
-    both = merged([sketched(np.array(a, float)), sketched(np.array(b, float))])
-    assert both == sketched(np.array(a + b, float))
-    assert isinstance(both, Sketched)
+    both = merge([sketch_quantiles(np.array(a, float)), sketch_quantiles(np.array(b, float))])
+    assert both == sketch_quantiles(np.array(a + b, float))
+    assert isinstance(both, QuantileState)
     ordered = sorted(a + b)
     for q in (0.0, 0.5, 1.0):
         found = sketches.quantile(both, q)
@@ -48,31 +48,35 @@ def test_a_sketch_of_both_is_that_of_all(a: list[float], b: list[float]) -> None
 @given(floats, floats)
 def test_histograms_and_comoments_add_up(a: list[float], b: list[float]) -> None:
     x, y = np.array(a, float), np.array(b, float)
-    assert merged([binned(x, 7, -10, 10), binned(y, 7, -10, 10)]) == binned(
-        np.concatenate([x, y]), 7, -10, 10
-    )
+    assert merge(
+        [compute_histogram(x, 7, -10, 10), compute_histogram(y, 7, -10, 10)]
+    ) == compute_histogram(np.concatenate([x, y]), 7, -10, 10)
     size = min(len(x), len(y))
     half = size // 2
-    parts = merged([comeasured(x[:half], y[:half]), comeasured(x[half:size], y[half:size])])
-    whole = comeasured(x[:size], y[:size])
+    parts = merge(
+        [compute_comoments(x[:half], y[:half]), compute_comoments(x[half:size], y[half:size])]
+    )
+    whole = compute_comoments(x[:size], y[:size])
     assert parts.c == pytest.approx(whole.c, rel=1e-6, abs=1e-3)  # type: ignore[union-attr]
 
 
 def test_distinct_values_are_counted_once_over_all_peers() -> None:
-    parts = [sketches.distinct(f"v{n}" for n in range(start, start + 6000)) for start in (0, 3000)]
-    together = merged(parts)
-    assert isinstance(together, Distinct)
-    assert abs(sketches.cardinality(together) - 9000) < 9000 * 4 * 0.0081
-    assert sketches.cardinality(Distinct()) == 0
+    parts = [
+        sketches.count_distinct(f"v{n}" for n in range(start, start + 6000)) for start in (0, 3000)
+    ]
+    together = merge(parts)
+    assert isinstance(together, DistinctState)
+    assert abs(sketches.estimate_distinct(together) - 9000) < 9000 * 4 * 0.0081
+    assert sketches.estimate_distinct(DistinctState()) == 0
 
 
 def test_a_histogram_without_a_range_spans_the_usual() -> None:
     values = np.random.default_rng(1).normal(50, 10, 5000)
-    least, most, counts = sketches.spread_out(sketched(values), 10)
+    least, most, counts = sketches.quantile_histogram(sketch_quantiles(values), 10)
     assert sum(counts) == 5000
     assert 24 < least < 30
     assert 70 < most < 76
-    assert sketches.spread_out(Sketched(), 3) == (0.0, 0.0, (0, 0, 0))
+    assert sketches.quantile_histogram(QuantileState(), 3) == (0.0, 0.0, (0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,6 @@ def test_what_no_peer_computes_is_refused(hostile: bytes) -> None:
 
 def test_different_kinds_do_not_merge() -> None:
     with pytest.raises(ValueError, match="do not merge"):
-        merged([Counted(1), Distinct()])
+        merge([CountState(1), DistinctState()])
     with pytest.raises(ValueError, match="different bins"):
-        merged([Binned((1, 2)), Binned((1,))])
+        merge([HistogramState((1, 2)), HistogramState((1,))])

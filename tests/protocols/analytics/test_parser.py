@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocols.analytics.parser import FORMS, question
+from protocols.analytics.parser import SIGNATURES, parse_query
 from protocols.analytics.query import Condition, Operation
 from protocols.errors import CommonweightError, UnknownName, UsageError
 
 
 def test_a_question_is_read_as_it_is_meant() -> None:
-    asked = question(
+    asked = parse_query(
         'count, mean(age), quantile(age, .5), histogram("income a year", 20, -5, 1e5) by sex, city',
         "age >= 18 and city in ('Oslo', 'Bergen') and debt < -2.5",
     )
@@ -37,13 +37,13 @@ def test_a_question_is_read_as_it_is_meant() -> None:
 
 
 def test_a_column_may_be_called_as_it_likes() -> None:
-    assert question('mean("standby by night") by "day by day"').by == ("day by day",)
+    assert parse_query('mean("standby by night") by "day by day"').by == ("day by day",)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", SIGNATURES.values(), ids=SIGNATURES)
 def test_each_example_is_right(form: object) -> None:
     for example in form.example.split(" or "):  # type: ignore[attr-defined]
-        assert question(example)
+        assert parse_query(example)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_each_example_is_right(form: object) -> None:
 )
 def test_what_is_no_question_is_told(text: str, where: str, words: str) -> None:
     with pytest.raises((UsageError, UnknownName), match=words):
-        question(text, where)
+        parse_query(text, where)
 
 
 def test_a_near_name_is_offered() -> None:
     with pytest.raises(UnknownName) as told:
-        question("maen(age)")
+        parse_query("maen(age)")
     assert "did you mean mean" in told.value.hint
 
 
@@ -88,4 +88,4 @@ def test_a_near_name_is_offered() -> None:
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_no_text_does_more_than_be_refused(text: str, where: str) -> None:
     with contextlib.suppress(CommonweightError):
-        question(text, where)
+        parse_query(text, where)

@@ -13,9 +13,9 @@ from protocols.codecs import patches
 from protocols.errors import BadWeights
 from protocols.model import weights
 from protocols.model.weights import Array, Weights
-from protocols.model.weights_file import Stored
+from protocols.model.weights_file import WeightsFile
 
-BIG = patches.LEAST_BYTES // 4
+BIG = patches.MIN_BYTES // 4
 
 
 def model() -> dict[str, Array]:
@@ -35,13 +35,13 @@ def made(folder: Path, old: dict[str, Array], new: dict[str, Array]) -> tuple[in
     """The patch's bytes, the digest that it leads to, and the one that it should lead to."""
     weights.save(Weights(old), folder / "old")
     expected = weights.save(Weights(new), folder / "new")
-    with Stored(folder / "old") as parent:
-        with Stored(folder / "new") as child:
+    with WeightsFile(folder / "old") as parent:
+        with WeightsFile(folder / "new") as child:
             nbytes = patches.make(parent, child, folder / "patch")
         if not nbytes:
             return 0, "", expected
         assert (folder / "patch").stat().st_size == nbytes
-        with Stored(folder / "patch") as patch:
+        with WeightsFile(folder / "patch") as patch:
             return nbytes, patches.apply(parent, patch, folder / "made"), expected
 
 
@@ -105,7 +105,7 @@ def test_a_mutated_patch_is_refused_or_leads_elsewhere(
         data[int(where * (len(data) - 1))] = value
     (tmp_path / "patch").write_bytes(data)
     try:
-        with Stored(tmp_path / "old") as parent, Stored(tmp_path / "patch") as patch:
+        with WeightsFile(tmp_path / "old") as parent, WeightsFile(tmp_path / "patch") as patch:
             found = patches.apply(parent, patch, tmp_path / "made")
     except BadWeights:
         return
@@ -125,6 +125,6 @@ def test_a_mutated_patch_is_refused_or_leads_elsewhere(
 )
 def test_lies_are_refused(patch: dict[str, Array], tmp_path: Path) -> None:
     weights.save(Weights({"w": np.zeros(100, np.float32)}), tmp_path / "old")
-    with Stored(tmp_path / "old") as parent, pytest.raises(BadWeights):
+    with WeightsFile(tmp_path / "old") as parent, pytest.raises(BadWeights):
         patches.apply(parent, Weights(patch), tmp_path / "made")
     assert not (tmp_path / "made").exists()

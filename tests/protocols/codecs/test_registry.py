@@ -14,16 +14,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocols.codecs import registry
-from protocols.codecs.delta import BLOCK, Floats, Layout
-from protocols.codecs.index_coding import deflated
-from protocols.codecs.registry import KNOWN, Decoded, Encoded
+from protocols.codecs.delta import BLOCK_ELEMENTS, FlatLayout, Floats
+from protocols.codecs.index_coding import deflate_chunks
+from protocols.codecs.registry import NAMES, DecodedUpdate, Encoded
 from protocols.errors import BadWeights, UnknownName, UsageError
 from protocols.model import weights
-from protocols.model.weights import FLOATING, Array, Part, Schema, Weights, narrow, pieces, widen
-from protocols.model.weights_file import Stored
+from protocols.model.weights import (
+    FLOAT_DTYPES,
+    Array,
+    Part,
+    Schema,
+    Weights,
+    bf16_to_float32,
+    float32_to_bf16,
+    split_into_pieces,
+)
+from protocols.model.weights_file import WeightsFile
 
 #: Gaps between positions that fit into one byte, and some that do not.
-LOSSY = [registry.find(name) for name in (*KNOWN[1:], "ternary:0.02")]
+LOSSY = [registry.parse(name) for name in (*NAMES[1:], "ternary:0.02")]
 NAMES = [codec.name for codec in LOSSY]
 
 #: The "2NN" of the FedAvg paper: 199,210 parameters.
@@ -52,9 +61,9 @@ def moved(base: Weights, seed: int, size: float = 0.1) -> Weights:
         dtype = base.schema[name].dtype
         step = rng.normal(0, size, array.shape)
         if dtype == "BF16":
-            tensors[name] = narrow((widen(array) + step).astype(np.float32))
+            tensors[name] = float32_to_bf16((bf16_to_float32(array) + step).astype(np.float32))
         else:
-            tensors[name] = (array + step).astype(array.dtype) if dtype in FLOATING else ~array
+            tensors[name] = (array + step).astype(array.dtype) if dtype in FLOAT_DTYPES else ~array
     return Weights(tensors, [n for n, spec in base.schema.items() if spec.dtype == "BF16"])
 
 
@@ -67,7 +76,7 @@ def mixed(seed: int) -> Weights:
             "b": rng.integers(0, 9, 5),
             "c": rng.normal(size=(7,)),
             "d": rng.normal(size=(2, 3, 5)).astype(np.float16),
-            "e": narrow(rng.normal(size=(11, 13)).astype(np.float32)),
+            "e": float32_to_bf16(rng.normal(size=(11, 13)).astype(np.float32)),
             "f": np.zeros((0, 4), np.float32),
             "g": np.array(1.5, np.float32),
             "h": rng.integers(0, 2, 3).astype(bool),
@@ -97,14 +106,14 @@ def encode(
     return Files(update, leftover, made)
 
 
-def decode(codec: registry.Codec, path: Path, base: Weights) -> Decoded:
-    assert codec.coding is not None
-    return Decoded(codec.coding, weights.load(path), base)
+def decode(codec: registry.Codec, path: Path, base: Weights) -> DecodedUpdate:
+    assert codec.encoding is not None
+    return DecodedUpdate(codec.encoding, weights.load(path), base)
 
 
-def change(found: Decoded, schema: Schema) -> Floats:
+def change(found: DecodedUpdate, schema: Schema) -> Floats:
     """All that an update changes, on the flat axis."""
-    fields = Layout(schema).fields.values()
+    fields = FlatLayout(schema).fields.values()
     return np.concatenate([found.change(Part(f.name, 0, f.size)) for f in fields])
 
 
@@ -112,8 +121,11 @@ def truth(trained: Weights, base: Weights) -> Floats:
     """What training changed, on the flat axis."""
 
     def flat(tensors: Weights) -> Array:
-        fields = Layout(tensors.schema).fields.values()
-        floats = [widen(tensors[f.name]) if f.dtype == "BF16" else tensors[f.name] for f in fields]
+        fields = FlatLayout(tensors.schema).fields.values()
+        floats = [
+            bf16_to_float32(tensors[f.name]) if f.dtype == "BF16" else tensors[f.name]
+            for f in fields
+        ]
         return np.concatenate([array.reshape(-1).astype(np.float64) for array in floats])
 
     return np.asarray(flat(trained) - flat(base), np.float32)
@@ -121,7 +133,7 @@ def truth(trained: Weights, base: Weights) -> Floats:
 
 def leftovers(path: Path, base: Weights) -> Weights:
     found = weights.load(path)
-    assert found.schema == registry.leftover_schema(base.schema)
+    assert found.schema == registry.residual_schema(base.schema)
     return found
 
 
@@ -141,20 +153,20 @@ def codec(request: pytest.FixtureRequest) -> registry.Codec:
 def test_unknown_codecs_are_refused_with_the_known() -> None:
     for name in ("zip", "", "int8:3", "fp32:", "INT8"):
         with pytest.raises(UnknownName, match="fp32, bf16, int8, sign, ternary, topk"):
-            registry.find(name)
+            registry.parse(name)
     for kind, share in itertools.product(registry.SPARSE, ("", "0", "nan", "-1", "0.5", "much")):
         with pytest.raises(UsageError, match=f"{kind}:{share}: the share"):
-            registry.find(f"{kind}:{share}")
-    assert registry.find("topk").name == registry.find("topk:0.01").name == "topk:0.01"
-    assert registry.find("ternary").name == registry.find("ternary:0.2").name == "ternary:0.2"
-    assert registry.find("fp32").coding is None
+            registry.parse(f"{kind}:{share}")
+    assert registry.parse("topk").name == registry.parse("topk:0.01").name == "topk:0.01"
+    assert registry.parse("ternary").name == registry.parse("ternary:0.2").name == "ternary:0.2"
+    assert registry.parse("fp32").encoding is None
 
 
 # --- what arrives ----------------------------------------------------------------------------
 
 
 def test_sent_and_left_over_are_the_change(codec: registry.Codec, tmp_path: Path) -> None:
-    for base in (mixed(1), model(TWO_NN, 1), model({"w": (3 * BLOCK + 5,)}, 1)):
+    for base in (mixed(1), model(TWO_NN, 1), model({"w": (3 * BLOCK_ELEMENTS + 5,)}, 1)):
         trained = moved(base, 2)
         files = encode(codec, trained, base, tmp_path)
         sent = change(decode(codec, files.update, base), base.schema)
@@ -171,7 +183,7 @@ def test_error_bounds(tmp_path: Path) -> None:
         files = encode(codec, trained, base, tmp_path)
         off[codec.name] = np.abs(change(decode(codec, files.update, base), base.schema) - real)
     assert (off["bf16"] <= np.abs(real) * 2**-8).all()
-    for field in Layout(base.schema).fields.values():
+    for field in FlatLayout(base.schema).fields.values():
         for start in range(0, field.size, field.row):
             row = slice(field.start + start, field.start + min(start + field.row, field.size))
             half_a_step = np.abs(real[row]).max() / 127 / 2
@@ -185,11 +197,11 @@ def test_error_bounds(tmp_path: Path) -> None:
 def test_ternary_sends_the_largest_by_the_mean_of_their_row(share: float, tmp_path: Path) -> None:
     base = model(TWO_NN, 3)
     trained = moved(base, 4)
-    real, kind = truth(trained, base), registry.find(f"ternary:{share}")
+    real, kind = truth(trained, base), registry.parse(f"ternary:{share}")
     files = encode(kind, trained, base, tmp_path)
     sent = change(decode(kind, files.update, base), base.schema)
     # Biases and the output are small: they go as int8.
-    wide = [f for f in Layout(base.schema).fields.values() if f.size > 2000]
+    wide = [f for f in FlatLayout(base.schema).fields.values() if f.size > 2000]
     large = np.concatenate([np.arange(f.start, f.start + f.size) for f in wide])
     small = np.delete(np.arange(len(real)), large)
     np.testing.assert_allclose(sent[small], real[small], rtol=0, atol=0.5 / 127)
@@ -212,11 +224,11 @@ def test_integers_keep_the_base_and_floats_their_dtype(
     trained = moved(base, 6)
     found = decode(codec, encode(codec, trained, base, tmp_path).update, base)
     assert found.schema == base.schema
-    for piece in pieces(base.schema):
+    for piece in split_into_pieces(base.schema):
         for part in piece:
             read = found.read(part)
             assert read.dtype == base[part.name].dtype
-            if base.schema[part.name].dtype not in FLOATING:
+            if base.schema[part.name].dtype not in FLOAT_DTYPES:
                 assert np.array_equal(read, base.read(part))
 
 
@@ -272,18 +284,22 @@ def test_any_partition_reads_the_same(
 
 
 def test_a_file_and_memory_read_the_same(codec: registry.Codec, tmp_path: Path) -> None:
-    base = model({"w": (5, 3 * BLOCK // 4), "x": (100, 4)}, 11)
+    base = model({"w": (5, 3 * BLOCK_ELEMENTS // 4), "x": (100, 4)}, 11)
     weights.save(base, tmp_path / "base.safetensors")
     weights.save(moved(base, 12), tmp_path / "trained.safetensors")
     update, left = tmp_path / "update.safetensors", tmp_path / "left.safetensors"
     with (
-        Stored(tmp_path / "base.safetensors") as old,
-        Stored(tmp_path / "trained.safetensors") as new,
+        WeightsFile(tmp_path / "base.safetensors") as old,
+        WeightsFile(tmp_path / "trained.safetensors") as new,
     ):
         made = registry.encode(codec, new, old, None, update, left)
-        with Stored(update) as file:
-            found = registry.decoded(codec, file, old)
-            for part in (Part("w", 7, 3 * BLOCK), Part("x", 0, 400), Part("w", BLOCK, BLOCK)):
+        with WeightsFile(update) as file:
+            found = registry.open_update(codec, file, old)
+            for part in (
+                Part("w", 7, 3 * BLOCK_ELEMENTS),
+                Part("x", 0, 400),
+                Part("w", BLOCK_ELEMENTS, BLOCK_ELEMENTS),
+            ):
                 expected = decode(codec, update, base).read(part)
                 assert np.array_equal(found.read(part), expected)
     again = encode(codec, moved(base, 12), base, tmp_path)
@@ -313,11 +329,11 @@ def test_sizes_with_headers(
     shapes: dict[str, tuple[int, ...]], name: str, least: float, tmp_path: Path
 ) -> None:
     base = model(shapes, 13)
-    kind = registry.find(name)
+    kind = registry.parse(name)
     whole = len(weights.header_bytes(base.schema)) + base.nbytes
     made = encode(kind, moved(base, 14), base, tmp_path).made
     assert whole / made.nbytes >= least
-    assert made.nbytes <= registry.most_bytes(kind, base.schema, whole)
+    assert made.nbytes <= registry.max_bytes(kind, base.schema, whole)
 
 
 # --- what must not be sent or read -----------------------------------------------------------
@@ -366,7 +382,7 @@ def _ternary(
     bits = np.zeros(-(-signs // 8), np.uint8)
     bits[:1] = first
     scale = np.array([1.0] if scales is None else scales, F)
-    g, chunks = deflated(np.array(gaps, np.uint8))
+    g, chunks = deflate_chunks(np.array(gaps, np.uint8))
     return _coded(b=bits, g=g, l=chunks, q=np.empty(0, np.int8), s=scale)
 
 
@@ -415,38 +431,38 @@ def _bomb(nbytes: int) -> Weights:
     ],
 )
 def test_lies_are_refused(name: str, file: Weights) -> None:
-    coding = registry.find(name).coding
+    coding = registry.parse(name).encoding
     assert coding is not None
     with pytest.raises(BadWeights):
-        Decoded(coding, file, model({"w": (1000,)}, 18))
+        DecodedUpdate(coding, file, model({"w": (1000,)}, 18))
 
 
 def test_a_ternary_update_of_an_early_build_is_refused_with_a_likely_reason() -> None:
     """Those wrote gaps in half bytes, as a tensor i: read as they are now, the model is wrong."""
-    coding = registry.find("ternary").coding
+    coding = registry.parse("ternary").encoding
     assert coding is not None
     now = _ternary([0], 1)
-    Decoded(coding, now, model({"w": (1000,)}, 18))
+    DecodedUpdate(coding, now, model({"w": (1000,)}, 18))
     old = _coded(**{{"g": "i"}.get(name, name): array for name, array in now.items()})
     with pytest.raises(BadWeights, match="another version of commonweight"):
-        Decoded(coding, old, model({"w": (1000,)}, 18))
+        DecodedUpdate(coding, old, model({"w": (1000,)}, 18))
 
 
 def test_the_last_position_may_be_the_last_element() -> None:
-    coding = registry.find("topk").coding
+    coding = registry.parse("topk").encoding
     assert coding is not None
     file = _coded(i=np.array([255, 255, 255, 234], np.uint8), v=np.ones(1, F))
-    found = Decoded(coding, file, Weights({"w": np.zeros(1000, F)}))
+    found = DecodedUpdate(coding, file, Weights({"w": np.zeros(1000, F)}))
     assert np.flatnonzero(found.read(Part("w", 0, 1000))).tolist() == [999]
 
 
 def test_bits_beyond_the_end_are_refused() -> None:
-    coding = registry.find("sign").coding
+    coding = registry.parse("sign").encoding
     assert coding is not None
     base = model({"w": (5,)}, 19)
-    Decoded(coding, _coded(b=np.array([0b11111000], np.uint8), s=np.ones(1, F)), base)
+    DecodedUpdate(coding, _coded(b=np.array([0b11111000], np.uint8), s=np.ones(1, F)), base)
     with pytest.raises(BadWeights, match="beyond the end"):
-        Decoded(coding, _coded(b=np.array([0b00000100], np.uint8), s=np.ones(1, F)), base)
+        DecodedUpdate(coding, _coded(b=np.array([0b00000100], np.uint8), s=np.ones(1, F)), base)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -466,11 +482,11 @@ def test_a_mutated_file_is_read_or_refused(
     if cut is not None:
         del data[int(cut * len(data)) :]
     path.write_bytes(data)
-    assert kind.coding is not None
+    assert kind.encoding is not None
     try:
-        with Stored(path) as file:
-            found = Decoded(kind.coding, file, base)
-            for piece in pieces(base.schema, 1000):
+        with WeightsFile(path) as file:
+            found = DecodedUpdate(kind.encoding, file, base)
+            for piece in split_into_pieces(base.schema, 1000):
                 for part in piece:
                     assert len(found.read(part)) == part.stop - part.start
     except BadWeights:

@@ -113,28 +113,28 @@ def a_certificate() -> NodeCertificate:
 
 def test_a_node_certificate_is_read_and_a_strange_one_refused() -> None:
     ca_key, ca_pem = identity.new_ca("x")
-    issued = identity.issue(ca_key, a_certificate())
-    assert identity.read_certificate(ca_pem, issued) == a_certificate()
+    issued = identity.issue_certificate(ca_key, a_certificate())
+    assert identity.verify_certificate(ca_pem, issued) == a_certificate()
     other_key, other_pem = identity.new_ca("x")
     for pem, data in (
         (other_pem, issued),
-        (ca_pem, identity.issue(other_key, a_certificate())),
+        (ca_pem, identity.issue_certificate(other_key, a_certificate())),
         (ca_pem, b""),
         (ca_pem, issued[:64]),
         (ca_pem, issued + b" "),
     ):
         with pytest.raises(BadMessage, match="not signed"):
-            identity.read_certificate(pem, data)
+            identity.verify_certificate(pem, data)
 
 
 @given(st.data())
 def test_every_flipped_bit_of_a_certificate_is_found(data: st.DataObject) -> None:
     ca_key, ca_pem = identity.new_ca("x")
-    issued = bytearray(identity.issue(ca_key, a_certificate()))
+    issued = bytearray(identity.issue_certificate(ca_key, a_certificate()))
     at = data.draw(st.integers(0, len(issued) * 8 - 1))
     issued[at // 8] ^= 1 << at % 8
     with pytest.raises(BadMessage):
-        identity.read_certificate(ca_pem, bytes(issued))
+        identity.verify_certificate(ca_pem, bytes(issued))
 
 
 def test_a_signature_over_something_else_is_no_certificate() -> None:
@@ -142,7 +142,7 @@ def test_a_signature_over_something_else_is_no_certificate() -> None:
     for body in (b"[]", b'{"v":1}', b"\xff"):
         signed = ca_key.sign(b"commonweight node certificate 1\n" + body) + body
         with pytest.raises(BadMessage, match="not a valid node certificate"):
-            identity.read_certificate(ca_pem, signed)
+            identity.verify_certificate(ca_pem, signed)
 
 
 def public_pem(key: object) -> bytes:
@@ -152,7 +152,7 @@ def public_pem(key: object) -> bytes:
 
 
 def test_only_a_p384_key_is_a_node_key() -> None:
-    identity.check_node_public(identity.node_public(identity.new_node_key()))
+    identity.check_node_public(identity.node_public_pem(identity.new_node_key()))
     for wrong in (
         public_pem(ec.generate_private_key(ec.SECP256R1())),
         public_pem(rsa.generate_private_key(65537, 2048)),
@@ -183,10 +183,10 @@ def test_key_files_are_private_and_come_back(tmp_path: Path) -> None:
     write_private(tmp_path / "sign", identity.private_pem(sign))
     write_private(tmp_path / "node", identity.private_pem(node))
     read = identity.load_signing_key(tmp_path / "sign")
-    assert identity.raw_public(read) == identity.raw_public(sign)
-    assert identity.node_public(identity.load_node_key(tmp_path / "node")) == identity.node_public(
-        node
-    )
+    assert identity.public_bytes(read) == identity.public_bytes(sign)
+    assert identity.node_public_pem(
+        identity.load_node_key(tmp_path / "node")
+    ) == identity.node_public_pem(node)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["node", "sign"]
     if os.name == "posix":
         assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}
@@ -222,9 +222,9 @@ def test_a_private_file_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_signatures() -> None:
     key = identity.new_signing_key()
-    public, signature = identity.raw_public(key), key.sign(b"message")
+    public, signature = identity.public_bytes(key), key.sign(b"message")
     assert identity.verify(public, signature, b"message")
     assert not identity.verify(public, signature, b"massage")
     assert not identity.verify(public, signature[:-1], b"message")
     assert not identity.verify(b"short", signature, b"message")
-    assert not identity.verify(identity.raw_public(identity.new_signing_key()), signature, b"")
+    assert not identity.verify(identity.public_bytes(identity.new_signing_key()), signature, b"")

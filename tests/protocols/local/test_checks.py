@@ -6,7 +6,15 @@ import json
 
 from protocols.errors import CommonweightError
 from protocols.local import json_output
-from protocols.local.checks import Advice, Check, Step, as_data, examine, in_words, num_faults
+from protocols.local.checks import (
+    Advice,
+    Check,
+    CheckStep,
+    count_failed,
+    format_check,
+    run_checks,
+    to_json,
+)
 
 
 def bad() -> str:
@@ -25,16 +33,16 @@ def test_a_check_is_skipped_when_one_that_it_needs_did_not_pass() -> None:
         return "fine"
 
     steps = [
-        Step("a", lambda: noted("a")),
-        Step("b", bad, ("a",)),
-        Step("c", lambda: noted("c"), ("a", "b")),
-        Step("d", lambda: noted("d"), ("c",)),
-        Step("e", lambda: Advice(noted("e"), "better"), ("a",)),
-        Step("f", lambda: noted("f"), ("e",)),
-        Step("g", broken),
-        Step("h", lambda: noted("h"), ("g",)),
+        CheckStep("a", lambda: noted("a")),
+        CheckStep("b", bad, ("a",)),
+        CheckStep("c", lambda: noted("c"), ("a", "b")),
+        CheckStep("d", lambda: noted("d"), ("c",)),
+        CheckStep("e", lambda: Advice(noted("e"), "better"), ("a",)),
+        CheckStep("f", lambda: noted("f"), ("e",)),
+        CheckStep("g", broken),
+        CheckStep("h", lambda: noted("h"), ("g",)),
     ]
-    made = list(examine(steps))
+    made = list(run_checks(steps))
     assert made == [
         Check("a", True, "fine"),
         Check("b", False, "the door is shut", "open it"),
@@ -46,30 +54,32 @@ def test_a_check_is_skipped_when_one_that_it_needs_did_not_pass() -> None:
         Check("h", None, "skipped"),
     ]
     assert calls == ["a", "e", "f"]
-    assert num_faults(made) == 2
+    assert count_failed(made) == 2
 
 
 def test_each_check_is_given_as_soon_as_it_is_made() -> None:
     calls: list[str] = []
-    steps = [Step(name, lambda name=name: calls.append(name) or name) for name in "abc"]  # type: ignore[misc]
-    making = examine(steps)
+    steps = [CheckStep(name, lambda name=name: calls.append(name) or name) for name in "abc"]  # type: ignore[misc]
+    making = run_checks(steps)
     next(making)
     assert calls == ["a"]
 
 
 def test_lines_for_a_person() -> None:
-    assert in_words(Check("tls", True, "364 days left")) == "✓ tls: 364 days left"
-    assert in_words(Check("tcp", False, "no answer", "start it")) == (
+    assert format_check(Check("tls", True, "364 days left")) == "✓ tls: 364 days left"
+    assert format_check(Check("tcp", False, "no answer", "start it")) == (
         "✗ tcp: no answer\n    fix: start it"
     )
-    assert in_words(Check("mqtt", None, "skipped")) == "– mqtt: skipped"
-    assert in_words(Check("disk", True, "3 GB", "make room")) == "✓ disk: 3 GB\n    fix: make room"
-    assert "\x1b" not in in_words(Check("dns", False, "\x1b[2J", "\x1b[31m"))
+    assert format_check(Check("mqtt", None, "skipped")) == "– mqtt: skipped"
+    assert (
+        format_check(Check("disk", True, "3 GB", "make room")) == "✓ disk: 3 GB\n    fix: make room"
+    )
+    assert "\x1b" not in format_check(Check("dns", False, "\x1b[2J", "\x1b[31m"))
 
 
 def test_the_same_as_json() -> None:
     made = [Check("a", True, "fine"), Check("b", None, "skipped"), Check("c", False, "no", "do")]
-    assert json.loads(json_output.ok(as_data(made)))["data"] == {
+    assert json.loads(json_output.ok(to_json(made)))["data"] == {
         "faults": 1,
         "checks": [
             {"name": "a", "ok": True, "detail": "fine", "fix": ""},

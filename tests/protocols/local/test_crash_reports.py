@@ -22,8 +22,8 @@ def test_a_report_holds_no_data(tmp_path: Path) -> None:
     try:
         fall(SECRET)
     except KeyError as err:
-        crash_reports.keep(tmp_path, err)
-    (report,) = crash_reports.kept(tmp_path)
+        crash_reports.save(tmp_path, err)
+    (report,) = crash_reports.list_reports(tmp_path)
     text = report.read_text()
     assert "alice" not in text
     assert str(tmp_path) not in text
@@ -31,16 +31,16 @@ def test_a_report_holds_no_data(tmp_path: Path) -> None:
     told = json.loads(text)
     assert [error["kind"] for error in told["errors"]] == ["KeyError", "ValueError"]
     assert told["errors"][0]["steps"][-1].endswith(" fall")
-    assert "KeyError in local/test_crash_reports.py:" in crash_reports.in_words(report)
+    assert "KeyError in local/test_crash_reports.py:" in crash_reports.format_report(report)
 
 
 def test_the_last_few_are_kept_and_what_was_expected_is_none(tmp_path: Path) -> None:
-    crash_reports.keep(tmp_path, UsageError("no"))
-    crash_reports.keep(tmp_path, KeyboardInterrupt())
-    assert crash_reports.kept(tmp_path) == []
-    for number in range(crash_reports.KEPT + 3):
-        crash_reports.keep(tmp_path, ValueError(number))
-    assert len(crash_reports.kept(tmp_path)) == crash_reports.KEPT
-    crash_reports.kept(tmp_path)[0].write_text("{")
-    assert "damaged" in crash_reports.in_words(crash_reports.kept(tmp_path)[0])
-    crash_reports.keep(tmp_path / "gone", ValueError())  # never a second fall
+    crash_reports.save(tmp_path, UsageError("no"))
+    crash_reports.save(tmp_path, KeyboardInterrupt())
+    assert crash_reports.list_reports(tmp_path) == []
+    for number in range(crash_reports.MAX_REPORTS + 3):
+        crash_reports.save(tmp_path, ValueError(number))
+    assert len(crash_reports.list_reports(tmp_path)) == crash_reports.MAX_REPORTS
+    crash_reports.list_reports(tmp_path)[0].write_text("{")
+    assert "damaged" in crash_reports.format_report(crash_reports.list_reports(tmp_path)[0])
+    crash_reports.save(tmp_path / "gone", ValueError())  # never a second fall

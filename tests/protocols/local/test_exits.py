@@ -16,7 +16,7 @@ def waits_for_ever():
     threading.Event().wait()
 
 threading.Thread(target=waits_for_ever, name="stuck one").start()
-cli.EXIT_WITHIN_S = 0.1
+cli.EXIT_TIMEOUT_S = 0.1
 sys.argv = ["commonweight-agent", *sys.argv[1:]]
 cli.main()
 """

@@ -28,12 +28,12 @@ def stamp(home: Path, content: bytes | dict[str, object]) -> None:
 
 
 def test_the_environment_says_where(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert homes.locate("coordinator") == home
-    assert homes.locate("agent") == home.parent / "agent"
+    assert homes.home_path("coordinator") == home
+    assert homes.home_path("agent") == home.parent / "agent"
     monkeypatch.setenv("COMMONWEIGHT_HOME", "~/here")
-    assert homes.locate("coordinator") == Path.home() / "here"
+    assert homes.home_path("coordinator") == Path.home() / "here"
     monkeypatch.delenv("COMMONWEIGHT_HOME")
-    assert homes.locate("coordinator").name == "coordinator"
+    assert homes.home_path("coordinator").name == "coordinator"
 
 
 def test_none_yet(home: Path) -> None:
@@ -123,7 +123,7 @@ from pathlib import Path
 from protocols.local import homes
 from protocols.errors import HomeLocked
 try:
-    homes.lock(Path(sys.argv[1]), "coordinator")
+    homes.lock_home(Path(sys.argv[1]), "coordinator")
 except HomeLocked:
     sys.exit(9)
 """
@@ -131,11 +131,11 @@ except HomeLocked:
 
 def test_one_program_works_in_a_home(home: Path) -> None:
     homes.open_home("coordinator", create=True)
-    held = homes.lock(home, "coordinator")
+    held = homes.lock_home(home, "coordinator")
     other = subprocess.run([sys.executable, "-c", _LOCK, str(home)], check=False)
     assert other.returncode == 9
     with pytest.raises(HomeLocked, match="another coordinator"):
-        homes.lock(home, "coordinator")
+        homes.lock_home(home, "coordinator")
     held.release()
     freed = subprocess.run([sys.executable, "-c", _LOCK, str(home)], check=False)
     assert freed.returncode == 0

@@ -38,8 +38,11 @@ def test_an_error_carries_code_message_and_hint() -> None:
 
 
 def test_an_error_in_words() -> None:
-    assert json_output.in_words(TicketMalformed("what", "do this")) == "error: what\n  try: do this"
-    assert json_output.in_words(CommonweightError("what")) == "error: what"
+    assert (
+        json_output.format_error(TicketMalformed("what", "do this"))
+        == "error: what\n  try: do this"
+    )
+    assert json_output.format_error(CommonweightError("what")) == "error: what"
 
 
 def test_every_error_has_a_code_of_its_own_and_inherits_its_exit_code() -> None:

@@ -58,7 +58,7 @@ def test_a_step_that_fails_changes_nothing(home: Path, monkeypatch: pytest.Monke
 
 
 def test_not_under_the_feet_of_a_program_that_runs(home: Path) -> None:
-    held = homes.lock(home, "agent")
+    held = homes.lock_home(home, "agent")
     with pytest.raises(HomeLocked, match="agent of an older version"):
         homes.open_home("agent")
     held.release()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.enrollment import identity
-from protocols.enrollment.joining import Joining
+from protocols.enrollment.joining import JoinRequest
 from protocols.errors import BadMessage
 from protocols.messages import envelope as messages
 from protocols.messages.envelope import (
@@ -97,7 +97,7 @@ ENVELOPES = st.builds(
 
 
 def accept(sender: str, signature: bytes, signed: bytes) -> bool:
-    return identity.verify(identity.raw_public(KEY), signature, signed)
+    return identity.verify(identity.public_bytes(KEY), signature, signed)
 
 
 def sealed(body: object, **changed: Any) -> bytes:
@@ -267,7 +267,7 @@ def a_claim_as_json() -> dict[str, Any]:
 
 
 def verify(signature: bytes, signed: bytes) -> bool:
-    return identity.verify(identity.raw_public(KEY), signature, signed)
+    return identity.verify(identity.public_bytes(KEY), signature, signed)
 
 
 def test_work_is_read_when_the_coordinator_signed_it() -> None:
@@ -318,5 +318,5 @@ def test_a_machines_name_is_plain(name: str) -> None:
         "version": "1",
     }
     with pytest.raises(msgspec.ValidationError):
-        msgspec.convert(fields, Joining)
-    assert msgspec.convert(fields | {"name": "box 2.lan"}, Joining).name == "box 2.lan"
+        msgspec.convert(fields, JoinRequest)
+    assert msgspec.convert(fields | {"name": "box 2.lan"}, JoinRequest).name == "box 2.lan"

@@ -107,7 +107,7 @@ def test_a_voice_numbers_without_gaps_and_is_heard_once() -> None:
     topic = topics.presence("0" * 16, "P")
 
     def verify(sender: str, signature: bytes, signed: bytes) -> bool:
-        return identity.verify(identity.raw_public(key), signature, signed)
+        return identity.verify(identity.public_bytes(key), signature, signed)
 
     for number in range(3):
         payload = voice.seal(topic, messages.Doorbell())

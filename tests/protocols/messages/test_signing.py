@@ -12,7 +12,7 @@ from protocols.enrollment.identity import (
     _SIGNED_CERTIFICATE,
     SigningKey,
     new_signing_key,
-    raw_public,
+    public_bytes,
     verify,
 )
 from protocols.errors import BadMessage
@@ -32,7 +32,7 @@ KEY = new_signing_key()
 
 
 def by(key: SigningKey) -> partial[bool]:
-    return partial(verify, raw_public(key))
+    return partial(verify, public_bytes(key))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ SPECS = st.builds(
     TensorSpec, st.sampled_from(["F32", "BF16"]), st.lists(st.integers(0, 9), max_size=3).map(tuple)
 )
 CARDS = st.builds(
-    schema_card.card,
+    schema_card.make_card,
     WORDS,
     WORDS,
     st.dictionaries(WORDS, SPECS, max_size=4),
@@ -27,16 +27,18 @@ CARDS = st.builds(
 
 def a_card(**changed: object) -> SchemaCard:
     given = {"features": ["age", "income"], "classes": ["no", "yes"]}
-    made = schema_card.card("tabular", "1", {"w": TensorSpec("F32", (2, 3))}, given)
+    made = schema_card.make_card("tabular", "1", {"w": TensorSpec("F32", (2, 3))}, given)
     return msgspec.structs.replace(made, **changed)
 
 
 @given(CARDS, CARDS)
-@example(schema_card.card("t", "", {}, {}), schema_card.card("t", "", {}, {"classes": []}))
+@example(
+    schema_card.make_card("t", "", {}, {}), schema_card.make_card("t", "", {}, {"classes": []})
+)
 def test_cards_differ_exactly_where_their_digests_do(one: SchemaCard, other: SchemaCard) -> None:
-    alike = schema_card.difference(one, other) is None
+    alike = schema_card.first_difference(one, other) is None
     assert alike == (schema_card.digest(one) == schema_card.digest(other))
-    assert schema_card.difference(one, one) is None
+    assert schema_card.first_difference(one, one) is None
 
 
 @given(CARDS)
@@ -70,7 +72,7 @@ def test_a_card_comes_back_from_its_bytes(card: SchemaCard) -> None:
 def test_the_first_difference_is_named(
     changed: dict[str, object], field: str, expected: str, found: str
 ) -> None:
-    told = schema_card.difference(a_card(), a_card(**changed))
+    told = schema_card.first_difference(a_card(), a_card(**changed))
     assert told == schema_card.Difference(field, expected, found)
     assert told.as_error().message == f"{field}: expected {expected}, found {found}"
 
@@ -83,9 +85,9 @@ def test_the_majority_says_what_is_expected() -> None:
 
 def test_what_could_steer_a_terminal_or_is_too_long_is_refused() -> None:
     with pytest.raises(DataError):
-        schema_card.card("t", "1", {}, {"features": ["\x1b[2J"]})
+        schema_card.make_card("t", "1", {}, {"features": ["\x1b[2J"]})
     with pytest.raises(DataError):
-        schema_card.encode(schema_card.card("t", "1", {}, {"features": ["x" * 300] * 1000}))
+        schema_card.encode(schema_card.make_card("t", "1", {}, {"features": ["x" * 300] * 1000}))
     for data in (b"", b"{}", b"[1]", b"\xff", b" " * (schema_card.MAX_BYTES + 1)):
         with pytest.raises(BadMessage):
             schema_card.decode(data)

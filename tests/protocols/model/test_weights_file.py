@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from protocols.errors import BadWeights
 from protocols.model import weights
-from protocols.model.weights import DTYPES, Part, Schema, TensorSpec, Weights, pieces
-from protocols.model.weights_file import Stored, Writer
+from protocols.model.weights import DTYPES, Part, Schema, TensorSpec, Weights, split_into_pieces
+from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 CODES = sorted(DTYPES)
 SHAPES = st.one_of(st.sampled_from([(), (0,), (3, 0)]), hnp.array_shapes(max_dims=3, max_side=5))
@@ -33,8 +33,8 @@ def models(draw: st.DrawFn) -> Weights:
 
 
 def write(path: Path, model: Weights, limit_bytes: int) -> str:
-    with Writer(path, model.schema) as writer:
-        for piece in pieces(model.schema, limit_bytes):
+    with WeightsWriter(path, model.schema) as writer:
+        for piece in split_into_pieces(model.schema, limit_bytes):
             writer.write({part: model.read(part) for part in piece})
     return writer.digest
 
@@ -48,10 +48,10 @@ def test_pieces_of_any_size_make_the_same_file(
     digest = write(path, model, limit_bytes)
     assert digest == weights.digest(model)
     assert path.read_bytes() == weights.to_bytes(model)
-    with Stored(path) as stored:
+    with WeightsFile(path) as stored:
         assert stored.schema == model.schema
         assert stored.nbytes == path.stat().st_size
-        for piece in pieces(stored.schema, limit_bytes):
+        for piece in split_into_pieces(stored.schema, limit_bytes):
             for part in piece:
                 assert stored.read(part).tobytes() == model.read(part).tobytes()
 
@@ -66,7 +66,7 @@ def test_pieces_hold_every_element_once_and_in_order(
     tensors: dict[str, tuple[str, tuple[int, ...]]], limit_bytes: int
 ) -> None:
     schema: Schema = {name: TensorSpec(*spec) for name, spec in tensors.items()}
-    groups = list(pieces(schema, limit_bytes))
+    groups = list(split_into_pieces(schema, limit_bytes))
     assert all(groups)
     largest = max((DTYPES[spec.dtype].itemsize for spec in schema.values()), default=1)
     for group in groups:
@@ -100,9 +100,9 @@ def test_a_file_is_taken_where_its_bytes_are_taken(
         schema, _ = weights.read_schema(bytes(changed))
     except BadWeights:
         with pytest.raises(BadWeights):
-            Stored(path)
+            WeightsFile(path)
     else:
-        with Stored(path) as stored:
+        with WeightsFile(path) as stored:
             assert stored.schema == schema
 
 
@@ -110,13 +110,13 @@ def test_a_file_is_taken_where_its_bytes_are_taken(
 def test_what_is_no_file_of_ours_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model").write_bytes(content)
     with pytest.raises(BadWeights):
-        Stored(tmp_path / "model")
+        WeightsFile(tmp_path / "model")
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model"
     weights.save(Weights({"w": np.zeros(100)}), path)
-    with Stored(path) as stored:
+    with WeightsFile(path) as stored:
         with path.open("r+b") as file:
             file.truncate(200)
         with pytest.raises(BadWeights, match="too soon"):
@@ -127,7 +127,7 @@ def test_a_piece_of_another_size_and_a_broken_block_leave_the_old_file(tmp_path:
     path = tmp_path / "model"
     path.write_bytes(b"old")
     schema = Weights({"w": np.zeros(4)}).schema
-    with pytest.raises(BadWeights, match="size"), Writer(path, schema) as writer:
+    with pytest.raises(BadWeights, match="size"), WeightsWriter(path, schema) as writer:
         writer.write({Part("w", 0, 4): np.zeros(3)})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

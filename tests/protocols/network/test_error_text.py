@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from protocols.network.error_text import why
+from protocols.network.error_text import describe_error
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def listener() -> Iterator[socket.socket]:
 def told(url: str, timeout_s: float = 5.0) -> str:
     with pytest.raises(httpx.HTTPError) as raised:
         httpx.get(url, timeout=timeout_s, trust_env=False)
-    return why(raised.value)
+    return describe_error(raised.value)
 
 
 def test_nobody_listens() -> None:
@@ -55,10 +55,10 @@ def test_it_breaks_off() -> None:
 
 
 def test_no_such_machine_and_others() -> None:
-    assert why(socket.gaierror(-2, "Name or service not known")).startswith("no machine")
-    assert why(OSError(113, "No route to host")) == "no route to host"
-    assert why(ValueError()) == "ValueError"
+    assert describe_error(socket.gaierror(-2, "Name or service not known")).startswith("no machine")
+    assert describe_error(OSError(113, "No route to host")) == "no route to host"
+    assert describe_error(ValueError()) == "ValueError"
     round_about = ValueError("a")
     round_about.__cause__ = KeyError("b")
     round_about.__cause__.__cause__ = round_about
-    assert why(round_about) == "a"
+    assert describe_error(round_about) == "a"

@@ -26,12 +26,12 @@ from protocols.network import version_check
     ],
 )
 def test_at_most_one_minor_version_apart(one: str, other: str, near: bool) -> None:
-    assert version_check.is_near(one, other) is near
-    assert version_check.is_near(other, one) is near
+    assert version_check.are_compatible(one, other) is near
+    assert version_check.are_compatible(other, one) is near
 
 
 def test_a_refusal_names_both() -> None:
     with pytest.raises(
         VersionSkew, match=r"the coordinator runs commonweight 0\.4\.0, this is 0\.1"
     ):
-        version_check.check("0.4.0", "the coordinator", ours="0.1.0")
+        version_check.check_compatible("0.4.0", "the coordinator", ours="0.1.0")

@@ -27,20 +27,20 @@ from protocols.p2p.gossip import (
 
 CA_KEY, CA_PEM = identity.new_ca("test")
 SIGN, NODE = identity.new_signing_key(), identity.new_node_key()
-PEER = identity.peer_id(identity.raw_public(SIGN))
+PEER = identity.peer_id(identity.public_bytes(SIGN))
 
 
 def certificate(
     peer: str = PEER, fleet: str = "f", key: identity.SigningKey = CA_KEY, lasts_s: float = 3600
 ) -> bytes:
-    return identity.issue(
+    return identity.issue_certificate(
         key,
         NodeCertificate(
             fleet=fleet,
             peer=peer,
             name="ann",
-            sign_public=identity.raw_public(SIGN),
-            node_public=identity.node_public(NODE),
+            sign_public=identity.public_bytes(SIGN),
+            node_public=identity.node_public_pem(NODE),
             not_after=time.time() + lasts_s,
         ),
     )
@@ -129,11 +129,11 @@ def test_versions_follow_each_other() -> None:
 def test_a_pass_is_the_coordinators() -> None:
     key = identity.new_signing_key()
     until = time.time() + 5
-    held = AccessToken(holder=PEER, sign_public=identity.raw_public(SIGN), until=until)
+    held = AccessToken(holder=PEER, sign_public=identity.public_bytes(SIGN), until=until)
     sealed = gossip.SIGNED_ACCESS_TOKEN.pack(held, key.sign)
 
     def verify(signature: bytes, signed: bytes) -> bool:
-        return identity.verify(identity.raw_public(key), signature, signed)
+        return identity.verify(identity.public_bytes(key), signature, signed)
 
     assert gossip.verify_access_token(sealed, verify, time.time()) == held
     for wrong in (sealed[:-1], gossip.SIGNED_ACCESS_TOKEN.pack(held, SIGN.sign), b""):

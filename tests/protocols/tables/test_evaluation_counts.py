@@ -25,8 +25,8 @@ numbers = st.floats(-100, 100, width=32)
 def told(part: list[tuple[int, int, float]]) -> dict[str, list[float]]:
     truth, guess, sure = (list(column) for column in zip(*part, strict=True))
     return {
-        "confusion": evaluation_counts.confusion_of(truth, guess, CLASSES),
-        "calibration": evaluation_counts.calibration_of(
+        "confusion": evaluation_counts.count_confusion(truth, guess, CLASSES),
+        "calibration": evaluation_counts.count_calibration(
             sure, [t == g for t, g in zip(truth, guess, strict=True)]
         ),
     }
@@ -35,17 +35,17 @@ def told(part: list[tuple[int, int, float]]) -> dict[str, list[float]]:
 @given(pairs, st.integers(0, 40))
 def test_parts_add_up_to_the_whole(whole: list[tuple[int, int, float]], cut: int) -> None:
     parts = [part for part in (whole[:cut], whole[cut:]) if part]
-    found = evaluation_counts.merged(map(told, parts), [1.0] * len(parts))
+    found = evaluation_counts.merge(map(told, parts), [1.0] * len(parts))
     expected = told(whole)
     assert found["confusion"] == expected["confusion"]
     np.testing.assert_allclose(found["calibration"], expected["calibration"], atol=1e-9)
-    assert evaluation_counts.fault(found, len(whole)) == ""
+    assert evaluation_counts.validate(found, len(whole)) == ""
 
 
 @given(pairs)
 def test_classification_is_that_of_scikit_learn(whole: list[tuple[int, int, float]]) -> None:
     truth, guess, sure = (np.array(column) for column in zip(*whole, strict=True))
-    found = evaluation_counts.metrics(told(whole))
+    found = evaluation_counts.compute_metrics(told(whole))
     occur = sorted(set(truth.tolist()))
     recall = sklearn.recall_score(truth, guess, labels=occur, average="macro", zero_division=0)
     f1 = sklearn.f1_score(truth, guess, labels=occur, average="macro", zero_division=0)
@@ -63,9 +63,9 @@ def test_classification_is_that_of_scikit_learn(whole: list[tuple[int, int, floa
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=30))
 def test_regression_is_that_of_scikit_learn(whole: list[tuple[float, float]]) -> None:
     truth, guess = (np.array(column) for column in zip(*whole, strict=True))
-    tally = {"regression": evaluation_counts.regression_of(truth.tolist(), guess.tolist())}
-    assert evaluation_counts.fault(tally, len(whole)) == ""
-    found = evaluation_counts.metrics(tally)
+    tally = {"regression": evaluation_counts.sum_regression(truth.tolist(), guess.tolist())}
+    assert evaluation_counts.validate(tally, len(whole)) == ""
+    found = evaluation_counts.compute_metrics(tally)
     assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(truth, guess))
     assert found["rmse"] ** 2 == pytest.approx(sklearn.mean_squared_error(truth, guess))
     if truth.std() > 1:
@@ -87,19 +87,19 @@ def test_regression_is_that_of_scikit_learn(whole: list[tuple[float, float]]) ->
     ],
 )
 def test_what_cannot_be_is_told(bad: dict[str, Any], words: str) -> None:
-    assert words in evaluation_counts.fault(bad, 3)
+    assert words in evaluation_counts.validate(bad, 3)
 
 
 def test_a_sum_of_targets_may_be_below_nothing() -> None:
-    assert evaluation_counts.fault({"regression": [3.0, 1.0, 1.0, -5.0, 9.0]}, 3) == ""
+    assert evaluation_counts.validate({"regression": [3.0, 1.0, 1.0, -5.0, 9.0]}, 3) == ""
 
 
 def test_a_peer_with_other_classes_is_left_out_and_nothing_gives_nothing() -> None:
     two = {"confusion": [1.0, 0.0, 0.0, 1.0]}
     three = {"confusion": [1.0] * 9}
-    assert evaluation_counts.merged([two, three, two], [1.0, 1.0, 0.5]) == {
+    assert evaluation_counts.merge([two, three, two], [1.0, 1.0, 0.5]) == {
         "confusion": [1.5, 0, 0, 1.5]
     }
-    assert evaluation_counts.metrics({"confusion": [0.0] * 4}) == {}
-    assert evaluation_counts.metrics({"regression": [0.0] * 5}) == {}
-    assert "r2" not in evaluation_counts.metrics({"regression": [2.0, 1.0, 1.0, 6.0, 18.0]})
+    assert evaluation_counts.compute_metrics({"confusion": [0.0] * 4}) == {}
+    assert evaluation_counts.compute_metrics({"regression": [0.0] * 5}) == {}
+    assert "r2" not in evaluation_counts.compute_metrics({"regression": [2.0, 1.0, 1.0, 6.0, 18.0]})

@@ -32,7 +32,7 @@ def test_numbers_are_scaled_by_all_peers_together() -> None:
     # 200 values with mean 1; the squares are 2·400 within and 200·1 between the peers.
     assert (x.mean, x.scale, x.missing) == (1.0, 5**0.5, True)
     assert made.preprocessing.target.classes == ("no", "yes")
-    assert made.misfits == {}
+    assert made.incompatible == {}
     text = preprocessing.encode(made.preprocessing)
     assert preprocessing.decode(text) == made.preprocessing
     assert len(preprocessing.digest(text)) == 64
@@ -46,7 +46,7 @@ def test_a_column_that_only_misfits_have_is_no_feature() -> None:
     for misfit in (without_target, other_kind):
         made = derived(table(x=number()), misfit)
         assert [feature.name for feature in made.preprocessing.features] == ["x"]
-        assert list(made.misfits) == ["b"]
+        assert list(made.incompatible) == ["b"]
 
 
 def test_a_constant_column_is_not_divided_by_nothing() -> None:
@@ -84,12 +84,12 @@ def test_a_column_of_few_is_left_out_and_one_of_most_is_missing_elsewhere() -> N
 
 def test_a_peer_without_a_column_that_was_asked_for_is_named() -> None:
     made = derived(table(x=number(), y=number()), table(x=number()), features="y,x")
-    assert {p: err.message for p, err in made.misfits.items()} == {
+    assert {p: err.message for p, err in made.incompatible.items()} == {
         "b": "column y: expected the feature, found no such column"
     }
     without = TableStatistics(rows=9, columns={"x": number()})
     made = derived(table(x=number()), without)
-    assert "column label: expected the target" in made.misfits["b"].message
+    assert "column label: expected the target" in made.incompatible["b"].message
     with pytest.raises(CommonweightError, match="no peer has a column 'price'; columns: label, x"):
         derived(table(x=number()), target="price")
 
@@ -99,10 +99,10 @@ def test_the_kind_of_most_peers_holds() -> None:
     empty = ColumnStatistics(kind="empty", missing=100)
     truth = ColumnStatistics(kind="boolean", moments=Moments(100, 0.5, 25))
     made = derived(table(x=number()), table(x=text), table(x=empty), table(x=number()))
-    assert made.misfits["b"].message == "column x: expected number, found text"
-    assert set(made.misfits) == {"b"}
+    assert made.incompatible["b"].message == "column x: expected number, found text"
+    assert set(made.incompatible) == {"b"}
     made = derived(table(x=truth), table(x=number()))
-    assert made.misfits == {}
+    assert made.incompatible == {}
     assert made.preprocessing.features[0].kind == "number"
     assert derived(table(x=truth)).preprocessing.features[0].kind == "boolean"
 
@@ -168,7 +168,7 @@ def test_a_target_that_cannot_be_learnt(target: ColumnStatistics, kind: str, wor
 )
 def test_settings_that_cannot_be(settings: dict[str, str]) -> None:
     with pytest.raises(UsageError):
-        preprocessing.wanted(settings)
+        preprocessing.parse_settings(settings)
 
 
 def test_what_is_no_preprocessing() -> None:

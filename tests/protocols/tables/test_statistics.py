@@ -22,7 +22,7 @@ TEXTS = st.lists(st.sampled_from("abcdefg"), max_size=30)
 def of_numbers(values: np.ndarray) -> ColumnStatistics:
     extremes = (float(values.min()), float(values.max())) if len(values) else None
     return ColumnStatistics(
-        kind="number", moments=statistics.moments(values), extremes=extremes, whole=False
+        kind="number", moments=statistics.compute_moments(values), extremes=extremes, whole=False
     )
 
 
@@ -35,7 +35,7 @@ def test_moments_of_parts_are_those_of_the_union(parts: list[np.ndarray], random
     random.shuffle(parts)  # type: ignore[attr-defined]
     union = np.concatenate(parts)
     tables = [TableStatistics(rows=len(p), columns={"x": of_numbers(p)}) for p in parts]
-    found = statistics.merged(tables).columns["x"]
+    found = statistics.merge(tables).columns["x"]
     assert found.moments.count == len(union)
     if len(union):
         spread = max(float(np.abs(union).max()), 1e-300)
@@ -50,7 +50,7 @@ def test_a_large_mean_does_not_cost_the_variance() -> None:
     rng = np.random.default_rng(0)
     union = 1e9 + rng.normal(size=10_000)
     parts = np.split(union, [10, 11, 5000])
-    found = statistics.merged(
+    found = statistics.merge(
         TableStatistics(rows=len(p), columns={"x": of_numbers(p)}) for p in parts
     ).columns["x"]
     assert found.moments.variance == pytest.approx(union.var(), rel=1e-9)
@@ -59,7 +59,9 @@ def test_a_large_mean_does_not_cost_the_variance() -> None:
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 6))
 def test_counts_add_up_and_rare_values_stay(parts: list[list[str]], least: int) -> None:
     tables = [TableStatistics(rows=len(p), columns={"x": of_texts(p)}) for p in parts]
-    told = statistics.merged(statistics.shared(table, least) for table in tables).columns["x"]
+    told = statistics.merge(
+        statistics.without_rare_values(table, least) for table in tables
+    ).columns["x"]
     common = [v for p in parts for v in p if p.count(v) >= least]
     assert told.categories == {v: common.count(v) for v in set(common)}
     assert sum(told.categories.values()) + told.others == sum(map(len, parts))
@@ -68,32 +70,32 @@ def test_counts_add_up_and_rare_values_stay(parts: list[list[str]], least: int) 
 def test_a_column_that_a_part_lacks_is_missing_there() -> None:
     a = TableStatistics(rows=3, columns={"x": of_texts(["a", "b", "b"])})
     b = TableStatistics(rows=2, columns={})
-    found = statistics.merged([b, a]).columns["x"]
+    found = statistics.merge([b, a]).columns["x"]
     assert (found.kind, found.missing, found.categories) == ("text", 2, {"a": 1, "b": 2})
 
 
 def test_too_many_different_texts_are_no_categories_in_any_order() -> None:
     halves = [
-        of_texts([f"{start + i}" for i in range(statistics.MOST_CATEGORIES * 2 // 3)])
+        of_texts([f"{start + i}" for i in range(statistics.MAX_CATEGORIES * 2 // 3)])
         for start in (0, 10_000)
     ]
-    one, other = (statistics.merged_columns(*pair) for pair in (halves, halves[::-1]))
+    one, other = (statistics.merge_columns(*pair) for pair in (halves, halves[::-1]))
     assert one == other
     assert one.many
     assert one.categories == {}
-    assert one.others == 2 * (statistics.MOST_CATEGORIES * 2 // 3)
+    assert one.others == 2 * (statistics.MAX_CATEGORIES * 2 // 3)
 
 
 def test_hashes_stand_in_for_values() -> None:
     table = TableStatistics(rows=2, columns={"x": of_texts(["Ann", "Ann"])})
-    told = statistics.shared(table, 1, hashed=["x"])
+    told = statistics.without_rare_values(table, 1, hashed=["x"])
     assert "Ann" not in msgspec.json.encode(told).decode()
-    assert list(told.columns["x"].categories) == [statistics.hashed_category("x", "Ann")]
+    assert list(told.columns["x"].categories) == [statistics.hash_category("x", "Ann")]
 
 
 def test_the_order_of_a_vocabulary() -> None:
     counts = dict.fromkeys(["b", "10", "9", "a", "2.5", "nan"], 1)
-    assert statistics.vocabulary(counts) == ("2.5", "9", "10", "a", "b", "nan")
+    assert statistics.sort_categories(counts) == ("2.5", "9", "10", "a", "b", "nan")
 
 
 @pytest.mark.parametrize(
@@ -124,5 +126,5 @@ def test_whole_statistics_are_read() -> None:
 
 
 def test_moments_of_nothing() -> None:
-    assert statistics.moments(np.empty(0)) == Moments()
+    assert statistics.compute_moments(np.empty(0)) == Moments()
     assert Moments().variance == 0

@@ -92,7 +92,7 @@ class Peer:
             policy,  # type: ignore[arg-type]
             home,
             credentials,
-            identity.raw_public(site.sign_key),
+            identity.public_bytes(site.sign_key),
         )
         self.bandwidth = Bandwidth(home)
         self.link = CoordinatorClient(credentials, self.bandwidth)
@@ -265,7 +265,7 @@ def hostile_holder(site: Site, folder: Path, wrong: str) -> Iterator[tuple[Machi
 def permit_of(site: Site, who: Machine, digest: str, until_s: float = 60.0) -> str:
     permit = DownloadToken(
         peer=who.peer,
-        sign_public=identity.raw_public(who.sign_key),
+        sign_public=identity.public_bytes(who.sign_key),
         digest=digest,
         until=time.time() + until_s,
     )
