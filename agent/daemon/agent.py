@@ -1,7 +1,6 @@
-"""The agent at work: one process that keeps a link, a presence and a trainer, for months.
+"""The running agent: one process that keeps a session, a presence and a trainer, for months.
 
-The thin shell around `worker`: its parts turn what happens into events, and what the machine says
-is done here.
+`state_machine` decides; the parts that are made here feed it events and carry out its instructions.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 from agent.daemon import state_machine
+from agent.daemon.context import AgentContext
 from agent.daemon.gossip_loop import GossipLoop
 from agent.daemon.owner_commands import OwnerCommands
 from agent.daemon.policy_loop import PolicyLoop
@@ -51,16 +51,16 @@ from protocols.messages.states import PauseReason
 
 log = logging.getLogger("commonweight.agent")
 
-#: An owner's word is heeded within half a second; an agent that does nothing has more time.
+#: How often owner requests are read. An idle agent does it less often.
 _TICK_S, _IDLE_TICK_S = 0.5, 1.0
 _ROUTE_CHECK_EVERY_S = 2.0
 
 
 class Agent:
-    """One enrolled machine at work. `serve` runs it until it is told to stop.
+    """One enrolled machine at work. `serve` runs until `stop`.
 
-    Parts know only those that were made before them. What an earlier one asks of a later one is a
-    hook, set in `_connect`.
+    A part knows only the parts made before it. What it needs from a later part is a hook that
+    `_connect` sets.
     """
 
     def __init__(self, home: Path, enrollment: Enrollment, chosen: AgentSettings) -> None:
@@ -69,8 +69,10 @@ class Agent:
         self._pause_end: asyncio.TimerHandle | None = None
         credentials = Credentials.load(home, enrollment)
         public = enrollment.coordinator_public
-        # What happens here, and who is told.
         self._runner = StateRunner(self._execute)
+        self._bandwidth = Bandwidth(home)
+        ctx = AgentContext(home, enrollment, credentials, chosen, self._runner, self._bandwidth)
+        # Links to the coordinator and to other peers.
         self._presence = MqttClient(
             enrollment.mqtt,
             enrollment.fleet,
@@ -81,22 +83,13 @@ class Agent:
             self._on_mqtt,
         )
         self._report = StatusReporter(home, enrollment, chosen, self._presence)
-        # The coordinator, and other peers.
-        self._bandwidth = Bandwidth(home)
-        self._sessions = SessionLoop(
-            home,
-            enrollment,
-            credentials,
-            self._runner,
-            self._report,
-            self._bandwidth,
-            self._presence.move,
-        )
+        self._sessions = SessionLoop(ctx, self._report, self._presence.move)
+        link = self._sessions.link
         self._gossip = GossipState(
             home,
             enrollment,
             credentials,
-            VersionIndex(home / "cache", public),
+            VersionIndex(ctx.cache, public),
             self._sessions.certificate,
             self._report.presence,
         )
@@ -109,34 +102,11 @@ class Agent:
             mbit_s=chosen.share_mbit_s,
             gossip_state=self._gossip,
         )
-        # The work.
-        self._work = WorkThread(
-            home,
-            enrollment,
-            credentials,
-            chosen,
-            self._runner,
-            self._report,
-            self._sessions.link,
-            self._sharing,
-            self._bandwidth.received,
-        )
-        self._gossip_loop = GossipLoop(
-            home / "cache",
-            credentials,
-            public,
-            self._runner,
-            self._gossip,
-            self._sharing,
-            self._work.versions,
-            self._bandwidth,
-            self._sessions.link,
-        )
-        # When it may be done.
-        feeling = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
-        self._policy = PolicyLoop(
-            home, chosen, self._runner, feeling, self._bandwidth, self._work.make_room
-        )
+        # The work, and the policy that allows it.
+        self._work = WorkThread(ctx, self._report, link, self._sharing)
+        self._gossip_loop = GossipLoop(ctx, self._gossip, self._sharing, self._work.versions, link)
+        machine = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
+        self._policy = PolicyLoop(ctx, machine, self._work.make_room)
         self._owner_commands = OwnerCommands(home, self._runner, self._policy)
         self._connect()
 
@@ -146,7 +116,7 @@ class Agent:
         self._gossip.address = self._sharing.address
         self._bandwidth.rates = self._policy.rates
 
-    # --- life ---
+    # --- life cycle ---
 
     async def serve(self) -> None:
         """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
@@ -157,27 +127,25 @@ class Agent:
         self._owner_commands.poll()
         await self._policy.decide()
         self._report.announce(self._runner.state)
-        running = [
-            asyncio.create_task(work, name=name)
-            for name, work in {
-                "link": self._sessions.run(self._work.answer),
-                "heartbeat": self._sessions.run_heartbeat(),
-                "presence": self._presence.run(),
-                "sharing": self._sharing.run(),
-                "spread": self._gossip_loop.run(),
-                "policy": self._policy.run(),
-                "ticks": self._tick(),
-            }.items()
-        ]
+        loops = {
+            "session": self._sessions.run(self._work.answer),
+            "heartbeat": self._sessions.run_heartbeat(),
+            "presence": self._presence.run(),
+            "sharing": self._sharing.run(),
+            "gossip": self._gossip_loop.run(),
+            "policy": self._policy.run(),
+            "ticks": self._tick(),
+        }
+        running = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
         stopping = asyncio.create_task(self._runner.stopping.wait())
         try:
             done, _ = await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
-                task.result()  # a part that ended did so with an error: raise it
+                task.result()  # a loop ends only with an error: raise it
         finally:
             self.stop()
             stopping.cancel()
-            # Unblocks the work thread if it waits for the trainer or the wire.
+            # Unblocks the work thread if it waits for the trainer or the network.
             await asyncio.to_thread(self._work.close)
             for task in running:
                 task.cancel()
@@ -187,6 +155,7 @@ class Agent:
             self._report.write_stopped(self._runner.state)
 
     def stop(self) -> None:
+        """End `serve`."""
         self._runner.stop()
 
     def _execute(self, instruction: state_machine.Instruction) -> None:
@@ -219,7 +188,7 @@ class Agent:
             case LogRequest():
                 self._sessions.run_in_background(self._send_logs, command)
             case Command(action="pause", for_s=for_s):
-                if self._pause_end is not None:  # the end of an earlier pause is not this one's
+                if self._pause_end is not None:  # the timer of an earlier pause
                     self._pause_end.cancel()
                 until = time.time() + for_s if for_s else 0.0
                 self._runner.dispatch(PauseRequested(PauseReason.OPERATOR, until))
@@ -227,54 +196,54 @@ class Agent:
                     lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
                     self._pause_end = self._runner.dispatch_later(for_s, lifted)
             case Command(action="resume"):
-                asked = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
-                self._runner.dispatch(PauseLifted(asked))
+                reasons = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
+                self._runner.dispatch(PauseLifted(reasons))
             case Command(action="finish"):
                 self._runner.dispatch(FinishRequested())
 
-    def _send_logs(self, asked: LogRequest) -> None:
-        may = self._policy.chosen.share_log
-        lines = log_redaction.tail(self._home / logs.FILE) if may else []
-        told = log_redaction.redact(lines, asked.max_lines)
-        if not may:
+    def _send_logs(self, request: LogRequest) -> None:
+        if self._policy.settings.share_log:
+            lines = log_redaction.redact(
+                log_redaction.tail(self._home / logs.FILE), request.max_lines
+            )
+        else:
             text = "the owner keeps this log private: policy set share_log true"
-            told = [LogLine(at=time.time(), level="info", text=text)]
+            lines = [LogLine(at=time.time(), level="info", text=text)]
         with contextlib.suppress(CommonweightError):
-            self._sessions.link().tell_logs(LogResponse(request_id=asked.request_id, lines=told))
+            self._sessions.link().tell_logs(LogResponse(request_id=request.request_id, lines=lines))
 
-    # --- now and then ---
+    # --- periodic ---
 
     async def _tick(self) -> None:
-        """Obey the owner, end an idle trainer, keep the status fresh, notice sleep and moves."""
-        clocks, route, looked_s, tick_s = Clocks.now(), RouteWatch(), 0.0, 0.0
+        """Poll owner requests, stop an idle trainer, write the status, notice sleep and moves."""
+        clocks, route, since_check_s, tick_s = Clocks.now(), RouteWatch(), 0.0, 0.0
         while True:
-            before, clocks, looked_s = clocks, Clocks.now(), looked_s + tick_s
+            before, clocks, since_check_s = clocks, Clocks.now(), since_check_s + tick_s
+            why = ""
             if slept := suspended_s(before, clocks, tick_s):
                 why = f"back after {slept:.0f} s of sleep"
-                self._reconnecting = asyncio.create_task(self._reconnect(why), name="wake")
-            elif looked_s >= _ROUTE_CHECK_EVERY_S:
-                looked_s = 0.0
+            elif since_check_s >= _ROUTE_CHECK_EVERY_S:
+                since_check_s = 0.0
                 if route.has_changed(self._sessions.endpoints):
                     why = "this machine's network has changed"
-                    self._reconnecting = asyncio.create_task(self._reconnect(why), name="wake")
+            if why:
+                self._reconnecting = asyncio.create_task(self._reconnect(why), name="reconnect")
             if self._owner_commands.poll():
-                self._apply_settings(self._policy.chosen)
-            trainer = self._work.trainer
-            idle = trainer.running and self._runner.state.work is None
-            if idle and trainer.idle_s > self._policy.chosen.idle_timeout_s:
+                self._apply_settings(self._policy.settings)
+            trainer, has_work = self._work.trainer, self._runner.state.work is not None
+            if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)
             self._report.write_if_stale(self._runner.state)
             self._bandwidth.save()
-            resting = not trainer.running and self._runner.state.work is None
-            tick_s = _IDLE_TICK_S if resting else _TICK_S
+            tick_s = _TICK_S if has_work or trainer.running else _IDLE_TICK_S
             await asyncio.sleep(tick_s)
 
     def _apply_settings(self, chosen: AgentSettings) -> None:
-        """What of changed settings is not asked for each time."""
+        """Apply the changed settings that nothing reads again by itself."""
         logs.set_level(chosen.log_level)
         self._report.apply_settings(chosen, self._runner.state)
 
     async def _reconnect(self, why: str) -> None:
-        log.info("%s: connecting anew", why)
+        log.info("%s: reconnecting", why)
         self._presence.reconnect()
         await self._sessions.reconnect()

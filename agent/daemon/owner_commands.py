@@ -1,4 +1,4 @@
-"""What the owner of this machine wants of a running agent, found in its two files."""
+"""Reads what the owner asks of a running agent, from two files in its home."""
 
 from __future__ import annotations
 
@@ -18,43 +18,40 @@ _LIFTED_BY_OWNER = _OWN_PAUSE | {PauseReason.OPERATOR, PauseReason.TRAINER}
 
 
 class OwnerCommands:
-    """Looks at the wish file and the settings, and tells the worker and the policy."""
+    """Polls the owner's request and settings, and passes changes to the state and the policy."""
 
     def __init__(self, home: Path, runner: StateRunner, policy: PolicyLoop) -> None:
         self._home, self._runner, self._policy = home, runner, policy
         self._request = OwnerRequest()
 
     def poll(self) -> bool:
-        """Obey what is new; True if the settings may have changed."""
-        wish = status_files.read_request(self._home)
-        over = wish.want == "pause" and 0 < wish.until <= time.time()
-        if over:
-            wish = OwnerRequest(modes=wish.modes)
-            self._save(wish)
-        changed = self._policy.reload(wish)
-        if (wish.want, wish.until, wish.at) == (
-            self._request.want,
-            self._request.until,
-            self._request.at,
-        ):
+        """Obey a new request. True if the settings may have changed."""
+        request = status_files.read_request(self._home)
+        expired = request.want == "pause" and 0 < request.until <= time.time()
+        if expired:
+            request = OwnerRequest(modes=request.modes)
+            self._save(request)
+        changed = self._policy.reload(request)
+        last = self._request
+        if (request.want, request.until, request.at) == (last.want, last.until, last.at):
             return changed
-        self._request = wish
-        if wish.want == "pause":
-            self._runner.dispatch(PauseRequested(PauseReason.USER, wish.until))
+        self._request = request
+        if request.want == "pause":
+            self._runner.dispatch(PauseRequested(PauseReason.USER, request.until))
         else:
-            # The owner's word also lifts what the operator asked for; the clock says no word.
-            self._runner.dispatch(PauseLifted(_OWN_PAUSE if over else _LIFTED_BY_OWNER))
-        if wish.want == "finish":
-            kept = OwnerRequest(modes=wish.modes)
-            if self._save(kept):
-                self._request = kept  # or else it would look like a new one, and lift every pause
+            # A request also lifts the operator's pause; the end of the owner's own pause does not.
+            self._runner.dispatch(PauseLifted(_OWN_PAUSE if expired else _LIFTED_BY_OWNER))
+        if request.want == "finish":
+            done = OwnerRequest(modes=request.modes)
+            if self._save(done):
+                self._request = done  # else the next poll would take it for new, and lift pauses
             self._runner.dispatch(FinishRequested())
         return changed
 
-    def _save(self, wish: OwnerRequest) -> bool:
-        """What was asked for is over. On a full disk it is still written there, and over again."""
+    def _save(self, request: OwnerRequest) -> bool:
+        """Replace a request that is done. False if the disk is full: the file keeps the old one."""
         try:
-            status_files.write_request(self._home, wish)
+            status_files.write_request(self._home, request)
         except OSError as err:
             if not is_disk_full(err):
                 raise

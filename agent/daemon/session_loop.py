@@ -1,4 +1,4 @@
-"""The agent's session with the coordinator, kept for months: opened again, alive, after a sleep."""
+"""Keeps a session with the coordinator: opens it again when it is lost, and sends heartbeats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
@@ -16,12 +15,10 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.daemon import state_machine
+from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SessionChanged
-from agent.daemon.state_runner import StateRunner
 from agent.daemon.status_reporter import StatusReporter
-from agent.home.credentials import Credentials
-from agent.home.settings import Enrollment, write_enrollment
-from agent.transport.bandwidth import Bandwidth
+from agent.home.settings import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
@@ -35,29 +32,27 @@ log = logging.getLogger("commonweight.agent")
 
 T = TypeVar("T")
 
+#: Certificates are valid for a year and are renewed in its last two months.
 RENEW_BEFORE_S = 60 * 86400.0
 _HEARTBEAT_RETRY_S = 5.0
+_MIN_RECONNECT_S, _MAX_RECONNECT_S = 0.3, 15.0
 
 
 class SessionLoop:
-    """Keeps one session open and asks it for work; two threads of its own, for work and heartbeat.
+    """Keeps one session open and pulls work. Has two threads: for work and for heartbeats.
 
-    `on_moved(address)` is told, on the event loop, when the broker's address or login changes.
+    `on_broker_changed(address)` is called on the event loop when the broker's address or login
+    changes.
     """
 
     def __init__(
         self,
-        home: Path,
-        enrollment: Enrollment,
-        credentials: Credentials,
-        runner: StateRunner,
+        ctx: AgentContext,
         report: StatusReporter,
-        bandwidth: Bandwidth,
         on_broker_changed: Callable[[MqttAddress], None],
     ) -> None:
-        self._home, self._enrollment, self._credentials = home, enrollment, credentials
-        self._runner, self._report, self._on_broker_changed = runner, report, on_broker_changed
-        self._bandwidth = bandwidth
+        self._ctx, self._runner, self._enrollment = ctx, ctx.runner, ctx.enrollment
+        self._report, self._on_broker_changed = report, on_broker_changed
         self._link: CoordinatorClient | None = None
         self._closed = False
         self._doorbell = asyncio.Event()
@@ -67,75 +62,78 @@ class SessionLoop:
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
 
     def link(self) -> CoordinatorClient:
-        """The link of the moment. Raises Unreachable before the first try to open a session."""
+        """The current link. Raises Unreachable before the first attempt to open a session."""
         if self._link is None:
-            raise Unreachable("the coordinator was not asked yet")
+            raise Unreachable("no connection to the coordinator was tried yet")
         return self._link
 
     def certificate(self) -> bytes:
-        """The node certificate of the moment: it is renewed now and then."""
+        """The current node certificate, which changes when it is renewed."""
         return self._enrollment.certificate
 
     @property
     def endpoints(self) -> tuple[str, str]:
-        """The last connection's IP addresses, ours and the other's; empty before the first."""
+        """Our and the coordinator's IP address in the last connection; empty before the first."""
         return self._link.ends if self._link else ("", "")
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes up and down since the agent's start."""
+        """Bytes sent and received since the agent's start."""
         return (self._link.bytes_up, self._link.bytes_down) if self._link else (0, 0)
 
     def wake(self) -> None:
-        """There may be work: ask now."""
+        """Poll for work now."""
         self._doorbell.set()
 
     def run_in_background(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Do this soon in the heartbeat's thread, one at a time: the work does not wait for it."""
+        """Call a function in the heartbeat thread, so that the work does not wait for it."""
         self._heartbeat_pool.submit(call, *arguments)
 
     async def close(self) -> None:
-        """Say goodbye, and let the threads end."""
+        """Close the session and let the threads end."""
         self._closed = True
         if self._link is not None:
             await asyncio.to_thread(self._link.close)
         self._work_pool.shutdown(wait=False, cancel_futures=True)
         self._heartbeat_pool.shutdown(wait=False, cancel_futures=True)
 
-    # --- a session ---
+    # --- session ---
 
     async def run(self, answer: Callable[[Message], Message | None]) -> None:
-        """Open a session, work, and open it again whenever it is lost; for ever.
+        """Open a session and work; open it again whenever it is lost. Runs until cancelled.
 
-        `answer(message)` does the work in the work thread, and gives the next message.
+        `answer(message)` is called in the work thread and returns the next message.
         """
-        waits = delays(Random(), 0.3, 15.0)
+        waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
         while True:
             try:
                 await self._in_thread(self._open)
                 self._runner.dispatch(SessionChanged(True))
                 self._report.write(self._runner.state)
-                log.info("connected to %s", self._credentials.address)
-                waits = delays(Random(), 0.3, 15.0)
+                log.info("connected to %s", self._ctx.credentials.address)
+                waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
                 await self._pull_and_answer(answer)
             except CommonweightError as err:
-                if isinstance(err, VersionSkew):
-                    if err.message != self._last_skew:
-                        log.error("%s; %s", err.message, err.hint)
-                    self._last_skew = err.message
-                elif self._runner.state.session:
-                    log.warning("lost the coordinator: %s", err.message)
-                else:
-                    log.debug("no session: %s", err.message)
+                self._log_lost(err)
                 self._report.set_last_error(err.message)
-            except Exception as err:  # an agent runs for months: no surprise may end it
-                log.exception("unexpected trouble with the link")
-                crash_reports.save(self._home, err)
-                self._report.report_error(f"unexpected trouble: {type(err).__name__}")
+            except Exception as err:  # no bug in a session may end an agent that runs for months
+                log.exception("unexpected error in the session")
+                crash_reports.save(self._ctx.home, err)
+                self._report.report_error(f"unexpected error: {type(err).__name__}")
             self._runner.dispatch(SessionChanged(False))
             self._report.mark_stale()
-            # A doorbell means that the coordinator is back: no need to wait to the end.
+            # A doorbell shows that the coordinator is back, and ends the wait.
             self._doorbell.clear()
             await self._wait_for_doorbell(next(waits))
+
+    def _log_lost(self, err: CommonweightError) -> None:
+        if isinstance(err, VersionSkew):
+            if err.message != self._last_skew:  # each attempt fails alike: log it once
+                log.error("%s; %s", err.message, err.hint)
+            self._last_skew = err.message
+        elif self._runner.state.session:
+            log.warning("lost the coordinator: %s", err.message)
+        else:
+            log.debug("no session: %s", err.message)
 
     async def _pull_and_answer(self, answer: Callable[[Message], Message | None]) -> None:
         """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
@@ -146,62 +144,59 @@ class SessionLoop:
                 while message is not None:
                     message = await self._in_thread(answer, message)
                     self._last_work_at = time.monotonic()
-            await self._wait_for_doorbell(
-                state_machine.poll_interval_s(
-                    self._runner.state, time.monotonic() - self._last_work_at
-                )
-            )
+            idle_s = time.monotonic() - self._last_work_at
+            await self._wait_for_doorbell(state_machine.poll_interval_s(self._runner.state, idle_s))
 
-    async def _wait_for_doorbell(self, within_s: float) -> None:
-        """Wait for a doorbell, but not longer than that."""
+    async def _wait_for_doorbell(self, max_s: float) -> None:
         # Not wait_for: before Python 3.12 it loses a cancel that comes together with the doorbell.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(max_s):
                 await self._doorbell.wait()
 
     def _open(self) -> None:
         if self._link is None:
-            self._link = CoordinatorClient(self._credentials, self._bandwidth)
-        if self._closed:  # `close` may have come before this link was there to be closed
-            raise Unreachable("the agent ends")
+            self._link = CoordinatorClient(self._ctx.credentials, self._ctx.bandwidth)
+        if self._closed:  # `close` may have run before this link existed
+            raise Unreachable("the agent is stopping")
         version_check.check_compatible(self._link.standing().version, "the coordinator")
         self._link.open()
         self._save_broker_address(self._link.mqtt())
         self._renew_certificate(self._link)
 
     def _renew_certificate(self, link: CoordinatorClient) -> None:
-        """Renew the node certificate in the last two months of its year."""
+        """Renew the node certificate if it expires soon."""
         ca_pem = self._enrollment.ca_pem.encode()
         ends_at = identity.verify_certificate(ca_pem, self._enrollment.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
             identity.verify_certificate(ca_pem, certificate)
-            self._enrollment = replace(self._enrollment, certificate=certificate)
-            write_enrollment(self._home, self._enrollment)
+            self._save_enrollment(certificate=certificate)
 
     def _save_broker_address(self, address: MqttAddress) -> None:
-        """The broker's password changes when a peer is removed: keep what holds now."""
+        """Save the broker's address and login: the password changes when a peer is removed."""
         if address != self._enrollment.mqtt:
-            self._enrollment = replace(self._enrollment, mqtt=address)
-            write_enrollment(self._home, self._enrollment)
+            self._save_enrollment(mqtt=address)
             self._runner.call_threadsafe(self._on_broker_changed, address)
 
-    # --- alive ---
+    def _save_enrollment(self, **changes: Any) -> None:
+        self._enrollment = replace(self._enrollment, **changes)
+        write_enrollment(self._ctx.home, self._enrollment)
+
+    # --- heartbeats ---
 
     async def run_heartbeat(self) -> None:
-        """Heartbeats, also while the work thread is busy; a lost session is opened again."""
+        """Send heartbeats, also while the work thread is busy. Runs until cancelled."""
         while True:
             link = self._link
-            held = link is not None and self._runner.state.session
-            due_s = link.beat_due_s if link is not None and held else HEARTBEAT_EVERY_S
+            is_open = link is not None and self._runner.state.session
+            due_s = link.beat_due_s if link is not None and is_open else HEARTBEAT_EVERY_S
             if link is None or due_s > 0:
                 await asyncio.sleep(due_s)
-                continue
-            if not await self._send_heartbeat(link):
+            elif not await self._send_heartbeat(link):
                 await asyncio.sleep(_HEARTBEAT_RETRY_S)
 
     async def _send_heartbeat(self, link: CoordinatorClient) -> bool:
-        """One heartbeat; False if it failed."""
+        """Send one heartbeat; open a lost session again. False if the heartbeat failed."""
         try:
             await self._in_thread(link.beat, pool=self._heartbeat_pool)
             return True
@@ -213,9 +208,9 @@ class SessionLoop:
         return False
 
     async def reconnect(self) -> None:
-        """Connect anew at once: what was open before a sleep is dead, and nobody says so."""
+        """Replace all connections now: after a sleep they are dead, and nothing reports it."""
         if self._link is not None:
-            # In neither of our threads: both may wait on what is dead.
+            # In a thread of its own: both pools may wait for a dead connection.
             await asyncio.to_thread(self._link.reconnect)
             if self._runner.state.session:
                 await self._send_heartbeat(self._link)

@@ -1,11 +1,10 @@
-"""What the agent is doing, as a pure machine: `handle(worker, event)` gives the next worker and
-instructions. No I/O, no clock.
+"""The agent's state machine: `handle(state, event)` returns the next state and instructions. Pure.
 
-Rule 1. Presence is a function of the worker (`presence`), so what is shown is what is.
-Rule 2. A pause stops the trainer between two batches and takes no new work; it loses none.
-Rule 3. A trainer that failed again and again is a pause too: no work is taken until it is lifted.
-Rule 4. The policy's decision is one more pause, and how hard to work; it changes no other.
-Rule 5. `finish` lets the work in hand end and be sent, then leaves.
+Rule 1. Presence is a function of the state alone.
+Rule 2. A pause stops the trainer between two batches and prevents new work. No work is lost.
+Rule 3. When the trainer has failed repeatedly, that is a pause too.
+Rule 4. The policy's decision is one more pause and a pace. It does not change other pauses.
+Rule 5. `finish` completes and sends the current work, then ends the agent.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from protocols.messages.work import Work
 
 
 class AgentState(Struct, frozen=True, kw_only=True):
-    """The agent now. `pauses` holds every reason that is in force and when it ends, `trouble` the
-    trainer's.
+    """What the agent is doing.
 
-    `policy` is why the policy pauses, in words, or empty. `share` of the time is worked.
-    `free_at`, `free_until`: when the policy's pause ends, and its next begins. All Unix s, 0 is
-    unknown.
+    `pauses` maps each active reason to its end. `trainer_failure` is why the trainer is paused.
+    `policy_reason` is why the policy pauses, or empty. The agent works `share` of the time.
+    `free_at`, `free_until`: when the policy's pause ends, and when its next one starts.
+    All times are Unix s, 0 if unknown.
     """
 
     session: bool = False
@@ -67,7 +66,7 @@ class WorkEnded(NamedTuple):
 
 
 class PauseRequested(NamedTuple):
-    """`until` (Unix s) is when it will be lifted, 0 if nobody knows."""
+    """`until` (Unix s) is the end of the pause, 0 if unknown."""
 
     reason: PauseReason
     until: float = 0.0
@@ -78,15 +77,14 @@ class PauseLifted(NamedTuple):
 
 
 class TrainerGaveUp(NamedTuple):
-    """The trainer failed again and again; `kind` is the short word for how, `until` (Unix s) when
-    it is tried again."""
+    """The trainer has failed repeatedly, last by `kind`. It is tried again at `until` (Unix s)."""
 
     kind: str
     until: float = 0.0
 
 
 class PolicyDecided(NamedTuple):
-    """What `agent.policy` makes of the moment: see `Worker`."""
+    """The result of `agent.policy`: see `AgentState`."""
 
     reason: str = ""
     share: float = 1.0
@@ -115,7 +113,7 @@ Event = (
 
 
 class Announce(NamedTuple):
-    """Say the new presence."""
+    """Publish the presence."""
 
 
 class PauseTrainer(NamedTuple):
@@ -127,24 +125,24 @@ class ResumeTrainer(NamedTuple):
 
 
 class SetPace(NamedTuple):
-    """Work `share` of the time from now on."""
+    """Work `share` of the time, 0 < share <= 1."""
 
     share: float
 
 
 class PollForWork(NamedTuple):
-    """Ask the coordinator now: there may be work."""
+    """Ask the coordinator for work now."""
 
 
 class Shutdown(NamedTuple):
-    """End the program cleanly."""
+    """End the agent."""
 
 
 Instruction = Announce | PauseTrainer | ResumeTrainer | SetPace | PollForWork | Shutdown
 
 
 def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instruction]]:
-    """The worker after `event`, and what to do."""
+    """The state after `event`, and what to do."""
     match event:
         case SessionChanged(up):
             after = replace(state, session=up)
@@ -159,11 +157,11 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
         case PauseRequested(reason, until):
             after = replace(state, pauses={**state.pauses, reason: until})
         case PauseLifted(reasons):
-            left = {why: until for why, until in state.pauses.items() if why not in reasons}
-            after = replace(state, pauses=left)
+            pauses = {why: until for why, until in state.pauses.items() if why not in reasons}
+            after = replace(state, pauses=pauses)
         case TrainerGaveUp(kind, until):
-            resting = {**state.pauses, PauseReason.TRAINER: until}
-            after = replace(state, pauses=resting, trainer_failure=kind)
+            pauses = {**state.pauses, PauseReason.TRAINER: until}
+            after = replace(state, pauses=pauses, trainer_failure=kind)
         case PolicyDecided(reason, share, free_at, free_until):
             after = replace(
                 state, policy_reason=reason, share=share, free_at=free_at, free_until=free_until
@@ -176,7 +174,7 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
 
 
 def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
-    """What follows from the change alone: no event needs a rule of its own."""
+    """The instructions that follow from a change of state, whatever the event was."""
     instructions: list[Instruction] = []
     if is_paused(after) and not is_paused(before):
         instructions.append(PauseTrainer())
@@ -186,7 +184,7 @@ def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
         instructions.append(SetPace(after.share))
     if _presence(before) != _presence(after):
         instructions.append(Announce())
-    # Nobody may have rung while the broker was away, and nobody rings from now on if it went.
+    # Doorbells may have been missed while the broker was down; they stop when it goes down.
     if can_take_work(after) and (not can_take_work(before) or after.mqtt != before.mqtt):
         instructions.append(PollForWork())
     if after.finished and not before.finished:
@@ -195,17 +193,17 @@ def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
 
 
 def is_paused(state: AgentState) -> bool:
-    """True if anything holds up the work."""
+    """True if anything pauses the work."""
     return bool(state.pauses or state.policy_reason)
 
 
 def is_willing(state: AgentState) -> bool:
-    """True if more work may be taken once none is in hand."""
+    """True if the agent may take work after the current work."""
     return not is_paused(state) and not state.finishing
 
 
 def can_take_work(state: AgentState) -> bool:
-    """True if a message may be pulled now."""
+    """True if the agent may pull a message now."""
     return state.work is None and is_willing(state)
 
 
@@ -214,7 +212,7 @@ def _presence(state: AgentState) -> tuple[object, ...]:
 
 
 def availability(state: AgentState) -> tuple[float, float]:
-    """When it expects to work again, and until when it can from now on; Unix s, 0 is unknown."""
+    """When the agent expects to work again, and until when it can work; Unix s, 0 if unknown."""
     if not is_paused(state):
         return 0.0, state.free_until
     known = [*state.pauses.values(), *([state.free_at] if state.policy_reason else [])]
@@ -222,7 +220,7 @@ def availability(state: AgentState) -> tuple[float, float]:
 
 
 def display_state(state: AgentState) -> tuple[PeerState, str]:
-    """State and reason, as presence and `status` say them."""
+    """State and reason as presence and `status` show them."""
     if is_paused(state):
         reasons = [
             f"{reason}: {state.trainer_failure}"
@@ -239,9 +237,9 @@ def display_state(state: AgentState) -> tuple[PeerState, str]:
 
 
 def poll_interval_s(state: AgentState, since_work_s: float) -> float:
-    """How long to wait for a doorbell before asking anyway.
+    """How long to wait for a doorbell before polling.
 
-    Without a broker nobody rings: ask often while a run is likely on, seldom otherwise.
+    Without a broker there are no doorbells: poll often while a run is likely active.
     """
     if state.mqtt:
         return 15.0

@@ -1,4 +1,4 @@
-"""What the agent says of itself: presence and telemetry over MQTT, the status file at home."""
+"""Reports the agent's state: presence and telemetry over MQTT, and the status file in its home."""
 
 from __future__ import annotations
 
@@ -31,24 +31,20 @@ _MAX_AGE_S = 10.0
 
 
 class StatusReporter:
-    """Reports one agent's state: over MQTT, in the status file, in the log.
+    """Reports the state of one agent.
 
-    `traffic()` gives bytes up and down, `known()` what it knows of versions and peers.
-    All but `answered` and `trouble` are for the event loop's thread.
+    `traffic()` returns bytes sent and received, `gossip_status()` the known versions and peers.
+    Call all methods on the event loop, except `count_answer` and `set_last_error`.
     """
 
     def __init__(
-        self,
-        home: Path,
-        enrollment: Enrollment,
-        chosen: AgentSettings,
-        mqtt: MqttClient,
+        self, home: Path, enrollment: Enrollment, chosen: AgentSettings, mqtt: MqttClient
     ) -> None:
         self._home, self._settings, self._mqtt = home, chosen, mqtt
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.gossip_status: Callable[[], GossipSummary] = lambda: GossipSummary(None, 0, 0, "")
-        here = {*registry.names(), *chosen.task_files}
-        self._tasks = tuple(task for task in sorted(here) if chosen.allows(task))
+        known_tasks = {*registry.names(), *chosen.task_files}
+        self._tasks = tuple(task for task in sorted(known_tasks) if chosen.allows(task))
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
         self._is_stale = True
@@ -65,42 +61,41 @@ class StatusReporter:
         )
 
     def presence(self) -> Presence:
-        """What was last said of the state."""
+        """The presence that was announced last."""
         return self._last_presence
 
     def apply_settings(self, chosen: AgentSettings, agent: AgentState) -> None:
-        """Say what of the settings others may know, after they were changed."""
+        """Announce changed settings."""
         self._settings = chosen
         self.announce(agent)
 
     def announce(self, agent: AgentState) -> None:
-        """Say what the worker is: on MQTT at once, in the status file within a tick."""
+        """Publish the state over MQTT now, and to the status file within a tick."""
         state, reason = state_machine.display_state(agent)
         free_at, free_until = state_machine.availability(agent)
-        work = agent.work
+        run, round_ = (agent.work.run, agent.work.round) if agent.work else ("", 0)
         self._last_presence = Presence(
             state=state,
             reason=reason,
             name=self._status.name,
             version=VERSION,
-            task=work.task if work else "",
-            run=work.run if work else "",
-            round=work.round if work else 0,
+            task=agent.work.task if agent.work else "",
+            run=run,
+            round=round_,
             tasks=self._tasks,
             policy=self._settings.public_values(),
-            disk_free_bytes=_disk_free(self._home),
+            disk_free_bytes=_disk_free_bytes(self._home),
             free_at=free_at,
             free_until=free_until,
         )
         self._mqtt.set_presence(self._last_presence)
-        self._status.state, self._status.reason = state.value, reason
-        self._status.share, self._status.free_at = agent.share, free_at
-        self._status.run = work.run if work else ""
-        self._status.round = work.round if work else 0
+        status = self._status
+        status.state, status.reason, status.run, status.round = state.value, reason, run, round_
+        status.share, status.free_at = agent.share, free_at
         self._is_stale = True
 
     def progress(self, agent: AgentState, progress: Progress, trainer_bytes: int) -> None:
-        """Say how far the work in hand is."""
+        """Publish how far the current work is."""
         if agent.work is None:
             return
         up, down = self.traffic()
@@ -118,61 +113,61 @@ class StatusReporter:
                 bytes_down=down,
                 cpu_percent=psutil.cpu_percent(),
                 memory_bytes=self._process.memory_info().rss + trainer_bytes,
-                battery_percent=_battery(),
+                battery_percent=_battery_percent(),
             )
         )
 
     def report_error(self, text: str) -> None:
-        """Tell the owner, the log and the monitor of a failure."""
+        """Report a failure to the owner, the log and the monitor."""
         log.error("%s", text)
         self._status.last_error = text
         self._mqtt.notice(Notice(level="error", text=text[:400]))
 
     def set_last_error(self, text: str) -> None:
-        """Note what is wrong for the owner alone; it may pass by itself."""
+        """Report to the owner alone a failure that may pass without action."""
         self._status.last_error = text
         self._is_stale = True
 
     def count_answer(self) -> None:
-        """One more piece of work was answered."""
+        """Count one more answer."""
         self._status.rounds_done += 1
 
     def mark_stale(self) -> None:
-        """Something that the status file tells is not as it was."""
+        """Have the status file written with the next tick."""
         self._is_stale = True
 
     def write_if_stale(self, agent: AgentState) -> None:
-        """Write the status file if it is old."""
+        """Write the status file if it is out of date."""
         if self._is_stale or time.monotonic() - self._written_at >= _MAX_AGE_S:
             self.write(agent)
 
     def write_stopped(self, agent: AgentState) -> None:
-        """The last word in the status file."""
+        """Write the status file for the last time."""
         self._status.state, self._status.reason = "stopped", ""
         self.write(agent)
 
     def write(self, agent: AgentState) -> None:
         """Write the status file."""
         self._is_stale, self._written_at = False, time.monotonic()
-        self._status.at = time.time()
-        self._status.session, self._status.mqtt = agent.session, agent.mqtt
-        self._status.bytes_up, self._status.bytes_down = self.traffic()
-        known = self.gossip_status()
-        self._status.head, self._status.shares_at = known.head, known.shares_at
-        self._status.heard, self._status.alike = known.heard, known.alike
+        status, known = self._status, self.gossip_status()
+        status.at = time.time()
+        status.session, status.mqtt = agent.session, agent.mqtt
+        status.bytes_up, status.bytes_down = self.traffic()
+        status.head, status.shares_at = known.head, known.shares_at
+        status.heard, status.alike = known.heard, known.alike
         try:
-            status_files.write_status(self._home, self._status)
+            status_files.write_status(self._home, status)
         except OSError as err:  # a full disk must not end the agent
             log.warning("cannot write the status file: %s", err)
 
 
-def _disk_free(home: Path) -> int:
+def _disk_free_bytes(home: Path) -> int:
     try:
         return shutil.disk_usage(home).free
     except OSError:
         return 0
 
 
-def _battery() -> float | None:
+def _battery_percent() -> float | None:
     sensor = getattr(psutil, "sensors_battery", lambda: None)()
     return float(sensor.percent) if sensor else None

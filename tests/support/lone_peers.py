@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from agent.daemon.context import AgentContext
 from agent.daemon.gossip_loop import GossipLoop
 from agent.daemon.state_runner import StateRunner
-from agent.home.settings import Enrollment
+from agent.home.settings import AgentSettings, Enrollment
 from agent.transport import version_proofs
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import CoordinatorClient
@@ -78,14 +79,17 @@ class Peer:
         self.loop = StateRunner(lambda _: None)
         self.loop.start()
         self.spread = GossipLoop(
-            self.cache,
-            credentials,
-            public,
-            self.loop,
+            AgentContext(
+                self.home,
+                self._enrollment,
+                credentials,
+                AgentSettings(),
+                self.loop,
+                Bandwidth(self.home),
+            ),
             self.gossip,
             self.sharing,
             VersionStore(self.cache, lambda: self.link, self.sharing),
-            Bandwidth(self.home),
             lambda: self.link,
         )
 
@@ -133,7 +137,7 @@ async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
         for peer in peers:
             await until(lambda p=peer: p.serves_nobody or p.sharing.plan_request().address)
         for peer in (*peers, *peers):  # once more, now that all have told where they serve
-            assert await peer.spread._refresh_neighbours()
+            assert await peer.spread._refresh_neighbors()
         running = [asyncio.create_task(peer.spread.run()) for peer in peers]
         yield
     finally:

@@ -151,7 +151,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
 
         site.registry.remove(eve.machine.peer, "a thief")
         assert await let_in(eve, eve.gossip.assigned.access_token)
-        assert await ann.spread._refresh_neighbours()
+        assert await ann.spread._refresh_neighbors()
         assert not await let_in(eve, eve.gossip.assigned.access_token)
         assert eve.machine.peer not in {one.peer for one in ann.gossip.contacts()}
 
@@ -210,7 +210,7 @@ async def test_an_address_that_is_none_harms_nobody(
     with pytest.raises(Unreachable):  # nor at the coordinator's door
         await asyncio.to_thread(rogue.link.neighbours, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
-    assert await ann.spread._refresh_neighbours()
+    assert await ann.spread._refresh_neighbors()
     ann.gossip.receive(rogue.gossip.outgoing())
     assert not ann.gossip.entries()
     assert not await ann.spread._run_round()

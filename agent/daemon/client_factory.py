@@ -1,0 +1,147 @@
+"""Makes the trainer and the ClientApp of a running agent, and connects them to its other parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from agent.analytics import job_handler
+from agent.clientapp.app import Client
+from agent.clientapp.inference_jobs import Inferring, find_version
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
+from agent.clientapp.jobs import Jobs
+from agent.clientapp.recovery import Recall
+from agent.daemon.context import AgentContext
+from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
+from agent.home import audit_log, settings
+from agent.trainer.ipc import Progress
+from agent.trainer.process import TrainerProcess
+from agent.trainer.retry import WORTH_A_TRY_IN_JOBS, Watchdog
+from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.version_proofs import save_proof
+from agent.transport.version_store import VersionStore
+from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter
+from protocols.messages.work import UpdateClaim, Work
+
+#: A job may fail for reasons of the requester. Its failures do not pause the agent.
+_JOB_TRIES = 2
+
+Send = Callable[[str, Path], None]
+
+
+class Uploads(NamedTuple):
+    """How results reach the coordinator: each takes a SHA-256 and a file. Raises Unreachable."""
+
+    update: Send
+    answer: Send
+
+
+class _Weights(NamedTuple):
+    """The client's transport: versions from the cache or the network, updates to the link."""
+
+    versions: VersionStore
+    send: Send
+
+    def fetch(self, work: Work) -> Path:
+        if work.patch_bytes:
+            self.versions.rebuild(work)
+        return self.versions.fetch(work.base, work.nbytes)
+
+
+class _Events(Observer):
+    """Passes the client's progress to the state machine; writes proofs and the audit log."""
+
+    def __init__(self, ctx: AgentContext, trainer: TrainerProcess) -> None:
+        self._ctx, self._trainer = ctx, trainer
+
+    def on_work(self, work: Work | None) -> None:
+        self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
+
+    def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
+        save_proof(self._ctx.cache, work, payload, signature)
+
+    def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
+        audit_log.write_update(self._ctx.home, claim, task, description)
+
+    def on_sending(self) -> None:
+        self._ctx.runner.dispatch_threadsafe(SendingStarted())
+
+    def on_trained(self) -> None:
+        self._trainer.forget()
+
+
+def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> TrainerProcess:
+    """The trainer of this agent. Its child process starts with the first work."""
+    folder, chosen = ctx.home / "trainer", ctx.settings
+    return TrainerProcess(
+        folder,
+        settings.data_settings(chosen, folder),
+        threads=chosen.threads,
+        nice=chosen.nice,
+        fleet=chosen.fleet,
+        on_progress=on_progress,
+        hang_s=chosen.hang_timeout_s,
+        journal_every_s=chosen.checkpoint_interval_s,
+        sources=chosen.task_files,
+    )
+
+
+def make_client(
+    ctx: AgentContext,
+    trainer: TrainerProcess,
+    watchdog: Watchdog,
+    versions: VersionStore,
+    job_models: VersionStore,
+    link: Callable[[], CoordinatorClient],
+    uploads: Uploads,
+) -> Client:
+    """The ClientApp: training for runs through `watchdog`, and units of jobs.
+
+    `versions` holds the versions of runs, `job_models` those that only jobs use.
+    """
+    home, outbox = ctx.home, ctx.home / "outbox"
+    me = PeerIdentity(
+        ctx.enrollment.peer, ctx.credentials.sign_key.sign, ctx.enrollment.coordinator_public
+    )
+    events = _Events(ctx, trainer)
+
+    def read_settings() -> settings.AgentSettings:
+        return settings.read(home)
+
+    def find_model(model: ModelRef) -> Path:
+        return find_version(ctx.cache, model, job_models.fetch)
+
+    def fetch_input(digest: str, nbytes: int, target: Path) -> None:
+        link().download(digest, nbytes, target, INPUT_PATH)
+
+    inference = Inferring(
+        Watchdog(trainer, tries=_JOB_TRIES, worth=WORTH_A_TRY_IN_JOBS),
+        read_settings,
+        find_model,
+        fetch_input,
+        home / "jobs",
+        home / "predictions",
+    )
+    jobs = Jobs(
+        me,
+        outbox / "answers",
+        send=uploads.answer,
+        handlers={
+            Scatter: inference.scatter,
+            Private: inference.private,
+            Analyze: job_handler.handler(read_settings, home),
+        },
+        on_work=events.on_work,
+        on_leaving=partial(audit_log.write_answer, home),
+    )
+    return Client(
+        me,
+        watchdog,
+        _Weights(versions, uploads.update),
+        outbox,
+        allowed=ctx.settings.allows,
+        observer=events,
+        queries=Queries(Recall(me, ctx.cache, uploads.update).answer, jobs.answer),
+    )
