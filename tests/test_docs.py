@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import agent.cli.main
 import coordinator.cli.main
 from benchmarks.speed import page as figures
+from protocols import VERSION
 from protocols.local import homes
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,26 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target in made or (page.parent / target).exists(), target
 
 
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as MkDocs makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_lead_to_a_heading(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert anchor in slugs(there), f"{target}#{anchor}"
+
+
+def test_each_page_of_the_docs_is_in_the_navigation() -> None:
+    nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    docs = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(nav) == sorted({*docs, "reference.md", "contributing.md"})
+
+
 @pytest.mark.parametrize(
     "line",
     sorted(
@@ -134,6 +156,19 @@ def test_python_in_the_docs_has_the_names_that_it_uses(page: Path, code: str) ->
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "-"]
     done = subprocess.run(ruff, input=code, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_installed_is_this_version_with_extras_that_exist(page: Path) -> None:
+    text = page.read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wheel in re.findall(r"commonweight-([\w.]+?)-py3-none-any\.whl", text):
+        assert wheel == VERSION
+    for named in re.findall(r"(?:commonweight|\.whl|'\.)\[([\w,]+)\]", text):
+        assert set(named.split(",")) <= set(extras["optional-dependencies"])
+    for row in re.findall(r"^## Which extra.*?^## ", text, re.MULTILINE | re.DOTALL):
+        listed = set(re.findall(r"`([\w]+)`", "".join(re.findall(r"^\| (`[^|]+)\|", row, re.M))))
+        assert listed == set(extras["optional-dependencies"]) - {"docs", "dev"}
 
 
 def test_what_is_no_command_is_found() -> None:
