@@ -246,7 +246,7 @@ async def measure(peers: int, rate: int, seconds: float) -> dict[str, Any]:
 
 async def _key(app: Watched, key: str) -> float:
     """Press a key that moves the cursor: ms until a screen with it is out."""
-    table = app.query_one("#peers")
+    table = app.query_one("#peer-table")
     before, out = table.cursor_row, asyncio.Event()  # type: ignore[attr-defined]
 
     def check() -> None:

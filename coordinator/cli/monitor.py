@@ -1,6 +1,6 @@
-"""`commonweight monitor` and `commonweight status`: looking at the fleet.
+"""`commonweight monitor` and `commonweight status`: show the fleet.
 
-Textual is imported inside the commands that need it: `--help` stays quick.
+Textual is imported inside the commands that need it, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import signal
 import sys
 import time
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,23 +26,23 @@ def add_to(app: typer.Typer) -> None:
 
 
 def print_line(text: str) -> None:
-    """A line for a person (stderr)."""
+    """Print a line to stderr."""
     sys.stderr.write(text + "\n")
 
 
 def monitor(
-    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and exit.")] = False,
     read_only: Annotated[
-        bool, typer.Option("--read-only", help="Switch off what changes things.")
+        bool, typer.Option("--read-only", help="Disable the keys that change something.")
     ] = False,
     ascii_: Annotated[
         bool, typer.Option("--ascii", help="Only ASCII, for plain consoles.")
     ] = False,
-    record: Annotated[Path | None, typer.Option(help="Write what is heard into this file.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write all messages to this file.")] = None,
     replay: Annotated[
-        str | None, typer.Option(help="Show this recording; `demo` is one that is here.")
+        str | None, typer.Option(help="Play this recording; `demo` is a built-in one.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.01, help="How fast to replay.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.01, help="Speed of the replay.")] = 1.0,
     join: Annotated[
         str | None,
         typer.Option(help="A ticket with a role (file:PATH, or - to paste): watch from here on."),
@@ -61,7 +62,7 @@ def monitor(
         from protocols.errors import UsageError
 
         raise UsageError(
-            "--record writes what a coordinator says to this terminal's monitor",
+            "--record writes the messages of a coordinator to this terminal's monitor",
             "leave --serve, --replay and --via out",
         )
     if join is not None:
@@ -74,40 +75,42 @@ def monitor(
         options += ["--replay", replay, "--speed", str(speed)] if replay else []
         options += ["--via", via] if via else []
         serve_monitor(host, port, options)
-    elif replay is not None:
-        _replay(replay, speed, once=once, ascii_only=ascii_)
+        return
+    screen = sys.stdout.isatty() and not once
+    if replay is not None:
+        _replay(replay, speed, screen=screen, ascii_only=ascii_)
     elif via is not None:
-        _via(via, once=once, ascii_only=ascii_)
+        _via(via, screen=screen, ascii_only=ascii_)
     else:
-        _live(once=once, read_only=read_only, ascii_only=ascii_, record=record)
+        _live(screen=screen, read_only=read_only, ascii_only=ascii_, record=record)
 
 
-def _join(given: str) -> None:
+def _join(ticket: str) -> None:
     from coordinator.remote import access
 
-    found = access.join(cli_entry.read_ticket(given))
-    print_line(f"joined as {found.role} of fleet {found.fleet}; from now on: commonweight monitor")
+    joined = access.join(cli_entry.read_ticket(ticket))
+    print_line(f"joined fleet {joined.fleet} as {joined.role}; next: commonweight monitor")
 
 
 def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "") -> None:
     from rich.console import Console
 
+    from coordinator.monitor import terminal_text
     from coordinator.monitor.plain_table import plain_table
-    from coordinator.monitor.terminal_text import ascii_only as in_ascii
 
     console = Console()
     table = plain_table(fleet, now, heading, width=console.width)
     if not ascii_only:
         console.print(table)
         return
-    with console.capture() as taken:
+    with console.capture() as capture:
         console.print(table)
-    for line in taken.get().split("\n")[:-1]:
-        # Colours are escape codes: they are ASCII, and left alone.
-        sys.stdout.write(in_ascii(line) + "\n")
+    # Escape codes for colors are ASCII already and stay.
+    for line in capture.get().split("\n")[:-1]:
+        sys.stdout.write(terminal_text.ascii_only(line) + "\n")
 
 
-def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None) -> None:
+def _live(*, screen: bool, read_only: bool, ascii_only: bool, record: Path | None) -> None:
     from coordinator.remote import access
     from coordinator.remote.api_client import LiveSource
     from coordinator.remote.recording import Recorder, RecordingSource
@@ -115,75 +118,64 @@ def _live(*, once: bool, read_only: bool, ascii_only: bool, record: Path | None)
 
     home = access.open_home()
     source: Source = LiveSource(home)
-    screen = sys.stdout.isatty() and not once
     if record is None and not screen:
         _print(asyncio.run(source.snapshot()), time.time(), ascii_only=ascii_only)
         return
-    if screen:
-        from coordinator.monitor.tui import config
-        from coordinator.monitor.tui.app import MonitorApp
-
-        chosen = config.read()
-        if (home / access.ACCESS_FILE).exists():
-            read_only = read_only or access.connection_info(home).role == "observer"
-    recorder = Recorder(record) if record else None
-    if recorder is not None:
-        source = RecordingSource(source, recorder)
-    try:
+    if screen and (home / access.ACCESS_FILE).exists():
+        read_only = read_only or access.connection_info(home).role == "observer"
+    with ExitStack() as stack:
+        if record is not None:
+            recorder = Recorder(record)
+            stack.callback(recorder.close)
+            source = RecordingSource(source, recorder)
         if screen:
-            _run(MonitorApp(source, read_only=read_only, config=chosen, ascii_only=ascii_only))
+            _run(source, read_only=read_only, ascii_only=ascii_only)
         else:
             _record(source)
-    finally:
-        if recorder is not None:
-            recorder.close()
 
 
-def _via(peer: str, *, once: bool, ascii_only: bool) -> None:
+def _via(peer: str, *, screen: bool, ascii_only: bool) -> None:
     from coordinator.remote import access
     from coordinator.remote.peer_source import PeerSource
 
     source = PeerSource(access.open_home(), peer)
-    if once or not sys.stdout.isatty():
-        shown = asyncio.run(source.snapshot())
-        _print(shown, time.time(), ascii_only=ascii_only, heading=source.heading)
+    if screen:
+        _run(source, read_only=True, ascii_only=ascii_only)
         return
-    from coordinator.monitor.tui import config
-    from coordinator.monitor.tui.app import MonitorApp
-
-    _run(MonitorApp(source, read_only=True, config=config.read(), ascii_only=ascii_only))
+    fleet = asyncio.run(source.snapshot())
+    _print(fleet, time.time(), ascii_only=ascii_only, heading=source.heading)
 
 
 def _record(source: Any) -> None:
-    """Only write down, until Ctrl-C."""
+    """Record without a screen, until Ctrl-C."""
     from coordinator.remote.follower import FleetFollower
 
-    print_line("recording; Ctrl-C ends it")
-    try:
+    print_line("recording; Ctrl-C stops it")
+    with suppress(KeyboardInterrupt):
         asyncio.run(FleetFollower(source, time.time).run())
-    except KeyboardInterrupt:
-        pass
 
 
-def _replay(name: str, speed: float, *, once: bool, ascii_only: bool) -> None:
+def _replay(name: str, speed: float, *, screen: bool, ascii_only: bool) -> None:
     from coordinator.remote.recording import DEMO_FILE
     from coordinator.remote.replay import ReplaySource
 
     source = ReplaySource(DEMO_FILE if name == "demo" else Path(name), speed)
-    if once or not sys.stdout.isatty():
-        source.seek(source.length_s)
-        _print(asyncio.run(source.snapshot()), source.clock(), ascii_only=ascii_only)
+    if screen:
+        _run(source, replay=True, ascii_only=ascii_only)
         return
+    source.seek(source.length_s)
+    _print(asyncio.run(source.snapshot()), source.clock(), ascii_only=ascii_only)
+
+
+def _run(source: Any, *, replay: bool = False, ascii_only: bool, **options: Any) -> None:
+    """Run the terminal UI over `source`. SIGTERM ends it and restores the terminal."""
     from coordinator.monitor.tui import config
+    from coordinator.monitor.tui.app import MonitorApp
+    from coordinator.monitor.tui.gc_tuning import tune_gc
     from coordinator.monitor.tui.replay_app import ReplayApp
 
-    _run(ReplayApp(source, config=config.read(), ascii_only=ascii_only))
-
-
-def _run(app: Any) -> None:
-    """Show `app`. Asked to end (SIGTERM), it gives the terminal back as it was."""
-    from coordinator.monitor.tui.gc_tuning import tune_gc
-
+    kind = ReplayApp if replay else MonitorApp
+    app = kind(source, config=config.read(), ascii_only=ascii_only, **options)
     tune_gc()
     signal.signal(signal.SIGTERM, lambda *_: app.exit())
     app.run()
@@ -191,27 +183,25 @@ def _run(app: Any) -> None:
 
 def status(
     watch: Annotated[
-        bool, typer.Option("--watch", help="Again each second, until Ctrl-C.")
+        bool, typer.Option("--watch", help="Update every second, until Ctrl-C.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """The fleet in a few lines."""
+    """Show the fleet in a few lines."""
     from coordinator.remote import access
     from coordinator.remote.api_client import Remote
 
     if not watch:
-        _show(Remote(access.open_home()).fleet(), json=json)
+        _print_status(Remote(access.open_home()).fleet(), json=json)
         return
-    try:
+    with suppress(KeyboardInterrupt):
         _watch(json=json)
-    except KeyboardInterrupt:
-        pass
 
 
 def _watch(*, json: bool) -> None:
-    """A picture that moves on a terminal; elsewhere a line of JSON or a table whenever it changes.
+    """Update a table on a terminal; elsewhere print a table or a line of JSON on every change.
 
-    A coordinator that is away is said and waited for.
+    While the coordinator does not answer, the error is shown and the request retried.
     """
     from rich.console import Console
     from rich.live import Live
@@ -224,52 +214,40 @@ def _watch(*, json: bool) -> None:
 
     home, remote = access.open_home(), None
     console = Console()
+    state: object
     live = None if json or not sys.stdout.isatty() else Live(console=console, auto_refresh=False)
-    told: object = None
-    with live or _Nothing():
+    printed: object = None
+    with live or nullcontext():
         while True:
             try:
                 remote = remote or Remote(home)
                 fleet = remote.fleet()
             except CommonweightError as err:
-                remote = None
+                remote, state = None, err.message
+                text = json_output.format_error(err)
                 if live is not None:
-                    live.update(
-                        Text(f"{json_output.format_error(err)}\ntrying again"), refresh=True
-                    )
-                elif told != err.message:
-                    sys.stdout.write(json_output.error(err) + "\n") if json else print_line(
-                        json_output.format_error(err)
-                    )
-                    sys.stdout.flush()
-                told = err.message
+                    live.update(Text(f"{text}\ntrying again"), refresh=True)
+                elif printed != state and json:
+                    sys.stdout.write(json_output.error(err) + "\n")
+                elif printed != state:
+                    print_line(text)
             else:
+                state = (fleet.epoch, fleet.seq)
                 if live is not None:
-                    table = plain_table(fleet, time.time(), width=console.width)
-                    live.update(table, refresh=True)
-                elif told != (fleet.epoch, fleet.seq):
-                    _show(fleet, json=json)
-                    sys.stdout.flush()
-                told = (fleet.epoch, fleet.seq)
+                    live.update(plain_table(fleet, time.time(), width=console.width), refresh=True)
+                elif printed != state:
+                    _print_status(fleet, json=json)
+            sys.stdout.flush()
+            printed = state
             time.sleep(1.0)
 
 
-class _Nothing:
-    """In place of the live picture where there is none."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _show(fleet: Any, *, json: bool) -> None:
+def _print_status(fleet: Any, *, json: bool) -> None:
     import msgspec
 
-    from coordinator.fleet import reducer as fleets
+    from coordinator.fleet import reducer
 
     if json:
-        sys.stdout.write(json_output.ok(msgspec.Raw(fleets.encode(fleet, fleet.at))) + "\n")
+        sys.stdout.write(json_output.ok(msgspec.Raw(reducer.encode(fleet, fleet.at))) + "\n")
     else:
         _print(fleet, time.time())

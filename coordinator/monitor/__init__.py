@@ -1,4 +1,4 @@
-"""The monitor: tables, charts and alerts as pure functions, and the terminal UI.
+"""The monitor: tables, charts and alerts as pure functions, and the terminal UI in `tui`.
 
 Only `cli` imports it.
 """

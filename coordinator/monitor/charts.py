@@ -1,8 +1,7 @@
-"""Curves and stacks drawn in characters, for any pane. Pure.
+"""Curves and stacked bars drawn in characters. Pure.
 
-A curve is braille: two dots across and four down in each character. A stack is made of eighths of
-blocks. Both take values that `coordinator.fleet.reducer.finite` has passed or None, and never raise
-on one.
+A curve uses braille: two dots across and four down in each character. A stack uses eighths of
+blocks. Values are None or finite (`coordinator.fleet.reducer.finite`); no value raises.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ Values = Sequence[float | None]
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, from the top down
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
-_MIN_SPACED_WIDTH = 3  # bars as broad as this have a blank between them
+_MIN_SPACED_WIDTH = 3  # bars at least this wide have a blank between them
 
 
 class Scale(NamedTuple):
-    """The values at the foot and at the top of a pane."""
+    """The values at the bottom and at the top of a pane."""
 
     low: float
     high: float
 
     def step(self, value: float, steps: int) -> int:
-        """Which of `steps` steps from the foot up `value` lies in. Halves, so nothing overflows."""
+        """The index, from the bottom, of `value` among `steps`. Halved, so nothing overflows."""
         size = self.high / 2 - self.low / 2
         if size <= 0:
             return (steps - 1) // 2
@@ -39,7 +38,7 @@ class Scale(NamedTuple):
 
 
 def fit_scale(values: Values, *, zero: bool = False) -> Scale | None:
-    """From the least to the most of what is known, from 0 if `zero`; None if nothing is."""
+    """The range of the known values, including 0 if `zero`; None if no value is known."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -47,36 +46,36 @@ def fit_scale(values: Values, *, zero: bool = False) -> Scale | None:
 
 
 def resample(values: Values, points: int) -> list[float | None]:
-    """`values` over exactly `points` points: between two of them a straight line, or means."""
+    """`values` as exactly `points` points: linear interpolation, or means if there are more."""
     if len(values) >= points:
         return downsample(values, points)
     if len(values) < 2:
         return list(values) * points
-    found: list[float | None] = []
+    result: list[float | None] = []
     for point in range(points):
-        place = point * (len(values) - 1) / (points - 1)
-        left = min(int(place), len(values) - 2)
-        share = place - left
-        one, other = values[left], values[left + 1]
-        if one is None or other is None:
-            found.append(one if share < 0.5 else other)
+        position = point * (len(values) - 1) / (points - 1)
+        left = min(int(position), len(values) - 2)
+        fraction = position - left
+        before, after = values[left], values[left + 1]
+        if before is None or after is None:
+            result.append(before if fraction < 0.5 else after)
         else:
-            found.append(one * (1 - share) + other * share)
-    return found
+            result.append(before * (1 - fraction) + after * fraction)
+    return result
 
 
 def curve(values: Values, width: int, height: int, scale: Scale) -> list[str]:
-    """`height` lines from the top down, each `width` characters; `✕` below what is None."""
+    """`height` lines from the top down, each `width` characters; `✕` marks a None."""
     cells = [[0] * width for _ in range(height)]
-    before: int | None = None
+    previous: int | None = None
     for x, value in enumerate(resample(values, 2 * width)):
         y = None if value is None else 4 * height - 1 - scale.step(value, 4 * height)
         if y is not None:
-            start = y if before is None else before + (before < y) - (before > y)
-            # One dot more below: a single one is hard to see on some screens.
+            start = y if previous is None else previous + (previous < y) - (previous > y)
+            # One more dot below: a single one is hard to see on some screens.
             for dot in range(min(start, y), min(max(start, y) + 2, 4 * height)):
                 cells[dot // 4][x // 2] |= _DOTS[x % 2][dot % 4]
-        before = y
+        previous = y
     lines = ["".join(chr(0x2800 + dots) if dots else " " for dots in line) for line in cells]
     if height > 0 and None in values:
         lines[-1] = _mark_missing(lines[-1], values, width)
@@ -84,30 +83,31 @@ def curve(values: Values, width: int, height: int, scale: Scale) -> list[str]:
 
 
 def _mark_missing(line: str, values: Values, width: int) -> str:
-    signs, last = list(line), max(len(values) - 1, 1)
-    for place, value in enumerate(values):
+    chars, last = list(line), max(len(values) - 1, 1)
+    for index, value in enumerate(values):
         if value is None:
-            signs[min(round(place * (width - 1) / last), width - 1)] = "✕"
-    return "".join(signs)
+            chars[min(round(index * (width - 1) / last), width - 1)] = "✕"
+    return "".join(chars)
 
 
 def band(low: Values, high: Values, width: int, height: int, scale: Scale) -> list[list[bool]]:
-    """For each line from the top down which of its characters lie between `low` and `high`."""
+    """`bool[height][width]` from the top down: True where a character is between low and high."""
     inside = [[False] * width for _ in range(height)]
-    pairs = zip(resample(low, width), resample(high, width), strict=True)
-    for x, (least, most) in enumerate(pairs):
-        if least is None or most is None:
+    for x, (lower, upper) in enumerate(
+        zip(resample(low, width), resample(high, width), strict=True)
+    ):
+        if lower is None or upper is None:
             continue
-        foot, top = (scale.step(value, 4 * height) for value in (least, most))
+        bottom, top = (scale.step(value, 4 * height) for value in (lower, upper))
         for line in range(height):
             first = 4 * (height - 1 - line)
-            inside[line][x] = min(top, first + 3) - max(foot, first) >= 1
+            inside[line][x] = min(top, first + 3) - max(bottom, first) >= 1
     return inside
 
 
 class Block(NamedTuple):
-    """A character of a stack: `part` is its lower colour, `over` what it stands against, -1 for
-    nothing. `edge`: it is the top of its bar."""
+    """A character of a stack: `part` colors its lower half, `part_above` its background; -1 is
+    none. `is_top`: it is the top of its bar."""
 
     char: str
     part: int = -1
@@ -118,20 +118,19 @@ class Block(NamedTuple):
 def stack(
     parts: Sequence[Sequence[float]], width: int, height: int, high: float
 ) -> list[list[Block]]:
-    """Bars from 0 to `high`, one upon the other by part; `height` lines from the top down.
+    """Stacked bars from 0 to `high`: `height` lines from the top down.
 
-    `parts` are as long as each other and not below 0. All bars are equally broad; `bar_width` says
-    how much. Too many are put together.
+    All `parts` have the same length and no negative value. Every bar is `bar_width` wide; if there
+    are more bars than characters, neighbors are averaged.
     """
     lines = [[Block(" ")] * width for _ in range(height)]
-    thin = [[value or 0.0 for value in downsample(part, width)] for part in parts]
-    count = len(thin[0]) if thin else 0
-    broad = bar_width(count, width)
+    bars = [[value or 0.0 for value in downsample(part, width)] for part in parts]
+    count = len(bars[0]) if bars else 0
+    pitch = bar_width(count, width)
     for bar in range(count):
-        left = bar * broad
-        right = left + broad - (broad >= _MIN_SPACED_WIDTH)
-        tops = list(accumulate(part[bar] for part in thin))
-        ends = [_to_eighths(top, high, 8 * height) for top in tops]
+        left = bar * pitch
+        right = left + pitch - (pitch >= _MIN_SPACED_WIDTH)
+        ends = [_to_eighths(top, high, 8 * height) for top in accumulate(p[bar] for p in bars)]
         for line in range(height):
             block = _block(ends, 8 * (height - 1 - line))
             lines[line][left:right] = [block] * (right - left)
@@ -139,21 +138,22 @@ def stack(
 
 
 def bar_width(count: int, width: int) -> int:
-    """Characters of each of `count` bars, the blank after it included."""
+    """Characters of each of `count` bars, including the blank after it."""
     return max(width // count, 1) if count else 0
 
 
-def _to_eighths(top: float, high: float, most: int) -> int:
-    """Something is never drawn as nothing."""
+def _to_eighths(top: float, high: float, limit: int) -> int:
+    """The height in eighths; at least 1 for a positive value, so that it stays visible."""
     if top <= 0 or high <= 0:
         return 0
-    return min(max(round(top / high * most), 1), most)
+    return min(max(round(top / high * limit), 1), limit)
 
 
-def _block(ends: Sequence[int], foot: int) -> Block:
-    part = next((n for n, end in enumerate(ends) if end > foot), -1)
+def _block(ends: Sequence[int], bottom: int) -> Block:
+    part = next((n for n, end in enumerate(ends) if end > bottom), -1)
     if part < 0:
         return Block(" ")
-    filled = min(ends[part] - foot, 8)
-    over = next((n for n, end in enumerate(ends) if end > foot + filled), -1) if filled < 8 else -1
-    return Block(_EIGHTHS[filled], part, over, is_top=foot < ends[-1] <= foot + 8)
+    filled = min(ends[part] - bottom, 8)
+    above = next((n for n, end in enumerate(ends) if end > bottom + filled), -1)
+    is_top = bottom < ends[-1] <= bottom + 8
+    return Block(_EIGHTHS[filled], part, above if filled < 8 else -1, is_top)

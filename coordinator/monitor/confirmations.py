@@ -1,6 +1,6 @@
-"""What became of what an operator asked for, as the fleet itself shows it. Pure.
+"""Outcomes of an operator's actions, read from the state of the fleet. Pure.
 
-That a command was sent says nothing: a pause is done when the peer says that it is paused.
+A sent command proves nothing: a peer has paused once it reports that it is paused.
 """
 
 from __future__ import annotations
@@ -12,21 +12,13 @@ from protocols.messages.states import ENDED, PauseReason, PeerState, label
 
 OperatorAction = Literal["pause", "resume", "finish", "drain", "approve", "remove", "start", "stop"]
 
-#: Seconds after which a person is told that nothing was confirmed yet. A round may take its time.
-TIMEOUT_S: dict[OperatorAction, float] = {
-    "pause": 20.0,
-    "resume": 20.0,
-    "finish": 600.0,
-    "drain": 600.0,
-    "approve": 20.0,
-    "remove": 20.0,
-    "start": 30.0,
-    "stop": 60.0,
-}
+#: After this many seconds without an outcome a warning is shown. A round may take its time.
+TIMEOUT_S = 20.0
+TIMEOUTS_S: dict[OperatorAction, float] = {"finish": 600, "drain": 600, "start": 30, "stop": 60}
 
 
 class PendingAction(NamedTuple):
-    """A deed that was asked for; `subject` is a peer or a run, `name` what a person calls it."""
+    """An action without an outcome yet; `subject` is the id of a peer, run or job."""
 
     action: OperatorAction
     subject: str
@@ -34,32 +26,32 @@ class PendingAction(NamedTuple):
     deadline: float
 
 
-def start_pending(deed: OperatorAction, subject: str, name: str, now: float) -> PendingAction:
-    """The deed, asked for now."""
-    return PendingAction(deed, subject, name, now + TIMEOUT_S[deed])
+def start_pending(action: OperatorAction, subject: str, name: str, now: float) -> PendingAction:
+    """The action, requested now."""
+    return PendingAction(action, subject, name, now + TIMEOUTS_S.get(action, TIMEOUT_S))
 
 
-def outcome(fleet: Fleet, awaited: PendingAction) -> str:
-    """Words for what has come of it, or "" while nothing has."""
-    if awaited.action in ("start", "stop"):
-        return _run_outcome(fleet, awaited)
-    peer = fleet.peers.get(awaited.subject)
+def outcome(fleet: Fleet, pending: PendingAction) -> str:
+    """A sentence about the outcome, or "" while there is none."""
+    if pending.action in ("start", "stop"):
+        return _run_outcome(fleet, pending)
+    peer = fleet.peers.get(pending.subject)
     if peer is None:
-        return f"{awaited.name} is out of the fleet" if awaited.action == "remove" else ""
-    return _peer_outcome(peer, awaited)
+        return f"{pending.name} has been removed" if pending.action == "remove" else ""
+    return _peer_outcome(peer, pending)
 
 
-def _peer_outcome(peer: Peer, awaited: PendingAction) -> str:
+def _peer_outcome(peer: Peer, pending: PendingAction) -> str:
     paused = peer.state is PeerState.PAUSED
     by_operator = PauseReason.OPERATOR in peer.reason
     name = called(peer)
-    match awaited.action:
+    match pending.action:
         case "pause" if paused and by_operator:
             return f"{name} has paused"
         case "resume" if not paused and peer.state is not PeerState.OFFLINE:
-            return f"{name} goes on: {label(peer.state)}"
+            return f"{name} has resumed: {label(peer.state)}"
         case "resume" if paused and not by_operator:
-            return f"{name} obeys, but is still {label(peer.state, peer.reason)}"
+            return f"{name} may resume, but is still {label(peer.state, peer.reason)}"
         case "finish" | "drain" if peer.state is PeerState.OFFLINE:
             return f"{name} has finished and left"
         case "approve" if peer.standing == "enrolled":
@@ -67,20 +59,20 @@ def _peer_outcome(peer: Peer, awaited: PendingAction) -> str:
     return ""
 
 
-def _run_outcome(fleet: Fleet, awaited: PendingAction) -> str:
-    """Of a job too: it can be stopped."""
-    if (job := fleet.jobs.get(awaited.subject)) is not None:
+def _run_outcome(fleet: Fleet, pending: PendingAction) -> str:
+    """The outcome of starting or stopping a run, or of stopping a job."""
+    if (job := fleet.jobs.get(pending.subject)) is not None:
         working = job.changed.state == "working"
-        return "" if working else f"job {awaited.name} has ended: {job.changed.state}"
-    run = fleet.runs.get(awaited.subject)
+        return "" if working else f"job {pending.name} has ended: {job.changed.state}"
+    run = fleet.runs.get(pending.subject)
     if run is None:
         return ""
-    if awaited.action == "start":
-        return f"run {awaited.name} has begun: {run.changed.state.value}"
-    return f"run {awaited.name} has ended" if run.changed.state in ENDED else ""
+    if pending.action == "start":
+        return f"run {pending.name} has started: {run.changed.state.value}"
+    return f"run {pending.name} has ended" if run.changed.state in ENDED else ""
 
 
-def timeout_text(awaited: PendingAction) -> str:
-    """Words for a deed whose time is over."""
-    waited = f"{TIMEOUT_S[awaited.action]:.0f} s"
-    return f"{awaited.action} {awaited.name}: not confirmed in {waited}; it may still happen"
+def timeout_text(pending: PendingAction) -> str:
+    """The warning for an action whose deadline has passed."""
+    waited = f"{TIMEOUTS_S.get(pending.action, TIMEOUT_S):.0f} s"
+    return f"{pending.action} {pending.name}: not confirmed in {waited}; it may still happen"

@@ -1,6 +1,8 @@
-"""Jobs as the monitor shows them: the table's cells, and what is known of one in words. Pure."""
+"""Jobs as the monitor shows them: the cells of the table, and the details of one job. Pure."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from coordinator.fleet.reducer import Fleet, Job, called
 from coordinator.monitor.peer_table import Cell, Column, Tone
@@ -15,7 +17,7 @@ from coordinator.remote.formatting import (
     truncate,
 )
 
-#: How a state is shown; one that only a newer coordinator knows is shown as it came.
+#: Glyph and tone by state; an unknown state of a newer coordinator is shown as it is.
 STATES: dict[str, tuple[str, Tone]] = {
     "working": ("●", "good"),
     "finished": ("✓", "plain"),
@@ -23,9 +25,9 @@ STATES: dict[str, tuple[str, Tone]] = {
     "failed": ("!", "bad"),
 }
 KINDS = {
-    "private": "each peer measures the models on its own rows",
-    "scatter": "rows that were given away are spread over the peers",
-    "analyze": "a figure from the peers' own tables",
+    "private": "each peer evaluates the models on its own rows",
+    "scatter": "your rows are distributed over the peers",
+    "analyze": "a statistic of the peers' own tables",
 }
 
 
@@ -35,24 +37,26 @@ def is_working(job: Job) -> bool:
 
 
 def num_working(fleet: Fleet) -> int:
-    """How many jobs are under way."""
+    """The number of jobs that have not ended."""
     return sum(map(is_working, fleet.jobs.values()))
 
 
 def sort_jobs(fleet: Fleet) -> list[Job]:
-    """What is under way first, then what ended last."""
-    newest = sorted(fleet.jobs.values(), key=lambda job: -(job.ended_at or job.changed_at))
-    return sorted(newest, key=lambda job: not is_working(job))
+    """The working jobs first, then the ended ones; the newest first in each group."""
+    return sorted(
+        fleet.jobs.values(),
+        key=lambda job: (not is_working(job), -(job.ended_at or job.changed_at)),
+    )
 
 
 def duration_s(job: Job, now: float) -> float | None:
-    """How long it has been worked on, or was; None if not known."""
+    """Seconds from its start to its end or to now; None if not known."""
     end = now if is_working(job) else job.ended_at
     return max(end - job.began_at, 0.0) if job.began_at and end else None
 
 
 def rows_per_s(job: Job, now: float) -> float:
-    """Rows a second: of those at it, or what it came to."""
+    """The current rate of a working job, or the mean rate of an ended one."""
     if is_working(job):
         return job.changed.rows_per_s
     took = duration_s(job, now)
@@ -60,22 +64,25 @@ def rows_per_s(job: Job, now: float) -> float:
 
 
 def num_remaining(job: Job) -> int:
-    """What nobody has answered for yet, nor has in hand."""
+    """Items that are neither answered nor leased to a peer."""
     changed = job.changed
     return max(changed.total - changed.done - changed.leased, 0)
 
 
 def count_items(job: Job, number: int) -> str:
-    """`3 rows`, `1 peer`: what the job is counted in."""
-    what = "row" if job.changed.kind == "scatter" else "peer"
-    return f"{count(number)} {what}{'' if number == 1 else 's'}"
+    """`3 rows`, `1 peer`: a number in the unit of the job."""
+    return _plural(number, "row" if job.changed.kind == "scatter" else "peer")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 # --- the table -------------------------------------------------------------------------------
 
 
 def state_cell(job: Job, now: float, width: int = 80) -> Cell:
-    """Glyph and word."""
+    """Glyph and state."""
     state = job.changed.state
     glyph, tone = STATES.get(state, ("·", "quiet"))
     return Cell(truncate(f"{glyph} {state}", width), tone)
@@ -85,10 +92,6 @@ def _done(job: Job, now: float, width: int) -> Cell:
     done, total = min(job.changed.done, job.changed.total), job.changed.total
     share = f" {100 * done // total:>3} %" if total else "   – %"
     return Cell(progress(done, total, width - len(share)) + share, "busy")
-
-
-def _left(job: Job, now: float, width: int) -> Cell:
-    return Cell(count_items(job, num_remaining(job)) if is_working(job) else NOTHING)
 
 
 def _duration(job: Job, now: float, width: int) -> Cell:
@@ -101,12 +104,18 @@ def _speed(job: Job, now: float, width: int) -> Cell:
     return Cell(rate(speed) if speed else NOTHING)
 
 
-def _peers(job: Job, now: float, width: int) -> Cell:
-    return Cell(count(job.changed.peers) if is_working(job) else NOTHING)
+def _while_working(text: Callable[[Job], str]) -> Callable[[Job, float, int], Cell]:
+    """A cell that is empty once the job has ended."""
+    return lambda job, now, width: Cell(text(job) if is_working(job) else NOTHING)
 
 
-def _leased(job: Job, now: float, width: int) -> Cell:
-    return Cell(count(job.changed.leased) if is_working(job) else NOTHING)
+_remaining = _while_working(lambda job: count_items(job, num_remaining(job)))
+_peers = _while_working(lambda job: count(job.changed.peers))
+_leased = _while_working(lambda job: count(job.changed.leased))
+
+
+def _job(job: Job, now: float, width: int) -> Cell:
+    return Cell(truncate(job.changed.job, width))
 
 
 def _units(job: Job, now: float, width: int) -> Cell:
@@ -125,19 +134,19 @@ def _outcome(job: Job, now: float, width: int) -> Cell:
     return Cell(truncate(job.changed.ended_because or job.changed.task, width), "quiet")
 
 
-#: In drop order, as the fleet's.
+#: Key, title, minimum and maximum width, minimum terminal width; the last ones are dropped first.
 COLUMNS: tuple[Column[Job], ...] = (
     Column("state", "State", 10, 12, 0, state_cell),
-    Column("job", "Job", 14, 18, 0, lambda job, now, width: Cell(truncate(job.changed.job, width))),
+    Column("job", "Job", 14, 18, 0, _job),
     Column("done", "Done", 11, 24, 0, _done),
-    Column("left", "Left", 10, 12, 0, _left, right=True),
+    Column("left", "Left", 10, 12, 0, _remaining, right=True),
     Column("took", "Time", 6, 6, 80, _duration, right=True),
     Column("speed", "Rows/s", 7, 7, 80, _speed, right=True),
     Column("peers", "Peers", 5, 5, 120, _peers, right=True),
     Column("outcome", "Outcome", 20, 60, 120, _outcome),
     Column("up", "Up", 7, 7, 120, _up, right=True),
     Column("down", "Down", 7, 7, 120, _down, right=True),
-    Column("hand", "In hand", 7, 7, 160, _leased, right=True),
+    Column("hand", "Leased", 7, 7, 160, _leased, right=True),
     Column("units", "Units", 6, 6, 160, _units, right=True),
 )
 
@@ -146,35 +155,34 @@ COLUMNS: tuple[Column[Job], ...] = (
 
 
 def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
-    """All that is known of a job: (what, words), the most important first."""
+    """Everything known about a job: (label, cell), the most important first."""
     changed = job.changed
     state = state_cell(job, now)
     ago = f" {age(now - job.ended_at)} ago" if job.ended_at else ""
     because = f": {changed.ended_because}" if changed.ended_because else ""
-    told = [("state", Cell(f"{state.text}{ago}{because}", state.tone))]
-    asks = KINDS.get(changed.kind, changed.kind)
-    told.append(("what", Cell(f"{asks} · {changed.task}" if changed.task else asks)))
+    kind = KINDS.get(changed.kind, changed.kind)
     done = f"{changed.done:,} of {count_items(job, changed.total)}"
     if is_working(job):
-        at_it = f"{count(changed.peers)} peer{'' if changed.peers == 1 else 's'}"
-        done += f" · {count(changed.leased)} in hand at {at_it} · {count(num_remaining(job))} left"
-    told.append(("done", Cell(done)))
-    units = "unit" if changed.units == 1 else "units"
-    rows = f"{changed.rows:,} rows in {count(changed.units)} {units}"
+        done += f" · {count(changed.leased)} leased to {_plural(changed.peers, 'peer')}"
+        done += f" · {count(num_remaining(job))} left"
+    rows = f"{changed.rows:,} rows in {_plural(changed.units, 'unit')}"
     speed, took = rows_per_s(job, now), duration_s(job, now)
     rows += f" · {rate(speed)}" if speed else ""
     rows += f" · {duration(took)}" if took is not None else ""
-    told.append(("answered", Cell(rows)))
     traffic = f"{format_bytes(changed.bytes_up)} of answers up"
-    if changed.bytes_down:
-        traffic += f" · {format_bytes(changed.bytes_down)} of rows down"
-    told.append(("bytes", Cell(traffic)))
+    traffic += f" · {format_bytes(changed.bytes_down)} of rows down" if changed.bytes_down else ""
+    lines = [
+        ("state", Cell(f"{state.text}{ago}{because}", state.tone)),
+        ("kind", Cell(f"{kind} · {changed.task}" if changed.task else kind)),
+        ("done", Cell(done)),
+        ("answered", Cell(rows)),
+        ("bytes", Cell(traffic)),
+    ]
     if changed.dropped:
-        answers = "answer" if changed.dropped == 1 else "answers"
-        told.append(("dropped", Cell(f"{count(changed.dropped)} {answers} did not count", "warn")))
+        lines.append(("dropped", Cell(f"{_plural(changed.dropped, 'answer')} rejected", "warn")))
     for peer, reason in changed.excused.items():
         name = called(fleet.peers[peer]) if peer in fleet.peers else peer
-        told.append(("excused", Cell(f"{name}: {reason}", "warn")))
+        lines.append(("excused", Cell(f"{name}: {reason}", "warn")))
     if (more := changed.num_excused - len(changed.excused)) > 0:
-        told.append(("excused", Cell(f"and {count(more)} more", "warn")))
-    return told
+        lines.append(("excused", Cell(f"and {count(more)} more", "warn")))
+    return lines

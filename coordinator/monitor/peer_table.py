@@ -1,6 +1,6 @@
-"""The cells of the tables: which columns fit, what stands in them, in what order. Pure.
+"""The fleet's table: columns and cells, which columns fit, filter and order. Pure.
 
-A cell is a text and a tone. The text alone says everything; the tone only chooses a colour.
+A cell is a text and a tone. The text alone carries all information; the tone only picks a color.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from coordinator.remote.formatting import (
     trend,
     truncate,
 )
+from protocols.messages.envelope import Telemetry
 from protocols.messages.states import PauseReason, PeerState, label
 
 Row = TypeVar("Row")
@@ -40,7 +41,7 @@ LEVELS: dict[str, tuple[str, Tone]] = {
     "warning": ("▲", "warn"),
     "error": ("✕", "bad"),
 }
-#: By the sign of `Peer.given`.
+#: Glyphs for the characters of `Peer.given`.
 PARTICIPATION_GLYPHS = str.maketrans({"1": "■", "0": "·", "?": " "})
 _RANK = {state: rank for rank, state in enumerate(PeerState)}
 
@@ -50,11 +51,8 @@ class Cell(NamedTuple):
     tone: Tone = "plain"
 
 
-# --- the fleet's table -----------------------------------------------------------------------
-
-
 class Column(NamedTuple, Generic[Row]):
-    """A column; `least` and `most` are widths in characters, `group` its breakpoint."""
+    """A column. Widths are in characters; `min_terminal` is the narrowest terminal to show it."""
 
     key: str
     title: str
@@ -65,26 +63,40 @@ class Column(NamedTuple, Generic[Row]):
     right: bool = False
 
 
+# --- the fleet's table -----------------------------------------------------------------------
+
+
 def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
-    """Glyph and word; the reason is cut, or left out where too little of it would be seen."""
+    """Glyph, state and reason; the reason is truncated, or left out below 9 characters."""
     state = shown_state(peer, now)
     reason = peer.reason if state in (PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR) else ""
-    bare = label(state)
-    room = width - len(bare) - len(": ")
+    room = width - len(label(state)) - len(": ")
     if len(reason) > room and room < 9:
         reason = ""
     return Cell(truncate(label(state, reason), width), TONES[state])
+
+
+def _name(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(truncate(called(peer), width))
+
+
+def _round(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(str(peer.round) if peer.run else NOTHING)
 
 
 def _seen(peer: Peer, now: float, width: int) -> Cell:
     return Cell(age(now - peer.seen_at) if peer.seen_at else NOTHING, "quiet")
 
 
+def _working(peer: Peer, now: float) -> bool:
+    return shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING)
+
+
 def _step(peer: Peer, now: float, width: int) -> Cell:
-    sent = peer.telemetry
-    if sent is None or not sent.steps or not _working(peer, now):
+    telemetry = peer.telemetry
+    if telemetry is None or not telemetry.steps or not _working(peer, now):
         return Cell("")
-    return Cell(progress(sent.step, sent.steps, width), "busy")
+    return Cell(progress(telemetry.step, telemetry.steps, width), "busy")
 
 
 def _loss(peer: Peer, now: float, width: int) -> Cell:
@@ -93,17 +105,29 @@ def _loss(peer: Peer, now: float, width: int) -> Cell:
     return Cell(decimal(peer.telemetry.loss) if peer.telemetry else NOTHING)
 
 
-def _working(peer: Peer, now: float) -> bool:
-    return shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING)
+def _trend(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(trend(peer.losses, width), "busy")
+
+
+def _from_telemetry(text: Callable[[Telemetry], str]) -> Callable[[Peer, float, int], Cell]:
+    """A cell of the last telemetry, empty without one."""
+    return lambda peer, now, width: Cell(text(peer.telemetry) if peer.telemetry else NOTHING)
+
+
+_sent = _from_telemetry(lambda telemetry: format_bytes(telemetry.bytes_up))
+_cpu = _from_telemetry(lambda telemetry: f"{telemetry.cpu_percent:.0f} %")
+_memory = _from_telemetry(lambda telemetry: format_bytes(telemetry.memory_bytes))
+_samples = _from_telemetry(lambda telemetry: rate(telemetry.samples_per_s))
+_battery = _from_telemetry(lambda telemetry: battery(telemetry.battery_percent))
+
+
+def battery(percent: float | None) -> str:
+    """The charge in percent; None without a battery."""
+    return NOTHING if percent is None else f"{percent:.0f} %"
 
 
 def _rate(peer: Peer, now: float, width: int) -> Cell:
-    working = peer.telemetry is not None and _working(peer, now)
-    return Cell(rate(peer.telemetry.samples_per_s) if working and peer.telemetry else NOTHING)
-
-
-def _cpu(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(f"{peer.telemetry.cpu_percent:.0f} %" if peer.telemetry else NOTHING)
+    return _samples(peer, now, width) if _working(peer, now) else Cell(NOTHING)
 
 
 def _participation(peer: Peer, now: float, width: int) -> Cell:
@@ -111,18 +135,13 @@ def _participation(peer: Peer, now: float, width: int) -> Cell:
     return Cell(peer.given[-width:].translate(PARTICIPATION_GLYPHS) if enrolled else "", "good")
 
 
-def _battery(peer: Peer, now: float, width: int) -> Cell:
-    charge = peer.telemetry.battery_percent if peer.telemetry else None
-    return Cell(NOTHING if charge is None else f"{charge:.0f} %")
-
-
 def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
-    """Whether its messages come over MQTT; whether it holds a Flower session (None: not told)."""
+    """Whether MQTT messages arrive; whether it has a Flower session (None: unknown)."""
     return shown_state(peer, now) not in (PeerState.OFFLINE, PeerState.STALE), peer.flower
 
 
 def status_dot(up: bool | None) -> str:
-    """A link that is up, down, or of which nothing is known."""
+    """`●` for a link that is up, `○` for one that is down, `–` for unknown."""
     return NOTHING if up is None else "●" if up else "○"
 
 
@@ -134,103 +153,67 @@ def _links(peer: Peer, now: float, width: int) -> Cell:
     return Cell(f"m{status_dot(mqtt)} f{status_dot(flower)}", tone)
 
 
-#: In drop order: the last ones go first when the terminal is narrow.
+def _version(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(truncate(peer.version, width))
+
+
+#: Key, title, minimum and maximum width, minimum terminal width; the last ones are dropped first.
 COLUMNS: tuple[Column[Peer], ...] = (
     Column("state", "State", 19, 26, 0, state_cell),
-    Column("peer", "Peer", 12, 22, 0, lambda peer, now, width: Cell(truncate(called(peer), width))),
-    Column(
-        "round",
-        "Round",
-        5,
-        5,
-        0,
-        lambda peer, now, width: Cell(str(peer.round) if peer.run else NOTHING),
-        right=True,
-    ),
+    Column("peer", "Peer", 12, 22, 0, _name),
+    Column("round", "Round", 5, 5, 0, _round, right=True),
     Column("seen", "Seen", 6, 6, 0, _seen, right=True),
     Column("step", "Step", 6, 10, 80, _step),
     Column("loss", "Loss", 10, 10, 80, _loss, right=True),
-    Column(
-        "trend",
-        "Trend",
-        7,
-        14,
-        80,
-        lambda peer, now, width: Cell(trend(peer.losses, width), "busy"),
-    ),
-    Column(
-        "sent",
-        "Sent",
-        7,
-        7,
-        80,
-        lambda peer, now, width: Cell(
-            format_bytes(peer.telemetry.bytes_up) if peer.telemetry else NOTHING
-        ),
-        right=True,
-    ),
+    Column("trend", "Trend", 7, 14, 80, _trend),
+    Column("sent", "Sent", 7, 7, 80, _sent, right=True),
     Column("given", "Rounds", 6, 24, 120, _participation),
     Column("samples", "Samples", 7, 7, 120, _rate, right=True),
     Column("cpu", "CPU", 5, 5, 120, _cpu, right=True),
-    Column(
-        "memory",
-        "Memory",
-        7,
-        7,
-        120,
-        lambda peer, now, width: Cell(
-            format_bytes(peer.telemetry.memory_bytes) if peer.telemetry else NOTHING
-        ),
-        right=True,
-    ),
+    Column("memory", "Memory", 7, 7, 120, _memory, right=True),
     Column("battery", "Battery", 7, 7, 120, _battery, right=True),
     Column("links", "Links", 5, 5, 120, _links),
-    Column(
-        "version",
-        "Version",
-        7,
-        10,
-        120,
-        lambda peer, now, width: Cell(truncate(peer.version, width)),
-    ),
+    Column("version", "Version", 7, 10, 120, _version),
 )
-GAP = 2  # blank characters that each column takes besides its width
+GAP = 2  # blanks around each column
 
 
 def fit_columns(
     columns: Sequence[Column[Row]], width: int, terminal: int
 ) -> list[tuple[Column[Row], int]]:
-    """Those for a table `width` wide in a `terminal` wide, each with its width."""
-    chosen: list[Column[Row]] = []
+    """The columns that fit a table of `width` in this `terminal`, each with its width."""
+    fitting: list[Column[Row]] = []
     left = width
     for column in columns:
         if column.min_terminal > terminal or column.min_width + GAP > left:
             break
-        chosen.append(column)
+        fitting.append(column)
         left -= column.min_width + GAP
-    widths = {column.key: column.min_width for column in chosen}
+    widths = {column.key: column.min_width for column in fitting}
     while left > 0:
-        roomy = [column for column in chosen if widths[column.key] < column.max_width]
-        if not roomy:
+        growable = [column for column in fitting if widths[column.key] < column.max_width]
+        if not growable:
             break
-        for column in roomy[:left]:
+        for column in growable[:left]:
             widths[column.key] += 1
-        left -= min(left, len(roomy))
-    return [(column, widths[column.key]) for column in chosen]
+        left -= min(left, len(growable))
+    return [(column, widths[column.key]) for column in fitting]
+
+
+SORTS = ("state", "peer", "round", "seen", "loss", "sent")
 
 
 def sort_key(peer: Peer, column: str, now: float) -> tuple[float | str, ...]:
-    """What the fleet's table is sorted by; by state means: what needs a person comes first."""
-    name = called(peer).casefold()
-    sent = peer.telemetry
+    """The sort key for a column of `SORTS`; states that need attention come first."""
+    telemetry = peer.telemetry
     numbers: dict[str, float] = {
         "state": _RANK[shown_state(peer, now)],
         "round": -peer.round,
         "seen": -peer.seen_at,
         "loss": _loss_rank(peer),
-        "sent": -(sent.bytes_up if sent else 0),
+        "sent": -(telemetry.bytes_up if telemetry else 0),
     }
-    return (numbers.get(column, 0.0), name, peer.peer)
+    return (numbers.get(column, 0.0), called(peer).casefold(), peer.peer)
 
 
 def _loss_rank(peer: Peer) -> float:
@@ -240,20 +223,17 @@ def _loss_rank(peer: Peer) -> float:
     return 1e308 if loss is None else -loss
 
 
-SORTS = ("state", "peer", "round", "seen", "loss", "sent")
-
-
 def is_faulty(peer: Peer, now: float) -> bool:
-    """True for what a person may have to look at."""
+    """True for a peer that may need attention."""
     faults = (PeerState.ERROR, PeerState.STALE, PeerState.OFFLINE)
     trainer = peer.state is PeerState.PAUSED and peer.reason.startswith(PauseReason.TRAINER)
     return peer.diverged or trainer or shown_state(peer, now) in faults
 
 
 def matches(peer: Peer, query: str, now: float) -> bool:
-    """True if each word is part of the peer's name, id, labels, task or shown state."""
-    pairs = (f"{key}={value}" for key, value in peer.labels.items())
-    text = " ".join((peer.name, peer.peer, peer.task, state_cell(peer, now).text, *pairs))
+    """True if the peer's name, id, labels, task or state contain each word of `query`."""
+    labels = (f"{key}={value}" for key, value in peer.labels.items())
+    text = " ".join((peer.name, peer.peer, peer.task, state_cell(peer, now).text, *labels))
     return all(word in text.casefold() for word in query.casefold().split())
 
 

@@ -1,4 +1,4 @@
-"""The fleet as a plain table, for `--once` and for output that is no terminal."""
+"""The fleet as a plain table, for `--once` and for output that is not a terminal."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ STYLES: dict[Tone, str] = {
     "ask": "magenta",
     "strong": "bold",
 }
-#: Blanks that a column takes besides its width.
+#: Blanks between two columns.
 COLUMN_GAP = 3
 _SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
 
 
 def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | None = None) -> Table:
-    """Every peer in one table, what needs a person first; `heading` and the run stand above it.
+    """Every peer in one table, those that need attention first, below `heading` and the run.
 
     Columns that do not fit `width` characters are left out, the last ones first.
     """
     run = current_run(fleet)
-    words = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
+    summary = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
     left = seconds_left(run) if run else None
-    words += "" if left is None else f" · about {age(left)} left"
-    words = f"{describe_run(run)} · {words}" if run else words
-    title = Text(f"{heading} · {words}" if heading else words, style="bold")
+    summary += "" if left is None else f" · about {age(left)} left"
+    parts = [heading, describe_run(run) if run else "", summary]
+    title = Text(" · ".join(filter(None, parts)), style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [column for column in COLUMNS if column.key in _SHOWN]
-    rows = [
-        [column.cell(peer, now, column.max_width) for column in columns]
-        for peer in select_peers(fleet, now)
-    ]
-    wide = [
+    peers = select_peers(fleet, now)
+    rows = [[column.cell(peer, now, column.max_width) for column in columns] for peer in peers]
+    widths = [
         max(cell_len(text) for text in (column.title, *(row[n].text for row in rows)))
         for n, column in enumerate(columns)
     ]
-    while width is not None and len(wide) > 1 and sum(wide) + COLUMN_GAP * len(wide) > width + 1:
-        wide.pop()
-    for column in columns[: len(wide)]:
+    while (
+        width is not None and len(widths) > 1 and sum(widths) + COLUMN_GAP * len(widths) > width + 1
+    ):
+        widths.pop()
+    for column in columns[: len(widths)]:
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in row[: len(wide)]))
+        table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in row[: len(widths)]))
     return table

@@ -1,11 +1,12 @@
-"""A run's rounds as the tables and plots show them: cells, trends, words, progress. Pure."""
+"""The rounds of a run for tables and plots: cells, trends, a summary, progress. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from coordinator.fleet.reducer import Fleet, Peer, Run, called
-from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell
+from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column
 from coordinator.remote.formatting import (
     DIVERGED,
     NOTHING,
@@ -13,13 +14,14 @@ from coordinator.remote.formatting import (
     duration,
     format_bytes,
     percent,
+    truncate,
 )
 from protocols.messages.envelope import RoundClosed
 from protocols.messages.states import ENDED, RunState
 
 
 def best_round(run: Run) -> int:
-    """The number of the best round: what the coordinator says, else the lowest loss; 0 for none."""
+    """The coordinator's best round, else the one with the lowest loss; 0 if there is none."""
     if run.changed.best_round:
         return run.changed.best_round
     losses = [
@@ -30,76 +32,93 @@ def best_round(run: Run) -> int:
     return min(losses)[1] if losses else 0
 
 
-#: Metrics that have a column of their own, or say nothing by round.
-_NAMED = frozenset({"loss", "accuracy", "num-examples"})
+#: Metrics that have a column of their own, or are useless by round.
+_OTHER_COLUMNS = frozenset({"loss", "accuracy", "num-examples"})
 METRIC_WIDTH = 14
 WORST_WIDTH = 14
 MAX_GLYPHS = 16
 
 
 def metric_names(run: Run) -> list[str]:
-    """What else the rounds tell than loss and accuracy, in the order in which it came up."""
+    """The metrics besides loss and accuracy, in order of appearance."""
     rounds = (run.rounds[0], run.rounds[-1]) if run.rounds else ()
-    told = (name for closed in rounds for name in (*closed.metrics, *closed.spread))
-    return [name for name in dict.fromkeys(told) if name not in _NAMED]
+    names = (name for closed in rounds for name in (*closed.metrics, *closed.spread))
+    return [name for name in dict.fromkeys(names) if name not in _OTHER_COLUMNS]
 
 
-ROUND_TITLES: tuple[tuple[str, int], ...] = (
-    ("Round", 7),
-    ("Val loss", 10),
-    ("Accuracy", 8),
-    ("Peers", 5),
-    ("Refused", 7),
-    ("Time", 6),
-    ("Up", 7),
-    ("Down", 7),
-)
+def metric_value(closed: RoundClosed, name: str) -> float | None:
+    """The loss, the accuracy, the mean of another metric, or else the median of the peers."""
+    if name in ("loss", "accuracy"):
+        return closed.loss if name == "loss" else closed.accuracy
+    value = closed.metrics.get(name)
+    return closed.spread[name][1] if value is None and name in closed.spread else value
 
 
-def round_cells(closed: RoundClosed, best: int) -> list[Cell]:
-    """One line of the table of rounds, as `ROUND_TITLES`; the best round has a star."""
-    star = closed.round == best
-    loss = Cell(DIVERGED, "bad") if closed.diverged else Cell(decimal(closed.loss))
+def base_columns(best: int) -> list[Column[RoundClosed]]:
+    """The columns of every run; the round `best` has a star."""
+
+    def number(closed: RoundClosed) -> Cell:
+        is_best = closed.round == best
+        text = f"{'★ ' if is_best else ''}{closed.round}"
+        return Cell(text, "strong" if is_best else "plain")
+
+    def loss(closed: RoundClosed) -> Cell:
+        return Cell(DIVERGED, "bad") if closed.diverged else Cell(decimal(closed.loss))
+
+    def accuracy(closed: RoundClosed) -> Cell:
+        return Cell(NOTHING if closed.accuracy is None else percent(closed.accuracy))
+
+    def refused(closed: RoundClosed) -> Cell:
+        return Cell(str(closed.refused), "warn") if closed.refused else Cell(NOTHING, "quiet")
+
     return [
-        Cell(f"{'★ ' if star else ''}{closed.round}", "strong" if star else "plain"),
-        loss,
-        Cell(NOTHING if closed.accuracy is None else percent(closed.accuracy)),
-        Cell(str(closed.peers)),
-        Cell(
-            str(closed.refused) if closed.refused else NOTHING,
-            "warn" if closed.refused else "quiet",
-        ),
-        Cell(duration(closed.seconds)),
-        Cell(format_bytes(closed.bytes_up)),
-        Cell(format_bytes(closed.bytes_down)),
+        _column("Round", 7, number),
+        _column("Val loss", 10, loss),
+        _column("Accuracy", 8, accuracy),
+        _column("Peers", 5, lambda closed: Cell(str(closed.peers))),
+        _column("Refused", 7, refused),
+        _column("Time", 6, lambda closed: Cell(duration(closed.seconds))),
+        _column("Up", 7, lambda closed: Cell(format_bytes(closed.bytes_up))),
+        _column("Down", 7, lambda closed: Cell(format_bytes(closed.bytes_down))),
     ]
 
 
+def round_columns(run: Run, fleet: Fleet) -> list[Column[RoundClosed]]:
+    """The columns of `run`: also the worst peer, if it is known, and the task's own metrics."""
+    columns = base_columns(best_round(run))
+    if any(closed.worst for closed in run.rounds):
+        worst = lambda closed: Cell(truncate(worst_peer(closed, fleet), WORST_WIDTH))  # noqa: E731
+        columns.append(_column("Worst", WORST_WIDTH, worst))
+    for name in metric_names(run):
+        title = truncate(name.replace("_", " "), METRIC_WIDTH)
+        value = partial(lambda name, closed: Cell(decimal(metric_value(closed, name))), name)
+        columns.append(_column(title, max(len(title), 8), value))
+    return columns
+
+
+def _column(title: str, width: int, cell: Callable[[RoundClosed], Cell]) -> Column[RoundClosed]:
+    return Column(title, title, width, width, 0, lambda row, now, width: cell(row), right=True)
+
+
 def worst_peer(closed: RoundClosed, fleet: Fleet, metric: str = "") -> str:
-    """Who was served worst by the round's version, by `metric` or the first that tells; else ""."""
+    """The peer with the worst `metric`, or with the first known one; "" if there is none."""
     metrics = (metric,) if metric else ("accuracy", "loss", *closed.worst)
     peer = next((closed.worst[name] for name in metrics if name in closed.worst), "")
     return called(fleet.peers[peer]) if peer in fleet.peers else peer
 
 
-def metric_cells(closed: RoundClosed, names: Iterable[str]) -> list[Cell]:
-    """The round's values of the metrics `names`; the median of the peers where no mean is told."""
-    medians = {name: three[1] for name, three in closed.spread.items()}
-    return [Cell(decimal(closed.metrics.get(name, medians.get(name)))) for name in names]
-
-
 def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
-    """The losses of the rounds that were evaluated; None where one diverged."""
+    """The losses of the evaluated rounds; None for a diverged one."""
     return [r.loss for r in rounds if r.loss is not None or r.diverged]
 
 
 def accuracy_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
-    """The accuracies of the rounds that were evaluated; None where the loss diverged."""
+    """The accuracies of the evaluated rounds; None for a diverged one."""
     return [r.accuracy for r in rounds if r.accuracy is not None or r.diverged]
 
 
 def seconds_left(run: Run) -> float | None:
-    """How long the run will take, if its rounds go on as the last ten did; None if not known."""
+    """Remaining seconds, from the mean of the last ten rounds; None if not known."""
     changed, last = run.changed, run.rounds[-10:]
     left = changed.rounds - (run.rounds[-1].round if run.rounds else 0)
     if changed.state in ENDED or changed.state is RunState.WAITING or not last or left <= 0:
@@ -108,7 +127,7 @@ def seconds_left(run: Run) -> float | None:
 
 
 def describe_run(run: Run) -> str:
-    """What the run is doing or waits for, in one sentence."""
+    """The task, state and progress of a run, and what it waits for."""
     changed = run.changed
     text = f"{changed.task} · {changed.state.value} · round {changed.round}/{changed.rounds}"
     if changed.ended_because:
@@ -121,20 +140,20 @@ def describe_run(run: Run) -> str:
 
 
 def round_progress(run: Run, width: int) -> str:
-    """The round at a glance: `▰▰▱▱ 2 of 4`, a sign for each peer that was asked, or a bar."""
+    """`▰▰▱▱ 2 of 4`: a glyph for each requested update, at most `MAX_GLYPHS`."""
     changed = run.changed
     if changed.state in ENDED or not changed.asked:
         return ""
     count = f" {changed.answered} of {changed.asked}"
     if len(count) > width:
         return ""
-    signs = min(changed.asked, max(width - len(count), 0), MAX_GLYPHS)
-    done = min(changed.answered * signs // changed.asked, signs)
-    return "▰" * done + "▱" * (signs - done) + count
+    glyphs = min(changed.asked, max(width - len(count), 0), MAX_GLYPHS)
+    done = min(changed.answered * glyphs // changed.asked, glyphs)
+    return "▰" * done + "▱" * (glyphs - done) + count
 
 
 def participation(peer: Peer, run: Run, width: int) -> str:
-    """A sign for each of the last rounds of `run`, at most `width`: `■` where it gave an update."""
+    """A glyph for each of the last `width` rounds of `run`: `■` where `peer` sent an update."""
     return (
         peer.given[-width:].translate(PARTICIPATION_GLYPHS)
         if peer.given_run == run.changed.run

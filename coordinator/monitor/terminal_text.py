@@ -1,4 +1,4 @@
-"""What a terminal may be sent: nothing that steers it; for plain consoles only ASCII. Pure."""
+"""Text that is safe for a terminal: no control characters; for plain consoles only ASCII. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from rich.cells import cell_len, set_cell_size
 
-#: Each of ours by one that any console has, of the same width.
+#: ASCII characters of the same width for each of our glyphs.
 _REPLACEMENTS = {
     "*": "●★█•",
     "+": "╭╮╰╯┌┐└┘├┤┬┴┼▅",
@@ -28,8 +28,8 @@ _REPLACEMENTS = {
     '"': "“”",
     "'": "‘’",
 }
-_ASCII = str.maketrans({sign: like for like, signs in _REPLACEMENTS.items() for sign in signs})
-# Of braille only the height is kept: dots in the upper half, in the lower half, in both.
+_ASCII = str.maketrans({char: plain for plain, chars in _REPLACEMENTS.items() for char in chars})
+# Braille keeps only its height: dots in the upper half, in the lower half, or in both.
 _UPPER, _LOWER = 0b00011011, 0b11100100
 _ASCII |= {
     0x2800 + dots: " '.:"[bool(dots & _UPPER) + 2 * bool(dots & _LOWER)] for dots in range(256)
@@ -40,21 +40,21 @@ _CONTROLS = re.compile(
 
 
 def strip_controls(text: str) -> str:
-    """`text` without escape codes and without what turns the direction of writing."""
+    """`text` without control characters and without marks that change its direction."""
     return text if text.isascii() and text.isprintable() else _CONTROLS.sub("", text)
 
 
 @lru_cache(4096)
 def ascii_only(text: str) -> str:
-    """`text` in ASCII and of the same width: our signs by their likes, all else by `?`."""
+    """`text` in ASCII, of the same width: our glyphs as similar characters, all others as `?`."""
     if text.isascii():
         return text
     known = text.translate(_ASCII)
-    return "".join(sign if sign.isascii() else "?" * cell_len(sign) for sign in known)
+    return "".join(char if char.isascii() else "?" * cell_len(char) for char in known)
 
 
 def fit_width(text: str, width: int, *, right: bool = False) -> str:
-    """`text` in exactly `width` cells; wide letters count for two."""
+    """`text` truncated or padded to exactly `width` cells; wide characters take two."""
     if not text.isascii() and (wide := cell_len(text)) != len(text):
         return set_cell_size(text, width) if wide > width else text + " " * (width - wide)
     text = text[:width]

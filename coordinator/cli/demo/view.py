@@ -16,7 +16,7 @@ from rich.text import Text
 
 from coordinator.fleet.reducer import Fleet, Run, current_run
 from coordinator.monitor.plain_table import STYLES, plain_table
-from coordinator.monitor.round_table import ROUND_TITLES, accuracy_trend, best_round, round_cells
+from coordinator.monitor.round_table import accuracy_trend, base_columns, best_round
 from coordinator.remote.formatting import NOTHING, progress, trend
 
 _BAR = 24
@@ -75,11 +75,10 @@ class DemoView:
             self._live.update(Group(*parts))
         elif run is not None:
             for closed in run.rounds[self._told :]:
-                cells = zip(ROUND_TITLES, round_cells(closed, 0), strict=True)
-                told = {title: cell.text for (title, _), cell in cells}
+                cells = {one.title: one.cell(closed, 0.0, 0).text for one in base_columns(best=0)}
                 self._console.print(
-                    f"round {closed.round}/{run.changed.rounds}  accuracy {told['Accuracy']}  "
-                    f"loss {told['Val loss']}  {closed.peers} peers  {told['Time']}",
+                    f"round {closed.round}/{run.changed.rounds}  accuracy {cells['Accuracy']}  "
+                    f"loss {cells['Val loss']}  {closed.peers} peers  {cells['Time']}",
                     highlight=False,
                 )
             self._told = len(run.rounds)
@@ -99,10 +98,10 @@ def _run_line(run: Run) -> Text:
 def rounds_table(run: Run) -> Table:
     """Every round; the best one has a star."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, _ in ROUND_TITLES:
-        table.add_column(title, justify="right", no_wrap=True)
-    best = best_round(run)
+    columns = base_columns(best_round(run))
+    for column in columns:
+        table.add_column(column.title, justify="right", no_wrap=True)
     for closed in run.rounds:
-        cells = round_cells(closed, best)
+        cells = [column.cell(closed, 0.0, 0) for column in columns]
         table.add_row(*(Text(cell.text, style=STYLES[cell.tone]) for cell in cells))
     return table

@@ -1,4 +1,4 @@
-"""What the monitor asks of the coordinator, and what came of it as the fleet itself shows it."""
+"""Requests of the operator, and their outcomes as the fleet reports them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from protocols.errors import CommonweightError
 from protocols.messages.states import PeerState
 
 MAX_CONCURRENT = 8
-#: A drain is a finish whose end is waited for, as on the command line.
-_SENT_AS: dict[OperatorAction, Action] = {
+#: A drain is a finish that is watched to its end, as on the command line.
+_COMMANDS: dict[OperatorAction, Action] = {
     "pause": "pause",
     "resume": "resume",
     "finish": "finish",
@@ -32,7 +32,7 @@ _NEEDS_CONNECTION = frozenset({"pause", "resume", "finish", "drain"})
 
 
 class Notice(NamedTuple):
-    """A line for a person on a deed."""
+    """A line for the operator about an action."""
 
     level: Level
     text: str
@@ -40,68 +40,69 @@ class Notice(NamedTuple):
 
 
 class ActionTracker:
-    """Asks, and keeps what was asked for until it is confirmed."""
+    """Sends commands, and waits until the fleet confirms them."""
 
     def __init__(self, source: Source, clock: Callable[[], float]) -> None:
         self._source, self._clock = source, clock
         self.pending: list[PendingAction] = []
 
     async def request(
-        self, deed: OperatorAction, peers: Iterable[str], fleet: Fleet
+        self, action: OperatorAction, peers: Iterable[str], fleet: Fleet
     ) -> list[Notice]:
-        """Ask for `deed` on each peer; what could not even be asked."""
-        places = asyncio.Semaphore(MAX_CONCURRENT)
+        """Request `action` from each peer; returns the requests that failed."""
+        slots = asyncio.Semaphore(MAX_CONCURRENT)
 
-        async def one(peer: str) -> Notice | None:
-            async with places:
-                return await self._request(deed, peer, fleet)
+        async def request_one(peer: str) -> Notice | None:
+            async with slots:
+                return await self._request(action, peer, fleet)
 
-        answers = await asyncio.gather(*map(one, peers))
-        return [news for news in answers if news is not None]
+        notices = await asyncio.gather(*map(request_one, peers))
+        return [notice for notice in notices if notice is not None]
 
-    async def _request(self, deed: OperatorAction, peer_id: str, fleet: Fleet) -> Notice | None:
+    async def _request(self, action: OperatorAction, peer_id: str, fleet: Fleet) -> Notice | None:
         peer = fleet.peers.get(peer_id)
         if peer is None:
-            return Notice("error", f"{deed}: this peer is no longer in the fleet", peer_id)
-        name, now = called(peer), self._clock()
-        if deed in _NEEDS_CONNECTION and shown_state(peer, now) is PeerState.OFFLINE:
-            why = "it is offline and hears nothing. Try again when it is back."
-            return Notice("error", f"{deed} {name}: {why}", peer_id)
-        if deed == "approve" and peer.standing == "enrolled":
-            return Notice("info", f"{name} is approved already", peer_id)
+            return Notice("error", f"{action}: this peer is no longer in the fleet", peer_id)
+        name, state = called(peer), shown_state(peer, self._clock())
+        if action in _NEEDS_CONNECTION and state is PeerState.OFFLINE:
+            text = f"{action} {name}: it is offline. Try again when it is back."
+            return Notice("error", text, peer_id)
+        if action == "approve" and peer.standing == "enrolled":
+            return Notice("info", f"{name} is already approved", peer_id)
         try:
-            await self._source.command(peer_id, _SENT_AS[deed])
+            await self._source.command(peer_id, _COMMANDS[action])
         except CommonweightError as err:
-            return Notice("error", f"{deed} {name}: {err.message}. {err.hint}".rstrip(), peer_id)
-        self.expect(deed, peer_id, name)
+            text = f"{action} {name}: {err.message}. {err.hint}".rstrip()
+            return Notice("error", text, peer_id)
+        self.expect(action, peer_id, name)
         return None
 
-    def expect(self, deed: OperatorAction, subject: str, name: str) -> None:
-        """Wait for the fleet to show this; what was asked of the same before is forgotten."""
+    def expect(self, action: OperatorAction, subject: str, name: str) -> None:
+        """Wait for the outcome; an earlier action on the same subject is forgotten."""
         self.pending = [one for one in self.pending if one.subject != subject]
-        self.pending.append(start_pending(deed, subject, name, self._clock()))
+        self.pending.append(start_pending(action, subject, name, self._clock()))
 
     def take_notices(self, fleet: Fleet | None) -> list[Notice]:
-        """What was confirmed since the last look, or is overdue."""
-        if fleet is None or not self.pending:
+        """Notices about the actions that now have an outcome or are overdue."""
+        if fleet is None:
             return []
-        told: list[Notice] = []
-        left: list[PendingAction] = []
-        for awaited in self.pending:
-            if words := outcome(fleet, awaited):
-                told.append(Notice("info", words, awaited.subject))
-            elif self._clock() >= awaited.deadline:
-                told.append(Notice("warning", timeout_text(awaited), awaited.subject))
+        notices: list[Notice] = []
+        still_pending: list[PendingAction] = []
+        for pending in self.pending:
+            if text := outcome(fleet, pending):
+                notices.append(Notice("info", text, pending.subject))
+            elif self._clock() >= pending.deadline:
+                notices.append(Notice("warning", timeout_text(pending), pending.subject))
             else:
-                left.append(awaited)
-        self.pending = left
-        return told
+                still_pending.append(pending)
+        self.pending = still_pending
+        return notices
 
     @property
     def summary(self) -> str:
-        """What is waited for, short."""
+        """A short line about the pending actions."""
         if not self.pending:
             return ""
         first = self.pending[0]
         more = f" and {len(self.pending) - 1} more" if len(self.pending) > 1 else ""
-        return f"asked: {first.action} {first.name}{more}"
+        return f"requested: {first.action} {first.name}{more}"

@@ -1,8 +1,9 @@
-"""The monitor: the fleet in a terminal, and what its keys do."""
+"""The monitor: the fleet in a terminal, and the actions of its keys."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -25,15 +26,15 @@ from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.jobs_page import JobsPage
 from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY, bindings
+from coordinator.monitor.tui.page import FilterPage
 from coordinator.monitor.tui.peer_screen import PeerScreen
-from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.run_form import RunForm
 from coordinator.monitor.tui.tabs import Tabs
 from coordinator.monitor.tui.theme import THEMES
 from protocols.errors import CommonweightError
 from protocols.messages.states import ENDED
 
-#: What a key does also while a peer's screen lies over the pages.
+#: Actions that also work while a peer's screen is open.
 _GLOBAL_ACTIONS = frozenset(
     {"command", "freeze", "reconnect", "help", "picture", "copy", "command_palette", "quit"}
     | {"play", "step", "seek", "pace"}
@@ -52,7 +53,7 @@ class MonitorApp(MonitorBase):
         return self._is_allowed(action, self.screen)
 
     def _is_allowed(self, action: str, screen: Screen[object]) -> bool:
-        """True if this is a thing to do over `screen`, and allowed."""
+        """True if `action` makes sense over `screen` and is allowed."""
         key = _KEYS_BY_ACTION.get(action)
         if key is None:
             return True
@@ -60,28 +61,32 @@ class MonitorApp(MonitorBase):
             return False
         return not isinstance(screen, PeerScreen) or action in _GLOBAL_ACTIONS
 
-    # --- what is shown ---
+    # --- views ---
 
     def action_page(self, page: str) -> None:
         self._part(ContentSwitcher).current = page
         self._part(Tabs).page = self._part(Footer).page = page
-        tables = {"fleet": "#peers", "rounds": "#closed", "events": "#said", "jobs": "#asked"}
-        self.screen.query_one(tables[page]).focus()
+        self.current_page.table.focus()
         self.call_after_refresh(self._draw, None)
+
+    @property
+    def _filter_page(self) -> FilterPage:
+        """The open page if it has a filter, else the fleet."""
+        page = self.current_page
+        return page if isinstance(page, FilterPage) else self._part(FleetPage)
 
     def action_mark(self) -> None:
         if self.page == "fleet":
             self._part(FleetPage).toggle_mark()
 
     def action_filter(self) -> None:
-        if self.page in ("rounds", "jobs"):
+        page = self._filter_page
+        if page is not self.current_page:
             self.action_page("fleet")
-        page = self._part(EventsPage) if self.page == "events" else self._part(FleetPage)
         page.bar.open()
 
     def action_faults(self) -> None:
-        page = self._part(EventsPage) if self.page == "events" else self._part(FleetPage)
-        page.faults_only = not page.faults_only
+        self._filter_page.faults_only = not self._filter_page.faults_only
         self._draw(None)
 
     def action_sort(self, step: int) -> None:
@@ -93,22 +98,17 @@ class MonitorApp(MonitorBase):
         self._draw(None)
 
     def action_zoom(self) -> None:
-        for page in (self._part(FleetPage), self._part(RoundsPage), self._part(JobsPage)):
+        for page in self.pages:
             page.zoomed = not page.zoomed
-        self._part(FleetPage).lay_out()
         self._draw(None)
+        self.call_after_refresh(self._draw, None)  # the parts of the page have other sizes now
 
     def action_plain(self) -> None:
-        if self.page == "fleet":
-            self._part(FleetPage).reset_view()
-        elif self.page == "events":
-            self._part(EventsPage).reset_view()
+        if isinstance(page := self.current_page, FilterPage):
+            page.reset_view()
 
     def action_follow(self) -> None:
-        page: FleetPage | RoundsPage | EventsPage = self._part(FleetPage)
-        if self.page != "fleet":
-            page = self._part(RoundsPage) if self.page == "rounds" else self._part(EventsPage)
-        page.follow = not page.follow
+        self.current_page.follow = not self.current_page.follow
         self._draw(None)
 
     def action_freeze(self) -> None:
@@ -117,74 +117,46 @@ class MonitorApp(MonitorBase):
 
     def action_reconnect(self) -> None:
         self.following.reconnect()
-        self.announce("info", "trying the links again")
+        self.announce("info", "connecting again")
 
     def action_help(self) -> None:
         page = "peer" if isinstance(self.screen, PeerScreen) else self.page
         about = "filter" if isinstance(self.focused, Input) else page
-        dialog = HelpDialog(
-            page,
-            self.config.keys,
-            read_only=self.read_only,
-            replay=self.replaying,
-            about=about,
-        )
-        self.push_screen(dialog)
+        keys, read_only, replay = self.config.keys, self.read_only, self.replaying
+        self.push_screen(HelpDialog(page, keys, read_only=read_only, replay=replay, about=about))
 
-    # --- what is taken along ---
+    # --- copies ---
 
     def action_copy(self) -> None:
-        """The id of what is under the cursor; on Events the line."""
-        if self.page == "jobs":
-            job = self._part(JobsPage).current_job
-            text = job.changed.job if job else ""
-        elif self.page == "rounds":
-            run = current_run(self.fleet) if self.fleet else None
-            text = run.changed.run if run else ""
-        elif self.page == "events" and self.peer_screen is None:
-            event = self._part(EventsPage).current_event
-            text = event.text if event else ""
-        else:
-            text = self._current_peer or ""
-        if text:
+        """Copy the id under the cursor; on Events the line."""
+        screen = self.peer_screen
+        if text := screen.peer if screen else self.current_page.copy_text:
             self.copy_to_clipboard(text)
             self.notify(f"copied {text}", timeout=2, markup=False)
 
     def action_export(self) -> None:
-        """What the page shows, as CSV and JSON, into this folder."""
-        fleet = self.fleet
-        if fleet is None:
+        """Write what the page shows as CSV and JSON into the current folder."""
+        if self.fleet is None:
             return
-        if self.page == "fleet":
-            peers = [fleet.peers[p] for p in self._part(FleetPage).shown if p in fleet.peers]
-            what, rows = "peers", export.peer_rows(peers, self._clock())
-        elif self.page == "rounds":
-            what, rows = "rounds", export.round_rows(current_run(fleet))
-        elif self.page == "jobs":
-            what, rows = "jobs", export.job_rows(self._part(JobsPage).shown)
-        else:
-            what, rows = "events", export.event_rows(self._part(EventsPage).shown)
-        try:
-            paths = export.write(Path.cwd(), what, rows, fleet)
-        except CommonweightError as err:
-            self.report_error("nothing was exported", err)
-        else:
+        what, rows = self.current_page.export_rows()
+        with self._reporting_errors("nothing was exported"):
+            paths = export.write(Path.cwd(), what, rows, self.fleet)
             self.announce("info", f"wrote {' and '.join(path.name for path in paths)}")
 
     def action_picture(self) -> None:
-        """The screen as SVG, into this folder."""
+        """Write the screen as SVG into the current folder."""
         try:
             path = self.save_screenshot(path=str(Path.cwd()))
         except OSError as err:
-            self.announce("error", f"no picture was written: {err.strerror}")
+            self.announce("error", f"cannot write the picture: {err.strerror}")
         else:
             self.announce("info", f"wrote {Path(path).name}")
 
-    # --- doing ---
+    # --- commands ---
 
     @property
     def _current_peer(self) -> str | None:
-        """The peer that is meant: that of the open screen, else the one under the cursor."""
+        """The peer of the open screen, else the one under the cursor."""
         screen = self.peer_screen
         return screen.peer if screen else self._part(FleetPage).current_peer
 
@@ -201,95 +173,77 @@ class MonitorApp(MonitorBase):
         names = [called(known[peer]) if peer in known else peer for peer in peers]
         return ", ".join(names) if len(names) <= 3 else f"{len(names)} peers"
 
-    def action_command(self, deed: OperatorAction) -> None:
+    def action_command(self, action: OperatorAction) -> None:
         if peers := self._target_peers:
-            self._send(deed, peers)
+            self._send(action, peers)
 
     @work
-    async def _send(self, deed: OperatorAction, peers: list[str]) -> None:
-        """Ask; what came of it is said when the peers say so themselves."""
+    async def _send(self, action: OperatorAction, peers: list[str]) -> None:
+        """Request `action`; its outcome is shown once the peers report it."""
         if (fleet := self.fleet) is None:
             return
-        for news in await self.actions.request(deed, peers, fleet):
-            self.announce(news.level, news.text, news.subject)
+        for notice in await self.actions.request(action, peers, fleet):
+            self.announce(*notice)
         self._draw_frame(self._clock())
 
     def action_remove(self) -> None:
-        self._confirm_and_send("remove", "Its key is refused for good; what it gave stays.")
+        self._confirm_and_send("remove", "Its key is refused for good; its past updates stay.")
 
     def action_drain(self) -> None:
-        self._confirm_and_send("drain", "It ends its round, sends it, and then stops.")
+        self._confirm_and_send("drain", "It finishes its round, sends the update, then stops.")
 
     @work
-    async def _confirm_and_send(self, deed: OperatorAction, consequence: str) -> None:
+    async def _confirm_and_send(self, action: OperatorAction, consequence: str) -> None:
         if peers := self._target_peers:
-            question = f"{deed.capitalize()} {self._format_names(peers)}?"
+            question = f"{action.capitalize()} {self._format_names(peers)}?"
             if await self.push_screen_wait(ConfirmDialog(question, consequence)):
-                self._send(deed, peers)
+                self._send(action, peers)
 
     @work(exclusive=True, group="ticket")
     async def action_ticket(self) -> None:
-        try:
+        with self._reporting_errors("cannot make a ticket"):
             ticket = await self._source.ticket()
-        except CommonweightError as err:
-            self.report_error("no ticket was made", err)
-        else:
-            self.announce("info", "a ticket was made")
+            self.announce("info", "made a ticket")
             self.push_screen(TicketDialog(ticket))
 
     @work
     async def action_start_run(self) -> None:
-        order = await self.push_screen_wait(RunForm())
-        if order is None:
+        if (order := await self.push_screen_wait(RunForm())) is None:
             return
-        try:
+        with self._reporting_errors("cannot start the run"):
             run = await self._source.start_run(order)
-        except CommonweightError as err:
-            self.report_error("no run was started", err)
-        else:
             self.actions.expect("start", run, run)
 
     @work
     async def action_stop(self) -> None:
-        """End the run that matters; on Jobs the job under the cursor."""
-        if self.page == "jobs":
-            await self._stop_job()
-        else:
-            await self._stop_run()
-
-    async def _stop_job(self) -> None:
+        """Stop the current run; on Jobs the job under the cursor."""
+        on_jobs = self.page == "jobs"
         job = self._part(JobsPage).current_job
-        if job is None or not is_working(job):
-            self.notify("this job is not under way", timeout=3)
-            return
-        name = job.changed.job
-        dialog = ConfirmDialog(f"Stop job {name}?", "Answers stay; the same command goes on later.")
-        if await self.push_screen_wait(dialog):
-            await self._stop(self._source.stop_job, name)
-
-    async def _stop_run(self) -> None:
         run = current_run(self.fleet) if self.fleet else None
-        if run is None or run.changed.state in ENDED:
-            self.notify("no run is under way", timeout=3)
-            return
-        name = run.changed.run
-        later = f"What is committed stays. To continue it later:\ncommonweight run resume {name}"
-        dialog = ConfirmDialog(f"Stop run {name}?", later)
-        if await self.push_screen_wait(dialog):
-            await self._stop(self._source.stop_run, name)
-
-    async def _stop(self, ask: Callable[[str], Awaitable[None]], name: str) -> None:
-        try:
-            await ask(name)
-        except CommonweightError as err:
-            self.report_error(f"{name} was not stopped", err)
+        stop: Callable[[str], Awaitable[None]]
+        if on_jobs and job is not None and is_working(job):
+            name, stop = job.changed.job, self._source.stop_job
+            later = "Its answers stay. The same command continues it later."
+        elif not on_jobs and run is not None and run.changed.state not in ENDED:
+            name, stop = run.changed.run, self._source.stop_run
+            later = f"Its versions stay. To continue it later:\ncommonweight run resume {name}"
         else:
-            self.actions.expect("stop", name, name)
+            self.notify(f"no active {'job' if on_jobs else 'run'} to stop", timeout=3)
+            return
+        question = f"Stop {'job' if on_jobs else 'run'} {name}?"
+        if await self.push_screen_wait(ConfirmDialog(question, later)):
+            with self._reporting_errors(f"cannot stop {name}"):
+                await stop(name)
+                self.actions.expect("stop", name, name)
 
-    def report_error(self, what: str, err: CommonweightError) -> None:
-        """Say what could not be done, why, and what next."""
-        hint = f" {err.hint}" if err.hint else ""
-        self.announce("error", f"{what}: {err.message}.{hint}")
+    @contextmanager
+    def _reporting_errors(self, what: str) -> Iterator[None]:
+        """Show what failed, why, and what to do next."""
+        try:
+            yield
+        except CommonweightError as err:
+            hint = f" {err.hint}" if err.hint else ""
+            self.announce("error", f"{what}: {err.message}.{hint}")
 
     # --- peers and the palette ---
 
@@ -306,14 +260,14 @@ class MonitorApp(MonitorBase):
             yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
         yield SystemCommand("theme: choose among all", "", self.action_change_theme)
 
-    @on(CellTable.RowSelected, "#peers")
+    @on(CellTable.RowSelected, "#peer-table")
     def _open_peer(self) -> None:
         if (peer := self._part(FleetPage).current_peer) is not None:
             self._show_peer(peer)
 
-    @on(DataTable.RowSelected, "#said")
+    @on(DataTable.RowSelected, "#event-table")
     def _open_subject(self) -> None:
-        """From a line of Events to the peer that it is about."""
+        """Open the peer that a line of Events is about."""
         event = self._part(EventsPage).current_event
         if event and self.fleet and event.subject in self.fleet.peers:
             self._show_peer(event.subject)

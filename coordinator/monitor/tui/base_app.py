@@ -1,7 +1,7 @@
-"""What the monitor shows: its pages, drawn from what a Source brings. No key changes a thing here.
+"""The monitor without its keys: the pages, drawn from the messages of a `Source`.
 
-Messages are folded as they come and drawn four times a second; ages move once a second. A link
-that is down is shown and tried again; it never ends the monitor.
+Messages are applied as they arrive and drawn four times a second; ages are drawn once a second. A
+lost connection is shown and retried; it never ends the monitor.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.gc_tuning import TRIM_INTERVAL_S, trim_caches
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.jobs_page import JobsPage
+from coordinator.monitor.tui.page import Frame, Page
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.sanitize_filter import SanitizeFilter
@@ -50,18 +51,18 @@ MAX_OWN_EVENTS = 200
 
 
 def _ends_a_run(event: Event, fleet: Fleet) -> bool:
-    """True for the line that says how a run ended."""
+    """True if the event is about the end of a run."""
     run = fleet.runs.get(event.subject)
     return run is not None and run.changed.state in ENDED
 
 
 class MonitorBase(App[None]):
-    """The pages over a followed fleet. `clock` gives Unix s; `zone` is for the times of events."""
+    """The pages of a fleet. `clock` returns Unix s; `zone` is the time zone of event times."""
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "commonweight"
     ENABLE_COMMAND_PALETTE = True
-    #: What is done from here, and with what key; the subclass has them.
+    #: True for a recording.
     replaying: ClassVar[bool] = False
 
     def __init__(
@@ -94,7 +95,7 @@ class MonitorBase(App[None]):
         self.set_keymap(self.config.keys)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Ours last: whatever a widget has made, nothing that steers the terminal passes."""
+        """Ours last, so that no control character of any widget reaches the terminal."""
         return [*super().get_line_filters(), self._sanitizer]
 
     # --- structure ---
@@ -102,7 +103,7 @@ class MonitorBase(App[None]):
     def compose(self) -> ComposeResult:
         yield Header(self.following)
         yield Tabs()
-        yield Static(id="trouble")
+        yield Static(id="connection-error")
         with ContentSwitcher(initial="fleet", id="pages"):
             yield FleetPage(self._zone, read_only=self.read_only)
             yield RoundsPage()
@@ -120,7 +121,6 @@ class MonitorBase(App[None]):
         wanted = self.config.theme or DEFAULT
         self.theme = wanted if wanted in self.available_themes else DEFAULT
         set_colors(self.current_theme)
-        self.query_one("#trouble").display = False
         self.query_one(FleetPage).table.focus()
         self.run_worker(self.following.run(), name="following", exit_on_error=True)
         self.set_interval(DRAW_INTERVAL_S, self._draw_changes)
@@ -129,10 +129,9 @@ class MonitorBase(App[None]):
         self._draw(None)
 
     def _use_theme(self, theme: Theme) -> None:
-        """Whatever is drawn as text has its colours in it: draw all of it again."""
+        """Draw everything again: text contains its colors."""
         set_colors(theme)
-        rows = (self._part(RoundsPage), self._part(EventsPage), self._part(JobsPage))
-        for page in (self._part(FleetPage), *rows):
+        for page in self.pages:
             page.invalidate()
         self.call_after_refresh(self._draw, None)
 
@@ -140,6 +139,15 @@ class MonitorBase(App[None]):
     def page(self) -> str:
         """The id of the page that is open."""
         return str(self._part(ContentSwitcher).current)
+
+    @property
+    def pages(self) -> list[Page]:
+        return list(self.screen_stack[0].query(Page))
+
+    @property
+    def current_page(self) -> Page:
+        """The page that is open, also while another screen covers it."""
+        return self.screen_stack[0].query_one(f"#{self.page}", Page)
 
     @property
     def fleet(self) -> Fleet | None:
@@ -159,13 +167,13 @@ class MonitorBase(App[None]):
     # --- drawing ---
 
     def _draw_changes(self) -> None:
-        news = self.following
-        if (news.all_changed or news.changed_peers) and not self.frozen:
-            self._draw(None if news.all_changed else list(news.changed_peers))
+        following = self.following
+        if (following.all_changed or following.changed_peers) and not self.frozen:
+            self._draw(None if following.all_changed else list(following.changed_peers))
 
     def _draw(self, dirty: Iterable[str] | None) -> None:
         """Draw the open page: the rows of `dirty` peers, or everything if None."""
-        if not self.is_running or not self.screen_stack:  # it closes: the pages may be gone already
+        if not self.is_running or not self.screen_stack:  # closing: the pages may be gone already
             return
         self.following.mark_drawn()
         now = self._clock()
@@ -173,15 +181,9 @@ class MonitorBase(App[None]):
         if (screen := self.peer_screen) is not None:
             if dirty is None or screen.peer in dirty:
                 screen.draw()
-        elif self.page == "fleet":
-            self._part(FleetPage).error = self.following.error
-            self._part(FleetPage).draw(self.fleet, now, dirty, lambda: self.events)
-        elif self.page == "rounds":
-            self._part(RoundsPage).draw(self.fleet)
-        elif self.page == "jobs":
-            self._part(JobsPage).draw(self.fleet, now)
         else:
-            self._part(EventsPage).draw(self.events)
+            self.current_page.error = self.following.error
+            self.current_page.draw(Frame(self.fleet, now, dirty, lambda: self.events))
         self._toast_new_events()
         self._draw_frame(now)
 
@@ -192,80 +194,72 @@ class MonitorBase(App[None]):
         self._show_notices()
         self._show_alerts(now)
         if not self.frozen and self.peer_screen is None:
-            if self.page == "fleet":
-                self._part(FleetPage).refresh_ages(now)
-            elif self.page == "jobs":
-                self._part(JobsPage).refresh_ages(now)
+            self.current_page.refresh_ages(now)
         self._draw_frame(now)
 
     def _draw_frame(self, now: float) -> None:
+        """Draw the header, the tabs and the connection error."""
         header, tabs = self._part(Header), self._part(Tabs)
         header.now = now
         header.refresh()
-        views = {
-            "fleet": self._part(FleetPage).view_text,
-            "events": self._part(EventsPage).view_text,
-        }
-        view = [self.actions.summary, self.playback, views.get(self.page, "")]
-        view += ["frozen: u goes on"] if self.frozen else []
-        tabs.view_text = " · ".join(word for word in view if word)
+        view = [self.actions.summary, self.playback, self.current_page.view_text]
+        view += ["frozen: u continues"] if self.frozen else []
+        tabs.view_text = " · ".join(filter(None, view))
         tabs.run = current_run(self.fleet) if self.fleet else None
         tabs.num_jobs = num_working(self.fleet) if self.fleet else 0
         tabs.refresh()
-        news = self.following
-        lost = not news.connected and (news.error is not None)
-        trouble = self.screen_stack[0].query_one("#trouble", Static)
-        trouble.display = lost
+        lost = not self.following.connected and self.following.error is not None
+        banner = self.screen_stack[0].query_one("#connection-error", Static)
+        banner.display = lost
         for screen in self.screen_stack:
             screen.set_class(lost, "-stale")
         if lost:
-            trouble.update(self._connection_error(now))
+            banner.update(self._connection_error(now))
 
     @property
     def playback(self) -> str:
-        """Where a recording is that is played here; "" in a live monitor."""
+        """The position in the recording; "" in a live monitor."""
         return ""
 
     def _connection_error(self, now: float) -> Text:
-        news = self.following
-        trouble = news.error
-        why = f"{trouble.message}. {trouble.hint}".rstrip(" .") if trouble else ""
-        parts = [f"stale {stopwatch(now - news.fresh_at)}"] if news.fresh_at else ["no data yet"]
-        if news.retry_at is not None:
-            parts.append(f"retry in {age(news.retry_at - now)}")
-        else:
-            parts.append("trying now")
-        return Text(f"✕ {' · '.join(parts)} · {why}", no_wrap=True, overflow="ellipsis")
+        following = self.following
+        error, retry_at, fresh_at = following.error, following.retry_at, following.fresh_at
+        parts = [
+            f"stale {stopwatch(now - fresh_at)}" if fresh_at else "no data yet",
+            "trying now" if retry_at is None else f"retry in {age(retry_at - now)}",
+            f"{error.message}. {error.hint}".rstrip(" .") if error else "",
+        ]
+        return Text(f"✕ {' · '.join(parts)}", no_wrap=True, overflow="ellipsis")
 
     def _part(self, kind: type[Part]) -> Part:
-        """A part of the main screen, also while a dialog lies over it."""
+        """A widget of the main screen, also while another screen covers it."""
         return self.screen_stack[0].query_one(kind)
 
     # --- events and toasts ---
 
     def _toast_new_events(self) -> None:
-        """Toast the warnings, errors and ends of runs since the last look; a snapshot's are old."""
+        """Toast new warnings, errors and ends of runs; those of the first snapshot are old."""
         fleet = self.fleet
         if fleet is None:
             return
         seen, self._events_seen = self._events_seen, fleet.num_events
         if seen is None or fleet.num_events <= seen:
             return
-        came = fleet.events[seen - fleet.num_events :]
-        new = [event for event in came if event.level != "info" or _ends_a_run(event, fleet)]
+        received = fleet.events[seen - fleet.num_events :]
+        new = [event for event in received if event.level != "info" or _ends_a_run(event, fleet)]
         for event in new[-MAX_TOASTS:]:
             self._toast(event)
         if len(new) > MAX_TOASTS:
             self.notify(f"and {len(new) - MAX_TOASTS} more: 3 shows all", markup=False)
 
     def _show_notices(self) -> None:
-        for news in self.actions.take_notices(self.fleet):
-            self.announce(news.level, news.text, news.subject)
+        for notice in self.actions.take_notices(self.fleet):
+            self.announce(*notice)
 
     def _show_alerts(self, now: float) -> None:
-        """What holds already at the first look goes among the events without a toast."""
+        """Add new alerts to the events; those of the first look get no toast."""
         if self.fleet is None or not self.following.connected:
-            return  # of an old picture nothing new can be said
+            return  # old data cannot raise new alerts
         first, self._alerts_shown = not self._alerts_shown, True
         for alert in self._alert_tracker.new(self.fleet, now):
             self.announce(alert.level, alert.text, alert.subject, toast=not first)
@@ -275,15 +269,14 @@ class MonitorBase(App[None]):
         self.notify(event.text, severity=severity, markup=False)
 
     def announce(self, level: Level, text: str, subject: str = "", *, toast: bool = True) -> None:
-        """A toast of this monitor's own; it is kept among the events."""
+        """Add an event of this monitor, and show it as a toast."""
         event = Event(at=self._clock(), level=level, text=text, subject=subject)
         self._own_events = [*self._own_events, event][-MAX_OWN_EVENTS:]
         if toast:
             self._toast(event)
         self.following.all_changed = True
 
-    @on(FleetPage.ViewChanged)
-    @on(EventsPage.ViewChanged)
+    @on(Page.ViewChanged)
     def _view_changed(self) -> None:
         self._draw(None)
 

@@ -1,7 +1,7 @@
-"""A table that draws only the lines that are in sight, straight from what they show.
+"""A table that draws only visible rows, directly from its data.
 
-Textual's DataTable keeps and lays out every cell: 2,000 peers that all speak each second cost it
-seconds. Here a row that is out of sight costs nothing but its place.
+Textual's DataTable stores and lays out every cell: 2,000 peers that report every second cost it
+seconds. Here a hidden row costs only its id.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from coordinator.monitor.tui.theme import colors, styles
 
 
 class CellTable(ScrollView, can_focus=True):
-    """`cell(id, column, width)` gives what stands in a row; the header stays on top.
+    """`cell(row_id, column, width)` returns a cell; the header stays on top.
 
-    Order and columns have one owner, this table, and change together in `show`: a line that is
-    drawn at any other time is one of the last picture, never half of it.
+    `set_rows` changes rows and columns together, so no line mixes old and new ones.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"cells--cursor", "cells--hover"}
@@ -62,10 +61,10 @@ class CellTable(ScrollView, can_focus=True):
             return self.table
 
     class RowHighlighted(Message):
-        """Another row is under the cursor."""
+        """The cursor has moved to another row."""
 
     class HeaderSelected(Message):
-        """A click on the title of a column."""
+        """A click on the header of a column."""
 
         def __init__(self, column: str) -> None:
             super().__init__()
@@ -83,12 +82,12 @@ class CellTable(ScrollView, can_focus=True):
         self,
         order: list[str],
         columns: list[tuple[Column[Any], int]],
-        by: str = "",
+        sort_by: str = "",
         *,
         reverse: bool = False,
     ) -> None:
-        """Show these rows in this order, which is that of column `by`; the cursor stays inside."""
-        self.row_ids, self.columns, self._sorted = order, columns, (by, reverse)
+        """Show these rows, sorted by the column `sort_by`; the cursor stays in range."""
+        self.row_ids, self.columns, self._sorted = order, columns, (sort_by, reverse)
         size = Size(self.size.width, len(order) + 1)
         if self.virtual_size != size:
             self.virtual_size = size
@@ -107,7 +106,7 @@ class CellTable(ScrollView, can_focus=True):
     # --- drawing ---
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        self._base = self.rich_style  # once a frame: it is put together of all ancestors' styles
+        self._base = self.rich_style  # once per frame: it combines the styles of all ancestors
         return super().render_lines(crop)
 
     def render_line(self, y: int) -> Strip:
@@ -121,8 +120,7 @@ class CellTable(ScrollView, can_focus=True):
             return Strip.blank(width, base)
         if row == self.cursor_row:
             base += self.get_component_rich_style("cells--cursor", partial=True)
-        here = self.row_ids[row]
-        cells = [self._cell(here, column, wide) for column, wide in self.columns]
+        cells = [self._cell(self.row_ids[row], column, wide) for column, wide in self.columns]
         return self._line(cells, base, width)
 
     def _line(
@@ -138,21 +136,21 @@ class CellTable(ScrollView, can_focus=True):
         return Strip(segments, max(width, used)).crop(0, width)
 
     def _title(self, column: Column[Any], width: int) -> str:
-        """The title, with an arrow where the order comes from if there is room for it."""
-        by, reverse = self._sorted
-        if column.key != by or len(column.title) + 2 > width:
+        """The title; the column that the rows are sorted by has an arrow if it fits."""
+        sort_by, reverse = self._sorted
+        if column.key != sort_by or len(column.title) + 2 > width:
             return column.title
         arrow = "↑" if reverse else "↓"
         return f"{arrow} {column.title}" if column.right else f"{column.title} {arrow}"
 
-    # --- moving ---
+    # --- cursor ---
 
     def move_cursor(self, row: int) -> None:
-        """Put the cursor there, and the row in sight."""
+        """Move the cursor, and scroll the row into view."""
         self.cursor_row = min(max(row, 0), max(len(self.row_ids) - 1, 0))
 
     def watch_cursor_row(self, row: int) -> None:
-        # The header covers the first line, so a row lies one below its number.
+        # The header covers the first line, so row n is on line n + 1.
         top, room = self.scroll_offset.y, max(self.size.height - 1, 1)
         if row < top:
             self.scroll_to(y=row, animate=False, force=True)
@@ -192,5 +190,5 @@ class CellTable(ScrollView, can_focus=True):
             x -= wide + GAP
 
     def scroll_to_region(self, region: Region, **_: object) -> object:  # type: ignore[override]
-        """Focus does not move it: the cursor does."""
+        """Do nothing: the cursor scrolls the table, not the focus."""
         return None

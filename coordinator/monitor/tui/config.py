@@ -1,11 +1,11 @@
-"""What a person has chosen for the monitor: `monitor.toml`, read once at the start.
+"""The settings of the monitor: `monitor.toml`, read once at the start.
 
     theme = "commonweight-light"
     ascii = false
-    [keys]                       # the ids are in the help (`?`)
-    pause = "ctrl+a"             # several: "ctrl+a,f5"
+    [keys]                       # the help (`?`) lists the ids
+    pause = "ctrl+a"             # or several: "ctrl+a,f5"
 
-It lies in the platform's folder for settings, or in `COMMONWEIGHT_HOME` if that is set.
+The file is in `COMMONWEIGHT_HOME` if that is set, else in the platform's settings folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_NAME = "monitor.toml"
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file's contents. An empty `theme` is the default one."""
+    """The contents of the file. An empty `theme` means the default one."""
 
     theme: str = ""
     ascii: bool = False
@@ -34,14 +34,14 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def locate() -> Path:
-    """Where the file is, or would be."""
+    """The path of the file, whether it exists or not."""
     if home := os.environ.get("COMMONWEIGHT_HOME"):
         return Path(home).expanduser() / FILE_NAME
     return platformdirs.user_config_path("commonweight") / FILE_NAME
 
 
 def read(path: Path | None = None) -> Config:
-    """The file's contents; the defaults without a file. Raises UsageError, UnknownName."""
+    """Read the file; the defaults without one. Raises UsageError, UnknownName."""
     path = path or locate()
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read(path: Path | None = None) -> Config:
     except FileNotFoundError:
         return Config()
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as err:
-        raise UsageError(f"cannot use {path}: {err}", "mend it, or move it away") from err
+        raise UsageError(f"cannot use {path}: {err}", "correct it, or move it away") from err
     _check(config, path)
     return config
 
@@ -59,13 +59,15 @@ def _check(config: Config, path: Path) -> None:
     for name in config.keys:
         if name not in ids:
             raise UnknownName(
-                f"{path}: there is no key {name!r}", f"known are {', '.join(sorted(ids))}"
+                f"{path}: there is no key {name!r}", f"the keys are {', '.join(sorted(ids))}"
             )
-    taken: dict[str, str] = {}
+    users: dict[str, str] = {}
     for key in KEYS:
-        for one in config.keys.get(key.id, key.key).split(","):
-            if not one.strip():
-                raise UsageError(f"{path}: {key.id} has an empty key", "write for example ctrl+a")
-            other = taken.setdefault(one.strip(), key.id)
+        for one in map(str.strip, config.keys.get(key.id, key.key).split(",")):
+            if not one:
+                text = f"{path}: {key.id} has an empty key"
+                raise UsageError(text, "write a key, for example ctrl+a")
+            other = users.setdefault(one, key.id)
             if other != key.id:
-                raise UsageError(f"{path}: {one} is {other} and {key.id}", "give one another key")
+                text = f"{path}: {one} is the key of both {other} and {key.id}"
+                raise UsageError(text, "change one of them")

@@ -1,4 +1,4 @@
-"""The boxes that lie over a page: help, a fresh ticket, a question, what to export."""
+"""The dialogs: help, a new ticket, a question."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 
 class Dialog(ModalScreen[Answer], Generic[Answer]):
-    """A box over the page; `esc` or `q` closes it with no answer."""
+    """A box over the page; `esc`, `q` or `enter` closes it without an answer."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,enter", "close", "Close", show=False)
@@ -31,39 +31,38 @@ class Dialog(ModalScreen[Answer], Generic[Answer]):
         with VerticalScroll(id="box") as box:
             box.border_title = self.title_text
             box.border_subtitle = self.subtitle_text
-            yield Static(id="words")
+            yield Static(id="dialog-text")
 
     def on_mount(self) -> None:
-        self.query_one("#words", Static).update(self.content())
+        self.query_one("#dialog-text", Static).update(self.content())
 
     def content(self) -> Text | Table:
-        """What stands in the box."""
+        """The text in the box."""
         raise NotImplementedError
 
     def action_close(self) -> None:
         self.dismiss(None)
 
 
-#: What each page is about; the help shows it first where the focus is.
+#: What each page shows; the help begins with that of the focused one.
 PAGE_HELP = {
-    "fleet": "Fleet: one row a peer, what needs a person first. Commands go to the marked peers, "
-    "or to the one under the cursor. What a peer last said is shown with its age. Links: m is "
-    "over MQTT, f its Flower session; ● up, ○ down.",
-    "rounds": "Rounds: the run that matters, one row a closed round, the newest first; ★ is the "
-    "best. The plots show the median of all peers, and from the least to the most.",
-    "events": "Events: everything that was said here, toasts too. enter goes to the peer that a "
-    "line is about.",
-    "jobs": "Jobs: what the fleet is asked beside training. Left is what nobody has answered for "
-    "or has in hand yet. The job under the cursor is told whole below the table.",
-    "peer": "Peer: 1 overview, 2 metrics, 3 its log (asked for when it is opened; never data, "
-    "paths or secrets), 4 what its owner lets you know of the settings. esc goes back.",
+    "fleet": "Fleet: one row per peer, those that need attention first. Commands go to the marked "
+    "peers, or to the one under the cursor. Seen is the age of a peer's last message. Links: m is "
+    "MQTT, f its Flower session; ● up, ○ down.",
+    "rounds": "Rounds: the current run, one row per closed round, the newest first; ★ marks the "
+    "best. The plots show the mean of all peers, and shade their range.",
+    "events": "Events: all events, including toasts. enter opens the peer that a line is about.",
+    "jobs": "Jobs: inference and analytics. Left are the items that are neither answered nor "
+    "leased to a peer. Below the table are the details of the job under the cursor.",
+    "peer": "Peer: 1 overview, 2 metrics, 3 its log (fetched when opened; never data, paths or "
+    "secrets), 4 the settings that its owner shares. esc goes back.",
     "filter": "Filter: every word must be in the name, id, labels, task, state or text. enter "
     "goes back to the rows, esc shows all again.",
 }
 
 
 class HelpDialog(Dialog[None]):
-    """The keys, those of the page that has the focus first."""
+    """The keys, those of the open page first."""
 
     title_text = "Keys"
 
@@ -88,7 +87,7 @@ class HelpDialog(Dialog[None]):
         table.add_column(style=own.dim, no_wrap=True)
         table.add_row("", Text(PAGE_HELP[self._about], own.dim))
         table.add_row("", "")
-        table.add_row("↑ ↓ j k", "move; g and G go to the first and the last")
+        table.add_row("↑ ↓ j k", "move; g and G: first and last row")
         here = [key for key in KEYS if self._page in key.pages.split()]
         for key in (*here, *(key for key in KEYS if key not in here)):
             if (key.changes and self._read_only) or (key.id in REPLAY_ONLY and not self._replay):
@@ -98,9 +97,9 @@ class HelpDialog(Dialog[None]):
 
 
 class TicketDialog(Dialog[None]):
-    """The ticket is kept nowhere: when the box is closed it is gone from this screen."""
+    """Shows a ticket once; it is stored nowhere."""
 
-    title_text = "A ticket, shown once"
+    title_text = "A ticket, shown only once"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("y", "copy", "Copy", show=False)]
 
     def __init__(self, ticket: str) -> None:
@@ -109,20 +108,20 @@ class TicketDialog(Dialog[None]):
 
     def content(self) -> Text:
         own = colors()
-        text = Text.assemble(("On the machine that joins, run:\n\n", own.dim))
+        text = Text.assemble(("On the new machine, run:\n\n", own.dim))
         text.append("commonweight-agent join -\n\n", own.blue)
         text.append("and paste this line (", own.dim).append("y", f"bold {own.blue}")
         text.append(" copies it):\n\n", own.dim)
         return text.append(self._ticket, f"bold {own.text}")
 
     def action_copy(self) -> None:
-        """Into the clipboard, where the terminal allows it."""
+        """Copy to the clipboard, if the terminal allows it."""
         self.app.copy_to_clipboard(self._ticket)
         self.notify("copied", timeout=2)
 
 
 class ConfirmDialog(Dialog[bool]):
-    """A question; only `y` is a yes."""
+    """A question; only `y` confirms."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes", show=False),

@@ -1,4 +1,4 @@
-"""What a page shows, as CSV and as JSON, for other programs. Pure but for `write`."""
+"""What a page shows, as CSV and JSON for other programs. Pure except for `write`."""
 
 from __future__ import annotations
 
@@ -19,61 +19,55 @@ Row = dict[str, Any]
 
 
 def peer_rows(peers: Sequence[Peer], now: float) -> list[Row]:
-    """A row a peer, numbers as numbers; bytes and seconds without units."""
-    rows = []
-    for peer in peers:
-        sent = peer.telemetry
-        rows.append(
-            {
-                "peer": peer.peer,
-                "name": peer.name,
-                "state": shown_state(peer, now).value,
-                "reason": peer.reason,
-                "run": peer.run,
-                "round": peer.round,
-                "flower": peer.flower,
-                "seen_s_ago": round(now - peer.seen_at, 1) if peer.seen_at else None,
-                "loss": sent.loss if sent else None,
-                "diverged": peer.diverged,
-                "bytes_up": sent.bytes_up if sent else None,
-                "bytes_down": sent.bytes_down if sent else None,
-                "version": peer.version,
-                "labels": " ".join(f"{key}={value}" for key, value in peer.labels.items()),
-            }
-        )
-    return rows
+    """One row per peer; bytes and seconds as plain numbers."""
+    return [
+        {
+            "peer": peer.peer,
+            "name": peer.name,
+            "state": shown_state(peer, now).value,
+            "reason": peer.reason,
+            "run": peer.run,
+            "round": peer.round,
+            "flower": peer.flower,
+            "seen_s_ago": round(now - peer.seen_at, 1) if peer.seen_at else None,
+            "loss": peer.telemetry.loss if peer.telemetry else None,
+            "diverged": peer.diverged,
+            "bytes_up": peer.telemetry.bytes_up if peer.telemetry else None,
+            "bytes_down": peer.telemetry.bytes_down if peer.telemetry else None,
+            "version": peer.version,
+            "labels": " ".join(f"{key}={value}" for key, value in peer.labels.items()),
+        }
+        for peer in peers
+    ]
+
+
+def _flat(struct: msgspec.Struct) -> Row:
+    """A row of the fields of `struct`; dicts as JSON."""
+    row = msgspec.to_builtins(struct)
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
 
 
 def round_rows(run: Run | None) -> list[Row]:
-    """A row a closed round."""
-    rows: list[Row] = []
-    for closed in run.rounds if run else []:
-        row: Row = msgspec.to_builtins(closed)
-        for nested in ("metrics", "norms", "spread", "worst", "spent", "staleness"):
-            row[nested] = json.dumps(row[nested])
-        rows.append(row)
-    return rows
+    """One row per closed round."""
+    return [_flat(closed) for closed in run.rounds] if run else []
 
 
 def job_rows(jobs: Sequence[Job]) -> list[Row]:
-    """A row a job."""
-    rows: list[Row] = []
-    for job in jobs:
-        row: Row = msgspec.to_builtins(job.changed)
-        row |= {"began_at": job.began_at or None, "ended_at": job.ended_at or None}
-        row["excused"] = json.dumps(row["excused"])
-        rows.append(row)
-    return rows
+    """One row per job."""
+    return [
+        _flat(job.changed) | {"began_at": job.began_at or None, "ended_at": job.ended_at or None}
+        for job in jobs
+    ]
 
 
 def event_rows(events: Sequence[Event]) -> list[Row]:
-    """A row an event."""
+    """One row per event."""
     rows: list[Row] = msgspec.to_builtins(list(events))
     return rows
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The rows with a head. A text that a spreadsheet would run as a formula begins with `'`."""
+    """The rows with a header. Texts that a spreadsheet would run as a formula are quoted."""
     out = io.StringIO()
     if rows:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
@@ -92,8 +86,8 @@ def _escape_formula(value: object) -> object:
 def write(folder: Path, what: str, rows: Sequence[Row], fleet: Fleet | None) -> list[Path]:
     """`commonweight-WHAT-TIME.csv` and `.json` in `folder`. Raises CommonweightError."""
     name = f"commonweight-{what}-{time.strftime('%Y%m%d-%H%M%S')}"
-    told = {"schema_version": 1, "fleet": fleet.fleet if fleet else "", what: rows}
-    texts = {".csv": as_csv(rows), ".json": json.dumps(told, ensure_ascii=False, indent=1)}
+    document = {"schema_version": 1, "fleet": fleet.fleet if fleet else "", what: rows}
+    texts = {".csv": as_csv(rows), ".json": json.dumps(document, ensure_ascii=False, indent=1)}
     paths = []
     for suffix, text in texts.items():
         path = folder / (name + suffix)

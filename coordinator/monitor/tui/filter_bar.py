@@ -1,6 +1,8 @@
-"""The line into which words are typed that choose what a page shows."""
+"""The input line for the filter of a page."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from textual import on
 from textual.app import ComposeResult
@@ -10,13 +12,13 @@ from textual.widgets import Input, Static
 
 
 class FilterBar(Horizontal):
-    """Hidden until asked for. Says `Changed` with each letter and `Done` after enter."""
+    """Hidden until opened. Posts `Changed` for each edit and `Submitted` on enter."""
 
     class Changed(Message):
-        """The words are others now."""
+        """The text has changed."""
 
     class Submitted(Message):
-        """Enter was pressed: the page has the focus again."""
+        """Enter was pressed: the page takes the focus back."""
 
     def __init__(self, placeholder: str) -> None:
         super().__init__(classes="filter")
@@ -32,16 +34,21 @@ class FilterBar(Horizontal):
 
     @property
     def text(self) -> str:
-        """What was typed."""
+        """The filter words."""
         return self.query_one(Input).value
 
+    def matcher(self) -> Callable[[str], bool]:
+        """A test whether a text contains every word of the filter, in any case."""
+        words = self.text.casefold().split()
+        return lambda text: all(word in text.casefold() for word in words)
+
     def open(self) -> None:
-        """Open the line and type into it."""
+        """Show the line and focus it."""
         self.display = True
         self.query_one(Input).focus()
 
     def clear(self) -> None:
-        """Empty and hide it."""
+        """Clear and hide the line."""
         self.query_one(Input).value = ""
         self.display = False
 
@@ -51,7 +58,7 @@ class FilterBar(Horizontal):
         self.post_message(self.Changed())
 
     @on(Input.Submitted)
-    def _done(self, event: Input.Submitted) -> None:
+    def _submitted(self, event: Input.Submitted) -> None:
         event.stop()
         self.display = bool(self.text)
         self.post_message(self.Submitted())

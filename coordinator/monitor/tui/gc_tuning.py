@@ -1,9 +1,9 @@
-"""Python's collector in a program that draws: seldom, and never long.
+"""Tune the garbage collector for a program that draws: short pauses, bounded memory.
 
-Textual's strips hold caches that hold themselves, so each frame leaves a few thousand objects that
-only the collector frees. Left alone it looks through all that lives every few seconds, and the
-screen stands still for 40 ms. Told to be rare it lets garbage pile up, and a process never gives
-back what it needed once. So: what is young by number, often and little at a time; all by the clock.
+Textual's strips are in reference cycles with their caches, so every frame leaves a few thousand
+objects for the collector. By default a full collection every few seconds stops the screen for
+40 ms; with rare collections the memory grows. So the young generation is collected often, and
+caches are cleared and the heap trimmed once a minute.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from textual.strip import Strip
 
 from protocols.local import heap
 
-#: Between two looks at everything; so long what nobody needs may stay.
+#: Seconds between two calls of `trim_caches`.
 TRIM_INTERVAL_S = 60.0
-#: New objects before a look at them, and how many such looks before one at what has outlived one.
+#: New objects per collection of generation 0, and those collections per one of generation 1.
 GEN0_THRESHOLD, GEN1_THRESHOLD = 10_000, 10
 
 
 def tune_gc() -> None:
-    """Leave alone for ever what is there now (modules, above all), and make collections rare."""
+    """Exclude all current objects (mostly modules), and make full collections rare."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GEN0_THRESHOLD, GEN1_THRESHOLD, 1_000_000)
 
 
 def trim_caches() -> None:
-    """Free and give back what nobody needs, also what is remembered of screens that are gone.
+    """Clear the caches of Rich and Textual, collect garbage, and return memory to the system.
 
-    Text on the screen has a style of its own for every place, so that the mouse can mark it. Rich
-    and Textual remember 16,384 of each: ten minutes fill them, and what is needed is soon back.
+    Text selection gives every position on the screen its own style. Rich and Textual cache 16,384
+    of each: ten minutes fill the caches, and a frame fills in again what it needs.
     """
     Strip.render_ansi.cache_clear()
     Segment._split_cells.cache_clear()

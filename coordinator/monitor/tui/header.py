@@ -1,4 +1,7 @@
-"""The header: where the run stands, who is there, and whether the links are up. Always seen."""
+"""The header: the run, the peers, and the connections.
+
+Textual's Header shows only a title and a clock; this one needs a line that shortens with the width.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ from rich.text import Text
 from textual.widget import Widget
 
 from coordinator.fleet.reducer import current_run, num_available, num_enrolled
-from coordinator.monitor.peer_table import Cell, status_dot
+from coordinator.monitor.peer_table import Cell, Tone, status_dot
 from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.follower import FleetFollower
 from coordinator.remote.formatting import age, truncate
 from protocols.messages.states import ENDED
 
+SEPARATOR = " · "
+_EMPTY = Cell("")
+
 
 class Header(Widget):
-    """One line, shortened from its left end: the lights and the age stay to the last."""
+    """One line; the dots of the connections and the age of the data always stay."""
 
     DEFAULT_CSS = "Header { height: 1; padding: 0 1; background: $panel; }"
 
@@ -28,76 +34,56 @@ class Header(Widget):
 
 
 def header_line(following: FleetFollower, now: float, width: int) -> Text:
-    """The header's text in at most `width` characters where that is possible."""
+    """The header's text, shortened towards `width` characters."""
     segments = _segments(following, now)
-    separator = " · "
 
-    def total() -> int:
-        texts = [forms[0].text for forms in segments if forms[0].text]
-        return sum(map(len, texts)) + len(separator) * (len(texts) - 1)
+    def shown() -> list[Cell]:
+        return [forms[0] for forms in segments if forms[0].text]
 
-    # One form less at a time, the least important segment first.
+    # Shorten one segment at a time, the least important first.
     for index in (0, 1, 6, 0, 3, 2, 1, 3, 2, 1, 6):
-        if total() <= width:
+        if len(SEPARATOR.join(cell.text for cell in shown())) <= width:
             break
         if len(segments[index]) > 1:
             segments[index].pop(0)
-    line = Text(no_wrap=True, end="", overflow="ellipsis")
-    for forms in segments:
-        if forms[0].text:
-            if line:
-                line.append(separator, colors().faint)
-            line.append(forms[0].text, styles()[forms[0].tone])
+    line = Text(SEPARATOR, colors().faint).join(
+        Text(cell.text, styles()[cell.tone]) for cell in shown()
+    )
+    line.no_wrap, line.end, line.overflow = True, "", "ellipsis"
     return line
 
 
 def _segments(following: FleetFollower, now: float) -> list[list[Cell]]:
-    """For each segment its forms, from the longest to none at all."""
+    """The forms of each segment, from the longest to the shortest."""
     fleet = following.fleet
-    run = current_run(fleet) if fleet else None
-    forms: list[list[Cell]] = [[Cell("commonweight", "strong"), Cell("")], [Cell("")], [Cell("")]]
-    forms.append([Cell("")])
+    current = current_run(fleet) if fleet else None
+    run = current.changed if current else None
+    title = [Cell("commonweight", "strong"), _EMPTY]
+    rounds, peers, quorum = [_EMPTY], [_EMPTY], [_EMPTY]
     if fleet:
-        here, all_peers = num_available(fleet, now), num_enrolled(fleet)
-        forms[2] = [Cell(f"{here}/{all_peers} peers"), Cell(f"{here}/{all_peers}")]
-        name = fleet.name or fleet.fleet
-        forms[0] = [
-            Cell(truncate(name, 20), "strong"),
-            Cell(truncate(name, 10), "strong"),
-            Cell(""),
-        ]
-    if fleet and run:
-        changed = run.changed
-        name = changed.run
-        forms[0] = [
-            Cell(truncate(name, 24), "strong"),
-            Cell(truncate(name, 12), "strong"),
-            Cell(""),
-        ]
-        forms[1] = [
-            Cell(f"round {changed.round}/{changed.rounds}"),
-            Cell(f"{changed.round}/{changed.rounds}"),
-        ]
-        met = here >= changed.quorum
-        ended = changed.state in ENDED
-        quorum, tone = f"{changed.quorum} {'✓' if met else '✕'}", "good" if met else "bad"
-        forms[3] = [Cell(f"quorum {quorum}", tone), Cell(f"q {quorum}", tone), Cell("")]  # type: ignore[arg-type]
-        if ended:
-            forms[3] = [Cell(changed.state.value, "strong")]
+        online = num_available(fleet, now)
+        count = f"{online}/{num_enrolled(fleet)}"
+        peers = [Cell(f"{count} peers"), Cell(count)]
+        name = run.run if run else fleet.name or fleet.fleet
+        title = [Cell(truncate(name, 24), "strong"), Cell(truncate(name, 12), "strong"), _EMPTY]
+        if run:
+            rounds = [Cell(f"round {run.round}/{run.rounds}"), Cell(f"{run.round}/{run.rounds}")]
+            met = online >= run.quorum
+            tone: Tone = "good" if met else "bad"
+            text = f"{run.quorum} {'✓' if met else '✕'}"
+            quorum = [Cell(f"quorum {text}", tone), Cell(f"q {text}", tone), _EMPTY]
+            if run.state in ENDED:
+                quorum = [Cell(run.state.value, "strong")]
     links = fleet.links if fleet else None
     mqtt = following.stream and (links is None or links.mqtt)
     flower = following.connected and links is not None and links.flower
-    forms.append([_link_cell("mqtt", mqtt)])
-    forms.append([_link_cell("flower", flower)])
+    data = [Cell("no data yet", "warn"), Cell("no data", "warn")]
     if following.fresh_at:
-        old = f"{age(now - following.fresh_at)} old"
-        tone = "quiet" if following.connected else "warn"
-        bare = Cell(old.removesuffix(" old"), tone)  # type: ignore[arg-type]
-        forms.append([Cell(f"data {old}", tone), Cell(old, tone), bare])  # type: ignore[arg-type]
-    else:
-        forms.append([Cell("no data yet", "warn"), Cell("no data", "warn")])
-    return forms
+        old = age(now - following.fresh_at)
+        fresh: Tone = "quiet" if following.connected else "warn"
+        data = [Cell(text, fresh) for text in (f"data {old} old", f"{old} old", old)]
+    return [title, rounds, peers, quorum, [_link("mqtt", mqtt)], [_link("flower", flower)], data]
 
 
-def _link_cell(name: str, up: bool) -> Cell:
+def _link(name: str, up: bool) -> Cell:
     return Cell(f"{name} {status_dot(up)}", "good" if up else "warn")

@@ -1,103 +1,83 @@
-"""The Jobs page: what the fleet is asked beside training, a row a job, and the chosen one whole."""
+"""The Jobs page: one row per inference or analytics job, and the details of the selected one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Vertical
-from textual.events import Resize
-from textual.reactive import reactive
-from textual.widget import Widget
 from textual.widgets import Static
 
 from coordinator.fleet.reducer import Fleet, Job
 from coordinator.monitor.job_table import COLUMNS, describe_job, sort_jobs
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
 from coordinator.monitor.tui.cell_table import CellTable
-from coordinator.monitor.tui.theme import colors, to_text
+from coordinator.monitor.tui.export import Row, job_rows
+from coordinator.monitor.tui.page import Frame, Page
+from coordinator.monitor.tui.theme import colors, facts_table
 
-#: Lines that are worth while: of the chosen job, of the table.
+#: Fewer lines for the details of a job, or for the table, are not worth showing.
 MIN_FACT_LINES, MIN_TABLE_LINES = 4, 4
 
 
-class JobFacts(Widget):
-    """All that is known of one job."""
-
-    DEFAULT_CSS = "JobFacts { height: 1fr; padding: 0 1; border-top: solid $panel-lighten-2; }"
-
-    facts: reactive[tuple[tuple[str, Cell], ...]] = reactive(())
-    """(what, words) by line."""
-
-    def render(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style=colors().dim, no_wrap=True)
-        table.add_column(style=colors().text)
-        for what, cell in self.facts:
-            words = to_text(cell)
-            words.no_wrap = False
-            table.add_row(what, words)
-        return table
-
-
-class JobsPage(Vertical):
-    """What is under way stands first. Zoomed: the table alone."""
+class JobsPage(Page):
+    """Working jobs stand first. Zoomed: the table alone."""
 
     def __init__(self) -> None:
-        super().__init__(id="jobs")
-        self.zoomed = False
-        self._fleet: Fleet | None = None
-        self._now = 0.0
+        super().__init__("jobs")
 
     def compose(self) -> ComposeResult:
-        yield CellTable(self._cell, id="asked")
-        yield JobFacts(id="job")
+        yield CellTable(self._cell, id="job-table")
+        yield Static(id="job-facts")
         yield Static(id="no-jobs")
 
     @property
     def table(self) -> CellTable:
-        return self.query_one("#asked", CellTable)
+        return self.query_one("#job-table", CellTable)
 
     @property
     def current_job(self) -> Job | None:
         """The job under the cursor."""
-        here = self.table.current_id
-        return self._fleet.jobs.get(here) if self._fleet and here else None
+        job = self.table.current_id
+        return self._fleet.jobs.get(job) if self._fleet and job else None
 
     @property
-    def shown(self) -> list[Job]:
-        """The jobs in the table, in order."""
-        jobs = self._fleet.jobs if self._fleet else {}
-        return [jobs[name] for name in self.table.row_ids if name in jobs]
+    def copy_text(self) -> str:
+        return self.table.current_id or ""
 
-    def draw(self, fleet: Fleet | None, now: float) -> None:
+    def export_rows(self) -> tuple[str, list[Row]]:
+        jobs = self._fleet.jobs if self._fleet else {}
+        return "jobs", job_rows([jobs[name] for name in self.table.row_ids if name in jobs])
+
+    def draw(self, frame: Frame) -> None:
         """Show the jobs of `fleet`; the cursor stays with its job."""
-        self._fleet, self._now = fleet, now
-        order = [job.changed.job for job in sort_jobs(fleet)] if fleet else []
-        nothing, pane = self.query_one("#no-jobs", Static), self.query_one(JobFacts)
-        self.table.display, nothing.display = bool(order), not order
-        room = self.size.height - max(MIN_TABLE_LINES, min(len(order) + 2, self.size.height // 2))
-        pane.display = bool(order) and not self.zoomed and room >= MIN_FACT_LINES
-        self.table.styles.height = self.size.height - room if pane.display else "1fr"
-        if not order:
-            nothing.update(self._placeholder_text(fleet))
+        fleet = self._fleet = frame.fleet
+        self._now = frame.now
+        row_ids = [job.changed.job for job in sort_jobs(fleet)] if fleet else []
+        placeholder, pane = self.query_one("#no-jobs", Static), self.query_one("#job-facts", Static)
+        table, height = self.table, self.size.height
+        table.display, placeholder.display = bool(row_ids), not row_ids
+        if not row_ids:
+            self.query_one("#no-jobs", Static).update(self._placeholder_text(fleet))
+        room = height - max(MIN_TABLE_LINES, min(len(row_ids) + 2, height // 2))
+        pane.display = bool(row_ids) and not self.zoomed and room >= MIN_FACT_LINES
+        table.styles.height = height - room if pane.display else "1fr"
         columns = fit_columns(COLUMNS, self.size.width - 1, self.app.size.width)
         if not columns:  # not laid out yet
             return
-        table, here = self.table, self.table.current_id
-        table.set_rows(order, columns)
-        if here in order:
-            table.move_cursor(order.index(here))
+        current = table.current_id
+        table.set_rows(row_ids, columns)
+        if current in row_ids:
+            table.move_cursor(row_ids.index(current))
         self._show_facts()
 
     @on(CellTable.RowHighlighted)
     def _show_facts(self) -> None:
-        """Tell all of the job under the cursor."""
+        """Show the details of the job under the cursor."""
         if (job := self.current_job) is not None and self._fleet is not None:
-            self.query_one(JobFacts).facts = tuple(describe_job(job, self._fleet, self._now))
+            facts = describe_job(job, self._fleet, self._now)
+            self.query_one("#job-facts", Static).update(facts_table(facts))
 
     def _cell(self, name: str, column: Column[Any], width: int) -> Cell:
         job = self._fleet.jobs.get(name) if self._fleet else None
@@ -108,25 +88,16 @@ class JobsPage(Vertical):
         if fleet is None:
             return Text("Waiting for the coordinator…", own.dim)
         text = Text.assemble(("No jobs yet.\n\n", f"bold {own.text}"))
-        text.append("Measure shared models where the data lie:\n", own.dim)
+        text.append("Evaluate models on the peers' own rows:\n", own.dim)
         text.append("commonweight infer --private\n\n", own.blue)
-        text.append("Spread rows of your own over the peers:\n", own.dim)
+        text.append("Distribute your own rows over the peers:\n", own.dim)
         return text.append("commonweight infer --scatter ROWS.csv --out ANSWERS.csv", own.blue)
 
     def refresh_ages(self, now: float) -> None:
-        """Time has passed."""
-        self._now = now
+        super().refresh_ages(now)
         self.table.refresh()
         self._show_facts()
 
     def invalidate(self) -> None:
-        """The next drawing begins anew: the colours are others."""
-        self.table.refresh()
-        self.query_one(JobFacts).refresh()
-
-    def on_resize(self, event: Resize) -> None:
-        self.call_after_refresh(self._redraw)
-
-    def _redraw(self) -> None:
-        """Fit everything to the room there is now."""
-        self.draw(self._fleet, self._now)
+        super().invalidate()
+        self._show_facts()

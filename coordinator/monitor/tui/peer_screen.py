@@ -1,4 +1,4 @@
-"""One peer: overview, metrics, its log on request, and what its owner lets others know."""
+"""The screen of one peer: overview, metrics, its log on request, and its shared settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import tzinfo
 from typing import ClassVar
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,7 @@ from coordinator.monitor.peer_table import (
     LEVELS,
     PARTICIPATION_GLYPHS,
     Cell,
+    battery,
     links,
     state_cell,
     status_dot,
@@ -30,8 +31,9 @@ from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.header import Header
-from coordinator.monitor.tui.plots import curve_plot
-from coordinator.monitor.tui.theme import colors, styles, to_text
+from coordinator.monitor.tui.plots import Plot, curve_plot
+from coordinator.monitor.tui.tabs import tab_labels
+from coordinator.monitor.tui.theme import Fact, colors, facts_table, styles
 from coordinator.remote.follower import FleetFollower
 from coordinator.remote.formatting import (
     DIVERGED,
@@ -54,7 +56,7 @@ LOG_REFRESH_S = 5.0
 
 
 class PeerScreen(Screen[None]):
-    """Everything about one peer, as it changes."""
+    """Everything about one peer, updated once a second."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"tab('{tab}')", tab, show=False) for n, tab in enumerate(TABS, 1)),
@@ -91,7 +93,7 @@ class PeerScreen(Screen[None]):
         yield Static(id="peer-tabs")
         yield FilterBar("words in the log")
         with VerticalScroll(id="peer-body", can_focus=True):
-            yield Static(id="peer-words")
+            yield Static(id="peer-content")
         yield self._footer
 
     def on_mount(self) -> None:
@@ -101,14 +103,14 @@ class PeerScreen(Screen[None]):
         self.call_after_refresh(self.draw)
 
     def on_resize(self) -> None:
-        """The words depend on the room there is, known after this."""
+        """Draw again once the new layout is known."""
         self.call_after_refresh(self.draw)
 
     # --- drawing ---
 
     def draw(self) -> None:
-        """Show the open tab as things are now."""
-        if not self.is_mounted:  # it is the current screen before it has any parts
+        """Draw the open tab."""
+        if not self.is_mounted:  # a screen is current before it has widgets
             return
         header = self.query_one(Header)
         header.now = self._clock()
@@ -116,46 +118,41 @@ class PeerScreen(Screen[None]):
         fleet = self._following.fleet
         peer = fleet.peers.get(self.peer) if fleet else None
         self.query_one("#peer-tabs", Static).update(self._tab_line(peer))
-        words = self.query_one("#peer-words", Static)
+        content = self.query_one("#peer-content", Static)
         if peer is None or fleet is None:
-            words.update(Text("This peer is not in the fleet.", colors().dim))
+            content.update(Text("This peer is not in the fleet.", colors().dim))
         else:
-            words.update(self._content(peer, fleet))
+            content.update(self._content(peer, fleet))
 
     def _tab_line(self, peer: Peer | None) -> Text:
-        own = colors()
         line = Text(no_wrap=True, overflow="ellipsis", end="")
-        line.append(called(peer) if peer else self.peer, Style(color=own.strong, bold=True))
-        line.append("   ")
-        for number, tab in enumerate(TABS, 1):
-            click = Style(meta={"@click": f"screen.tab('{tab}')"})
-            here = tab == self.open_tab
-            word = (
-                Style(color=own.strong, bold=True, underline=True) if here else Style(color=own.dim)
-            )
-            line.append(f"{number} ", Style(color=own.blue if here else own.faint) + click)
-            line.append(tab.capitalize(), word + click).append("  ")
+        name = called(peer) if peer else self.peer
+        line.append(name, Style(color=colors().strong, bold=True)).append("   ")
+        for label in tab_labels(TABS, self.open_tab, "screen.tab"):
+            line.append_text(label).append("  ")
         return line
 
     def _content(self, peer: Peer, fleet: Fleet) -> Table | Text:
-        width = max(self.query_one("#peer-words").size.width, 30)
-        if self.open_tab == "overview":
-            height = self.query_one("#peer-body").size.height - 2
-            return overview(peer, fleet, self._clock(), width, height)
-        if self.open_tab == "metrics":
-            return metrics(peer, width, max(self.query_one("#peer-body").size.height - 8, 3))
-        if self.open_tab == "policy":
-            return policy(peer)
-        return self._log_table()
+        width = max(self.query_one("#peer-content").size.width, 30)
+        height = self.query_one("#peer-body").size.height
+        match self.open_tab:
+            case "overview":
+                return overview(peer, fleet, self._clock(), width, height - 2)
+            case "metrics":
+                return metrics(peer, width, max(height - 8, 3))
+            case "policy":
+                return policy(peer)
+            case _:
+                return self._log_table()
 
     def _log_table(self) -> Table | Text:
         own = colors()
         if self._log_lines is None:
             return Text(
-                self._log_error or "Asking the agent…",
+                self._log_error or "Fetching the log…",
                 own.vermilion if self._log_error else own.dim,
             )
-        words = self.query_one(FilterBar).text.casefold().split()
+        matches = self.query_one(FilterBar).matcher()
         table = Table.grid(padding=(0, 1))
         table.add_column(width=8, style=own.dim)
         table.add_column(width=1)
@@ -163,21 +160,20 @@ class PeerScreen(Screen[None]):
         shown = [
             line
             for line in self._log_lines
-            if (not self.faults_only or line.level in ("warning", "error"))
-            and all(word in line.text.casefold() for word in words)
+            if matches(line.text) and (not self.faults_only or line.level in ("warning", "error"))
         ]
         for line in shown:
             glyph, tone = LEVELS.get(line.level, LEVELS["info"])
             text = Text(line.text, styles()[tone] if tone != "quiet" else own.text)
             table.add_row(format_time(line.at, self._zone), Text(glyph, styles()[tone]), text)
         if not shown:
-            return Text("No line fits." if self._log_lines else "Its log is empty.", own.dim)
+            return Text("No line matches." if self._log_lines else "Its log is empty.", own.dim)
         return table
 
-    # --- what a person does ---
+    # --- input ---
 
     def action_back(self) -> None:
-        """Close an open filter, else go back to the fleet."""
+        """Close an open filter, else the screen."""
         bar = self.query_one(FilterBar)
         if bar.display:
             bar.clear()
@@ -220,7 +216,7 @@ class PeerScreen(Screen[None]):
 
     @work(exclusive=True, group="log")
     async def fetch_log(self) -> None:
-        """Ask the agent for its last lines; what was shown stays if it does not answer."""
+        """Fetch the last lines from the agent; the old ones stay if it does not answer."""
         body = self.query_one("#peer-body", VerticalScroll)
         at_foot = self._log_lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
         try:
@@ -232,71 +228,69 @@ class PeerScreen(Screen[None]):
             self.call_after_refresh(body.scroll_end, animate=False)
 
 
-def _grid() -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style=colors().dim, no_wrap=True)
-    table.add_column(style=colors().text)
+def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
+    """The facts about `peer`, its latest events and, if there is room, its losses."""
+    facts = _facts(peer, now)
+    events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
+    if width < MIN_TWO_COLUMNS:
+        room = max(height - facts.row_count - 2, 3)
+        return _column(facts, "", _event_table(events[-room:], now))
+    half = (width - 3) // 2
+    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
+    table = Table.grid(padding=(0, 3))
+    table.add_column(width=half)
+    table.add_column(width=half)
+    table.add_row(facts, Group(*plot, "", _event_table(events, now)))
     return table
 
 
-def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
-    """What is known of `peer`, and what was said of it last; its losses beside it if wide."""
-    left = _facts(peer, now)
-    own = [event for event in fleet.events if event.subject == peer.peer]
-    room = max(height - left.row_count - 2, 3) if width < MIN_TWO_COLUMNS else MAX_EVENTS
-    told = _event_table(own[-min(room, MAX_EVENTS) :], now)
-    table = Table.grid(padding=(0, 3))
-    if width < MIN_TWO_COLUMNS:
-        table.add_row(left)
-        table.add_row("")
-        table.add_row(told)
-        return table
-    half = (width - 3) // 2
-    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
-    table.add_column(width=half)
-    table.add_column(width=half)
-    table.add_row(left, Group(*plot, "", told))
+def _column(*parts: RenderableType) -> Table:
+    table = Table.grid()
+    for part in parts:
+        table.add_row(part)
     return table
 
 
 def _facts(peer: Peer, now: float) -> Table:
-    table = _grid()
-    table.add_row("state", to_text(state_cell(peer, now, 400)))
-    table.add_row("id", Text(peer.peer))
+    sent, state = peer.telemetry, state_cell(peer, now, 400)
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
-    table.add_row("labels", Text(labels or NOTHING))
-    table.add_row("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never")
+    rows: list[Fact] = [
+        ("state", state),
+        ("id", peer.peer),
+        ("labels", labels or NOTHING),
+        ("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
+    ]
     if peer.standing == "enrolled":
         mqtt, flower = links(peer, now)
-        table.add_row("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}")
-    table.add_row("version", Text(peer.version or NOTHING))
-    table.add_row("run", Text(f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
-    if sent := peer.telemetry:
+        rows.append(("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}"))
+    rows.append(("version", peer.version or NOTHING))
+    rows.append(("run", f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
+    if sent:
         if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
             done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
-            table.add_row("step", done)
-        table.add_row(
-            "sent", f"{format_bytes(sent.bytes_up)} up · {format_bytes(sent.bytes_down)} down"
-        )
+            rows.append(("step", done))
+        up, down = format_bytes(sent.bytes_up), format_bytes(sent.bytes_down)
+        rows.append(("sent", f"{up} up · {down} down"))
     if peer.given:
-        part = Text(peer.given.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
+        glyphs = Text(peer.given.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
         count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
-        table.add_row("took part", part.append(count, colors().dim))
-    disk = format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING
-    table.add_row("disk left", disk)
-    table.add_row("clock", _describe_skew(peer.skew_s))
-    table.add_row("messages", f"{peer.missed} missed · {peer.ignored} ignored")
-    return table
+        rows.append(("took part", glyphs.append(count, colors().dim)))
+    rows += [
+        ("disk left", format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING),
+        ("clock", _describe_skew(peer.skew_s)),
+        ("messages", f"{peer.missed} missed · {peer.ignored} ignored"),
+    ]
+    return facts_table(rows)
 
 
 def _describe_skew(skew_s: float) -> str:
     if abs(skew_s) < 1:
-        return "right to a second"
+        return "correct within 1 s"
     return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
 
 
 def _event_table(events: Sequence[Event], now: float) -> Table:
-    """The last that was said of it."""
+    """Events with their ages."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style=colors().dim, justify="right", no_wrap=True)
     table.add_column(width=1)
@@ -309,42 +303,39 @@ def _event_table(events: Sequence[Event], now: float) -> Table:
 
 def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     """Its training losses in this run."""
-    rounds = (1, len(peer.losses))
-    plot = curve_plot("Training loss", peer.losses, width, height, colors().blue, rounds=rounds)
+    plot = Plot("Training loss", width, height, (1, len(peer.losses)))
+    lines = curve_plot(plot, peer.losses, colors().blue)
     if peer.losses:
-        plot[-1] = Text("its last reports, the newest at the right", colors().dim)
-    return plot
+        lines[-1] = Text("its last reports, the newest at the right", colors().dim)
+    return lines
 
 
 def metrics(peer: Peer, width: int, height: int) -> Table:
-    """What it measures while it works, and its losses in this run as a plot."""
+    """Its telemetry, and a plot of its losses in this run."""
     sent = peer.telemetry
-    table = _grid()
+    rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
     if sent is not None:
-        loss = to_text(Cell(DIVERGED, "bad")) if peer.diverged else decimal(sent.loss)
-        table.add_row("loss", loss)
-        table.add_row("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s")
-        table.add_row("processor", f"{sent.cpu_percent:.0f} %")
-        table.add_row("memory", format_bytes(sent.memory_bytes))
-        battery = NOTHING if sent.battery_percent is None else f"{sent.battery_percent:.0f} %"
-        table.add_row("battery", battery)
-    else:
-        table.add_row("", Text("It has measured nothing yet.", colors().dim))
-    whole = Table.grid()
-    whole.add_row(table)
-    if peer.losses:
-        whole.add_row("")
-        whole.add_row(Group(*loss_plot(peer, width, min(height, 16))))
-    return whole
+        rows = [
+            ("loss", Cell(DIVERGED, "bad") if peer.diverged else decimal(sent.loss)),
+            ("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s"),
+            ("processor", f"{sent.cpu_percent:.0f} %"),
+            ("memory", format_bytes(sent.memory_bytes)),
+            ("battery", battery(sent.battery_percent)),
+        ]
+    table = facts_table(rows)
+    if not peer.losses:
+        return table
+    return _column(table, "", Group(*loss_plot(peer, width, min(height, 16))))
 
 
 def policy(peer: Peer) -> Table:
-    """The settings that its owner lets others know of; nobody can change them from here."""
-    table = _grid()
-    table.add_row("tasks", Text(", ".join(peer.tasks) or "none: it gets no work"))
-    for name, value in sorted(peer.policy.items()):
-        table.add_row(Text(name), Text(value or NOTHING))
-    table.add_row("", "")
-    words = "On that machine: commonweight-agent policy set NAME VALUE"
-    table.add_row("", Text(words, colors().dim))
-    return table
+    """The settings that its owner shares; they cannot be changed from here."""
+    hint = "To change them, on that machine: commonweight-agent policy set NAME VALUE"
+    return facts_table(
+        [
+            ("tasks", ", ".join(peer.tasks) or "none: it gets no work"),
+            *((name, value or NOTHING) for name, value in sorted(peer.policy.items())),
+            ("", ""),
+            ("", Text(hint, colors().dim)),
+        ]
+    )

@@ -1,159 +1,169 @@
-"""How a plot looks: a title with the last value, an axis, the drawing, the first and last round."""
+"""Plots as lines of text: a title with the last value, an axis, the drawing, the rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from rich.style import Style
 from rich.text import Text
 from textual.color import Color
 
 from coordinator.fleet.reducer import finite
-from coordinator.monitor.charts import Scale, Values, band, bar_width, curve, fit_scale, stack
+from coordinator.monitor.charts import (
+    Block,
+    Scale,
+    Values,
+    band,
+    bar_width,
+    curve,
+    fit_scale,
+    stack,
+)
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import DIVERGED, brief, truncate
 
-Format = Callable[[float], str]
-MIN_WIDTH_AXIS = 22  # narrower panes have no axis
-Rounds = tuple[int, int]
+MIN_WIDTH_AXIS = 22  # narrower plots have no axis
+Segment = tuple[str, Style | str]
 
 
-def title_line(title: str, last: Text, notes: Sequence[str], width: int) -> Text:
-    """The title and the last value at the left; at the right the first note that has room."""
-    line = Text.assemble((title, f"bold {colors().text}"), " ", last, no_wrap=True)
-    note = next((one for one in notes if len(line.plain) + len(one) + 2 <= width), "")
-    line.append(" " * (width - len(line.plain) - len(note))).append(note, colors().dim)
-    return line
+class Plot(NamedTuple):
+    """The frame of a plot: its size in characters, the first and the last round.
+
+    The first of `notes` that fits stands at the right of the title.
+    """
+
+    title: str
+    width: int
+    height: int
+    rounds: tuple[int, int] = (0, 0)
+    fmt: Callable[[float], str] = brief
+    notes: Sequence[str] = ()
+
+    def title_line(self, last: Text | None = None) -> Text:
+        line = Text.assemble((self.title, f"bold {colors().text}"), " ", no_wrap=True)
+        line.append_text(last or Text())
+        note = next((one for one in self.notes if len(line) + len(one) + 2 <= self.width), "")
+        line.append(" " * (self.width - len(line) - len(note))).append(note, colors().dim)
+        return line
+
+    def empty(self, last: Text) -> list[Text]:
+        """The plot without data."""
+        lines = [self.title_line(last), Text("no round closed yet", colors().dim)]
+        return [*lines, *[Text()] * (self.height - 2)][: self.height]
+
+    @property
+    def inner_height(self) -> int:
+        return max(self.height - 2, 1)
+
+    def axis_labels(self, scale: Scale) -> list[str]:
+        """The values at the top, at the bottom and, if there is room, in the middle."""
+        tall, fmt = self.inner_height, self.fmt
+        if self.width < MIN_WIDTH_AXIS:
+            return [""] * tall
+        texts = {tall - 1: fmt(scale.low) if scale.low else "0", 0: fmt(scale.high)}
+        if tall >= 7 and scale.high > scale.low:
+            texts[tall // 2] = fmt(scale.middle)
+        wide = max(map(len, texts.values()))
+        return [f"{texts.get(line, ''):>{wide}} " for line in range(tall)]
+
+    def framed(
+        self, last: Text, labels: list[str], drawn: Iterable[Iterable[Segment]], width: int
+    ) -> list[Text]:
+        """Title, axis labels with the drawing, and the rounds below `width` of it."""
+        lines = [self.title_line(last)]
+        for label, segments in zip(labels, drawn, strict=True):
+            lines.append(Text.assemble((label, colors().faint), *segments, no_wrap=True))
+        return [*lines, self._round_axis(len(labels[0]), width)][: self.height]
+
+    def _round_axis(self, indent: int, width: int) -> Text:
+        first, last = map(str, self.rounds)
+        line = Text(" " * indent + first, colors().dim, no_wrap=True)
+        if first != last and width >= len(first) + len(last) + 3:
+            line.append(f" {'╌' * (width - len(first) - len(last) - 2)} ", colors().faint)
+            line.append(last)
+        return line
 
 
 def curve_plot(
-    title: str,
-    values: Values,
-    width: int,
-    height: int,
-    color: str,
-    *,
-    rounds: Rounds,
-    fmt: Format = brief,
-    notes: Sequence[str] = (),
-    spread: tuple[Values, Values] | None = None,
+    plot: Plot, values: Values, color: str, spread: tuple[Values, Values] | None = None
 ) -> list[Text]:
-    """A curve in `height` lines; `between` is the least and the most of all peers, shaded."""
+    """A curve; the range of all peers, `spread`, is shaded."""
     values = [finite(value) for value in values]
     scale = fit_scale([*values, *spread[0], *spread[1]] if spread else values)
     last = values[-1] if values else None
-    word = DIVERGED if last is None else fmt(last)
-    end = Text(word, colors().vermilion if last is None else color)
+    bad = colors().vermilion
+    end = Text(DIVERGED, bad) if last is None else Text(plot.fmt(last), color)
     if scale is None:
-        return _empty_plot(title, end if values else Text(), width, height)
-    tall = max(height - 2, 1)
-    labels = _axis_labels(scale, tall, width, fmt)
-    wide = width - len(labels[0])
+        return plot.empty(end if values else Text())
+    labels, tall = plot.axis_labels(scale), plot.inner_height
+    wide = plot.width - len(labels[0])
     inside = band(*spread, wide, tall, scale) if spread else [[False] * wide] * tall
     tint = _tint(color, 0.78)
-    lines = [title_line(title, end, notes, width)]
-    for label, drawn, shade in zip(labels, curve(values, wide, tall, scale), inside, strict=True):
-        line = Text(label, colors().faint, no_wrap=True)
-        for sign, shaded in zip(drawn, shade, strict=True):
-            ink = colors().vermilion if sign == "✕" else color
-            line.append(sign, Style(color=ink, bgcolor=tint if shaded else None))
-        lines.append(line)
-    return [*lines, _round_axis(rounds, width, len(labels[0]))][:height]
+    drawn = (
+        [
+            (char, Style(color=bad if char == "✕" else color, bgcolor=tint if shaded else None))
+            for char, shaded in zip(line, shades, strict=True)
+        ]
+        for line, shades in zip(curve(values, wide, tall, scale), inside, strict=True)
+    )
+    return plot.framed(end, labels, drawn, wide)
 
 
-def stack_plot(
-    title: str,
-    parts: Sequence[tuple[str, Sequence[float]]],
-    width: int,
-    height: int,
-    *,
-    rounds: Rounds,
-    fmt: Format = brief,
-    notes: Sequence[str] = (),
-) -> list[Text]:
-    """Bars from zero, each part in its colour: (colour, value by round)."""
-    parts = [(color, [_clamp(value) for value in values]) for color, values in parts]
-    totals = [sum(at) for at in zip(*(values for _, values in parts), strict=True)]
+def stack_plot(plot: Plot, parts: Sequence[tuple[str, Sequence[float]]]) -> list[Text]:
+    """Bars from zero, stacked: (color, value by round) for each part."""
+    heights = [[_clamp(value) for value in values] for _, values in parts]
+    totals = [sum(values) for values in zip(*heights, strict=True)]
     if not totals:
-        return _empty_plot(title, Text(), width, height)
+        return plot.empty(Text())
     part_colors = [color for color, _ in parts]
     scale = Scale(0.0, max(totals))
-    tall = max(height - 2, 1)
-    labels = _axis_labels(scale, tall, width, fmt)
-    wide = width - len(labels[0])
-    lines = [title_line(title, Text(fmt(totals[-1]), part_colors[0]), notes, width)]
-    blocks = stack([values for _, values in parts], wide, tall, scale.high)
-    for label, drawn in zip(labels, blocks, strict=True):
-        line = Text(label, colors().faint, no_wrap=True)
-        for block in drawn:
-            line.append(
-                block.char, _block_style(part_colors, block.part, block.part_above, block.is_top)
-            )
-        lines.append(line)
+    labels, tall = plot.axis_labels(scale), plot.inner_height
+    wide = plot.width - len(labels[0])
+    drawn = (
+        [(block.char, _block_style(part_colors, block)) for block in line]
+        for line in stack(heights, wide, tall, scale.high)
+    )
     used = min(bar_width(len(totals), wide) * len(totals), wide)
-    return [*lines, _round_axis(rounds, len(labels[0]) + used, len(labels[0]))][:height]
+    return plot.framed(Text(plot.fmt(totals[-1]), part_colors[0]), labels, drawn, used)
 
 
 def _clamp(value: float) -> float:
-    """Not below zero, and not so large that a few of them have no sum."""
+    """Not negative, and small enough that a sum of several stays finite."""
     return min(max(finite(value) or 0.0, 0.0), 1e300)
 
 
-def _block_style(part_colors: Sequence[str], part: int, over: int, edge: bool) -> Style | str:
-    if part < 0:
+def _block_style(part_colors: Sequence[str], block: Block) -> Style | str:
+    if block.part < 0:
         return ""
     if len(part_colors) > 1:
-        return Style(color=part_colors[part], bgcolor=part_colors[over] if over >= 0 else None)
-    # One part alone: a bright edge on a dark body, so that the curve is what is seen.
-    return Style(color=part_colors[0] if edge else _tint(part_colors[0], 0.55))
+        above = block.part_above
+        return Style(
+            color=part_colors[block.part], bgcolor=part_colors[above] if above >= 0 else None
+        )
+    # A single part: a bright edge on a dark body, so that the curve stands out.
+    return Style(color=part_colors[0] if block.is_top else _tint(part_colors[0], 0.55))
 
 
 @lru_cache(64)
-def _blend(color: str, ground: str, share: float) -> str:
-    return Color.parse(color).blend(Color.parse(ground), share).hex
+def _blend(color: str, background: str, share: float) -> str:
+    return Color.parse(color).blend(Color.parse(background), share).hex
 
 
 def _tint(color: str, share: float) -> str:
     return _blend(color, colors().background, share)
 
 
-def _axis_labels(scale: Scale, tall: int, width: int, fmt: Format) -> list[str]:
-    """The axis: the value at the top, at the foot and, where there is room, in the middle."""
-    if width < MIN_WIDTH_AXIS:
-        return [""] * tall
-    words = {tall - 1: fmt(scale.low) if scale.low else "0", 0: fmt(scale.high)}
-    if tall >= 7 and scale.high > scale.low:
-        words[tall // 2] = fmt(scale.middle)
-    wide = max(map(len, words.values()))
-    return [f"{words.get(line, ''):>{wide}} " for line in range(tall)]
-
-
-def _round_axis(rounds: Rounds, width: int, indent: int) -> Text:
-    first, last = str(rounds[0]), str(rounds[1])
-    if rounds[0] == rounds[1] or width - indent < len(first) + len(last) + 3:
-        return Text(" " * indent + first, colors().dim, no_wrap=True)
-    line = Text(" " * indent + first, colors().dim, no_wrap=True)
-    line.append(" " + "╌" * (width - indent - len(first) - len(last) - 2) + " ", colors().faint)
-    return line.append(last)
-
-
-def _empty_plot(title: str, end: Text, width: int, height: int) -> list[Text]:
-    lines = [title_line(title, end, (), width), Text("no round closed yet", colors().dim)]
-    return [*lines, *[Text()] * (height - 2)][:height]
-
-
-def bar_list(
-    title: str, rows: Sequence[tuple[str, str, float]], width: int, color: str
-) -> list[Text]:
-    """A line for each (name, words, share of the whole width): horizontal bars."""
-    wide = min(max((len(name) for name, _, _ in rows), default=0), max(width // 3, 6))
-    lines = [title_line(title, Text(), (), width)]
-    for name, words, share in rows:
+def bar_list(plot: Plot, rows: Sequence[tuple[str, str, float]], color: str) -> list[Text]:
+    """A horizontal bar for each (name, value, fraction of the full width)."""
+    wide = min(max((len(name) for name, _, _ in rows), default=0), max(plot.width // 3, 6))
+    room = max(plot.width - wide - 9, 1)
+    lines = [plot.title_line()]
+    for name, value, fraction in rows:
         line = Text(f"{truncate(name, wide):<{wide}} ", colors().dim, no_wrap=True)
-        line.append(f"{words:>7} ", colors().text)
-        room = max(width - wide - 9, 1)
-        lines.append(line.append("━" * max(round(share * room), 1), color))
+        line.append(f"{value:>7} ", colors().text)
+        lines.append(line.append("━" * max(round(fraction * room), 1), color))
     return lines
 
 

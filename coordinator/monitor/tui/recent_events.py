@@ -1,4 +1,4 @@
-"""The last events in a few lines, where a page has room to spare."""
+"""The latest events in a few lines, where a page has room for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coordinator.monitor.tui.theme import colors, styles
 
 
 class RecentEvents(Widget):
-    """`Latest`, then a line an event, the newest at the foot."""
+    """The title `Latest`, then one line per event, the newest at the bottom."""
 
     DEFAULT_CSS = "RecentEvents { padding: 0 1; }"
 

@@ -1,4 +1,4 @@
-"""The monitor over a recording: the same screens, and keys for time."""
+"""The monitor of a recording: the same screens, and keys for the playback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coordinator.remote.replay import ReplaySource
 
 
 class ReplayApp(MonitorApp):
-    """`commonweight monitor --replay FILE`. Nothing can be changed in what was."""
+    """`commonweight monitor --replay FILE`; always read-only."""
 
     replaying: ClassVar[bool] = True
 
@@ -36,8 +36,8 @@ class ReplayApp(MonitorApp):
 
     def action_seek(self, by_s: float) -> None:
         self._recording.seek(by_s)
-        self._events_seen = None  # what was jumped over is no news
-        self.clear_notifications()  # nor is what was said at another time
+        self._events_seen = None  # skipped events get no toast
+        self.clear_notifications()  # toasts of another time
         self._draw_frame(self._clock())
 
     def action_pace(self, factor: float) -> None:

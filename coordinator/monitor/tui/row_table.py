@@ -1,4 +1,4 @@
-"""A table of which whole rows are chosen; moves as in k9s and vi: j, k, g, G, home, end."""
+"""A DataTable with a row cursor and the keys of k9s and vi: j, k, g, G, home, end."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable
 
-#: Cells and lines that are kept as they were drawn: more than the largest terminal shows.
+#: Cached cells and lines: more than the largest terminal shows.
 MAX_CACHED_CELLS, MAX_CACHED_LINES = 1_000, 150
 
 
 class RowTable(DataTable[Text]):
-    """Cells keep their colours under the cursor."""
+    """Cells keep their colors under the cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "cursor_down", "Down", show=False),
@@ -30,7 +30,7 @@ class RowTable(DataTable[Text]):
             id=id,
         )
         self.cell_padding = 1
-        # With every row that comes all that is in sight gets a new place in these, and the old one
-        # stays: Textual's 10,000 cells are tens of megabytes of what nobody looks at any more.
+        # Every new row adds all visible cells to these caches again. Textual's limit of 10,000
+        # cells would fill tens of megabytes with stale ones.
         self._cell_render_cache.maxsize = MAX_CACHED_CELLS
         self._row_render_cache.maxsize = self._line_cache.maxsize = MAX_CACHED_LINES

@@ -27,7 +27,7 @@ def order(texts: Mapping[str, str]) -> RunOrder:
 
 
 class RunForm(ModalScreen[RunOrder | None]):
-    """Answers with the order, checked, or with None."""
+    """Dismisses with the checked order, or with None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", show=False),
@@ -40,12 +40,12 @@ class RunForm(ModalScreen[RunOrder | None]):
         with Vertical(id="form") as box:
             box.border_title = "A new run"
             box.border_subtitle = "enter starts it · esc closes"
-            with Vertical(id="fields"):  # no VerticalScroll: that has up and down for itself
+            with Vertical(id="fields"):  # a VerticalScroll would take the keys up and down
                 for one in OPTIONS:
                     with Horizontal(classes="field"):
                         yield Label(one.name.replace("-", " "))
                         yield Input(one.default_text, placeholder=one.help, compact=True)
-            yield Static(id="form-says")  # in sight however far the fields are scrolled
+            yield Static(id="form-message")  # always visible, even when the fields are scrolled
 
     def on_mount(self) -> None:
         for one in self.query(Input):
@@ -57,21 +57,21 @@ class RunForm(ModalScreen[RunOrder | None]):
         self._explain()
 
     def _explain(self) -> None:
-        """What the field under the cursor means."""
+        """Show the help of the focused field."""
         inputs = list(self.query(Input))
         if self.focused in inputs:
-            says = OPTIONS[inputs.index(self.focused)].help
-            self.query_one("#form-says", Static).update(Text(says, colors().dim))
+            help_text = OPTIONS[inputs.index(self.focused)].help
+            self.query_one("#form-message", Static).update(Text(help_text, colors().dim))
 
     @on(Input.Submitted)
     def action_send(self) -> None:
-        """Check and answer; what is wrong is said in the form."""
+        """Check the order and close; an error is shown in the form."""
         inputs = zip(OPTIONS, self.query(Input), strict=True)
         try:
             made = order({option.name: field.value for option, field in inputs})
         except CommonweightError as err:
-            said = f"✕ {err.message}. {err.hint}".rstrip(" .")
-            self.query_one("#form-says", Static).update(Text(said, colors().vermilion))
+            message = f"✕ {err.message}. {err.hint}".rstrip(" .")
+            self.query_one("#form-message", Static).update(Text(message, colors().vermilion))
         else:
             self.dismiss(made)
 

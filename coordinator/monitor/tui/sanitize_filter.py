@@ -1,4 +1,4 @@
-"""The last gate before the terminal, for every screen and widget."""
+"""Sanitize all text on its way to the terminal, for every screen and widget."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from coordinator.monitor.terminal_text import ascii_only, strip_controls
 
 
 class SanitizeFilter(LineFilter):
-    """Makes text harmless and, if asked, ASCII; styles stay."""
+    """Strips control characters and, if `ascii_too`, converts text to ASCII; styles stay."""
 
     def __init__(self, *, ascii_too: bool) -> None:
         super().__init__(enabled=True)
         self._ascii_too = ascii_too
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """The same segments with harmless text."""
-        done = []
+        """The same segments with sanitized text."""
+        result = []
         for segment in segments:
             text = segment.text
             if not segment.control and not (text.isascii() and text.isprintable()):
@@ -26,5 +26,5 @@ class SanitizeFilter(LineFilter):
                 clean = ascii_only(clean) if self._ascii_too else clean
                 if clean is not text:
                     segment = Segment(clean, segment.style)
-            done.append(segment)
-        return done
+            result.append(segment)
+        return result

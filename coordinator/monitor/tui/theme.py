@@ -1,15 +1,18 @@
-"""The monitor's colours: ours in dark and light, after Okabe and Ito's palette, which the
-colour-blind can tell apart (jfly.uni-koeln.de/color), and whatever Textual's themes bring.
+"""The colors of the monitor: a dark and a light theme, and all themes of Textual.
 
-Nothing is said by colour alone. What is drawn as text asks `colours()`; the style sheet asks the
-theme itself.
+Ours follow the palette of Okabe and Ito, which color-blind people can tell apart
+(jfly.uni-koeln.de/color). No information is carried by color alone. Code that draws text calls
+`colors()`; the style sheet uses the theme.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from rich.console import RenderableType
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 from textual.color import Color, ColorParseError
 from textual.theme import Theme
@@ -18,7 +21,7 @@ from coordinator.monitor.peer_table import Cell, Tone
 
 
 class Palette(NamedTuple):
-    """Colours as `#rrggbb`: the ground, the text from strong to faint, and what tones use."""
+    """Colors as `#rrggbb`: background, text from strong to faint, and those of the tones."""
 
     background: str
     strong: str
@@ -75,7 +78,7 @@ LIGHT = Palette(
 
 
 def _theme(name: str, of: Palette, *, dark: bool, steps: tuple[str, str, str, str, str]) -> Theme:
-    """A Textual theme; `steps` are surface, panel, boost, cursor and the cursor without focus."""
+    """A Textual theme; `steps` are surface, panel, boost, cursor and unfocused cursor."""
     surface, panel, boost, cursor, blurred = steps
     return Theme(
         name=name,
@@ -112,14 +115,11 @@ def _theme(name: str, of: Palette, *, dark: bool, steps: tuple[str, str, str, st
 _DARK_STEPS = ("#151b24", "#1c2430", "#2a3544", "#26384d", "#1e2a39")
 _LIGHT_STEPS = ("#ffffff", "#e8ebef", "#d5dae1", "#d3e4f1", "#e3ebf2")
 THEMES: dict[str, tuple[Theme, Palette]] = {
-    "commonweight-dark": (
-        _theme("commonweight-dark", DARK, dark=True, steps=_DARK_STEPS),
-        DARK,
-    ),
-    "commonweight-light": (
-        _theme("commonweight-light", LIGHT, dark=False, steps=_LIGHT_STEPS),
-        LIGHT,
-    ),
+    theme.name: (theme, palette)
+    for theme, palette in (
+        (_theme("commonweight-dark", DARK, dark=True, steps=_DARK_STEPS), DARK),
+        (_theme("commonweight-light", LIGHT, dark=False, steps=_LIGHT_STEPS), LIGHT),
+    )
 }
 DEFAULT = "commonweight-dark"
 
@@ -127,41 +127,41 @@ _current: tuple[Palette, dict[Tone, Style]] = (DARK, DARK.styles())
 
 
 def colors() -> Palette:
-    """The colours of the theme in use."""
+    """The colors of the current theme."""
     return _current[0]
 
 
 def styles() -> dict[Tone, Style]:
-    """The styles of the theme in use."""
+    """The styles of the current theme."""
     return _current[1]
 
 
 def set_colors(theme: Theme) -> None:
-    """From now on text is drawn in the colours of this theme. There is one terminal, so one."""
+    """Use the colors of `theme` from now on, for the whole process: it has one terminal."""
     global _current
     palette = THEMES[theme.name][1] if theme.name in THEMES else _palette(theme)
     _current = (palette, palette.styles())
 
 
 def _palette(theme: Theme) -> Palette:
-    """What a foreign theme gives; where it names no colour, ours of its lightness."""
+    """The colors of a Textual theme; where it defines none, ours of the same lightness."""
     ours = DARK if theme.dark else LIGHT
 
-    def pick(name: str | None, otherwise: str) -> Color:
+    def pick(name: str | None, default: str) -> Color:
         try:
-            color = Color.parse(name or otherwise)
+            color = Color.parse(name or default)
         except ColorParseError:
-            color = Color.parse(otherwise)
-        return Color.parse(otherwise) if color.ansi is not None or color.a < 1 else color
+            return Color.parse(default)
+        return Color.parse(default) if color.ansi is not None or color.a < 1 else color
 
-    ground, ink = pick(theme.background, ours.background), pick(theme.foreground, ours.text)
+    background, text = pick(theme.background, ours.background), pick(theme.foreground, ours.text)
     strong = Color.parse(ours.strong)
     return Palette(
-        background=ground.hex,
+        background=background.hex,
         strong=strong.hex,
-        text=ink.hex,
-        dim=ink.blend(ground, 0.35).hex,
-        faint=ink.blend(ground, 0.65).hex,
+        text=text.hex,
+        dim=text.blend(background, 0.35).hex,
+        faint=text.blend(background, 0.65).hex,
         accent=pick(theme.accent, ours.accent).hex,
         green=pick(theme.success, ours.green).hex,
         blue=pick(theme.primary, ours.blue).hex,
@@ -171,7 +171,23 @@ def _palette(theme: Theme) -> Palette:
     )
 
 
-def to_text(cell: Cell, *, right: bool = False) -> Text:
-    """The cell as text that no markup of a peer can change."""
+def to_text(cell: Cell) -> Text:
+    """The cell as text; markup from a peer is not interpreted."""
     style = styles()[cell.tone] if cell.tone != "plain" else Style()
-    return Text(cell.text, style, justify="right" if right else "left", no_wrap=True, end="")
+    return Text(cell.text, style, justify="left", no_wrap=True, end="")
+
+
+Fact = tuple[str, Cell | RenderableType]
+
+
+def facts_table(facts: Iterable[Fact]) -> Table:
+    """Two columns: a name and a value. A value wraps, and text from a peer is not markup."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=colors().dim, no_wrap=True)
+    table.add_column(style=colors().text)
+    for name, value in facts:
+        if isinstance(value, Cell):
+            value = to_text(value)
+            value.no_wrap = False
+        table.add_row(Text(name), Text(value) if isinstance(value, str) else value)
+    return table

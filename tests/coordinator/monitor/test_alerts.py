@@ -12,11 +12,11 @@ def texts(now: float = NOW) -> list[str]:
 
 
 def test_the_conditions_of_the_scene() -> None:
-    assert "east has diverged: its loss is no number" in texts()
+    assert "east has diverged: its loss is not a number" in texts()
     assert any("at risk" in text for text in texts())
     later = texts(NOW + 600)
-    assert any("cannot go on" in text for text in later)
-    assert any("north has said nothing for 10 min" in text for text in later)
+    assert any("cannot continue" in text for text in later)
+    assert any("north has sent nothing for 10 min" in text for text in later)
 
 
 def test_disk_clock_and_version() -> None:
@@ -57,4 +57,4 @@ def test_many_of_a_kind_are_a_few_names_and_a_number() -> None:
         fleet.peers[copy.peer] = copy
     told = [alert for alert in AlertTracker().new(fleet, NOW) if "diverged" in alert.key]
     assert len(told) == 6
-    assert told[-1].text == "diverged: the same of 36 more peers"
+    assert told[-1].text == "diverged: the same for 36 more peers"

@@ -116,12 +116,12 @@ PAGES: dict[str, Case] = {
     "y": Case(lambda desk: desk.app.clipboard == IDS["garden"]),
     "x": Case(wrote("commonweight-peers-*.csv")),
     "f8": Case(wrote("*.svg")),
-    "r": Case(lambda desk: any("trying the links" in e.text for e in desk.app.events)),
+    "r": Case(lambda desk: any("connecting again" in e.text for e in desk.app.events)),
     "1": Case(lambda desk: "awaiting approval" in desk.text, ("2",)),
     "2": Case(lambda desk: "Val loss" in desk.text),
     "3": Case(lambda desk: "west lost its connection" in desk.text, ("z",), ("1", "z")),
     "4": Case(lambda desk: "scatter-c41e88" in desk.text),
-    "escape": Case(lambda desk: not desk.fleet.faults, ("exclamation_mark",)),
+    "escape": Case(lambda desk: not desk.fleet.faults_only, ("exclamation_mark",)),
     "ctrl+p": Case(lambda desk: desk.shows(CommandPalette)),
     "question_mark": Case(lambda desk: desk.shows(HelpDialog, "Fleet: one row")),
     "f1": Case(lambda desk: desk.shows(HelpDialog, "Fleet: one row")),
@@ -129,7 +129,7 @@ PAGES: dict[str, Case] = {
 }
 #: Keys that do another thing on another page.
 ELSEWHERE: dict[str, Case] = {
-    "3 slash": Case(lambda desk: desk.app._main(EventsPage).bar.display, ("3",)),
+    "3 slash": Case(lambda desk: desk.app._part(EventsPage).bar.display, ("3",)),
     "3 exclamation_mark": Case(lambda desk: "warnings and errors" in desk.text, ("3",)),
     "3 f": Case(lambda desk: "not following" in desk.text, ("3",)),
     "3 enter": Case(lambda desk: desk.shows(PeerScreen, "disk left"), ("3", "end")),
@@ -137,7 +137,7 @@ ELSEWHERE: dict[str, Case] = {
     "2 x": Case(wrote("commonweight-rounds-*.csv"), ("2",)),
     "2 y": Case(lambda desk: desk.app.clipboard == "motion-7", ("2",)),
     "2 z": Case(lambda desk: "Val loss" not in desk.text, ("2",), ("z",)),
-    "2 f": Case(lambda desk: not desk.app._main(RoundsPage).follow, ("2",), ("f",)),
+    "2 f": Case(lambda desk: not desk.app._part(RoundsPage).follow, ("2",), ("f",)),
     "4 x": Case(wrote("commonweight-jobs-*.csv"), ("4",)),
     "4 y": Case(lambda desk: desk.app.clipboard == "scatter-c41e88", ("4",)),
     "4 z": Case(lambda desk: "answers up" not in desk.text, ("4",), ("z",)),
@@ -177,19 +177,20 @@ def rows(query: str, *first: str) -> dict[str, Case]:
     return {key: Case(so, (*first, start)) for key, (so, start) in ways.items()}
 
 
-CELLS = rows("#peers") | {
-    "down": Case(lambda desk: desk.at_row("#peers") == 1, ("home",)),
-    "up": Case(lambda desk: desk.at_row("#peers") == 64, ("end",)),
+CELLS = rows("#peer-table") | {
+    "down": Case(lambda desk: desk.at_row("#peer-table") == 1, ("home",)),
+    "up": Case(lambda desk: desk.at_row("#peer-table") == 64, ("end",)),
     **{
-        key: Case(lambda desk: desk.at_row("#peers") > 2, ("home",))
+        key: Case(lambda desk: desk.at_row("#peer-table") > 2, ("home",))
         for key in ("pagedown", "ctrl+f")
     },
     **{
-        key: Case(lambda desk: desk.at_row("#peers") < 63, ("end",)) for key in ("pageup", "ctrl+b")
+        key: Case(lambda desk: desk.at_row("#peer-table") < 63, ("end",))
+        for key in ("pageup", "ctrl+b")
     },
     "enter": Case(lambda desk: desk.shows(PeerScreen, "disk left")),
 }
-ROWS = rows("#said", "3")
+ROWS = rows("#event-table", "3")
 BOXES: dict[type[Any], dict[str, Case]] = {
     Dialog: {key: Case(alone, ("question_mark",)) for key in ("escape", "q", "enter")},
     TicketDialog: {"y": Case(lambda desk: desk.app.clipboard.startswith("cw1-"), ("t",))},

@@ -53,7 +53,7 @@ async def test_approve_and_remove_are_done_when_the_fleet_shows_it() -> None:
             peer=IDS["west"], name="west", enrollment="removed", public_key=PEER_KEYS["west"]
         )
         told(source, 2, gone)
-        await until(pilot, lambda: any(e.text == "west is out of the fleet" for e in app.events))
+        await until(pilot, lambda: any(e.text == "west has been removed" for e in app.events))
 
 
 async def test_drain_waits_until_the_agent_has_left() -> None:
@@ -63,7 +63,7 @@ async def test_drain_waits_until_the_agent_has_left() -> None:
         await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         await pilot.press("y")
         await until(pilot, lambda: source.commands == [(IDS["east"], "finish", 0.0)])
-        await until(pilot, lambda: "asked: drain east" in screen_text(app))
+        await until(pilot, lambda: "requested: drain east" in screen_text(app))
         source.live.put_nowait(says("east", PeerState.OFFLINE, "stopped"))
         await until(pilot, lambda: any("east has finished and left" in e.text for e in app.events))
 
@@ -88,7 +88,7 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
             run="ping-1", task="ping", state=RunState.WAITING, round=0, rounds=3, quorum=1
         )
         told(source, 1, begun)
-        await until(pilot, lambda: any("run ping-1 has begun" in e.text for e in app.events))
+        await until(pilot, lambda: any("run ping-1 has started" in e.text for e in app.events))
         await pilot.press("2", "X")
         await until(pilot, lambda: isinstance(app.screen, ConfirmDialog))
         await until(pilot, lambda: "commonweight run resume ping-1" in screen_text(app))
@@ -117,7 +117,7 @@ async def test_events_are_filtered_and_lead_to_their_peer() -> None:
     async with running(busy()) as (app, pilot):
         await pilot.press("3", "slash", *"norm", "enter")
         page = app.query_one(EventsPage)
-        await until(pilot, lambda: len(page.shown) == 1)
+        await until(pilot, lambda: page.table.row_count == 1)
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, PeerScreen))
         assert app.peer_screen is not None
@@ -125,7 +125,7 @@ async def test_events_are_filtered_and_lead_to_their_peer() -> None:
         await pilot.press("escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         await pilot.press("escape", "exclamation_mark")
-        await until(pilot, lambda: all(event.level != "info" for event in page.shown))
+        await until(pilot, lambda: all(row["level"] != "info" for row in page.export_rows()[1]))
 
 
 async def test_the_peer_screen_and_its_tabs() -> None:
@@ -188,8 +188,8 @@ async def test_help_is_about_what_has_the_focus() -> None:
     async with running(busy(), size=(100, 60)) as (app, pilot):
         for keys, words in (
             (["f1"], "Fleet: one row"),
-            (["2", "question_mark"], "Rounds: the run"),
-            (["3", "question_mark"], "Events: everything"),
+            (["2", "question_mark"], "Rounds: the current run"),
+            (["3", "question_mark"], "Events: all events"),
             (["1", "enter", "question_mark"], "Peer: 1 overview"),
         ):
             await pilot.press(*keys)

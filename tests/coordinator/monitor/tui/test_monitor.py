@@ -14,6 +14,7 @@ from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import footer_line
 from coordinator.monitor.tui.header import header_line
+from coordinator.monitor.tui.page import Frame
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.row_table import MAX_CACHED_CELLS, MAX_CACHED_LINES
 from protocols.errors import Unreachable
@@ -73,11 +74,11 @@ async def test_a_deed_is_done_when_the_peer_says_so() -> None:
         await pilot.press("down", "space", "P")
         await until(pilot, lambda: len(source.commands) == 1)
         assert source.commands == [(IDS["east"], "pause", 0.0)]
-        await until(pilot, lambda: "asked: pause east" in screen_text(app))
+        await until(pilot, lambda: "requested: pause east" in screen_text(app))
         assert not any("paused" in event.text for event in app.events), "only sent so far"
         source.live.put_nowait(says("east", PeerState.PAUSED, PauseReason.OPERATOR))
         await until(pilot, lambda: any(e.text == "east has paused" for e in app.events))
-        assert "asked:" not in screen_text(app)
+        assert "requested:" not in screen_text(app)
         assert page.marked == {IDS["east"]}
 
 
@@ -86,7 +87,7 @@ async def test_what_cannot_be_asked_says_why() -> None:
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
         await pilot.press("end", "space", "P")
-        offline = "pause west: it is offline and hears nothing. Try again when it is back."
+        offline = "pause west: it is offline. Try again when it is back."
         await until(pilot, lambda: any(event.text == offline for event in app.events))
         assert source.commands == [], "nothing is sent to who cannot hear"
         page.marked.clear()
@@ -116,7 +117,7 @@ async def test_filter_faults_and_back() -> None:
         await until(pilot, lambda: table.row_count == 2)
         assert "faults only" in screen_text(app)
         await pilot.press("slash", *"zzz", "enter")
-        await until(pilot, lambda: "No peer fits" in screen_text(app))
+        await until(pilot, lambda: "No peer matches" in screen_text(app))
 
 
 async def test_the_cursor_and_the_rows_follow_their_peers() -> None:
@@ -213,7 +214,7 @@ async def test_names_are_never_markup() -> None:
         await until(pilot, lambda: f"{name}   1 Overview" in screen_text(app))
         await pilot.press("escape", "P")
         await until(pilot, lambda: bool(source.commands))
-        await until(pilot, lambda: f"asked: pause {name}" in screen_text(app))
+        await until(pilot, lambda: f"requested: pause {name}" in screen_text(app))
 
 
 async def test_a_ticket_that_cannot_be_made_says_why() -> None:
@@ -225,7 +226,7 @@ async def test_a_ticket_that_cannot_be_made_says_why() -> None:
     async with running(source) as (app, pilot):
         assert "No peers yet" in screen_text(app)
         await pilot.press("t")
-        text = "no ticket was made: nobody answers. Is the coordinator up?"
+        text = "cannot make a ticket: nobody answers. Is the coordinator up?"
         await until(pilot, lambda: any(event.text == text for event in app.events))
 
 
@@ -297,12 +298,12 @@ async def test_a_line_drawn_while_there_is_no_room_is_one_of_the_last_picture() 
         columns = table.columns
         page.styles.display = "none"
         await until(pilot, lambda: page.size.width == 0)
-        page.draw(app.fleet, NOW, None)
+        page.draw(Frame(app.fleet, NOW))
         assert [table.render_line(y).text for y in range(7)] == [""] * 7
         assert (table.columns, table.row_count) == (columns, 6)
         page.styles.display = "block"
         await until(pilot, lambda: page.size.width == 100)
-        page.draw(app.fleet, NOW, None)
+        page.draw(Frame(app.fleet, NOW))
         assert [table.render_line(y).text for y in range(7)] == before
 
 
