@@ -1,4 +1,4 @@
-"""Alerts: each condition is told once, and again only after it was over."""
+"""Alerts: each condition is reported once, and again only after it ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def texts(now: float = NOW) -> list[str]:
     return [alert.text for alert in alerts(busy_fleet(), now)]
 
 
-def test_the_conditions_of_the_scene() -> None:
+def test_the_alerts_of_the_example_fleet() -> None:
     assert "east has diverged: its loss is not a number" in texts()
     assert any("at risk" in text for text in texts())
     later = texts(NOW + 600)
@@ -19,7 +19,7 @@ def test_the_conditions_of_the_scene() -> None:
     assert any("north has sent nothing for 10 min" in text for text in later)
 
 
-def test_disk_clock_and_version() -> None:
+def test_alerts_for_disk_clock_and_version() -> None:
     fleet = busy_fleet()
     for peer in fleet.peers.values():
         peer.skew_s = 0.0
@@ -37,18 +37,18 @@ def test_disk_clock_and_version() -> None:
     ]
 
 
-def test_each_is_told_once_and_again_after_it_was_over() -> None:
-    fleet, watchman = busy_fleet(), AlertTracker()
-    first = {alert.key for alert in watchman.new(fleet, NOW)}
+def test_an_alert_is_reported_once_and_again_after_it_ended() -> None:
+    fleet, tracker = busy_fleet(), AlertTracker()
+    first = {alert.key for alert in tracker.new(fleet, NOW)}
     assert f"diverged {IDS['east']}" in first
-    assert watchman.new(fleet, NOW) == []
+    assert tracker.new(fleet, NOW) == []
     fleet.peers[IDS["east"]].diverged = False
-    assert watchman.new(fleet, NOW) == []
+    assert tracker.new(fleet, NOW) == []
     fleet.peers[IDS["east"]].diverged = True
-    assert [alert.key for alert in watchman.new(fleet, NOW)] == [f"diverged {IDS['east']}"]
+    assert [alert.key for alert in tracker.new(fleet, NOW)] == [f"diverged {IDS['east']}"]
 
 
-def test_many_of_a_kind_are_a_few_names_and_a_number() -> None:
+def test_many_alerts_of_one_kind_are_summarized() -> None:
     fleet = busy_fleet()
     north = fleet.peers[IDS["north"]]
     for number in range(40):

@@ -1,4 +1,4 @@
-"""Curves and stacks of characters: where the dots lie, and that no value breaks them."""
+"""Curves and stacks of characters: positions of the dots, and extreme values."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ counts = st.floats(0, 1e300)
 sides = (st.integers(1, 30), st.integers(1, 8))
 
 
-def test_a_curve_goes_from_corner_to_corner() -> None:
+def test_a_curve_spans_the_pane() -> None:
     assert curve([0, 1], 2, 1, Scale(0, 1)) == ["⣠⠞"]
     assert curve([1, 1], 3, 2, Scale(0, 1)) == ["⠛⠛⠛", "   "]
 
 
-def test_a_value_that_is_none_is_crossed_out_in_its_place() -> None:
+def test_a_missing_value_is_marked() -> None:
     drawn = curve([2, None, 1], 5, 2, Scale(1, 2))
     assert drawn[-1][2] == "✕"
     assert curve([None], 3, 1, Scale(0, 0)) == ["✕  "]
 
 
-def test_few_values_are_stretched_and_many_put_together() -> None:
+def test_resampling_interpolates_or_averages() -> None:
     assert resample([0, 4], 5) == [0, 1, 2, 3, 4]
     assert resample([0, 0, 4, 4], 2) == [0, 4]
     assert resample([7], 3) == [7, 7, 7]
     assert resample([1, None, 3], 5) == [1, None, None, 3, 3]
 
 
-def test_a_band_covers_what_lies_between() -> None:
+def test_a_band_covers_the_range() -> None:
     inside = band([0, 0], [0.4, 1], 2, 2, Scale(0, 1))
     assert inside == [[False, True], [True, True]]
 
 
-def test_a_stack_has_its_parts_in_order_and_a_blank_between_broad_bars() -> None:
+def test_a_stack_has_ordered_parts_and_spaced_bars() -> None:
     lines = stack([[1, 1], [1, 3]], 6, 4, 4)
     assert ["".join(block.char for block in line) for line in lines] == [
         "   ██ ",
@@ -47,7 +47,7 @@ def test_a_stack_has_its_parts_in_order_and_a_blank_between_broad_bars() -> None
     assert [lines[row][3].part for row in range(4)] == [1, 1, 1, 0]
 
 
-def test_something_is_never_drawn_as_nothing() -> None:
+def test_a_positive_value_is_always_visible() -> None:
     assert stack([[1, 1000]], 2, 1, 1000)[0][0].char == "▁"
     assert stack([[0, 1000]], 2, 1, 1000)[0][0].char == " "
 

@@ -1,4 +1,4 @@
-"""How jobs are told: from their facts to the words of the monitor."""
+"""Jobs, from their events to the text in the monitor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def changed(name: str, state: str = "working", **more: object) -> JobChanged:
     return JobChanged(job=name, state=state, **given)  # type: ignore[arg-type]
 
 
-def test_a_body_tells_what_the_facts_add_up_to() -> None:
+def test_a_job_message_sums_up_its_events() -> None:
     spec = JobSpec(kind="scatter", task="mnist", blocks=tuple(Block(10, 1_000) for _ in range(10)))
     job = jobs.started("scatter-1", spec, NOW)
     for fact in (
@@ -76,7 +76,7 @@ def test_many_excuses_fit_into_one_message() -> None:
     assert words[-1][1].text == f"and {50 - len(body.excused)} more"
 
 
-def test_its_times_are_those_of_the_clock_that_looks() -> None:
+def test_job_times_use_the_clock_of_the_viewer() -> None:
     fleet = Fleet(fleet="f", at=NOW)
     told(fleet, changed("a", "finished", ended_at=NOW - 5), at=NOW, now=NOW + 3600)
     job = fleet.jobs["a"]
@@ -85,7 +85,7 @@ def test_its_times_are_those_of_the_clock_that_looks() -> None:
     assert rebased(fleet, NOW + 100).jobs["a"].ended_at == NOW + 3695
 
 
-def test_what_is_under_way_stands_first_and_is_forgotten_last() -> None:
+def test_working_jobs_come_first_and_are_dropped_last() -> None:
     fleet = Fleet(fleet="f")
     told(fleet, changed("long"))
     for number in range(RUNS_KEPT + 5):
@@ -95,7 +95,7 @@ def test_what_is_under_way_stands_first_and_is_forgotten_last() -> None:
     assert (len(fleet.jobs), num_working(fleet)) == (RUNS_KEPT, 1)
 
 
-def test_strange_numbers_are_shown_as_none() -> None:
+def test_extreme_numbers_are_shown() -> None:
     fleet = Fleet(fleet="f")
     huge = 2**62
     told(
@@ -113,7 +113,7 @@ def test_strange_numbers_are_shown_as_none() -> None:
         assert all(cell.text for _, cell in describe_job(job, fleet, NOW))
 
 
-def test_speed_of_an_ended_job_is_what_it_came_to() -> None:
+def test_the_speed_of_an_ended_job_is_its_mean() -> None:
     body = changed("a", "finished", ended_at=NOW - 10, rows=50, rows_per_s=900.0)
     job = Job(changed=body, changed_at=NOW, began_at=NOW - 20, ended_at=NOW - 10)
     assert rows_per_s(job, NOW) == 5

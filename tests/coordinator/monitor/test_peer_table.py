@@ -1,4 +1,4 @@
-"""Words, columns and the plain table: what a person reads, at any width and for any value."""
+"""Texts, columns and the plain table, at any width and for any value."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_progress() -> None:
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 200))
-def test_a_round_fits_its_room(asked: int, answered: int, width: int) -> None:
-    """Whatever a coordinator tells: also more answers than were asked for."""
+def test_the_progress_of_a_round_fits_its_width(asked: int, answered: int, width: int) -> None:
+    """Also if a coordinator reports more answers than it requested."""
     changed = RunChanged(
         run="r",
         task="t",
@@ -129,7 +129,7 @@ def test_a_round_fits_its_room(asked: int, answered: int, width: int) -> None:
 
 
 @given(st.integers(0, 260))
-def test_columns_never_overflow_and_leave_in_order(width: int) -> None:
+def test_columns_fit_and_are_dropped_in_order(width: int) -> None:
     columns = fit_columns(COLUMNS, width, width)
     assert sum(wide + GAP for _, wide in columns) <= width
     assert [column.key for column, _ in columns] == [c.key for c in COLUMNS][: len(columns)]
@@ -140,14 +140,14 @@ def test_columns_at_the_breakpoints(terminal: int, last: str) -> None:
     assert fit_columns(COLUMNS, terminal - 1, terminal)[-1][0].key == last
 
 
-def test_a_state_is_glyph_and_word_and_as_much_reason_as_fits() -> None:
+def test_a_state_has_a_glyph_a_word_and_a_truncated_reason() -> None:
     paused = peer("a", PeerState.PAUSED, "other programs are busy")
     assert state_cell(paused, NOW, 40).text == "‖ paused: other programs are busy"
     assert state_cell(paused, NOW, 20).text == "‖ paused: other pro…"
     assert state_cell(paused, NOW, 12).text == "‖ paused"
 
 
-def test_the_links_of_a_peer_one_by_one() -> None:
+def test_the_connections_of_a_peer() -> None:
     column = next(column for column in COLUMNS if column.key == "links")
 
     def cell(state: PeerState, flower: bool | None, now: float = NOW) -> tuple[str, str]:
@@ -189,7 +189,7 @@ def test_faults_filter_and_order() -> None:
 
 
 @pytest.mark.parametrize("width", range(20, 110, 10))
-def test_the_plain_table_leaves_out_what_has_no_room(width: int) -> None:
+def test_the_plain_table_drops_columns_that_do_not_fit(width: int) -> None:
     fleet = Fleet(fleet="0" * 16)
     for name in ("north", "a-name-of-some-length"):
         fleet.peers[name] = peer(name, PeerState.TRAINING)
@@ -207,7 +207,7 @@ def test_the_plain_table_leaves_out_what_has_no_room(width: int) -> None:
         assert not any("…" in row for row in rows), "what is shown is whole"
 
 
-def test_the_plain_table_says_everything_without_colour() -> None:
+def test_the_plain_table_needs_no_color() -> None:
     fleet = Fleet(fleet="0" * 16)
     for one in (peer("[b]north", PeerState.TRAINING), peer("south", PeerState.PAUSED, "battery")):
         fleet.peers[one.peer] = one

@@ -1,4 +1,4 @@
-"""The monitor in a browser: who gets in."""
+"""The monitor in a browser: which requests are accepted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from protocols.errors import UsageError
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "2001:db8::1", "example.org"])
-def test_another_address_is_refused_and_why(host: str) -> None:
+def test_only_loopback_addresses_are_accepted(host: str) -> None:
     with pytest.raises(UsageError) as refused:
         web.check_host(host)
     assert host in refused.value.message
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_this_machine_is_taken(host: str) -> None:
+def test_loopback_addresses_are_accepted(host: str) -> None:
     assert web.check_host(host) in ("127.0.0.1", "::1")
 
 
-def test_only_with_the_token_and_only_its_own_page() -> None:
+def test_the_page_needs_the_token_and_its_own_origin() -> None:
     words = [sys.executable, "-m", "coordinator.cli", "monitor", "--serve", "--replay", "demo"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
         try:

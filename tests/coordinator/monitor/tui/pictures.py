@@ -1,4 +1,4 @@
-"""Pictures of the monitor, kept in `pictures/` as what is read, and below it in which colours.
+"""Pictures of the monitor, stored in `pictures/` as text, followed by the styles.
 
     PICTURES=write pytest tests/coordinator/monitor/tui/test_pictures.py     # after looking at what
     changed PICTURES=svg pytest …                                            # into build/pictures,
@@ -26,7 +26,7 @@ SIZES = ((60, 20), (80, 24), (140, 40))
 
 
 def picture(app: MonitorApp) -> str:
-    """The screen: its lines; its styles by number; and by line how far each style goes."""
+    """The lines of the screen, its numbered styles, and the length of each style by line."""
     lines, runs, styles = [], [], dict[str, int]()
     for strip in app.screen._compositor.render_strips():
         lines.append(strip.text.rstrip())
@@ -41,14 +41,14 @@ def picture(app: MonitorApp) -> str:
 
 
 class Album:
-    """Takes pictures, and tells in the end which are not as they were."""
+    """Takes pictures, and reports at the end which have changed."""
 
     def __init__(self) -> None:
         self._mode = os.environ.get("PICTURES", "")
         self._others: list[str] = []
 
     def take(self, app: MonitorApp, name: str) -> None:
-        """A picture of the screen as it is."""
+        """Take a picture of the screen."""
         kept, now = FOLDER / f"{name}.txt", picture(app)
         if self._mode == "write":
             FOLDER.mkdir(exist_ok=True)
@@ -60,12 +60,12 @@ class Album:
             self._others.append(f"{name} is now:\n{now}")
 
     def check(self) -> None:
-        """Fail if any picture is another one than the one that is kept."""
+        """Fail if any picture differs from the stored one."""
         assert not self._others, "\n".join(self._others)
 
 
 async def still(pilot: Pilot[None]) -> None:
-    """Draw all, and let it come to rest."""
+    """Draw everything, and wait until the screen no longer changes."""
     app = pilot.app
     assert isinstance(app, MonitorApp)
     await pilot.pause()
@@ -85,7 +85,7 @@ async def tour(
     shows: Mapping[str, Sequence[str]],
     sizes: Sequence[tuple[int, int]] = SIZES,
 ) -> None:
-    """For every size each of `shows`: its keys are pressed, and then it is left again."""
+    """For every size and each of `shows`: press its keys, take a picture, and go back."""
     app = pilot.app
     assert isinstance(app, MonitorApp)
     for width, height in sizes:

@@ -29,7 +29,7 @@ WITHIN_S = 90.0
 
 
 class Terminal:
-    """A tmux server of our own with one pane."""
+    """A separate tmux server with one pane."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self._words = ["tmux", "-S", str(folder / "tmux")]
@@ -43,14 +43,14 @@ class Terminal:
         )
 
     def screen(self) -> str:
-        """What is seen now."""
+        """The text on the screen."""
         done = subprocess.run(
             [*self._words, "capture-pane", "-p"], capture_output=True, text=True, check=True
         )
         return done.stdout
 
     def until(self, what: str, true: Callable[[str], bool]) -> str:
-        """The first screen for which `true`; at most `WITHIN_S`."""
+        """Wait up to `WITHIN_S` for a screen that satisfies `true`."""
         end = time.monotonic() + WITHIN_S
         while not true(screen := self.screen()):
             if time.monotonic() > end:
@@ -68,7 +68,7 @@ class Terminal:
 
 @contextmanager
 def program(words: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A program of ours that ends with this block."""
+    """A program that is terminated at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
         env=environment,

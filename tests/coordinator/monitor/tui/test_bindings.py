@@ -1,4 +1,4 @@
-"""Every binding of every screen is pressed, and something comes of it that was not so before."""
+"""Press every binding of every screen, and check its effect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.scene import (
 
 
 class Desk(NamedTuple):
-    """What a test looks at."""
+    """The state that a test reads."""
 
     app: MonitorApp
     source: Replay
@@ -74,7 +74,7 @@ class Desk(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Not `so` after the keys `first`, but after the key; `undo` takes it back."""
+    """`so` is false after the keys `first` and true after the key; `undo` reverts it."""
 
     so: Callable[[Desk], object]
     first: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def on_tab(tab: str) -> Callable[[Desk], object]:
 
 
 def alone(desk: Desk) -> bool:
-    """No box and no other screen over the pages."""
+    """True if no dialog or other screen covers the pages."""
     return len(desk.app.screen_stack) == 1
 
 
@@ -167,7 +167,7 @@ PEER: dict[str, Case] = {
 
 
 def rows(query: str, *first: str) -> dict[str, Case]:
-    """The ways through a table."""
+    """The cursor keys of a table."""
 
     def at(row: int) -> Callable[[Desk], object]:
         return lambda desk: desk.at_row(query) == row % desk.num_rows(query)
@@ -208,7 +208,7 @@ BOXES: dict[type[Any], dict[str, Case]] = {
 
 
 def keys_of(kind: type[Any]) -> set[str]:
-    """Every key that the class itself binds."""
+    """The keys that the class itself binds."""
     found: set[str] = set()
     for binding in kind.__dict__.get("BINDINGS", []):
         assert isinstance(binding, Binding)
@@ -216,7 +216,7 @@ def keys_of(kind: type[Any]) -> set[str]:
     return found
 
 
-def test_no_binding_is_without_a_case() -> None:
+def test_every_binding_has_a_case() -> None:
     replay = {key.key for key in KEYS if key.id in REPLAY_ONLY}
     assert keys_of(MonitorApp) == PAGES.keys() | replay
     assert keys_of(PeerScreen) == PEER.keys()
@@ -283,7 +283,7 @@ async def test_keys_of_the_pages() -> None:
     await pressed(PAGES, serving(busy_fleet()))
 
 
-async def test_keys_that_do_another_thing_on_another_page() -> None:
+async def test_keys_with_another_action_on_another_page() -> None:
     await pressed(ELSEWHERE, serving(busy_fleet()))
 
 
@@ -291,12 +291,12 @@ async def test_keys_of_a_peer() -> None:
     await pressed(PEER, serving(busy_fleet()), (60, 14))
 
 
-async def test_ways_through_the_tables() -> None:
+async def test_cursor_keys_of_the_tables() -> None:
     await pressed(CELLS, serving(crowd_fleet(60)), (80, 24))
     await pressed(ROWS, serving(busy_fleet()))
 
 
-async def test_enter_opens_a_peer_only_where_one_is_under_the_cursor() -> None:
+async def test_enter_opens_only_a_peer_under_the_cursor() -> None:
     source = serving(busy_fleet())
     app = monitor(source)
     async with app.run_test(size=(120, 30)) as pilot:
@@ -307,7 +307,7 @@ async def test_enter_opens_a_peer_only_where_one_is_under_the_cursor() -> None:
             assert alone(Desk(app, source)), page
 
 
-async def test_keys_of_the_boxes() -> None:
+async def test_keys_of_the_dialogs() -> None:
     for cases in BOXES.values():
         await pressed(cases, serving(busy_fleet()))
 

@@ -1,4 +1,4 @@
-"""Hostile streams into the fold and the screens: no crash, and no escape code gets out."""
+"""Hostile messages to the reducer and the screens: no crash, and no escape code gets out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ESCAPES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def body(rng: random.Random) -> Body:
-    """Anything that the types allow, whether or not the decoder would let it through."""
+    """Any value that the types allow, even if the decoder would refuse it."""
     word, number, count = (
         lambda: rng.choice(WORDS),
         lambda: rng.choice(NUMBERS),
@@ -171,7 +171,7 @@ def envelopes(rng: random.Random, number: int) -> list[Envelope]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_fold_takes_it_and_what_reads_it_too(seed: int) -> None:
+def test_the_reducer_and_its_readers_survive(seed: int) -> None:
     fleet = empty_fleet()
     for number, envelope in enumerate(envelopes(random.Random(seed), 1_500)):
         fold(fleet, envelope, NOW + number)
@@ -180,7 +180,7 @@ def test_the_fold_takes_it_and_what_reads_it_too(seed: int) -> None:
     assert isinstance(encode(fleet, NOW), bytes)
 
 
-def test_a_million_events_are_a_thousand() -> None:
+def test_events_are_bounded() -> None:
     fleet = empty_fleet()
     said = EventLine(level="info", text="again")
     for seq in range(1_000_000):
@@ -190,7 +190,7 @@ def test_a_million_events_are_a_thousand() -> None:
 
 
 class Unchecked(Replay):
-    """Its snapshot is the fold's own, and not what a decoder let through."""
+    """A source whose snapshot comes from the reducer, without a decoder."""
 
     async def snapshot(self) -> Fleet:
         assert self.fleet is not None
@@ -198,14 +198,14 @@ class Unchecked(Replay):
 
 
 def written(app: MonitorApp) -> str:
-    """Every text that the screen would send to the terminal."""
+    """All text that the screen would send to the terminal."""
     lines = app.screen._compositor.render_strips()
     return "".join(segment.text for strip in lines for segment in strip)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("size", [(60, 20), (140, 40)])
-async def test_the_screens_take_it_and_send_no_escape_code(
+async def test_the_screens_survive_and_send_no_escape_code(
     seed: int, size: tuple[int, int]
 ) -> None:
     rng = random.Random(seed)
@@ -237,7 +237,7 @@ async def test_the_screens_take_it_and_send_no_escape_code(
         assert app.is_running
 
 
-def test_what_the_wire_lets_in_survives_the_way_back() -> None:
+def test_decoded_messages_can_be_encoded_again() -> None:
     fleet, let_in = empty_fleet(), 0
     for envelope in envelopes(random.Random(1), 3_000):
         try:

@@ -1,4 +1,4 @@
-"""What comes of the keys in the end, how they are remapped, what read-only leaves."""
+"""The effects of the keys, remapped keys, and read-only mode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def told(source: Replay, number: int, body: PeerChanged | RunChanged) -> None:
     source.live.put_nowait(Envelope(sender=COORDINATOR, epoch=epoch, seq=seq, at=NOW, body=body))
 
 
-async def test_approve_and_remove_are_done_when_the_fleet_shows_it() -> None:
+async def test_approve_and_remove_are_confirmed_by_the_fleet() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         garden = IDS["garden"]
@@ -113,7 +113,7 @@ def test_the_form_refuses_what_the_command_line_refuses() -> None:
     assert order({"task": "--help"}).spec.task == "--help", "an argument is no option"
 
 
-async def test_events_are_filtered_and_lead_to_their_peer() -> None:
+async def test_events_are_filtered_and_open_their_peer() -> None:
     async with running(busy()) as (app, pilot):
         await pilot.press("3", "slash", *"norm", "enter")
         page = app.query_one(EventsPage)
@@ -152,7 +152,7 @@ async def test_the_peer_screen_and_its_tabs() -> None:
         assert len(TABS) == 4
 
 
-async def test_a_log_that_does_not_come_says_why() -> None:
+async def test_an_unavailable_log_shows_the_reason() -> None:
     async with running(busy()) as (app, pilot):
         await pilot.press("end", "enter")
         await until(pilot, lambda: isinstance(app.screen, PeerScreen))
@@ -184,7 +184,7 @@ def _text(folder: Path, pattern: str) -> str:
     return path.read_text()
 
 
-async def test_help_is_about_what_has_the_focus() -> None:
+async def test_help_begins_with_the_focused_page() -> None:
     async with running(busy(), size=(100, 60)) as (app, pilot):
         for keys, words in (
             (["f1"], "Fleet: one row"),
@@ -225,7 +225,9 @@ async def test_keys_are_remapped_by_the_file(tmp_path: Path) -> None:
         ("colour = 1", UsageError),
     ],
 )
-def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, error: type[Exception]) -> None:
+def test_an_invalid_settings_file_is_refused(
+    tmp_path: Path, text: str, error: type[Exception]
+) -> None:
     path = tmp_path / "monitor.toml"
     path.write_text(text)
     with pytest.raises(error, match=r"monitor\.toml"):
@@ -233,7 +235,7 @@ def test_a_file_that_is_wrong_says_how(tmp_path: Path, text: str, error: type[Ex
     assert config.read(tmp_path / "none") == Config()
 
 
-async def test_read_only_has_no_key_that_changes_things() -> None:
+async def test_read_only_has_no_key_that_changes_something() -> None:
     source = busy()
     async with running(source, read_only=True) as (app, pilot):
         for key in KEYS:
@@ -245,7 +247,7 @@ async def test_read_only_has_no_key_that_changes_things() -> None:
 
 
 async def test_every_theme_draws() -> None:
-    """Each in turn over a page of its own kind; all that is drawn takes the theme's colours."""
+    """Each theme in turn over another page; all text uses the colors of the theme."""
     async with running(busy(), size=(60, 14)) as (app, pilot):
         grounds = set()
         for name in app.available_themes:

@@ -1,4 +1,4 @@
-"""What the monitor's keys do."""
+"""The keys of the monitor."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def says(name: str, state: PeerState, reason: str = "", seq: int = 1) -> Envelop
     return Envelope(sender=IDS[name], epoch="e2", seq=seq, at=NOW, body=body)
 
 
-async def test_a_deed_is_done_when_the_peer_says_so() -> None:
+async def test_an_action_is_confirmed_by_the_peer() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
@@ -82,7 +82,7 @@ async def test_a_deed_is_done_when_the_peer_says_so() -> None:
         assert page.marked == {IDS["east"]}
 
 
-async def test_what_cannot_be_asked_says_why() -> None:
+async def test_an_impossible_action_shows_the_reason() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
@@ -97,7 +97,7 @@ async def test_what_cannot_be_asked_says_why() -> None:
         await until(pilot, lambda: any(event.text == refused for event in app.events))
 
 
-async def test_without_a_mark_the_peer_under_the_cursor_is_meant() -> None:
+async def test_without_marks_the_peer_under_the_cursor_is_the_target() -> None:
     source = busy()
     async with running(source) as (_, pilot):
         await pilot.press("down", "down", "R")
@@ -105,7 +105,7 @@ async def test_without_a_mark_the_peer_under_the_cursor_is_meant() -> None:
         assert source.commands == [(IDS["north"], "resume", 0.0)]
 
 
-async def test_filter_faults_and_back() -> None:
+async def test_filter_and_faults_only_are_reset() -> None:
     async with running(busy()) as (app, pilot):
         table = app.query_one(FleetPage).table
         await pilot.press("slash", *"office", "enter")
@@ -120,7 +120,7 @@ async def test_filter_faults_and_back() -> None:
         await until(pilot, lambda: "No peer matches" in screen_text(app))
 
 
-async def test_the_cursor_and_the_rows_follow_their_peers() -> None:
+async def test_the_cursor_follows_its_peer() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         page = app.query_one(FleetPage)
@@ -141,7 +141,7 @@ async def test_the_cursor_and_the_rows_follow_their_peers() -> None:
             assert app.fleet.peers[peer].name[:10] in line
 
 
-async def test_sorting_goes_round() -> None:
+async def test_sorting_cycles_through_the_columns() -> None:
     async with running(busy()) as (app, pilot):
         page = app.query_one(FleetPage)
         await pilot.press("s")
@@ -153,7 +153,7 @@ async def test_sorting_goes_round() -> None:
         assert page.sort_by == "state"
 
 
-async def test_frozen_pictures_stand_still_while_messages_go_in() -> None:
+async def test_a_frozen_screen_does_not_change() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         await pilot.press("u")
@@ -185,7 +185,7 @@ async def test_dialogs_open_and_close() -> None:
             assert app.page == "fleet", "keys of the pages do nothing under a dialog"
 
 
-async def test_news_that_come_while_a_peer_is_opened() -> None:
+async def test_messages_while_a_peer_screen_opens() -> None:
     async with running(busy()) as (app, pilot):
         app._show_peer(IDS["north"])
         app._draw(None)  # the screen is there, its parts are not yet
@@ -217,7 +217,7 @@ async def test_names_are_never_markup() -> None:
         await until(pilot, lambda: f"requested: pause {name}" in screen_text(app))
 
 
-async def test_a_ticket_that_cannot_be_made_says_why() -> None:
+async def test_a_failed_ticket_shows_the_reason() -> None:
     class Closed(Replay):
         async def ticket(self) -> str:
             raise Unreachable("nobody answers", "Is the coordinator up?")
@@ -240,7 +240,7 @@ async def test_read_only_changes_nothing() -> None:
         assert "pause" not in screen_text(app).splitlines()[-1]
 
 
-async def test_it_lives_through_lost_links_and_says_so() -> None:
+async def test_lost_connections_are_shown_and_survived() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         assert "mqtt ●" in screen_text(app)
@@ -259,7 +259,7 @@ async def test_it_lives_through_lost_links_and_says_so() -> None:
         assert "stale" not in screen_text(app)
 
 
-async def test_a_flood_of_errors_is_a_few_toasts_and_all_events() -> None:
+async def test_many_errors_are_few_toasts_and_all_events() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         fleet = busy_fleet()
@@ -275,7 +275,7 @@ async def test_a_flood_of_errors_is_a_few_toasts_and_all_events() -> None:
         assert len(app._notifications) <= 8
 
 
-async def test_resizing_changes_columns_and_says_when_it_is_too_small() -> None:
+async def test_resizing_changes_columns_and_a_small_terminal_is_reported() -> None:
     async with running(busy(), size=(140, 40)) as (app, pilot):
         page = app.query_one(FleetPage)
         assert page.table.columns[-1][0].key == "given"
@@ -290,7 +290,7 @@ async def test_resizing_changes_columns_and_says_when_it_is_too_small() -> None:
         await until(pilot, lambda: "● training" in screen_text(app))
 
 
-async def test_a_line_drawn_while_there_is_no_room_is_one_of_the_last_picture() -> None:
+async def test_a_line_never_mixes_old_and_new_rows() -> None:
     async with running(busy(), size=(100, 30)) as (app, pilot):
         page = app.query_one(FleetPage)
         table = page.table
@@ -307,7 +307,7 @@ async def test_a_line_drawn_while_there_is_no_room_is_one_of_the_last_picture() 
         assert [table.render_line(y).text for y in range(7)] == before
 
 
-async def test_a_table_keeps_little_of_what_it_showed() -> None:
+async def test_a_table_caches_few_lines() -> None:
     source = busy()
     async with running(source) as (app, pilot):
         await pilot.press("3")

@@ -1,4 +1,4 @@
-"""How the monitor looks: every screen and state in three sizes, dark, light and without colour."""
+"""Pictures of every screen and state in three sizes, dark, light and without color."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.scene import NOW, Replay, monitor, serving, until
 
 
 class State(NamedTuple):
-    """A state of the fleet, and the keys that lead to each picture of it."""
+    """A state of the fleet, and the keys for each picture of it."""
 
     fleet: Callable[[], Fleet]
     shows: dict[str, tuple[str, ...]]
@@ -115,14 +115,14 @@ async def _pictures(state: str, look: str, album: Album, monkeypatch: pytest.Mon
 
 
 async def held(app: MonitorApp, pilot: Pilot[None], retry_at: float | None = None) -> None:
-    """The links stand still: on a slow machine a retry would come between two pictures."""
+    """Stop the connections: on a slow machine a retry would come between two pictures."""
     app.workers.cancel_all()
     await pilot.pause()
     app.following._next_try = {} if retry_at is None else {"http": retry_at}
 
 
 async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
-    """Both links go; five seconds later."""
+    """Both connections are lost for five seconds."""
     source.http_up = source.mqtt_up = False
     source.live.put_nowait(Unreachable("the broker at 192.0.2.7:1883 does not answer"))
     await until(pilot, lambda: not app.following.connected)
@@ -132,13 +132,13 @@ async def lost(app: MonitorApp, pilot: Pilot[None], source: Replay) -> None:
     await still(pilot)
 
 
-async def test_the_ways_to_the_fleet(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_connection_state(album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
     await _links("dark", album, monkeypatch)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("look", LOOKS[1:])
-async def test_the_ways_to_the_fleet_in_other_looks(
+async def test_every_connection_state_in_other_looks(
     look: str, album: Album, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _links(look, album, monkeypatch)
@@ -187,7 +187,7 @@ async def test_in_ascii(album: Album) -> None:
         await tour(pilot, album, "ascii", shows, ((80, 24),))
 
 
-def test_no_picture_is_left_over() -> None:
+def test_every_picture_has_a_state() -> None:
     known = {label_of(state, look) for state in (*STATES, *LINKS) for look in LOOKS}
     for path in FOLDER.iterdir():
         stem = path.stem

@@ -1,4 +1,4 @@
-"""What the monitor showed in a real terminal on a bad day (`session.py` makes the captures)."""
+"""Captures of the monitor in a real terminal during failures (made by `session.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def screen(act: str) -> str:
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_it_shows_what_is_and_says_how_old_it_is(act: str) -> None:
+def test_each_act_shows_its_state_and_age(act: str) -> None:
     shown = screen(act)
     assert all(words in shown for words in ACTS[act]), shown
     assert "MONITOR ENDED" not in shown
