@@ -1,7 +1,6 @@
-"""A run: where it stands, and what it remembers of its rounds. Pure.
+"""The state of a run, and what it remembers of its closed rounds. Pure.
 
-Facts change it (`coordinator.runs.transitions`), and `coordinator.runs.decisions` says what it does
-next.
+Events change it (`runs.transitions`), and `runs.decisions` says what comes next.
 """
 
 from __future__ import annotations
@@ -18,23 +17,26 @@ from protocols.model.schema_card import Description, SchemaCard
 
 PeerStatus = Literal["asked", "answered", "refused", "lost"]
 
-#: Words for refusals that a run remembers.
+#: Reasons of refusals that have consequences in later rounds.
 TOO_STALE, TOO_FEW = "too stale", "too few examples"
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """A closed round; `spread` has by metric the least, the median and the most of all peers,
-    `worst` the peer that is served worst. `num_examples`: of all contributors together."""
+    """A closed round. `norms` and `staleness` are by peer, `spent` is seconds by phase.
+
+    By metric: `spread` has the minimum, median and maximum over all peers, `worst` the peer with
+    the worst value. `num_examples`: of all contributors together.
+    """
 
     round: int
     digest: str
-    contributors: tuple[str, ...]
-    refused: int
-    metrics: Metrics
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    norms: dict[str, float]
+    contributors: tuple[str, ...] = ()
+    refused: int = 0
+    metrics: Metrics = {}
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    norms: dict[str, float] = {}
     strategy_state: dict[str, str] = {}
     spread: dict[str, tuple[float, float, float]] = {}
     worst: dict[str, str] = {}
@@ -46,7 +48,7 @@ class Round(Struct, frozen=True, kw_only=True):
 
 
 class Assignment(Struct, frozen=True):
-    """Buffered: the training that a peer has in hand; `lost` while it is away."""
+    """Training of one peer on `base`, the version before `round`. `lost` while it is offline."""
 
     round: int
     base: str
@@ -55,21 +57,21 @@ class Assignment(Struct, frozen=True):
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """Where a run stands. It was started at `since` (Unix s). `first` are its first weights, `head`
-    is the newest version; `best` the best by `merit`. `card` is what its peers have alike, once
-    they have `described` themselves; `preprocessing`, how their rows become numbers, where a task
-    needs that.
-    `needed`: by peer, seconds that its last answers to training took.
-    `refused` counts the refusals of this round, `refusals` those of the whole run.
-    `recalling`: its versions are sought at its peers; `holdings` are theirs.
+    """The state of a run.
 
-    `buffer`: late updates that go into the next version.
-
-    Buffered: `given` is the work in hand and `last` the last that was given, both by peer; `buffer`
-    all updates of the next version; `resting` peers get nothing before that is made. `excluded`
-    get nothing at all.
-
-    `deleted`: its files are gone, and it is listed no more."""
+    `since`: its start, Unix s. `first`: its first weights; `head`: its newest version; `parent`:
+    the base of the open round; `best`: the best closed round.
+    `described`, `card`, `preprocessing`: what each peer described before round 1, and the schema
+    card and preprocessing that followed from it.
+    `training_seconds`: by peer, the durations of its last trainings.
+    `refused`: refused updates of this round, `refusals` of the whole run.
+    `recalling`: the run is fetching its versions from its peers; `holdings`: what they have;
+    `target_version`: the version to fetch; `head_intact`: the ledger's newest version is on disk.
+    `buffer`: late updates that go into the next version; with `buffered`, all of its updates.
+    `assignments` and `last_assignments`, by peer: work in progress, and the last that was assigned.
+    `cooling_down`: peers that get no work before the next version. `excluded`: no work at all.
+    `deleted`: the files are deleted, and the run is not listed any more.
+    """
 
     id: str
     spec: RunSpec
@@ -117,23 +119,23 @@ class Run(Struct, frozen=True, kw_only=True):
 
     @property
     def buffered(self) -> bool:
-        """True if no peer waits for another."""
+        """True in the mode "buffered"."""
         return self.spec.mode == "buffered"
 
     @property
     def num_versions(self) -> int:
-        """How many versions there are, the first weights not counted."""
-        made = self.state in (RunState.WAITING, RunState.EVALUATING)
-        return self.round if made else self.round - 1
+        """How many versions the run has made, without the first weights."""
+        is_made = self.state in (RunState.WAITING, RunState.EVALUATING)
+        return self.round if is_made else self.round - 1
 
     @property
     def describing(self) -> bool:
-        """True while it is not known what the peers have alike."""
+        """True before the peers have agreed on a schema."""
         return self.spec.handshake and self.card is None and self.round < self.spec.first_round
 
     @property
     def kind(self) -> WorkKind:
-        """What peers are asked for in this state."""
+        """The kind of request that peers get in this state."""
         if self.recalling:
             return "recall" if self.target_version else "holdings"
         if self.state is RunState.WAITING:
@@ -142,5 +144,5 @@ class Run(Struct, frozen=True, kw_only=True):
 
     @property
     def pending(self) -> tuple[str, ...]:
-        """Peers whose answer is awaited, in name order."""
-        return tuple(sorted(p for p, standing in self.peers.items() if standing == "asked"))
+        """Peers whose reply is awaited, in order of their ids."""
+        return tuple(sorted(p for p, status in self.peers.items() if status == "asked"))

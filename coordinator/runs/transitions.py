@@ -1,10 +1,10 @@
 """A run as a pure state machine: events in, its state out. No I/O, no clock.
 
 Rule 1. The state of a run is the fold of its events (`apply`); the ledger holds nothing else.
-Rule 2. `decisions.decide(run, observed)` says what to do next; doing it gives new events,
-        and nothing else does.
-Rule 3. What is in the view (who is there, has the deadline passed) may change a decision, never
-        the state: so replaying the ledger gives the same state, digest for digest.
+Rule 2. `decisions.decide(run, observed)` says what to do next. Doing it gives new events, and
+        events have no other source.
+Rule 3. What is observed (who is online, has the deadline passed) may change a decision, never the
+        state: replaying the ledger gives the same state, digest for digest.
 
     waiting ──RoundOpened──> training ──TrainingClosed──> aggregating
        ^                                                       │ VersionCommitted
@@ -17,66 +17,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from msgspec.structs import replace
 
 from coordinator.runs import best_version, rollback
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Round, Run
-from coordinator.storage.run_events import (
-    EvaluationOpened,
-    HoldingTold,
-    PeerDescribed,
-    PeerLost,
-    PeersAsked,
-    PreprocessingFixed,
-    RecallBegun,
-    RoundClosed,
-    RoundOpened,
-    RunDeleted,
-    RunEnded,
-    RunEvent,
-    RunResumed,
-    RunStarted,
-    SchemaAgreed,
-    TrainingClosed,
-    Update,
-    UpdateAccepted,
-    UpdateRefused,
-    VersionCommitted,
-    VersionLost,
-    VersionRecalled,
-    VersionSought,
-    WeightsInitialised,
-    WorkGiven,
-)
+from coordinator.storage import run_events as events
+from coordinator.storage.run_events import RunEvent, Update
 from protocols.messages.states import ENDED, RunState
 
-#: Answers of a peer whose times a run remembers.
-_REMEMBERED = 5
+T = TypeVar("T")
+
+#: The number of training times that a run remembers of each peer.
+_MAX_TRAINING_TIMES = 5
 
 
-def _peer_described(run: Run, event: PeerDescribed) -> Run:
-    return replace(
-        run,
-        peers=run.peers | {event.peer: "answered"},
-        described=run.described | {event.peer: event.description},
-    )
-
-
-def _preprocessing_fixed(run: Run, event: PreprocessingFixed) -> Run:
-    return replace(run, preprocessing=event.text, peers={}, described={})
-
-
-def _schema_agreed(run: Run, event: SchemaAgreed) -> Run:
-    return replace(run, card=event.card, peers={}, described={})
-
-
-def _weights_initialised(run: Run, event: WeightsInitialised) -> Run:
-    return replace(run, first=event.digest, head=event.digest, peers={})
-
-
-def _round_opened(run: Run, event: RoundOpened) -> Run:
+def _round_opened(run: Run, event: events.RoundOpened) -> Run:
     return replace(
         run,
         state=RunState.TRAINING,
@@ -91,81 +49,79 @@ def _round_opened(run: Run, event: RoundOpened) -> Run:
     )
 
 
-def _peers_asked(run: Run, event: PeersAsked) -> Run:
-    return replace(run, peers=run.peers | dict.fromkeys(event.peers, "asked"))
-
-
-def _work_given(run: Run, event: WorkGiven) -> Run:
-    given = Assignment(event.round, event.base, event.turn)
+def _work_given(run: Run, event: events.WorkGiven) -> Run:
+    assignment = {event.peer: Assignment(event.round, event.base, event.turn)}
     return replace(
         run,
-        assignments=run.assignments | {event.peer: given},
-        last_assignments=run.last_assignments | {event.peer: given},
+        assignments=run.assignments | assignment,
+        last_assignments=run.last_assignments | assignment,
         cooling_down=run.cooling_down - {event.peer},
     )
 
 
-def _peer_lost(run: Run, event: PeerLost) -> Run:
-    if (given := run.assignments.get(event.peer)) is not None:
-        run = replace(run, assignments=run.assignments | {event.peer: replace(given, lost=True)})
+def _peer_lost(run: Run, event: events.PeerLost) -> Run:
+    if (assignment := run.assignments.get(event.peer)) is not None:
+        lost = {event.peer: replace(assignment, lost=True)}
+        run = replace(run, assignments=run.assignments | lost)
     if run.peers.get(event.peer) != "asked":
         return run
     return replace(run, peers=run.peers | {event.peer: "lost"})
 
 
-def _update_accepted(run: Run, event: UpdateAccepted) -> Run:
-    if event.update.base:
+def _update_accepted(run: Run, event: events.UpdateAccepted) -> Run:
+    peer, update = event.peer, event.update
+    if update.base:  # buffered, or late
         return replace(
             run,
-            assignments=_without(run.assignments, event.peer),
+            assignments=_without(run.assignments, peer),
             buffer=(*run.buffer, event),
-            training_seconds=_needed(run, event.peer, event.update.seconds),
+            training_seconds=_training_seconds(run, peer, update.seconds),
         )
-    run = replace(
-        run,
-        peers=run.peers | {event.peer: "answered"},
-        updates=run.updates | {event.peer: event.update},
-    )
+    run = replace(run, peers=run.peers | {peer: "answered"}, updates=run.updates | {peer: update})
     if run.evaluating:
         return run
-    norms = run.norms | {event.peer: event.update.norm}
     return replace(
-        run, norms=norms, training_seconds=_needed(run, event.peer, event.update.seconds)
+        run,
+        norms=run.norms | {peer: update.norm},
+        training_seconds=_training_seconds(run, peer, update.seconds),
     )
 
 
-def _needed(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
+def _training_seconds(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
     if not seconds:
         return run.training_seconds
-    return run.training_seconds | {
-        peer: (*run.training_seconds.get(peer, ()), seconds)[-_REMEMBERED:]
-    }
+    times = (*run.training_seconds.get(peer, ()), seconds)[-_MAX_TRAINING_TIMES:]
+    return run.training_seconds | {peer: times}
 
 
-def _without(given: dict[str, Assignment], peer: str) -> dict[str, Assignment]:
-    return {name: work for name, work in given.items() if name != peer}
+def _without(by_peer: Mapping[str, T], peer: str) -> dict[str, T]:
+    return {name: value for name, value in by_peer.items() if name != peer}
 
 
-def _update_refused(run: Run, event: UpdateRefused) -> Run:
+def _update_refused(run: Run, event: events.UpdateRefused) -> Run:
+    peer, peers = event.peer, run.peers
     if event.reason == TOO_FEW:
-        run = replace(run, excluded=run.excluded | {event.peer})
-    given = run.assignments.get(event.peer)
-    if given is not None and event.kind == "train" and event.round == given.round:
-        # What came too late is no fault of its peer: it has new work at once.
-        resting = run.cooling_down if event.reason == TOO_STALE else run.cooling_down | {event.peer}
-        run = replace(run, assignments=_without(run.assignments, event.peer), cooling_down=resting)
-    peers = run.peers
-    present = event.round == run.round and event.kind in ("", run.kind)
-    if present and peers.get(event.peer) == "asked":
-        peers = peers | {event.peer: "refused"}
+        run = replace(run, excluded=run.excluded | {peer})
+    if event.kind == "train":
+        run = replace(run, training_seconds=_training_seconds(run, peer, event.seconds))
+        assignment = run.assignments.get(peer)
+        if assignment is not None and event.round == assignment.round:
+            # A peer is not to blame for a stale update: it gets new work at once.
+            cooling_down = frozenset() if event.reason == TOO_STALE else frozenset({peer})
+            run = replace(
+                run,
+                assignments=_without(run.assignments, peer),
+                cooling_down=run.cooling_down | cooling_down,
+            )
+    is_current = event.round == run.round and event.kind in ("", run.kind)
+    if is_current and peers.get(peer) == "asked":
+        peers = peers | {peer: "refused"}
     described = run.described
-    if run.describing and event.kind == "describe" and event.peer in described:
-        # It was heard, and found not to fit the others.
-        peers = peers | {event.peer: "refused"}
-        described = {peer: told for peer, told in described.items() if peer != event.peer}
-    holdings = run.holdings
-    if event.kind == "recall":  # it has not what it told of: another holder, or another version
-        holdings = {peer: held for peer, held in holdings.items() if peer != event.peer}
+    if run.describing and event.kind == "describe" and peer in described:
+        # Its description was accepted, but does not match those of the others.
+        peers, described = peers | {peer: "refused"}, _without(described, peer)
+    # A peer whose version was refused does not have it: ask another peer, or for another version.
+    holdings = _without(run.holdings, peer) if event.kind == "recall" else run.holdings
     return replace(
         run,
         peers=peers,
@@ -175,29 +131,27 @@ def _update_refused(run: Run, event: UpdateRefused) -> Run:
         refused=run.refused + 1,
         refusals=run.refusals + 1,
         last_refusal=f"{event.reason}: {event.detail}",
-        last_refused=event.peer,
-        training_seconds=_needed(run, event.peer, event.seconds)
-        if event.kind == "train"
-        else run.training_seconds,
+        last_refused=peer,
     )
 
 
-def _training_closed(run: Run, event: TrainingClosed) -> Run:
-    examples = sum(run.updates[p].num_examples for p in event.contributors if p in run.updates)
-    run = replace(
-        run,
-        state=RunState.AGGREGATING,
-        contributors=event.contributors,
-        num_examples=examples,
-    )
+def _training_closed(run: Run, event: events.TrainingClosed) -> Run:
     staleness: dict[str, int] = {}
     for peer, update in ((accepted.peer, accepted.update) for accepted in run.buffer):
         staleness[peer] = max(staleness.get(peer, 0), update.staleness)
-    norms = {accepted.peer: accepted.update.norm for accepted in run.buffer} | run.norms
-    return replace(run, norms=norms, staleness=staleness)
+    return replace(
+        run,
+        state=RunState.AGGREGATING,
+        contributors=event.contributors,
+        num_examples=sum(
+            run.updates[p].num_examples for p in event.contributors if p in run.updates
+        ),
+        norms={accepted.peer: accepted.update.norm for accepted in run.buffer} | run.norms,
+        staleness=staleness,
+    )
 
 
-def _version_committed(run: Run, event: VersionCommitted) -> Run:
+def _version_committed(run: Run, event: events.VersionCommitted) -> Run:
     return replace(
         run,
         state=RunState.EVALUATING,
@@ -210,25 +164,17 @@ def _version_committed(run: Run, event: VersionCommitted) -> Run:
     )
 
 
-def _evaluation_opened(run: Run, event: EvaluationOpened) -> Run:
-    return replace(
-        run,
-        state=RunState.EVALUATING,
-        evaluating=True,
-        peers=dict.fromkeys(event.asked, "asked"),
-    )
-
-
-def _spread(answers: dict[str, Update]) -> dict[str, tuple[float, float, float]]:
-    told: dict[str, list[float]] = {}
-    for answer in answers.values():
-        for name, value in answer.metrics.items():
+def _spread(updates: Mapping[str, Update]) -> dict[str, tuple[float, float, float]]:
+    values: dict[str, list[float]] = {}
+    for update in updates.values():
+        for name, value in update.metrics.items():
             if value is not None and math.isfinite(value):
-                told.setdefault(name, []).append(value)
-    return {name: (min(vs), statistics.median(vs), max(vs)) for name, vs in told.items()}
+                values.setdefault(name, []).append(value)
+    return {name: (min(vs), statistics.median(vs), max(vs)) for name, vs in values.items()}
 
 
-def _round_closed(run: Run, event: RoundClosed) -> Run:
+def _round_closed(run: Run, event: events.RoundClosed) -> Run:
+    evaluated = run.updates if run.evaluating else {}
     closed = Round(
         round=run.round,
         digest=run.head,
@@ -240,21 +186,14 @@ def _round_closed(run: Run, event: RoundClosed) -> Run:
         bytes_down=event.bytes_down,
         norms=run.norms,
         strategy_state=run.strategy_state,
-        spread=_spread(run.updates) if run.evaluating else {},
-        worst=best_version.worst_peers(run.updates) if run.evaluating else {},
+        spread=_spread(evaluated),
+        worst=best_version.worst_peers(evaluated),
         tallies=event.tallies,
         spent=event.spent,
         staleness=run.staleness,
         num_examples=run.num_examples,
-        num_evaluated=sum(update.num_examples for update in run.updates.values())
-        if run.evaluating
-        else 0,
+        num_evaluated=sum(update.num_examples for update in evaluated.values()),
     )
-    best = run.best
-    if best is None or best_version.score(run.spec, closed.metrics) > best_version.score(
-        run.spec, best.metrics
-    ):
-        best = closed
     return replace(
         run,
         state=RunState.WAITING,
@@ -262,11 +201,11 @@ def _round_closed(run: Run, event: RoundClosed) -> Run:
         peers={},
         updates={},
         history=(*run.history, closed),
-        best=best,
+        best=best_version.best(run.spec, (run.best, closed) if run.best else (closed,)),
     )
 
 
-def _run_ended(run: Run, event: RunEnded) -> Run:
+def _run_ended(run: Run, event: events.RunEnded) -> Run:
     return replace(
         run,
         state=event.state,
@@ -279,40 +218,64 @@ def _run_ended(run: Run, event: RunEnded) -> Run:
     )
 
 
-def _run_deleted(run: Run, event: RunDeleted) -> Run:
-    return replace(run, deleted=True)
-
-
-_ANY = frozenset(RunState) - ENDED
+_WAITING = frozenset({RunState.WAITING})
 _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
+_NOT_ENDED = frozenset(RunState) - ENDED
 
-#: event -> (states in which it may happen, what it does). Anywhere else it changes nothing.
-TRANSITIONS: dict[type, tuple[frozenset[RunState], Callable[..., Run]]] = {
-    PeerDescribed: (frozenset({RunState.WAITING}), _peer_described),
-    PreprocessingFixed: (frozenset({RunState.WAITING}), _preprocessing_fixed),
-    SchemaAgreed: (frozenset({RunState.WAITING}), _schema_agreed),
-    WeightsInitialised: (frozenset({RunState.WAITING}), _weights_initialised),
-    RoundOpened: (frozenset({RunState.WAITING}), _round_opened),
-    WorkGiven: (_OPEN, _work_given),
-    PeersAsked: (_OPEN | {RunState.WAITING}, _peers_asked),
-    PeerLost: (_OPEN | {RunState.WAITING}, _peer_lost),
-    UpdateAccepted: (_OPEN | {RunState.WAITING}, _update_accepted),
-    UpdateRefused: (_ANY, _update_refused),
-    TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
-    VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
-    VersionLost: (_ANY, rollback.version_lost),
-    RecallBegun: (frozenset(RunState), rollback.recall_begun),
-    HoldingTold: (frozenset({RunState.WAITING}), rollback.holding_told),
-    VersionSought: (frozenset({RunState.WAITING}), rollback.version_sought),
-    VersionRecalled: (frozenset({RunState.WAITING}), rollback.version_recalled),
-    EvaluationOpened: (
-        frozenset({RunState.EVALUATING, RunState.WAITING}),
-        _evaluation_opened,
+#: By event: the states in which it has an effect, and that effect.
+TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]] = {
+    events.PeerDescribed: (
+        _WAITING,
+        lambda run, event: replace(
+            run,
+            peers=run.peers | {event.peer: "answered"},
+            described=run.described | {event.peer: event.description},
+        ),
     ),
-    RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
-    RunEnded: (_ANY, _run_ended),
-    RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), rollback.run_resumed),
-    RunDeleted: (ENDED, _run_deleted),
+    events.PreprocessingFixed: (
+        _WAITING,
+        lambda run, event: replace(run, preprocessing=event.text, peers={}, described={}),
+    ),
+    events.SchemaAgreed: (
+        _WAITING,
+        lambda run, event: replace(run, card=event.card, peers={}, described={}),
+    ),
+    events.WeightsInitialised: (
+        _WAITING,
+        lambda run, event: replace(run, first=event.digest, head=event.digest, peers={}),
+    ),
+    events.RoundOpened: (_WAITING, _round_opened),
+    events.WorkGiven: (_OPEN, _work_given),
+    events.PeersAsked: (
+        _OPEN | _WAITING,
+        lambda run, event: replace(run, peers=run.peers | dict.fromkeys(event.peers, "asked")),
+    ),
+    events.PeerLost: (_OPEN | _WAITING, _peer_lost),
+    events.UpdateAccepted: (_OPEN | _WAITING, _update_accepted),
+    events.UpdateRefused: (_NOT_ENDED, _update_refused),
+    events.TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
+    events.VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
+    events.VersionLost: (_NOT_ENDED, rollback.version_lost),
+    events.RecallBegun: (frozenset(RunState), rollback.recall_begun),
+    events.HoldingTold: (_WAITING, rollback.holding_told),
+    events.VersionSought: (
+        _WAITING,
+        lambda run, event: replace(run, target_version=event.version, peers={}),
+    ),
+    events.VersionRecalled: (_WAITING, rollback.version_recalled),
+    events.EvaluationOpened: (
+        frozenset({RunState.EVALUATING, RunState.WAITING}),
+        lambda run, event: replace(
+            run,
+            state=RunState.EVALUATING,
+            evaluating=True,
+            peers=dict.fromkeys(event.asked, "asked"),
+        ),
+    ),
+    events.RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
+    events.RunEnded: (_NOT_ENDED, _run_ended),
+    events.RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), rollback.run_resumed),
+    events.RunDeleted: (ENDED, lambda run, _: replace(run, deleted=True)),
 }
 
 
@@ -322,13 +285,13 @@ def apply(run: Run, event: RunEvent) -> Run:
     return transition(run, event) if run.state in states else run
 
 
-def replay(run_id: str, events: list[RunEvent]) -> Run:
-    """The run that these events, the first of them RunStarted, add up to."""
-    first = events[0]
-    assert isinstance(first, RunStarted), "a run's first event is RunStarted"
-    # An evaluation alone is one of the round's version, and no round opens.
+def replay(run_id: str, log: list[RunEvent]) -> Run:
+    """The run after all these events. The first of them is RunStarted."""
+    first = log[0]
+    assert isinstance(first, events.RunStarted), "a run's first event is RunStarted"
+    # A run that only evaluates opens no round: it evaluates the version of its round.
     before = 0 if first.spec.only == "evaluate" else 1
     run = Run(id=run_id, spec=first.spec, since=first.at, round=first.spec.first_round - before)
-    for event in events[1:]:
+    for event in log[1:]:
         run = apply(run, event)
     return run

@@ -1,4 +1,4 @@
-"""What is on disk: the ledger, versions of the weights, settings.
+"""Files on disk: the ledger, versions of the weights, settings.
 
 Any layer above may import it; it imports none of them.
 """

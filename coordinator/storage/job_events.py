@@ -1,7 +1,7 @@
-"""What happens to a job: its settings and its events, as the ledger keeps them. Pure.
+"""A job's settings and events, as the ledger stores them. Pure.
 
-A job's subject in the ledger is `job/ID`: so runs, which have bare ids, are told from it. Facts are
-in the past tense, and a new field has a default: old ledgers are read for ever.
+A job's subject in the ledger is `job/ID`, a run's is its bare id. Events are in the past tense. New
+fields need a default, because old ledgers must stay readable.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class JobState(StrEnum):
 
 
 class Block(Struct, frozen=True, array_like=True):
-    """Rows that are never parted: a file of `nbytes` bytes with `rows` rows."""
+    """Rows that stay together: a file of `nbytes` bytes with `rows` rows."""
 
     rows: int
     nbytes: int
 
 
 class JobSpec(Struct, frozen=True, kw_only=True):
-    """What was asked for; never changed.
+    """The settings of a job. They never change.
 
-    "scatter": the rows of the file `input`, cut in `blocks`, are spread over the peers, and each
-    unit needs `quorum` equal answers. "private" and "analyze": each of `peers` is asked about its
-    own rows (none named: all that are there), and after `deadline_s` (0: never) what has come by
-    then is the answer. `names` are what the requester called the models.
+    "scatter": the rows of the file `input`, split into `blocks`, are distributed over the peers,
+    and each unit needs `quorum` equal answers. "private" and "analyze": each of `peers` (empty: all
+    that are online) is asked about its own rows, and the job ends after `deadline_s` (0: never)
+    with the answers that have arrived. `names`: the requester's names for the models.
     """
 
     kind: Kind
@@ -61,9 +61,9 @@ class JobSpec(Struct, frozen=True, kw_only=True):
 
 
 class Given(Struct, frozen=True, kw_only=True):
-    """A valid answer: where its bytes are (`body`, else on disk by digest), and what it took.
+    """A valid answer. Its bytes are in `body`, or else on disk by digest.
 
-    `seconds`: from the question to the answer.
+    `seconds`: from the request to the answer.
     """
 
     digest: str
@@ -81,7 +81,7 @@ class JobStarted(Struct, frozen=True, tag=True):
 
 
 class UnitLeased(Struct, frozen=True, tag=True):
-    """A peer is asked for a unit; the first time, it is cut: blocks `first` up to `stop`."""
+    """A peer is asked for a unit. The first lease defines the unit: blocks `first` up to `stop`."""
 
     unit: int
     peer: str
@@ -90,7 +90,7 @@ class UnitLeased(Struct, frozen=True, tag=True):
 
 
 class LeaseEnded(Struct, frozen=True, tag=True):
-    """The peer is not waited for any more: it went away, it is overdue, or it failed."""
+    """The peer is no longer awaited: it disconnected, is overdue, or failed."""
 
     unit: int
     peer: str
@@ -98,7 +98,7 @@ class LeaseEnded(Struct, frozen=True, tag=True):
 
 
 class UnitReturned(Struct, frozen=True, tag=True):
-    """An answer has arrived whole, signed by a peer that was asked; not looked into yet."""
+    """A complete answer has arrived, signed by a peer that was asked. Not validated yet."""
 
     unit: int
     peer: str
@@ -106,14 +106,14 @@ class UnitReturned(Struct, frozen=True, tag=True):
 
 
 class UnitVerified(Struct, frozen=True, tag=True):
-    """The answer of this unit, for good."""
+    """The final answer of this unit."""
 
     unit: int
     digest: str
 
 
 class AnswerDropped(Struct, frozen=True, tag=True):
-    """An answer that does not count: late, malformed, or another than its quorum's."""
+    """An answer that does not count: late, malformed, or different from its quorum's."""
 
     unit: int
     peer: str
@@ -122,7 +122,7 @@ class AnswerDropped(Struct, frozen=True, tag=True):
 
 
 class PeerExcused(Struct, frozen=True, tag=True):
-    """The peer cannot or may not do this job; it gets no more of it."""
+    """The peer cannot or may not do this job and gets no more units of it."""
 
     peer: str
     reason: str
@@ -135,11 +135,11 @@ class JobEnded(Struct, frozen=True, tag=True):
 
 
 class JobResumed(Struct, frozen=True, tag=True):
-    """A job that was stopped or has failed goes on; whom it had excused may try again."""
+    """A stopped or failed job continues. Excused peers may try again."""
 
 
 class JobTaken(Struct, frozen=True, tag=True):
-    """The requester has the answers: rows and answers need not be kept any more."""
+    """The requester has the answers. Rows and answers can be deleted."""
 
 
 JobEvent = (

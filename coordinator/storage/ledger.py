@@ -1,11 +1,12 @@
-"""The ledger: an append-only, hash-chained SQLite log. The one authority on what happened.
+"""The ledger: an append-only, hash-chained SQLite log, and the authority on what happened.
 
-Each entry's hash covers the one before, so that a changed or missing line is found. `synchronous`
+Each entry's hash covers the one before, so a changed or missing entry is detected. `synchronous`
 is FULL: when `append` returns, the entries survive a power cut. There is one writer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 import threading
@@ -19,10 +20,11 @@ from protocols.failpoints import failpoint
 
 FORMAT = 1
 _START = bytes(32)
+_SELECT = "SELECT seq, at, subject, body, hash FROM log"
 
 
 class Entry(NamedTuple):
-    """One line of the ledger. `subject` is a run's id or "fleet"; `body` is JSON."""
+    """`subject` is a run's id, `job/ID` or "fleet"; `body` is JSON; `at` is Unix s."""
 
     seq: int
     at: float
@@ -34,8 +36,8 @@ class Entry(NamedTuple):
 class Ledger:
     """Append and read entries. Thread-safe. Raises HomeError when the file cannot be used.
 
-    The writer looks at every entry before it changes anything. `read_only`: for a reader beside
-    the one writer; nothing can be appended.
+    The writer verifies every entry before it changes anything. `read_only`: for readers beside the
+    one writer.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -62,7 +64,7 @@ class Ledger:
         except (sqlite3.DatabaseError, OSError) as err:
             raise HomeError(
                 f"the ledger {path} cannot be used: {err}",
-                "nothing was changed; restore it from a backup, or look at the disk",
+                "nothing was changed; restore the ledger from a backup, or check the disk",
             ) from err
         self._head: bytes = row[0] if row else _START
 
@@ -105,11 +107,11 @@ class Ledger:
                 if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
                     raise DiskFull(
                         f"the disk of the ledger {self._path} is full",
-                        "make room; the coordinator goes on from the last entry",
+                        "free some space; the coordinator continues from the last entry",
                     ) from err
                 raise HomeError(
                     f"the ledger {self._path} cannot be written: {err}",
-                    "make room on the disk; the coordinator goes on from the last entry",
+                    "free some space on the disk; the coordinator continues from the last entry",
                 ) from err
             self._head = head
 
@@ -117,36 +119,28 @@ class Ledger:
         """All entries, oldest first, or those of one subject."""
         where, arguments = ("WHERE subject = ?", (subject,)) if subject else ("", ())
         with self._lock:
-            rows = self._db.execute(
-                f"SELECT seq, at, subject, body, hash FROM log {where} ORDER BY seq", arguments
-            ).fetchall()
+            rows = self._db.execute(f"{_SELECT} {where} ORDER BY seq", arguments).fetchall()
         return (Entry(*row) for row in rows)
 
     def subjects(self) -> list[str]:
         """All subjects, in order of their first entry."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT subject FROM log GROUP BY subject ORDER BY MIN(seq)"
-            ).fetchall()
-        return [row[0] for row in rows]
+            rows = self._db.execute("SELECT subject FROM log GROUP BY subject ORDER BY MIN(seq)")
+            return [subject for (subject,) in rows]
 
     def newest(self) -> Entry | None:
-        """The last entry."""
+        """The last entry; None if the ledger is empty."""
         with self._lock:
-            row = self._db.execute(
-                "SELECT seq, at, subject, body, hash FROM log ORDER BY seq DESC LIMIT 1"
-            ).fetchone()
+            row = self._db.execute(f"{_SELECT} ORDER BY seq DESC LIMIT 1").fetchone()
         return Entry(*row) if row else None
 
     def verify(self) -> int | None:
-        """The number of the first entry whose hash does not fit, or None if all do."""
+        """The number of the first entry whose hash does not match; None if all match."""
         head, expected = _START, 1
-        with self._lock:  # one by one: the whole log may be larger than memory
-            for row in self._db.execute(
-                "SELECT seq, at, subject, body, hash FROM log ORDER BY seq"
-            ):
+        with self._lock:  # one by one: the log may be larger than memory
+            for row in self._db.execute(f"{_SELECT} ORDER BY seq"):
                 entry = Entry(*row)
-                if not isinstance(entry.body, bytes):  # SQLite keeps whatever somebody puts there
+                if not isinstance(entry.body, bytes):  # SQLite does not enforce column types
                     return expected
                 head = _chain(head, entry.at, entry.subject, entry.body)
                 if entry.seq != expected or head != entry.hash:
@@ -160,23 +154,17 @@ class Ledger:
 
 
 def _verify_file(path: Path) -> None:
-    """Raise HomeError, or what SQLite raises, unless every entry fits the one before."""
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    try:
+    """Raise HomeError, or SQLite's error, unless every entry's hash matches."""
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
         begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone()
-    finally:
-        db.close()
-    if not begun:  # its first start was cut short
+    if not begun:  # the first start was interrupted
         return
-    ledger = Ledger(path, read_only=True)
-    try:
+    with contextlib.closing(Ledger(path, read_only=True)) as ledger:
         changed = ledger.verify()
-    finally:
-        ledger.close()
     if changed is not None:
         raise HomeError(
-            f"the ledger {path} is damaged: entry {changed} does not fit the one before",
-            "nothing was changed; restore it from a backup, or look at the disk",
+            f"the ledger {path} is damaged: entry {changed} does not match the one before",
+            "nothing was changed; restore the ledger from a backup, or check the disk",
         )
 
 

@@ -1,10 +1,13 @@
-"""What happens to a run: its settings and its events, as the ledger keeps them. Pure.
+"""A run's settings and events, as the ledger stores them. Pure.
 
-Facts are in the past tense. A new field has a default: old ledgers are read for ever.
+Events are in the past tense. New fields need a default, because old ledgers must stay readable.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -17,30 +20,35 @@ from protocols.model.schema_card import Description, SchemaCard
 Setting = str | int | float | bool
 
 
-class RunSpec(Struct, frozen=True, kw_only=True):
-    """What was asked for at the start; part of the run's record and never changed.
+class RunEvent(Struct, frozen=True, tag=True):
+    """An entry of the ledger about a run; each kind is a subclass."""
 
-    `deadline_s` counts from the opening of a round's training, and again of its evaluation. When it
-    passes without the quorum, whoever could help is asked, or asked again, and it counts anew.
-    With `deadline` "auto" it is at most that, and as long as peers needed before
-    (`decisions.deadline_s`).
-    `select`: how many peers are asked, in quorums (1.2: a fifth more than are needed); a round then
-    goes on as soon as the quorum is there. 0: all are asked, and all are waited for.
-    `late`: what becomes of an update whose round has closed (`coordinator.runs.late_updates`).
-    `keep_versions`: how many of the newest stay on disk, beside the best.
-    `codec`: how updates are made smaller, one of `protocols.codecs.registry`.
-    `weighting`: updates count by their examples, or all the same. `clip_norm` (0: off) bounds how
-    far, as a Euclidean norm, one update may move the weights. `handshake`: before round 1 all peers
-    compare what must be alike; runs of older ledgers did not.
-    `best_metric` says which version is best (empty: accuracy, else loss), and `best_direction`
-    whether more of it is better (empty: as its name says). The run ends early when the metric has
-    reached `target`, or has not become better for `patience` rounds (0: never).
-    In the mode "buffered" (FedBuff, arXiv 2106.06639) no peer waits for another: each has work of
-    its own, `concurrency` of them at a time (0: all), and `buffer` updates make a version. One that
-    is `max_staleness` versions behind or less counts 1/√(1 + staleness), times `server_lr`.
-    `min_examples`: a peer that trains on fewer gets no work of this run.
-    `only` (empty: all): the one part of a run that a fleet further up asks this one for, in its own
-    round `first_round`.
+
+class RunSpec(Struct, frozen=True, kw_only=True):
+    """The settings of a run. They are set at its start and never change.
+
+    `deadline_s`: counts from the start of a round's training, and again from that of its
+    evaluation. If it passes without the quorum, all peers that could help are asked again, and it
+    starts anew. With `deadline` "auto" it is derived from earlier rounds and `deadline_s` is its
+    maximum (`decisions.phase_deadline_s`).
+    `select`: how many peers are asked, as a multiple of the quorum (1.2: a fifth more than needed);
+    the round then continues as soon as it has its quorum. 0: all are asked and awaited.
+    `late`: what happens to an update whose round has closed (`coordinator.runs.late_updates`).
+    `keep_versions`: how many of the newest versions stay on disk, in addition to the best one.
+    `codec`: how updates are compressed, one of `protocols.codecs.registry`.
+    `weighting`: updates count by their examples, or all the same.
+    `clip_norm`: the maximum Euclidean norm of an update's change (0: none).
+    `handshake`: before round 1, peers compare schema and preprocessing. Old ledgers lack it.
+    `best_metric`: the metric that decides which version is best (empty: accuracy, else loss);
+    `best_direction`: whether higher is better (empty: decided by the metric's name). The run ends
+    early when the metric reaches `target`, or has not improved for `patience` rounds (0: never).
+    `mode` "buffered" (FedBuff, arXiv 2106.06639): peers do not wait for each other. Each has an
+    assignment of its own, `concurrency` of them at a time (0: all), and `buffer` updates make a
+    version. An update that is up to `max_staleness` versions behind counts 1/√(1 + staleness),
+    times `server_lr`.
+    `min_examples`: a peer that trains on fewer examples gets no work from this run.
+    `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
+    parent's round `first_round`.
     """
 
     task: str
@@ -76,11 +84,11 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
 
 class Update(Struct, frozen=True, kw_only=True):
-    """An accepted answer: what was claimed and checked. `digest` is empty for an evaluation.
+    """An accepted reply. `digest` is empty for an evaluation.
 
-    `seconds`: from the question to the answer (0 in old ledgers). Buffered, and of a late one:
-    `base` is the version that it was trained on, `turn` as in `WorkGiven`, `staleness` how many
-    versions came since.
+    `seconds`: from the request to the reply (0 in old ledgers). Buffered and late updates also
+    have `base`, the version they were trained on, `turn` as in `WorkGiven`, and `staleness`, the
+    number of versions made since.
     """
 
     digest: str = ""
@@ -95,42 +103,42 @@ class Update(Struct, frozen=True, kw_only=True):
     staleness: int = 0
 
 
-class RunStarted(Struct, frozen=True, tag=True):
-    """`at`: Unix s; 0 in ledgers of before."""
+class RunStarted(RunEvent, frozen=True):
+    """`at`: Unix s; 0 in old ledgers."""
 
     spec: RunSpec
     at: float = 0.0
 
 
-class PeerDescribed(Struct, frozen=True, tag=True):
-    """Before round 1 a peer told what of its data and model must be alike on all."""
+class PeerDescribed(RunEvent, frozen=True):
+    """Before round 1, a peer described its model or the statistics of its table."""
 
     peer: str
     description: Description
 
 
-class PreprocessingFixed(Struct, frozen=True, tag=True):
-    """From the surveys of these peers follows how rows become numbers, as text of its own."""
+class PreprocessingFixed(RunEvent, frozen=True):
+    """The preprocessing of tables, derived from the statistics of these peers, as encoded text."""
 
     text: str
     peers: tuple[str, ...]
 
 
-class SchemaAgreed(Struct, frozen=True, tag=True):
-    """The card of most peers: who has another one gets no work of this run."""
+class SchemaAgreed(RunEvent, frozen=True):
+    """The card of most peers. Peers with a different card get no work from this run."""
 
     card: SchemaCard
 
 
-class WeightsInitialised(Struct, frozen=True, tag=True):
-    """The first version is there; `by` is the peer that made it, or the file it came from."""
+class WeightsInitialised(RunEvent, frozen=True):
+    """The run has its first version. `by`: the peer that made it, or "file"."""
 
     digest: str
     by: str
 
 
-class RoundOpened(Struct, frozen=True, tag=True):
-    """`eligible`: how many peers could have been asked (0 where nobody counted them)."""
+class RoundOpened(RunEvent, frozen=True):
+    """`eligible`: how many peers could have been asked (0: not counted)."""
 
     round: int
     base: str
@@ -138,10 +146,10 @@ class RoundOpened(Struct, frozen=True, tag=True):
     eligible: int = 0
 
 
-class WorkGiven(Struct, frozen=True, tag=True):
-    """Buffered: a peer was given training of its own, on the version `base` before `round`.
+class WorkGiven(RunEvent, frozen=True):
+    """Buffered: a peer was assigned training on `base`, the version before `round`.
 
-    `turn`: how many times it was given this version before.
+    `turn`: how many times it was assigned this version before.
     """
 
     peer: str
@@ -150,27 +158,27 @@ class WorkGiven(Struct, frozen=True, tag=True):
     turn: int = 0
 
 
-class PeersAsked(Struct, frozen=True, tag=True):
-    """More peers, or lost ones that came back, were asked for the work of the open round."""
+class PeersAsked(RunEvent, frozen=True):
+    """More peers, or lost peers that came back, were asked for the work of the open round."""
 
     peers: tuple[str, ...]
 
 
-class PeerLost(Struct, frozen=True, tag=True):
-    """A peer that was asked went away or said that it cannot do the work."""
+class PeerLost(RunEvent, frozen=True):
+    """A peer that was asked has disconnected or cannot do the work."""
 
     peer: str
     reason: str
 
 
-class UpdateAccepted(Struct, frozen=True, tag=True):
+class UpdateAccepted(RunEvent, frozen=True):
     round: int
     peer: str
     update: Update
 
 
-class UpdateRefused(Struct, frozen=True, tag=True):
-    """`round`, `kind` and `seconds` are of the question: a late answer settles no newer one."""
+class UpdateRefused(RunEvent, frozen=True):
+    """`round`, `kind` and `seconds` are those of the request, which may be older than the round."""
 
     round: int
     peer: str
@@ -180,15 +188,15 @@ class UpdateRefused(Struct, frozen=True, tag=True):
     seconds: float = 0.0
 
 
-class TrainingClosed(Struct, frozen=True, tag=True):
-    """No more updates for this round: these are summed, in this order."""
+class TrainingClosed(RunEvent, frozen=True):
+    """The round accepts no more updates. Those of `contributors` are summed, in this order."""
 
     round: int
     contributors: tuple[str, ...]
 
 
-class VersionCommitted(Struct, frozen=True, tag=True):
-    """`strategy_state`: digests, by slot, of what the strategy remembers after this version."""
+class VersionCommitted(RunEvent, frozen=True):
+    """`strategy_state`: digests, by slot, of the strategy's state after this version."""
 
     round: int
     digest: str
@@ -198,60 +206,60 @@ class VersionCommitted(Struct, frozen=True, tag=True):
     strategy_state: dict[str, str] = {}
 
 
-class VersionLost(Struct, frozen=True, tag=True):
-    """The newest version is damaged on disk. The run goes on from `to`, an earlier one."""
+class VersionLost(RunEvent, frozen=True):
+    """The newest version is damaged on disk. The run continues from `to`, an earlier one."""
 
     digest: str
     to: str
 
 
 class Holding(Struct, frozen=True):
-    """A version that a peer has proven to hold: its number in the run, and its digest."""
+    """A version that a peer has proved to have: its number in the run, and its digest."""
 
     round: int
     digest: str
 
 
-class RecallBegun(Struct, frozen=True, tag=True):
-    """The ledger is a backup: versions newer than its newest may be with the peers.
+class RecallBegun(RunEvent, frozen=True):
+    """The ledger was restored from a backup. Peers may have newer versions.
 
-    `whole`: the backup's own newest version is on disk.
+    `whole`: the backup's newest version is on disk.
     """
 
     whole: bool
 
 
-class HoldingTold(Struct, frozen=True, tag=True):
-    """A peer told which version it holds, and proved it; or that it holds none."""
+class HoldingTold(RunEvent, frozen=True):
+    """A peer proved which version it has, or reported that it has none."""
 
     peer: str
     holding: Holding | None
 
 
-class VersionSought(Struct, frozen=True, tag=True):
-    """This version is to come back from a peer."""
+class VersionSought(RunEvent, frozen=True):
+    """The run fetches this version from a peer."""
 
     version: Holding
 
 
-class VersionRecalled(Struct, frozen=True, tag=True):
-    """The run goes on from this version. `by` is the peer it came from, or "backup"."""
+class VersionRecalled(RunEvent, frozen=True):
+    """The run continues from this version. `by`: the peer it came from, or "backup"."""
 
     version: Holding
     by: str
     strategy_state: dict[str, str] = {}
 
 
-class EvaluationOpened(Struct, frozen=True, tag=True):
+class EvaluationOpened(RunEvent, frozen=True):
     round: int
     asked: tuple[str, ...]
 
 
-class RoundClosed(Struct, frozen=True, tag=True):
-    """`seconds` since the round was opened; `metrics` are federated evaluation (may be empty).
+class RoundClosed(RunEvent, frozen=True):
+    """`seconds` since the round was opened. `metrics`: the federated evaluation, may be empty.
 
-    `spent`: seconds by part of the round: `work` until the first update is in, `wait` for the
-    others, `aggregate`, `evaluate`.
+    `spent`: seconds by phase of the round: `work` until the first update, `wait` for the others,
+    `aggregate`, `evaluate`.
     """
 
     round: int
@@ -263,48 +271,25 @@ class RoundClosed(Struct, frozen=True, tag=True):
     tallies: dict[str, list[float]] = {}
 
 
-class RunEnded(Struct, frozen=True, tag=True):
+class RunEnded(RunEvent, frozen=True):
     state: RunState
     because: str
 
 
-class RunResumed(Struct, frozen=True, tag=True):
-    """A run that was stopped or has failed goes on; the round that was cut off is done again."""
+class RunResumed(RunEvent, frozen=True):
+    """A stopped or failed run continues. Its interrupted round is repeated."""
 
 
-class RunDeleted(Struct, frozen=True, tag=True):
-    """An ended run's files were deleted: these versions and states, of so many bytes in all."""
+class RunDeleted(RunEvent, frozen=True):
+    """The files of an ended run were deleted: these versions and states, `nbytes` in total."""
 
     versions: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     nbytes: int = 0
 
 
-RunEvent = (
-    RunStarted
-    | PeerDescribed
-    | PreprocessingFixed
-    | SchemaAgreed
-    | WeightsInitialised
-    | RoundOpened
-    | WorkGiven
-    | PeersAsked
-    | PeerLost
-    | UpdateAccepted
-    | UpdateRefused
-    | TrainingClosed
-    | VersionCommitted
-    | VersionLost
-    | RecallBegun
-    | HoldingTold
-    | VersionSought
-    | VersionRecalled
-    | EvaluationOpened
-    | RoundClosed
-    | RunEnded
-    | RunResumed
-    | RunDeleted
-)
-
+#: The kind of each event in the ledger is its class's name: renaming a class needs a `tag`.
 encode = msgspec.json.Encoder().encode
-decode = msgspec.json.Decoder(RunEvent).decode
+decode: Callable[[bytes], RunEvent] = msgspec.json.Decoder(
+    functools.reduce(operator.or_, RunEvent.__subclasses__())
+).decode

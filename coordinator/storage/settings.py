@@ -1,4 +1,4 @@
-"""The coordinator's settings and its home: flag, then environment, then file, then default."""
+"""The coordinator's settings (flag, then environment, then file, then default) and its home."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from protocols.local import homes
 from protocols.local.atomic_files import write_private
 
 SETTINGS_FILE = "settings.toml"
-#: Says where the running coordinator answers.
+#: Has the address of the running coordinator.
 UP_FILE = "up.json"
 PORT = 9092
 
 
 class Settings(BaseSettings):
-    """What can be set for `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
+    """Settings of `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
 
-    `host` and `port`: where agents connect. `mqtt_port` 0 means the port after. `mqtt_url`: a
-    broker of your own instead of the embedded one. `names`: host names and addresses under which
-    agents reach this machine, if they are not those found. `public_addresses`: host:port, or
-    host:port/path, by which they reach it through something that stands before it, a proxy or a
-    router. `approve`: new peers wait for `peers approve`. `announce`: say in this network where the
-    coordinator is. `metrics_port`: Prometheus finds /metrics there, on loopback; 0 is off.
+    `host` and `port`: where agents connect. `mqtt_port`: 0 means `port` + 1. `mqtt_url`: an
+    external broker instead of the embedded one. `names`: host names and addresses by which agents
+    reach this machine, instead of those detected. `public_addresses`: host:port or host:port/path
+    of a proxy or router in front of this machine. `approve`: new peers wait for `peers approve`.
+    `announce`: announce the coordinator in the local network. `metrics_port`: serves /metrics for
+    Prometheus on loopback; 0 is off.
     """
 
     model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
@@ -69,14 +69,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(
-            settings_cls, homes.home_path("coordinator") / SETTINGS_FILE
-        )
+        file = TomlConfigSettingsSource(settings_cls, homes.locate("coordinator") / SETTINGS_FILE)
         return (init_settings, env_settings, file)
 
 
 def read(**flags: Any) -> Settings:
-    """The settings with these flags on top (None: not given). Raises UsageError."""
+    """Read the settings; `flags` that are not None win. Raises UsageError."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as err:
@@ -87,12 +85,12 @@ def read(**flags: Any) -> Settings:
         raise UsageError(f'{err}: write a list as JSON, such as ["a", "b"]') from err
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageError(
-            f"cannot read {homes.home_path('coordinator') / SETTINGS_FILE}: {err}"
+            f"cannot read {homes.locate('coordinator') / SETTINGS_FILE}: {err}"
         ) from err
 
 
 class MqttLogin(msgspec.Struct, frozen=True):
-    """The fleet's login for the embedded broker; `removed` peers had been sent away by then."""
+    """The login for the embedded broker, made when `removed` peers had been removed."""
 
     user: str
     password: str
@@ -111,7 +109,7 @@ class Keys(NamedTuple):
 
 
 def init(names: list[str]) -> tuple[Path, bool]:
-    """Make a coordinator's home: CA, keys, TLS certificate. (home, True if it is new)."""
+    """Create a coordinator's home: CA, keys, TLS certificate. Returns (home, True if new)."""
     home = homes.open_home("coordinator", create=True)
     if (home / "ca.pem").exists():
         return home, False
@@ -120,14 +118,14 @@ def init(names: list[str]) -> tuple[Path, bool]:
     write_private(home / "coordinator.key", identity.private_pem(identity.new_signing_key()))
     write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
     new_login(home, 0)
-    # Last: its presence says that the home is whole.
+    # Last: its presence marks a complete home.
     write_private(home / "ca.pem", ca_pem)
     certify(home, ca_key, ca_pem, names)
     return home, True
 
 
 def save_names(home: Path, names: list[str]) -> None:
-    """Write the names under which agents reach this machine into the file: `up` certifies them."""
+    """Write `names` into the settings file, so that `up` puts them in the certificate."""
     try:
         values = tomllib.loads((home / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,7 +136,7 @@ def save_names(home: Path, names: list[str]) -> None:
 
 
 def new_login(home: Path, removed: int) -> MqttLogin:
-    """A new MQTT password: a peer that was removed knows the last one."""
+    """Store a new MQTT password, since a removed peer knows the last one."""
     login = MqttLogin("fleet", secrets.token_urlsafe(24), removed)
     write_private(home / "mqtt.json", msgspec.json.encode(login))
     return login
@@ -165,10 +163,10 @@ def open_keys(home: Path) -> Keys:
 
 
 def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> bool:
-    """Make or renew the TLS certificate; False if it is good for all of `names` for a month."""
+    """Create or renew the TLS certificate. False if it is valid for `names` for another month."""
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
-    # A pair that does not fit (a crash between the two files) is made anew like one that is old.
+    # A key that does not match (a crash between the two files) is replaced like an old one.
     with contextlib.suppress(OSError, ValueError):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, home / "server.key")
         pem = certificate.read_bytes()
@@ -184,22 +182,21 @@ def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> 
 
 
 def reachable_names(host: str) -> list[str]:
-    """Names and addresses under which others can reach a server that listens on `host`."""
+    """Names and addresses by which others can reach a server that listens on `host`."""
     if host not in ("0.0.0.0", "::", ""):
         return [host]
-    found: list[str] = []
-    later: list[str] = []
-    for addresses in psutil.net_if_addrs().values():
-        for address in addresses:
-            if address.family == socket.AF_INET and not address.address.startswith("127."):
-                found.append(address.address)
-            # Not loopback, and not those that hold on one link only.
-            elif address.family == socket.AF_INET6 and not address.address.startswith(
-                ("::1", "fe80")
-            ):
-                later.append(address.address)
-    if host == "::":
-        found += later
+    addresses = [a for found in psutil.net_if_addrs().values() for a in found]
+    found = [
+        a.address
+        for a in addresses
+        if a.family == socket.AF_INET and not a.address.startswith("127.")
+    ]
+    if host == "::":  # without loopback and link-local addresses
+        found += [
+            a.address
+            for a in addresses
+            if a.family == socket.AF_INET6 and not a.address.startswith(("::1", "fe80"))
+        ]
     with contextlib.suppress(OSError):
         found.append(socket.gethostname())
     return found or ["127.0.0.1"]

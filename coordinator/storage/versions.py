@@ -1,4 +1,4 @@
-"""Versions on disk, each in a file named by its digest, and the patches that lead to them."""
+"""Versions on disk, each in a file named by its digest, and the patches to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from protocols.codecs import patches
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
-from protocols.local.background_unlink import unlink
+from protocols.local.background_unlink import remove
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
@@ -24,7 +24,7 @@ _UNFINISHED_S = 3600.0
 
 
 class Versions:
-    """The versions in a folder. One that jobs use can be pinned: it stays until they let go."""
+    """The versions in a folder. Jobs can pin versions, so that they are not deleted meanwhile."""
 
     suffix = ".safetensors"
 
@@ -32,37 +32,34 @@ class Versions:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         self._delete_unfinished()
-        #: Versions that jobs use, by how many, and those of them that are not wanted else.
+        #: How many jobs use each version; pinned versions to delete once they are unpinned.
         self._pins: Counter[str] = Counter()
-        self._unwanted: set[str] = set()
-        #: Versions of a run that its ledger does not name yet.
+        self._dropped: set[str] = set()
+        #: Versions that the ledger does not name yet.
         self.unrecorded: set[str] = set()
         self._naming = threading.Lock()
 
     def version_path(self, digest: str) -> Path:
-        """Where the version with this digest lies, or would."""
+        """The file of the version with this digest, whether or not it exists."""
         return self.folder / f"{digest}{self.suffix}"
 
     def has(self, digest: str) -> bool:
         return self.version_path(digest).exists()
 
     def patch_path(self, digest: str) -> Path:
-        """Where the patch to this version from its parent lies, or would."""
+        """The file of the patch from the parent to this version, whether or not it exists."""
         return self.folder / f"{digest}.patch"
 
     def make_patch(self, parent: str, digest: str) -> int:
-        """Make the patch to a version, if a small one does; its bytes, else 0."""
+        """Make the patch to a version; its bytes, or 0 if it would not be small."""
         try:
-            with (
-                WeightsFile(self.version_path(parent)) as old,
-                WeightsFile(self.version_path(digest)) as new,
-            ):
+            with WeightsFile(self.version_path(parent)) as old, WeightsFile(self.version_path(digest)) as new:
                 return patches.make(old, new, self.patch_path(digest))
-        except OSError:  # a full disk: the version itself is safe, and is sent whole
+        except OSError:  # a full disk: the version is stored already and is sent whole
             return 0
 
     def nbytes(self, digest: str) -> int:
-        """What a version and the patch to it take on disk."""
+        """Bytes on disk of a version and of the patch to it."""
         paths = (self.version_path(digest), self.patch_path(digest))
         return sum(path.stat().st_size for path in paths if path.exists())
 
@@ -71,32 +68,32 @@ class Versions:
         return self._pins[digest] > 0
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keep these versions, whoever drops them, until they are unpinned as often."""
+        """Protect these versions from deletion until they are unpinned as often as pinned."""
         self._pins.update(digests)
 
     def unpin(self, digests: Iterable[str]) -> None:
-        """Drop now what was dropped meanwhile."""
+        """Undo one `pin`. Versions that were dropped in the meantime are deleted now."""
         self._pins.subtract(digests)
-        for digest in [digest for digest in self._unwanted if self._pins[digest] <= 0]:
-            self._unwanted.discard(digest)
+        for digest in [digest for digest in self._dropped if self._pins[digest] <= 0]:
+            self._dropped.discard(digest)
             self.drop(digest)
 
     def drop(self, digest: str) -> None:
-        """Forget a version, unless a run has just made it."""
+        """Delete a version: at once, or once it is unpinned; never while it is unrecorded."""
         if self._pins[digest] > 0:
-            self._unwanted.add(digest)
+            self._dropped.add(digest)
             return
         with self._naming:
             if digest not in self.unrecorded:
-                unlink(self.version_path(digest))
+                remove(self.version_path(digest))
                 self.patch_path(digest).unlink(missing_ok=True)
 
     def mark_recorded(self, digest: str) -> None:
-        """The ledger names a version: from now on it can be dropped."""
+        """The ledger names this version now, so it can be dropped again."""
         self.unrecorded.discard(digest)
 
     def verify_digest(self, digest: str) -> bool:
-        """True if a version's bytes are there and are its own. Damaged ones are put aside."""
+        """True if a version exists and its bytes match its digest. Renames a damaged one."""
         path = self.version_path(digest)
         if not path.exists():
             return False
@@ -106,18 +103,18 @@ class Versions:
         return False
 
     def save(self, model: Weights) -> str:
-        """Keep a small model as a version, durably; its digest."""
+        """Store a small model durably as a version; its digest."""
         parts = weights.split_into_pieces(model.schema)
         digest = self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
         self.mark_recorded(digest)
         return digest
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
-        """Keep a version, durably; its digest. `pieces` come in file order.
+        """Store a version durably; its digest. `pieces` come in file order.
 
-        Nothing drops it before `recorded`.
+        `drop` has no effect on it until `mark_recorded`.
         """
-        # Commands write here beside the coordinator, so every writer has a file of its own.
+        # Commands write here too, beside the coordinator, so each writer has a file of its own.
         temporary = self.folder / f".new-{secrets.token_hex(8)}"
         with WeightsWriter(temporary, schema) as writer:
             for piece in pieces:
@@ -127,20 +124,20 @@ class Versions:
             self.unrecorded.add(writer.digest)
             temporary.replace(self.version_path(writer.digest))
         failpoint("version.renamed")
-        atomic_files.fsync_folder(self.folder)
+        atomic_files.sync_folder(self.folder)
         return writer.digest
 
     def _delete_unfinished(self) -> None:
-        """Delete temporary files that nobody has written to for an hour."""
+        """Delete temporary files without a write in the last hour."""
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+            with contextlib.suppress(FileNotFoundError):  # its writer has just renamed it
                 if path.name.startswith(".") and (
                     path.stat().st_mtime < time.time() - _UNFINISHED_S
                 ):
                     path.unlink()
 
     def inline_bytes(self, digest: str) -> bytes:
-        """A version that is so small that it goes with the work; empty for any other."""
+        """The bytes of a version that is small enough to be sent inside a message; else empty."""
         path = self.version_path(digest)
         if not path.exists() or path.stat().st_size > INLINE_MAX_BYTES:
             return b""

@@ -1,4 +1,4 @@
-"""What a home keeps of runs beside the ledger: versions, uploads and strategy states."""
+"""The folder for weights in a home: versions, uploads and strategy states."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from protocols.local import atomic_files
 
 
 class WeightStore(Versions):
-    """Versions, uploads (`uploads`) and what strategies remember (`states`) in a folder."""
+    """Versions, uploads (`uploads`) and the folder of strategy states (`states`)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "versions")
         self.uploads = Spool(folder / "spool", self.suffix)
-        #: Written by `strategies.state`; states never leave the coordinator.
+        #: For `strategies.state.StateStore`. States never leave the coordinator.
         self.states = folder / "states"
         self.states.mkdir(mode=0o700, exist_ok=True)
 
     def promote_upload(self, node: str, digest: str) -> None:
-        """Make an upload a version: the first weights of a run, or an answer of a job.
+        """Make an upload a version: first weights of a run, or an answer of a job.
 
-        Nothing drops it before `recorded`.
+        `drop` has no effect on it until `mark_recorded`.
         """
         with self._naming:
             self.unrecorded.add(digest)
