@@ -18,7 +18,7 @@ from benchmarks.faults.sim_judging import judged
 from benchmarks.faults.sim_network import Network
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet.reducer import Fleet
-from coordinator.runs import buffered, decisions, schema_agreement, transitions
+from coordinator.runs import buffered, decisions, schema_agreement, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
@@ -184,7 +184,7 @@ class Coordinator:
             yield from self._ask_given()
             yield from self._ask_pending()
             step = decisions.decide(self.run, self.view())
-            if isinstance(step, decisions.Wait):
+            if isinstance(step, steps.Wait):
                 self._changed = False
                 while not self._changed and not self.view().deadline_passed:
                     yield
@@ -195,48 +195,45 @@ class Coordinator:
         self._take_back(set(self.outstanding))
         yield from self._collect()
 
-    def _do(self, step: decisions.Step) -> Iterator[None]:
+    def _do(self, step: steps.Step) -> Iterator[None]:
         run = self.run
         match step:
-            case decisions.AgreeSchema():
+            case steps.AgreeSchema():
                 try:
                     news = schema_agreement.agree(run, {}).events
                 except CommonweightError as err:
                     news = [run_events.RunEnded(RunState.FAILED, err.message)]
                 yield from self._record(*news)
-            case decisions.AskInit(peer):
-                self._phase_at = self.now
-                yield from self._record(run_events.PeersAsked((peer,)))
-            case decisions.AskPeers(peers):
-                if self.view().deadline_passed:
+            case steps.AskPeers(peers, opens_phase):
+                if opens_phase or self.view().deadline_passed:
                     self._phase_at = self.now
                 present = (run.round, run.kind)
                 found = self.outstanding.items()
                 self._take_back({q for q, a in found if a.peer in peers and a[1:] == present})
                 yield from self._record(run_events.PeersAsked(peers))
-            case decisions.AssignWork(given):
+            case steps.AssignWork(given):
                 if self.view().deadline_passed:
                     self._phase_at = self.now
                 yield from self._record(*given)
-            case decisions.OpenRound(number, base, eligible):
+            case steps.OpenRound(number, base, eligible):
                 self._phase_at = self.now
                 asked = () if run.buffered else eligible
                 yield from self._record(run_events.RoundOpened(number, base, asked))
-            case decisions.CloseTraining(contributors):
+            case steps.CloseTraining(contributors):
                 yield from self._record(run_events.TrainingClosed(run.round, contributors))
-            case decisions.Aggregate(contributors):
+            case steps.Aggregate(contributors):
                 yield from self._aggregate(contributors)
-            case decisions.OpenEvaluation(eligible):
+            case steps.OpenEvaluation(eligible):
                 self._phase_at = self.now
                 yield from self._record(run_events.EvaluationOpened(run.round, eligible))
-            case decisions.CloseRound():
+            case steps.CloseRound():
                 found = self.outstanding.items()
                 old = {q for q, asked in found if asked.round < run.round}
                 if run.buffered:
                     old = {q for q, asked in found if asked.kind == "evaluate"}
                 self._take_back(old)
                 yield from self._record(run_events.RoundClosed(run.round, {}, 1.0, 0, 0))
-            case decisions.EndRun(state, because):
+            case steps.EndRun(state, because):
                 yield from self._record(run_events.RunEnded(state, because))
 
     def _aggregate(self, contributors: tuple[str, ...]) -> Iterator[None]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coordinator import strategies
-from coordinator.runs import aggregation, buffered, decisions, transitions, validation
+from coordinator.runs import aggregation, buffered, decisions, steps, transitions, validation
 from coordinator.runs.decisions import Observation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
@@ -108,27 +108,27 @@ class Virtual:
         while self.now < most and not self.run.ended:
             step = decisions.decide(self.run, Observation(everybody))
             match step:
-                case decisions.OpenRound(number, base):
+                case steps.OpenRound(number, base):
                     asked = () if self.run.buffered else tuple(names())
                     self.record(run_events.RoundOpened(number, base, asked, PEERS))
                     for peer in asked:
                         self.begin(peer, number, base, 0)
-                case decisions.AssignWork(given):
+                case steps.AssignWork(given):
                     for work in given:
                         self.record(work)
                         self.begin(work.peer, work.round, work.base, work.turn)
-                case decisions.CloseTraining(contributors):
+                case steps.CloseTraining(contributors):
                     self.record(run_events.TrainingClosed(self.run.round, contributors))
-                case decisions.Aggregate(contributors):
+                case steps.Aggregate(contributors):
                     if self.commit(contributors) >= GOAL:
                         versions = self.run.num_versions
                         counts = self.uploads, self.refused, self.most_stale
                         return Figure(self.now, versions, *counts)
-                case decisions.OpenEvaluation():
+                case steps.OpenEvaluation():
                     self.record(run_events.EvaluationOpened(self.run.round, ()))
-                case decisions.CloseRound():
+                case steps.CloseRound():
                     self.record(run_events.RoundClosed(self.run.round, {}, 0.0, 0, 0))
-                case decisions.EndRun(state, because):
+                case steps.EndRun(state, because):
                     self.record(run_events.RunEnded(state, because))
                 case _:
                     self.finish_those_that_are_due()

@@ -1,7 +1,6 @@
-"""What a run does next, from where it stands and who is there. Pure.
+"""Decides what a run does next, from its state and from who is online. Pure.
 
-Doing a step gives new events; a step is never repeated because of what it was, only because the run
-still stands where it stood.
+Carrying out a step produces new events. A step repeats only if the run's state still requires it.
 """
 
 from __future__ import annotations
@@ -11,127 +10,51 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from coordinator.runs import best_version, buffered, recovery
-from coordinator.runs.recovery import FetchVersion, KeepOwn
-from coordinator.runs.state import Run
-from coordinator.storage.run_events import WorkGiven
+from coordinator.runs import best_version, buffered, recovery, steps
+from coordinator.runs.state import PeerStatus, Run
+from coordinator.runs.steps import Step, count_peers
 from protocols.errors import SETTINGS_CODES
 from protocols.messages.states import RunState
 
 
 class Observation(NamedTuple):
-    """What the run cannot know: the peers that could work now, and whether time is up."""
+    """What the run's state lacks: the peers that could work now, and whether time is up."""
 
     eligible: frozenset[str]
     deadline_passed: bool = False
 
 
-class AgreeSchema(NamedTuple):
-    """Find what the peers that described themselves have alike."""
-
-
-class AskInit(NamedTuple):
-    """Ask one peer for the first weights."""
-
-    peer: str
-
-
-class OpenRound(NamedTuple):
-    round: int
-    base: str
-    eligible: tuple[str, ...]
-
-
-class AskPeers(NamedTuple):
-    """Give the open round's work to these peers too."""
-
-    peers: tuple[str, ...]
-
-
-class AssignWork(NamedTuple):
-    """Buffered: give each of these peers training of its own."""
-
-    given: tuple[WorkGiven, ...]
-
-
-class CloseTraining(NamedTuple):
-    contributors: tuple[str, ...]
-
-
-class Aggregate(NamedTuple):
-    contributors: tuple[str, ...]
-
-
-class OpenEvaluation(NamedTuple):
-    eligible: tuple[str, ...]
-
-
-class CloseRound(NamedTuple):
-    pass
-
-
-class EndRun(NamedTuple):
-    state: RunState
-    because: str
-
-
-class Wait(NamedTuple):
-    """Nothing to do until something changes; `what` is for a person, but for the peers' ids."""
-
-    what: str
-
-
-Step = (
-    AgreeSchema
-    | AskInit
-    | FetchVersion
-    | KeepOwn
-    | OpenRound
-    | AskPeers
-    | AssignWork
-    | CloseTraining
-    | Aggregate
-    | OpenEvaluation
-    | CloseRound
-    | EndRun
-    | Wait
-)
-
-
-#: Begins what an agent tells that cannot work with the run's settings.
+#: Prefixes of refusals by agents that cannot train with the run's settings.
 _SETTINGS_REFUSALS = tuple(f"agent failed: {code}: " for code in sorted(SETTINGS_CODES))
-#: So many peers that are waited for are named.
-_MAX_NAMED_PEERS = 4
-#: An automatic deadline is so many times what the slowest peer needed, but no less than that.
+#: An automatic deadline is this multiple of the slowest peer's time, but at least the minimum.
 _SLOWEST_FACTOR = 2.0
 _MIN_DEADLINE_S = 5.0
 
 
 def phase_deadline_s(run: Run) -> float:
-    """Seconds that a phase of this round may take before it goes on with the quorum."""
+    """Seconds that a phase of this round may take before it continues with the quorum."""
     if run.recalling:
         return min(run.spec.deadline_s, recovery.LISTEN_S)
-    longest = [
-        max(run.training_seconds[peer]) for peer in run.peers if peer in run.training_seconds
-    ]
-    if run.spec.deadline == "fixed" or len(longest) < len(run.peers) or not longest:
-        return run.spec.deadline_s  # nobody knows yet how long a peer takes that is new
-    return min(run.spec.deadline_s, max(_MIN_DEADLINE_S, _SLOWEST_FACTOR * max(longest)))
+    longest = [max(run.training_seconds.get(peer, (math.inf,))) for peer in run.peers]
+    slowest = max(longest, default=math.inf)
+    if run.spec.deadline == "fixed" or math.isinf(slowest):  # the time of a new peer is unknown
+        return run.spec.deadline_s
+    return min(run.spec.deadline_s, max(_MIN_DEADLINE_S, _SLOWEST_FACTOR * slowest))
 
 
 def select_peers(run: Run, number: int, eligible: Iterable[str], count: int = 0) -> tuple[str, ...]:
-    """Those of `eligible` to be asked in round `number`, in name order; by chance, from the seed.
+    """The peers to ask in round `number`, sorted: a random sample seeded by the run, or all.
 
-    All of them unless the run selects. `count`: so many, in place of the run's own number.
+    `count`: the size of the sample, if not the run's own.
     """
     if not run.spec.select:
         return tuple(sorted(eligible))
     count = count or math.ceil(run.spec.select * run.spec.quorum)
 
-    def lot(peer: str) -> bytes:
+    def random_key(peer: str) -> bytes:
         return hashlib.sha256(f"{run.spec.seed} {number} {peer}".encode()).digest()
 
-    return tuple(sorted(sorted(eligible, key=lot)[:count]))
+    return tuple(sorted(sorted(eligible, key=random_key)[:count]))
 
 
 def decide(run: Run, observed: Observation) -> Step:
@@ -145,41 +68,47 @@ def decide(run: Run, observed: Observation) -> Step:
         case RunState.TRAINING:
             return _decide_training(run, observed)
         case RunState.AGGREGATING:
-            return Aggregate(run.contributors)
+            return steps.Aggregate(run.contributors)
         case RunState.EVALUATING:
             return _decide_evaluating(run, observed)
         case _:
-            return Wait(f"the run has {run.state}")
+            return steps.Wait(f"the run has {run.state}")
 
 
 def _decide_waiting(run: Run, observed: Observation) -> Step:
+    spec = run.spec
     if run.recalling:
-        return _decide_recalling(run, observed)
+        return recovery.decide(run, observed.eligible, observed.deadline_passed)
     if _only_part_is_done(run):
-        return EndRun(RunState.FINISHED, f"it was for {run.spec.only} only")
-    if run.round >= run.spec.rounds and run.spec.only != "evaluate":
-        return EndRun(RunState.FINISHED, f"all {run.spec.rounds} rounds are done")
+        return steps.EndRun(RunState.FINISHED, f"its only part is done: {spec.only}")
+    if run.round >= spec.rounds and spec.only != "evaluate":
+        return steps.EndRun(RunState.FINISHED, f"all {spec.rounds} rounds are done")
     if (end := _early_stop(run)) is not None:
         return end
     if run.describing:
         return _decide_describing(run, observed)
     if not run.head:
         return _decide_init(run, observed)
-    if len(observed.eligible) < run.spec.quorum:
-        return Wait(f"{_peers(run.spec.quorum - len(observed.eligible))} more for the quorum")
-    if run.spec.only == "evaluate":
-        return OpenEvaluation(tuple(sorted(observed.eligible)))
-    return OpenRound(run.round + 1, run.head, tuple(sorted(observed.eligible)))
+    eligible = tuple(sorted(observed.eligible))
+    if len(eligible) < spec.quorum:
+        return _wait_for_quorum(spec.quorum - len(eligible))
+    if spec.only == "evaluate":
+        return steps.OpenEvaluation(eligible)
+    return steps.OpenRound(run.round + 1, run.head, eligible)
+
+
+def _wait_for_quorum(missing: int) -> steps.Wait:
+    return steps.Wait(f"{count_peers(missing)} more for the quorum")
 
 
 def _only_part_is_done(run: Run) -> bool:
-    """True if the one part of a run that was asked for is there."""
+    """True if the run has the single part that was requested (`RunSpec.only`)."""
     done = {"describe": run.card is not None, "init": bool(run.head)}
     return bool(run.spec.only) and done.get(run.spec.only, bool(run.history))
 
 
-def _early_stop(run: Run) -> EndRun | None:
-    """The end of a run that has learnt enough, or that cannot know whether it has."""
+def _early_stop(run: Run) -> steps.EndRun | None:
+    """The end of a run that is good enough, has no patience left, or lacks its metric."""
     spec, best = run.spec, run.best
     last = run.history[-1] if run.history else None
     if last is None or best is None or not last.metrics:
@@ -187,144 +116,122 @@ def _early_stop(run: Run) -> EndRun | None:
     name = best_version.metric_of(spec, last.metrics)
     if not name and (spec.best_metric or spec.patience or spec.target is not None):
         wanted = spec.best_metric or " or ".join(best_version.DEFAULT_METRICS)
-        told = ", ".join(sorted(last.metrics))
-        return EndRun(RunState.FAILED, f"no peer tells the metric {wanted}; they tell: {told}")
+        reported = ", ".join(sorted(last.metrics))
+        because = f"no peer reports the metric {wanted}; they report: {reported}"
+        return steps.EndRun(RunState.FAILED, because)
     if best_version.reaches_target(spec, best.metrics):
-        value = best.metrics[name]
-        return EndRun(RunState.FINISHED, f"{name} is {value:.4g} in round {best.round}")
+        because = f"{name} is {best.metrics[name]:.4g} in round {best.round}"
+        return steps.EndRun(RunState.FINISHED, because)
     if spec.patience and run.round - best.round >= spec.patience:
-        since = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
-        return EndRun(RunState.FINISHED, since)
+        because = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
+        return steps.EndRun(RunState.FINISHED, because)
     return None
-
-
-def _decide_recalling(run: Run, observed: Observation) -> Step:
-    match recovery.decide(run, observed.eligible, observed.deadline_passed):
-        case recovery.Ask(peers):
-            return AskPeers(peers)
-        case recovery.FetchVersion(version):
-            return FetchVersion(version)
-        case recovery.KeepOwn():
-            return KeepOwn()
-        case recovery.GiveUp():
-            return EndRun(RunState.FINISHED, f"{run.ended_because}; its versions are lost")
-        case str(what):
-            return Wait(what)
 
 
 def _decide_describing(run: Run, observed: Observation) -> Step:
-    """Everybody who is here is asked at once; who comes later compares by itself."""
-    told = len(run.described)
-    if not run.peers and len(observed.eligible) < run.spec.quorum:
-        return Wait(f"{_peers(run.spec.quorum - len(observed.eligible))} more for the quorum")
-    again = {p for p in observed.eligible if run.peers.get(p, "lost") == "lost"}
-    if again:
-        return AskPeers(tuple(sorted(again)))
+    """All present peers are asked at once. Peers that come later compare the schema themselves."""
+    eligible, quorum, num_described = observed.eligible, run.spec.quorum, len(run.described)
+    if not run.peers and len(eligible) < quorum:
+        return _wait_for_quorum(quorum - len(eligible))
+    if to_ask := {p for p in eligible if run.peers.get(p, "lost") == "lost"}:
+        return steps.AskPeers(tuple(sorted(to_ask)))
     if run.pending and not observed.deadline_passed:
-        return Wait(f"what {_peers(len(run.pending))} tell of data and model")
-    if told >= run.spec.quorum:
-        return AgreeSchema()
-    if run.pending and (silent := observed.eligible.intersection(run.pending)):
-        return AskPeers(tuple(sorted(silent)))  # the deadline has passed: it may have been lost
-    if not told and run.last_refusal:
-        return EndRun(RunState.FAILED, f"no peer's data and model fit: {run.last_refusal}")
+        return steps.Wait(f"the descriptions of data and model by {count_peers(len(run.pending))}")
+    if num_described >= quorum:
+        return steps.AgreeSchema()
+    if silent := eligible.intersection(run.pending):
+        return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
+    if not num_described and run.last_refusal:
+        because = f"no peer's data and model fit: {run.last_refusal}"
+        return steps.EndRun(RunState.FAILED, because)
     because = f" ({run.last_refusal})" if run.last_refusal else ""
-    return Wait(f"{_peers(run.spec.quorum - told)} more whose data and model fit{because}")
+    missing = count_peers(quorum - num_described)
+    return steps.Wait(f"{missing} more whose data and model fit{because}")
 
 
 def _decide_init(run: Run, observed: Observation) -> Step:
-    refused = _refused(run)
-    if observed.eligible and observed.eligible <= refused and not run.pending:
-        # Nobody who is here can do it, and asking again gives the same answer.
-        return EndRun(RunState.FAILED, f"nobody could make the first weights: {run.last_refusal}")
-    if observed.deadline_passed and observed.eligible:
-        return AskPeers(tuple(sorted(observed.eligible)))
+    eligible, refused = observed.eligible, _with_status(run, "refused")
+    if eligible and eligible <= refused and not run.pending:
+        # No present peer can do it, and asking again would give the same answer.
+        because = f"no peer could make the first weights: {run.last_refusal}"
+        return steps.EndRun(RunState.FAILED, because)
+    if observed.deadline_passed and eligible:
+        return steps.AskPeers(tuple(sorted(eligible)))
     if run.pending:
-        return Wait(f"the first weights from {run.pending[0]}")
-    untried = sorted(observed.eligible - refused)
-    return AskInit(untried[0]) if untried else Wait("a peer that can make the first weights")
+        return steps.Wait("the first weights from 1 peer", run.pending[:1])
+    if untried := eligible - refused:
+        return steps.AskPeers((min(untried),), opens_phase=True)
+    return steps.Wait("a peer that can make the first weights")
 
 
 def _decide_training(run: Run, observed: Observation) -> Step:
-    answered = len(run.updates)
+    eligible, quorum, answered = observed.eligible, run.spec.quorum, len(run.updates)
+    is_due = observed.deadline_passed
     waits_for_all = not run.spec.select
-    if answered >= run.spec.quorum and (
-        observed.deadline_passed or not (waits_for_all and run.pending)
-    ):
+    if answered >= quorum and (is_due or not (waits_for_all and run.pending)):
         late = {accepted.peer for accepted in run.buffer}
-        return CloseTraining(tuple(sorted(run.updates.keys() | late)))
-    back = {p for p, standing in run.peers.items() if standing == "lost"} & observed.eligible
-    if back:
-        return AskPeers(tuple(sorted(back)))
-    if observed.deadline_passed and (others := observed.eligible - run.updates.keys()):
-        # The new, those that failed, and those that were asked: the question may have been lost.
-        return AskPeers(tuple(sorted(others)))
-    if (end := _cannot_begin(run, observed)) is not None:
+        return steps.CloseTraining(tuple(sorted(run.updates.keys() | late)))
+    if back := _with_status(run, "lost") & eligible:
+        return steps.AskPeers(tuple(sorted(back)))
+    if is_due and (others := eligible - run.updates.keys()):
+        # New and failed peers, and those already asked: the request may have been lost.
+        return steps.AskPeers(tuple(sorted(others)))
+    if (end := _cannot_begin(run, eligible)) is not None:
         return end
-    if answered + len(run.pending) < run.spec.quorum:
-        new = observed.eligible - run.peers.keys()
-        missing = run.spec.quorum - answered - len(run.pending)
-        if new:
-            return AskPeers(select_peers(run, run.round, new, math.ceil(run.spec.select * missing)))
-        return Wait(f"{_peers(missing)} more for the quorum")
-    if observed.deadline_passed:
-        return Wait(f"the quorum: {answered} of {run.spec.quorum}; the deadline has passed")
-    return Wait(f"updates of {_who(run.pending)}")
+    missing = quorum - answered - len(run.pending)
+    if missing > 0:
+        if new := eligible - run.peers.keys():
+            count = math.ceil(run.spec.select * missing)
+            return steps.AskPeers(select_peers(run, run.round, new, count))
+        return _wait_for_quorum(missing)
+    if is_due:
+        return steps.Wait(f"the quorum: {answered} of {quorum}; the deadline has passed")
+    return steps.Wait(f"updates of {count_peers(len(run.pending))}", run.pending)
 
 
-def _cannot_begin(run: Run, observed: Observation) -> EndRun | None:
-    """The end of a run whose settings nobody who is here can train with, from its first round on:
-    asking again gives the same answer. What was trained for rounds does not end by this."""
-    refused = _refused(run)
-    nobody = not (run.history or run.updates or run.pending) and observed.eligible <= refused
+def _cannot_begin(run: Run, eligible: frozenset[str]) -> steps.EndRun | None:
+    """The end of a run with settings that no present peer can train with, in its first round only.
+
+    Asking again would give the same answer.
+    """
+    refused = _with_status(run, "refused")
+    nobody = not (run.history or run.updates or run.pending) and eligible <= refused
     if nobody and refused and run.last_refusal.startswith(_SETTINGS_REFUSALS):
-        return EndRun(RunState.FAILED, f"nobody could train: {run.last_refusal}")
+        return steps.EndRun(RunState.FAILED, f"no peer could train: {run.last_refusal}")
     return None
 
 
-def _refused(run: Run) -> set[str]:
-    return {peer for peer, standing in run.peers.items() if standing == "refused"}
+def _with_status(run: Run, status: PeerStatus) -> set[str]:
+    return {peer for peer, current in run.peers.items() if current == status}
 
 
 def _decide_buffered(run: Run, observed: Observation) -> Step:
     evaluating = run.state is RunState.EVALUATING
     if evaluating and not run.evaluating:
         eligible = tuple(sorted(observed.eligible))
-        return OpenEvaluation(eligible) if eligible else Wait("a peer")
+        return steps.OpenEvaluation(eligible) if eligible else steps.Wait("a peer")
     if buffered.is_over(run):
         left = observed.eligible.intersection(run.pending) - run.assignments.keys()
         if observed.deadline_passed or not left:
-            return CloseRound()
-        return Wait(f"the evaluation by {_peers(len(left))}")
+            return steps.CloseRound()
+        return steps.Wait(f"the evaluation by {count_peers(len(left))}")
     if buffered.is_full(run):
-        contributors = tuple(one.peer for one in buffered.in_order(run))
-        return CloseRound() if evaluating else CloseTraining(contributors)
+        contributors = tuple(accepted.peer for accepted in buffered.in_order(run))
+        return steps.CloseRound() if evaluating else steps.CloseTraining(contributors)
     if given := buffered.work_for(run, observed.eligible, observed.deadline_passed):
-        return AssignWork(given)
+        return steps.AssignWork(given)
     missing = run.spec.buffer - len(run.buffer)
-    behind = max((buffered.staleness(run, given) for given in run.assignments.values()), default=0)
-    at_work = f"{_peers(len(run.assignments))} at work, at most {behind} versions behind"
-    return Wait(f"{missing} of {run.spec.buffer} updates; {at_work}")
+    behind = max((buffered.staleness(run, each) for each in run.assignments.values()), default=0)
+    at_work = f"{count_peers(len(run.assignments))} at work, at most {behind} versions behind"
+    return steps.Wait(f"{missing} of {run.spec.buffer} updates; {at_work}")
 
 
 def _decide_evaluating(run: Run, observed: Observation) -> Step:
     if not run.evaluating:
-        if run.spec.only == "train":
-            return CloseRound()
-        return (
-            OpenEvaluation(tuple(sorted(observed.eligible))) if observed.eligible else CloseRound()
-        )
+        if run.spec.only == "train" or not observed.eligible:
+            return steps.CloseRound()
+        return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
     enough = run.spec.select and len(run.updates) >= run.spec.quorum
     if observed.deadline_passed or not run.pending or enough:
-        return CloseRound()
-    return Wait(f"the evaluation by {_who(run.pending)}")
-
-
-def _who(peers: tuple[str, ...]) -> str:
-    """How many, and which while they are few; whoever shows it puts names for ids."""
-    few = f" ({', '.join(peers)})" if 0 < len(peers) <= _MAX_NAMED_PEERS else ""
-    return _peers(len(peers)) + few
-
-
-def _peers(count: int) -> str:
-    return f"{count} peer" + ("s" if count != 1 else "")
+        return steps.CloseRound()
+    return steps.Wait(f"the evaluation by {count_peers(len(run.pending))}", run.pending)

@@ -1,7 +1,7 @@
-"""Drives one run: does what `decisions.decide` says, and writes down what came of it.
+"""Drives one run: carries out what `decisions.decide` says and records the results.
 
-The loop waits on one event: replies that arrived, peers that came or went, a stop. Facts are in the
-ledger before anything is sent because of them.
+The loop waits for one event: replies that arrived, peers that came or went, a stop. Events are in
+the ledger before anything is sent because of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import strategies
-from coordinator.runs import aggregation, decisions, recovery, retention, schema_agreement
+from coordinator.runs import (
+    aggregation,
+    decisions,
+    late_updates,
+    retention,
+    schema_agreement,
+    steps,
+)
 from coordinator.runs.acceptance import validate_reply
 from coordinator.runs.context import RunContext
-from coordinator.runs.decisions import Observation, Step
 from coordinator.runs.messages import round_body
 from coordinator.runs.model import RunModel
 from coordinator.runs.recorder import RunRecorder
@@ -39,20 +45,20 @@ from protocols.messages.states import RunState
 
 log = logging.getLogger("commonweight.run")
 
-#: How long peers that were at work may take to come back after the coordinator's restart.
+#: How long peers with unfinished work may take to reconnect after the coordinator's restart.
 RECONNECT_GRACE_S = 20.0
 _SHORTAGE_RETRY_S = 5.0
 
 
 class RunLoop:
-    """One run in work. `changed` is set by whoever has news for it, in the loop's thread.
+    """One active run. Set `changed`, in the loop's thread, when something happens that concerns it.
 
-    `elsewhere()`: versions and states that other runs keep. Raises CommonweightError if the run's
-    strategy cannot be made.
+    `protected_digests()`: versions and states that other runs keep. Raises CommonweightError if the
+    run's strategy cannot be made.
     """
 
     def __init__(
-        self, run: Run, ctx: RunContext, elsewhere: Callable[[], Set[str]] = frozenset
+        self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]] = frozenset
     ) -> None:
         self._timer = PhaseTimer()
         self._recorder = RunRecorder(run, ctx, self._timer)
@@ -62,39 +68,36 @@ class RunLoop:
         self._strategy: Strategy = self._adapter.make(run.spec.strategy_args)
         self._states = StateStore(ctx.store.states)
         self._model = RunModel(ctx.transfer, registry.parse(run.spec.codec))
-        folds = run.spec.late == "fold"
-        ctx.transfer.limits.max_uploads = MAX_UPLOADS + run.spec.buffer + folds
         self.requests = PendingRequests(ctx, self._adapter, self._strategy, self._model)
-        self._retention = Retention(run, ctx.store, self._states, elsewhere)
-        # After a restart nobody has come back yet: that is no reason to call them lost.
-        self._grace_until = (
-            time.monotonic() + RECONNECT_GRACE_S if run.pending or run.assignments else 0.0
-        )
+        self._retention = Retention(run, ctx.store, self._states, protected_digests)
+        # After a restart no peer has reconnected yet: they are not lost for that.
+        has_work = run.pending or run.assignments
+        self._grace_until = time.monotonic() + RECONNECT_GRACE_S if has_work else 0.0
         self._bytes_at_open = (0, 0)
         self._stop_reason = ""
         self._shortage_reported = self._memory_checked = False
 
-    # --- from outside ---
+    # --- called from outside ---
 
     def stop(self, because: str) -> None:
-        """End the run at the next step; what is committed stays."""
+        """End the run at its next step. Committed versions stay."""
         self._stop_reason = because
         self.changed.set()
 
     def session_opened(self, peer: str) -> None:
-        """A peer's new session knows nothing of messages that its last one took."""
+        """A peer has a new session, which lacks the messages that its last one received."""
         self._recorder.incompatible.discard(peer)
         self.requests.cancel_from(peer)
         self.changed.set()
 
     @property
     def run(self) -> Run:
-        """Where it stands now."""
+        """The present state."""
         return self._recorder.run
 
     @property
     def on_disk(self) -> Set[str]:
-        """Digests of its versions, also of older ones that peers still train on."""
+        """Digests of its versions, including older ones that peers still train on."""
         return self._retention.on_disk
 
     @property
@@ -104,194 +107,211 @@ class RunLoop:
     # --- the loop ---
 
     async def drive(self) -> Run:
-        """Work until the run has ended. Raises what the ledger or the disk raises."""
+        """Work until the run has ended. Raises the errors of the ledger and the disk."""
+        limits = self._ctx.transfer.limits
+        limits.max_uploads = MAX_UPLOADS + self.run.spec.buffer + self._folds_late
         try:
-            return await self._driven()
+            await self._prepare()
+            while not self.run.ended:
+                self.changed.clear()
+                try:
+                    await self._step()
+                except (OSError, DiskFull) as err:
+                    if not is_disk_full(err):
+                        raise
+                    await self._recorder.wait_for_space(err)  # nothing was recorded: do it again
+                except HomeError:  # the home is damaged, not the run: a restart continues it
+                    raise
+                except CommonweightError as err:
+                    log.error("run %s failed: %s", self.run.id, err.message)
+                    await self._end(RunState.FAILED, err.message)
+            self.requests.cancel_all()
+            await self._collect()
+            text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
+            self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
+            return self.run
         finally:
+            limits.max_uploads = MAX_UPLOADS
             self._recorder.announce_now()
 
-    async def _driven(self) -> Run:
+    @property
+    def _folds_late(self) -> bool:
+        return self.run.spec.late == "fold"
+
+    async def _prepare(self) -> None:
         if self.run.head and not self.run.recalling:
-            await self._find_whole_version()
+            await self._find_intact_version()
         if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.set_version(self.run.head)
         self._recorder.announce()
-        goes_on = f"goes on in round {self.run.round}" if self.run.round else "started"
-        self._recorder.report("info", f"run {self.run.id} {goes_on}")
-        while not self.run.ended:
-            self.changed.clear()
-            try:
-                await self._step()
-            except (OSError, DiskFull) as err:
-                if not is_disk_full(err):
-                    raise
-                await self._recorder.wait_for_space(err)  # nothing was decided: the same again
-            except HomeError:  # the disk's fault and not the run's: it goes on later
-                raise
-            except CommonweightError as err:
-                log.error("run %s failed: %s", self.run.id, err.message)
-                await self._recorder.record(run_events.RunEnded(RunState.FAILED, err.message))
-        self.requests.cancel_all()
-        await self._collect()
-        text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
-        self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
-        return self.run
+        begins = f"continues in round {self.run.round}" if self.run.round else "started"
+        self._recorder.report("info", f"run {self.run.id} {begins}")
 
-    async def _find_whole_version(self) -> None:
-        """Go back to the newest version that is not damaged on disk; end if there is none."""
-        head, is_whole = self.run.head, self._ctx.store.verify_digest
-        found = await asyncio.to_thread(retention.newest_intact, self.run, is_whole)
-        if found == head:
+    async def _find_intact_version(self) -> None:
+        """Return to the newest version that is not damaged on disk; end if there is none."""
+        head, verify_digest = self.run.head, self._ctx.store.verify_digest
+        intact = await asyncio.to_thread(retention.newest_intact, self.run, verify_digest)
+        if intact == head:
             return
-        lost = f"version {head[:12]} is damaged on disk"
-        if found:
-            await self._recorder.record(run_events.VersionLost(head, found))
-            words = f"{lost}: run {self.run.id} goes on from {found[:12]}"
-            self._recorder.report("warning", words)
-        else:
-            because = f"{lost}, and no earlier one is whole"
-            await self._recorder.record(run_events.RunEnded(RunState.FAILED, because))
+        damage = f"version {head[:12]} is damaged on disk"
+        if not intact:
+            await self._end(RunState.FAILED, f"{damage}, and so are all earlier ones")
+            return
+        await self._recorder.record(run_events.VersionLost(head, intact))
+        text = f"{damage}: run {self.run.id} continues from {intact[:12]}"
+        self._recorder.report("warning", text)
+
+    async def _end(self, state: RunState, because: str) -> None:
+        await self._recorder.record(run_events.RunEnded(state, because))
 
     async def _step(self) -> None:
-        """Do what there is to do now. What a full disk interrupts can be done again."""
-        folds = self.run.buffered or self.run.spec.late == "fold"
-        if not (folds and self.run.state is RunState.AGGREGATING):
-            await self._collect()  # else what comes now belongs to no buffer yet
+        """Do what there is to do now. If the disk is full, all of it can be repeated."""
+        fills_buffer = self.run.buffered or self._folds_late
+        if not (fills_buffer and self.run.state is RunState.AGGREGATING):
+            await self._collect()  # else the replies belong to the next buffer
         await self._record_losses()
         if self.run.assignments:
-            self.requests.cancel_overdue(self.run.spec.deadline_s)
+            deadline_s = self.run.spec.deadline_s  # later, the request or its reply may be lost
+            self.requests.cancel(lambda r: r.kind == "train" and r.seconds > deadline_s)
             await self.requests.send_assignments(self.run)
         await self.requests.send_pending(self.run)
         if self._stop_reason:
-            await self._recorder.record(run_events.RunEnded(RunState.STOPPED, self._stop_reason))
+            await self._end(RunState.STOPPED, self._stop_reason)
             return
         await self._execute(decisions.decide(self.run, self._observe()))
 
-    def _observe(self) -> Observation:
-        due = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
+    def _observe(self) -> decisions.Observation:
+        deadline_passed = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
         eligible = self._ctx.eligible() - self._recorder.incompatible
-        free = eligible
-        if self.run.spec.late == "fold":  # who is still at an older round's work gets no other
+        if self._folds_late:  # peers that still work for an older round get nothing else
             free = eligible - self.requests.late_bases(self.run).keys()
-        return Observation(free if len(free) >= self.run.spec.quorum else eligible, due)
+            eligible = free if len(free) >= self.run.spec.quorum else eligible
+        return decisions.Observation(eligible, deadline_passed)
 
-    async def _execute(self, step: Step) -> None:
+    async def _execute(self, step: steps.Step) -> None:
+        record = self._recorder.record
         match step:
-            case decisions.Wait(what):
-                await self._wait(what)
-            case decisions.AgreeSchema():
+            case steps.Wait():
+                await self._wait(step)
+            case steps.AgreeSchema():
                 await self._agree()
-            case recovery.FetchVersion(version):
+            case steps.FetchVersion(version):
                 self._timer.open_phase()
-                await self._recorder.record(run_events.VersionSought(version))
-            case recovery.KeepOwn():
+                await record(run_events.VersionSought(version))
+            case steps.KeepOwn():
                 own = run_events.Holding(self.run.round, self.run.head)
                 self._model.set_version(own.digest)
                 state = retention.state_of(self.run, own, self._ctx.store)
-                await self._recorder.record(run_events.VersionRecalled(own, "backup", state))
-            case decisions.AskInit(peer):
-                self._timer.open_phase()
-                await self._recorder.record(run_events.PeersAsked((peer,)))
-            case decisions.AskPeers(peers):
-                # Not whenever a peer comes back: one that comes and goes would hold up the round.
-                if self._observe().deadline_passed:
-                    self._timer.open_phase()
-                self.requests.cancel_current(self.run, peers)
-                await self._recorder.record(run_events.PeersAsked(peers))
-            case decisions.AssignWork(given):
-                if self._observe().deadline_passed:
-                    self._timer.open_phase()
-                await self._recorder.record(*given)
-            case decisions.OpenRound():
+                await record(run_events.VersionRecalled(own, "backup", state))
+            case steps.AskPeers(peers, opens_phase):
+                self._open_phase_if(opens_phase)
+                run = self.run
+                self.requests.cancel(lambda r: r.peer in peers and r.is_of(run))
+                await record(run_events.PeersAsked(peers))
+            case steps.AssignWork(given):
+                self._open_phase_if(False)
+                await record(*given)
+            case steps.OpenRound():
                 await self._open_round(step)
-            case decisions.CloseTraining(contributors):
-                await self._recorder.record(run_events.TrainingClosed(self.run.round, contributors))
-            case decisions.Aggregate(contributors):
+            case steps.CloseTraining(contributors):
+                await record(run_events.TrainingClosed(self.run.round, contributors))
+            case steps.Aggregate(contributors):
                 await self._aggregate(contributors)
-            case decisions.OpenEvaluation(eligible):
+            case steps.OpenEvaluation(eligible):
                 chosen = decisions.select_peers(self.run, self.run.round, eligible)
                 asked = await self.requests.configure(self.run, chosen)
                 self._timer.open_phase()
-                await self._recorder.record(run_events.EvaluationOpened(self.run.round, asked))
-            case decisions.CloseRound():
+                await record(run_events.EvaluationOpened(self.run.round, asked))
+            case steps.CloseRound():
                 await self._close_round()
-            case decisions.EndRun(state, because):
-                await self._recorder.record(run_events.RunEnded(state, because))
+            case steps.EndRun(state, because):
+                await self._end(state, because)
 
-    async def _wait(self, what: str) -> None:
-        for peer in self.run.pending:
-            what = what.replace(peer, self._ctx.name_of(peer))
-        if shortage := self._ctx.transfer.limits.shortage:
+    def _open_phase_if(self, opens_phase: bool) -> None:
+        """Restart the deadline if it has passed, but not whenever a peer reconnects.
+
+        A peer that comes and goes would delay the round for ever.
+        """
+        if opens_phase or self._observe().deadline_passed:
+            self._timer.open_phase()
+
+    async def _wait(self, step: steps.Wait) -> None:
+        what = step.text(self._ctx.name_of)
+        shortage = self._ctx.transfer.limits.shortage
+        if shortage:
             if not self._shortage_reported:
                 self._recorder.report("error", f"no {shortage}: updates wait at the peers")
             what = f"{shortage}, then {what}"
         self._shortage_reported = bool(shortage)
         self._recorder.set_waiting_for(what)
-        timed = self.run.state is not RunState.WAITING or bool(self.run.peers)
-        ahead = [decisions.phase_deadline_s(self.run) - self._timer.phase_s] if timed else []
-        ahead.append(self._grace_until - time.monotonic())
+        timeouts = [self._grace_until - time.monotonic()]
+        if self.run.state is not RunState.WAITING or self.run.peers:
+            timeouts.append(decisions.phase_deadline_s(self.run) - self._timer.phase_s)
         if self.run.assignments:
-            ahead.append(self.run.spec.deadline_s)
+            timeouts.append(self.run.spec.deadline_s)
         if shortage:
-            ahead.append(_SHORTAGE_RETRY_S)
-        timeout = min((wait_s for wait_s in ahead if wait_s > 0), default=None)
+            timeouts.append(_SHORTAGE_RETRY_S)
+        timeout = min((wait_s for wait_s in timeouts if wait_s > 0), default=None)
         try:
-            # Not wait_for: before Python 3.12 it loses a cancel that comes together with the news.
+            # Not wait_for: before Python 3.12 it can lose a cancellation that comes with the event.
             async with asyncio.timeout(timeout):
                 await self.changed.wait()
         except TimeoutError:
-            pass  # the deadline: decide again
+            pass  # a deadline has passed: decide again
 
     async def _record_losses(self) -> None:
         if time.monotonic() < self._grace_until:
             return
-        eligible = self._ctx.eligible()
-        at_work = {peer for peer, given in self.run.assignments.items() if not given.lost}
-        lost = sorted((at_work | set(self.run.pending)) - eligible)
+        at_work = {peer for peer, work in self.run.assignments.items() if not work.lost}
+        lost = sorted((at_work | set(self.run.pending)) - self._ctx.eligible())
         for peer in lost:
-            self.session_opened(peer)  # take back what it was sent
-            self._recorder.report(
-                "warning", f"{self._ctx.name_of(peer)} went away in its work", peer
-            )
-        await self._recorder.record(*(run_events.PeerLost(peer, "went away") for peer in lost))
+            self.session_opened(peer)  # cancel its requests
+            name = self._ctx.name_of(peer)
+            self._recorder.report("warning", f"{name} disconnected during its work", peer)
+        losses = [run_events.PeerLost(peer, "went away") for peer in lost]
+        await self._recorder.record(*losses)
 
     async def _collect(self) -> None:
-        """Judge the answers that are there, and write down what becomes of each."""
-        answers = await self.requests.take_replies()
-        # At the same time: to measure large updates takes as long as to receive them.
-        news = await asyncio.gather(*(self._validate(asked, reply) for _, asked, reply in answers))
-        await self._recorder.record(*news)
+        """Validate the replies that have arrived and record the result of each."""
+        replies = await self.requests.take_replies()
+        # Concurrently: checking a large update takes as long as receiving it.
+        results = [self._validate(request, reply) for _, request, reply in replies]
+        await self._recorder.record(*await asyncio.gather(*results))
         self._ctx.store.mark_recorded(self.run.head)  # first weights, or a version from a peer
         if self.run.buffered:
-            self._drop_unused_uploads({asked.peer for _, asked, _ in answers})
-        self.requests.acknowledge([question for question, _, _ in answers], True)
+            self._drop_unused_uploads({request.peer for _, request, _ in replies})
+        self.requests.acknowledge([mid for mid, _, _ in replies], True)
 
-    async def _validate(self, asked: Request, reply: Message) -> RunEvent:
+    async def _validate(self, request: Request, reply: Message) -> RunEvent:
         try:
-            return await validate_reply(self.run, self._ctx, self._model, asked, reply)
+            return await validate_reply(self.run, self._ctx, self._model, request, reply)
         except UpdateRefused as err:
-            text, seconds = err.message[:400], asked.seconds
             return run_events.UpdateRefused(
-                asked.round, asked.peer, err.reason, text, asked.kind, seconds
+                request.round,
+                request.peer,
+                err.reason,
+                err.message[:400],
+                request.kind,
+                request.seconds,
             )
 
     def _drop_unused_uploads(self, peers: set[str]) -> None:
-        """Drop the uploads of these peers, who have none under way, that count for nothing."""
+        """Delete uploads that do not count, of those of `peers` that are not training."""
         for peer in peers - self.run.assignments.keys():
             counted = {a.update.digest for a in self.run.buffer if a.peer == peer}
             self._ctx.store.uploads.keep_only(peer, counted)
 
     async def _agree(self) -> None:
-        found = schema_agreement.agree(self.run, self._model.schema)
-        await self._recorder.record(*found.events)
-        for peer, words in found.notes:
+        agreement = schema_agreement.agree(self.run, self._model.schema)
+        await self._recorder.record(*agreement.events)
+        for peer, text in agreement.notes:
             name = f"{self._ctx.name_of(peer)}: " if peer else ""
-            self._recorder.report("warning", f"{name}{words}", peer)
+            self._recorder.report("warning", f"{name}{text}", peer)
 
     # --- rounds ---
 
-    async def _open_round(self, step: decisions.OpenRound) -> None:
-        if not self._memory_checked:  # the first of this life: it is known now who is here
+    async def _open_round(self, step: steps.OpenRound) -> None:
+        if not self._memory_checked:  # once per start: the number of peers is known now
             self._memory_checked = True
             self._recorder.memory_bytes, warning = memory_estimate.check_memory(
                 self._adapter, self.run.spec, self._model.schema, len(step.eligible)
@@ -302,7 +322,7 @@ class RunLoop:
         transfer = self._ctx.transfer
         self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)
         asked: tuple[str, ...] = ()
-        if not self.run.buffered:  # there each peer has work of its own
+        if not self.run.buffered:  # there each peer has an assignment of its own
             chosen = decisions.select_peers(self.run, step.round, step.eligible)
             asked = await self.requests.configure(self.run, chosen, opening=step.round)
         failpoint("round.configured")
@@ -312,42 +332,40 @@ class RunLoop:
 
     async def _aggregate(self, contributors: tuple[str, ...]) -> None:
         run, store = self.run, self._ctx.store
-        made = await asyncio.to_thread(
+        version = await asyncio.to_thread(
             aggregation.commit, run, store, self._states, self._strategy, contributors
         )
         await self._recorder.record(
             run_events.VersionCommitted(
-                run.round, made.digest, run.head, contributors, made.metrics, made.state
+                run.round, version.digest, run.head, contributors, version.metrics, version.state
             )
         )
-        store.mark_recorded(made.digest)
+        store.mark_recorded(version.digest)
         if run.buffered:
             self._drop_unused_uploads({accepted.peer for accepted in run.buffer})
-        elif run.spec.late == "fold":
-            store.uploads.clear(keep_of=self.requests.late_bases(self.run).keys())
         else:
-            store.uploads.clear()
-        await asyncio.to_thread(self._model.make_patch, run.head, made.digest)
+            late = self.requests.late_bases(self.run) if self._folds_late else {}
+            store.uploads.clear(keep_of=late.keys())
+        await asyncio.to_thread(self._model.make_patch, run.head, version.digest)
         self.requests.clear_work()
 
     async def _close_round(self) -> None:
         run, transfer = self.run, self._ctx.transfer
-        found = aggregation.aggregate_evaluation(run, self._strategy)
+        evaluation = aggregation.aggregate_evaluation(run, self._strategy)
         event = run_events.RoundClosed(
             run.round,
-            found.metrics,
+            evaluation.metrics,
             self._timer.round_s,
             transfer.bytes_up - self._bytes_at_open[0],
             transfer.bytes_down - self._bytes_at_open[1],
             self._timer.phase_seconds(),
-            found.tallies,
+            evaluation.tallies,
         )
         self.requests.clear_work()
-        # What is still under way from the round before is late by more than a round.
-        if run.buffered:
-            self.requests.cancel_evaluations()
+        if run.buffered:  # training goes on, but another version is evaluated next
+            self.requests.cancel(lambda r: r.kind == "evaluate")
         else:
-            self.requests.cancel_expired(run)
+            self.requests.cancel(lambda r: late_updates.is_expired(run, r.kind, r.round))
         await self._recorder.record(event)
         self._ctx.publish(round_body(self.run.id, self.run.history[-1]))
         self._retention.prune(self.run, self.requests.late_bases(self.run).values())

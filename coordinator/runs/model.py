@@ -1,4 +1,4 @@
-"""The model of a run in work: its schema and size, and the patch to its newest version."""
+"""The model of the active run: its schema and size, and the patch to its newest version."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from protocols.codecs.registry import Codec
 from protocols.model.weights import Schema
 from protocols.model.weights_file import WeightsFile
 
-#: Room for headers and codecs on top of the model's size.
+#: Space for headers and codecs, in addition to the model's size.
 _SLACK_BYTES = 1024 * 1024
-#: First weights have no base to be measured by.
+#: The size of first weights is not known beforehand.
 _MAX_FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
 
 class RunModel:
-    """Known from the first version on. It sets the limits of uploads."""
+    """Empty until the run has a first version. Sets the size limits of uploads."""
 
     def __init__(self, transfer: WeightTransfer, codec: Codec) -> None:
         self.schema: Schema = {}
         self.nbytes = 0
         self.codec = codec
         self._transfer = transfer
-        #: The version that has a patch, its parent, and the patch's bytes. After a restart: none.
+        #: The version with a patch, its parent, and the patch's bytes. Empty after a restart.
         self._patch = ("", "", 0)
 
     def set_version(self, digest: str) -> None:
@@ -34,15 +34,15 @@ class RunModel:
         self._transfer.limits.max_bytes = min(most, self.nbytes) + _SLACK_BYTES
 
     def expect_first_weights(self) -> None:
-        """First weights are to come, of whatever size."""
+        """Allow uploads of first weights, whose size is not known."""
         self._transfer.limits.max_bytes = _MAX_FIRST_WEIGHTS_BYTES
         self._transfer.limits.version_bytes = 0
 
     def make_patch(self, parent: str, digest: str) -> None:
-        """Make the patch to a new version, if little has moved."""
+        """Make the patch to a new version, if it is small."""
         self._patch = (digest, parent, self._transfer.store.make_patch(parent, digest))
 
     def patch_to(self, digest: str) -> tuple[str, int]:
-        """The parent that a version's patch builds on, and the patch's bytes; or ("", 0)."""
+        """The parent that a version's patch applies to, and the patch's bytes; or ("", 0)."""
         patched, parent, nbytes = self._patch
         return (parent, nbytes) if patched == digest else ("", 0)

@@ -1,4 +1,4 @@
-"""What a run writes down and tells: events for the ledger, and for monitors where it stands."""
+"""Records the events of a run in the ledger and publishes its state to the monitors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.run")
 
-#: While the disk is full: how often to look, and after how many looks to try all the same.
+#: While the disk is full: how often to check its space, and how many checks before a retry.
 _SPACE_POLL_S = 1.0
 _MAX_SPACE_POLLS = 30
 _ANNOUNCE_EVERY_S = 0.1
 
 
 class RunRecorder:
-    """Of one run; `run` is where it stands after the events so far.
+    """`run` is the state of the run after all events so far.
 
-    `misfits`: peers whose data or model do not fit it. `waiting_for`: what it waits for, for a
-    person. `memory_bytes`: what a version takes here.
+    `incompatible`: peers whose data or model do not fit the run. `waiting_for`: text for a person.
+    `memory_bytes`: memory that aggregation takes on this machine.
     """
 
-    def __init__(self, run: Run, ctx: RunContext, watch: PhaseTimer) -> None:
-        self.run, self._ctx, self._watch = run, ctx, watch
+    def __init__(self, run: Run, ctx: RunContext, timer: PhaseTimer) -> None:
+        self.run, self._ctx, self._timer = run, ctx, timer
         self.incompatible: set[str] = set()
         self.waiting_for = ""
         self.memory_bytes = 0
@@ -43,28 +43,28 @@ class RunRecorder:
         self._announced_at = -math.inf
         self._announcing: asyncio.TimerHandle | None = None
 
-    async def record(self, *news: RunEvent) -> None:
-        """Write events down, and act on none of them before: a full disk holds up the run here."""
-        if not news:
+    async def record(self, *events: RunEvent) -> None:
+        """Write events to the ledger, then apply them. Waits while the disk is full."""
+        if not events:
             return
-        failpoint("run.recording", type(news[0]).__name__)
-        for event in news:
-            self._watch.mark(event)
-        bodies = [run_events.encode(event) for event in news]
+        failpoint("run.recording", type(events[0]).__name__)
+        for event in events:
+            self._timer.mark(event)
+        bodies = [run_events.encode(event) for event in events]
         while True:
             try:
                 self._ctx.ledger.append(self.run.id, bodies)
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)
-        failpoint("run.recorded", type(news[-1]).__name__)
-        for event in news:
+        failpoint("run.recorded", type(events[-1]).__name__)
+        for event in events:
             self.run = transitions.apply(self.run, event)
             if isinstance(event, run_events.UpdateRefused):
                 self._report_refusal(event)
         if self._disk_full:
             self._disk_full, self.waiting_for = False, ""
-            self.report("info", f"there is room again: run {self.run.id} goes on")
+            self.report("info", f"the disk has space again: run {self.run.id} continues")
         self.announce()
 
     def _report_refusal(self, event: run_events.UpdateRefused) -> None:
@@ -75,15 +75,14 @@ class RunRecorder:
         self.report("warning", f"refused {name}: {event.reason}: {event.detail}", event.peer)
 
     async def wait_for_space(self, err: Exception) -> None:
-        """The disk is full: stand still, say so, and come back when there is room."""
+        """The disk is full: report it, and return when there is space or it is time for a retry."""
         limits = self._ctx.transfer.limits
-        self.set_waiting_for(
-            f"room on the coordinator's disk ({limits.free_bytes / 1e6:,.0f} MB free)"
-        )
+        free_mb = limits.free_bytes / 1e6
+        self.set_waiting_for(f"room on the coordinator's disk ({free_mb:,.0f} MB free)")
         if not self._disk_full:
             self._disk_full = True
-            self.report("error", f"run {self.run.id} stands still: {err}")
-        # Not at once, as little room may be too little; and also without, as a quota shows none.
+            self.report("error", f"run {self.run.id} is interrupted: {err}")
+        # Not at once, because a little space may not be enough. And a quota shows no free space.
         for _ in range(_MAX_SPACE_POLLS):
             await asyncio.sleep(_SPACE_POLL_S)
             if limits.has_space():
@@ -92,13 +91,12 @@ class RunRecorder:
     # --- for the monitors ---
 
     def set_waiting_for(self, what: str) -> None:
-        """Tell it, if it is news."""
         if what != self.waiting_for:
             self.waiting_for = what
             self.announce()
 
     def announce(self) -> None:
-        """Tell where the run stands; of what changes faster than monitors care for, the last."""
+        """Publish the run's state, at most every 0.1 s: now, or in a moment."""
         wait_s = self._announced_at + _ANNOUNCE_EVERY_S - time.monotonic()
         if wait_s <= 0:
             self.announce_now()
@@ -114,7 +112,7 @@ class RunRecorder:
         self._ctx.publish(run_body(self.run, self.waiting_for, self.memory_bytes))
 
     def report(self, level: Any, text: str, subject: str = "") -> None:
-        """An event, of a peer or of the run itself."""
+        """Log and publish an event, about a peer or about the run itself."""
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
         subject = subject or self.run.id
         self._ctx.publish(EventLine(level=level, text=strip_controls(text), subject=subject))

@@ -1,82 +1,65 @@
-"""A run whose versions went with the coordinator's disk: its peers bring them back. Pure.
+"""Recovers the versions of a run from its peers when the coordinator's disk was lost. Pure.
 
-Each peer keeps the last versions it worked on, with the coordinator's own signature over run, round
-and digest. All who come are asked what they hold; the newest version that is proven is asked of one
-of its holders. The ledger may be older than that version: its rounds are then known by number only.
+Each peer keeps the last versions it worked on, with the coordinator's signature over run, round and
+digest. All peers are asked what they have, and the newest version with a valid proof is fetched
+from one of them. The ledger may be older than that version; the rounds in between are then known by
+number only.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
+from coordinator.runs import steps
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from protocols.errors import BadMessage, UpdateRefused
+from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK
 from protocols.p2p.gossip import version_number
 
-#: How long to listen for a newer version than those that were told of.
+#: How long to wait for peers with a newer version.
 LISTEN_S = 30.0
 
 
-class Ask(NamedTuple):
-    """Ask these peers: what they hold, or for the version that is sought."""
-
-    peers: tuple[str, ...]
-
-
-class FetchVersion(NamedTuple):
-    """Take this version: nobody holds a newer one."""
-
-    version: Holding
-
-
-class KeepOwn(NamedTuple):
-    """The backup's own version is as new as any."""
-
-
-class GiveUp(NamedTuple):
-    """The run had finished, and nobody holds a version of it."""
-
-
-Step = Ask | FetchVersion | KeepOwn | GiveUp | str
-
-
-def decide(run: Run, eligible: frozenset[str], due: bool) -> Step:
-    """The next step; a string says what is waited for."""
+def decide(run: Run, eligible: frozenset[str], deadline_passed: bool) -> steps.Step:
+    """The next step of a run that is fetching its versions."""
     if run.target_version is not None:
-        return _fetch(run, eligible, run.target_version, due)
+        return _fetch(run, eligible, run.target_version, deadline_passed)
     if new := {p for p in eligible if run.peers.get(p, "lost") == "lost"}:
-        return Ask(tuple(sorted(new)))
-    if not run.peers or not due:
-        return f"what its peers hold of its versions ({len(run.holdings)} have told)"
-    told = Counter(held for held in run.holdings.values() if held)
-    newest = max(told, key=lambda held: (held.round, told[held], held.digest), default=None)
+        return steps.AskPeers(tuple(sorted(new)))
+    if not run.peers or not deadline_passed:
+        return steps.Wait(
+            f"what its peers have of its versions ({len(run.holdings)} have answered)"
+        )
+    holders = Counter(held for held in run.holdings.values() if held)
+    newest = max(holders, key=lambda held: (held.round, holders[held], held.digest), default=None)
     if run.head_intact and (newest is None or newest.round <= run.round):
-        return KeepOwn()
+        return steps.KeepOwn()
     if newest is not None:
-        return FetchVersion(newest)
+        return steps.FetchVersion(newest)
     if run.ended_because:
-        return GiveUp()
-    return "a peer that holds a version of it"
+        return steps.EndRun(RunState.FINISHED, f"{run.ended_because}; its versions are lost")
+    return steps.Wait("a peer that has a version of it")
 
 
-def _fetch(run: Run, eligible: frozenset[str], sought: Holding, due: bool) -> Step:
-    if run.pending and not due:
-        return f"version {sought.digest[:12]} from a peer that holds it"
-    holders = {peer for peer, held in run.holdings.items() if held == sought}
+def _fetch(
+    run: Run, eligible: frozenset[str], version: Holding, deadline_passed: bool
+) -> steps.Step:
+    if run.pending and not deadline_passed:
+        return steps.Wait(f"version {version.digest[:12]} from a peer that has it")
+    holders = {peer for peer, held in run.holdings.items() if held == version}
     others = holders & eligible - (set(run.pending) if len(holders) > 1 else set())
     if others:
-        return Ask((min(others),))
-    return f"a peer that holds version {sought.digest[:12]} to come back"
+        return steps.AskPeers((min(others),))
+    return steps.Wait(f"the return of a peer that has version {version.digest[:12]}")
 
 
 def verify_proof(
     run: Run, proof: tuple[bytes, bytes] | None, verify: Callable[[bytes, bytes], bool]
 ) -> Holding | None:
-    """The version of this run that a signed piece of work proves. Raises UpdateRefused."""
+    """The version of this run that a signed work message proves. Raises UpdateRefused."""
     if proof is None:
         return None
     try:

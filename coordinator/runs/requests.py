@@ -1,14 +1,14 @@
-"""What peers are asked for: the strategy chooses them, the work is signed, questions go out.
+"""Requests to peers: the strategy chooses the peers, the work is signed, messages are sent.
 
-A question is one message to one peer. It is under way until its answer is judged, or until it is
-taken back.
+A request is one message to one peer. It is in flight until its reply is validated or it is
+canceled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,14 +28,14 @@ from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
 
-#: Flower's code for an exception in a ClientApp; agents use it for every failure of theirs.
+#: Flower's code for an exception in a ClientApp. Agents use it for all of their failures.
 AGENT_FAILED = 2
-#: From turn to turn; a prime, so that no other run's seeds are met soon.
+#: Added to the seed for each further turn on a version. A prime, so that seeds of runs rarely meet.
 _SEED_STRIDE = 7919
 
 
 class Request(NamedTuple):
-    """A question that is under way: to whom, which, and since when (monotonic s)."""
+    """A request in flight; `at`: when it was sent, monotonic s."""
 
     peer: str
     round: int
@@ -43,7 +43,7 @@ class Request(NamedTuple):
     at: float
 
     def is_of(self, run: Run) -> bool:
-        """True for the question that the run has open now."""
+        """True if it is the request that the run has open now."""
         return (self.round, self.kind) == (run.round, run.kind)
 
     @property
@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 class PendingRequests:
-    """Those of one run."""
+    """The requests in flight of one run, by message id."""
 
     def __init__(
         self, ctx: RunContext, adapter: StrategyAdapter, strategy: Strategy, model: RunModel
@@ -60,44 +60,57 @@ class PendingRequests:
         self._ctx, self._adapter, self._strategy = ctx, adapter, strategy
         self._model = model
         self._in_flight: dict[str, Request] = {}
-        #: Answers to questions that were about to be taken back.
+        #: Replies that were found when their requests were to be canceled.
         self._arrived: list[Message] = []
         self._ack_futures: dict[str, asyncio.Future[bool]] = {}
+        #: The open request of the round.
         self._content: RecordDict | None = None
 
-    # --- putting them ---
+    # --- sending ---
 
     async def configure(
         self, run: Run, eligible: Sequence[str], opening: int = 0
     ) -> tuple[str, ...]:
-        """Let the strategy choose among `eligible` and say what they get; the chosen peers."""
-        ctx = self._ctx
-        ctx.grid.eligible = {n for p in eligible if (n := ctx.node_of(p)) is not None}
-        kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
-        number = opening or run.round
-        model = None
-        if self._adapter.reads_weights:
-            model = weights.load(ctx.store.version_path(run.head))
-        arrays = VersionRecord(run.head, model)
-        nodes, extra = await asyncio.to_thread(self._configured, kind, number, arrays)
-        self._content = None
-        if nodes:
-            config = self._work_record(run, kind, number, extra)
-            self._content = RecordDict({"arrays": VersionRecord(run.head), "config": config})
-        return tuple(sorted(map(ctx.peer_of, nodes)))
-
-    def _configured(
-        self, kind: str, number: int, base: VersionRecord
-    ) -> tuple[list[int], dict[str, int | float]]:
-        """The nodes that the strategy chooses, and what it tells the task.
+        """Let the strategy choose among `eligible` and set the round's request; the chosen peers.
 
         Raises StrategyFailed, CommonweightError.
         """
+        kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
+        number = opening or run.round
+        nodes, extra = await self._ask_strategy(kind, number, run.head, eligible)
+        self._content = self._content_of(run, kind, number, extra) if nodes else None
+        return tuple(sorted(map(self._ctx.peer_of, nodes)))
+
+    async def _ask_strategy(
+        self, kind: str, number: int, base: str, eligible: Sequence[str]
+    ) -> tuple[list[int], dict[str, int | float]]:
+        """The nodes that the strategy chooses, and its settings for the task."""
+        ctx = self._ctx
+        ctx.grid.eligible = {n for p in eligible if (n := ctx.node_of(p)) is not None}
         configure = getattr(self._strategy, f"configure_{kind}")
+
+        def call() -> list[Message]:
+            path = ctx.store.version_path(base)
+            model = weights.load(path) if self._adapter.reads_weights else None
+            with strategy_errors(self._adapter.flower):
+                return list(configure(number, VersionRecord(base, model), ConfigRecord(), ctx.grid))
+
+        messages = await asyncio.to_thread(call)
         with strategy_errors(self._adapter.flower):
-            chosen = list(configure(number, base, ConfigRecord(), self._ctx.grid))
-            nodes = [message.metadata.dst_node_id for message in chosen]
-            return nodes, one_config(chosen) if chosen else {}
+            nodes = [message.metadata.dst_node_id for message in messages]
+            return nodes, one_config(messages) if messages else {}
+
+    def _content_of(
+        self,
+        run: Run,
+        kind: str,
+        number: int,
+        extra: Mapping[str, int | float],
+        assignment: Assignment | None = None,
+    ) -> RecordDict:
+        base = assignment.base if assignment else run.head
+        config = self._work_record(run, kind, number, extra, assignment)
+        return RecordDict({"arrays": VersionRecord(base), "config": config})
 
     def _work_record(
         self,
@@ -105,15 +118,15 @@ class PendingRequests:
         kind: Any,
         number: int,
         extra: Mapping[str, int | float] = MappingProxyType({}),
-        given: Assignment | None = None,
+        assignment: Assignment | None = None,
     ) -> ConfigRecord:
-        """The signed work. `extra`: what the strategy tells the task, over the run's settings.
+        """The signed work. `extra`: the strategy's settings, which win over the run's.
 
-        `given` is a peer's own work. Another turn on a version has another seed, or it would be
-        the same training once more.
+        `assignment`: the work of one peer. Each further turn on a version has another seed, so that
+        it does not repeat the same training.
         """
         spec = run.spec
-        head, turn = (given.base, given.turn) if given else (run.head, 0)
+        head, turn = (assignment.base, assignment.turn) if assignment else (run.head, 0)
         for_trainers = self._adapter.trainer_settings(spec.strategy_args)
         parent, patch_bytes = self._model.patch_to(head)
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
@@ -123,7 +136,7 @@ class PendingRequests:
             round=number,
             kind=kind,
             task=spec.task,
-            base=given.base if given else _base(run, kind),
+            base=assignment.base if assignment else _base(run, kind),
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
@@ -138,69 +151,54 @@ class PendingRequests:
         return ConfigRecord({"work": payload, "signature": signature})
 
     def clear_work(self) -> None:
-        """The next question is another one."""
+        """Forget the round's request: the next one is different."""
         self._content = None
 
     async def send_pending(self, run: Run) -> None:
-        """Send the open question to every pending peer that has it not yet."""
-        if run.state is RunState.AGGREGATING:  # who is still pending is late: nothing more is asked
+        """Send the open request to every pending peer that has not got it yet."""
+        if run.state is RunState.AGGREGATING:  # pending peers are late now: ask nothing more
             return
-        reached = {asked.peer for asked in self._in_flight.values() if asked.is_of(run)}
+        reached = {request.peer for request in self._in_flight.values() if request.is_of(run)}
         eligible = self._ctx.eligible()
-        # Never before its training: another answer would push that one's out of its outbox.
-        waits = run.assignments.keys() - {
-            a.peer for a in self._in_flight.values() if a.kind == "train"
-        }
-        peers = [p for p in run.pending if p not in reached and p in eligible and p not in waits]
+        # Training goes first: a second reply would replace it in the peer's outbox.
+        waiting = run.assignments.keys() - {peer for peer, _ in self._in_training()}
+        peers = [p for p in run.pending if p not in reached and p in eligible and p not in waiting]
         if not peers:
             return
-        is_query = run.kind not in ("train", "evaluate")
-        if is_query:
+        if run.kind not in ("train", "evaluate"):
             if run.kind in ("init", "recall"):
                 self._model.expect_first_weights()
             content = RecordDict({"config": self._work_record(run, run.kind, run.round)})
-        else:
-            if self._content is None:  # after a restart
-                await self.configure(run, sorted(eligible))
-            if self._content is None:
-                return
-            content = self._content
-        message_type = f"query.{run.kind}" if is_query else run.kind
-        await self._send(run, content, message_type, peers, run.round)
+            await self._send(run, content, f"query.{run.kind}", peers, run.round)
+            return
+        if self._content is None:  # after a restart
+            await self.configure(run, sorted(eligible))
+        if self._content is not None:
+            await self._send(run, self._content, run.kind, peers, run.round)
+
+    def _in_training(self) -> set[tuple[str, int]]:
+        """The training in flight: peer and round."""
+        return {(r.peer, r.round) for r in self._in_flight.values() if r.kind == "train"}
 
     async def send_assignments(self, run: Run) -> None:
-        """Buffered: put to each peer the training that it was given, if it has it not yet."""
-        reached = {(a.peer, a.round) for a in self._in_flight.values() if a.kind == "train"}
-        eligible = self._ctx.eligible()
-        alike: dict[Assignment, list[str]] = {}
-        for peer, given in sorted(run.assignments.items()):
-            if not given.lost and peer in eligible and (peer, given.round) not in reached:
-                alike.setdefault(given, []).append(peer)
-        for given, peers in alike.items():
-            content = await self._training(run, given, peers)
-            await self._send(run, content, "train", peers, given.round)
-
-    async def _training(self, run: Run, given: Assignment, peers: Sequence[str]) -> RecordDict:
-        """What the strategy tells those who train on this version: the peers are chosen."""
-        ctx = self._ctx
-        ctx.grid.eligible = {n for p in peers if (n := ctx.node_of(p)) is not None}
-        model = None
-        if self._adapter.reads_weights:
-            model = weights.load(ctx.store.version_path(given.base))
-        base = VersionRecord(given.base, model)
-        _, extra = await asyncio.to_thread(self._configured, "train", given.round, base)
-        config = self._work_record(run, "train", given.round, extra, given)
-        return RecordDict({"arrays": VersionRecord(given.base), "config": config})
+        """Buffered: send each peer its assignment, if it has not got it yet."""
+        reached, eligible = self._in_training(), self._ctx.eligible()
+        peers_of: dict[Assignment, list[str]] = {}
+        for peer, assignment in sorted(run.assignments.items()):
+            is_new = (peer, assignment.round) not in reached
+            if is_new and not assignment.lost and peer in eligible:
+                peers_of.setdefault(assignment, []).append(peer)
+        for assignment, peers in peers_of.items():
+            number = assignment.round
+            # The peers are chosen already: only the strategy's settings count.
+            _, extra = await self._ask_strategy("train", number, assignment.base, peers)
+            content = self._content_of(run, "train", number, extra, assignment)
+            await self._send(run, content, "train", peers, number)
 
     async def _send(
-        self,
-        run: Run,
-        content: RecordDict,
-        message_type: str,
-        peers: Sequence[str],
-        number: int,
+        self, run: Run, content: RecordDict, message_type: str, peers: Sequence[str], number: int
     ) -> None:
-        """Send one question to these peers."""
+        """Send one request to these peers."""
         outgoing: list[Message] = []
         for peer in peers:
             if (node := self._ctx.node_of(peer)) is not None:
@@ -209,98 +207,78 @@ class PendingRequests:
         sent = await asyncio.to_thread(self._ctx.grid.push_messages, outgoing)
         failpoint("work.pushed")
         nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
-        reached_now = {mid: self._ctx.peer_of(nodes[mid]) for mid in sent}
-        question = (number, message_type.removeprefix("query."), time.monotonic())
-        self._in_flight |= {mid: Request(peer, *question) for mid, peer in reached_now.items()}
-        self._ctx.ring(list(reached_now.values()))
+        reached = {mid: self._ctx.peer_of(nodes[mid]) for mid in sent}
+        details = (number, message_type.removeprefix("query."), time.monotonic())
+        self._in_flight |= {mid: Request(peer, *details) for mid, peer in reached.items()}
+        self._ctx.ring(list(reached.values()))
 
     def ring_again(self) -> None:
-        """Doorbells were lost with the broker: ring at every peer whose answer is awaited."""
-        self._ctx.ring(sorted({asked.peer for asked in self._in_flight.values()}))
+        """Ring at every peer whose reply is awaited: the broker lost its doorbells."""
+        self._ctx.ring(sorted({request.peer for request in self._in_flight.values()}))
 
-    # --- their answers ---
+    # --- replies ---
 
     async def take_replies(self) -> list[tuple[str, Request, Message]]:
-        """Answers that are there, with their questions, which are no longer under way."""
+        """Remove the answered requests: message id, request and reply of each."""
         if not self._in_flight:
             return []
         pulled = await asyncio.to_thread(self._ctx.grid.pull_messages, set(self._in_flight))
-        # The arrived last: of a message that was taken back meanwhile Flower says that it is gone.
+        # `_arrived` wins: for a request that was canceled meanwhile, Flower replies with an error.
         replies = {m.metadata.reply_to_message_id: m for m in (*pulled, *self._arrived)}
         self._arrived = []
         if replies:
             failpoint("reply.pulled")
-        # All at once: a session that opens meanwhile must not take back what is answered.
-        found = {q: asked for q in replies if (asked := self._in_flight.pop(q, None))}
-        return [(question, asked, replies[question]) for question, asked in found.items()]
+        # Without an await: a session that opens meanwhile must not cancel an answered request.
+        answered = {mid: request for mid in replies if (request := self._in_flight.pop(mid, None))}
+        return [(mid, request, replies[mid]) for mid, request in answered.items()]
 
-    def ack_future(self, question: str) -> asyncio.Future[bool]:
-        """Done when the answer to a question is in the ledger (True) or never will be (False)."""
-        known = question in self._in_flight
-        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if not known:
-            found.set_result(False)
-        return self._ack_futures.setdefault(question, found) if known else found
+    def ack_future(self, mid: str) -> asyncio.Future[bool]:
+        """Done when the reply to a request is in the ledger (True) or never will be (False)."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if mid in self._in_flight:
+            return self._ack_futures.setdefault(mid, future)
+        future.set_result(False)
+        return future
 
-    def acknowledge(self, questions: Iterable[str], settled: bool) -> None:
-        for question in questions:
-            waiting = self._ack_futures.pop(question, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(settled)
+    def acknowledge(self, mids: Iterable[str], recorded: bool) -> None:
+        for mid in mids:
+            future = self._ack_futures.pop(mid, None)
+            if future is not None and not future.done():
+                future.set_result(recorded)
 
     def late_bases(self, run: Run) -> dict[str, str]:
-        """By peer that is still at the training of a round that has closed: its base."""
+        """The base of each peer that still trains for a closed round."""
         return {
-            asked.peer: late_updates.base_of(run, asked.round)
-            for asked in self._in_flight.values()
-            if asked.kind == "train" and late_updates.is_late(run, asked.round)
+            request.peer: late_updates.base_of(run, request.round)
+            for request in self._in_flight.values()
+            if request.kind == "train" and late_updates.is_late(run, request.round)
         }
 
-    # --- taking them back ---
+    # --- canceling ---
 
     def cancel_from(self, peer: str) -> None:
-        self._cancel({q for q, asked in self._in_flight.items() if asked.peer == peer})
-
-    def cancel_current(self, run: Run, peers: Sequence[str]) -> None:
-        """The open question, from these peers: it is put to them anew."""
-        found = self._in_flight.items()
-        self._cancel({q for q, asked in found if asked.peer in peers and asked.is_of(run)})
-
-    def cancel_expired(self, run: Run) -> None:
-        """All of rounds that are too long ago."""
-        found = self._in_flight.items()
-        self._cancel(
-            {q for q, asked in found if late_updates.is_expired(run, asked.kind, asked.round)}
-        )
-
-    def cancel_evaluations(self) -> None:
-        """All of them: another version is to be evaluated."""
-        self._cancel({q for q, asked in self._in_flight.items() if asked.kind == "evaluate"})
-
-    def cancel_overdue(self, longer_s: float) -> None:
-        """Training that is under way for longer: the question, or its answer, may be lost."""
-        found = self._in_flight.items()
-        self._cancel({q for q, a in found if a.kind == "train" and a.seconds > longer_s})
+        self.cancel(lambda request: request.peer == peer)
 
     def cancel_all(self) -> None:
-        self._cancel(set(self._in_flight))
+        self.cancel(lambda _: True)
 
-    def _cancel(self, questions: set[str]) -> None:
-        """Forget questions, but for those that are answered: the ledger is to hear of each."""
-        if not questions:
+    def cancel(self, is_obsolete: Callable[[Request], bool]) -> None:
+        """Forget these requests, except answered ones: the ledger must record every reply."""
+        mids = {mid for mid, request in self._in_flight.items() if is_obsolete(request)}
+        if not mids:
             return
-        found = self._ctx.grid.pull_messages(questions)
-        # Flower's own errors, of nodes that are gone, are nobody's answers.
-        self._arrived += [m for m in found if not m.has_error() or m.error.code == AGENT_FAILED]
-        questions -= {reply.metadata.reply_to_message_id for reply in self._arrived}
-        self._ctx.grid.forget(questions)
-        for question in questions:
-            del self._in_flight[question]
-        self.acknowledge(questions, False)
+        pulled = self._ctx.grid.pull_messages(mids)
+        # Flower's own errors, about nodes that are gone, are no replies of peers.
+        self._arrived += [m for m in pulled if not m.has_error() or m.error.code == AGENT_FAILED]
+        mids -= {reply.metadata.reply_to_message_id for reply in self._arrived}
+        self._ctx.grid.forget(mids)
+        for mid in mids:
+            del self._in_flight[mid]
+        self.acknowledge(mids, False)
 
 
 def _base(run: Run, kind: str) -> str:
-    """The version, or preprocessing, that a question is about."""
+    """The version, or the digest of the preprocessing, that a request is about."""
     if kind == "describe":
         return preprocessing.digest(run.preprocessing)
     if kind == "recall":

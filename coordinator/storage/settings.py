@@ -69,7 +69,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(settings_cls, homes.locate("coordinator") / SETTINGS_FILE)
+        file = TomlConfigSettingsSource(
+            settings_cls, homes.home_path("coordinator") / SETTINGS_FILE
+        )
         return (init_settings, env_settings, file)
 
 
@@ -85,7 +87,7 @@ def read(**flags: Any) -> Settings:
         raise UsageError(f'{err}: write a list as JSON, such as ["a", "b"]') from err
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageError(
-            f"cannot read {homes.locate('coordinator') / SETTINGS_FILE}: {err}"
+            f"cannot read {homes.home_path('coordinator') / SETTINGS_FILE}: {err}"
         ) from err
 
 

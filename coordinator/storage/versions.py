@@ -13,7 +13,7 @@ from pathlib import Path
 from protocols.codecs import patches
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
-from protocols.local.background_unlink import remove
+from protocols.local.background_unlink import unlink
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
@@ -53,7 +53,10 @@ class Versions:
     def make_patch(self, parent: str, digest: str) -> int:
         """Make the patch to a version; its bytes, or 0 if it would not be small."""
         try:
-            with WeightsFile(self.version_path(parent)) as old, WeightsFile(self.version_path(digest)) as new:
+            with (
+                WeightsFile(self.version_path(parent)) as old,
+                WeightsFile(self.version_path(digest)) as new,
+            ):
                 return patches.make(old, new, self.patch_path(digest))
         except OSError:  # a full disk: the version is stored already and is sent whole
             return 0
@@ -85,7 +88,7 @@ class Versions:
             return
         with self._naming:
             if digest not in self.unrecorded:
-                remove(self.version_path(digest))
+                unlink(self.version_path(digest))
                 self.patch_path(digest).unlink(missing_ok=True)
 
     def mark_recorded(self, digest: str) -> None:
@@ -124,7 +127,7 @@ class Versions:
             self.unrecorded.add(writer.digest)
             temporary.replace(self.version_path(writer.digest))
         failpoint("version.renamed")
-        atomic_files.sync_folder(self.folder)
+        atomic_files.fsync_folder(self.folder)
         return writer.digest
 
     def _delete_unfinished(self) -> None:

@@ -53,7 +53,7 @@ def test_an_agent_killed_in_a_round_comes_back_as_the_same_peer(tmp_path: Path) 
         assert ended["state"] == "finished"
         assert rounds_of(ended) == [1, 2]
         assert all(peer in closed["contributors"] for closed in ended["history"])
-        assert "ada went away in its work" in site.events()
+        assert "ada disconnected during its work" in site.events()
 
 
 def test_a_killed_broker_stops_no_run_and_the_monitor_hears_of_it(tmp_path: Path) -> None:

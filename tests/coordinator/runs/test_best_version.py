@@ -15,7 +15,7 @@ from agent.tasks import Task
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.language.gpt import TextLM
 from coordinator.remote import run_options
-from coordinator.runs import best_version, decisions, transitions
+from coordinator.runs import best_version, decisions, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
@@ -156,7 +156,7 @@ def after(told: list[Metrics], **changed: Any) -> Run:
     return run
 
 
-def step(run: Run) -> decisions.Step:
+def step(run: Run) -> steps.Step:
     return decisions.decide(run, Observation(frozenset({"A"})))
 
 
@@ -166,32 +166,32 @@ def accuracies(*values: float | None) -> list[Metrics]:
 
 def test_patience_ends_a_run_that_gets_no_better() -> None:
     told = accuracies(0.5, 0.7, 0.7, 0.6)
-    assert isinstance(step(after(told, patience=3)), decisions.OpenRound)
+    assert isinstance(step(after(told, patience=3)), steps.OpenRound)
     end = step(after(told, patience=2))
-    assert isinstance(end, decisions.EndRun)
+    assert isinstance(end, steps.EndRun)
     assert end.state is RunState.FINISHED
     assert end.because == "no better accuracy in 2 rounds; best is round 2"
 
 
 def test_a_target_ends_a_run_that_has_reached_it() -> None:
-    assert isinstance(step(after(accuracies(0.5, 0.89), target=0.9)), decisions.OpenRound)
+    assert isinstance(step(after(accuracies(0.5, 0.89), target=0.9)), steps.OpenRound)
     end = step(after(accuracies(0.5, 0.9), target=0.9))
-    assert isinstance(end, decisions.EndRun)
+    assert isinstance(end, steps.EndRun)
     assert end.because == "accuracy is 0.9 in round 2"
     losses: list[Metrics] = [{"loss": 2.0}, {"loss": 0.4}]
-    assert isinstance(step(after(losses, target=0.5)), decisions.EndRun)
-    assert isinstance(step(after(losses, target=0.3)), decisions.OpenRound)
+    assert isinstance(step(after(losses, target=0.5)), steps.EndRun)
+    assert isinstance(step(after(losses, target=0.3)), steps.OpenRound)
 
 
 def test_a_metric_that_nobody_tells_ends_the_run_with_those_that_are_told() -> None:
     end = step(after(accuracies(0.5), best_metric="f1"))
-    assert isinstance(end, decisions.EndRun)
+    assert isinstance(end, steps.EndRun)
     assert end.state is RunState.FAILED
-    assert end.because == "no peer tells the metric f1; they tell: accuracy, loss"
+    assert end.because == "no peer reports the metric f1; they report: accuracy, loss"
     # Nobody was there to evaluate: that says nothing.
-    assert isinstance(step(after([{}], best_metric="f1")), decisions.OpenRound)
-    assert isinstance(step(after([{"x": 1.0}], target=1.0)), decisions.EndRun)
-    assert isinstance(step(after([{"x": 1.0}])), decisions.OpenRound)
+    assert isinstance(step(after([{}], best_metric="f1")), steps.OpenRound)
+    assert isinstance(step(after([{"x": 1.0}], target=1.0)), steps.EndRun)
+    assert isinstance(step(after([{"x": 1.0}])), steps.OpenRound)
 
 
 def test_a_round_that_diverged_is_never_best() -> None:

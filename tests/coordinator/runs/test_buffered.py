@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator.runs import buffered, decisions, transitions, validation
+from coordinator.runs import buffered, decisions, steps, transitions, validation
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Assignment
 from coordinator.storage import run_events
@@ -49,24 +49,24 @@ class Machine(RuleBasedStateMachine):
             self.facts.append(fact)
             self.run = transitions.apply(self.run, fact)
 
-    @rule(due=st.booleans(), steps=st.integers(1, 8))
-    def coordinator_works(self, due: bool, steps: int) -> None:
-        for _ in range(steps):
+    @rule(due=st.booleans(), count=st.integers(1, 8))
+    def coordinator_works(self, due: bool, count: int) -> None:
+        for _ in range(count):
             if not self.run.ended and not self.do(due):
                 return
 
     def do(self, due: bool) -> bool:
         run, step = self.run, decisions.decide(self.run, Observation(frozenset(self.here), due))
         match step:
-            case decisions.OpenRound(number, base):
+            case steps.OpenRound(number, base):
                 self.record(run_events.RoundOpened(number, base, (), len(self.here)))
-            case decisions.AssignWork(given):
+            case steps.AssignWork(given):
                 assert given, "a step that does nothing would be done for ever"
                 self.record(*given)
-            case decisions.CloseTraining(contributors):
+            case steps.CloseTraining(contributors):
                 assert list(contributors) == [one.peer for one in buffered.in_order(run)]
                 self.record(run_events.TrainingClosed(run.round, contributors))
-            case decisions.Aggregate(contributors):
+            case steps.Aggregate(contributors):
                 assert len(contributors) >= run.spec.buffer
                 for one in run.buffer:
                     self.summed[one.peer, one.round, one.update.turn] += 1
@@ -74,11 +74,11 @@ class Machine(RuleBasedStateMachine):
                 self.record(
                     run_events.VersionCommitted(run.round, version, run.head, contributors, {})
                 )
-            case decisions.OpenEvaluation(eligible):
+            case steps.OpenEvaluation(eligible):
                 self.record(run_events.EvaluationOpened(run.round, eligible))
-            case decisions.CloseRound():
+            case steps.CloseRound():
                 self.record(run_events.RoundClosed(run.round, {}, 1.0, 0, 0))
-            case decisions.EndRun(state, because):
+            case steps.EndRun(state, because):
                 self.record(run_events.RunEnded(state, because))
             case _:
                 return False

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from agent.clientapp.app import DESCRIPTION
-from coordinator.runs import decisions, state, transitions
+from coordinator.runs import decisions, state, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
@@ -181,21 +181,21 @@ def here(*peers: str, due: bool = False) -> Observation:
 
 def test_everybody_is_asked_once_the_quorum_is_here() -> None:
     run = a_run()
-    assert decisions.decide(run, here("a")) == decisions.Wait("1 peer more for the quorum")
-    assert decisions.decide(run, here("a", "b", "c")) == decisions.AskPeers(("a", "b", "c"))
+    assert decisions.decide(run, here("a")) == steps.Wait("1 peer more for the quorum")
+    assert decisions.decide(run, here("a", "b", "c")) == steps.AskPeers(("a", "b", "c"))
 
 
 def test_it_agrees_when_all_have_told_or_the_deadline_has_passed() -> None:
     asked = run_events.PeersAsked(("a", "b", "c"))
     two = [run_events.PeerDescribed(peer, CARD) for peer in "ab"]
     run = a_run(asked, *two)
-    assert isinstance(decisions.decide(run, here("a", "b", "c")), decisions.Wait)
-    assert decisions.decide(run, here("a", "b", "c", due=True)) == decisions.AgreeSchema()
+    assert isinstance(decisions.decide(run, here("a", "b", "c")), steps.Wait)
+    assert decisions.decide(run, here("a", "b", "c", due=True)) == steps.AgreeSchema()
     lost = transitions.apply(run, run_events.PeerLost("c", "went away"))
-    assert decisions.decide(lost, here("a", "b")) == decisions.AgreeSchema()
-    assert decisions.decide(lost, here("a", "b", "c")) == decisions.AskPeers(("c",))
+    assert decisions.decide(lost, here("a", "b")) == steps.AgreeSchema()
+    assert decisions.decide(lost, here("a", "b", "c")) == steps.AskPeers(("c",))
     silent = a_run(asked, two[0])
-    assert decisions.decide(silent, here("a", "b", "c", due=True)) == decisions.AskPeers(("b", "c"))
+    assert decisions.decide(silent, here("a", "b", "c", due=True)) == steps.AskPeers(("b", "c"))
 
 
 def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
@@ -205,12 +205,12 @@ def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
         run_events.UpdateRefused(0, "b", "data", "no such column", "describe"),
     )
     step = decisions.decide(run, here("a"))
-    assert isinstance(step, decisions.Wait)
+    assert isinstance(step, steps.Wait)
     assert "no such column" in step.what
-    assert decisions.decide(run, here("a", "new")) == decisions.AskPeers(("new",))
+    assert decisions.decide(run, here("a", "new")) == steps.AskPeers(("new",))
 
 
 def test_ledgers_of_before_the_handshake_do_without() -> None:
     spec = run_events.decode(b'{"type":"RunStarted","spec":{"task":"mnist","rounds":1}}')
     run = transitions.replay("r", [spec])
-    assert decisions.decide(run, here("a")) == decisions.AskInit("a")
+    assert decisions.decide(run, here("a")) == steps.AskPeers(("a",), opens_phase=True)

@@ -433,13 +433,13 @@ async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
         run_id = fleet.start(rounds=40, quorum=2)
         await until(waits)
         said = [event.text for event in fleet.hub.fleet.events]
-        assert any(text.startswith(f"run {run_id} stands still") for text in said)
+        assert any(text.startswith(f"run {run_id} is interrupted") for text in said)
         limit(10_000)
         run = await fleet.finished(run_id)
         assert contributors(run) == [named(fleet.agents)] * 40
         assert len(fleet.facts(run_id, run_events.UpdateAccepted)) == 40 * 2 * 2
         said = [event.text for event in fleet.hub.fleet.events]
-        assert f"there is room again: run {run_id} goes on" in said
+        assert f"the disk has space again: run {run_id} continues" in said
         assert ledger.verify() is None
 
 
@@ -577,7 +577,7 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
             run = await fleet.finished(run_id)
             if lost >= len(kept):
                 assert run.state is RunState.FAILED
-                assert "no earlier one is whole" in run.ended_because
+                assert "so are all earlier ones" in run.ended_because
             else:
                 assert run.head == undisturbed.head
                 (lost_version,) = fleet.facts(run_id, run_events.VersionLost)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from coordinator.runs import recovery, transitions
+from coordinator.runs import recovery, steps, transitions
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import Holding, RunEvent, RunSpec, Update
@@ -40,50 +40,54 @@ def told(**held: Holding | None) -> list[RunEvent]:
 
 
 def test_everybody_who_comes_is_asked_and_the_newest_version_is_taken() -> None:
-    assert recovery.decide(seeking(), HERE, False) == recovery.Ask(("A", "B", "C"))
+    assert recovery.decide(seeking(), HERE, False) == steps.AskPeers(("A", "B", "C"))
     new, old = Holding(5, "v5"), Holding(4, "v4")
     run = seeking(*told(A=old, B=new, C=None))
-    assert isinstance(recovery.decide(run, HERE, False), str)  # one with a newer one may come yet
-    assert recovery.decide(run, HERE | {"D"}, False) == recovery.Ask(("D",))
-    assert recovery.decide(run, HERE, True) == recovery.FetchVersion(new)
+    assert isinstance(
+        recovery.decide(run, HERE, False), steps.Wait
+    )  # one with a newer one may come yet
+    assert recovery.decide(run, HERE | {"D"}, False) == steps.AskPeers(("D",))
+    assert recovery.decide(run, HERE, True) == steps.FetchVersion(new)
 
 
 def test_of_two_versions_of_one_round_that_of_more_peers_is_taken() -> None:
     run = seeking(*told(A=Holding(5, "z"), B=Holding(5, "a"), C=Holding(5, "a")))
-    assert recovery.decide(run, HERE, True) == recovery.FetchVersion(Holding(5, "a"))
+    assert recovery.decide(run, HERE, True) == steps.FetchVersion(Holding(5, "a"))
 
 
 def test_a_holder_that_has_it_not_is_passed_over_and_then_the_next_best_is_taken() -> None:
     new, old = Holding(5, "v5"), Holding(4, "v4")
     run = seeking(*told(A=old, B=new, C=new), run_events.VersionSought(new))
     assert run.kind == "recall"
-    assert recovery.decide(run, HERE, False) == recovery.Ask(("B",))
+    assert recovery.decide(run, HERE, False) == steps.AskPeers(("B",))
     for peer in "BC":
-        assert recovery.decide(run, HERE, False) == recovery.Ask((peer,))
+        assert recovery.decide(run, HERE, False) == steps.AskPeers((peer,))
         run = transitions.apply(run, run_events.PeersAsked((peer,)))
-        assert isinstance(recovery.decide(run, HERE, False), str)
+        assert isinstance(recovery.decide(run, HERE, False), steps.Wait)
         run = transitions.apply(
             run, run_events.UpdateRefused(1, peer, "agent failed", "x", "recall")
         )
     again = recovery.decide(run, frozenset("A"), True)
-    assert again == recovery.Ask(("A",))  # asked anew: what it holds may have changed
+    assert again == steps.AskPeers(("A",))  # asked anew: what it holds may have changed
     run = transitions.apply(run, run_events.PeersAsked(("A",)))
     run = transitions.apply(run, run_events.HoldingTold("A", old))
-    assert recovery.decide(run, frozenset("A"), True) == recovery.FetchVersion(old)
+    assert recovery.decide(run, frozenset("A"), True) == steps.FetchVersion(old)
 
 
 def test_the_backups_own_version_is_kept_if_nobody_has_a_newer_one() -> None:
     run = seeking(*told(A=Holding(1, "v1"), B=None), whole=True)
-    assert recovery.decide(run, frozenset("AB"), True) == recovery.KeepOwn()
+    assert recovery.decide(run, frozenset("AB"), True) == steps.KeepOwn()
     newer = seeking(*told(A=Holding(2, "v2")), whole=True)
-    assert recovery.decide(newer, frozenset("A"), True) == recovery.FetchVersion(Holding(2, "v2"))
+    assert recovery.decide(newer, frozenset("A"), True) == steps.FetchVersion(Holding(2, "v2"))
 
 
 def test_a_run_that_had_finished_does_not_wait_for_ever() -> None:
     finished = run_events.RunEnded(RunState.FINISHED, "all 3 rounds are done")
     run = transitions.replay("r", [*BEFORE, finished, run_events.RecallBegun(False), *told(A=None)])
-    assert recovery.decide(run, frozenset("A"), True) == recovery.GiveUp()
-    assert isinstance(recovery.decide(seeking(*told(A=None)), frozenset("A"), True), str)
+    assert recovery.decide(run, frozenset("A"), True) == steps.EndRun(
+        RunState.FINISHED, "all 3 rounds are done; its versions are lost"
+    )
+    assert isinstance(recovery.decide(seeking(*told(A=None)), frozenset("A"), True), steps.Wait)
 
 
 def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from coordinator.cli import run_text
-from coordinator.runs import decisions, transitions
+from coordinator.runs import decisions, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
@@ -64,43 +64,40 @@ class Loop:
     def refuse(self, peer: str, reason: str = "not finite", detail: str = "x") -> None:
         self.record(run_events.UpdateRefused(self.run.round, peer, reason, detail, self.run.kind))
 
-    def decide(self) -> decisions.Step:
+    def decide(self) -> steps.Step:
         return decisions.decide(self.run, Observation(self.here, self.due))
 
-    def do(self, step: decisions.Step) -> None:
+    def do(self, step: steps.Step) -> None:
         run = self.run
         match step:
-            case decisions.Wait():
+            case steps.Wait():
                 pass
-            case decisions.AskInit(peer):
-                self.due = False
-                self.record(run_events.PeersAsked((peer,)))
-            case decisions.AskPeers(peers):
+            case steps.AskPeers(peers):
                 self.due = False
                 self.record(run_events.PeersAsked(peers))
-            case decisions.OpenRound(number, base, eligible):
+            case steps.OpenRound(number, base, eligible):
                 assert number == run.round + 1
                 assert len(eligible) >= run.spec.quorum
                 self.due, self.accepted = False, set()
                 self.record(run_events.RoundOpened(number, base, eligible))
-            case decisions.CloseTraining(contributors):
+            case steps.CloseTraining(contributors):
                 assert len(contributors) >= run.spec.quorum
                 assert set(contributors) <= self.accepted
                 assert list(contributors) == sorted(contributors)
                 self.record(run_events.TrainingClosed(run.round, contributors))
-            case decisions.Aggregate(contributors):
+            case steps.Aggregate(contributors):
                 assert contributors == run.contributors
                 digest = f"v{run.round}"
                 self.record(
                     run_events.VersionCommitted(run.round, digest, run.head, contributors, {})
                 )
-            case decisions.OpenEvaluation(eligible):
+            case steps.OpenEvaluation(eligible):
                 self.due = False
                 self.record(run_events.EvaluationOpened(run.round, eligible))
-            case decisions.CloseRound():
+            case steps.CloseRound():
                 metrics: Metrics = {"accuracy": 1.0 / run.round} if run.updates else {}
                 self.record(run_events.RoundClosed(run.round, metrics, 1.0, 2, 3))
-            case decisions.EndRun(state, because):
+            case steps.EndRun(state, because):
                 self.record(run_events.RunEnded(state, because))
 
 
@@ -196,7 +193,7 @@ class RunMachine(RuleBasedStateMachine):
     def something_is_always_decided(self) -> None:
         if hasattr(self, "loop"):
             step = self.loop.decide()
-            assert not isinstance(step, decisions.Wait) or step.what
+            assert not isinstance(step, steps.Wait) or step.what
 
     def teardown(self) -> None:
         """From wherever it stands: with all peers there and answering, the run ends."""
@@ -209,7 +206,7 @@ class RunMachine(RuleBasedStateMachine):
                 break
             step = loop.decide()
             loop.do(step)
-            if isinstance(step, decisions.Wait):
+            if isinstance(step, steps.Wait):
                 if loop.run.pending:
                     loop.answer(loop.run.pending[0])
                 else:
@@ -238,9 +235,9 @@ def training(quorum: int = 2, asked: tuple[str, ...] = ("A", "B")) -> Loop:
 def test_a_round_goes_on_with_the_quorum_when_the_deadline_has_passed() -> None:
     loop = training(quorum=1)
     loop.answer("A")
-    assert isinstance(loop.decide(), decisions.Wait)
+    assert isinstance(loop.decide(), steps.Wait)
     loop.due = True
-    assert loop.decide() == decisions.CloseTraining(("A",))
+    assert loop.decide() == steps.CloseTraining(("A",))
 
 
 def test_it_does_not_go_on_below_the_quorum() -> None:
@@ -248,9 +245,9 @@ def test_it_does_not_go_on_below_the_quorum() -> None:
     loop.answer("A")
     loop.due = True
     # B's question may have been lost; one that is at work on it answers at once when it is done.
-    assert loop.decide() == decisions.AskPeers(("B",))
+    assert loop.decide() == steps.AskPeers(("B",))
     loop.here = frozenset()
-    assert loop.decide() == decisions.Wait("the quorum: 1 of 2; the deadline has passed")
+    assert loop.decide() == steps.Wait("the quorum: 1 of 2; the deadline has passed")
 
 
 def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
@@ -258,69 +255,69 @@ def test_without_the_quorum_in_time_whoever_is_there_is_asked() -> None:
     loop = training()
     loop.answer("A")
     loop.here |= {"C"}
-    assert isinstance(loop.decide(), decisions.Wait)
+    assert isinstance(loop.decide(), steps.Wait)
     loop.due = True
-    assert loop.decide() == decisions.AskPeers(("B", "C"))
+    assert loop.decide() == steps.AskPeers(("B", "C"))
     loop.do(loop.decide())
     loop.answer("C")
     loop.due = True
-    assert loop.decide() == decisions.CloseTraining(("A", "C"))
+    assert loop.decide() == steps.CloseTraining(("A", "C"))
 
 
 def test_who_failed_may_try_again_after_a_deadline() -> None:
     loop = training()
     loop.answer("A")
     loop.refuse("B")
-    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
+    assert loop.decide() == steps.Wait("1 peer more for the quorum")
     loop.due = True
-    assert loop.decide() == decisions.AskPeers(("B",))
+    assert loop.decide() == steps.AskPeers(("B",))
 
 
 def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() -> None:
     why = ("agent failed", "usage: SCAFFOLD steers plain SGD only (momentum=0)")
     loop = training()
     loop.refuse("A", *why)
-    assert isinstance(loop.decide(), decisions.Wait)  # B may do better
+    assert isinstance(loop.decide(), steps.Wait)  # B may do better
     loop.refuse("B", *why)
-    ended = decisions.EndRun(RunState.FAILED, f"nobody could train: {': '.join(why)}")
+    ended = steps.EndRun(RunState.FAILED, f"no peer could train: {': '.join(why)}")
     assert loop.decide() == ended
     loop.here |= {"C"}
-    assert loop.decide() == decisions.AskPeers(("C",))
+    assert loop.decide() == steps.AskPeers(("C",))
     # What else goes wrong may go right the next time.
     other = training()
     other.refuse("A", *why)
     other.refuse("B", "agent failed", "the trainer: task")
-    assert isinstance(other.decide(), decisions.Wait)
+    assert isinstance(other.decide(), steps.Wait)
 
 
 def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
     loop = training()
     loop.answer("A")
     loop.lose("B")
-    assert loop.decide() == decisions.Wait("1 peer more for the quorum")
+    assert loop.decide() == steps.Wait("1 peer more for the quorum")
     loop.here |= {"B"}
-    assert loop.decide() == decisions.AskPeers(("B",))
+    assert loop.decide() == steps.AskPeers(("B",))
 
 
 def test_the_round_does_not_wait_for_lost_peers_once_the_quorum_is_there() -> None:
     loop = training(quorum=1)
     loop.answer("A")
     loop.lose("B")
-    assert loop.decide() == decisions.CloseTraining(("A",))
+    assert loop.decide() == steps.CloseTraining(("A",))
 
 
 def test_another_peer_makes_the_first_weights_when_one_cannot_or_hangs() -> None:
     loop = Loop(RunSpec(task="t", rounds=1))
-    assert loop.decide() == decisions.Wait("a peer that can make the first weights")
+    assert loop.decide() == steps.Wait("a peer that can make the first weights")
     loop.here = frozenset("ABC")
-    assert loop.decide() == decisions.AskInit("A")
+    assert loop.decide() == steps.AskPeers(("A",), opens_phase=True)
     loop.do(loop.decide())
-    assert loop.decide() == decisions.Wait("the first weights from A")
+    assert loop.decide() == steps.Wait("the first weights from 1 peer", ("A",))
     loop.refuse("A")
-    assert loop.decide() == decisions.AskInit("B")
+    assert loop.decide() == steps.AskPeers(("B",), opens_phase=True)
     loop.do(loop.decide())
     loop.due = True
-    assert loop.decide() == decisions.AskPeers(("A", "B", "C"))
+    assert loop.decide() == steps.AskPeers(("A", "B", "C"))
 
 
 def test_a_late_answer_does_not_settle_the_present_question() -> None:
@@ -331,7 +328,7 @@ def test_a_late_answer_does_not_settle_the_present_question() -> None:
     while loop.run.round < 2:
         step = loop.decide()
         loop.do(step)
-        if isinstance(step, decisions.Wait):
+        if isinstance(step, steps.Wait):
             loop.answer(loop.run.pending[0])
     assert loop.run.peers["A"] == "asked"
     loop.record(run_events.UpdateRefused(1, "A", "late", "x", "train"))
@@ -352,7 +349,7 @@ def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
     while loop.run.round < 2:
         step = loop.decide()
         loop.do(step)
-        if isinstance(step, decisions.Wait):
+        if isinstance(step, steps.Wait):
             loop.answer(loop.run.pending[0])
     assert [line.split()[:2] for line in progress.lines(loop.run, dict)] == [["round", "1/3"]]
     loop.refuse("B", "too large")
@@ -368,7 +365,7 @@ def test_nobody_there_to_evaluate_closes_the_round() -> None:
         loop.do(loop.decide())
     loop.here = frozenset()
     assert loop.run.state is RunState.EVALUATING
-    assert loop.decide() == decisions.CloseRound()
+    assert loop.decide() == steps.CloseRound()
 
 
 def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -> None:
@@ -383,9 +380,9 @@ def test_who_selects_asks_a_few_more_than_it_needs_and_goes_on_at_the_quorum() -
     loop.record(run_events.RoundOpened(1, "first", chosen))
     loop.here = ALL
     loop.answer(chosen[0])
-    assert loop.decide() == decisions.Wait(f"updates of 2 peers ({chosen[1]}, {chosen[2]})")
+    assert loop.decide() == steps.Wait("updates of 2 peers", chosen[1:])
     loop.answer(chosen[2])
-    assert loop.decide() == decisions.CloseTraining((chosen[0], chosen[2]))
+    assert loop.decide() == steps.CloseTraining((chosen[0], chosen[2]))
 
 
 def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
@@ -398,7 +395,7 @@ def test_who_selects_replaces_the_lost_and_asks_nobody_else() -> None:
     loop.answer(asked[0])
     loop.lose(asked[1])
     step = loop.decide()
-    assert isinstance(step, decisions.AskPeers)
+    assert isinstance(step, steps.AskPeers)
     assert len(step.peers) == 1
     assert step.peers[0] not in asked
 
@@ -432,12 +429,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was() -> None:
     loop.do(loop.decide())
     assert loop.run.state is RunState.EVALUATING
     loop.record(run_events.RunEnded(RunState.STOPPED, "x"), run_events.RunResumed())
-    assert loop.decide() == decisions.OpenEvaluation(("A",))  # the version is there
-    loop.do(decisions.CloseRound())
+    assert loop.decide() == steps.OpenEvaluation(("A",))  # the version is there
+    loop.do(steps.CloseRound())
     loop.do(loop.decide())
     loop.answer("A")
     loop.record(run_events.RunEnded(RunState.FAILED, "x"), run_events.RunResumed())
-    assert loop.decide() == decisions.OpenRound(2, loop.run.head, ("A",))  # the round is not
+    assert loop.decide() == steps.OpenRound(2, loop.run.head, ("A",))  # the round is not
 
 
 def test_the_first_of_equals_stays_best() -> None:
@@ -511,4 +508,4 @@ def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
 @pytest.mark.parametrize("state", sorted(ENDED))
 def test_an_ended_run_decides_nothing(state: RunState) -> None:
     run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
-    assert isinstance(decisions.decide(run, Observation(ALL, True)), decisions.Wait)
+    assert isinstance(decisions.decide(run, Observation(ALL, True)), steps.Wait)

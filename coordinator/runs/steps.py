@@ -1,0 +1,99 @@
+"""The steps of a run: what `runs.decisions` decides and `runs.loop` carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from coordinator.storage.run_events import Holding, WorkGiven
+from protocols.messages.states import RunState
+
+#: Peers that are awaited are named up to this number.
+_MAX_NAMED_PEERS = 4
+
+
+class AskPeers(NamedTuple):
+    """Send the open request to these peers. `opens_phase`: its deadline starts anew."""
+
+    peers: tuple[str, ...]
+    opens_phase: bool = False
+
+
+class AgreeSchema(NamedTuple):
+    """Derive the common schema or preprocessing from what the peers described."""
+
+
+class FetchVersion(NamedTuple):
+    """Fetch this version from the peers: nobody has a newer one."""
+
+    version: Holding
+
+
+class KeepOwn(NamedTuple):
+    """Continue from the backup's own version: no peer has a newer one."""
+
+
+class OpenRound(NamedTuple):
+    round: int
+    base: str
+    eligible: tuple[str, ...]
+
+
+class AssignWork(NamedTuple):
+    """Buffered: assign training to each of these peers."""
+
+    given: tuple[WorkGiven, ...]
+
+
+class CloseTraining(NamedTuple):
+    contributors: tuple[str, ...]
+
+
+class Aggregate(NamedTuple):
+    contributors: tuple[str, ...]
+
+
+class OpenEvaluation(NamedTuple):
+    eligible: tuple[str, ...]
+
+
+class CloseRound(NamedTuple):
+    """Evaluate the replies and close the round."""
+
+
+class EndRun(NamedTuple):
+    state: RunState
+    because: str
+
+
+class Wait(NamedTuple):
+    """Do nothing until something changes. `peers`: those that are awaited."""
+
+    what: str
+    peers: tuple[str, ...] = ()
+
+    def text(self, name_of: Callable[[str], str]) -> str:
+        """What the run waits for, with the peers' names if they are few."""
+        if not 0 < len(self.peers) <= _MAX_NAMED_PEERS:
+            return self.what
+        return f"{self.what} ({', '.join(map(name_of, self.peers))})"
+
+
+Step = (
+    AskPeers
+    | AgreeSchema
+    | FetchVersion
+    | KeepOwn
+    | OpenRound
+    | AssignWork
+    | CloseTraining
+    | Aggregate
+    | OpenEvaluation
+    | CloseRound
+    | EndRun
+    | Wait
+)
+
+
+def count_peers(number: int) -> str:
+    return f"{number} peer" + ("s" if number != 1 else "")
