@@ -1,22 +1,24 @@
-"""`commonweight doctor`, `audit`, `backup` and `restore`: how it is, what happened, and safety."""
+"""`commonweight doctor`, `audit`, `backup` and `restore`."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import Json
+from coordinator.cli.common import Json, print_json, print_line, print_result
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
-from protocols.local import homes, json_output
+from protocols.local import homes
 
-audit = typer.Typer(help="Who was let in, sent away or refused, from the ledger.")
+audit = typer.Typer(help="Who joined, was removed or refused, from the ledger.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(json: Json = False) -> None:
-    """Look for what keeps this coordinator from working. Exit status 6 when something does."""
+    """Check this coordinator. The exit status is 6 if a check finds a fault."""
     from coordinator.admin.doctor import examine_coordinator
     from protocols.local import cli_entry
 
@@ -36,17 +38,18 @@ def doctor(json: Json = False) -> None:
 
 PassphraseFile = Annotated[
     Path | None,
-    typer.Option(help="A file whose first line is the passphrase; asked for if left out."),
+    typer.Option(help="A file whose first line is the passphrase; without it you are asked."),
 ]
 
 
 def _passphrase(file: Path | None, *, new: bool) -> str:
-    """Never from the command line, which everybody on the machine can read. Raises UsageError."""
+    """The passphrase from a file or the terminal. Raises UsageError.
+
+    It is never an argument: everybody on the machine can read the command line.
+    """
     if file is None:
         if not sys.stdin.isatty():
-            raise UsageError(
-                "a passphrase is asked for, and there is no terminal", "--passphrase-file"
-            )
+            raise UsageError("there is no terminal to ask for a passphrase", "--passphrase-file")
         return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))
     try:
         return file.read_text().partition("\n")[0]
@@ -54,78 +57,78 @@ def _passphrase(file: Path | None, *, new: bool) -> str:
         raise UsageError(f"cannot read the passphrase: {err}") from err
 
 
+@contextlib.contextmanager
+def _temporary_file(folder: Path) -> Iterator[Path]:
+    """The path of an unencrypted backup in a private folder, which is deleted afterwards."""
+    with tempfile.TemporaryDirectory(prefix=".backup-", dir=folder) as private:
+        yield Path(private) / "backup"
+
+
 def backup(
-    file: Annotated[Path, typer.Argument(help="Where the backup is to be written.")],
+    file: Annotated[Path, typer.Argument(help="Where to write the backup.")],
     with_versions: Annotated[
-        bool, typer.Option("--with-versions", help="Also the shared weights on this disk.")
+        bool, typer.Option("--with-versions", help="Include the shared weights on this disk.")
     ] = False,
-    encrypt: Annotated[bool, typer.Option("--encrypt", help="Under a passphrase.")] = False,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt with a passphrase.")] = False,
     passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
-    """Keys, peers, settings and the ledger in one file; also while the coordinator runs.
+    """Back up keys, peers, settings and the ledger to one file. The coordinator may be running.
 
-    Who has the file has the coordinator's keys, unless it is encrypted.
+    The file contains the coordinator's keys: without --encrypt, whoever has it has them.
     """
     from coordinator.admin import backup as backups
     from coordinator.admin import encryption
 
     home = homes.open_home("coordinator")
-    if encrypt or passphrase_file:
-        words = _passphrase(passphrase_file, new=True)
-        with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
-            plain = Path(folder) / "backup"
-            made = backups.write(home, plain, with_versions=with_versions)
-            encryption.seal(plain, file, words)
+    encrypt = encrypt or passphrase_file is not None
+    if encrypt:
+        passphrase = _passphrase(passphrase_file, new=True)
+        with _temporary_file(home) as plain:
+            manifest = backups.write(home, plain, with_versions=with_versions)
+            encryption.seal(plain, file, passphrase)
+        advice = "without the passphrase nobody can open it, not even you"
     else:
-        made = backups.write(home, file, with_versions=with_versions)
-    if json:
-        data = {"file": file, "fleet": made.fleet, "entries": made.entries, "head": made.head}
-        sys.stdout.write(json_output.ok(data) + "\n")
-    else:
-        nbytes = sum(one.nbytes for one in made.files.values())
-        sys.stderr.write(
-            f"wrote {file}: {made.entries} entries of the ledger, {nbytes / 1e6:,.1f} MB in all\n"
-            + (
-                "without the passphrase nobody can open it, you neither\n"
-                if encrypt or passphrase_file
-                else "keep it where only you can read it: the coordinator's keys are in it\n"
-            )
-        )
+        manifest = backups.write(home, file, with_versions=with_versions)
+        advice = "keep it where only you can read it: it contains the coordinator's keys"
+    entries, nbytes = manifest.entries, sum(one.nbytes for one in manifest.files.values())
+    data = {"file": file, "fleet": manifest.fleet, "entries": entries, "head": manifest.head}
+    text = f"wrote {file}: {entries} entries of the ledger, {nbytes / 1e6:,.1f} MB in all"
+    print_result(data, f"{text}\n{advice}", json=json)
 
 
 def restore(
     file: Annotated[Path, typer.Argument(help="A backup.")],
     from_peers: Annotated[
         bool,
-        typer.Option("--from-peers", help="Take the newest versions from the agents' disks."),
+        typer.Option("--from-peers", help="Get the newest versions from the agents' disks."),
     ] = False,
     passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
-    """Make this machine the coordinator that a backup was made of. The home must be empty."""
+    """Restore a coordinator from a backup on this machine. The home must be empty."""
     from coordinator.admin import backup as backups
     from coordinator.admin import encryption
 
     home = homes.home_path("coordinator")
     if encryption.is_sealed(file):
-        words = _passphrase(passphrase_file, new=False)
+        passphrase = _passphrase(passphrase_file, new=False)
         home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".restore-", dir=home.parent) as folder:
-            plain = Path(folder) / "backup"
-            encryption.unseal(file, plain, words)
-            made = backups.restore(plain, home, from_peers=from_peers)
+        with _temporary_file(home.parent) as plain:
+            encryption.unseal(file, plain, passphrase)
+            manifest = backups.restore(plain, home, from_peers=from_peers)
     else:
-        made = backups.restore(file, home, from_peers=from_peers)
+        manifest = backups.restore(file, home, from_peers=from_peers)
     if json:
-        data = {"home": home, "fleet": made.fleet, "entries": made.entries, "made_at": made.at}
-        sys.stdout.write(json_output.ok(data) + "\n")
+        entries = manifest.entries
+        data = {"home": home, "fleet": manifest.fleet, "entries": entries, "made_at": manifest.at}
+        print_json(data)
         return
-    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(made.at))
-    sys.stderr.write(f"restored {home} as it was on {at}\n")
-    if not from_peers and not any(name.startswith("versions/") for name in made.files):
-        sys.stderr.write("no shared weights are in it: --from-peers takes them from the agents\n")
-    sys.stderr.write("next: commonweight up, under the address that the agents know\n")
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.at))
+    print_line(f"restored {home} as it was on {at}")
+    if not from_peers and not any(name.startswith("versions/") for name in manifest.files):
+        print_line("it contains no shared weights: --from-peers gets them from the agents")
+    print_line("next: commonweight up, under the address that the agents know")
 
 
 @audit.callback(invoke_without_command=True)
@@ -135,30 +138,28 @@ def show(
     since: Annotated[str, typer.Option(help="2h, 7d, 2026-11-23 or 2026-11-23T18:00.")] = "",
     json: Json = False,
 ) -> None:
-    """Who joined with which ticket, was approved, removed or refused; runs started and ended."""
+    """Show who joined, was approved, removed or refused, and which runs started and ended."""
     if context.invoked_subcommand is not None:
         return
     from coordinator.admin.audit import open_ledger, read_audit
     from protocols.messages.envelope import strip_controls
 
     after = parse_time(since, time.time()) if since else 0.0
-    ledger = open_ledger(homes.open_home("coordinator"))
-    try:
-        found = read_audit(ledger, peer=peer, since=after)
-    finally:
-        ledger.close()
+    with contextlib.closing(open_ledger(homes.open_home("coordinator"))) as ledger:
+        entries = read_audit(ledger, peer=peer, since=after)
     if json:
-        sys.stdout.write(json_output.ok(found) + "\n")
-        return
-    if not found:
-        sys.stderr.write("nothing of that kind has happened\n")
-    for line in found:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(line.at))
-        sys.stdout.write(f"{line.seq:6} {at} {line.event:14} {strip_controls(line.text)}\n")
+        print_json(entries)
+    elif not entries:
+        print_line("there are no such entries")
+    else:
+        for entry in entries:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
+            text = strip_controls(entry.text)
+            sys.stdout.write(f"{entry.seq:6} {at} {entry.event:14} {text}\n")
 
 
 def parse_time(text: str, now: float) -> float:
-    """Unix s of a date, a date with a time (local), or so long ago. Raises UsageError."""
+    """Unix s of a date, of a date with a local time, or of a duration ago. Raises UsageError."""
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -167,30 +168,27 @@ def parse_time(text: str, now: float) -> float:
         return now - parse_seconds(text)
     except UsageError as err:
         raise UsageError(
-            f"{text!r} is no time", "write 2h, 7d, 2026-11-23 or 2026-11-23T18:00"
+            f"{text!r} is not a time", "write 2h, 7d, 2026-11-23 or 2026-11-23T18:00"
         ) from err
 
 
 @audit.command("verify")
 def verify(json: Json = False) -> None:
-    """Walk the ledger's chain of hashes; names the first entry that was changed.
+    """Verify the ledger's hash chain, and name the first entry that was changed.
 
-    A cut end leaves a shorter chain that fits: keep the last hash elsewhere to find that, too.
+    A ledger whose end was cut off still verifies: keep the last hash elsewhere to detect that.
     """
     from coordinator.admin.audit import open_ledger
 
-    ledger = open_ledger(homes.open_home("coordinator"))
-    try:
+    with contextlib.closing(open_ledger(homes.open_home("coordinator"))) as ledger:
         changed, newest = ledger.verify(), ledger.newest()
-    finally:
-        ledger.close()
     if changed is not None:
         raise CommonweightError(
             f"entry {changed} was changed, or one before it is missing",
-            "restore ledger.db from a backup; do not trust what comes after that entry",
+            "restore ledger.db from a backup; do not trust the entries after that one",
         )
     count, head = (newest.seq, newest.hash.hex()) if newest else (0, "")
     if json:
-        sys.stdout.write(json_output.ok({"entries": count, "head": head}) + "\n")
+        print_json({"entries": count, "head": head})
     else:
         sys.stdout.write(f"{count} entries, every hash fits; the last is {head or 'none'}\n")

@@ -1,4 +1,4 @@
-"""An answer as a table for people. Pure."""
+"""The result of an analysis as a table for people. Pure."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def rows(answer: AnalysisResult) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row of texts for each group."""
-    titles = [*answer.by, *([] if "count" in answer.figures else ["rows"]), *answer.figures]
-    told = []
+    """Titles, and a row of cells for each group."""
+    has_count = "count" in answer.figures
+    titles = [*answer.by, *([] if has_count else ["rows"]), *answer.figures]
+    rows = []
     for group in answer.groups:
         values = ["–" if value is None else value for value in group.group]
-        counted = [] if "count" in answer.figures else [f"{group.rows:,}"]
-        told.append([*values, *counted, *map(format_figure, group.figures)])
-    return titles, told
+        count = [] if has_count else [f"{group.rows:,}"]
+        rows.append([*values, *count, *map(format_figure, group.figures)])
+    return titles, rows
 
 
 def format_figure(figure: Figure) -> str:
-    """A figure with six digits that matter; a histogram as bars between its ends."""
+    """A figure with six significant digits; a histogram as bars between its ends."""
     match figure:
         case None:
             return "–"

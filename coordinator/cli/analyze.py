@@ -1,16 +1,14 @@
-"""`commonweight analyze "count, mean(age) by sex"`: figures from tables that stay put."""
+"""`commonweight analyze "count, mean(age) by sex"`: statistics of the tables of all peers."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import Json, connect, print_table
+from coordinator.cli.common import Json, connect, peer_names, print_json, print_line, print_table
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import UsageError
-from protocols.local import json_output
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,51 +20,50 @@ def analyze(
         str, typer.Argument(help='Such as "count, mean(age), quantile(income, 0.5) by sex".')
     ],
     where: Annotated[
-        str, typer.Option(help="Rows that count: \"age >= 18 and city == 'Oslo'\".")
+        str, typer.Option(help="Which rows count: \"age >= 18 and city == 'Oslo'\".")
     ] = "",
     epsilon: Annotated[
-        float, typer.Option(min=0.0, help="Answers with noise, of this privacy cost (0: without).")
+        float, typer.Option(min=0.0, help="Add noise, with this privacy cost (0: no noise).")
     ] = 0.0,
     bounds: Annotated[
         list[str] | None,
-        typer.Option(help="COLUMN=LEAST..MOST, for noise; values beyond count as these."),
+        typer.Option(help="COLUMN=LEAST..MOST, for noise; values outside are clipped."),
     ] = None,
     deadline: Annotated[
-        str, typer.Option(help="Go on without peers that have not answered then.")
+        str, typer.Option(help="Continue then without peers that have not answered.")
     ] = "10m",
     json: Json = False,
 ) -> None:
-    """Ask every peer about its own table. Rows never leave; each owner decides what may be told."""
+    """Ask every peer about its own table. Rows stay there; each owner decides what leaves."""
     from coordinator.cli import analysis_table
     from coordinator.remote import analysis
     from protocols.analytics import parser
 
-    limits = dict(_bounds(text) for text in bounds or [])
-    asked = parser.parse_query(question, where, epsilon=epsilon, bounds=limits)
+    limits = dict(map(_parse_bounds, bounds or []))
+    parsed = parser.parse_query(question, where, epsilon=epsilon, bounds=limits)
     remote = connect()
-    found = analysis.ask(remote, asked, parse_seconds(deadline))
-    called = {peer["peer"]: peer["name"] for peer in remote.peers()}
-    left_out = {called.get(peer, peer): why for peer, why in found.left_out.items()}
+    result = analysis.ask(remote, parsed, parse_seconds(deadline))
     if json:
-        sys.stdout.write(json_output.ok({"answer": found, "label": found.label}) + "\n")
+        print_json({"answer": result, "label": result.label})
         return
-    titles, rows = analysis_table.rows(found)
-    keys = [f"column{number}" for number in range(len(titles))]
-    table = [dict(zip(keys, row, strict=True)) for row in rows]
-    print_table(table, dict(zip(keys, titles, strict=True)), "no group is large enough to be told")
-    sys.stderr.write(f"{found.label}\n")
-    for name, why in left_out.items():
-        sys.stderr.write(f"{name}: {why}\n")
+    titles, rows = analysis_table.rows(result)
+    if rows:
+        print_table(titles, rows)
+    else:
+        print_line("no group is large enough to be shown")
+    print_line(result.label)
+    names = peer_names(remote)
+    for peer, reason in result.left_out.items():
+        print_line(f"{names.get(peer, peer)}: {reason}")
 
 
-def _bounds(text: str) -> tuple[str, tuple[float, float]]:
-    name, equals, limits = text.partition("=")
-    least, dots, most = limits.partition("..")
+def _parse_bounds(text: str) -> tuple[str, tuple[float, float]]:
+    """Parse `age=0..120`. Raises UsageError."""
+    name, _, limits = text.partition("=")
+    least, _, most = limits.partition("..")
     try:
-        found = float(least), float(most)
+        if name and float(least) < float(most):
+            return name, (float(least), float(most))
     except ValueError:
-        equals = ""
-        found = 0.0, 0.0
-    if not (name and equals and dots and found[0] < found[1]):
-        raise UsageError(f"{text!r} is no bound", "--bounds age=0..120")
-    return name, found
+        pass
+    raise UsageError(f"{text!r} is no bound", "--bounds age=0..120")

@@ -1,32 +1,75 @@
-"""What all commands share: the `--json` option, the coordinator to talk to, a plain table."""
+"""What the commands share: a client of the coordinator, common options, and output."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from protocols.local import json_output
+
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
+
+T = TypeVar("T")
+Columns = Mapping[str, Callable[[T], object]]
+
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-def connect() -> Any:
+def connect() -> Remote:
+    """A client of the coordinator on this machine, or of the one that was joined."""
     from coordinator.remote import access
     from coordinator.remote.api_client import Remote
 
     return Remote(access.open_home())
 
 
-def print_table(rows: list[dict[str, Any]], columns: dict[str, str], empty: str) -> None:
+def peer_names(remote: Remote) -> dict[str, str]:
+    """The name of each peer, by its id."""
+    return {peer["peer"]: peer["name"] for peer in remote.peers()}
+
+
+def print_line(text: str) -> None:
+    """Print a line for a person, to stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def print_json(data: Any) -> None:
+    """Print one line of JSON, to stdout."""
+    sys.stdout.write(json_output.ok(data) + "\n")
+
+
+def print_result(data: Any, text: str, *, json: bool) -> None:
+    """Print `data` as a line of JSON, or `text` for a person."""
+    if json:
+        print_json(data)
+    else:
+        print_line(text)
+
+
+def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table, to stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    if not rows:
-        sys.stderr.write(empty + "\n")
-        return
-    shown = Table(box=None, pad_edge=False)
-    for title in columns.values():
-        shown.add_column(title)
+    table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
-        shown.add_row(*(str(row[key]) for key in columns))
-    Console().print(shown)
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def print_list(items: Sequence[T], columns: Columns[T], empty: str, *, json: bool = False) -> None:
+    """Print items as a line of JSON, or as a table; print `empty` if there are none.
+
+    `columns` holds the function that gives a cell, by the column's title.
+    """
+    if json:
+        print_json(items)
+    elif items:
+        print_table(columns, ([cell(item) for cell in columns.values()] for item in items))
+    else:
+        print_line(empty)

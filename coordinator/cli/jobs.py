@@ -1,21 +1,42 @@
-"""`commonweight infer …` and `commonweight job …`: ask the fleet beside its training."""
+"""`commonweight infer …` and `commonweight job …`: inference beside training."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.cli.common import Json, connect, print_table
+from coordinator.cli.common import (
+    Columns,
+    Json,
+    Yes,
+    connect,
+    peer_names,
+    print_json,
+    print_line,
+    print_list,
+    print_result,
+    print_table,
+)
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
-from protocols.local import homes, json_output
+from protocols.local import homes
 
-jobs = typer.Typer(help="Jobs beside training: look at them, stop them.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from coordinator.jobs.model_refs import ResolvedModels
+    from coordinator.jobs.output import Matrix
+    from coordinator.jobs.state import Job
+    from coordinator.jobs.store import JobStore
+    from coordinator.remote.api_client import Remote
+    from coordinator.storage.job_events import JobSpec
+    from protocols.messages.envelope import JobChanged
+
+jobs = typer.Typer(help="Jobs beside training: list, show, stop.", no_args_is_help=True)
 
 _POLL_S = 0.2
 
@@ -28,12 +49,13 @@ def add_to(app: typer.Typer) -> None:
 def infer(
     task: Annotated[str, typer.Argument(help="The task; by default that of the model.")] = "",
     private: Annotated[
-        bool, typer.Option("--private", help="Each peer measures on its own rows.")
+        bool, typer.Option("--private", help="Each peer evaluates on its own rows.")
     ] = False,
     scatter: Annotated[
         Path | None,
         typer.Option(
-            "--scatter", help="Rows to spread: CSV, Parquet, .txt, or a folder of pictures."
+            "--scatter",
+            help="Rows to send to peers: CSV, Parquet, .txt, or a folder of pictures.",
         ),
     ] = None,
     model: Annotated[
@@ -44,170 +66,101 @@ def infer(
         Path | None, typer.Option("--out", help="Where the answers go: .csv, .jsonl or .parquet.")
     ] = None,
     quorum: Annotated[
-        int, typer.Option(min=1, help="So many peers must give the same answer.")
+        int, typer.Option(min=1, help="How many peers must give the same answer.")
     ] = 1,
     min_group: Annotated[
         int, typer.Option(min=1, help="No metric over fewer rows leaves a peer.")
     ] = 10,
     deadline: Annotated[
-        str, typer.Option(help="Of --private: go on without peers that have not answered then.")
+        str, typer.Option(help="With --private: continue then without the missing peers.")
     ] = "10m",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Answers from shared models: on the peers' own rows, or for rows that you give away."""
+    """Use shared models: on the peers' own rows, or on rows that you send to them."""
+    from coordinator.jobs import model_refs
+    from coordinator.storage.job_events import JobSpec
+
     if private == (scatter is not None):
         raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
     remote = connect()
-    pins = _pinned(remote, model or ["best"], task)
+    models = model_refs.resolve(remote.runs(), model or ["best"], task)
+    spec = JobSpec(
+        kind="scatter" if scatter else "private",
+        task=models.task,
+        settings=models.settings,
+        models=models.models,
+        names=models.names,
+        quorum=quorum if scatter else 1,
+        min_group=min_group if private else 10,
+        deadline_s=parse_seconds(deadline) if private else 0.0,
+    )
     if scatter is not None:
-        _scattered(remote, scatter, pins, out, quorum, yes=yes, json=json)
+        _scatter(remote, spec, scatter, out, yes=yes, json=json)
     else:
-        _measured(remote, pins, min_group, parse_seconds(deadline), json=json)
+        _evaluate(remote, spec, models, json=json)
 
 
-def _pinned(remote: Any, words: list[str], task: str) -> Any:
-    from coordinator.jobs import model_refs
-
-    return model_refs.resolve(remote.runs(), words, task)
+# --- rows that you send ----------------------------------------------------------------------
 
 
-def _scattered(
-    remote: Any, source: Path, pins: Any, out: Path | None, quorum: int, *, yes: bool, json: bool
+def _scatter(
+    remote: Remote, spec: JobSpec, source: Path, out: Path | None, *, yes: bool, json: bool
 ) -> None:
-    from coordinator.jobs import output as job_output
+    from msgspec.structs import replace
+
+    from coordinator.jobs import output
     from coordinator.jobs.input import prepare
     from coordinator.jobs.store import JobStore
-    from coordinator.storage.job_events import JobSpec
 
     if out is None:
-        raise UsageError("where do the answers go?", "--out answers.csv")
-    if len(pins.models) != 1:
-        raise UsageError("rows are spread for one model", "name one --model")
-    job_output.check_target(out)
+        raise UsageError("--scatter needs a file for the answers", "--out answers.csv")
+    if len(spec.models) != 1:
+        raise UsageError("--scatter takes one model", "name one --model")
+    output.check_target(out)
     if remote.role != "operator" or not (homes.home_path("coordinator") / homes.STAMP).exists():
-        raise UsageError("rows are spread from the coordinator's own machine")
+        raise UsageError("--scatter works only on the coordinator's own machine")
     store = JobStore(homes.open_home("coordinator") / "jobs")
-    given = prepare(source, store.folder, store.suffix)
-    sys.stderr.write(
-        f"the rows of {source} leave this machine: peers whose owners take such rows see them\n"
+    rows = prepare(source, store.folder, store.suffix)
+    print_line(
+        f"the rows of {source} leave this machine: they go to peers whose owners accept them"
     )
     if sys.stdin.isatty() and not (yes or json):
-        typer.confirm("go on?", abort=True, err=True)
-    spec = JobSpec(
-        kind="scatter",
-        task=pins.task,
-        settings=pins.settings,
-        models=pins.models,
-        names=pins.names,
-        input=given.digest,
-        suffix=given.suffix,
-        blocks=given.blocks,
-        quorum=quorum,
-    )
-    job = _wait_until_ended(
-        remote, _same_job(remote, spec, store) or remote.start_job(spec), quiet=json
-    )
+        typer.confirm("continue?", abort=True, err=True)
+    spec = replace(spec, input=rows.digest, suffix=rows.suffix, blocks=rows.blocks)
+    job_id = _same_job(remote, spec, store) or remote.start_job(spec)
+    job = _wait_until_ended(remote, job_id, quiet=json)
     if job.state != "finished":
         raise CommonweightError(
             f"job {job.id} {job.state}: {job.ended_because}",
-            "the same command goes on where it stopped",
+            "repeat the command to continue where the job stopped",
         )
-    rows = job_output.merge(job, store, out)
-    with contextlib.suppress(CommonweightError):  # then the files stay for a while
+    count = output.merge(job, store, out)
+    with contextlib.suppress(CommonweightError):  # the coordinator deletes the files later
         remote.mark_job_taken(job.id)
-    if json:
-        told = {"job": job.id, "out": out, "rows": rows, "dropped": job.dropped}
-        sys.stdout.write(json_output.ok(told) + "\n")
-    else:
-        sys.stderr.write(f"wrote {rows:,} answers to {out}\n")
+    data = {"job": job.id, "out": out, "rows": count, "dropped": job.dropped}
+    print_result(data, f"wrote {count:,} answers to {out}", json=json)
 
 
-def _same_job(remote: Any, spec: Any, store: Any) -> str:
-    """The job that was asked the same before and whose answers nobody has taken, or none.
+def _same_job(remote: Remote, spec: JobSpec, store: JobStore) -> str:
+    """The id of an earlier job with the same request, whose answers are still on disk; or "".
 
-    One that had ended early is made to go on; one whose answers were dropped is of no use.
+    A job that was stopped or has failed is resumed.
     """
     from msgspec.structs import replace
 
     for job in reversed(remote.jobs()):
-        old = job.spec
-        models = tuple(replace(model, nbytes=0) for model in old.models)
-        same = not job.taken and replace(old, models=models, names=spec.names) == spec
-        if same and all(map(store.has, job.on_disk)):
+        models = tuple(replace(model, nbytes=0) for model in job.spec.models)
+        same = replace(job.spec, models=models, names=spec.names) == spec
+        if same and not job.taken and all(map(store.has, job.on_disk)):
             if job.state in ("stopped", "failed"):
                 remote.resume_job(job.id)
-            return str(job.id)
+            return job.id
     return ""
 
 
-def _measured(remote: Any, pins: Any, min_group: int, deadline_s: float, *, json: bool) -> None:
-    from coordinator.jobs import output as job_output
-    from coordinator.storage.job_events import JobSpec
-
-    spec = JobSpec(
-        kind="private",
-        task=pins.task,
-        settings=pins.settings,
-        models=pins.models,
-        names=pins.names,
-        min_group=min_group,
-        deadline_s=deadline_s,
-    )
-    job = _wait_until_ended(remote, remote.start_job(spec), quiet=json)
-    scores = job_output.scores_of(job)
-    called = {peer["peer"]: peer["name"] for peer in remote.peers()}
-    found = job_output.matrices(scores)
-    missing = {called.get(peer, peer): reason for peer, reason in job.excused.items()}
-    if json:
-        rows = {
-            peer: {m: score.num_examples for m, score in of.items()} for peer, of in scores.items()
-        }
-        told = {
-            "job": job.id,
-            "state": job.state,
-            "models": dict(zip((m.digest for m in pins.models), pins.names, strict=True)),
-            "peers": {"asked": len(job.units), "answered": len(scores), "excused": missing},
-            "rows": rows,
-            "metrics": [matrix._asdict() for matrix in found],
-        }
-        sys.stdout.write(json_output.ok(told) + "\n")
-    else:
-        _show_matrices(found, pins, called)
-        sys.stderr.write(f"{len(scores)} of {len(job.units)} peers answered\n")
-        if scores and not found:
-            sys.stderr.write("no metric: each peer has fewer rows than it tells metrics of\n")
-        for name, reason in missing.items():
-            sys.stderr.write(f"{name}: {reason}\n")
-    if not scores:
-        raise CommonweightError(f"job {job.id} {job.state}: {job.ended_because}")
-
-
-def _show_matrices(found: Any, pins: Any, called: dict[str, str]) -> None:
-    names = dict(zip((model.digest for model in pins.models), pins.names, strict=True))
-    for matrix in found:
-        columns = {"peer": matrix.metric} | {
-            digest: f"{name} {digest[:8]}" for digest, name in names.items()
-        }
-        rows = [
-            {"peer": called.get(peer, peer)} | {d: _figure(row.get(d)) for d in names}
-            for peer, row in matrix.by_peer.items()
-        ]
-        rows.append({"peer": "weighted"} | {d: _figure(matrix.weighted.get(d)) for d in names})
-        rows.append({"peer": "worst"} | {d: _worst(matrix.worst.get(d), called) for d in names})
-        print_table(rows, columns, "")
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _worst(found: tuple[str, float] | None, called: dict[str, str]) -> str:
-    return "–" if found is None else f"{found[1]:.4f} {called.get(found[0], found[0])}"
-
-
-def _wait_until_ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
-    """The job, once it has ended, with a bar meanwhile."""
+def _wait_until_ended(remote: Remote, job_id: str, *, quiet: bool) -> Job:
+    """Show a progress bar until the job has ended; return the job."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -215,11 +168,68 @@ def _wait_until_ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
     with Progress(console=console, disable=quiet or not console.is_terminal) as bar:
         shown = bar.add_task(job_id, total=None)
         while True:
-            stands = remote.job_status(job_id)
-            bar.update(shown, total=stands.total, completed=stands.done)
-            if stands.state != "working":
+            status = remote.job_status(job_id)
+            bar.update(shown, total=status.total, completed=status.done)
+            if status.state != "working":
                 return remote.job(job_id)
             time.sleep(_POLL_S)
+
+
+# --- the peers' own rows ---------------------------------------------------------------------
+
+
+def _evaluate(remote: Remote, spec: JobSpec, models: ResolvedModels, *, json: bool) -> None:
+    from coordinator.jobs import output
+
+    job = _wait_until_ended(remote, remote.start_job(spec), quiet=json)
+    scores = output.scores_of(job)
+    matrices = output.matrices(scores)
+    names = peer_names(remote)
+    titles = dict(zip((m.digest for m in models.models), models.names, strict=True))
+    missing = {names.get(peer, peer): reason for peer, reason in job.excused.items()}
+    if json:
+        data = {
+            "job": job.id,
+            "state": job.state,
+            "models": titles,
+            "peers": {"asked": len(job.units), "answered": len(scores), "excused": missing},
+            "rows": {
+                peer: {model: score.num_examples for model, score in by_model.items()}
+                for peer, by_model in scores.items()
+            },
+            "metrics": [matrix._asdict() for matrix in matrices],
+        }
+        print_json(data)
+    else:
+        for matrix in matrices:
+            _print_matrix(matrix, titles, names)
+        print_line(f"{len(scores)} of {len(job.units)} peers answered")
+        if scores and not matrices:
+            print_line("no metric: every peer has fewer rows than its minimum for a metric")
+        for name, reason in missing.items():
+            print_line(f"{name}: {reason}")
+    if not scores:
+        raise CommonweightError(f"job {job.id} {job.state}: {job.ended_because}")
+
+
+def _print_matrix(matrix: Matrix, models: dict[str, str], names: dict[str, str]) -> None:
+    """Print a metric: a row for each peer, a column for each model."""
+
+    def value(number: float | None) -> str:
+        return "–" if number is None else f"{number:.4f}"
+
+    def worst(model: str) -> str:
+        peer, number = matrix.worst.get(model) or ("", None)
+        return f"{value(number)} {names.get(peer, peer)}".rstrip()
+
+    rows = [
+        [names.get(peer, peer), *(value(by_model.get(model)) for model in models)]
+        for peer, by_model in matrix.by_peer.items()
+    ]
+    rows.append(["weighted", *(value(matrix.weighted.get(model)) for model in models)])
+    rows.append(["worst", *map(worst, models)])
+    titles = (f"{name} {digest[:8]}" for digest, name in models.items())
+    print_table([matrix.metric, *titles], rows)
 
 
 # --- all jobs --------------------------------------------------------------------------------
@@ -227,66 +237,52 @@ def _wait_until_ended(remote: Any, job_id: str, *, quiet: bool) -> Any:
 
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
-    """All jobs of this coordinator."""
+    """List all jobs of this coordinator."""
     from coordinator.jobs.messages import job_changed
 
-    found = [job_changed(job) for job in connect().jobs()]
-    if json:
-        sys.stdout.write(json_output.ok(found) + "\n")
-        return
-    rows = [
-        {
-            "job": job.job,
-            "task": job.task or "–",
-            "state": job.state,
-            "done": f"{job.done:,}/{job.total:,}",
-            "because": job.ended_because,
-        }
-        for job in found
-    ]
-    columns = {"job": "Job", "task": "Task", "state": "State", "done": "Done", "because": "Because"}
-    print_table(rows, columns, "no jobs yet; start one: commonweight infer --private TASK")
+    columns: Columns[JobChanged] = {
+        "Job": lambda job: job.job,
+        "Task": lambda job: job.task or "–",
+        "State": lambda job: job.state,
+        "Done": lambda job: f"{job.done:,}/{job.total:,}",
+        "Because": lambda job: job.ended_because,
+    }
+    empty = "no jobs yet; start one: commonweight infer --private TASK"
+    print_list([job_changed(job) for job in connect().jobs()], columns, empty, json=json)
 
 
 @jobs.command("show")
 def show(job: str, json: Json = False) -> None:
-    """One job: its units, who did them, and what was dropped."""
+    """Show one job: its units, the peers that did them, and dropped answers."""
     from coordinator.jobs.messages import job_changed
 
     remote = connect()
     found = remote.job(job)
     if json:
-        sys.stdout.write(json_output.ok(found) + "\n")
+        print_json(found)
         return
-    called = {peer["peer"]: peer["name"] for peer in remote.peers()}
-    stands = job_changed(found)
-    sys.stdout.write(f"{found.id}: {found.state}, {stands.done:,} of {stands.total:,}\n")
+    names = peer_names(remote)
+    status = job_changed(found)
+    lines = [f"{found.id}: {found.state}, {status.done:,} of {status.total:,}"]
     if found.ended_because:
-        sys.stdout.write(f"because {found.ended_because}\n")
-    states: dict[str, int] = {}
-    done: dict[str, list[int]] = {}
-    for unit in found.units.values():
-        states[unit.state] = states.get(unit.state, 0) + 1
-        for peer, given in unit.given.items():
-            done.setdefault(peer, []).append(given.rows)
+        lines.append(f"because {found.ended_because}")
+    states = Counter(unit.state for unit in found.units.values())
     counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    sys.stdout.write(f"units: {counts or 'none yet'}\n")
-    for peer, rows in sorted(done.items()):
+    lines.append(f"units: {counts or 'none yet'}")
+    rows_by_peer: dict[str, list[int]] = defaultdict(list)
+    for unit in found.units.values():
+        for peer, answer in unit.given.items():
+            rows_by_peer[peer].append(answer.rows)
+    for peer, rows in sorted(rows_by_peer.items()):
         rate = f", {found.rates[peer]:,.0f} rows/s" if peer in found.rates else ""
-        name = called.get(peer, peer)
-        sys.stdout.write(f"  {name}: {len(rows)} units, {sum(rows):,} rows{rate}\n")
-    for reason, count in sorted(found.dropped.items()):
-        sys.stdout.write(f"dropped answers: {count} {reason}\n")
-    for peer, reason in found.excused.items():
-        sys.stdout.write(f"excused {called.get(peer, peer)}: {reason}\n")
+        lines.append(f"  {names.get(peer, peer)}: {len(rows)} units, {sum(rows):,} rows{rate}")
+    lines += [f"dropped answers: {count} {why}" for why, count in sorted(found.dropped.items())]
+    lines += [f"excused {names.get(peer, peer)}: {why}" for peer, why in found.excused.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 @jobs.command("stop")
 def stop(job: str, json: Json = False) -> None:
-    """End a job; what is verified stays."""
-    remote = connect()
-    remote.stop_job(job)
-    if json:
-        sys.stdout.write(json_output.ok({"job": job}) + "\n")
-    else:
-        sys.stderr.write(f"{job} is stopping\n")
+    """Stop a job. Verified answers stay."""
+    connect().stop_job(job)
+    print_result({"job": job}, f"{job} is stopping", json=json)

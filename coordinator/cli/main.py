@@ -1,6 +1,6 @@
 """`commonweight`: operate a coordinator and watch its fleet.
 
-Flower and Textual are imported inside the commands that need them: `--help` stays quick.
+Flower and Textual are imported inside the commands that need them, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 
 from coordinator.cli import admin, analyze, fleet, jobs, models, monitor, runs
+from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
-from protocols.local import cli_entry, crash_reports, homes, json_output
+from protocols.local import cli_entry, crash_reports, homes
 
 # Typer escapes "[default: 10]" for rich even in help that is plain text.
 typer.core.HAS_RICH = False
@@ -35,13 +36,6 @@ jobs.add_to(app)
 analyze.add_to(app)
 admin.add_to(app)
 
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
-
-
-def say(text: str) -> None:
-    """A line for a person (stderr)."""
-    sys.stderr.write(text + "\n")
-
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -60,26 +54,24 @@ def init(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a coordinator on this machine: its keys, CA and folder."""
+    """Create a coordinator on this machine: its keys, CA and folder."""
     from coordinator.storage import settings
 
     home, new = settings.init(name or [])
     if name:
         settings.save_names(home, name)
-    keys = settings.open_keys(home)
-    if json:
-        sys.stdout.write(json_output.ok({"home": home, "fleet": keys.fleet, "new": new}) + "\n")
-    elif new:
-        say(f"made a coordinator in {home}\nnext: commonweight up")
-    else:
-        say(f"there is a coordinator in {home} already\nnext: commonweight up")
+    data = {"home": home, "fleet": settings.open_keys(home).fleet, "new": new}
+    text = f"created a coordinator in {home}" if new else f"{home} has a coordinator already"
+    print_result(data, f"{text}\nnext: commonweight up", json=json)
 
 
 @app.command()
 def up(
     host: Annotated[str | None, typer.Option(help="Listen on this address.")] = None,
     port: Annotated[int | None, typer.Option(help="Listen on this port (0: any).")] = None,
-    mqtt_port: Annotated[int | None, typer.Option(help="The broker's port; next to it.")] = None,
+    mqtt_port: Annotated[
+        int | None, typer.Option(help="The broker's port; by default the next one.")
+    ] = None,
     mqtt_url: Annotated[
         str | None, typer.Option(help="Use this broker instead of the embedded one.")
     ] = None,
@@ -92,8 +84,8 @@ def up(
     upstream: Annotated[
         str | None,
         typer.Option(
-            help="Join another fleet with this ticket (or file:PATH, or -): this one's mean goes "
-            "there as one update."
+            help="Join another fleet with this ticket (or file:PATH, or -): the mean of this fleet "
+            "is sent there as one update."
         ),
     ] = None,
     announce: Annotated[
@@ -101,7 +93,7 @@ def up(
         typer.Option("--announce", help="Let machines in this network find the coordinator."),
     ] = None,
     no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Do not go on with unfinished runs.")
+        bool, typer.Option("--no-resume", help="Do not continue unfinished runs.")
     ] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C."""
@@ -140,11 +132,11 @@ def up(
         hub = Hub(home, settings.open_keys(home), chosen)
 
         def ready() -> None:
-            say(f"coordinator {VERSION} is up: port {hub.port}, home {home}")
+            print_line(f"coordinator {VERSION} is up: port {hub.port}, home {home}")
             if not hub.registry.enrolled():
-                say("no peers yet. Make a ticket here:     commonweight ticket create")
-                say("and on each machine that has data:    commonweight-agent join TICKET")
-            say("watch:                                commonweight monitor")
+                print_line("no peers yet. Create a ticket here:   commonweight ticket create")
+                print_line("and on each machine that has data:    commonweight-agent join TICKET")
+            print_line("watch:                                commonweight monitor")
 
         await hub.serve(ready, resume=not no_resume)
 
@@ -155,7 +147,7 @@ def up(
         raise
     finally:
         held.release()
-    say("coordinator stopped")
+    print_line("coordinator stopped")
 
 
 @app.command()
@@ -163,20 +155,24 @@ def demo(
     task: Annotated[
         str,
         typer.Option(
-            help="mnist: digits; motion: watches of ten people, a peer each; tabular: tables of "
+            help="mnist: digits; motion: movements of ten people, one a peer; tabular: tables of "
             "five clinics."
         ),
     ] = "mnist",
     agents: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="How many agents; 4, 10 for motion, 5 for tabular."),
+        typer.Option(
+            min=1, max=64, help="How many agents: by default 4, 10 for motion, 5 for tabular."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds.")] = 10,
-    split: Annotated[str, typer.Option(help="iid, or shards: two labels a peer.")] = "iid",
-    seed: Annotated[int, typer.Option(help="For first weights and sampling.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the model is to be kept.")] = None,
+    split: Annotated[str, typer.Option(help="iid, or shards: each peer has two labels.")] = "iid",
+    seed: Annotated[int, typer.Option(help="Seed for the first weights and sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to save the model.")] = None,
     json: Json = False,
-    watch: Annotated[bool, typer.Option("--monitor", help="Show the monitor meanwhile.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--monitor", help="Show the monitor during training.")
+    ] = False,
     sample: Annotated[
         Path | None,
         typer.Option(
@@ -184,7 +180,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Agents learn real digits or movements together, on this machine, in a minute or two."""
+    """Train on real data with several agents on this machine, in a minute or two."""
     if sample is not None:
         from coordinator.cli.demo import sample_tables
 
@@ -206,5 +202,5 @@ def demo(
 
 
 def main() -> None:
-    """The entry point: our errors become a message, a hint and an exit code."""
+    """The entry point. Prints errors with a hint, and exits with their status."""
     raise SystemExit(cli_entry.run(app))

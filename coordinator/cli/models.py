@@ -1,43 +1,42 @@
-"""`commonweight models …`: the versions that runs have made."""
+"""`commonweight models …`: the versions of the shared weights that runs have made."""
 
 from __future__ import annotations
 
-import sys
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import Json, connect, print_table
-from protocols.local import homes, json_output
+from coordinator.cli.common import Json, connect, print_line, print_list
+from protocols.local import homes
 
 models = typer.Typer(help="The shared weights that runs have made.", no_args_is_help=True)
 
 
 @models.command("list")
 def list_models(json: Json = False) -> None:
-    """The best and the newest version of every run."""
-    rows: list[dict[str, Any]] = []
-    for run in connect().runs():
-        for mark, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head)):
-            if digest:
-                rows.append({"run": run.id, "which": mark, "digest": digest})
-    if json:
-        sys.stdout.write(json_output.ok(rows) + "\n")
-        return
-    columns = {"run": "Run", "which": "Which", "digest": "Digest"}
-    print_table(rows, columns, "no models yet; start a run: commonweight run start mnist")
+    """List the best and the newest version of every run."""
+    rows = [
+        {"run": run.id, "which": which, "digest": digest}
+        for run in connect().runs()
+        for which, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head))
+        if digest
+    ]
+    columns = {key.capitalize(): itemgetter(key) for key in ("run", "which", "digest")}
+    empty = "no models yet; start a run: commonweight run start mnist"
+    print_list(rows, columns, empty, json=json)
 
 
 @models.command("export")
 def export(
     run: str,
-    out: Annotated[Path, typer.Argument(help="Where to write the safetensors file.")],
+    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     which: Annotated[str, typer.Option(help="best, latest, or a digest.")] = "best",
 ) -> None:
-    """Write a version as safetensors, and beside it a card that says what it is and whence.
+    """Write a version as safetensors, and beside it a model card in JSON.
 
-    Other forms, such as ONNX, are made where torch is: commonweight-agent export.
+    Other formats, such as ONNX, need torch: use commonweight-agent export.
     """
     from coordinator.fleet.reducer import called
     from coordinator.runs import export as model_export
@@ -47,4 +46,4 @@ def export(
     found = remote.run(run)
     names = {peer.peer: called(peer) for peer in remote.fleet().peers.values()}
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
-    sys.stderr.write(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}\n")
+    print_line(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}")

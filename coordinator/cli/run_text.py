@@ -1,4 +1,4 @@
-"""A run and its rounds in words, for `commonweight run`. Pure."""
+"""Runs and rounds as text for `commonweight run`. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,40 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coordinator.fleet.state import Peer
+    from coordinator.fleet.state import Fleet, Peer
     from coordinator.runs.state import Round, Run
+
+
+def describe(run: Run, fleet: Fleet) -> Iterator[str]:
+    """Lines about a run: its state, what it waits for, its settings, refusals and rounds."""
+    from coordinator.runs.decisions import phase_deadline_s
+
+    spec, peers = run.spec, fleet.peers
+    yield f"{run.id}: {run.state}, round {run.round}/{spec.rounds}"
+    if run.ended:
+        yield f"because {run.ended_because}"
+    elif shown := fleet.runs.get(run.id):
+        if shown.changed.memory_bytes:
+            nbytes = shown.changed.memory_bytes
+            yield f"closing a round takes about {nbytes / 1e6:,.0f} MB of memory"
+        if shown.changed.waiting_for:
+            yield f"waits for {shown.changed.waiting_for}"
+    arguments = "".join(f" {name}={value}" for name, value in spec.strategy_args.items())
+    auto = "auto, now " if spec.deadline == "auto" else ""
+    select = f", select {spec.select:g}x" if spec.select else ""
+    late = ", late updates folded" if spec.late == "fold" else ""
+    yield (
+        f"strategy {spec.strategy}{arguments}, codec {spec.codec}, quorum {spec.quorum}, "
+        f"deadline {auto}{phase_deadline_s(run):g} s, weighting {spec.weighting}{select}{late}"
+    )
+    if run.refusals:
+        yield refusal(run, peers)
+    yield from buffer_lines(run, peers)
+    for closed in run.history:
+        star = " ★" if run.best and closed.round == run.best.round else ""
+        yield f"{round_line(run, closed)} {closed.digest[:12]}{star}"
+    if run.best is not None:
+        yield from fairness(run.best, peers)
 
 
 def round_line(run: Run, closed: Round) -> str:
@@ -24,7 +56,7 @@ def round_line(run: Run, closed: Round) -> str:
 
 
 class Progress:
-    """Finds what is new about a run each time that it is looked at."""
+    """Finds what is new about a run at each call."""
 
     def __init__(self) -> None:
         self._rounds = self._refusals = 0
@@ -49,64 +81,44 @@ def best(run: Run) -> str:
         return "–"
     name = best_version.metric_of(run.spec, run.best.metrics)
     value = run.best.metrics.get(name)
-    figure = f" {name} {value:.4f}" if value is not None else ""
-    return f"round {run.best.round}{figure}"
+    return f"round {run.best.round}" + ("" if value is None else f" {name} {value:.4f}")
 
 
 def refusal(run: Run, peers: Mapping[str, Peer]) -> str:
-    """Whom the run refused last, and why; how often it has refused anything."""
-    from coordinator.fleet.reducer import called
-
-    peer = run.last_refused
-    who = called(peers[peer]) if peer in peers else peer
-    often = "" if run.refusals == 1 else f" ({run.refusals} refusals so far)"
-    return f"refused {who}: {run.last_refusal}{often}"
+    """The peer whose update was refused last, the reason, and the number of refusals."""
+    count = "" if run.refusals == 1 else f" ({run.refusals} refusals so far)"
+    return f"refused {_name(run.last_refused, peers)}: {run.last_refusal}{count}"
 
 
-def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> list[str]:
-    """Who is left out, and of a buffered run its settings and how far behind each peer is."""
-    from coordinator.fleet.reducer import called
+def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> Iterator[str]:
+    """Peers that get no work; for a buffered run its settings and how far behind each peer is."""
     from coordinator.runs import buffered
 
-    def name(peer: str) -> str:
-        return called(peers[peer]) if peer in peers else peer
-
     spec = run.spec
-    lines = [
-        f"{name(peer)} is left out: too few examples; {spec.min_examples} at least"
-        for peer in sorted(run.excluded)
-    ]
+    for peer in sorted(run.excluded):
+        yield f"{_name(peer, peers)} gets no work: fewer than {spec.min_examples} examples"
     if not run.buffered:
-        return lines
-    lines.append(
+        return
+    yield (
         f"buffered: {spec.buffer} updates a version, at most {spec.max_staleness} versions behind, "
         f"{spec.concurrency or 'all'} peers at a time, server learning rate {spec.server_lr:g}"
     )
-    behind = {name(peer): buffered.staleness(run, given) for peer, given in run.assignments.items()}
+    behind = {_name(p, peers): buffered.staleness(run, w) for p, w in run.assignments.items()}
     if behind:
-        told = ", ".join(f"{who} {count}" for who, count in sorted(behind.items()))
-        lines.append(f"at work, versions behind: {told}")
-    return lines
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(behind.items()))
+        yield f"working peers, versions behind: {counts}"
 
 
-def fairness(closed: Round, peers: Mapping[str, Peer]) -> list[str]:
-    """By metric: whom the version serves worst, and how far apart the peers are."""
-    from coordinator.fleet.reducer import called
-
-    lines = []
+def fairness(closed: Round, peers: Mapping[str, Peer]) -> Iterator[str]:
+    """For each metric: its spread over the peers, and the peer with the worst value."""
     for name, (least, median, most) in sorted(closed.spread.items()):
         peer = closed.worst.get(name, "")
-        who = called(peers[peer]) if peer in peers else peer
-        lines.append(
-            f"round {closed.round}: {name} {least:.4f} … {median:.4f} … {most:.4f} over the peers"
-            + (f"; worst: {who}" if who else "")
-        )
-    return lines
+        worst = f"; worst: {_name(peer, peers)}" if peer else ""
+        spread = f"{least:.4f} … {median:.4f} … {most:.4f}"
+        yield f"round {closed.round}: {name} {spread} over the peers{worst}"
 
 
-def deadline(run: Run) -> str:
-    """The present round's deadline."""
-    from coordinator.runs.decisions import phase_deadline_s
+def _name(peer: str, peers: Mapping[str, Peer]) -> str:
+    from coordinator.fleet.reducer import called
 
-    word = "auto, now " if run.spec.deadline == "auto" else ""
-    return f"{word}{phase_deadline_s(run):g} s"
+    return called(peers[peer]) if peer in peers else peer

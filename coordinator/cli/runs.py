@@ -1,46 +1,66 @@
-"""`commonweight run …`: start, follow, stop, look at."""
+"""`commonweight run …`: start, follow, stop, resume, delete, list and show training runs."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coordinator.cli import run_text
-from coordinator.cli.common import Json, connect, print_table
+from coordinator.cli.common import (
+    Columns,
+    Json,
+    Yes,
+    connect,
+    print_json,
+    print_line,
+    print_list,
+    print_result,
+)
 from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError, UsageError
-from protocols.local import json_output
 from protocols.messages.states import RunState
 
-runs = typer.Typer(help="Training runs: start, stop, look at, delete.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
+    from coordinator.runs.state import Run
+
+runs = typer.Typer(help="Training runs: start, stop, show, delete.", no_args_is_help=True)
+
+Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")]
+
+_POLL_S = 0.5
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """An option of the table as Typer reads it."""
+    """An option of the table as a parameter that Typer reads."""
     kind: Any = list[str] | None if option.repeatable else option.kind
     bounds = option.bounds if option.kind in (int, float) else None
     least = bounds.least if bounds and not bounds.above_least else None
-    shown = typer.Option(f"--{option.name}", help=option.help, min=least)
     return inspect.Parameter(
         _variable(option),
         inspect.Parameter.KEYWORD_ONLY,
         default=None if option.repeatable else option.default,
-        annotation=Annotated[kind, shown],
+        annotation=Annotated[kind, typer.Option(f"--{option.name}", help=option.help, min=least)],
     )
 
 
 def _variable(option: Option) -> str:
-    """The end keeps `--from` apart from Python's word, and `--task` from the argument."""
+    """The name of an option's parameter.
+
+    The last `_` keeps `--from` apart from the keyword, and `--task` from the argument.
+    """
     return option.name.replace("-", "_") + "_"
 
 
 def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take the options of a run in place of its `**typed`."""
+    """Give a command the options of a run in place of its `**typed`."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     argument, *flags = (one for one in own if one.kind is not one.VAR_KEYWORD)
     signature = inspect.Signature([argument, *map(_parameter, OPTIONS), *flags])
@@ -54,7 +74,7 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 def start(
     task: Annotated[str, typer.Argument(help=OPTIONS[0].help)] = "",
     *,
-    follow: Annotated[bool, typer.Option("--follow", help="Stay until it has ended.")] = False,
+    follow: Follow = False,
     json: Json = False,
     **typed: Any,
 ) -> None:
@@ -65,109 +85,96 @@ def start(
     if task and given["task"]:
         raise UsageError("name one task", "commonweight run start mnist")
     given["task"] = task or given["task"]
-    made = build_order({name: value for name, value in given.items() if value is not None})
+    order = build_order({name: value for name, value in given.items() if value is not None})
     remote = connect()
-    run_id = remote.start_run(made)
-    if follow:
-        run = _follow(remote, run_id, quiet=json)
-        if run.state is RunState.FAILED:
-            raise CommonweightError(
-                f"{run.id} failed: {run.ended_because}", f"commonweight run show {run.id}"
-            )
-        if json:
-            sys.stdout.write(json_output.ok(run) + "\n")
+    run_id = remote.start_run(order)
+    if not follow:
+        print_result(
+            {"run": run_id}, f"started {run_id}; watch it: commonweight monitor", json=json
+        )
         return
+    run = _follow(remote, run_id, quiet=json)
+    if run.state is RunState.FAILED:
+        raise CommonweightError(
+            f"{run.id} failed: {run.ended_because}", f"commonweight run show {run.id}"
+        )
     if json:
-        sys.stdout.write(json_output.ok({"run": run_id}) + "\n")
-    else:
-        sys.stderr.write(f"started {run_id}; watch it: commonweight monitor\n")
+        print_json(run)
 
 
-def _follow(remote: Any, run_id: str, *, quiet: bool) -> Any:
-    """Print a line for each round, and whom the run last refused, until it has ended; the run."""
-    import time
-
+def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
+    """Print new refusals and closed rounds until the run has ended; return the run."""
     progress = run_text.Progress()
     while True:
         run = remote.run(run_id)
         if not quiet:
             for line in progress.lines(run, lambda: remote.fleet().peers):
-                sys.stderr.write(line + "\n")
+                print_line(line)
         if run.ended:
             if not quiet and run.state is not RunState.FAILED:
-                sys.stderr.write(f"{run.id} {run.state}: {run.ended_because}\n")
+                print_line(f"{run.id} {run.state}: {run.ended_because}")
             return run
-        time.sleep(0.5)
+        time.sleep(_POLL_S)
 
 
 @runs.command("metrics")
 def metrics(
     run: str,
-    follow: Annotated[bool, typer.Option("--follow", help="Stay until it has ended.")] = False,
+    follow: Follow = False,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Event files into this folder, in place of JSON lines.")
+        Path | None, typer.Option(help="Write event files to this folder instead of JSON lines.")
     ] = None,
     mlflow: Annotated[
-        str, typer.Option(help="To MLflow at this address, in place of JSON lines.")
+        str, typer.Option(help="Log to MLflow at this address instead of JSON lines.")
     ] = "",
 ) -> None:
-    """Every round's metrics for other programs: a line of JSON each."""
-    import time
-
+    """Give every round's metrics to other programs: a line of JSON each."""
     from coordinator.cli import tracking
 
     remote = connect()
     found = remote.run(run)
-    sinks: list[tracking.Sink] = []
-    if tensorboard is not None:
-        sinks.append(tracking.TensorBoard(tensorboard))
-    if mlflow:
-        sinks.append(tracking.MLflow(mlflow, found))
-    told = 0
-    try:
+    with contextlib.ExitStack() as stack:
+        sinks: list[tracking.Sink] = []
+        if tensorboard is not None:
+            sinks.append(tracking.TensorBoard(tensorboard))
+            stack.callback(sinks[-1].close)
+        if mlflow:
+            sinks.append(tracking.MLflow(mlflow, found))
+            stack.callback(sinks[-1].close)
+        num_written = 0
         while True:
-            for closed in found.history[told:]:
-                for sink in sinks:
+            for closed in found.history[num_written:]:
+                for sink in sinks or [tracking.JsonLines()]:
                     sink.put(found, closed)
-                if not sinks:
-                    sys.stdout.write(tracking.line(found, closed) + "\n")
-                    sys.stdout.flush()
-            told = len(found.history)
+            num_written = len(found.history)
             if found.ended or not follow:
                 break
-            time.sleep(0.5)
+            time.sleep(_POLL_S)
             found = remote.run(found.id)
-    finally:
-        for sink in sinks:
-            sink.close()
 
 
 @runs.command("stop")
 def stop(run: str) -> None:
-    """End a run; what is committed stays."""
+    """Stop a run. Its versions stay."""
     connect().stop_run(run)
-    sys.stderr.write(f"{run} is stopping\n")
+    print_line(f"{run} is stopping")
 
 
 @runs.command("resume")
 def resume(run: str) -> None:
-    """Go on with a run that was stopped or has failed, from its newest version."""
+    """Resume a run that was stopped or has failed, from its newest version."""
     connect().resume_run(run)
-    sys.stderr.write(f"{run} goes on; watch it: commonweight monitor\n")
+    print_line(f"{run} is resumed; watch it: commonweight monitor")
 
 
 @runs.command("delete")
-def delete(
-    run: str,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    json: Json = False,
-) -> None:
+def delete(run: str, yes: Yes = False, json: Json = False) -> None:
     """Delete an ended run and its versions. The ledger keeps its record."""
     from coordinator.runs import deletion
 
     remote = connect()
     found = remote.deletion(run)
-    sys.stderr.write(deletion.format_deletion(found) + "\n")
+    print_line(deletion.format_deletion(found))
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
@@ -176,64 +183,29 @@ def delete(
             )
         typer.confirm(f"delete {found.run}?", abort=True, err=True)
     deleted = remote.delete_run(found.run)
-    if json:
-        sys.stdout.write(json_output.ok(deleted) + "\n")
-    else:
-        sys.stderr.write(f"deleted {deleted.run}\n")
+    print_result(deleted, f"deleted {deleted.run}", json=json)
 
 
 @runs.command("list")
 def list_runs(json: Json = False) -> None:
-    """All runs of this coordinator."""
-    found = connect().runs()
-    if json:
-        sys.stdout.write(json_output.ok(found) + "\n")
-        return
-    rows = [
-        {
-            "run": run.id,
-            "state": run.state.value,
-            "round": f"{run.round}/{run.spec.rounds}",
-            "best": run_text.best(run),
-        }
-        for run in found
-    ]
-    columns = {"run": "Run", "state": "State", "round": "Round", "best": "Best"}
-    print_table(rows, columns, "no runs yet; start one: commonweight run start mnist")
+    """List all runs of this coordinator."""
+    columns: Columns[Run] = {
+        "Run": lambda run: run.id,
+        "State": lambda run: run.state.value,
+        "Round": lambda run: f"{run.round}/{run.spec.rounds}",
+        "Best": run_text.best,
+    }
+    empty = "no runs yet; start one: commonweight run start mnist"
+    print_list(connect().runs(), columns, empty, json=json)
 
 
 @runs.command("show")
 def show(run: str, json: Json = False) -> None:
-    """One run: its settings, where it stands and what it waits for."""
+    """Show one run: its settings, its state and what it waits for."""
     remote = connect()
     found = remote.run(run)
     if json:
-        sys.stdout.write(json_output.ok(found) + "\n")
+        print_json(found)
         return
-    fleet = remote.fleet()
-    shown, peers = fleet.runs.get(found.id), fleet.peers
-    waiting = shown.changed.waiting_for if shown else ""
-    sys.stdout.write(f"{found.id}: {found.state}, round {found.round}/{found.spec.rounds}\n")
-    if shown and shown.changed.memory_bytes and not found.ended:
-        needed = shown.changed.memory_bytes / 1e6
-        sys.stdout.write(f"closing a round takes about {needed:,.0f} MB of memory\n")
-    if waiting and not found.ended:
-        sys.stdout.write(f"waits for {waiting}\n")
-    if found.ended:
-        sys.stdout.write(f"because {found.ended_because}\n")
-    arguments = "".join(f" {name}={value}" for name, value in found.spec.strategy_args.items())
-    sys.stdout.write(f"strategy {found.spec.strategy}{arguments}, codec {found.spec.codec}, ")
-    sys.stdout.write(f"quorum {found.spec.quorum}, deadline {run_text.deadline(found)}, ")
-    selects = f", select {found.spec.select:g}x" if found.spec.select else ""
-    selects += ", late updates folded" if found.spec.late == "fold" else ""
-    sys.stdout.write(f"weighting {found.spec.weighting}{selects}\n")
-    if found.refusals:
-        sys.stdout.write(run_text.refusal(found, peers) + "\n")
-    for line in run_text.buffer_lines(found, peers):
+    for line in run_text.describe(found, remote.fleet()):
         sys.stdout.write(line + "\n")
-    for closed in found.history:
-        mark = " ★" if found.best and closed.round == found.best.round else ""
-        sys.stdout.write(f"{run_text.round_line(found, closed)} {closed.digest[:12]}{mark}\n")
-    if found.best is not None:
-        for line in run_text.fairness(found.best, peers):
-            sys.stdout.write(line + "\n")

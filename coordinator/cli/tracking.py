@@ -1,11 +1,12 @@
 """A run's metrics, round by round, for other programs: JSON lines, TensorBoard, MLflow.
 
-TensorBoard and MLflow are extras (`pip install 'commonweight[tracking]'`), imported when asked for.
+TensorBoard and MLflow need `pip install 'commonweight[tracking]'`; they are imported on use.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,19 +16,34 @@ import msgspec
 from coordinator.runs.state import Round, Run
 from protocols.errors import CommonweightError
 
+#: The fields of a round in its JSON line, beside "run" and "peers".
+_LINE_FIELDS = (
+    *("round", "digest", "metrics", "spread", "worst", "tallies"),
+    *("refused", "seconds", "bytes_up", "bytes_down"),
+)
 _INSTALL = "pip install 'commonweight[tracking]'"
 
 
 class Sink(Protocol):
-    """Takes closed rounds in their order."""
+    """Takes closed rounds in order."""
 
     def put(self, run: Run, closed: Round) -> None: ...
 
     def close(self) -> None: ...
 
 
+class JsonLines:
+    """Prints a line of JSON for each round."""
+
+    def put(self, run: Run, closed: Round) -> None:
+        sys.stdout.write(line(run, closed) + "\n")
+        sys.stdout.flush()
+
+    def close(self) -> None: ...
+
+
 def scalars(closed: Round) -> Iterator[tuple[str, float]]:
-    """Every number of a round by a name, finite ones only."""
+    """The finite numbers of a round, by name."""
     for name, value in closed.metrics.items():
         if value is not None and math.isfinite(value):
             yield name, value
@@ -41,25 +57,12 @@ def scalars(closed: Round) -> Iterator[tuple[str, float]]:
 
 def line(run: Run, closed: Round) -> str:
     """A round as one line of JSON."""
-    told = {
-        "run": run.id,
-        "round": closed.round,
-        "digest": closed.digest,
-        "metrics": closed.metrics,
-        "spread": closed.spread,
-        "worst": closed.worst,
-        "tallies": closed.tallies,
-        "peers": len(closed.contributors),
-        "refused": closed.refused,
-        "seconds": closed.seconds,
-        "bytes_up": closed.bytes_up,
-        "bytes_down": closed.bytes_down,
-    }
-    return msgspec.json.encode(told).decode()
+    data = {"run": run.id} | {name: getattr(closed, name) for name in _LINE_FIELDS}
+    return msgspec.json.encode(data | {"peers": len(closed.contributors)}).decode()
 
 
 class TensorBoard:
-    """Event files in a folder. Raises CommonweightError if the package is missing."""
+    """Writes event files to a folder. Raises CommonweightError if the package is missing."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -81,7 +84,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """One MLflow run at a tracking address. Raises CommonweightError if the package is missing."""
+    """Logs to a new MLflow run. Raises CommonweightError if MLflow is missing or refuses."""
 
     def __init__(self, address: str, run: Run) -> None:
         try:
@@ -99,8 +102,8 @@ class MLflow:
             settings = {**run.spec.settings, "strategy": run.spec.strategy, "codec": run.spec.codec}
             params = [Param(key, str(value)) for key, value in settings.items()]
             self._client.log_batch(self._id, params=params)
-        except Exception as err:  # whatever a server far away, or its client, makes of it
-            raise CommonweightError(f"MLflow at {address} refuses: {err}") from err
+        except Exception as err:  # the client raises errors of many libraries
+            raise CommonweightError(f"cannot log to MLflow at {address}: {err}") from err
 
     def put(self, run: Run, closed: Round) -> None:
         metrics = [self._metric(n, v, 0, closed.round) for n, v in scalars(closed)]
