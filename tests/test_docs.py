@@ -171,6 +171,17 @@ def test_what_is_installed_is_this_version_with_extras_that_exist(page: Path) ->
         assert listed == set(extras["optional-dependencies"]) - {"docs", "dev"}
 
 
+def test_messages_that_the_docs_quote_are_in_the_code() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quotes = re.findall(r'^\| [^|]*"([^"|]+)"[^|]*\|', text, re.MULTILINE)
+    folders = (ROOT / "agent", ROOT / "coordinator", ROOT / "protocols")
+    code = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    assert quotes
+    for quote in quotes:
+        for piece in re.split(r"\d+", quote):  # a number is filled in
+            assert piece in code, quote
+
+
 def test_what_is_no_command_is_found() -> None:
     with pytest.raises(AssertionError, match="there is no nonsense"):
         check(["commonweight", "nonsense"])
