@@ -81,7 +81,7 @@ class Coordinator:
         for seq, peer in enumerate(self._peers):
             known = PeerChanged(peer=peer, name=peer, public_key=bytes(32))
             envelope = Envelope(sender=COORDINATOR, epoch="c", seq=seq, at=self.now, body=known)
-            fleets.fold(self.fleet, envelope, self.now)
+            fleets.reduce(self.fleet, envelope, self.now)
         self.sessions: dict[str, int] = {}
         self.mailbox: dict[str, list[tuple[str, Work]]] = {peer: [] for peer in self._peers}
         self.replies: dict[str, bytes] = {}
@@ -162,7 +162,7 @@ class Coordinator:
         self._changed = True
 
     def _hear(self, envelope: Envelope, now: float) -> None:
-        fleets.fold(self.fleet, envelope, now)
+        fleets.reduce(self.fleet, envelope, now)
         self._changed = True
 
     # --- the run loop ---

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agent.home import settings
 from benchmarks.faults import checker
 from benchmarks.faults.checker import Fact, Line
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec, Setting
 from protocols.errors import CommonweightError
@@ -140,7 +140,7 @@ class Site(Fleet):
         )
         remote, said = Remote(self.home), "nothing"
         try:
-            remote.start_run(RunOrder(spec=spec))
+            remote.start_run(StartRunRequest(spec=spec))
         except CommonweightError as err:
             said = err.message
         finally:

@@ -37,7 +37,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_records import LaneGrid
+from coordinator.transport.flower_records import ClaimCheckGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
@@ -113,11 +113,11 @@ class InProcessFleet:
         self.transfer = WeightTransfer(self.lane)
         self.ledger = Ledger(folder / "ledger.db")
         self.superlink = Superlink()
-        self.grid = LaneGrid(self.superlink, self.lane)
+        self.grid = ClaimCheckGrid(self.superlink, self.lane)
         self._sign_key = identity.new_signing_key()
         # Flower draws its node ids by chance: in their order, so that a seed picks the same peers.
         nodes = sorted(
-            self.superlink.register(identity.node_public_pem(identity.new_node_key()))
+            self.superlink.register_node(identity.node_public_pem(identity.new_node_key()))
             for _ in parts
         )
         self.peers: dict[str, Peer] = {}

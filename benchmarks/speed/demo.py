@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.cli.demo.processes import DemoFleet, Interrupts, temporary
 from coordinator.fleet.reducer import Fleet, num_available
 from coordinator.storage.run_events import RunSpec
@@ -32,7 +32,7 @@ class Demo:
 
     def learn(self) -> None:
         """Start the run."""
-        self.remote.start_run(RunOrder(spec=SPEC))
+        self.remote.start_run(StartRunRequest(spec=SPEC))
 
     def until(self, holds: Callable[[Fleet], bool], quorum: int = AGENTS - 1) -> None:
         """Wait. Raises KeyboardInterrupt, and CommonweightError if the coordinator ended, or fewer

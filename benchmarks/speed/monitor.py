@@ -22,7 +22,7 @@ from textual import events
 from textual._compositor import Compositor
 from textual.drivers.headless_driver import HeadlessDriver
 
-from coordinator.fleet.reducer import Fleet, decode, encode, fold
+from coordinator.fleet.reducer import Fleet, decode, encode, reduce
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.gc_tuning import tune_gc
@@ -56,9 +56,9 @@ class Crowd(ReadOnly):
         self._round = 1
         self._fleet = Fleet(fleet="0123456789abcdef", name="bench")
         for body in (Links(mqtt=True, flower=True), *map(_known, self._ids), self._run()):
-            fold(self._fleet, self._envelope(COORDINATOR, body), time.time())
+            reduce(self._fleet, self._envelope(COORDINATOR, body), time.time())
         for peer in self._ids:
-            fold(self._fleet, self._envelope(peer, _presence(PeerState.TRAINING)), time.time())
+            reduce(self._fleet, self._envelope(peer, _presence(PeerState.TRAINING)), time.time())
 
     def _envelope(self, sender: str, body: Body) -> Envelope:
         self._seq[sender] = self._seq.get(sender, 0) + 1
@@ -126,14 +126,14 @@ class Crowd(ReadOnly):
         """Begin with histories of this length, as if it had run for long."""
         now = time.time()
         for number in range(rounds):
-            fold(self._fleet, self._envelope(COORDINATOR, self._closed(number)), now)
+            reduce(self._fleet, self._envelope(COORDINATOR, self._closed(number)), now)
         self._round = rounds
         for _ in range(events):
             happened = EventLine(level="info", text="a round goes on")
-            fold(self._fleet, self._envelope(COORDINATOR, happened), now)
+            reduce(self._fleet, self._envelope(COORDINATOR, happened), now)
         for peer in self._ids:
             for number in range(losses):
-                fold(self._fleet, self._envelope(peer, self._telemetry(number)), now)
+                reduce(self._fleet, self._envelope(peer, self._telemetry(number)), now)
 
     async def snapshot(self) -> Fleet:
         return decode(encode(self._fleet, time.time()))
@@ -145,7 +145,7 @@ class Crowd(ReadOnly):
             while self.said - first < due:
                 sender, body = self._next()
                 envelope = self._envelope(sender, body)
-                fold(self._fleet, envelope, time.time())
+                reduce(self._fleet, envelope, time.time())
                 yield envelope
             await asyncio.sleep(TICK_S)
 

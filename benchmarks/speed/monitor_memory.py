@@ -29,7 +29,14 @@ import psutil
 from textual import events
 
 from benchmarks.speed.monitor import SIZE, Crowd, Watched
-from coordinator.fleet.reducer import EVENTS_KEPT, LOSSES_KEPT, ROUNDS_KEPT, Fleet, decode, encode
+from coordinator.fleet.reducer import (
+    MAX_EVENTS,
+    MAX_LOSSES,
+    MAX_ROUNDS_PER_RUN,
+    Fleet,
+    decode,
+    encode,
+)
 from coordinator.monitor.tui.gc_tuning import tune_gc
 from coordinator.remote.follower import RESYNC_S
 from protocols.messages.envelope import Envelope
@@ -93,7 +100,7 @@ class Apart(Crowd):
 async def crowd(peers: int, rate: int) -> None:
     """The other end of `Apart`: messages, and a snapshot for each line that comes in."""
     source = Crowd(peers, rate)
-    source.fill(losses=LOSSES_KEPT, rounds=ROUNDS_KEPT, events=EVENTS_KEPT + 100)
+    source.fill(losses=MAX_LOSSES, rounds=MAX_ROUNDS_PER_RUN, events=MAX_EVENTS + 100)
     asked = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(asked), sys.stdin

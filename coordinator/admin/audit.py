@@ -12,14 +12,14 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.fleet import registry
-from coordinator.fleet.registry import FleetFact
+from coordinator.fleet.registry import FleetEvent
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Entry, Ledger
 from protocols.errors import NotRunning, UnknownName
 
 LEDGER_FILE = "ledger.db"
 
-_fleet_fact = msgspec.json.Decoder(FleetFact)
+_fleet_fact = msgspec.json.Decoder(FleetEvent)
 #: Most entries are a run's everyday work: these are told by their tag before they are decoded.
 _RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused"})
 
@@ -82,7 +82,7 @@ def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
             yield AuditEntry(seq=entry.seq, at=entry.at, event="unreadable", text=text)
 
 
-def _of_fleet(entry: Entry, fact: FleetFact, names: dict[str, str]) -> AuditEntry:
+def _of_fleet(entry: Entry, fact: FleetEvent, names: dict[str, str]) -> AuditEntry:
     event, text, ticket, peer, reason = "", "", "", "", ""
     match fact:
         case registry.TicketCreated(id=ticket, uses=uses, label=label):

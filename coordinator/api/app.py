@@ -27,7 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.api.routes import fleet, jobs, runs, tickets
-from coordinator.api.service import Desk, error_answer, host_of, json_answer
+from coordinator.api.service import CoordinatorService, error_response, json_response, request_host
 from coordinator.fleet.auth import Auth, read_body
 from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import NoSession
@@ -58,9 +58,9 @@ MAX_EXCHANGE_BYTES = 1024 * 1024
 MAX_LOGS_BYTES = 512 * 1024
 
 
-def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
+def make_app(service: CoordinatorService, auth: Auth, ca_key: Any) -> Starlette:
     """The ASGI app of our own routes."""
-    fleet_id, ca_pem, coordinator_public = desk.identity
+    fleet_id, ca_pem, coordinator_public = service.identity
 
     async def ca(_: Request) -> Response:
         return Response(ca_pem, media_type="application/x-pem-file")
@@ -82,15 +82,15 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
     async def join(request: Request) -> Response:
         try:
             joining = msgspec.json.decode(await read_body(request, 16 * 1024), type=JoinRequest)
-            peer = desk.registry.join(joining)
+            peer = service.registry.join(joining)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
         except CommonweightError as err:
-            return error_answer(err, 403)
-        mqtt = desk.mqtt_for(host_of(request))
+            return error_response(err, 403)
+        mqtt = service.mqtt_for(request_host(request))
         if peer.standing == "awaiting":  # the login opens the whole fleet's talk: not yet
             mqtt = msgspec.structs.replace(mqtt, user="", password="")
-        return json_answer(
+        return json_response(
             JoinResponse(
                 peer=peer.peer,
                 name=peer.name,
@@ -107,8 +107,8 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         try:
             asked = msgspec.msgpack.decode(body, type=PollRequest)
             if asked.reply is not None and asked.update:
-                await desk.transfer.receive_inline(peer.peer, asked.update)
-            answer = await desk.exchange(peer.peer, asked)
+                await service.transfer.receive_inline(peer.peer, asked.update)
+            answer = await service.exchange(peer.peer, asked)
         except NoSession as err:
             raise HTTPException(412) from err
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage) as err:
@@ -117,12 +117,12 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
 
     async def mqtt(request: Request) -> Response:
         await auth.peer(request)
-        return json_answer(desk.mqtt_for(host_of(request)))
+        return json_response(service.mqtt_for(request_host(request)))
 
     async def standing(request: Request) -> Response:
         peer = await auth.peer(request, or_awaiting=True)
         assert peer.standing != "removed", "auth lets no removed peer through"
-        return json_answer(
+        return json_response(
             EnrollmentStatus(
                 peer=peer.peer, name=peer.name, enrollment=peer.standing, version=VERSION
             )
@@ -130,20 +130,20 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
 
     async def leave(request: Request) -> Response:
         peer = await auth.peer(request, or_awaiting=True)
-        desk.registry.remove(peer.peer, "left by itself")
-        return json_answer({})
+        service.registry.remove(peer.peer, "left by itself")
+        return json_response({})
 
     async def join_operator(request: Request) -> Response:
         try:
             joining = msgspec.json.decode(
                 await read_body(request, 16 * 1024), type=OperatorJoinRequest
             )
-            joined = desk.registry.join_operator(joining)
+            joined = service.registry.join_operator(joining)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
         except CommonweightError as err:
-            return error_answer(err, 403)
-        return json_answer(
+            return error_response(err, 403)
+        return json_response(
             OperatorJoinResponse(operator=joined.operator, role=joined.role, fleet=fleet_id)
         )
 
@@ -153,7 +153,7 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
             told = msgspec.json.decode(body, type=LogResponse)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise HTTPException(400) from err
-        return Response(status_code=204 if desk.logs.told(peer.peer, told) else 410)
+        return Response(status_code=204 if service.log_requests.receive(peer.peer, told) else 410)
 
     routes = [
         Route(CA_PATH, ca),
@@ -166,16 +166,16 @@ def make_app(desk: Desk, auth: Auth, ca_key: Any) -> Starlette:
         Route(LOGS_PATH, tell_logs, methods=["POST"]),
         Route(OPERATOR_JOIN_PATH, join_operator, methods=["POST"]),
         *(
-            one.route(desk, auth)
+            one.route(service, auth)
             for subject in (fleet, runs, jobs, tickets)
             for one in subject.ROUTES
         ),
     ]
     for method, path, endpoint in (
-        *desk.transfer.routes(auth),
-        *desk.transfer.patch_routes(auth),
-        *desk.job_transfer.routes(auth, INPUT_PATH, ANSWER_PATH),
-        *desk.sharing.routes(auth),
+        *service.transfer.routes(auth),
+        *service.transfer.patch_routes(auth),
+        *service.job_transfer.routes(auth, INPUT_PATH, ANSWER_PATH),
+        *service.sharing.routes(auth),
     ):
         routes.append(Route(path, endpoint, methods=[method]))
     return Starlette(routes=routes)

@@ -17,7 +17,7 @@ from protocols.messages.states import RunState
 from protocols.messages.work import PollRequest, PollResponse
 
 #: Who hands in an answer is told of work that comes so soon after, without doorbell and question.
-LINGER_S = 1.0
+LONG_POLL_S = 1.0
 
 
 class Exchanges:
@@ -30,11 +30,11 @@ class Exchanges:
         transfer: WeightTransfer,
         runs: RunManager,
         jobs: JobManager,
-        lingering: Lingering,
+        long_polls: LongPolls,
     ) -> None:
         self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
         self._runs, self._jobs = runs, jobs
-        self._lingering = lingering
+        self._long_polls = long_polls
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
 
     async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
@@ -42,28 +42,28 @@ class Exchanges:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
-        session = self._sessions.number(peer)
+        session = self._sessions.session_number(peer)
         if asked.reply is None:
-            answer = await self._superlink.exchange_soon(node, asked)
+            answer = await self._superlink.exchange_async(node, asked)
             self.on_request("exchange", node)
             return self._with_version(answer)
         # Before it is handed over: the run may be quicker than we are.
-        question = self._superlink.question_of(asked.reply)
+        question = self._superlink.request_id_of(asked.reply)
         settling = self._jobs.ack_future(question) or self._runs.ack_future(question)
         handed_in = PollRequest(reply=asked.reply, wants_work=False)
-        await self._superlink.exchange_soon(node, handed_in)
+        await self._superlink.exchange_async(node, handed_in)
         failpoint("reply.taken")
         self.on_request("push-object", node)
         settled = await self._runs.acknowledged(settling)
         if not asked.wants_work:
             return PollResponse(acknowledged=settled)
-        answer = await self._superlink.exchange_soon(node, PollRequest())
+        answer = await self._superlink.exchange_async(node, PollRequest())
         if answer.work is None and (self._runs.current is not None or self._jobs.is_working):
-            await self._lingering.wait(peer, LINGER_S)
-            if self._sessions.number(peer) != session:
+            await self._long_polls.wait(peer, LONG_POLL_S)
+            if self._sessions.session_number(peer) != session:
                 # It was started again meanwhile: what is there now is for who asks in that life.
                 raise NoSession(f"{peer} has another session")
-            answer = await self._superlink.exchange_soon(node, PollRequest())
+            answer = await self._superlink.exchange_async(node, PollRequest())
         return self._with_version(PollResponse(work=answer.work, acknowledged=settled))
 
     def _with_version(self, answer: PollResponse) -> PollResponse:
@@ -76,7 +76,7 @@ class Exchanges:
         return msgspec.structs.replace(answer, version=version)
 
 
-class Lingering:
+class LongPolls:
     """Peers that have handed in an answer and wait for the answer to that: they need no doorbell.
 
     For the event loop's thread.

@@ -12,21 +12,21 @@ from collections.abc import Awaitable, Callable
 from protocols.errors import Unreachable
 from protocols.messages.envelope import LogLine, LogRequest, LogResponse
 
-WITHIN_S = 8.0
+TIMEOUT_S = 8.0
 #: Questions that wait at once: each is one operator before one screen.
-MOST_WAITING = 64
+MAX_PENDING = 64
 
 
-class LogDesk:
+class LogRequests:
     """`send(peer, question)` says whether the broker has it."""
 
     def __init__(self, send: Callable[[str, LogRequest], Awaitable[bool]]) -> None:
         self._send = send
         self._waiting: dict[str, tuple[str, asyncio.Future[list[LogLine]]]] = {}
 
-    async def ask(self, peer: str, within_s: float = WITHIN_S) -> list[LogLine]:
+    async def request(self, peer: str, within_s: float = TIMEOUT_S) -> list[LogLine]:
         """The last lines that the agent lets others see. Raises Unreachable."""
-        if len(self._waiting) >= MOST_WAITING:
+        if len(self._waiting) >= MAX_PENDING:
             raise Unreachable("too many ask for logs at once", "try again in a few seconds")
         asked = LogRequest(request_id=secrets.token_hex(8))
         answer: asyncio.Future[list[LogLine]] = asyncio.get_running_loop().create_future()
@@ -47,7 +47,7 @@ class LogDesk:
         finally:
             del self._waiting[asked.request_id]
 
-    def told(self, peer: str, told: LogResponse) -> bool:
+    def receive(self, peer: str, told: LogResponse) -> bool:
         """Take an answer. False if nobody asked this peer for it, or nobody waits any more."""
         asked, answer = self._waiting.get(told.request_id, ("", None))
         if answer is None or asked != peer or answer.done():

@@ -14,14 +14,14 @@ from protocols.messages.mqtt import MqttAddress
 STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.UNREACHABLE: 503}
 
 
-class RunOrder(Struct, frozen=True, kw_only=True):
+class StartRunRequest(Struct, frozen=True, kw_only=True):
     """A run to be started. `from_digest` names a version that lies in the home already."""
 
     spec: RunSpec
     from_digest: str = ""
 
 
-class WatchAnswer(Struct, frozen=True, kw_only=True):
+class WatchResponse(Struct, frozen=True, kw_only=True):
     """What a watcher needs to follow the fleet over MQTT."""
 
     fleet: str
@@ -29,7 +29,7 @@ class WatchAnswer(Struct, frozen=True, kw_only=True):
     mqtt: MqttAddress
 
 
-class TicketOrder(Struct, frozen=True, kw_only=True):
+class TicketRequest(Struct, frozen=True, kw_only=True):
     """A ticket to be made: seconds it is good for, for how many machines, and for whom."""
 
     ttl_s: float = 86400.0

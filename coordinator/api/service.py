@@ -8,12 +8,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coordinator.api.log_requests import LogDesk
+from coordinator.api.log_requests import LogRequests
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
-from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
@@ -34,7 +34,7 @@ class Identity(NamedTuple):
         return identity.ca_fingerprint(self.ca_pem)
 
 
-class Desk(Protocol):
+class CoordinatorService(Protocol):
     """The coordinator, as its HTTP routes see it."""
 
     identity: Identity
@@ -44,8 +44,8 @@ class Desk(Protocol):
     job_transfer: WeightTransfer
     jobs: JobManager
     runs: RunManager
-    logs: LogDesk
-    sharing: SharingDesk
+    log_requests: LogRequests
+    sharing: SharingRoutes
 
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
@@ -53,7 +53,7 @@ class Desk(Protocol):
     async def exchange(self, peer: str, asked: PollRequest) -> PollResponse: ...
 
 
-def host_of(request: Request) -> str:
+def request_host(request: Request) -> str:
     """The name by which the other side knows us: what it calls us goes back to nobody else."""
     try:
         return request.url.hostname or ""
@@ -61,10 +61,10 @@ def host_of(request: Request) -> str:
         return ""
 
 
-def json_answer(value: Any) -> Response:
+def json_response(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def error_answer(err: CommonweightError, status: int) -> Response:
+def error_response(err: CommonweightError, status: int) -> Response:
     body = {"code": err.code, "message": err.message, "hint": err.hint}
     return Response(msgspec.json.encode(body), status, media_type="application/json")

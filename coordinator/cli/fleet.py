@@ -41,14 +41,14 @@ def create_ticket(
     json: Json = False,
 ) -> None:
     """Create a ticket: the string with which a machine joins. It is shown only once."""
-    from coordinator.api.schema import TicketOrder
+    from coordinator.api.schema import TicketRequest
     from protocols.enrollment import tickets as formats
 
     if role not in ("agent", "observer", "operator"):
         raise UsageError(f"a role is agent, observer or operator, not {role!r}")
     if code and role != "agent":
         raise UsageError("a short code is for agents only", "leave out --code")
-    order = TicketOrder(ttl_s=parse_seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
+    order = TicketRequest(ttl_s=parse_seconds(ttl), uses=uses, label=label, role=role)  # type: ignore[arg-type]
     created = connect().make_ticket(order)
     if code:
         created["ticket"] = formats.encode_code(formats.decode(created["ticket"]))

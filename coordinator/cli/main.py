@@ -121,7 +121,7 @@ def up(
     for quiet in ("uvicorn", "httpx", "alembic", "commonweight.mqtt"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
 
-    from coordinator.daemon.coordinator import Hub
+    from coordinator.daemon.coordinator import Coordinator
 
     if upstream is not None:
         from coordinator.daemon import upstream as above
@@ -129,7 +129,7 @@ def up(
         above.join(home, cli_entry.read_ticket(upstream))
 
     async def run() -> None:
-        hub = Hub(home, settings.open_keys(home), chosen)
+        hub = Coordinator(home, settings.open_keys(home), chosen)
 
         def ready() -> None:
             print_line(f"coordinator {VERSION} is up: port {hub.port}, home {home}")

@@ -38,12 +38,12 @@ def export(
 
     Other formats, such as ONNX, need torch: use commonweight-agent export.
     """
-    from coordinator.fleet.reducer import called
+    from coordinator.fleet.reducer import display_name
     from coordinator.runs import export as model_export
     from protocols.model import model_card
 
     remote = connect()
     found = remote.run(run)
-    names = {peer.peer: called(peer) for peer in remote.fleet().peers.values()}
+    names = {peer.peer: display_name(peer) for peer in remote.fleet().peers.values()}
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
     print_line(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}")

@@ -64,7 +64,7 @@ class Progress:
     def lines(self, run: Run, peers: Callable[[], Mapping[str, Peer]]) -> Iterator[str]:
         """The last refusal, if there were any since the last call, then each newly closed round.
 
-        `peers` is called only if a name is needed.
+        `peers` is display_name only if a name is needed.
         """
         if run.refusals > self._refusals:
             yield refusal(run, peers())
@@ -119,6 +119,6 @@ def fairness(closed: Round, peers: Mapping[str, Peer]) -> Iterator[str]:
 
 
 def _name(peer: str, peers: Mapping[str, Peer]) -> str:
-    from coordinator.fleet.reducer import called
+    from coordinator.fleet.reducer import display_name
 
-    return called(peers[peer]) if peer in peers else peer
+    return display_name(peers[peer]) if peer in peers else peer

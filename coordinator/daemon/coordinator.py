@@ -17,12 +17,12 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.app import make_app
-from coordinator.api.exchange import Exchanges, Lingering
+from coordinator.api.exchange import Exchanges, LongPolls
 from coordinator.api.fast_path import with_fast_path
-from coordinator.api.log_requests import LogDesk
+from coordinator.api.log_requests import LogRequests
 from coordinator.api.service import Identity
 from coordinator.daemon import upstream
-from coordinator.daemon.listening import Listening
+from coordinator.daemon.listener import Listener
 from coordinator.daemon.peer_events import PeerEvents
 from coordinator.daemon.tasks import supervised
 from coordinator.fleet.auth import Auth
@@ -38,12 +38,12 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
-from coordinator.transport.flower_records import LaneGrid
-from coordinator.transport.holders import Holders
+from coordinator.transport.flower_records import ClaimCheckGrid
 from coordinator.transport.http_server import Server, raise_open_file_limit
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
-from coordinator.transport.publisher import Mirror
-from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.piece_sources import PieceSources
+from coordinator.transport.publisher import EventPublisher
+from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.local import heap
@@ -53,10 +53,10 @@ from protocols.messages.work import PollRequest, PollResponse
 
 log = logging.getLogger("commonweight.hub")
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 
 
-class Hub:
+class Coordinator:
     """A coordinator over an open home. `serve` runs it until it is told to stop.
 
     Parts know only those that were made before them. Calls in the other direction go through hooks,
@@ -68,35 +68,40 @@ class Hub:
         heap.limit_arenas()
         self.identity = Identity(keys.fleet, keys.ca_pem, identity.public_bytes(keys.sign_key))
         self._stopping = asyncio.Event()
-        self._listening = Listening(home, keys, chosen)
+        self._listener = Listener(home, keys, chosen)
         # On disk.
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
-        self.lane, self.job_lane = WeightStore(home), JobStore(home / "jobs")
-        self.transfer = WeightTransfer(self.lane)
-        self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
+        self.weight_store, self.job_store = WeightStore(home), JobStore(home / "jobs")
+        self.transfer = WeightTransfer(self.weight_store)
+        self.job_transfer = WeightTransfer(self.job_store, MAX_ANSWER_BYTES)
         # Who is there, and how they are reached.
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
         self._broker = _broker(home, chosen, self.port, _login(home, keys, self.registry))
-        self._mirror = Mirror(self.fleet, self._sessions, keys)
-        self.logs = LogDesk(self._mirror.ask_logs)
-        holders = Holders(self._sessions.is_open)
-        self.sharing = SharingDesk(self.lane, self.registry, holders, keys.sign_key.sign)
-        lingering = Lingering()
+        self._publisher = EventPublisher(self.fleet, self._sessions, keys)
+        self.log_requests = LogRequests(self._publisher.request_logs)
+        holders = PieceSources(self._sessions.is_open)
+        self.sharing = SharingRoutes(self.weight_store, self.registry, holders, keys.sign_key.sign)
+        long_polls = LongPolls()
         self._peers = PeerEvents(
-            self.registry, self._superlink, self._sessions, self._mirror, self.sharing, lingering
+            self.registry,
+            self._superlink,
+            self._sessions,
+            self._publisher,
+            self.sharing,
+            long_polls,
         )
         self._peers.admit_all()
         # What they work on.
-        self._grid = LaneGrid(self._superlink, self.lane)
+        self._grid = ClaimCheckGrid(self._superlink, self.weight_store)
         self._refused: Counter[str] = Counter()
-        around = self._fleetwork()
+        around = self._run_context()
         self.runs = RunManager(around, self.registry, self._sessions.tasks)
-        self.jobs = JobManager(around, self.job_lane, self.registry)
+        self.jobs = JobManager(around, self.job_store, self.registry)
         self._exchanges = Exchanges(
-            self._superlink, self._sessions, self.transfer, self.runs, self.jobs, lingering
+            self._superlink, self._sessions, self.transfer, self.runs, self.jobs, long_polls
         )
         self._connect()
 
@@ -105,13 +110,13 @@ class Hub:
         self.registry.on_change = self._peers.on_change
         self._superlink.on_request = self._peers.on_request
         self._exchanges.on_request = self._peers.on_request
-        self._mirror.on_news = self._peers.wake
-        self._mirror.on_up = self.runs.ring_again
+        self._publisher.on_eligibility_change = self._peers.wake_queues
+        self._publisher.on_up = self.runs.resend_doorbells
         self.transfer.limits.on_shortage = self.runs.wake
 
     @property
     def port(self) -> int:
-        return self._listening.port
+        return self._listener.port
 
     # --- serving ---
 
@@ -122,13 +127,13 @@ class Hub:
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 loop.add_signal_handler(name, self.stop)
         raise_open_file_limit()
-        server = self._listening.server(self._app())
+        server = self._listener.server(self._app())
         await self._broker.start()
         try:
             async with supervised(self._work(server, resume), self.stop):
                 serving = asyncio.create_task(server.serve())
                 await server.wait_started(serving)
-                self._listening.write_up_file()
+                self._listener.write_up_file()
                 on_ready()
                 stopping = asyncio.create_task(self._stopping.wait())
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,27 +153,27 @@ class Hub:
         broker = self._broker.address("127.0.0.1", self._keys.ca_pem.decode())
         work = {
             "broker": self._broker.supervise(self._on_broker),
-            "feed": self._mirror.listen(broker, self.registry.verify),
-            "publisher": self._mirror.relay(),
-            "heartbeat": self._beat(),
+            "feed": self._publisher.listen(broker, self.registry.verify),
+            "publisher": self._publisher.relay(),
+            "heartbeat": self._send_heartbeats(),
             "sessions": self._peers.watch(),
-            "certificate": self._listening.keep_certificate(server),
+            "certificate": self._listener.renew_certificate(server),
             "runs": self.runs.work(resume),
             "jobs": self.jobs.work(resume),
         }
         if port := self._settings.metrics_port:
             work["metrics"] = self._serve_metrics(port)
         if (self._home / "upstream" / "enrolled.json").exists():
-            work["upstream"] = upstream.keep(self._home)
+            work["upstream"] = upstream.run(self._home)
         if self._settings.announce:
             work["announcement"] = self._announce()
         return work
 
     async def _announce(self) -> None:
-        from coordinator.daemon.mdns import announce, own_addresses
+        from coordinator.daemon.mdns import announce, ip_addresses
 
         ca = self.identity.ca_sha256
-        await announce(self.fleet.name, self.port, ca, own_addresses(self._listening.names))
+        await announce(self.fleet.name, self.port, ca, ip_addresses(self._listener.names))
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, ours everywhere else."""
@@ -182,10 +187,10 @@ class Hub:
 
         return app
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await asyncio.to_thread(self._superlink.beat)
-            await asyncio.sleep(BEAT_S)
+            await asyncio.to_thread(self._superlink.heartbeat)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _serve_metrics(self, port: int) -> None:
         from coordinator.fleet import prometheus  # only now: it brings a library that few need
@@ -198,17 +203,17 @@ class Hub:
 
         await prometheus.serve(port, text)
 
-    # --- what the HTTP routes ask (desk.Desk) ---
+    # --- for the HTTP routes (CoordinatorService) ---
 
     def addresses(self) -> tuple[str, ...]:
-        return self._listening.addresses()
+        return self._listener.addresses()
 
     def mqtt_for(self, host: str) -> MqttAddress:
         return self._broker.address(host, self._keys.ca_pem.decode())
 
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command; words of the outcome. Raises Unreachable."""
-        await self._mirror.command(peer, command)
+        await self._publisher.command(peer, command)
         return f"{command.action} sent to {self._peers.name_of(peer)}"
 
     async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
@@ -217,10 +222,10 @@ class Hub:
 
     # --- runs ---
 
-    def _fleetwork(self) -> RunContext:
+    def _run_context(self) -> RunContext:
         return RunContext(
             ledger=self._ledger,
-            store=self.lane,
+            store=self.weight_store,
             transfer=self.transfer,
             grid=self._grid,
             sign=self._keys.sign_key.sign,
@@ -230,10 +235,10 @@ class Hub:
             node_of=self._sessions.node_of,
             peer_of=self._sessions.peer_of,
             name_of=self._peers.name_of,
-            ring=self._peers.ring,
-            publish=self._mirror.publish,
+            ring=self._peers.announce_work,
+            publish=self._publisher.publish,
             refused=self._refused,
-            refresh_online=self._peers.look,
+            refresh_online=self._peers.refresh_online,
         )
 
     def _on_broker(self, up: bool, why: str) -> None:

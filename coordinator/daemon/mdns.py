@@ -14,7 +14,7 @@ from protocols.enrollment.mdns import SERVICE, encode_txt_record
 
 log = logging.getLogger("commonweight.announce")
 
-AGAIN_S = 60.0
+RETRY_S = 60.0
 
 
 async def announce(
@@ -28,15 +28,15 @@ async def announce(
     told = ""
     while True:
         try:
-            await _announced(name, port, ca_sha256, addresses, interfaces)
+            await _announce_once(name, port, ca_sha256, addresses, interfaces)
         except (OSError, RuntimeError, Error, BadTypeInNameException) as err:
             if str(err) != told:
                 told = str(err)
                 log.warning("cannot announce the coordinator in this network: %s", told)
-        await asyncio.sleep(AGAIN_S)
+        await asyncio.sleep(RETRY_S)
 
 
-async def _announced(
+async def _announce_once(
     name: str, port: int, ca_sha256: bytes, addresses: Sequence[str], interfaces: Sequence[str]
 ) -> None:
     """Announce it until cancelled. Raises RuntimeError (no network) and what zeroconf raises."""
@@ -58,7 +58,7 @@ async def _announced(
         await network.async_close()
 
 
-def own_addresses(names: Sequence[str]) -> list[str]:
+def ip_addresses(names: Sequence[str]) -> list[str]:
     """Those of `names` that are IP addresses."""
     found = []
     for name in names:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from coordinator.api.exchange import Lingering
+from coordinator.api.exchange import LongPolls
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
-from coordinator.transport.flower import ARRIVALS, Superlink
-from coordinator.transport.publisher import Mirror
-from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.flower import REPLY_ACTIONS, Superlink
+from coordinator.transport.publisher import EventPublisher
+from coordinator.transport.sharing import SharingRoutes
 from protocols.messages.envelope import EventLine
 
 ONLINE_EVERY_S = 2.0
@@ -30,26 +30,26 @@ class PeerEvents:
         registry: Registry,
         superlink: Superlink,
         sessions: Sessions,
-        mirror: Mirror,
-        sharing: SharingDesk,
-        lingering: Lingering,
+        publisher: EventPublisher,
+        sharing: SharingRoutes,
+        long_polls: LongPolls,
     ) -> None:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
-        self._mirror, self._sharing, self._lingering = mirror, sharing, lingering
+        self._publisher, self._sharing, self._long_polls = publisher, sharing, long_polls
         self.queues: Sequence[RunManager | JobManager] = ()
 
     def name_of(self, peer: str) -> str:
         known = self._registry.peers.get(peer)
         return known.name if known else peer
 
-    def wake(self) -> None:
+    def wake_queues(self) -> None:
         """Something changed that runs and jobs may care for."""
         for queue in self.queues:
             queue.wake()
 
-    def ring(self, peers: Sequence[str]) -> None:
+    def announce_work(self, peers: Sequence[str]) -> None:
         """Tell these peers of work: in the answer that they wait for, else by a doorbell."""
-        self._mirror.ring([peer for peer in peers if not self._lingering.wake(peer)])
+        self._publisher.ring_doorbells([peer for peer in peers if not self._long_polls.wake(peer)])
 
     # --- the registry ---
 
@@ -60,57 +60,57 @@ class PeerEvents:
     def _admit(self, peer: Peer) -> None:
         """Register an enrolled peer's Flower key and publish the peer."""
         if peer.standing == "enrolled" and self._sessions.node_of(peer.peer) is None:
-            self._sessions.admit(peer.peer, self._superlink.register(peer.node_public))
+            self._sessions.add(peer.peer, self._superlink.register_node(peer.node_public))
         if peer.standing != "removed":
-            self._mirror.tell_of(peer)
+            self._publisher.publish_peer(peer)
 
     def on_change(self, peer: Peer) -> None:
         """A peer's standing changed."""
         if peer.standing == "removed":
-            if (node := self._sessions.dismiss(peer.peer)) is not None:
-                self._superlink.forget(node)
-            self._sharing.gone(peer.peer)
-            self._mirror.forget(peer.peer)
-            self._mirror.tell_of(peer)
-            self.wake()
+            if (node := self._sessions.remove(peer.peer)) is not None:
+                self._superlink.remove_node(node)
+            self._sharing.remove_peer(peer.peer)
+            self._publisher.clear_presence(peer.peer)
+            self._publisher.publish_peer(peer)
+            self.wake_queues()
         else:
             self._admit(peer)
         text = f"{peer.name} {_CHANGES[peer.standing]}"
-        self._mirror.publish(EventLine(level="info", text=text, subject=peer.peer))
+        self._publisher.publish(EventLine(level="info", text=text, subject=peer.peer))
 
     # --- Flower's sessions ---
 
     def on_request(self, action: str, node_id: int) -> None:
         """A Fleet request of this node succeeded."""
-        if action in ARRIVALS:
-            self.wake()
+        if action in REPLY_ACTIONS:
+            self.wake_queues()
         peer = self._sessions.peer_of(node_id)
         if self._sessions.node_of(peer) is None:
             return
-        news = self._sessions.heard(peer)
+        news = self._sessions.on_request(peer)
         if action == "activate-node":
-            self._sessions.opened(peer)
-            self._sharing.forgive(peer)
+            self._sessions.open(peer)
+            self._sharing.clear_complaints(peer)
             for queue in self.queues:
                 queue.session_opened(peer)
-            self._mirror.tell_links([self._registry.peers[peer]])
+            self._publisher.publish_links([self._registry.peers[peer]])
         elif action == "deactivate-node":
-            self._sessions.closed(peer)
-            self.wake()
-            self._mirror.tell_links([self._registry.peers[peer]])
+            self._sessions.close(peer)
+            self.wake_queues()
+            self._publisher.publish_links([self._registry.peers[peer]])
         elif news:
-            self.wake()
+            self.wake_queues()
 
-    def look(self) -> bool:
+    def refresh_online(self) -> bool:
         """Take over from Flower whose heartbeats hold; True if that is news."""
         # In this thread: a session that opens meanwhile must not be overlooked.
-        return self._sessions.set_online(self._superlink.online())
+        return self._sessions.set_online(self._superlink.online_nodes())
 
     async def watch(self) -> None:
         """Notice, without a broker, the peers whose heartbeat has run out."""
         while True:
-            if self.look():
-                self.wake()
+            if self.refresh_online():
+                self.wake_queues()
             # Also how many messages were rejected: not one by one.
-            self._mirror.tell_links(self._registry.peers.values())
+            self._publisher.publish_links(self._registry.peers.values())
             await asyncio.sleep(ONLINE_EVERY_S)

@@ -22,7 +22,7 @@ from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.upstream")
 
-_STOP_S = 20.0
+_STOP_TIMEOUT_S = 20.0
 
 
 def join(home: Path, ticket: str) -> None:
@@ -42,7 +42,7 @@ def join(home: Path, ticket: str) -> None:
         raise Refused(f"cannot join the fleet further up: {done.stderr.strip()[-300:]}")
 
 
-async def keep(home: Path) -> None:
+async def run(home: Path) -> None:
     """Run the agent until cancelled; then end it."""
     waits = delays(Random(), 1.0, 60.0)
     while True:
@@ -62,7 +62,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
     try:
-        async with asyncio.timeout(_STOP_S):
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
             await process.wait()
     except TimeoutError:
         process.kill()

@@ -26,8 +26,8 @@ from protocols.messages.states import PeerState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HOST = "127.0.0.1"
-_MOST_HEAD_BYTES = 8192
-_PATIENCE_S = 5.0
+_MAX_HEAD_BYTES = 8192
+_REQUEST_TIMEOUT_S = 5.0
 _PREFIX = "commonweight_"
 
 
@@ -142,14 +142,14 @@ def _counter(name: str, words: str, labels: list[str] | None = None) -> CounterM
 async def _listening(port: int, text: Callable[[], bytes]) -> AsyncIterator[int]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(_REQUEST_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(_answer(head, text))
                 await writer.drain()
         writer.close()
 
     try:
-        server = await asyncio.start_server(answer, HOST, port, limit=_MOST_HEAD_BYTES)
+        server = await asyncio.start_server(answer, HOST, port, limit=_MAX_HEAD_BYTES)
     except OSError as err:
         raise PortInUse(
             f"port {port} of {HOST} is in use", "choose another: --metrics-port"

@@ -31,7 +31,7 @@ from coordinator.fleet.state import (
     decode,
     encode,
     finite,
-    rebased,
+    rebase_times,
 )
 from protocols.messages.envelope import (
     Envelope,
@@ -55,34 +55,34 @@ __all__ = [
     "Level",
     "Peer",
     "Run",
-    "called",
     "current_run",
     "decode",
+    "display_name",
     "encode",
     "finite",
-    "fold",
     "num_available",
     "num_enrolled",
-    "rebased",
+    "rebase_times",
+    "reduce",
     "shown_state",
 ]
 
 #: A training peer sends telemetry each second or so: ten times that many seconds is trouble.
 STALE_WORKING_S = 30.0
 #: Any other peer repeats its presence at least every 30 s: three of them missed.
-STALE_RESTING_S = 90.0
+STALE_IDLE_S = 90.0
 
-LOSSES_KEPT = 120
-GIVEN_KEPT = 40
+MAX_LOSSES = 120
+MAX_CONTRIBUTIONS = 40
 #: Rounds of one run, and of all; of those the oldest runs lose theirs first.
-ROUNDS_KEPT, ROUNDS_IN_ALL = 2_000, 2_500
-EVENTS_KEPT = 1_000
-RUNS_KEPT = 20
-EPOCHS_KEPT = 8
-_MOST = 2**53  # a count that every reader of JSON keeps exact
+MAX_ROUNDS_PER_RUN, MAX_ROUNDS = 2_000, 2_500
+MAX_EVENTS = 1_000
+MAX_RUNS = 20
+MAX_PAST_EPOCHS = 8
+_MAX_COUNT = 2**53  # a count that every reader of JSON keeps exact
 
 
-def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
+def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
     """Take one verified message in; `now` is Unix s. Gives `fleet` back, changed in place."""
     body = envelope.body
     if isinstance(body, Presence | Telemetry | Notice):
@@ -93,18 +93,18 @@ def fold(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
             _presence(fleet, peer, envelope, body, now)
         elif isinstance(body, Telemetry):
             _telemetry(peer, envelope, body, now)
-        elif _newer(peer, envelope, peer.notice_seq, now):
+        elif _accept(peer, envelope, peer.notice_seq, now):
             peer.notice_seq, peer.seen_at = envelope.seq, now
-            _event(fleet, now, body.level, f"{called(peer)}: {body.text}", peer.peer)
+            _event(fleet, now, body.level, f"{display_name(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
         fleet.ignored += 1
     elif isinstance(body, PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links):
-        _coordinator(fleet, envelope, body, now)
+        _from_coordinator(fleet, envelope, body, now)
     # Doorbells and commands are between the coordinator and one agent: nothing to show.
     return fleet
 
 
-def called(peer: Peer) -> str:
+def display_name(peer: Peer) -> str:
     """What a person calls the peer: its name, or its id."""
     return peer.name or peer.peer
 
@@ -112,7 +112,7 @@ def called(peer: Peer) -> str:
 # --- what peers say --------------------------------------------------------------------------
 
 
-def _newer(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
+def _accept(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
     """True if the message is to be heard. `last` is the number of the last of its kind."""
     seq = envelope.seq
     if envelope.epoch != peer.epoch:
@@ -120,23 +120,23 @@ def _newer(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
         if envelope.epoch in peer.past_epochs or envelope.at < peer.said_at:
             peer.ignored += 1
             return False
-        _begin(peer, envelope.epoch)
+        _begin_epoch(peer, envelope.epoch)
     elif seq <= last:
         peer.ignored += 1
         return False
     peer.said_at = max(peer.said_at, min(envelope.at, now))
     if seq > peer.seq:
         if peer.seq >= 0:
-            peer.missed = min(peer.missed + seq - peer.seq - 1, _MOST)
+            peer.missed = min(peer.missed + seq - peer.seq - 1, _MAX_COUNT)
         peer.seq = seq
     else:  # retained presence may come after newer telemetry: it was not lost after all
         peer.missed = max(peer.missed - 1, 0)
     return True
 
 
-def _begin(peer: Peer, epoch: str) -> None:
+def _begin_epoch(peer: Peer, epoch: str) -> None:
     if peer.epoch:
-        peer.past_epochs = [*peer.past_epochs, peer.epoch][-EPOCHS_KEPT:]
+        peer.past_epochs = [*peer.past_epochs, peer.epoch][-MAX_PAST_EPOCHS:]
     peer.epoch = epoch
     peer.seq = peer.presence_seq = peer.telemetry_seq = peer.notice_seq = peer.will_seq = -1
     peer.telemetry, peer.losses, peer.diverged = None, [], False
@@ -146,7 +146,7 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     if body.will:
         _will(fleet, peer, envelope, now)
         return
-    if not _newer(peer, envelope, peer.presence_seq, now):
+    if not _accept(peer, envelope, peer.presence_seq, now):
         return
     before = peer.state
     peer.presence_seq, peer.seen_at = envelope.seq, now
@@ -160,23 +160,23 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
         peer.skew_s = finite(envelope.at - now) or 0.0
     if peer.state is PeerState.ERROR and before is not PeerState.ERROR:
         why = f": {body.reason}" if body.reason else ""
-        _event(fleet, now, "error", f"{called(peer)} has an error{why}", peer.peer)
+        _event(fleet, now, "error", f"{display_name(peer)} has an error{why}", peer.peer)
 
 
 def _will(fleet: Fleet, peer: Peer, envelope: Envelope, now: float) -> None:
     if peer.epoch == "":
-        _begin(peer, envelope.epoch)
+        _begin_epoch(peer, envelope.epoch)
     if envelope.epoch != peer.epoch or envelope.seq <= peer.will_seq:
         peer.ignored += 1
         return
     peer.will_seq = envelope.seq
     if peer.state is not PeerState.OFFLINE:
-        _event(fleet, now, "warning", f"{called(peer)} lost its connection", peer.peer)
+        _event(fleet, now, "warning", f"{display_name(peer)} lost its connection", peer.peer)
     peer.state, peer.reason = PeerState.OFFLINE, "connection lost"
 
 
 def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> None:
-    if not _newer(peer, envelope, peer.telemetry_seq, now):
+    if not _accept(peer, envelope, peer.telemetry_seq, now):
         return
     peer.telemetry_seq, peer.seen_at = envelope.seq, now
     peer.skew_s = finite(envelope.at - now) or 0.0
@@ -186,7 +186,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
         peer.losses = []
     if body.phase != "evaluate" and (loss is not None or diverged):
         peer.losses.append(None if diverged else loss)
-        del peer.losses[:-LOSSES_KEPT]
+        del peer.losses[:-MAX_LOSSES]
     peer.diverged = diverged
     numbers = (body.loss, body.samples_per_s, body.cpu_percent, body.battery_percent)
     if any(number is not None and finite(number) is None for number in numbers):
@@ -203,7 +203,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
 # --- what the coordinator says ---------------------------------------------------------------
 
 
-def _coordinator(
+def _from_coordinator(
     fleet: Fleet,
     envelope: Envelope,
     body: PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links,
@@ -218,11 +218,11 @@ def _coordinator(
         fleet.ignored += 1
         return
     elif fleet.epoch:
-        fleet.past_epochs = [*fleet.past_epochs, fleet.epoch][-EPOCHS_KEPT:]
+        fleet.past_epochs = [*fleet.past_epochs, fleet.epoch][-MAX_PAST_EPOCHS:]
         fleet.gap = True
     fleet.epoch, fleet.seq = envelope.epoch, envelope.seq
     if isinstance(body, PeerChanged):
-        _known(fleet, body)
+        _peer_known(fleet, body)
     elif isinstance(body, RunChanged):
         _run_changed(fleet, body, now)
     elif isinstance(body, RoundClosed):
@@ -235,7 +235,7 @@ def _coordinator(
         fleet.links = body
 
 
-def _known(fleet: Fleet, body: PeerChanged) -> None:
+def _peer_known(fleet: Fleet, body: PeerChanged) -> None:
     if body.enrollment == "removed":
         fleet.peers.pop(body.peer, None)
         return
@@ -255,7 +255,7 @@ def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
         run.changed, run.changed_at = body, now
         return
     fleet.runs[body.run] = Run(changed=body, changed_at=now)
-    if len(fleet.runs) > RUNS_KEPT:
+    if len(fleet.runs) > MAX_RUNS:
         ended = (name for name, run in fleet.runs.items() if run.changed.state in ENDED)
         del fleet.runs[next(ended, next(iter(fleet.runs)))]
 
@@ -271,7 +271,7 @@ def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> N
         began_at=began + behind if began else 0.0,
         ended_at=ended + behind if ended else 0.0,
     )
-    if len(fleet.jobs) > RUNS_KEPT:
+    if len(fleet.jobs) > MAX_RUNS:
         ended_first = (name for name, job in fleet.jobs.items() if job.changed.state != "working")
         del fleet.jobs[next(ended_first, next(iter(fleet.jobs)))]
 
@@ -288,19 +288,19 @@ def _round_closed(fleet: Fleet, body: RoundClosed) -> None:
         if rounds and rounds[-1].norms:
             rounds[-1] = msgspec.structs.replace(rounds[-1], norms={})
         rounds.append(body)
-        _who_gave(fleet, body, again=False)
+        _note_contributions(fleet, body, replace_last=False)
     elif rounds[index].round == body.round:
         rounds[index] = body
         if index == len(rounds) - 1:
-            _who_gave(fleet, body, again=True)
+            _note_contributions(fleet, body, replace_last=True)
     else:
         rounds.insert(index, msgspec.structs.replace(body, norms={}))
-    del rounds[:-ROUNDS_KEPT]
+    del rounds[:-MAX_ROUNDS_PER_RUN]
     _bound_rounds(fleet)
 
 
 def _bound_rounds(fleet: Fleet) -> None:
-    too_many = sum(len(run.rounds) for run in fleet.runs.values()) - ROUNDS_IN_ALL
+    too_many = sum(len(run.rounds) for run in fleet.runs.values()) - MAX_ROUNDS
     for run in fleet.runs.values():
         if too_many <= 0:
             return
@@ -309,14 +309,16 @@ def _bound_rounds(fleet: Fleet) -> None:
         too_many -= gone
 
 
-def _who_gave(fleet: Fleet, body: RoundClosed, *, again: bool) -> None:
+def _note_contributions(fleet: Fleet, body: RoundClosed, *, replace_last: bool) -> None:
     """Each peer's sign for the newest round; `again`: in place of the one that it has for it."""
     told = bool(body.norms) or not body.peers
     for peer in fleet.peers.values():
-        if peer.given_run != body.run:
-            peer.given, peer.given_run = "", body.run
+        if peer.contributions_run != body.run:
+            peer.contributions, peer.contributions_run = "", body.run
         sign = "?" if not told else "1" if peer.peer in body.norms else "0"
-        peer.given = ((peer.given[:-1] if again else peer.given) + sign)[-GIVEN_KEPT:]
+        peer.contributions = (
+            (peer.contributions[:-1] if replace_last else peer.contributions) + sign
+        )[-MAX_CONTRIBUTIONS:]
 
 
 def _finite_round(body: RoundClosed) -> RoundClosed:
@@ -342,8 +344,8 @@ def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> N
     fleet.events.append(Event(at=now, level=level, text=text, subject=subject))
     fleet.num_events += 1
     # In hundreds, so that a full list is not shifted by every event.
-    if len(fleet.events) >= EVENTS_KEPT + 100:
-        del fleet.events[:-EVENTS_KEPT]
+    if len(fleet.events) >= MAX_EVENTS + 100:
+        del fleet.events[:-MAX_EVENTS]
 
 
 # --- how it is read --------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def shown_state(peer: Peer, now: float) -> PeerState:
     if peer.state in (PeerState.OFFLINE, PeerState.ERROR):
         return peer.state
     working = peer.state in (PeerState.TRAINING, PeerState.SENDING)
-    silent = now - peer.seen_at > (STALE_WORKING_S if working else STALE_RESTING_S)
+    silent = now - peer.seen_at > (STALE_WORKING_S if working else STALE_IDLE_S)
     return PeerState.STALE if silent else peer.state
 
 

@@ -30,7 +30,7 @@ from protocols.network import version_check
 SUBJECT = "fleet"
 Role = Literal["observer", "operator"]
 TicketRole = Literal["agent", "observer", "operator"]
-Standing = Literal["awaiting", "enrolled", "removed"]
+EnrollmentStatus = Literal["awaiting", "enrolled", "removed"]
 
 
 class TicketCreated(Struct, frozen=True, tag=True, kw_only=True):
@@ -53,7 +53,7 @@ class PeerJoined(Struct, frozen=True, tag=True, kw_only=True):
     sign_public: bytes
     node_public: bytes
     ticket: str
-    standing: Standing
+    standing: EnrollmentStatus
 
 
 class PeerApproved(Struct, frozen=True, tag=True):
@@ -77,7 +77,7 @@ class OperatorRemoved(Struct, frozen=True, tag=True):
     operator: str
 
 
-FleetFact = (
+FleetEvent = (
     TicketCreated
     | TicketRevoked
     | PeerJoined
@@ -88,7 +88,7 @@ FleetFact = (
 )
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(FleetFact).decode
+_decode = msgspec.json.Decoder(FleetEvent).decode
 
 
 class TicketState(Struct, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ class Peer(Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     sign_public: bytes
     node_public: bytes
-    standing: Standing
+    standing: EnrollmentStatus
 
 
 class Operator(Struct, frozen=True, kw_only=True):
@@ -286,50 +286,50 @@ class Registry:
             free, number = f"{name[:56]}-{number}", number + 1
         return free
 
-    def _record(self, fact: FleetFact) -> None:
-        self._ledger.append(SUBJECT, [_encode(fact)])
-        self._apply(fact)
-        if isinstance(fact, PeerJoined | PeerApproved | PeerRemoved):
-            self.on_change(self.peers[fact.peer])
+    def _record(self, event: FleetEvent) -> None:
+        self._ledger.append(SUBJECT, [_encode(event)])
+        self._apply(event)
+        if isinstance(event, PeerJoined | PeerApproved | PeerRemoved):
+            self.on_change(self.peers[event.peer])
 
-    def _apply(self, fact: FleetFact) -> None:
-        match fact:
+    def _apply(self, event: FleetEvent) -> None:
+        match event:
             case TicketCreated():
-                self.tickets[fact.id] = TicketState(
-                    id=fact.id,
-                    secret_hash=fact.secret_hash,
-                    expires_at=fact.expires_at,
-                    uses_left=fact.uses,
-                    label=fact.label,
-                    role=fact.role,
+                self.tickets[event.id] = TicketState(
+                    id=event.id,
+                    secret_hash=event.secret_hash,
+                    expires_at=event.expires_at,
+                    uses_left=event.uses,
+                    label=event.label,
+                    role=event.role,
                 )
             case TicketRevoked():
-                self.tickets[fact.id] = replace(self.tickets[fact.id], revoked=True)
+                self.tickets[event.id] = replace(self.tickets[event.id], revoked=True)
             case PeerJoined():
-                self.peers[fact.peer] = Peer(
-                    peer=fact.peer,
-                    name=fact.name,
-                    labels=fact.labels,
-                    sign_public=fact.sign_public,
-                    node_public=fact.node_public,
-                    standing=fact.standing,
+                self.peers[event.peer] = Peer(
+                    peer=event.peer,
+                    name=event.name,
+                    labels=event.labels,
+                    sign_public=event.sign_public,
+                    node_public=event.node_public,
+                    standing=event.standing,
                 )
-                self._spend(fact.ticket)
+                self._spend(event.ticket)
             case OperatorJoined():
-                self.operators[fact.operator] = Operator(
-                    operator=fact.operator,
-                    name=fact.name,
-                    sign_public=fact.sign_public,
-                    role=fact.role,
+                self.operators[event.operator] = Operator(
+                    operator=event.operator,
+                    name=event.name,
+                    sign_public=event.sign_public,
+                    role=event.role,
                 )
-                self._spend(fact.ticket)
+                self._spend(event.ticket)
             case OperatorRemoved():
-                one = self.operators[fact.operator]
-                self.operators[fact.operator] = replace(one, removed=True)
+                one = self.operators[event.operator]
+                self.operators[event.operator] = replace(one, removed=True)
             case PeerApproved():
-                self.peers[fact.peer] = replace(self.peers[fact.peer], standing="enrolled")
+                self.peers[event.peer] = replace(self.peers[event.peer], standing="enrolled")
             case PeerRemoved():
-                self.peers[fact.peer] = replace(self.peers[fact.peer], standing="removed")
+                self.peers[event.peer] = replace(self.peers[event.peer], standing="removed")
 
     def _spend(self, ticket_id: str) -> None:
         if ticket := self.tickets.get(ticket_id):

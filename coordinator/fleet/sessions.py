@@ -27,19 +27,19 @@ class Sessions:
         self._node_of: dict[str, int] = {}
         self._peer_of: dict[int, str] = {}
         self._online: frozenset[str] = frozenset()
-        self._opened: dict[str, int] = {}
-        self._heard_at: dict[str, float] = {}
+        self._session_numbers: dict[str, int] = {}
+        self._requested_at: dict[str, float] = {}
         self._will_at: dict[str, float] = {}
         self._tasks: dict[str, tuple[str, ...]] = {}
         #: The work that a peer trains at since then, and how long its last one took, in s.
-        self._began: dict[str, tuple[tuple[str, int], float]] = {}
-        self._took_s: dict[str, float] = {}
+        self._training_since: dict[str, tuple[tuple[str, int], float]] = {}
+        self._last_duration_s: dict[str, float] = {}
 
-    def admit(self, peer: str, node: int) -> None:
+    def add(self, peer: str, node: int) -> None:
         """This peer's Flower node id, which stays its own even after it was removed."""
         self._node_of[peer], self._peer_of[node] = node, peer
 
-    def dismiss(self, peer: str) -> int | None:
+    def remove(self, peer: str) -> int | None:
         """Forget a removed peer; the node id to shut out."""
         self._online -= {peer}
         return self._node_of.pop(peer, None)
@@ -55,24 +55,24 @@ class Sessions:
     def any_online(self) -> bool:
         return bool(self._online)
 
-    def heard(self, peer: str) -> bool:
+    def on_request(self, peer: str) -> bool:
         """A request of this peer succeeded; True if it could not be given work until now."""
         was_eligible = self.is_eligible(peer)
-        self._heard_at[peer] = time.monotonic()
+        self._requested_at[peer] = time.monotonic()
         return not was_eligible
 
     def is_open(self, peer: str) -> bool:
         return peer in self._online
 
-    def opened(self, peer: str) -> None:
+    def open(self, peer: str) -> None:
         self._online |= {peer}
-        self._opened[peer] = self.number(peer) + 1
+        self._session_numbers[peer] = self.session_number(peer) + 1
 
-    def number(self, peer: str) -> int:
+    def session_number(self, peer: str) -> int:
         """Which of its sessions this is, counted from 1; 0 before the first."""
-        return self._opened.get(peer, 0)
+        return self._session_numbers.get(peer, 0)
 
-    def closed(self, peer: str) -> None:
+    def close(self, peer: str) -> None:
         self._online -= {peer}
 
     def set_online(self, nodes: set[int]) -> bool:
@@ -82,21 +82,21 @@ class Sessions:
         changed, self._online = online != self._online, online
         return changed
 
-    def heard_presence(self, peer: str, presence: Presence) -> None:
+    def on_presence(self, peer: str, presence: Presence) -> None:
         if presence.will:
             self._will_at[peer] = time.monotonic()
             return
         if presence.tasks:
             self._tasks[peer] = presence.tasks
         work, now = (presence.run, presence.round), time.monotonic()
-        began = self._began.get(peer)
+        began = self._training_since.get(peer)
         if presence.state is PeerState.TRAINING:
             if began is None or began[0] != work:
-                self._began[peer] = work, now
+                self._training_since[peer] = work, now
         elif began is not None and presence.state is not PeerState.PAUSED:
-            del self._began[peer]
+            del self._training_since[peer]
             if presence.state is PeerState.SENDING and began[0] == work:
-                self._took_s[peer] = now - began[1]
+                self._last_duration_s[peer] = now - began[1]
 
     def tasks(self) -> set[str]:
         """Tasks that somebody who is there can and may run."""
@@ -120,7 +120,7 @@ class Sessions:
             return False
         if shown.state is PeerState.IDLE and shown.free_until:
             left_s = shown.free_until - time.time() - shown.skew_s
-            if left_s < self._took_s.get(peer, 0.0):
+            if left_s < self._last_duration_s.get(peer, 0.0):
                 return False
         # A will alone proves nothing: a peer that has asked us something since then is there.
-        return self._will_at.get(peer, 0.0) <= self._heard_at.get(peer, 0.0)
+        return self._will_at.get(peer, 0.0) <= self._requested_at.get(peer, 0.0)

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
@@ -34,13 +34,13 @@ class Event(Struct, kw_only=True, frozen=True):
 
 
 class Peer(Struct, kw_only=True):
-    """A peer as last heard. `seen_at` is Unix s, 0 for never; `missed` is lost messages.
+    """A peer as the last messages describe it.
 
-    `said_at` is the newest date on its messages, by its own clock and not beyond ours. `skew_s`:
-    how far its clock was ahead of ours when it last spoke live. `given` has a sign for each of the
-    last rounds of the run `given_run`, the newest at the end: `1` its update is in the round's
-    version, `0` it is not, `?` not told here. `flower`: it holds a Flower session, None for not
-    told.
+    `seen_at` is Unix s, 0 for never. `missed` counts lost messages. `said_at` is the newest date of
+    its messages by its own clock, at most our time then. `skew_s` is how far its clock was ahead of
+    ours at its last live message. `contributions` has one character for each of the last rounds of
+    the run `contributions_run`, newest last: `1` if its update is in the round's version, `0` if
+    not, `?` if unknown. `flower` says whether it has a Flower session, None for unknown.
     """
 
     peer: Name
@@ -58,8 +58,8 @@ class Peer(Struct, kw_only=True):
     telemetry: Telemetry | None = None
     losses: list[float | None] = []
     diverged: bool = False
-    given: str = ""
-    given_run: Name = ""
+    contributions: str = field(default="", name="given")
+    contributions_run: Name = field(default="", name="given_run")
     tasks: tuple[Name, ...] = ()
     policy: dict[Name, Name] = {}
     disk_free_bytes: Count = 0
@@ -142,7 +142,7 @@ def decode(data: bytes) -> Fleet:
         raise BadMessage(f"not a snapshot of a fleet: {err}", hint) from err
 
 
-def rebased(fleet: Fleet, now: float) -> Fleet:
+def rebase_times(fleet: Fleet, now: float) -> Fleet:
     """The fleet with its times moved to this machine's clock, in place: clocks differ."""
     ahead = now - fleet.at
     fleet.at = now

@@ -180,7 +180,7 @@ class PendingJobRequests:
             self._store.drop(digest)
 
     def _cancel(self, questions: set[str]) -> None:
-        self._around.grid.forget(questions)
+        self._around.grid.delete_messages(questions)
         for question in questions:
             self._remove(question)
         self.acknowledge(questions, False)

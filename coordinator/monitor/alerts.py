@@ -14,8 +14,8 @@ from coordinator.fleet.reducer import (
     Fleet,
     Level,
     Peer,
-    called,
     current_run,
+    display_name,
     num_available,
     shown_state,
 )
@@ -63,7 +63,7 @@ def _quorum_alerts(fleet: Fleet, now: float) -> Iterator[Alert]:
 
 
 def _peer_alerts(peer: Peer, now: float) -> Iterator[Alert]:
-    name, key = called(peer), peer.peer
+    name, key = display_name(peer), peer.peer
     if shown_state(peer, now) is PeerState.STALE:
         text = f"{name} has sent nothing for {age(now - peer.seen_at)}"
         yield Alert(f"silent {key}", "warning", text, key)
@@ -89,7 +89,8 @@ def _clock_alerts(fleet: Fleet) -> Iterator[Alert]:
         return
     for peer in skewed:
         direction = "ahead" if peer.skew_s > 0 else "behind"
-        text = f"the clock of {called(peer)} is {age(abs(peer.skew_s))} {direction}: set it by NTP"
+        skew = f"{age(abs(peer.skew_s))} {direction}"
+        text = f"the clock of {display_name(peer)} is {skew}: set it by NTP"
         yield Alert(f"clock {peer.peer}", "warning", text, peer.peer)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from coordinator.fleet.reducer import Fleet, Peer, called
+from coordinator.fleet.reducer import Fleet, Peer, display_name
 from protocols.messages.states import ENDED, PauseReason, PeerState, label
 
 OperatorAction = Literal["pause", "resume", "finish", "drain", "approve", "remove", "start", "stop"]
@@ -44,7 +44,7 @@ def outcome(fleet: Fleet, pending: PendingAction) -> str:
 def _peer_outcome(peer: Peer, pending: PendingAction) -> str:
     paused = peer.state is PeerState.PAUSED
     by_operator = PauseReason.OPERATOR in peer.reason
-    name = called(peer)
+    name = display_name(peer)
     match pending.action:
         case "pause" if paused and by_operator:
             return f"{name} has paused"

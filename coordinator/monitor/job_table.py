@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coordinator.fleet.reducer import Fleet, Job, called
+from coordinator.fleet.reducer import Fleet, Job, display_name
 from coordinator.monitor.peer_table import Cell, Column, Tone
 from coordinator.remote.formatting import (
     NOTHING,
@@ -181,7 +181,7 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     if changed.dropped:
         lines.append(("dropped", Cell(f"{_plural(changed.dropped, 'answer')} rejected", "warn")))
     for peer, reason in changed.excused.items():
-        name = called(fleet.peers[peer]) if peer in fleet.peers else peer
+        name = display_name(fleet.peers[peer]) if peer in fleet.peers else peer
         lines.append(("excused", Cell(f"{name}: {reason}", "warn")))
     if (more := changed.num_excused - len(changed.excused)) > 0:
         lines.append(("excused", Cell(f"and {count(more)} more", "warn")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from coordinator.fleet.reducer import Fleet, Peer, called, shown_state
+from coordinator.fleet.reducer import Fleet, Peer, display_name, shown_state
 from coordinator.remote.formatting import (
     DIVERGED,
     NOTHING,
@@ -77,7 +77,7 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
 
 
 def _name(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(truncate(called(peer), width))
+    return Cell(truncate(display_name(peer), width))
 
 
 def _round(peer: Peer, now: float, width: int) -> Cell:
@@ -132,7 +132,9 @@ def _rate(peer: Peer, now: float, width: int) -> Cell:
 
 def _participation(peer: Peer, now: float, width: int) -> Cell:
     enrolled = peer.standing == "enrolled"
-    return Cell(peer.given[-width:].translate(PARTICIPATION_GLYPHS) if enrolled else "", "good")
+    return Cell(
+        peer.contributions[-width:].translate(PARTICIPATION_GLYPHS) if enrolled else "", "good"
+    )
 
 
 def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
@@ -213,7 +215,7 @@ def sort_key(peer: Peer, column: str, now: float) -> tuple[float | str, ...]:
         "loss": _loss_rank(peer),
         "sent": -(telemetry.bytes_up if telemetry else 0),
     }
-    return (numbers.get(column, 0.0), called(peer).casefold(), peer.peer)
+    return (numbers.get(column, 0.0), display_name(peer).casefold(), peer.peer)
 
 
 def _loss_rank(peer: Peer) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from coordinator.fleet.reducer import Fleet, Peer, Run, called
+from coordinator.fleet.reducer import Fleet, Peer, Run, display_name
 from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column
 from coordinator.remote.formatting import (
     DIVERGED,
@@ -104,7 +104,7 @@ def worst_peer(closed: RoundClosed, fleet: Fleet, metric: str = "") -> str:
     """The peer with the worst `metric`, or with the first known one; "" if there is none."""
     metrics = (metric,) if metric else ("accuracy", "loss", *closed.worst)
     peer = next((closed.worst[name] for name in metrics if name in closed.worst), "")
-    return called(fleet.peers[peer]) if peer in fleet.peers else peer
+    return display_name(fleet.peers[peer]) if peer in fleet.peers else peer
 
 
 def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:
@@ -155,7 +155,7 @@ def round_progress(run: Run, width: int) -> str:
 def participation(peer: Peer, run: Run, width: int) -> str:
     """A glyph for each of the last `width` rounds of `run`: `■` where `peer` sent an update."""
     return (
-        peer.given[-width:].translate(PARTICIPATION_GLYPHS)
-        if peer.given_run == run.changed.run
+        peer.contributions[-width:].translate(PARTICIPATION_GLYPHS)
+        if peer.contributions_run == run.changed.run
         else ""
     )

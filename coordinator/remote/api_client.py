@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from coordinator.api.schema import RunOrder, TicketOrder, WatchAnswer
+from coordinator.api.schema import StartRunRequest, TicketRequest, WatchResponse
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet.reducer import Fleet
 from coordinator.jobs.state import Job
@@ -27,7 +27,7 @@ from coordinator.remote.source import Action
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.state import Run
 from coordinator.storage.job_events import JobSpec
-from coordinator.transport.mqtt_client import Feed
+from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
 from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
@@ -66,10 +66,10 @@ class Remote:
         """Whom to ask while the coordinator is away, and a pass for it."""
         return self._get(NEIGHBORS_PATH, NeighborsResponse)
 
-    def watch(self) -> WatchAnswer:
-        return self._get("/cw/v1/watch", WatchAnswer)
+    def watch(self) -> WatchResponse:
+        return self._get("/cw/v1/watch", WatchResponse)
 
-    def start_run(self, order: RunOrder) -> str:
+    def start_run(self, order: StartRunRequest) -> str:
         return self._post("/cw/v1/runs", order)["run"]
 
     def runs(self) -> list[Run]:
@@ -114,7 +114,7 @@ class Remote:
     def resume_job(self, job_id: str) -> None:
         self._request("POST", f"/cw/v1/jobs/{job_id}/resume")
 
-    def make_ticket(self, order: TicketOrder) -> dict[str, str]:
+    def make_ticket(self, order: TicketRequest) -> dict[str, str]:
         return self._post("/cw/v1/tickets", order)
 
     def tickets(self) -> list[dict[str, Any]]:
@@ -227,7 +227,7 @@ class LiveSource:
                 self._keys[body.peer] = body.public_key
             put(envelope)
 
-        feed = Feed(
+        feed = FleetMqttClient(
             watch.mqtt,
             watch.fleet,
             self._verify,
@@ -259,7 +259,7 @@ class LiveSource:
                 order = Command(action=action, for_s=for_s)
                 return await self._call(lambda remote: remote.command(peer, order))
 
-    async def start_run(self, order: RunOrder) -> str:
+    async def start_run(self, order: StartRunRequest) -> str:
         return await self._call(lambda remote: remote.start_run(order))
 
     async def stop_run(self, run: str) -> None:
@@ -272,7 +272,7 @@ class LiveSource:
         return await self._call(lambda remote: remote.logs(peer))
 
     async def ticket(self) -> str:
-        made = await self._call(lambda remote: remote.make_ticket(TicketOrder()))
+        made = await self._call(lambda remote: remote.make_ticket(TicketRequest()))
         return made["ticket"]
 
     def _verify(self, sender: str, signature: bytes, signed: bytes) -> bool:

@@ -10,7 +10,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from coordinator.fleet.reducer import Fleet, fold, rebased
+from coordinator.fleet.reducer import Fleet, rebase_times, reduce
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope
@@ -113,7 +113,7 @@ class FleetFollower:
             self._since_fetch.append(envelope)
         if self.fleet is None:
             return
-        fold(self.fleet, envelope, now)
+        reduce(self.fleet, envelope, now)
         if envelope.sender == COORDINATOR:
             self.all_changed = True
         else:
@@ -144,10 +144,10 @@ class FleetFollower:
     def _replace(self, fleet: Fleet) -> None:
         now = self._clock()
         fleet.gap = False
-        rebased(fleet, now)
+        rebase_times(fleet, now)
         # What arrived meanwhile may be newer than the snapshot; what is older is ignored.
         for envelope in self._since_fetch:
-            fold(fleet, envelope, now)
+            reduce(fleet, envelope, now)
         self._since_fetch.clear()
         if self.fleet is None:
             self.fleet = fleet

@@ -16,7 +16,7 @@ from typing import IO, Annotated, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.fleet.reducer import Fleet
 from coordinator.remote.source import Action, Source
 from protocols import VERSION
@@ -154,7 +154,7 @@ class RecordingSource:
     async def ticket(self) -> str:
         return await self._source.ticket()
 
-    async def start_run(self, order: RunOrder) -> str:
+    async def start_run(self, order: StartRunRequest) -> str:
         return await self._source.start_run(order)
 
     async def stop_run(self, run: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet, fold
+from coordinator.fleet.reducer import Fleet, reduce
 from coordinator.remote import recording
 from coordinator.remote.formatting import stopwatch
 from coordinator.remote.recording import Line
@@ -123,11 +123,11 @@ class ReplaySource(ReadOnly):
         now = self._head.at + line.t
         self._next = next(self._lines, None)
         if line.snapshot is not None:
-            self._fleet = fleets.rebased(line.snapshot, now)
+            self._fleet = fleets.rebase_times(line.snapshot, now)
             self._fleet.gap = False
             self.on_jump()
         elif line.message is not None:
-            fold(self._fleet, line.message, now)
+            reduce(self._fleet, line.message, now)
         return line.message
 
     # --- watch.Source ---

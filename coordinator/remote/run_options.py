@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.remote import access
 from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
@@ -19,7 +19,7 @@ from protocols.local import homes
 _MAX_AUTO_DEADLINE_S = 600.0
 
 
-def build_order(typed: Mapping[str, Any]) -> RunOrder:
+def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     """The order for options by their names in the table; an option left out has its default.
 
     Raises UsageError and its kin.
@@ -49,7 +49,9 @@ def build_order(typed: Mapping[str, Any]) -> RunOrder:
     }
     spec = RunSpec(**fields, handshake=True)
     options.check(spec)
-    return RunOrder(spec=spec, from_digest=_import_weights(given["from"]) if given["from"] else "")
+    return StartRunRequest(
+        spec=spec, from_digest=_import_weights(given["from"]) if given["from"] else ""
+    )
 
 
 def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.fleet.reducer import Fleet
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope, LogLine
@@ -32,7 +32,7 @@ class Source(Protocol):
         """A new join ticket."""
         ...
 
-    async def start_run(self, order: RunOrder) -> str:
+    async def start_run(self, order: StartRunRequest) -> str:
         """Start a run; its id."""
         ...
 
@@ -62,7 +62,7 @@ class ReadOnly:
     async def ticket(self) -> str:
         raise self.refusal()
 
-    async def start_run(self, order: RunOrder) -> str:
+    async def start_run(self, order: StartRunRequest) -> str:
         raise self.refusal()
 
     async def stop_run(self, run: str) -> None:

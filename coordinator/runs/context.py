@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower_records import LaneGrid
+from coordinator.transport.flower_records import ClaimCheckGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 
@@ -20,7 +20,7 @@ class RunContext(NamedTuple):
     store: WeightStore
     #: Sends and receives what is in the store.
     transfer: WeightTransfer
-    grid: LaneGrid
+    grid: ClaimCheckGrid
     sign: Sign
     verify: Verify
     #: True for a signature of this coordinator's own, of this life or an earlier one.

@@ -138,7 +138,7 @@ class RunManager:
         if self.current is not None:
             self.current.session_opened(peer)
 
-    def ring_again(self) -> None:
+    def resend_doorbells(self) -> None:
         """The broker is back: doorbells of before may be lost."""
         if self.current is not None:
             self.current.requests.ring_again()

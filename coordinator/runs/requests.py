@@ -21,7 +21,7 @@ from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
-from coordinator.transport.flower_records import VersionRecord, one_config
+from coordinator.transport.flower_records import VersionRecord, shared_config
 from protocols.failpoints import failpoint
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
@@ -98,7 +98,7 @@ class PendingRequests:
         messages = await asyncio.to_thread(call)
         with strategy_errors(self._adapter.flower):
             nodes = [message.metadata.dst_node_id for message in messages]
-            return nodes, one_config(messages) if messages else {}
+            return nodes, shared_config(messages) if messages else {}
 
     def _content_of(
         self,
@@ -271,7 +271,7 @@ class PendingRequests:
         # Flower's own errors, about nodes that are gone, are no replies of peers.
         self._arrived += [m for m in pulled if not m.has_error() or m.error.code == AGENT_FAILED]
         mids -= {reply.metadata.reply_to_message_id for reply in self._arrived}
-        self._ctx.grid.forget(mids)
+        self._ctx.grid.delete_messages(mids)
         for mid in mids:
             del self._in_flight[mid]
         self.acknowledge(mids, False)

@@ -20,9 +20,9 @@ class QFedAvg(StrategyAdapter):
     memory_copies = 1.1
 
     def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        from coordinator.transport.flower_records import HeldRecord
+        from coordinator.transport.flower_records import InMemoryRecord
 
-        strategy.current_arrays = HeldRecord(base)
+        strategy.current_arrays = InMemoryRecord(base)
 
     def required_metric(self, args: Mapping[str, Setting]) -> str:
         return str({**self.defaults, **args}["train_loss_key"])

@@ -22,7 +22,7 @@ from coordinator.strategies import averaging
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.state import StateStore, StateWriter
-from coordinator.transport.flower_records import HeldRecord, part_key
+from coordinator.transport.flower_records import InMemoryRecord, part_key
 from protocols.errors import CommonweightError
 from protocols.model import weights
 from protocols.model.weights import (
@@ -267,7 +267,7 @@ def as_reply(kind: str, arrays: ArrayRecord | None, metrics: Mapping[str, Any]) 
 
 
 def _reply(arrays: Mapping[str, npt.NDArray[Any]], told: Mapping[str, Any]) -> Message:
-    return as_reply("train", HeldRecord(arrays), told)
+    return as_reply("train", InMemoryRecord(arrays), told)
 
 
 def _aggregated(

@@ -70,7 +70,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.sessions import NoSession
-from coordinator.transport.flower_guard import Door
+from coordinator.transport.flower_guard import FlowerGuard
 from protocols.errors import BadMessage
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
@@ -79,11 +79,11 @@ log = logging.getLogger("commonweight.superlink")
 
 FLEET_PREFIX = "/v1/fleet/"
 #: What our agents use of Flower's routes; messages and heartbeats travel on the exchange route.
-OPEN = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
+OPEN_PATHS = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
 #: A reply is a message, its RecordDict and two records.
 MAX_OBJECTS = 16
 #: Requests after which a reply may be whole.
-ARRIVALS = frozenset({"push-messages", "push-object"})
+REPLY_ACTIONS = frozenset({"push-messages", "push-object"})
 
 
 class Superlink:
@@ -102,7 +102,7 @@ class Superlink:
         self._nodes: dict[bytes, int] = {}
         #: By node: ids of the messages to it that it has not taken. Flower's own handler goes
         #: through the messages of all nodes at each pull: a quarter of a round of 1,000 peers.
-        self.waiting: defaultdict[int, deque[str]] = defaultdict(deque)
+        self.undelivered: defaultdict[int, deque[str]] = defaultdict(deque)
         #: Held while messages are stored, so that nobody is given one whose objects are not there.
         self.lock = threading.Lock()
         self._open_run()
@@ -121,21 +121,21 @@ class Superlink:
         TaskIdentity.run_id = self.run_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Tell LinkState that the run lives; without it Flower fails the run after a minute."""
         self.state.acknowledge_task_heartbeat(self._task)
 
-    def register(self, node_public_pem: bytes) -> int:
+    def register_node(self, node_public_pem: bytes) -> int:
         """Let the holder of this P-384 key in; its node id."""
         node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, node_public_pem, 0)
         self._nodes[node_public_pem] = node_id
         return node_id
 
-    def forget(self, node_id: int) -> None:
+    def remove_node(self, node_id: int) -> None:
         """Shut the holder of this node id out, at once and for good."""
         self.state.delete_node(NOOP_FLWR_AID, node_id)
 
-    def online(self) -> set[int]:
+    def online_nodes(self) -> set[int]:
         """Nodes whose heartbeat has not run out."""
         return self.state.get_nodes(self.run_id)
 
@@ -149,7 +149,7 @@ class Superlink:
         with self.lock:
             return self._exchange(node_id, asked)
 
-    async def exchange_soon(self, node_id: int, asked: PollRequest) -> PollResponse:
+    async def exchange_async(self, node_id: int, asked: PollRequest) -> PollResponse:
         """`exchange` from the event loop: a thread is only needed while somebody has the lock."""
         if not self.lock.acquire(blocking=False):
             return await run_in_threadpool(self.exchange, node_id, asked)
@@ -165,18 +165,18 @@ class Superlink:
             raise NoSession(f"the session of node {node_id} has ended")
         state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
         if asked.reply is not None:
-            self._take(node_id, asked.reply)
-        return PollResponse(work=self._give(node_id) if asked.wants_work else None)
+            self._store_reply(node_id, asked.reply)
+        return PollResponse(work=self._next_message(node_id) if asked.wants_work else None)
 
     @staticmethod
-    def question_of(parcel: FlowerMessage) -> str:
+    def request_id_of(parcel: FlowerMessage) -> str:
         """The id of the message that a reply says it answers; empty for what is no reply."""
         message = ProtoMessage()
         with contextlib.suppress(DecodeError):
             message.ParseFromString(parcel.message)
         return str(message.metadata.reply_to_message_id)
 
-    def _take(self, node_id: int, parcel: FlowerMessage) -> None:
+    def _store_reply(self, node_id: int, parcel: FlowerMessage) -> None:
         try:
             message, tree = ProtoMessage(), ObjectTree()
             message.ParseFromString(parcel.message)
@@ -206,9 +206,9 @@ class Superlink:
             # Flower keeps the session of a reply that nobody waits for, and half a reply, for ever.
             self.state._cleanup_push_session(session, cleanup_messages=not whole)
 
-    def _give(self, node_id: int) -> FlowerMessage | None:
+    def _next_message(self, node_id: int) -> FlowerMessage | None:
         messages = cast(InMemoryLinkState, self.state).message_ins_store
-        message, waiting = None, self.waiting[node_id]
+        message, waiting = None, self.undelivered[node_id]
         while message is None and waiting:
             message = messages.get(waiting.popleft())  # None: it was taken back
         if message is None:
@@ -236,15 +236,15 @@ class Superlink:
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
-                Middleware(BaseHTTPMiddleware, dispatch=self._end_last_session),
+                Middleware(BaseHTTPMiddleware, dispatch=self._end_previous_session),
             ],
         )
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
         app.include_router(fleet_router)
-        return Door(self._watched(app), auth, OPEN, FLEET_HTTP_PUBLIC_KEY_HEADER)
+        return FlowerGuard(self._watched(app), auth, OPEN_PATHS, FLEET_HTTP_PUBLIC_KEY_HEADER)
 
-    async def _end_last_session(
+    async def _end_previous_session(
         self, request: Request, call_next: RequestResponseEndpoint
     ) -> Response:
         """Let a key that opens a session end its last one first.
@@ -299,19 +299,19 @@ def _check_objects(tree: ObjectTree, parcel: FlowerMessage) -> None:
             raise BadMessage("a reply whose tree is not that of its objects")
 
 
-class LinkGrid(Grid):
+class InProcessGrid(Grid):
     """A Grid over LinkState and ObjectStore in this process: no polling, one push for all.
 
     `get_node_ids` gives the nodes in `eligible`, so that an unmodified strategy samples among the
-    peers that can work. Messages must be small: `coordinator.transport.flower_records.LaneGrid`
-    sees to that.
+    peers that can work. Messages must be small: see
+    `coordinator.transport.flower_records.ClaimCheckGrid`.
     """
 
     def __init__(self, superlink: Superlink) -> None:
         self._state = superlink.state
         self._store = superlink.state.object_store
         self._run_id = superlink.run_id
-        self._lock, self._waiting = superlink.lock, superlink.waiting
+        self._lock, self._undelivered = superlink.lock, superlink.undelivered
         #: Replies that LinkState has delivered but whose objects are still under way, by id.
         self._incomplete: dict[str, Message] = {}
         self.eligible: set[int] = set()
@@ -352,7 +352,7 @@ class LinkGrid(Grid):
                 )
                 if stored:
                     ids.append(message.metadata.message_id)
-                    self._waiting[message.metadata.dst_node_id].append(ids[-1])
+                    self._undelivered[message.metadata.dst_node_id].append(ids[-1])
                     wanted.update(missing)
                     objects.update(get_all_nested_objects(message))
             # Only now: a session closes as soon as its registered objects are complete.
@@ -384,7 +384,7 @@ class LinkGrid(Grid):
                 if whole:
                     del self._incomplete[message_id]
                     replies.append(reply)
-            self._forget({reply.metadata.reply_to_message_id for reply in replies})
+            self._delete_messages({reply.metadata.reply_to_message_id for reply in replies})
         return replies
 
     def _fill(self, message_id: str, reply: Message) -> bool:
@@ -409,13 +409,13 @@ class LinkGrid(Grid):
         self._store.delete(message_id)
         return True
 
-    def forget(self, message_ids: set[str]) -> None:
+    def delete_messages(self, message_ids: set[str]) -> None:
         """Take back messages, answered or not: a late reply to them is refused."""
         if message_ids:
             with self._lock:
-                self._forget(message_ids)
+                self._delete_messages(message_ids)
 
-    def _forget(self, message_ids: set[str]) -> None:
+    def _delete_messages(self, message_ids: set[str]) -> None:
         self._state.delete_messages(message_ids)
         for message_id in message_ids:
             self._store.delete(message_id)

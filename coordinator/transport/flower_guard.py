@@ -15,7 +15,7 @@ from coordinator.fleet.auth import Auth
 MAX_BODY_BYTES = 16 * 1024
 
 
-class Door:
+class FlowerGuard:
     """Lets requests of ours through to Flower: to `open_paths` alone, signed as on our own routes.
 
     `key_header` is where Flower looks for the sender's node key.
@@ -35,7 +35,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await self._checked(Request(scope, receive))
+            body = await self._authenticated_body(Request(scope, receive))
         except HTTPException as err:
             await Response(status_code=err.status_code)(scope, receive, send)
             return
@@ -62,7 +62,7 @@ class Door:
 
         await self._app(scope, give, say)
 
-    async def _checked(self, request: Request) -> bytes:
+    async def _authenticated_body(self, request: Request) -> bytes:
         if request.method != "POST" or request.scope["path"] not in self._open_paths:
             raise HTTPException(404)
         peer, body = await self._auth.peer_and_body(request, MAX_BODY_BYTES)

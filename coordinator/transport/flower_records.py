@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower import LinkGrid, Superlink
+from coordinator.transport.flower import InProcessGrid, Superlink
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
@@ -26,7 +26,7 @@ WEIGHTS = "cw.weights"
 CLAIM, DESCRIPTION, PROOF = "cw.claim", "cw.description", "cw.proof"
 
 
-class HeldArray(Array):
+class InMemoryArray(Array):
     """An Array of this process: the numpy array as it is, and bytes of it only if asked.
 
     Flower's own writes each array out and reads it again whenever a strategy looks at it.
@@ -48,7 +48,7 @@ class HeldArray(Array):
         """Flower's constructor sets it."""
 
 
-class HeldRecord(ArrayRecord):
+class InMemoryRecord(ArrayRecord):
     """A record of HeldArrays.
 
     Flower's own, asked for its arrays one last time, writes each of them out to count its bytes and
@@ -58,10 +58,10 @@ class HeldRecord(ArrayRecord):
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         super().__init__()
         for name, array in arrays.items():  # one by one: its constructor makes plain Arrays of them
-            self[name] = HeldArray(np.asarray(array))
+            self[name] = InMemoryArray(np.asarray(array))
 
-    def copy(self) -> HeldRecord:
-        return HeldRecord({name: array.numpy() for name, array in self.items()})
+    def copy(self) -> InMemoryRecord:
+        return InMemoryRecord({name: array.numpy() for name, array in self.items()})
 
     def to_numpy_ndarrays(self, *, keep_input: bool = True) -> list[npt.NDArray[Any]]:
         found = [array.numpy() for array in self.values()]
@@ -70,7 +70,7 @@ class HeldRecord(ArrayRecord):
         return found
 
 
-class VersionRecord(HeldRecord):
+class VersionRecord(InMemoryRecord):
     """A version that the lane already holds, named by its digest.
 
     It holds arrays only if it is given the model: FedAvg passes the record on without a look.
@@ -96,7 +96,7 @@ def as_weights(record: ArrayRecord) -> Weights:
     return Weights({name: array.numpy() for name, array in record.items()})
 
 
-def one_config(messages: Sequence[Message]) -> dict[str, int | float]:
+def shared_config(messages: Sequence[Message]) -> dict[str, int | float]:
     """The numbers that a strategy put into its messages' config, named as settings are.
 
     Raises CommonweightError if they are not the same for all: a round has one piece of work.
@@ -154,7 +154,7 @@ def read_proof(reply: Message) -> tuple[bytes, bytes] | None:
     return work, signature
 
 
-class LaneGrid(LinkGrid):
+class ClaimCheckGrid(InProcessGrid):
     """A Grid whose arrays travel on the lane.
 
     `push_messages` commits the arrays it meets to the lane (a VersionRecord is there already) and
@@ -162,9 +162,9 @@ class LaneGrid(LinkGrid):
     what becomes of them.
     """
 
-    def __init__(self, superlink: Superlink, lane: WeightStore) -> None:
+    def __init__(self, superlink: Superlink, store: WeightStore) -> None:
         super().__init__(superlink)
-        self._lane = lane
+        self._weights = store
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent: dict[int, RecordDict] = {}
@@ -185,6 +185,8 @@ class LaneGrid(LinkGrid):
                 continue
             digest = record.digest if isinstance(record, VersionRecord) else ""
             if not digest:
-                digest = self._lane.save(as_weights(record))
-            slim[WEIGHTS] = weights_record(digest, self._lane.version_path(digest).stat().st_size)
+                digest = self._weights.save(as_weights(record))
+            slim[WEIGHTS] = weights_record(
+                digest, self._weights.version_path(digest).stat().st_size
+            )
         return slim

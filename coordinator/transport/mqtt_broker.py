@@ -31,10 +31,10 @@ from protocols.messages.mqtt import MqttAddress, parse_url
 OnChange = Callable[[bool, str], None]
 
 MAX_CONNECTIONS = 10_000
-READY_WITHIN_S = 20.0
-FIRST_WAIT_S, MOST_WAIT_S = 0.5, 10.0
-_LIVED_S = 60.0  # a child that lived this long starts the waits from the first again
-_WATCH_S = 0.2
+START_TIMEOUT_S = 20.0
+MIN_RETRY_S, MAX_RETRY_S = 0.5, 10.0
+_STABLE_S = 60.0  # a child that lived this long starts the waits from the first again
+_POLL_S = 0.2
 _CHOOSE = "choose another port: --mqtt-port PORT"
 
 # -P: a folder named `iotcore` where the operator stands must not be taken for the package. rumqttd
@@ -111,7 +111,7 @@ class EmbeddedBroker:
         self.port = _free_port(self._ip, self.host, self.port)
         self._process = self._spawn()
         try:
-            await self._ready()
+            await self._wait_until_ready()
         except BaseException:  # cancelled or failed: no child may be left behind
             await self.stop()
             raise
@@ -123,9 +123,9 @@ class EmbeddedBroker:
             return
         process.terminate()
         try:
-            if not await _ended(process, 5.0):
+            if not await _wait_for_exit(process, 5.0):
                 process.kill()
-                await _ended(process, 5.0)
+                await _wait_for_exit(process, 5.0)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -138,20 +138,20 @@ class EmbeddedBroker:
         Cancel this before `stop`, or the child is started again.
         """
         told = ""
-        wait_s, why = FIRST_WAIT_S, "the MQTT broker was not started"
+        wait_s, why = MIN_RETRY_S, "the MQTT broker was not started"
         while True:
             if self.running:
                 on_change(True, "")
                 told = ""
                 since = time.monotonic()
-                why = await self._down()
-                if time.monotonic() - since > _LIVED_S:
-                    wait_s = FIRST_WAIT_S
+                why = await self._wait_until_down()
+                if time.monotonic() - since > _STABLE_S:
+                    wait_s = MIN_RETRY_S
             if told != why:
                 on_change(False, why)
                 told = why
             await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, MOST_WAIT_S)
+            wait_s = min(2 * wait_s, MAX_RETRY_S)
             try:
                 await self.start()
             except (CommonweightError, OSError) as err:
@@ -211,16 +211,18 @@ class EmbeddedBroker:
         }
         return tomli_w.dumps({"id": 0, "router": router, "v4": {"1": server}})
 
-    async def _ready(self) -> None:
-        until = time.monotonic() + READY_WITHIN_S
+    async def _wait_until_ready(self) -> None:
+        until = time.monotonic() + START_TIMEOUT_S
         while self.running:
-            certificate = await self._shown(timeout_s=2.0)
+            certificate = await self._served_certificate(timeout_s=2.0)
             if certificate is not None:
                 if certificate == _first_certificate(self._certificate):
                     return
                 raise PortInUse(f"another program answers at port {self.port}", _CHOOSE)
             if time.monotonic() > until:
-                raise CommonweightError(f"the MQTT broker did not answer in {READY_WITHIN_S:.0f} s")
+                raise CommonweightError(
+                    f"the MQTT broker did not answer in {START_TIMEOUT_S:.0f} s"
+                )
             await asyncio.sleep(0.05)
         log = self._folder / "broker.log"
         lines = log.read_text(errors="replace").strip().splitlines()
@@ -229,7 +231,7 @@ class EmbeddedBroker:
             f"its words are in {log}",
         )
 
-    async def _down(self) -> str:
+    async def _wait_until_down(self) -> str:
         """Wait until the child ended or stopped answering; why."""
         next_try = time.monotonic() + self._stuck_after_s / 3
         trial: asyncio.Task[bytes | None] | None = None
@@ -238,19 +240,21 @@ class EmbeddedBroker:
                 if (status := self._process.poll()) is not None:
                     return f"the MQTT broker ended (status {status})"
                 if trial is None and time.monotonic() >= next_try:
-                    trial = asyncio.create_task(self._shown(timeout_s=self._stuck_after_s))
+                    trial = asyncio.create_task(
+                        self._served_certificate(timeout_s=self._stuck_after_s)
+                    )
                 elif trial is not None and trial.done():
                     if trial.result() is None and self.running:
                         await self.stop()
                         return f"the MQTT broker answered nobody for {self._stuck_after_s:.0f} s"
                     trial, next_try = None, time.monotonic() + self._stuck_after_s / 3
-                await asyncio.sleep(_WATCH_S)
+                await asyncio.sleep(_POLL_S)
             return "the MQTT broker was stopped"
         finally:
             if trial is not None:
                 trial.cancel()
 
-    async def _shown(self, timeout_s: float) -> bytes | None:
+    async def _served_certificate(self, timeout_s: float) -> bytes | None:
         """The certificate (DER) that whoever listens shows, or None: no TLS handshake in time."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -325,7 +329,7 @@ def _first_certificate(path: Path) -> bytes:
     return ssl.PEM_cert_to_DER_cert(text[text.index("-----BEGIN") : text.index(end) + len(end)])
 
 
-async def _ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+async def _wait_for_exit(process: subprocess.Popen[bytes], within_s: float) -> bool:
     until = time.monotonic() + within_s
     while process.poll() is None:
         if time.monotonic() > until:

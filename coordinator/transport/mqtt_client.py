@@ -2,10 +2,10 @@
 
 Rule 1: a message counts if the peer of its topic signed it and its kind belongs on that topic.
         Whatever else is in the broker is counted and shown to `on_rejected`, never to the fleet.
-Rule 2: the feed is never needed. It reconnects for ever; while the link is down, `publish` and
-        what builds on it say False at once.
-Rule 3: a flood eats no memory: beyond `_Incoming`'s bounds the oldest waiting messages are dropped
-        (and counted): a peer repeats its presence, and newer telemetry is the better one.
+Rule 2: nothing depends on the broker. The client reconnects forever. While the link is down,
+        `publish` and the methods that use it return False at once.
+Rule 3: memory is bounded. `_IncomingQueue` drops (and counts) the oldest waiting messages: a peer
+        repeats its presence, and newer telemetry replaces older.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ _ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
     "notice": (Notice,),
     "event": (PeerChanged, RunChanged, RoundClosed, JobChanged, EventLine, Links),
 }
-_MOST_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
-_MOST_PER_WAKE = 256  # messages that are read from the socket before others have their turn
-_TURN_S = 0.05  # for messages that wait, before others have their turn
-_LIVED_S = 10.0  # a link that held this long starts the waits from the first again
+_MAX_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
+_MAX_PER_WAKE = 256  # messages that are read from the socket before others have their turn
+_MAX_TURN_S = 0.05  # for messages that wait, before others have their turn
+_STABLE_S = 10.0  # a link that held this long starts the waits from the first again
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
 
 
-class Feed:
+class FleetMqttClient:
     """One link to the broker, for the coordinator (with `sign`) or for a monitor (without).
 
     `verify(sender, signature, signed bytes)` knows the peers' keys, and the coordinator's if
@@ -107,13 +107,13 @@ class Feed:
         self._doorbells = doorbells
         self._sign = sign
         # Orders have numbers of their own: a watcher takes a missing number for a lost event.
-        self._orders = SequencedSigner(COORDINATOR, sign) if sign else None
+        self._command_sequencer = SequencedSigner(COORDINATOR, sign) if sign else None
         # Presence at QoS 0: at QoS 1 rumqttd hands out 100 retained messages and keeps the rest.
         every = functools.partial(topics.all_peers, fleet)
         self._filters = [(every("presence"), 0), (every("telemetry"), 0), (every("notice"), 1)]
         if listen_to_coordinator:
             self._filters.append((topics.event(fleet), 1))
-        self._told: tuple[bool, str] | None = None
+        self._reported: tuple[bool, str] | None = None
         self._client: aiomqtt.Client | None = None
         self._pending = 0
 
@@ -132,18 +132,18 @@ class Feed:
                     cause = group.exceptions[0]
                     why = describe_failure(cause.__cause__ or cause.__context__, self._address)
             self.connected = False
-            self._tell(False, why)
-            if time.monotonic() - began > _LIVED_S:
+            self._report_link(False, why)
+            if time.monotonic() - began > _STABLE_S:
                 waits = delays(rng)
             await asyncio.sleep(next(waits))
 
-    def _tell(self, up: bool, why: str) -> None:
-        if self._told != (up, why):
-            self._told = (up, why)
+    def _report_link(self, up: bool, why: str) -> None:
+        if self._reported != (up, why):
+            self._reported = (up, why)
             self._on_change(up, why)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
-        queue = _Incoming(self._drop)
+        queue = _IncomingQueue(self._drop)
         client = aiomqtt.Client(
             self._address.host,
             self._address.port,
@@ -159,35 +159,37 @@ class Feed:
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
         )
-        client.pending_calls_threshold = _MOST_PENDING  # it warns beyond it, at each one more
+        client.pending_calls_threshold = _MAX_PENDING  # it warns beyond it, at each one more
         _read_all(client, queue)
         async with _entered(client):
             try:
                 codes = await client.subscribe(self._filters)
                 allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
                 self.connected, self._client = True, client
-                self._tell(True, "" if allowed else "the broker refuses a subscription (its ACL)")
+                self._report_link(
+                    True, "" if allowed else "the broker refuses a subscription (its ACL)"
+                )
                 async for message in client.messages:
-                    self._take(message.topic.value, message.payload)
-                    await self._take_waiting(queue)
+                    self._on_message(message.topic.value, message.payload)
+                    await self._drain(queue)
             finally:
                 self._client = None
 
     # --- what comes in -----------------------------------------------------------------------
 
-    async def _take_waiting(self, queue: _Incoming) -> None:
+    async def _drain(self, queue: _IncomingQueue) -> None:
         """All that has come in meanwhile: aiomqtt's iterator costs a task and turns a message."""
-        until = time.monotonic() + _TURN_S
+        until = time.monotonic() + _MAX_TURN_S
         while not queue.empty():
             message = queue.get_nowait()
-            self._take(message.topic.value, message.payload)
+            self._on_message(message.topic.value, message.payload)
             if time.monotonic() > until:  # others have their turn
                 await asyncio.sleep(0)
-                until = time.monotonic() + _TURN_S
+                until = time.monotonic() + _MAX_TURN_S
 
-    def _take(self, topic: str, payload: object) -> None:
+    def _on_message(self, topic: str, payload: object) -> None:
         try:
-            heard = self._heard(topic, payload)
+            heard = self._verified(topic, payload)
         except BadMessage as err:
             self.rejected += 1
             self._on_rejected(topic, err)
@@ -195,7 +197,7 @@ class Feed:
             if heard is not None:
                 self._on_envelope(*heard)
 
-    def _heard(self, topic: str, payload: object) -> tuple[Kind, Envelope] | None:
+    def _verified(self, topic: str, payload: object) -> tuple[Kind, Envelope] | None:
         """What counts, or None for a presence that was cleared. Raises BadMessage."""
         parsed = topics.parse(topic)
         if parsed is None or parsed.fleet != self._fleet or not isinstance(payload, bytes):
@@ -219,15 +221,15 @@ class Feed:
 
         Raises RuntimeError in a feed that was given no `sign`.
         """
-        if self._orders is None:
+        if self._command_sequencer is None:
             raise RuntimeError("this feed only listens: it was given no key to sign with")
-        payload = self._orders.seal(topic, body)
+        payload = self._command_sequencer.seal(topic, body)
         if len(payload) > MAX_PAYLOAD_BYTES:
             _log.error("%s of %d bytes was not sent", type(body).__name__, len(payload))
             return False
         return await self._send(topic, payload, qos)
 
-    async def ring(self, peer: str) -> bool:
+    async def ring_doorbell(self, peer: str) -> bool:
         """Tell `peer` that work is waiting. At QoS 0: one that is away asks when it is back."""
         if not self._doorbells:
             return False
@@ -237,7 +239,7 @@ class Feed:
         """Send an operator's command. True says that the broker has it, not that `peer` obeyed."""
         return await self.publish(topics.command(self._fleet, peer), command)
 
-    async def relay(self, envelope: Envelope) -> bool:
+    async def publish_event(self, envelope: Envelope) -> bool:
         """Tell the monitors what the coordinator has numbered and folded itself."""
         body = envelope.body
         if isinstance(body, RoundClosed) and len(body.norms) > 200:
@@ -251,13 +253,13 @@ class Feed:
             return False
         return await self._send(topic, payload, qos=1)
 
-    async def forget(self, peer: str) -> bool:
+    async def clear_presence(self, peer: str) -> bool:
         """Clear the retained presence of a peer that was removed."""
         return await self._send(topics.presence(self._fleet, peer), b"", 1, retain=True)
 
     async def _send(self, topic: str, payload: bytes, qos: int, retain: bool = False) -> bool:
         client = self._client
-        if client is None or self._pending >= _MOST_PENDING:
+        if client is None or self._pending >= _MAX_PENDING:
             return False
         self._pending += 1
         try:
@@ -269,10 +271,10 @@ class Feed:
         return True
 
 
-class _Incoming(asyncio.Queue[aiomqtt.Message]):
+class _IncomingQueue(asyncio.Queue[aiomqtt.Message]):
     """Messages that wait to be read, bounded in number and bytes; the oldest are dropped."""
 
-    MOST, MOST_BYTES = 20_000, 32 * 1024 * 1024
+    MAX_MESSAGES, MAX_BYTES = 20_000, 32 * 1024 * 1024
 
     def __init__(self, drop: Callable[[], None]) -> None:
         super().__init__()
@@ -282,7 +284,7 @@ class _Incoming(asyncio.Queue[aiomqtt.Message]):
     def put_nowait(self, item: aiomqtt.Message) -> None:
         self.num_put += 1
         self._bytes += _size(item)
-        while self.qsize() and (self.qsize() >= self.MOST or self._bytes > self.MOST_BYTES):
+        while self.qsize() and (self.qsize() >= self.MAX_MESSAGES or self._bytes > self.MAX_BYTES):
             self.get_nowait()
             self._drop()
         super().put_nowait(item)
@@ -297,7 +299,7 @@ def _size(message: aiomqtt.Message) -> int:
     return len(message.payload) if isinstance(message.payload, bytes) else 0
 
 
-def _read_all(client: aiomqtt.Client, queue: _Incoming) -> None:
+def _read_all(client: aiomqtt.Client, queue: _IncomingQueue) -> None:
     """Let each wake of the socket read all that has come.
 
     paho reads one packet a wake, and in a busy event loop a wake comes seldom: presence waited
@@ -307,7 +309,7 @@ def _read_all(client: aiomqtt.Client, queue: _Incoming) -> None:
     read_one = paho.loop_read
 
     def read(max_packets: int = 1) -> MQTTErrorCode:
-        for _ in range(_MOST_PER_WAKE):
+        for _ in range(_MAX_PER_WAKE):
             before = queue.num_put
             code = read_one(max_packets)
             if queue.num_put == before:

@@ -16,7 +16,7 @@ from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import Sessions
 from coordinator.storage.settings import Keys
-from coordinator.transport.mqtt_client import Feed
+from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages import topics
 from protocols.messages.envelope import (
@@ -37,20 +37,24 @@ from protocols.messages.topics import COORDINATOR, Kind
 log = logging.getLogger("commonweight.hub")
 
 #: Events that wait for a broker that hangs.
-MOST_OUTGOING = 10_000
+MAX_OUTGOING = 10_000
 
 
-class Mirror:
-    """`on_news()` is told that somebody comes, goes or pauses, `on_up()` that a broker is back."""
+class EventPublisher:
+    """Publishes our own messages, and applies what arrives to `fleet` and `sessions`.
+
+    `on_eligibility_change()` is called when a peer's presence changes whether it can be given work,
+    `on_up()` when the link to a broker is up.
+    """
 
     def __init__(self, fleet: Fleet, sessions: Sessions, keys: Keys) -> None:
         self._fleet, self._sessions, self._keys = fleet, sessions, keys
-        self.on_news: Callable[[], None] = lambda: None
+        self.on_eligibility_change: Callable[[], None] = lambda: None
         self.on_up: Callable[[], None] = lambda: None
-        self._voice = SequencedSigner(COORDINATOR, keys.sign_key.sign)
-        self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MOST_OUTGOING)
-        self._saying: set[asyncio.Task[bool]] = set()
-        self._feed: Feed | None = None
+        self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
+        self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MAX_OUTGOING)
+        self._sending: set[asyncio.Task[bool]] = set()
+        self._client: FleetMqttClient | None = None
         self._up = False
         self._rejected = 0
 
@@ -58,64 +62,64 @@ class Mirror:
 
     async def listen(self, address: MqttAddress, verify: Verify) -> None:
         """Hold the link to the broker at `address`, again and again."""
-        self._feed = Feed(
+        self._client = FleetMqttClient(
             address,
             self._keys.fleet,
             verify,
-            self._heard,
+            self._on_message,
             self._on_link,
             self._on_rejected,
             sign=self._keys.sign_key.sign,
         )
-        await self._feed.run()
+        await self._client.run()
 
     async def relay(self) -> None:
         """Send the monitors what was published."""
         while True:
             envelope = await self._outgoing.get()
-            if self._feed is not None:
-                await self._feed.relay(envelope)
+            if self._client is not None:
+                await self._client.publish_event(envelope)
 
     # --- saying ---
 
     def publish(self, body: CoordinatorBody) -> None:
         """Fold one of our own messages and queue it for the monitors."""
-        envelope = self._voice.next_envelope(body)
-        fleets.fold(self._fleet, envelope, time.time())
+        envelope = self._sequencer.next_envelope(body)
+        fleets.reduce(self._fleet, envelope, time.time())
         if not self._outgoing.full():  # monitors see the gap in the numbers, and ask for a snapshot
             self._outgoing.put_nowait(envelope)
 
-    def ring(self, peers: Sequence[str]) -> None:
+    def ring_doorbells(self, peers: Sequence[str]) -> None:
         """Tell these that work is waiting."""
-        if self._feed is not None:
+        if self._client is not None:
             for peer in peers:
-                self._say_soon(self._feed.ring(peer))
+                self._send_in_background(self._client.ring_doorbell(peer))
 
-    def forget(self, peer: str) -> None:
+    def clear_presence(self, peer: str) -> None:
         """Take a removed peer's retained messages off the broker."""
-        if self._feed is not None:
-            self._say_soon(self._feed.forget(peer))
+        if self._client is not None:
+            self._send_in_background(self._client.clear_presence(peer))
 
-    def _say_soon(self, saying: Coroutine[Any, Any, bool]) -> None:
+    def _send_in_background(self, saying: Coroutine[Any, Any, bool]) -> None:
         """Something that nobody waits for."""
         task = asyncio.create_task(saying)
-        self._saying.add(task)
-        task.add_done_callback(self._saying.discard)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
 
     async def command(self, peer: str, command: Command) -> None:
         """Send an operator's command. Raises Unreachable."""
-        if self._feed is None or not await self._feed.command(peer, command):
+        if self._client is None or not await self._client.command(peer, command):
             raise Unreachable(
                 "the MQTT broker is away, and commands travel over it",
                 "training goes on; try again when the monitor shows mqtt ●",
             )
 
-    async def ask_logs(self, peer: str, asked: LogRequest) -> bool:
+    async def request_logs(self, peer: str, asked: LogRequest) -> bool:
         """Whether the broker has the question."""
         topic = topics.command(self._keys.fleet, peer)
-        return self._feed is not None and await self._feed.publish(topic, asked)
+        return self._client is not None and await self._client.publish(topic, asked)
 
-    def tell_of(self, peer: Peer) -> None:
+    def publish_peer(self, peer: Peer) -> None:
         """Who a peer is, and whether its session holds."""
         self.publish(
             PeerChanged(
@@ -128,12 +132,12 @@ class Mirror:
             )
         )
 
-    def tell_links(self, peers: Iterable[Peer] = ()) -> None:
+    def publish_links(self, peers: Iterable[Peer] = ()) -> None:
         """What is up, how many messages were rejected, whose session holds, if that is news."""
         for peer in peers:
             shown = self._fleet.peers.get(peer.peer)
             if shown is not None and shown.flower is not self._sessions.is_open(peer.peer):
-                self.tell_of(peer)
+                self.publish_peer(peer)
         online = self._sessions.any_online
         links = Links(mqtt=self._up, flower=online, rejected=self._rejected)
         if links != self._fleet.links:
@@ -141,16 +145,16 @@ class Mirror:
 
     # --- hearing ---
 
-    def _heard(self, _: Kind, envelope: Envelope) -> None:
+    def _on_message(self, _: Kind, envelope: Envelope) -> None:
         body = envelope.body
         before = self._sessions.is_eligible(envelope.sender)
         known = self._presence_numbers(envelope.sender)
-        fleets.fold(self._fleet, envelope, time.time())
+        fleets.reduce(self._fleet, envelope, time.time())
         # One that the fold has ignored was sent again by somebody: it moves nothing here either.
         if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
-            self._sessions.heard_presence(envelope.sender, body)
+            self._sessions.on_presence(envelope.sender, body)
             if before != self._sessions.is_eligible(envelope.sender):
-                self.on_news()
+                self.on_eligibility_change()
 
     def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
         """What changes with each presence that the fold takes."""
@@ -169,7 +173,7 @@ class Mirror:
     def _on_link(self, up: bool, why: str) -> None:
         changed = up != self._up
         self._up = up
-        self.tell_links()
+        self.publish_links()
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
             self.publish(EventLine(level="info" if up else "warning", text=strip_controls(text)))

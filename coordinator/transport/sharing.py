@@ -21,8 +21,8 @@ from starlette.responses import Response
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.holders import Holders
-from coordinator.transport.neighbours import NeighbourDesk
+from coordinator.transport.peer_directory import PeerDirectoryRoutes
+from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
 from protocols.p2p import swarm
@@ -38,43 +38,45 @@ from protocols.p2p.swarm import (
 
 log = logging.getLogger("commonweight.share")
 
-_MOST_BODY_BYTES = 64 * 1024
-_MOST_LISTS = 4
+_MAX_BODY_BYTES = 64 * 1024
+_MAX_LISTS = 4
 
 T = TypeVar("T")
 
 
-class SharingDesk:
+class SharingRoutes:
     """Plans for whoever needs a version. `sign` is the coordinator's."""
 
-    def __init__(self, lane: WeightStore, registry: Registry, holders: Holders, sign: Sign) -> None:
-        self._lane, self._registry, self._holders, self._sign = lane, registry, holders, sign
-        self.neighbours = NeighbourDesk(registry, sign)
+    def __init__(
+        self, store: WeightStore, registry: Registry, sources: PieceSources, sign: Sign
+    ) -> None:
+        self._store, self._registry, self._sources, self._sign = store, registry, sources, sign
+        self.directory_routes = PeerDirectoryRoutes(registry, sign)
         #: Piece lists by version, made when the first agent asks.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
 
-    def gone(self, peer: str) -> None:
+    def remove_peer(self, peer: str) -> None:
         """The peer was removed: nobody is sent to it any more."""
-        self._holders.gone(peer)
-        self.neighbours.book.gone(peer)
+        self._sources.remove_peer(peer)
+        self.directory_routes.directory.remove(peer)
 
-    def forgive(self, peer: str) -> None:
+    def clear_complaints(self, peer: str) -> None:
         """The peer has opened a new session: complaints about it are over."""
-        self._holders.forgive(peer)
+        self._sources.clear_complaints(peer)
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
         """(method, path, endpoint) of the plans, and of the neighbours."""
 
         async def plan(request: Request) -> Response:
             digest = digest_of(request)
-            peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
+            peer, body = await auth.peer_and_body(request, _MAX_BODY_BYTES)
             asked = _decoded(body, DownloadPlanRequest)
-            path = self._lane.version_path(digest)
+            path = self._store.version_path(digest)
             if not path.exists():
                 raise HTTPException(404)
             pieces = await self._pieces(digest, path)
             outside = request.client.host if request.client else ""
-            advice = self._holders.ask(digest, peer.peer, asked, outside, time.monotonic())
+            advice = self._sources.plan_fetch(digest, peer.peer, asked, outside, time.monotonic())
             known = self._registry.peers
             permit = swarm.DownloadToken(
                 peer=peer.peer,
@@ -89,7 +91,7 @@ class SharingDesk:
                 pieces=pieces,
                 sources=tuple(
                     PieceSource(peer=other, address=address, node_public=known[other].node_public)
-                    for other, address in advice.holders
+                    for other, address in advice.sources
                     if other in known and known[other].standing == "enrolled"
                 ),
                 token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(permit, self._sign),
@@ -99,20 +101,20 @@ class SharingDesk:
 
         async def held(request: Request) -> Response:
             digest = digest_of(request)
-            peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
+            peer, body = await auth.peer_and_body(request, _MAX_BODY_BYTES)
             told = _decoded(body, DownloadReport)
-            for other in self._holders.held(digest, peer.peer, told.rates, told.faulty):
+            for other in self._sources.record_complete(digest, peer.peer, told.rates, told.faulty):
                 name = self._registry.peers[other].name if other in self._registry.peers else other
                 log.warning("%s found %s of no help with a version", peer.name, name)
             return Response(status_code=204)
 
         plans = [("POST", PLAN_PATH, plan), ("POST", DOWNLOAD_REPORT_PATH, held)]
-        return [*plans, *self.neighbours.routes(auth)]
+        return [*plans, *self.directory_routes.routes(auth)]
 
     async def _pieces(self, digest: str, path: Path) -> bytes:
         """The version's piece list, made once however many ask."""
         if digest not in self._lists:
-            while len(self._lists) >= _MOST_LISTS:
+            while len(self._lists) >= _MAX_LISTS:
                 del self._lists[next(iter(self._lists))]
             self._lists[digest] = asyncio.ensure_future(asyncio.to_thread(_hashed, path))
         try:

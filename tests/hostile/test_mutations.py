@@ -34,7 +34,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.validation import ExpectedReply
 from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower_records import CLAIM, read_claim
-from coordinator.transport.mqtt_client import Feed
+from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import JoinRequest
 from protocols.errors import (
@@ -169,17 +169,17 @@ def knows(sender: str, signature: bytes, signed: bytes) -> bool:
     return sender == PEER and identity.verify(PUBLIC, signature, signed)
 
 
-def a_feed() -> tuple[Feed, Fleet, list[BadMessage]]:
+def a_feed() -> tuple[FleetMqttClient, Fleet, list[BadMessage]]:
     fleet = Fleet(fleet=FLEET)
     known = messages.PeerChanged(peer=PEER, name="box", public_key=PUBLIC)
     voice = SequencedSigner(topics.COORDINATOR, KEY.sign)
-    fleets.fold(fleet, voice.next_envelope(known), time.time())
+    fleets.reduce(fleet, voice.next_envelope(known), time.time())
     rejected: list[BadMessage] = []
-    feed = Feed(
+    feed = FleetMqttClient(
         MqttAddress(host="x", port=1),
         FLEET,
         knows,
-        lambda kind, envelope: fleets.fold(fleet, envelope, time.time()) and None,
+        lambda kind, envelope: fleets.reduce(fleet, envelope, time.time()) and None,
         lambda up, why: None,
         lambda topic, err: rejected.append(err),
     )
@@ -193,7 +193,7 @@ def test_envelopes_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     feed, fleet, rejected = a_feed()
     before = fleets.encode(fleet, 0.0)
     payload = mutated(SequencedSigner(PEER, KEY.sign).seal(TOPIC, PRESENCE), changes)
-    feed._take(TOPIC, payload)
+    feed._on_message(TOPIC, payload)
     assert len(rejected) == (1 if payload else 0)
     assert fleets.encode(fleet, 0.0) == before
 
@@ -209,7 +209,7 @@ def test_envelopes_of_a_lying_member(
     whole = plain_of(SequencedSigner(PEER, KEY.sign).next_envelope(body))
     payload = as_json(distorted(whole, places))
     signature = KEY.sign(b"commonweight mqtt 1\n" + topic.encode() + b"\n" + payload)
-    feed._take(topic, base64.urlsafe_b64encode(signature) + b"." + payload)
+    feed._on_message(topic, base64.urlsafe_b64encode(signature) + b"." + payload)
     fleets.decode(fleets.encode(fleet, time.time()))
     assert set(fleet.peers) == {PEER}
 
@@ -415,7 +415,7 @@ class Asked:
         for reply in self.site.grid.pull_messages(self.ids):
             with contextlib.suppress(BadMessage, KeyError, TypeError, ValueError):
                 read_claim(reply)
-        self.site.grid.forget(self.ids)
+        self.site.grid.delete_messages(self.ids)
 
 
 @pytest.fixture(scope="module")

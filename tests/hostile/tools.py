@@ -21,7 +21,7 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
 
-from coordinator.daemon.coordinator import Hub
+from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity, signed_requests, tickets
 from tests.support.https_site import HOST, Machine
@@ -64,7 +64,7 @@ def state_of(fleet: Fleet) -> State:
     )
 
 
-def enroll(hub: Hub, name: str) -> Machine:
+def enroll(hub: Coordinator, name: str) -> Machine:
     """A machine that has joined and runs no agent."""
     machine = Machine(name)
     ticket = tickets.new_ticket(hub.addresses(), bytes(32))

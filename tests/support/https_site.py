@@ -27,10 +27,10 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
-from coordinator.transport.flower_records import LaneGrid
-from coordinator.transport.holders import Holders
+from coordinator.transport.flower_records import ClaimCheckGrid
 from coordinator.transport.http_server import Server, listen
-from coordinator.transport.sharing import SharingDesk
+from coordinator.transport.piece_sources import PieceSources
+from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import JoinRequest, join_proof
@@ -80,7 +80,7 @@ class Machine:
 class Site:
     """Registry, lane and our routes over one folder; Flower's too with `flower=True`.
 
-    It is the `Desk` of the routes. `requests` holds method and path of all that was asked.
+    It is the `CoordinatorService` of the routes. `requests` has method and path of each request.
     """
 
     def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
@@ -101,8 +101,8 @@ class Site:
         self.transfer.limits.max_bytes = 1 << 20
         self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
         self.auth = Auth(self.registry, identity.public_bytes(self.operator_key))
-        self.holders = Holders()
-        self.sharing = SharingDesk(self.lane, self.registry, self.holders, self.sign_key.sign)
+        self.holders = PieceSources()
+        self.sharing = SharingRoutes(self.lane, self.registry, self.holders, self.sign_key.sign)
         self.requests: list[tuple[str, str]] = []
         self.heard: list[tuple[str, int]] = []
         self.nodes: dict[str, int] = {}
@@ -111,12 +111,12 @@ class Site:
         if flower:
             self.superlink = Superlink()
             self.superlink.on_request = lambda action, node: self.heard.append((action, node))
-            self.grid = LaneGrid(self.superlink, self.lane)
+            self.grid = ClaimCheckGrid(self.superlink, self.lane)
             self.registry.on_change = self._admit
 
     def _admit(self, peer: Peer) -> None:
         if peer.standing == "enrolled" and peer.peer not in self.nodes:
-            self.nodes[peer.peer] = self.superlink.register(peer.node_public)
+            self.nodes[peer.peer] = self.superlink.register_node(peer.node_public)
 
     # --- what the routes ask ---
 

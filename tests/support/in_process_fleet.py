@@ -29,7 +29,7 @@ from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import SessionLost
-from coordinator.daemon.coordinator import Hub
+from coordinator.daemon.coordinator import Coordinator
 from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
 from coordinator.storage import settings
@@ -288,15 +288,15 @@ class Fleet:
         self.keys = settings.open_keys(self.home)
         self.agents: list[Agent] = []
         self.port = 0
-        self.hub: Hub
+        self.hub: Coordinator
 
     @asynccontextmanager
-    async def up(self, *, resume: bool = True, metrics_port: int = 0) -> AsyncIterator[Hub]:
+    async def up(self, *, resume: bool = True, metrics_port: int = 0) -> AsyncIterator[Coordinator]:
         """A coordinator over the home; the next one has the same port."""
         chosen = Settings(
             host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9", metrics_port=metrics_port
         )
-        self.hub = Hub(self.home, self.keys, chosen)
+        self.hub = Coordinator(self.home, self.keys, chosen)
         self.port = self.hub.port
         ready = asyncio.Event()
         serving = asyncio.create_task(self.hub.serve(ready.set, resume=resume))
@@ -360,7 +360,7 @@ class Fleet:
         return shown.changed.waiting_for if shown else ""
 
     def version(self, digest: str) -> Weights:
-        return weights.load(self.hub.lane.version_path(digest))
+        return weights.load(self.hub.weight_store.version_path(digest))
 
     async def close(self) -> None:
         """Stop the agents, also those whose work waits for a door."""

@@ -15,7 +15,7 @@ import aiomqtt
 
 from agent.transport.mqtt_client import MqttClient
 from coordinator.transport.mqtt_broker import EmbeddedBroker
-from coordinator.transport.mqtt_client import Feed
+from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
@@ -50,7 +50,7 @@ class Watch:
         self.kinds: list[str] = []
         self.refused: list[tuple[str, BadMessage]] = []
         self.changes: list[tuple[bool, str]] = []
-        self.feed = Feed(
+        self.feed = FleetMqttClient(
             address,
             site.fleet,
             site.verify,
@@ -65,7 +65,7 @@ class Watch:
         envelope = Envelope(
             sender=topics.COORDINATOR, epoch="e", seq=next(self._numbers), at=time.time(), body=body
         )
-        return await self.feed.relay(envelope)
+        return await self.feed.publish_event(envelope)
 
     def _hear(self, kind: str, envelope: Envelope) -> None:
         self.kinds.append(kind)

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from textual.app import App
 from textual.pilot import Pilot
 
-from coordinator.api.schema import RunOrder
-from coordinator.fleet.reducer import Fleet, decode, encode, fold
+from coordinator.api.schema import StartRunRequest
+from coordinator.fleet.reducer import Fleet, decode, encode, reduce
 from coordinator.monitor.tui import base_app
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config
@@ -231,7 +231,7 @@ def _jobs() -> list[JobChanged]:
 def busy_fleet() -> Fleet:
     fleet = empty_fleet()
     for heard_at, envelope in story():
-        fold(fleet, envelope, heard_at)
+        reduce(fleet, envelope, heard_at)
     fleet.gap = False
     return fleet
 
@@ -310,11 +310,11 @@ def crowd_fleet(peers: int = 300) -> Fleet:
         body = PeerChanged(peer=name, name=name, public_key=bytes(32))
         seq = fleet.seq + 1
         known = Envelope(sender=COORDINATOR, epoch=fleet.epoch, seq=seq, at=NOW, body=body)
-        fold(fleet, known, NOW)
+        reduce(fleet, known, NOW)
         state = (PeerState.TRAINING, PeerState.IDLE, PeerState.SENDING)[number % 3]
         there = Presence(state=state, version="0.1.0", run="motion-7", round=12)
-        fold(fleet, say(name, there), NOW - number % 20)
-        fold(fleet, say(name, telemetry(number % 40, 2.0 / (1 + number % 40))), NOW - number % 20)
+        reduce(fleet, say(name, there), NOW - number % 20)
+        reduce(fleet, say(name, telemetry(number % 40, 2.0 / (1 + number % 40))), NOW - number % 20)
     fleet.gap = False
     return fleet
 
@@ -335,7 +335,7 @@ class Replay:
         self.mqtt_up = True
         self.snapshots = 0
         self.commands: list[tuple[str, Action, float]] = []
-        self.orders: list[RunOrder] = []
+        self.orders: list[StartRunRequest] = []
         self.stopped: list[str] = []
         self.log_lines = [
             LogLine(at=NOW - 60, level="info", text="connected to 192.0.2.7:9092"),
@@ -363,7 +363,7 @@ class Replay:
             raise Refused("the broker is away", "Try again when it is back.")
         return f"asked to {action}"
 
-    async def start_run(self, order: RunOrder) -> str:
+    async def start_run(self, order: StartRunRequest) -> str:
         self.orders.append(order)
         return "ping-1"
 

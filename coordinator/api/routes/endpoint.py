@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.api.schema import STATUS
-from coordinator.api.service import Desk, error_answer, json_answer
+from coordinator.api.service import CoordinatorService, error_response, json_response
 from coordinator.fleet.auth import Auth
 from protocols.errors import CommonweightError, UsageError
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Call(NamedTuple):
     """A request of an operator or observer whose signature and role were checked."""
 
-    desk: Desk
+    service: CoordinatorService
     request: Request
     body: bytes
 
@@ -49,21 +49,21 @@ class Endpoint(NamedTuple):
     path: str
     handler: Callable[[Call], Awaitable[Any]]
 
-    def route(self, desk: Desk, auth: Auth) -> Route:
+    def route(self, service: CoordinatorService, auth: Auth) -> Route:
         """The endpoint as Starlette knows it."""
 
         async def answer(request: Request) -> Response:
             try:
                 body = await auth.operator(request, changes=self.method == "POST")
-                value = await self.handler(Call(desk, request, body))
+                value = await self.handler(Call(service, request, body))
             except CommonweightError as err:
-                return error_answer(err, STATUS.get(err.exit_code, 400))
-            return json_answer({} if value is None else value)
+                return error_response(err, STATUS.get(err.exit_code, 400))
+            return json_response({} if value is None else value)
 
         return Route(self.path, answer, methods=[self.method])
 
 
 #: For operators and observers: it only shows something.
-show = partial(Endpoint, "GET")
+get = partial(Endpoint, "GET")
 #: For operators.
-change = partial(Endpoint, "POST")
+post = partial(Endpoint, "POST")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from coordinator.api.routes.endpoint import Call, change, show
-from coordinator.api.schema import TicketOrder
+from coordinator.api.routes.endpoint import Call, get, post
+from coordinator.api.schema import TicketRequest
 from protocols.enrollment import tickets
 from protocols.errors import UsageError
 
 
 async def make_ticket(call: Call) -> dict[str, str]:
-    order = call.read(TicketOrder)
+    order = call.read(TicketRequest)
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
         raise UsageError("a ticket is good for at most a year and 100,000 machines")
-    ticket = tickets.new_ticket(call.desk.addresses(), call.desk.identity.ca_sha256)
-    call.desk.registry.create_ticket(
+    ticket = tickets.new_ticket(call.service.addresses(), call.service.identity.ca_sha256)
+    call.service.registry.create_ticket(
         ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role
     )
     return {"ticket": tickets.encode(ticket), "id": ticket.id}
@@ -32,30 +32,30 @@ async def list_tickets(call: Call) -> list[dict[str, Any]]:
             "expires_in_s": ticket.expires_at - time.time(),
             "revoked": ticket.revoked,
         }
-        for ticket in call.desk.registry.tickets.values()
+        for ticket in call.service.registry.tickets.values()
     ]
 
 
 async def revoke_ticket(call: Call) -> None:
-    call.desk.registry.revoke_ticket(call.param("ticket"))
+    call.service.registry.revoke_ticket(call.param("ticket"))
 
 
 async def list_operators(call: Call) -> list[dict[str, str]]:
     return [
         {"operator": one.operator, "name": one.name, "role": one.role}
-        for one in call.desk.registry.operators.values()
+        for one in call.service.registry.operators.values()
         if not one.removed
     ]
 
 
 async def remove_operator(call: Call) -> None:
-    call.desk.registry.remove_operator(call.param("operator"))
+    call.service.registry.remove_operator(call.param("operator"))
 
 
 ROUTES = (
-    show("/cw/v1/tickets", list_tickets),
-    change("/cw/v1/tickets", make_ticket),
-    change("/cw/v1/tickets/{ticket}/revoke", revoke_ticket),
-    show("/cw/v1/operators", list_operators),
-    change("/cw/v1/operators/{operator}/remove", remove_operator),
+    get("/cw/v1/tickets", list_tickets),
+    post("/cw/v1/tickets", make_ticket),
+    post("/cw/v1/tickets/{ticket}/revoke", revoke_ticket),
+    get("/cw/v1/operators", list_operators),
+    post("/cw/v1/operators/{operator}/remove", remove_operator),
 )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import platformdirs
 from rich.console import Console
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.cli.demo import datasets
 from coordinator.cli.demo.processes import (
     START_TIMEOUT_PER_AGENT_S,
@@ -175,7 +175,7 @@ class _Demo:
                     START_TIMEOUT_S + self._agents * START_TIMEOUT_PER_AGENT_S,
                 )
                 view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
-                run_id = remote.start_run(RunOrder(spec=spec))
+                run_id = remote.start_run(StartRunRequest(spec=spec))
                 if with_monitor:
                     with view.hidden():
                         self._monitor()

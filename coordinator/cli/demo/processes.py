@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from coordinator.api.schema import TicketOrder
+from coordinator.api.schema import TicketRequest
 from coordinator.remote.api_client import Remote
 from coordinator.storage.settings import UP_FILE
 from protocols.errors import CommonweightError, Unreachable
@@ -101,7 +101,7 @@ class DemoFleet:
         self, remote: Remote, count: int, split: str, threads: int, tables: Sequence[Path] = ()
     ) -> None:
         """Join and start `count` agents, each with its part of the data, or a table of its own."""
-        order = TicketOrder(ttl_s=3600, uses=count, label="demo")
+        order = TicketRequest(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
         # Somebody waits for a demo: it does not yield to what else this machine does.
         self._settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import Fleet, Level, called, shown_state
+from coordinator.fleet.reducer import Fleet, Level, display_name, shown_state
 from coordinator.monitor.confirmations import (
     OperatorAction,
     PendingAction,
@@ -63,7 +63,7 @@ class ActionTracker:
         peer = fleet.peers.get(peer_id)
         if peer is None:
             return Notice("error", f"{action}: this peer is no longer in the fleet", peer_id)
-        name, state = called(peer), shown_state(peer, self._clock())
+        name, state = display_name(peer), shown_state(peer, self._clock())
         if action in _NEEDS_CONNECTION and state is PeerState.OFFLINE:
             text = f"{action} {name}: it is offline. Try again when it is back."
             return Notice("error", text, peer_id)

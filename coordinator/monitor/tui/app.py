@@ -14,7 +14,7 @@ from textual.binding import BindingType
 from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, DataTable, Input
 
-from coordinator.fleet.reducer import called, current_run
+from coordinator.fleet.reducer import current_run, display_name
 from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
 from coordinator.monitor.tui import export
@@ -170,7 +170,7 @@ class MonitorApp(MonitorBase):
 
     def _format_names(self, peers: list[str]) -> str:
         known = self.fleet.peers if self.fleet else {}
-        names = [called(known[peer]) if peer in known else peer for peer in peers]
+        names = [display_name(known[peer]) if peer in known else peer for peer in peers]
         return ", ".join(names) if len(names) <= 3 else f"{len(names)} peers"
 
     def action_command(self, action: OperatorAction) -> None:

@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Event, Fleet, Peer, called, current_run
+from coordinator.fleet.reducer import Event, Fleet, Peer, current_run, display_name
 from coordinator.monitor.peer_table import COLUMNS, SORTS, Cell, Column, fit_columns, select_peers
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, peer_rows
@@ -159,7 +159,7 @@ class FleetPage(FilterPage):
         if peer is None:
             return Cell("")
         if column.key == "peer" and peer_id in self.marked:
-            return Cell(truncate(f"✓ {called(peer)}", width), "strong")
+            return Cell(truncate(f"✓ {display_name(peer)}", width), "strong")
         return column.cell(peer, self._now, width)
 
     def _no_fleet_text(self) -> Text:

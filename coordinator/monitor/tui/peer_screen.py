@@ -17,7 +17,7 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Event, Fleet, Peer, called, shown_state
+from coordinator.fleet.reducer import Event, Fleet, Peer, display_name, shown_state
 from coordinator.monitor.peer_table import (
     LEVELS,
     PARTICIPATION_GLYPHS,
@@ -126,7 +126,7 @@ class PeerScreen(Screen[None]):
 
     def _tab_line(self, peer: Peer | None) -> Text:
         line = Text(no_wrap=True, overflow="ellipsis", end="")
-        name = called(peer) if peer else self.peer
+        name = display_name(peer) if peer else self.peer
         line.append(name, Style(color=colors().strong, bold=True)).append("   ")
         for label in tab_labels(TABS, self.open_tab, "screen.tab"):
             line.append_text(label).append("  ")
@@ -271,9 +271,9 @@ def _facts(peer: Peer, now: float) -> Table:
             rows.append(("step", done))
         up, down = format_bytes(sent.bytes_up), format_bytes(sent.bytes_down)
         rows.append(("sent", f"{up} up · {down} down"))
-    if peer.given:
-        glyphs = Text(peer.given.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
-        count = f"  {peer.given.count('1')} of the last {len(peer.given)} rounds"
+    if peer.contributions:
+        glyphs = Text(peer.contributions.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
+        count = f"  {peer.contributions.count('1')} of the last {len(peer.contributions)} rounds"
         rows.append(("took part", glyphs.append(count, colors().dim)))
     rows += [
         ("disk left", format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING),

@@ -15,7 +15,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import Fleet, Run, called, current_run
+from coordinator.fleet.reducer import Fleet, Run, current_run, display_name
 from coordinator.monitor.charts import Values
 from coordinator.monitor.round_table import (
     best_round,
@@ -140,7 +140,7 @@ def _round_range(rounds: list[RoundClosed]) -> tuple[int, int]:
 
 
 def _name(peer: str, fleet: Fleet) -> str:
-    return called(fleet.peers[peer]) if peer in fleet.peers else peer
+    return display_name(fleet.peers[peer]) if peer in fleet.peers else peer
 
 
 def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
@@ -192,7 +192,7 @@ def _participation(width: int, height: int, *, run: Run, fleet: Fleet) -> list[T
     notes = [f"{refused} refused"] if refused else []
     plot = Plot("Peers", width, height, _round_range(rounds), "{:.0f}".format, notes)
     enrolled = [peer for peer in fleet.peers.values() if peer.standing == "enrolled"]
-    strips = {called(peer): participation(peer, run, 60) for peer in enrolled}
+    strips = {display_name(peer): participation(peer, run, 60) for peer in enrolled}
     if not any(strip.strip() for strip in strips.values()) or len(enrolled) > height - 1:
         return stack_plot(plot, [(own.purple, [float(closed.peers) for closed in rounds])])
     wide = min(max(map(len, strips)), max(width // 3, 6))

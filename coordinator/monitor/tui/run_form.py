@@ -13,20 +13,20 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
-from coordinator.api.schema import RunOrder
+from coordinator.api.schema import StartRunRequest
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote import run_options
 from coordinator.runs.options import OPTIONS
 from protocols.errors import CommonweightError
 
 
-def order(texts: Mapping[str, str]) -> RunOrder:
+def order(texts: Mapping[str, str]) -> StartRunRequest:
     """The order for texts by option name. Raises CommonweightError as the command does."""
     filled = [(one, texts.get(one.name, "").strip()) for one in OPTIONS]
     return run_options.build_order({one.name: one.parse(text) for one, text in filled if text})
 
 
-class RunForm(ModalScreen[RunOrder | None]):
+class RunForm(ModalScreen[StartRunRequest | None]):
     """Dismisses with the checked order, or with None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -13,7 +13,7 @@ import pytest
 from agent.setup import discovery, enrollment
 from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.daemon import mdns as announcing
-from coordinator.daemon.mdns import announce, own_addresses
+from coordinator.daemon.mdns import announce, ip_addresses
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.mdns import encode_txt_record, parse_txt_record
 from protocols.errors import Refused, TicketMalformed, UnknownName, Unreachable
@@ -99,7 +99,7 @@ def test_a_code_that_is_cut_or_mistyped_is_told_before_anything_is_asked() -> No
 
 
 def test_only_addresses_are_announced() -> None:
-    assert own_addresses(["box", "192.168.1.5", "fe80::1"]) == ["192.168.1.5", "fe80::1"]
+    assert ip_addresses(["box", "192.168.1.5", "fe80::1"]) == ["192.168.1.5", "fe80::1"]
 
 
 #: Of the block for documentation: no machine has it.

@@ -45,12 +45,12 @@ def test_a_session_is_opened_kept_and_closed(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     node = site.nodes[machine.peer]
-    assert node not in site.superlink.online()
+    assert node not in site.superlink.online_nodes()
     link.open()
     link.beat()
-    assert node in site.superlink.online()
+    assert node in site.superlink.online_nodes()
     link.close()
-    assert node not in site.superlink.online()
+    assert node not in site.superlink.online_nodes()
 
 
 def test_a_new_life_opens_a_session_over_its_last_ones(site: Site, machine: Machine) -> None:
@@ -71,7 +71,7 @@ def test_a_coordinator_that_forgot_us_means_a_lost_session(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     link.open()
-    site.superlink.forget(site.nodes[machine.peer])
+    site.superlink.remove_node(site.nodes[machine.peer])
     with pytest.raises(SessionLost):
         link.beat()
     with pytest.raises(SessionLost):

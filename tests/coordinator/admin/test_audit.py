@@ -24,7 +24,9 @@ from tests.support.fleet_harness import Fleet, fleet
 ADA, BOB, BOB2 = "AAAA", "BBBB", "CCCC"
 
 
-def joined(peer: str, name: str, standing: registry.Standing = "enrolled") -> registry.PeerJoined:
+def joined(
+    peer: str, name: str, standing: registry.EnrollmentStatus = "enrolled"
+) -> registry.PeerJoined:
     return registry.PeerJoined(
         peer=peer,
         name=name,

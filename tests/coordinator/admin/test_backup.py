@@ -73,7 +73,7 @@ async def test_the_disk_is_lost_in_the_middle_and_the_newest_version_comes_from_
             assert run.state is RunState.FINISHED
             if strategy == "fedavg":  # momentum is not with the peers: it begins anew
                 assert run.head == undisturbed.head
-            assert fleet.hub.lane.verify_digest(run.head)
+            assert fleet.hub.weight_store.verify_digest(run.head)
             await fleet.close()
     finally:
         await fleet.close()
@@ -90,7 +90,7 @@ async def test_a_finished_run_gets_its_model_back(tmp_path: Path) -> None:
         shutil.rmtree(fleet.home)
         backup.restore(file, fleet.home, from_peers=True)
         async with fleet.up():
-            await until(lambda: fleet.hub.lane.has(run.head))
+            await until(lambda: fleet.hub.weight_store.has(run.head))
             again = await fleet.finished(run.id)
             assert (again.state, again.head, again.best) == (run.state, run.head, run.best)
             await fleet.close()
@@ -123,7 +123,7 @@ async def test_a_forged_or_damaged_version_is_not_taken_and_the_next_holder_is_a
 
         first.client._queries = Queries(recall=forgetful)
         async with fleet.up():
-            await until(lambda: fleet.hub.lane.has(run.head))
+            await until(lambda: fleet.hub.weight_store.has(run.head))
             again = await fleet.finished(run.id)
             assert again.head == run.head
             (recalled,) = fleet.facts(run.id, run_events.VersionRecalled)

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.api.exchange import Exchanges, Lingering
+from coordinator.api.exchange import Exchanges, LongPolls
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.sessions import NoSession, Sessions
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
 
-class Noticed(Lingering):
+class Noticed(LongPolls):
     """Tells when somebody has begun to wait."""
 
     def __init__(self) -> None:
@@ -29,40 +29,40 @@ class Noticed(Lingering):
 
 
 async def test_a_peer_is_woken_once_and_only_while_it_waits() -> None:
-    lingering = Lingering()
-    assert not lingering.wake("A")
-    waiting = asyncio.create_task(lingering.wait("A", 60))
+    long_polls = LongPolls()
+    assert not long_polls.wake("A")
+    waiting = asyncio.create_task(long_polls.wait("A", 60))
     await asyncio.sleep(0)
-    assert not lingering.wake("B")
-    assert lingering.wake("A")
-    assert not lingering.wake("A")
+    assert not long_polls.wake("B")
+    assert long_polls.wake("A")
+    assert not long_polls.wake("A")
     await waiting
 
 
 async def test_it_waits_no_longer_than_it_may() -> None:
-    lingering = Lingering()
-    await lingering.wait("A", 0.01)
-    assert not lingering.wake("A")
+    long_polls = LongPolls()
+    await long_polls.wait("A", 0.01)
+    assert not long_polls.wake("A")
 
 
 async def test_a_second_request_takes_the_place_of_one_that_was_given_up() -> None:
-    lingering = Lingering()
-    first = asyncio.create_task(lingering.wait("A", 60))
+    long_polls = LongPolls()
+    first = asyncio.create_task(long_polls.wait("A", 60))
     await asyncio.sleep(0)
-    second = asyncio.create_task(lingering.wait("A", 60))
+    second = asyncio.create_task(long_polls.wait("A", 60))
     await first
-    assert lingering.wake("A")
+    assert long_polls.wake("A")
     await second
 
 
 async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one() -> None:
     """An agent was started again within a second of its answer: its old request still waits."""
-    sessions, lingering = Sessions(Fleet(fleet="f")), Noticed()
+    sessions, long_polls = Sessions(Fleet(fleet="f")), Noticed()
     taken: list[PollRequest] = []
-    sessions.admit("A", 7)
-    sessions.opened("A")
+    sessions.add("A", 7)
+    sessions.open("A")
 
-    async def exchange_soon(node: int, asked: PollRequest) -> PollResponse:
+    async def exchange_async(node: int, asked: PollRequest) -> PollResponse:
         taken.append(asked)
         return PollResponse()
 
@@ -70,20 +70,21 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         return True
 
     exchanges = Exchanges(
-        cast(Any, SimpleNamespace(exchange_soon=exchange_soon, question_of=lambda reply: "q")),
+        cast(Any, SimpleNamespace(exchange_async=exchange_async, request_id_of=lambda reply: "q")),
         sessions,
         cast(Any, None),
-        cast(Any, SimpleNamespace(settling=lambda q: None, settled=settled, current=None)),
-        cast(Any, SimpleNamespace(settling=lambda q: None, at_work=True)),
-        lingering,
+        cast(Any, SimpleNamespace(ack_future=lambda q: None, acknowledged=settled, current=None)),
+        cast(Any, SimpleNamespace(ack_future=lambda q: None, is_working=True)),
+        long_polls,
     )
     asked = asyncio.create_task(
         exchanges.exchange("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))
     )
-    await lingering.began.wait()
+    async with asyncio.timeout(10):
+        await long_polls.began.wait()
     looks = len(taken)
-    sessions.opened("A")
-    lingering.wake("A")  # as new work does
+    sessions.open("A")
+    long_polls.wake("A")  # as new work does
     with pytest.raises(NoSession):
         await asked
     assert len(taken) == looks

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from coordinator.api.schema import TicketOrder
+from coordinator.api.schema import TicketRequest
 from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinResponse
 from tests.support.https_site import Machine, Site
@@ -70,7 +70,7 @@ def test_the_operator_is_served_once_a_signature(http: httpx.Client, site: Site)
 
 
 def test_the_body_is_the_one_that_was_signed(http: httpx.Client, site: Site) -> None:
-    path, body = "/cw/v1/tickets", msgspec.json.encode(TicketOrder(uses=1))
+    path, body = "/cw/v1/tickets", msgspec.json.encode(TicketRequest(uses=1))
     headers = site.operator("POST", path, body)
     more = body.replace(b'"uses":1', b'"uses":9')
     assert http.post(path, content=more, headers=headers).status_code == 401

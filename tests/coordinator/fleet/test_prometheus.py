@@ -69,7 +69,7 @@ async def test_the_bytes_are_those_of_all_rounds_however_few_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("coordinator.fleet.reducer.ROUNDS_KEPT", 1)
+    monkeypatch.setattr("coordinator.fleet.reducer.MAX_ROUNDS_PER_RUN", 1)
     fleet, port = Fleet(tmp_path), free_port()
     try:
         async with fleet.up(metrics_port=port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet, current_run, decode, encode, fold, rebased, shown_state
+from coordinator.fleet.reducer import (
+    Fleet,
+    current_run,
+    decode,
+    encode,
+    rebase_times,
+    reduce,
+    shown_state,
+)
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
     Body,
@@ -42,7 +51,7 @@ def new_fleet(*peers: str) -> Fleet:
     fleet = Fleet(fleet="0" * 16)
     for seq, peer in enumerate(peers, 1):
         known = PeerChanged(peer=peer, name=peer.lower(), public_key=KEY)
-        fold(fleet, said(COORDINATOR, seq, known), NOW)
+        reduce(fleet, said(COORDINATOR, seq, known), NOW)
     return fleet
 
 
@@ -77,8 +86,8 @@ def closed(round_: int, **more: Any) -> RoundClosed:
 
 def test_presence_replaces_what_a_peer_said_before() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
-    fold(fleet, said("A", 2, is_(PeerState.PAUSED, "battery")), NOW + 1)
+    reduce(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
+    reduce(fleet, said("A", 2, is_(PeerState.PAUSED, "battery")), NOW + 1)
     peer = fleet.peers["A"]
     assert (peer.state, peer.reason, peer.run, peer.round) == (PeerState.PAUSED, "battery", "r", 3)
     assert (peer.seen_at, peer.missed, peer.ignored) == (NOW + 1, 0, 0)
@@ -86,17 +95,17 @@ def test_presence_replaces_what_a_peer_said_before() -> None:
 
 def test_an_older_message_of_the_same_epoch_is_ignored() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 5, is_(PeerState.TRAINING)), NOW)
-    fold(fleet, said("A", 4, is_(PeerState.IDLE)), NOW)
-    fold(fleet, said("A", 5, is_(PeerState.IDLE)), NOW)
+    reduce(fleet, said("A", 5, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 4, is_(PeerState.IDLE)), NOW)
+    reduce(fleet, said("A", 5, is_(PeerState.IDLE)), NOW)
     assert fleet.peers["A"].state is PeerState.TRAINING
     assert fleet.peers["A"].ignored == 2
 
 
 def test_retained_presence_after_newer_telemetry_is_heard() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 7, Telemetry(loss=1.0)), NOW)
-    fold(fleet, said("A", 3, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 7, Telemetry(loss=1.0)), NOW)
+    reduce(fleet, said("A", 3, is_(PeerState.TRAINING)), NOW)
     assert fleet.peers["A"].state is PeerState.TRAINING
     assert fleet.peers["A"].telemetry == Telemetry(loss=1.0)
 
@@ -104,23 +113,23 @@ def test_retained_presence_after_newer_telemetry_is_heard() -> None:
 def test_missed_numbers_are_counted() -> None:
     fleet = new_fleet("A")
     for seq in (1, 2, 6, 7):
-        fold(fleet, said("A", seq, Telemetry()), NOW)
+        reduce(fleet, said("A", seq, Telemetry()), NOW)
     assert fleet.peers["A"].missed == 3
 
 
 def test_a_new_epoch_replaces_and_the_old_one_stays_silent() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 9, is_(PeerState.TRAINING), "e1"), NOW)
-    fold(fleet, said("A", 1, is_(PeerState.IDLE), "e2"), NOW)
-    fold(fleet, said("A", 10, is_(PeerState.ERROR), "e1"), NOW)
+    reduce(fleet, said("A", 9, is_(PeerState.TRAINING), "e1"), NOW)
+    reduce(fleet, said("A", 1, is_(PeerState.IDLE), "e2"), NOW)
+    reduce(fleet, said("A", 10, is_(PeerState.ERROR), "e1"), NOW)
     assert fleet.peers["A"].state is PeerState.IDLE
     assert fleet.peers["A"].epoch == "e2"
 
 
 def test_a_will_of_the_present_epoch_turns_the_peer_offline() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 2, is_(PeerState.TRAINING)), NOW)
-    fold(fleet, said("A", 1, will()), NOW + 5)
+    reduce(fleet, said("A", 2, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 1, will()), NOW + 5)
     peer = fleet.peers["A"]
     assert (peer.state, peer.reason) == (PeerState.OFFLINE, "connection lost")
     assert peer.seen_at == NOW, "a will is not a sign of life"
@@ -129,27 +138,27 @@ def test_a_will_of_the_present_epoch_turns_the_peer_offline() -> None:
 
 def test_a_will_of_another_epoch_is_ignored() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 2, is_(PeerState.TRAINING), "e1"), NOW)
-    fold(fleet, said("A", 2, is_(PeerState.TRAINING), "e2"), NOW)
-    fold(fleet, said("A", 1, will(), "e1"), NOW)
-    fold(fleet, said("A", 1, will(), "e0"), NOW)
+    reduce(fleet, said("A", 2, is_(PeerState.TRAINING), "e1"), NOW)
+    reduce(fleet, said("A", 2, is_(PeerState.TRAINING), "e2"), NOW)
+    reduce(fleet, said("A", 1, will(), "e1"), NOW)
+    reduce(fleet, said("A", 1, will(), "e0"), NOW)
     assert fleet.peers["A"].state is PeerState.TRAINING
 
 
 def test_a_will_counts_once() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 2, is_(PeerState.TRAINING)), NOW)
-    fold(fleet, said("A", 1, will()), NOW)
-    fold(fleet, said("A", 4, is_(PeerState.TRAINING)), NOW)
-    fold(fleet, said("A", 1, will()), NOW)
+    reduce(fleet, said("A", 2, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 1, will()), NOW)
+    reduce(fleet, said("A", 4, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 1, will()), NOW)
     assert fleet.peers["A"].state is PeerState.TRAINING
-    fold(fleet, said("A", 3, will()), NOW)
+    reduce(fleet, said("A", 3, will()), NOW)
     assert fleet.peers["A"].state is PeerState.OFFLINE
 
 
 def test_a_retained_will_is_all_that_is_known_of_a_peer_never_heard() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 1, will()), NOW)
+    reduce(fleet, said("A", 1, will()), NOW)
     assert fleet.peers["A"].reason == "connection lost"
     assert fleet.events == []
 
@@ -157,9 +166,9 @@ def test_a_retained_will_is_all_that_is_known_of_a_peer_never_heard() -> None:
 def test_nobody_speaks_for_an_unknown_or_removed_peer() -> None:
     fleet = new_fleet("A")
     gone = PeerChanged(peer="A", name="a", enrollment="removed", public_key=KEY)
-    fold(fleet, said(COORDINATOR, 2, gone), NOW)
-    fold(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
-    fold(fleet, said("B", 1, Telemetry()), NOW)
+    reduce(fleet, said(COORDINATOR, 2, gone), NOW)
+    reduce(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
+    reduce(fleet, said("B", 1, Telemetry()), NOW)
     assert fleet.peers == {}
     assert fleet.unknown == 2
 
@@ -167,9 +176,9 @@ def test_nobody_speaks_for_an_unknown_or_removed_peer() -> None:
 def test_a_peer_does_not_speak_as_the_coordinator() -> None:
     fleet = new_fleet("A")
     for body in (run_at(1), Links(mqtt=True, flower=True), EventLine(level="error", text="x")):
-        fold(fleet, said("A", 9, body), NOW)
+        reduce(fleet, said("A", 9, body), NOW)
     known = PeerChanged(peer="B", name="b", public_key=KEY)
-    fold(fleet, said("A", 9, known), NOW)
+    reduce(fleet, said("A", 9, known), NOW)
     assert (fleet.runs, list(fleet.peers), fleet.events) == ({}, ["A"], [])
     assert not fleet.links.mqtt
     assert fleet.ignored == 4
@@ -177,9 +186,9 @@ def test_a_peer_does_not_speak_as_the_coordinator() -> None:
 
 def test_a_peer_that_enrols_again_with_another_key_starts_anew() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 50, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("A", 50, is_(PeerState.TRAINING)), NOW)
     again = PeerChanged(peer="A", name="a", public_key=b"n" * 32)
-    fold(fleet, said(COORDINATOR, 2, again), NOW)
+    reduce(fleet, said(COORDINATOR, 2, again), NOW)
     assert fleet.peers["A"].seq == -1
     assert fleet.peers["A"].state is PeerState.OFFLINE
 
@@ -187,18 +196,18 @@ def test_a_peer_that_enrols_again_with_another_key_starts_anew() -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_stops_at_the_gate(value: float) -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 1, Telemetry(loss=1.5)), NOW)
+    reduce(fleet, said("A", 1, Telemetry(loss=1.5)), NOW)
     bad = Telemetry(
         loss=value, samples_per_s=value, cpu_percent=value, battery_percent=value, step=3
     )
-    fold(fleet, said("A", 2, bad), NOW)
+    reduce(fleet, said("A", 2, bad), NOW)
     peer = fleet.peers["A"]
     assert peer.diverged
     assert peer.losses == [1.5, None]
     assert peer.telemetry == Telemetry(step=3)
-    fold(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
     worse = closed(1, loss=value, accuracy=value, seconds=value, norms={"A": value, "B": 2.0})
-    fold(fleet, said(COORDINATOR, 3, worse), NOW)
+    reduce(fleet, said(COORDINATOR, 3, worse), NOW)
     kept = fleet.runs["r"].rounds[0]
     assert (kept.diverged, kept.loss, kept.accuracy, kept.seconds) == (True, None, None, 0.0)
     assert kept.norms == {"B": 2.0}
@@ -208,17 +217,17 @@ def test_what_is_not_finite_stops_at_the_gate(value: float) -> None:
 def test_loss_history_is_bounded_and_belongs_to_one_run() -> None:
     fleet = new_fleet("A")
     for seq in range(1, 300):
-        fold(fleet, said("A", seq, Telemetry(run="r", loss=float(seq))), NOW)
+        reduce(fleet, said("A", seq, Telemetry(run="r", loss=float(seq))), NOW)
     assert fleet.peers["A"].losses[-1] == 299.0
-    assert len(fleet.peers["A"].losses) == fleets.LOSSES_KEPT
-    fold(fleet, said("A", 300, Telemetry(run="s", loss=7.0)), NOW)
+    assert len(fleet.peers["A"].losses) == fleets.MAX_LOSSES
+    reduce(fleet, said("A", 300, Telemetry(run="s", loss=7.0)), NOW)
     assert fleet.peers["A"].losses == [7.0]
 
 
 def test_silence_is_seen_and_not_stored() -> None:
     fleet = new_fleet("A", "B")
-    fold(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
-    fold(fleet, said("B", 1, is_(PeerState.IDLE)), NOW)
+    reduce(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said("B", 1, is_(PeerState.IDLE)), NOW)
     a, b = fleet.peers["A"], fleet.peers["B"]
     assert shown_state(a, NOW + 30) is PeerState.TRAINING
     assert shown_state(a, NOW + 31) is PeerState.STALE
@@ -226,24 +235,24 @@ def test_silence_is_seen_and_not_stored() -> None:
     assert shown_state(b, NOW + 91) is PeerState.STALE
     assert a.state is PeerState.TRAINING
     assert fleets.num_available(fleet, NOW + 31) == 1
-    fold(fleet, said("A", 2, Telemetry()), NOW + 40)
+    reduce(fleet, said("A", 2, Telemetry()), NOW + 40)
     assert shown_state(a, NOW + 41) is PeerState.TRAINING
 
 
 def test_a_peer_that_awaits_approval_is_shown_so_whatever_it_says() -> None:
     fleet = Fleet(fleet="0" * 16)
     known = PeerChanged(peer="A", name="a", enrollment="awaiting", public_key=KEY)
-    fold(fleet, said(COORDINATOR, 1, known), NOW)
-    fold(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
+    reduce(fleet, said(COORDINATOR, 1, known), NOW)
+    reduce(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
     assert shown_state(fleet.peers["A"], NOW) is PeerState.AWAITING
     assert fleets.num_enrolled(fleet) == 0
 
 
 def test_a_notice_and_a_first_error_become_events() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said("A", 1, Notice(level="warning", text="disk nearly full")), NOW)
-    fold(fleet, said("A", 2, is_(PeerState.ERROR, "no disk")), NOW)
-    fold(fleet, said("A", 3, is_(PeerState.ERROR, "no disk")), NOW)
+    reduce(fleet, said("A", 1, Notice(level="warning", text="disk nearly full")), NOW)
+    reduce(fleet, said("A", 2, is_(PeerState.ERROR, "no disk")), NOW)
+    reduce(fleet, said("A", 3, is_(PeerState.ERROR, "no disk")), NOW)
     texts = [event.text for event in fleet.events]
     assert texts == ["a: disk nearly full", "a has an error: no disk"]
     assert fleet.num_events == 2
@@ -254,37 +263,37 @@ def test_a_notice_and_a_first_error_become_events() -> None:
 
 def test_a_missing_number_of_the_coordinator_is_a_gap() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
     assert not fleet.gap
-    fold(fleet, said(COORDINATOR, 4, run_at(2)), NOW)
+    reduce(fleet, said(COORDINATOR, 4, run_at(2)), NOW)
     assert fleet.gap
     assert fleet.runs["r"].changed.round == 2
 
 
 def test_a_restarted_coordinator_is_a_gap_and_its_old_words_are_ignored() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said(COORDINATOR, 1, run_at(5), "e2"), NOW)
+    reduce(fleet, said(COORDINATOR, 1, run_at(5), "e2"), NOW)
     assert fleet.gap
-    fold(fleet, said(COORDINATOR, 99, run_at(1), "e1"), NOW)
+    reduce(fleet, said(COORDINATOR, 99, run_at(1), "e1"), NOW)
     assert fleet.runs["r"].changed.round == 5
     assert (fleet.epoch, fleet.seq) == ("e2", 1)
 
 
 def test_commands_and_doorbells_do_not_count_as_events_of_the_coordinator() -> None:
     fleet = new_fleet("A")
-    fold(fleet, said(COORDINATOR, 40, Command(action="pause")), NOW)
-    fold(fleet, said(COORDINATOR, 41, Doorbell()), NOW)
-    fold(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 40, Command(action="pause")), NOW)
+    reduce(fleet, said(COORDINATOR, 41, Doorbell()), NOW)
+    reduce(fleet, said(COORDINATOR, 2, run_at(1)), NOW)
     assert not fleet.gap
     assert "r" in fleet.runs
 
 
 def test_rounds_stay_in_order_and_one_a_number() -> None:
     fleet = new_fleet()
-    fold(fleet, said(COORDINATOR, 1, run_at(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 1, run_at(1)), NOW)
     for seq, number in enumerate((1, 2, 4, 3, 4), 2):
         body = closed(number, seconds=float(seq), norms={"A": 1.0})
-        fold(fleet, said(COORDINATOR, seq, body), NOW)
+        reduce(fleet, said(COORDINATOR, seq, body), NOW)
     rounds = fleet.runs["r"].rounds
     assert [r.round for r in rounds] == [1, 2, 3, 4]
     assert rounds[-1].seconds == 6.0
@@ -293,7 +302,7 @@ def test_rounds_stay_in_order_and_one_a_number() -> None:
 
 def test_a_round_of_an_unknown_run_asks_for_a_snapshot() -> None:
     fleet = new_fleet()
-    fold(fleet, said(COORDINATOR, 1, closed(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 1, closed(1)), NOW)
     assert fleet.gap
 
 
@@ -302,27 +311,27 @@ def test_everything_kept_is_bounded() -> None:
     seq = 0
     for number in range(2_100):
         seq += 1
-        fold(fleet, said(COORDINATOR, seq, run_at(1)), NOW)
+        reduce(fleet, said(COORDINATOR, seq, run_at(1)), NOW)
         seq += 1
-        fold(fleet, said(COORDINATOR, seq, closed(number)), NOW)
+        reduce(fleet, said(COORDINATOR, seq, closed(number)), NOW)
         seq += 1
-        fold(fleet, said(COORDINATOR, seq, EventLine(level="info", text=str(number))), NOW)
-    assert len(fleet.runs["r"].rounds) == fleets.ROUNDS_KEPT
-    assert fleets.EVENTS_KEPT <= len(fleet.events) <= fleets.EVENTS_KEPT + 100
+        reduce(fleet, said(COORDINATOR, seq, EventLine(level="info", text=str(number))), NOW)
+    assert len(fleet.runs["r"].rounds) == fleets.MAX_ROUNDS_PER_RUN
+    assert fleets.MAX_EVENTS <= len(fleet.events) <= fleets.MAX_EVENTS + 100
     assert fleet.events[-1].text == "2099"
     for number in range(40):
         seq += 1
         ended = run_at(1, f"run-{number}", RunState.FINISHED)
-        fold(fleet, said(COORDINATOR, seq, ended), NOW)
-    assert len(fleet.runs) == fleets.RUNS_KEPT
+        reduce(fleet, said(COORDINATOR, seq, ended), NOW)
+    assert len(fleet.runs) == fleets.MAX_RUNS
     assert "r" in fleet.runs, "ended runs go first"
 
 
 def test_the_run_under_way_matters_more_than_one_that_ended_later() -> None:
     fleet = new_fleet()
     assert current_run(fleet) is None
-    fold(fleet, said(COORDINATOR, 1, run_at(1, "one")), NOW)
-    fold(fleet, said(COORDINATOR, 2, run_at(9, "two", RunState.FINISHED)), NOW + 9)
+    reduce(fleet, said(COORDINATOR, 1, run_at(1, "one")), NOW)
+    reduce(fleet, said(COORDINATOR, 2, run_at(9, "two", RunState.FINISHED)), NOW + 9)
     run = current_run(fleet)
     assert run is not None
     assert run.changed.run == "one"
@@ -330,11 +339,18 @@ def test_the_run_under_way_matters_more_than_one_that_ended_later() -> None:
 
 def test_a_snapshot_moves_to_the_clock_of_its_reader() -> None:
     fleet = new_fleet("A", "B")
-    fold(fleet, said("A", 1, Notice(level="info", text="hello")), NOW)
-    there = rebased(decode(encode(fleet, NOW + 5)), NOW + 1005)
+    reduce(fleet, said("A", 1, Notice(level="info", text="hello")), NOW)
+    there = rebase_times(decode(encode(fleet, NOW + 5)), NOW + 1005)
     assert there.peers["A"].seen_at == NOW + 1000
     assert there.peers["B"].seen_at == 0.0
     assert there.events[0].at == NOW + 1000
+
+
+def test_a_snapshot_keeps_its_field_names_on_the_wire() -> None:
+    fleet = new_fleet("A")
+    fleet.peers["A"].contributions, fleet.peers["A"].contributions_run = "101", "r"
+    peer = json.loads(encode(fleet, NOW))["peers"]["A"]
+    assert (peer["given"], peer["given_run"], peer["standing"]) == ("101", "r", "enrolled")
 
 
 def test_a_broken_snapshot_is_one_of_our_errors() -> None:
@@ -411,8 +427,8 @@ envelopes = st.builds(
 def test_no_message_breaks_the_fold_or_the_snapshot(told: list[Envelope]) -> None:
     fleet, again = new_fleet("A", "B"), new_fleet("A", "B")
     for index, envelope in enumerate(told):
-        fold(fleet, envelope, NOW + index)
-        fold(again, envelope, NOW + index)
+        reduce(fleet, envelope, NOW + index)
+        reduce(again, envelope, NOW + index)
     assert fleet == again, "the same messages make the same fleet"
     assert decode(encode(fleet, NOW)) == fleet
     for peer in fleet.peers.values():
@@ -434,9 +450,9 @@ def test_order_and_duplicates_do_not_change_what_a_peer_is(told: list[Body], ran
     random.shuffle(mixed)
     one, other = new_fleet("A"), new_fleet("A")
     for envelope in in_order:
-        fold(one, envelope, NOW)
+        reduce(one, envelope, NOW)
     for envelope in mixed:
-        fold(other, envelope, NOW)
+        reduce(other, envelope, NOW)
     a, b = one.peers["A"], other.peers["A"]
     assert (a.state, a.reason, a.telemetry, a.seq) == (b.state, b.reason, b.telemetry, b.seq)
     assert (len(one.peers), one.unknown, one.gap) == (len(other.peers), other.unknown, other.gap)
@@ -451,25 +467,25 @@ def test_repeated_words_of_the_coordinator_count_once(count: int, random: Any) -
     repeated = [envelope for envelope in told for _ in range(random.randint(1, 3))]
     one, other = new_fleet(), new_fleet()
     for envelope in told:
-        fold(one, envelope, NOW)
+        reduce(one, envelope, NOW)
     for envelope in repeated:
-        fold(other, envelope, NOW)
+        reduce(other, envelope, NOW)
     other.ignored = one.ignored
     assert one == other
 
 
 def test_who_gave_an_update_is_kept_by_round_and_run() -> None:
     fleet = new_fleet("A", "B")
-    fold(fleet, said(COORDINATOR, 3, run_at(1)), NOW)
-    fold(fleet, said(COORDINATOR, 4, closed(1, peers=1, norms={"A": 1.0})), NOW)
-    fold(fleet, said(COORDINATOR, 5, closed(2, peers=300)), NOW)
-    fold(fleet, said(COORDINATOR, 6, closed(3, peers=2, norms={"A": 1.0, "B": 1.0})), NOW)
-    assert [peer.given for peer in fleet.peers.values()] == ["1?1", "0?1"]
-    fold(fleet, said(COORDINATOR, 7, closed(3, peers=1, norms={"A": 1.0})), NOW)
-    assert [peer.given for peer in fleet.peers.values()] == ["1?1", "0?0"]
-    for number in range(4, 2 * fleets.GIVEN_KEPT):
-        fold(fleet, said(COORDINATOR, number + 4, closed(number, peers=0)), NOW)
-    assert {len(peer.given) for peer in fleet.peers.values()} == {fleets.GIVEN_KEPT}
+    reduce(fleet, said(COORDINATOR, 3, run_at(1)), NOW)
+    reduce(fleet, said(COORDINATOR, 4, closed(1, peers=1, norms={"A": 1.0})), NOW)
+    reduce(fleet, said(COORDINATOR, 5, closed(2, peers=300)), NOW)
+    reduce(fleet, said(COORDINATOR, 6, closed(3, peers=2, norms={"A": 1.0, "B": 1.0})), NOW)
+    assert [peer.contributions for peer in fleet.peers.values()] == ["1?1", "0?1"]
+    reduce(fleet, said(COORDINATOR, 7, closed(3, peers=1, norms={"A": 1.0})), NOW)
+    assert [peer.contributions for peer in fleet.peers.values()] == ["1?1", "0?0"]
+    for number in range(4, 2 * fleets.MAX_CONTRIBUTIONS):
+        reduce(fleet, said(COORDINATOR, number + 4, closed(number, peers=0)), NOW)
+    assert {len(peer.contributions) for peer in fleet.peers.values()} == {fleets.MAX_CONTRIBUTIONS}
     assert decode(encode(fleet, NOW)) == fleet
 
 
@@ -478,10 +494,10 @@ def test_rounds_of_all_runs_are_bounded_and_the_oldest_go_first() -> None:
     for number in range(6):
         run = f"r{number}"
         seq += 1
-        fold(fleet, said(COORDINATOR, seq, run_at(1, run)), NOW)
+        reduce(fleet, said(COORDINATOR, seq, run_at(1, run)), NOW)
         for round_ in range(500):
             seq += 1
-            fold(fleet, said(COORDINATOR, seq, closed(round_, run=run)), NOW)
+            reduce(fleet, said(COORDINATOR, seq, closed(round_, run=run)), NOW)
     kept = [len(run.rounds) for run in fleet.runs.values()]
-    assert sum(kept) == fleets.ROUNDS_IN_ALL
+    assert sum(kept) == fleets.MAX_ROUNDS
     assert kept == [0, 500, 500, 500, 500, 500]

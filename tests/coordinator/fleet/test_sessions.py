@@ -22,9 +22,9 @@ def site(monkeypatch: pytest.MonkeyPatch) -> tuple[Fleet, Sessions, list[float]]
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     sessions = Sessions(fleet)
-    sessions.admit(PEER, 7)
-    sessions.opened(PEER)
-    sessions.heard(PEER)
+    sessions.add(PEER, 7)
+    sessions.open(PEER)
+    sessions.on_request(PEER)
     return fleet, sessions, clock
 
 
@@ -32,7 +32,7 @@ def says(fleet: Fleet, sessions: Sessions, state: PeerState, **more: float) -> N
     presence = Presence(state=state, run="r", round=1, **more)  # type: ignore[arg-type]
     peer = fleet.peers[PEER]
     peer.state, peer.free_until = presence.state, presence.free_until
-    sessions.heard_presence(PEER, presence)
+    sessions.on_presence(PEER, presence)
 
 
 @pytest.mark.parametrize("state", [PeerState.PAUSED, PeerState.ERROR])

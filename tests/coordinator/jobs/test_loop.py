@@ -48,12 +48,12 @@ def scattered(fleet: Fleet, x: Floats, **changed: Any) -> tuple[JobSpec, np.ndar
     """A job over these rows, and the scores that one machine finds."""
     source = fleet.folder / "rows.csv"
     np.savetxt(source, x, delimiter=",", header="a,b,c,d,e", comments="", fmt="%.9g")
-    lane, model = fleet.hub.job_lane, first_weights(5, seed=3)
+    lane, model = fleet.hub.job_store, first_weights(5, seed=3)
     given = prepare(source, lane.folder, lane.suffix)
     spec = JobSpec(
         kind="scatter",
         task="softmax",
-        models=(ModelRef(fleet.hub.lane.save(model), 0),),
+        models=(ModelRef(fleet.hub.weight_store.save(model), 0),),
         input=given.digest,
         suffix=given.suffix,
         blocks=given.blocks,
@@ -80,7 +80,7 @@ def facts_of(fleet: Fleet, job_id: str, kind: type[Any]) -> list[Any]:
 
 def merged(fleet: Fleet, job: Job) -> np.ndarray[Any, Any]:
     out = fleet.folder / f"{job.id}.csv"
-    assert output.merge(job, fleet.hub.job_lane, out) == ROWS
+    assert output.merge(job, fleet.hub.job_store, out) == ROWS
     return np.loadtxt(out, delimiter=",", skiprows=1)
 
 
@@ -151,11 +151,11 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
 
         def asked_again(job: Job) -> str:
             """As `commonweight infer --scatter` looks for what was asked before."""
-            fleet.hub.job_lane.version_path(job.spec.input).touch()
+            fleet.hub.job_store.version_path(job.spec.input).touch()
             remote, model = Remote(fleet.home), job.spec.models[0]
             spec = replace(job.spec, models=(ModelRef(model.digest, 0),))
             try:
-                return _same_job(remote, spec, fleet.hub.job_lane)
+                return _same_job(remote, spec, fleet.hub.job_store)
             finally:
                 remote.close()
 
@@ -205,7 +205,7 @@ async def test_a_restart_loses_nothing_and_does_nothing_verified_again(tmp_path:
 async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         models = [first_weights(5, seed=seed) for seed in (1, 2)]
-        digests = [fleet.hub.lane.save(model) for model in models]
+        digests = [fleet.hub.weight_store.save(model) for model in models]
         few = min(fleet.agents, key=lambda agent: len(agent.trainer.data.y))
         spec = JobSpec(
             kind="private",
@@ -232,7 +232,7 @@ async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
 async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         first, second, _ = fleet.agents
-        digest = fleet.hub.lane.save(first_weights(5, seed=1))
+        digest = fleet.hub.weight_store.save(first_weights(5, seed=1))
         spec = JobSpec(
             kind="private",
             task="softmax",

@@ -6,7 +6,7 @@ import math
 
 from msgspec.structs import replace
 
-from coordinator.fleet.reducer import RUNS_KEPT, Fleet, Job, fold, rebased
+from coordinator.fleet.reducer import MAX_RUNS, Fleet, Job, rebase_times, reduce
 from coordinator.jobs import state as jobs
 from coordinator.jobs.messages import job_changed
 from coordinator.monitor.job_table import (
@@ -30,7 +30,7 @@ NOW = 1_790_000_000.0
 def told(fleet: Fleet, *bodies: JobChanged, at: float = NOW, now: float = NOW) -> None:
     for body in bodies:
         fleet_seq = max(fleet.seq, 0) + 1
-        fold(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=fleet_seq, at=at, body=body), now)
+        reduce(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=fleet_seq, at=at, body=body), now)
 
 
 def changed(name: str, state: str = "working", **more: object) -> JobChanged:
@@ -82,17 +82,17 @@ def test_job_times_use_the_clock_of_the_viewer() -> None:
     job = fleet.jobs["a"]
     assert (job.began_at, job.ended_at) == (NOW + 3580, NOW + 3595)
     assert duration_s(job, NOW + 9_999) == 15
-    assert rebased(fleet, NOW + 100).jobs["a"].ended_at == NOW + 3695
+    assert rebase_times(fleet, NOW + 100).jobs["a"].ended_at == NOW + 3695
 
 
 def test_working_jobs_come_first_and_are_dropped_last() -> None:
     fleet = Fleet(fleet="f")
     told(fleet, changed("long"))
-    for number in range(RUNS_KEPT + 5):
+    for number in range(MAX_RUNS + 5):
         ended_at = NOW - 100 + number
         told(fleet, changed(f"j{number}", "finished", ended_at=ended_at), now=NOW)
-    assert [job.changed.job for job in sort_jobs(fleet)[:2]] == ["long", f"j{RUNS_KEPT + 4}"]
-    assert (len(fleet.jobs), num_working(fleet)) == (RUNS_KEPT, 1)
+    assert [job.changed.job for job in sort_jobs(fleet)[:2]] == ["long", f"j{MAX_RUNS + 4}"]
+    assert (len(fleet.jobs), num_working(fleet)) == (MAX_RUNS, 1)
 
 
 def test_extreme_numbers_are_shown() -> None:

@@ -13,9 +13,9 @@ import pytest
 from starlette.responses import JSONResponse
 
 from agent.transport.coordinator_client import CoordinatorClient
-from coordinator.api.log_requests import LogDesk
+from coordinator.api.log_requests import LogRequests
 from coordinator.api.routes import endpoint
-from coordinator.api.schema import RunOrder, TicketOrder
+from coordinator.api.schema import StartRunRequest, TicketRequest
 from coordinator.remote import access
 from coordinator.remote.access import Access
 from coordinator.remote.api_client import Remote
@@ -66,10 +66,10 @@ def test_an_observer_sees_and_changes_nothing(site: Site) -> None:
     tries = (
         lambda: remote.approve(machine.peer),
         lambda: remote.remove(machine.peer),
-        lambda: remote.make_ticket(TicketOrder()),
+        lambda: remote.make_ticket(TicketRequest()),
         lambda: remote.revoke_ticket("x"),
         lambda: remote.command(machine.peer, Command(action="pause")),
-        lambda: remote.start_run(RunOrder(spec=RunSpec(task="ping", rounds=1))),
+        lambda: remote.start_run(StartRunRequest(spec=RunSpec(task="ping", rounds=1))),
         lambda: remote.stop_run("x"),
         lambda: remote.resume_run("x"),
         lambda: remote.start_job(JobSpec(kind="private")),
@@ -105,7 +105,7 @@ def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> No
     async def unsent(peer: str, question: LogRequest) -> bool:
         return False  # there is no broker
 
-    site.logs = LogDesk(unsent)
+    site.logs = LogRequests(unsent)
     with pytest.raises(CommonweightError, match="broker is away") as away:
         remote.logs("north")
     assert (away.value.code, away.value.exit_code) == ("unreachable", ExitCode.UNREACHABLE)
@@ -118,8 +118,8 @@ def test_the_answer_of_another_version_is_told_in_words(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, remote = joined(site, "operator")
-    monkeypatch.setattr(endpoint, "json_answer", lambda _: JSONResponse("new"))
-    ticket = partial(remote.make_ticket, TicketOrder())
+    monkeypatch.setattr(endpoint, "json_response", lambda _: JSONResponse("new"))
+    ticket = partial(remote.make_ticket, TicketRequest())
     for ask in (remote.watch, remote.peers, remote.tickets, remote.operators, ticket):
         with pytest.raises(BadMessage, match="not understood") as told:
             ask()
@@ -171,7 +171,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
             threading.Thread(target=_tell, args=(link, told)).start()
         return True
 
-    site.logs = LogDesk(send)
+    site.logs = LogRequests(send)
     site.registry._approve = False
     north, stranger = site.enroll("north"), site.enroll("stranger")
     _, remote = joined(site, "observer")
@@ -192,15 +192,15 @@ async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
     async def send(peer: str, question: LogRequest) -> bool:
         return peer == "deaf"
 
-    desk = LogDesk(send)
+    desk = LogRequests(send)
     with pytest.raises(Unreachable, match="did not answer"):
-        await desk.ask("deaf", within_s=0.05)
+        await desk.request("deaf", within_s=0.05)
     with pytest.raises(Unreachable, match="broker is away"):
-        await desk.ask("other")
-    assert not desk.told("deaf", LogResponse(request_id="x", lines=[]))
-    waiting = asyncio.create_task(desk.ask("deaf", within_s=5))
+        await desk.request("other")
+    assert not desk.receive("deaf", LogResponse(request_id="x", lines=[]))
+    waiting = asyncio.create_task(desk.request("deaf", within_s=5))
     await asyncio.sleep(0)  # it begins to wait
     (ask,) = desk._waiting
-    assert not desk.told("liar", LogResponse(request_id=ask, lines=[]))
-    assert desk.told("deaf", msgspec.structs.replace(LogResponse(request_id=ask, lines=[])))
+    assert not desk.receive("liar", LogResponse(request_id=ask, lines=[]))
+    assert desk.receive("deaf", msgspec.structs.replace(LogResponse(request_id=ask, lines=[])))
     assert await waiting == []

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from coordinator.fleet.reducer import fold
+from coordinator.fleet.reducer import reduce
 from coordinator.remote.follower import FleetFollower, jittered
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Envelope, Presence
@@ -57,14 +57,14 @@ async def test_live_messages_that_came_before_the_snapshot_are_not_lost() -> Non
 
 async def test_a_gap_fetches_a_new_snapshot() -> None:
     fleet = empty_fleet()
-    fold(fleet, links(1), NOW)
+    reduce(fleet, links(1), NOW)
     source = Replay(fleet, [])
     async with following(source) as follow:
         await eventually(lambda: source.snapshots == 1)
         before = follow.fleet
         unseen = Envelope(sender=COORDINATOR, epoch="e9", seq=2, at=NOW, body=known("north"))
-        fold(fleet, unseen, NOW)
-        fold(fleet, links(3), NOW)
+        reduce(fleet, unseen, NOW)
+        reduce(fleet, links(3), NOW)
         source.live.put_nowait(links(3))
         await eventually(lambda: state_of(follow) is not None)
         assert follow.fleet is not None

@@ -208,7 +208,7 @@ async def test_the_spool_is_empty_and_old_versions_are_gone_after_the_run(
         assert {run.head, run.best.digest if run.best else ""} <= held
         assert len(held) <= 6
         for digest in held:
-            assert weights.file_digest(fleet.hub.lane.version_path(digest)) == digest
+            assert weights.file_digest(fleet.hub.weight_store.version_path(digest)) == digest
 
 
 @pytest.mark.parametrize(

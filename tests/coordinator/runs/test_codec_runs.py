@@ -55,7 +55,7 @@ async def test_a_run_with_a_codec_learns_with_fewer_bytes(
         start = sum(loss_of(first_weights(FEATURES), data) for data in DATA)
         end = sum(loss_of(fleet.version(run.head), data) for data in DATA)
         assert end < start
-        model = fleet.hub.lane.version_path(run.head).stat().st_size
+        model = fleet.hub.weight_store.version_path(run.head).stat().st_size
         for closed in run.history[1:]:  # the first weights came up whole
             assert 2 * model / closed.bytes_up > fewer
         assert all(closed.norms for closed in run.history)
@@ -154,7 +154,7 @@ async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Pat
     async with fleet_of(tmp_path, *DATA) as fleet:
         run = await fleet.finished(fleet.start(rounds=1, quorum=2, codec="sign"))
         schema = fleet.version(run.head).schema
-        model = fleet.hub.lane.version_path(run.head).stat().st_size
+        model = fleet.hub.weight_store.version_path(run.head).stat().st_size
         most = registry.max_bytes(registry.parse("sign"), schema, model)
         assert most < model / 25
         assert most <= fleet.hub.transfer.limits.max_bytes < model + 1024 * 1024
@@ -193,7 +193,7 @@ async def test_where_little_moves_a_version_comes_as_a_patch(tmp_path: Path, cod
             agent.trainer.step = coarse
         run = await fleet.finished(fleet.start(rounds=4, quorum=2, codec=codec))
         assert fleet.refusals(run.id) == []
-        model = fleet.hub.lane.version_path(run.head).stat().st_size
+        model = fleet.hub.weight_store.version_path(run.head).stat().st_size
         down = [closed.bytes_down for closed in run.history]
         # The first weights come down whole; they are already there for whoever made them, or not.
         assert down[0] >= model
@@ -202,7 +202,7 @@ async def test_where_little_moves_a_version_comes_as_a_patch(tmp_path: Path, cod
             kept = {path.stem for path in (agent._folder / "cache").iterdir()}
             assert run.head in kept
             assert all(weights.file_digest(path) == path.stem for path in cached(agent))
-        lane = fleet.hub.lane
+        lane = fleet.hub.weight_store
         patched = {p.stem for p in (fleet.home / "versions").glob("*.patch")}
         assert patched <= {run.head, run.parent, run.best.digest if run.best else ""}
         assert lane.patch_path(run.head).exists()
@@ -218,7 +218,7 @@ async def test_whatever_is_wrong_with_a_patch_the_version_comes_whole(
 ) -> None:
     data = [some_data(20, seed, WIDE) for seed in (1, 2)]
     async with fleet_of(tmp_path, *data) as fleet:
-        lane = fleet.hub.lane
+        lane = fleet.hub.weight_store
         make = lane.make_patch
 
         def spoilt(parent: str, digest: str) -> int:

@@ -140,13 +140,13 @@ async def test_a_version_that_a_job_uses_is_deleted_when_the_job_has_ended(tmp_p
             )
             job = fleet.hub.jobs.start(spec)
             assert fleet.hub.runs.delete(run_id).in_use == (head,)
-            assert fleet.hub.lane.has(head)
-        assert fleet.hub.lane.has(head), "the job goes on after the restart"
+            assert fleet.hub.weight_store.has(head)
+        assert fleet.hub.weight_store.has(head), "the job goes on after the restart"
         async with fleet.up():
             await until(lambda: fleet.hub.jobs.is_working)
-            assert fleet.hub.lane.has(head)
+            assert fleet.hub.weight_store.has(head)
             fleet.hub.jobs.stop(job)
-            await until(lambda: not fleet.hub.lane.has(head))
+            await until(lambda: not fleet.hub.weight_store.has(head))
             with pytest.raises(UnknownName, match="not kept any more"):
                 fleet.hub.jobs.resume(job)
     finally:
@@ -165,8 +165,8 @@ async def test_what_a_crash_left_of_a_deleted_run_is_deleted_at_the_next_start(
             run_id = await ended(fleet, rounds=2, quorum=2, seed=4)
             model = fleet.version(fleet.hub.runs.find(run_id).head)
             fleet.hub.runs.delete(run_id)
-            fleet.hub.lane.save(model)
-            other = fleet.hub.lane.save(first_weights(5, seed=9))
+            fleet.hub.weight_store.save(model)
+            other = fleet.hub.weight_store.save(first_weights(5, seed=9))
         async with fleet.up():
             await until(lambda: on_disk(fleet) == {f"{other}.safetensors"})
     finally:
@@ -194,7 +194,7 @@ async def test_a_run_that_is_just_making_the_same_version_does_not_lose_it(
         run = await fleet.finished(fleet.start(**spec))
         assert run.state is RunState.FINISHED
         assert deleted[0].shared
-        assert fleet.hub.lane.has(run.history[0].digest)
+        assert fleet.hub.weight_store.has(run.history[0].digest)
 
 
 async def test_the_command_shows_what_goes_and_asks(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ async def test_where_nobody_fits_the_run_fails_at_once_and_says_why(tmp_path: Pa
 
 async def test_first_weights_from_a_file_must_fit(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        digest = fleet.hub.lane.save(Weights({"w": np.zeros((5, 4), np.float32)}))
+        digest = fleet.hub.weight_store.save(Weights({"w": np.zeros((5, 4), np.float32)}))
         run_id = fleet.hub.runs.start(
             RunSpec(task="softmax", rounds=1, quorum=2, handshake=True), digest
         )

@@ -115,7 +115,7 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
             first.digest,
             *(fact.digest for fact in committed[:-1]),
         ]
-        assert weights.file_digest(fleet.hub.lane.version_path(run.head)) == run.head
+        assert weights.file_digest(fleet.hub.weight_store.version_path(run.head)) == run.head
         assert first.digest == weights.digest(first_weights(5, seed=5))
         # One version is sent to an agent once, for training and evaluation alike.
         for agent in fleet.agents:
@@ -144,7 +144,7 @@ async def test_the_same_seed_gives_the_same_digest(tmp_path: Path) -> None:
 
 async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        digest = fleet.hub.lane.save(first_weights(5, seed=1))
+        digest = fleet.hub.weight_store.save(first_weights(5, seed=1))
         run_id = fleet.hub.runs.start(RunSpec(task="softmax", rounds=1, quorum=2), digest)
         run = await fleet.finished(run_id)
         assert fleet.facts(run_id, run_events.VersionCommitted)[0].parent == digest
@@ -179,21 +179,21 @@ async def test_first_weights_of_a_run_that_is_refused_do_not_stay(tmp_path: Path
     typed = {"task": "softmax", "rounds": 1, "quorum": 2, "from": file}
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         order = run_options.build_order(typed)
-        assert fleet.hub.lane.has(order.from_digest)
+        assert fleet.hub.weight_store.has(order.from_digest)
         with pytest.raises(UnknownName, match="codec"):
             fleet.hub.runs.start(replace(order.spec, codec="another"), order.from_digest)
-        assert not fleet.hub.lane.has(order.from_digest)
+        assert not fleet.hub.weight_store.has(order.from_digest)
         # What a run keeps stays when another run that would start from it is refused.
         order = run_options.build_order(typed)
         run = await fleet.finished(fleet.hub.runs.start(order.spec, order.from_digest))
         with pytest.raises(UnknownName, match="codec"):
             fleet.hub.runs.start(replace(order.spec, codec="another"), run.head)
-        assert fleet.hub.lane.has(run.head)
+        assert fleet.hub.weight_store.has(run.head)
         # A run that starts from another form of the weights leaves only that form.
         weights.save(first_weights(5, seed=2), file)
         scaffold = run_options.build_order(typed | {"strategy": "scaffold"})
         fleet.hub.runs.stop(fleet.hub.runs.start(scaffold.spec, scaffold.from_digest))
-        assert not fleet.hub.lane.has(scaffold.from_digest)
+        assert not fleet.hub.weight_store.has(scaffold.from_digest)
 
 
 async def test_weights_are_not_imported_without_a_coordinator(
@@ -237,7 +237,7 @@ async def test_a_run_keeps_the_versions_that_an_ended_run_keeps(tmp_path: Path) 
         kept = [closed.digest for closed in ended.history[-3:]]
         spec = RunSpec(task="softmax", rounds=4, quorum=2, keep_versions=1)
         await fleet.finished(fleet.hub.runs.start(spec, kept[0]))
-        assert all(map(fleet.hub.lane.has, kept))
+        assert all(map(fleet.hub.weight_store.has, kept))
 
 
 # --- peers that dawdle, leave and fail -------------------------------------------------------
@@ -568,9 +568,9 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
             # First weights, and versions 1 and 2: older ones than the last two are pruned.
             made = [fact.digest for fact in fleet.facts(run_id, run_events.WeightsInitialised)]
             made += [fact.digest for fact in fleet.facts(run_id, run_events.VersionCommitted)]
-        kept = [digest for digest in made if fleet.hub.lane.has(digest)]
+        kept = [digest for digest in made if fleet.hub.weight_store.has(digest)]
         for digest in kept[-lost:]:
-            path = fleet.hub.lane.version_path(digest)
+            path = fleet.hub.weight_store.version_path(digest)
             path.write_bytes(path.read_bytes()[:-1] + b"?")
         async with fleet.up():
             held.open()
@@ -582,7 +582,9 @@ async def test_a_damaged_version_is_put_aside_and_made_again(
                 assert run.head == undisturbed.head
                 (lost_version,) = fleet.facts(run_id, run_events.VersionLost)
                 assert (lost_version.digest, lost_version.to) == (made[-1], kept[-1 - lost])
-                assert fleet.hub.lane.version_path(made[-1]).with_suffix(".damaged").exists()
+                assert (
+                    fleet.hub.weight_store.version_path(made[-1]).with_suffix(".damaged").exists()
+                )
             await fleet.close()
     finally:
         await fleet.close()
@@ -618,7 +620,7 @@ async def test_whoever_selects_leaves_a_peer_out_and_keeps_the_versions_it_wants
         opened = fleet.facts(run.id, run_events.RoundOpened)
         assert {len(fact.asked) for fact in opened} == {2}
         assert len({fact.asked for fact in opened}) > 1
-        on_disk = [c.round for c in run.history if fleet.hub.lane.has(c.digest)]
+        on_disk = [c.round for c in run.history if fleet.hub.weight_store.has(c.digest)]
         assert set(on_disk) == {4, 5, 6, run.best.round if run.best else 0}
 
 

@@ -114,7 +114,7 @@ async def test_control_variates_travel_coded_and_begin_with_a_model_of_ones_own(
     tmp_path: Path,
 ) -> None:
     async with trainers(tmp_path) as fleet:
-        digest = fleet.hub.lane.save(first_weights(FEATURES, 4))
+        digest = fleet.hub.weight_store.save(first_weights(FEATURES, 4))
         spec = RunSpec(task="softmax", rounds=2, quorum=3, strategy="scaffold", codec="int8")
         run = await fleet.finished(fleet.hub.runs.start(spec, digest))
         assert run.state is RunState.FINISHED

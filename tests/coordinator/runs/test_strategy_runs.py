@@ -177,7 +177,7 @@ async def test_memory_is_said_before_the_start_and_refused_if_it_is_not_there(
             available = 300
 
         monkeypatch.setattr(memory_estimate.psutil, "virtual_memory", Memory)
-        digest = fleet.hub.lane.save(first_weights(5))
+        digest = fleet.hub.weight_store.save(first_weights(5))
         with pytest.raises(CannotBeMet, match=r"krum .* quorum of 3 .* are free"):
             fleet.hub.runs.start(RunSpec(task="softmax", **spec), digest)
         run = await fleet.finished(fleet.start(**spec))  # its size is known only when it is made

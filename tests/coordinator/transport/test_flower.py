@@ -223,7 +223,7 @@ def test_another_machines_session_cannot_be_closed(
     own, other._node = other._node, link._node
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         other._fleet.DeactivateNode(DeactivateNodeRequest(node_id=site.nodes[machine.peer]))
-    assert site.nodes[machine.peer] in site.superlink.online()
+    assert site.nodes[machine.peer] in site.superlink.online_nodes()
     other._node = own
     other.close()
 
@@ -241,16 +241,16 @@ def test_every_exchange_is_a_heartbeat_of_an_open_session(
     for ask in (link.beat, link.pull):
         with pytest.raises(SessionLost, match="412"):
             ask()
-    assert site.nodes[machine.peer] not in site.superlink.online()
+    assert site.nodes[machine.peer] not in site.superlink.online_nodes()
     link.open()
-    assert site.nodes[machine.peer] in site.superlink.online()
+    assert site.nodes[machine.peer] in site.superlink.online_nodes()
 
 
 def test_a_removed_machine_is_shut_out(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     site.registry.remove(machine.peer, "test")
-    site.superlink.forget(site.nodes[machine.peer])
+    site.superlink.remove_node(site.nodes[machine.peer])
     for ask in (link.pull, link.beat, link.open):
         with pytest.raises(SessionLost):
             ask()
@@ -332,7 +332,7 @@ def test_who_succeeded_is_told(site: Site, machine: Machine, link: CoordinatorCl
     link.beat()
     for action in ("activate-node", "exchange"):  # told after the answer is sent
         until(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
-    assert node in site.superlink.online()
+    assert node in site.superlink.online_nodes()
 
 
 # --- messages there and back -----------------------------------------------------------------
@@ -398,21 +398,21 @@ def test_a_reply_that_nobody_waits_for_is_taken_and_dropped(
     (message_id,) = site.grid.push_messages([question(site, machine, "one")])
     message = link.pull()
     assert message is not None
-    site.grid.forget({message_id})
+    site.grid.delete_messages({message_id})
     link.push(answer_to(message, "late"))
     assert all(reply.has_error() for reply in site.grid.pull_messages({message_id}))
     (message_id,) = site.grid.push_messages([question(site, machine, "two")])
     message = link.exchange(answer_to(message, "late"))
     assert message is not None
     assert text_of(message) == "two"
-    site.grid.forget({message_id})
+    site.grid.delete_messages({message_id})
 
 
 def test_a_message_that_was_taken_back_is_not_given(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     ids = site.grid.push_messages([question(site, machine, "one")])
-    site.grid.forget(set(ids))
+    site.grid.delete_messages(set(ids))
     assert link.pull() is None
 
 
@@ -504,7 +504,7 @@ def test_a_refused_parcel_is_an_error_of_the_link(
     message.metadata.__dict__["_run_id"] = 7
     with pytest.raises(Unreachable, match="400"):
         link.push(answer_to(message, "x"))
-    site.grid.forget(ids)
+    site.grid.delete_messages(ids)
 
 
 HOSTILE = ["content", "tree", "missing", "bytes", "kind", "empty", "head"]
@@ -574,7 +574,7 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
         assert reply.metadata.reply_to_message_id in ids
         with contextlib.suppress(BadMessage, KeyError, TypeError, ValueError):
             read_claim(reply)
-    site.grid.forget(ids)
+    site.grid.delete_messages(ids)
 
 
 def _renamed(

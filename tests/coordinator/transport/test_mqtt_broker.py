@@ -96,7 +96,7 @@ async def test_what_cannot_work_is_said(site: Site) -> None:
 async def test_a_key_that_does_not_fit_leaves_no_child(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.transport.mqtt_broker.READY_WITHIN_S", 0.5)
+    monkeypatch.setattr("coordinator.transport.mqtt_broker.START_TIMEOUT_S", 0.5)
     (site.folder / "tls.key").write_text("not a key")
     broker = site.broker()
     with pytest.raises(CommonweightError):

@@ -16,7 +16,7 @@ import aiomqtt
 import psutil
 import pytest
 
-from coordinator.transport.mqtt_client import _Incoming
+from coordinator.transport.mqtt_client import _IncomingQueue
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
@@ -138,13 +138,13 @@ async def test_both_links_come_back_after_the_broker_was_killed(site: Site) -> N
             assert broker.pid is not None
             psutil.Process(broker.pid).kill()
             await until(lambda: not (watch.feed.connected or agent.link.connected))
-            assert not await watch.feed.ring(site.peer)
+            assert not await watch.feed.ring_doorbell(site.peer)
             before = len(watch.heard)
             await until(lambda: watch.feed.connected and agent.link.connected)
             await until(lambda: len(watch.heard) > before)  # nobody asked: it was said again
             assert watch.heard[-1].body == IDLE
             assert watch.heard[-1].epoch != watch.heard[0].epoch
-            assert await watch.feed.ring(site.peer)
+            assert await watch.feed.ring_doorbell(site.peer)
             await until(lambda: Doorbell() in agent.told)
         for changes in (watch.changes, agent.changes):
             assert changes[0] == changes[-1] == (True, "")
@@ -243,7 +243,7 @@ async def test_monitors_hear_events_without_gaps_in_their_numbers(site: Site) ->
         async with running(coordinator.feed.run, monitor.feed.run):
             await until(lambda: coordinator.feed.connected and monitor.feed.connected)
             assert await coordinator.tell(Links(mqtt=True, flower=True))
-            assert await coordinator.feed.ring(site.peer)
+            assert await coordinator.feed.ring_doorbell(site.peer)
             assert await coordinator.feed.command(site.peer, Command(action="pause"))
             assert await coordinator.tell(large)
             await until(lambda: len(monitor.heard) == 2)
@@ -264,7 +264,7 @@ async def test_a_removed_peer_is_forgotten(site: Site) -> None:
         async with running(watch.feed.run):
             async with running(agent.link.run):
                 await until(lambda: watch.heard)
-            assert await watch.feed.forget(site.peer)
+            assert await watch.feed.clear_presence(site.peer)
         late = Watch(site, site.address(broker), sign=site.coordinator_key.sign)
         async with running(late.feed.run):
             await until(lambda: late.feed.connected)
@@ -278,12 +278,12 @@ async def test_a_removed_peer_is_forgotten(site: Site) -> None:
 async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site) -> None:
     nobody = MqttAddress(host="127.0.0.1", port=9, tls=False)
     down = Watch(site, nobody, sign=site.coordinator_key.sign)
-    assert not await down.feed.ring(site.peer)
+    assert not await down.feed.ring_doorbell(site.peer)
     assert not await down.feed.command(site.peer, Command(action="pause"))
     assert not await down.tell(Links(mqtt=False, flower=False))
-    assert not await down.feed.forget(site.peer)
+    assert not await down.feed.clear_presence(site.peer)
     with pytest.raises(RuntimeError):
-        await Watch(site, nobody).feed.ring(site.peer)
+        await Watch(site, nobody).feed.ring_doorbell(site.peer)
     async with running(down.feed.run):
         await until(lambda: down.changes)
     assert down.changes == [(False, "nobody listens at 127.0.0.1:9")]
@@ -294,7 +294,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
             await until(lambda: watch.feed.connected)
             large = EventLine(level="info", text="x" * MAX_PAYLOAD_BYTES)
             assert not await watch.tell(large)
-            assert not await watch.feed.ring(site.peer)
+            assert not await watch.feed.ring_doorbell(site.peer)
             assert watch.feed.connected
 
 
@@ -309,7 +309,7 @@ def _message(payload: bytes) -> aiomqtt.Message:
 async def test_the_waiting_messages_are_bounded(payload: bytes, count: int, most: int) -> None:
     dropped: list[None] = []
     drop: Callable[[], None] = lambda: dropped.append(None)  # noqa: E731
-    queue = _Incoming(drop)
+    queue = _IncomingQueue(drop)
     for number in range(count):
         queue.put_nowait(_message(b"%08d" % number + payload))
     assert queue.qsize() <= most

@@ -184,13 +184,13 @@ def test_a_hostile_holder_costs_time_only(
         asked = DownloadPlanRequest(
             address=address, networks=("127.0.0.0/8",), serves_other_networks=True
         )
-        site.holders.ask(digest, machine.peer, asked, HOST, time.monotonic())
-        site.holders.held(digest, machine.peer, {}, ())
+        site.holders.plan_fetch(digest, machine.peer, asked, HOST, time.monotonic())
+        site.holders.record_complete(digest, machine.peer, {}, ())
         assert weights.file_digest(ann.fetch(digest)) == digest
         again = DownloadPlanRequest(address="", networks=("127.0.0.0/8",), faulty=())
-        site.holders.held(digest, "another", {}, (machine.peer,))
+        site.holders.record_complete(digest, "another", {}, (machine.peer,))
         assert machine.peer not in dict(
-            site.holders.ask(digest, "third", again, HOST, time.monotonic()).holders
+            site.holders.plan_fetch(digest, "third", again, HOST, time.monotonic()).sources
         ), "the first complaint was told"
 
 
@@ -203,7 +203,7 @@ def test_somebody_else_at_a_holders_address_gets_not_a_word(
         asked = DownloadPlanRequest(
             address=address, networks=("127.0.0.0/8",), serves_other_networks=True
         )
-        site.holders.ask(digest, victim.peer, asked, HOST, time.monotonic())
+        site.holders.plan_fetch(digest, victim.peer, asked, HOST, time.monotonic())
         assert weights.file_digest(ann.fetch(digest)) == digest
         assert hostile_heads == []
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from coordinator.fleet.prometheus import exposition
-from coordinator.fleet.reducer import Fleet, decode, encode, fold
+from coordinator.fleet.reducer import Fleet, decode, encode, reduce
 from coordinator.monitor.alerts import alerts
 from coordinator.monitor.tui.app import MonitorApp
 from protocols.messages.envelope import (
@@ -174,7 +174,7 @@ def envelopes(rng: random.Random, number: int) -> list[Envelope]:
 def test_the_reducer_and_its_readers_survive(seed: int) -> None:
     fleet = empty_fleet()
     for number, envelope in enumerate(envelopes(random.Random(seed), 1_500)):
-        fold(fleet, envelope, NOW + number)
+        reduce(fleet, envelope, NOW + number)
     alerts(fleet, NOW)
     exposition(fleet, NOW)
     assert isinstance(encode(fleet, NOW), bytes)
@@ -184,7 +184,7 @@ def test_events_are_bounded() -> None:
     fleet = empty_fleet()
     said = EventLine(level="info", text="again")
     for seq in range(1_000_000):
-        fold(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=seq, at=NOW, body=said), NOW)
+        reduce(fleet, Envelope(sender=COORDINATOR, epoch="e", seq=seq, at=NOW, body=said), NOW)
     assert fleet.num_events == 1_000_000
     assert len(fleet.events) <= 1_100
 
@@ -212,9 +212,9 @@ async def test_the_screens_survive_and_send_no_escape_code(
     stream = envelopes(rng, 1_200)
     fleet = empty_fleet()
     for envelope in stream[:600]:
-        fold(fleet, envelope, NOW)
+        reduce(fleet, envelope, NOW)
     known = PeerChanged(peer="P0", name=WORDS[2], public_key=bytes(32))
-    fold(fleet, Envelope(sender=COORDINATOR, epoch="e3", seq=1, at=NOW, body=known), NOW)
+    reduce(fleet, Envelope(sender=COORDINATOR, epoch="e3", seq=1, at=NOW, body=known), NOW)
     source = Unchecked(fleet, stream[600:])
     app = monitor(source)
     async with app.run_test(size=size, notifications=True) as pilot:
@@ -244,7 +244,7 @@ def test_decoded_messages_can_be_encoded_again() -> None:
             heard = msgspec.json.decode(msgspec.json.encode(envelope), type=Envelope)
         except msgspec.DecodeError:
             continue
-        fold(fleet, heard, NOW)
+        reduce(fleet, heard, NOW)
         let_in += 1
     assert let_in > 500
     assert decode(encode(fleet, NOW)).num_events == fleet.num_events

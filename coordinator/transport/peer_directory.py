@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
-from coordinator.transport.holders import is_near
+from coordinator.transport.piece_sources import is_near
 from protocols.messages.envelope import Sign
 from protocols.p2p import gossip
 from protocols.p2p.gossip import (
@@ -31,8 +31,8 @@ from protocols.p2p.gossip import (
 )
 from protocols.p2p.swarm import DownloadPlanRequest
 
-_MOST_BODY_BYTES = 16 * 1024
-_MOST_LISTED = 4096
+_MAX_BODY_BYTES = 16 * 1024
+_MAX_LISTED = 4096
 
 
 class _Place(NamedTuple):
@@ -40,19 +40,19 @@ class _Place(NamedTuple):
     outside: str  # the address that the coordinator sees
 
 
-class Neighbourhood:
+class PeerDirectory:
     """Who serves where. Pure."""
 
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
 
-    def tell(self, peer: str, asked: DownloadPlanRequest, outside: str) -> None:
+    def update(self, peer: str, asked: DownloadPlanRequest, outside: str) -> None:
         """A peer says where it serves, or that it does not."""
         self._places.pop(peer, None)
         if asked.address:
             self._places[peer] = _Place(asked, outside)
 
-    def near(self, peer: str, asked: DownloadPlanRequest, outside: str) -> list[tuple[str, str]]:
+    def nearby(self, peer: str, asked: DownloadPlanRequest, outside: str) -> list[tuple[str, str]]:
         """(peer, address) of some that this one may ask, who told of it last first."""
         found = [
             (other, place.asked.address)
@@ -68,39 +68,39 @@ class Neighbourhood:
         ]
         return found[:MAX_NEIGHBORS]
 
-    def everywhere(self) -> list[tuple[str, str]]:
+    def all(self) -> list[tuple[str, str]]:
         """(peer, address) of all who serve."""
-        return [(peer, place.asked.address) for peer, place in self._places.items()][-_MOST_LISTED:]
+        return [(peer, place.asked.address) for peer, place in self._places.items()][-_MAX_LISTED:]
 
-    def gone(self, peer: str) -> None:
+    def remove(self, peer: str) -> None:
         self._places.pop(peer, None)
 
 
-class NeighbourDesk:
+class PeerDirectoryRoutes:
     """The routes over a neighbourhood. `sign` is the coordinator's."""
 
     def __init__(self, registry: Registry, sign: Sign) -> None:
         self._registry, self._sign = registry, sign
-        self.book = Neighbourhood()
+        self.directory = PeerDirectory()
 
     def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
         """(method, path, endpoint) of both."""
 
         async def of_peer(request: Request) -> Response:
-            peer, body = await auth.peer_and_body(request, _MOST_BODY_BYTES)
+            peer, body = await auth.peer_and_body(request, _MAX_BODY_BYTES)
             try:
                 asked = msgspec.json.decode(body, type=DownloadPlanRequest)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
                 raise HTTPException(400) from err
             outside = request.client.host if request.client else ""
-            self.book.tell(peer.peer, asked, outside)
-            near = self.book.near(peer.peer, asked, outside)
+            self.directory.update(peer.peer, asked, outside)
+            near = self.directory.nearby(peer.peer, asked, outside)
             return self._answer(peer.peer, peer.sign_public, near, words_only=False)
 
         async def of_operator(request: Request) -> Response:
             await auth.operator(request, changes=False)
             holder, public = auth.operator_key(request)
-            return self._answer(holder, public, self.book.everywhere(), words_only=True)
+            return self._answer(holder, public, self.directory.all(), words_only=True)
 
         return [("POST", NEIGHBORS_PATH, of_peer), ("GET", NEIGHBORS_PATH, of_operator)]
 
@@ -123,6 +123,6 @@ class NeighbourDesk:
                 for other, address in near
                 if other in known and known[other].standing == "enrolled"
             ),
-            removed=tuple(removed[-_MOST_LISTED:]),
+            removed=tuple(removed[-_MAX_LISTED:]),
         )
         return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -17,15 +17,15 @@ from typing import NamedTuple
 from protocols.p2p.swarm import MAX_SOURCES, DownloadPlanRequest, host_of, in_networks
 
 #: A holder that asked so long ago may be anywhere by now.
-FRESH_S = 3600.0
-#: Holders that are remembered for one version, and versions.
-MOST_REMEMBERED, MOST_VERSIONS = 4096, 4
+MAX_AGE_S = 3600.0
+#: Sources remembered for one version, and versions.
+MAX_KNOWN_SOURCES, MAX_VERSIONS = 4096, 4
 #: Until a network is given its second seed; each next one takes twice as long.
-SEED_S = 5.0
+FIRST_SEED_WAIT_S = 5.0
 _OLD_SHARE = 0.7  # of a holder's rate, when a new one is measured
 
 
-class _Standing(NamedTuple):
+class _Source(NamedTuple):
     at: float
     order: int
     address: str
@@ -35,22 +35,22 @@ class _Standing(NamedTuple):
     whole: bool
 
 
-class Advice(NamedTuple):
+class FetchPlan(NamedTuple):
     """`holders` are (peer, address), the best first; `seed`: fetch from the coordinator as well."""
 
-    holders: list[tuple[str, str]]
+    sources: list[tuple[str, str]]
     seed: bool
 
 
-class Holders:
+class PieceSources:
     """What agents have said of the versions they fetch; kept in memory, as it is only a help.
 
     `is_here(peer)` says whether a peer could answer now.
     """
 
-    def __init__(self, is_here: Callable[[str], bool] = lambda peer: True) -> None:
-        self._is_here = is_here
-        self._by_version: dict[str, dict[str, _Standing]] = {}
+    def __init__(self, is_online: Callable[[str], bool] = lambda peer: True) -> None:
+        self._is_online = is_online
+        self._by_version: dict[str, dict[str, _Source]] = {}
         self._load: dict[tuple[str, str], int] = {}
         self._rates: dict[str, float] = {}
         self._asked = 0
@@ -59,16 +59,16 @@ class Holders:
         #: By holder: who has complained of it.
         self._complaints: dict[str, set[str]] = {}
 
-    def ask(
+    def plan_fetch(
         self, digest: str, peer: str, asked: DownloadPlanRequest, outside: str, now: float
-    ) -> Advice:
+    ) -> FetchPlan:
         """Where this peer may fetch the version from.
 
         Remembers, if it can be reached itself, that it will hold it soon.
         """
         standings = self._by_version.setdefault(digest, {})
-        while len(self._by_version) > MOST_VERSIONS:
-            self.forget(next(iter(self._by_version)))
+        while len(self._by_version) > MAX_VERSIONS:
+            self.remove_version(next(iter(self._by_version)))
         mine = standings.get(peer)
         self._asked += 1
         order = mine.order if mine else self._asked
@@ -80,16 +80,16 @@ class Holders:
             if other != peer
             and other not in asked.faulty
             and (there.whole or there.order < order)
-            and now - there.at < FRESH_S
+            and now - there.at < MAX_AGE_S
             and is_near(there.address, there.outside, asked, outside, is_open=there.open)
-            and self._is_here(other)
+            and self._is_online(other)
             and len(self._complaints.get(other, ())) < 2
         ]
         chosen = [other for *_, other in sorted(found)[:MAX_SOURCES]]
         for other in chosen:
             self._load[digest, other] = self._load.get((digest, other), 0) + 1
-        if asked.address and len(standings) < MOST_REMEMBERED:
-            standings[peer] = _Standing(
+        if asked.address and len(standings) < MAX_KNOWN_SOURCES:
+            standings[peer] = _Source(
                 now,
                 order,
                 asked.address,
@@ -103,13 +103,13 @@ class Holders:
         if seed:
             seeds, _ = self._seeds.get((digest, asked.networks), (0, now))
             self._seeds[digest, asked.networks] = seeds + 1, now
-        return Advice([(other, standings[other].address) for other in chosen], seed)
+        return FetchPlan([(other, standings[other].address) for other in chosen], seed)
 
     def _needs_seed(self, digest: str, networks: tuple[str, ...], now: float) -> bool:
         seeds, at = self._seeds.get((digest, networks), (0, now))
-        return now - at >= SEED_S * 2.0 ** (seeds - 1)
+        return now - at >= FIRST_SEED_WAIT_S * 2.0 ** (seeds - 1)
 
-    def held(
+    def record_complete(
         self, digest: str, peer: str, rates: Mapping[str, float], faulty: tuple[str, ...]
     ) -> list[str]:
         """The peer has the whole version. Returns holders that it calls faulty for the first time.
@@ -129,19 +129,19 @@ class Holders:
             self._complaints.setdefault(other, set()).add(peer)
         return new
 
-    def forget(self, digest: str) -> None:
+    def remove_version(self, digest: str) -> None:
         """The version is dropped."""
         for other in self._by_version.pop(digest, {}):
             self._load.pop((digest, other), None)
         for key in [key for key in self._seeds if key[0] == digest]:
             del self._seeds[key]
 
-    def gone(self, peer: str) -> None:
+    def remove_peer(self, peer: str) -> None:
         """The peer was removed: nobody is sent to it any more."""
         for standings in self._by_version.values():
             standings.pop(peer, None)
 
-    def forgive(self, peer: str) -> None:
+    def clear_complaints(self, peer: str) -> None:
         """The peer has opened a new session: what was held against it is over."""
         self._complaints.pop(peer, None)
 

@@ -22,7 +22,7 @@ log = logging.getLogger("commonweight.hub")
 CERTIFICATE_EVERY_S = 6 * 3600.0
 
 
-class Listening:
+class Listener:
     """An open socket with a certificate for all its names. Raises PortInUse, UsageError."""
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
@@ -42,7 +42,7 @@ class Listening:
     def server(self, app: ASGIApp) -> Server:
         return Server(app, self._socket, self._home / "server.pem", self._home / "server.key")
 
-    async def keep_certificate(self, server: Server) -> None:
+    async def renew_certificate(self, server: Server) -> None:
         """Renew the TLS certificate long before it ends; agents notice nothing."""
         while True:
             await asyncio.sleep(CERTIFICATE_EVERY_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.transport.holders import FRESH_S, SEED_S, Holders
+from coordinator.transport.piece_sources import FIRST_SEED_WAIT_S, MAX_AGE_S, PieceSources
 from protocols.p2p.swarm import MAX_SOURCES, DownloadPlanRequest
 
 VERSION = "0" * 64
@@ -18,94 +18,96 @@ def at_home(number: int, **changed: object) -> DownloadPlanRequest:
     return DownloadPlanRequest(**(fields | changed))  # type: ignore[arg-type]
 
 
-def ask(holders: Holders, number: int, now: float = 0.0, **changed: object) -> list[str]:
+def ask(holders: PieceSources, number: int, now: float = 0.0, **changed: object) -> list[str]:
     asked = at_home(number, **changed)
-    return [peer for peer, _ in holders.ask(VERSION, f"p{number}", asked, ROUTER, now).holders]
+    return [
+        peer for peer, _ in holders.plan_fetch(VERSION, f"p{number}", asked, ROUTER, now).sources
+    ]
 
 
 def test_the_first_of_a_network_asks_the_coordinator_and_later_ones_those_before() -> None:
-    holders = Holders()
+    holders = PieceSources()
     assert ask(holders, 1) == []
     assert ask(holders, 2) == ["p1"]
     assert ask(holders, 3) == ["p2", "p1"], "the less loaded first"
-    assert holders.ask(VERSION, "p9", at_home(9), ROUTER, 0.0).holders[0] == (
+    assert holders.plan_fetch(VERSION, "p9", at_home(9), ROUTER, 0.0).sources[0] == (
         "p3",
         "192.168.1.3:4000",
     )
 
 
 def test_other_networks_are_another_affair() -> None:
-    holders = Holders()
+    holders = PieceSources()
     ask(holders, 1)
     elsewhere = DownloadPlanRequest(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
-    assert holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders == []
+    assert holders.plan_fetch(VERSION, "far", elsewhere, "198.51.100.1", 0.0).sources == []
     # The same private numbers behind another router are another home.
-    assert holders.ask(VERSION, "twin", at_home(8), "198.51.100.1", 0.0).holders == []
+    assert holders.plan_fetch(VERSION, "twin", at_home(8), "198.51.100.1", 0.0).sources == []
 
 
 def test_without_a_router_in_between_the_network_is_seen_as_it_is() -> None:
-    holders = Holders()
-    holders.ask(VERSION, "p1", at_home(1), "192.168.1.1", 0.0)
-    found = holders.ask(VERSION, "p2", at_home(2), "192.168.1.2", 0.0).holders
+    holders = PieceSources()
+    holders.plan_fetch(VERSION, "p1", at_home(1), "192.168.1.1", 0.0)
+    found = holders.plan_fetch(VERSION, "p2", at_home(2), "192.168.1.2", 0.0).sources
     assert [peer for peer, _ in found] == ["p1"]
 
 
 def test_an_open_holder_serves_everybody() -> None:
-    holders = Holders()
+    holders = PieceSources()
     ask(holders, 1, serves_other_networks=True)
     elsewhere = DownloadPlanRequest(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
-    found = holders.ask(VERSION, "far", elsewhere, "198.51.100.1", 0.0).holders
+    found = holders.plan_fetch(VERSION, "far", elsewhere, "198.51.100.1", 0.0).sources
     assert found == [("p1", "192.168.1.1:4000")]
 
 
 def test_who_failed_is_not_given_again_and_after_two_complaints_to_nobody() -> None:
-    holders = Holders()
+    holders = PieceSources()
     ask(holders, 1)
     ask(holders, 2)
     assert ask(holders, 3, faulty=("p1",)) == ["p2"]
-    assert holders.held(VERSION, "p2", {}, ("p1",)) == ["p1"]
+    assert holders.record_complete(VERSION, "p2", {}, ("p1",)) == ["p1"]
     assert "p1" in ask(holders, 4), "one complaint may be a lie"
-    assert holders.held(VERSION, "p2", {}, ("p1",)) == []
+    assert holders.record_complete(VERSION, "p2", {}, ("p1",)) == []
     assert "p1" in ask(holders, 5), "and twice the same is still one"
-    assert holders.held(VERSION, "p3", {}, ("p1", "p1", "p3", "nobody")) == []
+    assert holders.record_complete(VERSION, "p3", {}, ("p1", "p1", "p3", "nobody")) == []
     assert "p1" not in ask(holders, 6)
-    holders.forgive("p1")
+    holders.clear_complaints("p1")
     assert "p1" in ask(holders, 7, faulty=("p2", "p3", "p4", "p5", "p6"))
 
 
 def test_nobody_is_sent_to_the_removed_the_absent_or_the_long_ago() -> None:
     here = {"p1", "p2", "p3"}
-    holders = Holders(lambda peer: peer in here)
+    holders = PieceSources(lambda peer: peer in here)
     ask(holders, 1)
     ask(holders, 2)
-    holders.gone("p1")
+    holders.remove_peer("p1")
     assert ask(holders, 3) == ["p2"]
     here.discard("p2")
     assert ask(holders, 4) == ["p3"]
-    assert ask(holders, 5, now=FRESH_S + 1) == []
+    assert ask(holders, 5, now=MAX_AGE_S + 1) == []
 
 
 def test_a_whole_version_serves_also_those_who_asked_before() -> None:
-    holders = Holders()
+    holders = PieceSources()
     ask(holders, 1)
     ask(holders, 2)
     assert ask(holders, 1) == []
-    holders.held(VERSION, "p2", {}, ())
+    holders.record_complete(VERSION, "p2", {}, ())
     assert ask(holders, 1) == ["p2"]
 
 
 def test_a_network_whose_seed_is_slow_is_given_others_ever_more_seldom() -> None:
-    holders = Holders()
+    holders = PieceSources()
 
     def seed(number: int, now: float) -> bool:
-        return holders.ask(VERSION, f"p{number}", at_home(number), ROUTER, now).seed
+        return holders.plan_fetch(VERSION, f"p{number}", at_home(number), ROUTER, now).seed
 
     assert seed(1, 0.0)
-    assert not seed(2, SEED_S - 1)
-    assert seed(3, SEED_S)
-    assert not seed(4, SEED_S + 1.9 * SEED_S)
-    assert seed(4, SEED_S + 2 * SEED_S)
-    holders.held(VERSION, "p4", {}, ())
+    assert not seed(2, FIRST_SEED_WAIT_S - 1)
+    assert seed(3, FIRST_SEED_WAIT_S)
+    assert not seed(4, FIRST_SEED_WAIT_S + 1.9 * FIRST_SEED_WAIT_S)
+    assert seed(4, FIRST_SEED_WAIT_S + 2 * FIRST_SEED_WAIT_S)
+    holders.record_complete(VERSION, "p4", {}, ())
     assert not seed(5, 1000.0), "somebody has it whole"
 
 
@@ -116,15 +118,15 @@ def test_a_network_whose_seed_is_slow_is_given_others_ever_more_seldom() -> None
     )
 )
 def test_whoever_waits_waits_for_nobody_who_waits_for_him(deeds: list[tuple[int, str]]) -> None:
-    holders = Holders()
+    holders = PieceSources()
     waits: dict[str, set[str]] = {}
     for number, deed in deeds:
         peer = f"p{number}"
         if deed in ("held", "gone"):
             if deed == "held":
-                holders.held(VERSION, peer, {f"p{number + 1}": 1e6}, ())
+                holders.record_complete(VERSION, peer, {f"p{number + 1}": 1e6}, ())
             else:
-                holders.gone(peer)
+                holders.remove_peer(peer)
             waits.pop(peer, None)
             for others in waits.values():
                 others.discard(peer)
