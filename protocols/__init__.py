@@ -1,4 +1,4 @@
-"""What both sides agree on: names, messages, weights, keys. Pure: no sockets, no engine."""
+"""What agent and coordinator share: messages, weights, codecs, keys. No sockets and no PyTorch."""
 
 from importlib.metadata import PackageNotFoundError, version
 

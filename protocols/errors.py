@@ -1,30 +1,30 @@
-"""Every error that a person can meet. Pure.
+"""The error classes, as a tree: exit code, class, meaning. Pure.
 
 CommonweightError                     1  something failed
-├── UsageError                        2  what was typed cannot work
-│   ├── TicketMalformed                  a ticket that is cut or mistyped
-│   ├── UnknownName                      a task, run, peer or setting nobody knows
-│   └── CannotBeMet                      a quorum or deadline that cannot be met
-├── Unreachable                       3  nobody answers at that address
-├── Refused                           4  the other side said no
-│   ├── NotEnrolled                      this machine has not joined
-│   └── VersionSkew                      the two programs are too far apart
-├── NotRunning                        5  the program asked for is not up
+├── UsageError                        2  the command or a setting is wrong
+│   ├── TicketMalformed                  the ticket is truncated or mistyped
+│   ├── UnknownName                      no such task, run, peer or setting
+│   └── CannotBeMet                      the fleet cannot meet the quorum or deadline
+├── Unreachable                       3  no answer from that address
+├── Refused                           4  the other side refused the request
+│   ├── NotEnrolled                      this machine has not joined a fleet
+│   └── VersionSkew                      agent and coordinator versions are incompatible
+├── NotRunning                        5  the agent or coordinator is not running
 ├── HomeError                         1  the home folder cannot be used
-│   ├── HomeLocked                       another process works in it
-│   └── HomeTooNew                       written by a newer version
-├── DiskFull                          1  no room is left where something must be written
-├── PortInUse                         1  somebody else listens there
-├── BadMessage                        1  bytes that are not one of our messages
-├── BadWeights                        1  bytes that are not weights, or not these weights
-├── DataError                         1  a peer's data cannot serve the run
-│   └── SchemaMismatch                   they, the model or the task are not those of the others
-├── OutOfMemory                       1  a step of training takes more memory than there is
-├── TaskUnusable                      1  a task's own file or package cannot be loaded
-├── CannotPredict                     1  the task trains, but answers for no rows
-├── TrainerFailed                     1  the child process that trains failed or was ended
-├── StrategyFailed                    1  a strategy raised an error of its own
-└── UpdateRefused                     1  an update that must not be summed
+│   ├── HomeLocked                       another process uses it
+│   └── HomeTooNew                       a newer version wrote it
+├── DiskFull                          1  the disk is full
+├── PortInUse                         1  another process listens on the address
+├── BadMessage                        1  malformed bytes, or a wrong signature
+├── BadWeights                        1  malformed weights, or weights of another model
+├── DataError                         1  a peer's data do not fit the run
+│   └── SchemaMismatch                   data, model or task differ from those of other peers
+├── OutOfMemory                       1  a training step does not fit into memory
+├── TaskUnusable                      1  a task's file or package cannot be loaded
+├── CannotPredict                     1  the task can train but not predict
+├── TrainerFailed                     1  the trainer process failed or was ended
+├── StrategyFailed                    1  a strategy raised an error
+└── UpdateRefused                     1  an update failed validation
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a command's exit status means."""
+    """The exit status of a command."""
 
     OK = 0
-    """It did what was asked."""
+    """The command succeeded."""
     FAILED = 1
-    """It tried and failed; the message says why."""
+    """The command failed; the message says why."""
     USAGE = 2
-    """What was typed cannot work."""
+    """The command line or a setting is wrong."""
     UNREACHABLE = 3
     """The coordinator or the broker does not answer."""
     REFUSED = 4
-    """Not enrolled, or refused by the other side."""
+    """This machine is not enrolled, or the other side refused the request."""
     NOT_RUNNING = 5
-    """The program that was asked is not running."""
+    """The agent or coordinator is not running."""
     FAULTS_FOUND = 6
-    """`doctor` found faults."""
+    """`doctor` found a fault."""
     INTERRUPTED = 130
     """Ctrl-C."""
 
 
 class CommonweightError(Exception):
-    """What happened and why (`message`), and what to do next (`hint`)."""
+    """Base of all our errors. `message`: what happened and why; `hint`: what to do next."""
 
     exit_code: ExitCode = ExitCode.FAILED
     code: str = "failed"
@@ -66,46 +66,46 @@ class CommonweightError(Exception):
 
 
 class UsageError(CommonweightError):
-    """What was typed cannot work."""
+    """The command line or a setting is wrong."""
 
     exit_code = ExitCode.USAGE
     code = "usage"
 
 
 class TicketMalformed(UsageError):
-    """The join string is not a whole ticket."""
+    """The ticket is truncated or mistyped."""
 
     code = "ticket_malformed"
 
 
 class UnknownName(UsageError):
-    """No task, run, peer or setting has this name."""
+    """There is no task, run, peer or setting of this name."""
 
     code = "unknown_name"
 
 
 class CannotBeMet(UsageError):
-    """A quorum or a deadline that the fleet cannot meet."""
+    """The fleet cannot meet the quorum or the deadline."""
 
     code = "cannot_be_met"
 
 
 class Unreachable(CommonweightError):
-    """Nobody answers there."""
+    """The address does not answer."""
 
     exit_code = ExitCode.UNREACHABLE
     code = "unreachable"
 
 
 class Refused(CommonweightError):
-    """The other side answered, and said no."""
+    """The other side refused the request."""
 
     exit_code = ExitCode.REFUSED
     code = "refused"
 
 
 class NotEnrolled(Refused):
-    """This machine holds no certificate of a coordinator."""
+    """This machine has no certificate of a coordinator."""
 
     code = "not_enrolled"
 
@@ -117,7 +117,7 @@ class VersionSkew(Refused):
 
 
 class NotRunning(CommonweightError):
-    """The program that was asked is not up."""
+    """The agent or coordinator is not running."""
 
     exit_code = ExitCode.NOT_RUNNING
     code = "not_running"
@@ -130,53 +130,53 @@ class HomeError(CommonweightError):
 
 
 class HomeLocked(HomeError):
-    """Another process works in this home."""
+    """Another process uses this home."""
 
     code = "home_locked"
 
 
 class HomeTooNew(HomeError):
-    """The home was written by a newer version than this one."""
+    """A newer version wrote the home."""
 
     code = "home_too_new"
 
 
 class DiskFull(CommonweightError):
-    """No room is left where something must be written; what waits for it goes on by itself."""
+    """The disk is full. Work continues as soon as there is room."""
 
     code = "disk_full"
 
 
 class PortInUse(CommonweightError):
-    """Somebody else listens on the address."""
+    """Another process listens on the address."""
 
     code = "port_in_use"
 
 
 class BadMessage(CommonweightError):
-    """Bytes that are not one of our messages, or whose signature is wrong."""
+    """The bytes are malformed or their signature is wrong."""
 
     code = "bad_message"
 
 
 class BadWeights(CommonweightError):
-    """Bytes that are not canonical weights, or that do not fit the schema."""
+    """The bytes are not canonical weights, or do not match the schema."""
 
     code = "bad_weights"
 
 
 class DataError(CommonweightError):
-    """A peer's data cannot serve the run.
+    """A peer's data do not fit the run.
 
-    Others are told the `message`: it quotes no row, no file's name and no path. The `hint` may, as
-    it stays on the machine.
+    The `message` leaves the machine, so it must not quote rows, file names or paths. The `hint`
+    stays on the machine and may quote them.
     """
 
     code = "data"
 
 
 class SchemaMismatch(DataError):
-    """A field of this peer's schema is not what all the others have."""
+    """A field of this peer's schema differs from that of the other peers."""
 
     code = "schema"
 
@@ -186,7 +186,7 @@ class SchemaMismatch(DataError):
 
 
 class OutOfMemory(CommonweightError):
-    """A step of training takes more memory than there is; `fits` examples (0: not one) would do."""
+    """A training step does not fit into memory; `max_batch_size` examples would (0: none)."""
 
     code = "out of memory"
 
@@ -198,25 +198,25 @@ class OutOfMemory(CommonweightError):
 
 
 class TaskUnusable(CommonweightError):
-    """A task's file or package cannot be loaded; only the kind of the error leaves the machine."""
+    """A task's file or package cannot be loaded; only the type of the error leaves the machine."""
 
     code = "task_unusable"
 
 
 class CannotPredict(CommonweightError):
-    """The task trains, but answers for no rows."""
+    """The task can train but not predict."""
 
     code = "no predict"
 
 
-#: Codes of errors whose words are fit for the other side.
+#: Codes of errors whose messages may be sent to the other side.
 SHAREABLE_CODES = frozenset({DataError.code, SchemaMismatch.code, CannotPredict.code})
-#: And of errors that speak of a run's settings, which come from there.
+#: Codes of errors about a run's settings, which the coordinator sent.
 SETTINGS_CODES = frozenset({UsageError.code, UnknownName.code})
 
 
 class TrainerFailed(CommonweightError):
-    """The work in the trainer's process did not end well; `kind` is a short fixed word for it."""
+    """The trainer process failed or was ended; `kind` is a short fixed word for the reason."""
 
     code = "trainer_failed"
 
@@ -226,13 +226,13 @@ class TrainerFailed(CommonweightError):
 
 
 class StrategyFailed(CommonweightError):
-    """A strategy raised an error; the run that uses it cannot go on."""
+    """A strategy raised an error; its run fails."""
 
     code = "strategy_failed"
 
 
 class UpdateRefused(CommonweightError):
-    """An update that must not be summed; `reason` is a short fixed word for the ledger."""
+    """An update failed validation; `reason` is a short fixed word for the ledger."""
 
     code = "update_refused"
 

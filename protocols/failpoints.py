@@ -2,11 +2,11 @@
 
 COMMONWEIGHT_FAILPOINT=NAME[:NTH][=ACTION][@MARKER],…   e.g. run.recorded.TrainingClosed:2=kill
 
-The action happens once in a process, when NAME is reached for the NTH time (default the first):
-`kill` and `stop` (SIGKILL, SIGSTOP), `error` (OSError, as of a full disk), `hang` (for an hour).
-With a marker it happens in one process only: the one that makes that file. Without the variable a
-failpoint is an empty function. COMMONWEIGHT_TRUTH names a file to which `note` adds what this
-process saw with its own eyes, so that a test need not believe the other side.
+The action runs once per process, when NAME is reached for the NTH time (default: the first):
+`kill` and `stop` (SIGKILL, SIGSTOP), `error` (OSError, as from a full disk), `hang` (for an hour).
+With a marker it runs in one process only: the one that creates that file. Without the variable a
+failpoint is an empty function. COMMONWEIGHT_TRUTH names a file to which `note` appends what this
+process did, so that a test can compare both sides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Protocol
 VARIABLE = "COMMONWEIGHT_FAILPOINT"
 TRUTH = "COMMONWEIGHT_TRUTH"
 
-#: `run.recording.X` and `run.recorded.X` are before and after the fact X is in the ledger.
+#: `run.recording.X` and `run.recorded.X` are before and after event X is in the ledger.
 RUN_EVENTS = (
     "PeersAsked",
     "WeightsInitialised",
@@ -34,7 +34,7 @@ RUN_EVENTS = (
     "RoundClosed",
     "RunEnded",
 )
-#: Before round 1, when peers compare themselves.
+#: Before round 1, while peers agree on a schema.
 HANDSHAKE = tuple(
     f"run.{step}.{fact}"
     for fact in ("PeerDescribed", "SchemaAgreed")
@@ -72,7 +72,7 @@ AGENT = (
     "agent.claim.sending",
     "agent.claim.sent",
 )
-#: Reached in jobs beside training only.
+#: Reached only in inference and analytics jobs.
 JOB_EVENTS = ("UnitLeased", "UnitReturned", "UnitVerified", "JobEnded")
 JOBS = (
     "job.queued",
@@ -98,14 +98,14 @@ class Note(Protocol):
 
 
 def parse_failpoints(spec: str) -> Failpoint:
-    """The failpoints that a spec arms. Raises ValueError for a name or action that is none."""
+    """The failpoints that `spec` enables. Raises ValueError for an unknown name or action."""
     actions: dict[tuple[str, int], tuple[str, str]] = {}
     for part in filter(None, spec.split(",")):
         words, _, marker = part.partition("@")
         place, _, action = words.partition("=")
         name, _, nth = place.partition(":")
         if name not in NAMES or action not in ("", "kill", "stop", "error", "hang"):
-            raise ValueError(f"{VARIABLE}: {part!r} is no failpoint")
+            raise ValueError(f"{VARIABLE}: {part!r} is not a failpoint")
         actions[name, int(nth or 1)] = action or "kill", marker
     reached: Counter[str] = Counter()
 
@@ -129,34 +129,31 @@ def _is_first(marker: str) -> bool:
 
 def _act(action: str) -> None:
     if action == "error":
-        raise OSError(errno.ENOSPC, "no room (a failpoint says so)")
+        raise OSError(errno.ENOSPC, "the disk is full (simulated by a failpoint)")
     if action == "hang":
         time.sleep(_HANG_S)
     else:
-        # Windows has no such signals; there it ends.
+        # Windows has neither signal: SIGTERM ends the process there.
         name = "SIGKILL" if action == "kill" else "SIGSTOP"
         os.kill(os.getpid(), getattr(signal, name, signal.SIGTERM))
 
 
-def _off(name: str, detail: str = "") -> None:
-    """Nothing is armed."""
+def _do_nothing(*_: str, **fields: str | int) -> None:
+    pass
 
 
-def _unheard(what: str, **fields: str | int) -> None:
-    """Nobody wants to know."""
-
-
-def _noting(path: str) -> Note:
+def _append_notes_to(path: str) -> Note:
     def note(what: str, **fields: str | int) -> None:
         line = json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(descriptor, line.encode())  # one write: whole lines, whoever is killed
+            os.write(descriptor, line.encode())  # one write, so a kill leaves whole lines
         finally:
             os.close(descriptor)
 
     return note
 
 
-failpoint: Failpoint = parse_failpoints(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _off
-note: Note = _noting(os.environ[TRUTH]) if os.environ.get(TRUTH) else _unheard
+_spec, _truth = os.environ.get(VARIABLE), os.environ.get(TRUTH)
+failpoint: Failpoint = parse_failpoints(_spec) if _spec else _do_nothing
+note: Note = _append_notes_to(_truth) if _truth else _do_nothing

@@ -1,10 +1,10 @@
-"""Keys, fingerprints and certificates. Pure but for reading key files.
+"""Keys, peer ids and certificates. Pure, except that it reads key files.
 
-An agent has two keys: P-384 for Flower's node authentication, Ed25519 for everything of ours. The
-coordinator has a CA (Ed25519) that signs its TLS certificate and the nodes' certificates, and a
+An agent has two keys: P-384 for Flower's node authentication, Ed25519 for all else. The
+coordinator has a CA (Ed25519) that signs its TLS certificate and the node certificates, and a
 signing key (Ed25519) for commands and versions.
 
-A peer's id is shown in four groups of four, as Syncthing shows devices: 15 characters of the
+A peer id has four groups of four characters, like a device id of Syncthing: 15 characters of the
 SHA-256 of its Ed25519 key in base32 (75 bits) and a Luhn mod 32 check character.
 """
 
@@ -45,12 +45,12 @@ def new_node_key() -> NodeKey:
 
 
 def public_bytes(key: SigningKey) -> bytes:
-    """The 32 raw bytes of the public half."""
+    """The 32 raw bytes of the public key."""
     return key.public_key().public_bytes_raw()
 
 
 def node_public_pem(key: NodeKey) -> bytes:
-    """The public half in the form that Flower's node authentication sends (PEM)."""
+    """The public key in PEM, as Flower's node authentication sends it."""
     return _public_pem(key.public_key())
 
 
@@ -65,17 +65,15 @@ def check_node_public(pem: bytes) -> None:
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as err:
-        raise BadMessage("the node key is not a public key in PEM form") from err
+        raise BadMessage("the node key is not a PEM public key") from err
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
         raise BadMessage("the node key is not a P-384 key")
-    if pem != _public_pem(
-        key
-    ):  # one key, one name: a removed one must not come back in other words
-        raise BadMessage("the node key is not written in the one way that there is")
+    if pem != _public_pem(key):  # else a removed key could come back in another encoding
+        raise BadMessage("the node key is not in canonical PEM form")
 
 
 def verify(public: bytes, signature: bytes, message: bytes) -> bool:
-    """True if `signature` over `message` was made by the Ed25519 key with this public half."""
+    """True if `signature` over `message` is valid for this Ed25519 public key."""
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
     except (InvalidSignature, ValueError):
@@ -84,15 +82,15 @@ def verify(public: bytes, signature: bytes, message: bytes) -> bool:
 
 
 def peer_id(public: bytes) -> str:
-    """The short id of an Ed25519 public key: `ABCD-EFGH-IJKL-MNOP`."""
+    """The peer id of an Ed25519 public key: `ABCD-EFGH-IJKL-MNOP`."""
     text = base64.b32encode(hashlib.sha256(public).digest()).decode()[:15]
     text += _check_character(text)
     return "-".join(text[i : i + 4] for i in range(0, 16, 4))
 
 
 def _check_character(text: str) -> str:
-    """Luhn mod 32: finds every wrong letter, and all swapped neighbours but A and 7."""
-    # The letter before the check character is the doubled one, or those two could be swapped.
+    """Luhn mod 32: detects every wrong letter, and all swapped neighbors except A and 7."""
+    # The letter before the check character is doubled, so that swapping those two is detected.
     factor, total = 1 + len(text) % 2, 0
     for letter in text:
         addend = factor * _ALPHABET.index(letter)
@@ -102,7 +100,7 @@ def _check_character(text: str) -> str:
 
 
 def private_pem(key: SigningKey | NodeKey) -> bytes:
-    """A private key as PKCS#8 PEM, for a file that only its owner can read (`write_private`)."""
+    """A private key in PKCS#8 PEM. Write it with `write_private`."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -111,7 +109,7 @@ def private_pem(key: SigningKey | NodeKey) -> bytes:
 
 
 def load_signing_key(path: Path) -> SigningKey:
-    """An Ed25519 key from PEM. Raises HomeError."""
+    """Read an Ed25519 key from a PEM file. Raises HomeError."""
     key = _load(path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise HomeError(f"{path} is not an Ed25519 key")
@@ -119,7 +117,7 @@ def load_signing_key(path: Path) -> SigningKey:
 
 
 def load_node_key(path: Path) -> NodeKey:
-    """A P-384 key from PEM. Raises HomeError."""
+    """Read a P-384 key from a PEM file. Raises HomeError."""
     key = _load(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise HomeError(f"{path} is not an elliptic-curve key")
@@ -166,7 +164,7 @@ def new_server_certificate(
         .add_extension(
             x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False
         )
-        # Python 3.13 checks certificates strictly (RFC 5280) and refuses one without it.
+        # Python 3.13 checks certificates strictly (RFC 5280) and refuses one without this.
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
         )
@@ -190,7 +188,7 @@ def new_node_tls(key: NodeKey, peer: str) -> bytes:
 
 
 def certificate_matches_key(certificate_der: bytes, node_public_pem: bytes) -> bool:
-    """True if a TLS certificate (DER) is one of this node key."""
+    """True if a TLS certificate (DER) is for this node key."""
     try:
         key = x509.load_der_x509_certificate(certificate_der).public_key()
     except (ValueError, UnsupportedAlgorithm):
@@ -199,24 +197,24 @@ def certificate_matches_key(certificate_der: bytes, node_public_pem: bytes) -> b
 
 
 def certificate_names(pem: bytes) -> set[str]:
-    """The DNS names and addresses that a TLS certificate is good for."""
+    """The DNS names and addresses in a TLS certificate."""
     certificate = x509.load_pem_x509_certificate(pem)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return {str(name.value) for name in names}
 
 
 def days_left(pem: bytes, now: datetime.datetime | None = None) -> float:
-    """Days until the certificate ends; negative when it has."""
+    """Days until the certificate expires; negative if it has."""
     now = now or datetime.datetime.now(datetime.UTC)
     return (x509.load_pem_x509_certificate(pem).not_valid_after_utc - now).total_seconds() / 86400
 
 
 def ca_fingerprint(pem: bytes) -> bytes:
-    """SHA-256 of the CA certificate's DER form: what a ticket carries. Raises BadMessage."""
+    """SHA-256 of the CA certificate in DER form, as in a ticket. Raises BadMessage."""
     try:
         return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256())
     except ValueError as err:
-        raise BadMessage("not a certificate in PEM form") from err
+        raise BadMessage("not a PEM certificate") from err
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
@@ -226,7 +224,7 @@ def _builder(subject: x509.Name, issuer: x509.Name, days: int) -> x509.Certifica
         .subject_name(subject)
         .issuer_name(issuer)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # a slow clock joins all the same
+        .not_valid_before(now - datetime.timedelta(hours=1))  # for machines with a slow clock
         .not_valid_after(now + datetime.timedelta(days=days))
     )
 
@@ -256,7 +254,7 @@ def _general_name(name: str) -> x509.GeneralName:
 
 
 class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer's two public keys, vouched for by the CA until `not_after` (Unix s)."""
+    """A peer's two public keys, certified by the CA until `not_after` (Unix s)."""
 
     v: int = 1
     fleet: str
@@ -273,12 +271,12 @@ _SIGNED_CERTIFICATE = SignedJson(
 
 
 def issue_certificate(ca_key: SigningKey, certificate: NodeCertificate) -> bytes:
-    """The certificate as signed bytes: 64 bytes of signature, then JSON."""
+    """The signed certificate: 64 bytes of signature, then JSON."""
     return _SIGNED_CERTIFICATE.pack(certificate, ca_key.sign)
 
 
 def verify_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
-    """The certificate in `data`, checked against the CA. Raises BadMessage."""
+    """The certificate in `data`, if the CA signed it. Raises BadMessage."""
     ca = x509.load_pem_x509_certificate(ca_pem).public_key()
     assert isinstance(ca, ed25519.Ed25519PublicKey)
     return _SIGNED_CERTIFICATE.unpack(data, partial(verify, ca.public_bytes_raw()))

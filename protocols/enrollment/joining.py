@@ -1,4 +1,4 @@
-"""What is said when a machine joins, asks how it stands, and leaves. Pure."""
+"""Requests and responses to join a fleet, and to ask for the enrollment status. Pure."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MQTT_PATH = "/cw/v1/mqtt"
 
 
 class JoinRequest(Struct, frozen=True, kw_only=True):
-    """What an agent sends: its ticket's id and secret, and the public halves of its two keys.
+    """An agent's request: the ticket's id and secret, and its two public keys.
 
-    `proof` is its Ed25519 signature over `claimed`: nobody joins with, or asks again in the name
-    of, a key that he has only seen.
+    `proof` is its Ed25519 signature over `join_proof`. It shows that the sender has the private
+    key, and did not just copy the public one.
     """
 
     ticket: Name
@@ -36,12 +36,12 @@ class JoinRequest(Struct, frozen=True, kw_only=True):
 
 
 def join_proof(ticket: str, secret: bytes, node_public: bytes) -> bytes:
-    """What a joining machine signs with the key that it joins with."""
+    """The bytes that a joining machine signs with its new key."""
     return b"\n".join((b"commonweight join 1", ticket.encode(), secret.hex().encode(), node_public))
 
 
 class OperatorJoinRequest(Struct, frozen=True, kw_only=True):
-    """What a monitor elsewhere sends: its ticket, and the public half of its key, proved."""
+    """The request of a monitor on another machine: its ticket, its public key and a proof."""
 
     ticket: Name
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -52,13 +52,13 @@ class OperatorJoinRequest(Struct, frozen=True, kw_only=True):
 
 
 def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes:
-    """What a joining monitor signs with the key that it joins with."""
+    """The bytes that a joining monitor signs with its new key."""
     parts = (b"commonweight operator 1", ticket.encode(), secret.hex().encode(), sign_public)
     return b"\n".join(parts)
 
 
 class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
-    """Who the monitor is to the fleet from now on, and what it may."""
+    """The id and role of a monitor that has joined."""
 
     operator: str
     role: Literal["observer", "operator"]
@@ -66,7 +66,7 @@ class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
 
 
 class JoinResponse(Struct, frozen=True, kw_only=True):
-    """What a machine needs to work for the fleet."""
+    """What a machine needs to work in the fleet. `awaiting`: the operator has to approve it."""
 
     peer: str
     name: str
@@ -78,7 +78,7 @@ class JoinResponse(Struct, frozen=True, kw_only=True):
 
 
 class EnrollmentStatus(Struct, frozen=True, kw_only=True):
-    """How a machine stands with the coordinator, and the coordinator's own version."""
+    """The enrollment status of a machine, and the version of the coordinator."""
 
     peer: str
     name: str

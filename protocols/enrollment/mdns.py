@@ -1,4 +1,4 @@
-"""What a coordinator says of itself in its network: no secret, and nothing to trust. Pure."""
+"""The mDNS announcement of a coordinator in its network: no secrets, and not trusted. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FORMAT = "1"
 
 
 class Announcement(NamedTuple):
-    """`ca`: the first `CA_BYTES` bytes of the CA's SHA-256."""
+    """A coordinator in the network. `ca`: the first `CA_BYTES` bytes of the CA's SHA-256."""
 
     name: str
     ca: bytes
@@ -28,7 +28,7 @@ def encode_txt_record(name: str, ca_sha256: bytes) -> dict[str, str]:
 
 
 def parse_txt_record(told: Mapping[bytes, bytes | None]) -> Announcement | None:
-    """What a TXT record says; None for one that is not ours, or of another format."""
+    """The announcement in a TXT record; None if it is not ours or has another format."""
     try:
         fields = {key.decode(): (value or b"").decode() for key, value in told.items()}
         ca = bytes.fromhex(fields["ca"])

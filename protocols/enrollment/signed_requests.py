@@ -1,8 +1,9 @@
-"""Signed requests: how our own HTTP routes know who asks. Pure.
+"""Signed requests: how our own HTTP routes authenticate the sender. Pure.
 
-There is no TLS client certificate (the server library shows none to the app), so a request carries
-the sender's id, a time, a nonce and an Ed25519 signature over method, path, body digest, time and
-nonce. A signature is good for `WINDOW_S` and once: the coordinator remembers nonces that long.
+TLS client certificates are no option, as the server library does not pass them to the app. So a
+request carries the sender's id, a time, a nonce and an Ed25519 signature over method, path, body
+digest, time and nonce. A signature is valid once and for `WINDOW_S`: the coordinator remembers
+nonces that long.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SIGNATURE = "x-cw-signature"
 
 
 class SignedRequest(NamedTuple):
-    """What a signed request says of itself; `body_sha256` is still to be compared with the body."""
+    """The headers of a signed request. The caller must compare `body_sha256` with the body."""
 
     sender: str
     at: float
@@ -47,7 +48,7 @@ def sign_headers(
     path: str,
     body_sha256: str = EMPTY_SHA256,
 ) -> dict[str, str]:
-    """The headers that sign one request. `path` includes the query string."""
+    """The headers of a signed request. `path` includes the query string."""
     at, nonce = repr(time.time()), secrets.token_hex(12)
     message = _message(method, path, body_sha256, at, nonce)
     return {
@@ -60,14 +61,14 @@ def sign_headers(
 
 
 def parse(method: str, path: str, sent: Mapping[str, str], now: float) -> SignedRequest:
-    """What the request claims; time and form are checked, not the signature. Raises BadMessage."""
+    """The headers, with time and format checked, but not the signature. Raises BadMessage."""
     try:
         sender, at, nonce = sent[SENDER], float(sent[TIME]), sent[NONCE]
         body, signature = sent[BODY], b64decode(sent[SIGNATURE], validate=True)
     except (KeyError, ValueError, BadBase64) as err:
         raise BadMessage("the request is not signed") from err
     if not abs(now - at) <= WINDOW_S:
-        raise BadMessage(f"the clock of the sender is {now - at:+.0f} s away from ours")
+        raise BadMessage(f"the sender's clock differs from ours by {now - at:+.0f} s")
     if len(nonce) != 24 or len(body) != 64 or len(signature) != 64:
         raise BadMessage("the request is not signed")
     message = _message(method, path, body, sent[TIME], nonce)
@@ -79,9 +80,9 @@ def _message(method: str, path: str, body_sha256: str, at: str, nonce: str) -> b
 
 
 class NonceCache:
-    """Remembers nonces for as long as their signatures are good, at most `limit` of each sender.
+    """Remembers nonces while their signatures are valid, at most `limit` of each sender.
 
-    Kept apart by sender: one that spends all of its own shuts out nobody else.
+    The limit is per sender, so that one sender cannot lock out others.
     """
 
     def __init__(self, limit: int = 200_000) -> None:
@@ -90,9 +91,9 @@ class NonceCache:
         self._limit = limit
 
     def use(self, sender: str, nonce: str, now: float) -> bool:
-        """True the first time; False for a replay, or when too many are remembered."""
+        """True the first time; False for a replay, or if the sender is at its limit."""
         sets = self._seen.setdefault(sender, deque())
-        # A signature may be dated up to one window ahead, so it is good for two after its arrival.
+        # A signature may be dated one window ahead, so it is valid for up to two after arrival.
         while sets and now - sets[0][0] > 2 * WINDOW_S:
             sets.popleft()
         key = hash(nonce)

@@ -1,11 +1,11 @@
-"""The join ticket: one string that says where the coordinator is and proves who it is. Pure.
+"""The join ticket: one string with the coordinator's addresses and the hash of its CA. Pure.
 
 `cw1.` + base64url of (MessagePack of the fields + the first 4 bytes of its SHA-256). The checksum
-tells a typing error from a refusal, before anything is sent.
+detects typing errors before anything is sent.
 
-Its short form, the code `cw1s.…`, leaves the addresses out and 16 bytes of the CA's hash: it is for
-a machine that finds the coordinator in its own network. What is found there decides nothing; the
-128 bits of the hash do.
+The short form, the code `cw1s.…`, has no addresses and half of the CA's hash. It is for a machine
+that finds the coordinator in its own network; the 128 bits of the hash prove that it is the right
+one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from protocols.errors import TicketMalformed
 
 PREFIX = "cw1."
 CODE_PREFIX = "cw1s."
-#: Of the CA's SHA-256, in a code and in an announcement.
+#: Bytes of the CA's SHA-256 in a code and in an announcement.
 CA_BYTES = 16
 _COPY_AGAIN = "copy the whole line that `commonweight ticket create` printed"
 
 
 class Ticket(Struct, frozen=True, kw_only=True, array_like=True):
-    """`addresses` are host:port, best first, none in a code; `secret` is spent by joining.
+    """A ticket for one join. `addresses` are host:port, best first; a code has none.
 
-    `ca_sha256` is whole, or its first `CA_BYTES` in a code.
+    `ca_sha256` is complete, or in a code its first `CA_BYTES`. `secret` is valid once.
     """
 
     addresses: Annotated[tuple[str, ...], Meta(max_length=16)]
@@ -50,12 +50,12 @@ def new_ticket(addresses: tuple[str, ...], ca_sha256: bytes) -> Ticket:
 
 
 def hash_secret(ticket_id: str, secret: bytes) -> str:
-    """What the coordinator keeps of a ticket's secret (128 random bits: a plain hash suffices)."""
+    """The hash of a ticket's secret for the ledger (128 random bits, so a plain hash is enough)."""
     return hashlib.sha256(b"commonweight ticket 1\n" + ticket_id.encode() + secret).hexdigest()
 
 
 def matches_ca(ticket: Ticket, fingerprint: bytes) -> bool:
-    """True if the CA with this SHA-256 is the one that the ticket is for."""
+    """True if the ticket is for the CA with this SHA-256."""
     return fingerprint.startswith(ticket.ca_sha256)
 
 
@@ -74,10 +74,10 @@ def _with_checksum(prefix: str, body: bytes) -> str:
 
 
 def decode(text: str) -> Ticket:
-    """The ticket in `text`, or that of a code. Raises TicketMalformed that says what is wrong."""
+    """The ticket in `text`, which may also be a code. Raises TicketMalformed."""
     text = "".join(text.split())
     if not text.startswith("cw"):
-        raise TicketMalformed("this is not a ticket: a ticket begins with cw1.", _COPY_AGAIN)
+        raise TicketMalformed("this is not a ticket: a ticket starts with cw1.", _COPY_AGAIN)
     if text.startswith(CODE_PREFIX):
         body = _check_body(text[len(CODE_PREFIX) :])
         ca, secret = body[4 : 4 + CA_BYTES], body[4 + CA_BYTES :]
@@ -100,16 +100,18 @@ def decode(text: str) -> Ticket:
 
 
 def _check_body(encoded: str) -> bytes:
-    """What is under the checksum. Raises TicketMalformed."""
+    """The bytes before the checksum. Raises TicketMalformed."""
     try:
         data = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except (binascii.Error, ValueError) as err:
-        raise TicketMalformed("the ticket is cut or mistyped", _COPY_AGAIN) from err
+        raise TicketMalformed("the ticket is truncated or mistyped", _COPY_AGAIN) from err
     body, checksum = data[:-4], data[-4:]
-    # The decoder passes over letters that it does not know, and over the last letter's spare bits.
+    # The decoder ignores characters that it does not know, and spare bits of the last character.
     canonical = urlsafe_b64encode(data).rstrip(b"=").decode()
     if len(data) < 40 or _checksum(body) != checksum or canonical != encoded:
-        raise TicketMalformed("the ticket is cut or mistyped (its checksum is wrong)", _COPY_AGAIN)
+        raise TicketMalformed(
+            "the ticket is truncated or mistyped (its checksum is wrong)", _COPY_AGAIN
+        )
     return body
 
 

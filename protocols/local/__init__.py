@@ -1,5 +1,4 @@
-"""Helpers that touch this machine: files, locks, threads, the entry point of the commands.
+"""Helpers for files, locks, threads and the entry point of the commands. Not pure.
 
-Imported by `codecs` and `model` for their files, and by both programs. The rest of `protocols`
-is pure.
+Imported by `codecs` and `model` for their files, and by both programs.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut."""
+"""Atomic file writes: a file is complete or absent, even after a power cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocols.local.background_unlink import freeing_in_thread
 class replacing:
     """A binary file (0600) that replaces `path` when the block ends without an error.
 
-    `synced`: it is on the disk by then.
+    `synced`: fsync it before.
     """
 
     def __init__(self, path: Path, *, synced: bool = True) -> None:
@@ -35,37 +35,34 @@ class replacing:
                 with freeing_in_thread(self._path):
                     os.replace(self._temporary, self._path)
         finally:
-            # What a full disk or an error left behind; after a rename there is nothing.
+            # After a rename there is none; a full disk or an error leaves one behind.
             self._temporary.unlink(missing_ok=True)
         if kind is None and self._synced:
             fsync_folder(self._path.parent)
 
 
 def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
-    """Write a file that only its owner can read, whole or not at all. Raises OSError."""
+    """Write a file atomically that only its owner can read. Raises OSError."""
     with replacing(path, synced=synced) as file:
         file.write(data)
 
 
 def fsync_files(*paths: Path) -> None:
-    """Make files of one folder durable that were written before, if they are still there.
-
-    Raises OSError.
-    """
+    """Fsync files of one folder that were written before, if they still exist. Raises OSError."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-            os.fsync(file.fileno())  # opened for writing: Windows syncs no other
+            os.fsync(file.fileno())  # opened for writing, as Windows requires
     fsync_folder(paths[0].parent)
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:
-    """Write to a file without a buffer, which may take less than it is given at a time."""
+    """Write all of `data` to an unbuffered file, whose `write` may write less."""
     while data:
         data = data[file.write(data) :]
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. A no-op where folders cannot be opened (Windows)."""
+    """Make a rename in `folder` durable. Does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,7 @@
-"""Removes large files in two steps: the name at once, the blocks on disk in a thread.
+"""Removes large files in two steps: the name at once, the disk blocks in a thread.
 
-The event loop, or a round, would wait for the blocks: 14 ms for 40 MB and 134 ms for 400 MB (ext4).
-A crash in between leaves nothing behind, as the system frees what no program holds open.
+Freeing the blocks would block the event loop or a round: 14 ms for 40 MB, 134 ms for 400 MB (ext4).
+A crash in between leaves nothing behind: the system frees files that no program has open.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ _LARGE_BYTES = 4 * 1024 * 1024
 
 
 def unlink(path: Path) -> None:
-    """Remove a file that may be there. Raises OSError."""
+    """Remove a file if it exists. Raises OSError."""
     with freeing_in_thread(path):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def freeing_in_thread(path: Path) -> Iterator[None]:
-    """Free the disk blocks of `path` in a thread, after a block that replaces or unlinks it."""
+    """Context manager: free the disk blocks of `path` in a thread after the block unlinks it."""
     descriptor = _open_if_large(path)
     try:
         yield
     finally:
         if descriptor is not None:
-            threading.Thread(target=os.close, args=(descriptor,), name="removal").start()
+            threading.Thread(target=os.close, args=(descriptor,), name="unlink").start()
 
 
 def _open_if_large(path: Path) -> int | None:
-    if os.name == "nt":  # where a file that is open keeps its name
+    if os.name == "nt":  # cannot remove a file that is open
         return None
     try:
         if path.stat().st_size < _LARGE_BYTES:

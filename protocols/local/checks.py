@@ -1,11 +1,11 @@
-"""What a doctor found: checks in the order of their making, as lines and as data. Pure.
+"""The checks of the `doctor` commands: how they run, and their results as text and data. Pure.
 
     ✓ tls: the chain verifies, 364 days left
     ✗ clock: 12 s ahead of the coordinator
         fix: set the clock by the network (NTP)
     – flower: skipped
 
-A check that passed may still carry a fix: something that could be better and is no fault yet.
+A check that passed may still have a fix: advice about something that is no fault yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 class Check(Struct, frozen=True):
-    """One finding; `ok` is None for a check that could not be made. `fix` is what to do next."""
+    """The result of a check; `ok` is None if it was skipped. `fix`: what to do next."""
 
     name: str
     ok: bool | None
@@ -31,18 +31,19 @@ class Check(Struct, frozen=True):
 
 
 class Advice(NamedTuple):
-    """What a look gives that found nothing wrong but something to do."""
+    """The result of a check that passed, with something to do."""
 
     detail: str
     fix: str
 
 
-#: Looks at one thing and says what it saw. A fault is a CommonweightError: its hint is the fix.
+#: Checks one thing and returns what it found. Raises CommonweightError for a fault; its hint is
+#: the fix.
 CheckFunction = Callable[[], str | Advice]
 
 
 class CheckStep(NamedTuple):
-    """A check to be made, unless one of those it `needs` did not pass."""
+    """A check to run, unless one that it `needs` did not pass."""
 
     name: str
     run: CheckFunction
@@ -50,31 +51,28 @@ class CheckStep(NamedTuple):
 
 
 def run_checks(steps: Iterable[CheckStep]) -> Iterator[Check]:
-    """Make these checks one after the other, each given as soon as it is made."""
+    """Run the checks in order, and yield each result at once."""
     passed: set[str] = set()
     for step in steps:
-        check = _skipped(step) if not passed.issuperset(step.needs) else _run(step)
+        runnable = passed.issuperset(step.needs)
+        check = _run(step) if runnable else Check(step.name, None, "skipped")
         if check.ok:
             passed.add(check.name)
         yield check
 
 
-def _skipped(step: CheckStep) -> Check:
-    return Check(step.name, None, "skipped")
-
-
 def _run(step: CheckStep) -> Check:
     try:
-        saw = step.run()
+        found = step.run()
     except CommonweightError as err:
         return Check(step.name, False, err.message, err.hint)
-    except Exception as err:  # a check that breaks is a finding: the others are made all the same
+    except Exception as err:  # a check with a bug must not stop the others
         return Check(step.name, False, f"could not be checked: {type(err).__name__}: {err}")
-    return Check(step.name, True, *(saw if isinstance(saw, Advice) else (saw,)))
+    return Check(step.name, True, *(found if isinstance(found, Advice) else (found,)))
 
 
 def format_check(check: Check) -> str:
-    """The check for a person: one line, and one more for its fix."""
+    """The check as text: one line, and one more for its fix."""
     line = f"{_MARKS[check.ok]} {check.name}: {strip_controls(check.detail)}"
     return line + (f"\n    fix: {strip_controls(check.fix)}" if check.fix else "")
 
@@ -84,6 +82,6 @@ def count_failed(checks: Iterable[Check]) -> int:
 
 
 def to_json(checks: Iterable[Check]) -> dict[str, Any]:
-    """What `--json` tells: the checks, and how many of them are faults."""
-    made = list(checks)
-    return {"faults": count_failed(made), "checks": made}
+    """The output of `--json`: the checks, and how many of them failed."""
+    checks = list(checks)
+    return {"faults": count_failed(checks), "checks": checks}

@@ -1,6 +1,6 @@
-"""What both commands do alike: start, end with an exit code, read a ticket, tell a doctor's checks.
+"""Helpers of both command lines: exit codes, reading a ticket, printing the checks of a doctor.
 
-click is imported inside: a coordinator or agent that is running needs none.
+click is imported inside the functions, because a running coordinator or agent does not need it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from protocols.local import checks, json_output
 
 
 def run(command: Callable[..., Any]) -> int:
-    """Run a command on `sys.argv`; its exit status.
+    """Run a command with `sys.argv`; return its exit status.
 
-    Errors of ours become a message and a hint, or with --json one line of JSON.
+    Prints a CommonweightError as message and hint, or with --json as one line of JSON.
     """
     import click
 
@@ -44,7 +44,7 @@ def run(command: Callable[..., Any]) -> int:
 
 
 def read_ticket(given: str) -> str:
-    """The ticket: itself, in `file:PATH`, or for `-` what is typed or piped. Raises UsageError."""
+    """The ticket given as text, as `file:PATH`, or as `-` for standard input. Raises UsageError."""
     if given == "-":
         if sys.stdin.isatty():
             import click
@@ -58,21 +58,21 @@ def read_ticket(given: str) -> str:
         except OSError as err:
             raise UsageError(f"cannot read the ticket in {path}: {err.strerror}") from err
         except UnicodeDecodeError as err:
-            raise UsageError(f"{path} holds no ticket: it is not text") from err
+            raise UsageError(f"{path} is not a ticket: it is not text") from err
     return given
 
 
 def print_checks(found: Iterable[checks.Check], *, json: bool) -> None:
-    """Print each check as it is made. Ends the command with status 6 if one found a fault."""
+    """Print each check as soon as it has run. Exits with status 6 if one failed."""
     import click
 
-    made = []
+    done = []
     for check in found:
-        made.append(check)
+        done.append(check)
         if not json:
             sys.stdout.write(checks.format_check(check) + "\n")
             sys.stdout.flush()
     if json:
-        sys.stdout.write(json_output.ok(checks.to_json(made)) + "\n")
-    if checks.count_failed(made):
+        sys.stdout.write(json_output.ok(checks.to_json(done)) + "\n")
+    if checks.count_failed(done):
         raise click.exceptions.Exit(ExitCode.FAULTS_FOUND)

@@ -1,7 +1,7 @@
-"""Crash reports: where a program fell and over what kind of error. They stay on this machine.
+"""Crash reports: the type of an unexpected error and its traceback. They stay on this machine.
 
-No message, no value and no line of source is kept, since these may quote data or secrets: only the
-error's type, and file, line and function of each step that led there.
+A report has only the error's type, and file, line and function of each frame. It has no message,
+value or line of source, because these may contain data or secrets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_REPORTS = 10
 
 
 def save(home: Path, err: BaseException) -> None:
-    """Write a report of an error that nobody expected; the oldest go. Never raises OSError."""
+    """Write a report of an unexpected error and delete the oldest. Never raises OSError."""
     if isinstance(err, CommonweightError | KeyboardInterrupt | SystemExit):
         return
     chain: list[dict[str, object]] = []
@@ -52,7 +52,7 @@ def save(home: Path, err: BaseException) -> None:
         for old in list_reports(home)[:-MAX_REPORTS]:
             old.unlink(missing_ok=True)
     except OSError:
-        pass  # a full disk, say: the log has it
+        pass  # such as a full disk: the log has the error
 
 
 def list_reports(home: Path) -> list[Path]:
@@ -61,16 +61,16 @@ def list_reports(home: Path) -> list[Path]:
 
 
 def format_report(report: Path) -> str:
-    """The newest step of a report: `2026-11-24 18:05 ValueError in agent/home/logs.py:17 _open`."""
+    """The last frame of a report: `2026-11-24 18:05 ValueError in home/logs.py:17 _open`."""
     try:
-        told = json.loads(report.read_bytes())
-        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(told["at"])))
-        error = told["errors"][0]
+        content = json.loads(report.read_bytes())
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(content["at"])))
+        error = content["errors"][0]
         return f"{at} {error['kind']} in {(error['steps'] or ['?'])[-1]}"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return f"{report.name}: damaged"
 
 
 def _shorten(file: str) -> str:
-    """The last two parts of a path: nothing of where the owner keeps things."""
+    """The last two parts of a path, to hide the owner's folders."""
     return "/".join(Path(file).parts[-2:])

@@ -1,4 +1,4 @@
-"""Room on a disk: how a full one is told from other trouble, and how much is left."""
+"""Free disk space, and how to recognize a full disk."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _FULL = frozenset(
 
 
 def is_disk_full(err: BaseException) -> bool:
-    """True if somebody could not write because a disk or a quota has no room left."""
+    """True if the error means that a disk or a quota is full."""
     return isinstance(err, DiskFull) or (isinstance(err, OSError) and err.errno in _FULL)
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written where `folder` lies. Raises OSError."""
+    """Free bytes on the disk of `folder`. Raises OSError."""
     return shutil.disk_usage(folder).free
 
 
 def check_room(folder: Path, wanted_bytes: int) -> None:
-    """Raise DiskFull unless so much may be written where `folder` lies."""
+    """Raise DiskFull unless the disk of `folder` has `wanted_bytes` free."""
     free = free_bytes(folder)
     if free < wanted_bytes:
         raise DiskFull(
-            f"the disk has {free / 1e6:,.0f} MB left, and {wanted_bytes / 1e6:,.0f} MB are needed",
-            "make room: it goes on by itself",
+            f"the disk has {free / 1e6:,.0f} MB free, but {wanted_bytes / 1e6:,.0f} MB are needed",
+            "free disk space; work then continues without a restart",
         )

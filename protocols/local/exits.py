@@ -1,4 +1,4 @@
-"""Ends a process whose work is done, even if one of its threads is stuck."""
+"""Ends a process in bounded time, even if one of its threads is stuck."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REPORT_S = 2.0
 
 
 def exit_within(bound_s: float, code: int) -> None:
-    """Bound the rest of this process: after `bound_s` log all stacks and exit with `code`.
+    """Call at exit: after `bound_s`, log all stacks and exit with `code`.
 
-    At its exit Python waits for every thread that is no daemon, such as those of executors. A
-    thread that waits for the network or for a slow disk would hold up the exit until it is done.
+    Python waits at exit for all non-daemon threads, such as those of executors. One that waits for
+    the network or a slow disk would delay the exit.
     """
     reported = threading.Event()
 
@@ -36,7 +36,7 @@ def exit_within(bound_s: float, code: int) -> None:
         reported.wait(bound_s + _REPORT_S)
         os._exit(code)
 
-    # Both start now: late in an exit Python starts no more threads.
+    # Both start now, because late in an exit Python starts no more threads.
     for work in (report, end):
         threading.Thread(target=work, name=f"exit watchdog: {work.__name__}", daemon=True).start()
 

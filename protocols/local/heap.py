@@ -1,4 +1,4 @@
-"""The C library's heap: glibc would keep far more of it than this process needs."""
+"""Limits the heap of the C library: glibc keeps much more memory than this process needs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 
 
 def limit_arenas() -> None:
-    """Let all threads share two heaps: glibc's one heap a thread keeps what each once needed."""
+    """Let all threads share two heaps: one heap per thread keeps what each once needed."""
     m_arena_max = -8
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(m_arena_max, 2)
 
 
 def trim() -> None:
-    """Return what is free to the system: the next run may be days away."""
+    """Return free memory to the system, as the next run may be days away."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has none

@@ -1,4 +1,4 @@
-"""What both doctors look at in a home: who else can get at it, and the room that is left."""
+"""Checks of a home folder for both `doctor` commands: permissions, free space, crash reports."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from protocols.local.checks import Advice
 
 
 def check_private(home: Path) -> str:
-    """Words for a home that nobody else can read. Raises CommonweightError: others can."""
+    """Raise CommonweightError if other users can read the home; else return the result's text."""
     if found := homes.exposed_paths(home):
         names = ", ".join(path.name for path in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CommonweightError(
-            f"others on this machine can get at {names}{more}", f"chmod -R go-rwx '{home}'"
+            f"other users of this machine can read {names}{more}", f"chmod -R go-rwx '{home}'"
         )
-    return "nobody else can read what lies there"
+    return "no other user can read it"
 
 
 def check_room(home: Path, little_bytes: float, too_little_bytes: float) -> str | Advice:
-    """Words for the room on the disk of `home`. Raises CommonweightError: too little."""
+    """The free space on the disk of `home`. Raises CommonweightError if it is too little."""
     free = shutil.disk_usage(home).free
-    said = f"{free / 1e9:.1f} GB free for {home}"
-    fix = "make room: versions and updates lie there"
+    detail = f"{free / 1e9:.1f} GB free for {home}"
+    fix = "free disk space: versions and updates are stored there"
     if free < too_little_bytes:
-        raise CommonweightError(said, fix)
-    return Advice(said, fix) if free < little_bytes else said
+        raise CommonweightError(detail, fix)
+    return Advice(detail, fix) if free < little_bytes else detail
 
 
 def check_crashes(home: Path) -> str | Advice:
-    """Whether a program fell here over something that nobody expected."""
-    found = crash_reports.list_reports(home)
-    if not found:
+    """The number of crash reports in the home, and the last one."""
+    reports = crash_reports.list_reports(home)
+    if not reports:
         return "none"
-    said = f"{len(found)} kept here, the last {crash_reports.format_report(found[-1])}"
-    return Advice(said, f"report it with {found[-1]}: no data is in it; then delete the file")
+    detail = f"{len(reports)} reports, the last {crash_reports.format_report(reports[-1])}"
+    return Advice(detail, f"report the bug with {reports[-1]} (it has no data), then delete it")

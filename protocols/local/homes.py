@@ -1,7 +1,7 @@
-"""The folder in which a program keeps its files: made 0700, stamped with a version, locked. Pure.
+"""Home folders, where a program keeps its files: mode 0700, a format stamp, a lock.
 
-`COMMONWEIGHT_HOME`, `COMMONWEIGHT_AGENT_HOME` and `COMMONWEIGHT_OPERATOR_HOME` (an access to a
-coordinator elsewhere) override the platform's folders, so that several can live on one machine.
+`COMMONWEIGHT_HOME`, `COMMONWEIGHT_AGENT_HOME` and `COMMONWEIGHT_OPERATOR_HOME` (for access to a
+coordinator on another machine) override the platform's folders, so one machine can have several.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ STAMP = "home.json"
 
 
 def home_path(kind: Kind) -> Path:
-    """Where the home is, whether or not it exists."""
+    """The path of the home, which need not exist."""
     if chosen := os.environ.get(_VARIABLES[kind]):
         return Path(chosen).expanduser().absolute()
     return platformdirs.user_data_path("commonweight") / kind
 
 
 def open_home(kind: Kind, *, create: bool = False) -> Path:
-    """The home, checked. Raises NotRunning (none yet), HomeTooNew, HomeError."""
+    """The path of the home, checked and migrated. Raises NotRunning (none), HomeTooNew, HomeError.
+
+    `create`: make it if there is none.
+    """
     home = home_path(kind)
     start = _STARTS[kind]
     try:
@@ -52,7 +55,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
                 _write_stamp(home, kind)
         found = check_stamp(home, kind)
     except FileNotFoundError as err:
-        raise NotRunning(f"there is no {kind} in {home}", f"make one: {start}") from err
+        raise NotRunning(f"there is no {kind} in {home}", f"create one: {start}") from err
     except OSError as err:
         raise HomeError(
             f"cannot use the folder {home}: {err.strerror}",
@@ -71,7 +74,7 @@ def _write_stamp(home: Path, kind: Kind) -> None:
 
 
 def _migrate(home: Path, kind: Kind) -> None:
-    """Bring an older home to this format, if no program of the older version works in it."""
+    """Migrate an older home to this format, if no program of the older version uses it."""
     held = lock_home(home, f"{kind} of an older version")
     try:
         if (found := check_stamp(home, kind)) < FORMAT:
@@ -82,7 +85,7 @@ def _migrate(home: Path, kind: Kind) -> None:
 
 
 def check_stamp(home: Path, kind: Kind) -> int:
-    """The format of the home. Raises HomeTooNew, HomeError if this version cannot use it."""
+    """The format of the home. Raises HomeTooNew or HomeError if this version cannot use it."""
     text = (home / STAMP).read_bytes()
     try:
         stamp = json.loads(text)
@@ -101,20 +104,20 @@ def check_stamp(home: Path, kind: Kind) -> int:
 
 
 def exposed_paths(home: Path) -> list[Path]:
-    """The home and what lies in it, as far as others than its owner can get at it."""
-    if os.name != "posix":  # there the folder's own access list decides
+    """The home and its files, as far as other users can read them."""
+    if os.name != "posix":  # Windows uses the folder's access list
         return []
     return [path for path in (home, *sorted(home.iterdir())) if path.lstat().st_mode & 0o077]
 
 
 def lock_home(home: Path, what: str) -> FileLock:
-    """Take the home for this process until it ends. Raises HomeLocked."""
-    held = FileLock(home / "lock", mode=0o600)
+    """Lock the home until this process ends. Raises HomeLocked."""
+    file_lock = FileLock(home / "lock", mode=0o600)
     try:
-        held.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout as err:
         raise HomeLocked(
-            f"another {what} works in {home}",
+            f"another {what} uses {home}",
             "stop it first, or give this one a home of its own",
         ) from err
-    return held
+    return file_lock

@@ -1,4 +1,4 @@
-"""The JSON contract of both commands: `{"schema_version": 1, "status": …}`. Pure."""
+"""The output format of `--json`: `{"schema_version": 1, "status": …}`. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SCHEMA_VERSION = 1
 
 
 def ok(data: Any) -> str:
-    """One line of JSON that carries `data`."""
+    """One line of JSON with `data`."""
     return _line({"schema_version": SCHEMA_VERSION, "status": "ok", "data": data})
 
 
 def error(err: CommonweightError) -> str:
-    """One line of JSON that carries an error's code, message and hint."""
+    """One line of JSON with an error's code, message and hint."""
     body = {"code": err.code, "message": err.message, "hint": err.hint}
     return _line({"schema_version": SCHEMA_VERSION, "status": "error", "error": body})
 
@@ -27,5 +27,5 @@ def _line(value: Any) -> str:
 
 
 def format_error(err: CommonweightError) -> str:
-    """What happened and why, then what to do next, for a person."""
+    """The error as text: what happened and why, then what to do next."""
     return f"error: {err.message}" + (f"\n  try: {err.hint}" if err.hint else "")

@@ -1,7 +1,7 @@
-"""How a home of an older format becomes one of this format: a copy first, then step by step.
+"""Migrates a home of an older format: makes a backup, then runs one step per format.
 
-`STEPS[kind][n]` takes a home of format n to n + 1. A step that fails leaves the home as its copy
-has it, and says so. What is large and can be had again is not copied.
+`STEPS[kind][n]` migrates a home from format n to n + 1. If a step fails, the backup is restored.
+Large folders that can be downloaded again are not in the backup.
 """
 
 from __future__ import annotations
@@ -19,39 +19,28 @@ _LARGE = ("versions", "updates", "cache", "outbox", "trainer")
 
 
 def migrate(home: Path, steps: Mapping[int, Step], found: int, wanted: int) -> Path:
-    """Take the home from format `found` to `wanted`; the folder of the copy. Raises HomeError.
+    """Migrate the home from format `found` to `wanted`; return its backup. Raises HomeError.
 
-    A step that is missing had nothing to change.
+    A format without a step needs no change.
     """
-    kept = home / f"before-format-{wanted}"
+    backup = home / f"before-format-{wanted}"
     try:
-        if kept.exists():  # an earlier try was cut off: what is in the copy is whole
-            _copy_back(kept, home)
+        if backup.exists():  # an earlier migration was interrupted
+            shutil.copytree(backup, home, dirs_exist_ok=True)
         else:
-            unfinished = kept.with_suffix(".part")
+            unfinished = backup.with_suffix(".part")
             shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(home, unfinished, ignore=_not_kept)
-            unfinished.replace(kept)
+            ignored = shutil.ignore_patterns(*_LARGE, "lock", "before-format-*")
+            shutil.copytree(home, unfinished, ignore=ignored)
+            unfinished.replace(backup)
         for number in range(found, wanted):
             if number in steps:
                 steps[number](home)
-    except Exception as err:  # a step may meet anything in a folder of years
-        if kept.exists():
-            _copy_back(kept, home)
+    except Exception as err:  # an old home may raise anything
+        if backup.exists():
+            shutil.copytree(backup, home, dirs_exist_ok=True)
         raise HomeError(
-            f"{home} could not be taken from format {found} to {wanted}: {err}",
-            f"it is as it was, with a copy in {kept}; the version that wrote it still works",
+            f"{home} could not be migrated from format {found} to {wanted}: {err}",
+            f"nothing was changed, and {backup} is a backup; the old version still works",
         ) from err
-    return kept
-
-
-def _copy_back(kept: Path, home: Path) -> None:
-    shutil.copytree(kept, home, dirs_exist_ok=True)
-
-
-def _not_kept(folder: str, names: list[str]) -> set[str]:
-    return {
-        name
-        for name in names
-        if name in _LARGE or name == "lock" or name.startswith("before-format-")
-    }
+    return backup

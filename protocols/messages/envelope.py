@@ -1,9 +1,8 @@
-"""What is said beside weights and work: frozen, versioned, signed. Pure.
+"""Messages on MQTT: presence, telemetry, commands and events, each in a signed envelope. Pure.
 
-On MQTT a payload is `base64url(signature) + b"." + JSON of an Envelope`; the Ed25519 signature
-covers the topic and the JSON bytes as sent, so nothing has to be put into a canonical form.
-Strings that a person will see are refused when they hold control characters: no terminal
-escape code passes this door.
+A payload is `base64url(signature) + b"." + JSON of an Envelope`. The Ed25519 signature covers the
+topic and the JSON bytes as sent, so no canonical form is needed. Strings with control characters
+are refused, because a terminal would run the escape codes in them.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from protocols.messages.states import PeerState, RunState
 FORMAT = 1
 MAX_PAYLOAD_BYTES = 16 * 1024
 
-# Ends in \Z: to `$` a line end after the last character is as good as the end.
+# Ends in \Z, because `$` also matches before a trailing newline.
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*\Z"
 Text = Annotated[str, Meta(max_length=400, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-#: Lists of numbers by name that add up over peers: `protocols.tables.evaluation_counts`.
+#: Counts by name that are summed over peers: see `protocols.tables.evaluation_counts`.
 Tallies = Annotated[dict[Name, Annotated[list[float], Meta(max_length=1024)]], Meta(max_length=8)]
-#: A NaN or an infinity has no JSON form: it travels as null and arrives as None.
+#: JSON has no NaN or infinity: they are sent as null and arrive as None.
 Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
 
 
 def strip_controls(text: str) -> str:
-    """`text` as a `Text`: cut to its length, `·` for whatever could steer a terminal."""
+    """`text` as a `Text`: at most 400 characters, each control character replaced by `·`."""
     return "".join(letter if letter.isprintable() else "·" for letter in text[:400])
 
 
 class Presence(Struct, frozen=True, tag=True, kw_only=True):
-    """What a peer says of itself; retained. `tasks` are those it can and may run.
+    """The state of a peer; retained by the broker. `tasks` are those that it can and may run.
 
-    `policy` is what its owner lets others know of the settings; `disk_free_bytes` 0 is unknown.
-    A paused peer expects to be free again at `free_at`; another can work until `free_until`. Both
-    Unix s, 0 for unknown. `will` marks the copy that the broker sends on a lost link.
+    `policy`: the settings that its owner shows to others. `disk_free_bytes`: 0 if unknown.
+    A paused peer expects to work again at `free_at`; another one can work until `free_until` (Unix
+    s, 0 if unknown). `will` marks the copy that the broker sends when the connection is lost.
     """
 
     state: PeerState
@@ -63,7 +62,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Telemetry(Struct, frozen=True, tag=True, kw_only=True):
-    """What a peer measures while it works. Bytes count since the agent started."""
+    """What a peer measures while it works. Bytes are counted since the agent started."""
 
     run: Name = ""
     round: Count = 0
@@ -81,32 +80,32 @@ class Telemetry(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Notice(Struct, frozen=True, tag=True, kw_only=True):
-    """A line that a person should see."""
+    """A line for the operator from an agent."""
 
     level: Literal["info", "warning", "error"]
     text: Text
 
 
 class Doorbell(Struct, frozen=True, tag=True):
-    """Work is waiting. Carries nothing to trust: the agent asks the coordinator."""
+    """Work is waiting. The agent then polls the coordinator; the message itself has no content."""
 
 
 class Command(Struct, frozen=True, tag=True, kw_only=True):
-    """What the operator wants an agent to do. `for_s` = 0 means until further notice."""
+    """A command of the operator to an agent. `for_s` = 0 means until further notice."""
 
     action: Literal["pause", "resume", "finish"]
     for_s: Annotated[float, Meta(ge=0, le=366 * 86400)] = 0.0
 
 
 class LogRequest(Struct, frozen=True, tag="LogsAsked", kw_only=True):
-    """The operator wants the last `most` lines of an agent's log; the answer names `ask`."""
+    """Asks an agent for the last `max_lines` lines of its log; the answer has the `request_id`."""
 
     request_id: Name = field(name="ask")
     max_lines: Annotated[int, Meta(ge=1, le=500)] = field(default=200, name="most")
 
 
 class LogLine(Struct, frozen=True, kw_only=True):
-    """A line of an agent's log as others may see it: no trace, no path, nothing secret."""
+    """A line of an agent's log without traceback, paths and secrets."""
 
     at: float
     level: Literal["debug", "info", "warning", "error"]
@@ -123,8 +122,8 @@ class LogResponse(Struct, frozen=True, kw_only=True):
 class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     """A peer was enrolled, approved or removed, or its session opened or ended.
 
-    `public_key` is its Ed25519 key (raw, 32 bytes); `flower` says whether it holds a Flower
-    session, None in the words of a coordinator that does not tell.
+    `public_key` is its Ed25519 key (raw, 32 bytes). `has_session`: whether it has a Flower session;
+    None from older coordinators.
     """
 
     peer: Name
@@ -161,11 +160,11 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
-    """One round's outcome. `loss` and `accuracy` are federated evaluation; `norms` are by peer.
+    """The result of a round. `loss` and `accuracy` come from federated evaluation.
 
-    `spread`: by metric the least, the median and the most that a peer told; `worst`: the peer that
-    is served worst. `spent`: seconds by part of the round (`work`, `wait`, `transfer`, `aggregate`,
-    `evaluate`).
+    `norms`: of the updates, by peer. `spread`: by metric, the minimum, median and maximum over the
+    peers; `worst`: by metric, the peer with the worst value. `spent`: seconds by phase of the round
+    (`work`, `wait`, `transfer`, `aggregate`, `evaluate`).
     """
 
     run: Name
@@ -188,14 +187,13 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
-    """Where a job beside training stands, said whole each time.
+    """The complete state of an inference or analytics job.
 
-    `done` of `total`: rows that were spread, or peers that were asked; of what is left, `peers`
-    have `leased` in hand. `units` are answered for good. `rows` were answered for, `rows_per_s` by
-    all who answered together. Bytes are those of answers (`bytes_up`) and of spread rows
-    (`bytes_down`). `dropped` answers did not count; `num_excused` peers take no part, `excused`
-    says why (of the first of them).
-    `began_at` and `ended_at` are Unix s by the coordinator's clock, 0 where that is not known.
+    `done` of `total` counts rows of a scatter job, else peers. `peers` work on `leased` of the
+    rest. `units` have a final answer, for `rows` rows, at `rows_per_s` by all peers together.
+    `bytes_up` counts answers, `bytes_down` the rows that were sent out. `dropped` answers were not
+    used; `num_excused` peers take no part, and `excused` has the reasons of the first ones.
+    `began_at` and `ended_at` are Unix s by the coordinator's clock, 0 if unknown.
     """
 
     job: Name
@@ -220,7 +218,7 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class EventLine(Struct, frozen=True, tag="EventLine", kw_only=True):
-    """A line for the Events screen. `subject` is a peer or a run, or empty."""
+    """A line for the Events page. `subject` is a peer or a run, or empty."""
 
     level: Literal["info", "warning", "error"]
     text: Text
@@ -228,7 +226,10 @@ class EventLine(Struct, frozen=True, tag="EventLine", kw_only=True):
 
 
 class Links(Struct, frozen=True, tag=True, kw_only=True):
-    """The coordinator's own links: is the broker there, how many agents hold a Flower session."""
+    """Whether the coordinator is connected to the broker and serves Flower.
+
+    `rejected` counts malformed or forged MQTT messages.
+    """
 
     mqtt: bool
     flower: bool
@@ -251,7 +252,7 @@ Body = PeerBody | CoordinatorBody
 
 
 class Envelope(Struct, frozen=True, kw_only=True):
-    """One message: its sender, the session (`epoch`), its number in it (`seq`), Unix s (`at`)."""
+    """A message: its sender, session (`epoch`), number in the session (`seq`), time (Unix s)."""
 
     v: int = FORMAT
     sender: Name
@@ -281,24 +282,26 @@ def seal(topic: str, envelope: Envelope, sign: Sign) -> bytes:
 
 
 def unseal(topic: str, payload: bytes, verify: Verify) -> Envelope:
-    """The envelope in `payload`, after `verify(sender, signature, signed bytes)` said yes.
+    """The envelope in `payload`, if `verify(sender, signature, signed bytes)` returns True.
 
-    Raises BadMessage: too long, not ours, another format, wrong types, bad signature.
+    Raises BadMessage: too long, malformed, another format, wrong types, wrong signature.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise BadMessage(f"a payload of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
     encoded, dot, body = payload.partition(b".")
     if not dot or len(encoded) != 88:
-        raise BadMessage("no signature before the message")
+        raise BadMessage("the payload does not start with a signature")
     try:
         signature = urlsafe_b64decode(encoded)
         envelope = _envelope.decode(body)
     except (binascii.Error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not one of our messages: {err}") from err
-    if urlsafe_b64encode(signature) != encoded:  # the decoder passes over what it does not know
-        raise BadMessage("the signature is not written in the one way that there is")
+        raise BadMessage(f"not a valid message: {err}") from err
+    if (
+        urlsafe_b64encode(signature) != encoded
+    ):  # the decoder skips characters that it does not know
+        raise BadMessage("the signature is not in canonical base64")
     if envelope.v != FORMAT:
-        raise BadMessage(f"message format {envelope.v}; this version speaks {FORMAT}")
+        raise BadMessage(f"message format {envelope.v}; this version reads format {FORMAT}")
     if not verify(envelope.sender, signature, _signed_bytes(topic, body)):
         raise BadMessage(f"the signature is not that of {envelope.sender}")
     return envelope

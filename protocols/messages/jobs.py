@@ -1,7 +1,7 @@
-"""What jobs ask of peers beside training: signed units of work, and signed answers to them. Pure.
+"""Signed units of inference and analytics jobs, and the signed answers of peers. Pure.
 
-A unit asks one `Question`. Its `key` is the digest of its signed bytes, which hold job, unit,
-models and question: the same unit asked again is the same work, and its answer serves again.
+The idempotency key of a unit is the digest of its signed bytes: job, unit, models and question. A
+unit that is sent again has the same key, so the peer can return its earlier answer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Digest, Metrics, Name
 from protocols.messages.signing import SignedJson
 
-#: What a Flower message of type `query` is for. Flower has no types of our own.
+#: The action of a Flower message of type `query`; Flower allows no types of our own.
 QueryAction = Literal["infer", "analyze"]
-#: An answer up to this size travels in the message, a longer one on the lane.
+#: An answer up to this size is sent in the message, a longer one as an upload.
 INLINE_MAX_BYTES = 64 * 1024
 INPUT_PATH = "/cw/v1/inputs/{digest}"
 ANSWER_PATH = "/cw/v1/answers/{digest}"
@@ -28,18 +28,18 @@ Setting = str | int | float | bool
 
 
 class ModelRef(Struct, frozen=True):
-    """A version of shared weights, pinned by its digest."""
+    """A version of shared weights, by its digest."""
 
     digest: Digest
     nbytes: Count
 
 
 class Scatter(Struct, frozen=True, tag=True, kw_only=True):
-    """Answer for rows of the requester's.
+    """Predict for rows of the requester.
 
-    They are in blocks, each a file of its own that ends in `suffix` and holds `rows[i]` rows; block
-    after block, of `sizes[i]` bytes, they are the bytes of the digest `input`. The answer is lines
-    of JSON: an array of column names, then an array for each row, in order.
+    The file with digest `input` is a sequence of blocks of `sizes[i]` bytes. Each block is a file
+    of its own, with the name suffix `suffix` and `rows[i]` rows. The answer is lines of JSON: an
+    array of column names, then one array per row, in order.
     """
 
     input: Digest
@@ -49,16 +49,16 @@ class Scatter(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Private(Struct, frozen=True, tag=True, kw_only=True):
-    """Measure the models on rows of the peer's own. The answer is `Scores` as JSON.
+    """Evaluate the models on the peer's own rows. The answer is `Scores` as JSON.
 
-    No metric over fewer than `min_group` rows leaves the peer.
+    The peer returns no metric over fewer than `min_group` rows.
     """
 
     min_group: Count
 
 
 class Analyze(Struct, frozen=True, tag=True):
-    """Answer a declarative query over rows of the peer's own, with statistics that merge."""
+    """Answer a query over the peer's own rows, with statistics that can be merged."""
 
     query: str
 
@@ -67,12 +67,12 @@ UnitQuestion = Scatter | Private | Analyze
 
 
 def query_action(question: UnitQuestion) -> QueryAction:
-    """How the Flower message that carries this question is called."""
+    """The action of the Flower message that carries this question."""
     return "analyze" if isinstance(question, Analyze) else "infer"
 
 
 class Score(Struct, frozen=True):
-    """A model on one peer's rows."""
+    """The metrics of a model on one peer's rows."""
 
     num_examples: Count
     metrics: Metrics
@@ -83,7 +83,7 @@ Scores = dict[Digest, Score]
 
 
 class Unit(Struct, frozen=True, kw_only=True):
-    """What the coordinator asks, and signs. `settings` are the task's."""
+    """A unit of work, signed by the coordinator. `settings` are those of the task."""
 
     job: Name
     unit: Count
@@ -94,7 +94,7 @@ class Unit(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """What a peer answers, and signs: the digest of the answer's bytes, and of how many rows."""
+    """The answer to the unit `key`, signed by the peer: digest, size and number of rows."""
 
     key: Digest
     peer: Name
@@ -112,15 +112,15 @@ SIGNED_ANSWER = SignedJson(Answer, "answer", "answer", "the peer that sent it")
 
 
 def idempotency_key(payload: bytes) -> str:
-    """The idempotency key of a unit, from its bytes."""
+    """The idempotency key of a unit, from its signed bytes."""
     return hashlib.sha256(payload).hexdigest()
 
 
 def read_unit(payload: bytes, signature: bytes, verify: Callable[[bytes, bytes], bool]) -> Unit:
-    """The unit in `payload` if `verify(signature, signed bytes)` says yes. Raises BadMessage."""
+    """The unit in `payload`, if `verify(signature, signed bytes)` is True. Raises BadMessage."""
     unit = SIGNED_UNIT.open(payload, signature, verify)
     if isinstance(unit.question, Scatter) and len(unit.question.sizes) != len(unit.question.rows):
-        raise BadMessage("a unit whose blocks are not all described")
+        raise BadMessage("the unit has not one size and one row count per block")
     return unit
 
 
@@ -129,4 +129,4 @@ def decode_scores(payload: bytes) -> Scores:
     try:
         return _scores.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"no scores: {err}") from err
+        raise BadMessage(f"not valid scores: {err}") from err

@@ -1,4 +1,4 @@
-"""What both ends of MQTT share: the broker's address, a session's numbers, replays told. Pure."""
+"""What agents and coordinator share for MQTT: broker address, sequence numbers, replays. Pure."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from protocols.messages.envelope import Body, Envelope, Sign, seal
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _EXAMPLE = "write it as mqtt://[user:password@]host:port, or mqtts:// for TLS"
 
-#: A command that is older (or newer) than this is not obeyed.
+#: A command with a time further than this from the agent's clock is ignored.
 COMMAND_WINDOW_S = 120.0
-#: A lost host is noticed after one and a half of these, so its will fires within 8 s.
+#: The broker notices a lost host after 1.5 intervals, so it sends the will within 8 s.
 KEEPALIVE_S = 5
-#: A refused login shows as silence with some brokers, so nobody should wait for it for long.
+#: Some brokers do not answer a refused login, so the wait for an answer is short.
 TIMEOUT_S = 5.0
 
 
 class MqttAddress(Struct, frozen=True, kw_only=True):
-    """A broker and the login for it. `ca_pem` is the only CA to trust, or empty for the system's.
+    """A broker and its login. `ca_pem` is the only CA to trust, or empty for the system's CAs.
 
     Neither `repr` nor `str` shows the password.
     """
@@ -39,7 +39,7 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
 
     @property
     def netloc(self) -> str:
-        """`host:port`, as a person reads it."""
+        """`host:port`, with brackets around an IPv6 host."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -51,30 +51,30 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
         return f"MqttAddress({self})"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        # msgspec's own would print every field in a rich traceback.
+        # msgspec's own would print every field, the password too, in a rich traceback.
         return [("url", str(self))]
 
 
 def parse_url(url: str, ca_pem: str = "") -> MqttAddress:
     """The address in `mqtt://[user:password@]host[:port]` or `mqtts://…`. Raises UsageError.
 
-    The error never repeats the URL: there may be a password in it.
+    The error never repeats the URL, because it may contain a password.
     """
     try:
         parts = urlsplit(url.strip())
         port, host = parts.port, parts.hostname
     except ValueError:  # its text quotes the URL
-        raise UsageError("the MQTT URL's host or port cannot be read", _EXAMPLE) from None
+        raise UsageError("the MQTT URL has an invalid host or port", _EXAMPLE) from None
     if parts.scheme not in _PORTS:
-        raise UsageError("the MQTT URL begins with neither mqtt:// nor mqtts://", _EXAMPLE)
+        raise UsageError("the MQTT URL must start with mqtt:// or mqtts://", _EXAMPLE)
     if not host or len(host) > 253 or any(not 0 < len(part) < 64 for part in host.split(".")):
-        raise UsageError("the MQTT URL names no host", _EXAMPLE)
+        raise UsageError("the MQTT URL has no valid host", _EXAMPLE)
     if port == 0:
-        raise UsageError("no broker can be asked at port 0", _EXAMPLE)
+        raise UsageError("the MQTT URL has port 0, which is not a valid port", _EXAMPLE)
     if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise UsageError("the MQTT URL goes on after its port", _EXAMPLE)
+        raise UsageError("the MQTT URL must end after the port", _EXAMPLE)
     if ca_pem and parts.scheme == "mqtt":
-        raise UsageError("a CA is of no use without TLS", "write mqtts:// instead of mqtt://")
+        raise UsageError("a CA has no effect without TLS", "write mqtts:// instead of mqtt://")
     return MqttAddress(
         host=host,
         port=port or _PORTS[parts.scheme],
@@ -86,32 +86,32 @@ def parse_url(url: str, ca_pem: str = "") -> MqttAddress:
 
 
 def tls_context(address: MqttAddress) -> ssl.SSLContext | None:
-    """What checks the broker's certificate and name; None without TLS. Raises UsageError."""
+    """The TLS context that checks the broker's certificate; None without TLS. Raises UsageError."""
     if not address.tls:
         return None
     try:
         return ssl.create_default_context(cadata=address.ca_pem or None)
     except ssl.SSLError as err:
-        raise UsageError("the CA for the MQTT broker is not a certificate in PEM form") from err
+        raise UsageError("the CA of the MQTT broker is not a PEM certificate") from err
 
 
 def describe_failure(cause: BaseException | None, address: MqttAddress) -> str:
-    """Words for a failed connection, from the error below the MQTT library's."""
+    """Text for a failed connection, from the `cause` of the MQTT library's error."""
     match cause:
         case ConnectionRefusedError():
-            return f"nobody listens at {address.netloc}"
+            return f"no broker listens at {address.netloc}"
         case ssl.SSLCertVerificationError():
-            return f"the certificate of {address.netloc} is not good: {cause.verify_message}"
+            return f"the certificate of {address.netloc} is not valid: {cause.verify_message}"
         case OSError() if cause.strerror and not isinstance(cause, TimeoutError):
             return f"cannot reach {address.netloc}: {cause.strerror}"
         case _:
-            return f"the MQTT login was refused or nobody answers at {address.netloc}"
+            return f"{address.netloc} refused the MQTT login or does not answer"
 
 
 class SequencedSigner:
-    """One session of a sender (its `epoch`): numbers and signs what it says, from 0 without gaps.
+    """Numbers and signs the messages of one session (`epoch`), from 0 without gaps.
 
-    Receivers take a missing number for a lost message, so one voice serves one audience.
+    Receivers count a missing number as a lost message, so use one signer per audience.
     """
 
     def __init__(self, sender: str, sign: Sign) -> None:
@@ -131,10 +131,10 @@ class SequencedSigner:
 
 
 class ReplayFilter:
-    """Tells new messages of one sender from replayed ones: the highest number of each session.
+    """Detects replayed messages of one sender by the highest number of each session.
 
-    Sessions have random names; the `limit` latest are remembered. An older one would be let in
-    again, hence the time check on whatever must not be obeyed twice.
+    Remembers the `limit` latest sessions. A replay of an older one passes, so commands must also
+    check the time.
     """
 
     def __init__(self, limit: int = 64) -> None:
@@ -142,9 +142,9 @@ class ReplayFilter:
         self._limit = limit
 
     def is_new(self, epoch: str, kind: str, seq: int) -> bool:
-        """True once for each number, if they come in order.
+        """True the first time for each number, if numbers arrive in order.
 
-        `kind` keeps apart what may overtake each other on the way (QoS 0 and 1).
+        Messages of different `kind` may overtake each other (QoS 0 and 1), so they count apart.
         """
         key = (epoch, kind)
         highest = self._highest.pop(key, -1)

@@ -19,10 +19,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class SignedJson(Generic[T]):
-    """How structs of one `kind` are signed.
+    """Signs and verifies structs of one type.
 
-    `domain` is a part of what is signed, so that a signature over one kind of struct is none over
-    another. `name` and `signer` are for messages.
+    `domain` is part of the signed bytes, so a signature over one type is not valid for another.
+    `name` and `signer` are for error messages.
     """
 
     def __init__(
@@ -38,27 +38,27 @@ class SignedJson(Generic[T]):
         return payload, sign(self.signed_bytes(payload))
 
     def open(self, payload: bytes, signature: bytes, verify: VerifySignature) -> T:
-        """The struct in `payload`. Raises BadMessage unless `verify` accepts the signature."""
+        """The struct in `payload`, if `verify` accepts the signature. Raises BadMessage."""
         if not verify(signature, self.signed_bytes(payload)):
             raise BadMessage(f"the {self._name} is not signed by {self._signer}")
         return self.decode(payload)
 
     def decode(self, payload: bytes) -> T:
-        """The struct in `payload`, whoever signed it. Raises BadMessage."""
+        """The struct in `payload`, without a check of its signature. Raises BadMessage."""
         try:
             return self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise BadMessage(f"not a valid {self._name}: {err}") from err
 
     def signed_bytes(self, payload: bytes) -> bytes:
-        """The bytes under the signature."""
+        """The bytes that the signature covers."""
         return self._prefix + payload
 
     def pack(self, value: T, sign: Sign) -> bytes:
-        """The struct as one string of bytes: 64 bytes of signature, then JSON."""
+        """The signed struct as bytes: 64 bytes of signature, then JSON."""
         payload, signature = self.seal(value, sign)
         return signature + payload
 
     def unpack(self, data: bytes, verify: VerifySignature) -> T:
-        """The struct in what `pack` has made. Raises BadMessage."""
+        """The struct in the result of `pack`. Raises BadMessage."""
         return self.open(data[_SIGNATURE_BYTES:], data[:_SIGNATURE_BYTES], verify)

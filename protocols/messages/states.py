@@ -1,4 +1,4 @@
-"""What a peer can be doing, and how it is shown: glyph + word, readable without colour. Pure."""
+"""The states of peers and runs, and their labels: glyph and word, readable without color. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class PeerState(StrEnum):
-    """The states of a peer, in the order in which a person wants to see them."""
+    """The states of a peer, in the order in which the monitor lists them."""
 
     ERROR = "error"
     AWAITING = "awaiting"
@@ -34,7 +34,7 @@ AVAILABLE = frozenset({PeerState.TRAINING, PeerState.SENDING, PeerState.IDLE})
 
 
 class PauseReason(StrEnum):
-    """Why an agent does not work although it runs, beside its policy. Shown word for word."""
+    """Why an agent is paused, other than by its policy. The values are shown to people."""
 
     USER = "by its owner"
     OPERATOR = "by the operator"
@@ -59,6 +59,6 @@ ENDED = frozenset({RunState.FINISHED, RunState.STOPPED, RunState.FAILED})
 
 
 def label(state: PeerState, reason: str = "") -> str:
-    """Glyph and word of a state, as every screen shows it: `‖ paused: battery`."""
+    """Glyph and word of a state, as shown everywhere: `‖ paused: battery`."""
     word = "awaiting approval" if state is PeerState.AWAITING else state.value
     return f"{GLYPHS[state]} {word}" + (f": {reason}" if reason else "")

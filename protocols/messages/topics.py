@@ -1,12 +1,12 @@
-"""Every MQTT topic, built and parsed here only. Pure.
+"""The MQTT topics. No other module builds or parses one. Pure.
 
     cw/<fleet>/peer/<peer>/presence     retained, with a last will    agent → all
-    cw/<fleet>/peer/<peer>/telemetry    a few a second                agent → all
-    cw/<fleet>/peer/<peer>/notice       what a person should know     agent → all
+    cw/<fleet>/peer/<peer>/telemetry    a few per second              agent → all
+    cw/<fleet>/peer/<peer>/notice       lines for the operator        agent → all
     cw/<fleet>/peer/<peer>/command      doorbell, pause, resume       coordinator → agent
     cw/<fleet>/coordinator/event        runs, rounds, peers           coordinator → monitors
 
-A fleet is named by the first 16 hex digits of its CA's SHA-256: several can share a broker.
+<fleet> is the first 16 hex digits of the SHA-256 of its CA, so several fleets can share a broker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COORDINATOR = re.compile(r"cw/([0-9a-f]{16})/coordinator/(event)")
 
 
 class Topic(NamedTuple):
-    """A parsed topic. `peer` is `COORDINATOR` for the coordinator's own."""
+    """A parsed topic. `peer` is `COORDINATOR` for topics of the coordinator."""
 
     fleet: str
     peer: str
@@ -50,12 +50,12 @@ def event(fleet: str) -> str:
 
 
 def all_peers(fleet: str, kind: Kind) -> str:
-    """The filter that receives one kind from all peers."""
+    """The topic filter for one kind of message from all peers."""
     return f"cw/{fleet}/peer/+/{kind}"
 
 
 def parse(topic: str) -> Topic | None:
-    """The parts of one of our topics, or None for anybody else's."""
+    """The parts of a topic, or None if it is not one of ours."""
     if match := _PEER.fullmatch(topic):
         return Topic(match[1], match[2], match[3])  # type: ignore[arg-type]
     if match := _COORDINATOR.fullmatch(topic):

@@ -1,6 +1,6 @@
-"""What a round asks and gets: signed work, signed claims, and the exchange that carries them. Pure.
+"""Signed work of a round, signed claims about updates, and the poll that carries them. Pure.
 
-Work and claims travel in Flower's messages, these in our exchanges.
+Work and claims are records in Flower messages; a poll request or response carries such messages.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from protocols.messages.envelope import Count, Digest, Metrics, Name, Tallies
 from protocols.messages.signing import SignedJson
 
 POLL_PATH = "/cw/v1/exchange"
-#: Weights of this size travel with the messages: a request on the lane costs more than they do.
+#: Weights up to this size are sent with the messages, which costs less than another request.
 INLINE_MAX_BYTES = 64 * 1024
 
 WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
 
 
 class Work(Struct, frozen=True, kw_only=True):
-    """What the coordinator asks of an agent, and signs.
+    """A piece of work for an agent, signed by the coordinator.
 
-    To describe its data, make first weights, train or evaluate. `base` names the version to work on
-    and `nbytes` its size; for "init" both are empty, and for "describe" `base` is the digest of the
-    preprocessing that was agreed on, if it was. `codec` is the one to send the update with. A patch
-    of `patch_bytes` (0: none) leads from the version `parent` to `base`. `card` is what the peers
-    have alike, a `schemas.SchemaCard` as JSON; empty while that is not known. `turn`: how many
-    times this peer has trained this version before. `since` is when the run was started (Unix s).
+    `base`: digest of the version to work on, of `nbytes` bytes. Both are empty for "init"; for
+    "describe" `base` is the digest of the agreed preprocessing, if any. `codec`: for the update.
+    `parent`: a version from which a patch of `patch_bytes` (0: none) leads to `base`. `card`: the
+    schema that all peers share, a `SchemaCard` as JSON; empty if not known yet. `turn`: how often
+    this peer has trained this version before. `since`: when the run was started (Unix s).
     """
 
     run: Name
@@ -48,9 +47,9 @@ class Work(Struct, frozen=True, kw_only=True):
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):
-    """What an agent says of its update, and signs; `turn` is that of the work.
+    """A claim about an update, signed by the agent. `turn` is that of the work.
 
-    `base` is the version it trained on; `digest`, `nbytes` are those of the file as it was sent, or
+    `base`: the version that it trained on. `digest` and `nbytes` are those of the uploaded file, or
     of the description.
     """
 
@@ -70,7 +69,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
 
 
 class FlowerMessage(Struct, frozen=True, kw_only=True):
-    """A Flower message with everything it needs: its protobuf, its object tree, its objects."""
+    """A Flower message: its protobuf, its object tree, and its objects by digest."""
 
     message: bytes
     tree: bytes
@@ -78,9 +77,9 @@ class FlowerMessage(Struct, frozen=True, kw_only=True):
 
 
 class PollRequest(Struct, frozen=True, kw_only=True):
-    """An agent's request: a reply to hand in, if it has one, and whether it takes new work.
+    """An agent's request: the reply to its last work, if any, and whether it wants new work.
 
-    `update`: the bytes that the reply's claim names, if they are few; else they are on the lane.
+    `update`: the bytes of a small update; a large one is uploaded before.
     """
 
     reply: FlowerMessage | None = None
@@ -91,9 +90,9 @@ class PollRequest(Struct, frozen=True, kw_only=True):
 class PollResponse(Struct, frozen=True, kw_only=True):
     """The coordinator's answer: work, if there is any.
 
-    `settled`: what became of the reply is in the ledger and outlives the coordinator's death. False
-    if nobody waits for the reply, or if that is not known yet: the question may come again.
-    `version`: the bytes of the version that the work is on, if they are few and new.
+    `acknowledged`: the reply is handled and that is in the ledger, so it survives a crash of the
+    coordinator. False if no run waits for the reply, or if it is not handled yet; the coordinator
+    may then ask again. `version`: the bytes of a small version to work on, if it is new.
     """
 
     work: FlowerMessage | None = None

@@ -1,1 +1,1 @@
-"""Addresses, back-off, version checks, text for network errors. Pure; imports nothing here."""
+"""Addresses, backoff, version checks, texts for network errors. Pure; imports only `errors`."""

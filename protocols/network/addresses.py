@@ -1,4 +1,4 @@
-"""Where a coordinator is: `host:port`, or `host:port/path` behind a reverse proxy. Pure."""
+"""The address of a coordinator: `host:port`, or `host:port/path` behind a reverse proxy. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Address(NamedTuple):
-    """An IPv6 `host` is without brackets; `path` is empty, or begins with / and does not end so."""
+    """The parts of an address. `host` has no brackets; `path` is empty or like `/path`."""
 
     host: str
     port: int

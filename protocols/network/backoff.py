@@ -1,4 +1,4 @@
-"""How long to wait before the next try. Pure."""
+"""Exponential backoff with jitter. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from random import Random
 
 
 def delays(rng: Random, first_s: float = 0.5, max_s: float = 15.0) -> Iterator[float]:
-    """Seconds to wait, one after another: growing up to `most_s`, and nowhere near in step.
+    """Random seconds to wait before each retry, growing up to `max_s`.
 
-    Each is drawn between `first_s` and three times the one before ("decorrelated jitter"), so a
-    fleet that lost its broker in one moment does not come back in one moment. But none is longer
-    than half of what was waited so far: who is back after 4 s is found again within 2.
+    Each is drawn between `first_s` and three times the previous one ("decorrelated jitter"), so
+    agents that lost their broker together do not reconnect together. None is longer than half of
+    the total wait so far: a broker that is back after 4 s is found within 2 s.
     """
     last, waited = first_s, 0.0
     while True:

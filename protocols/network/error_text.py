@@ -1,36 +1,36 @@
-"""Why nobody could be reached, in words for a person: never a number of an error. Pure."""
+"""Texts for failed connections, without error numbers. Pure."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
 
-#: By the names of libraries' errors, which say no more.
-_NAMES = {
-    "gaierror": "no machine of that name is known",
-    "RemoteProtocolError": "it broke off in the middle of an answer",
-    "ReadError": "it broke off",
-    "WriteError": "it broke off",
+#: By the class name of an error whose own message says no more.
+_TEXTS = {
+    "gaierror": "there is no machine of that name",
+    "RemoteProtocolError": "the connection was closed in the middle of an answer",
+    "ReadError": "the connection was closed",
+    "WriteError": "the connection was closed",
 }
 
 
 def describe_error(err: BaseException) -> str:
-    """Words for a failed connection, from the error below a library's own."""
+    """Text for a failed connection, from the lowest cause of a library's error."""
     causes = list(_causes(err))
     for cause in reversed(causes):
         match cause:
             case ConnectionRefusedError():
-                return "nobody listens there"
+                return "nothing listens on that port"
             case TimeoutError():
                 return "no answer in time"
             case ConnectionError():
-                return "it broke off"
+                return "the connection was closed"
             case ssl.SSLCertVerificationError():
-                return f"its certificate is not good: {cause.verify_message}"
+                return f"its certificate is not valid: {cause.verify_message}"
     for cause in reversed(causes):
         name = type(cause).__name__
-        if name in _NAMES:
-            return _NAMES[name]
+        if name in _TEXTS:
+            return _TEXTS[name]
         if name.endswith("Timeout"):
             return "no answer in time"
         if isinstance(cause, OSError) and cause.strerror:
@@ -39,7 +39,7 @@ def describe_error(err: BaseException) -> str:
 
 
 def _causes(err: BaseException | None) -> Iterator[BaseException]:
-    """The error and what lies below it, the lowest last."""
+    """The error and its chain of causes, the lowest last."""
     seen: set[int] = set()
     while err is not None and id(err) not in seen:
         seen.add(id(err))

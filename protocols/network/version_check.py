@@ -1,6 +1,6 @@
-"""Which versions work together: those at most one minor version apart. Pure.
+"""Checks that two versions are at most one minor version apart. Pure.
 
-So a fleet is upgraded machine by machine, the coordinator first or last.
+So you can upgrade a fleet machine by machine, the coordinator first or last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NUMBERS = re.compile(r"(\d+)\.(\d+)(?:\.|\Z|[a-z])")
 
 
 def are_compatible(one: str, other: str) -> bool:
-    """True if these versions work together; also if one of them does not say what it is."""
+    """True if these versions work together, or if one of them is unknown."""
     a, b = _NUMBERS.match(one), _NUMBERS.match(other)
     if a is None or b is None or "0.0.0" in (one, other):  # a source tree that was never installed
         return True
@@ -22,7 +22,7 @@ def are_compatible(one: str, other: str) -> bool:
 
 
 def check_compatible(theirs: str, who: str, ours: str = VERSION) -> None:
-    """Raise VersionSkew if `who`, of version `theirs`, is too far from this program."""
+    """Raise VersionSkew if `who`, of version `theirs`, does not work with this program."""
     if not are_compatible(ours, theirs):
         raise VersionSkew(
             f"{who} runs commonweight {theirs}, this is {ours}: more than one minor version apart",

@@ -128,8 +128,8 @@ def test_a_port_in_use_is_named_with_the_option(site: Fleet, tmp_path: Path) -> 
 
 
 def test_a_second_coordinator_or_agent_in_one_home_is_refused(site: Fleet) -> None:
-    fails(site.ask("up", "--port", "0"), 1, "another coordinator works in", str(site.home))
-    fails(site.ask_agent("ada", "run"), 1, "another agent works in", str(site.folder / "ada"))
+    fails(site.ask("up", "--port", "0"), 1, "another coordinator uses", str(site.home))
+    fails(site.ask_agent("ada", "run"), 1, "another agent uses", str(site.folder / "ada"))
     site.until_agent("ada", "is unharmed", lambda told: told["session"])
 
 

@@ -178,7 +178,7 @@ async def test_little_is_kept_while_the_link_is_down(site: Site) -> None:
             agent.link.set_presence(replace(IDLE, round=number))
             agent.link.telemetry(Telemetry(step=number))
             agent.link.notice(Notice(level="info", text=str(number)))
-    assert agent.changes == [(False, f"nobody listens at 127.0.0.1:{broker.port}")]
+    assert agent.changes == [(False, f"no broker listens at 127.0.0.1:{broker.port}")]
     await broker.start()
     try:
         async with running(watch.feed.run):
@@ -202,7 +202,7 @@ async def test_a_refused_login_is_said_in_words(
         async with running(wrong.link.run):
             await until(lambda: wrong.changes)
         assert wrong.changes == [
-            (False, f"the MQTT login was refused or nobody answers at {address.netloc}")
+            (False, f"{address.netloc} refused the MQTT login or does not answer")
         ]
         assert not wrong.link.connected
         stranger = Agent(site, replace(address, ca_pem=""))

@@ -127,7 +127,7 @@ def test_what_is_damaged_is_found(site: Fleet) -> None:
     assert code == 6
     wrong = ["permissions"] if os.name == "posix" else []
     assert faults(made) == [*wrong, "ledger", "certificate", "broker"]
-    assert "is not good" in made["broker"]["detail"]
+    assert "is not valid" in made["broker"]["detail"]
     assert "entry 1 was changed" in made["ledger"]["detail"]
     assert f"it lacks {HOST}" in made["certificate"]["detail"]
     assert "ca.key" in made["permissions"]["detail"]
@@ -145,7 +145,7 @@ def test_a_broker_that_ended_is_found(site: Fleet) -> None:
     site.up("--mqtt-url", f"mqtt://{HOST}:{two_free_ports()[0]}")
     _, made = doctor(site)
     assert faults(made) == ["broker"]
-    assert "nobody listens" in made["broker"]["detail"]
+    assert "no broker listens" in made["broker"]["detail"]
 
 
 def test_a_port_of_another_program_is_told() -> None:

@@ -286,7 +286,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
         await Watch(site, nobody).feed.ring_doorbell(site.peer)
     async with running(down.feed.run):
         await until(lambda: down.changes)
-    assert down.changes == [(False, "nobody listens at 127.0.0.1:9")]
+    assert down.changes == [(False, "no broker listens at 127.0.0.1:9")]
 
     async with started(site) as broker:
         watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign, doorbells=False)
