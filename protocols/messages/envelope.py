@@ -217,7 +217,7 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     ended_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
 
 
-class EventLine(Struct, frozen=True, tag="EventLine", kw_only=True):
+class EventLine(Struct, frozen=True, tag="Happened", kw_only=True):
     """A line for the Events page. `subject` is a peer or a run, or empty."""
 
     level: Literal["info", "warning", "error"]

@@ -336,7 +336,9 @@ def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def cut(limit_bytes: int) -> None:
         for module in (averaging, runner):
             monkeypatch.setattr(
-                module, "pieces", lambda schema, _=0: weights.split_into_pieces(schema, limit_bytes)
+                module,
+                "split_into_pieces",
+                lambda schema, _=0: weights.split_into_pieces(schema, limit_bytes),
             )
 
     return cut

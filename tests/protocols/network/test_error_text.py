@@ -55,7 +55,9 @@ def test_it_breaks_off() -> None:
 
 
 def test_no_such_machine_and_others() -> None:
-    assert describe_error(socket.gaierror(-2, "Name or service not known")).startswith("there is no machine")
+    assert describe_error(socket.gaierror(-2, "Name or service not known")).startswith(
+        "there is no machine"
+    )
     assert describe_error(OSError(113, "No route to host")) == "no route to host"
     assert describe_error(ValueError()) == "ValueError"
     round_about = ValueError("a")
