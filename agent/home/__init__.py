@@ -1,4 +1,4 @@
-"""The agent's folder: settings, keys, logs, audit log, state of runs.
+"""The agent's home folder: settings, keys, logs, audit log, state of runs.
 
 Any layer above may import it.
 """

@@ -1,7 +1,7 @@
-"""What has left this machine in its work, for its owner: a line of JSON for each answer.
+"""The owner's audit log: one JSON line for each answer that leaves this machine.
 
-Statistics stand in it word for word; of weights, which the owner can make again, size and digest.
-docs/what-leaves.md says what leaves besides (state, telemetry, the log's last lines on request).
+Statistics are logged in full. Weights, which the owner can compute again, are logged by size and
+digest. docs/what-leaves.md lists what else leaves (state, telemetry, log lines on request).
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ _KINDS: dict[str, EntryKind] = {
 
 
 class AuditEntry(Struct, frozen=True, kw_only=True):
-    """One answer. `told` is a description as JSON; `digest` and `nbytes` are those of the bytes;
-    `tallies`, what an evaluation adds up over peers."""
+    """One answer. `told` is the statistics as JSON. `digest` and `nbytes` describe the bytes sent.
+
+    `tallies` are the counts of an evaluation that are summed over peers.
+    """
 
     at: float
     run: str
@@ -50,9 +52,9 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
 
 def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) -> None:
-    """Add an answer to the ledger, fsynced; call it before any part of the answer is sent.
+    """Log an answer of a run and fsync. Call this before any part of the answer is sent.
 
-    Raises OSError: an answer that cannot be noted must not be sent.
+    Raises OSError: an answer that cannot be logged must not be sent.
     """
     what = _KINDS.get(claim.kind)
     if what is None:
@@ -75,11 +77,11 @@ def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) 
 
 
 def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
-    """Add the answer to a unit of a job, word for word if it is over rows of this machine's own.
+    """Log the answer to a unit of a job; in full if it is about this machine's own rows.
 
-    Raises OSError, as `write` does.
+    Raises OSError, as `write_update` does.
     """
-    spread = isinstance(unit.question, Scatter)
+    about_own_rows = not isinstance(unit.question, Scatter)
     entry = AuditEntry(
         at=time.time(),
         run=unit.job,
@@ -89,7 +91,7 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
         digest=answer.digest,
         nbytes=answer.nbytes,
         num_examples=answer.rows,
-        told="" if spread else body.decode(errors="replace"),
+        told=body.decode(errors="replace") if about_own_rows else "",
     )
     _append(home, entry)
 
@@ -102,7 +104,7 @@ def _append(home: Path, entry: AuditEntry) -> None:
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
-        # A line of its own, also after one that a power cut has left without its end.
+        # The first newline ends a line that a power cut may have left incomplete.
         file.write(b"\n" + msgspec.json.encode(entry) + b"\n")
         file.flush()
         os.fsync(descriptor)
@@ -111,31 +113,30 @@ def _append(home: Path, entry: AuditEntry) -> None:
 
 
 def read(home: Path) -> list[AuditEntry]:
-    """All that is noted, oldest first; a line that is cut off is passed over."""
-    found = []
+    """All entries, oldest first. Incomplete lines are skipped."""
+    entries = []
     for path in (_rotated_file(home), home / FILE):
         lines = path.read_bytes().splitlines() if path.exists() else []
         for line in lines:
             try:
-                found.append(msgspec.json.decode(line, type=AuditEntry))
+                entries.append(msgspec.json.decode(line, type=AuditEntry))
             except msgspec.DecodeError:
                 continue
-    return found
+    return entries
 
 
 def format_entry(entry: AuditEntry) -> str:
     """One line for a person."""
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
-    said = f"{at}  {entry.run}  round {entry.round}  {entry.what}"
+    parts = [f"{at}  {entry.run}  round {entry.round}  {entry.what}"]
     if entry.nbytes:
-        said += f", {entry.nbytes:,} bytes {entry.digest[:12]}"
-    if entry.codec:
-        said += f" as {entry.codec}"
+        codec = f" as {entry.codec}" if entry.codec else ""
+        parts.append(f"{entry.nbytes:,} bytes {entry.digest[:12]}{codec}")
     if entry.num_examples:
-        said += f", {entry.num_examples} examples"
-    numbers = {name: value for name, value in entry.metrics.items() if value is not None}
-    said += "".join(f", {name} {value:.4g}" for name, value in numbers.items())
-    return said + "".join(f", {len(n)} sums of {name}" for name, n in entry.tallies.items())
+        parts.append(f"{entry.num_examples} examples")
+    parts += [f"{key} {value:.4g}" for key, value in entry.metrics.items() if value is not None]
+    parts += [f"{len(counts)} sums of {name}" for name, counts in entry.tallies.items()]
+    return ", ".join(parts)
 
 
 def _rotated_file(home: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Who this agent is, and whom it trusts."""
+"""The keys of this agent and the CA that it trusts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocols.enrollment.identity import NodeKey, SigningKey
 
 
 class Credentials(NamedTuple):
-    """Who this agent is, and whom it trusts."""
+    """The keys of this agent, and the coordinator's address and CA certificate."""
 
     address: str
     ca_pem: bytes
@@ -21,7 +21,7 @@ class Credentials(NamedTuple):
 
     @classmethod
     def load(cls, home: Path, enrollment: Enrollment) -> Credentials:
-        """Those of the machine that joined in this home. Raises HomeError."""
+        """Load the credentials of an enrolled home. Raises HomeError."""
         return cls(
             address=enrollment.addresses[0],
             ca_pem=enrollment.ca_pem.encode(),
@@ -33,7 +33,7 @@ class Credentials(NamedTuple):
     def sign_request(
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
     ) -> dict[str, str]:
-        """The headers of one request."""
+        """The headers that sign one request."""
         return signed_requests.sign_headers(
             self.peer, self.sign_key.sign, method, path, body_sha256
         )

@@ -1,7 +1,7 @@
-"""What of an agent's log its operator elsewhere may see: no trace, no path, nothing secret.
+"""Removes from log lines what an operator must not see: traces, paths, secrets and data.
 
-Only our own loggers' words, and of these what is left after everything that could be a path, a
-key, a ticket or a quotation was taken out: an error may quote the data that it fell over.
+Only lines of commonweight's own loggers pass. Everything in them that could be a path, a key, a
+ticket or quoted text is replaced, as an error may quote the data that caused it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from protocols.messages.envelope import LogLine, strip_controls
 _OURS = "commonweight"
 _MAX_TAIL_BYTES = 256 * 1024
 _REDACTIONS = (
-    # Quoted text: repr() of a path, of a value, of a line of data.
+    # Quoted text: repr() of a path, a value or a line of data.
     (re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`"), "‹…›"),
-    # A URL keeps its scheme only: there may be a login in it.
+    # A URL keeps only its scheme, as it may contain a login.
     (re.compile(r"\b([a-z][a-z0-9+.-]*)://\S+", re.IGNORECASE), r"\1://‹…›"),
-    # Paths: two parts with a slash or backslash, from the root, the home or a drive.
+    # Paths: relative ones, and those from the root, the home or a drive.
     (
         re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\][^\s:,;)]+|\b[\w.-]+(?:[/\\][\w.-]+){1,}"),
         "‹path›",
@@ -36,7 +36,7 @@ _REDACTIONS = (
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of the log file, whole ones, of at most `_TAIL_BYTES`; none without a file."""
+    """The last whole lines of the log file, at most `_MAX_TAIL_BYTES`; none without a file."""
     try:
         with path.open("rb") as log:
             log.seek(0, os.SEEK_END)
@@ -49,16 +49,16 @@ def tail(path: Path) -> list[str]:
 
 
 def redact(lines: Iterable[str], max_lines: int) -> list[LogLine]:
-    """The last `most` of these JSON lines that may be seen, oldest first."""
-    found = [line for text in lines if (line := _redact_line(text)) is not None]
-    return found[-max_lines:]
+    """The last `max_lines` of these JSON lines that may be shown, oldest first."""
+    redacted = [line for text in lines if (line := _redact_line(text)) is not None]
+    return redacted[-max_lines:]
 
 
 def _redact_line(text: str) -> LogLine | None:
     try:
-        told: dict[str, Any] = json.loads(text)
-        name, level, at = str(told["name"]), str(told["level"]), float(told["at"])
-        message = str(told["message"])
+        record: dict[str, Any] = json.loads(text)
+        name, level, at = str(record["name"]), str(record["level"]), float(record["at"])
+        message = str(record["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if name.partition(".")[0] != _OURS:
@@ -71,8 +71,8 @@ def _redact_line(text: str) -> LogLine | None:
 
 
 def redact_message(message: str) -> str:
-    """One line without paths, quotations, secrets or rows of numbers."""
-    first = message.partition("\n")[0]
-    for pattern, instead in _REDACTIONS:
-        first = pattern.sub(instead, first)
-    return strip_controls(first)
+    """The first line of a message without paths, quoted text, secrets or rows of numbers."""
+    line = message.partition("\n")[0]
+    for pattern, replacement in _REDACTIONS:
+        line = pattern.sub(replacement, line)
+    return strip_controls(line)

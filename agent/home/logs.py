@@ -1,6 +1,6 @@
-"""The agent's log: JSON lines as written, and as a person reads them over the rotated files.
+"""Writes the agent's log as JSON lines, and reads it across rotated files.
 
-No file is held open between two looks, so that the agent can rotate them on every system.
+A reader keeps no file open between two reads, so that the agent can rotate them on every system.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 FILE = "agent.log"
-#: Of the log at most four megabytes are kept.
+#: The log takes at most four megabytes.
 MAX_FILE_BYTES, ROTATED_FILES = 1 << 20, 3
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message."""
+    """Formats a record as one JSON object: time, level, logger, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(home: Path, level: str, *others: logging.Handler) -> None:
-    """Log to the rotated files in `home`, JSON lines, and to `others`."""
+    """Log JSON lines to rotated files in `home`, and to `others`."""
     file = RotatingFileHandler(home / FILE, "a", MAX_FILE_BYTES, ROTATED_FILES)
     file.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[file, *others])
@@ -42,32 +42,32 @@ def configure(home: Path, level: str, *others: logging.Handler) -> None:
 
 
 def set_level(level: str) -> None:
-    """Log this much from now on."""
+    """Change the log level."""
     logging.getLogger().setLevel(level.upper())
 
 
 class LogReader:
-    """The log in `home`. Each look gives what was written since the one before."""
+    """Reads the log in `home`. Each read returns what was written since the last one."""
 
     def __init__(self, home: Path) -> None:
-        # Oldest first: what is read must not move on meanwhile into a file read before.
+        # Oldest first: a rotation during the read must not move lines into a file read before.
         numbers = [f".{number}" for number in range(ROTATED_FILES, 0, -1)]
         self._files = [home / f"{FILE}{number}" for number in (*numbers, "")]
         self._inode = self._offset = 0
 
     def new_lines(self) -> list[str]:
-        """Whole lines since the last look, oldest first; the first look gives all there are."""
+        """Whole lines since the last read, oldest first. The first read returns all lines."""
         files = {inode: file for file in self._files if (inode := _inode(file))}
         left = list(files)
         if self._inode in files:
             left = left[left.index(self._inode) :]
-        else:  # the first look, or rotated away for good since the last
+        else:  # the first read, or the last file was rotated away
             self._offset = 0
         lines: list[str] = []
         for inode in left:
             offset = self._offset if inode == self._inode else 0
             data = _read(files[inode], inode, offset)
-            if data is None:  # rotated just now: the next look finds it under its new name
+            if data is None:  # rotated just now: the next read finds it under its new name
                 break
             end = data.rfind(b"\n") + 1
             lines += data[:end].decode(errors="replace").split("\n")[:-1]
@@ -83,7 +83,7 @@ def _inode(file: Path) -> int:
 
 
 def _read(file: Path, inode: int, offset: int) -> bytes | None:
-    """What is in the file from there on, or None if it is no longer the file of this number."""
+    """The file from `offset` on, or None if it no longer has this inode."""
     try:
         with file.open("rb") as log:
             if os.fstat(log.fileno()).st_ino != inode:
@@ -97,15 +97,15 @@ def _read(file: Path, inode: int, offset: int) -> bytes | None:
 def format_line(line: str) -> str:
     """A JSON line for a person: `2026-11-23 23:25:01 warning: lost the coordinator`."""
     try:
-        told = json.loads(line)
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(told["at"])))
-        words = f"{at} {told['level']}: {told['message']}"
-        trace = str(told.get("trace", ""))
+        record = json.loads(line)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["at"])))
+        text = f"{at} {record['level']}: {record['message']}"
+        trace = str(record.get("trace", ""))
     except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
         return _strip_controls(line)
-    return "\n    ".join(_strip_controls(part) for part in (words, *trace.splitlines()))
+    return "\n    ".join(_strip_controls(part) for part in (text, *trace.splitlines()))
 
 
 def _strip_controls(text: str) -> str:
-    """Without what could steer a terminal: a log repeats what others sent."""
+    """Replace control characters: a log repeats text that others sent."""
     return "".join(letter if letter.isprintable() else "·" for letter in text)

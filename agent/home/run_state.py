@@ -1,8 +1,8 @@
-"""What an agent keeps of a run for itself, in one file a run that moves on with its updates.
+"""Local state of runs: one file a run, replaced together with the update that it belongs to.
 
-The next file waits under an update's digest until the answer that names that update is safe: so a
-crash leaves the old file with no update or the new one with it, and nothing is counted twice or
-lost.
+The next state is staged under its update's digest until the answer that names the update is on
+disk. So a crash leaves either the old state without the update or the new state with it, and
+nothing is counted twice or lost.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 from protocols.local.atomic_files import fsync_folder
 
-#: What nobody has asked for so long is of a run that is over.
+#: A state that was not used for so long belongs to a run that has ended.
 MAX_AGE_S = 30 * 86400.0
 
 
 class RunStatePaths(NamedTuple):
-    """A run's file, which may not be there yet, and where the next one is to be written."""
+    """The state file of a run, which may not exist yet, and where to write the next one."""
 
     file: Path
     next: Path
 
 
 class RunStateFolder:
-    """A folder of such files; those that are in force end in `suffix`."""
+    """A folder of state files. Committed ones end in `suffix`."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
@@ -36,33 +36,30 @@ class RunStateFolder:
                 path.unlink()
 
     def paths(self, run: str) -> RunStatePaths:
-        """The files of a run. Its id is text that came from afar: no part of a path."""
+        """The files of a run. Its id came from the network, so no part of it enters a path."""
         stem = hashlib.sha256(run.encode()).hexdigest()[:32]
         return RunStatePaths(self._folder / f"{stem}{self._suffix}", self._folder / f"{stem}.new")
 
     def stage(self, run: str, digest: str) -> None:
-        """The next one is written; it belongs to the update with this digest."""
-        written = self.paths(run).next
-        written.replace(written.with_suffix(f".{digest}"))
+        """Stage the written next state with the update of this digest."""
+        following = self.paths(run).next
+        following.replace(following.with_suffix(f".{digest}"))
         fsync_folder(self._folder)
 
     def commit(self, digest: str) -> None:
-        """The update with this digest (empty: none) is the one that is sent; any other is not."""
-        settled = False
-        for path in self._folder.iterdir():
-            if path.suffix == self._suffix:
-                continue
-            settled = True
+        """Commit the state staged with this update, and drop all others. Empty: drop all."""
+        staged = [path for path in self._folder.iterdir() if path.suffix != self._suffix]
+        for path in staged:
             if path.suffix == f".{digest}":
                 path.replace(path.with_suffix(self._suffix))
             else:
                 path.unlink()
-        if settled:
+        if staged:
             fsync_folder(self._folder)
 
     def keep_only(self, run: str) -> None:
-        """Only this run's file is wanted from now on."""
-        kept = self.paths(run).file
-        for other in self._folder.iterdir():
-            if other != kept:
-                other.unlink()
+        """Delete the files of all other runs."""
+        own = self.paths(run).file
+        for path in self._folder.iterdir():
+            if path != own:
+                path.unlink()

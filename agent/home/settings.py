@@ -1,7 +1,7 @@
-"""The agent's settings and enrollment, as files in its home. Pure but for reading and writing them.
+"""The agent's settings and enrollment, and the files in its home that store them.
 
-Order: flag, environment (`COMMONWEIGHT_AGENT_…`), settings.toml, default. Read with msgspec, which
-is loaded anyway: an idle agent counts its megabytes.
+Precedence: flag, environment (`COMMONWEIGHT_AGENT_…`), settings.toml, default. msgspec validates
+them, because it is loaded anyway and an idle agent must stay small.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PUBLIC_KEYS = (
     *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
     *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
 )
-#: What the trainer and the session are made with; the rest holds as soon as it is written.
+#: Changes of these take effect at the next start of the agent, all others at once.
 RESTART_KEYS = frozenset(
     {
         *("part", "parts", "split", "data_seed", "data", "tasks", "task_files", "models"),
@@ -44,133 +44,115 @@ RESTART_KEYS = frozenset(
 class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an owner can set; `policy show` shows these descriptions."""
 
-    part: Annotated[
-        int, Meta(ge=0, description="which piece of a shared data set is here, from 0")
-    ] = 0
-    parts: Annotated[
-        int, Meta(ge=1, description="into how many pieces the shared data set is cut")
-    ] = 1
+    part: Annotated[int, Meta(ge=0, description="your part of a shared data set, from 0")] = 0
+    parts: Annotated[int, Meta(ge=1, description="number of parts of the shared data set")] = 1
     split: Annotated[
         Literal["iid", "shards"],
-        Meta(description="how it is cut: iid, at random; shards, few labels in each piece"),
+        Meta(description="how to split it: iid, at random; shards, few labels in each part"),
     ] = "iid"
-    data_seed: Annotated[int, Meta(description="the chance in that cut; alike on all peers")] = 0
-    data: Annotated[str, Meta(description="a file or folder of your own data")] = ""
+    data_seed: Annotated[int, Meta(description="seed of that split; the same on all peers")] = 0
+    data: Annotated[str, Meta(description="file or folder of your own data")] = ""
     data_reader: Annotated[
         str,
         Meta(
             pattern=r"^(arrow|dask(:.+)?|spark(:.+)?)\Z",
-            description="what reads tables: arrow, dask, spark; dask:ADDRESS, spark:URL for a "
-            "cluster of your own",
+            description="reader for tables: arrow, dask, spark; or your cluster: dask:ADDRESS, "
+            "spark:URL",
         ),
     ] = "arrow"
     data_columns: Annotated[
-        tuple[str, ...], Meta(description="columns that may be used; a * stands for anything")
+        tuple[str, ...], Meta(description="columns that runs may use; * matches any text")
     ] = ("*",)
-    data_min_rows: Annotated[
-        int, Meta(ge=0, description="tables with fewer rows take no part in a run")
-    ] = 20
+    data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows of a table in a run")] = 20
     data_min_count: Annotated[
-        int, Meta(ge=1, description="a value that fewer rows have is not told to anybody")
+        int, Meta(ge=1, description="minimum rows that share a value before it may leave")
     ] = 5
-    data_extremes: Annotated[
-        bool, Meta(description="the least and the most of a column may be told")
-    ] = False
+    data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
     analyze: Annotated[
         Literal["off", "ask", "on"],
         Meta(
-            description="answer questions about your data: off; ask, after your look at each "
-            "(commonweight-agent questions); on, all that the limits allow"
+            description="answer questions about your data: off; ask, after your approval "
+            "(commonweight-agent questions); on, all within the limits"
         ),
     ] = "off"
     analyze_operations: Annotated[
-        tuple[str, ...], Meta(description="what may be asked: count, mean and so on; * is all")
+        tuple[str, ...], Meta(description="allowed operations: count, mean and so on; * is all")
     ] = ("*",)
     analyze_epsilon: Annotated[
         float,
-        Meta(ge=0, description="what all answers may cost in privacy (ε); 0: noise only on wish"),
+        Meta(ge=0, description="privacy budget ε of all answers; 0: noise only on request"),
     ] = 0.0
     tasks: Annotated[
-        tuple[str, ...], Meta(description="what may be run here; * is whatever is installed")
+        tuple[str, ...], Meta(description="tasks that may run; * is every installed task")
     ] = ("*",)
     task_files: Annotated[
-        dict[str, str], Meta(description="tasks of your own, by name: commonweight-agent task add")
+        dict[str, str], Meta(description="your own tasks by name: commonweight-agent task add")
     ] = msgspec.field(default_factory=dict)
-    threads: Annotated[
-        int, Meta(ge=0, description="threads that train; 0 is half of the cores")
-    ] = 0
+    threads: Annotated[int, Meta(ge=0, description="training threads; 0: half of the cores")] = 0
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"],
-        Meta(description="what trains: cuda, mps, cpu; auto takes the first that torch can use"),
+        Meta(description="training device; auto: cuda, mps or cpu, the first that torch can use"),
     ] = "auto"
-    models: Annotated[
-        str, Meta(description="a folder of model folders that tasks such as lora build on")
-    ] = ""
+    models: Annotated[str, Meta(description="folder of base models, for tasks such as lora")] = ""
     framework: Annotated[
         Literal["auto", "torch", "keras"],
-        Meta(description="which one a task takes that is there for both; auto: torch if installed"),
+        Meta(description="for tasks that exist in both; auto: torch if it is installed"),
     ] = "auto"
-    compile: Annotated[
-        bool, Meta(description="let torch compile the model first, where the task can")
-    ] = False
+    compile: Annotated[bool, Meta(description="compile the model, if the task supports it")] = False
     checkpoint_interval_s: Annotated[
-        float, Meta(ge=0, description="seconds of training that a kill or a power cut may cost")
+        float, Meta(ge=0, description="seconds of training that a crash may lose")
     ] = 30.0
     hang_timeout_s: Annotated[
-        float, Meta(gt=0, description="seconds without a batch after which the trainer is ended")
+        float, Meta(gt=0, description="stop the trainer after so many seconds without a batch")
     ] = 600.0
     trainer_tries: Annotated[
-        int, Meta(ge=1, description="failures of the trainer in one work before the agent pauses")
+        int, Meta(ge=1, description="trainer failures in one work before the agent pauses")
     ] = 4
     idle_timeout_s: Annotated[
-        float, Meta(gt=0, description="seconds without work after which the trainer ends")
+        float, Meta(gt=0, description="stop the trainer after so many seconds without work")
     ] = 60.0
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Meta(description="how much is logged: debug, info, warning or error"),
+        Literal["debug", "info", "warning", "error"], Meta(description="lowest level to log")
     ] = "info"
     share_log: Annotated[
-        bool,
-        Meta(description="the operator may see the log's last lines, without paths or quotations"),
+        bool, Meta(description="the operator may see the last log lines, without paths or quotes")
     ] = True
 
     fleet: Annotated[
         str,
         Meta(
-            description="the home of a coordinator on this machine, whose fleet trains in this "
-            "agent's place (commonweight up --upstream sets it)"
+            description="home of a coordinator on this machine whose fleet trains in place of "
+            "this agent (commonweight up --upstream sets it)"
         ),
     ] = ""
     jobs_scatter: Annotated[
         Literal["on", "off"],
-        Meta(description="answer for rows that others send; they and the answers are not yours"),
+        Meta(description="run inference on rows that others send; rows and answers are theirs"),
     ] = "off"
     share: Annotated[
         Literal["lan", "on", "off"],
         Meta(
-            description="hand shared versions on to enrolled peers: lan, those in this machine's "
-            "own private network; on, all; off, none (no port is opened)"
+            description="send shared versions to enrolled peers: lan, in the same private "
+            "network; on, to all; off, to none (no port is opened)"
         ),
     ] = "lan"
-    share_port: Annotated[
-        int, Meta(ge=0, le=65535, description="the port to do that on; 0 is any")
-    ] = 0
+    share_port: Annotated[int, Meta(ge=0, le=65535, description="port for that; 0 is any")] = 0
     share_mbit_s: Annotated[
-        float, Meta(ge=0, description="so many Mbit/s at most go to other peers; 0 is no bound")
+        float, Meta(ge=0, description="maximum Mbit/s to other peers; 0: no limit")
     ] = 200.0
 
     def public_values(self) -> dict[str, str]:
-        """What the operator is told of these settings; nothing of where the data lies."""
-        told = {name: str(getattr(self, name)) for name in _PUBLIC_KEYS}
-        return {name: value[:64] for name, value in told.items() if value}
+        """The settings that the operator may see. They do not include where the data is."""
+        values = {name: str(getattr(self, name)) for name in _PUBLIC_KEYS}
+        return {name: value[:64] for name, value in values.items() if value}
 
     def allows(self, task: str) -> bool:
-        """True if the owner lets this task run."""
+        """True if the owner allows this task."""
         return "*" in self.tasks or task in self.tasks
 
 
 class Enrollment(Struct, frozen=True, kw_only=True):
-    """What joining gave this machine. `mqtt` holds the fleet's login: the file is 0600."""
+    """The result of joining a fleet. `mqtt` has the fleet's login, so the file has mode 0600."""
 
     peer: str
     name: str
@@ -183,34 +165,34 @@ class Enrollment(Struct, frozen=True, kw_only=True):
 
 
 def read(home: Path, **flags: Any) -> AgentSettings:
-    """The settings with these flags on top (None: not given). Raises UsageError."""
+    """Read the settings; flags override them unless they are None. Raises UsageError."""
     values = _read_file(home) | _read_environment(os.environ)
     values |= {name: value for name, value in flags.items() if value is not None}
-    return _validate(values, f"look into {home / FILE}")
+    return _validate(values, f"correct {home / FILE}")
 
 
 def change(home: Path, **values: Any) -> AgentSettings:
-    """Write these settings into the file, keeping the others. Raises UsageError, UnknownName."""
+    """Change these settings in the file and keep the others. Raises UsageError, UnknownName."""
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
             f"there is no setting {sorted(unknown)[0]!r}",
-            f"known are {', '.join(AgentSettings.__struct_fields__)}",
+            f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
         )
     merged = _read_file(home) | {k: v for k, v in values.items() if v is not None}
     chosen = _validate(merged, "commonweight-agent policy show")
-    # Only what was chosen: a default that gets better must reach this machine as well.
-    kept = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
-    write_private(home / FILE, tomli_w.dumps(kept).encode())
+    # Defaults are not written, so that this machine gets better defaults of later versions.
+    changed = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
+    write_private(home / FILE, tomli_w.dumps(changed).encode())
     return chosen
 
 
 def data_path(text: str | None) -> str | None:
-    """A path as it is typed, whole: trainers work in another folder. Addresses stay."""
+    """A typed path as an absolute one, as trainers run in another folder. URLs stay as they are."""
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
 
 
 def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
-    """Which data a task is to load, and on what it trains; `cache` is a folder of the task's."""
+    """The data and the device of a task. `cache` is a folder that the task may use."""
     return DataSettings(
         index=chosen.part,
         parts=chosen.parts,
@@ -230,16 +212,16 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
     )
 
 
-def _error_text(said: str, values: Mapping[str, Any]) -> str:
-    """What msgspec says of a value, as a sentence about its setting."""
-    why, _, place = said.partition(" - at `$.")
+def _error_text(error: str, values: Mapping[str, Any]) -> str:
+    """Turn msgspec's error into a sentence about the setting."""
+    why, _, place = error.partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
     if name not in values:
-        return f"a setting is not right: {said}"
+        return f"a setting is wrong: {error}"
     kind = get_type_hints(AgentSettings)[name]
     if get_origin(kind) is Literal:
-        return f"{name} is {', '.join(map(str, get_args(kind)))}; not {values[name]!r}"
-    return f"{name} is not right: {why}, not {values[name]!r}"
+        return f"{name} must be one of {', '.join(get_args(kind))}; not {values[name]!r}"
+    return f"{name} is wrong: {why}, not {values[name]!r}"
 
 
 def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
@@ -254,7 +236,7 @@ def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
 
 
 class SettingInfo(NamedTuple):
-    """One setting for its owner; `source` is the variable, the file, or the default."""
+    """One setting. `source` is the environment variable, the file, or the default."""
 
     name: str
     value: Any
@@ -263,21 +245,21 @@ class SettingInfo(NamedTuple):
 
 
 def describe(home: Path) -> list[SettingInfo]:
-    """Every setting, where its value comes from, and what it is for. Raises UsageError."""
+    """Every setting, the source of its value, and its meaning. Raises UsageError."""
     chosen = msgspec.to_builtins(read(home))
     file, environment = _read_file(home), _read_environment(os.environ)
-    found = []
+    infos = []
     for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
         source = FILE if name in file else "default"
         if name in environment:
             source = ENVIRONMENT_PREFIX + name.upper()
         about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
-        found.append(SettingInfo(name, chosen[name], source, about or ""))
-    return found
+        infos.append(SettingInfo(name, chosen[name], source, about or ""))
+    return infos
 
 
 def parse_value(name: str, text: str) -> Any:
-    """A setting's value as it is written on a command line or in the environment."""
+    """Parse a value from the command line or the environment."""
     if name in ("data", "models"):
         return data_path(text)
     kind = type(getattr(AgentSettings(), name, text))
@@ -288,7 +270,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as `parsed` takes it."""
+    """Format a value so that `parse_value` can read it."""
     if isinstance(value, dict):
         return ",".join(f"{name}={source}" for name, source in value.items())
     return ",".join(value) if isinstance(value, list | tuple) else str(value)
@@ -319,7 +301,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_enrollment(home: Path) -> Enrollment:
-    """What joining gave this machine. Raises NotEnrolled, HomeError."""
+    """The enrollment of this home. Raises NotEnrolled, HomeError."""
     try:
         return msgspec.json.decode((home / ENROLLMENT_FILE).read_bytes(), type=Enrollment)
     except FileNotFoundError as err:
@@ -334,4 +316,5 @@ def read_enrollment(home: Path) -> Enrollment:
 
 
 def write_enrollment(home: Path, enrollment: Enrollment) -> None:
+    """Replace the enrollment of this home."""
     write_private(home / ENROLLMENT_FILE, msgspec.json.encode(enrollment))

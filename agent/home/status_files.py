@@ -1,7 +1,7 @@
-"""How commands reach a running agent: two small files in its home, so that it opens no port.
+"""The two files through which commands and a running agent communicate, without a port.
 
-`status.json` is what the agent last said of itself; `wish.json` is what its owner wants, and keeps
-over restarts: a paused agent stays paused.
+`status.json` is the agent's last status. `wish.json` is the owner's request; it survives restarts,
+so that a paused agent stays paused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ STATUS_FILE, REQUEST_FILE = "status.json", "wish.json"
 
 
 class Status(Struct, kw_only=True):
-    """The agent's own words. `at` and `since` are Unix s.
+    """The agent's status. `at` and `since` are Unix s.
 
-    `head` is the newest version here; without the coordinator `heard` peers were heard of lately,
-    and `alike` of them hold the same. `shares_at` is where this agent serves other peers.
+    `head` is the newest version here. While the coordinator is away, `heard` peers were heard from
+    lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
     """
 
     pid: int
@@ -53,17 +53,17 @@ class Status(Struct, kw_only=True):
 
 
 class RuleOverride(Struct, frozen=True, kw_only=True):
-    """A policy rule's mode until then (Unix s), in place of the one in the settings."""
+    """A temporary mode of a policy rule, until `until` (Unix s)."""
 
     value: Literal["always", "auto", "never"]
     until: float
 
 
 class OwnerRequest(Struct, frozen=True, kw_only=True):
-    """What the owner wants; `until` (Unix s) ends a pause, 0 means until resumed.
+    """What the owner asks for. `until` (Unix s) ends a pause; 0 means until resumed.
 
-    `at` (Unix s) is when it was asked for: the same wish, asked for again, is another. `modes` are
-    the policy's for a while, by rule.
+    `at` (Unix s) is the time of the request: it tells a repeated request from an old one. `modes`
+    are temporary modes by rule.
     """
 
     want: Literal["run", "pause", "finish"] = "run"
@@ -73,19 +73,22 @@ class OwnerRequest(Struct, frozen=True, kw_only=True):
 
 
 def write_status(home: Path, status: Status) -> None:
-    """Raises OSError. On a full disk over the last one, which has its place: it tells why."""
-    told = msgspec.json.encode(status)
+    """Write the status. Raises OSError.
+
+    On a full disk it overwrites the old file in place, so that the owner sees the reason.
+    """
+    data = msgspec.json.encode(status)
     try:
-        write_private(home / STATUS_FILE, told, synced=False)
+        write_private(home / STATUS_FILE, data, synced=False)
     except OSError as err:
         if not is_disk_full(err):
             raise
         with (home / STATUS_FILE).open("r+b") as file:
-            file.write(told.ljust(os.fstat(file.fileno()).st_size))
+            file.write(data.ljust(os.fstat(file.fileno()).st_size))
 
 
 def read_status(home: Path) -> Status | None:
-    """What the agent last said, or None if it never ran."""
+    """The last status, or None if the agent never ran."""
     try:
         return msgspec.json.decode((home / STATUS_FILE).read_bytes(), type=Status)
     except (OSError, msgspec.DecodeError):
@@ -93,11 +96,12 @@ def read_status(home: Path) -> Status | None:
 
 
 def write_request(home: Path, request: OwnerRequest) -> None:
+    """Replace the owner's request. Raises OSError."""
     write_private(home / REQUEST_FILE, msgspec.json.encode(request))
 
 
 def read_request(home: Path) -> OwnerRequest:
-    """What the owner wants; without a file, to run."""
+    """The owner's request. Without a file: to run."""
     try:
         return msgspec.json.decode((home / REQUEST_FILE).read_bytes(), type=OwnerRequest)
     except (OSError, msgspec.DecodeError):

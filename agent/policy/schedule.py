@@ -1,7 +1,7 @@
-"""The hours of a week in which an agent may work, as its owner writes them. Pure.
+"""Parses the hours of a week in which an agent may work. Pure.
 
-`mon-fri 18:00-08:00, sat-sun 00:00-24:00`: days, then hours of local time; hours that end before
-they begin go on into the next day. Nothing written is all of the week.
+`mon-fri 18:00-08:00, sat-sun 00:00-24:00`: days, then hours of local time. Hours that end before
+they begin last into the next day. An empty text is the whole week.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _PART = re.compile(rf"({_DAYS})(?:-({_DAYS}))? +(\d\d?):(\d\d) *- *(\d\d?):(\d\d
 
 
 class WeeklyHours(NamedTuple):
-    """Windows of a week in minutes from Monday 0:00, `end` up to a day behind the week's end."""
+    """Windows in minutes from Monday 0:00. `end` may be up to one day after the week's end."""
 
     windows: tuple[tuple[int, int], ...] = ()
 
     def is_open(self, minute: int) -> bool:
-        """True if the minute of the week is in a window, or there are none."""
+        """True if the minute of the week is in a window, or if there are no windows."""
         return not self.windows or any(
             begin <= at < end
             for begin, end in self.windows
@@ -31,7 +31,7 @@ class WeeklyHours(NamedTuple):
         )
 
     def minutes_until_change(self, minute: int) -> int:
-        """Minutes until it opens or closes; 0 if it never does."""
+        """Minutes until `is_open` changes; 0 if it never does."""
         now = self.is_open(minute)
         edges = {edge % WEEK_MINUTES for window in self.windows for edge in window}
         waits = sorted((edge - minute - 1) % WEEK_MINUTES + 1 for edge in edges)
@@ -39,7 +39,7 @@ class WeeklyHours(NamedTuple):
 
 
 def parse(text: str) -> WeeklyHours:
-    """The hours in `text`. Raises UsageError."""
+    """Parse the hours in `text`. Raises UsageError."""
     windows: list[tuple[int, int]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = _PART.fullmatch(part)
@@ -51,8 +51,8 @@ def parse(text: str) -> WeeklyHours:
             or begin == end
         ):
             raise UsageError(
-                f"{part!r} are no hours of a week",
-                "write such as: mon-fri 18:00-08:00, sat 0:00-24:00",
+                f"{part!r} is not a range of hours",
+                "write for example: mon-fri 18:00-08:00, sat 0:00-24:00",
             )
         first = DAYS.index(found[1].lower())
         last = DAYS.index((found[2] or found[1]).lower())
@@ -67,6 +67,6 @@ def _minutes(hours: str, minutes: str) -> int:
 
 
 def format_minute(minute: int) -> str:
-    """A minute of the week as a person says it: `mon 18:00`."""
+    """Format a minute of the week: `mon 18:00`."""
     day, left = divmod(minute % WEEK_MINUTES, DAY_MINUTES)
     return f"{DAYS[day]} {left // 60:02}:{left % 60:02}"

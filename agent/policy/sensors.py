@@ -1,8 +1,8 @@
-"""What the machine feels: battery, other programs, its user, network, heat, memory.
+"""Sensors for the policy: battery, load, user activity, network, temperature, memory.
 
-A sensor that is missing says None, which the policy takes for unknown; `doctor` names it. Each is
-read only as often as it may change: an idle agent must not be felt itself. The folder in
-COMMONWEIGHT_AGENT_SYSFS stands in for /sys.
+A missing sensor reads None, which the policy takes for unknown; `doctor` lists it. Each sensor is
+read only as often as its value may change, so that an idle agent costs nearly nothing. The folder
+in COMMONWEIGHT_AGENT_SYSFS replaces /sys.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import psutil
 from agent.policy.rules import SensorReadings
 
 SYSFS_VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
-#: The windows over which other programs' use of the CPU is measured. The short one decides how soon
-#: they are noticed: one core of two is a quarter of all after half of it.
+#: The windows in which the CPU use of other programs is measured. The short one decides how soon
+#: they are noticed: one busy core of two reaches 25 % after half of the window.
 SHORT_WINDOW_S, LONG_WINDOW_S = 0.8, 30.0
 _COMMAND_TIMEOUT_S = 2.0
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class _CachedReading(Generic[T]):
-    """A reading that is made anew at most every so many seconds."""
+    """A reading that is refreshed at most every `every_s` seconds."""
 
     def __init__(self, every_s: float, read: Callable[[], T]) -> None:
         self._every_s, self._read = every_s, read
@@ -40,7 +40,7 @@ class _CachedReading(Generic[T]):
         self._last: T
 
     def expire(self) -> None:
-        """Read anew the next time."""
+        """Refresh with the next call."""
         self._due = -1.0
 
     def __call__(self, now: float) -> T:
@@ -50,9 +50,10 @@ class _CachedReading(Generic[T]):
 
 
 class Sensors:
-    """The sensors of this machine. `ours()` are the processes whose CPU time is the agent's own.
+    """The sensors of this machine. `own_pids()` returns the agent's processes.
 
-    Cheap enough for five times a second; `asks` are small programs that are run once a minute.
+    `read` is cheap enough for five calls a second. Sensors that run a program do so at most three
+    times a minute.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class Sensors:
         self._home_bytes = _CachedReading(60.0, lambda: home_bytes(home))
 
     def invalidate_home_bytes(self) -> None:
-        """Something was dropped there."""
+        """Measure the agent's folder with the next `read`."""
         self._home_bytes.expire()
 
     def read(self, up_today_bytes: int = 0, down_today_bytes: int = 0) -> SensorReadings:
-        """All of them as they are now."""
+        """Read all sensors."""
         now, local = time.monotonic(), time.localtime()
         short, long = self._others.percent(now)
         on_battery, charge = self._battery(now)
@@ -100,27 +101,27 @@ class Sensors:
 
 
 class OtherProcesses:
-    """How much of all cores programs use that are neither ours nor themselves in the background.
+    """The CPU use of other programs, without those in the background.
 
-    What runs at a raised `nice` yields to everybody, so nobody has to yield to it: other agents'
-    trainers among them.
+    Programs with a raised `nice` yield to all others, so the agent need not yield to them. Among
+    them are the trainers of other agents.
     """
 
     def __init__(self, own_pids: Callable[[], Iterable[int]]) -> None:
-        self._ours = own_pids
+        self._own_pids = own_pids
         self._readings: deque[tuple[float, float, float]] = deque()
-        self._own: dict[int, float] = {}
-        self._own_total = 0.0
+        self._own_s_by_pid: dict[int, float] = {}
+        self._total_own_s = 0.0
 
     def percent(self, now: float) -> tuple[float | None, float | None]:
-        """Over the last moments, and over the last half minute; None before there are two looks."""
+        """Percent of all cores in the short and in the long window; None before two readings."""
         self._readings.append((now, *self._read()))
         while len(self._readings) > 2 and self._readings[1][0] <= now - LONG_WINDOW_S:
             self._readings.popleft()
         return self._over(now, SHORT_WINDOW_S), self._over(now, LONG_WINDOW_S)
 
     def _over(self, now: float, window_s: float) -> float | None:
-        """Since the youngest reading that is at least so old, or the oldest there is."""
+        """The use since the newest reading that is `window_s` old, or since the oldest."""
         _, busy_now, all_now = self._readings[-1]
         old = [reading for reading in self._readings if reading[0] <= now - window_s]
         _, busy, everything = old[-1] if old else self._readings[0]
@@ -128,32 +129,35 @@ class OtherProcesses:
         return max(0.0, min(100.0, 100.0 * (busy_now - busy) / passed)) if passed > 0 else None
 
     def _read(self) -> tuple[float, float]:
-        """CPU seconds of other programs since some time, and of all that could have been."""
+        """CPU seconds of other programs, and of all cores together, since some fixed time."""
         times = psutil.cpu_times()
-        everything = float(sum(times[: min(8, len(times))]))  # what follows is counted in these
-        resting = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "nice", 0.0)
-        return everything - resting - getattr(times, "steal", 0.0) - self._own_s(), everything
+        everything = float(sum(times[: min(8, len(times))]))  # later fields are included in these
+        idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "nice", 0.0)
+        return everything - idle - getattr(times, "steal", 0.0) - self._own_s(), everything
 
     def _own_s(self) -> float:
-        """CPU seconds of our processes that the system does not count as nice."""
-        found = {}
-        for pid in self._ours():
+        """CPU seconds of our processes that the system does not count as `nice`."""
+        spent_s = {}
+        for pid in self._own_pids():
             try:
                 process = psutil.Process(pid)
-                spent, polite = process.cpu_times(), process.nice() > 0
+                times, is_nice = process.cpu_times(), process.nice() > 0
             except psutil.Error:
                 continue
-            found[pid] = spent.system + (0.0 if polite and sys.platform != "win32" else spent.user)
-        self._own_total += sum(max(0.0, s - self._own.get(pid, 0.0)) for pid, s in found.items())
-        self._own = found
-        return self._own_total
+            spent_s[pid] = times.system
+            if not is_nice or sys.platform == "win32":
+                spent_s[pid] += times.user
+        before = self._own_s_by_pid
+        self._total_own_s += sum(max(0.0, s - before.get(pid, 0.0)) for pid, s in spent_s.items())
+        self._own_s_by_pid = spent_s
+        return self._total_own_s
 
 
-# --- one by one ------------------------------------------------------------------------------
+# --- single sensors --------------------------------------------------------------------------
 
 
 def battery(root: Path) -> tuple[bool | None, float | None]:
-    """True on battery, and the charge in percent. A machine without a battery is on mains."""
+    """True on battery, and the charge in percent. Without a battery: on mains."""
     supplies = root / "class/power_supply"
     if not supplies.is_dir():
         sensor = getattr(psutil, "sensors_battery", lambda: None)()
@@ -174,76 +178,74 @@ def battery(root: Path) -> tuple[bool | None, float | None]:
 
 
 def hottest_c(root: Path) -> float | None:
-    """The hottest of the machine's thermal sensors, in degrees Celsius."""
-    found = []
+    """The highest reading of the thermal sensors, in degrees Celsius."""
+    degrees = []
     for pattern in ("class/thermal/thermal_zone*/temp", "class/hwmon/hwmon*/temp*_input"):
         for path in glob.iglob(str(root / pattern)):
             value = _read_text(Path(path))
             if value.lstrip("-").isdigit() and 0 < int(value) < 150_000:
-                found.append(int(value) / 1000)
-    return max(found, default=None)
+                degrees.append(int(value) / 1000)
+    return max(degrees, default=None)
 
 
 def memory_free_percent() -> float:
-    """Memory that could be had without swapping, in percent of all."""
+    """Memory available without swapping, in percent of all."""
     memory = psutil.virtual_memory()
     return float(100.0 * memory.available / memory.total)
 
 
 def user_idle_s() -> float | None:
-    """Seconds since somebody touched this machine, as far as it tells; infinite if nobody is on."""
+    """Seconds since the last user input, if known; infinite if no user is logged in."""
     if sys.platform == "darwin":
         return _idle_by_ioreg(_run("ioreg", "-c", "IOHIDSystem", "-d", "4"))
-    found = []
+    idle_s = []
     for user in psutil.users():
         if user.terminal:
             try:
-                found.append(time.time() - Path("/dev", user.terminal).stat().st_atime)
+                idle_s.append(time.time() - Path("/dev", user.terminal).stat().st_atime)
             except OSError:  # a display, not a terminal
                 continue
     logind = _run("loginctl", "show-user", "--property=IdleHint", "--property=IdleSinceHint")
     if logind is not None:
-        told = dict(line.split("=", 1) for line in logind.splitlines() if "=" in line)
-        if told.get("IdleHint") == "no":
-            found.append(0.0)
-        elif told.get("IdleSinceHint", "0").isdigit() and int(told.get("IdleSinceHint", "0")):
-            found.append(time.time() - int(told["IdleSinceHint"]) / 1e6)
-    if not found and logind is None:
+        values = dict(line.split("=", 1) for line in logind.splitlines() if "=" in line)
+        since = values.get("IdleSinceHint", "0")
+        if values.get("IdleHint") == "no":
+            idle_s.append(0.0)
+        elif since.isdigit() and int(since):
+            idle_s.append(time.time() - int(since) / 1e6)
+    if not idle_s and logind is None:
         return None
-    return max(0.0, min(found, default=float("inf")))
+    return max(0.0, min(idle_s, default=float("inf")))
 
 
-def _idle_by_ioreg(told: str | None) -> float | None:
-    for line in (told or "").splitlines():
+def _idle_by_ioreg(output: str | None) -> float | None:
+    for line in (output or "").splitlines():
         if '"HIDIdleTime"' in line and (value := line.rpartition("=")[2].strip()).isdigit():
             return int(value) / 1e9
     return None
 
 
 def metered() -> bool | None:
-    """True if NetworkManager says, or guesses, that the network is paid by volume."""
+    """True if NetworkManager knows or guesses that the network bills by volume."""
     if not sys.platform.startswith("linux"):
         return None
     name = "org.freedesktop.NetworkManager"
     path = "/org/freedesktop/NetworkManager"
-    told = _run("busctl", "get-property", name, path, name, "Metered")
-    return {"u 1": True, "u 3": True, "u 2": False, "u 4": False}.get((told or "").strip())
+    output = _run("busctl", "get-property", name, path, name, "Metered")
+    return {"u 1": True, "u 3": True, "u 2": False, "u 4": False}.get((output or "").strip())
 
 
 def home_bytes(home: Path) -> int | None:
     """Bytes of all files under `home`."""
     try:
-        found = (entry.stat() for entry in home.rglob("*") if not entry.is_symlink())
-        return sum(
-            entry.st_blocks * 512 if hasattr(entry, "st_blocks") else entry.st_size
-            for entry in found
-        )
-    except OSError:  # one went away meanwhile
+        stats = (entry.stat() for entry in home.rglob("*") if not entry.is_symlink())
+        return sum(s.st_blocks * 512 if hasattr(s, "st_blocks") else s.st_size for s in stats)
+    except OSError:  # a file was deleted meanwhile
         return None
 
 
 def has_gpu(device: str) -> bool:
-    """Whether it is a GPU that trains here, told without torch."""
+    """True if training runs on a GPU, found out without importing torch."""
     if device == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         return apple or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
@@ -251,7 +253,7 @@ def has_gpu(device: str) -> bool:
 
 
 def missing_sensors(sensed: SensorReadings) -> list[str]:
-    """The names of sensors that this machine does not have, for its owner."""
+    """The names of the sensors that this machine does not have."""
     named = {
         "battery": sensed.on_battery,
         "user": sensed.user_idle_s,
@@ -263,7 +265,7 @@ def missing_sensors(sensed: SensorReadings) -> list[str]:
 
 
 def _run(*command: str) -> str | None:
-    """What a small program says; None if it is not there or fails."""
+    """The output of a program; None if it is missing or fails."""
     try:
         done = subprocess.run(
             command,

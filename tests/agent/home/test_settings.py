@@ -155,8 +155,8 @@ def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("battery", "maybe", "battery is always, auto, never; not 'maybe'"),
-        ("cpu_share", "200", "cpu_share is not right: .* <= 1.0, not '200'"),
+        ("battery", "maybe", "battery must be one of always, auto, never; not 'maybe'"),
+        ("cpu_share", "200", "cpu_share is wrong: .* <= 1.0, not '200'"),
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_right(

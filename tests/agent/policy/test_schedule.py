@@ -48,7 +48,7 @@ def test_hours_as_written(text: str, minute: int, is_open: bool) -> None:
     ],
 )
 def test_what_are_no_hours_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no hours of a week"):
+    with pytest.raises(UsageError, match="not a range of hours"):
         schedule.parse(text)
 
 
