@@ -1,8 +1,8 @@
-"""The Flower ClientApp of the agent: unpack the work, ask the trainer, pack the answer.
+"""The agent's Flower ClientApp: unpacks the work, calls the trainer, packs the reply.
 
-Nothing that comes with a message is code: the work names a task, and only a task that is installed
-here and allowed by the owner is run. A finished answer stays in the outbox until its round is
-surely over, so that the same question, asked again after a lost link, costs nothing.
+A message carries no code. The work names a task, and only a task that is installed here and allowed
+by the owner runs. A finished reply stays in the outbox until its round is over, so repeating the
+same request after a lost connection costs nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
-#: Of disk beside the weights: claims, logs, the trainer's own.
+#: Disk space beside the weights: claims, logs, the trainer's files.
 _SPARE_BYTES = 4 * 1024 * 1024
-_MAKE_ROOM = "make room: the agent goes on by itself"
+_MAKE_ROOM = "free some space; the agent then continues"
 
 
 class Client:
@@ -66,7 +66,7 @@ class Client:
         self._allowed, self._queries = allowed, queries
         self._observer = observer or Observer()
         self._syncing: BackgroundSync | None = None
-        #: The run whose card this agent has found to be that of its own task and data.
+        #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
         self.app.train()(self._answer)
@@ -77,9 +77,9 @@ class Client:
             self.app.query(action)(self._answer_job)
 
     def handle(self, message: Message) -> Message:
-        """The reply to a message. Raises CommonweightError when the work cannot be done.
+        """Returns the reply to a message. Raises CommonweightError if the work fails.
 
-        After DiskFull the same message can be handled again: what was done by then is kept.
+        After DiskFull the same message can be handled again and continues where it stopped.
         """
         context = Context(
             run_id=message.metadata.run_id,
@@ -94,7 +94,7 @@ class Client:
             if err.kind == DiskFull.code:
                 raise DiskFull(err.message, err.hint) from err
             raise
-        except OSError as err:  # a failure of this work, not the end of the agent
+        except OSError as err:  # fails this work only, not the agent
             if is_disk_full(err):
                 raise DiskFull("the disk is full", _MAKE_ROOM) from err
             raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
@@ -134,7 +134,7 @@ class Client:
         return Message(self._queries.job(message), reply_to=message)
 
     def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
-        """The work, and its bytes and the coordinator's signature over them."""
+        """Returns the work, its bytes and the coordinator's signature over them."""
         config = message.content.config_records.get("config", ConfigRecord())
         payload, signature = config.get("work"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
@@ -146,21 +146,21 @@ class Client:
                 f"commonweight-agent policy set tasks {work.task}",
             )
         if work.kind == "train":
-            registry.parse(work.codec)  # before an hour of training, not after it
+            registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature
 
     def _fetch_base(self, work: Work) -> Path:
-        """The version that the work is on; no file for first weights."""
+        """Returns the file of the work's base version; an empty path for the first weights."""
         if work.kind == "init":
             return Path()
-        # Before an hour of training, not after it: the version, perhaps, and the update.
+        # Space for the version and the update. Check it before an hour of training, not after.
         check_room(self._outbox.folder, 2 * work.nbytes + _SPARE_BYTES)
         base = self._transport.fetch(work)
         failpoint("agent.version.fetched")
         return base
 
     def _describe(self, work: Work) -> Finished:
-        """Tell of data and model."""
+        """Describes data and model."""
         told = self._run_describe(work)
         self._outbox.settle_last()
         done = Done(digest=hashlib.sha256(told).hexdigest(), nbytes=len(told))
@@ -170,7 +170,7 @@ class Client:
         return self._trainer.run(Describe(task=work.task, settings=_settings(work))).description
 
     def _check_card(self, work: Work) -> None:
-        """Is this peer's card the run's? Looked at once a run, as it may need the data.
+        """Compares this peer's schema card with the run's, once per run, as it may load the data.
 
         Raises SchemaMismatch, which names the field.
         """
@@ -179,18 +179,18 @@ class Client:
         expected = schema_card.decode_card(work.card)
         found = schema_card.decode(self._run_describe(work))
         if not isinstance(found, schema_card.SchemaCard):
-            raise SchemaMismatch("schema", "a model", "data whose preprocessing is not agreed on")
+            raise SchemaMismatch("schema", "a model", "data without agreed preprocessing")
         if (difference := schema_card.first_difference(expected, found)) is not None:
             raise difference.as_error()
         self._matched_card = (work.run, work.card)
 
     def _run_work(self, work: Work, base: Path) -> Finished:
         update = self._outbox.update
-        if (syncing := self._syncing) is not None:  # the last answer's
+        if (syncing := self._syncing) is not None:  # of the last reply
             self._syncing = None
             syncing.wait()
         self._outbox.settle_last()
-        if work.kind != "evaluate":  # the last answer's update is about to be overwritten
+        if work.kind != "evaluate":  # the update of the last reply is overwritten next
             self._outbox.clear()
             failpoint("agent.outbox.cleared")
         if work.kind == "init":
@@ -213,15 +213,15 @@ class Client:
         failpoint("agent.work.done")
         finished = self._outbox.keep(work, done, synced=self._keeps_state(work))
         failpoint("agent.outbox.written")
-        if not done.digest:  # an evaluation: it costs less than a sync
+        if not done.digest:  # an evaluation: repeating it costs less than an fsync
             self._deliver(work, finished)
             return finished
         try:
             self._write_audit_entry(work, finished)
         finally:
-            # Start the sync after the ledger's own short one, so that this one does not wait for
-            # it; start it even if the ledger fails, as the answer is in the outbox all the same.
-            # The journal is of no use any more when all of the answer is safe.
+            # Start the fsync after the short one of the audit log, which then does not wait. Start
+            # it even if the audit log fails, as the reply is in the outbox anyway. The trainer's
+            # checkpoint is obsolete once the whole reply is on disk.
             self._syncing = BackgroundSync(
                 update,
                 self._outbox.answer,
@@ -231,13 +231,13 @@ class Client:
         return finished
 
     def _keeps_state(self, work: Work) -> bool:
-        """True if something that this peer keeps for itself moves on with this update."""
+        """True if state that stays on this peer changes with this update."""
         if work.kind != "train":
             return False
         return registry.parse(work.codec).encoding is not None or self._outbox.own(work) is not None
 
     def _train(self, work: Work, base: Path, update: Path) -> Done:
-        """Train, and write the update as the run's codec has it."""
+        """Trains and writes the update in the run's codec."""
         codec = registry.parse(work.codec)
         kept = self._outbox.own(work)
         whole = codec.encoding is None
@@ -259,12 +259,12 @@ class Client:
             if not whole:
                 trained.unlink(missing_ok=True)
         if kept:
-            fsync_files(update)  # first: what is kept moves on with this update
+            fsync_files(update)  # before the state that stays here changes
             self._outbox.personal.stage(work.run, done.digest)
         return done
 
     def _deliver(self, work: Work, finished: Finished) -> None:
-        """Write the answer into the owner's ledger, then send its update, if it has one."""
+        """Writes the audit entry, then sends the update, if there is one."""
         self._write_audit_entry(work, finished)
         self._send_update(finished)
 
@@ -274,7 +274,7 @@ class Client:
         )
 
     def _send_update(self, finished: Finished) -> None:
-        """Send the bytes of the update in the outbox, if the answer has any."""
+        """Uploads the update in the outbox, if the reply has one."""
         digest = "" if finished.description else SIGNED_CLAIM.decode(finished.claim).digest
         if digest:
             self._observer.on_sending()
@@ -283,19 +283,19 @@ class Client:
 
 
 def _settings(work: Work) -> dict[str, str | int | float | bool]:
-    """The run's settings, and what the caller of a task adds to them."""
+    """Returns the run's settings with seed and round added."""
     return {**work.settings, "seed": work.seed, "round": work.round}
 
 
 def claim_text(reply: Message) -> str:
-    """The claim in an answer of ours, as JSON; empty for what holds none: a failure, a job's."""
+    """Returns the claim in a reply as JSON; empty for failures and replies of jobs."""
     if reply.has_error() or CLAIM not in reply.content:
         return ""
     return bytes(cast(ConfigRecord, reply.content[CLAIM])["claim"]).decode()  # type: ignore[arg-type]
 
 
 def refusal_text(err: CommonweightError) -> str:
-    """What the coordinator is told of a failure; a task's own words may quote data."""
+    """Returns the text of a failure for the coordinator. A task's own text may quote data."""
     if isinstance(err, TrainerFailed):
         if err.kind in SETTINGS_CODES:
             hint = f" ({err.hint})" if err.hint else ""

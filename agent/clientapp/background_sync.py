@@ -26,11 +26,11 @@ class BackgroundSync:
         try:
             fsync_files(*self._paths)
             self._then()
-        except OSError as err:  # for who waits
+        except OSError as err:  # `wait` raises it
             self._error = err
 
     def wait(self) -> None:
-        """Return when all is done. Raises OSError."""
+        """Waits for the end. Raises OSError."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -1,7 +1,7 @@
-"""What the trainer made, as the run's codec sends it; and what the codec leaves over, on disk.
+"""Encodes updates with the run's codec and keeps its error feedback on disk.
 
-A run's file of leftovers goes when another run has work for this agent: the coordinator works on
-one after the other.
+The file of a run is deleted when another run has work for this agent: the coordinator works on one
+run at a time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ log = logging.getLogger("commonweight.agent")
 
 
 class ErrorFeedback:
-    """The files of leftovers in a folder of their own."""
+    """The files of error feedback in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self._files = RunStateFolder(folder, ".left")
         self.settle = self._files.commit
 
     def encode(self, codec: Codec, run: str, trained: Path, base: Path, out: Path) -> Encoded:
-        """Write the update to `out`; its leftovers wait for `settle`.
+        """Writes the update to `out`. `settle` makes the new error feedback permanent.
 
-        Raises BadWeights where the training went to NaN or infinity, OSError.
+        Raises BadWeights for NaN or infinity, OSError.
         """
         self._files.keep_only(run)
         kept = self._files.paths(run)
@@ -45,18 +45,18 @@ class ErrorFeedback:
         return made
 
     def _open(self, path: Path, schema: Schema) -> WeightsFile | None:
-        """What was left over before, or None for nothing."""
+        """Returns the error feedback of earlier updates, or None."""
         try:
             left = WeightsFile(path)
         except FileNotFoundError:
             return None
         except BadWeights as err:
-            log.warning("dropped what earlier updates left over: %s", err.message)
+            log.warning("dropped the error feedback of earlier updates: %s", err.message)
             return None
         try:
             check_schema(left.schema, registry.residual_schema(schema))
         except BadWeights:
             left.close()
-            log.warning("dropped what earlier updates left over: it is for another model")
+            log.warning("dropped the error feedback of earlier updates: it is for another model")
             return None
         return left

@@ -1,4 +1,4 @@
-"""Inference for jobs: for rows that a requester spreads, or over this peer's own, which stay."""
+"""Inference for jobs: on rows of a requester, or on this peer's own rows, which stay here."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, U
 from protocols.model.weights import file_digest
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
-#: A block of pictures may unpack to so many times its size: they are packed already.
+#: The maximum expansion of a block of pictures, which are compressed already.
 _MOST_UNPACKED = 4
 
 
 class Inferring:
     """The handlers of `Scatter` and `Private`.
 
-    `settings()` are the owner's, as they are now. `version(model)` gives a version's file, fetched
-    if it is not here; `fetch(digest, nbytes, target)` brings rows. Predictions over this peer's own
-    rows are written to `kept`, and never sent.
+    `settings()` returns the owner's current settings. `version(model)` returns a version's file,
+    downloaded if needed. `fetch(digest, nbytes, target)` downloads rows. Predictions for this
+    peer's own rows are written to `kept` and never sent.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Inferring:
         self._version, self._fetch = version, fetch
         self._folder, self._kept = folder, kept
 
-    # --- rows of others ---
+    # --- rows of a requester ---
 
     def scatter(self, unit: Unit) -> Result:
-        """Answer for the requester's rows. Raises Refused, TrainerFailed, BadMessage."""
+        """Predicts for the requester's rows. Raises Refused, TrainerFailed, BadMessage."""
         question = unit.question
         assert isinstance(question, Scatter)
         if self._settings().jobs_scatter != "on":
             raise Refused(
-                "the owner of this machine answers for no rows of others",
+                "the owner of this machine does not allow predictions for rows of others",
                 "commonweight-agent policy set jobs.scatter on",
             )
         self._check_task(unit.task)
@@ -79,10 +79,10 @@ class Inferring:
             out.replace(kept)
         return Result(kept, done.num_examples)
 
-    # --- rows of its own ---
+    # --- rows of this peer ---
 
     def private(self, unit: Unit) -> Result:
-        """Measure the models on this peer's rows. Raises Refused, TrainerFailed."""
+        """Evaluates the models on this peer's rows. Raises Refused, TrainerFailed."""
         question = unit.question
         assert isinstance(question, Private)
         self._check_task(unit.task)
@@ -101,7 +101,7 @@ class Inferring:
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
     def _predict_own(self, unit: Unit, model: ModelRef, base: Path) -> None:
-        """Write what the model says of this peer's own file, if there is one and the task can."""
+        """Writes predictions for this peer's own file, if the task supports it."""
         data = self._settings().data
         if not data or "://" in data:
             return
@@ -137,7 +137,7 @@ class Inferring:
     @contextlib.contextmanager
     def _workplace(self) -> Iterator[Path]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in self._folder.glob("unit-*"):  # by a crash
+        for left in self._folder.glob("unit-*"):  # left by a crash
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix="unit-", dir=self._folder) as folder:
             yield Path(folder)
@@ -148,9 +148,9 @@ def _settings(unit: Unit) -> dict[str, Setting]:
 
 
 def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
-    """The blocks of the file "input" as files, or as folders of pictures. Raises BadMessage."""
+    """Unpacks the file "input" into files or folders of pictures. Raises BadMessage."""
     if not _SUFFIX.fullmatch(question.suffix):
-        raise BadMessage("rows in a file of a strange name")
+        raise BadMessage("the file of rows has an invalid name")
     with (folder / "input").open("rb") as whole:
         for number, size in enumerate(question.sizes):
             block = folder / f"{number:06}{question.suffix}"
@@ -159,27 +159,28 @@ def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
 
 
 def _unpacked(block: Path) -> Path:
-    """The folder of what is in a zip file. Raises BadMessage for one that is not as we make it."""
-    folder = block.with_suffix("").resolve()  # as members are below: the home may be a link
+    """Unpacks a zip file into a folder. Raises BadMessage for one that we would not make."""
+    # Resolve links, as for the members below: the home may be a link.
+    folder = block.with_suffix("").resolve()
     try:
         with zipfile.ZipFile(block) as packed:
             members = packed.infolist()
             most = _MOST_UNPACKED * block.stat().st_size
             inside = all((folder / m.filename).resolve().is_relative_to(folder) for m in members)
             if sum(member.file_size for member in members) > most or not inside:
-                raise BadMessage("a block of files that unpacks to more than it is, or elsewhere")
+                raise BadMessage("a block of files is too large or leaves its folder")
             packed.extractall(folder)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as err:
-        raise BadMessage(f"a block of files that cannot be unpacked: {err}") from err
+        raise BadMessage(f"cannot unpack a block of files: {err}") from err
     return folder
 
 
 def find_version(cache: Path, model: ModelRef, fetch: Callable[[str, int], Path]) -> Path:
-    """A pinned version: from the folder of those that training keeps, or fetched."""
+    """Returns a pinned version, from the cache or downloaded."""
     path = cache / f"{model.digest}.safetensors"
     try:
         if file_digest(path) == model.digest:
             return path
     except OSError:
-        pass  # it is not there
+        pass  # not in the cache
     return fetch(model.digest, model.nbytes)

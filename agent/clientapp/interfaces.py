@@ -19,7 +19,7 @@ from protocols.messages.work import UpdateClaim, Work
 
 
 class PeerIdentity(NamedTuple):
-    """Who answers, and whose requests are answered.
+    """This peer's identity and the coordinator's.
 
     `sign` makes the Ed25519 signature of this peer; `coordinator_public` is the coordinator's
     Ed25519 key (raw, 32 bytes).
@@ -30,7 +30,7 @@ class PeerIdentity(NamedTuple):
     coordinator_public: bytes
 
     def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
-        """True if the coordinator has signed these bytes."""
+        """True if the coordinator signed these bytes."""
         return identity.verify(self.coordinator_public, signature, signed)
 
 
@@ -45,10 +45,10 @@ class Transport(Protocol):
 
 
 class Observer:
-    """Is called as the work goes on, in the work's thread. Override what you need."""
+    """Callbacks during work, on the work thread. Override those you need."""
 
     def on_work(self, work: Work | None) -> None:
-        """This work has begun; None: it has ended."""
+        """Work has begun, or ended (None)."""
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         """The version of this signed work is in the cache."""
@@ -64,12 +64,12 @@ class Observer:
 
 
 def refuse(_: object) -> RecordDict:
-    """For requests that this peer does not answer."""
-    raise Refused("this agent does not answer such requests")
+    """Refuses a request that this peer does not support."""
+    raise Refused("this agent does not support such requests")
 
 
 class Queries(NamedTuple):
-    """Handlers for requests beside training, each of which gives the content of the reply.
+    """Handlers for requests other than training; each returns the content of the reply.
 
     `recall` answers a coordinator that has lost its disk, `job` one unit of a job.
     """

@@ -1,9 +1,8 @@
-"""Units of jobs on the agent: a signed question in, a signed answer out, each done once.
+"""Units of jobs on the agent: a signed request in, a signed answer out, each done once.
 
-What a question is about is the affair of the handler for its type
-(`agent.clientapp.inference_jobs`, `agent.analytics`). A finished answer stays in the outbox, by the
-unit's key: asked again after a lost link or a crash, it costs nothing. Blocking, for the work
-thread.
+One handler per type does the work (`agent.clientapp.inference_jobs`, `agent.analytics`). A finished
+answer stays in the outbox under the unit's key, so a repeated request after a lost connection or a
+crash costs nothing. Blocking, for the work thread.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from protocols.messages.work import Work
 from protocols.model.weights import file_digest
 
 ANSWER = "cw.answer"
-#: Answers that are kept for being asked again, the newest.
+#: The number of newest answers kept for repeated requests.
 KEPT = 8
 
 
 class Result(NamedTuple):
-    """The bytes of an answer, or the file that holds them, and over how many rows it is.
+    """The bytes of an answer, or a file with them, and the number of rows.
 
-    The file may be moved away.
+    The receiver may move the file.
     """
 
     body: bytes | Path
     rows: int
 
 
-#: Does one unit. What it raises is told to the coordinator as a failure of an update is.
+#: Does one unit. Its errors are reported to the coordinator like those of updates.
 Handler = Callable[[Unit], Result]
 
 
 class _Kept(Struct, frozen=True, kw_only=True):
-    """An answer in the outbox; a long one's bytes are in a file beside it."""
+    """An answer in the outbox. The bytes of a long one are in a file beside it."""
 
     answer: bytes
     signature: bytes
@@ -57,8 +56,8 @@ class _Kept(Struct, frozen=True, kw_only=True):
 class Jobs:
     """Answers messages of type `query.infer` and `query.analyze`.
 
-    `send(digest, path)` uses the lane. `on_work(work | None)` is told what is in hand,
-    `on_leaving(unit, answer, body)` of each answer before it goes; a long one's body is empty.
+    `send(digest, path)` uploads. `on_work(work | None)` is called when work begins and ends,
+    `on_leaving(unit, answer, body)` before an answer is sent; the body of a long one is empty.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class Jobs:
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def answer(self, message: Message) -> RecordDict:
-        """The content of the reply. Raises CommonweightError."""
+        """Returns the content of the reply. Raises CommonweightError."""
         unit, key = self._read(message)
         note("unit", job=unit.job, unit=unit.unit, key=key)
         self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
@@ -86,7 +85,9 @@ class Jobs:
             if kept is None:
                 handler = self._handlers.get(type(unit.question))
                 if handler is None:
-                    raise Refused(f"this agent knows no {type(unit.question).__name__.lower()}")
+                    raise Refused(
+                        f"this agent does not support {type(unit.question).__name__.lower()}"
+                    )
                 result = handler(unit)
                 failpoint("agent.unit.done")
                 kept = self._keep(key, result)
@@ -105,7 +106,7 @@ class Jobs:
         return RecordDict({ANSWER: record})
 
     def _read(self, message: Message) -> tuple[Unit, str]:
-        """The unit and its key. Raises BadMessage."""
+        """Returns the unit and its key. Raises BadMessage."""
         config = message.content.config_records.get("unit", ConfigRecord())
         payload, signature = config.get("unit"), config.get("signature")
         if not isinstance(payload, bytes) or not isinstance(signature, bytes):
@@ -119,7 +120,7 @@ class Jobs:
         return self._outbox / f"{key}.bytes"
 
     def _last(self, key: str) -> _Kept | None:
-        """The answer that is in the outbox already, if it is whole."""
+        """Returns the answer in the outbox if it is complete."""
         try:
             kept = msgspec.json.decode((self._outbox / f"{key}.json").read_bytes(), type=_Kept)
             answer = jobs.SIGNED_ANSWER.decode(kept.answer)
@@ -130,7 +131,7 @@ class Jobs:
         return kept
 
     def _keep(self, key: str, result: Result) -> _Kept:
-        """The answer, signed, safe in the outbox."""
+        """Signs an answer and stores it in the outbox."""
         body = result.body
         if isinstance(body, Path) and body.stat().st_size <= INLINE_MAX_BYTES:
             path, body = body, body.read_bytes()

@@ -1,6 +1,6 @@
-"""The agent's last finished answer, safe on disk until its round is surely over.
+"""The agent's last finished reply, kept on disk until its round is over.
 
-The same question, asked again after a lost link, costs nothing: the answer is sent once more.
+A repeated request after a lost connection costs nothing: the reply is sent again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from protocols.model.weights import file_digest
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """A finished answer in the outbox; `description` goes with the claim of one."""
+    """A finished reply in the outbox: a signed claim, and perhaps a description."""
 
     key: str
     claim: bytes
@@ -34,7 +34,7 @@ class Finished(Struct, frozen=True, kw_only=True):
 
 
 class Outbox:
-    """The answer in `folder`, its update's file, and what belongs to updates from run to run."""
+    """The reply in `folder`, the file of its update, and state that lasts between updates."""
 
     def __init__(self, folder: Path, peer: str, sign: envelope.Sign) -> None:
         self.folder, self._peer, self._sign = folder, peer, sign
@@ -43,32 +43,32 @@ class Outbox:
         self.leftovers = ErrorFeedback(folder / "leftovers")
         self.personal = RunStateFolder(folder / "personal", ".kept")
         self.answer = folder / "finished.json"
-        #: The update that is known to be whole; what a life before has left is looked at.
+        #: The digest of the verified update. A file from before a restart is verified first.
         self._made = ""
 
     def clear(self) -> None:
-        """The update is about to be overwritten: its answer goes first."""
+        """Deletes the reply before its update is overwritten."""
         self.answer.unlink(missing_ok=True)
-        # Some file systems write out at once what takes another file's place.
+        # Some file systems write a file at once when it replaces another.
         unlink(self.update)
 
     def finished(self, work: Work) -> Finished | None:
-        """The answer to this work, if it is in the outbox already."""
+        """Returns the reply to this work if it is in the outbox."""
         last = self._last()
         return last if last is not None and last.key == _key(work) else None
 
     def _last(self) -> Finished | None:
-        """The answer that is in the outbox."""
+        """Returns the reply in the outbox, or None."""
         try:
             last = msgspec.json.decode(self.answer.read_bytes(), type=Finished)
             claim = SIGNED_CLAIM.decode(last.claim)
             if not claim.digest or last.description:
                 return last
-            # Whatever became of the bytes, another training makes them anew.
+            # If the bytes are damaged, training makes them again.
             if self.update.stat().st_size != claim.nbytes:
                 return None
             if claim.digest != self._made and file_digest(self.update) != claim.digest:
-                return None  # the power failed before its sync
+                return None  # power failed before its fsync
             self._made = claim.digest
             return last
         except (OSError, msgspec.DecodeError, BadMessage):
@@ -77,9 +77,9 @@ class Outbox:
     def keep(
         self, work: Work, outcome: Done, description: bytes = b"", *, synced: bool = True
     ) -> Finished:
-        """The outcome as a signed claim, safe in the outbox; its update has still to be synced.
+        """Signs the outcome and stores it in the outbox. The update still needs an fsync.
 
-        Not `synced`: a power cut may cost the answer, which can be given again, until `answer` is.
+        Without `synced` a power cut may lose the reply, which can be made again.
         """
         claim = UpdateClaim(
             run=work.run,
@@ -107,18 +107,18 @@ class Outbox:
         return finished
 
     def own(self, work: Work) -> RunStatePaths | None:
-        """Where this peer's own part of the run's model lies, if the run has such a part."""
+        """Returns the files of the model's personal part, if the run has one."""
         if personalization.SETTINGS.isdisjoint(work.settings):
             return None
         return self.personal.paths(work.run)
 
     def settle(self, digest: str) -> None:
-        """The update with this digest (empty: none) is the one that is sent."""
+        """Makes state of the update with this digest permanent; empty for none."""
         self.leftovers.settle(digest)
         self.personal.commit(digest)
 
     def settle_last(self) -> None:
-        """What belongs to an update that was never sent is of no use."""
+        """Discards state of an update that was never sent."""
         last = self._last()
         self.settle(SIGNED_CLAIM.decode(last.claim).digest if last else "")
 

@@ -1,4 +1,4 @@
-"""For a coordinator that has lost its disk: which versions of a run are here, and their bytes."""
+"""Helps a coordinator that lost its disk: lists this peer's versions and sends them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROOF = "cw.proof"
 
 
 class Recall:
-    """Answers "holdings" and "recall". `send(digest, path)` uses the lane."""
+    """Answers "holdings" and "recall". `send(digest, path)` uploads."""
 
     def __init__(self, me: PeerIdentity, folder: Path, send: Callable[[str, Path], None]) -> None:
         self._me, self._folder, self._send = me, folder, send
 
     def answer(self, work: Work) -> RecordDict:
-        """The content of the reply. Raises Refused if the version that is asked for is not here."""
+        """Returns the content of the reply. Raises Refused if the version is not here."""
         mine = list_verified(self._folder, self._me.coordinator_public)
         if work.kind == "holdings":
             return self._tell([kept for kept in mine if kept.work.run == work.run], work)
@@ -33,7 +33,7 @@ class Recall:
             if kept.work.base == work.base:
                 self._send(work.base, kept.path)
                 return RecordDict({CLAIM: self._claim(work, work.base, kept.path.stat().st_size)})
-        raise Refused(f"version {work.base[:12]} is not here any more")
+        raise Refused(f"version {work.base[:12]} is no longer here")
 
     def _tell(self, mine: list[ProvenVersion], work: Work) -> RecordDict:
         content = RecordDict({CLAIM: self._claim(work, "", 0)})

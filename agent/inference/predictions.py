@@ -1,4 +1,4 @@
-"""Answers of a task that can predict, as lines of JSON: an array of names, then a row each."""
+"""Predictions of a task as JSON lines: an array of names, then one line per row."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ Columns = Mapping[str, Sequence[Any]]
 def batches(
     task: object, model: Weights, settings: Settings, source: str
 ) -> Iterator[dict[str, list[Any]]]:
-    """What the task answers for `source`: columns of plain values, batch by batch.
+    """Yields the predictions for `source`: columns of plain values, batch by batch.
 
     Raises CannotPredict, DataError (columns of several lengths), and what the task raises.
     """
     if not isinstance(task, Predicting):
-        raise CannotPredict(
-            "the task answers for no rows", "it needs a method predict: docs/tasks.md"
-        )
+        raise CannotPredict("the task cannot predict", "it needs a method predict: docs/tasks.md")
     for batch in task.predict(model, settings, source):
         columns = {
             str(name): column.tolist() if isinstance(column, np.ndarray) else list(column)
             for name, column in batch.items()
         }
         if len({len(column) for column in columns.values()}) > 1:
-            raise DataError("the task gave columns of several lengths in one batch")
+            raise DataError("the task returned columns of different lengths")
         yield columns
 
 
@@ -48,9 +46,9 @@ def write(
     out: Path,
     on_step: OnStep,
 ) -> int:
-    """Write the answers for all sources to `out` (lines, or Parquet); how many rows there are.
+    """Writes the predictions for all sources to `out`, as lines or Parquet; returns the row count.
 
-    `rows[i]` is how many the source i must have; empty: any. Raises as `batches` does.
+    `rows[i]` is the expected number of rows of source i; empty for any. Raises as `batches` does.
     """
     done = 0
 
@@ -61,12 +59,14 @@ def write(
             before = done
             for batch in batches(task, model, settings, source):
                 if list(batch) != (names := names or list(batch)):
-                    raise DataError("the task gave other columns than in its first batch")
+                    raise DataError("the task returned other columns than in its first batch")
                 done += len(next(iter(batch.values()), ()))
                 on_step(number + 1, len(sources), 0.0, done)
                 yield batch
             if rows and done - before != rows[number]:
-                raise DataError(f"the task gave {done - before} answers for {rows[number]} rows")
+                raise DataError(
+                    f"the task returned {done - before} predictions for {rows[number]} rows"
+                )
 
     if out.suffix == ".parquet":
         return writers.write(found(), out)

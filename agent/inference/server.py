@@ -1,11 +1,10 @@
-"""Answers in real time over HTTP, from the agent's own copy of the shared model.
+"""Serves predictions over HTTP from the agent's own copy of the shared model.
 
-    POST /predict    rows as CSV with a line of names, or as JSON {"rows": [{name: value}, …]}
-    GET  /healthz    the model that answers, and how fast
+    POST /predict    rows as CSV with a header line, or as JSON {"rows": [{name: value}, …]}
+    GET  /healthz    the current model and its latency
 
-Requests that come while the model is at work wait, and then go to it together: that is all there
-is to micro-batching, and nobody waits for a batch to fill. A new version takes the old one's place
-between two batches, so no request is dropped.
+Requests that arrive while the model is busy wait and then form one batch. No request waits for a
+batch to fill. A new version replaces the old one between two batches, so no request is dropped.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_ROWS, MAX_WAITING = 4096, 1024
 CHECK_EVERY_S = 1.0
 _LATENCIES = 10_000
-#: Names for this machine: a page in a browser that reaches us by another is turned away.
+#: Allowed Host headers. Others are refused, against DNS rebinding from a browser.
 _HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
 
 
 class ServedModel(NamedTuple):
-    """A model that answers. `version` names it."""
+    """A loaded model. `version` names it."""
 
     version: str
     name: str
@@ -58,13 +57,13 @@ class _PendingRequest(NamedTuple):
 
 
 class Busy(CommonweightError):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
     code = "busy"
 
 
 class InferenceServer:
-    """One model at a time. `newest(served)` gives a newer one than this, or None; it may block."""
+    """Serves one model at a time. `newest(served)` returns a newer one or None; it may block."""
 
     def __init__(
         self, served: ServedModel, newest: Callable[[ServedModel], ServedModel | None]
@@ -78,7 +77,7 @@ class InferenceServer:
     # --- the work ---
 
     async def work(self) -> None:
-        """Answer, batch by batch; for ever."""
+        """Answers requests batch by batch until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self._waiting.get()]
@@ -89,7 +88,7 @@ class InferenceServer:
                 await loop.run_in_executor(self._thread, self._answer, loop, self.served, alike)
 
     async def watch(self) -> None:
-        """Take up newer versions; for ever."""
+        """Loads newer versions until cancelled."""
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             found = await asyncio.to_thread(self._newest, self.served)
@@ -99,10 +98,10 @@ class InferenceServer:
     def _answer(
         self, loop: asyncio.AbstractEventLoop, served: ServedModel, batch: list[_PendingRequest]
     ) -> None:
-        """In the model's thread: all at once, and one by one if that fails."""
+        """Predicts for a batch on the model's thread; on an error, request by request."""
         try:
             told = _predicted(served, batch)
-        except Exception as err:  # a task is another's code; the server outlives it
+        except Exception as err:  # a task may raise anything; the server continues
             if len(batch) > 1:
                 for one in batch:
                     self._answer(loop, served, [one])
@@ -131,7 +130,7 @@ class InferenceServer:
             head, rows = _rows_of(request.headers.get("content-type", ""), await _body(request))
             asked = _PendingRequest(head, rows, asyncio.get_running_loop().create_future())
             if self._waiting.full():
-                raise Busy("too many requests wait", "ask again in a moment")
+                raise Busy("too many requests are waiting", "try again in a moment")
             self._waiting.put_nowait(asked)
             answer = await asked.answer
         except CommonweightError as err:
@@ -162,7 +161,7 @@ class InferenceServer:
 
 
 def _predicted(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[str, Any]]:
-    """The answers to requests with the same columns. Raises what the task raises."""
+    """Predicts for requests with the same columns. Raises what the task raises."""
     counts = [len(asked.rows) for asked in batch]
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
         source = Path(folder) / "rows.csv"
@@ -173,7 +172,7 @@ def _predicted(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[s
             for name, values in part.items():
                 columns.setdefault(name, []).extend(values)
     if any(len(values) != sum(counts) for values in columns.values()):
-        raise UsageError("the task did not answer for each row")
+        raise UsageError("the task did not return one prediction per row")
     told, start = [], 0
     for count in counts:
         mine = {name: values[start : start + count] for name, values in columns.items()}
@@ -192,22 +191,22 @@ def _by_columns(batch: list[_PendingRequest]) -> list[list[_PendingRequest]]:
 
 
 def _rows_of(kind: str, body: bytes) -> tuple[bytes, list[bytes]]:
-    """The line of names, and the rows, as CSV. Raises UsageError."""
+    """Returns the header line and the rows as CSV. Raises UsageError."""
     try:
         if kind.partition(";")[0].strip() == "application/json":
             rows = msgspec.json.decode(body, type=_Rows).rows
             names = list(rows[0]) if rows else []
             if any(row.keys() != rows[0].keys() for row in rows):
-                raise UsageError("the rows have not all the same names")
+                raise UsageError("all rows must have the same names")
             table: list[list[Any]] = [names, *([row[name] for name in names] for row in rows)]
         else:
             table = [row for row in csv.reader(io.StringIO(body.decode(), newline="")) if row]
     except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as err:
-        raise UsageError(f"these are no rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
+        raise UsageError(f"cannot read the rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
     if len(table) < 2:
-        raise UsageError("there are no rows", "a line of names, then a line for each row")
+        raise UsageError("there are no rows", "send a header line, then one line per row")
     if any(len(row) != len(table[0]) for row in table):
-        raise UsageError("a row has more or fewer values than there are names")
+        raise UsageError("a row has more or fewer values than the header")
     head, *lines = (_line(row) for row in table)
     return head, lines
 
@@ -227,7 +226,7 @@ async def _body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY_BYTES:
-            raise UsageError(f"more than {MAX_BODY_BYTES:,} bytes", "send fewer rows at a time")
+            raise UsageError(f"more than {MAX_BODY_BYTES:,} bytes", "send fewer rows per request")
     return bytes(body)
 
 
@@ -235,11 +234,11 @@ def _check_host(request: Request) -> None:
     host = request.headers.get("host", "")
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name not in _HOSTS:
-        raise UsageError("this service is for this machine only", "ask it as 127.0.0.1")
+        raise UsageError("this service is for this machine only", "use 127.0.0.1 as the host")
 
 
 def _give(answer: asyncio.Future[dict[str, Any]], told: dict[str, Any]) -> None:
-    if not answer.done():  # else its sender has gone
+    if not answer.done():  # otherwise the client has disconnected
         answer.set_result(told)
 
 

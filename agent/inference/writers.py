@@ -1,4 +1,4 @@
-"""Answers of a model, written batch by batch: CSV, JSON lines or Parquet."""
+"""Writes predictions batch by batch as CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 def write(batches: Iterable[Batch], out: Path | None) -> int:
-    """Write all batches to `out`, or as CSV to standard output; the number of answers.
+    """Writes all batches to `out`, or as CSV to standard output; returns the number of rows.
 
-    A file is there when it is whole. Raises UsageError, CommonweightError, and what a task raises.
+    The file appears when it is complete. Raises UsageError, CommonweightError, and the task's
+    errors.
     """
     if out is None:
         return _csv(batches, sys.stdout)
@@ -41,7 +42,7 @@ def write(batches: Iterable[Batch], out: Path | None) -> int:
 
 @contextlib.contextmanager
 def _text(file: IO[bytes]) -> Iterator[IO[str]]:
-    """The file as text; it stays open."""
+    """Wraps the file as text; the file stays open."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
         yield text
@@ -75,7 +76,7 @@ def _parquet(batches: Iterable[Batch], file: IO[bytes]) -> int:
         import pyarrow.parquet as pq
     except ImportError as err:
         raise CommonweightError(
-            "Parquet is written by pyarrow, which is not installed",
+            "Parquet needs pyarrow, which is not installed",
             "pip install 'commonweight[tabular]', or --out NAME.csv",
         ) from err
     count, writer = 0, None
@@ -92,7 +93,7 @@ def _parquet(batches: Iterable[Batch], file: IO[bytes]) -> int:
 
 
 def _plain(column: Any) -> Iterable[Any]:
-    """Python's own values, also of a numpy array."""
+    """Converts a column to plain Python values."""
     if hasattr(column, "tolist"):
         column = column.tolist()
     return list(column)

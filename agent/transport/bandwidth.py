@@ -1,4 +1,4 @@
-"""What the agent sends and receives: slowed to a rate, and counted by the day over restarts."""
+"""Limits the rate of transfers and counts their bytes per day, across restarts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from protocols.local.atomic_files import write_private
 
 FILE = "traffic.json"
 _SAVE_EVERY_S = 10.0
-_BITS = 8e-6  # Mbit in a byte
+_BITS = 8e-6  # Mbit per byte
 
 
 class Day(Struct, frozen=True, kw_only=True):
-    """A local day (`2026-11-24`) and its bytes."""
+    """Bytes up and down on one local day (`2026-11-24`)."""
 
     day: str = ""
     up: int = 0
@@ -26,9 +26,9 @@ class Day(Struct, frozen=True, kw_only=True):
 
 
 class Bandwidth:
-    """Told of each piece that went; its calls wait when a rate is set. For any thread.
+    """Counts each transferred piece and blocks to keep a rate limit. Thread-safe.
 
-    `rates()` gives Mbit/s up and down, 0 for no limit, and may change.
+    `rates()` returns Mbit/s up and down, 0 for no limit, and may change.
     """
 
     def __init__(self, home: Path) -> None:
@@ -49,13 +49,13 @@ class Bandwidth:
         self._count(1, nbytes)
 
     def today(self) -> tuple[int, int]:
-        """Bytes up and down since local midnight."""
+        """Returns the bytes up and down since local midnight."""
         with self._lock:
             day = self._today()
             return day.up, day.down
 
     def save(self, *, at_once: bool = False) -> None:
-        """Write today's count, now and then. A disk that is full costs the count alone."""
+        """Writes today's count every few seconds. A full disk loses the count only."""
         with self._lock:
             if not at_once and time.monotonic() - self._saved_at < _SAVE_EVERY_S:
                 return

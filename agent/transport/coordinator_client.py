@@ -1,12 +1,12 @@
-"""The agent's link to the coordinator: a Flower session, messages, and the weight lane.
+"""The agent's client for the coordinator: a Flower session, messages and weight transfer.
 
-A session is opened and closed over Flower's Fleet routes; a message with its objects, about 14
-requests there, is one request on our exchange route, which calls Flower's own handlers and counts
-as a heartbeat: who asks for work often enough sends no other.
+The client opens and closes a session over Flower's Fleet routes. A message with its objects takes
+about 14 requests there. Our exchange route needs one: it calls Flower's own handlers and counts as
+a heartbeat, so a polling agent sends no other heartbeat.
 
-With `coordinator/transport/flower.py` the only file that uses Flower's private names (1.41).
-Blocking, for use from worker threads. Stock `http_request_response` is not used: it ends the
-process on a failed start, sends SIGINT to it on HTTP 401 and makes a new identity each time.
+This file and `coordinator/transport/flower.py` are the only ones that use Flower's private names
+(1.41). Blocking, for use from worker threads. Stock `http_request_response` is not used: it ends
+the process on a failed start, sends SIGINT on HTTP 401 and makes a new identity each time.
 """
 
 from __future__ import annotations
@@ -80,25 +80,25 @@ T = TypeVar("T")
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
-#: Flower calls a node offline after two missed heartbeats: a lost agent is seen within 40 s.
+#: Flower marks a node offline after two missed heartbeats, so within 40 s.
 HEARTBEAT_S = 20.0
-#: Longer than an idle agent's poll, so that the poll is its heartbeat.
+#: Longer than an idle agent's poll interval, so that the poll is the heartbeat.
 HEARTBEAT_EVERY_S = 0.8 * HEARTBEAT_S
 _DEACTIVATE_TIMEOUT_S = 3.0
 
 
 class _InlineUpdate(NamedTuple):
-    """A small update in a file."""
+    """A small update that travels inside the next exchange."""
 
     digest: str
     source: Path
 
 
 class _RequestSigner:
-    """Signs Flower's requests twice: with the node key, as its server asks, and as ours.
+    """Signs Flower's requests twice: with the node key as its server requires, and as ours.
 
-    Flower's own NodeAuthHttpInterceptor would bring FastAPI along: 20 MB in each idle agent. What
-    it signs is a timestamp alone.
+    Flower's own NodeAuthHttpInterceptor imports FastAPI, which costs each idle agent 20 MB. It
+    signs a timestamp only.
     """
 
     def __init__(self, credentials: Credentials) -> None:
@@ -120,36 +120,36 @@ class CoordinatorClient(WeightTransfer):
     """One session with the coordinator.
 
     Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
-    longer knows the session (it was restarted, or this machine was removed). `bandwidth` counts and
-    slows the weight lane alone; the rest is small.
+    longer knows the session (it was restarted, or this machine was removed). `bandwidth` counts
+    and limits the transfer of weights; other requests are small.
     """
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         super().__init__(credentials, bandwidth)
-        # Without the address's path: it is no part of what is signed, and the wire puts it before.
+        # Without the path of the address: it is not signed, and the HTTP client adds it.
         base = f"https://{addresses.parse(credentials.address).netloc}"
         self._http = httpx.Client(base_url=base, transport=HttpxTransport(self._http_client))
         self._fleet = FleetHttpClient(base, interceptors=[_RequestSigner(credentials)])
-        # Flower's client gives no way to say so, and a second pool is a second connection.
+        # Flower's client has no parameter for its transport; a second pool would connect twice.
         self._fleet._client = self._http
         self._node: Node | None = None
         self._heard_at = 0.0
-        #: Goes with the next answer.
+        #: Travels with the next reply.
         self._attached: _InlineUpdate | None = None
-        #: The coordinator has written down what became of the last reply.
+        #: True once the coordinator has written the result of the last reply to its ledger.
         self.settled = False
 
     def reconnect(self) -> None:
-        """Let go of all connections, and make others when they are needed."""
+        """Closes all connections. New ones open on demand."""
         self._http_client.drop_connections()
 
     @property
     def ends(self) -> tuple[str, str]:
-        """The last connection's IP addresses, ours and the other's; empty before the first."""
+        """Local and remote IP address of the last connection; empty before the first."""
         return self._http_client.peer_addresses
 
     def open(self) -> None:
-        """Open a session: from now on the coordinator may send work."""
+        """Opens a session, so that the coordinator can send work."""
         with map_errors():
             answer = self._fleet.ActivateNode(
                 ActivateNodeRequest(
@@ -161,9 +161,9 @@ class CoordinatorClient(WeightTransfer):
         self._heard_at = time.monotonic()
 
     def check(self) -> None:
-        """Prove the node key on Flower's side without a session: nothing changes there.
+        """Checks that Flower accepts the node key, without opening a session.
 
-        Flower looks at signature and key first, and then refuses the heartbeat that no node has.
+        Flower verifies signature and key first, then refuses the heartbeat of an unknown node.
         """
         with map_errors():
             try:
@@ -177,35 +177,35 @@ class CoordinatorClient(WeightTransfer):
                     raise
 
     def close(self) -> None:
-        """Say goodbye if anybody listens, and drop the connections."""
+        """Ends the session if the coordinator answers in time, and closes the connections."""
         if self._node is not None:
             self._http_client.timeout_s = _DEACTIVATE_TIMEOUT_S
             try:
                 with map_errors():
                     self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
             except (Unreachable, Refused):
-                pass  # it will see the missing heartbeat
+                pass  # Flower notices the missing heartbeats
         self._node = None
         self._http.close()
 
     def beat(self) -> None:
-        """One heartbeat: an exchange of nothing."""
+        """Sends a heartbeat: an empty exchange."""
         self._exchange(None, want=False)
 
     @property
     def beat_due_s(self) -> float:
-        """Seconds until a heartbeat is due; every exchange is one."""
+        """Seconds until the next heartbeat is due. Every exchange counts as one."""
         return self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
 
     def mqtt(self) -> MqttAddress:
-        """The broker and the login for it, as they are now: the password changes now and then."""
+        """Requests the broker's address and login. The password changes from time to time."""
         with map_errors():
             answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
             answer.raise_for_status()
             return msgspec.json.decode(answer.content, type=MqttAddress)
 
     def standing(self) -> EnrollmentStatus:
-        """How this machine stands with the coordinator; needs no session."""
+        """Requests this machine's enrollment status. Needs no session."""
         with map_errors():
             answer = self._http.get(
                 ENROLLMENT_STATUS_PATH, headers=self._signed("GET", ENROLLMENT_STATUS_PATH)
@@ -214,36 +214,36 @@ class CoordinatorClient(WeightTransfer):
             return msgspec.json.decode(answer.content, type=EnrollmentStatus)
 
     def leave(self) -> None:
-        """Ask the coordinator to refuse this machine's key from now on; needs no session."""
+        """Asks the coordinator to revoke this machine's key. Needs no session."""
         with map_errors():
             self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
 
     def tell_logs(self, told: LogResponse) -> None:
-        """Answer the operator's question for log lines."""
+        """Sends the log lines that an operator requested."""
         self._post(LOGS_PATH, msgspec.json.encode(told))
 
     def renew(self) -> bytes:
-        """A new node certificate for the same keys."""
+        """Requests a new node certificate for the same keys."""
         with map_errors():
             answer = self._http.post(RENEW_PATH, headers=self._signed("POST", RENEW_PATH))
             answer.raise_for_status()
         return answer.content
 
     def pull(self) -> Message | None:
-        """The next message for this agent, or None."""
+        """Returns the next message for this agent, or None."""
         return self._exchange(None, want=True)
 
     def push(self, reply: Message) -> None:
-        """Send a reply. One that nobody waits for any more is taken and dropped."""
+        """Sends a reply. The coordinator drops a reply that it no longer waits for."""
         self._exchange(reply, want=False)
 
     def exchange(self, reply: Message) -> Message | None:
-        """Send a reply and take the next message in the same request."""
+        """Sends a reply and receives the next message in one request."""
         return self._exchange(reply, want=True)
 
     def _exchange(self, reply: Message | None, *, want: bool) -> Message | None:
         attached, update = None, b""
-        if reply is not None:  # a heartbeat may come in between
+        if reply is not None:  # a heartbeat may run in between
             attached, self._attached = self._attached, None
         if attached is not None and reply is not None and not reply.has_error():
             update = attached.source.read_bytes()
@@ -254,7 +254,7 @@ class CoordinatorClient(WeightTransfer):
             asked_at = time.monotonic()
             answer = self._http_client.request("POST", POLL_PATH, headers, body)
             if attached is not None and answer.status in (413, 507):
-                self.upload(attached.digest, attached.source)  # says why, or succeeds now
+                self.upload(attached.digest, attached.source)  # raises the reason, or succeeds now
                 return self._exchange(reply, want=want)
             raise_for_status(answer.status)
             self.bytes_up += len(update)
@@ -262,20 +262,20 @@ class CoordinatorClient(WeightTransfer):
             told = msgspec.msgpack.decode(answer.body, type=PollResponse)
             if told.work is not None:
                 self._inline_version = told.version
-            if reply is not None:  # a heartbeat may come between a reply and the look at this
+            if reply is not None:  # a heartbeat must not reset the result of a reply
                 self.settled = told.acknowledged
             return _unpack(told.work) if told.work is not None else None
 
     def plan(self, digest: str, asked: DownloadPlanRequest) -> DownloadPlan:
-        """Where a version can be had from, piece by piece."""
+        """Requests a download plan: which peers hold which pieces of a version."""
         return self._post_json(PLAN_PATH.format(digest=digest), asked, DownloadPlan)
 
     def announce_version(self, digest: str, held: DownloadReport) -> None:
-        """Say that a version is here now, and who helped."""
+        """Reports that this agent holds a version, and which peers sent pieces."""
         self._post(DOWNLOAD_REPORT_PATH.format(digest=digest), msgspec.json.encode(held))
 
     def neighbours(self, asked: DownloadPlanRequest) -> NeighborsResponse:
-        """Whom to ask while the coordinator is away; it hears where this agent serves."""
+        """Requests the peers to contact while the coordinator is away; reports our address."""
         return self._post_json(NEIGHBORS_PATH, asked, NeighborsResponse)
 
     def _post_json(self, path: str, asked: DownloadPlanRequest, kind: type[T]) -> T:
@@ -290,7 +290,7 @@ class CoordinatorClient(WeightTransfer):
             return answer.content
 
     def upload_update(self, digest: str, source: Path) -> None:
-        """Send an update's bytes: few of them with the answer that is pushed next."""
+        """Uploads an update. A small one travels with the next reply instead."""
         if source.stat().st_size > INLINE_MAX_BYTES:
             self.upload(digest, source)
             return
@@ -299,7 +299,7 @@ class CoordinatorClient(WeightTransfer):
 
 
 def _pack(reply: Message) -> FlowerMessage:
-    """A reply with all its objects."""
+    """Serializes a reply with all its objects."""
     with no_object_id_recompute():
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = get_all_nested_objects(reply)

@@ -1,8 +1,8 @@
-"""The agent's MQTT link: says how the agent is, hears doorbells and commands.
+"""The agent's MQTT client: publishes presence and telemetry, receives wake-ups and commands.
 
-Rule 1: the link is never needed. It reconnects for ever and never raises for trouble of the link.
-Rule 2: whatever comes in is forged until the coordinator's signature says otherwise.
-Rule 3: nothing piles up while the link is down: the last presence and a few notices are kept.
+Rule 1: the agent never needs it. It reconnects forever and raises no connection errors.
+Rule 2: an incoming message counts only with the coordinator's valid signature.
+Rule 3: while it is disconnected, only the last presence and a few notices are kept.
 
 The only file of the agent that imports aiomqtt.
 """
@@ -52,25 +52,25 @@ from protocols.messages.states import PeerState
 from protocols.network.backoff import delays
 
 TELEMETRY_EVERY_S = 0.25
-#: What an agent at work does next is said no faster than that; a pause or a fault is, at once.
+#: Rate limit for state changes during work. A pause or a fault is published at once.
 PRESENCE_EVERY_S = 0.25
 _AT_WORK = frozenset({PeerState.IDLE, PeerState.TRAINING, PeerState.SENDING})
-#: Presence is said again at least this often; watchers call a peer stale after three times that.
+#: Presence is published at least this often. A peer counts as stale after three times this.
 PRESENCE_REFRESH_S = 30.0
 MAX_NOTICES = 32
-_STABLE_S = 10.0  # a link that held this long starts the waits from the first again
+_STABLE_S = 10.0  # a connection that lasted this long resets the backoff
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
 
 
 class MqttClient:
-    """One agent's link to the broker. Its methods are cheap and for the event loop's thread.
+    """One agent's connection to the broker. Its methods are cheap; call them on the event loop.
 
     `sign` makes the node's Ed25519 signature (64 bytes); `coordinator_public` is the coordinator's
-    Ed25519 key (raw, 32 bytes). `on_command` gets verified messages only, each once; `on_change`
-    gets (up, words for a person) whenever either changes. Both run on the event loop: an exception
-    in them ends `run`.
+    Ed25519 key (raw, 32 bytes). `on_command` gets verified messages only, each once. `on_change`
+    gets (connected, reason) whenever either changes. Both run on the event loop; an exception in
+    them ends `run`.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class MqttClient:
     ) -> None:
         self.connected = False
         self.rejected = 0
-        """Messages that were not obeyed: malformed, forged, replayed or out of time."""
+        """Number of rejected messages: malformed, forged, replayed or expired."""
         self.rejected_why = ""
-        """Why the last of them was not, in words."""
+        """The reason of the last rejection."""
         self._address, self._peer, self._sign = address, peer, sign
         self._presence_topic = topics.presence(fleet, peer)
         self._telemetry_topic = topics.telemetry(fleet, peer)
@@ -105,31 +105,31 @@ class MqttClient:
         self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
 
     def set_presence(self, presence: Presence) -> None:
-        """Say this now, at every reconnect, and as a sign of life until the next one."""
+        """Publishes this now, at every reconnect, and periodically until the next one."""
         self._presence = replace(presence, reason=strip_controls(presence.reason))
         self._wake.set()
 
     def telemetry(self, telemetry: Telemetry) -> None:
-        """Say this at most four times a second: the last one wins. Dropped while down."""
+        """Publishes the latest, at most four times a second. Dropped while disconnected."""
         if self.connected:
             self._telemetry = telemetry
             self._wake.set()
 
     def notice(self, notice: Notice) -> None:
-        """Say this once. While the link is down the last few are kept."""
+        """Publishes this once. While disconnected, the latest few are kept."""
         self._notices.append(replace(notice, text=strip_controls(notice.text)))
         self._wake.set()
 
     def move(self, address: MqttAddress) -> None:
-        """Use this broker or login from the next connection on."""
+        """Uses this broker and login from the next connection on."""
         self._address = address
 
     def reconnect(self) -> None:
-        """Drop the link and connect anew at once: after a sleep of the machine it is dead."""
+        """Reconnects at once, for example after the machine was suspended."""
         self._reconnect.set()
 
     async def run(self) -> None:
-        """Keep the link up until cancelled; then say "stopped" and leave. Raises UsageError."""
+        """Stays connected until cancelled, then publishes "stopped". Raises UsageError."""
         address: MqttAddress | None = None
         waits = delays(self._rng)
         while True:
@@ -166,7 +166,7 @@ class MqttClient:
             self._address.port,
             username=self._address.user or None,
             password=self._address.password or None,
-            # Whoever knows an id can throw its owner out, hence one that nobody can guess.
+            # A client with the same id would disconnect us, so the id must be secret.
             identifier=f"cw{secrets.token_hex(10)}",
             will=aiomqtt.Will(
                 self._presence_topic, voice.seal(self._presence_topic, will), qos=1, retain=True
@@ -175,7 +175,7 @@ class MqttClient:
             tls_context=tls,
             keepalive=KEEPALIVE_S,
             timeout=TIMEOUT_S,
-            # Under a flood the newest are dropped; the agent asks the coordinator by itself too.
+            # A flood drops the newest messages; the agent polls the coordinator anyway.
             max_queued_incoming_messages=64,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
@@ -185,9 +185,7 @@ class MqttClient:
                 codes = await client.subscribe(self._command_topic, qos=1)
                 self.connected = True
                 allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
-                self._report_status(
-                    True, "" if allowed else "the broker lets no commands through (its ACL)"
-                )
+                self._report_status(True, "" if allowed else "the broker's ACL blocks commands")
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._receive(client), name="mqtt hear")
                     group.create_task(self._publish(client, voice), name="mqtt say")
@@ -198,9 +196,9 @@ class MqttClient:
 
     async def _end_on_reconnect(self) -> None:
         await self._reconnect.wait()
-        raise aiomqtt.MqttError("asked to connect anew")
+        raise aiomqtt.MqttError("reconnect requested")
 
-    # --- what we say -------------------------------------------------------------------------
+    # --- publish -----------------------------------------------------------------------------
 
     async def _publish(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
         said: Presence | None = None
@@ -230,7 +228,7 @@ class MqttClient:
             await self._wait_until(due)
 
     async def _wait_until(self, due: float) -> None:
-        """Wait until `due` (monotonic s). What is not telemetry is not kept waiting by it."""
+        """Waits until `due` (monotonic seconds) or until there is more to publish."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None if due == math.inf else max(0, due - time.monotonic())):
                 await self._wake.wait()
@@ -244,7 +242,7 @@ class MqttClient:
         last = self._presence or Presence(state=PeerState.OFFLINE)
         return replace(last, state=PeerState.OFFLINE, reason=reason, run="", round=0, will=will)
 
-    # --- what we hear ------------------------------------------------------------------------
+    # --- receive -----------------------------------------------------------------------------
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
@@ -257,25 +255,24 @@ class MqttClient:
                 self._on_command(heard)
 
     def _verify_message(self, topic: str, payload: object) -> Doorbell | Command | LogRequest:
-        """The message in `payload`, if the coordinator sent it to us just now. Raises BadMessage.
+        """Verifies that the coordinator has just sent this message. Raises BadMessage.
 
-        A doorbell carries nothing to trust, so a wrong clock does not keep it out; whoever rings
-        it again only makes the agent ask the coordinator once more.
+        A wake-up is exempt from the check of time: replaying it only causes one more poll.
         """
         if topic != self._command_topic or not isinstance(payload, bytes):
-            raise BadMessage("not on our command topic")
+            raise BadMessage("not on this peer's command topic")
         envelope = unseal(topic, payload, self._by_coordinator)
         body = envelope.body
         if not isinstance(body, Doorbell | Command | LogRequest):
-            raise BadMessage(f"a {type(body).__name__} is no command")
+            raise BadMessage(f"a {type(body).__name__} is not a command")
         late_s = time.time() - envelope.at
         if not isinstance(body, Doorbell) and not abs(late_s) <= COMMAND_WINDOW_S:
             raise BadMessage(f"a command from {late_s:+.0f} s ago: replayed, or a clock is wrong")
         if not isinstance(body, Doorbell) and envelope.at < self._began_at:
-            # What this agent heard in its last life it does not remember: none of that counts.
+            # The replay filter does not survive a restart, so older commands are refused.
             raise BadMessage("a command from before this agent's start")
         if not self._replay_filter.is_new(envelope.epoch, type(body).__name__, envelope.seq):
-            raise BadMessage("a message that was heard before")
+            raise BadMessage("a repeated message")
         return body
 
     def _by_coordinator(self, sender: str, signature: bytes, signed: bytes) -> bool:
@@ -283,9 +280,9 @@ class MqttClient:
 
 
 async def try_login(address: MqttAddress) -> str:
-    """Log in and out again: words for what is wrong, or "". Raises UsageError (a CA that is none).
+    """Logs in and out again; returns what is wrong, or "". Raises UsageError for an invalid CA.
 
-    A session of its own that says nothing: a running agent's link is not disturbed.
+    Uses a session of its own, so a running agent stays connected.
     """
     client = aiomqtt.Client(
         address.host,
@@ -307,7 +304,7 @@ async def try_login(address: MqttAddress) -> str:
 
 @asynccontextmanager
 async def _connected(client: aiomqtt.Client) -> AsyncIterator[None]:
-    """The client, connected. A cancelled try is seen to its end first, or its socket stays open."""
+    """Connects the client. Waits for a cancelled attempt to end, so that its socket is closed."""
     entering = asyncio.ensure_future(client.__aenter__())
     try:
         await asyncio.shield(entering)
@@ -320,7 +317,7 @@ async def _connected(client: aiomqtt.Client) -> AsyncIterator[None]:
                 await client.__aexit__(None, None, None)
         raise
     except UnicodeError as err:
-        raise aiomqtt.MqttError("not a host name") from err
+        raise aiomqtt.MqttError("invalid host name") from err
     try:
         yield
     finally:

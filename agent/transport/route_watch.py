@@ -1,7 +1,7 @@
-"""Whether this machine's way to the coordinator has changed: another address, another network.
+"""Detects a changed network route to the coordinator: another address or network.
 
-What was open before such a change is dead and nobody says so: only time-outs of half a minute would
-show it. A look sends nothing and asks no DNS.
+Connections opened before such a change are dead, but the system reports this only after a timeout
+of half a minute. The check sends no packet and makes no DNS request.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import socket
 import time
 
-#: Between two reconnects for this reason: a machine may have two ways that take turns.
+#: Minimum time between two reconnects for this reason: two routes may alternate.
 _MIN_INTERVAL_S = 10.0
 
 
 def local_address(host: str) -> str | None:
-    """This machine's address on packets to that host (an IP address); None if there is no way."""
+    """Returns the local address for packets to `host` (an IP address); None without a route."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -25,16 +25,16 @@ def local_address(host: str) -> str | None:
 
 
 class RouteState:
-    """Compares the way of the last connection with the one of the moment. Pure."""
+    """Compares the last connection's route with the current one. Pure."""
 
     def __init__(self) -> None:
         self._was_cut = False
         self._told_at = float("-inf")
 
     def has_changed(self, used: str, found: str | None, now: float) -> bool:
-        """True if what was open is of no use now, and another connection may be.
+        """True if open connections are dead and a new one may work.
 
-        `used` is this machine's address on the last connection, `found` the one of the moment.
+        `used` is the local address of the last connection, `found` the current one.
         """
         if found is None:
             self._was_cut = True
@@ -42,18 +42,18 @@ class RouteState:
         if not self._was_cut and found == used:
             return False
         if now - self._told_at < _MIN_INTERVAL_S:
-            return False  # seen again by the next look
+            return False  # the next check sees it again
         self._was_cut, self._told_at = False, now
         return True
 
 
 class RouteWatch:
-    """Looks at the way that the last connection took; `ends` are both its IP addresses."""
+    """Checks the route that the last connection took."""
 
     def __init__(self) -> None:
         self._way = RouteState()
 
     def has_changed(self, ends: tuple[str, str]) -> bool:
-        """Look; `ends` are ours and the other's, empty before the first connection."""
+        """Checks the route. `ends` are local and remote IP address, empty before the first."""
         own, other = ends
         return bool(other) and self._way.has_changed(own, local_address(other), time.monotonic())

@@ -1,16 +1,16 @@
-"""Whether this machine has slept, told from its clocks. Pure but for reading them."""
+"""Detects that this machine was suspended by comparing its clocks."""
 
 from __future__ import annotations
 
 import time
 from typing import NamedTuple
 
-#: No loop of ours is late by so much on a machine that is merely busy.
+#: A busy machine does not delay our loops by this long.
 MIN_SUSPEND_S = 10.0
 
 
 class Clocks(NamedTuple):
-    """Both clocks at one moment, in seconds."""
+    """Readings of both clocks in seconds."""
 
     wall: float
     monotonic: float
@@ -21,10 +21,10 @@ class Clocks(NamedTuple):
 
 
 def suspended_s(before: Clocks, after: Clocks, due_s: float) -> float:
-    """Seconds that passed unseen between two looks that were to be `due_s` apart; 0 if few.
+    """Returns the excess seconds between two readings planned `due_s` apart; 0 if short.
 
-    A sleeping machine's monotonic clock stands still while the wall clock goes on; that of a frozen
-    process goes on. A wall clock that was put forward looks the same, and costs one reconnect.
+    The monotonic clock stops during suspend, the wall clock does not. For a frozen process both
+    continue. A wall clock set forward looks the same and costs one reconnect.
     """
     passed = max(after.wall - before.wall, after.monotonic - before.monotonic)
     return passed - due_s if passed - due_s >= MIN_SUSPEND_S else 0.0

@@ -1,8 +1,8 @@
-"""The versions that this agent holds, each with the coordinator's word that it is one.
+"""Proofs of the versions that this agent holds, signed by the coordinator.
 
-Should the coordinator lose its disk, what its agents hold is all that is left of the shared
-weights. The signed work that named a version as its base proves run, round and digest, years later
-and to anybody who has the coordinator's public key.
+If the coordinator loses its disk, its agents hold the only copies of the shared weights. The signed
+work that named a version as its base proves run, round and digest to anybody who has the
+coordinator's public key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Proof(Struct, frozen=True, kw_only=True):
 
 
 class ProvenVersion(NamedTuple):
-    """A version in the file `path`, and the work that the coordinator signed for it.
+    """A version in the file `path`, and the signed work that proves it.
 
     `work.base` is its digest. `payload` and `signature` are for `exchange.SIGNED_WORK.open`.
     """
@@ -41,11 +41,11 @@ class ProvenVersion(NamedTuple):
 
 
 def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
-    """Keep what proves the version that this work is on; drop the proofs of versions that went."""
+    """Stores the proof of the work's base; deletes proofs of versions that are gone."""
     proof = folder / f"{work.base}{SUFFIX}"
     if proof.exists():
         return
-    # No sync: a power cut may cost the proof of the newest version, and the next work brings one.
+    # Not synced: after a power cut the next work brings a new proof.
     written = proof.with_suffix(".tmp")
     written.write_bytes(msgspec.json.encode(_Proof(work=payload, signature=signature)))
     written.replace(proof)
@@ -55,7 +55,7 @@ def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> No
 
 
 def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
-    """The work in a proof's file, and its bytes with their signature. Raises BadMessage."""
+    """Returns the work in a proof, its bytes and their signature. Raises BadMessage."""
     try:
         told = msgspec.json.decode(proof, type=_Proof)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
@@ -69,7 +69,7 @@ def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, by
 
 
 def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion]:
-    """Versions whose bytes and proof are both good, the one that came last first."""
+    """Returns the versions whose bytes and proof are valid, newest file first."""
     found = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
@@ -78,14 +78,14 @@ def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion
             if proof.name == f"{kept.work.base}{SUFFIX}" and file_digest(path) == kept.work.base:
                 found.append((path.stat().st_mtime, kept))
         except (OSError, BadMessage):
-            continue  # damaged: the other version, or another peer, may do better
+            continue  # damaged: another version, or another peer, may be intact
     return [kept for _, kept in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 class VersionIndex:
-    """The newest version of a folder, and the proofs in it; cheap enough to ask all the time.
+    """The newest version of a folder, and the proofs in it. Cheap enough for frequent calls.
 
-    What a proof says is looked at once, and the version's bytes not at all: who fetches them does.
+    Each proof is read once. The bytes of a version are not verified here; its receiver does that.
     """
 
     def __init__(self, folder: Path, coordinator_public: bytes) -> None:
@@ -93,7 +93,7 @@ class VersionIndex:
         self._read: dict[str, Head | None] = {}
 
     def newest(self) -> Head | None:
-        """None while no version here is proven."""
+        """Returns the newest version with a proof, or None."""
         proofs = {proof.name: proof for proof in self._folder.glob(f"*{SUFFIX}")}
         self._read = {
             name: self._read[name] if name in self._read else self._head(proof)
@@ -103,11 +103,11 @@ class VersionIndex:
         return max(here, default=None)
 
     def path(self, digest: str) -> Path:
-        """Where the version of this digest lies, or would."""
+        """Returns the path of a version; the file may not exist."""
         return self._folder / f"{digest}.safetensors"
 
     def proof(self, digest: str) -> bytes | None:
-        """The proof of a version, as it travels to other peers."""
+        """Returns the proof of a version as sent to other peers, or None."""
         try:
             return (self._folder / f"{digest}{SUFFIX}").read_bytes()
         except OSError:

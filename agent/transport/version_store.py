@@ -1,4 +1,4 @@
-"""The versions that an agent keeps: fetched whole, or rebuilt from their parent by a patch."""
+"""The versions in an agent's cache: downloaded whole, or patched from their parent."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TEMPORARY_SUFFIXES = frozenset({".part", ".pieces", ".patch", ".made", ".spread
 
 
 class VersionStore:
-    """A folder of versions by digest. `link` gives the session of the moment; blocking.
+    """A folder of versions by digest. `link` returns the current session. Blocking.
 
-    With `sharing`, large versions come piece by piece, from other peers too, and go to them;
-    `received(n)` is told of what came from peers.
+    With `sharing`, large versions are exchanged with other peers piece by piece. `received(n)` is
+    called for bytes from peers.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class VersionStore:
     ) -> None:
         self._folder, self._link, self._sharing = folder, link, sharing
         self._count_received = received
-        #: Those that this process has made or looked at: what a crash left may be anything.
+        #: Digests that this process has verified. A crash may have left damaged files.
         self._verified: set[str] = set()
 
     def fetch(self, digest: str, nbytes: int) -> Path:
-        """A version's file, from the folder or the coordinator."""
+        """Returns a version's file, downloaded if it is not in the folder."""
         path = self._path(digest)
         if digest not in self._verified and path.exists() and file_digest(path) != digest:
-            log.warning("version %s is damaged on this disk: fetching it again", digest[:12])
+            log.warning("version %s is damaged on this disk: downloading it again", digest[:12])
             path.unlink()
         if not path.exists():
             if self._sharing is not None and self._sharing.is_large_enough(nbytes):
@@ -76,19 +76,19 @@ class VersionStore:
         except (BadMessage, OSError) as err:
             if is_disk_full(err):
                 raise
-            raise Unreachable(f"the version came only in part: {err}") from err
+            raise Unreachable(f"the version arrived incomplete: {err}") from err
         if file_digest(part) != digest:
             part.unlink()
-            raise BadWeights("the version's bytes are not those of its digest")
-        if os.name == "nt":  # where a file that is being read cannot be renamed
+            raise BadWeights("the version's bytes do not match its digest")
+        if os.name == "nt":  # Windows cannot rename an open file
             sharing.pieces.drop(digest)
         part.replace(path)
         fsync_folder(path.parent)
-        self._register(digest)  # before it is told of: whoever is sent here shall find it
+        self._register(digest)  # first, so that peers that are sent here find it
         link.announce_version(digest, held)
 
     def adopt(self, part: Path, digest: str) -> None:
-        """A version has come otherwise, into this file: keep it under its name."""
+        """Moves a version that arrived in another way into the cache."""
         part.replace(self._path(digest))
         fsync_folder(self._folder)
         self._register(digest)
@@ -100,9 +100,9 @@ class VersionStore:
             self._sharing.pieces.put(digest, self._path(digest))
 
     def rebuild(self, work: Work) -> None:
-        """Make the version that the work is on from its parent, if that is here.
+        """Patches the base of the work from its parent, if the parent is here.
 
-        Whatever is wrong with the patch, the version can still be fetched whole.
+        If the patch fails, the version can still be downloaded whole.
         """
         path, parent = self._path(work.base), self._path(work.parent)
         if path.exists() or not parent.exists():
@@ -112,12 +112,12 @@ class VersionStore:
             self._link().download_patch(work.base, work.patch_bytes, patch)
             with WeightsFile(parent) as old, WeightsFile(patch) as change:
                 if patches.apply(old, change, made) != work.base:
-                    raise BadWeights("the patch leads to another version")
+                    raise BadWeights("the patch makes a different version")
             made.replace(path)
             self._register(work.base)
             self._drop_old()
         except (CommonweightError, OSError) as err:
-            log.warning("fetching the whole version, as its patch is of no use: %s", err)
+            log.warning("downloading the whole version, as its patch failed: %s", err)
         finally:
             for leftover in (patch, made):
                 with contextlib.suppress(OSError):
@@ -127,9 +127,9 @@ class VersionStore:
         return self._folder / f"{digest}.safetensors"
 
     def shrink(self, nbytes: int, needed: Collection[str]) -> int:
-        """Drop versions, oldest first, until so many bytes are free; the bytes that became free.
+        """Deletes versions, oldest first, until `nbytes` are free; returns the freed bytes.
 
-        Never those with a `needed` digest. What a cut-off download has left goes as well.
+        Keeps versions with a `needed` digest. Deletes files of interrupted downloads, too.
         """
         freed = 0
         for leftover in (p for p in self._folder.glob("*.*") if p.suffix in _TEMPORARY_SUFFIXES):
@@ -152,6 +152,6 @@ class VersionStore:
 
     def _drop(self, old: Path) -> None:
         if self._sharing is not None:
-            self._sharing.pieces.drop(old.stem)  # its open file would keep the room
+            self._sharing.pieces.drop(old.stem)  # an open file would keep the space
         old.unlink(missing_ok=True)
         self._verified.discard(old.stem)

@@ -1,4 +1,4 @@
-"""The agent's side of the weight lane: bytes by digest, resumed where they were cut. Blocking."""
+"""Downloads versions and uploads updates by digest; interrupted transfers resume. Blocking."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from protocols.model.weights import file_digest
 from protocols.network.error_text import describe_error
 
 _TIMEOUT_S = 30.0
-#: A heartbeat must find the last one's connection: a TLS handshake costs more than it does. The
-#: coordinator keeps one for 75 s.
+#: A heartbeat should reuse the last connection, as a TLS handshake costs more than the request. The
+#: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
 VERSION_PATH = "/cw/v1/weights/{digest}"
@@ -31,22 +31,22 @@ UPDATE_PATH = "/cw/v1/updates/{digest}"
 
 
 class SessionLost(Refused):
-    """The coordinator does not know this session: open a new one."""
+    """The coordinator does not know this session. Open a new one."""
 
     code = "session_lost"
 
 
 class CoordinatorDiskFull(Unreachable):
-    """The coordinator's disk is full: it takes the bytes when there is room again."""
+    """The coordinator's disk is full. It accepts the bytes once there is space."""
 
     code = "no_room"
 
 
 class WeightTransfer:
-    """Versions come, updates go. `bandwidth` counts and slows them.
+    """Downloads versions and uploads updates. `bandwidth` counts and limits them.
 
-    Every method raises Unreachable when nobody answers and SessionLost when the coordinator does
-    not know this machine.
+    Every method raises Unreachable without an answer, and SessionLost if the coordinator does not
+    know this machine.
     """
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
@@ -58,14 +58,14 @@ class WeightTransfer:
             max_idle_s=IDLE_CONNECTION_S,
         )
         self._interrupted = ""
-        #: A small version that came with the last work.
+        #: A small version that arrived with the last work.
         self._inline_version = b""
         self.bytes_up = self.bytes_down = 0
 
     def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
-        """Fetch a version, or what else is `at` this path, going on where an earlier try was cut.
+        """Downloads a version, or the file at the path `at`, and resumes an interrupted attempt.
 
-        Raises BadWeights when the bytes are not those of `digest`.
+        Raises BadWeights if the bytes do not match `digest`.
         """
         part = target.with_suffix(".part")
         brought, self._inline_version = self._inline_version, b""
@@ -78,23 +78,23 @@ class WeightTransfer:
         have = part.stat().st_size if part.exists() else 0
         if have < nbytes:
             have, found = self._download_rest(at.format(digest=digest), nbytes, part, have)
-        else:  # cut off after the last byte: there is nothing left to ask for
+        else:  # interrupted after the last byte: nothing is left to request
             found = file_digest(part)
         if have < nbytes:
-            raise Unreachable(f"the version came only in part: {have} of {nbytes} bytes")
+            raise Unreachable(f"the version arrived incomplete: {have} of {nbytes} bytes")
         if found != digest:
             part.unlink()
-            raise BadWeights("the version's bytes are not those of its digest")
+            raise BadWeights("the version's bytes do not match its digest")
         part.replace(target)
 
     def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
-        """Fetch the patch to a version. What it makes of the parent is for the caller to check."""
+        """Downloads the patch to a version. The caller verifies the result."""
         have, _ = self._download_rest(f"/cw/v1/patches/{digest}", nbytes, target, 0)
         if have != nbytes:
-            raise BadWeights(f"a patch of another size than the {nbytes} bytes announced")
+            raise BadWeights(f"the patch does not have the announced size of {nbytes} bytes")
 
     def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes `start` to `stop` of a version, as they come."""
+        """Yields the bytes `start` to `stop` of a version as they arrive."""
         path = f"/cw/v1/weights/{digest}"
         headers = self._signed("GET", path) | {"range": f"bytes={start}-{stop - 1}"}
         buffer = memoryview(bytearray(_PIECE_BYTES))
@@ -109,7 +109,10 @@ class WeightTransfer:
                 yield bytes(buffer[:got])
 
     def _download_rest(self, path: str, nbytes: int, part: Path, have: int) -> tuple[int, str]:
-        """Add what is missing to `part`, at most a piece beyond `nbytes`; its size and digest."""
+        """Appends the missing bytes to `part`; returns its size and digest.
+
+        Reads at most one piece beyond `nbytes`.
+        """
         sha = hashlib.sha256()
         if have:
             for piece in _read_pieces(part):
@@ -120,7 +123,7 @@ class WeightTransfer:
             raise_for_status(answer.status)
             if have and answer.status != 206:
                 have, sha = 0, hashlib.sha256()
-            # Not synced: after a power cut whatever is there is looked at before it is used.
+            # Not synced: the digest is verified before use, also after a power cut.
             with part.open("ab" if have else "wb", buffering=0) as file:
                 while have <= nbytes and (got := answer.read_into(buffer)):
                     have += got
@@ -135,13 +138,13 @@ class WeightTransfer:
         return have, sha.hexdigest()
 
     def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
-        """Send an update's bytes, or an answer's; does nothing when the coordinator has them.
+        """Uploads a file; sends nothing if the coordinator has it already.
 
-        Raises Refused when it does not take them.
+        Raises Refused if the coordinator rejects it.
         """
         path = at.format(digest=digest)
         size = source.stat().st_size
-        # After a cut: an offset at the end sends nothing and asks how much has arrived.
+        # After an interruption, an offset at the end sends nothing and asks for the received size.
         offset = size if digest == self._interrupted else 0
         self._interrupted = digest
         for _ in range(3):
@@ -155,7 +158,7 @@ class WeightTransfer:
                 if answer.status == 409:
                     offset = min(int(msgspec.json.decode(answer.body)["have"]), size)
                 elif answer.status == 422 and offset:
-                    offset = 0  # what was there already was not the beginning of this
+                    offset = 0  # the received bytes were not the start of this file
                 else:
                     raise_for_status(answer.status)
                     self.bytes_up += size - offset
@@ -175,12 +178,12 @@ class WeightTransfer:
         return self._credentials.sign_request(method, path, body_sha256)
 
 
-#: What parsing an answer raises that no coordinator of this version gives.
+#: Raised when parsing a response that a coordinator of this version never sends.
 _PARSE_ERRORS = (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError)
 
 
 class map_errors:
-    """Turns the transport's errors into ours, and those of parsing what it brought."""
+    """Maps errors of the transport and of parsing responses to ours."""
 
     def __enter__(self) -> None:
         return None
@@ -191,13 +194,13 @@ class map_errors:
         if isinstance(err, httpx.HTTPStatusError):
             raise _error_for(err.response.status_code) from err
         if isinstance(err, _PARSE_ERRORS):
-            raise Unreachable(f"the coordinator's answer is not understood: {err}") from err
+            raise Unreachable(f"cannot parse the coordinator's response: {err}") from err
         if isinstance(err, httpx.HTTPError):
             raise Unreachable(f"the coordinator does not answer: {describe_error(err)}") from err
 
 
 def raise_for_status(status: int) -> None:
-    """Raise the error of ours that an answer's status amounts to."""
+    """Raises the error for an HTTP status; none below 300."""
     if status >= 300:
         raise _error_for(status)
 
@@ -206,9 +209,9 @@ def _error_for(status: int) -> Unreachable | Refused:
     if status in (401, 403, 404, 412):
         return SessionLost(f"the coordinator answered {status}")
     if status == 507:
-        return CoordinatorDiskFull("the coordinator has no room on its disk")
-    if status in (413, 422):  # it will say the same the next time
-        return Refused(f"the coordinator does not take it ({status})")
+        return CoordinatorDiskFull("the coordinator's disk is full")
+    if status in (413, 422):  # a retry would get the same answer
+        return Refused(f"the coordinator rejects it (HTTP {status})")
     return Unreachable(f"the coordinator answered {status}")
 
 

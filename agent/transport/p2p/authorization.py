@@ -1,8 +1,8 @@
-"""Who may be served: the check of what peers ask.
+"""Checks whether a request of another peer may be served.
 
-A permit of the coordinator lets its peer have one version; a pass, for a time without the
-coordinator, lets its holder hear words and, if it is a peer's, have what this agent holds. Either
-names the key that the request must be signed with.
+A download token of the coordinator grants one version. An access token is valid while the
+coordinator is away: it grants gossip entries and, for a peer, the versions that this agent holds.
+Both name the key that must sign the request.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ log = logging.getLogger("commonweight.share")
 
 
 class RequestAuthorizer:
-    """Checks requests; each counts once."""
+    """Checks requests; a repeated request is refused."""
 
     def __init__(self, coordinator_public: bytes, gossip_state: GossipState | None = None) -> None:
         self._coordinator_public, self._gossip = coordinator_public, gossip_state
         self._nonces = NonceCache(limit=20_000)
 
     def authorize(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
-        """The digest that the body must have, if this caller may ask for this; else empty.
+        """Returns the digest that the body must have; empty if the request is refused.
 
-        With the `digest` of a version a permit for it is enough.
+        For the `digest` of a version a download token for it is enough.
         """
         now = time.time()
         try:
@@ -42,20 +42,20 @@ class RequestAuthorizer:
             log.debug("refused %s: %s", path, err)
             return ""
         if not self._is_genuine(signed, holder, key, now):
-            log.debug("refused %s: not signed by the key that its paper names", path)
+            log.debug("refused %s: not signed by the key that its token names", path)
             return ""
         return signed.body_sha256
 
     def _bearer(
         self, path: str, headers: dict[str, str], digest: str, now: float
     ) -> tuple[str, bytes]:
-        """Whose request this must be, and his key. Raises BadMessage, ValueError."""
+        """Returns the peer that must have signed, and its key. Raises BadMessage, ValueError."""
         if gossip.ACCESS_TOKEN_HEADER in headers and self._gossip is not None:
             given = self._gossip.check_pass(
                 b64decode(headers[gossip.ACCESS_TOKEN_HEADER], validate=True)
             )
             if given.gossip_only and path != gossip.GOSSIP_PATH:
-                raise BadMessage("the pass of who watches is for words alone")
+                raise BadMessage("an observer's token grants gossip entries only")
             return given.holder, given.sign_public
         permit = swarm.verify_download_token(
             b64decode(headers.get(swarm.DOWNLOAD_TOKEN_HEADER, ""), validate=True),

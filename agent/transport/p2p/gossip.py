@@ -1,7 +1,7 @@
-"""What this agent knows of its fleet without the coordinator: words of peers, and whom it may ask.
+"""The state of the fleet as gossip tells it while the coordinator is away.
 
-For the event loop's thread. What the coordinator has given for such a time lies in the home: an
-agent that starts while it is away knows whom to ask too.
+Used on the event loop's thread. The coordinator names peers to contact in advance. The agent stores
+these names in its home, so it can use them after a restart, too.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from protocols.p2p.gossip import (
 log = logging.getLogger("commonweight.share")
 
 FILE = "neighbours.json"
-#: A peer that was heard of within this time is there.
+#: A peer with an entry younger than this counts as present.
 _RECENT_S = 300.0
 
 
 class GossipSummary(NamedTuple):
-    """For the owner: the newest version here, and how many peers were heard of lately.
+    """Summary for the owner: the newest version here, and the number of recently seen peers.
 
-    `alike` of them hold the same version. `shares_at` is where this agent serves other peers.
+    `alike` of them hold the same version. `shares_at` is this agent's address for other peers.
     """
 
     head: Head | None
@@ -54,9 +54,10 @@ class GossipSummary(NamedTuple):
 
 
 class GossipState:
-    """`certificate()` is this agent's own, `presence()` what it says of itself.
+    """Collects gossip entries of peers and makes this agent's own.
 
-    `address()` is where it serves, or empty.
+    `certificate()` and `presence()` are this agent's own. `address()` is its address for other
+    peers, or empty.
     """
 
     def __init__(
@@ -84,16 +85,16 @@ class GossipState:
             return None
 
     def learn(self, given: NeighborsResponse) -> None:
-        """The coordinator has given this for a time without it; still to be kept."""
+        """Uses a new list of peers from the coordinator. `save` stores it."""
         self.assigned = given
         self._words.remove(given.removed)
 
     def save(self, given: NeighborsResponse) -> None:
-        """Keep what was given for the next start (from any thread). Raises OSError."""
+        """Stores the list for the next start. Callable from any thread. Raises OSError."""
         write_private(self._file, msgspec.json.encode(given))
 
     def outgoing(self) -> GossipBatch:
-        """What others are told: our own word, made now, and what we have heard."""
+        """Returns this agent's entry, made now, and the entries of other peers."""
         word = GossipEntry(
             peer=self._credentials.peer,
             at=time.time(),
@@ -105,16 +106,16 @@ class GossipState:
         return self._words.batch(own)
 
     def receive(self, told: GossipBatch) -> None:
-        """Keep what is new and right of what somebody has told."""
+        """Stores the entries of a batch that are new and valid."""
         unheard = (self._credentials.peer, *(self.assigned.removed if self.assigned else ()))
         self._words.add(told.entries, time.time(), unheard)
 
     def entries(self) -> list[VerifiedEntry]:
-        """Every peer's newest word."""
+        """Returns the newest entry of every peer."""
         return self._words.newest_first()
 
     def contacts(self) -> list[Neighbor]:
-        """Peers that can be asked: those that the coordinator has named, and who says where."""
+        """Returns peers to contact: those the coordinator named and those with an address."""
         removed = frozenset(self.assigned.removed if self.assigned else ())
         found = {one.peer: one for one in (self.assigned.neighbors if self.assigned else ())}
         for word, speaker, _ in self.entries():
@@ -128,7 +129,7 @@ class GossipState:
         return [one for peer, one in found.items() if peer not in removed]
 
     def check_pass(self, sealed: bytes) -> AccessToken:
-        """The pass of somebody who asks us. Raises BadMessage if it does not count."""
+        """Reads an access token. Raises BadMessage if it is invalid or its holder was removed."""
         given = gossip.verify_access_token(
             sealed,
             partial(identity.verify, self._coordinator_public),
@@ -139,7 +140,7 @@ class GossipState:
         return given
 
     def summary(self) -> GossipSummary:
-        """What `status` tells."""
+        """Returns what `status` shows."""
         head, now = self.heads.newest(), time.time()
         lately = [word for word, _, _ in self.entries() if now - word.at < _RECENT_S]
         alike = sum(word.head == head for word in lately)

@@ -1,4 +1,4 @@
-"""Where this machine stands in its network, as seen on the way to the coordinator."""
+"""This machine's address and networks on the route to the coordinator."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import psutil
 
 
 class LocalNetwork(NamedTuple):
-    """This machine's address on that way, and the networks (CIDR) that the interface is in."""
+    """This machine's address on that route, and the interface's networks in CIDR notation."""
 
     host: str
     networks: tuple[str, ...]
 
     @property
     def is_private(self) -> bool:
-        """True in a home's or an organisation's own network; a machine alone is in none."""
+        """True for a private address that is neither loopback nor link-local."""
         address = ipaddress.ip_address(self.host)
         return address.is_private and not address.is_loopback and not address.is_link_local
 
 
 def locate(coordinator: str, port: int) -> LocalNetwork | None:
-    """The place from which packets go to that host; None while there is no way. Sends nothing."""
+    """Returns the local end of the route to a host, or None without a route. Sends no packet."""
     try:
         family, _, _, _, there = socket.getaddrinfo(coordinator, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -41,5 +41,5 @@ def locate(coordinator: str, port: int) -> LocalNetwork | None:
 
 
 def _prefix(netmask: str) -> int:
-    """The length of a netmask: `255.255.255.0` or `ffff:ffff:ffff:ffff::`."""
+    """The prefix length of a netmask: `255.255.255.0` or `ffff:ffff:ffff:ffff::`."""
     return int(ipaddress.ip_address(netmask)).bit_count()

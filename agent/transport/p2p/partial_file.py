@@ -1,4 +1,4 @@
-"""A version's file while its pieces come."""
+"""The file of a version during its download."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from protocols.p2p.swarm import DownloadPlan
 
 
 class PartialFile:
-    """A version's file while its pieces come, in any order and from several threads.
+    """The file of a version during its download, piece by piece, from several threads.
 
-    What an earlier try has left in the file is checked and kept.
+    Pieces that an earlier attempt left in the file are verified and kept.
     """
 
     def __init__(self, path: Path, plan: DownloadPlan, book: PartialVersion) -> None:
@@ -23,7 +23,7 @@ class PartialFile:
         self._changed = threading.Condition()
         self._file_lock = threading.Lock()
         total = swarm.num_pieces(plan.nbytes, plan.piece_bytes)
-        self._wanted = set(range(total))  # neither here nor asked of anybody
+        self._wanted = set(range(total))  # neither present nor requested
         self._missing = set(range(total))
         self._file = path.open("r+b", buffering=0)
         for piece in range(total):
@@ -38,11 +38,11 @@ class PartialFile:
 
     @property
     def missing(self) -> int:
-        """How many pieces are still to come."""
+        """The number of pieces that are not present yet."""
         return len(self._missing)
 
     def take(self) -> int | None:
-        """The first piece that is not here yet and that nobody else is fetching."""
+        """Takes the first piece that is neither present nor requested; None if there is none."""
         with self._changed:
             if not self._wanted:
                 return None
@@ -51,7 +51,7 @@ class PartialFile:
             return piece
 
     def give_back(self, piece: int) -> None:
-        """A piece that was taken does not come."""
+        """Returns a piece that was taken but could not be downloaded."""
         with self._changed:
             if piece in self._missing:
                 self._wanted.add(piece)
@@ -63,7 +63,7 @@ class PartialFile:
         return piece * size, min((piece + 1) * size, self._plan.nbytes)
 
     def put(self, piece: int, data: bytes) -> bool:
-        """Keep a piece; False if these are not its bytes."""
+        """Writes a piece; False if the bytes do not match its digest."""
         if not self._matches(piece, data):
             return False
         with self._file_lock:
@@ -86,7 +86,7 @@ class PartialFile:
         self._book.add(piece)
 
     def take_range(self, most: int) -> range:
-        """As `take`, but up to `most` pieces one after the other; empty if there is none."""
+        """Like `take`, but takes up to `most` consecutive pieces; empty if there is none."""
         with self._changed:
             first = min(self._wanted, default=0)
             row = range(first, first)
@@ -96,7 +96,7 @@ class PartialFile:
             return row
 
     def wait(self, within_s: float) -> None:
-        """Until a piece comes or is given back, but not longer."""
+        """Waits until a piece arrives or is returned, at most `within_s` seconds."""
         with self._changed:
             self._changed.wait(within_s)
 

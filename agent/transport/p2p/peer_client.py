@@ -1,7 +1,7 @@
-"""What one peer asks another while the coordinator is away; blocking, one request after the other.
+"""Requests to another peer while the coordinator is away. Blocking, one request at a time.
 
-Nothing that comes is believed: a word is signed by its speaker, a version proved by the coordinator
-and its bytes by their digest. A peer that answers too slowly is broken off.
+The peer is not trusted: entries are signed by their authors, the coordinator's signature proves a
+version, and a digest proves its bytes. Responses that are too slow are aborted.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from protocols.p2p import gossip
 from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, PROOF_PATH, GossipBatch, Neighbor
 
 _TIMEOUT_S = 10.0
-#: A version comes at least so fast, or somebody else is asked.
+#: A download below this rate is aborted, and another peer is used.
 _MIN_BYTES_PER_S = 64 * 1024
 _MAX_PROOF_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
 
-#: `sign(method, path, body_sha256)`: the headers of a request in this agent's name.
+#: `sign(method, path, body_sha256)` returns the headers of a signed request.
 SignRequest = Callable[[str, str, str], dict[str, str]]
 
 
 class PeerClient:
-    """A conversation with one peer. Every method raises Unreachable when it is of no use."""
+    """A client for one peer. Every method raises Unreachable if the peer fails."""
 
     def __init__(self, partner: Neighbor, pass_: bytes, sign: SignRequest) -> None:
         self._partner, self._pass, self._sign = partner, pass_, sign
         self._name = partner.name
 
     def words(self, told: GossipBatch) -> GossipBatch:
-        """Tell words, and hear those of the other."""
+        """Sends gossip entries and returns those of the peer."""
         body = msgspec.msgpack.encode(told)
         with self._asked("POST", GOSSIP_PATH, body) as answer:
             heard = self._whole(answer, MAX_BATCH_BYTES)
         try:
             return msgspec.msgpack.decode(heard, type=GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise Unreachable(f"{self._name} tells nonsense: {err}") from err
+            raise Unreachable(f"{self._name} sent an invalid response: {err}") from err
 
     def proof(self, digest: str) -> bytes:
-        """What proves a version, not looked at yet."""
+        """Downloads the proof of a version. It is not verified yet."""
         with self._asked("GET", PROOF_PATH.format(digest=digest)) as answer:
             return self._whole(answer, _MAX_PROOF_BYTES)
 
     def version(
         self, digest: str, nbytes: int, target: Path, received: Callable[[int], None]
     ) -> None:
-        """Bring a version into `target`. Raises BadWeights, OSError (our disk).
+        """Downloads a version into `target`. Raises BadWeights, OSError (our disk).
 
-        `received(n)` is told of bytes as they come.
+        Calls `received(n)` after each `n` bytes.
         """
         sha, have = hashlib.sha256(), 0
         within_s = _TIMEOUT_S + nbytes / _MIN_BYTES_PER_S
@@ -74,21 +74,21 @@ class PeerClient:
                 write_all(file, memoryview(data))
                 have += len(data)
         if sha.hexdigest() != digest:
-            raise BadWeights(f"{self._name} has sent other bytes than those of the version")
+            raise BadWeights(f"{self._name} sent bytes that do not match the version's digest")
 
     def _read(self, answer: http.client.HTTPResponse, most: int) -> bytes:
         try:
             data = answer.read1(most)
         except (OSError, http.client.HTTPException) as err:
-            raise Unreachable(f"{self._name} broke off: {err}") from err
+            raise Unreachable(f"{self._name} closed the connection: {err}") from err
         if not data:
-            raise Unreachable(f"{self._name} broke off")
+            raise Unreachable(f"{self._name} closed the connection")
         return data
 
     def _whole(self, answer: http.client.HTTPResponse, most: int) -> bytes:
-        """All of an answer. A body without a length, or with too great a one, is not read."""
+        """Reads a whole response. A body without a length or above the limit is not read."""
         if answer.length is None or answer.length > most:
-            raise Unreachable(f"{self._name} answers at no known length")
+            raise Unreachable(f"{self._name} sent a response without a length, or above the limit")
         data = bytearray()
         while answer.length:
             data += self._read(answer, answer.length)
@@ -98,7 +98,7 @@ class PeerClient:
     def _asked(
         self, method: str, path: str, body: bytes = b"", within_s: float = _TIMEOUT_S
     ) -> Iterator[http.client.HTTPResponse]:
-        """The answer to one request, on a connection of its own."""
+        """Sends one request on its own connection and yields the response."""
         headers = self._sign(method, path, hashlib.sha256(body).hexdigest())
         headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
         connection = PinnedConnection(self._partner.address, self._partner.node_public)

@@ -1,4 +1,4 @@
-"""A connection to a peer that holds a version, or is fetching it; in a thread of its own."""
+"""Downloads pieces from one peer in a thread."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from protocols.p2p.swarm import DownloadPlan, PieceSource
 
 log = logging.getLogger("commonweight.share")
 
-#: For one piece, whole: a slower holder is no help.
+#: The time limit for one piece.
 PIECE_S = 8.0
-#: So often in a row a holder may say that it has not got a piece itself yet.
+#: How often in a row a peer may answer that it does not have the piece yet.
 _PATIENCE = 3
 _IDLE_S = 0.5
 
-#: `sign(method, path)`: the headers of a request in this agent's name.
+#: `sign(method, path)` returns the headers of a signed request.
 SignRequest = Callable[[str, str], dict[str, str]]
 
 
 class PieceDownloader:
-    """Takes pieces from one holder until all are here or it is no help any more.
+    """Downloads pieces from one peer until all are present or the peer fails.
 
-    `failed`: it sent wrong bytes, too many, or none in time. `rate`: bytes a second, 0 for none.
-    `received(n)` is told of bytes that came, and may make us wait.
+    `failed` is true if it sent wrong bytes, too many, or none in time. `rate` is in bytes per
+    second, 0 before the first piece. `received(n)` is called for received bytes and may block.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class PieceDownloader:
         return self._thread.is_alive()
 
     def end_if_overdue(self) -> None:
-        """Break off what takes too long."""
+        """Aborts a request that is past its time limit."""
         self._connection.end_if_overdue()
 
     def end(self) -> None:
-        """Break off, from another thread."""
+        """Aborts the request; callable from another thread."""
         self._connection.end()
 
     def join(self) -> None:
@@ -74,7 +74,7 @@ class PieceDownloader:
         try:
             while patience and not parts.complete:
                 if (piece := parts.take()) is None:
-                    parts.wait(_IDLE_S)  # another holder may give one back
+                    parts.wait(_IDLE_S)  # another thread may return one
                     continue
                 try:
                     data = _piece(self._connection, self._plan, self._sign, *parts.span(piece))
@@ -91,20 +91,25 @@ class PieceDownloader:
                 got, patience = got + len(data), _PATIENCE
         except (OSError, http.client.HTTPException, Refused, BadWeights) as err:
             self.failed = True
-            log.info("peer %s is no help with %s: %s", self.peer, self._plan.digest[:12], err)
+            log.info(
+                "no longer using peer %s for %s: %s",
+                self.peer,
+                self._plan.digest[:12],
+                err,
+            )
         finally:
             self._connection.close()
             self.rate = got / max(time.monotonic() - began, 1e-3)
 
 
 class _NotYet(Exception):
-    """The holder waits for the piece itself."""
+    """The peer does not have the piece yet."""
 
 
 def _piece(
     connection: PinnedConnection, plan: DownloadPlan, sign: SignRequest, start: int, stop: int
 ) -> bytes:
-    """Bytes `start` to `stop`, in time or not at all."""
+    """Downloads the bytes `start` to `stop` within the time limit."""
     path = f"/cw/v1/weights/{plan.digest}"
     connection.due = time.monotonic() + PIECE_S
     headers = sign("GET", path)
@@ -118,15 +123,15 @@ def _piece(
         connection.due = float("inf")
         raise _NotYet
     if answer.status != 206:
-        raise Refused(f"it answers {answer.status}")
+        raise Refused(f"it answered {answer.status}")
     if answer.length != stop - start:
-        raise Refused("it sends another number of bytes than it was asked for")
+        raise Refused("it sent a different number of bytes than requested")
     data = bytearray()
     while len(data) < stop - start:
         got = answer.read1(stop - start - len(data))
         if not got:
             raise ConnectionError("it broke off")
         data += got
-    answer.read()  # nothing is left; only so the connection can be used again
+    answer.read()  # reads to the end, so that the connection can be reused
     connection.due = float("inf")
     return bytes(data)

@@ -1,6 +1,6 @@
-"""What this agent could hand to other peers: versions that it has, and the one that is coming.
+"""The versions that this agent can serve to peers: complete ones and the one in download.
 
-Filled by the thread that fetches, read by the loop that serves.
+The download thread writes; the event loop of the server reads.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from protocols.p2p.swarm import PIECE_BYTES, num_pieces
 
 
 class Notifier:
-    """Wakes coroutines that wait for what another thread does."""
+    """Wakes coroutines that wait for another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], None]] = set()
 
     def ring(self) -> None:
-        """Something has changed; from any thread."""
+        """Wakes all waiters; callable from any thread."""
         with self._lock:
             listeners = tuple(self._listeners)
         for listener in listeners:
             listener()
 
     async def until(self, condition: Callable[[], object], within_s: float) -> bool:
-        """True as soon as the condition holds; False if it does not in time."""
+        """Waits for a condition; False if it does not hold in time."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def listener() -> None:
@@ -50,9 +50,9 @@ class Notifier:
 
 
 class PartialVersion:
-    """One version on the shelf: its open file, and which of its pieces are there.
+    """One version: its open file, and the set of pieces that are present.
 
-    The file may get another name meanwhile. Raises OSError if it cannot be opened.
+    The file may be renamed while it is open. Raises OSError if it cannot be opened.
     """
 
     def __init__(self, path: Path, nbytes: int, *, whole: bool) -> None:
@@ -68,64 +68,64 @@ class PartialVersion:
         return not self._missing and not self._closed
 
     def add(self, piece: int) -> None:
-        """A piece has come and is right."""
+        """Marks a verified piece as present."""
         with self._lock:
             self._missing.discard(piece)
         self._bell.ring()
 
     def close(self) -> None:
-        """No more will come, and nothing can be read: who waits for a piece is told so."""
+        """Closes the file and wakes all waiters."""
         with self._lock:
             self._closed = True
             self._file.close()
         self._bell.ring()
 
     async def wait(self, piece: int, within_s: float) -> bool:
-        """True as soon as the piece is there; False if it does not come in time."""
+        """Waits for a piece; False if it does not arrive in time."""
         here = piece not in self._missing or await self._bell.until(
             lambda: self._closed or piece not in self._missing, within_s
         )
         return here and not self._closed
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of the file. Raises OSError when it is closed or cut short."""
+        """Reads the bytes `start` to `stop`. Raises OSError if the file is closed or truncated."""
         with self._lock:
             if self._closed:
                 raise OSError("the version was dropped")
             self._file.seek(start)
             data = self._file.read(stop - start) or b""
         if len(data) != stop - start:
-            raise OSError("the version's file is cut short")
+            raise OSError("the version's file is truncated")
         return data
 
 
 class PieceStore:
-    """Books by digest."""
+    """Partial and complete versions by digest."""
 
     def __init__(self) -> None:
         self._books: dict[str, PartialVersion] = {}
         self._bell = Notifier()
 
     async def find(self, digest: str, within_s: float) -> PartialVersion | None:
-        """The book, as soon as it is here or begun: who was told of us may be quicker than we."""
+        """Waits for a version: a peer may ask before our download has started."""
         await self._bell.until(lambda: digest in self._books, within_s)
         return self._books.get(digest)
 
     def put(self, digest: str, path: Path) -> None:
-        """A whole version is here; perhaps the one that has just come."""
+        """Adds a complete version, or marks the one in download as complete."""
         known = self._books.get(digest)
         if known is not None and known.is_whole:
             return
         self._replace(digest, PartialVersion(path, path.stat().st_size, whole=True))
 
     def begin(self, digest: str, path: Path, nbytes: int) -> PartialVersion:
-        """A version is coming."""
+        """Starts a version in download."""
         book = PartialVersion(path, nbytes, whole=False)
         self._replace(digest, book)
         return book
 
     def drop(self, digest: str) -> None:
-        """The version is not here any more."""
+        """Removes a version."""
         self._replace(digest, None)
 
     def _replace(self, digest: str, book: PartialVersion | None) -> None:
@@ -138,5 +138,5 @@ class PieceStore:
 
 
 def pieces_of(start: int, stop: int) -> range:
-    """The pieces in which bytes `start` to `stop` lie."""
+    """Returns the pieces that contain the bytes `start` to `stop`."""
     return range(start // PIECE_BYTES, num_pieces(stop))

@@ -1,12 +1,13 @@
-"""Serves other peers, if the owner lets it: read only, over TLS.
+"""Serves versions and gossip to other peers if the owner allows it. Read only, over TLS.
 
-    GET  /cw/v1/weights/{digest}   whole or a range; 503 if its first piece does not come soon
-    GET  /cw/v1/proofs/{digest}    the coordinator's word that it is a version
-    POST /cw/v1/words              words of peers for words of peers
+    GET  /cw/v1/weights/{digest}   whole or a range; 503 if its first piece is not present soon
+    GET  /cw/v1/proofs/{digest}    the coordinator's proof that it is a version
+    POST /cw/v1/words              gossip entries for gossip entries
 
-Whoever asks shows the coordinator's permit for that version, or its pass, and signs the request
-with the key that is named in it; the TLS certificate is one of this machine's node key, which he
-has been told. Strangers get a bare refusal. Connections, their time and the bandwidth are bounded.
+A request carries the coordinator's download token for that version, or an access token, and is
+signed with the key that the token names. The TLS certificate holds this machine's node key, which
+the requester knows. Others get a refusal without details. Connections, times and bandwidth are
+bounded.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ log = logging.getLogger("commonweight.share")
 
 MOST_CONNECTIONS, MOST_PER_ADDRESS = 32, 4
 _HANDSHAKE_S = 5.0
-#: For a head, from the end of the answer before it.
+#: The time limit for a request head, from the end of the previous response.
 _HEAD_S = 10.0
-#: A reader that takes nothing, and a piece that does not come.
+#: Time limits for a client that does not read, and for a piece that does not arrive.
 _READER_S, _PIECE_S = 15.0, 4.0
 _MOST_HEAD_BYTES = 16 * 1024
 VERSION_PATH = "/cw/v1/weights/{digest}"
@@ -50,14 +51,14 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})\Z")
 
 
 class Pace:
-    """Lets so many bytes a second pass, all connections together; 0 is no bound."""
+    """A rate limit in bytes per second over all connections; 0 means no limit."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
         self._free_at = 0.0
 
     async def take(self, nbytes: int) -> None:
-        """Wait until so many bytes may go."""
+        """Waits until `nbytes` may be sent."""
         if self._rate:
             now = time.monotonic()
             at = max(now, self._free_at)
@@ -71,7 +72,7 @@ class _Refused(Exception):
 
 
 class PeerServer:
-    """A listening socket over a shelf. `close` ends it and every connection."""
+    """A listening socket over a piece store. `close` ends it and every connection."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class PeerServer:
         self.bytes_sent = 0
 
     def listen(self, host: str, port: int) -> int:
-        """Bind; the port. Raises OSError."""
+        """Binds and returns the port. Raises OSError."""
         self._listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
         )
@@ -104,14 +105,14 @@ class PeerServer:
         return bound
 
     async def serve(self) -> None:
-        """Let callers in until cancelled."""
+        """Accepts connections until cancelled."""
         assert self._listener is not None
         loop = asyncio.get_running_loop()
         try:
             while True:
                 accepted, address = await loop.sock_accept(self._listener)
                 who = str(address[0])
-                # From the first packet on: a handshake that never ends is a connection too.
+                # Count from the first packet: an unfinished handshake is a connection, too.
                 if self._held.total() >= MOST_CONNECTIONS or self._held[who] >= MOST_PER_ADDRESS:
                     accepted.close()
                     continue
@@ -148,14 +149,14 @@ class PeerServer:
             while await self._request(http, reader, writer):
                 http.start_next_cycle()
         except (OSError, TimeoutError, h11.ProtocolError, EOFError):
-            pass  # the other side's affair: it asks again, or somebody else
+            pass  # the client retries, or asks another peer
         finally:
             transport.abort()
 
     async def _request(
         self, http: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
-        """Answer one request; True if another may follow on the connection."""
+        """Answers one request; True if the connection can be reused."""
         async with asyncio.timeout(_HEAD_S):
             request = await _event(http, reader)
             if not isinstance(request, h11.Request):
@@ -167,7 +168,7 @@ class PeerServer:
             try:
                 digest, announced = self._admitted(request.method.decode(), path, headers)
             except _Refused as err:
-                await _body(http, reader)  # what is unread at the end takes the answer with it
+                await _body(http, reader)  # unread bytes would reset the connection
                 return await self._refuse(http, writer, err.status)
             body = await _body(http, reader)
         if body is None or hashlib.sha256(body).hexdigest() != announced:
@@ -184,7 +185,7 @@ class PeerServer:
         return http.our_state is h11.DONE and http.their_state is h11.DONE
 
     def _admitted(self, method: str, path: str, headers: dict[str, str]) -> tuple[str, str]:
-        """The version that is asked for (empty: words) and its body's digest, if this may be."""
+        """Returns the requested version (empty for gossip) and the body's digest, if authorized."""
         version, proof = _VERSION.match(path), _PROOF.match(path)
         digest = ""
         if method == "GET" and (found := version or proof):
@@ -197,7 +198,7 @@ class PeerServer:
         return digest, announced
 
     def _say(self, body: bytes) -> bytes | None:
-        """Our words for those in `body`."""
+        """Takes the entries in `body` and returns ours."""
         if self._gossip is None:
             return None
         try:
@@ -224,7 +225,7 @@ class PeerServer:
         digest: str,
         headers: dict[str, str],
     ) -> bool:
-        """Send a version or a range of it; True if another request may follow."""
+        """Sends a version or a range of it; True if the connection can be reused."""
         book = await self._shelf.find(digest, _PIECE_S)
         if book is None:
             return await self._refuse(http, writer, 503)
@@ -241,7 +242,7 @@ class PeerServer:
         await self._send(writer, http.send(head))
         for piece in pieces_of(start, stop):
             if not await book.wait(piece, _PIECE_S):
-                return False  # cut off: the other side has what came so far
+                return False  # close: the client keeps what it has received
             first, last = piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES
             data = book.read(max(start, first), min(stop, last))
             await self._pace.take(len(data))
@@ -258,7 +259,7 @@ class PeerServer:
 
 
 def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int, bool]:
-    """Bytes `start` to `stop` that are asked for, and whether that is a range."""
+    """Returns the requested bytes `start` to `stop`, and whether that is a range."""
     if "range" not in headers:
         return 0, nbytes, False
     asked = _RANGE.match(headers["range"])
@@ -271,14 +272,14 @@ def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int, bool]:
 
 
 async def _event(http: h11.Connection, reader: asyncio.StreamReader) -> object:
-    """The next whole event of the other side."""
+    """Returns the next complete event of the client."""
     while (event := http.next_event()) is h11.NEED_DATA:
         http.receive_data(await reader.read(_MOST_HEAD_BYTES))
     return event
 
 
 async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | None:
-    """A request's body; None if it is too long, or cut off."""
+    """Reads a request's body; None if it is too long or truncated."""
     body = bytearray()
     while isinstance(event := await _event(http, reader), h11.Data):
         body += event.data
@@ -288,5 +289,5 @@ async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | N
 
 
 def certify(path: Path, key: NodeKey, peer: str) -> None:
-    """Write the TLS certificate of this machine's node key."""
+    """Writes the TLS certificate of this machine's node key."""
     write_private(path, identity.new_node_tls(key, peer))

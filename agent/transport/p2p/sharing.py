@@ -1,6 +1,6 @@
-"""Handing versions on to other peers, as the owner lets it: when to listen, where, for whom.
+"""Decides when and where this agent serves versions to other peers.
 
-`lan`: only in this machine's own private network. `on`: everywhere. `off`: nothing listens.
+The owner's setting `share`: `lan` serves only in a private network, `on` everywhere, `off` never.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest, address_o
 log = logging.getLogger("commonweight.share")
 
 CERTIFICATE, PORT = "share.pem", "share.port"
-#: How often a machine that moves between networks looks where it is.
+#: How often the agent checks whether the machine has changed networks.
 _CHECK_EVERY_S = 15.0
 
 
 class Sharing:
-    """The shelf, and the server over it while there is a network to serve.
+    """The piece store, and the server over it while there is a network to serve.
 
-    `run` belongs to the loop; all else may be asked from any thread.
+    `run` belongs to the event loop; all else is callable from any thread.
     """
 
     def __init__(
@@ -55,24 +55,24 @@ class Sharing:
 
     @property
     def is_off(self) -> bool:
-        """True if the owner wants this agent to have nothing to do with peers."""
+        """True if the owner has turned sharing off."""
         return self._policy == "off"
 
     @property
     def bytes_sent(self) -> int:
-        """What other peers have got from here."""
+        """Bytes sent to other peers."""
         return self._sent + (self._server.bytes_sent if self._server else 0)
 
     def is_large_enough(self, nbytes: int) -> bool:
-        """True if a version of this size had better come from, and go to, other peers."""
+        """True if a version of this size should be exchanged with other peers."""
         return self._asked is not None and nbytes >= MIN_SHARED_BYTES
 
     def address(self) -> str:
-        """Where this agent serves others; empty if it does not."""
+        """This agent's address for other peers; empty if it does not serve."""
         return self._asked.address if self._asked else ""
 
     def plan_request(self, faulty: tuple[str, ...] = ()) -> DownloadPlanRequest:
-        """What the coordinator is told with the question for a plan."""
+        """Returns the request for a download plan."""
         here = self._asked or DownloadPlanRequest()
         return DownloadPlanRequest(
             address=here.address,
@@ -82,7 +82,7 @@ class Sharing:
         )
 
     async def run(self) -> None:
-        """Serve while there is a place to, and move with the machine; until cancelled."""
+        """Serves while there is a network to serve, and follows changes of it, until cancelled."""
         if self.is_off:
             await asyncio.Event().wait()
         while True:
@@ -93,7 +93,7 @@ class Sharing:
                 await self._serve(here)
 
     def _look(self) -> LocalNetwork | None:
-        """Where we may serve now."""
+        """Returns the network to serve now, or None."""
         coordinator = addresses.parse(self._credentials.address)
         here = locate(coordinator.host, coordinator.port)
         if here is None or (self._policy == "lan" and not here.is_private):
@@ -101,7 +101,7 @@ class Sharing:
         return here
 
     def _listen(self, server: PeerServer, host: str) -> int:
-        """Listen on the owner's port, else on that of the last time: peers remember it."""
+        """Listens on the owner's port, else on the last one, which peers remember."""
         if self._port:
             return server.listen(host, self._port)
         remembered = self._home / PORT
@@ -126,7 +126,7 @@ class Sharing:
         )
 
     async def _serve(self, here: LocalNetwork) -> None:
-        """Serve at this place until the machine has left it."""
+        """Serves in this network until the machine has left it."""
         try:
             server = self._make_server()
             port = self._listen(server, here.host)
@@ -147,8 +147,8 @@ class Sharing:
                 await asyncio.wait({serving}, timeout=_CHECK_EVERY_S)
             if serving.done():
                 serving.result()
-        except OSError as err:  # too many open files, perhaps: nobody else's affair
-            log.warning("sharing versions has stopped for a while: %s", err)
+        except OSError as err:  # too many open files, for example; the rest of the agent goes on
+            log.warning("cannot share versions for now, retrying: %s", err)
             await asyncio.sleep(_CHECK_EVERY_S)
         finally:
             self._asked, self._server = None, None

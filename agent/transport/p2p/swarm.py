@@ -1,8 +1,8 @@
-"""Fetching a version piece by piece: from several peers at once, and from the coordinator.
+"""Downloads a version piece by piece from several peers at once and from the coordinator.
 
-Each piece is checked against the coordinator's list when it comes, so a holder that sends wrong
-bytes, endless bytes or none costs time only: it is left out, told of, and the others go on. With no
-holder left, or if the plan says so, the coordinator sends what nobody else is fetching. Blocking.
+Each piece is verified against the coordinator's list of digests. A peer that sends wrong bytes, too
+many or none costs time only: it is excluded and reported. Without peers, or if the plan says so,
+the coordinator sends the pieces that no peer is sending. Blocking.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from protocols.p2p import swarm as sharing
 from protocols.p2p.swarm import DownloadPlan, DownloadReport
 
 _POLL_S = 0.2
-#: Without a new piece for so long, or while the coordinator sends, another plan may be better. It
-#: is asked for at ever longer intervals.
+#: After this time without a new piece, or while the coordinator sends, request another plan. The
+#: interval doubles each time.
 _PLAN_S = 3.0
-#: So long one request to the coordinator should take: then somebody else may be nearer.
+#: The target duration of one request to the coordinator.
 _TARGET_REQUEST_S = 1.0
 
 
 class _Download:
-    """One download: its parts, the holders that help, and when to ask for others."""
+    """One download: its file, the peers that send, and when to request another plan."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class _Download:
         self._use_plan(plan)
 
     def run(self) -> None:
-        """Until all is here. Raises what the coordinator's streams raise."""
+        """Runs until the file is complete. Raises what the coordinator's streams raise."""
         try:
             while not self._parts.complete:
                 helped = any(link.is_working for link in self._links)
@@ -64,7 +64,7 @@ class _Download:
                 link.join()
 
     def report(self) -> DownloadReport:
-        """Who helped, and who failed."""
+        """Returns the peers that sent pieces, with rates, and those that failed."""
         return DownloadReport(
             rates={link.peer: link.rate for link in self._links if link.rate},
             faulty=tuple(sorted({link.peer for link in self._links if link.failed})),
@@ -79,7 +79,7 @@ class _Download:
                 self._links.append(link)
 
     def _refresh_plan(self, helped: bool) -> None:
-        """Ask who else could help, if this goes slowly or a holder has failed."""
+        """Requests another plan if the download is slow or a peer has failed."""
         failed = not helped and bool(self._links)
         if not failed and time.monotonic() - self._planned_at < self._every_s:
             return
@@ -91,7 +91,7 @@ class _Download:
             self._use_plan(self._ask(self.report().faulty))
 
     def _from_coordinator(self) -> None:
-        """A row of pieces that nobody else is fetching, each passed on as soon as it is whole."""
+        """Downloads consecutive pieces that nobody else is sending, from the coordinator."""
         row = self._parts.take_range(self._range_length)
         if not row:
             self._parts.wait(_POLL_S)
@@ -103,11 +103,11 @@ class _Download:
                 waiting += data
                 while piece < row.stop and len(waiting) >= (size := self._size(piece)):
                     if not self._parts.put(piece, bytes(waiting[:size])):
-                        raise BadWeights("the coordinator's bytes are not those of its own list")
+                        raise BadWeights("the coordinator sent bytes that do not match its list")
                     del waiting[:size]
                     piece += 1
             if piece < row.stop:
-                raise ConnectionError("the coordinator broke off")
+                raise ConnectionError("the coordinator closed the connection")
         finally:
             for left in range(piece, row.stop):
                 self._parts.give_back(left)
@@ -130,11 +130,11 @@ def fetch(
     sign: SignRequest,
     received: Callable[[int], None] = lambda nbytes: None,
 ) -> DownloadReport:
-    """Bring the version into `part`; who helped, and who failed.
+    """Downloads the version into `part` and returns which peers sent and which failed.
 
-    `ask(faulty)` gets a plan from the coordinator, `stream(digest, start, stop)` those bytes, and
-    `received(n)` is told of bytes from holders.
-    Raises BadMessage, BadWeights, OSError and what these two raise; what has come stays in `part`.
+    `ask(faulty)` requests a plan from the coordinator, `stream(digest, start, stop)` those bytes.
+    `received(n)` is called for bytes from peers. Raises BadMessage, BadWeights, OSError and what
+    the callables raise; received pieces stay in `part`.
     """
 
     def asked(faulty: tuple[str, ...]) -> DownloadPlan:

@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_dropped_with_a_word(
         path.rename(bench.folder / "leftovers" / path.name)
     with caplog.at_level(logging.WARNING):
         bench.left.settle(bench.encode())
-    assert "dropped what earlier updates left over" in caplog.text
+    assert "dropped the error feedback of earlier updates" in caplog.text
     assert np.flatnonzero(bench.sent()).tolist()[-1] == bench.size - 1  # the largest, as at first
 
 

@@ -121,5 +121,5 @@ def test_a_block_that_would_unpack_elsewhere_is_refused(
         packed.writestr(name, b"x")
     block = (tmp_path / "bad.zip").read_bytes()
     monkeypatch.setattr("coordinator.jobs.input._blocks_of", lambda path: (".zip", [(1, block)]))
-    with pytest.raises(BadMessage, match="elsewhere"):
+    with pytest.raises(BadMessage, match="leaves its folder"):
         answers(tmp_path / "home", tmp_path)

@@ -110,9 +110,13 @@ async def test_a_new_version_takes_over_and_no_request_fails(
         (b"", "text/csv", "no rows"),
         (b"x\n", "text/csv", "no rows"),
         (b"x,y\n1\n", "text/csv", "more or fewer values"),
-        (b"\xff\xfe", "text/csv", "these are no rows"),
-        (b"{", "application/json", "these are no rows"),
-        (b'{"rows": [{"x": 1}, {"y": 1}]}', "application/json", "not all the same names"),
+        (b"\xff\xfe", "text/csv", "cannot read the rows"),
+        (b"{", "application/json", "cannot read the rows"),
+        (
+            b'{"rows": [{"x": 1}, {"y": 1}]}',
+            "application/json",
+            "all rows must have the same names",
+        ),
         (b"z\n1\n", "text/csv", "no column x"),
     ],
 )

@@ -255,7 +255,7 @@ async def test_owners_who_do_not_want_it_are_excused(tmp_path: Path) -> None:
         spec, _ = scattered(fleet, features())
         job = await ended(fleet, fleet.hub.jobs.start(spec))
         assert job.state is JobState.FAILED
-        assert "answers for no rows of others" in job.ended_because
+        assert "does not allow predictions for rows of others" in job.ended_because
         for agent in fleet.agents:
             agent.owner = type(agent.owner)(jobs_scatter="on", tasks=("softmax",))
         fleet.hub.jobs.resume(job.id)
