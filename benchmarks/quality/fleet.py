@@ -206,10 +206,10 @@ class InProcessFleet:
                 loop.changed.set()
 
     def _answer(self, peer: Peer, node: int) -> None:
-        given = self.superlink.exchange(node, PollRequest(wants_work=True)).work
+        given = self.superlink.poll(node, PollRequest(wants_work=True)).work
         if given is not None:
             reply: Message = peer.client.handle(_unpack(given))
-            self.superlink.exchange(node, PollRequest(reply=_pack(reply), wants_work=False))
+            self.superlink.poll(node, PollRequest(reply=_pack(reply), wants_work=False))
 
 
 @contextlib.contextmanager

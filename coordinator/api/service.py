@@ -1,14 +1,14 @@
-"""The coordinator as its HTTP routes see it, and what all their answers have alike."""
+"""The coordinator as its HTTP routes see it, and what their responses share."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from coordinator.api.log_requests import LogRequests
+from coordinator.fleet.auth import json_response
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.jobs.manager import JobManager
@@ -23,7 +23,7 @@ from protocols.messages.work import PollRequest, PollResponse
 
 
 class Identity(NamedTuple):
-    """How others recognize this coordinator. `public` verifies its signatures."""
+    """What identifies this coordinator to others. `public` verifies its signatures."""
 
     fleet: str
     ca_pem: bytes
@@ -35,7 +35,7 @@ class Identity(NamedTuple):
 
 
 class CoordinatorService(Protocol):
-    """The coordinator, as its HTTP routes see it."""
+    """The parts of the coordinator that its HTTP routes use."""
 
     identity: Identity
     registry: Registry
@@ -50,21 +50,16 @@ class CoordinatorService(Protocol):
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str) -> MqttAddress: ...
     async def command(self, peer: str, command: Command) -> str: ...
-    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse: ...
+    async def poll(self, peer: str, request: PollRequest) -> PollResponse: ...
 
 
 def request_host(request: Request) -> str:
-    """The name by which the other side knows us: what it calls us goes back to nobody else."""
+    """The host name that the client used for us. Return it to this client only."""
     try:
         return request.url.hostname or ""
     except ValueError:
         return ""
 
 
-def json_response(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
-
-
 def error_response(err: CommonweightError, status: int) -> Response:
-    body = {"code": err.code, "message": err.message, "hint": err.hint}
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+    return json_response({"code": err.code, "message": err.message, "hint": err.hint}, status)

@@ -17,9 +17,9 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.app import make_app
-from coordinator.api.exchange import Exchanges, LongPolls
 from coordinator.api.fast_path import with_fast_path
 from coordinator.api.log_requests import LogRequests
+from coordinator.api.polls import LongPolls, PollHandler
 from coordinator.api.service import Identity
 from coordinator.daemon import upstream
 from coordinator.daemon.listener import Listener
@@ -100,7 +100,7 @@ class Coordinator:
         around = self._run_context()
         self.runs = RunManager(around, self.registry, self._sessions.tasks)
         self.jobs = JobManager(around, self.job_store, self.registry)
-        self._exchanges = Exchanges(
+        self._polls = PollHandler(
             self._superlink, self._sessions, self.transfer, self.runs, self.jobs, long_polls
         )
         self._connect()
@@ -109,7 +109,7 @@ class Coordinator:
         self._peers.queues = (self.runs, self.jobs)
         self.registry.on_change = self._peers.on_change
         self._superlink.on_request = self._peers.on_request
-        self._exchanges.on_request = self._peers.on_request
+        self._polls.on_request = self._peers.on_request
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
         self.transfer.limits.on_shortage = self.runs.wake
@@ -216,9 +216,9 @@ class Coordinator:
         await self._publisher.command(peer, command)
         return f"{command.action} sent to {self._peers.name_of(peer)}"
 
-    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
+    async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
         """A peer hands in a reply and takes its next message. Raises BadMessage, NoSession."""
-        return await self._exchanges.exchange(peer, asked)
+        return await self._polls.poll(peer, asked)
 
     # --- runs ---
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from coordinator.api.exchange import LongPolls
+from coordinator.api.polls import LongPolls
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager

@@ -1,9 +1,9 @@
-"""Who asks: the check of signed requests on our own routes.
+"""Authenticates signed requests, and reads their bodies.
 
-A request is refused with a bare 401 or 403; what was wrong stands in the log, not in the answer.
-Nothing of a body is read before its sender is known: the signature covers the digest that the head
-announces, and the body is compared with that. No request counts twice, nor one that was signed
-before this coordinator started, which no longer knows what its last life has heard.
+A refusal is a bare 401 or 403. The reason is in the log, not in the response. The sender is checked
+before the body is read: the signature covers the body's digest, which is in the head. A request is
+accepted once, and never if it was signed before this coordinator started, because the nonces of
+earlier runs of the program are not stored.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from typing import Any, TypeVar
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from coordinator.fleet.registry import Peer, Registry
 from protocols.enrollment import identity, signed_requests
@@ -25,12 +28,14 @@ log = logging.getLogger("commonweight.auth")
 
 OPERATOR = "operator"
 MAX_JSON_BYTES = 256 * 1024
-#: Refusals that are written down in one second; of more there is only the number.
-_LINES_PER_S = 10
+#: Refusals logged in one second. The rest are only counted.
+_MAX_LINES_PER_S = 10
+
+T = TypeVar("T")
 
 
 class Auth:
-    """Checks signatures of peers and of the operator, and that no request comes twice."""
+    """Checks the signatures of peers and operators, and that no request is accepted twice."""
 
     def __init__(self, registry: Registry, operator_public: bytes) -> None:
         self._registry = registry
@@ -42,14 +47,15 @@ class Auth:
     async def peer(
         self, request: Request, body_sha256: str = EMPTY_SHA256, *, or_awaiting: bool = False
     ) -> Peer:
-        """The enrolled peer, or one that awaits approval, that signed this body's digest."""
+        """The enrolled peer that signed this digest; with `or_awaiting`, also one that waits for
+        approval."""
         signed = self._read(request)
         if signed.body_sha256 != body_sha256:
             raise self._refuse(request, 401, "the body is not the one that was signed")
         return self._peer(request, signed, or_awaiting=or_awaiting)
 
     async def peer_and_body(self, request: Request, limit: int) -> tuple[Peer, bytes]:
-        """The enrolled peer that signed the request, and the body. 413 beyond `limit` bytes."""
+        """The enrolled peer that signed the request, and the body of at most `limit` bytes."""
         signed = self._read(request)
         peer = self._peer(request, signed)
         body = await self._body(request, signed, limit)
@@ -57,10 +63,17 @@ class Auth:
             raise self._refuse(request, 401, f"{peer.name} is not enrolled any more")
         return peer, body
 
-    async def operator(self, request: Request, *, changes: bool = True) -> bytes:
-        """The body of a request that an operator signed, or an observer unless it `changes` things.
+    async def peer_and_struct(
+        self, request: Request, kind: type[T], limit: int, codec: Any = msgspec.json
+    ) -> tuple[Peer, T]:
+        """The enrolled peer that signed the request, and the decoded body."""
+        peer, body = await self.peer_and_body(request, limit)
+        return peer, decode_body(body, kind, codec)
 
-        Raises Refused for an observer that wants to.
+    async def operator(self, request: Request, *, changes: bool = True) -> bytes:
+        """The body of a request that an operator signed; without `changes`, also an observer.
+
+        Raises Refused for an observer whose request changes something.
         """
         signed = self._read(request)
         if signed.sender == OPERATOR:
@@ -71,7 +84,7 @@ class Auth:
             raise self._refuse(request, 401, f"{signed.sender} is no operator")
         self._check(request, signed, known.sign_public)
         if changes and known.role != "operator":
-            self._refuse(request, 403, f"{known.name} may only watch")
+            self._refuse(request, 403, f"{known.name} is an observer")
             raise Refused(
                 "this access may only watch",
                 "ask for one: commonweight ticket create --role operator",
@@ -79,14 +92,13 @@ class Auth:
         return await self._body(request, signed, MAX_JSON_BYTES)
 
     def operator_key(self, request: Request) -> tuple[str, bytes]:
-        """Who signed a request that `operator` has let in, and the key."""
+        """The id and the public key of the operator whose request `operator` accepted."""
         sender = request.headers[SENDER]
         if sender == OPERATOR:
             return sender, self._operator
         return sender, self._registry.operators[sender].sign_public
 
     def is_enrolled(self, peer_id: str) -> bool:
-        """True while this peer may take part."""
         peer = self._registry.peers.get(peer_id)
         return peer is not None and peer.standing == "enrolled"
 
@@ -123,31 +135,44 @@ class Auth:
     def _refuse(self, request: Request, status: int, why: str) -> HTTPException:
         now = int(time.monotonic())
         if now != self._second:
-            if self._lines > _LINES_PER_S:
-                log.warning("refused %d more requests", self._lines - _LINES_PER_S)
+            if self._lines > _MAX_LINES_PER_S:
+                log.warning("refused %d more requests", self._lines - _MAX_LINES_PER_S)
             self._second, self._lines = now, 0
         self._lines += 1
-        if self._lines <= _LINES_PER_S:
+        if self._lines <= _MAX_LINES_PER_S:
             path = strip_controls(_path(request))
             log.warning("refused %s %s: %s", request.method, path, strip_controls(why))
         return HTTPException(status)
 
 
 async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:
-    """A small body, refused with 413 as soon as it is too long."""
+    """A small body. Raises HTTPException 413 as soon as it exceeds `limit` bytes."""
     body = bytearray()
     try:
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
                 raise HTTPException(413)
-    except ClientDisconnect as err:  # nobody reads the answer, and the log gets no traceback
+    except ClientDisconnect as err:  # without a traceback in the log
         raise HTTPException(400) from err
     return bytes(body)
 
 
+def decode_body(body: bytes, kind: type[T], codec: Any = msgspec.json) -> T:
+    """`body` as a `kind`. Raises HTTPException 400."""
+    try:
+        decoded: T = codec.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise HTTPException(400) from err
+    return decoded
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
 def _path(request: Request) -> str:
-    # Not `request.url`: that one is put together with the Host header, which anybody can choose.
+    # Not `request.url`: it contains the Host header, which the client chooses.
     path: str = request.scope["path"]
     query = request.scope["query_string"].decode("latin-1")
     return path + (f"?{query}" if query else "")

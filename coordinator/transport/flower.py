@@ -139,7 +139,7 @@ class Superlink:
         """Nodes whose heartbeat has not run out."""
         return self.state.get_nodes(self.run_id)
 
-    def exchange(self, node_id: int, asked: PollRequest) -> PollResponse:
+    def poll(self, node_id: int, asked: PollRequest) -> PollResponse:
         """Take a node's reply and give it its next message: Flower's own handlers in one go.
 
         What takes a node about 14 requests on the Fleet routes is one request and one transaction,
@@ -147,18 +147,18 @@ class Superlink:
         node's own or not whole.
         """
         with self.lock:
-            return self._exchange(node_id, asked)
+            return self._poll(node_id, asked)
 
-    async def exchange_async(self, node_id: int, asked: PollRequest) -> PollResponse:
+    async def poll_async(self, node_id: int, asked: PollRequest) -> PollResponse:
         """`exchange` from the event loop: a thread is only needed while somebody has the lock."""
         if not self.lock.acquire(blocking=False):
-            return await run_in_threadpool(self.exchange, node_id, asked)
+            return await run_in_threadpool(self.poll, node_id, asked)
         try:
-            return self._exchange(node_id, asked)
+            return self._poll(node_id, asked)
         finally:
             self.lock.release()
 
-    def _exchange(self, node_id: int, asked: PollRequest) -> PollResponse:
+    def _poll(self, node_id: int, asked: PollRequest) -> PollResponse:
         state = cast(InMemoryLinkState, self.state)
         node = state.nodes[node_id]
         if node.online_until <= time.time():

@@ -110,7 +110,7 @@ class EventPublisher:
         """Send an operator's command. Raises Unreachable."""
         if self._client is None or not await self._client.command(peer, command):
             raise Unreachable(
-                "the MQTT broker is away, and commands travel over it",
+                "the MQTT broker is down, and commands travel over it",
                 "training goes on; try again when the monitor shows mqtt ●",
             )
 

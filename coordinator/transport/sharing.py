@@ -1,7 +1,11 @@
-"""The routes by which agents learn from whom to fetch a version, and say how that went.
+"""The routes by which peers find each other.
 
-POST /cw/v1/plans/{digest}        its pieces, holders near by, a permit   (an enrolled peer)
-POST /cw/v1/plans/{digest}/held   I have it; these helped, these failed   (an enrolled peer)
+    POST /cw/v1/plans/{digest}        pieces, sources and a download token    (an enrolled peer)
+    POST /cw/v1/plans/{digest}/held   report a complete download              (an enrolled peer)
+    POST /cw/v1/neighbours            an access token, and peers near by      (an enrolled peer)
+    GET  /cw/v1/neighbours            an access token, and all peers          (operator, observer)
+
+The tokens let a peer ask others, also while the coordinator is away.
 """
 
 from __future__ import annotations
@@ -9,26 +13,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from coordinator.fleet.auth import Auth
-from coordinator.fleet.registry import Registry
+from coordinator.fleet.auth import Auth, json_response
+from coordinator.fleet.registry import Peer, Registry
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.peer_directory import PeerDirectoryRoutes
+from coordinator.transport.peer_directory import MAX_LISTED, PeerDirectory
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
-from protocols.p2p import swarm
+from protocols.p2p import gossip, swarm
+from protocols.p2p.gossip import NEIGHBORS_PATH, Neighbor, NeighborsResponse
 from protocols.p2p.swarm import (
     DOWNLOAD_REPORT_PATH,
-    DOWNLOAD_TOKEN_LIFETIME_S,
     PIECE_BYTES,
     PLAN_PATH,
     DownloadPlanRequest,
@@ -41,96 +44,132 @@ log = logging.getLogger("commonweight.share")
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_LISTS = 4
 
-T = TypeVar("T")
-
 
 class SharingRoutes:
-    """Plans for whoever needs a version. `sign` is the coordinator's."""
+    """Handlers of the routes. `sign` signs as the coordinator."""
 
     def __init__(
         self, store: WeightStore, registry: Registry, sources: PieceSources, sign: Sign
     ) -> None:
         self._store, self._registry, self._sources, self._sign = store, registry, sources, sign
-        self.directory_routes = PeerDirectoryRoutes(registry, sign)
-        #: Piece lists by version, made when the first agent asks.
+        self._directory = PeerDirectory()
+        #: Piece digests by version, computed at the first request.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
 
     def remove_peer(self, peer: str) -> None:
-        """The peer was removed: nobody is sent to it any more."""
+        """Send no one to this peer any more."""
         self._sources.remove_peer(peer)
-        self.directory_routes.directory.remove(peer)
+        self._directory.remove(peer)
 
     def clear_complaints(self, peer: str) -> None:
-        """The peer has opened a new session: complaints about it are over."""
+        """Use this peer as a source again: it has opened a new session."""
         self._sources.clear_complaints(peer)
 
-    def routes(self, auth: Auth) -> list[tuple[str, str, Callable[..., object]]]:
-        """(method, path, endpoint) of the plans, and of the neighbours."""
-
+    def routes(self, auth: Auth) -> list[Route]:
         async def plan(request: Request) -> Response:
             digest = digest_of(request)
-            peer, body = await auth.peer_and_body(request, _MAX_BODY_BYTES)
-            asked = _decoded(body, DownloadPlanRequest)
+            peer, body = await auth.peer_and_struct(request, DownloadPlanRequest, _MAX_BODY_BYTES)
             path = self._store.version_path(digest)
             if not path.exists():
                 raise HTTPException(404)
             pieces = await self._pieces(digest, path)
-            outside = request.client.host if request.client else ""
-            advice = self._sources.plan_fetch(digest, peer.peer, asked, outside, time.monotonic())
-            known = self._registry.peers
-            permit = swarm.DownloadToken(
+            fetch = self._sources.plan_fetch(
+                digest, peer.peer, body, _outside(request), time.monotonic()
+            )
+            token = swarm.DownloadToken(
                 peer=peer.peer,
                 sign_public=peer.sign_public,
                 digest=digest,
-                until=time.time() + DOWNLOAD_TOKEN_LIFETIME_S,
+                until=time.time() + swarm.DOWNLOAD_TOKEN_LIFETIME_S,
             )
-            answer = swarm.DownloadPlan(
-                digest=digest,
-                nbytes=path.stat().st_size,
-                piece_bytes=PIECE_BYTES,
-                pieces=pieces,
-                sources=tuple(
-                    PieceSource(peer=other, address=address, node_public=known[other].node_public)
-                    for other, address in advice.sources
-                    if other in known and known[other].standing == "enrolled"
-                ),
-                token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(permit, self._sign),
-                use_coordinator=advice.seed,
+            return json_response(
+                swarm.DownloadPlan(
+                    digest=digest,
+                    nbytes=path.stat().st_size,
+                    piece_bytes=PIECE_BYTES,
+                    pieces=pieces,
+                    sources=tuple(
+                        PieceSource(peer=p.peer, address=address, node_public=p.node_public)
+                        for p, address in self._enrolled(fetch.sources)
+                    ),
+                    token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(token, self._sign),
+                    use_coordinator=fetch.seed,
+                )
             )
-            return Response(msgspec.json.encode(answer), media_type="application/json")
 
-        async def held(request: Request) -> Response:
+        async def report(request: Request) -> Response:
             digest = digest_of(request)
-            peer, body = await auth.peer_and_body(request, _MAX_BODY_BYTES)
-            told = _decoded(body, DownloadReport)
-            for other in self._sources.record_complete(digest, peer.peer, told.rates, told.faulty):
-                name = self._registry.peers[other].name if other in self._registry.peers else other
-                log.warning("%s found %s of no help with a version", peer.name, name)
+            peer, body = await auth.peer_and_struct(request, DownloadReport, _MAX_BODY_BYTES)
+            for other in self._sources.record_complete(digest, peer.peer, body.rates, body.faulty):
+                known = self._registry.peers.get(other)
+                name = known.name if known else other
+                log.warning("%s reports %s as a faulty source of a version", peer.name, name)
             return Response(status_code=204)
 
-        plans = [("POST", PLAN_PATH, plan), ("POST", DOWNLOAD_REPORT_PATH, held)]
-        return [*plans, *self.directory_routes.routes(auth)]
+        async def neighbors(request: Request) -> Response:
+            peer, body = await auth.peer_and_struct(request, DownloadPlanRequest, _MAX_BODY_BYTES)
+            self._directory.update(peer.peer, body, _outside(request))
+            nearby = self._directory.nearby(peer.peer, body, _outside(request))
+            return self._neighbors(peer.peer, peer.sign_public, nearby, gossip_only=False)
+
+        async def all_peers(request: Request) -> Response:
+            await auth.operator(request, changes=False)
+            holder, public = auth.operator_key(request)
+            return self._neighbors(holder, public, self._directory.all(), gossip_only=True)
+
+        return [
+            Route(PLAN_PATH, plan, methods=["POST"]),
+            Route(DOWNLOAD_REPORT_PATH, report, methods=["POST"]),
+            Route(NEIGHBORS_PATH, neighbors, methods=["POST"]),
+            Route(NEIGHBORS_PATH, all_peers),
+        ]
+
+    def _enrolled(self, found: Iterable[tuple[str, str]]) -> Iterator[tuple[Peer, str]]:
+        known = self._registry.peers
+        for peer, address in found:
+            if peer in known and known[peer].standing == "enrolled":
+                yield known[peer], address
+
+    def _neighbors(
+        self, holder: str, public: bytes, found: list[tuple[str, str]], *, gossip_only: bool
+    ) -> Response:
+        token = gossip.AccessToken(
+            holder=holder,
+            sign_public=public,
+            until=time.time() + gossip.ACCESS_TOKEN_LIFETIME_S,
+            gossip_only=gossip_only,
+        )
+        removed = [p.peer for p in self._registry.peers.values() if p.standing == "removed"]
+        removed += [o.operator for o in self._registry.operators.values() if o.removed]
+        return json_response(
+            NeighborsResponse(
+                access_token=gossip.SIGNED_ACCESS_TOKEN.pack(token, self._sign),
+                neighbors=tuple(
+                    Neighbor(peer=p.peer, name=p.name, address=address, node_public=p.node_public)
+                    for p, address in self._enrolled(found)
+                ),
+                removed=tuple(removed[-MAX_LISTED:]),
+            )
+        )
 
     async def _pieces(self, digest: str, path: Path) -> bytes:
-        """The version's piece list, made once however many ask."""
+        """The digests of the version's pieces. Concurrent requests share one computation."""
         if digest not in self._lists:
             while len(self._lists) >= _MAX_LISTS:
                 del self._lists[next(iter(self._lists))]
-            self._lists[digest] = asyncio.ensure_future(asyncio.to_thread(_hashed, path))
+            self._lists[digest] = asyncio.ensure_future(asyncio.to_thread(_piece_digests, path))
         try:
             return await asyncio.shield(self._lists[digest])
-        except OSError as err:  # dropped meanwhile
+        except OSError as err:  # the version was dropped meanwhile
             self._lists.pop(digest, None)
             raise HTTPException(404) from err
 
 
-def _hashed(path: Path) -> bytes:
+def _piece_digests(path: Path) -> bytes:
     with path.open("rb") as file:
         return swarm.piece_digests(iter(lambda: file.read(PIECE_BYTES), b""))
 
 
-def _decoded(body: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise HTTPException(400) from err
+def _outside(request: Request) -> str:
+    """The sender's address as the coordinator sees it."""
+    return request.client.host if request.client else ""

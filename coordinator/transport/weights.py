@@ -1,12 +1,12 @@
-"""The weight transfer over HTTP: versions go down and uploads come in, each in one request.
+"""The weight transfer over HTTP: each version or upload is one streamed request.
 
-    GET /cw/v1/weights/{digest}      a version, whole or a range of it         (an enrolled peer)
-    GET /cw/v1/patches/{digest}      the patch from its parent, if one exists  (an enrolled peer)
-    PUT /cw/v1/updates/{digest}      an update, into the spool                 (an enrolled peer)
+    GET /cw/v1/weights/{digest}      download a version, or a range of it      (an enrolled peer)
+    GET /cw/v1/patches/{digest}      download the patch from its parent        (an enrolled peer)
+    PUT /cw/v1/updates/{digest}      upload an update to the spool             (an enrolled peer)
 
-A Flower message holds only the digest. The size of an upload is checked before it starts, and its
-digest while it streams. One that is cut off stays as a `.part` file, and `x-cw-offset` resumes it.
-An update of a few bytes comes with the message itself.
+A Flower message contains only the digest. The size of an upload is checked before it starts, and
+its digest while it streams. An interrupted upload stays as a `.part` file and is resumed by
+`x-cw-offset`. A small update comes inside its message.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from coordinator.fleet.auth import Auth
 from coordinator.storage.spool import DIGEST, PartialUpload
@@ -36,8 +37,6 @@ VERSION_PATH = "/cw/v1/weights/{digest}"
 PATCH_PATH = "/cw/v1/patches/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
 
-Routes = list[tuple[str, str, Callable[..., object]]]
-
 
 class WeightTransfer:
     """Sends and receives the files of a store within `limits`, and counts the bytes."""
@@ -47,8 +46,8 @@ class WeightTransfer:
         self.limits = UploadLimits(store.uploads.folder, max_bytes)
         self.bytes_up = self.bytes_down = 0
 
-    def routes(self, auth: Auth, down: str = VERSION_PATH, up: str = UPDATE_PATH) -> Routes:
-        """(method, path, endpoint) of versions and uploads."""
+    def routes(self, auth: Auth, down: str = VERSION_PATH, up: str = UPDATE_PATH) -> list[Route]:
+        """The routes of versions and uploads."""
 
         async def download(request: Request) -> Response:
             await auth.peer(request)
@@ -59,16 +58,14 @@ class WeightTransfer:
             peer = await auth.peer(request, body_sha256=digest)
             return await self._receive(request, auth, peer.peer, digest)
 
-        return [("GET", down, download), ("PUT", up, upload)]
+        return [Route(down, download), Route(up, upload, methods=["PUT"])]
 
-    def patch_routes(self, auth: Auth) -> Routes:
-        """(method, path, endpoint) of patches."""
-
+    def patch_route(self, auth: Auth) -> Route:
         async def download_patch(request: Request) -> Response:
             await auth.peer(request)
             return self._send(request, self.store.patch_path(digest_of(request)), ranges=False)
 
-        return [("GET", PATCH_PATH, download_patch)]
+        return Route(PATCH_PATH, download_patch)
 
     def _send(self, request: Request, path: Path, *, ranges: bool = True) -> Response:
         if not path.exists():
@@ -104,7 +101,7 @@ class WeightTransfer:
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
         if self.store.uploads.path(node, digest).exists():
             return JSONResponse({"stored": True})
-        length, offset = _whole(request, "content-length"), _whole(request, OFFSET, 0)
+        length, offset = _header_int(request, "content-length"), _header_int(request, OFFSET, "0")
         self.limits.check_size(offset + length)
         part = self._begin(node, digest)
         have = part.nbytes
@@ -115,7 +112,7 @@ class WeightTransfer:
             try:
                 received = await self._stream(request, auth, node, part, offset, length)
             except ClientDisconnect:
-                return Response(status_code=400)  # nobody reads it; the upload can be resumed
+                return Response(status_code=400)  # the upload can be resumed
             if not part.is_current():
                 return JSONResponse({"have": 0}, status_code=409)
             _check_enrolled(auth, node, part)
@@ -130,12 +127,12 @@ class WeightTransfer:
     ) -> str:
         """Append the request's body to the partial upload and fsync it.
 
-        Returns the digest of the whole file, or "" if it is too short, too long or not ours to
-        write any more.
+        Returns the digest of the whole file, or "" if its length is wrong or a newer request has
+        taken over.
         """
         self.limits.promised_bytes += length
         try:
-            # Without a buffer: after a newer request takes over, nothing is left to be written.
+            # Unbuffered, so that nothing is written after a newer request has taken over.
             with part.path.open("ab" if offset else "wb", buffering=0) as file:
                 writer = UploadWriter(file, part.is_current)
                 if offset:
@@ -160,7 +157,7 @@ class WeightTransfer:
 
     @contextmanager
     def _refusing_when_full(self) -> Iterator[None]:
-        """Turn a full disk into a 507. What has arrived can be resumed."""
+        """Turn a full disk into a 507. The upload can be resumed."""
         try:
             yield
         except OSError as err:
@@ -196,8 +193,8 @@ def digest_of(request: Request) -> str:
     return digest
 
 
-def _whole(request: Request, header: str, default: int | None = None) -> int:
-    text = request.headers.get(header, "" if default is None else str(default))
+def _header_int(request: Request, header: str, default: str = "") -> int:
+    text = request.headers.get(header, default)
     if not text.isdecimal() or len(text) > 15:
         raise HTTPException(411, f"{header} must be a number")
     return int(text)

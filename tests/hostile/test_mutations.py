@@ -405,7 +405,7 @@ class Asked:
         content = RecordDict({"config": ConfigRecord({"text": "q"})})
         question = Message(content, self.node, "train", group_id="r")
         self.ids = set(self.site.grid.push_messages([question]))
-        given_out = self.site.superlink.exchange(self.node, PollRequest()).work
+        given_out = self.site.superlink.poll(self.node, PollRequest()).work
         assert given_out is not None
         answer = RecordDict({CLAIM: ConfigRecord({"claim": b"x"}), "metrics": MetricRecord()})
         return _pack(Message(answer, reply_to=_unpack(given_out)))
@@ -468,7 +468,7 @@ def test_exchange_bodies(
         body = mutated(body, changes)
     try:
         order = msgspec.msgpack.decode(body, type=PollRequest)
-        asked.site.superlink.exchange(asked.node, order)
+        asked.site.superlink.poll(asked.node, order)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, BadMessage):
         pass
     asked.settle()

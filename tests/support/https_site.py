@@ -126,8 +126,8 @@ class Site:
     def mqtt_for(self, host: str) -> MqttAddress:
         return MqttAddress(host=host, port=1883, user="fleet", password="word")
 
-    async def exchange(self, peer: str, asked: PollRequest) -> PollResponse:
-        answer = await asyncio.to_thread(self.superlink.exchange, self.nodes[peer], asked)
+    async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
+        answer = await asyncio.to_thread(self.superlink.poll, self.nodes[peer], asked)
         self.heard.append(("exchange", self.nodes[peer]))
         return answer
 

@@ -1,4 +1,4 @@
-"""What operators and observers may ask: one module per subject, with its handlers and `ROUTES`.
+"""The handlers of the HTTP routes, one module for each subject.
 
 Imported by `api.app` alone.
 """

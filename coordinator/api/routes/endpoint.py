@@ -1,7 +1,7 @@
-"""An endpoint for operators: who may call it, what its handler is given and returns.
+"""An endpoint for operators: who may call it, and what its handler gets and returns.
 
-An operator is the key in this home, or one that joined with that role. Answers are JSON; an error
-is `{"code", "message", "hint"}`.
+An operator has the key in this home, or joined with a ticket for that role. Responses are JSON. An
+error is `{"code", "message", "hint"}`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.api.schema import STATUS
-from coordinator.api.service import CoordinatorService, error_response, json_response
-from coordinator.fleet.auth import Auth
+from coordinator.api.service import CoordinatorService, error_response
+from coordinator.fleet.auth import Auth, json_response
 from protocols.errors import CommonweightError, UsageError
 
 T = TypeVar("T")
 
 
 class Call(NamedTuple):
-    """A request of an operator or observer whose signature and role were checked."""
+    """An authorized request of an operator or observer."""
 
     service: CoordinatorService
     request: Request
@@ -39,19 +39,17 @@ class Call(NamedTuple):
         try:
             return msgspec.json.decode(self.body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise UsageError(f"the request is not right: {err}") from err
+            raise UsageError(f"the request is malformed: {err}") from err
 
 
 class Endpoint(NamedTuple):
-    """`handler` returns what becomes JSON (None: an empty object), or raises CommonweightError."""
+    """`handler` returns a value for JSON (None: an empty object), or raises CommonweightError."""
 
     method: str
     path: str
     handler: Callable[[Call], Awaitable[Any]]
 
     def route(self, service: CoordinatorService, auth: Auth) -> Route:
-        """The endpoint as Starlette knows it."""
-
         async def answer(request: Request) -> Response:
             try:
                 body = await auth.operator(request, changes=self.method == "POST")
@@ -63,7 +61,7 @@ class Endpoint(NamedTuple):
         return Route(self.path, answer, methods=[self.method])
 
 
-#: For operators and observers: it only shows something.
+#: For operators and observers.
 get = partial(Endpoint, "GET")
 #: For operators.
 post = partial(Endpoint, "POST")

@@ -105,8 +105,8 @@ def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> No
     async def unsent(peer: str, question: LogRequest) -> bool:
         return False  # there is no broker
 
-    site.logs = LogRequests(unsent)
-    with pytest.raises(CommonweightError, match="broker is away") as away:
+    site.log_requests = LogRequests(unsent)
+    with pytest.raises(CommonweightError, match="broker is down") as away:
         remote.logs("north")
     assert (away.value.code, away.value.exit_code) == ("unreachable", ExitCode.UNREACHABLE)
     with pytest.raises(CommonweightError) as unknown:
@@ -171,7 +171,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
             threading.Thread(target=_tell, args=(link, told)).start()
         return True
 
-    site.logs = LogRequests(send)
+    site.log_requests = LogRequests(send)
     site.registry._approve = False
     north, stranger = site.enroll("north"), site.enroll("stranger")
     _, remote = joined(site, "observer")
@@ -195,12 +195,12 @@ async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
     desk = LogRequests(send)
     with pytest.raises(Unreachable, match="did not answer"):
         await desk.request("deaf", within_s=0.05)
-    with pytest.raises(Unreachable, match="broker is away"):
+    with pytest.raises(Unreachable, match="broker is down"):
         await desk.request("other")
     assert not desk.receive("deaf", LogResponse(request_id="x", lines=[]))
     waiting = asyncio.create_task(desk.request("deaf", within_s=5))
     await asyncio.sleep(0)  # it begins to wait
-    (ask,) = desk._waiting
+    (ask,) = desk._pending
     assert not desk.receive("liar", LogResponse(request_id=ask, lines=[]))
     assert desk.receive("deaf", msgspec.structs.replace(LogResponse(request_id=ask, lines=[])))
     assert await waiting == []

@@ -475,7 +475,7 @@ def test_nobody_answers_in_anothers_name(
     other.open()
     forged = PollRequest(reply=packed(message, "forged"), wants_work=False)
     with pytest.raises(BadMessage, match="another's name"):
-        site.superlink.exchange(site.nodes[stranger.peer], forged)
+        site.superlink.poll(site.nodes[stranger.peer], forged)
     other.close()
     assert list(site.grid.pull_messages(ids)) == []
     link.push(answer_to(message, "genuine"))
@@ -532,7 +532,7 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     node = site.nodes[machine.peer]
     site.superlink.state.activate_node(node, 60.0)
     ids = set(site.grid.push_messages([question(site, machine, "q")]))
-    given_out = site.superlink.exchange(node, PollRequest()).work
+    given_out = site.superlink.poll(node, PollRequest()).work
     assert given_out is not None
     message = Message(
         RecordDict(), reply_to=_unpack(given_out)
@@ -569,7 +569,7 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
         message=head.SerializeToString(), tree=tree.SerializeToString(), objects=objects
     )
     with contextlib.suppress(BadMessage):
-        site.superlink.exchange(node, PollRequest(reply=hostile, wants_work=False))
+        site.superlink.poll(node, PollRequest(reply=hostile, wants_work=False))
     for reply in site.grid.pull_messages(ids):
         assert reply.metadata.reply_to_message_id in ids
         with contextlib.suppress(BadMessage, KeyError, TypeError, ValueError):

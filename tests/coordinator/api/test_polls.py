@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.api.exchange import Exchanges, LongPolls
+from coordinator.api.polls import LongPolls, PollHandler
 from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.sessions import NoSession, Sessions
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
@@ -62,15 +62,15 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
     sessions.add("A", 7)
     sessions.open("A")
 
-    async def exchange_async(node: int, asked: PollRequest) -> PollResponse:
+    async def poll_async(node: int, asked: PollRequest) -> PollResponse:
         taken.append(asked)
         return PollResponse()
 
     async def settled(settling: object) -> bool:
         return True
 
-    exchanges = Exchanges(
-        cast(Any, SimpleNamespace(exchange_async=exchange_async, request_id_of=lambda reply: "q")),
+    exchanges = PollHandler(
+        cast(Any, SimpleNamespace(poll_async=poll_async, request_id_of=lambda reply: "q")),
         sessions,
         cast(Any, None),
         cast(Any, SimpleNamespace(ack_future=lambda q: None, acknowledged=settled, current=None)),
@@ -78,7 +78,7 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         long_polls,
     )
     asked = asyncio.create_task(
-        exchanges.exchange("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))
+        exchanges.poll("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))
     )
     async with asyncio.timeout(10):
         await long_polls.began.wait()

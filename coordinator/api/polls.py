@@ -1,0 +1,100 @@
+"""One request in which an agent sends a reply and gets its next work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from coordinator.fleet.sessions import NoSession, Sessions
+from coordinator.jobs.manager import JobManager
+from coordinator.runs.manager import RunManager
+from coordinator.transport.flower import Superlink
+from coordinator.transport.weights import WeightTransfer
+from protocols.failpoints import failpoint
+from protocols.messages.states import RunState
+from protocols.messages.work import PollRequest, PollResponse
+
+#: Time that a request with a reply waits for the next work. It saves a doorbell and a request.
+LONG_POLL_S = 1.0
+
+
+class PollHandler:
+    """Handles polls. `on_request(action, node_id)` is called as for Flower's own requests."""
+
+    def __init__(
+        self,
+        superlink: Superlink,
+        sessions: Sessions,
+        transfer: WeightTransfer,
+        runs: RunManager,
+        jobs: JobManager,
+        long_polls: LongPolls,
+    ) -> None:
+        self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
+        self._runs, self._jobs, self._long_polls = runs, jobs, long_polls
+        self.on_request: Callable[[str, int], None] = lambda action, node_id: None
+
+    async def poll(self, peer: str, request: PollRequest) -> PollResponse:
+        """Store the peer's reply and return its next work. Raises BadMessage, NoSession."""
+        node = self._sessions.node_of(peer)
+        if node is None or not self._sessions.is_open(peer):
+            raise NoSession(f"{peer} has no session")
+        session = self._sessions.session_number(peer)
+        if request.reply is None:
+            response = await self._superlink.poll_async(node, request)
+            self.on_request("exchange", node)
+            return self._with_version(response)
+        # Before the reply is stored, because the run may handle it at once.
+        request_id = self._superlink.request_id_of(request.reply)
+        future = self._jobs.ack_future(request_id) or self._runs.ack_future(request_id)
+        await self._superlink.poll_async(node, PollRequest(reply=request.reply, wants_work=False))
+        failpoint("reply.taken")
+        self.on_request("push-object", node)
+        acknowledged = await self._runs.acknowledged(future)
+        if not request.wants_work:
+            return PollResponse(acknowledged=acknowledged)
+        response = await self._superlink.poll_async(node, PollRequest())
+        if response.work is None and (self._runs.current is not None or self._jobs.is_working):
+            await self._long_polls.wait(peer, LONG_POLL_S)
+            if self._sessions.session_number(peer) != session:
+                # The agent restarted meanwhile: the work belongs to its new session.
+                raise NoSession(f"{peer} has another session")
+            response = await self._superlink.poll_async(node, PollRequest())
+        return self._with_version(msgspec.structs.replace(response, acknowledged=acknowledged))
+
+    def _with_version(self, response: PollResponse) -> PollResponse:
+        """Add the version to evaluate, if it is new to all peers and small."""
+        loop = self._runs.current
+        if response.work is None or loop is None or loop.run.state is not RunState.EVALUATING:
+            return response
+        version = self._transfer.store.inline_bytes(loop.run.head)
+        self._transfer.bytes_down += len(version)
+        return msgspec.structs.replace(response, version=version)
+
+
+class LongPolls:
+    """Peers whose request waits for work, so they need no doorbell. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+
+    async def wait(self, peer: str, max_s: float) -> None:
+        """Wait until `wake` is called for this peer, for at most `max_s`."""
+        woken = asyncio.get_running_loop().create_future()
+        self.wake(peer)  # an earlier request, which its sender gave up
+        self._waiting[peer] = woken
+        try:
+            await asyncio.wait({woken}, timeout=max_s)
+        finally:
+            if self._waiting.get(peer) is woken:
+                del self._waiting[peer]
+
+    def wake(self, peer: str) -> bool:
+        """Tell a waiting peer that there is work. Returns False if it does not wait."""
+        woken = self._waiting.pop(peer, None)
+        if woken is None or woken.done():
+            return False
+        woken.set_result(None)
+        return True

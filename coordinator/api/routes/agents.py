@@ -1,0 +1,147 @@
+"""What agents ask: to join, their work, their certificate; and how an operator joins.
+
+GET  /cw/v1/ca                the CA certificate (its hash is in every ticket)
+POST /cw/v1/join              join with a ticket
+POST /cw/v1/exchange          send a reply, get the next work     (an enrolled peer)
+GET  /cw/v1/mqtt              the address and login of the broker (an enrolled peer)
+POST /cw/v1/renew             a new node certificate              (an enrolled peer)
+POST /cw/v1/logs              log lines that were requested       (an enrolled peer)
+GET  /cw/v1/standing          enrollment status                   (also while awaiting)
+POST /cw/v1/leave             refuse this peer's key from now on  (also while awaiting)
+POST /cw/v1/operators/join    join as an operator or observer with a ticket
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from coordinator.api.service import CoordinatorService, error_response, request_host
+from coordinator.fleet.auth import Auth, decode_body, json_response, read_body
+from coordinator.fleet.registry import Peer
+from coordinator.fleet.sessions import NoSession
+from protocols import VERSION
+from protocols.enrollment import identity, joining
+from protocols.errors import BadMessage, CommonweightError
+from protocols.messages.envelope import LOGS_PATH, LogResponse
+from protocols.messages.work import POLL_PATH, PollRequest
+
+MAX_JOIN_BYTES = 16 * 1024
+#: Weights have routes of their own, so messages are small.
+MAX_POLL_BYTES = 1024 * 1024
+MAX_LOGS_BYTES = 512 * 1024
+
+
+class AgentRoutes:
+    """The handlers. `ca_key` signs node certificates."""
+
+    def __init__(self, service: CoordinatorService, auth: Auth, ca_key: Any) -> None:
+        self._service, self._auth, self._ca_key = service, auth, ca_key
+
+    def routes(self) -> list[Route]:
+        return [
+            Route(joining.CA_PATH, self._ca),
+            Route(joining.JOIN_PATH, self._join, methods=["POST"]),
+            Route(POLL_PATH, self._poll, methods=["POST"]),
+            Route(joining.MQTT_PATH, self._mqtt),
+            Route(joining.ENROLLMENT_STATUS_PATH, self._status),
+            Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
+            Route(joining.LEAVE_PATH, self._leave, methods=["POST"]),
+            Route(LOGS_PATH, self._logs, methods=["POST"]),
+            Route(joining.OPERATOR_JOIN_PATH, self._join_operator, methods=["POST"]),
+        ]
+
+    async def _ca(self, _: Request) -> Response:
+        return Response(self._service.identity.ca_pem, media_type="application/x-pem-file")
+
+    async def _join(self, request: Request) -> Response:
+        body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.JoinRequest)
+        try:
+            peer = self._service.registry.join(body)
+        except CommonweightError as err:
+            return error_response(err, 403)
+        mqtt = self._service.mqtt_for(request_host(request))
+        if peer.standing == "awaiting":  # with the login, it could read all messages of the fleet
+            mqtt = msgspec.structs.replace(mqtt, user="", password="")
+        return json_response(
+            joining.JoinResponse(
+                peer=peer.peer,
+                name=peer.name,
+                fleet=self._service.identity.fleet,
+                certificate=self._certificate(peer),
+                coordinator_public=self._service.identity.public,
+                mqtt=mqtt,
+                awaiting=peer.standing == "awaiting",
+            )
+        )
+
+    def _certificate(self, peer: Peer) -> bytes:
+        certificate = identity.NodeCertificate(
+            fleet=self._service.identity.fleet,
+            peer=peer.peer,
+            name=peer.name,
+            sign_public=peer.sign_public,
+            node_public=peer.node_public,
+            not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
+        )
+        return identity.issue_certificate(self._ca_key, certificate)
+
+    async def _renew(self, request: Request) -> Response:
+        certificate = self._certificate(await self._auth.peer(request))
+        return Response(certificate, media_type="application/octet-stream")
+
+    async def _poll(self, request: Request) -> Response:
+        peer, poll = await self._auth.peer_and_struct(
+            request, PollRequest, MAX_POLL_BYTES, msgspec.msgpack
+        )
+        try:
+            if poll.reply is not None and poll.update:
+                await self._service.transfer.receive_inline(peer.peer, poll.update)
+            response = await self._service.poll(peer.peer, poll)
+        except NoSession as err:
+            raise HTTPException(412) from err
+        except BadMessage as err:
+            raise HTTPException(400) from err
+        return Response(msgspec.msgpack.encode(response), media_type="application/msgpack")
+
+    async def _mqtt(self, request: Request) -> Response:
+        await self._auth.peer(request)
+        return json_response(self._service.mqtt_for(request_host(request)))
+
+    async def _status(self, request: Request) -> Response:
+        peer = await self._auth.peer(request, or_awaiting=True)
+        assert peer.standing != "removed", "auth refuses removed peers"
+        return json_response(
+            joining.EnrollmentStatus(
+                peer=peer.peer, name=peer.name, enrollment=peer.standing, version=VERSION
+            )
+        )
+
+    async def _leave(self, request: Request) -> Response:
+        peer = await self._auth.peer(request, or_awaiting=True)
+        self._service.registry.remove(peer.peer, "left by itself")
+        return json_response({})
+
+    async def _logs(self, request: Request) -> Response:
+        peer, body = await self._auth.peer_and_struct(request, LogResponse, MAX_LOGS_BYTES)
+        is_expected = self._service.log_requests.receive(peer.peer, body)
+        return Response(status_code=204 if is_expected else 410)
+
+    async def _join_operator(self, request: Request) -> Response:
+        body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.OperatorJoinRequest)
+        try:
+            operator = self._service.registry.join_operator(body)
+        except CommonweightError as err:
+            return error_response(err, 403)
+        fleet = self._service.identity.fleet
+        return json_response(
+            joining.OperatorJoinResponse(
+                operator=operator.operator, role=operator.role, fleet=fleet
+            )
+        )
