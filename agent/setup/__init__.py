@@ -1,4 +1,4 @@
-"""Joining a fleet, checking a machine, installing the service.
+"""Joins a fleet, checks the machine, installs the service.
 
 Imported by `daemon` and `cli`.
 """

@@ -1,6 +1,6 @@
-"""The agent as a service of its owner: a systemd user unit on Linux, a launchd agent on macOS.
+"""Installs the agent as a service of its user: a systemd unit on Linux, launchd on macOS.
 
-Nothing here needs root. The texts are pure; `choose` gives the system that runs them.
+Nothing here needs root. The texts are pure; `find_manager` returns what installs them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import plistlib
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import homes
@@ -25,7 +26,7 @@ _LINGER = Path("/var/lib/systemd/linger")
 
 
 class ServiceSpec(NamedTuple):
-    """What is to run: `chosen_home` is set only if the variable names the home."""
+    """What to run. `is_custom_home` is true if the environment variable names the home."""
 
     python: str
     home: Path
@@ -33,19 +34,19 @@ class ServiceSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """One name for the usual home, others for others: several agents fit on a machine."""
+        """The service's name, which depends on the home: a machine can run several agents."""
         if not self.is_custom_home:
             return "commonweight-agent"
         return f"commonweight-agent-{hashlib.sha256(os.fsencode(self.home)).hexdigest()[:8]}"
 
     @property
     def command(self) -> list[str]:
-        # -P: a folder named `agent` in the place of the start must not be taken for ours.
+        # -P: a folder named `agent` in the current folder must not be imported.
         return [self.python, "-P", "-m", "agent.cli", "run"]
 
 
 def service_spec(environment: Mapping[str, str] = os.environ) -> ServiceSpec:
-    """The agent of this Python and this home."""
+    """The agent with this Python and this home."""
     return ServiceSpec(
         sys.executable, homes.home_path("agent"), bool(environment.get(_HOME_VARIABLE))
     )
@@ -55,9 +56,10 @@ def service_spec(environment: Mapping[str, str] = os.environ) -> ServiceSpec:
 
 
 def systemd_unit(spec: ServiceSpec) -> str:
-    """The systemd user unit. Not restarted when it could not work: 2 usage, 4 refused, 5 no home.
+    """The systemd user unit.
 
-    KillMode=mixed: only the agent is asked to end, and it ends its trainer; whoever is left is
+    It does not restart after the exit codes 2 (usage), 4 (refused) and 5 (no home). With
+    KillMode=mixed only the agent gets SIGTERM, and ends its trainer; remaining processes are
     killed.
     """
     command = " ".join(_quoted(word).replace("$", "$$") for word in spec.command)
@@ -95,7 +97,7 @@ WantedBy=default.target
 
 
 def _quoted(word: str) -> str:
-    """`word` as one word of a unit file: quoted where needed, `%` told from a specifier."""
+    """Quote a word for a unit file if it needs that, and escape `%`."""
     word = word.replace("%", "%%")
     if word and not any(letter.isspace() or letter in "\"'\\;" for letter in word):
         return word
@@ -103,7 +105,7 @@ def _quoted(word: str) -> str:
 
 
 def launchd_plist(spec: ServiceSpec) -> bytes:
-    """The launchd agent. No exit status ends its restarts for good, hence the long wait."""
+    """The launchd agent. launchd restarts after every exit code, so the interval is long."""
     fields: dict[str, Any] = {
         "Label": _label(spec),
         "ProgramArguments": spec.command,
@@ -125,23 +127,42 @@ def _label(spec: ServiceSpec) -> str:
     return f"org.{spec.name}"
 
 
-# --- systems ---------------------------------------------------------------------------------
+# --- service managers ------------------------------------------------------------------------
 
 
-class ServiceManager(Protocol):
-    """What can start the agent with the machine. Each raises CommonweightError."""
+class ServiceManager(ABC):
+    """Starts the agent with the machine. Every method raises CommonweightError."""
 
-    file: Path
+    def __init__(self, spec: ServiceSpec, file: Path) -> None:
+        self._spec, self.file = spec, file
 
-    def install(self, start: bool) -> None: ...
-    def uninstall(self) -> None: ...
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
-    def status(self) -> str: ...
+    @abstractmethod
+    def install(self, start: bool) -> None:
+        """Write and enable the service, and start it if `start`."""
+
+    @abstractmethod
+    def uninstall(self) -> None:
+        """Stop, disable and delete the service."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the installed service."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop the service until the next start."""
+
+    @abstractmethod
+    def status(self) -> str:
+        """`active`, or why it is not. Raises NotRunning if it is not installed."""
+
+    def _check_installed(self) -> None:
+        if not self.file.exists():
+            raise NotRunning("the service is not installed", "commonweight-agent service install")
 
 
 def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceManager:
-    """This machine's system. Raises UsageError where there is none that we know."""
+    """The service manager of this platform. Raises UsageError if there is none."""
     if platform == "darwin":
         return Launchd(spec)
     if platform.startswith("linux"):
@@ -152,16 +173,15 @@ def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceMana
     )
 
 
-class Systemd:
+class Systemd(ServiceManager):
     """`systemctl --user` and a file in ~/.config/systemd/user."""
 
     def __init__(self, spec: ServiceSpec) -> None:
-        self._spec = spec
-        config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        self.file = Path(config) / "systemd" / "user" / f"{spec.name}.service"
+        config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        super().__init__(spec, config / "systemd" / "user" / f"{spec.name}.service")
 
     def install(self, start: bool) -> None:
-        self._systemctl("show-environment")  # says what is wrong before a file is written
+        self._systemctl("show-environment")  # fails before a file is written
         _write(self.file, systemd_unit(self._spec).encode())
         self._systemctl("daemon-reload")
         self._systemctl("enable", *(["--now"] if start else []), self.file.name)
@@ -181,62 +201,58 @@ class Systemd:
         self._systemctl("stop", self.file.name)
 
     def status(self) -> str:
-        """systemd's word: active, inactive, failed, activating. Raises NotRunning: not installed"""
         self._check_installed()
         return self._systemctl("show", "--property=ActiveState", "--value", self.file.name)
-
-    def _check_installed(self) -> None:
-        _check_installed(self.file)
 
     def _systemctl(self, *words: str) -> str:
         return _run(
             ["systemctl", "--user", *words],
-            "is a systemd running for this user (log in on the machine itself, not by su or in a "
+            "is systemd running for this user (log in on the machine itself, not with su or in a "
             "container)? Without it: commonweight-agent run",
         )
 
 
-class Launchd:
+class Launchd(ServiceManager):
     """`launchctl` and a file in ~/Library/LaunchAgents."""
 
     def __init__(self, spec: ServiceSpec) -> None:
-        self._spec = spec
-        self.file = Path.home() / "Library" / "LaunchAgents" / f"{_label(spec)}.plist"
+        super().__init__(spec, Path.home() / "Library/LaunchAgents" / f"{_label(spec)}.plist")
         self._domain = f"gui/{os.getuid()}" if sys.platform != "win32" else ""
         self._target = f"{self._domain}/{_label(spec)}"
 
     def install(self, start: bool) -> None:
-        if self.file.exists() and self._is_loaded():
-            self._launchctl("bootout", self._target)
+        if self.file.exists():
+            self._unload()
         _write(self.file, launchd_plist(self._spec))
         if start:
             self._launchctl("bootstrap", self._domain, str(self.file))
 
     def uninstall(self) -> None:
-        _check_installed(self.file)
-        if self._is_loaded():
-            self._launchctl("bootout", self._target)
+        self.stop()
         self.file.unlink()
 
     def start(self) -> None:
-        _check_installed(self.file)
+        self._check_installed()
         if self._is_loaded():
             self._launchctl("kickstart", self._target)
         else:
             self._launchctl("bootstrap", self._domain, str(self.file))
 
     def stop(self) -> None:
-        _check_installed(self.file)
-        if self._is_loaded():
-            self._launchctl("bootout", self._target)
+        self._check_installed()
+        self._unload()
 
     def status(self) -> str:
-        _check_installed(self.file)
+        self._check_installed()
         if not self._is_loaded():
             return "inactive"
         lines = (line.strip() for line in self._launchctl("print", self._target).splitlines())
         state = next((line for line in lines if line.startswith("state = ")), "")
         return "active" if state == "state = running" else "inactive"
+
+    def _unload(self) -> None:
+        if self._is_loaded():
+            self._launchctl("bootout", self._target)
 
     def _is_loaded(self) -> bool:
         try:
@@ -246,12 +262,7 @@ class Launchd:
         return True
 
     def _launchctl(self, *words: str) -> str:
-        return _run(["launchctl", *words], "log in on the Mac's own screen, then try again")
-
-
-def _check_installed(file: Path) -> None:
-    if not file.exists():
-        raise NotRunning("the service is not installed", "commonweight-agent service install")
+        return _run(["launchctl", *words], "log in at the Mac itself, then try again")
 
 
 def _write(file: Path, text: bytes) -> None:
@@ -260,7 +271,7 @@ def _write(file: Path, text: bytes) -> None:
         file.write_bytes(text)
     except OSError as err:
         raise CommonweightError(
-            f"cannot write {file}: {err.strerror}", "look at its folder"
+            f"cannot write {file}: {err.strerror}", "check the permissions of its folder"
         ) from err
 
 
@@ -277,10 +288,10 @@ def _run(command: list[str], hint: str) -> str:
     except FileNotFoundError as err:
         raise CommonweightError(f"there is no {command[0]} on this machine", hint) from err
     except subprocess.TimeoutExpired as err:
-        raise CommonweightError(f"{' '.join(command)} does not come back", hint) from err
+        raise CommonweightError(f"{' '.join(command)} did not end in time", hint) from err
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        raise CommonweightError(f"{' '.join(command)}: {said[0]}", hint)
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+        raise CommonweightError(f"{' '.join(command)}: {lines[0]}", hint)
     return done.stdout.strip()
 
 
@@ -288,15 +299,15 @@ def _run(command: list[str], hint: str) -> str:
 
 
 def check() -> str | Advice:
-    """Whether the agent starts with the machine, and stays when its owner logs out."""
+    """Check that the agent starts with the machine and runs after its owner has logged out."""
     try:
         system = find_manager(service_spec())
     except UsageError as err:
         return Advice("none on this system", err.hint)
     if not system.file.exists():
-        return "not installed: it runs while somebody lets it run"
+        return "not installed: the agent runs only when you start it"
     if isinstance(system, Systemd) and not (_LINGER / getpass.getuser()).exists():
         return Advice(
-            "installed, and ends when you log out", f"loginctl enable-linger {getpass.getuser()}"
+            "installed, but stops when you log out", f"loginctl enable-linger {getpass.getuser()}"
         )
     return f"installed: {system.file}"

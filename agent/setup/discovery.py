@@ -1,7 +1,7 @@
-"""Coordinators that announce themselves in this machine's network (multicast DNS, RFC 6762).
+"""Finds coordinators that announce themselves in the local network (multicast DNS, RFC 6762).
 
-An announcement is anybody's word: it says where to ask, never whom to trust. The CA hash in the
-ticket or code decides.
+Anybody can forge an announcement. It only gives an address to try; the CA hash in the ticket or
+code decides whether to trust it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ANSWER_MS = 1500
 
 
 class DiscoveredCoordinator(NamedTuple):
-    """One coordinator; `ca` is the beginning of its CA's SHA-256, `addresses` are host:port."""
+    """One coordinator. `ca` is the start of its CA's SHA-256, `addresses` are host:port."""
 
     name: str
     ca: bytes
@@ -35,12 +35,14 @@ class _Listener(ServiceListener):
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         info = zc.get_service_info(type_, name, _ANSWER_MS)
-        told = parse_txt_record(info.properties) if info is not None else None
-        if info is None or told is None or not info.port:
+        record = parse_txt_record(info.properties) if info is not None else None
+        if info is None or record is None or not info.port:
             return
         addresses = tuple(address_of(ip, info.port) for ip in info.parsed_scoped_addresses())
         if addresses:
-            self.found[name] = DiscoveredCoordinator(told.name, told.ca, addresses, told.version)
+            self.found[name] = DiscoveredCoordinator(
+                record.name, record.ca, addresses, record.version
+            )
 
     def update_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         self.add_service(zc, type_, name)
@@ -52,9 +54,9 @@ class _Listener(ServiceListener):
 def discover(
     within_s: float = LISTEN_S, interfaces: list[str] | None = None
 ) -> list[DiscoveredCoordinator]:
-    """The coordinators that answer in that time, by name. `interfaces`: addresses, else all.
+    """The coordinators that answer within the time, by name. `interfaces`: addresses, else all.
 
-    Raises Unreachable where nothing can be heard.
+    Raises Unreachable if this machine cannot listen in a network.
     """
     listener = _Listener()
     try:
@@ -64,20 +66,20 @@ def discover(
             browser.cancel()
     except (OSError, RuntimeError, Error) as err:
         raise Unreachable(
-            f"cannot look for coordinators in a network: {err}",
+            f"cannot search the network for coordinators: {err}",
             "use the whole ticket: commonweight ticket create",
         ) from err
     return sorted(listener.found.values())
 
 
 def resolve_code(code: Ticket, found: list[DiscoveredCoordinator]) -> Ticket:
-    """The code with the addresses of the coordinators that could be its own. Raises UnknownName."""
+    """Add to the code the addresses of the coordinators that may match. Raises UnknownName."""
     addresses = [a for one in found if one.ca == code.ca_sha256 for a in one.addresses]
     if not addresses:
-        seen = ", ".join(f"{one.name} ({one.addresses[0]})" for one in found) or "none"
+        names = ", ".join(f"{one.name} ({one.addresses[0]})" for one in found) or "none"
         raise UnknownName(
-            f"no coordinator in this network has made this code; seen: {seen}",
-            "is it up with --announce, in the same network? else use the whole ticket: "
+            f"no coordinator in this network made this code; found: {names}",
+            "is it up with --announce, in the same network? Else use the whole ticket: "
             "commonweight ticket create",
         )
     return Ticket(

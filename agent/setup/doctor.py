@@ -1,6 +1,6 @@
-"""What may be wrong with this agent, from its folder to the coordinator's answer, one by one.
+"""The checks of `commonweight-agent doctor`, from the agent's folder to the coordinator.
 
-Nothing here disturbs an agent at work: no session is opened, nothing is published.
+They do not disturb a running agent: they open no session and publish nothing.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from protocols.enrollment.joining import EnrollmentStatus
 
 _TIMEOUT_S = 5.0
-#: A version of a large model, its update and the outbox.
+#: Room for a version of a large model, its update and the outbox.
 _LOW_SPACE_BYTES, _MIN_SPACE_BYTES = 5_000_000_000, 500_000_000
-#: Flower refuses a signature that is dated further ahead, or further behind.
+#: Flower refuses signatures whose time is further ahead or behind.
 MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 300.0
 _SKEW_WARNING_S = 3.0
 _CERTIFICATE_WARNING_DAYS = 30
 
 
 def examine_agent(home: Path) -> Iterator[Check]:
-    """Every check of the agent in `home`, each as soon as it is made."""
+    """Run the checks of the agent in `home`, and yield each result at once."""
     doctor = _Doctor(home)
     try:
         yield from run_checks(
@@ -74,7 +74,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
 
 
 class _Doctor:
-    """What the checks learn from each other: a check runs only after those it needs."""
+    """The checks, and what they share: a check runs only after those that it needs."""
 
     _enrollment: Enrollment
     _standing: EnrollmentStatus | None = None
@@ -106,57 +106,52 @@ class _Doctor:
 
     def sensors(self) -> str | Advice:
         chosen = settings.read(self._home)
-        sensed = Sensors(self._home).read()
-        if sensed.on_battery is None:
-            power = "power unknown"
-        elif sensed.on_battery:
-            power = "on battery"
-        else:
-            power = "on mains"
-        charge = f", battery {sensed.battery_percent:.0f} %" if sensed.battery_percent else ""
-        said, unknown = power + charge, sensors.missing_sensors(sensed)
+        readings = Sensors(self._home).read()
+        power = {None: "power unknown", True: "on battery", False: "on mains"}[readings.on_battery]
+        charge = f", battery {readings.battery_percent:.0f} %" if readings.battery_percent else ""
+        detail, unknown = power + charge, sensors.missing_sensors(readings)
         if not unknown:
-            return said
-        said += f"; no sensor here for {', '.join(unknown)}"
+            return detail
+        detail += f"; no sensor here for {', '.join(unknown)}"
         if strict := [rule for rule in unknown if getattr(chosen, rule) == "never"]:
             return Advice(
-                f"{said}, and {strict[0]} is never, which takes unknown for the worst",
+                f"{detail}, and {strict[0]} is set to never, which pauses if unknown",
                 f"commonweight-agent policy set {strict[0]} auto",
             )
-        return f"{said}: unknown holds nothing up"
+        return f"{detail}, which pauses nothing"
 
     def disk(self) -> str | Advice:
         return check_room(self._home, _LOW_SPACE_BYTES, _MIN_SPACE_BYTES)
 
-    # --- the coordinator, from the outside in ---
+    # --- the coordinator, from the network inwards ---
 
     def enrolled(self) -> str:
         enrollment = settings.read_enrollment(self._home)
-        mine = identity.public_bytes(identity.load_signing_key(self._home / "sign.key"))
+        own = identity.public_bytes(identity.load_signing_key(self._home / "sign.key"))
         identity.load_node_key(self._home / "node.key")
         certificate = identity.verify_certificate(
             enrollment.ca_pem.encode(), enrollment.certificate
         )
-        if certificate.sign_public != mine:
+        if certificate.sign_public != own:
             raise NotEnrolled("the certificate is for another key", "join again: --replace")
         self._enrollment = enrollment
         return f"{enrollment.name}, id {enrollment.peer}, fleet {enrollment.fleet}"
 
     @property
     def _address(self) -> tuple[str, int]:
-        found = addresses.parse(self._enrollment.addresses[0])
-        return found.host, found.port
+        address = addresses.parse(self._enrollment.addresses[0])
+        return address.host, address.port
 
     def dns(self) -> str:
         host, port = self._address
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as err:
             raise Unreachable(
                 f"no address for {host}: {err.strerror or err}",
                 "is this machine online? Else join again with a ticket that names an address",
             ) from err
-        return f"{host} is {', '.join(sorted({str(one[4][0]) for one in found}))}"
+        return f"{host} is {', '.join(sorted({str(info[4][0]) for info in infos}))}"
 
     def tcp(self) -> str:
         where = self._enrollment.addresses[0]
@@ -166,7 +161,7 @@ class _Doctor:
         except OSError as err:
             raise Unreachable(
                 f"{where} takes no connection: {err.strerror or err}",
-                "is the coordinator up (commonweight up), and does no firewall stand between?",
+                "is the coordinator up (commonweight up), and does no firewall block it?",
             ) from err
 
     def tls(self) -> str | Advice:
@@ -179,18 +174,18 @@ class _Doctor:
                 socket.create_connection(self._address, _TIMEOUT_S) as plain,
                 context.wrap_socket(plain, server_hostname=self._address[0]) as secure,
             ):
-                shown = secure.getpeercert() or {}
+                certificate = secure.getpeercert() or {}
         except ssl.SSLCertVerificationError as err:
             raise Refused(
-                f"the certificate shown is not good: {err.verify_message}", _tls_fix(err)
+                f"the server's certificate is not valid: {err.verify_message}", _tls_fix(err)
             ) from err
         except OSError as err:
-            raise Unreachable(f"no TLS: {err}", "does something else listen there?") from err
-        days = int((ssl.cert_time_to_seconds(str(shown["notAfter"])) - time.time()) // 86400)
-        said = f"the chain leads to this fleet's CA, {days} days left"
+            raise Unreachable(f"no TLS: {err}", "does another program listen there?") from err
+        days = int((ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) // 86400)
+        detail = f"the certificate is from this fleet's CA, {days} days left"
         if days < _CERTIFICATE_WARNING_DAYS:
-            return Advice(said, "start the coordinator again: it renews its certificate")
-        return said
+            return Advice(detail, "restart the coordinator: it renews its certificate")
+        return detail
 
     def clock(self) -> str | Advice:
         import httpx
@@ -205,15 +200,16 @@ class _Doctor:
                 timeout=_TIMEOUT_S,
             )
         try:
-            self._http.get(CA_PATH)  # opens the connection: the next answer takes no time
+            self._http.get(CA_PATH)  # opens the connection, so that the next answer is quick
             before = time.time()
             answer = self._http.get(CA_PATH).raise_for_status()
         except httpx.HTTPError as err:
             raise Unreachable(
-                f"no answer over HTTPS: {describe_error(err)}", "commonweight doctor, there"
+                f"no answer over HTTPS: {describe_error(err)}",
+                "run on the coordinator: commonweight doctor",
             ) from err
         if "date" not in answer.headers:
-            return "the coordinator's answer carries no time"
+            return "the coordinator's answer has no date"
         theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()
         return check_skew((before + time.time()) / 2 - theirs)
 
@@ -231,12 +227,12 @@ class _Doctor:
         except Refused as err:
             raise Refused(
                 f"it refuses this machine's signature ({err.message})",
-                "set the clock if it is off; if the peer was removed: join --replace",
+                "correct the clock if it is wrong; if the peer was removed: join --replace",
             ) from err
         if self._standing.enrollment == "awaiting":
             raise Refused(
                 "this machine awaits approval",
-                f"there: commonweight peers approve {self._standing.name}",
+                f"run on the coordinator: commonweight peers approve {self._standing.name}",
             )
         return f"knows this machine as {self._standing.name}"
 
@@ -246,21 +242,21 @@ class _Doctor:
         except Refused as err:
             raise Refused(
                 f"Flower refuses the node key ({err.message})",
-                "set the clock if it is off; else join --replace",
+                "correct the clock if it is wrong; else join --replace",
             ) from err
-        return "it takes the node key"
+        return "it accepts the node key"
 
     def mqtt(self) -> str:
         from agent.transport.mqtt_client import try_login
 
         address = self._enrollment.mqtt
         if self._standing is not None and self._standing.enrollment == "enrolled":
-            address = self._open_link().mqtt()  # the password changes: an agent asks as well
+            address = self._open_link().mqtt()  # the password may have changed
         # Windows: paho needs a selector loop.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             why = runner.run(try_login(address))
         if why:
-            raise Unreachable(why, "training goes on without; is the broker's port open to us?")
+            raise Unreachable(why, "training works without it; is the broker's port reachable?")
         return f"logged in at {address.netloc}"
 
     def version(self) -> str | Advice:
@@ -268,30 +264,31 @@ class _Doctor:
         theirs = self._standing.version
         if theirs == VERSION:
             return f"{VERSION}, as the coordinator"
-        said = f"{VERSION} here, {theirs} there"
+        detail = f"{VERSION} here, {theirs} on the coordinator"
         fix = f"pip install 'commonweight=={theirs}'"
         if not version_check.are_compatible(theirs, VERSION):
-            raise CommonweightError(said, fix)
-        return Advice(said, fix)
+            raise CommonweightError(detail, fix)
+        return Advice(detail, fix)
 
 
 def _tls_fix(err: ssl.SSLCertVerificationError) -> str:
     if "mismatch" in err.verify_message:
-        return "there: put this name or address into `names` in settings.toml, then start it again"
+        return "on the coordinator, add this address to `names` in settings.toml and restart it"
     if "expired" in err.verify_message or "not yet valid" in err.verify_message:
-        return "set the clock; if it is right, start the coordinator again: it renews"
-    return "another coordinator answers there: join it with a ticket of its own and --replace"
+        return "correct the clock; if it is right, restart the coordinator: it renews"
+    return "another coordinator answers there: join it with its own ticket and --replace"
 
 
 def check_skew(ahead_s: float) -> str | Advice:
-    """Words for how far this clock is from the coordinator's header, which cuts off up to 2 s.
+    """Compare this clock with the coordinator's date header, which cuts off up to 2 s.
 
-    Raises CommonweightError when signatures would be refused.
+    Raises CommonweightError if signatures would be refused.
     """
-    ahead_s -= 1.0  # the middle of what may have been cut off
-    odd = abs(ahead_s) > _SKEW_WARNING_S
-    said = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator"
-    fix = "let the network set the clock (NTP), here and there"
+    ahead_s -= 1.0  # the mean of what is cut off
+    detail = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the coordinator"
+    fix = "set the clocks of both machines by the network (NTP)"
     if ahead_s > MAX_AHEAD_S or ahead_s < -MAX_BEHIND_S:
-        raise CommonweightError(f"{said}: signatures are refused", fix)
-    return Advice(said, fix) if odd else "as the coordinator's, within 3 s"
+        raise CommonweightError(f"{detail}: signatures are refused", fix)
+    if abs(ahead_s) > _SKEW_WARNING_S:
+        return Advice(detail, fix)
+    return "as the coordinator's, within 3 s"

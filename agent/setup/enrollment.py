@@ -1,7 +1,7 @@
-"""Joining a fleet: check who the coordinator is, then prove that one may. And leaving it.
+"""Joins a fleet, and leaves it.
 
-Nothing is sent before the CA that the server shows has the hash in the ticket. Only public halves
-of keys leave the machine.
+Nothing is sent before the server's CA has the hash in the ticket. Only public keys leave the
+machine.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ def join(
     labels: dict[str, str],
     replace: bool = False,
 ) -> tuple[Enrollment, bool]:
-    """Join with this ticket or code; the enrollment, and whether it still awaits approval.
+    """Join with a ticket or code. Returns the enrollment, and whether it still awaits approval.
 
-    Raises TicketMalformed, Unreachable, Refused; HomeError when this home has joined already, and
-    HomeLocked while its agent runs. Until a replacement is accepted, the machine stays who it was.
+    With `replace`, the old enrollment stays until the coordinator has accepted the new one. Raises
+    TicketMalformed, Unreachable, Refused; HomeError if this home has joined a fleet already, and
+    HomeLocked while its agent runs.
     """
     ticket = tickets.decode(text)
     if (home / ENROLLMENT_FILE).exists() and not replace:
         raise HomeError(
             f"{home} has joined a fleet already",
-            "use --replace to join anew with a new key, or set COMMONWEIGHT_AGENT_HOME",
+            "use --replace to join again with a new key, or set COMMONWEIGHT_AGENT_HOME",
         )
     with lock_home(home):
         return _join(home, ticket, name=name, labels=labels, replace=replace)
@@ -68,7 +69,7 @@ def join(
 
 @contextlib.contextmanager
 def lock_home(home: Path) -> Iterator[None]:
-    """Hold the home's lock: a running agent would write its old enrollment over a new one.
+    """Lock the home, as a running agent would overwrite a new enrollment with its old one.
 
     Raises HomeLocked.
     """
@@ -77,7 +78,7 @@ def lock_home(home: Path) -> Iterator[None]:
     except HomeLocked as err:
         raise HomeLocked(
             f"the agent of {home} is running",
-            "end it first: commonweight-agent finish, or commonweight-agent service stop",
+            "stop it first: commonweight-agent finish, or commonweight-agent service stop",
         ) from err
     try:
         yield
@@ -111,8 +112,8 @@ def _join(
     certificate = identity.verify_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
-    # What was only announced is forgotten: it may be a forger's.
-    others = () if announced else tuple(o for o in ticket.addresses if o != address)
+    # Other announced addresses are not kept, as they may be forged.
+    others = () if announced else tuple(other for other in ticket.addresses if other != address)
     enrollment = Enrollment(
         peer=answer.peer,
         name=answer.name,
@@ -127,30 +128,30 @@ def _join(
         _delete_identity(home)
         for file in _KEY_FILES:
             (home / (file + _NEW_SUFFIX)).replace(home / file)
-        shutil.rmtree(home / "outbox", ignore_errors=True)  # answers in the old one's name
+        shutil.rmtree(home / "outbox", ignore_errors=True)  # answers of the old identity
     write_enrollment(home, enrollment)
     return enrollment, answer.awaiting
 
 
 def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
-    """Have our key refused by the coordinator, unless `offline`; then delete what joining gave.
+    """Revoke our key at the coordinator, unless `offline`; then delete what joining created.
 
-    Raises Unreachable, Refused, and keeps everything then.
+    Raises Unreachable or Refused, and deletes nothing then.
     """
     if not offline:
         from agent.home.credentials import Credentials
         from agent.transport.coordinator_client import CoordinatorClient
 
         link = CoordinatorClient(Credentials.load(home, enrollment))
-        without = "leave here without its knowing: commonweight-agent leave --yes --offline"
+        hint = "leave without the coordinator: commonweight-agent leave --yes --offline"
         try:
             link.leave()
         except Unreachable as err:
-            raise Unreachable(err.message, without) from err
+            raise Unreachable(err.message, hint) from err
         except Refused as err:
             raise Refused(
-                f"the coordinator knows no such peer any more, or a clock is off ({err.message})",
-                without,
+                f"the coordinator does not know this peer, or a clock is wrong ({err.message})",
+                hint,
             ) from err
         finally:
             link.close()
@@ -168,7 +169,7 @@ def _delete_identity(home: Path) -> None:
 
 
 def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, identity.NodeKey]:
-    """This machine's keys, made on the first try so that a second try is the same machine."""
+    """This machine's keys. They are saved before joining, so that a retry uses the same keys."""
     sign, node = (home / (file + suffix) for file in _KEY_FILES)
     if not sign.exists():
         write_private(sign, identity.private_pem(identity.new_signing_key()))
@@ -179,44 +180,41 @@ def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, 
 
 def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     """The first address that answers, and its CA certificate, checked against the ticket."""
-    tried: list[str] = []
+    failed: list[str] = []
     strangers: list[str] = []
-    # Not verified on purpose: this first request only fetches the CA, whose hash then decides.
+    # TLS is not verified here on purpose: this request only fetches the CA to compare its hash.
     with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
         for address in ticket.addresses:
             try:
                 ca_pem = _fetch_ca(http, address)
             except (httpx.HTTPError, httpx.InvalidURL) as err:
-                tried.append(f"{address} ({err or type(err).__name__})")
+                failed.append(f"{address} ({err or type(err).__name__})")
                 continue
-            try:
-                genuine = tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem))
-            except BadMessage:
-                genuine = False
-            if genuine:
-                return address, ca_pem
-            strangers.append(address)  # another address may do better
+            with contextlib.suppress(BadMessage):  # not a certificate
+                if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
+                    return address, ca_pem
+            strangers.append(address)
     if strangers:
         raise Refused(
             f"{', '.join(strangers)} is not the coordinator that made this ticket",
-            "somebody else answers there: nothing was sent; ask for a new ticket",
+            "another server answers there and nothing was sent to it; ask for a new ticket",
         )
     raise Unreachable(
-        f"no coordinator answers: {'; '.join(tried)}",
+        f"no coordinator answers: {'; '.join(failed)}",
         "is it up (commonweight up), and can this machine reach it?",
     )
 
 
 def _fetch_ca(http: httpx.Client, address: str) -> bytes:
-    """What is shown as a CA there; of more than one can have, no more. Raises httpx.HTTPError."""
-    shown = bytearray()
+    """The CA certificate of a server, cut after `_MAX_CA_BYTES`. Raises httpx.HTTPError."""
+    ca_pem = bytearray()
     with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
         answer.raise_for_status()
         for piece in answer.iter_raw():
-            shown += piece
-            if len(shown) > _MAX_CA_BYTES:
+            ca_pem += piece
+            if len(ca_pem) > _MAX_CA_BYTES:
                 break
-    return bytes(shown)
+    return bytes(ca_pem)
 
 
 def _post_join(address: str, ca_pem: bytes, joining: JoinRequest) -> JoinResponse:
@@ -233,17 +231,17 @@ def _post_join(address: str, ca_pem: bytes, joining: JoinRequest) -> JoinRespons
     try:
         return msgspec.json.decode(answer.content, type=JoinResponse)
     except msgspec.DecodeError as err:
-        raise Refused(f"the coordinator's answer is not understood: {err}") from err
+        raise Refused(f"the coordinator's answer cannot be decoded: {err}") from err
 
 
 def _refusal_error(answer: httpx.Response) -> CommonweightError:
     try:
-        told = msgspec.json.decode(answer.content, type=dict[str, str])
-        return Refused(told["message"], told.get("hint", ""))
+        error = msgspec.json.decode(answer.content, type=dict[str, str])
+        return Refused(error["message"], error.get("hint", ""))
     except (msgspec.DecodeError, KeyError):
         return Refused(f"the coordinator refused ({answer.status_code})", "ask for a new ticket")
 
 
 def _with_host(mqtt: MqttAddress, address: str) -> MqttAddress:
-    """The broker as this machine reaches it: by default where the coordinator answered."""
+    """Fill in the broker's host: by default that of the coordinator."""
     return msgspec.structs.replace(mqtt, host=mqtt.host or addresses.parse(address).host)

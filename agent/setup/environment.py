@@ -1,4 +1,4 @@
-"""What this machine brings: its packages, and what torch would train on."""
+"""Checks this machine's Python packages and the device that torch would train on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(f", torch {torch.__version__}")
 
 
 def check_packages() -> str:
-    """Our packages have short names: another distribution may have brought its own `agent`."""
+    """Check that `agent` and `protocols` are ours: other distributions may use these names."""
     import agent
     import protocols
 
@@ -46,10 +46,10 @@ def check_packages() -> str:
 
 
 def check_device() -> str:
-    """What torch trains on, asked in a child process: this one never imports it."""
+    """The device that torch trains on, found by a child process: this one never imports torch."""
     if find_spec("torch") is None:
         raise CommonweightError(
-            "torch is not installed: only tasks without it can run",
+            "torch is not installed, so that only tasks without it can run",
             "pip install 'commonweight[agent]'",
         )
     try:
@@ -61,7 +61,9 @@ def check_device() -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as err:
-        raise CommonweightError("torch did not load within 2 minutes", "is the GPU stuck?") from err
+        raise CommonweightError(
+            "torch did not load within 2 minutes", "check the GPU and its driver"
+        ) from err
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise CommonweightError(f"torch does not load: {last}", "install torch again")

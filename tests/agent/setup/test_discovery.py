@@ -73,7 +73,7 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
         joined, _ = enrollment.join(tmp_path / "home", code, name="box", labels={})
         assert joined.addresses == (own.address,)
         monkeypatch.setattr(discovery, "discover", list)
-        with pytest.raises(UnknownName, match="seen: none"):
+        with pytest.raises(UnknownName, match="found: none"):
             enrollment.join(tmp_path / "other", code, name="box", labels={})
 
 
@@ -109,7 +109,7 @@ NOBODYS = "203.0.113.7"
 def test_where_there_is_no_network_yet_it_is_announced_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(announcing, "AGAIN_S", 0.1)
+    monkeypatch.setattr(announcing, "RETRY_S", 0.1)
     interfaces = [NOBODYS]
     with announced("own", 1, bytes(32), interfaces):
         until(lambda: "cannot announce" in caplog.text)
@@ -118,6 +118,6 @@ def test_where_there_is_no_network_yet_it_is_announced_later(
 
 
 def test_where_nothing_can_be_heard_that_is_told() -> None:
-    with pytest.raises(Unreachable, match="cannot look") as told:
+    with pytest.raises(Unreachable, match="cannot search") as told:
         discovery.discover(0.1, [NOBODYS])
     assert "whole ticket" in told.value.hint

@@ -160,7 +160,9 @@ def test_one_that_awaits_approval_and_a_coordinator_that_is_down(tmp_path: Path)
         code, checks = doctor(made, "box")
         assert code == 6
         assert checks["coordinator"]["detail"] == "this machine awaits approval"
-        assert checks["coordinator"]["fix"] == "there: commonweight peers approve box"
+        assert (
+            checks["coordinator"]["fix"] == "run on the coordinator: commonweight peers approve box"
+        )
         assert checks["flower"]["ok"] is None
         assert checks["mqtt"]["ok"] is None  # it gets the login once it is approved
         assert made.ask("peers", "approve", "box").returncode == 0
@@ -281,7 +283,7 @@ def test_a_wrong_clock_is_found(home: Path, ahead_s: float, ok: bool, said: str)
     ("wrong", "said", "fix"),
     [
         ({"name": "elsewhere.example"}, "mismatch", "`names` in settings.toml"),
-        ({"other_ca": True}, "is not good", "another coordinator answers there"),
+        ({"other_ca": True}, "is not valid", "another coordinator answers there"),
     ],
 )
 def test_who_answers_is_not_our_coordinator(
