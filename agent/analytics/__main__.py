@@ -11,17 +11,17 @@ from pathlib import Path
 
 import msgspec
 
-from agent.analytics.answer import answered
-from agent.analytics.child_process import Order
-from agent.analytics.query_log import Memory
+from agent.analytics.answer import answer_question
+from agent.analytics.child_process import AnswerRequest
+from agent.analytics.query_log import QueryLog
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no part of the answer
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    memory = Memory(Path(order.memory))
-    answers.write(answered(order.question, order.table, order.limits, memory))
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=AnswerRequest)
+    memory = QueryLog(Path(order.memory))
+    answers.write(answer_question(order.question, order.table, order.limits, memory))
     memory.close()
     answers.close()
 

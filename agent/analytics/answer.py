@@ -9,10 +9,10 @@ from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import compute
-from agent.analytics.limits import Limits
-from agent.analytics.query_log import Memory
+from agent.analytics.limits import QueryLimits
+from agent.analytics.query_log import QueryLog
 from agent.data import open_table
-from agent.data.arrow_reader import files
+from agent.data.arrow_reader import find_files
 from agent.data.settings import DataSettings
 from protocols.analytics.mergeable_states import Cell, PeerAnswer
 from protocols.analytics.query import Query
@@ -22,44 +22,46 @@ from protocols.messages.envelope import strip_controls
 log = logging.getLogger("commonweight.analysis")
 
 
-def answered(question: Query, table: DataSettings, limits: Limits, memory: Memory) -> bytes:
+def answer_question(
+    question: Query, table: DataSettings, limits: QueryLimits, memory: QueryLog
+) -> bytes:
     """What this peer tells, encoded: figures, or why it tells none. Written down before.
 
     Raises OSError when it cannot be written down.
     """
     try:
-        data = fingerprint(table.path) if table.path else ""
+        data = table_fingerprint(table.path) if table.path else ""
     except (CommonweightError, OSError):
         data = ""  # told below, by the reader
-    if (told := memory.before(question, data)) is not None:
-        return memory.keep(replace(question, epsilon=0.0), data, told, ())
+    if (told := memory.find_answer(question, data)) is not None:
+        return memory.record(replace(question, epsilon=0.0), data, told, ())
     try:
-        told, sets = _told(question, table, limits, memory)
+        told, sets = _compute_answer(question, table, limits, memory)
     except CommonweightError as err:
         # Others learn the kind of trouble, not what the table holds.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
         log.info("a question was not answered: %s", err.message)
-        return memory.keep(question, data, PeerAnswer(refused=strip_controls(words)), ())
-    return memory.keep(question, data, told, sets)
+        return memory.record(question, data, PeerAnswer(refused=strip_controls(words)), ())
+    return memory.record(question, data, told, sets)
 
 
-def _told(
-    question: Query, table: DataSettings, limits: Limits, memory: Memory
+def _compute_answer(
+    question: Query, table: DataSettings, limits: QueryLimits, memory: QueryLog
 ) -> tuple[PeerAnswer, tuple[disclosure_control.Bits, ...]]:
     if limits.mode == "off":
         raise Refused(
             "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
         )
     disclosure_control.check(question, limits)
-    if limits.mode == "ask" and not memory.wished(question):
+    if limits.mode == "ask" and not memory.is_allowed(question):
         raise Refused("the owner is asked first", "commonweight-agent questions list")
     with_noise = bool(limits.epsilon or question.epsilon)
     if with_noise:
-        differential_privacy.check(question, limits.epsilon or float("inf"), memory.spent)
+        differential_privacy.check(question, limits.epsilon or float("inf"), memory.spent_epsilon)
     computed = compute(question, open_table(table))
     if with_noise:
-        return differential_privacy.noisy(question, computed), ()
-    guarded = disclosure_control.guard(computed, limits, memory.sets())
+        return differential_privacy.add_noise(question, computed), ()
+    guarded = disclosure_control.apply_disclosure_rules(computed, limits, memory.disclosed_sets())
     cells = tuple(
         Cell(group, int(computed.members[group].sum()), computed.cells[group])
         for group in guarded.told
@@ -73,10 +75,10 @@ def _told(
     return told, guarded.sets
 
 
-def fingerprint(path: str) -> str:
+def table_fingerprint(path: str) -> str:
     """Changes when the table's files do: names, sizes and times of change."""
     sha = hashlib.sha256()
-    for file in files(path):
+    for file in find_files(path):
         found = file.stat()
         sha.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode())
     return sha.hexdigest()[:16]

@@ -9,21 +9,21 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from agent.analytics.limits import Limits
+from agent.analytics.limits import QueryLimits
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings, data_settings
 from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CommonweightError
 
-WITHIN_S = 1800.0
+TIMEOUT_S = 1800.0
 
 
-class Order(Struct, frozen=True, kw_only=True):
+class AnswerRequest(Struct, frozen=True, kw_only=True):
     """All that an answer needs: the question, the table, the limits, and the memory's file."""
 
     question: Query
     table: DataSettings
-    limits: Limits
+    limits: QueryLimits
     memory: str
 
 
@@ -35,9 +35,9 @@ def read_question(text: str) -> Query:
         raise BadMessage(f"not a question: {err}") from err
 
 
-def limits(chosen: AgentSettings) -> Limits:
+def limits(chosen: AgentSettings) -> QueryLimits:
     """What these settings let others ask."""
-    return Limits(
+    return QueryLimits(
         mode=chosen.analyze,
         epsilon=chosen.analyze_epsilon,
         min_rows=chosen.data_min_count,
@@ -49,7 +49,7 @@ def limits(chosen: AgentSettings) -> Limits:
 
 def answer(question: Query, chosen: AgentSettings, home: Path) -> bytes:
     """What this peer tells, encoded; it is in its memory then. Raises CommonweightError."""
-    order = Order(
+    order = AnswerRequest(
         question=question,
         table=data_settings(chosen, home / "trainer"),
         limits=limits(chosen),
@@ -60,11 +60,11 @@ def answer(question: Query, chosen: AgentSettings, home: Path) -> bytes:
             [sys.executable, "-P", "-m", "agent.analytics"],
             input=msgspec.json.encode(order),
             capture_output=True,
-            timeout=WITHIN_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as err:
-        raise CommonweightError(f"the question took longer than {WITHIN_S:.0f} s") from err
+        raise CommonweightError(f"the question took longer than {TIMEOUT_S:.0f} s") from err
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no words"]
         raise CommonweightError(f"the question could not be answered: {last[0]}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agent.data import Reader
-from agent.data.column_types import Kinds, kinds, numbers, texts
+from agent.data.column_types import PossibleKinds, numbers, possible_kinds, texts
 from protocols.analytics import mergeable_states, sketches
 from protocols.analytics.mergeable_states import CountState, MomentsState, RangeState, State
 from protocols.analytics.query import Condition, Operation, Query
@@ -31,10 +31,10 @@ _OF_NUMBERS = frozenset(
     {"sum", "mean", "var", "std", "min", "max", "cov", "corr", "quantile", "histogram"}
 )
 #: Groups in one answer; a column of names or keys is no grouping.
-MOST_GROUPS = 2000
+MAX_GROUPS = 2000
 
 
-class Computed(NamedTuple):
+class GroupedResult(NamedTuple):
     """Groups with their states; `members` are the rows of each, as a mask over all `rows`."""
 
     rows: int
@@ -43,7 +43,7 @@ class Computed(NamedTuple):
     members: dict[Group, Rows]
 
 
-def compute(question: Query, reader: Reader) -> Computed:
+def compute(question: Query, reader: Reader) -> GroupedResult:
     """The statistics of every group. Raises UnknownName, UsageError, DataError."""
     columns = question.columns
     known = reader.columns()
@@ -71,10 +71,8 @@ def compute(question: Query, reader: Reader) -> Computed:
                 for operation in question.operations
             )
             old = cells.get(group)
-            if old is None and len(cells) >= MOST_GROUPS:
-                raise UsageError(
-                    f"more than {MOST_GROUPS} groups", "group by fewer, rounder values"
-                )
+            if old is None and len(cells) >= MAX_GROUPS:
+                raise UsageError(f"more than {MAX_GROUPS} groups", "group by fewer, rounder values")
             cells[group] = (
                 found
                 if old is None
@@ -90,15 +88,15 @@ def compute(question: Query, reader: Reader) -> Computed:
         group: np.concatenate([*masks, *(np.zeros(n, bool) for n in read[len(masks) :])])
         for group, masks in members.items()
     }
-    return Computed(sum(read), held, cells, whole)
+    return GroupedResult(sum(read), held, cells, whole)
 
 
 def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
-    found = {name: Kinds() for name in columns}
+    found = {name: PossibleKinds() for name in columns}
     if columns:
         for batch in reader.batches(columns):
             for name in columns:
-                found[name] = found[name].merged(kinds(batch.column(name)))
+                found[name] = found[name].merge(possible_kinds(batch.column(name)))
     return {name: kind.kind for name, kind in found.items()}
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from types import ModuleType
 
-from agent.analytics.compute import Computed
+from agent.analytics.compute import GroupedResult
 from protocols.analytics.mergeable_states import (
     Cell,
     CountState,
@@ -26,7 +26,7 @@ from protocols.errors import CommonweightError, Refused, UsageError
 from protocols.tables.statistics import Moments
 
 DELTA = 1e-6
-_MOST_NOISE = 2**50
+_MAX_NOISE_SCALE = 2**50
 
 
 def check(question: Query, budget: float, spent: float) -> None:
@@ -60,7 +60,7 @@ def check_form(question: Query) -> None:
             )
 
 
-def noisy(question: Query, computed: Computed) -> PeerAnswer:
+def add_noise(question: Query, computed: GroupedResult) -> PeerAnswer:
     """The answer with noise. Means and sums must have been computed of values within bounds."""
     # A share for the count that decides whether a cell is told, one for the number of rows.
     shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
@@ -68,7 +68,7 @@ def noisy(question: Query, computed: Computed) -> PeerAnswer:
     threshold = 1 + math.log(1 / (2 * DELTA)) / each
     cells = []
     for group, states in computed.cells.items():
-        rows = _whole(int(computed.members[group].sum()), each)
+        rows = _noisy_int(int(computed.members[group].sum()), each)
         if question.by and rows < threshold:
             continue
         noised = tuple(
@@ -77,7 +77,7 @@ def noisy(question: Query, computed: Computed) -> PeerAnswer:
         )
         cells.append(Cell(group, max(rows, 0), noised))
     return PeerAnswer(
-        rows=max(_whole(computed.rows, each), 0),
+        rows=max(_noisy_int(computed.rows, each), 0),
         kinds={name: str(kind) for name, kind in computed.kinds.items()},
         cells=tuple(cells),
     )
@@ -88,11 +88,13 @@ def _state(
 ) -> State:
     match state:
         case CountState(count):
-            return CountState(max(_whole(count, each), 0))
+            return CountState(max(_noisy_int(count, each), 0))
         case HistogramState(counts, below, above):
             # One row is in one bin: together they cost what one does.
-            told = tuple(max(_whole(count, each), 0) for count in counts)
-            return HistogramState(told, max(_whole(below, each), 0), max(_whole(above, each), 0))
+            told = tuple(max(_noisy_int(count, each), 0) for count in counts)
+            return HistogramState(
+                told, max(_noisy_int(below, each), 0), max(_noisy_int(above, each), 0)
+            )
         case MomentsState(moments):
             least, most = bounds[operation.columns[0]]
             middle = (least + most) / 2 if operation.kind == "mean" else 0.0
@@ -100,31 +102,31 @@ def _state(
             reach = max(abs(least - middle), abs(most - middle)) or 1.0
             total = (moments.mean - middle) * moments.count
             total = min(max(total, -reach * moments.count), reach * moments.count)
-            total = _float(total, each / reach)
+            total = _noisy_float(total, each / reach)
             if operation.kind == "sum":
                 # The count beside it is nobody's affair: the sum is told as one value's mean.
                 return MomentsState(Moments(1, total, 0.0))
-            count = max(_whole(moments.count, each), 1)
+            count = max(_noisy_int(moments.count, each), 1)
             return MomentsState(Moments(count, min(max(middle + total / count, least), most), 0.0))
         case _:
             raise AssertionError(f"checked before: {operation}")
 
 
-def _whole(value: int, epsilon: float) -> int:
+def _noisy_int(value: int, epsilon: float) -> int:
     library = _library()
-    scale = min(1 / epsilon, float(_MOST_NOISE))
+    scale = min(1 / epsilon, float(_MAX_NOISE_SCALE))
     made = library.m.make_laplace(
         library.atom_domain(T=int), library.absolute_distance(T=int), scale=scale
     )
     return int(made(value))
 
 
-def _float(value: float, epsilon: float) -> float:
+def _noisy_float(value: float, epsilon: float) -> float:
     library = _library()
     made = library.m.make_laplace(
         library.atom_domain(T=float, nan=False),
         library.absolute_distance(T=float),
-        scale=min(1 / epsilon, float(_MOST_NOISE)),
+        scale=min(1 / epsilon, float(_MAX_NOISE_SCALE)),
     )
     return float(made(value))
 

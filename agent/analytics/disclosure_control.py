@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agent.analytics.compute import Computed, Group, Rows
-from agent.analytics.limits import Limits
+from agent.analytics.compute import Group, GroupedResult, Rows
+from agent.analytics.limits import QueryLimits
 from agent.data.profile import may_use
 from protocols.analytics.query import Query
 from protocols.errors import Refused
@@ -28,10 +28,10 @@ from protocols.errors import Refused
 Bits = npt.NDArray[np.uint8]
 
 #: Sets of rows that are remembered of one requester; then it is told nothing new.
-MOST_REMEMBERED = 512
+MAX_DISCLOSED_SETS = 512
 
 
-class Guarded(NamedTuple):
+class Disclosure(NamedTuple):
     """The groups that may be told, rows that may not, and sets of rows told now, to remember."""
 
     told: tuple[Group, ...]
@@ -39,7 +39,7 @@ class Guarded(NamedTuple):
     sets: tuple[Bits, ...]
 
 
-def check(question: Query, limits: Limits) -> None:
+def check(question: Query, limits: QueryLimits) -> None:
     """Raise Refused if the owner does not let this be asked at all."""
     for name in question.columns:
         if not may_use(name, limits.columns):
@@ -53,7 +53,9 @@ def check(question: Query, limits: Limits) -> None:
             )
 
 
-def guard(computed: Computed, limits: Limits, known: Sequence[Bits]) -> Guarded:
+def apply_disclosure_rules(
+    computed: GroupedResult, limits: QueryLimits, known: Sequence[Bits]
+) -> Disclosure:
     """Which groups may be told to somebody who knows of the sets of rows in `known`.
 
     Raises Refused when nothing new may be told.
@@ -67,17 +69,17 @@ def guard(computed: Computed, limits: Limits, known: Sequence[Bits]) -> Guarded:
         told.discard(smallest)
         hidden.add(smallest)
     groups = tuple(sorted(told, key=lambda group: [(v is None, v or "") for v in group]))
-    sets = [packed(computed.members[group]) for group in groups]
+    sets = [pack_rows(computed.members[group]) for group in groups]
     if len(groups) > 1:
-        sets.append(packed(np.logical_or.reduce([computed.members[g] for g in groups])))
+        sets.append(pack_rows(np.logical_or.reduce([computed.members[g] for g in groups])))
     _check_differences(sets, known, limits.min_rows)
     new = [bits for bits in sets if not any(np.array_equal(bits, old) for old in known)]
-    if len(known) + len(new) > MOST_REMEMBERED:
+    if len(known) + len(new) > MAX_DISCLOSED_SETS:
         raise Refused(
             "this requester has asked for too many different sets of rows",
             "questions with epsilon, whose answers carry noise, are not counted here",
         )
-    return Guarded(groups, sum(sizes[group] for group in hidden), tuple(new))
+    return Disclosure(groups, sum(sizes[group] for group in hidden), tuple(new))
 
 
 def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: int) -> None:
@@ -94,6 +96,6 @@ def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: in
                 )
 
 
-def packed(mask: Rows) -> Bits:
+def pack_rows(mask: Rows) -> Bits:
     """A set of rows as bits."""
     return np.packbits(mask)

@@ -7,7 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 
-class Limits(Struct, frozen=True, kw_only=True):
+class QueryLimits(Struct, frozen=True, kw_only=True):
     """`columns` are patterns; `operations` names, or * for all.
 
     `mode`: nothing, after a look at each question, or all that the limits allow. `epsilon`: what

@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     refused: str
 
 
-class Memory:
+class QueryLog:
     """One file; used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -54,18 +54,18 @@ class Memory:
     def close(self) -> None:
         self._db.close()
 
-    def sets(self) -> list[Bits]:
+    def disclosed_sets(self) -> list[Bits]:
         """Sets of rows that were told of without noise."""
         rows = self._db.execute("SELECT bits FROM sets").fetchall()
         return [np.frombuffer(bits, np.uint8) for (bits,) in rows]
 
     @property
-    def spent(self) -> float:
+    def spent_epsilon(self) -> float:
         """ε of all answers with noise: what they tell together is bounded by the sum."""
         (total,) = self._db.execute("SELECT COALESCE(SUM(epsilon), 0) FROM answers").fetchone()
         return float(total)
 
-    def before(self, question: Query, data: str) -> PeerAnswer | None:
+    def find_answer(self, question: Query, data: str) -> PeerAnswer | None:
         """What was told when the same was asked of the same data: it is told again, at no cost."""
         row = self._db.execute(
             "SELECT told FROM answers WHERE digest = ? AND data = ? AND refused = '' LIMIT 1",
@@ -73,7 +73,7 @@ class Memory:
         ).fetchone()
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
-    def keep(self, question: Query, data: str, told: PeerAnswer, sets: Sequence[Bits]) -> bytes:
+    def record(self, question: Query, data: str, told: PeerAnswer, sets: Sequence[Bits]) -> bytes:
         """Write an answer down; its bytes, which may be told from now on."""
         body = msgspec.json.encode(told)
         epsilon = 0.0 if told.refused else question.epsilon
@@ -105,7 +105,7 @@ class Memory:
 
     # --- an owner who wants to be asked ---
 
-    def wished(self, question: Query) -> bool:
+    def is_allowed(self, question: Query) -> bool:
         """True if the owner has allowed this question; else it is noted for the owner."""
         self._db.execute(
             "INSERT OR IGNORE INTO wishes VALUES (?, ?, ?, NULL)",
@@ -116,7 +116,7 @@ class Memory:
         ).fetchone()
         return bool(allowed)
 
-    def wishes(self) -> list[tuple[str, str, bool | None]]:
+    def approval_requests(self) -> list[tuple[str, str, bool | None]]:
         """Questions that the owner was asked about: digest, words, what was decided."""
         rows = self._db.execute("SELECT digest, question, allowed FROM wishes ORDER BY at")
         return [(d, words, None if yes is None else bool(yes)) for d, words, yes in rows]

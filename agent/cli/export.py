@@ -52,7 +52,7 @@ def export(
     out = out.absolute()
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}")
-    task = registry.find(task_name, chosen.task_files.get(task_name, ""), chosen.framework)
+    task = registry.create(task_name, chosen.task_files.get(task_name, ""), chosen.framework)
     forms = task.forms if isinstance(task, Exporting) else ()
     if form not in forms:
         known = f"it can be {', '.join(forms)}" if forms else "safetensors and the card are all"
@@ -104,7 +104,7 @@ def load_predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predi
     from agent.home import settings
     from agent.tasks import Predicting, registry
 
-    task = registry.find(name, chosen.task_files.get(name, ""), chosen.framework)
+    task = registry.create(name, chosen.task_files.get(name, ""), chosen.framework)
     if not isinstance(task, Predicting):
         raise UnknownName(f"the task {name} gives no answers", "its class needs a method predict")
     data = settings.data_settings(chosen, cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,25 +12,28 @@ from agent.cli.control import Json, say
 from protocols.errors import UnknownName
 from protocols.local import homes, json_output
 
+if TYPE_CHECKING:
+    from agent.analytics.query_log import QueryLog
+
 questions = typer.Typer(help="Questions about your data: what was told.", no_args_is_help=True)
 
 
-def _query_log() -> Any:
-    from agent.analytics.query_log import Memory
+def _query_log() -> QueryLog:
+    from agent.analytics.query_log import QueryLog
 
-    return Memory(homes.open_home("agent") / "analysis.db")
+    return QueryLog(homes.open_home("agent") / "analysis.db")
 
 
 @questions.command("list")
 def list_questions(json: Json = False) -> None:
     """Every question, what left this machine, or why nothing did; and those that wait for you."""
-    memory = _query_log()
-    entries, wishes = memory.entries(), memory.wishes()
+    query_log = _query_log()
+    entries, wishes = query_log.entries(), query_log.approval_requests()
     if json:
         told = {
             "answers": [entry._asdict() for entry in entries],
             "wishes": [{"digest": d, "question": q, "allowed": a} for d, q, a in wishes],
-            "epsilon_spent": memory.spent,
+            "epsilon_spent": query_log.spent_epsilon,
         }
         sys.stdout.write(json_output.ok(told) + "\n")
         return
@@ -39,8 +42,8 @@ def list_questions(json: Json = False) -> None:
         outcome = entry.refused or f"{entry.cells} cells, {entry.bytes:,} bytes"
         noise = f", ε {entry.epsilon:g}" if entry.epsilon else ""
         sys.stdout.write(f"{at}  {entry.question}: {outcome}{noise}\n")
-    if memory.spent:
-        sys.stdout.write(f"ε spent in all: {memory.spent:g}\n")
+    if query_log.spent_epsilon:
+        sys.stdout.write(f"ε spent in all: {query_log.spent_epsilon:g}\n")
     for digest, question, allowed in wishes:
         if allowed is None:
             say(f"waits for you: {question}\n  commonweight-agent questions allow {digest[:8]}")

@@ -30,10 +30,10 @@ def add(
     from agent.tasks import registry
 
     home = homes.open_home("agent")
-    path, attribute = registry.parted(source)
+    path, attribute = registry.split_source(source)
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    known = registry.checked_name(name) if name else registry.called(source)
+    known = registry.check_name(name) if name else registry.name_of_source(source)
     if known in registry.names():
         raise UsageError(f"{known} is the name of an installed task", "choose another: --name")
     chosen = settings.read(home)
@@ -103,8 +103,8 @@ def check(
         chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
         source = chosen.task_files.get(name, "")
         if not source and name.partition(":")[0].endswith(".py"):
-            path, attribute = registry.parted(name)
-            name, source = registry.called(name), f"{path}:{attribute}"
+            path, attribute = registry.split_source(name)
+            name, source = registry.name_of_source(name), f"{path}:{attribute}"
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
         trial = _TrialRun()
         trainer = TrainerProcess(

@@ -207,7 +207,7 @@ class Client:
                     task=work.task,
                     settings=_settings(work),
                     base=str(base),
-                    kept=str(kept.file) if kept else "",
+                    personal=str(kept.file) if kept else "",
                 )
             )
         failpoint("agent.work.done")
@@ -247,8 +247,8 @@ class Client:
             settings=_settings(work),
             base=str(base),
             out=str(trained),
-            kept=str(kept.file) if kept else "",
-            kept_out=str(kept.next) if kept else "",
+            personal=str(kept.file) if kept else "",
+            personal_out=str(kept.next) if kept else "",
         )
         try:
             done = self._trainer.run(training)

@@ -18,7 +18,7 @@ from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, settings
 from agent.trainer.ipc import Progress
 from agent.trainer.process import TrainerProcess
-from agent.trainer.retry import WORTH_A_TRY_IN_JOBS, Watchdog
+from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_proofs import save_proof
 from agent.transport.version_store import VersionStore
@@ -69,7 +69,7 @@ class _Events(Observer):
         self._ctx.runner.dispatch_threadsafe(SendingStarted())
 
     def on_trained(self) -> None:
-        self._trainer.forget()
+        self._trainer.delete_checkpoint()
 
 
 def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> TrainerProcess:
@@ -83,7 +83,7 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
         fleet=chosen.fleet,
         on_progress=on_progress,
         hang_s=chosen.hang_timeout_s,
-        journal_every_s=chosen.checkpoint_interval_s,
+        checkpoint_every_s=chosen.checkpoint_interval_s,
         sources=chosen.task_files,
     )
 
@@ -91,7 +91,7 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
 def make_client(
     ctx: AgentContext,
     trainer: TrainerProcess,
-    watchdog: Watchdog,
+    watchdog: RetryingTrainer,
     versions: VersionStore,
     job_models: VersionStore,
     link: Callable[[], CoordinatorClient],
@@ -117,7 +117,7 @@ def make_client(
         link().download(digest, nbytes, target, INPUT_PATH)
 
     inference = Inferring(
-        Watchdog(trainer, tries=_JOB_TRIES, worth=WORTH_A_TRY_IN_JOBS),
+        RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS),
         read_settings,
         find_model,
         fetch_input,

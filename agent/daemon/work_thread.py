@@ -20,7 +20,7 @@ from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PauseLifted, PauseRequested, TrainerGaveUp
 from agent.daemon.status_reporter import StatusReporter
 from agent.trainer.ipc import Progress
-from agent.trainer.retry import Watchdog
+from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_proofs import VersionIndex
@@ -65,7 +65,7 @@ class WorkThread:
         self.trainer = client_factory.make_trainer(
             ctx, lambda progress: ctx.runner.call_threadsafe(self._on_progress, progress)
         )
-        self._watchdog = Watchdog(
+        self._watchdog = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
         )
         self._client = client_factory.make_client(

@@ -8,11 +8,11 @@ alike.
 
 from __future__ import annotations
 
-from agent.data.reader import Operation, Reader
+from agent.data.reader import Aggregation, Reader
 from agent.data.settings import DataSettings
 from protocols.errors import CommonweightError, DataError, UnknownName
 
-__all__ = ["Operation", "Reader", "open_table"]
+__all__ = ["Aggregation", "Reader", "open_table"]
 
 
 def open_table(data: DataSettings) -> Reader:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from agent.data import Operation
+from agent.data import Aggregation
 from protocols.errors import DataError
 
 S = TypeVar("S")
@@ -30,28 +30,28 @@ class ArrowReader:
     """One file, a folder of them, or a pattern such as `visits-*.csv`; all with one header."""
 
     def __init__(self, path: str) -> None:
-        self._files = files(path)
+        self._files = find_files(path)
         self._columns: tuple[str, ...] = ()
 
     def columns(self) -> tuple[str, ...]:
         if not self._columns:
-            found = dict.fromkeys(name for file in self._files for name in header(file))
+            found = dict.fromkeys(name for file in self._files for name in read_header(file))
             self._columns = tuple(found)
         return self._columns
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for file in self._files:
-            with told(file):
+            with map_errors(file):
                 for batch in _batches(file, columns):
-                    yield completed(batch, columns)
+                    yield align_columns(batch, columns)
 
-    def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
-        states = (operation.of(batch) for batch in self.batches(columns))
+    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
+        states = (operation.from_batch(batch) for batch in self.batches(columns))
         first = next(states, None)
-        return first if first is None else reduce(operation.merged, states, first)
+        return first if first is None else reduce(operation.merge, states, first)
 
 
-def files(path: str) -> list[Path]:
+def find_files(path: str) -> list[Path]:
     """The table's files, sorted. Raises DataError."""
     given = Path(path)
     if given.is_dir():
@@ -67,9 +67,9 @@ def is_parquet(file: Path) -> bool:
     return file.suffix.lower() in _PARQUET
 
 
-def header(file: Path) -> list[str]:
+def read_header(file: Path) -> list[str]:
     """The names of a file's columns. Raises DataError."""
-    with told(file):
+    with map_errors(file):
         if is_parquet(file):
             names = list(pq.read_schema(file).names)
         else:
@@ -89,7 +89,7 @@ def check_text(file: Path) -> None:
     Goes through it once, in pieces.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with told(file), file.open("rb") as data:
+    with map_errors(file), file.open("rb") as data:
         while piece := data.read(_BLOCK_BYTES):
             decoder.decode(piece)
         decoder.decode(b"", final=True)
@@ -103,7 +103,7 @@ def separator(file: Path) -> str:
 
 
 def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    here = [name for name in header(file) if name in set(columns)]
+    here = [name for name in read_header(file) if name in set(columns)]
     if is_parquet(file):
         yield from pq.ParquetFile(file).iter_batches(batch_size=ROWS, columns=here)
         return
@@ -117,7 +117,7 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+def align_columns(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
     """The batch in the order asked for; a column that this file lacks is null throughout."""
     arrays = [
         batch.column(name) if name in batch.schema.names else pa.nulls(len(batch), pa.string())
@@ -127,7 +127,7 @@ def completed(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
 
 
 @contextmanager
-def told(file: Path) -> Iterator[None]:
+def map_errors(file: Path) -> Iterator[None]:
     """What is wrong with a file, without its name and contents for others. Raises DataError."""
     try:
         yield

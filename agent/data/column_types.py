@@ -14,8 +14,10 @@ from protocols.tables.statistics import ColumnKind
 #: Texts that say that a value is missing, in any case and with any spaces around.
 MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
 #: What `messages.Text` does not take, as RE2 writes it.
-_STEERING = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
-_MOST_CHARACTERS = 400
+_CONTROL_CHARACTERS = (
+    r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
+)
+_MAX_CHARACTERS = 400
 _DAY_US = 86_400_000_000.0
 
 Floats = npt.NDArray[np.float64]
@@ -23,7 +25,7 @@ _MISSING = pa.array(MISSING)
 _TRUTH = pa.array(["true", "false"])
 
 
-class Kinds(NamedTuple):
+class PossibleKinds(NamedTuple):
     """What the texts of a column could all be. `some`: there is a value at all."""
 
     some: bool = False
@@ -31,8 +33,8 @@ class Kinds(NamedTuple):
     boolean: bool = True
     date: bool = True
 
-    def merged(self, other: Kinds) -> Kinds:
-        return Kinds(
+    def merge(self, other: PossibleKinds) -> PossibleKinds:
+        return PossibleKinds(
             self.some or other.some,
             self.number and other.number,
             self.boolean and other.boolean,
@@ -48,20 +50,20 @@ class Kinds(NamedTuple):
         return "boolean" if self.boolean else "date" if self.date else "text"
 
 
-def kinds(column: pa.Array) -> Kinds:
+def possible_kinds(column: pa.Array) -> PossibleKinds:
     """What the values of one batch could be."""
     column, fixed = _plain(column)
     column = column.drop_null()
     if not len(column):
-        return Kinds()
+        return PossibleKinds()
     if fixed is not None:
-        return Kinds(
+        return PossibleKinds(
             some=True,
             number=fixed == "number",
             boolean=fixed == "boolean",
             date=fixed == "date",
         )
-    return Kinds(
+    return PossibleKinds(
         some=True,
         number=_cast(column, pa.float64()) is not None,
         boolean=bool(pc.all(pc.is_in(pc.utf8_lower(column), value_set=_TRUTH)).as_py()),
@@ -99,8 +101,8 @@ def texts(column: pa.Array) -> pa.StringArray:
         whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
         number = pc.if_else(whole, column, 0.0).cast(pa.int64())
         return pc.if_else(whole, number.cast(pa.string()), column.cast(pa.string()))
-    plain = pc.replace_substring_regex(column.cast(pa.string()), _STEERING, " ")
-    return pc.utf8_slice_codeunits(plain, 0, _MOST_CHARACTERS)
+    plain = pc.replace_substring_regex(column.cast(pa.string()), _CONTROL_CHARACTERS, " ")
+    return pc.utf8_slice_codeunits(plain, 0, _MAX_CHARACTERS)
 
 
 def whole_texts(values: Floats) -> pa.StringArray:

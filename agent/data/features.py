@@ -25,20 +25,20 @@ _MISSING, _UNSEEN, _FIRST = 0, 1, 2
 Floats = npt.NDArray[np.float32]
 
 
-class Rows(NamedTuple):
+class EncodedRows(NamedTuple):
     """Inputs float32[n, d] and targets: int64[n] classes or float32[n, 1], scaled."""
 
     x: Floats
     y: npt.NDArray[Any]
 
 
-def width(preprocessing: Preprocessing) -> tuple[int, int]:
+def input_width(preprocessing: Preprocessing) -> tuple[int, int]:
     """How many numbers, and how many categories, an input has; the categories come last."""
     numeric = preprocessing.numeric
     return len(numeric) + sum(f.missing for f in numeric), len(preprocessing.categorical)
 
 
-def inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
+def encode_inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
     """The features of a batch: float32[n, d]. A column that is not there counts as missing."""
     columns: list[npt.NDArray[Any]] = []
     gaps: list[npt.NDArray[Any]] = []
@@ -58,7 +58,7 @@ def inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
     return made
 
 
-def targets(batch: pa.RecordBatch, preprocessing: Preprocessing) -> npt.NDArray[Any]:
+def encode_targets(batch: pa.RecordBatch, preprocessing: Preprocessing) -> npt.NDArray[Any]:
     """Classes as int64[n], -1 for none of them; or scaled numbers as float32[n, 1], else NaN."""
     target = preprocessing.target
     column = batch.column(target.name)
@@ -92,34 +92,34 @@ def _indices(column: pa.Array, feature: Feature, hashed: bool) -> npt.NDArray[An
     return np.where(missing, _MISSING, indices)
 
 
-class Encoded(NamedTuple):
+class EncodedTable(NamedTuple):
     """A peer's rows, to train on and held out; `dropped` have no target that is known."""
 
-    trained_on: Rows
-    held_out: Rows
+    trained_on: EncodedRows
+    held_out: EncodedRows
     dropped: int
 
 
-def encoded(
+def encode_table(
     reader: Reader, preprocessing: Preprocessing, chance: np.random.RandomState, folder: Path
-) -> Encoded:
+) -> EncodedTable:
     """All rows of a table. `folder` takes what does not fit into memory, without a name."""
     here = set(reader.columns())
     names = [f.name for f in preprocessing.features if f.name in here]
-    numbers, categories = width(preprocessing)
+    numbers, categories = input_width(preprocessing)
     is_class = bool(preprocessing.target.classes)
     spools = [_Spool(numbers + categories, is_class, folder) for _ in range(2)]
     places = _held_out(chance)
     dropped = 0
     for batch in reader.batches([*names, preprocessing.target.name]):
-        x, y = inputs(batch, preprocessing), targets(batch, preprocessing)
+        x, y = encode_inputs(batch, preprocessing), encode_targets(batch, preprocessing)
         known = y >= 0 if is_class else ~np.isnan(y[:, 0])
         x, y = x[known], y[known]
         dropped += len(batch) - len(y)
         out = np.fromiter(places, bool, len(y))
         spools[0].append(x[~out], y[~out])
         spools[1].append(x[out], y[out])
-    return Encoded(spools[0].rows(), spools[1].rows(), dropped)
+    return EncodedTable(spools[0].rows(), spools[1].rows(), dropped)
 
 
 def _held_out(chance: np.random.RandomState) -> Iterator[bool]:
@@ -135,12 +135,12 @@ class _Spool:
     def __init__(self, width: int, is_class: bool, folder: Path) -> None:
         self._width, self._folder = width, folder
         self._y = np.dtype(np.int64 if is_class else np.float32)
-        self._kept: list[Rows] = []
+        self._kept: list[EncodedRows] = []
         self._bytes = self._count = 0
         self._files: tuple[IO[bytes], IO[bytes]] | None = None
 
     def append(self, x: Floats, y: npt.NDArray[Any]) -> None:
-        self._kept.append(Rows(x, y))
+        self._kept.append(EncodedRows(x, y))
         self._bytes += x.nbytes + y.nbytes
         self._count += len(y)
         if self._files is not None or self._bytes > IN_MEMORY_BYTES:
@@ -156,17 +156,19 @@ class _Spool:
             self._files[1].write(np.ascontiguousarray(rows.y).data)
         self._kept = []
 
-    def rows(self) -> Rows:
+    def rows(self) -> EncodedRows:
         shape = () if self._y == np.int64 else (1,)
         if self._files is None:
             if not self._kept:
-                return Rows(np.empty((0, self._width), np.float32), np.empty((0, *shape), self._y))
+                return EncodedRows(
+                    np.empty((0, self._width), np.float32), np.empty((0, *shape), self._y)
+                )
             x, y = zip(*self._kept, strict=True)
-            return Rows(np.concatenate(x), np.concatenate(y))
+            return EncodedRows(np.concatenate(x), np.concatenate(y))
         for file in self._files:
             file.flush()
         x_file, y_file = self._files
-        return Rows(
+        return EncodedRows(
             np.memmap(x_file, np.float32, "r+", shape=(self._count, self._width)),
             np.memmap(y_file, self._y, "r+", shape=(self._count, *shape)),
         )

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agent.data import Reader, column_types
-from agent.data.column_types import Kinds
+from agent.data.column_types import PossibleKinds
 from agent.data.settings import DataSettings
 from protocols.errors import DataError, SchemaMismatch
 from protocols.tables import statistics
@@ -23,21 +23,25 @@ from protocols.tables.preprocessing import MAX_CLASSES, Preprocessing, TableSett
 from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
 
-class FindKinds:
+class KindAggregation:
     """What each column could hold: dict of `values.Kinds` by name."""
 
     @property
-    def state(self) -> Any:
-        return dict[str, Kinds]
+    def state_type(self) -> Any:
+        return dict[str, PossibleKinds]
 
-    def of(self, batch: pa.RecordBatch) -> dict[str, Kinds]:
-        return {name: column_types.kinds(batch.column(name)) for name in batch.schema.names}
+    def from_batch(self, batch: pa.RecordBatch) -> dict[str, PossibleKinds]:
+        return {
+            name: column_types.possible_kinds(batch.column(name)) for name in batch.schema.names
+        }
 
-    def merged(self, a: dict[str, Kinds], b: dict[str, Kinds]) -> dict[str, Kinds]:
-        return {name: kinds.merged(b[name]) for name, kinds in a.items()}
+    def merge(
+        self, a: dict[str, PossibleKinds], b: dict[str, PossibleKinds]
+    ) -> dict[str, PossibleKinds]:
+        return {name: kinds.merge(b[name]) for name, kinds in a.items()}
 
 
-class Measure(NamedTuple):
+class StatisticsAggregation(NamedTuple):
     """Statistics of columns of known kinds.
 
     Numbers in `counted` are counted by value as well, up to `MAX_CLASSES` different whole ones.
@@ -48,14 +52,14 @@ class Measure(NamedTuple):
     extremes: bool = False
 
     @property
-    def state(self) -> Any:
+    def state_type(self) -> Any:
         return TableStatistics
 
-    def of(self, batch: pa.RecordBatch) -> TableStatistics:
+    def from_batch(self, batch: pa.RecordBatch) -> TableStatistics:
         columns = {name: self._column(name, batch.column(name)) for name in self.kinds}
         return TableStatistics(rows=len(batch), columns=columns)
 
-    def merged(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
+    def merge(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
         whole = statistics.merge((a, b))
         return TableStatistics(
             rows=whole.rows, columns={n: self._bounded(c) for n, c in whole.columns.items()}
@@ -125,7 +129,7 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
     Raises DataError: too few rows for the owner, a column that is not there or not allowed.
     """
     names = _allowed(reader.columns(), data.columns, wanted)
-    kinds = reader.partial(FindKinds(), names)
+    kinds = reader.aggregate(KindAggregation(), names)
     if kinds is None:
         raise DataError("this peer's table has no rows")
     found: dict[str, ColumnKind] = {
@@ -138,8 +142,8 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             "the owner does not tell the least and the most of a column, which minmax needs",
             "commonweight-agent policy set data.extremes true",
         )
-    measure = Measure(found, frozenset({wanted.target}), extremes)
-    table = reader.partial(measure, names)
+    measure = StatisticsAggregation(found, frozenset({wanted.target}), extremes)
+    table = reader.aggregate(measure, names)
     assert table is not None
     if table.rows < data.min_rows:
         raise DataError(
@@ -162,7 +166,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
             hint = f"there are {', '.join(there[:20])}"
             raise SchemaMismatch(f"column {name}", "one", found, hint)
         if not may_use(name, patterns):
-            raise _kept_back(name)
+            raise _column_withheld(name)
     allowed = [name for name in there if may_use(name, patterns)]
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
     return [name for name in allowed if name in asked]
@@ -173,12 +177,12 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _kept_back(name: str) -> SchemaMismatch:
+def _column_withheld(name: str) -> SchemaMismatch:
     found, hint = "one that its owner keeps back", "commonweight-agent policy set data.columns"
     return SchemaMismatch(f"column {name}", "one", found, hint)
 
 
-def compare(
+def check_table(
     reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: TableSettings
 ) -> None:
     """Does the table hold what was agreed on? Raises SchemaMismatch, which names the column."""
@@ -188,8 +192,8 @@ def compare(
     _allowed(there, data.columns, wanted)
     names = [name for name in there if name in expected]
     if kept := [name for name in names if not may_use(name, data.columns)]:
-        raise _kept_back(kept[0])
-    for name, kinds in (reader.partial(FindKinds(), names) or {}).items():
+        raise _column_withheld(kept[0])
+    for name, kinds in (reader.aggregate(KindAggregation(), names) or {}).items():
         kind, agreed = kinds.kind, expected[name]
         alike = kind in (agreed, "empty") or agreed == "text"
         if not alike and (kind, agreed) != ("boolean", "number"):

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 
 
-class Operation(Protocol[S]):
+class Aggregation(Protocol[S]):
     """A fold over batches whose states merge in any order. A cluster of this machine's owner may
     run it elsewhere; its states then travel as msgpack."""
 
     @property
-    def state(self) -> Any:
+    def state_type(self) -> Any:
         """The type of a state, as msgspec decodes it."""
         ...
 
-    def of(self, batch: pa.RecordBatch) -> S:
+    def from_batch(self, batch: pa.RecordBatch) -> S:
         """The state of one batch."""
         ...
 
-    def merged(self, a: S, b: S) -> S:
+    def merge(self, a: S, b: S) -> S:
         """The state of both together."""
         ...
 
@@ -40,6 +40,6 @@ class Reader(Protocol):
         """All rows, these columns only, some ten thousand rows at a time. Raises DataError."""
         ...
 
-    def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
+    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
         """The operation's state over all rows; None for no rows. Raises DataError."""
         ...

@@ -20,8 +20,15 @@ import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from agent.data import Operation
-from agent.data.arrow_reader import check_text, completed, files, header, is_parquet, separator
+from agent.data import Aggregation
+from agent.data.arrow_reader import (
+    align_columns,
+    check_text,
+    find_files,
+    is_parquet,
+    read_header,
+    separator,
+)
 from protocols.errors import CommonweightError, DataError
 
 S = TypeVar("S")
@@ -37,7 +44,7 @@ class SparkReader:
 
     def __init__(self, path: str, url: str = "") -> None:
         check_java()
-        self._files, self._checked = files(path), set[Path]()
+        self._files, self._checked = find_files(path), set[Path]()
         if not url or url.startswith("local"):  # whatever `python3` is here lacks what we need
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         self._session = (
@@ -50,26 +57,28 @@ class SparkReader:
         )
 
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for file in self._files for name in header(file)))
+        return tuple(dict.fromkeys(name for file in self._files for name in read_header(file)))
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         pieces = self._frame(columns).mapInArrow(_packed, "piece binary")
-        for row in self._told(pieces.toLocalIterator()):
+        for row in self._map_errors(pieces.toLocalIterator()):
             for batch in pa.ipc.open_stream(row.piece):
-                yield completed(batch, columns)
+                yield align_columns(batch, columns)
 
-    def partial(self, operation: Operation[S], columns: Sequence[str]) -> S | None:
+    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
         names = tuple(columns)
 
         def folded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            states = [operation.of(completed(batch, names)) for batch in batches]
+            states = [operation.from_batch(align_columns(batch, names)) for batch in batches]
             if states:
-                state = msgspec.msgpack.encode(reduce(operation.merged, states))
+                state = msgspec.msgpack.encode(reduce(operation.merge, states))
                 yield pa.record_batch({"state": pa.array([state], pa.binary())})
 
-        rows = self._told(iter(self._frame(columns).mapInArrow(folded, "state binary").collect()))
-        found = [msgspec.msgpack.decode(row.state, type=operation.state) for row in rows]
-        return reduce(operation.merged, found) if found else None
+        rows = self._map_errors(
+            iter(self._frame(columns).mapInArrow(folded, "state binary").collect())
+        )
+        found = [msgspec.msgpack.decode(row.state, type=operation.state_type) for row in rows]
+        return reduce(operation.merge, found) if found else None
 
     def _frame(self, columns: Sequence[str]) -> DataFrame:
         """All files; they may have their columns in different orders."""
@@ -88,10 +97,10 @@ class SparkReader:
             frame = read.csv(
                 str(file), sep=separator(file), header=True, multiLine=True, escape='"'
             )
-        here = [name for name in header(file) if name in set(columns)]
+        here = [name for name in read_header(file) if name in set(columns)]
         return frame.select([frame[f"`{name}`"] for name in here])
 
-    def _told(self, rows: Iterator[Any]) -> Iterator[Any]:
+    def _map_errors(self, rows: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from rows
         except PySparkException as err:

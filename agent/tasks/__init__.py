@@ -105,7 +105,7 @@ class Resumable(Protocol):
 
 
 @runtime_checkable
-class Surveying(Protocol):
+class ProvidesStatistics(Protocol):
     """What a task may do besides: tell statistics from which follows what all peers share.
 
     They are merged by the coordinator; what it makes of them (`protocols.tables.preprocessing`)
@@ -118,7 +118,7 @@ class Surveying(Protocol):
 
 
 @runtime_checkable
-class Traited(Protocol):
+class HasMetadata(Protocol):
     """What a task may do besides: say what else but tensors its peers must have alike."""
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str] | str]:
@@ -130,7 +130,7 @@ class Traited(Protocol):
 
 
 @runtime_checkable
-class Steerable(Protocol):
+class SupportsScaffold(Protocol):
     """What a task may do besides: let SCAFFOLD steer its plain SGD (arXiv 1910.06378).
 
     Arrays are by the names of the weights, and as large as these.
@@ -139,7 +139,7 @@ class Steerable(Protocol):
     def steer(self, correction: Mapping[str, Array]) -> None:
         """Let the next `train` add this to the gradient of each of its steps."""
 
-    def path(self, settings: Settings) -> float:
+    def lr_times_steps(self, settings: Settings) -> float:
         """Learning rate times steps of a `train` with these settings on this peer's data.
 
         Raises UsageError where its steps would be no plain SGD.
@@ -150,14 +150,14 @@ class Steerable(Protocol):
 
 
 @runtime_checkable
-class Continuing(Protocol):
+class KeepsOptimizerState(Protocol):
     """What a task may do besides: go on in each round with the optimiser of the one before."""
 
-    def recall(self, optimiser: Mapping[str, Array]) -> None:
-        """Let the next `train` begin with this; nothing: with a new one."""
+    def load_optimizer_state(self, state: Mapping[str, Array]) -> None:
+        """Start the next `train` with this state; an empty mapping means a new optimizer."""
 
-    def remembered(self) -> Mapping[str, Array]:
-        """The optimiser as the last `train` left it, for `recall`."""
+    def optimizer_state(self) -> Mapping[str, Array]:
+        """The state of the optimizer after the last `train`, for `load_optimizer_state`."""
 
 
 @runtime_checkable
@@ -191,7 +191,7 @@ class Exporting(Protocol):
         """
 
 
-def checked(settings: Settings, defaults: Settings) -> dict[str, Setting]:
+def merge_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]:
     """`defaults` overlaid with `settings`, each of its default's type; text is parsed.
 
     Raises UnknownName for a setting that has no default, UsageError for one of a wrong type.

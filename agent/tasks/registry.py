@@ -40,7 +40,13 @@ KERAS: dict[str, str] = {
 }
 #: What pip installs for a built-in task, where it is not the same as its name.
 _EXTRAS = {"mnist": "demo", "motion": "demo", "text-lm": "agent"}
-_METHODS = ("schema", "init", "load", "train", "evaluate")
+REQUIRED_METHODS = ("schema", "init", "load", "train", "evaluate")
+#: Optional methods by their present names, and the names that older task files use.
+_FORMER_NAMES = {
+    "lr_times_steps": "path",
+    "load_optimizer_state": "recall",
+    "optimizer_state": "remembered",
+}
 #: What a registered task may be called: it becomes part of run names and messages.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
@@ -50,7 +56,7 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
 
 
-def find(name: str, source: str = "", framework: str = "auto") -> Task:
+def create(name: str, source: str = "", framework: str = "auto") -> Task:
     """A new task: of the class `source` ("/path/file.py:Class") if given, else of this name.
 
     `framework` is "torch", "keras", or "auto" for torch where it is installed.
@@ -64,10 +70,15 @@ def find(name: str, source: str = "", framework: str = "auto") -> Task:
         traceback.print_exc()
         raise TaskUnusable(
             f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
-            _to_install(name) if not source else "install what it needs",
+            _install_hint(name) if not source else "install what it needs",
         ) from err
-    if missing := [method for method in _METHODS if not callable(getattr(made, method, None))]:
+    if missing := [
+        method for method in REQUIRED_METHODS if not callable(getattr(made, method, None))
+    ]:
         raise TaskUnusable(f"{type(made).__name__} is no task: it lacks {', '.join(missing)}")
+    for present, former in _FORMER_NAMES.items():
+        if hasattr(made, former) and not hasattr(made, present):
+            setattr(made, present, getattr(made, former))
     return made  # type: ignore[no-any-return]
 
 
@@ -90,7 +101,7 @@ def _built_in(name: str, framework: str) -> str:
     return KERAS.get(name, BUILT_IN[name]) if keras else BUILT_IN[name]
 
 
-def _to_install(name: str) -> str:
+def _install_hint(name: str) -> str:
     if name not in BUILT_IN:
         return "install what it needs"
     hint = f"pip install 'commonweight[{_EXTRAS.get(name, name)}]'"
@@ -98,7 +109,7 @@ def _to_install(name: str) -> str:
 
 
 def _from_file(source: str) -> Any:
-    path, attribute = parted(source)
+    path, attribute = split_source(source)
     if not path.is_file():
         raise TaskUnusable(f"there is no file {path.name}", f"looked for {path}")
     # Its own imports find its neighbours; after ours, so that none of them passes for another.
@@ -113,7 +124,7 @@ def _from_file(source: str) -> Any:
     return getattr(module, attribute)
 
 
-def parted(source: str) -> tuple[Path, str]:
+def split_source(source: str) -> tuple[Path, str]:
     """File and class of "file.py:Class". Raises UsageError."""
     path, colon, attribute = source.rpartition(":")
     if not colon or not path.endswith(".py") or not attribute.isidentifier():
@@ -121,13 +132,13 @@ def parted(source: str) -> tuple[Path, str]:
     return Path(path).expanduser().absolute(), attribute
 
 
-def called(source: str) -> str:
+def name_of_source(source: str) -> str:
     """What the task in "some/folder/file.py:Class" is called in a run: "file.py:Class"."""
-    path, attribute = parted(source)
-    return checked_name(f"{path.name}:{attribute}")
+    path, attribute = split_source(source)
+    return check_name(f"{path.name}:{attribute}")
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """`name` if a task may be called so. Raises UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(

@@ -31,16 +31,20 @@ from torch import Tensor
 
 from agent.data import Reader, features, open_table
 from agent.data import profile as survey
-from agent.data.features import Encoded, Rows
+from agent.data.features import EncodedRows, EncodedTable
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
 from agent.tasks.training import devices, evaluation
-from agent.tasks.training.classification import batches_of, measured
-from agent.tasks.training.evaluation import Measured
-from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.classification import evaluate_classifier, split_batches
+from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    read_hyperparameters,
+    resolve_settings,
+)
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import stream
-from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from agent.tasks.training.seeds import random_state
+from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
 from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables import evaluation_counts, preprocessing
@@ -49,7 +53,7 @@ from protocols.tables.statistics import TableStatistics
 
 EVALUATION_BATCH = 8192
 DEFAULTS: dict[str, Setting] = {
-    **LOOP,
+    **LOOP_DEFAULTS,
     "target": "",
     "kind": "auto",
     "features": "",
@@ -121,15 +125,15 @@ class Tabular:
 
     def __init__(self) -> None:
         self._data = DataSettings()
-        self._encoded: tuple[str, Encoded] | None = None
-        self._local = LocalTraining()
+        self._encoded: tuple[str, EncodedTable] | None = None
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
 
     # --- what the peers have alike ---
 
     def survey(self, settings: Settings) -> TableStatistics:
         """Statistics of this peer's table, as much as may leave it. Raises DataError."""
-        settings_of(settings, DEFAULTS)
+        resolve_settings(settings, DEFAULTS)
         return survey.survey(self._reader(), self._data, preprocessing.parse_settings(settings))
 
     def schema(self, settings: Settings) -> Schema:
@@ -138,7 +142,7 @@ class Tabular:
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Reads the table, so that what is wrong with it is told early. Raises DataError."""
         made = _preprocessing(settings)
-        survey.compare(self._reader(), self._data, made, preprocessing.parse_settings(settings))
+        survey.check_table(self._reader(), self._data, made, preprocessing.parse_settings(settings))
         self._rows(settings)
         return {
             "features": [feature.name for feature in made.features],
@@ -149,7 +153,7 @@ class Tabular:
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Layers uniform in ±1/√fan-in; embeddings and linear models begin at 0."""
-        model, draw = _model(settings), stream("init", seed)
+        model, draw = _model(settings), random_state("init", seed)
         made = {}
         for name, spec in model.schema().items():
             fan_in = spec.shape[-1] if name.endswith("weight") else 0
@@ -167,14 +171,14 @@ class Tabular:
     def _reader(self) -> Reader:
         return open_table(self._data)
 
-    def _rows(self, settings: Settings) -> Encoded:
+    def _rows(self, settings: Settings) -> EncodedTable:
         key = str(settings["preprocessing"])
         if self._encoded is None or self._encoded[0] != key:
             self._encoded = None  # let go of the old rows first: both may not fit in memory
-            chance = stream("held out", self._data.seed, self._data.index)
+            chance = random_state("held out", self._data.seed, self._data.index)
             folder = Path(self._data.cache or ".")
             made = _preprocessing(settings)
-            rows = features.encoded(self._reader(), made, chance, folder)
+            rows = features.encode_table(self._reader(), made, chance, folder)
             count = len(rows.trained_on.y) + len(rows.held_out.y)
             if count < max(_FEWEST_ROWS, self._data.min_rows):
                 raise DataError(
@@ -189,14 +193,14 @@ class Tabular:
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """On cross-entropy, or on squared error of the scaled target."""
-        plan, model = read_plan(settings, DEFAULTS), _model(settings)
+        plan, model = read_hyperparameters(settings, DEFAULTS), _model(settings)
         loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
 
         def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return loss(model.forward(w, x), y)
 
         examples = self._examples(self._rows(settings).trained_on)
-        return self._local.train(weights, plan, examples, by_autograd(loss_of), on_step)
+        return self._local.train(weights, plan, examples, autograd_step(loss_of), on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
@@ -204,11 +208,11 @@ class Tabular:
         model, target = _model(settings), _preprocessing(settings).target
         examples = self._examples(self._rows(settings).held_out)
         if target.classes:
-            return measured(model.forward, weights, examples, EVALUATION_BATCH, on_step)
+            return evaluate_classifier(model.forward, weights, examples, EVALUATION_BATCH, on_step)
         return _measured(model, weights, examples, target.scale, on_step)
 
-    def _examples(self, rows: Rows) -> Examples:
-        device = devices.chosen(self._data.device)
+    def _examples(self, rows: EncodedRows) -> Examples:
+        device = devices.select_device(self._data.device)
         x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y)
         return Examples(x.to(device), y.to(device), self._data.index)
 
@@ -232,7 +236,7 @@ class Tabular:
             )
         first = 0
         for batch in reader.batches(names):
-            out = model.forward(w, torch.from_numpy(features.inputs(batch, made)))
+            out = model.forward(w, torch.from_numpy(features.encode_inputs(batch, made)))
             rows = {"row": range(first, first + len(batch))}
             first += len(batch)
             if target.classes:
@@ -255,8 +259,8 @@ def _preprocessing(settings: Settings) -> Preprocessing:
 
 def _model(settings: Settings) -> _Model:
     """Raises UnknownName, UsageError, DataError."""
-    chosen, made = settings_of(settings, DEFAULTS), _preprocessing(settings)
-    numbers, _ = features.width(made)
+    chosen, made = resolve_settings(settings, DEFAULTS), _preprocessing(settings)
+    numbers, _ = features.input_width(made)
     outputs = len(made.target.classes) or 1
     sizes = [len(feature.categories) + 2 for feature in made.categorical]
     if chosen["model"] == "linear":
@@ -280,7 +284,7 @@ def _measured(
 ) -> EvalOutcome:
     w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
 
-    def measure(rows: tuple[Tensor, Tensor]) -> Measured:
+    def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
         x, y = rows
         guess = model.forward(w, x)
         error = (guess - y).double()
@@ -288,10 +292,10 @@ def _measured(
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
         told = {"regression": evaluation_counts.sum_regression(*in_units)}
         sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}
-        return Measured(len(y), sums, told)
+        return BatchResult(len(y), sums, told)
 
     seen, means, told = evaluation.evaluate(
-        batches_of(held_out, EVALUATION_BATCH), measure, on_step
+        split_batches(held_out, EVALUATION_BATCH), measure, on_step
     )
     loss = means["loss"]
     metrics = {"loss": loss, "mse": loss * scale**2, "mae": means["mae"] * scale}

@@ -59,11 +59,11 @@ class Train(Struct, frozen=True, tag=True, kw_only=True):
     data: DataSettings = DataSettings()
     base: str
     out: str
-    kept: str = ""
-    kept_out: str = ""
+    personal: str = ""
+    personal_out: str = ""
     key: str = ""
-    journal: str = ""
-    journal_every_s: float = 30.0
+    checkpoint: str = ""
+    checkpoint_every_s: float = 30.0
 
 
 class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
@@ -75,7 +75,7 @@ class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
     settings: dict[str, Setting]
     data: DataSettings = DataSettings()
     base: str
-    kept: str = ""
+    personal: str = ""
 
 
 class Predict(Struct, frozen=True, tag=True, kw_only=True):

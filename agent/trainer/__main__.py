@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 
 from agent.trainer import main_loop
-from agent.trainer.executor import Trainer
+from agent.trainer.executor import WorkExecutor
 
 
-def _offer_to_oom_killer() -> None:
+def _prefer_for_oom_kill() -> None:
     """Where memory runs out, Linux shall end the trainer and not the agent."""
     try:
         Path("/proc/self/oom_score_adj").write_text("500")
@@ -26,7 +26,7 @@ def _offer_to_oom_killer() -> None:
         pass  # another system, or a container that forbids it
 
 
-def _be_nice(nice: int) -> None:
+def _lower_priority(nice: int) -> None:
     """Let others go first, on the CPU and on the disk, as far as this system can."""
     if nice == 0:
         return
@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
-    _be_nice(options.nice)
-    _offer_to_oom_killer()
-    main_loop.run(lambda control, send: Trainer(control, send, options.threads))
+    _lower_priority(options.nice)
+    _prefer_for_oom_kill()
+    main_loop.run(lambda control, send: WorkExecutor(control, send, options.threads))
 
 
 if __name__ == "__main__":

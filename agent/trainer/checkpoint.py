@@ -41,7 +41,7 @@ class _Head(Struct, frozen=True, kw_only=True):
     arrays: list[tuple[str, str, tuple[int, ...]]]
 
 
-class Journal:
+class CheckpointFile:
     """The journal at `path` of the work that `key` names, kept at most every `every_s`."""
 
     def __init__(self, path: Path, key: str, every_s: float) -> None:
@@ -51,11 +51,11 @@ class Journal:
             leftover.unlink(missing_ok=True)  # of a trainer that was killed while it wrote
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """True when the last journal is old enough for another."""
         return time.monotonic() - self._kept_at >= self._every_s
 
-    def keep(self, step: int, snapshot: Snapshot) -> None:
+    def save(self, step: int, snapshot: Snapshot) -> None:
         """Write down that the work has come to `step`. A full disk costs the journal only."""
         try:
             write(self._path, self._key, step, snapshot, rng_state.state())
@@ -63,7 +63,7 @@ class Journal:
             sys.stderr.write(f"cannot keep the journal: {err}\n")
         self._kept_at = time.monotonic()
 
-    def recall(self) -> tuple[int, Snapshot, Mapping[str, npt.NDArray[Any]]] | None:
+    def load(self) -> tuple[int, Snapshot, Mapping[str, npt.NDArray[Any]]] | None:
         """The step, the task's state and that of chance, if the journal is of this very work.
 
         Any other, or a damaged one, is dropped.
@@ -76,11 +76,11 @@ class Journal:
             sys.stderr.write(f"the journal is dropped: {err}\n")
             key = ""
         if key != self._key:
-            self.drop()
+            self.delete()
             return None
         return step, snapshot, chances
 
-    def drop(self) -> None:
+    def delete(self) -> None:
         """The next trainer begins anew."""
         self._path.unlink(missing_ok=True)
 
@@ -140,11 +140,11 @@ def read(path: Path) -> tuple[str, int, Snapshot, Mapping[str, npt.NDArray[Any]]
         piece = bytearray(body[end : end + count * dtype.itemsize])
         found[name] = np.frombuffer(piece, dtype, count).reshape(shape)
         end += len(piece)
-    snapshot = Snapshot(_under(_TASK, found), head.values)
-    return head.key, head.step, snapshot, _under(_CHANCE, found)
+    snapshot = Snapshot(_with_prefix(_TASK, found), head.values)
+    return head.key, head.step, snapshot, _with_prefix(_CHANCE, found)
 
 
-def _under(prefix: str, found: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def _with_prefix(prefix: str, found: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     return {
         name.removeprefix(prefix): array for name, array in found.items() if name.startswith(prefix)
     }

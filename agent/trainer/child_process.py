@@ -26,7 +26,7 @@ MAX_LOG_BYTES = 1 << 20
 FREEZABLE = sys.platform == "linux"
 
 
-class Child:
+class TrainerChild:
     """One child process, and the two threads that read its answers and wait for its end."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Child:
         self._changed = changed
         self._on_answer = on_answer
         #: Exit code as Popen gives it; set, and `changed` notified, when all answers were read.
-        self.exit: int | None = None
+        self.exit_code: int | None = None
         work_dir.mkdir(parents=True, exist_ok=True)
         log_file = work_dir / "trainer.log"
         too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
@@ -103,7 +103,7 @@ class Child:
         self._signal("SIGCONT")
 
     def _signal(self, name: str) -> None:
-        if FREEZABLE and self.exit is None:
+        if FREEZABLE and self.exit_code is None:
             try:
                 os.killpg(self.pid, signal.Signals[name])
             except (ProcessLookupError, PermissionError):  # it ended just now
@@ -140,7 +140,7 @@ class Child:
         reader.join(timeout=5)
         self.close()
         with self._changed:
-            self.exit = code
+            self.exit_code = code
             self._changed.notify_all()
 
 

@@ -17,20 +17,20 @@ from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
     EvalOutcome,
+    HasMetadata,
+    ProvidesStatistics,
     Resumable,
     Setting,
     Settings,
-    Surveying,
     Task,
-    Traited,
     registry,
 )
 from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer import rng_state
-from agent.trainer.checkpoint import Journal
+from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
-from agent.trainer.personalization import Personal
-from agent.trainer.progress import Control, Meter
+from agent.trainer.personalization import Personalization
+from agent.trainer.progress import StepCallback, WorkControl
 from protocols import VERSION
 from protocols.errors import BadWeights, CommonweightError
 from protocols.failpoints import failpoint
@@ -39,17 +39,19 @@ from protocols.model import personalization, schema_card, weights
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 
-class Trainer:
+class WorkExecutor:
     """Does one work after another; keeps the last task and its data for the next."""
 
-    def __init__(self, control: Control, send: Callable[[Answer], None], threads: int) -> None:
+    def __init__(self, control: WorkControl, send: Callable[[Answer], None], threads: int) -> None:
         self._control = control
         self._send = send
         self._threads = threads
         self._found_as: tuple[str, ...] = ()
         self._task: Task | None = None
         self._data: DataSettings | None = None
-        self._resumed: Journal | None = None  # that of the present work, if it goes on from one
+        self._resumed: CheckpointFile | None = (
+            None  # that of the present work, if it goes on from one
+        )
 
     def do(self, work: Work) -> Done | Failed:
         """Do one work. Raises CommonweightError, OSError, Cancelled, and what a task raises."""
@@ -59,45 +61,45 @@ class Trainer:
             raise
         except Exception:
             if self._resumed is not None:
-                self._resumed.drop()  # it may be why: the next try begins anew
+                self._resumed.delete()  # it may be why: the next try begins anew
             raise
         finally:
             self._resumed = None
 
     def _do(self, work: Work) -> Done | Failed:
-        task = self._found(work.task, work.source, work.data.framework)
+        task = self._find_task(work.task, work.source, work.data.framework)
         if isinstance(work, Predict):
             if work.data.is_set:
                 self._load(task, work.data)
-            return self._predicted(work, task)
+            return self._predict(work, task)
         self._load(task, work.data)
         if isinstance(work, Describe):
-            return self._described(work, task)
-        scheme, settings = _parted(work.settings)
-        model = _normal(task.schema(settings))
+            return self._describe(work, task)
+        scheme, settings = _split_settings(work.settings)
+        model = _normalize_schema(task.schema(settings))
 
         def first_weights(seed: int) -> Weights:
             rng_state.seed("init", seed)
-            return _checked(task.init(seed, settings), model)
+            return _check_tensors(task.init(seed, settings), model)
 
         if isinstance(work, Init):
             first = personalization.first_version(first_weights(work.seed), scheme)
-            return self._written(work.id, first, work.out, 0, {})
+            return self._save(work.id, first, work.out, 0, {})
         base = weights.load(Path(work.base))
-        kept = Path(work.kept) if work.kept else None
+        kept = Path(work.personal) if work.personal else None
         run_seed = int(settings.get("seed", 0))
-        personal = Personal(model, scheme, lambda: first_weights(run_seed), kept)
+        personal = Personalization(model, scheme, lambda: first_weights(run_seed), kept)
         try:
             weights.check_schema(base.schema, personal.shared)
         except BadWeights as err:
             message = f"the weights do not fit the task {work.task}: {err.message}"
             return Failed(id=work.id, kind="schema", message=message)
-        self._control.check(work.id)
+        self._control.raise_if_cancelled(work.id)
         given = (work.settings.get(name, 0) for name in ("seed", "round"))
         rng_state.seed(type(work).__name__, *given, work.data.index)
         if isinstance(work, Evaluate):
-            return self._evaluated(work, task, settings, base, personal)
-        return self._trained(work, task, settings, base, personal)
+            return self._evaluate(work, task, settings, base, personal)
+        return self._train(work, task, settings, base, personal)
 
     def _load(self, task: Task, data: DataSettings) -> None:
         if self._data != data:
@@ -105,84 +107,91 @@ class Trainer:
             task.load(data)
             self._data = data
 
-    def _described(self, work: Describe, task: Task) -> Done | Failed:
-        scheme, settings = _parted(work.settings)
-        if isinstance(task, Surveying) and not settings.get("preprocessing"):
+    def _describe(self, work: Describe, task: Task) -> Done | Failed:
+        scheme, settings = _split_settings(work.settings)
+        if isinstance(task, ProvidesStatistics) and not settings.get("preprocessing"):
             return Done(id=work.id, description=schema_card.encode(task.survey(settings)))
-        schema = personalization.shared_schema(_normal(task.schema(settings)), scheme)
-        traits = task.traits(settings) if isinstance(task, Traited) else {}
+        schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)
+        traits = task.traits(settings) if isinstance(task, HasMetadata) else {}
         version = str(getattr(task, "version", ""))
         told = schema_card.encode(schema_card.make_card(work.task, version, schema, traits))
         return Done(id=work.id, description=told)
 
-    def _evaluated(
-        self, work: Evaluate, task: Task, settings: Settings, base: Weights, personal: Personal
+    def _evaluate(
+        self,
+        work: Evaluate,
+        task: Task,
+        settings: Settings,
+        base: Weights,
+        personal: Personalization,
     ) -> Done | Failed:
-        on_step = Meter(work.id, "evaluate", self._control, self._send)
+        on_step = StepCallback(work.id, "evaluate", self._control, self._send)
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
         count, metrics, told = EvalOutcome(*found)
-        if personal.stays_at_home:
+        if personal.has_local_layers:
             _, own, *_ = task.evaluate(personal.model(base), settings, on_step)
             metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 
-    def _predicted(self, work: Predict, task: Task) -> Done | Failed:
-        _, settings = _parted(work.settings)
-        on_step = Meter(work.id, "predict", self._control, self._send)
+    def _predict(self, work: Predict, task: Task) -> Done | Failed:
+        _, settings = _split_settings(work.settings)
+        on_step = StepCallback(work.id, "predict", self._control, self._send)
         model = personalization.without_controls(weights.load(Path(work.base)))
         out = Path(work.out)
         count = predictions.write(task, model, settings, work.sources, work.rows, out, on_step)
         return _done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
 
-    def _trained(
-        self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personal
+    def _train(
+        self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personalization
     ) -> Done | Failed:
         on_step, resumed_at = self._metered(work, task)
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
-        self._control.check(work.id)
-        whole = _checked(trained, training.model.schema)
-        kept_out = Path(work.kept_out) if work.kept_out else None
+        self._control.raise_if_cancelled(work.id)
+        whole = _check_tensors(trained, training.model.schema)
+        kept_out = Path(work.personal_out) if work.personal_out else None
         update = personal.after_train(training, whole, kept_out)
-        done = self._written(work.id, update, work.out, count, {**metrics, **training.metrics})
+        done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
-    def _metered(self, work: Train, task: Task) -> tuple[Meter, int]:
+    def _metered(self, work: Train, task: Task) -> tuple[StepCallback, int]:
         """The `on_step` of a training, and the step from which its journal resumes the task."""
-        if not (work.journal and isinstance(task, Resumable)):
-            return Meter(work.id, "train", self._control, self._send), 0
-        journal = Journal(Path(work.journal), _key(work), work.journal_every_s)
+        if not (work.checkpoint and isinstance(task, Resumable)):
+            return StepCallback(work.id, "train", self._control, self._send), 0
+        journal = CheckpointFile(
+            Path(work.checkpoint), _checkpoint_key(work), work.checkpoint_every_s
+        )
         resumed_at = 0
-        kept = journal.recall()
+        kept = journal.load()
         if kept is not None:
             self._resumed = journal
             resumed_at, snapshot, chances = kept
             task.restore(snapshot)
             rng_state.restore(chances)
-        on_step = Meter(
+        on_step = StepCallback(
             work.id,
             "train",
             self._control,
             self._send,
-            is_due=lambda: journal.due,
-            keep=lambda step: journal.keep(step, task.snapshot()),
+            is_due=lambda: journal.is_due,
+            keep=lambda step: journal.save(step, task.snapshot()),
             resumed=kept is not None,
         )
         return on_step, resumed_at
 
-    def _found(self, *named: str) -> Task:
+    def _find_task(self, *named: str) -> Task:
         """The task of this name, source and framework."""
         if self._task is None or self._found_as != named:
             # Let go of the old task first: two data sets may not fit in memory.
             self._task = self._data = None
-            self._task, self._found_as = registry.find(*named), named
+            self._task, self._found_as = registry.create(*named), named
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(self._threads)
         return self._task
 
-    def _written(
+    def _save(
         self,
         work: int,
         update: Weights,
@@ -190,20 +199,22 @@ class Trainer:
         num_examples: int,
         metrics: Mapping[str, float],
     ) -> Done:
-        self._control.check(work)
+        self._control.raise_if_cancelled(work)
         path = Path(out)
         digest = weights.save(update, path, synced=False)  # the agent syncs it while it sends it
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
 
 
-def _parted(settings: Mapping[str, Setting]) -> tuple[dict[str, Setting], dict[str, Setting]]:
+def _split_settings(
+    settings: Mapping[str, Setting],
+) -> tuple[dict[str, Setting], dict[str, Setting]]:
     """The trainer's settings, and those that the task sees."""
     scheme = {name: settings[name] for name in personalization.SETTINGS & settings.keys()}
     return scheme, {name: value for name, value in settings.items() if name not in scheme}
 
 
-def _checked(tensors: Mapping[str, Array], schema: Schema) -> Weights:
+def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
     """A task's tensors as weights. Raises BadWeights."""
     if not isinstance(tensors, Weights):
         bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
@@ -212,7 +223,7 @@ def _checked(tensors: Mapping[str, Array], schema: Schema) -> Weights:
     return tensors
 
 
-def _key(work: Train) -> str:
+def _checkpoint_key(work: Train) -> str:
     """What must be the same for a journal to be gone on with."""
     settings = sorted(work.settings.items())
     same = [VERSION, work.key, work.task, settings, msgspec.to_builtins(work.data)]
@@ -232,6 +243,6 @@ def _done(
     )
 
 
-def _normal(schema: Schema) -> Schema:
+def _normalize_schema(schema: Schema) -> Schema:
     """The schema with TensorSpec values, where a task may have used plain tuples."""
     return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in schema.items()}

@@ -30,7 +30,7 @@ class Resume(Struct, frozen=True, tag=True):
 class Pace(Struct, frozen=True, tag=True):
     """Work `share` of the time from now on: rest after each batch; 1 is without a rest."""
 
-    share: float
+    work_fraction: float
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -34,7 +34,7 @@ from agent.trainer.ipc import (
     decode_request,
     encode,
 )
-from agent.trainer.progress import Control
+from agent.trainer.progress import WorkControl
 from protocols.errors import CommonweightError, DiskFull, OutOfMemory
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
@@ -50,7 +50,7 @@ class Executor(Protocol):
     def do(self, work: Work) -> Done | Failed: ...
 
 
-def run(make: Callable[[Control, Send], Executor]) -> NoReturn:
+def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
     """Serve the parent until it goes. `make` gets the commands and the way of progress reports."""
     requests, answers = _take_pipes()
     _continue_when_parent_dies()
@@ -59,24 +59,24 @@ def run(make: Callable[[Control, Send], Executor]) -> NoReturn:
         answers.write(encode(answer) + b"\n")
         answers.flush()
 
-    control = Control()
+    control = WorkControl()
     works: queue.SimpleQueue[Work] = queue.SimpleQueue()
     threading.Thread(
         target=_read, args=(requests, control, works), name="requests", daemon=True
     ).start()
-    executor = make(control, send)
+    executor = make_executor(control, send)
     send(Ready())
     try:
         while True:
-            send(answer_to(works.get(), executor, control))
+            send(execute(works.get(), executor, control))
     except SystemExit as end:  # a task's own; the usual way out could wait for the reader
         os._exit(end.code if isinstance(end.code, int) else 1)
 
 
-def answer_to(work: Work, executor: Executor, control: Control) -> Done | Failed:
+def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Failed:
     """Do one work. What it raises becomes a Failed."""
     try:
-        control.check(work.id)
+        control.raise_if_cancelled(work.id)
         failpoint("trainer.begun")
         return executor.do(work)
     except Cancelled:
@@ -108,13 +108,13 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
-def _read(requests: IO[bytes], control: Control, works: queue.SimpleQueue[Work]) -> None:
+def _read(requests: IO[bytes], control: WorkControl, works: queue.SimpleQueue[Work]) -> None:
     """The reader thread: commands act at once, works wait their turn."""
     try:
         for line in requests:
             request = decode_request(line)
             if isinstance(request, Pause | Resume | Pace | Cancel):
-                control.told(request)
+                control.apply(request)
             else:
                 works.put(request)
     except (msgspec.DecodeError, UnicodeDecodeError, OSError):

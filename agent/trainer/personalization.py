@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import Continuing, Settings, Steerable, Task
+from agent.tasks import KeepsOptimizerState, Settings, SupportsScaffold, Task
 from protocols.errors import BadWeights, UsageError
 from protocols.model import personalization, weights
 from protocols.model.personalization import build_weights, control_name
@@ -42,9 +42,9 @@ class Training:
     version: Weights
     model: Weights
     trained: Mapping[str, Array] = field(default_factory=dict)
-    travels: Arrays = field(default_factory=dict)
-    own: Arrays = field(default_factory=dict)
-    optimiser: Mapping[str, Array] = field(default_factory=dict)
+    sent: Arrays = field(default_factory=dict)
+    local: Arrays = field(default_factory=dict)
+    optimizer_state: Mapping[str, Array] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ class FedBN:
         """The model has this peer's layers already."""
 
     def after_train(self, training: Training) -> None:
-        training.own |= {name: training.trained[name] for name in self._at_home}
+        training.local |= {name: training.trained[name] for name in self._at_home}
 
 
 class Scaffold:
@@ -86,8 +86,8 @@ class Scaffold:
         self._option, self._controls, self._own = option, controls, own
 
     def before_train(self, training: Training) -> None:
-        task = _steerable(training.task)
-        task.path(training.settings)  # refused now, and not after an hour of training
+        task = _require_scaffold(training.task)
+        task.lr_times_steps(training.settings)  # refused now, and not after an hour of training
         task.steer(
             {
                 name: np.subtract(training.version[control], self._own[control])
@@ -96,19 +96,19 @@ class Scaffold:
         )
 
     def after_train(self, training: Training) -> None:
-        new = self._new_controls(_steerable(training.task), training)
-        training.own |= new
+        new = self._new_controls(_require_scaffold(training.task), training)
+        training.local |= new
         if self._option == 3:
-            training.metrics[personalization.LR_TIMES_STEPS] = _steerable(training.task).path(
-                training.settings
-            )
+            training.metrics[personalization.LR_TIMES_STEPS] = _require_scaffold(
+                training.task
+            ).lr_times_steps(training.settings)
             return
-        training.travels |= {
+        training.sent |= {
             control: _floats(training.version[control]) + (c - _floats(self._own[control]))
             for control, c in new.items()
         }
 
-    def _new_controls(self, task: Steerable, training: Training) -> dict[str, Floats]:
+    def _new_controls(self, task: SupportsScaffold, training: Training) -> dict[str, Floats]:
         """c_i⁺ by the names of control variates."""
         moving = [
             (name, control, _floats(self._own[control])) for name, control in self._controls.items()
@@ -117,10 +117,10 @@ class Scaffold:
             gradient = task.gradient(training.model, training.settings)
             # What no gradient moves (running statistics) needs no control.
             return {n: np.asarray(gradient.get(name, own), own.dtype) for name, n, own in moving}
-        path = task.path(training.settings)
+        path = task.lr_times_steps(training.settings)
         version = training.version
         return {
-            n: (own - _floats(version[n]) + _moved(training, name) / path).astype(own.dtype)
+            n: (own - _floats(version[n]) + _movement(training, name) / path).astype(own.dtype)
             for name, n, own in moving
         }
 
@@ -132,13 +132,13 @@ class DiLoCo:
         self._optimiser = optimiser
 
     def before_train(self, training: Training) -> None:
-        _continuing(training.task).recall(self._optimiser)
+        _require_optimizer_state(training.task).load_optimizer_state(self._optimiser)
 
     def after_train(self, training: Training) -> None:
-        training.optimiser = _continuing(training.task).remembered()
+        training.optimizer_state = _require_optimizer_state(training.task).optimizer_state()
 
 
-class Personal:
+class Personalization:
     """This peer's own part of a model of schema `model`, under the scheme in the settings.
 
     `first` makes the task's first weights: layers that stay here begin with them. `kept` is the
@@ -183,7 +183,7 @@ class Personal:
         }
 
     @property
-    def stays_at_home(self) -> bool:
+    def has_local_layers(self) -> bool:
         """True if some layers never travel."""
         return bool(self._newcomers)
 
@@ -207,15 +207,15 @@ class Personal:
         for hook in self._hooks:
             hook.after_train(training)
         if out is not None:
-            kept = build_weights(self._schema, training.own.__getitem__)
-            state = {_OPTIMISER + name: array for name, array in training.optimiser.items()}
+            kept = build_weights(self._schema, training.local.__getitem__)
+            state = {_OPTIMISER + name: array for name, array in training.optimizer_state.items()}
             bf16 = [name for name, spec in kept.schema.items() if spec.dtype == "BF16"]
             weights.save(Weights({**kept, **state}, bf16), out)
-        whole = {**training.version, **trained, **training.travels}
+        whole = {**training.version, **trained, **training.sent}
         return build_weights(self.shared, whole.__getitem__)
 
 
-def _moved(training: Training, name: str) -> Floats:
+def _movement(training: Training, name: str) -> Floats:
     """x - y as float64: how far the training has moved a tensor."""
     x, y = training.version[name], training.trained[name]
     if training.model.schema[name].dtype == "BF16":
@@ -227,22 +227,23 @@ def _floats(array: Array) -> Floats:
     return cast(Floats, array)
 
 
-def _continuing(task: Task) -> Continuing:
+def _require_optimizer_state(task: Task) -> KeepsOptimizerState:
     """The task, if its optimiser can go on from round to round. Raises UsageError."""
-    if not isinstance(task, Continuing):
+    if not isinstance(task, KeepsOptimizerState):
         raise UsageError(
-            f"{type(task).__name__} cannot keep its optimiser: it lacks recall or remembered",
+            f"{type(task).__name__} cannot keep its optimizer: it has no load_optimizer_state or "
+            "no optimizer_state method",
             "--strategy-arg keep_optimiser=false, or these methods: see agent/tasks",
         )
     return task
 
 
-def _steerable(task: Task) -> Steerable:
+def _require_scaffold(task: Task) -> SupportsScaffold:
     """The task, if SCAFFOLD can steer it. Raises UsageError."""
-    if not isinstance(task, Steerable):
+    if not isinstance(task, SupportsScaffold):
         raise UsageError(
-            f"{type(task).__name__} cannot be trained with SCAFFOLD: it lacks steer, path or "
-            "gradient",
+            f"{type(task).__name__} cannot be trained with SCAFFOLD: it has no steer, "
+            "lr_times_steps or gradient method",
             "another strategy, or these methods: see agent/tasks",
         )
     return task

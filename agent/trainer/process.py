@@ -16,7 +16,7 @@ import msgspec
 from agent.data.settings import DataSettings
 from agent.tasks.work import Done, Predict, Train, Work
 from agent.trainer.ipc import Progress
-from agent.trainer.supervisor import TrainerLife
+from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
 
 
@@ -24,7 +24,7 @@ def ignore(_: Progress) -> None:
     """Nobody wants to know."""
 
 
-class TrainerProcess(TrainerLife):
+class TrainerProcess(TrainerSupervisor):
     """A trainer that is started when first needed, and again after it died or was stopped.
 
     `data` is what the next work trains on. `threads` = 0 takes half the cores. A work that shows
@@ -48,7 +48,7 @@ class TrainerProcess(TrainerLife):
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
         grace_s: float = 10.0,
-        journal_every_s: float = 30.0,
+        checkpoint_every_s: float = 30.0,
         sources: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         threads = threads or max(1, (os.cpu_count() or 2) // 2)
@@ -63,47 +63,47 @@ class TrainerProcess(TrainerLife):
             sources=sources,
         )
         self.data = data
-        self._journal, self._journal_every_s = work_dir / "journal", journal_every_s
+        self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s
 
     def run(self, work: Work) -> Done:
         """Do a work on this machine's data, and wait for its end. Raises TrainerFailed."""
-        return self.do(self._completed(work))
+        return self.do(self._with_local_data(work))
 
-    def _completed(self, work: Work) -> Work:
+    def _with_local_data(self, work: Work) -> Work:
         """The work with this machine's data and journal. Paths become absolute: the child works in
         another folder."""
         added: dict[str, Any] = {"data": self._data()}
-        for name in ("base", "out", "kept", "kept_out"):
+        for name in ("base", "out", "personal", "personal_out"):
             if path := getattr(work, name, ""):
-                added[name] = _full(path)
+                added[name] = _absolute(path)
         if isinstance(work, Predict):
-            added["sources"] = [_full(source) for source in work.sources]
+            added["sources"] = [_absolute(source) for source in work.sources]
         if isinstance(work, Train):
             # Whichever run asks: alike in all this, task, settings and data gives the same result.
-            files = [work.base, *([work.kept] if Path(work.kept).is_file() else [])]
+            files = [work.base, *([work.personal] if Path(work.personal).is_file() else [])]
             try:
-                added["key"] = " ".join(_told(Path(file)) for file in files)
+                added["key"] = " ".join(_file_stamp(Path(file)) for file in files)
             except OSError as err:
                 raise TrainerFailed("file", f"a file cannot be used: {err}") from err
-            added["journal"] = _full(self._journal)
-            added["journal_every_s"] = self._journal_every_s
+            added["checkpoint"] = _absolute(self._checkpoint)
+            added["checkpoint_every_s"] = self._checkpoint_every_s
         return msgspec.structs.replace(work, **added)
 
-    def forget(self) -> None:
+    def delete_checkpoint(self) -> None:
         """Drop the journal: the last work is done and its answer is safe."""
-        self._journal.unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
 
     def _data(self) -> DataSettings:
         if self.data.cache:
             return self.data
-        return msgspec.structs.replace(self.data, cache=_full(self._work_dir))
+        return msgspec.structs.replace(self.data, cache=_absolute(self._work_dir))
 
 
-def _told(file: Path) -> str:
+def _file_stamp(file: Path) -> str:
     """What is another for another file, or for the same one written anew. Raises OSError."""
     found = file.stat()
     return f"{file.name} {found.st_size} {found.st_mtime_ns}"
 
 
-def _full(path: str | Path) -> str:
+def _absolute(path: str | Path) -> str:
     return str(Path(path).absolute())

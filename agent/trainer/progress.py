@@ -17,7 +17,7 @@ from protocols.failpoints import failpoint, note
 PROGRESS_EVERY_S = 0.2
 
 
-class Control:
+class WorkControl:
     """What the reader thread was told, and the gate at which the working thread obeys."""
 
     def __init__(self) -> None:
@@ -26,59 +26,60 @@ class Control:
         self._pause = 0  # the number of the latest pause
         self._cancelled = -1
         #: The part of the time in which to work; read after every batch without a lock.
-        self.share = 1.0
+        self.work_fraction = 1.0
         #: Read after every batch without a lock; true while there may be something to obey.
-        self.raised = False
+        self.needs_attention = False
 
-    def told(self, request: Pause | Resume | Pace | Cancel) -> None:
+    def apply(self, request: Pause | Resume | Pace | Cancel) -> None:
         """Note a command. Called by the reader thread."""
         with self._changed:
             if isinstance(request, Pace):
-                self.share = min(1.0, max(0.01, request.share))
+                self.work_fraction = min(1.0, max(0.01, request.work_fraction))
             elif isinstance(request, Cancel):
                 self._cancelled = request.id
             else:
                 self._paused = isinstance(request, Pause)
                 if isinstance(request, Pause):
                     self._pause = request.number
-            self.raised = self._paused or self._cancelled >= 0
+            self.needs_attention = self._paused or self._cancelled >= 0
             self._changed.notify_all()
 
-    def check(self, work: int) -> None:
+    def raise_if_cancelled(self, work: int) -> None:
         """Raise Cancelled if the work is not wanted any more."""
         if self._cancelled == work:
             raise Cancelled
 
-    def rest(self, worked_s: float) -> None:
+    def throttle(self, worked_s: float) -> None:
         """Rest after so much work, as the pace wants it; a command ends the rest."""
         with self._changed:
-            share = self.share
+            share = self.work_fraction
             self._changed.wait_for(
-                lambda: self.raised or self.share != share, min(worked_s * (1 / share - 1), 30.0)
+                lambda: self.needs_attention or self.work_fraction != share,
+                min(worked_s * (1 / share - 1), 30.0),
             )
 
-    def obey(self, work: int, on_pause: Callable[[int], None]) -> bool:
+    def wait_while_paused(self, work: int, on_pause: Callable[[int], None]) -> bool:
         """Raise Cancelled, or stand still while paused; True if there was a pause.
 
         `on_pause` is given the number of the pause.
         """
         with self._changed:
-            self.check(work)
+            self.raise_if_cancelled(work)
             if not self._paused:
-                self.raised = False  # a cancel that came too late for the work before
+                self.needs_attention = False  # a cancel that came too late for the work before
                 return False
             number = self._pause
         on_pause(number)
         with self._changed:
             # Checked before each wait: a cancel may have come while `on_pause` ran.
             while self._paused:
-                self.check(work)
+                self.raise_if_cancelled(work)
                 self._changed.wait()
-            self.check(work)
+            self.raise_if_cancelled(work)
         return True
 
 
-class Meter:
+class StepCallback:
     """The `on_step` of one work: sends a few Progress a second and obeys the control.
 
     `keep(step)` writes the journal; it is called when `is_due()`, and before a pause, which may
@@ -89,7 +90,7 @@ class Meter:
         self,
         work: int,
         phase: Phase,
-        control: Control,
+        control: WorkControl,
         send: Callable[[Answer], None],
         is_due: Callable[[], bool] = lambda: False,
         keep: Callable[[int], None] = lambda step: None,
@@ -135,8 +136,8 @@ class Meter:
             report()
         if self._is_due():
             self._keep(int(step))
-        if self._control.share < 1.0:
-            self._control.rest(time.monotonic() - self._rested_at)
-        if self._control.raised and self._control.obey(self._work, pause):
+        if self._control.work_fraction < 1.0:
+            self._control.throttle(time.monotonic() - self._rested_at)
+        if self._control.needs_attention and self._control.wait_while_paused(self._work, pause):
             self._window = time.monotonic(), examples_done  # a pause is no time at work
         self._rested_at = time.monotonic()

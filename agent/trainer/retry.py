@@ -19,12 +19,12 @@ from protocols.network.backoff import delays
 log = logging.getLogger("commonweight.agent")
 
 #: What another child may not meet again. All else is said of the work itself, or was asked for.
-WORTH_A_TRY = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
+RETRYABLE = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
 #: The same for what others ask in jobs: the same rows meet the same exception.
-WORTH_A_TRY_IN_JOBS = WORTH_A_TRY - {"task"}
+RETRYABLE_IN_JOBS = RETRYABLE - {"task"}
 
 
-class Watchdog:
+class RetryingTrainer:
     """A trainer for `client.Client` that survives its children.
 
     After `tries` failures of one work it raises the last one, having told `on_given_up(kind)`.
@@ -36,13 +36,13 @@ class Watchdog:
         trainer: TrainerProcess,
         *,
         tries: int = 4,
-        first_s: float = 0.5,
-        most_s: float = 15.0,
-        worth: frozenset[str] = WORTH_A_TRY,
+        first_delay_s: float = 0.5,
+        max_delay_s: float = 15.0,
+        retryable: frozenset[str] = RETRYABLE,
         on_given_up: Callable[[str], None] = lambda kind: None,
     ) -> None:
-        self._trainer, self._tries, self._worth = trainer, tries, worth
-        self._first_s, self._most_s = first_s, most_s
+        self._trainer, self._tries, self._worth = trainer, tries, retryable
+        self._first_s, self._most_s = first_delay_s, max_delay_s
         self._on_given_up = on_given_up
         self._closed = threading.Event()
 

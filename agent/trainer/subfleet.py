@@ -27,7 +27,7 @@ from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Wor
 from agent.trainer import main_loop
 from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
-from agent.trainer.progress import Control
+from agent.trainer.progress import WorkControl
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import CommonweightError, DataError, NotRunning, Refused, Unreachable
 from protocols.messages.envelope import Metrics
@@ -35,19 +35,19 @@ from protocols.model import schema_card
 from protocols.model.weights import file_digest
 from protocols.network.error_text import describe_error
 
-_LOOK_S, _TIMEOUT_S = 0.2, 30.0
+_POLL_S, _TIMEOUT_S = 0.2, 30.0
 #: What the trainer adds to a task's settings; runs have fields of their own for it.
-_ADDED = frozenset({"seed", "round"})
+_RUN_SETTINGS = frozenset({"seed", "round"})
 
 
-class LocalFleet:
+class LocalCoordinator:
     """The coordinator on this machine, asked as its operator."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._key = identity.load_signing_key(home / "operator.key")
 
-    def ask(self, method: str, path: str, body: object = None) -> Any:
+    def request(self, method: str, path: str, body: object = None) -> Any:
         """What the coordinator answers. Raises NotRunning, Unreachable, Refused."""
         try:
             address = json.loads((self._home / "up.json").read_bytes())["address"]
@@ -70,15 +70,15 @@ class LocalFleet:
             raise Refused(str(told.get("message", answer.status_code)), str(told.get("hint", "")))
         return told
 
-    def version(self, digest: str) -> Path:
+    def version_path(self, digest: str) -> Path:
         """Where the coordinator keeps a version."""
         return self._home / "versions" / f"{digest}.safetensors"
 
     @contextlib.contextmanager
-    def lent(self, file: Path) -> Iterator[str]:
+    def lend_version(self, file: Path) -> Iterator[str]:
         """Put a version among the coordinator's for as long as it is needed; gives its digest."""
         digest = file_digest(file)
-        there = self.version(digest)
+        there = self.version_path(digest)
         if there.exists():  # the coordinator's own, or lent before
             yield digest
             return
@@ -89,17 +89,17 @@ class LocalFleet:
             there.unlink(missing_ok=True)
 
 
-class FleetTrainer:
+class FleetExecutor:
     """Has the fleet do one work after another; progress goes to `send`."""
 
-    def __init__(self, fleet: LocalFleet, control: Control, send: Send) -> None:
+    def __init__(self, fleet: LocalCoordinator, control: WorkControl, send: Send) -> None:
         self._fleet, self._control, self._send = fleet, control, send
 
     def do(self, work: Work) -> Done:
         """Do one work. Raises CommonweightError, OSError, Cancelled."""
         match work:
             case Describe():
-                run = self._errand(work, {"only": "describe", "handshake": True})
+                run = self._run(work, {"only": "describe", "handshake": True})
                 if run["preprocessing"] and "preprocessing" not in work.settings:
                     raise DataError(
                         "tables are not surveyed over two levels of fleets",
@@ -110,20 +110,20 @@ class FleetTrainer:
             case Predict():
                 raise Refused("a fleet answers for no rows", "ask its own coordinator")
             case Init():
-                run = self._errand(work, {"only": "init", "seed": work.seed})
-                return self._given(work.id, run["head"], Path(work.out))
+                run = self._run(work, {"only": "init", "seed": work.seed})
+                return self._copy_result(work.id, run["head"], Path(work.out))
             case Train():
-                with self._fleet.lent(Path(work.base)) as base:
+                with self._fleet.lend_version(Path(work.base)) as base:
                     closed = self._round(work, "train", base)
                     keep = closed["digest"] == base
-                    given = self._given(work.id, closed["digest"], Path(work.out), keep=keep)
+                    given = self._copy_result(work.id, closed["digest"], Path(work.out), keep=keep)
                 return msgspec.structs.replace(
                     given,
                     num_examples=closed["num_examples"],
                     metrics=msgspec.convert(closed["metrics"], Metrics),
                 )
             case Evaluate():
-                with self._fleet.lent(Path(work.base)) as base:
+                with self._fleet.lend_version(Path(work.base)) as base:
                     closed = self._round(work, "evaluate", base)
                 return Done(
                     id=work.id,
@@ -138,11 +138,11 @@ class FleetTrainer:
             "seed": int(work.settings.get("seed", 0)),
             "first_round": max(1, int(work.settings.get("round", 1))),
         }
-        return self._errand(work, spec, base)["history"][-1]
+        return self._run(work, spec, base)["history"][-1]
 
-    def _errand(self, work: Work, spec: dict[str, Any], base: str = "") -> Any:
+    def _run(self, work: Work, spec: dict[str, Any], base: str = "") -> Any:
         """Have the fleet do it; the run as it ended. Raises CommonweightError, Cancelled."""
-        settings = {name: v for name, v in work.settings.items() if name not in _ADDED}
+        settings = {name: v for name, v in work.settings.items() if name not in _RUN_SETTINGS}
         order = {
             "spec": {
                 "task": work.task,
@@ -153,28 +153,28 @@ class FleetTrainer:
             },
             "from_digest": base,
         }
-        run = self._fleet.ask("POST", "/cw/v1/runs", order)["run"]
+        run = self._fleet.request("POST", "/cw/v1/runs", order)["run"]
         try:
-            told = self._ended(work, run)
+            told = self._wait_for_end(work, run)
         except BaseException:  # also Cancelled: nobody waits for the run any more
             with contextlib.suppress(CommonweightError):
-                self._fleet.ask("POST", f"/cw/v1/runs/{run}/stop")
+                self._fleet.request("POST", f"/cw/v1/runs/{run}/stop")
             raise
         if told["state"] != "finished":
             raise Refused(f"this fleet's run {run} {told['state']}: {told['ended_because']}")
         return told
 
-    def _ended(self, work: Work, run: str) -> Any:
+    def _wait_for_end(self, work: Work, run: str) -> Any:
         """The run once it has ended. Raises CommonweightError, Cancelled."""
         while True:
-            told = self._fleet.ask("GET", f"/cw/v1/runs/{run}")
+            told = self._fleet.request("GET", f"/cw/v1/runs/{run}")
             if told["state"] in ("finished", "stopped", "failed"):
                 return told
-            self._control.check(work.id)
-            self._tell(work, told)
-            time.sleep(_LOOK_S)
+            self._control.raise_if_cancelled(work.id)
+            self._report_progress(work, told)
+            time.sleep(_POLL_S)
 
-    def _tell(self, work: Work, run: Any) -> None:
+    def _report_progress(self, work: Work, run: Any) -> None:
         """How many of the fleet have answered, as the steps of the work."""
         peers = run["peers"].values()
         phase: Phase = "evaluate" if isinstance(work, Evaluate) else "train"
@@ -188,9 +188,9 @@ class FleetTrainer:
         )
         self._send(progress)
 
-    def _given(self, work: int, digest: str, out: Path, *, keep: bool = False) -> Done:
+    def _copy_result(self, work: int, digest: str, out: Path, *, keep: bool = False) -> Done:
         """Copy a version of the coordinator's to `out`, and delete it there unless `keep`."""
-        there = self._fleet.version(digest)
+        there = self._fleet.version_path(digest)
         _copy(there, out)
         if not keep:
             there.unlink(missing_ok=True)
@@ -208,8 +208,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    fleet = LocalFleet(Path(sys.argv[1]))
-    main_loop.run(lambda control, send: FleetTrainer(fleet, control, send))
+    fleet = LocalCoordinator(Path(sys.argv[1]))
+    main_loop.run(lambda control, send: FleetExecutor(fleet, control, send))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import psutil
 
 from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
-from agent.trainer.child_process import Child
+from agent.trainer.child_process import TrainerChild
 from agent.trainer.ipc import Answer, Cancel, Failed, Pace, Pause, Progress, Ready, Resume
 from protocols.errors import OutOfMemory, TrainerFailed
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FREEZE_AFTER_S = 0.25
 
 
-class TrainerLife:
+class TrainerSupervisor:
     """A child that is started when first needed, and again after it died or was stopped.
 
     `program` are the words of its module and options.
@@ -51,14 +51,14 @@ class TrainerLife:
         self._program, self._threads = program, threads
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
-        self._one_at_a_time = threading.Lock()
+        self._work_lock = threading.Lock()
         self._changed = threading.Condition()
         # All below is guarded by `_changed`.
-        self._child: Child | None = None
+        self._child: TrainerChild | None = None
         self._id = 0
         self._working = False
-        self._answer: Done | Failed | None = None
-        self._paused = self._standing = self._ready = False
+        self._result: Done | Failed | None = None
+        self._paused = self._pause_confirmed = self._ready = False
         self._pause = 0  # the number of the latest pause
         self._share = 1.0
         self._cancel_by: float | None = None
@@ -104,9 +104,9 @@ class TrainerLife:
             self._stopping = self._working
             child.close()
             child.thaw()
-            if not self._changed.wait_for(lambda: child.exit is not None, timeout_s):
+            if not self._changed.wait_for(lambda: child.exit_code is not None, timeout_s):
                 child.kill()
-                self._changed.wait_for(lambda: child.exit is not None, timeout_s)
+                self._changed.wait_for(lambda: child.exit_code is not None, timeout_s)
             if self._child is child:
                 self._child = None
 
@@ -125,7 +125,7 @@ class TrainerLife:
     def pid(self) -> int | None:
         """The child's process id."""
         child = self._child
-        return child.pid if child and child.exit is None else None
+        return child.pid if child and child.exit_code is None else None
 
     @property
     def idle_s(self) -> float:
@@ -148,7 +148,7 @@ class TrainerLife:
         with self._changed:
             if paused == self._paused:
                 return False
-            self._paused, self._standing = paused, False
+            self._paused, self._pause_confirmed = paused, False
             self._pause += paused
             self._alive_at = time.monotonic()
             if self._child:
@@ -166,7 +166,7 @@ class TrainerLife:
         """Stop a batch that did not end since the pause; also a long load of the data."""
         with self._changed:
             child = self._child
-            if not self._paused or not self._working or self._standing or child is None:
+            if not self._paused or not self._working or self._pause_confirmed or child is None:
                 return
             if not self._ready:  # it has not arranged yet to be woken by our death
                 self._freeze_soon()
@@ -175,11 +175,11 @@ class TrainerLife:
 
     def do(self, work: Work) -> Done:
         """Let the child do a work. Raises TrainerFailed."""
-        with self._one_at_a_time:
+        with self._work_lock:
             with self._changed:
-                child = self._started()
+                child = self._ensure_child()
                 self._id += 1
-                self._working, self._standing, self._answer = True, False, None
+                self._working, self._pause_confirmed, self._result = True, False, None
                 self._cancel_by, self._stopping = None, False
                 self._alive_at = time.monotonic()
                 source = self._sources.get(work.task, "")
@@ -187,7 +187,7 @@ class TrainerLife:
                 if self._paused:  # that pause's own timer found no work
                     self._freeze_soon()
             try:
-                answer = self._awaited(child)
+                answer = self._wait_for_answer(child)
             finally:
                 with self._changed:
                     self._working = False
@@ -204,13 +204,13 @@ class TrainerLife:
             hint = answer.hint or f"the trainer's log: {self._work_dir / 'trainer.log'}"
             raise TrainerFailed(answer.kind, answer.message, hint)
 
-    def _started(self) -> Child:
+    def _ensure_child(self) -> TrainerChild:
         if self._closed:
             raise TrainerFailed("stopped", "the trainer was stopped")
-        if self._child is None or self._child.exit is not None:
+        if self._child is None or self._child.exit_code is not None:
             self._oom_kills, self._ready = oom_kills.oom_kills(), False
             try:
-                self._child = Child(
+                self._child = TrainerChild(
                     self._work_dir, self._program, self._threads, self._changed, self._on_answer
                 )
             except OSError as err:
@@ -221,15 +221,15 @@ class TrainerLife:
                 self._child.send(Pause(self._pause))
         return self._child
 
-    def _awaited(self, child: Child) -> Done | Failed:
+    def _wait_for_answer(self, child: TrainerChild) -> Done | Failed:
         """The answer to the present work, or a Failed that says how the child ended instead."""
         ended_because: Failed | None = None
         with self._changed:
-            while self._answer is None:
-                if child.exit is not None:
-                    return ended_because or self._obituary(child.exit)
+            while self._result is None:
+                if child.exit_code is not None:
+                    return ended_because or self._exit_reason(child.exit_code)
                 now = time.monotonic()
-                by, why = self._limit()
+                by, why = self._deadline()
                 if ended_because is not None:
                     self._changed.wait()
                 elif by is None or now < by:
@@ -237,9 +237,9 @@ class TrainerLife:
                 else:
                     ended_because = why
                     child.kill()
-            return self._answer
+            return self._result
 
-    def _limit(self) -> tuple[float | None, Failed]:
+    def _deadline(self) -> tuple[float | None, Failed]:
         """When the child is to be killed, unless something happens, and why."""
         if self._cancel_by is not None:
             return self._cancel_by, self._failed("cancelled", "the work was cancelled")
@@ -247,7 +247,7 @@ class TrainerLife:
         by = None if self._paused else self._alive_at + self._hang_s
         return by, self._failed("hung", message)
 
-    def _obituary(self, code: int) -> Failed:
+    def _exit_reason(self, code: int) -> Failed:
         if self._stopping:
             return self._failed("stopped", "the trainer was stopped")
         if code < 0:
@@ -276,9 +276,9 @@ class TrainerLife:
             self._ready |= isinstance(answer, Ready)
             if isinstance(answer, Progress):
                 # The answer to an earlier pause may arrive late; the trainer works on since then.
-                self._standing = answer.paused and answer.pause == self._pause
+                self._pause_confirmed = answer.paused and answer.pause == self._pause
             if isinstance(answer, Done | Failed) and answer.id == self._id:
-                self._answer = answer
+                self._result = answer
                 self._changed.notify_all()
         if isinstance(answer, Progress):
             try:

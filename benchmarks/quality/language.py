@@ -32,9 +32,9 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import Setting
 from agent.tasks.language import next_token
-from agent.tasks.language.gpt import DEFAULTS, TextLM, logits_of, shape_of
-from agent.tasks.training.hyperparameters import read_plan
-from agent.tasks.training.seeds import seed_of
+from agent.tasks.language.gpt import DEFAULTS, TextLM, forward, read_config
+from agent.tasks.training.hyperparameters import read_hyperparameters
+from agent.tasks.training.seeds import derive_seed
 from benchmarks.quality.fleet import fleet_of
 from coordinator.storage.run_events import RunSpec
 from protocols.model.weights import Weights
@@ -134,20 +134,20 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     for task, mine in zip(tasks, data, strict=True):
         task.load(mine)
     windows = [task._read(MODEL) for task in tasks]
-    shape = shape_of(MODEL)
+    shape = read_config(MODEL)
     w = {name: torch.tensor(array) for name, array in first.items()}
     losses_of = [
-        next_token.loss_of(lambda t, x, training: logits_of(shape, t, x, training), found)
+        next_token.loss_of(lambda t, x, training: forward(shape, t, x, training), found)
         for found in windows
     ]
     optimiser = torch.optim.AdamW(
         [t.requires_grad_() for t in w.values()], lr=way.lr, weight_decay=0.0
     )
     orders: list[Tensor] = [torch.empty(0, dtype=torch.int64) for _ in data]
-    chance = torch.Generator().manual_seed(seed_of("every step", way.seed))
+    chance = torch.Generator().manual_seed(derive_seed("every step", way.seed))
     losses: list[float] = []
     for number in range(1, way.rounds + 1):
-        plan = read_plan({**way.settings(), "round": number}, DEFAULTS)
+        plan = read_hyperparameters({**way.settings(), "round": number}, DEFAULTS)
         optimiser.param_groups[0]["lr"] = plan.lr
         for _ in range(way.inner):
             optimiser.zero_grad()

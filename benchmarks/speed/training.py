@@ -98,7 +98,7 @@ def _ours(trainer: TrainerProcess, course: Course, folder: Path) -> Spent:
     base = folder / f"{course.model}.safetensors"
     if not base.exists():
         trainer.run(Init(task="mnist", settings=settings, seed=1, out=str(base)))
-    trainer.forget()
+    trainer.delete_checkpoint()
     before, began = _cpu_s(trainer), time.perf_counter()
     trainer.run(
         Train(

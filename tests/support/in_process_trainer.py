@@ -9,10 +9,10 @@ from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
-from agent.trainer.executor import Trainer
+from agent.trainer.executor import WorkExecutor
 from agent.trainer.ipc import Failed
-from agent.trainer.main_loop import answer_to
-from agent.trainer.progress import Control
+from agent.trainer.main_loop import execute
+from agent.trainer.progress import WorkControl
 from protocols.errors import TrainerFailed
 
 
@@ -24,12 +24,12 @@ class InProcess:
 
     def __init__(self, data: DataSettings, threads: int = 1, source: str = "") -> None:
         self._data, self._source = data, source
-        self._control = Control()
-        self._trainer = Trainer(self._control, lambda progress: None, threads)
+        self._control = WorkControl()
+        self._trainer = WorkExecutor(self._control, lambda progress: None, threads)
 
     def run(self, work: Work) -> Done:
         work = replace(work, id=1, data=self._data, source=self._source)
-        answer = answer_to(work, self._trainer, self._control)
+        answer = execute(work, self._trainer, self._control)
         if isinstance(answer, Failed):
             raise TrainerFailed(answer.kind, answer.message, answer.hint)
         return answer

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from agent.data.settings import DataSettings
-from agent.tasks import OnStep, Settings, checked
+from agent.tasks import OnStep, Settings, merge_settings
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 from tests.support.in_process_fleet import CLASSES, Data, first_weights, some_data
 
@@ -33,13 +33,13 @@ class Softmax:
 
     def schema(self, settings: Settings) -> Schema:
         schema = {"w": TensorSpec("F32", (FEATURES, CLASSES)), "b": TensorSpec("F32", (CLASSES,))}
-        if checked(settings, DEFAULTS)["norm"]:
+        if merge_settings(settings, DEFAULTS)["norm"]:
             schema |= {f"norm.{n}": TensorSpec("F32", (FEATURES,)) for n in ("scale", "shift")}
         return schema
 
     def init(self, seed: int, settings: Settings) -> Weights:
         first = dict(first_weights(FEATURES, seed))
-        if checked(settings, DEFAULTS)["norm"]:
+        if merge_settings(settings, DEFAULTS)["norm"]:
             first["norm.scale"] = np.ones(FEATURES, np.float32)
             first["norm.shift"] = np.zeros(FEATURES, np.float32)
         return Weights(first)
@@ -49,7 +49,7 @@ class Softmax:
         self._correction: Mapping[str, Array] = {}
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> Any:
-        chosen = checked(settings, DEFAULTS)
+        chosen = merge_settings(settings, DEFAULTS)
         model, lr = dict(weights), np.float32(chosen["lr"])
         for step in range(int(chosen["steps"])):
             for name, gradient in self.gradient(Weights(model), settings).items():
@@ -65,8 +65,8 @@ class Softmax:
     def steer(self, correction: Mapping[str, Array]) -> None:
         self._correction = correction
 
-    def path(self, settings: Settings) -> float:
-        chosen = checked(settings, DEFAULTS)
+    def lr_times_steps(self, settings: Settings) -> float:
+        chosen = merge_settings(settings, DEFAULTS)
         return float(chosen["steps"]) * float(chosen["lr"])
 
     def gradient(self, weights: Weights, settings: Settings) -> dict[str, Any]:

@@ -27,18 +27,22 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
 from agent.tasks.training import csv_rows, devices, onnx_export
-from agent.tasks.training.classification import classes_of, measured, tensors_of
-from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan
-from agent.tasks.training.loop_state import Position, Tensors
-from agent.tasks.training.seeds import stream
+from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    Hyperparameters,
+    read_hyperparameters,
+)
+from agent.tasks.training.loop_state import LoopState, Tensors
+from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import (
     Examples,
-    LocalTraining,
     LossOf,
     Step,
-    by_autograd,
+    TrainingLoop,
+    autograd_step,
+    lr_times_steps,
     mean_gradient,
-    path,
 )
 from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save
@@ -46,7 +50,7 @@ from protocols.model.weights import Array, Schema, TensorSpec, Weights, check_sc
 DIGITS = 5000
 TRAINED_ON = 4000
 EVALUATION_BATCH = 500
-DEFAULTS: dict[str, Setting] = {**LOOP, "model": "2nn", "pixels": "unit"}
+DEFAULTS: dict[str, Setting] = {**LOOP_DEFAULTS, "model": "2nn", "pixels": "unit"}
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
@@ -86,9 +90,10 @@ class Mnist:
 
     def __init__(self) -> None:
         self._part: _Part | None = None
-        self._local = LocalTraining()
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.load_optimizer_state = self._local.load_optimizer_state
+        self.optimizer_state = self._local.optimizer_state
         self.steer = self._local.steer
 
     def schema(self, settings: Settings) -> Schema:
@@ -101,7 +106,7 @@ class Mnist:
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
-        draw, tensors = stream("init", seed), {}
+        draw, tensors = random_state("init", seed), {}
         for name, shape in _LAYERS[_model(settings)].items():
             bound = 1 / math.sqrt(math.prod(shape[1:]))
             tensors[f"{name}.weight"] = draw.uniform(-bound, bound, shape).astype(np.float32)
@@ -111,8 +116,8 @@ class Mnist:
     def load(self, data: DataSettings) -> None:
         """Take part `data.index` of the digits. Raises UsageError, CommonweightError."""
         pixels, labels = _digits(data.cache)
-        mine, held_out = cut(labels, data)
-        device = devices.chosen(data.device)
+        mine, held_out = split_digits(labels, data)
+        device = devices.select_device(data.device)
         x = torch.from_numpy(pixels.astype(np.float32) / 255)
         y = torch.from_numpy(labels.astype(np.int64))
         part, rest = (
@@ -123,17 +128,19 @@ class Mnist:
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """SGD or AdamW on this peer's part; the metric "loss" is the mean of the last epoch."""
-        plan, part = read_plan(settings, DEFAULTS), self._loaded()
+        plan, part = read_hyperparameters(settings, DEFAULTS), self._loaded()
         forward = _FORWARD[_model(settings)]
-        make_step = by_autograd(_loss_of(torch.compile(forward) if part.compiled else forward))
+        make_step = autograd_step(_loss_of(torch.compile(forward) if part.compiled else forward))
         if forward is _forward_2nn and _is_plain(plan):
             make_step = _step_2nn
         examples = _scaled(part.trained_on, settings)
         return self._local.train(weights, plan, examples, make_step, on_step)
 
-    def path(self, settings: Settings) -> float:
+    def lr_times_steps(self, settings: Settings) -> float:
         """Learning rate times steps. Raises UsageError for what is no plain SGD."""
-        return path(read_plan(settings, DEFAULTS), len(self._loaded().trained_on.y))
+        return lr_times_steps(
+            read_hyperparameters(settings, DEFAULTS), len(self._loaded().trained_on.y)
+        )
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's part."""
@@ -144,7 +151,7 @@ class Mnist:
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
         forward, held_out = _FORWARD[_model(settings)], _scaled(self._loaded().held_out, settings)
-        return measured(forward, weights, held_out, EVALUATION_BATCH, on_step)
+        return evaluate_classifier(forward, weights, held_out, EVALUATION_BATCH, on_step)
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
@@ -153,11 +160,11 @@ class Mnist:
 
         CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataError.
         """
-        forward, w = _FORWARD[_model(settings)], tensors_of(weights)
+        forward, w = _FORWARD[_model(settings)], to_tensors(weights)
         first = 0
-        for pixels in csv_rows.batches(source, 784, np.uint8, "a whole number from 0 to 255"):
+        for pixels in csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255"):
             x = torch.from_numpy(pixels.astype(np.float32) / 255)
-            answer = classes_of(forward(w, _scaled(Examples(x, x), settings).x))
+            answer = predict_classes(forward(w, _scaled(Examples(x, x), settings).x))
             yield {"row": range(first, first + len(pixels)), **answer}
             first += len(pixels)
 
@@ -170,7 +177,7 @@ class Mnist:
         def logits(w: Tensors, x: Tensor) -> Tensor:
             return forward(w, _scaled(Examples(x, x), settings).x)
 
-        onnx_export.write(logits, weights, torch.zeros(2, 784), out)
+        onnx_export.export(logits, weights, torch.zeros(2, 784), out)
 
     def _loaded(self) -> _Part:
         if self._part is None:
@@ -187,7 +194,7 @@ def _scaled(examples: Examples, settings: Settings) -> Examples:
 
 def _model(settings: Settings) -> str:
     """The model's name. Raises UnknownName, UsageError for any setting that cannot be."""
-    read_plan(settings, DEFAULTS)
+    read_hyperparameters(settings, DEFAULTS)
     pixels = settings.get("pixels", DEFAULTS["pixels"])
     if pixels not in ("unit", "standard"):
         raise UnknownName(f"the setting pixels cannot be {pixels!r}", "one of unit, standard")
@@ -222,14 +229,14 @@ def _loss_of(forward: Callable[[Tensors, Tensor], Tensor]) -> LossOf:
     return lambda w, x, y: F.cross_entropy(forward(w, x), y)
 
 
-def _is_plain(plan: Plan) -> bool:
+def _is_plain(plan: Hyperparameters) -> bool:
     """True for what the 2NN's own steps can do: SGD, momentum, the proximal term."""
     return (plan.optimiser, plan.weight_decay, plan.clip_norm) == ("sgd", 0, 0) and (
         plan.precision == "fp32"
     )
 
 
-def _step_2nn(at: Position, plan: Plan) -> Step:
+def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
     """SGD steps on the 2NN, in place; each returns the batch's loss before the step.
 
     At ten examples a step autograd's bookkeeping costs more than the sums do. So the gradients
@@ -287,7 +294,7 @@ def _step_2nn(at: Position, plan: Plan) -> Step:
 # --- digits ----------------------------------------------------------------------------------
 
 
-def cut(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
+def split_digits(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
     """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
 
     "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3). The
@@ -298,11 +305,11 @@ def cut(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
         raise UsageError(f"these digits cannot be cut in {n} parts", "from 1 to 1000")
     if not 0 <= data.index < n:
         raise UsageError(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
-    order = stream("split", data.seed).permutation(DIGITS)
+    order = random_state("split", data.seed).permutation(DIGITS)
     train, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
     if data.split == "shards":
         shards = np.array_split(train[np.argsort(labels[train], kind="stable")], 2 * n)
-        dealt = stream("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
+        dealt = random_state("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
         mine = np.concatenate([shards[shard] for shard in dealt])
     else:
         mine = np.array_split(train, n)[data.index]

@@ -31,18 +31,22 @@ from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
 from agent.tasks.demo import motion_download
 from agent.tasks.training import csv_rows, devices, onnx_export
-from agent.tasks.training.classification import classes_of, measured, tensors_of
-from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    read_hyperparameters,
+    resolve_settings,
+)
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import stream
-from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from agent.tasks.training.seeds import random_state
+from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
 from protocols.errors import BadWeights, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights, load
 
 # --- config ----------------------------------------------------------------------------------
 
 DEFAULTS: dict[str, Setting] = {
-    **LOOP,
+    **LOOP_DEFAULTS,
     "filters": 32,
     "epochs": 3,
     "batch_size": 16,
@@ -55,8 +59,8 @@ EVALUATION_BATCH = 512
 
 
 def _filters(settings: Settings) -> int:
-    read_plan(settings, DEFAULTS)
-    filters = int(settings_of(settings, DEFAULTS)["filters"])
+    read_hyperparameters(settings, DEFAULTS)
+    filters = int(resolve_settings(settings, DEFAULTS)["filters"])
     if not 1 <= filters <= 1024:
         raise UsageError(f"the setting filters cannot be {filters}", "such as filters=32")
     return filters
@@ -65,7 +69,7 @@ def _filters(settings: Settings) -> int:
 # --- model -----------------------------------------------------------------------------------
 
 
-def logits_of(w: Tensors, x: Tensor) -> Tensor:
+def forward(w: Tensors, x: Tensor) -> Tensor:
     """Windows float32[n, 6, 100] -> logits float32[n, 7]."""
     for layer in ("conv1", "conv2"):
         x = F.relu(F.conv1d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2))
@@ -94,7 +98,7 @@ class Windows(NamedTuple):
     y: npt.NDArray[np.int64]
 
 
-def cut(found: Recordings, people: list[int]) -> tuple[Windows, Windows]:
+def split_windows(found: Recordings, people: list[int]) -> tuple[Windows, Windows]:
     """The windows of these people: to train on, and from the last fifth of each recording."""
     parts: tuple[list[tuple[Array, int]], list[tuple[Array, int]]] = ([], [])
     for number in np.flatnonzero(np.isin(found.person, people)):
@@ -140,7 +144,7 @@ class Motion:
 
     def __init__(self) -> None:
         self._part: tuple[Examples, Examples] | None = None
-        self._local = LocalTraining()
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
 
     def schema(self, settings: Settings) -> Schema:
@@ -154,7 +158,7 @@ class Motion:
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Uniform with variance 2 / fan-in (He et al. 2015), biases 0."""
-        draw, tensors = stream("init", seed), {}
+        draw, tensors = random_state("init", seed), {}
         for name, (_, side) in self.schema(settings).items():
             bound = math.sqrt(6 / math.prod(side[1:])) if len(side) > 1 else 0.0
             tensors[name] = draw.uniform(-bound, bound, side).astype(np.float32)
@@ -162,24 +166,24 @@ class Motion:
 
     def load(self, data: DataSettings) -> None:
         """Take the people of part `data.index`. Raises UsageError, TaskUnusable."""
-        device = devices.chosen(data.device)
+        device = devices.select_device(data.device)
         trained, held_out = (
             Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
-            for x, y in cut(_recordings(data.cache), people_of(data))
+            for x, y in split_windows(_recordings(data.cache), people_of(data))
         )
         self._part = trained, held_out
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """SGD or AdamW on these people's windows; "loss" is the mean of the last epoch."""
         _filters(settings)
-        plan, (trained, _) = read_plan(settings, DEFAULTS), self._loaded()
-        step = by_autograd(lambda w, x, y: F.cross_entropy(logits_of(w, x), y))
+        plan, (trained, _) = read_hyperparameters(settings, DEFAULTS), self._loaded()
+        step = autograd_step(lambda w, x, y: F.cross_entropy(forward(w, x), y))
         return self._local.train(weights, plan, trained, step, on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on these people's held-out windows."""
         _filters(settings)
-        return measured(logits_of, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
+        return evaluate_classifier(forward, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
@@ -190,17 +194,17 @@ class Motion:
         numbers one after the other. Raises DataError.
         """
         _filters(settings)
-        w, first = tensors_of(weights), 0
-        for rows in csv_rows.batches(source, 6 * WINDOW, np.float32, "a number"):
+        w, first = to_tensors(weights), 0
+        for rows in csv_rows.read_batches(source, 6 * WINDOW, np.float32, "a number"):
             x = torch.from_numpy(rows.reshape(-1, 6, WINDOW))
-            yield {"row": range(first, first + len(rows)), **classes_of(logits_of(w, x))}
+            yield {"row": range(first, first + len(rows)), **predict_classes(forward(w, x))}
             first += len(rows)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: two seconds, float32[n, 6, 100] -> logits float32[n, 7]."""
-        onnx_export.write(logits_of, weights, torch.zeros(2, 6, WINDOW), out)
+        onnx_export.export(forward, weights, torch.zeros(2, 6, WINDOW), out)
 
     def _loaded(self) -> tuple[Examples, Examples]:
         if self._part is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome, checked
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome, merge_settings
 from protocols.model.weights import Schema, TensorSpec, Weights
 
 _DEFAULTS = {"kilobytes": 10}
@@ -18,7 +18,7 @@ class Ping:
     """Settings: `kilobytes`, the size of the weights (float32, in tensors of at most 4 MB)."""
 
     def schema(self, settings: Settings) -> Schema:
-        count = int(checked(settings, _DEFAULTS)["kilobytes"]) * 256
+        count = int(merge_settings(settings, _DEFAULTS)["kilobytes"]) * 256
         largest = 1 << 20
         sizes = [largest] * (count // largest) + ([count % largest] if count % largest else [])
         return {f"block{i:05}": TensorSpec("F32", (size,)) for i, size in enumerate(sizes)}

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings
-from agent.tasks.images.settings import ImagePlan
+from agent.tasks.images.settings import ImageSettings
 from agent.tasks.training import class_folders
-from agent.tasks.training.class_folders import Found, Rows
+from agent.tasks.training.class_folders import ClassFiles, Rows
 from protocols.errors import BadWeights, TaskUnusable, UsageError
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
@@ -49,7 +49,7 @@ class Pictures(NamedTuple):
     held_out: Rows
 
 
-def traits(plan: ImagePlan) -> dict[str, tuple[str, ...]]:
+def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
     """What peers must have alike beside the tensors."""
     return {
         "classes": plan.classes,
@@ -57,10 +57,10 @@ def traits(plan: ImagePlan) -> dict[str, tuple[str, ...]]:
     }
 
 
-def read(data: DataSettings, plan: ImagePlan) -> Pictures:
+def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     """The pictures of this peer. Raises DataError where there are none to train on."""
     channels, size = plan.channels, plan.size
-    found = class_folders.find(data.path, plan.classes, _SUFFIXES)
+    found = class_folders.find_files(data.path, plan.classes, _SUFFIXES)
     count = len(found.paths)
     kept = None
     if data.cache:
@@ -69,17 +69,17 @@ def read(data: DataSettings, plan: ImagePlan) -> Pictures:
         for other in kept.parent.glob(_KEPT.format(key="*")):
             if other != kept:
                 other.unlink(missing_ok=True)
-    stored = _stored(kept) if kept else None
+    stored = _read_cache(kept) if kept else None
     if stored is None:
-        rows = _decoded(found.paths, channels, size)
-        stored = _kept(kept, rows, count, channels, size) if kept else _held(rows)
+        rows = _decode(found.paths, channels, size)
+        stored = _write_cache(kept, rows, count, channels, size) if kept else _in_memory(rows)
     pixels, readable = stored
     if unread := int((~readable).sum()):
         sys.stderr.write(f"{unread} of {count} pictures cannot be read and are left out\n")
-    return Pictures(pixels, found.labels, *class_folders.cut(found.names, readable))
+    return Pictures(pixels, found.labels, *class_folders.split_held_out(found.names, readable))
 
 
-def loose(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
+def read_pictures(source: str, plan: ImageSettings) -> Iterator[tuple[str, Row]]:
     """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
 
     What cannot be read is left out. Raises UsageError where there is none.
@@ -89,14 +89,14 @@ def loose(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
     paths = sorted(p for p in within if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
         raise UsageError(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
-    for path, row in zip(paths, _decoded(paths, plan.channels, plan.size), strict=True):
+    for path, row in zip(paths, _decode(paths, plan.channels, plan.size), strict=True):
         if row is None:
             sys.stderr.write(f"{path} cannot be read\n")
         else:
             yield (path.relative_to(root).as_posix() if root.is_dir() else path.name), row
 
 
-def _stamps(found: Found) -> list[list[object]]:
+def _stamps(found: ClassFiles) -> list[list[object]]:
     stamps: list[list[object]] = []
     for path, name in zip(found.paths, found.names, strict=True):
         of = path.stat()
@@ -107,7 +107,7 @@ def _stamps(found: Found) -> list[list[object]]:
 Stored = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]
 
 
-def _decoded(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | None]:
+def _decode(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | None]:
     """Each picture as uint8[channels, size, size]; None for one that cannot be read."""
     try:
         from PIL import Image, ImageOps
@@ -135,7 +135,7 @@ def _decoded(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | 
             yield row
 
 
-def _held(rows: Iterator[Row | None]) -> Stored:
+def _in_memory(rows: Iterator[Row | None]) -> Stored:
     """All rows in memory."""
     found = list(rows)
     blank = next((np.zeros_like(row) for row in found if row is not None), None)
@@ -145,7 +145,9 @@ def _held(rows: Iterator[Row | None]) -> Stored:
     return np.stack([blank if row is None else row for row in found]), readable
 
 
-def _kept(path: Path, rows: Iterator[Row | None], count: int, channels: int, size: int) -> Stored:
+def _write_cache(
+    path: Path, rows: Iterator[Row | None], count: int, channels: int, size: int
+) -> Stored:
     """All rows in a file, one by one."""
     shape = (count, channels, size, size)
     row_bytes = channels * size * size
@@ -157,12 +159,12 @@ def _kept(path: Path, rows: Iterator[Row | None], count: int, channels: int, siz
             part = Part("pixels", number * row_bytes, (number + 1) * row_bytes)
             writer.write({part: blank if row is None else row})
         writer.write({Part("readable", 0, count): readable})
-    stored = _stored(path)
+    stored = _read_cache(path)
     assert stored is not None
     return stored
 
 
-def _stored(path: Path) -> Stored | None:
+def _read_cache(path: Path) -> Stored | None:
     """What `_kept` wrote, mapped; None where there is nothing or it is damaged."""
     try:
         found = weights.load(path)

@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
     name: str
     kind: Literal["conv", "pool", "dense", "output"]
-    given: tuple[int, ...]
+    input_shape: tuple[int, ...]
     units: int = 0
     kernel: int = 0
     norm: bool = False
@@ -54,11 +54,11 @@ class Layer(NamedTuple):
         if self.kind == "pool":
             return ()
         if self.kind == "conv":
-            return (self.units, self.given[0], self.kernel, self.kernel)
-        return (self.units, math.prod(self.given))
+            return (self.units, self.input_shape[0], self.kernel, self.kernel)
+        return (self.units, math.prod(self.input_shape))
 
 
-def declared(text: str, channels: int, size: int, classes: int) -> tuple[Layer, ...]:
+def parse_layers(text: str, channels: int, size: int, classes: int) -> tuple[Layer, ...]:
     """The layers that `text` declares for pictures of `size` by `size`. Raises UsageError."""
     layers: list[Layer] = []
     given: tuple[int, ...] = (channels, size, size)
@@ -139,8 +139,8 @@ def to_keras(layers: Sequence[Layer], weights: Mapping[str, Array]) -> list[Arra
         weight = np.asarray(weights[f"{layer.name}.weight"])
         if layer.kind == "conv":
             kernel = weight.transpose(2, 3, 1, 0)
-        elif len(layer.given) == 3:
-            kernel = weight.reshape(layer.units, *layer.given).transpose(2, 3, 1, 0)
+        elif len(layer.input_shape) == 3:
+            kernel = weight.reshape(layer.units, *layer.input_shape).transpose(2, 3, 1, 0)
             kernel = kernel.reshape(-1, layer.units)
         else:
             kernel = weight.T
@@ -160,8 +160,8 @@ def from_keras(layers: Sequence[Layer], arrays: Sequence[Array]) -> Weights:
         kernel = np.asarray(next(found))
         if layer.kind == "conv":
             weight = kernel.transpose(3, 2, 0, 1)
-        elif len(layer.given) == 3:
-            channels, rows, columns = layer.given
+        elif len(layer.input_shape) == 3:
+            channels, rows, columns = layer.input_shape
             weight = kernel.reshape(rows, columns, channels, layer.units).transpose(3, 2, 0, 1)
             weight = weight.reshape(layer.units, -1)
         else:

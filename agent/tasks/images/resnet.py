@@ -111,7 +111,7 @@ def init(channels: int, classes: int, norm: str, draw: np.random.RandomState) ->
     return Weights(tensors)
 
 
-def normalised(x: Tensor, norm: Sequence[Tensor], training: bool) -> Tensor:
+def batch_norm(x: Tensor, norm: Sequence[Tensor], training: bool) -> Tensor:
     """Batch normalisation; `norm` are scale, shift, running mean and running variance.
 
     The last batch of an epoch may be a single example, of which there is no variance: then the
@@ -135,7 +135,7 @@ def forward(w: Tensors, x: Tensor, training: bool) -> Tensor:
         if (mean := w.get(f"{conv.norm}.running_mean")) is None:
             return F.group_norm(x, _GROUPS, scale, shift)
         variance = w[f"{conv.norm}.running_var"]
-        return normalised(x, (scale, shift, mean, variance), training)
+        return batch_norm(x, (scale, shift, mean, variance), training)
 
     x = F.max_pool2d(F.relu(normed(_stem(x.shape[1]), x)), 3, 2, 1)
     for block in _blocks():

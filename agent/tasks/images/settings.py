@@ -17,14 +17,18 @@ from typing import NamedTuple
 
 from agent.tasks import Setting, Settings
 from agent.tasks.training import class_folders
-from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    read_hyperparameters,
+    resolve_settings,
+)
 from protocols.errors import UsageError
 
 RESNET = "resnet18"
 CNN = "conv 32 3, pool, conv 64 3, pool, conv 128 3, pool, dense 128"
 
 DEFAULTS: dict[str, Setting] = {
-    **LOOP,
+    **LOOP_DEFAULTS,
     "classes": "",
     "model": "cnn",
     "size": 64,
@@ -38,7 +42,7 @@ DEFAULTS: dict[str, Setting] = {
 }
 
 
-class ImagePlan(NamedTuple):
+class ImageSettings(NamedTuple):
     """The settings, checked. `network` is what `architecture` can read, or RESNET."""
 
     classes: tuple[str, ...]
@@ -49,12 +53,12 @@ class ImagePlan(NamedTuple):
     norm: str
 
 
-def read(settings: Settings) -> ImagePlan:
+def read_settings(settings: Settings) -> ImageSettings:
     """The settings that are about pictures and model. Raises UsageError, UnknownName."""
-    read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
-    merged = settings_of(settings, DEFAULTS)
-    plan = ImagePlan(
-        class_folders.classes_of(str(merged["classes"])),
+    read_hyperparameters(settings, DEFAULTS)  # what the loop cannot do is told as early
+    merged = resolve_settings(settings, DEFAULTS)
+    plan = ImageSettings(
+        class_folders.parse_classes(str(merged["classes"])),
         {"cnn": CNN}.get(str(merged["model"]), str(merged["model"])),
         int(merged["size"]),
         int(merged["channels"]),

@@ -25,20 +25,20 @@ from agent.tasks.images import settings as image_plan
 from agent.tasks.images.dataset import Pictures
 from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.resnet import Forward
-from agent.tasks.images.settings import RESNET, ImagePlan
+from agent.tasks.images.settings import RESNET, ImageSettings
 from agent.tasks.training import devices, onnx_export
 from agent.tasks.training.class_folders import Rows
-from agent.tasks.training.classification import measured
-from agent.tasks.training.hyperparameters import read_plan
+from agent.tasks.training.classification import evaluate_classifier
+from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import stream
+from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import (
     Examples,
-    LocalTraining,
     LossOf,
-    by_autograd,
+    TrainingLoop,
+    autograd_step,
+    lr_times_steps,
     mean_gradient,
-    path,
 )
 from protocols.model.weights import Array, Schema, Weights
 
@@ -53,30 +53,31 @@ class Images:
 
     def __init__(self) -> None:
         self._data = DataSettings()
-        self._pictures: tuple[ImagePlan, Pictures] | None = None
-        self._local = LocalTraining()
+        self._pictures: tuple[ImageSettings, Pictures] | None = None
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.load_optimizer_state = self._local.load_optimizer_state
+        self.optimizer_state = self._local.optimizer_state
         self.steer = self._local.steer
 
     # --- config ---
 
     def schema(self, settings: Settings) -> Schema:
-        plan = image_plan.read(settings)
+        plan = image_plan.read_settings(settings)
         if plan.network == RESNET:
             return resnet.schema(plan.channels, len(plan.classes), plan.norm)
         return layer_spec.schema(_layers(plan))
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
-        plan = image_plan.read(settings)
+        plan = image_plan.read_settings(settings)
         self._found(plan)
         return dataset.traits(plan)
 
     # --- model ---
 
     def init(self, seed: int, settings: Settings) -> Weights:
-        plan, draw = image_plan.read(settings), stream("init", seed)
+        plan, draw = image_plan.read_settings(settings), random_state("init", seed)
         if plan.network == RESNET:
             return resnet.init(plan.channels, len(plan.classes), plan.norm, draw)
         return layer_spec.init(_layers(plan), draw)
@@ -87,46 +88,49 @@ class Images:
         """Note which; the pictures are read when their size is known."""
         self._data, self._pictures = data, None
 
-    def _found(self, plan: ImagePlan) -> Pictures:
+    def _found(self, plan: ImageSettings) -> Pictures:
         if self._pictures is None or self._pictures[0] != plan:
             self._pictures = None
-            self._pictures = plan, dataset.read(self._data, plan)
+            self._pictures = plan, dataset.load_pictures(self._data, plan)
         return self._pictures[1]
 
     # --- loop ---
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """SGD or AdamW on this peer's pictures; the metric "loss" is the mean of the last epoch."""
-        plan, loop = image_plan.read(settings), read_plan(settings, image_plan.DEFAULTS)
-        found, device = self._found(plan), devices.chosen(self._data.device)
+        plan, loop = (
+            image_plan.read_settings(settings),
+            read_hyperparameters(settings, image_plan.DEFAULTS),
+        )
+        found, device = self._found(plan), devices.select_device(self._data.device)
         forward = _forward(plan)
         if self._data.compile:
             forward = torch.compile(forward)
-        make_step = by_autograd(_loss_of(forward, found, plan.flip))
+        make_step = autograd_step(_loss_of(forward, found, plan.flip))
         examples = _examples(found, found.train, device)
         return self._local.train(
             weights, loop, examples, make_step, on_step, buffers=_buffers(plan)
         )
 
-    def path(self, settings: Settings) -> float:
+    def lr_times_steps(self, settings: Settings) -> float:
         """Learning rate times steps. Raises UsageError for what is no plain SGD."""
-        found = self._found(image_plan.read(settings))
-        return path(read_plan(settings, image_plan.DEFAULTS), len(found.train))
+        found = self._found(image_plan.read_settings(settings))
+        return lr_times_steps(read_hyperparameters(settings, image_plan.DEFAULTS), len(found.train))
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's pictures, none of them mirrored."""
-        plan = image_plan.read(settings)
-        found, device = self._found(plan), devices.chosen(self._data.device)
+        plan = image_plan.read_settings(settings)
+        found, device = self._found(plan), devices.select_device(self._data.device)
         loss_of = _loss_of(_forward(plan), found, flip=False)
         examples = _examples(found, found.train, device)
         return mean_gradient(weights, examples, loss_of, _buffers(plan), EVALUATION_BATCH)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out pictures."""
-        plan = image_plan.read(settings)
-        found, device = self._found(plan), devices.chosen(self._data.device)
+        plan = image_plan.read_settings(settings)
+        found, device = self._found(plan), devices.select_device(self._data.device)
         forward = _forward(plan)
-        return measured(
+        return evaluate_classifier(
             lambda w, rows: forward(w, _pixels(found, rows), False),
             weights,
             _examples(found, found.held_out, device),
@@ -139,12 +143,12 @@ class Images:
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each picture at `source`: its name, its class, and how probable that is."""
-        plan = image_plan.read(settings)
+        plan = image_plan.read_settings(settings)
         forward, w = _forward(plan), {name: torch.tensor(array) for name, array in weights.items()}
-        found = dataset.loose(source, plan)
+        found = dataset.read_pictures(source, plan)
         while batch := list(islice(found, EVALUATION_BATCH)):
             pixels = torch.from_numpy(np.stack([row for _, row in batch]))
-            chances, labels = forward(w, _normal(pixels), False).softmax(1).max(1)
+            chances, labels = forward(w, _normalize(pixels), False).softmax(1).max(1)
             yield {
                 "file": [name for name, _ in batch],
                 "class": [plan.classes[label] for label in labels.tolist()],
@@ -155,10 +159,10 @@ class Images:
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: pictures uint8[n, channels, size, size] -> logits float32[n, classes]."""
-        plan = image_plan.read(settings)
+        plan = image_plan.read_settings(settings)
         forward = _forward(plan)
         example = torch.zeros(2, plan.channels, plan.size, plan.size, dtype=torch.uint8)
-        onnx_export.write(lambda w, x: forward(w, _normal(x), False), weights, example, out)
+        onnx_export.export(lambda w, x: forward(w, _normalize(x), False), weights, example, out)
 
 
 def _examples(found: Pictures, rows: Rows, device: torch.device) -> Examples:
@@ -169,10 +173,10 @@ def _examples(found: Pictures, rows: Rows, device: torch.device) -> Examples:
 
 def _pixels(found: Pictures, rows: Tensor) -> Tensor:
     """A batch, float32[n, channels, size, size], on the device of its row numbers."""
-    return _normal(torch.from_numpy(found.pixels[rows.cpu().numpy()]).to(rows.device))
+    return _normalize(torch.from_numpy(found.pixels[rows.cpu().numpy()]).to(rows.device))
 
 
-def _normal(pixels: Tensor) -> Tensor:
+def _normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - dataset.MEAN) / dataset.SPREAD
 
 
@@ -189,17 +193,17 @@ def _loss_of(forward: Forward, found: Pictures, flip: bool) -> LossOf:
     return loss_of
 
 
-def _buffers(plan: ImagePlan) -> frozenset[str]:
+def _buffers(plan: ImageSettings) -> frozenset[str]:
     if plan.network == RESNET:
         return resnet.buffers(plan.channels, plan.norm)
     return layer_spec.buffers(_layers(plan))
 
 
-def _layers(plan: ImagePlan) -> tuple[Layer, ...]:
-    return layer_spec.declared(plan.network, plan.channels, plan.size, len(plan.classes))
+def _layers(plan: ImageSettings) -> tuple[Layer, ...]:
+    return layer_spec.parse_layers(plan.network, plan.channels, plan.size, len(plan.classes))
 
 
-def _forward(plan: ImagePlan) -> Forward:
+def _forward(plan: ImageSettings) -> Forward:
     """The model: (weights, pictures, training) -> logits float32[n, classes]."""
     if plan.network == RESNET:
         return resnet.forward
@@ -217,7 +221,7 @@ def _forward(plan: ImagePlan) -> Forward:
             else:
                 x = F.linear(x.flatten(1), weight, bias)
             if layer.norm:
-                x = resnet.normalised(x, rest, training)
+                x = resnet.batch_norm(x, rest, training)
             x = x if layer.kind == "output" else F.relu(x)
         return x
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from agent.data.settings import DataSettings
-from agent.tasks.language.lora_settings import LoraPlan
+from agent.tasks.language.lora_settings import LoraSettings
 from agent.tasks.language.tokens import Tokenizer
 from protocols.errors import DataError, TaskUnusable
 from protocols.local.atomic_files import replacing
@@ -31,7 +31,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _MODELS = "commonweight-agent policy set models FOLDER"
 
 
-class Adapted(NamedTuple):
+class AdaptedModel(NamedTuple):
     """The base model in torch's hands with adapters in it.
 
     `parameters` maps the names under which adapters travel, PEFT's own, to those of the parameters
@@ -45,7 +45,7 @@ class Adapted(NamedTuple):
     schema: Schema
 
 
-def folder(data: DataSettings, name: str) -> Path:
+def find_folder(data: DataSettings, name: str) -> Path:
     """Where the model lies that a run calls `name`. Raises DataError where it cannot serve."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise DataError(
@@ -88,7 +88,7 @@ def digest(found: Path, cache: str) -> str:
     return sha.hexdigest()
 
 
-def adapted(found: Path, plan: LoraPlan, seed: int = 0) -> Adapted:
+def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel:
     """Load the model and put new adapters into it, chosen by `seed`.
 
     Raises TaskUnusable, DataError.
@@ -137,17 +137,17 @@ def adapted(found: Path, plan: LoraPlan, seed: int = 0) -> Adapted:
         for name, inner in parameters.items()
     }
     made = Tokenizer(encode, tokens.decode, len(tokens), end, "")
-    return Adapted(model, made, pad, parameters, schema)
+    return AdaptedModel(model, made, pad, parameters, schema)
 
 
-def merged(of: Adapted, out: Path, found: Path) -> None:
+def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
     """Write the base model with its adapters merged in, as plain transformers loads it."""
     _, transformers = _libraries()
     of.model.merge_and_unload().save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
 
 
-def _adapters(peft: Any, plan: LoraPlan) -> Any:
+def _adapters(peft: Any, plan: LoraSettings) -> Any:
     targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
     return peft.LoraConfig(
         task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],

@@ -34,19 +34,23 @@ from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
-from agent.tasks.language.next_token import Windows, windows
+from agent.tasks.language.next_token import Windows, split_windows
 from agent.tasks.training import devices, onnx_export
-from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    read_hyperparameters,
+    resolve_settings,
+)
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import stream
-from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from agent.tasks.training.seeds import random_state
+from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
 from protocols.errors import SchemaMismatch, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 # --- config ----------------------------------------------------------------------------------
 
 DEFAULTS: dict[str, Setting] = {
-    **LOOP,
+    **LOOP_DEFAULTS,
     "tokens": text.BYTES,
     "vocabulary": text.BYTE_VOCABULARY,
     "layers": 4,
@@ -61,7 +65,7 @@ DEFAULTS: dict[str, Setting] = {
 }
 
 
-class Shape(NamedTuple):
+class GPTConfig(NamedTuple):
     """The model's sides."""
 
     vocabulary: int
@@ -72,11 +76,11 @@ class Shape(NamedTuple):
     dropout: float
 
 
-def shape_of(settings: Settings) -> Shape:
+def read_config(settings: Settings) -> GPTConfig:
     """The model that the settings ask for. Raises UnknownName, UsageError."""
-    read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
-    merged = settings_of(settings, DEFAULTS)
-    shape = Shape(*(merged[name] for name in Shape._fields))  # type: ignore[arg-type]
+    read_hyperparameters(settings, DEFAULTS)  # what the loop cannot do is told as early
+    merged = resolve_settings(settings, DEFAULTS)
+    shape = GPTConfig(*(merged[name] for name in GPTConfig._fields))  # type: ignore[arg-type]
     for name, least in (
         ("vocabulary", 2),
         ("layers", 1),
@@ -101,7 +105,7 @@ def shape_of(settings: Settings) -> Shape:
 # --- model -----------------------------------------------------------------------------------
 
 
-def schema_of(shape: Shape) -> Schema:
+def schema_of(shape: GPTConfig) -> Schema:
     """Tensors of the model, float32."""
     width = shape.width
     sides: dict[str, tuple[int, ...]] = {
@@ -124,7 +128,7 @@ def schema_of(shape: Shape) -> Schema:
     return {name: TensorSpec("F32", side) for name, side in sides.items()}
 
 
-def logits_of(shape: Shape, w: Tensors, x: Tensor, training: bool) -> Tensor:
+def forward(shape: GPTConfig, w: Tensors, x: Tensor, training: bool) -> Tensor:
     """Tokens int64[n, t] -> logits float32[n, t, vocabulary] of the token after each."""
     n, t = x.shape
 
@@ -162,38 +166,39 @@ class TextLM:
     def __init__(self) -> None:
         self._data = DataSettings()
         self._windows: tuple[object, Windows] | None = None
-        self._local = LocalTraining()
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.load_optimizer_state = self._local.load_optimizer_state
+        self.optimizer_state = self._local.optimizer_state
 
     def load(self, data: DataSettings) -> None:
         """Note which; the text is read when its tokens are known."""
         self._data, self._windows = data, None
 
     def _read(self, settings: Settings) -> Windows:
-        shape, kind = shape_of(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
+        shape, kind = read_config(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
         key = (kind, shape.vocabulary, shape.context)
         if self._windows is None or self._windows[0] != key:
-            made = text.tokenizer(kind, Path(self._data.path))
+            made = text.load_tokenizer(kind, Path(self._data.path))
             if made.vocabulary != shape.vocabulary:
                 hint = f"commonweight run start text-lm --set vocabulary={made.vocabulary}"
                 wanted, there = str(shape.vocabulary), str(made.vocabulary)
                 raise SchemaMismatch("vocabulary", wanted, there, hint)
-            self._windows = key, windows(text.tokens(self._data, made), shape.context)
+            self._windows = key, split_windows(text.tokenize(self._data, made), shape.context)
         return self._windows[1]
 
     def schema(self, settings: Settings) -> Schema:
-        return schema_of(shape_of(settings))
+        return schema_of(read_config(settings))
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Tokens and heads; reads the text, so that what is wrong is told early."""
         self._read(settings)
         tokens = str(settings.get("tokens", DEFAULTS["tokens"]))
-        return {"tokens": (tokens,), "heads": (str(shape_of(settings).heads),)}
+        return {"tokens": (tokens,), "heads": (str(read_config(settings).heads),)}
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Normal with spread 0.02, less towards the residual stream in deep models; biases 0."""
-        shape, draw = shape_of(settings), stream("init", seed)
+        shape, draw = read_config(settings), random_state("init", seed)
         tensors: dict[str, Array] = {}
         for name, (_, sides) in schema_of(shape).items():
             spread = 0.02
@@ -210,39 +215,41 @@ class TextLM:
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """AdamW on this peer's text; "loss" is the mean of the last epoch in nats a token."""
-        shape, plan = shape_of(settings), read_plan(settings, DEFAULTS)
-        found, device = self._read(settings), devices.chosen(self._data.device)
-        forward = torch.compile(logits_of) if self._data.compile else logits_of
-        loss_of = next_token.loss_of(partial(forward, shape), found)
+        shape, plan = read_config(settings), read_hyperparameters(settings, DEFAULTS)
+        found, device = self._read(settings), devices.select_device(self._data.device)
+        logits = torch.compile(forward) if self._data.compile else forward
+        loss_of = next_token.loss_of(partial(logits, shape), found)
         starts = found.train.to(device)
         examples = Examples(starts, starts, self._data.index)
-        return self._local.train(weights, plan, examples, by_autograd(loss_of), on_step)
+        return self._local.train(weights, plan, examples, autograd_step(loss_of), on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
-        shape, plan = shape_of(settings), read_plan(settings, DEFAULTS)
-        found, device = self._read(settings), devices.chosen(self._data.device)
-        logits = partial(logits_of, shape)
-        return next_token.measured(logits, weights, found, device, plan.batch_size, on_step)
+        shape, plan = read_config(settings), read_hyperparameters(settings, DEFAULTS)
+        found, device = self._read(settings), devices.select_device(self._data.device)
+        logits = partial(forward, shape)
+        return next_token.evaluate_next_token(
+            logits, weights, found, device, plan.batch_size, on_step
+        )
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """How texts go on: `source` itself, or the files that it names."""
-        shape, kind = shape_of(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
-        made, logits = text.tokenizer(kind, Path(self._data.path)), partial(logits_of, shape)
+        shape, kind = read_config(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
+        made, logits = text.load_tokenizer(kind, Path(self._data.path)), partial(forward, shape)
         w = {name: torch.tensor(array) for name, array in weights.items()}
-        for name, words in text.given(source):
+        for name, words in text.read_texts(source):
             tokens = list(made.encode(words)) or [made.end]
-            after = next_token.continued(logits, w, tokens, made.end, shape.context)
+            after = next_token.generate(logits, w, tokens, made.end, shape.context)
             yield {"file": [name], "text": [words], "continuation": [made.decode(after)]}
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: tokens int64[n, t] -> logits float32[n, t, vocabulary], t up to the context."""
-        shape = shape_of(settings)
+        shape = read_config(settings)
         sides = {0: Dim("n"), 1: Dim("t", min=1, max=shape.context)}
         example = torch.zeros(2, shape.context, dtype=torch.int64)
-        logits = partial(logits_of, shape, training=False)
-        onnx_export.write(logits, weights, example, out, sides=sides)
+        logits = partial(forward, shape, training=False)
+        onnx_export.export(logits, weights, example, out, sides=sides)

@@ -23,15 +23,15 @@ from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.language import base_model, lora_settings, next_token
 from agent.tasks.language import tokens as text
-from agent.tasks.language.base_model import Adapted
-from agent.tasks.language.lora_settings import LoraPlan
-from agent.tasks.language.next_token import LogitsOf, Windows, windows
+from agent.tasks.language.base_model import AdaptedModel
+from agent.tasks.language.lora_settings import LoraSettings
+from agent.tasks.language.next_token import LogitsOf, Windows, split_windows
 from agent.tasks.training import class_folders, devices
-from agent.tasks.training.classification import measured
-from agent.tasks.training.hyperparameters import read_plan
+from agent.tasks.training.classification import evaluate_classifier
+from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import seed_of
-from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
+from agent.tasks.training.seeds import derive_seed
+from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
 from protocols.model.weights import Schema, Weights
 
 
@@ -54,43 +54,44 @@ class Lora:
 
     def __init__(self) -> None:
         self._data = DataSettings()
-        self._model: tuple[LoraPlan, Adapted] | None = None
-        self._examples: tuple[LoraPlan, Windows | _Texts] | None = None
-        self._local = LocalTraining()
+        self._model: tuple[LoraSettings, AdaptedModel] | None = None
+        self._examples: tuple[LoraSettings, Windows | _Texts] | None = None
+        self._local = TrainingLoop()
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.recall, self.remembered = self._local.recall, self._local.remembered
+        self.load_optimizer_state = self._local.load_optimizer_state
+        self.optimizer_state = self._local.optimizer_state
 
     # --- model ---
 
     def schema(self, settings: Settings) -> Schema:
-        return self._adapted(lora_settings.read(settings)).schema
+        return self._adapted(lora_settings.read_settings(settings)).schema
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """The base model's digest and the classes; reads the text, to tell faults early."""
-        plan = lora_settings.read(settings)
+        plan = lora_settings.read_settings(settings)
         self._read(plan)
-        found = base_model.folder(self._data, plan.model)
+        found = base_model.find_folder(self._data, plan.model)
         digest = base_model.digest(found, self._data.cache)
         return {"base model": (digest,), "classes": plan.classes}
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """New adapters, which change nothing yet."""
-        plan = lora_settings.read(settings)
-        found = base_model.folder(self._data, plan.model)
-        made = base_model.adapted(found, plan, seed_of("init", seed))
+        plan = lora_settings.read_settings(settings)
+        found = base_model.find_folder(self._data, plan.model)
+        made = base_model.load_adapted(found, plan, derive_seed("init", seed))
         named = dict(made.model.named_parameters())
         return Weights({n: named[p].detach().numpy() for n, p in made.parameters.items()})
 
-    def _adapted(self, plan: LoraPlan) -> Adapted:
+    def _adapted(self, plan: LoraSettings) -> AdaptedModel:
         if self._model is None or self._model[0] != plan:
             self._model = None  # two models may not fit in memory
-            found = base_model.folder(self._data, plan.model)
-            made = base_model.adapted(found, plan)
-            made.model.to(devices.chosen(self._data.device))
+            found = base_model.find_folder(self._data, plan.model)
+            made = base_model.load_adapted(found, plan)
+            made.model.to(devices.select_device(self._data.device))
             self._model = plan, made
         return self._model[1]
 
-    def _output(self, of: Adapted, w: Tensors, training: bool, **words: Any) -> Tensor:
+    def _output(self, of: AdaptedModel, w: Tensors, training: bool, **words: Any) -> Tensor:
         """The model's logits with the adapters `w`."""
         of.model.train(training)
         inner = {of.parameters[name]: tensor for name, tensor in w.items()}
@@ -103,13 +104,13 @@ class Lora:
         """Note which; the text is read when its tokens are known."""
         self._data, self._model, self._examples = data, None, None
 
-    def _read(self, plan: LoraPlan) -> Windows | _Texts:
+    def _read(self, plan: LoraSettings) -> Windows | _Texts:
         if self._examples is None or self._examples[0] != plan:
             made = self._adapted(plan)
-            found = base_model.folder(self._data, plan.model)
+            found = base_model.find_folder(self._data, plan.model)
             tokens = made.tokens._replace(digest=base_model.digest(found, self._data.cache))
             if plan.kind == "causal":
-                read = windows(text.tokens(self._data, tokens), plan.context)
+                read = split_windows(text.tokenize(self._data, tokens), plan.context)
                 self._examples = plan, read
             else:
                 self._examples = plan, _texts(self._data.path, plan, made)
@@ -119,9 +120,12 @@ class Lora:
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """AdamW on this peer's text; the metric "loss" is the mean of the last epoch."""
-        plan, loop = lora_settings.read(settings), read_plan(settings, lora_settings.DEFAULTS)
+        plan, loop = (
+            lora_settings.read_settings(settings),
+            read_hyperparameters(settings, lora_settings.DEFAULTS),
+        )
         of, found = self._adapted(plan), self._read(plan)
-        device = devices.chosen(self._data.device)
+        device = devices.select_device(self._data.device)
         if isinstance(found, Windows):
             loss_of = next_token.loss_of(self._next_token(of), found)
             starts = found.train.to(device)
@@ -133,23 +137,30 @@ class Lora:
                 return F.cross_entropy(self._labels(of, texts)(w, rows, True), labels)
 
             examples = Examples(found.train.to(device), found.labels[found.train].to(device))
-        return self._local.train(weights, loop, examples, by_autograd(loss_of), on_step)
+        return self._local.train(weights, loop, examples, autograd_step(loss_of), on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" and "accuracy", of the next token or of the class, on held-out examples."""
-        plan, loop = lora_settings.read(settings), read_plan(settings, lora_settings.DEFAULTS)
+        plan, loop = (
+            lora_settings.read_settings(settings),
+            read_hyperparameters(settings, lora_settings.DEFAULTS),
+        )
         of, found = self._adapted(plan), self._read(plan)
-        device, batch = devices.chosen(self._data.device), loop.batch_size or 32
+        device, batch = devices.select_device(self._data.device), loop.batch_size or 32
         if isinstance(found, Windows):
-            return next_token.measured(self._next_token(of), weights, found, device, batch, on_step)
+            return next_token.evaluate_next_token(
+                self._next_token(of), weights, found, device, batch, on_step
+            )
         logits_of = self._labels(of, found)
         rows = Examples(found.held_out.to(device), found.labels[found.held_out].to(device))
-        return measured(lambda w, x: logits_of(w, x, False), weights, rows, batch, on_step)
+        return evaluate_classifier(
+            lambda w, x: logits_of(w, x, False), weights, rows, batch, on_step
+        )
 
-    def _next_token(self, of: Adapted) -> LogitsOf:
+    def _next_token(self, of: AdaptedModel) -> LogitsOf:
         return lambda w, x, training: self._output(of, w, training, input_ids=x, use_cache=False)
 
-    def _labels(self, of: Adapted, texts: _Texts) -> LogitsOf:
+    def _labels(self, of: AdaptedModel, texts: _Texts) -> LogitsOf:
         """Rows of `texts` -> logits float32[n, classes]."""
 
         def logits(w: Tensors, rows: Tensor, training: bool) -> Tensor:
@@ -167,14 +178,14 @@ class Lora:
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """How texts go on, or their classes: `source` itself, or the files that it names."""
-        plan = lora_settings.read(settings)
-        of, device = self._adapted(plan), devices.chosen(self._data.device)
+        plan = lora_settings.read_settings(settings)
+        of, device = self._adapted(plan), devices.select_device(self._data.device)
         w = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-        for name, words in text.given(source):
+        for name, words in text.read_texts(source):
             tokens = list(of.tokens.encode(words)) or [of.tokens.end]
             told: dict[str, Sequence[Any]] = {"file": [name], "text": [words]}
             if plan.kind == "causal":
-                after = next_token.continued(
+                after = next_token.generate(
                     self._next_token(of), w, tokens, of.tokens.end, plan.context
                 )
                 told["continuation"] = [of.tokens.decode(after)]
@@ -189,23 +200,25 @@ class Lora:
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """The base model with the adapters merged in: a folder for plain transformers."""
-        plan = lora_settings.read(settings)
-        found = base_model.folder(data, plan.model)
-        made = base_model.adapted(found, plan)
+        plan = lora_settings.read_settings(settings)
+        found = base_model.find_folder(data, plan.model)
+        made = base_model.load_adapted(found, plan)
         named = dict(made.model.named_parameters())
         with torch.no_grad():
             for name, array in weights.items():
                 named[made.parameters[name]].copy_(torch.tensor(array))
-        base_model.merged(made, out, found)
+        base_model.save_merged(made, out, found)
 
 
-def _texts(path: str, plan: LoraPlan, made: Adapted) -> _Texts:
+def _texts(path: str, plan: LoraSettings, made: AdaptedModel) -> _Texts:
     """The texts in a folder for each class. Raises DataError."""
-    found = class_folders.find(path, plan.classes, text.SUFFIXES)
-    rows = [list(made.tokens.encode("".join(text.pieces(p))))[: plan.context] for p in found.paths]
+    found = class_folders.find_files(path, plan.classes, text.SUFFIXES)
+    rows = [
+        list(made.tokens.encode("".join(text.read_pieces(p))))[: plan.context] for p in found.paths
+    ]
     lengths = np.array([len(row) for row in rows], np.int64)
     filled = np.full((len(rows), max(1, lengths.max())), made.pad, np.int64)
     for row, tokens in zip(filled, rows, strict=True):
         row[: len(tokens)] = tokens
-    cut = class_folders.cut(found.names, lengths > 0)
+    cut = class_folders.split_held_out(found.names, lengths > 0)
     return _Texts(*(torch.from_numpy(a) for a in (filled, lengths, found.labels, *cut)))

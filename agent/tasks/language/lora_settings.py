@@ -20,12 +20,16 @@ from typing import NamedTuple
 
 from agent.tasks import Setting, Settings
 from agent.tasks.training import class_folders
-from agent.tasks.training.hyperparameters import LOOP, read_plan, settings_of
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    read_hyperparameters,
+    resolve_settings,
+)
 from protocols.errors import UnknownName, UsageError
 
 KINDS = ("causal", "classification")
 DEFAULTS: dict[str, Setting] = {
-    **LOOP,
+    **LOOP_DEFAULTS,
     "model": "",
     "kind": "causal",
     "classes": "",
@@ -41,7 +45,7 @@ DEFAULTS: dict[str, Setting] = {
 }
 
 
-class LoraPlan(NamedTuple):
+class LoraSettings(NamedTuple):
     """The settings, checked. `classes` is empty for a causal model."""
 
     model: str
@@ -54,10 +58,10 @@ class LoraPlan(NamedTuple):
     context: int
 
 
-def read(settings: Settings) -> LoraPlan:
+def read_settings(settings: Settings) -> LoraSettings:
     """The settings that are about model and adapters. Raises UsageError, UnknownName."""
-    read_plan(settings, DEFAULTS)  # what the loop cannot do is told as early
-    merged = settings_of(settings, DEFAULTS)
+    read_hyperparameters(settings, DEFAULTS)  # what the loop cannot do is told as early
+    merged = resolve_settings(settings, DEFAULTS)
     if merged["kind"] not in KINDS:
         raise UnknownName(f"there is no kind {merged['kind']!r}", f"kinds: {', '.join(KINDS)}")
     if not merged["model"]:
@@ -65,8 +69,8 @@ def read(settings: Settings) -> LoraPlan:
             "a run of lora names its base model", "the folder's name: --set model=NAME"
         )
     if merged["kind"] == "classification":
-        merged["classes"] = class_folders.classes_of(str(merged["classes"]))  # type: ignore[assignment]
-    plan = LoraPlan(**{name: merged[name] for name in LoraPlan._fields})  # type: ignore[arg-type]
+        merged["classes"] = class_folders.parse_classes(str(merged["classes"]))  # type: ignore[assignment]
+    plan = LoraSettings(**{name: merged[name] for name in LoraSettings._fields})  # type: ignore[arg-type]
     limits = {
         "rank": plan.rank >= 1,
         "alpha": plan.alpha > 0,

@@ -16,7 +16,7 @@ from torch import Tensor
 from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.language.tokens import Tokens
 from agent.tasks.training import evaluation
-from agent.tasks.training.evaluation import Measured
+from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import LossOf
 from protocols.errors import DataError
@@ -24,7 +24,7 @@ from protocols.model.weights import Array
 
 HELD_OUT = 10
 #: Tokens by which a text is continued at most.
-CONTINUED = 200
+MAX_NEW_TOKENS = 200
 
 #: `logits_of(weights, int64[n, t], training) -> float32[n, t, vocabulary]`
 LogitsOf = Callable[[Tensors, Tensor, bool], Tensor]
@@ -44,7 +44,7 @@ class Windows(NamedTuple):
         return torch.from_numpy(self.tokens[places].astype(np.int64)).to(starts.device)
 
 
-def windows(tokens: Tokens, context: int) -> Windows:
+def split_windows(tokens: Tokens, context: int) -> Windows:
     """Cut into examples. Raises DataError for fewer than two."""
     starts = torch.arange(0, len(tokens) - context, context)
     if len(starts) < 2:
@@ -57,13 +57,13 @@ def windows(tokens: Tokens, context: int) -> Windows:
 
 
 @torch.inference_mode()
-def continued(
+def generate(
     logits_of: LogitsOf, w: Tensors, tokens: Sequence[int], end: int, context: int
 ) -> list[int]:
     """The most probable tokens after these, one by one, to the end of a text or `CONTINUED`."""
     device = next(iter(w.values())).device
     after: list[int] = []
-    while len(after) < CONTINUED:
+    while len(after) < MAX_NEW_TOKENS:
         seen = torch.tensor([*tokens, *after][-context:], device=device)[None]
         following = int(logits_of(w, seen, False)[0, -1].argmax())
         if following == end:
@@ -84,7 +84,7 @@ def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:
 
 
 @torch.inference_mode()
-def measured(
+def evaluate_next_token(
     logits_of: LogitsOf,
     weights: Mapping[str, Array],
     found: Windows,
@@ -96,11 +96,11 @@ def measured(
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     batches = torch.split(found.held_out.to(device), batch_size or len(found.held_out))
 
-    def measure(starts: Tensor) -> Measured:
+    def measure(starts: Tensor) -> BatchResult:
         batch = found.batch(starts)
         logits, after = logits_of(tensors, batch[:, :-1], False).float(), batch[:, 1:]
         loss = float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
         right = int((logits.argmax(2) == after).sum())
-        return Measured(len(starts), {"loss": loss, "accuracy": right})
+        return BatchResult(len(starts), {"loss": loss, "accuracy": right})
 
     return evaluation.evaluate(batches, measure, on_step, values=found.context)

@@ -32,7 +32,7 @@ SUFFIXES = (".md", ".text", ".txt")
 
 _PIECE_BYTES = 1 << 20
 #: Longer is no path.
-_MOST_PATH = 1024
+_MAX_PATH_CHARS = 1024
 _KEPT = "text-{key}.tokens"
 
 Tokens = npt.NDArray[np.int32]
@@ -49,7 +49,7 @@ class Tokenizer(NamedTuple):
     digest: str
 
 
-def tokenizer(kind: str, folder: Path) -> Tokenizer:
+def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     """That of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
 
     Raises DataError, SchemaMismatch, TaskUnusable.
@@ -86,7 +86,7 @@ def _text_of_bytes(tokens: Sequence[int]) -> str:
     return bytes(t for t in tokens if t < END_OF_TEXT).decode(errors="replace")
 
 
-def files(path: str) -> list[Path]:
+def text_files(path: str) -> list[Path]:
     """The text files at `path`: itself, or all in the folder, sorted. Raises DataError."""
     root = Path(path)
     if path and root.is_file():
@@ -106,7 +106,7 @@ def files(path: str) -> list[Path]:
     return found
 
 
-def pieces(path: Path) -> Iterator[str]:
+def read_pieces(path: Path) -> Iterator[str]:
     """The text of a file, about a megabyte at a time. Raises DataError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
@@ -127,18 +127,18 @@ def pieces(path: Path) -> Iterator[str]:
             done += len(data)
 
 
-def given(source: str) -> Iterator[tuple[str, str]]:
+def read_texts(source: str) -> Iterator[tuple[str, str]]:
     """Names and texts that `source` means: a file, all in a folder, or a text itself, ""."""
-    is_path = len(source) < _MOST_PATH and Path(source).exists()
-    for path in files(source) if is_path else []:
-        yield path.name, "".join(pieces(path))
+    is_path = len(source) < _MAX_PATH_CHARS and Path(source).exists()
+    for path in text_files(source) if is_path else []:
+        yield path.name, "".join(read_pieces(path))
     if not is_path:
         yield "", source
 
 
-def tokens(data: DataSettings, made: Tokenizer) -> Tokens:
+def tokenize(data: DataSettings, made: Tokenizer) -> Tokens:
     """The tokens of all files, int32[n], mapped. Raises DataError."""
-    paths = files(data.path)
+    paths = text_files(data.path)
     if not data.cache:
         return np.fromiter((t for part in _encoded(paths, made) for t in part), np.int32)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -158,6 +158,6 @@ def tokens(data: DataSettings, made: Tokenizer) -> Tokens:
 
 def _encoded(paths: Sequence[Path], made: Tokenizer) -> Iterator[Tokens]:
     for path in paths:
-        for text in pieces(path):
+        for text in read_pieces(path):
             yield np.fromiter(made.encode(text), np.int32)
         yield np.array([made.end], np.int32)

@@ -16,7 +16,7 @@ def is_out_of_memory(err: BaseException) -> bool:
     )
 
 
-def tried(step: Callable[[int], float], batch_size: int) -> float:
+def run_or_suggest_batch_size(step: Callable[[int], float], batch_size: int) -> float:
     """`step(batch_size)`; where that runs out of memory, raises OutOfMemory with what would do.
 
     `step(n)` makes a step of the first n examples of a batch. The largest half of a half … that

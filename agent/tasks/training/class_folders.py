@@ -20,7 +20,7 @@ _HELD_OUT = 5
 Rows = npt.NDArray[np.int64]
 
 
-class Found(NamedTuple):
+class ClassFiles(NamedTuple):
     """The files, sorted by path, their names below the folder, and the number of each one's
     class."""
 
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     labels: npt.NDArray[np.int64]
 
 
-def classes_of(words: str) -> tuple[str, ...]:
+def parse_classes(words: str) -> tuple[str, ...]:
     """The classes that a run names, in the order of their numbers. Raises UsageError."""
     names = tuple(name.strip() for name in words.split(",") if name.strip())
     if len(names) < 2 or len(set(names)) != len(names):
@@ -40,7 +40,7 @@ def classes_of(words: str) -> tuple[str, ...]:
     return names
 
 
-def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
+def find_files(path: str, classes: Sequence[str], suffixes: Collection[str]) -> ClassFiles:
     """Every file that ends in one of `suffixes`. Raises DataError.
 
     A peer need not have all classes; a folder that is none is a mistake.
@@ -75,10 +75,10 @@ def find(path: str, classes: Sequence[str], suffixes: Collection[str]) -> Found:
         )
     paths = [path for path, _ in found]
     names = [path.relative_to(root).as_posix() for path in paths]
-    return Found(paths, names, np.array([label for _, label in found], np.int64))
+    return ClassFiles(paths, names, np.array([label for _, label in found], np.int64))
 
 
-def cut(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
+def split_held_out(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
     """Rows to train on, and a fifth that is held out, chosen by the hash of its name.
 
     So an example that is added later moves no other. Raises DataError for fewer than two.

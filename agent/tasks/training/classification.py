@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.training import evaluation
-from agent.tasks.training.evaluation import Measured
+from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import Examples
 from protocols.model.weights import Array
@@ -19,7 +19,7 @@ from protocols.tables import evaluation_counts
 
 
 @torch.inference_mode()
-def measured(
+def evaluate_classifier(
     logits_of: Callable[[Tensors, Tensor], Tensor],
     weights: Mapping[str, Array],
     held_out: Examples,
@@ -33,7 +33,7 @@ def measured(
     device = held_out.x.device
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
 
-    def measure(rows: tuple[Tensor, Tensor]) -> Measured:
+    def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
         x, y = rows
         logits = logits_of(tensors, x)
         loss = float(F.cross_entropy(logits, y, reduction="sum"))
@@ -41,23 +41,23 @@ def measured(
         right = int((guess == y).sum())
         # Empty where the training went to NaN: no guess has a probability.
         told = _tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1])
-        return Measured(len(y), {"loss": loss, "accuracy": right}, told)
+        return BatchResult(len(y), {"loss": loss, "accuracy": right}, told)
 
-    return evaluation.evaluate(batches_of(held_out, batch), measure, on_step)
+    return evaluation.evaluate(split_batches(held_out, batch), measure, on_step)
 
 
-def batches_of(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
+def split_batches(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
     """The examples as (x, y) of `size` rows each; the last may have fewer."""
     return list(zip(torch.split(examples.x, size), torch.split(examples.y, size), strict=True))
 
 
-def classes_of(logits: Tensor) -> dict[str, list[Any]]:
+def predict_classes(logits: Tensor) -> dict[str, list[Any]]:
     """Of each row of float32[n, classes] the class, and how probable that is."""
     chances, chosen = logits.softmax(1).max(1)
     return {"class": chosen.tolist(), "probability": chances.tolist()}
 
 
-def tensors_of(weights: Mapping[str, Array]) -> Tensors:
+def to_tensors(weights: Mapping[str, Array]) -> Tensors:
     return {name: torch.tensor(array) for name, array in weights.items()}
 
 

@@ -21,7 +21,7 @@ _BATCH = 1024
 LABEL = "label"
 
 
-def batches(
+def read_batches(
     source: str, columns: int, dtype: npt.DTypeLike, what: str
 ) -> Iterator[npt.NDArray[Any]]:
     """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` a value must be.

@@ -7,7 +7,7 @@ import torch
 from protocols.errors import UsageError
 
 
-def chosen(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """The device of this name; "auto" is cuda, else mps, else cpu. Raises UsageError."""
     there = {
         "cuda": torch.cuda.is_available(),

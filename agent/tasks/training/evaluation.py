@@ -13,7 +13,7 @@ from protocols.tables.evaluation_counts import Tallies
 Batch = TypeVar("Batch")
 
 
-class Measured(NamedTuple):
+class BatchResult(NamedTuple):
     """What one batch adds: the number of its examples, sums over them, and counts.
 
     `sums` has "loss". Empty `tallies` mean that the batch cannot be counted, and then none is.
@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
 def evaluate(
     batches: Collection[Batch],
-    measure: Callable[[Batch], Measured],
+    measure: Callable[[Batch], BatchResult],
     on_step: OnStep,
     *,
     values: int = 1,

@@ -23,11 +23,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from agent.tasks import Setting, Settings, checked
+from agent.tasks import Setting, Settings, merge_settings
 from protocols.errors import UnknownName, UsageError
 
 #: The defaults, over which a task lays its own.
-LOOP: Mapping[str, Setting] = {
+LOOP_DEFAULTS: Mapping[str, Setting] = {
     "epochs": 5,
     "batch_size": 10,
     "max_steps": 0,
@@ -50,7 +50,7 @@ _CHOICES = {
 }
 
 
-class Plan(NamedTuple):
+class Hyperparameters(NamedTuple):
     """The settings of the loop, checked. `lr` is that of this round."""
 
     epochs: int
@@ -72,19 +72,19 @@ class Plan(NamedTuple):
         return min(steps, self.max_steps) if self.max_steps else steps
 
 
-def settings_of(settings: Settings, defaults: Settings) -> dict[str, Setting]:
+def resolve_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]:
     """A task's settings, its own and those of the loop, over its defaults; "all" is 0.
 
     Raises UnknownName, UsageError.
     """
     if settings.get("batch_size") == "all":
         settings = {**settings, "batch_size": 0}
-    return checked(settings, defaults)
+    return merge_settings(settings, defaults)
 
 
-def read_plan(settings: Settings, defaults: Settings = LOOP) -> Plan:
+def read_hyperparameters(settings: Settings, defaults: Settings = LOOP_DEFAULTS) -> Hyperparameters:
     """The loop's part of a task's settings. Raises UnknownName, UsageError."""
-    merged = settings_of(settings, defaults)
+    merged = resolve_settings(settings, defaults)
     number = {name: value for name, value in merged.items() if name not in _CHOICES}
     for name, choices in _CHOICES.items():
         if merged[name] not in choices:
@@ -113,7 +113,7 @@ def read_plan(settings: Settings, defaults: Settings = LOOP) -> Plan:
     round_number = int(settings.get("round", 0))
     merged["lr"] = float(merged["lr"]) * _lr_factor(merged, max(round_number, 1))
     merged |= {"seed": settings.get("seed", 0), "round": round_number}
-    return Plan(**{name: merged[name] for name in Plan._fields})  # type: ignore[arg-type]
+    return Hyperparameters(**{name: merged[name] for name in Hyperparameters._fields})  # type: ignore[arg-type]
 
 
 def _not_negative(number: float) -> bool:

@@ -35,10 +35,15 @@ import tensorflow as tf
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome
 from agent.tasks.training import evaluation
-from agent.tasks.training.batch_size import tried
-from agent.tasks.training.evaluation import Measured
-from agent.tasks.training.hyperparameters import LOOP, Plan, read_plan, settings_of
-from agent.tasks.training.seeds import seed_of
+from agent.tasks.training.batch_size import run_or_suggest_batch_size
+from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    Hyperparameters,
+    read_hyperparameters,
+    resolve_settings,
+)
+from agent.tasks.training.seeds import derive_seed
 from protocols.errors import TaskUnusable, UsageError
 from protocols.model.weights import Array, Schema, Weights
 
@@ -90,7 +95,7 @@ class KerasTask:
     `y` are numbers and so is what it gives, [n, 1].
     """
 
-    defaults: Mapping[str, Setting] = LOOP
+    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
     kind: Literal["classification", "regression"] = "classification"
 
     def __init__(self) -> None:
@@ -129,7 +134,7 @@ class KerasTask:
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """As the model's own initialisers begin."""
-        keras.utils.set_random_seed(seed_of("init", seed))
+        keras.utils.set_random_seed(derive_seed("init", seed))
         self._model = None
         return self._now(settings)
 
@@ -152,13 +157,13 @@ class KerasTask:
         optimiser = _optimiser(plan)
         optimiser.build(model.trainable_variables)
         at = _Position([*model.variables, *optimiser.variables])
-        keras.utils.set_random_seed(seed_of("train", plan.seed, plan.round, self._data.index))
+        keras.utils.set_random_seed(derive_seed("train", plan.seed, plan.round, self._data.index))
         if self._restored is not None:
             at.restore(self._restored)
         self._at, self._restored = at, None
         step, count = self._step(model, optimiser, plan), len(examples.train)
         batch, steps = plan.batch_size or count, plan.steps(count)
-        seed = seed_of("order", plan.seed, plan.round, self._data.index)
+        seed = derive_seed("order", plan.seed, plan.round, self._data.index)
         try:
             while at.done < steps:
                 order = examples.train[np.random.RandomState(seed + at.epoch).permutation(count)]
@@ -167,7 +172,9 @@ class KerasTask:
                         break
                     rows = order[start : start + batch]
                     x = self.prepared(examples.x[rows], settings, True)
-                    loss = tried(partial(_step_of, step, x, examples.y[rows]), len(rows))
+                    loss = run_or_suggest_batch_size(
+                        partial(_step_of, step, x, examples.y[rows]), len(rows)
+                    )
                     at.done += 1
                     at.passed += len(rows)
                     at.total += loss * len(rows)
@@ -185,14 +192,14 @@ class KerasTask:
         model, examples = self._built(settings), self._found(settings)
         _put(model, self.to_keras(weights, settings))
 
-        def measure(first: int) -> Measured:
+        def measure(first: int) -> BatchResult:
             rows = examples.held_out[first : first + EVALUATION_BATCH]
             x, y = self.prepared(examples.x[rows], settings, False), examples.y[rows]
             made = model(tf.constant(x), training=False)
             sums = {"loss": float(self._loss(made, tf.constant(y))) * len(rows)}
             if self.kind == "classification":
                 sums["accuracy"] = int((np.asarray(made).argmax(1) == y).sum())
-            return Measured(len(rows), sums)
+            return BatchResult(len(rows), sums)
 
         batches = range(0, len(examples.held_out), EVALUATION_BATCH)
         return evaluation.evaluate(batches, measure, on_step)
@@ -212,10 +219,10 @@ class KerasTask:
 
     def merged(self, settings: Settings) -> dict[str, Setting]:
         """The settings over the defaults. Raises UnknownName, UsageError."""
-        return settings_of(settings, self.defaults)
+        return resolve_settings(settings, self.defaults)
 
-    def _plan(self, settings: Settings) -> Plan:
-        plan = read_plan(settings, self.defaults)
+    def _plan(self, settings: Settings) -> Hyperparameters:
+        plan = read_hyperparameters(settings, self.defaults)
         if plan.precision == "bf16":
             raise UsageError("Keras tasks train in fp32", "precision=auto or precision=fp32")
         return plan
@@ -242,7 +249,7 @@ class KerasTask:
             return tf.reduce_mean((tf.reshape(made, [-1]) - tf.cast(y, made.dtype)) ** 2)
         return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, made))
 
-    def _step(self, model: Any, optimiser: Any, plan: Plan) -> Any:
+    def _step(self, model: Any, optimiser: Any, plan: Hyperparameters) -> Any:
         """One step, in place; returns the batch's mean loss before it."""
         variables = model.trainable_variables
         origin = [tf.constant(v.value) for v in variables] if plan.proximal_mu else []
@@ -273,7 +280,7 @@ def _step_of(step: Any, x: Any, y: Any, size: int) -> float:
     return float(step(tf.constant(x[:size]), tf.constant(y[:size])))
 
 
-def _optimiser(plan: Plan) -> Any:
+def _optimiser(plan: Hyperparameters) -> Any:
     if plan.optimiser == "adamw":
         return keras.optimizers.AdamW(plan.lr, weight_decay=plan.weight_decay, epsilon=1e-8)
     return keras.optimizers.SGD(plan.lr, momentum=plan.momentum)

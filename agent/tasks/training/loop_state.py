@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from agent.tasks import Snapshot
-from agent.tasks.training.hyperparameters import Plan
-from agent.tasks.training.seeds import seed_of
+from agent.tasks.training.hyperparameters import Hyperparameters
+from agent.tasks.training.seeds import derive_seed
 from protocols.model.weights import Array
 
 Tensors = dict[str, Tensor]
 
 
-class Position:
+class LoopState:
     """Training between two batches.
 
     `weights` and the optimiser's `state` (tensors by slot and weight, named as torch names them)
@@ -29,7 +29,7 @@ class Position:
     def __init__(
         self,
         weights: Mapping[str, Array],
-        plan: Plan,
+        plan: Hyperparameters,
         device: torch.device,
         part: int,
         buffers: frozenset[str],
@@ -48,7 +48,7 @@ class Position:
         self.correction = {
             name: torch.tensor(array, device=device) for name, array in correction.items()
         }
-        order = seed_of("order", plan.seed, plan.round, part)
+        order = derive_seed("order", plan.seed, plan.round, part)
         self._order = torch.Generator().manual_seed(order)
         self._epoch_began = self._order.get_state()
         self.done = self.passed = self.seen = 0
@@ -69,7 +69,7 @@ class Position:
         self.seen += self.passed
         self.passed, self.total = 0, 0.0
 
-    def recall(self, optimiser: Mapping[str, Array]) -> None:
+    def load_optimizer_state(self, optimiser: Mapping[str, Array]) -> None:
         """Take over the state of an optimiser, if it is one of this kind for these weights."""
         mine = {
             f"{s} {name}": t for s, tensors in self.state.items() for name, t in tensors.items()
@@ -108,7 +108,7 @@ def as_arrays(slots: Mapping[str, Tensors]) -> dict[str, Array]:
     }
 
 
-def _slots(plan: Plan) -> tuple[str, ...]:
+def _slots(plan: Hyperparameters) -> tuple[str, ...]:
     if plan.optimiser == "adamw":
         return ("step", "exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if plan.momentum else ()

@@ -39,7 +39,7 @@ class _Net(nn.Module):
         return self._logits_of(dict(self.named_parameters()), x)
 
 
-def write(
+def export(
     logits_of: Callable[[Tensors, Tensor], Tensor],
     weights: Mapping[str, Array],
     example: Tensor,

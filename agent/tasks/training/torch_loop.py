@@ -3,16 +3,16 @@
 A torch task is a model, its data, and this loop; its settings are in `plan`. On a CPU the same
 inputs and number of threads give the same bytes.
 
-    DEFAULTS = {**LOOP, "model": "mlp", "lr": 0.01}
+    DEFAULTS = {**LOOP_DEFAULTS, "model": "mlp", "lr": 0.01}
 
     class Tabular:
         def __init__(self) -> None:
-            self._local = LocalTraining()
+            self._local = TrainingLoop()
             self.snapshot, self.restore = self._local.snapshot, self._local.restore
 
         def train(self, weights, settings, on_step):
-            plan = read_plan(settings, DEFAULTS)
-            return self._local.train(weights, plan, self._examples, by_autograd(loss_of), on_step)
+            plan = read_hyperparameters(settings, DEFAULTS)
+            return self._local.train(weights, plan, self._examples, autograd_step(loss_of), on_step)
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from agent.tasks import OnStep, Snapshot, TrainOutcome
-from agent.tasks.training.batch_size import tried
-from agent.tasks.training.hyperparameters import Plan
-from agent.tasks.training.loop_state import Position as Position
+from agent.tasks.training.batch_size import run_or_suggest_batch_size
+from agent.tasks.training.hyperparameters import Hyperparameters
+from agent.tasks.training.loop_state import LoopState as LoopState
 from agent.tasks.training.loop_state import Tensors as Tensors
 from agent.tasks.training.loop_state import as_arrays
 from protocols.errors import UsageError
@@ -53,12 +53,12 @@ Step = Callable[[Tensor, Tensor], float]
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
 
 
-class LocalTraining:
+class TrainingLoop:
     """The loop, and methods of `Resumable`, `Steerable` and `Continuing` for the task that it
     works for."""
 
     def __init__(self) -> None:
-        self._at: Position | None = None
+        self._at: LoopState | None = None
         self._restored: Snapshot | None = None
         self._correction: Mapping[str, Array] = {}
         self._recalled: Mapping[str, Array] = {}
@@ -67,9 +67,9 @@ class LocalTraining:
     def train(
         self,
         weights: Mapping[str, Array],
-        plan: Plan,
+        plan: Hyperparameters,
         examples: Examples,
-        make_step: Callable[[Position, Plan], Step],
+        make_step: Callable[[LoopState, Hyperparameters], Step],
         on_step: OnStep,
         *,
         buffers: frozenset[str] = frozenset(),
@@ -79,8 +79,8 @@ class LocalTraining:
         `buffers` are floating-point tensors that no gradient moves.
         """
         device, count = examples.x.device, len(examples.y)
-        at = Position(weights, plan, device, examples.part, buffers, self._correction)
-        at.recall(self._recalled)
+        at = LoopState(weights, plan, device, examples.part, buffers, self._correction)
+        at.load_optimizer_state(self._recalled)
         if self._restored is not None:
             at.restore(self._restored)
         self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
@@ -92,7 +92,7 @@ class LocalTraining:
                 for x, y in _batches(examples, order, batch):
                     if at.done == steps:
                         break
-                    loss = tried(partial(_step_of, step, x, y), len(y))
+                    loss = run_or_suggest_batch_size(partial(_step_of, step, x, y), len(y))
                     at.done += 1
                     at.passed += len(y)
                     at.total += loss * len(y)
@@ -120,16 +120,16 @@ class LocalTraining:
         (arXiv 1910.06378, equation 3)."""
         self._correction = correction
 
-    def recall(self, optimiser: Mapping[str, Array]) -> None:
-        """Let the next `train` begin with the state that an earlier one `remembered`."""
-        self._recalled = optimiser
+    def load_optimizer_state(self, state: Mapping[str, Array]) -> None:
+        """Start the next `train` with the `optimizer_state` of an earlier one."""
+        self._recalled = state
 
-    def remembered(self) -> Mapping[str, Array]:
+    def optimizer_state(self) -> Mapping[str, Array]:
         """The optimiser's state after the last `train`."""
         return self._left
 
 
-def path(plan: Plan, examples: int) -> float:
+def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
     """Learning rate times steps of training on so many examples.
 
     Raises UsageError where the weights would move by more than that times the gradients.
@@ -183,14 +183,14 @@ def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Ten
         yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
-def by_autograd(loss_of: LossOf) -> Callable[[Position, Plan], Step]:
+def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Step]:
     """Steps of torch's own optimisers on the loss that a task tells."""
 
-    def make(at: Position, plan: Plan) -> Step:
+    def make(at: LoopState, plan: Hyperparameters) -> Step:
         w = at.weights
         trained = [w[name].requires_grad_() for name in at.trained]
         optimiser = _optimiser(at, plan)
-        forward = _precision(plan.precision, trained[0].device)
+        forward = _autocast(plan.precision, trained[0].device)
 
         def step(x: Tensor, y: Tensor) -> float:
             optimiser.zero_grad()
@@ -198,7 +198,7 @@ def by_autograd(loss_of: LossOf) -> Callable[[Position, Plan], Step]:
                 loss = loss_of(w, x, y)
             loss.backward()  # type: ignore[no-untyped-call]
             if at.correction or at.origin:
-                _bend(at, plan)
+                _adjust_gradients(at, plan)
             if plan.clip_norm:
                 torch.nn.utils.clip_grad_norm_(trained, plan.clip_norm)
             optimiser.step()
@@ -209,7 +209,7 @@ def by_autograd(loss_of: LossOf) -> Callable[[Position, Plan], Step]:
     return make
 
 
-def _optimiser(at: Position, plan: Plan) -> torch.optim.Optimizer:
+def _optimiser(at: LoopState, plan: Hyperparameters) -> torch.optim.Optimizer:
     """A new optimiser that goes on from the state of `at`, and writes to it."""
     trained = [at.weights[name] for name in at.trained]
     made: torch.optim.Optimizer
@@ -226,7 +226,7 @@ def _optimiser(at: Position, plan: Plan) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def _bend(at: Position, plan: Plan) -> None:
+def _adjust_gradients(at: LoopState, plan: Hyperparameters) -> None:
     """Add the correction, and the gradient of mu/2 |w - origin|² (Li et al. 2020, arXiv 1812.06127,
     equation 2)."""
     for name in at.trained:
@@ -239,7 +239,7 @@ def _bend(at: Position, plan: Plan) -> None:
             gradient.add_(at.weights[name] - at.origin[name], alpha=plan.proximal_mu)
 
 
-def _precision(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+def _autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """In what the forward pass is computed. Raises UsageError where the device lacks it."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if name == "fp32" or (name == "auto" and not fast):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from agent.data import arrow_reader, column_types, open_table, profile
-from agent.data.profile import FindKinds
+from agent.data.profile import KindAggregation
 from agent.data.settings import DataSettings
 from protocols.errors import CommonweightError, DataError, SchemaMismatch
 from protocols.model import schema_card
@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
     ],
 )
 def test_what_values_mean(column: pa.Array, kind: ColumnKind, found: list[float]) -> None:
-    assert column_types.kinds(column).kind == kind
+    assert column_types.possible_kinds(column).kind == kind
     assert np.array_equal(column_types.numbers(column, kind), found, equal_nan=True)
 
 
@@ -200,7 +200,9 @@ def test_texts_of_any_type() -> None:
 def test_kinds_of_parts_merge(tmp_path: Path) -> None:
     reader = arrow_reader.ArrowReader(str(write_csv(tmp_path / "a.csv", MIXED)))
     batches = list(reader.batches(["age", "city"]))
-    fold = FindKinds()
-    found = fold.merged(fold.of(batches[0].slice(0, 1)), fold.of(batches[0].slice(1)))
-    assert found == fold.of(batches[0])
+    fold = KindAggregation()
+    found = fold.merge(
+        fold.from_batch(batches[0].slice(0, 1)), fold.from_batch(batches[0].slice(1))
+    )
+    assert found == fold.from_batch(batches[0])
     assert preprocessing.parse_settings({"target": "x"}).kind == "auto"

@@ -10,7 +10,7 @@ import pytest
 
 from agent.data.settings import DataSettings
 from agent.home import settings
-from agent.tasks import registry
+from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
@@ -132,10 +132,29 @@ def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
 )
 def test_what_names_no_class_in_a_file_is_refused(source: str) -> None:
     with pytest.raises(UsageError):
-        registry.parted(source)
+        registry.split_source(source)
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "x" * 65, "ü"])
 def test_what_a_task_cannot_be_called(name: str) -> None:
     with pytest.raises(UsageError):
-        registry.checked_name(name)
+        registry.check_name(name)
+
+
+def test_the_former_names_of_optional_methods_still_work(tmp_path: Path) -> None:
+    file = tmp_path / "older.py"
+    required = "".join(f"  def {name}(self, *a): ...\n" for name in registry.REQUIRED_METHODS)
+    file.write_text(
+        f"class Task:\n{required}"
+        "  def steer(self, correction): ...\n"
+        "  def gradient(self, weights, settings): ...\n"
+        "  def path(self, settings): return settings['lr'] * 3\n"
+        "  def recall(self, optimiser): self.state = optimiser\n"
+        "  def remembered(self): return self.state\n"
+    )
+    task = registry.create("older", f"{file}:Task")
+    assert isinstance(task, SupportsScaffold)
+    assert task.lr_times_steps({"lr": 0.5}) == 1.5
+    assert isinstance(task, KeepsOptimizerState)
+    task.load_optimizer_state({"step": np.ones(1)})
+    assert set(task.optimizer_state()) == {"step"}

@@ -14,7 +14,7 @@ import torch
 from sklearn import datasets
 
 from agent.data import features
-from agent.data.features import Encoded, Rows
+from agent.data.features import EncodedRows, EncodedTable
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.tabular import Tabular
@@ -63,8 +63,8 @@ def test_the_rules_of_the_preprocessing() -> None:
             "label": ["yes", "no", "perhaps", ""],
         }
     )
-    found = features.inputs(batch, RULES)
-    assert features.width(RULES) == (5, 1)
+    found = features.encode_inputs(batch, RULES)
+    assert features.input_width(RULES) == (5, 1)
     #               age gone member since  missing  city
     assert found.tolist() == [
         [1, 0, 1, 0, 0, 3],
@@ -72,14 +72,14 @@ def test_the_rules_of_the_preprocessing() -> None:
         [0, 0, 0, 0, 1, 1],
         [-1, 0, 1, 0, 0, 0],
     ]
-    assert features.targets(batch, RULES).tolist() == [1, 0, -1, -1]
+    assert features.encode_targets(batch, RULES).tolist() == [1, 0, -1, -1]
 
 
 def test_hashed_categories_are_found_again() -> None:
     city = Feature(name="city", kind="text", categories=(hash_category("city", "Bern"),))
     rules = Preprocessing(features=(city,), target=RULES.target, hashed=True)
     batch = pa.record_batch({"city": ["Bern", "Genf", None, "Bern"]})
-    assert features.inputs(batch, rules)[:, 0].tolist() == [2, 1, 0, 2]
+    assert features.encode_inputs(batch, rules)[:, 0].tolist() == [2, 1, 0, 2]
 
 
 def test_rows_beyond_memory_lie_in_a_file_without_a_name(
@@ -106,7 +106,7 @@ def loaded(path: Path, settings: Settings, **data: Any) -> tuple[Tabular, Settin
     return task, {**settings, "preprocessing": preprocessing.encode(made)}
 
 
-def rows_of(loaded: tuple[Tabular, Settings]) -> tuple[Rows, Rows]:
+def rows_of(loaded: tuple[Tabular, Settings]) -> tuple[EncodedRows, EncodedRows]:
     task, settings = loaded
     found = task._rows(settings)
     return found.trained_on, found.held_out
@@ -156,13 +156,13 @@ class Federation:
         whole = Tabular()
         whole.load(DataSettings(path="x", device="cpu"))
         rows = [
-            Rows(
+            EncodedRows(
                 np.concatenate([p[kind].x for p in parts]),
                 np.concatenate([p[kind].y for p in parts]),
             )
             for kind in (0, 1)
         ]
-        whole._encoded = str(self.settings["preprocessing"]), Encoded(*rows, 0)
+        whole._encoded = str(self.settings["preprocessing"]), EncodedTable(*rows, 0)
         return Federation([whole], self.preprocessing, self.settings)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent.tasks import Snapshot
 from agent.tasks.work import Done, Init, Train
 from agent.trainer import checkpoint, rng_state
-from agent.trainer.checkpoint import Journal
+from agent.trainer.checkpoint import CheckpointFile
 from protocols import failpoints
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -68,7 +68,7 @@ class Drawing:
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A trainer that nobody kills, and beside it the digits as they are once parsed."""
     folder = tmp_path_factory.mktemp("calm")
-    site = Site(folder, journal_every_s=0.0, cache=str(folder))
+    site = Site(folder, checkpoint_every_s=0.0, cache=str(folder))
     site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
     yield site
     site.close()
@@ -77,7 +77,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def site(calm: Site, tmp_path: Path) -> Iterator[Site]:
     """A trainer that begins with the weights of `calm`."""
-    site = Site(tmp_path / "site", journal_every_s=0.0, cache=calm.data.cache)
+    site = Site(tmp_path / "site", checkpoint_every_s=0.0, cache=calm.data.cache)
     shutil.copyfile(calm.base, site.base)
     yield site
     site.close()
@@ -93,7 +93,7 @@ def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: drawing\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[commonweight.tasks]\ndrawing = drawing:Drawing\n")
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
-    site = Site(tmp_path / "site", journal_every_s=0.0)
+    site = Site(tmp_path / "site", checkpoint_every_s=0.0)
     site.trainer.run(Init(task="drawing", settings={}, seed=1, out=str(site.base)))
     yield site
     site.close()
@@ -101,10 +101,10 @@ def drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def whole(site: Site, base: Path, task: str = "mnist", **settings: str | int | float) -> Done:
     """Train from the beginning to the end, and leave no journal."""
-    site.trainer.forget()
+    site.trainer.delete_checkpoint()
     done = site.trainer.run(Train(task=task, settings=settings, base=str(base), out=str(site.out)))
     assert done.resumed_at == 0
-    site.trainer.forget()
+    site.trainer.delete_checkpoint()
     return done
 
 
@@ -159,7 +159,7 @@ def test_a_pause_is_kept_at_once(
 ) -> None:
     """It may well end with the machine switched off."""
     monkeypatch.setattr("agent.trainer.supervisor.FREEZE_AFTER_S", 600.0)  # batches are quick
-    site = Site(tmp_path / "site", journal_every_s=PATIENCE_S, cache=calm.data.cache)
+    site = Site(tmp_path / "site", checkpoint_every_s=PATIENCE_S, cache=calm.data.cache)
     try:
         site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
         site.trainer.pause()
@@ -184,7 +184,7 @@ def test_a_second_kill_goes_on_from_the_second_journal(calm: Site, site: Site) -
 
 
 def test_the_journal_is_kept_by_the_clock(calm: Site, tmp_path: Path) -> None:
-    site = Site(tmp_path / "site", journal_every_s=0.05, cache=calm.data.cache)
+    site = Site(tmp_path / "site", checkpoint_every_s=0.05, cache=calm.data.cache)
     try:
         site.trainer.run(Init(task="mnist", settings={}, seed=1, out=str(site.base)))
         work = site.start(**ENDLESS)
@@ -211,13 +211,13 @@ def test_other_work_begins_anew_and_drops_the_journal(calm: Site, site: Site) ->
         file.write_bytes(kept)
         site.base = begins
         assert site.train(**{"epochs": 1, "round": 1} | other).resumed_at == 0
-        site.trainer.forget()
+        site.trainer.delete_checkpoint()
     site.base = base
     file.write_bytes(kept)
     assert site.train(epochs=1, round=1).resumed_at == 5, "the same work goes on from it"
     file.write_bytes(kept)
-    site.trainer.forget()
-    site.trainer.forget()
+    site.trainer.delete_checkpoint()
+    site.trainer.delete_checkpoint()
     assert site.train(epochs=1, round=1).resumed_at == 0, "what is done is forgotten"
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_journal_costs_the_steps_and_no_more(calm: Site, site: Site) -
         assert done.resumed_at == 0
         assert done.digest == undisturbed.digest
         assert (site.folder / "trainer.log").read_text().count("journal is dropped") == times
-        site.trainer.forget()
+        site.trainer.delete_checkpoint()
 
 
 def test_chance_goes_on_where_it_was(drawing: Site) -> None:
@@ -336,14 +336,14 @@ def test_objects_are_no_numbers(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_nothing_costs_the_journal_only(tmp_path: Path) -> None:
-    kept = Journal(tmp_path / "gone" / "j", "k", 0.0)
-    kept.keep(1, Snapshot({}, {}))
-    assert kept.recall() is None
+    kept = CheckpointFile(tmp_path / "gone" / "j", "k", 0.0)
+    kept.save(1, Snapshot({}, {}))
+    assert kept.load() is None
 
 
 def test_a_journal_is_due_by_its_interval(tmp_path: Path) -> None:
-    assert Journal(tmp_path / "j", "k", 0.0).due
-    assert not Journal(tmp_path / "j", "k", PATIENCE_S).due
+    assert CheckpointFile(tmp_path / "j", "k", 0.0).is_due
+    assert not CheckpointFile(tmp_path / "j", "k", PATIENCE_S).is_due
 
 
 def test_chance_of_python_and_numpy_is_restored() -> None:

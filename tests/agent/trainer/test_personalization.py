@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.trainer.personalization import Personal
+from agent.trainer.personalization import Personalization
 from protocols.model.weights import Array, Weights
 
 
@@ -18,10 +18,10 @@ class Remembering:
     def __init__(self) -> None:
         self.recalled: Mapping[str, Array] = {}
 
-    def recall(self, optimiser: Mapping[str, Array]) -> None:
-        self.recalled = optimiser
+    def load_optimizer_state(self, state: Mapping[str, Array]) -> None:
+        self.recalled = state
 
-    def remembered(self) -> Mapping[str, Array]:
+    def optimizer_state(self) -> Mapping[str, Array]:
         return {"momentum_buffer:body": np.ones(2, np.float32)}
 
 
@@ -34,8 +34,8 @@ def test_bfloat16_layers_and_the_optimizer_are_kept_together(tmp_path: Path) -> 
     version = Weights({"body": np.zeros(2, np.uint16)}, ["body"])
     task: Any = Remembering()
 
-    def personal() -> Personal:
-        return Personal(first.schema, scheme, lambda: first, kept)
+    def personal() -> Personalization:
+        return Personalization(first.schema, scheme, lambda: first, kept)
 
     mine = personal()
     update = mine.after_train(mine.before_train(task, {}, version), trained, kept)

@@ -32,7 +32,7 @@ from agent.trainer.ipc import (
     encode,
 )
 from agent.trainer.process import TrainerProcess
-from agent.trainer.progress import Control
+from agent.trainer.progress import WorkControl
 from protocols.errors import TrainerFailed
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -280,15 +280,15 @@ def test_pause_and_cancel_act_in_mid_work(site: Site, monkeypatch: pytest.Monkey
 
 def test_a_slower_pace_rests_after_each_batch(odd: Site) -> None:
     """The gate alone: a tenth of the time at work is nine times as long at rest."""
-    control, work_s = Control(), 0.02
-    control.told(Pace(0.1))
+    control, work_s = WorkControl(), 0.02
+    control.apply(Pace(0.1))
     began = time.monotonic()
-    control.rest(work_s)
+    control.throttle(work_s)
     assert time.monotonic() - began >= 9 * work_s
     done = threading.Event()
-    threading.Thread(target=lambda: (control.rest(1e9), done.set()), daemon=True).start()
+    threading.Thread(target=lambda: (control.throttle(1e9), done.set()), daemon=True).start()
     assert not done.is_set()
-    control.told(Pace(1.0))
+    control.apply(Pace(1.0))
     assert done.wait(PATIENCE_S), "another pace ends the rest"
     odd.trainer.pace(0.5)
     assert odd.train("odd").num_examples == 5
@@ -399,12 +399,12 @@ def test_the_end_of_the_thread_that_started_the_trainer_does_not_thaw_it(odd: Si
 
 
 def test_cancel_that_comes_while_the_pause_is_being_told() -> None:
-    control, cancelled = Control(), threading.Event()
-    control.told(Pause())
+    control, cancelled = WorkControl(), threading.Event()
+    control.apply(Pause())
 
     def work() -> None:
         with pytest.raises(Cancelled):
-            control.obey(1, on_pause=lambda number: control.told(Cancel(1)))
+            control.wait_while_paused(1, on_pause=lambda number: control.apply(Cancel(1)))
         cancelled.set()
 
     threading.Thread(target=work, daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.trainer import oom_kills
-from agent.trainer.retry import Watchdog
+from agent.trainer.retry import RetryingTrainer
 from protocols import failpoints
 from protocols.errors import TrainerFailed
 from tests.agent.trainer.test_checkpoint import drawing, whole
@@ -27,16 +27,18 @@ class Watched:
         self.site = site
         self.given_up: list[str] = []
         self.pids: set[int | None] = set()
-        started = site.trainer._started
+        started = site.trainer._ensure_child
 
         def noted() -> Any:
             child = started()
             self.pids.add(child.pid)
             return child
 
-        site.trainer._started = noted  # type: ignore[method-assign]
-        self.dog = Watchdog(
-            site.trainer, **{"first_s": 0.01, "most_s": 0.02} | options, on_given_up=self._told
+        site.trainer._ensure_child = noted  # type: ignore[method-assign]
+        self.dog = RetryingTrainer(
+            site.trainer,
+            **{"first_delay_s": 0.01, "max_delay_s": 0.02} | options,
+            on_given_up=self._told,
         )
 
     def _told(self, kind: str) -> None:
@@ -102,7 +104,10 @@ def test_what_no_other_child_does_better_is_not_tried_again(watched: Watched, do
 
 
 def test_an_end_of_the_agent_ends_the_wait_for_the_next_try(odd: Site) -> None:
-    watched, waiting = Watched(odd, tries=3, first_s=600.0, most_s=600.0), threading.Event()
+    watched, waiting = (
+        Watched(odd, tries=3, first_delay_s=600.0, max_delay_s=600.0),
+        threading.Event(),
+    )
     stop = odd.trainer.stop
 
     def noted() -> None:

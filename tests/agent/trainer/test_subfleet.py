@@ -13,9 +13,9 @@ import pytest
 from agent.data.settings import DataSettings
 from agent.tasks.work import Evaluate, Train
 from agent.trainer.ipc import Failed
-from agent.trainer.main_loop import answer_to
-from agent.trainer.progress import Control
-from agent.trainer.subfleet import FleetTrainer, LocalFleet
+from agent.trainer.main_loop import execute
+from agent.trainer.progress import WorkControl
+from agent.trainer.subfleet import FleetExecutor, LocalCoordinator
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.model import weights
@@ -90,14 +90,14 @@ def test_a_version_is_lent_for_the_time_of_its_work_only(home: Path, tmp_path: P
     digest = weights.save(Weights({"w": np.zeros(3, np.float32)}), base)
     common = {"id": 1, "task": "mnist", "settings": {}, "data": DataSettings(), "base": str(base)}
     for work in (Train(**common, out=str(tmp_path / "out")), Evaluate(**common)):
-        control = Control()
-        trainer = FleetTrainer(LocalFleet(home), control, lambda progress: None)
-        answer = answer_to(work, trainer, control)
+        control = WorkControl()
+        trainer = FleetExecutor(LocalCoordinator(home), control, lambda progress: None)
+        answer = execute(work, trainer, control)
         assert isinstance(answer, Failed)
         assert answer.kind == "not_running"
         assert not list((home / "versions").iterdir())
     own = home / "versions" / f"{digest}.safetensors"
     base.rename(own)
-    with LocalFleet(home).lent(own) as lent:
+    with LocalCoordinator(home).lend_version(own) as lent:
         assert lent == digest
     assert own.exists(), "the coordinator's own version stays"

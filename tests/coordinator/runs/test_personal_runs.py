@@ -195,5 +195,5 @@ async def test_a_task_that_cannot_be_steered_says_so(
     settings = {"scaffold": 2, "round": 1}
     trainer.run(Init(task="softmax", settings=settings, seed=0, out=str(first)))
     assert set(weights.load(first)) == {"w", "b", "control:w", "control:b"}
-    with pytest.raises(CommonweightError, match="lacks steer"):
+    with pytest.raises(CommonweightError, match="has no steer"):
         trainer.run(Train(task="softmax", settings=settings, base=str(first), out=str(out)))

@@ -79,9 +79,9 @@ def test_an_optimiser_of_another_kind_is_not_taken_over(tmp_path: Path) -> None:
     settings: dict[str, Setting] = {"optimiser": "adamw", "epochs": 1}
     base = task.init(1, {})
     first = task.train(base, settings, lambda *_: None).weights
-    task.recall({"momentum_buffer output.bias": np.ones(10, np.float32)})
+    task.load_optimizer_state({"momentum_buffer output.bias": np.ones(10, np.float32)})
     again = task.train(base, settings, lambda *_: None).weights
     assert weights.digest(Weights(dict(first))) == weights.digest(Weights(dict(again)))
-    task.recall(task.remembered())
+    task.load_optimizer_state(task.optimizer_state())
     third = task.train(base, settings, lambda *_: None).weights
     assert weights.digest(Weights(dict(first))) != weights.digest(Weights(dict(third)))

@@ -42,7 +42,7 @@ def data_of(hub: Path, texts: Path, peer: str = "one") -> DataSettings:
 
 
 def loaded(hub: Path, texts: Path) -> Lora:
-    task = registry.find("lora")
+    task = registry.create("lora")
     assert isinstance(task, Lora)
     task.load(data_of(hub, texts))
     return task
@@ -70,7 +70,7 @@ def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, te
     assert weights.digest(one) == weights.digest(again) != weights.digest(other)
     assert one.schema == task.schema(CAUSAL)
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
-    found = task._adapted(lora_settings.read(CAUSAL))
+    found = task._adapted(lora_settings.read_settings(CAUSAL))
     tokens = torch.arange(10)[None]
     w = {name: torch.tensor(array) for name, array in one.items()}
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
     tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]
     w = {name: torch.tensor(array) for name, array in trained.items()}
     with torch.no_grad():
-        found = task._adapted(lora_settings.read(settings))
+        found = task._adapted(lora_settings.read_settings(settings))
         adapted = task._output(found, w, False, input_ids=tokens)
         torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(merged(tokens).logits, plain(tokens).logits, atol=1e-3)
@@ -113,12 +113,12 @@ def test_text_lm_on_byte_pairs_of_a_tokenizer_that_the_run_names(hub: Path, text
     assert trained.metrics["loss"] < 0.8 * np.log(321)
     (answer,) = task.predict(Weights(trained.weights), settings, "many hands make")
     assert answer["continuation"][0].isprintable()
-    bytes_of = text.tokens(data_of(hub, texts), text.tokenizer("bytes", texts))
-    pairs_of = text.tokens(data_of(hub, texts), text.tokenizer(digest, texts / "one"))
+    bytes_of = text.tokenize(data_of(hub, texts), text.load_tokenizer("bytes", texts))
+    pairs_of = text.tokenize(data_of(hub, texts), text.load_tokenizer(digest, texts / "one"))
     assert len(pairs_of) < len(bytes_of) / 2
     (texts / "one" / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be read"):
-        text.tokenizer(file_digest(texts / "one" / "tokenizer.json"), texts / "one")
+        text.load_tokenizer(file_digest(texts / "one" / "tokenizer.json"), texts / "one")
 
 
 def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:

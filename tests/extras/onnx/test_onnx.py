@@ -41,20 +41,20 @@ def pixels(n: int, size: int) -> torch.Tensor:
 
 
 def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    forward = torch_task._forward(torch_task.image_plan.read(settings))
-    return lambda w, x: forward(w, torch_task._normal(x), False)
+    forward = torch_task._forward(torch_task.image_plan.read_settings(settings))
+    return lambda w, x: forward(w, torch_task._normalize(x), False)
 
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
     "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784), mnist._forward_cnn),
     "images": ("images", COLOURS, lambda n: pixels(n, 16), pictures_by(COLOURS)),
     "resnet18": ("images", RESNET, lambda n: pixels(n, 32), pictures_by(RESNET)),
-    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), motion.logits_of),
+    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), motion.forward),
     "text-lm": (
         "text-lm",
         TINY,
         tokens,
-        lambda w, x: gpt.logits_of(gpt.shape_of(TINY), w, x, False),
+        lambda w, x: gpt.forward(gpt.read_config(TINY), w, x, False),
     ),
 }
 
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any,
 @pytest.mark.parametrize("case", CASES)
 def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
     name, settings, example, logits_of = CASES[case]
-    task, out = registry.find(name), tmp_path / "model.onnx"
+    task, out = registry.create(name), tmp_path / "model.onnx"
     assert isinstance(task, Exporting)
     weights = task.init(3, settings)
     task.export(weights, settings, "onnx", DataSettings(), out)
@@ -87,7 +87,7 @@ def agent(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
     model = tmp_path / "digits.safetensors"
-    weights: Weights = registry.find("mnist").init(1, {})
+    weights: Weights = registry.create("mnist").init(1, {})
     card = ModelCard(
         sha256=save(weights, model),
         version="v",

@@ -65,7 +65,7 @@ def data_of(folders: Path, part: int, framework: str = "auto") -> DataSettings:
 @pytest.fixture
 def both(folders: Path) -> tuple[torch_task.Images, keras_task.Images]:
     """The task on torch and on Keras, over the same folder."""
-    here, there = registry.find("images"), registry.find("images", framework="keras")
+    here, there = registry.create("images"), registry.create("images", framework="keras")
     assert isinstance(here, torch_task.Images)
     assert isinstance(there, keras_task.Images)
     for task in (here, there):
@@ -156,7 +156,7 @@ def test_a_mixed_run_converges_like_the_pure_ones(folders: Path) -> None:
 
 
 def test_what_only_torch_can_do_is_told() -> None:
-    task = registry.find("images", framework="keras")
+    task = registry.create("images", framework="keras")
     with pytest.raises(UsageError, match="resnet18 is there in torch only"):
         task.schema(DIGITS | {"model": "resnet18"})
 

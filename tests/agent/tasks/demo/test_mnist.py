@@ -16,7 +16,7 @@ from agent import tasks
 from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
 from agent.tasks.demo import mnist
-from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, cut
+from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, split_digits
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights, digest
@@ -56,7 +56,7 @@ def test_models_have_the_papers_number_of_parameters(model: str, count: int) -> 
 @pytest.mark.parametrize("parts", [1, 7, 100])
 def test_parts_are_disjoint_and_cover(split: str, parts: int) -> None:
     pieces = [
-        cut(LABELS, DataSettings(index=i, parts=parts, split=split, seed=5))  # type: ignore[arg-type]
+        split_digits(LABELS, DataSettings(index=i, parts=parts, split=split, seed=5))  # type: ignore[arg-type]
         for i in range(parts)
     ]
     train = np.concatenate([mine for mine, _ in pieces])
@@ -70,14 +70,16 @@ def test_parts_are_disjoint_and_cover(split: str, parts: int) -> None:
 def test_shards_hold_few_labels_and_iid_parts_hold_all() -> None:
     def labels_seen(split: str) -> list[int]:
         data = [DataSettings(index=i, parts=20, split=split) for i in range(20)]  # type: ignore[arg-type]
-        return [len(set(LABELS[cut(LABELS, each)[0]])) for each in data]
+        return [len(set(LABELS[split_digits(LABELS, each)[0]])) for each in data]
 
     assert max(labels_seen("shards")) <= 4
     assert min(labels_seen("iid")) == 10
 
 
 def test_seed_decides_the_split() -> None:
-    one, again, other = (cut(LABELS, DataSettings(parts=4, seed=seed))[0] for seed in (1, 1, 2))
+    one, again, other = (
+        split_digits(LABELS, DataSettings(parts=4, seed=seed))[0] for seed in (1, 1, 2)
+    )
     assert (one == again).all()
     assert set(one) != set(other)
 
@@ -88,7 +90,7 @@ def test_seed_decides_the_split() -> None:
 )
 def test_part_that_does_not_exist_is_refused(data: DataSettings) -> None:
     with pytest.raises(UsageError):
-        cut(LABELS, data)
+        split_digits(LABELS, data)
 
 
 def test_digits_are_kept_and_a_damaged_copy_is_made_again(cache: str, task: Mnist) -> None:
@@ -222,9 +224,9 @@ def test_registry_names_tasks_without_importing_them() -> None:
     )
     root = Path(tasks.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
-    assert isinstance(registry.find("mnist"), Mnist)
+    assert isinstance(registry.create("mnist"), Mnist)
     with pytest.raises(UnknownName) as caught:
-        registry.find("mnits")
+        registry.create("mnits")
     assert "mnist" in caught.value.hint
 
 
@@ -301,7 +303,7 @@ def test_a_correction_is_added_to_each_gradient(model: str) -> None:
     task.steer(correction)
     steered = task.train(first, settings, lambda *_: None).weights
     plain = task.train(first, settings, lambda *_: None).weights
-    assert task.path(settings) == 0.5
+    assert task.lr_times_steps(settings) == 0.5
     for name in first:
         moved = np.subtract(first[name], plain[name])
         np.testing.assert_allclose(moved, 0.5 * np.asarray(gradient[name]), atol=2e-6)
@@ -330,7 +332,7 @@ def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
     task = Mnist()
     task.load(DataSettings(index=0, parts=200))
     with pytest.raises(UsageError, match="SCAFFOLD"):
-        task.path(bent)
+        task.lr_times_steps(bent)
 
 
 # --- pixels ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from agent.data.settings import DataSettings
 from agent.tasks.demo import motion_download
-from agent.tasks.demo.motion import PEOPLE, Motion, Recordings, cut, people_of
+from agent.tasks.demo.motion import PEOPLE, Motion, Recordings, people_of, split_windows
 from protocols.errors import TaskUnusable, UsageError
 from protocols.model import weights
 
@@ -45,7 +45,7 @@ def test_what_is_held_out_is_the_end_of_each_recording() -> None:
     count = 1000
     signal = np.repeat(np.arange(2 * count, dtype=np.float32)[:, None], 6, axis=1)
     found = Recordings(signal, np.array([0, count, 2 * count]), np.array([3, 5]), np.array([1, 2]))
-    trained, held_out = cut(found, [2])
+    trained, held_out = split_windows(found, [2])
     assert set(trained.y) == set(held_out.y) == {5}
     assert trained.x.shape == (15, 6, 100)
     assert (trained.x[:, 0, 0] == count + np.arange(0, 750, 50)).all()

@@ -138,7 +138,7 @@ def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
     base = task.init(5, settings)
     gradient = task.gradient(base, settings)
     made = task.train(base, settings, quiet).weights
-    assert task.path(settings) == 0.5
+    assert task.lr_times_steps(settings) == 0.5
     for name in base:
         np.testing.assert_allclose(made[name], base[name] - 0.5 * gradient[name], atol=1e-6)
     correction = {name: np.ones_like(array) for name, array in base.items()}
@@ -149,34 +149,34 @@ def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
 
 
 def test_pictures_are_read_once_and_small(folder: Path) -> None:
-    plan = image_plan.read(SMALL)
-    first = dataset.read(data_of(folder), plan)
+    plan = image_plan.read_settings(SMALL)
+    first = dataset.load_pictures(data_of(folder), plan)
     assert first.pixels.shape == (40, 1, 12, 12)
     kept = list((folder / "cache").iterdir())
     assert len(kept) == 1
     # What lies in the file is what counts now, until a picture changes.
     before = kept[0].stat().st_mtime_ns
-    again = dataset.read(data_of(folder), plan)
+    again = dataset.load_pictures(data_of(folder), plan)
     assert (again.pixels == first.pixels).all()
     assert kept[0].stat().st_mtime_ns == before
-    in_memory = dataset.read(data_of(folder, cache=""), plan)
+    in_memory = dataset.load_pictures(data_of(folder, cache=""), plan)
     assert (in_memory.pixels == first.pixels).all()
     picture(folder / "data" / "dark" / "new.png", 30)
-    more = dataset.read(data_of(folder), plan)
+    more = dataset.load_pictures(data_of(folder), plan)
     assert len(more.pixels) == 41
     assert len(list((folder / "cache").iterdir())) == 1
     pixels = more.pixels.copy()  # a mapped file must not be cut under its reader
     del more
     kept = list((folder / "cache").iterdir())
     kept[0].write_bytes(b"not what it was")
-    assert (dataset.read(data_of(folder), plan).pixels == pixels).all()
+    assert (dataset.load_pictures(data_of(folder), plan).pixels == pixels).all()
 
 
 def test_a_new_picture_moves_no_other_between_training_and_held_out(folder: Path) -> None:
-    plan = image_plan.read(SMALL)
+    plan = image_plan.read_settings(SMALL)
 
     def held_out() -> set[bytes]:
-        found = dataset.read(data_of(folder, cache=""), plan)
+        found = dataset.load_pictures(data_of(folder, cache=""), plan)
         return {found.pixels[row].tobytes() for row in found.held_out}
 
     before = held_out()
@@ -187,7 +187,7 @@ def test_a_new_picture_moves_no_other_between_training_and_held_out(folder: Path
 def test_a_peer_with_one_class_numbers_it_as_the_others(folder: Path) -> None:
     for path in (folder / "data" / "light" / "some").iterdir():
         path.unlink()
-    found = dataset.read(data_of(folder), image_plan.read(SMALL))
+    found = dataset.load_pictures(data_of(folder), image_plan.read_settings(SMALL))
     assert set(found.labels) == {1}
 
 
@@ -229,7 +229,7 @@ def test_what_is_no_picture_is_left_out(folder: Path, capsys: pytest.CaptureFixt
     (light / "empty.gif").write_bytes(b"")
     (light / "bomb.png").write_bytes(bomb())
     (light / "notes.txt").write_text("not even called one")
-    found = dataset.read(data_of(folder), image_plan.read(SMALL))
+    found = dataset.load_pictures(data_of(folder), image_plan.read_settings(SMALL))
     assert len(found.train) + len(found.held_out) == 40
     assert "4 of 44 pictures cannot be read" in capsys.readouterr().err
 

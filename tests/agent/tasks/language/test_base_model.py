@@ -12,7 +12,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.language import base_model, lora_settings, next_token, tokens
-from agent.tasks.language.base_model import Adapted
+from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.lora import Lora, _Texts
 from agent.tasks.training.torch_loop import Examples
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
@@ -34,11 +34,11 @@ def models(tmp_path: Path) -> Path:
 def test_folders_without_weights_are_told(models: Path) -> None:
     def fault(name: str = "tiny", folder: str = str(models)) -> DataError:
         with pytest.raises(DataError) as caught:
-            base_model.folder(DataSettings(models=folder), name)
+            base_model.find_folder(DataSettings(models=folder), name)
         assert str(models) not in caught.value.message
         return caught.value
 
-    assert base_model.folder(DataSettings(models=str(models)), "tiny") == models / "tiny"
+    assert base_model.find_folder(DataSettings(models=str(models)), "tiny") == models / "tiny"
     assert "no folder of base models" in fault(folder="").message
     assert "no base model large" in fault("large").message
     for name in ("../tiny", "", ".hidden", "a/b", "/etc"):
@@ -80,7 +80,7 @@ def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "agent.tasks.training.keras_task", raising=False)
     monkeypatch.delitem(sys.modules, "agent.tasks.images.keras_task", raising=False)
     with pytest.raises(TaskUnusable) as caught:
-        registry.find("images", framework="keras")
+        registry.create("images", framework="keras")
     assert "[tensorflow]" in caught.value.hint
 
 
@@ -99,7 +99,7 @@ def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPa
 )
 def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageError]) -> None:
     with pytest.raises(kind):
-        lora_settings.read(ASKED | settings)
+        lora_settings.read_settings(ASKED | settings)
 
 
 class Seen(Exception):
@@ -108,19 +108,24 @@ class Seen(Exception):
 
 def test_examples_lie_whole_on_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is torch's "meta", so that no graphics card is needed; the loop ends there."""
-    task, plan, given = Lora(), lora_settings.read({**ASKED, "context": 4}), []
+    task, plan, given = Lora(), lora_settings.read_settings({**ASKED, "context": 4}), []
 
     def loop(weights: object, plan: object, examples: Examples, *_: object) -> None:
         given.append(examples)
         raise Seen
 
-    monkeypatch.setattr("agent.tasks.training.devices.chosen", lambda name: torch.device("meta"))
+    monkeypatch.setattr(
+        "agent.tasks.training.devices.select_device", lambda name: torch.device("meta")
+    )
     monkeypatch.setattr(task._local, "train", loop)
     for read in (
-        next_token.windows(np.arange(40, dtype=np.int32), 4),
+        next_token.split_windows(np.arange(40, dtype=np.int32), 4),
         _Texts(*(torch.arange(4) for _ in _Texts._fields)),
     ):
-        task._model = plan, Adapted(None, tokens.tokenizer(tokens.BYTES, Path()), 0, {}, {})
+        task._model = (
+            plan,
+            AdaptedModel(None, tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {}),
+        )
         task._examples = plan, read
         with pytest.raises(Seen):
             task.train(Weights({}), {**ASKED, "context": 4}, lambda *_: None)

@@ -12,7 +12,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
-from agent.tasks.language.gpt import TextLM, logits_of, shape_of
+from agent.tasks.language.gpt import TextLM, forward, read_config
 from protocols.errors import DataError, SchemaMismatch, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -75,51 +75,53 @@ def test_continues_what_it_has_learnt_by_heart(folder: Path, tmp_path: Path) -> 
 
 def test_a_token_is_guessed_from_those_before_it_alone() -> None:
     """Changing a token changes no guess before its place, and some after."""
-    shape = shape_of(TINY)
+    shape = read_config(TINY)
     base = TextLM().init(5, TINY)
     w = {name: torch.tensor(array) for name, array in base.items()}
     tokens = torch.arange(16)[None]
     changed = tokens.clone()
     changed[0, 9] = 77
-    one, other = (logits_of(shape, w, t, False) for t in (tokens, changed))
+    one, other = (forward(shape, w, t, False) for t in (tokens, changed))
     assert torch.equal(one[:, :9], other[:, :9])
     assert not torch.equal(one[:, 9:], other[:, 9:])
 
 
 def test_the_loss_is_that_of_each_next_token_worked_out_one_by_one(folder: Path) -> None:
-    shape, base = shape_of(TINY), TextLM().init(5, TINY)
-    found = next_token.windows(text.tokens(data_of(folder), text.tokenizer("bytes", folder)), 16)
+    shape, base = read_config(TINY), TextLM().init(5, TINY)
+    found = next_token.split_windows(
+        text.tokenize(data_of(folder), text.load_tokenizer("bytes", folder)), 16
+    )
     w = {name: torch.tensor(array) for name, array in base.items()}
     starts = found.train[:3]
-    mean = next_token.loss_of(partial(logits_of, shape), found)(w, starts, starts)
+    mean = next_token.loss_of(partial(forward, shape), found)(w, starts, starts)
     sum_of = 0.0
     for start in starts.tolist():
         for place in range(16):
             sofar = torch.from_numpy(np.array(found.tokens[start : start + place + 1]))[None].long()
-            guess = logits_of(shape, w, sofar, False)[0, -1].log_softmax(0)
+            guess = forward(shape, w, sofar, False)[0, -1].log_softmax(0)
             sum_of -= float(guess[int(found.tokens[start + place + 1])])
     assert float(mean) == pytest.approx(sum_of / 48, rel=1e-5)
 
 
 def test_tokens_are_the_bytes_of_all_files_in_the_order_of_their_paths(folder: Path) -> None:
-    made = text.tokenizer(text.BYTES, folder)
-    found = text.tokens(data_of(folder), made)
+    made = text.load_tokenizer(text.BYTES, folder)
+    found = text.tokenize(data_of(folder), made)
     first, second = ((folder / "data" / p).read_bytes() for p in ("a.txt", "more/b.md"))
     assert found.tolist() == [*first, 256, *second, 256]
-    assert (text.tokens(data_of(folder, cache=""), made) == found).all()
+    assert (text.tokenize(data_of(folder, cache=""), made) == found).all()
     assert made.decode(found.tolist()) == (first + second).decode()
-    one_file = text.tokens(DataSettings(path=str(folder / "data" / "table.csv")), made)
+    one_file = text.tokenize(DataSettings(path=str(folder / "data" / "table.csv")), made)
     assert one_file.tolist() == [*b"not,read", 256]
 
 
 def test_examples_are_apart_and_cover_the_text() -> None:
-    found = next_token.windows(np.arange(1001, dtype=np.int32), 10)
+    found = next_token.split_windows(np.arange(1001, dtype=np.int32), 10)
     starts = sorted([*found.train.tolist(), *found.held_out.tolist()])
     assert starts == list(range(0, 991, 10))
     assert len(found.held_out) == 10
     assert found.batch(torch.tensor([20])).tolist() == [list(range(20, 31))]
     with pytest.raises(DataError, match="21 are needed"):
-        next_token.windows(np.arange(20, dtype=np.int32), 10)
+        next_token.split_windows(np.arange(20, dtype=np.int32), 10)
 
 
 def test_text_that_is_not_utf8_is_told_with_its_place(folder: Path) -> None:
@@ -137,10 +139,10 @@ def test_a_letter_that_lies_across_two_pieces_is_whole(
 ) -> None:
     monkeypatch.setattr(text, "_PIECE_BYTES", 3)
     (tmp_path / "a.txt").write_text("aßbΩ漢z", "utf-8")
-    assert "".join(text.pieces(tmp_path / "a.txt")) == "aßbΩ漢z"
+    assert "".join(text.read_pieces(tmp_path / "a.txt")) == "aßbΩ漢z"
     (tmp_path / "b.txt").write_bytes("漢".encode()[:2])
     with pytest.raises(DataError):
-        list(text.pieces(tmp_path / "b.txt"))
+        list(text.read_pieces(tmp_path / "b.txt"))
 
 
 def test_folders_and_tokenizers_that_cannot_serve(folder: Path, tmp_path: Path) -> None:

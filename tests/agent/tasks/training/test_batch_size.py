@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.clientapp.app import refusal_text
-from agent.tasks.training.batch_size import tried
+from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from protocols.errors import OutOfMemory, TrainerFailed
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -22,8 +22,8 @@ HUNGRY = """
 import resource, sys
 from pathlib import Path
 import numpy as np, torch
-from agent.tasks.training.torch_loop import Examples, LocalTraining, by_autograd
-from agent.tasks.training.hyperparameters import read_plan
+from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
+from agent.tasks.training.hyperparameters import read_hyperparameters
 from protocols.errors import OutOfMemory
 
 torch.set_num_threads(1)
@@ -32,10 +32,10 @@ def loss_of(w, x, y):
     return (torch.ones(len(x), 1 << 20) * w["w"]).mean()
 
 def train(batch):
-    plan = read_plan({"batch_size": batch, "epochs": 1, "max_steps": 2})
+    plan = read_hyperparameters({"batch_size": batch, "epochs": 1, "max_steps": 2})
     examples = Examples(torch.zeros(512, 1), torch.zeros(512))
     weights = {"w": np.ones(1, np.float32)}
-    return LocalTraining().train(weights, plan, examples, by_autograd(loss_of), lambda *a: None)
+    return TrainingLoop().train(weights, plan, examples, autograd_step(loss_of), lambda *a: None)
 
 train(1)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -44,7 +44,7 @@ try:
     train(512)
 except OutOfMemory as err:
     print(err.message, "|", err.hint)
-    train(err.fits)
+    train(err.max_batch_size)
     print("fitted")
 """
 
@@ -72,10 +72,10 @@ def test_the_largest_half_of_a_half_that_goes(batch: int, room: int) -> None:
         return float(size)
 
     if batch <= room:
-        assert tried(step, batch) == batch
+        assert run_or_suggest_batch_size(step, batch) == batch
         return
     with pytest.raises(OutOfMemory) as caught:
-        tried(step, batch)
+        run_or_suggest_batch_size(step, batch)
     halves = [batch >> k for k in range(1, batch.bit_length())]
     assert caught.value.max_batch_size == next((half for half in halves if half <= room), 0)
 
@@ -85,7 +85,7 @@ def test_other_faults_are_their_own() -> None:
         raise ValueError("a shape is odd")
 
     with pytest.raises(ValueError, match="a shape is odd"):
-        tried(step, 8)
+        run_or_suggest_batch_size(step, 8)
 
 
 def test_the_operator_is_told_what_would_fit() -> None:

@@ -24,15 +24,17 @@ THERE = {
 @pytest.mark.parametrize("name", THERE)
 def test_a_device_is_used_or_refused_by_name(name: str) -> None:
     if THERE[name]:
-        assert devices.chosen(name).type == name
+        assert devices.select_device(name).type == name
     else:
         with pytest.raises(UsageError, match=name) as caught:
-            devices.chosen(name)
+            devices.select_device(name)
         assert "device auto" in caught.value.hint
 
 
 def test_auto_takes_the_first_that_torch_can_use() -> None:
-    assert devices.chosen("auto").type == next(name for name, there in THERE.items() if there)
+    assert devices.select_device("auto").type == next(
+        name for name, there in THERE.items() if there
+    )
 
 
 def trained(**data: object) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:

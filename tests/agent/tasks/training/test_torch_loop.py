@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.tasks import Cancelled, Setting, Snapshot
-from agent.tasks.training.hyperparameters import LOOP, read_plan
-from agent.tasks.training.torch_loop import Examples, LocalTraining, Tensors, by_autograd
+from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, read_hyperparameters
+from agent.tasks.training.torch_loop import Examples, Tensors, TrainingLoop, autograd_step
 from protocols.errors import UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Array, Weights
@@ -50,18 +50,18 @@ def first() -> Weights:
 
 def train(
     examples: Examples,
-    local: LocalTraining | None = None,
+    local: TrainingLoop | None = None,
     on_step: Callable[[int, int, float, int], None] = lambda *_: None,
     correction: dict[str, Array] | None = None,
     **settings: Setting,
 ) -> Weights:
-    local = local or LocalTraining()
+    local = local or TrainingLoop()
     local.steer(correction or {})
     made = local.train(
         first(),
-        read_plan({"epochs": 3, **settings}),
+        read_hyperparameters({"epochs": 3, **settings}),
         examples,
-        by_autograd(loss_of),
+        autograd_step(loss_of),
         on_step,
         buffers=frozenset({"mean"}),
     )
@@ -129,7 +129,7 @@ def test_the_correction_is_added_to_each_gradient(examples: Examples) -> None:
 def test_training_goes_on_bit_for_bit(
     examples: Examples, settings: dict[str, Setting], cut: int
 ) -> None:
-    local, kept = LocalTraining(), list[Snapshot]()
+    local, kept = TrainingLoop(), list[Snapshot]()
 
     def until(step: int, *_: object) -> None:
         if step == cut:
@@ -165,7 +165,7 @@ def test_bf16_is_computed_where_it_is_asked_for(examples: Examples) -> None:
 
 
 def lr(number: int, **settings: Setting) -> float:
-    return read_plan({"lr": 0.1, "round": number, **settings}).lr
+    return read_hyperparameters({"lr": 0.1, "round": number, **settings}).lr
 
 
 def test_the_learning_rate_follows_the_rounds() -> None:
@@ -193,12 +193,12 @@ def test_the_learning_rate_follows_the_rounds() -> None:
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Setting]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))) as caught:
-        read_plan(settings)
+        read_hyperparameters(settings)
     assert "such as" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["optimiser", "lr_schedule", "precision"])
 def test_unknown_choices_are_told_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownName) as caught:
-        read_plan({name: "magic"})
-    assert str(LOOP[name]) in caught.value.hint
+        read_hyperparameters({name: "magic"})
+    assert str(LOOP_DEFAULTS[name]) in caught.value.hint
