@@ -271,7 +271,7 @@ def show(job: str, json: Json = False) -> None:
     lines.append(f"units: {counts or 'none yet'}")
     rows_by_peer: dict[str, list[int]] = defaultdict(list)
     for unit in found.units.values():
-        for peer, answer in unit.given.items():
+        for peer, answer in unit.answers.items():
             rows_by_peer[peer].append(answer.rows)
     for peer, rows in sorted(rows_by_peer.items()):
         rate = f", {found.rates[peer]:,.0f} rows/s" if peer in found.rates else ""

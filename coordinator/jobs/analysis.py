@@ -1,13 +1,13 @@
-"""From peers' statistics to the figures that were asked for. Pure.
+"""Combines the peers' statistics into the figures that a query asks for. Pure.
 
-A peer whose columns hold something else than the others' is left out by name, as are those that
-refuse; the answer says how many peers and which share of the rows it stands on.
+A peer that refuses is left out by name, and so is one whose column has another kind of values than
+the others'. The result says how many peers and what share of the rows it covers.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from protocols.analytics import sketches
 from protocols.analytics.mergeable_states import (
+    PRECISION,
     ComomentsState,
     CountState,
     DistinctState,
@@ -32,9 +33,19 @@ from protocols.tables.statistics import Moments
 
 Figure = float | int | None | dict[str, Any]
 
+#: The statistics that an operation needs; a histogram with given ends needs a HistogramState.
+_STATES: Mapping[str, type[State]] = (
+    dict.fromkeys(("count", "missing"), CountState)
+    | dict.fromkeys(("sum", "mean", "var", "std"), MomentsState)
+    | dict.fromkeys(("min", "max"), RangeState)
+    | dict.fromkeys(("cov", "corr"), ComomentsState)
+    | dict.fromkeys(("quantile", "histogram"), QuantileState)
+    | {"distinct": DistinctState}
+)
+
 
 class Group(Struct, frozen=True):
-    """One group: its values, the rows that count in it, a figure for each operation."""
+    """One group: its values, its number of rows, and a figure for each operation."""
 
     group: tuple[str | None, ...]
     rows: int
@@ -42,9 +53,10 @@ class Group(Struct, frozen=True):
 
 
 class AnalysisResult(Struct, frozen=True, kw_only=True):
-    """`peers` of `asked` have answered, with `rows` rows of the `all_rows` that they told of.
+    """The figures of all peers together, by group.
 
-    `kept_back`: rows in cells that are too small to be told. `left_out`: why, by peer.
+    `peers` of `asked` peers answered. `rows` of `all_rows` rows are in the groups; `kept_back` rows
+    are in cells that are too small to leave a peer. `left_out` gives the reason by peer.
     """
 
     figures: tuple[str, ...]
@@ -60,92 +72,88 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """What the answer stands on, in words."""
+        """A line that says what the result covers."""
         share = f", {self.rows / self.all_rows:.0%} of the rows" if self.all_rows else ""
-        kept = f"; {self.kept_back:,} rows in cells too small to tell" if self.kept_back else ""
+        kept = f"; {self.kept_back:,} rows in cells too small to show" if self.kept_back else ""
         noise = f"; with noise for ε = {self.epsilon:g}" if self.epsilon else ""
         return f"{self.peers} of {self.asked} peers{share}{kept}{noise}"
 
 
 def combine(
-    question: Query, told: Mapping[str, PeerAnswer], asked: Sequence[str]
+    query: Query, answers: Mapping[str, PeerAnswer], asked: Sequence[str]
 ) -> AnalysisResult:
-    """The answer of all peers together. `told` is by peer; who is missing there said nothing."""
-    left_out = {peer: "no answer in time" for peer in asked if peer not in told}
-    left_out |= {peer: given.refused for peer, given in told.items() if given.refused}
-    good = {peer: given for peer, given in told.items() if not given.refused}
-    left_out |= _kind_conflicts(good)
-    good = {peer: given for peer, given in good.items() if peer not in left_out}
-    cells: dict[tuple[str | None, ...], list[tuple[int, tuple[State, ...]]]] = {}
-    for given in good.values():
-        for cell in given.cells:
-            cells.setdefault(cell.group, []).append((cell.rows, cell.states))
+    """The result of a query from the answers by peer. `asked` includes the silent peers."""
+    left_out = {peer: "no answer in time" for peer in asked if peer not in answers}
+    left_out |= {peer: answer.refused for peer, answer in answers.items() if answer.refused}
+    accepted = {peer: answer for peer, answer in answers.items() if not answer.refused}
+    left_out |= _kind_conflicts(accepted)
+    used = [answer for peer, answer in accepted.items() if peer not in left_out]
+    rows: Counter[tuple[str | None, ...]] = Counter()
+    states: dict[tuple[str | None, ...], list[tuple[State, ...]]] = defaultdict(list)
+    for cell in (cell for answer in used for cell in answer.cells):
+        rows[cell.group] += cell.rows
+        states[cell.group].append(cell.states)
     groups = []
-    for group in sorted(cells, key=lambda values: [(v is None, v or "") for v in values]):
-        parts = cells[group]
-        states = [merge(column) for column in zip(*(s for _, s in parts), strict=True)]
-        figures = map(figure, question.operations, states)
-        groups.append(Group(group, sum(rows for rows, _ in parts), tuple(figures)))
+    for group in sorted(states, key=lambda values: [(v is None, v or "") for v in values]):
+        merged = map(merge, zip(*states[group], strict=True))
+        groups.append(Group(group, rows[group], tuple(map(figure, query.operations, merged))))
     return AnalysisResult(
-        figures=tuple(map(str, question.operations)),
-        by=question.by,
+        figures=tuple(map(str, query.operations)),
+        by=query.by,
         groups=tuple(groups),
-        peers=len(good),
+        peers=len(used),
         asked=len(asked),
-        rows=sum(group.rows for group in groups),
-        all_rows=sum(given.rows for given in told.values()),
-        kept_back=sum(given.kept_back for given in good.values()),
+        rows=rows.total(),
+        all_rows=sum(answer.rows for answer in answers.values()),
+        kept_back=sum(answer.kept_back for answer in used),
         left_out=left_out,
-        epsilon=question.epsilon,
+        epsilon=query.epsilon,
     )
 
 
-def validate(question: Query, given: PeerAnswer) -> str:
+def validate(query: Query, answer: PeerAnswer) -> str:
     """What is wrong with the form of a peer's answer; empty if nothing is.
 
-    A peer chose every number in it: here ends what it could break.
+    A peer chooses every number in it: what passes here cannot break `combine`.
     """
-    if given.refused:
+    if answer.refused:
         return ""
-    in_cells = sum(cell.rows for cell in given.cells) + given.kept_back
-    if in_cells > given.rows and not question.epsilon:
+    in_cells = sum(cell.rows for cell in answer.cells) + answer.kept_back
+    if in_cells > answer.rows and not query.epsilon:
         return "more rows in the cells than in the table"
-    for cell in given.cells:
-        if len(cell.group) != len(question.by) or len(cell.states) != len(question.operations):
-            return "another number of groups or figures than was asked for"
-        for operation, state in zip(question.operations, cell.states, strict=True):
+    for cell in answer.cells:
+        if len(cell.group) != len(query.by) or len(cell.states) != len(query.operations):
+            return "another number of groups or figures than the query has"
+        for operation, state in zip(query.operations, cell.states, strict=True):
             if not isinstance(state, state_of(operation)):
                 return f"{operation} answered by another kind of statistics"
             if isinstance(state, HistogramState) and len(state.counts) != int(operation.args[0]):
                 return f"{operation} answered in other bins"
-            if isinstance(state, DistinctState) and len(state.registers) not in (0, 1 << 14):
+            if isinstance(state, DistinctState) and len(state.registers) not in (0, 1 << PRECISION):
                 return f"{operation} answered with other registers"
-    if len({cell.group for cell in given.cells}) != len(given.cells):
-        return "a group is there twice"
+    if len({cell.group for cell in answer.cells}) != len(answer.cells):
+        return "a group occurs twice"
     return ""
+
+
+def validate_bytes(query: str, body: bytes) -> str:
+    """What is wrong with the bytes of a peer's answer; empty if nothing is."""
+    try:
+        decoded = msgspec.json.decode(body, type=PeerAnswer)
+        return validate(msgspec.json.decode(query, type=Query), decoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        return f"not an answer: {err}"
 
 
 def state_of(operation: Operation) -> type[State]:
     """The statistics that an operation needs."""
-    match operation.kind:
-        case "count" | "missing":
-            return CountState
-        case "sum" | "mean" | "var" | "std":
-            return MomentsState
-        case "min" | "max":
-            return RangeState
-        case "cov" | "corr":
-            return ComomentsState
-        case "quantile":
-            return QuantileState
-        case "histogram":
-            return HistogramState if len(operation.args) == 3 else QuantileState
-        case _:
-            return DistinctState
+    if operation.kind == "histogram" and len(operation.args) == 3:
+        return HistogramState
+    return _STATES[operation.kind]
 
 
 def figure(operation: Operation, state: State) -> Figure:
-    """What was asked for; None where there is no value to tell of."""
+    """The figure of an operation; None where there is no value."""
     match state:
         case CountState():
             return state.count
@@ -154,16 +162,14 @@ def figure(operation: Operation, state: State) -> Figure:
         case RangeState():
             return state.least if operation.kind == "min" else state.most
         case ComomentsState(x, y, c):
-            if not x.count:
-                return None
             if operation.kind == "cov":
                 return c / (x.count - 1) if x.count > 1 else None
             spread = math.sqrt(x.m2 * y.m2)
             return max(-1.0, min(1.0, c / spread)) if spread else None
-        case HistogramState():
+        case HistogramState(counts, below, above):
             least, most = operation.args[1:]
-            bins = {"least": least, "most": most, "counts": list(state.counts)}
-            return bins | {"below": state.below, "above": state.above}
+            bins = {"least": least, "most": most, "counts": list(counts)}
+            return bins | {"below": below, "above": above}
         case QuantileState() if operation.kind == "quantile":
             return sketches.quantile(state, operation.args[0])
         case QuantileState():
@@ -174,35 +180,24 @@ def figure(operation: Operation, state: State) -> Figure:
 
 
 def _moment(kind: str, moments: Moments) -> Figure:
-    """Sum, mean, and variance and deviation of a sample (n - 1), as pandas has them."""
+    """The sum or mean, or the variance or deviation of a sample (n - 1), as in pandas."""
     if kind == "sum":
         return moments.mean * moments.count
-    if not moments.count:
-        return None
     if kind == "mean":
-        return moments.mean
+        return moments.mean if moments.count else None
     if moments.count < 2:
         return None
     variance = moments.m2 / (moments.count - 1)
     return variance if kind == "var" else math.sqrt(variance)
 
 
-def _kind_conflicts(told: Mapping[str, PeerAnswer]) -> dict[str, str]:
-    """Peers in which a column holds something else than in most, with the words why."""
+def _kind_conflicts(answers: Mapping[str, PeerAnswer]) -> dict[str, str]:
+    """The peers in which a column has another kind of values than in most, with the reason."""
     found: dict[str, str] = {}
-    for name in dict.fromkeys(name for given in told.values() for name in given.kinds):
-        kinds = {peer: given.kinds.get(name, "empty") for peer, given in told.items()}
+    for name in dict.fromkeys(name for answer in answers.values() for name in answer.kinds):
+        kinds = {peer: answer.kinds.get(name, "empty") for peer, answer in answers.items()}
         common = Counter(kind for kind in kinds.values() if kind != "empty").most_common(1)
         for peer, kind in kinds.items():
             if common and kind not in ("empty", common[0][0]):
                 found[peer] = f"column {name!r} holds {kind} there, and {common[0][0]} elsewhere"
     return found
-
-
-def validate_bytes(query: str, body: bytes) -> str:
-    """What is wrong with an answer's bytes; empty if nothing is. For the coordinator's own gate."""
-    try:
-        question = msgspec.json.decode(query, type=Query)
-        return validate(question, msgspec.json.decode(body, type=PeerAnswer))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        return f"not an answer: {err}"

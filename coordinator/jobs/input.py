@@ -1,4 +1,4 @@
-"""The rows of a scattered job: a file or folder cut into blocks that are files of their own."""
+"""Cuts the rows of a scattered job into blocks, each of which is a valid file of its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from coordinator.storage.job_events import Block
 from protocols.errors import CommonweightError, UsageError
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
-#: So many blocks there are about, of so many rows at least and at most.
+#: The approximate number of blocks, and the bounds of their size in rows.
 _BLOCKS, _MIN_ROWS, _MAX_ROWS = 256, 16, 8192
 _PIECE_BYTES = 1 << 20
-#: Without these in it, a piece of CSV has a record a line.
-_ODD = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
+#: In CSV without any of these, each line is a record.
+_QUOTING = (b'"', b"\r", b"\n\n", b" \n", b"\t\n")
 
 
 class PreparedInput(NamedTuple):
@@ -33,14 +33,14 @@ class PreparedInput(NamedTuple):
 
 
 def prepare(path: Path, folder: Path, suffix: str) -> PreparedInput:
-    """Write the blocks of `path`, one after the other, to the file DIGEST + `suffix` in `folder`.
+    """Write the blocks of `path` in order to one file, DIGEST + `suffix` in `folder`.
 
-    CSV (with a line of names), Parquet, a folder of pictures, or text by lines. Raises UsageError.
+    `path` is CSV with a header, Parquet, text, or a folder of pictures. Raises UsageError.
     """
     try:
         kind, blocks = _blocks_of(path)
         temporary = folder / f".input-{os.getpid()}"
-        sha, found = hashlib.sha256(), []
+        sha, found = hashlib.sha256(), list[Block]()
         with temporary.open("wb") as file:
             for rows, data in blocks:
                 file.write(data)
@@ -63,16 +63,13 @@ def _blocks_of(path: Path) -> tuple[str, Iterator[tuple[int, bytes]]]:
         return ".zip", _pictures(path)
     if not path.is_file():
         raise UsageError(f"there is no {path}")
-    match path.suffix.lower():
-        case ".csv":
-            return ".csv", _csv(path)
-        case ".parquet":
-            return ".parquet", _parquet(path)
-        case ".txt":
-            return ".txt", _lines(path)
-    raise UsageError(
-        f"rows cannot be told in {path.name}", "CSV, Parquet, .txt or a folder of pictures"
-    )
+    readers = {".csv": _csv, ".parquet": _parquet, ".txt": _lines}
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise UsageError(
+            f"{path.name} has no known suffix", "CSV, Parquet, .txt or a folder of pictures"
+        )
+    return suffix, readers[suffix](path)
 
 
 def _size(rows: int) -> int:
@@ -80,16 +77,16 @@ def _size(rows: int) -> int:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Blocks that each begin with the names. A quoted value may hold line ends."""
+    """Blocks that each begin with the header. A quoted value may contain line ends."""
     size = _size(_count_lines(path) - 1)
     with path.open("rb") as file:
         names = next(_records(file), b"")
         while lines := list(islice(file, size)):
             data = b"".join(lines)
-            if data.endswith(b"\n") and not any(odd in b"\n" + data for odd in _ODD):
+            if data.endswith(b"\n") and not any(mark in b"\n" + data for mark in _QUOTING):
                 yield len(lines), names + data
                 continue
-            # So many records are as many lines or more: none of these is left over.
+            # A record has one line or more, so these records use up all of `lines`.
             records = list(islice(_records(chain(lines, file)), size))
             if records:
                 yield len(records), names + b"".join(records)
@@ -130,17 +127,19 @@ def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
             pq.write_table(pa.Table.from_batches([batch]), file)
             yield batch.num_rows, file.getvalue()
     except pa.ArrowException as err:
-        raise UsageError(f"{path} is no Parquet file: {err}") from err
+        raise UsageError(f"{path} is not a Parquet file: {err}") from err
 
 
 def _pictures(root: Path) -> Iterator[tuple[int, bytes]]:
-    """Zip files, not compressed, in the order of names."""
+    """Blocks that are zip files without compression, in the order of names."""
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file())
     size = _size(len(paths))
     for first in range(0, len(paths), size):
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as packed:
             for path in paths[first : first + size]:
-                member = zipfile.ZipInfo(path.relative_to(root).as_posix())  # of no date
+                member = zipfile.ZipInfo(
+                    path.relative_to(root).as_posix()
+                )  # without a date: the same bytes each time
                 packed.writestr(member, path.read_bytes())
         yield len(paths[first : first + size]), file.getvalue()

@@ -1,8 +1,8 @@
-"""Drives one job: does what `scheduler.decide` says, and writes down what came of it.
+"""Drives one job: carries out what `scheduler.decide` says and records what came of it.
 
-Beside training: units are Flower messages like a run's questions, and a peer takes one after the
-other as they come. Facts are in the ledger before anything is sent because of them. A peer that
-comes back after its end, or ours, is asked for its open units again and answers from its outbox.
+It runs beside training: units are Flower messages like those of a run, and a peer does its messages
+in their order. Events are in the ledger before anything is sent because of them. A peer that was
+restarted, or whose coordinator was, gets its open units again and answers from its outbox.
 """
 
 from __future__ import annotations
@@ -17,12 +17,21 @@ from coordinator.jobs import state as jobs
 from coordinator.jobs.messages import job_changed
 from coordinator.jobs.requests import JobReply, PendingJobRequests
 from coordinator.jobs.scheduler import Availability
-from coordinator.jobs.state import FAILED, Job
+from coordinator.jobs.state import FAILED, Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
-from coordinator.storage.job_events import AnswerDropped, JobEvent, JobState, LeaseEnded
+from coordinator.storage.job_events import (
+    AnswerDropped,
+    JobEnded,
+    JobEvent,
+    JobState,
+    LeaseEnded,
+    PeerExcused,
+    UnitReturned,
+    UnitVerified,
+)
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
@@ -30,32 +39,33 @@ from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.job")
 
-#: How long peers that were at work may take to come back, after a restart or a lost link.
+#: How long peers with a lease may take to come back after a restart or a lost connection.
 RECONNECT_TIMEOUT_S = 20.0
 _RETRY_S = 1.0
 
 
 class JobLoop:
-    """One job in work. `changed` is set by whoever has news for it, in the loop's thread."""
+    """One job in work. Setting `changed`, in the loop's thread, makes it decide again."""
 
-    def __init__(self, job: Job, around: RunContext, store: JobStore) -> None:
+    def __init__(self, job: Job, ctx: RunContext, store: JobStore) -> None:
         self.job = job
         self.changed = asyncio.Event()
-        self.requests = PendingJobRequests(around, store)
-        self._around, self._store = around, store
+        self.requests = PendingJobRequests(ctx, store)
+        self._ctx, self._store = ctx, store
         now = time.monotonic()
         self._patient_until = now + RECONNECT_TIMEOUT_S if any(job.leases()) else 0.0
         self._ends_at = now + job.spec.deadline_s if job.spec.deadline_s else float("inf")
-        #: When anybody could be given work the last time (monotonic s).
+        #: When a peer was available the last time (monotonic s).
         self._attended_at = now
-        #: Peers that Flower could not reach get no more until then (monotonic s), or a new session.
+        #: A peer that Flower could not reach gets no work until then (monotonic s), or until it has
+        #: a new session.
         self._lost_until: dict[str, float] = {}
         self._stop_reason = ""
 
     # --- from outside ---
 
     def stop(self, because: str) -> None:
-        """End the job at the next step; what is verified stays."""
+        """Stop the job at the next step. Verified answers stay."""
         self._stop_reason = because
         self.changed.set()
 
@@ -68,179 +78,171 @@ class JobLoop:
 
     async def drive(self) -> Job:
         """Work until the job has ended. Raises what the ledger raises."""
-        self._say("info", f"job {self.job.id} {'goes on' if self.job.units else 'started'}")
+        self._log("info", f"job {self.job.id} {'resumed' if self.job.units else 'started'}")
         while not self.job.ended:
             self.changed.clear()
             try:
                 await self._collect()
                 await self._verify()
-                await self._turn()
+                await self._dispatch()
                 await self._wait()
             except (OSError, DiskFull) as err:
                 if not is_disk_full(err):
                     raise
-                await asyncio.sleep(_RETRY_S)  # nothing was decided: the same again
+                await asyncio.sleep(_RETRY_S)  # nothing was decided, so the step is repeated
         self.requests.cancel_all()
         level = "error" if self.job.state is JobState.FAILED else "info"
-        self._say(level, f"job {self.job.id} {self.job.state}: {self.job.ended_because}")
+        self._log(level, f"job {self.job.id} {self.job.state}: {self.job.ended_because}")
         return self.job
 
-    async def _turn(self) -> None:
-        """Decide until there is only to wait, then ask whoever is to be asked."""
-        try:
-            await self._dispatch()
-        except BadMessage as err:  # what the requester gave is not there any more
-            self._record(job_events.JobEnded(JobState.FAILED, err.message, time.time()))
-
     async def _dispatch(self) -> None:
+        """Decide until the job must wait or has ended, then send the open requests."""
         while not self.job.ended:
-            steps = scheduler.decide(self.job, self._view())
+            steps = scheduler.decide(self.job, self._availability())
             if self._stop_reason:
                 steps = [scheduler.End(JobState.STOPPED, self._stop_reason)]
-            if not steps:
-                break
-            self._record(*map(_fact, steps))
-            if any(isinstance(step, scheduler.Lease) for step in steps):
-                break  # each free peer has its unit now
-        if not self.job.ended:
+            self._record(*map(_event, steps))
+            if not steps or any(isinstance(step, scheduler.Lease) for step in steps):
+                break  # each idle peer has its unit now
+        if self.job.ended:
+            return
+        try:
             await self.requests.send_open(self.job)
+        except BadMessage as err:  # the input that the requester wrote is gone
+            self._record(JobEnded(JobState.FAILED, err.message, time.time()))
 
-    def _view(self) -> Availability:
+    def _availability(self) -> Availability:
         now = time.monotonic()
         lost = {peer for peer, until in self._lost_until.items() if now < until}
-        eligible = self._around.eligible() - lost
-        asked = self.requests.leases
+        eligible = self._ctx.eligible() - lost
+        pending = self.requests.leases
         gone = set()
         for unit, peer, lease in self.job.leases():
             wanted = lease == "open" and not unit.verified
             away = peer not in eligible and now >= self._patient_until
-            if away or not (wanted or (unit.number, peer) in asked):
+            if away or not (wanted or (unit.number, peer) in pending):
                 gone.add((unit.number, peer))
-        due = self.requests.deadlines(asked)
-        overdue = frozenset(lease for lease, at in due.items() if now >= at)
+        deadlines = self.requests.deadlines(pending)
+        overdue = frozenset(lease for lease, at in deadlines.items() if now >= at)
         if eligible:
             self._attended_at = now
         deserted = now >= self._attended_at + RECONNECT_TIMEOUT_S
         return Availability(eligible, frozenset(gone), overdue, now >= self._ends_at, deserted)
 
     async def _wait(self) -> None:
+        """Wait until something has changed or the next deadline has passed."""
         if self.job.ended:
             return
         now = time.monotonic()
         leases = ((u.number, p) for u, p, lease in self.job.leases() if lease == "open")
         times = [*self.requests.deadlines(leases).values(), *self._lost_until.values()]
         times += [self._patient_until, self._ends_at, self._attended_at + RECONNECT_TIMEOUT_S]
-        ahead = min((at - now for at in times if at > now), default=None)
+        delay_s = min((at - now for at in times if at > now), default=float("inf"))
         try:
-            async with asyncio.timeout(None if ahead == float("inf") else ahead):
+            async with asyncio.timeout(None if delay_s == float("inf") else delay_s):
                 await self.changed.wait()
         except TimeoutError:
-            pass  # something is due: decide again
+            pass
 
     # --- answers ---
 
     async def _collect(self) -> None:
-        """Write down what answers there are, and let their senders go on."""
-        found = await self.requests.take_replies()
-        news: list[JobEvent] = []
-        for answered in found.values():
+        """Record the answers that have come, and acknowledge them."""
+        replies = await self.requests.take_replies()
+        events: list[JobEvent] = []
+        for reply in replies.values():
             try:
-                news += await asyncio.to_thread(self._returned, answered)
+                events += await asyncio.to_thread(self._events_of, reply)
             except (BadMessage, KeyError, TypeError, ValueError) as err:
-                unit, peer, detail = (
-                    answered.request.unit,
-                    answered.request.peer,
-                    strip_controls(str(err)),
-                )
-                news.append(AnswerDropped(unit, peer, "bad answer", detail))
-        self._record(*news)
-        self.requests.acknowledge(found, True)
+                events.append(_bad_answer(reply.request.unit, reply.request.peer, err))
+        self._record(*events)
+        self.requests.acknowledge(replies, True)
 
-    def _returned(self, answered: JobReply) -> list[JobEvent]:
-        """The facts that a reply amounts to. Raises BadMessage, KeyError, TypeError, ValueError."""
-        asked, reply, seconds = answered
-        unit, peer = self.job.units[asked.unit], asked.peer
+    def _events_of(self, answered: JobReply) -> list[JobEvent]:
+        """The events of a reply. Raises BadMessage, KeyError, TypeError, ValueError."""
+        request, reply, seconds = answered
+        unit, peer = self.job.units[request.unit], request.peer
         if reply.has_error():
-            if reply.error.code != AGENT_FAILED:  # Flower's own, of a node that it cannot reach
+            if reply.error.code != AGENT_FAILED:  # Flower cannot reach the node
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [LeaseEnded(unit.number, peer, "went away")]
             reason = strip_controls(reply.error.reason or "no reason given")
-            return [
-                LeaseEnded(unit.number, peer, FAILED),
-                job_events.PeerExcused(peer, reason),
-            ]
-        given = validation.read(asked, reply, seconds, self._around.verify)
+            return [LeaseEnded(unit.number, peer, FAILED), PeerExcused(peer, reason)]
+        answer = validation.read_answer(request, reply, seconds, self._ctx.verify)
         if unit.verified:
-            self._store.uploads.drop(peer, given.digest)
+            self._store.uploads.drop(peer, answer.digest)
             return [AnswerDropped(unit.number, peer, "late")]
-        self._store.save_answer(peer, given)
-        return [job_events.UnitReturned(unit.number, peer, given)]
+        self._store.save_answer(peer, answer)
+        return [UnitReturned(unit.number, peer, answer)]
 
     async def _verify(self) -> None:
-        """Look into what has returned; the first valid answer, or the first that enough give."""
+        """Check the contents of new answers. A unit is verified once its quorum agrees."""
         for unit in list(self.job.units.values()):
-            if unit.verified or not unit.given:
-                continue
-            bad: list[JobEvent] = []
-            for peer, given in unit.given.items():
-                try:
-                    await asyncio.to_thread(validation.check, self.job, unit, given, self._store)
-                except (BadMessage, OSError) as err:
-                    detail = strip_controls(str(err))
-                    bad.append(AnswerDropped(unit.number, peer, "bad answer", detail))
-            self._record(*bad)
-            unit = self.job.units[unit.number]
-            quorum = self.job.spec.quorum if self.job.is_scattered else 1
-            if unit.agreed < quorum:
-                continue
-            digests = [given.digest for given in unit.given.values()]
-            chosen = max(digests, key=digests.count)
-            others = [
-                AnswerDropped(unit.number, peer, "disagrees")
-                for peer, given in unit.given.items()
-                if given.digest != chosen
-            ]
-            self._record(*others, job_events.UnitVerified(unit.number, chosen))
-            self.requests.release_input(self.job.units[unit.number])
+            if unit.answers and not unit.verified:
+                await self._verify_unit(unit)
 
-    # --- writing down, telling ---
-
-    def _record(self, *news: JobEvent) -> None:
-        """Write facts down, and act on none of them before. Raises DiskFull."""
-        if not news:
+    async def _verify_unit(self, unit: Unit) -> None:
+        bad: list[JobEvent] = []
+        for peer, answer in unit.answers.items():
+            try:
+                await asyncio.to_thread(validation.check, self.job, unit, answer, self._store)
+            except (BadMessage, OSError) as err:
+                bad.append(_bad_answer(unit.number, peer, err))
+        self._record(*bad)
+        unit = self.job.units[unit.number]
+        if unit.agreed < (self.job.spec.quorum if self.job.is_scattered else 1):
             return
-        failpoint("job.recording", type(news[0]).__name__)
-        self._around.ledger.append(
-            job_events.PREFIX + self.job.id, [job_events.encode(fact) for fact in news]
-        )
-        failpoint("job.recorded", type(news[-1]).__name__)
-        for fact in news:
-            self.job = jobs.apply(self.job, fact)
-            self._tell(fact)
-        self._around.publish(job_changed(self.job))
+        digests = [answer.digest for answer in unit.answers.values()]
+        chosen = max(digests, key=digests.count)
+        others = [
+            AnswerDropped(unit.number, peer, "disagrees")
+            for peer, answer in unit.answers.items()
+            if answer.digest != chosen
+        ]
+        self._record(*others, UnitVerified(unit.number, chosen))
+        self.requests.release_input(self.job.units[unit.number])
 
-    def _tell(self, fact: JobEvent) -> None:
-        match fact:
-            case job_events.PeerExcused(peer, reason):
-                name = self._around.name_of(peer)
-                self._say("warning", f"job {self.job.id}: {name} is excused: {reason}", peer)
+    # --- recording and telling ---
+
+    def _record(self, *events: JobEvent) -> None:
+        """Write events to the ledger, then apply and publish them. Raises DiskFull."""
+        if not events:
+            return
+        failpoint("job.recording", type(events[0]).__name__)
+        subject = job_events.PREFIX + self.job.id
+        self._ctx.ledger.append(subject, [job_events.encode(event) for event in events])
+        failpoint("job.recorded", type(events[-1]).__name__)
+        for event in events:
+            self.job = jobs.apply(self.job, event)
+            self._warn(event)
+        self._ctx.publish(job_changed(self.job))
+
+    def _warn(self, event: JobEvent) -> None:
+        match event:
+            case PeerExcused(peer, reason):
+                text = f"{self._ctx.name_of(peer)} is excused: {reason}"
             case AnswerDropped(unit, peer, reason, detail) if reason != "late":
-                name = self._around.name_of(peer)
-                text = f"job {self.job.id}: an answer of {name} to unit {unit} is dropped"
-                self._say("warning", f"{text}: {detail or reason}", peer)
+                name = self._ctx.name_of(peer)
+                text = f"an answer of {name} to unit {unit} is dropped: {detail or reason}"
+            case _:
+                return
+        self._log("warning", f"job {self.job.id}: {text}", peer)
 
-    def _say(self, level: Any, text: str, subject: str = "") -> None:
+    def _log(self, level: Any, text: str, subject: str = "") -> None:
         log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
-        self._around.publish(
-            EventLine(level=level, text=strip_controls(text), subject=subject or self.job.id)
-        )
+        subject = subject or self.job.id
+        self._ctx.publish(EventLine(level=level, text=strip_controls(text), subject=subject))
 
 
-def _fact(step: scheduler.Step) -> JobEvent:
+def _bad_answer(unit: int, peer: str, err: Exception) -> AnswerDropped:
+    return AnswerDropped(unit, peer, "bad answer", strip_controls(str(err)))
+
+
+def _event(step: scheduler.Step) -> JobEvent:
     match step:
         case scheduler.Lease(unit, peer, first, stop):
             return job_events.UnitLeased(unit, peer, first, stop)
         case scheduler.EndLease(unit, peer, reason):
             return LeaseEnded(unit, peer, reason)
         case scheduler.End(state, because):
-            return job_events.JobEnded(state, because, time.time())
+            return JobEnded(state, because, time.time())

@@ -1,4 +1,4 @@
-"""Which versions a job's models are, from the words for them. Pure."""
+"""Resolves names of models, such as "best" or RUN:latest, to versions. Pure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HINT = "commonweight models list"
 
 
 class ResolvedModels(NamedTuple):
-    """Models by digest (of 0 bytes: the coordinator knows their size), and what was said of them.
+    """Models by digest, the names that they were given, and their task with its settings.
 
-    `settings` are what the task needs to know of them.
+    Their size is 0 here: the coordinator knows it.
     """
 
     task: str
@@ -25,48 +25,44 @@ class ResolvedModels(NamedTuple):
     names: tuple[str, ...]
 
 
-def resolve(runs: Sequence[Run], words: Sequence[str], task: str = "") -> ResolvedModels:
-    """The versions that are meant: "best", "latest", RUN, RUN:latest, or a digest's beginning.
+def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> ResolvedModels:
+    """The versions for "best", "latest", RUN, RUN:latest, or the start of a digest.
 
-    Raises UnknownName, and UsageError for models that one task cannot use alike.
+    Raises UnknownName, and UsageError for models of several tasks or settings.
     """
-    fitting = [run for run in runs if run.head and task in ("", run.spec.task)]
-    if not fitting:
-        of = f" of the task {task!r}" if task else ""
-        raise UnknownName(f"no run{of} has a version", _HINT)
-    found = [_found(fitting, word) for word in dict.fromkeys(words)]
-    settings = [_settings(run) for run, _ in found]
-    tasks = {run.spec.task for run, _ in found}
-    if len(tasks) > 1 or any(other != settings[0] for other in settings):
+    candidates = [run for run in runs if run.head and task in ("", run.spec.task)]
+    if not candidates:
+        of_task = f" of the task {task!r}" if task else ""
+        raise UnknownName(f"no run{of_task} has a version", _HINT)
+    names = tuple(dict.fromkeys(names))
+    found = [_resolve(candidates, name) for name in names]
+    (task, settings), *others = [(run.spec.task, _settings(run)) for run, _ in found]
+    if any(other != (task, settings) for other in others):
         raise UsageError(
-            "these models are of other tasks or settings", "one job is of one task: ask for each"
+            "these models have different tasks or settings", "start one job for each of them"
         )
-    models = dict.fromkeys(digest for _, digest in found)
-    if len(models) < len(found):
-        raise UsageError("two of these models are the same version", "name each once")
-    return ResolvedModels(
-        tasks.pop(),
-        settings[0],
-        tuple(ModelRef(digest, 0) for digest in models),
-        tuple(dict.fromkeys(words)),
-    )
+    digests = dict.fromkeys(digest for _, digest in found)
+    if len(digests) < len(found):
+        raise UsageError("two of these models are the same version", "name each version once")
+    return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
 
 
-def _found(runs: Sequence[Run], word: str) -> tuple[Run, str]:
-    if word in ("best", "latest"):
-        return runs[-1], resolve_version(runs[-1], word)
-    name, colon, which = word.partition(":")
-    named = [run for run in runs if run.id == name]
-    if named:
-        return named[0], resolve_version(named[0], which if colon else "best")
+def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str]:
+    if name in ("best", "latest"):
+        return runs[-1], resolve_version(runs[-1], name)
+    run_id, colon, which = name.partition(":")
+    for run in runs:
+        if run.id == run_id:
+            return run, resolve_version(run, which if colon else "best")
     for run in reversed(runs):
         try:
-            return run, resolve_version(run, word)
+            return run, resolve_version(run, name)
         except UnknownName:
             continue
-    raise UnknownName(f"no run has a version {word!r}", _HINT)
+    raise UnknownName(f"no run has a version {name!r}", _HINT)
 
 
 def _settings(run: Run) -> dict[str, Setting]:
+    """What the task needs to know in order to use a model of this run."""
     shared: dict[str, Setting] = {"preprocessing": run.preprocessing} if run.preprocessing else {}
     return {**run.spec.settings, "seed": run.spec.seed, **shared}

@@ -1,8 +1,7 @@
-"""The questions of one job: put to peers as signed units, overdue at some time, taken back.
+"""The requests of one job that wait for a reply: sent, overdue at some time, cancelled.
 
-A question is one message about one unit to one peer, under way until its answer is collected. One
-that a peer has in hand behind another begins when that one's answer is here: from then on its time
-is measured.
+A request is a Flower message about one unit to one peer. A peer does its requests one after the
+other, so the time for a queued request starts when the reply to the one before it is here.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
 from protocols.failpoints import failpoint
 from protocols.messages import jobs as wire
-from protocols.messages.jobs import Analyze, Private
 
 
 class JobRequest(NamedTuple):
-    """A question under way: which unit, to whom, the unit's key, and how long it may take, in s."""
+    """The unit, the peer, the key of the signed unit, and how long it may take, in s."""
 
     unit: int
     peer: str
@@ -33,7 +31,7 @@ class JobRequest(NamedTuple):
 
 
 class JobReply(NamedTuple):
-    """A question, what came back, and how long the peer was at it, in s."""
+    """A request, its reply, and how long the peer worked on it, in s."""
 
     request: JobRequest
     reply: Message
@@ -41,151 +39,147 @@ class JobReply(NamedTuple):
 
 
 class PendingJobRequests:
-    """Those of one job that are under way. For the event loop's thread."""
+    """The pending requests of one job, by message id. Runs in the event loop's thread."""
 
-    def __init__(self, around: RunContext, store: JobStore) -> None:
-        self._around, self._store = around, store
+    def __init__(self, ctx: RunContext, store: JobStore) -> None:
+        self._ctx, self._store = ctx, store
         self._in_flight: dict[str, JobRequest] = {}
         self._ack_futures: dict[str, asyncio.Future[bool]] = {}
-        #: By peer: since when it is at the first of its questions (monotonic s).
+        #: By peer: when it started with the first of its requests (monotonic s).
         self._started_at: dict[str, float] = {}
-        #: By lease: when it is overdue (monotonic s); it begins anew in each life.
+        #: By lease: when it is overdue (monotonic s). A restart starts it anew.
         self._deadlines: dict[tuple[int, str], float] = {}
-        #: The digest of what peers fetch, by unit.
+        #: By unit: the digest of the rows that its peers download.
         self._inputs: dict[int, str] = {}
 
     @property
     def leases(self) -> set[tuple[int, str]]:
-        """The leases (unit, peer) with a question under way."""
-        return {(asked.unit, asked.peer) for asked in self._in_flight.values()}
+        """The leases (unit, peer) with a pending request."""
+        return {(request.unit, request.peer) for request in self._in_flight.values()}
 
     def deadlines(self, leases: Iterable[tuple[int, str]]) -> dict[tuple[int, str], float]:
-        """When each of these leases is overdue (monotonic s), as far as one has a question."""
+        """When each of these leases that has a request is overdue (monotonic s)."""
         return {lease: self._deadlines[lease] for lease in leases if lease in self._deadlines}
 
-    # --- putting them ---
+    # --- sending ---
 
     async def send_open(self, job: Job) -> None:
-        """Put every open lease to its peer that has no question about it. Raises BadMessage."""
-        asked, eligible = self.leases, self._around.eligible()
+        """Send a request for each open lease that has none. Raises BadMessage."""
+        pending, eligible = self.leases, self._ctx.eligible()
         outgoing: list[tuple[JobRequest, Message]] = []
         for unit, peer, lease in job.leases():
-            node = self._around.node_of(peer)
+            node = self._ctx.node_of(peer)
             wanted = lease == "open" and not unit.verified and peer in eligible
-            if not wanted or (unit.number, peer) in asked or node is None:
-                continue
-            question, key, record = await self._question(job, unit)
-            may_take_s = (
-                scheduler.lease_duration_s(job, unit, peer) if job.is_scattered else float("inf")
-            )
-            content = RecordDict({"unit": record})
-            message = Message(content, node, f"query.{question}", group_id=job.id)
-            outgoing.append((JobRequest(unit.number, peer, key, may_take_s), message))
+            if wanted and (unit.number, peer) not in pending and node is not None:
+                outgoing.append(await self._request(job, unit, peer, node))
         if not outgoing:
             return
         failpoint("job.pushing")
         messages = [message for _, message in outgoing]
-        sent = set(await asyncio.to_thread(self._around.grid.push_messages, messages))
+        sent = set(await asyncio.to_thread(self._ctx.grid.push_messages, messages))
         failpoint("job.pushed")
-        for one, message in outgoing:
+        for request, message in outgoing:
             if message.metadata.message_id in sent:
-                self._in_flight[message.metadata.message_id] = one
-                self._started_at.setdefault(one.peer, time.monotonic())
-                self._set_deadlines(one.peer)
-        self._around.ring([one.peer for one, _ in outgoing])
+                self._in_flight[message.metadata.message_id] = request
+                self._started_at.setdefault(request.peer, time.monotonic())
+                self._set_deadlines(request.peer)
+        self._ctx.ring([request.peer for request, _ in outgoing])
 
     def _set_deadlines(self, peer: str) -> None:
-        """Each of a peer's questions may take its time, one after the other."""
-        due = self._started_at.get(peer, 0.0)
-        for asked in self._in_flight.values():
-            if asked.peer == peer:
-                due += asked.may_take_s
-                self._deadlines[asked.unit, peer] = due
+        """Set the deadlines of a peer's requests, which it does one after the other."""
+        at = self._started_at.get(peer, 0.0)
+        for request in self._in_flight.values():
+            if request.peer == peer:
+                at += request.may_take_s
+                self._deadlines[request.unit, peer] = at
 
-    async def _question(self, job: Job, unit: Unit) -> tuple[wire.QueryAction, str, ConfigRecord]:
-        """How the message about a unit is called, the unit's key, and what the message holds."""
-        spec = job.spec
+    async def _request(
+        self, job: Job, unit: Unit, peer: str, node: int
+    ) -> tuple[JobRequest, Message]:
+        """A signed request for a unit, and its Flower message."""
+        spec, may_take_s = job.spec, float("inf")
         question: wire.UnitQuestion
         match spec.kind:
             case "scatter":
-                rows = await asyncio.to_thread(self._store.write_input, spec, unit)
-                self._inputs[unit.number], question = rows.input, rows
+                may_take_s = scheduler.lease_duration_s(job, unit, peer)
+                question = await asyncio.to_thread(self._store.write_input, spec, unit)
+                self._inputs[unit.number] = question.input
             case "private":
-                question = Private(min_group=spec.min_group)
+                question = wire.Private(min_group=spec.min_group)
             case "analyze":
-                question = Analyze(spec.query)
-        payload, signature = wire.SIGNED_UNIT.seal(
-            wire.Unit(
-                job=job.id,
-                unit=unit.number,
-                question=question,
-                task=spec.task,
-                settings=spec.settings,
-                models=spec.models,
-            ),
-            self._around.sign,
+                question = wire.Analyze(spec.query)
+        signed = wire.Unit(
+            job=job.id,
+            unit=unit.number,
+            question=question,
+            task=spec.task,
+            settings=spec.settings,
+            models=spec.models,
         )
-        record = ConfigRecord({"unit": payload, "signature": signature})
-        return wire.query_action(question), wire.idempotency_key(payload), record
+        payload, signature = wire.SIGNED_UNIT.seal(signed, self._ctx.sign)
+        content = RecordDict({"unit": ConfigRecord({"unit": payload, "signature": signature})})
+        action = f"query.{wire.query_action(question)}"
+        request = JobRequest(unit.number, peer, wire.idempotency_key(payload), may_take_s)
+        return request, Message(content, node, action, group_id=job.id)
 
-    # --- answers ---
+    # --- replies ---
 
     async def take_replies(self) -> dict[str, JobReply]:
-        """What has come, by question; none of it is under way any more."""
+        """The replies that have come, by message id. Their requests are not pending any more."""
         if not self._in_flight:
             return {}
-        grid = self._around.grid
-        pulled = list(await asyncio.to_thread(grid.pull_messages, set(self._in_flight)))
-        if pulled:
+        pull = self._ctx.grid.pull_messages
+        replies = list(await asyncio.to_thread(pull, set(self._in_flight)))
+        if replies:
             failpoint("job.reply.pulled")
         found = {}
-        for reply in pulled:
-            question = reply.metadata.reply_to_message_id
-            if (asked := self._in_flight.get(question)) is not None:
-                found[question] = JobReply(asked, reply, self._remove(question))
+        for reply in replies:
+            message_id = reply.metadata.reply_to_message_id
+            if (request := self._in_flight.get(message_id)) is not None:
+                found[message_id] = JobReply(request, reply, self._remove(message_id))
         return found
 
-    def _remove(self, question: str) -> float:
-        """A question is not under way any more; how long its peer was at it, in s."""
-        asked, now = self._in_flight.pop(question), time.monotonic()
-        self._deadlines.pop((asked.unit, asked.peer), None)
-        began = self._started_at.pop(asked.peer, now)
-        if any(other.peer == asked.peer for other in self._in_flight.values()):
-            self._started_at[asked.peer] = now
-            self._set_deadlines(asked.peer)
-        return now - began
+    def _remove(self, message_id: str) -> float:
+        """Remove a pending request; return how long its peer worked on it, in s."""
+        request, now = self._in_flight.pop(message_id), time.monotonic()
+        self._deadlines.pop((request.unit, request.peer), None)
+        started_at = self._started_at.pop(request.peer, now)
+        if any(other.peer == request.peer for other in self._in_flight.values()):
+            self._started_at[request.peer] = now
+            self._set_deadlines(request.peer)
+        return now - started_at
 
-    def ack_future(self, question: str) -> asyncio.Future[bool] | None:
-        """Done when the answer to a question of this job is in the ledger, or never will be."""
-        if question not in self._in_flight:
+    def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
+        """Resolves when the ledger has the answer to a request of this job, or never will."""
+        if message_id not in self._in_flight:
             return None
-        return self._ack_futures.setdefault(question, asyncio.get_running_loop().create_future())
+        return self._ack_futures.setdefault(message_id, asyncio.get_running_loop().create_future())
 
-    def acknowledge(self, questions: Iterable[str], settled: bool) -> None:
-        for question in questions:
-            waiting = self._ack_futures.pop(question, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(settled)
+    def acknowledge(self, message_ids: Iterable[str], recorded: bool) -> None:
+        for message_id in message_ids:
+            future = self._ack_futures.pop(message_id, None)
+            if future is not None and not future.done():
+                future.set_result(recorded)
 
-    # --- taking them back ---
+    # --- cancelling ---
 
     def cancel_from(self, peer: str) -> None:
-        """A peer's new session knows nothing of messages that its last one took."""
-        self._cancel({q for q, asked in self._in_flight.items() if asked.peer == peer})
+        """Cancel a peer's requests: its new session does not know those of the last one."""
+        self._cancel({key for key, request in self._in_flight.items() if request.peer == peer})
 
     def cancel_all(self) -> None:
-        """The job has ended: nobody fetches its rows any more."""
+        """Cancel all requests and delete their input: the job has ended."""
         self._cancel(set(self._in_flight))
         for digest in self._inputs.values():
             self._store.drop(digest)
 
-    def _cancel(self, questions: set[str]) -> None:
-        self._around.grid.delete_messages(questions)
-        for question in questions:
-            self._remove(question)
-        self.acknowledge(questions, False)
+    def _cancel(self, message_ids: set[str]) -> None:
+        self._ctx.grid.delete_messages(message_ids)
+        for message_id in message_ids:
+            self._remove(message_id)
+        self.acknowledge(message_ids, False)
 
     def release_input(self, unit: Unit) -> None:
-        """A unit is verified; while somebody else is at it, its rows are still fetched."""
+        """Delete the rows of a verified unit, unless another peer may still download them."""
         if not unit.leases and unit.number in self._inputs:
             self._store.drop(self._inputs.pop(unit.number))

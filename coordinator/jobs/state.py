@@ -1,29 +1,30 @@
-"""A job as a pure state machine: facts in, its state out. No I/O, no clock.
+"""A job as a pure state machine: events in, its state out. No I/O, no clock.
 
-Rule 1. The state of a job is the fold of its facts (`apply`); the ledger holds nothing else of it.
-Rule 2. `scheduler.decide(job, view)` says what to do next.
-Rule 3. A fact that a unit's state does not admit (`ADMITS`) changes nothing.
+Rule 1. The state of a job is the fold of its events (`apply`); the ledger holds nothing else of it.
+Rule 2. `scheduler.decide(job, available)` says what to do next.
+Rule 3. An event that a unit's state does not admit (`ADMITS`) changes nothing.
 
     queued ──UnitLeased──> leased ──UnitReturned──> returned ──UnitVerified──> verified
       ^                      │                         │
       └──────LeaseEnded──────┴──────AnswerDropped──────┘
 
-A unit may have several leases: at the end, for a quorum, and after one that was overdue.
+A unit has several leases at the end of a job, for a quorum, and after an overdue lease.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from coordinator.storage.job_events import (
     AnswerDropped,
-    Given,
+    AnswerInfo,
+    Block,
     JobEnded,
     JobEvent,
     JobResumed,
@@ -38,10 +39,10 @@ from coordinator.storage.job_events import (
     UnitVerified,
 )
 
-#: `overdue`: it is asked for elsewhere too, and would still count.
+#: `overdue`: other peers are asked too, and its answer still counts.
 Lease = Literal["open", "overdue"]
 OVERDUE, FAILED = "overdue", "failed"
-#: How much a new measurement of a peer's speed counts.
+#: The weight of a new measurement in the average of a peer's speed.
 _RATE_WEIGHT = 0.5
 
 
@@ -53,14 +54,18 @@ class UnitState(StrEnum):
 
 
 class Unit(Struct, frozen=True, kw_only=True, dict=True):
-    """Blocks `first` up to `stop` of a scattered job, or all of one peer's rows (`only`)."""
+    """Blocks `first` up to `stop` of a scattered job, or all rows of one peer (`only`).
+
+    `leases` and `answers` are by peer. `failed`: peers that could not do it. `verified`: the digest
+    of the verified answer.
+    """
 
     number: int
     first: int = 0
     stop: int = 0
     only: str = ""
     leases: dict[str, Lease] = {}
-    given: dict[str, Given] = {}
+    answers: dict[str, AnswerInfo] = field(default_factory=dict, name="given")
     failed: frozenset[str] = frozenset()
     verified: str = ""
 
@@ -68,28 +73,32 @@ class Unit(Struct, frozen=True, kw_only=True, dict=True):
     def state(self) -> UnitState:
         if self.verified:
             return UnitState.VERIFIED
-        if self.given:
+        if self.answers:
             return UnitState.RETURNED
-        if "open" in self.leases.values():
-            return UnitState.LEASED
-        return UnitState.QUEUED
+        return UnitState.LEASED if "open" in self.leases.values() else UnitState.QUEUED
 
     @property
-    def answer(self) -> Given:
+    def answer(self) -> AnswerInfo:
         """The verified answer."""
-        return next(given for given in self.given.values() if given.digest == self.verified)
+        return next(found for found in self.answers.values() if found.digest == self.verified)
 
     @property
     def agreed(self) -> int:
         """How many peers gave the most common answer."""
-        digests = [given.digest for given in self.given.values()]
+        digests = [answer.digest for answer in self.answers.values()]
         return max(map(digests.count, digests), default=0)
+
+    def without_lease(self, peer: str, **changes: Any) -> Unit:
+        """The unit after a peer's lease has ended."""
+        leases = {other: lease for other, lease in self.leases.items() if other != peer}
+        return replace(self, **{"leases": leases} | changes)
 
 
 class Job(Struct, frozen=True, kw_only=True, dict=True):
-    """A job now. `rates` are rows a second by peer; `dropped` counts answers by reason.
+    """The state of a job.
 
-    `taken`: the requester has the answers. `began_at` and `ended_at` are Unix s, 0 for not known.
+    `rates` are rows a second by peer. `excused` gives the reason by peer; `dropped` counts answers
+    by reason. `taken`: the requester has the answers. Times are Unix s, 0 if unknown.
     """
 
     id: str
@@ -110,105 +119,99 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def is_scattered(self) -> bool:
-        """True if any peer may do any unit; else each does its own."""
+        """True if any peer may do any unit; otherwise each peer does its own."""
         return self.spec.kind == "scatter"
 
     @cached_property
     def num_cut_blocks(self) -> int:
-        """Blocks that belong to a unit already."""
+        """How many blocks belong to a unit already."""
         return max((unit.stop for unit in self.units.values()), default=0)
 
     @cached_property
     def num_cut_rows(self) -> int:
-        """Rows that belong to a unit already."""
-        return sum(block.rows for block in self.spec.blocks[: self.num_cut_blocks])
+        """How many rows belong to a unit already."""
+        return _count_rows(self.spec.blocks[: self.num_cut_blocks])
 
     def rows(self, unit: Unit) -> int:
         """Rows of a scattered unit."""
-        return sum(block.rows for block in self.spec.blocks[unit.first : unit.stop])
+        return _count_rows(self.spec.blocks[unit.first : unit.stop])
 
     def nbytes(self, unit: Unit) -> int:
-        """Bytes of a scattered unit's rows; 0 of one's own rows, which go nowhere."""
+        """Bytes of a scattered unit's rows; 0 for a peer's own rows."""
         return sum(block.nbytes for block in self.spec.blocks[unit.first : unit.stop])
 
     @cached_property
     def total_rows(self) -> int:
-        return sum(block.rows for block in self.spec.blocks)
+        return _count_rows(self.spec.blocks)
 
     @cached_property
     def verified_rows(self) -> int:
-        """Rows whose answer is there; of one's own rows, as the peers told."""
-        return sum(
-            self.rows(unit) if self.is_scattered else unit.answer.rows
-            for unit in self.units.values()
-            if unit.verified
-        )
+        """Rows with a verified answer. For its own rows, each peer says how many."""
+        verified = (unit for unit in self.units.values() if unit.verified)
+        return sum(self.rows(u) if self.is_scattered else u.answer.rows for u in verified)
 
     @property
     def on_disk(self) -> set[str]:
-        """Digests of the rows and answers that are kept in files."""
-        given = (given for unit in self.units.values() for given in unit.given.values())
-        return {one.digest for one in given if not one.body} | {self.spec.input} - {""}
+        """Digests of the rows and answers that are stored in files."""
+        answers = (answer for unit in self.units.values() for answer in unit.answers.values())
+        return ({a.digest for a in answers if not a.body} | {self.spec.input}) - {""}
 
     def leases(self) -> Iterator[tuple[Unit, str, Lease]]:
         for unit in self.units.values():
             for peer, lease in unit.leases.items():
                 yield unit, peer, lease
 
+    def with_unit(self, unit: Unit, **changes: Any) -> Job:
+        return replace(self, units={**self.units, unit.number: unit}, **changes)
+
+
+def _count_rows(blocks: Iterable[Block]) -> int:
+    return sum(block.rows for block in blocks)
+
 
 # --- transitions -----------------------------------------------------------------------------
 
 
-def _leased(job: Job, unit: Unit, fact: UnitLeased) -> Job:
-    return _with(job, replace(unit, leases={**unit.leases, fact.peer: "open"}))
+def _leased(job: Job, unit: Unit, event: UnitLeased) -> Job:
+    return job.with_unit(replace(unit, leases={**unit.leases, event.peer: "open"}))
 
 
-def _lease_ended(job: Job, unit: Unit, fact: LeaseEnded) -> Job:
-    if fact.peer not in unit.leases:
+def _lease_ended(job: Job, unit: Unit, event: LeaseEnded) -> Job:
+    if event.peer not in unit.leases:
         return job
-    leases = {peer: lease for peer, lease in unit.leases.items() if peer != fact.peer}
-    if fact.reason == OVERDUE:
-        leases[fact.peer] = "overdue"
-    failed = unit.failed | {fact.peer} if fact.reason == FAILED else unit.failed
-    return _with(job, replace(unit, leases=leases, failed=failed))
+    if event.reason == OVERDUE:
+        return job.with_unit(replace(unit, leases={**unit.leases, event.peer: "overdue"}))
+    failed = unit.failed | {event.peer} if event.reason == FAILED else unit.failed
+    return job.with_unit(unit.without_lease(event.peer, failed=failed))
 
 
-def _returned(job: Job, unit: Unit, fact: UnitReturned) -> Job:
-    given = fact.given
-    leases = {peer: lease for peer, lease in unit.leases.items() if peer != fact.peer}
-    job = _with(job, replace(unit, leases=leases, given={**unit.given, fact.peer: given}))
-    if given.seconds <= 0 or not given.rows:
+def _returned(job: Job, unit: Unit, event: UnitReturned) -> Job:
+    peer, answer = event.peer, event.given
+    job = job.with_unit(unit.without_lease(peer, answers={**unit.answers, peer: answer}))
+    if answer.seconds <= 0 or not answer.rows:
         return job
-    rate = given.rows / given.seconds
-    known = job.rates.get(fact.peer, rate)
-    return replace(job, rates={**job.rates, fact.peer: known + _RATE_WEIGHT * (rate - known)})
+    rate = answer.rows / answer.seconds
+    known = job.rates.get(peer, rate)
+    return replace(job, rates={**job.rates, peer: known + _RATE_WEIGHT * (rate - known)})
 
 
-def _verified(job: Job, unit: Unit, fact: UnitVerified) -> Job:
-    # Leases stay: the peer is at it, and gets no other work before it has answered.
-    return _with(job, replace(unit, verified=fact.digest))
+def _verified(job: Job, unit: Unit, event: UnitVerified) -> Job:
+    # Leases stay: their peers still work on it, and get no other work before they have answered.
+    return job.with_unit(replace(unit, verified=event.digest))
 
 
-def _dropped(job: Job, unit: Unit, fact: AnswerDropped) -> Job:
-    leases = {peer: lease for peer, lease in unit.leases.items() if peer != fact.peer}
-    given = dict(unit.given)
-    failed = unit.failed
+def _dropped(job: Job, unit: Unit, event: AnswerDropped) -> Job:
+    changes: dict[str, Any] = {}
     if not unit.verified:
-        given.pop(fact.peer, None)
-        failed |= {fact.peer}
-    counted = {**job.dropped, fact.reason: job.dropped.get(fact.reason, 0) + 1}
-    return replace(
-        _with(job, replace(unit, leases=leases, given=given, failed=failed)), dropped=counted
-    )
-
-
-def _with(job: Job, unit: Unit) -> Job:
-    return replace(job, units={**job.units, unit.number: unit})
+        answers = {peer: answer for peer, answer in unit.answers.items() if peer != event.peer}
+        changes = {"answers": answers, "failed": unit.failed | {event.peer}}
+    dropped = {**job.dropped, event.reason: job.dropped.get(event.reason, 0) + 1}
+    return job.with_unit(unit.without_lease(event.peer, **changes), dropped=dropped)
 
 
 _ALL = frozenset(UnitState)
 _NOT_VERIFIED = _ALL - {UnitState.VERIFIED}
-#: By fact of a unit: the states that admit it, and what it changes.
+#: By event of a unit: the states that admit it, and its transition.
 ADMITS: dict[type[Any], tuple[frozenset[UnitState], Callable[[Job, Unit, Any], Job]]] = {
     UnitLeased: (_NOT_VERIFIED, _leased),
     LeaseEnded: (_ALL, _lease_ended),
@@ -218,9 +221,9 @@ ADMITS: dict[type[Any], tuple[frozenset[UnitState], Callable[[Job, Unit, Any], J
 }
 
 
-def apply(job: Job, fact: JobEvent) -> Job:
-    """The job after `fact`."""
-    match fact:
+def apply(job: Job, event: JobEvent) -> Job:
+    """The job after `event`."""
+    match event:
         case PeerExcused(peer, reason):
             return replace(job, excused={**job.excused, peer: reason})
         case JobEnded(state, because, at):
@@ -228,33 +231,29 @@ def apply(job: Job, fact: JobEvent) -> Job:
             return replace(job, state=state, ended_because=because, ended_at=at, units=units)
         case JobResumed():
             units = {n: replace(unit, failed=frozenset()) for n, unit in job.units.items()}
-            again = replace(job, ended_because="", ended_at=0.0, excused={}, units=units)
-            return replace(again, state=JobState.WORKING)
+            cleared = replace(job, ended_because="", ended_at=0.0, excused={}, units=units)
+            return replace(cleared, state=JobState.WORKING)
         case JobTaken():
             return replace(job, taken=True)
         case JobStarted():
             return job
-        case _:
-            unit = job.units.get(fact.unit)
-            if unit is None and isinstance(fact, UnitLeased):
-                unit = Unit(number=fact.unit, first=fact.first, stop=fact.stop)
-            if unit is None or (job.ended and not isinstance(fact, AnswerDropped)):
-                return job
-            states, transition = ADMITS[type(fact)]
-            return transition(job, unit, fact) if unit.state in states else job
+    unit = job.units.get(event.unit)
+    if unit is None and isinstance(event, UnitLeased):
+        unit = Unit(number=event.unit, first=event.first, stop=event.stop)
+    if unit is None or (job.ended and not isinstance(event, AnswerDropped)):
+        return job
+    states, transition = ADMITS[type(event)]
+    return transition(job, unit, event) if unit.state in states else job
 
 
 def started(job_id: str, spec: JobSpec, at: float = 0.0) -> Job:
-    """A job at its beginning. One of the peers' own rows has a unit for each of them."""
+    """A job at its start. A job about the peers' own rows has a unit for each peer."""
     own = {n: Unit(number=n, only=peer) for n, peer in enumerate(spec.peers)}
     return Job(id=job_id, spec=spec, units={} if spec.kind == "scatter" else own, began_at=at)
 
 
-def replay(job_id: str, facts: list[JobEvent]) -> Job:
-    """The job that these facts, the first of them JobStarted, add up to."""
-    first = facts[0]
-    assert isinstance(first, JobStarted), "a job's first fact is JobStarted"
-    job = started(job_id, first.spec, first.at)
-    for fact in facts[1:]:
-        job = apply(job, fact)
-    return job
+def replay(job_id: str, events: list[JobEvent]) -> Job:
+    """The job after these events, of which the first is JobStarted."""
+    first, *rest = events
+    assert isinstance(first, JobStarted), "a job's first event is JobStarted"
+    return reduce(apply, rest, started(job_id, first.spec, first.at))

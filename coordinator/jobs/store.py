@@ -1,10 +1,10 @@
-"""What jobs keep on disk: the rows of their units and long answers, each named by its digest.
+"""The files of jobs: the rows of their units and long answers, each named by its digest.
 
     GET /cw/v1/inputs/{digest}       the rows of a unit                    (an enrolled peer)
     PUT /cw/v1/answers/{digest}      an answer's bytes, into the spool     (an enrolled peer)
 
-`transport.weights` serves these routes. The folders are apart from those of runs, because the end
-of a round empties a run's spool.
+`transport.weights` serves these routes. The folder is apart from that of runs, because a run's
+spool is emptied at the end of each round.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from io import BytesIO
 from pathlib import Path
 
 from coordinator.jobs.state import Unit
-from coordinator.storage.job_events import Given, JobSpec
+from coordinator.storage.job_events import AnswerInfo, JobSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage
 from protocols.messages.jobs import INLINE_MAX_BYTES, Scatter
 
-#: One answer: the result of some seconds of work.
+#: One answer is the result of a few seconds of work.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 _MAX_LINE_BYTES = 1 << 20
-#: Rows are written shortly before their job starts. Unreferenced files are deleted after this time.
+#: The CLI writes rows shortly before their job starts: younger unreferenced files stay.
 _STRAY_S = 3600.0
 
 
 class JobStore(WeightStore):
-    """Inputs and answers of jobs, and the partial answers that are uploaded now."""
+    """Inputs and answers of jobs, and the uploads in progress."""
 
     suffix = ".bytes"
 
@@ -39,7 +39,7 @@ class JobStore(WeightStore):
         super().__init__(folder)
 
     def write_input(self, spec: JobSpec, unit: Unit) -> Scatter:
-        """Write the rows of a unit to a file that peers can fetch; the message that names it.
+        """Write the rows of a unit to a file that peers can download; return the message for them.
 
         Raises BadMessage if the job's input is no longer on disk.
         """
@@ -55,7 +55,7 @@ class JobStore(WeightStore):
         if len(data) != nbytes:
             raise BadMessage("the job's input was cut short on disk")
         digest = hashlib.sha256(data).hexdigest()
-        # Not synced: each attempt writes the file again, also after a power cut.
+        # Without fsync: after a power cut the file is written again.
         temporary = self.version_path(digest).with_suffix(".tmp")
         temporary.write_bytes(data)
         temporary.replace(self.version_path(digest))
@@ -66,37 +66,39 @@ class JobStore(WeightStore):
             suffix=spec.suffix,
         )
 
-    def save_answer(self, peer: str, given: Given) -> None:
-        """Keep an uploaded answer. Raises BadMessage if it is missing or has another size."""
-        if given.body or not given.nbytes:
+    def save_answer(self, peer: str, answer: AnswerInfo) -> None:
+        """Store an uploaded answer. Raises BadMessage if it is missing or has another size."""
+        if answer.body or not answer.nbytes:
             return
-        # It can be there from before a restart, or from another peer with the same answer.
-        if self.has(given.digest):
-            self.uploads.drop(peer, given.digest)
+        # It may be stored since before a restart, or from another peer with the same answer.
+        if self.has(answer.digest):
+            self.uploads.drop(peer, answer.digest)
             return
-        update = self.uploads.path(peer, given.digest)
+        upload = self.uploads.path(peer, answer.digest)
         try:
-            size = update.stat().st_size
+            size = upload.stat().st_size
         except OSError as err:
-            raise BadMessage("the answer's bytes were never uploaded") from err
-        if size != given.nbytes or size <= INLINE_MAX_BYTES:
-            raise BadMessage(f"the answer has {size} bytes, and was said to have {given.nbytes}")
-        self.promote_upload(peer, given.digest)
-        self.mark_recorded(given.digest)
+            raise BadMessage("the answer's bytes were not uploaded") from err
+        if size != answer.nbytes or size <= INLINE_MAX_BYTES:
+            raise BadMessage(f"the answer has {size} bytes instead of {answer.nbytes}")
+        self.promote_upload(peer, answer.digest)
+        self.mark_recorded(answer.digest)
 
-    def read_answer(self, given: Given) -> bytes:
-        """An answer's bytes. Raises OSError."""
-        if given.body or not given.nbytes:
-            return given.body
-        return self.version_path(given.digest).read_bytes()
+    def read_answer(self, answer: AnswerInfo) -> bytes:
+        """The bytes of an answer. Raises OSError."""
+        if answer.body or not answer.nbytes:
+            return answer.body
+        return self.version_path(answer.digest).read_bytes()
 
-    def lines(self, given: Given) -> Iterator[bytes]:
-        """The lines of an answer, without holding it in memory. Raises OSError.
+    def lines(self, answer: AnswerInfo) -> Iterator[bytes]:
+        """The lines of an answer, read one at a time. Raises OSError.
 
-        A line above the size limit comes in parts.
+        A line above the size limit is split.
         """
-        inline = given.body or not given.nbytes
-        with BytesIO(given.body) if inline else self.version_path(given.digest).open("rb") as file:
+        inline = answer.body or not answer.nbytes
+        with (
+            BytesIO(answer.body) if inline else self.version_path(answer.digest).open("rb") as file
+        ):
             while line := file.readline(_MAX_LINE_BYTES):
                 yield line
 

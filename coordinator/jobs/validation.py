@@ -1,6 +1,7 @@
-"""What an answer to a unit must be before it counts: signed by whom was asked, whole, to the point.
+"""Validates the answers to units, in two steps.
 
-First it is read, as it comes; what is valid so far is a fact, and then its bytes are looked into.
+`read_answer` checks the signature of a reply; its answer is then recorded. `check` looks into the
+bytes of a recorded answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from coordinator.jobs import analysis
 from coordinator.jobs.requests import JobRequest
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
-from coordinator.storage.job_events import Given
+from coordinator.storage.job_events import AnswerInfo
 from protocols.errors import BadMessage
 from protocols.messages import jobs as wire
 from protocols.messages.envelope import Verify
@@ -27,55 +28,55 @@ _names = msgspec.json.Decoder(list[str]).decode
 _row = msgspec.json.Decoder(list[Any]).decode
 
 
-def read(asked: JobRequest, reply: Message, seconds: float, verify: Verify) -> Given:
-    """The answer in a reply that is no failure. Raises BadMessage, KeyError, TypeError."""
+def read_answer(request: JobRequest, reply: Message, seconds: float, verify: Verify) -> AnswerInfo:
+    """The answer in a reply without an error. Raises BadMessage, KeyError, TypeError."""
     record = cast(ConfigRecord, reply.content[ANSWER])
     payload, signature, body = record["answer"], record["signature"], record["body"]
     if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
         raise TypeError("an answer and its signature are bytes")
     answer = wire.SIGNED_ANSWER.decode(payload)
-    signed = verify(asked.peer, signature, wire.SIGNED_ANSWER.signed_bytes(payload))
-    if answer.peer != asked.peer or not signed:
+    signed = verify(request.peer, signature, wire.SIGNED_ANSWER.signed_bytes(payload))
+    if answer.peer != request.peer or not signed:
         raise BadMessage("the answer is not signed by the peer that sent it")
-    if answer.key != asked.key:
-        raise BadMessage("it answers another question")
+    if answer.key != request.key:
+        raise BadMessage("it answers another request")
     if not isinstance(body, bytes):
         raise TypeError("an answer's body is bytes")
     if body and (len(body), hashlib.sha256(body).hexdigest()) != (answer.nbytes, answer.digest):
         raise BadMessage("the answer's bytes are not those that were signed")
-    return Given(
+    return AnswerInfo(
         digest=answer.digest, nbytes=answer.nbytes, rows=answer.rows, seconds=seconds, body=body
     )
 
 
-def check(job: Job, unit: Unit, given: Given, store: JobStore) -> None:
-    """Raise BadMessage unless this can be an answer to the unit's question; OSError."""
+def check(job: Job, unit: Unit, answer: AnswerInfo, store: JobStore) -> None:
+    """Raise BadMessage unless the answer fits the unit; OSError if it cannot be read."""
     match job.spec.kind:
         case "scatter":
-            rows, found = job.rows(unit), _count_rows(store.lines(given))
-            if (given.rows, found) != (rows, rows):
-                raise BadMessage(f"{found} rows are answered where {rows} were asked for")
+            rows, found = job.rows(unit), _count_rows(store.lines(answer))
+            if (answer.rows, found) != (rows, rows):
+                raise BadMessage(f"{found} rows are answered, and the unit has {rows}")
         case "private":
-            if given.nbytes and not given.body:  # it is read from the ledger
-                raise BadMessage("it is longer than any measures of models are")
+            if answer.nbytes and not answer.body:  # only the ledger's copy is used
+                raise BadMessage("the scores are too long")
             pinned = {model.digest for model in job.spec.models}
-            if wire.decode_scores(store.read_answer(given)).keys() != pinned:
-                raise BadMessage("it does not measure the models that were asked about")
+            if wire.decode_scores(store.read_answer(answer)).keys() != pinned:
+                raise BadMessage("it does not have the scores of the requested models")
         case "analyze":
-            if wrong := analysis.validate_bytes(job.spec.query, store.read_answer(given)):
+            if wrong := analysis.validate_bytes(job.spec.query, store.read_answer(answer)):
                 raise BadMessage(wrong)
 
 
 def _count_rows(lines: Iterator[bytes]) -> int:
-    """How many rows a table has. Raises BadMessage unless each has a value for every name."""
+    """The number of rows of a table. Raises BadMessage unless each has a value for every name."""
     rows = 0
     try:
         names = _names(next(lines, b""))
         for rows, line in enumerate(lines, 1):
             if not line.endswith(b"\n") or len(_row(line)) != len(names):
-                raise BadMessage(f"row {rows} is not one of {len(names)} values")
+                raise BadMessage(f"row {rows} does not have {len(names)} values")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"it is no table: {err}") from err
+        raise BadMessage(f"it is not a table: {err}") from err
     if not names or len(set(names)) < len(names):
-        raise BadMessage("its columns have no names, or the same")
+        raise BadMessage("its column names are missing or not unique")
     return rows

@@ -23,7 +23,7 @@ from protocols.messages.envelope import strip_controls
 if TYPE_CHECKING:
     from coordinator.jobs.state import Job
     from coordinator.remote.api_client import Remote
-    from coordinator.storage.job_events import Given
+    from coordinator.storage.job_events import AnswerInfo
 
 _POLL_S = 0.2
 
@@ -60,7 +60,7 @@ def result_of(job: Job, question: Query) -> AnalysisResult:
     return found
 
 
-def _read(given: Given) -> PeerAnswer:
+def _read(given: AnswerInfo) -> PeerAnswer:
     """A peer's answer, which the coordinator has checked. Raises CommonweightError."""
     body = given.body
     if not body:  # a long one is not in the ledger

@@ -60,7 +60,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     requester: str = ""
 
 
-class Given(Struct, frozen=True, kw_only=True):
+class AnswerInfo(Struct, frozen=True, kw_only=True):
     """A valid answer. Its bytes are in `body`, or else on disk by digest.
 
     `seconds`: from the request to the answer.
@@ -102,7 +102,7 @@ class UnitReturned(Struct, frozen=True, tag=True):
 
     unit: int
     peer: str
-    given: Given
+    given: AnswerInfo
 
 
 class UnitVerified(Struct, frozen=True, tag=True):

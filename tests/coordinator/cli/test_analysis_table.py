@@ -40,4 +40,4 @@ def test_a_table_names_groups_rows_and_figures() -> None:
         ["city", "rows", "mean(age)"],
         [["Oslo", "12", "30.5"], ["–", "5", "–"]],
     )
-    assert answer.label == "2 of 3 peers, 85% of the rows; 3 rows in cells too small to tell"
+    assert answer.label == "2 of 3 peers, 85% of the rows; 3 rows in cells too small to show"

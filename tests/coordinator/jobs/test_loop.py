@@ -242,7 +242,7 @@ async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Pat
         )
         job = await ended(fleet, fleet.hub.jobs.start(spec))
         assert (job.state, job.ended_because) == (JobState.FINISHED, "2 of 2 peers answered")
-        assert {peer for unit in job.units.values() for peer in unit.given} == {
+        assert {peer for unit in job.units.values() for peer in unit.answers} == {
             first.peer,
             second.peer,
         }
@@ -266,7 +266,7 @@ async def test_jobs_that_cannot_be(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, THREE[0]) as fleet:
         spec, _ = scattered(fleet, features())
         start = fleet.hub.jobs.start
-        with pytest.raises(UnknownName, match="is not kept any more"):
+        with pytest.raises(UnknownName, match="was deleted"):
             start(JobSpec(kind="private", models=(ModelRef("0" * 64, 0),)))
         with pytest.raises(UsageError, match="a model is needed"):
             start(JobSpec(kind="private"))

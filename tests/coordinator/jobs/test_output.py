@@ -13,7 +13,7 @@ import pytest
 from coordinator.jobs.output import merge
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
-from coordinator.storage.job_events import Block, Given, JobSpec
+from coordinator.storage.job_events import AnswerInfo, Block, JobSpec
 from protocols.errors import CommonweightError
 from tests.support.ascii_locale import in_ascii
 
@@ -30,17 +30,17 @@ def answered(tmp_path: Path, rows: list[list[Any]]) -> tuple[Job, JobStore]:
     lane = JobStore(tmp_path / "jobs")
     lines = [["row", "class", "probability"], *rows]
     body = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
-    given = Given(digest="d" * 64, nbytes=len(body), rows=len(rows))
+    given = AnswerInfo(digest="d" * 64, nbytes=len(body), rows=len(rows))
     lane.version_path(given.digest).write_bytes(body)
     units = {
-        n: Unit(number=n, first=n, stop=n + 1, given={"ada": one}, verified=given.digest)
-        for n, one in enumerate((given, Given(**{**_fields(given), "body": body})))
+        n: Unit(number=n, first=n, stop=n + 1, answers={"ada": one}, verified=given.digest)
+        for n, one in enumerate((given, AnswerInfo(**{**_fields(given), "body": body})))
     }
     blocks = (Block(len(rows), 1),) * 2
     return Job(id="job", spec=JobSpec(kind="scatter", blocks=blocks), units=units), lane
 
 
-def _fields(given: Given) -> dict[str, Any]:
+def _fields(given: AnswerInfo) -> dict[str, Any]:
     return {name: getattr(given, name) for name in given.__struct_fields__}
 
 
@@ -77,8 +77,8 @@ def of_units(tmp_path: Path, *columns: list[Any]) -> tuple[Job, JobStore]:
     for n, values in enumerate(columns):
         lines = [["row", "value"], *([row, value] for row, value in enumerate(values))]
         body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        given = Given(digest=f"{n}", nbytes=len(body), rows=len(values), body=body)
-        units[n] = Unit(number=n, first=n, stop=n + 1, given={"ada": given}, verified=f"{n}")
+        given = AnswerInfo(digest=f"{n}", nbytes=len(body), rows=len(values), body=body)
+        units[n] = Unit(number=n, first=n, stop=n + 1, answers={"ada": given}, verified=f"{n}")
     blocks = tuple(Block(len(values), 1) for values in columns)
     lane = JobStore(tmp_path / "jobs")
     return Job(id="job", spec=JobSpec(kind="scatter", blocks=blocks), units=units), lane

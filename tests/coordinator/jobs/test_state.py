@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,14 @@ from coordinator.jobs import state as jobs
 from coordinator.jobs.scheduler import Availability, EndLease, Lease
 from coordinator.jobs.state import Job, UnitState
 from coordinator.storage import job_events
-from coordinator.storage.job_events import Block, Given, JobEvent, JobSpec, JobStarted, JobState
+from coordinator.storage.job_events import (
+    AnswerInfo,
+    Block,
+    JobEvent,
+    JobSpec,
+    JobStarted,
+    JobState,
+)
 
 T = TypeVar("T")
 PEERS = ("ada", "bob", "cyd", "dan")
@@ -33,7 +41,7 @@ def lease(step: Lease) -> JobEvent:
 def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str = "") -> JobEvent:
     rows = job.rows(job.units[unit])
     return job_events.UnitReturned(
-        unit, peer, Given(digest=digest or f"d{unit}", nbytes=1, rows=rows, seconds=seconds)
+        unit, peer, AnswerInfo(digest=digest or f"d{unit}", nbytes=1, rows=rows, seconds=seconds)
     )
 
 
@@ -195,7 +203,9 @@ def test_a_job_over_own_rows_tells_who_answered() -> None:
     steps = leases(job, "ada", "bob")
     assert {(step.unit, step.peer) for step in steps} == {(0, "ada"), (1, "bob")}
     job = jobs.apply(job, lease(steps[0]))
-    job = jobs.apply(job, job_events.UnitReturned(0, "ada", Given(digest="d", nbytes=1, rows=7)))
+    job = jobs.apply(
+        job, job_events.UnitReturned(0, "ada", AnswerInfo(digest="d", nbytes=1, rows=7))
+    )
     job = jobs.apply(job, job_events.UnitVerified(0, "d"))
     job = jobs.apply(job, job_events.PeerExcused("bob", "refused"))
     assert scheduler.decide(job, Availability(frozenset({"ada"}))) == []  # cyd may come yet
@@ -250,5 +260,13 @@ def test_any_schedule_verifies_each_row_once(seed: int, blocks: int, quorum: int
     assert job.ended
     spans = sorted((unit.first, unit.stop) for unit in job.units.values())
     assert [0, *(stop for _, stop in spans)] == [*(first for first, _ in spans), blocks]
-    assert all(unit.verified and len(unit.given) >= quorum for unit in job.units.values())
+    assert all(unit.verified and len(unit.answers) >= quorum for unit in job.units.values())
     assert jobs.replay("job", [job_events.decode(job_events.encode(fact)) for fact in log]) == job
+
+
+def test_units_keep_their_wire_names() -> None:
+    answer = AnswerInfo(digest="d", nbytes=1, rows=7)
+    encoded = msgspec.json.encode(jobs.Unit(number=3, answers={"ada": answer}))
+    assert msgspec.json.decode(encoded)["given"]["ada"]["digest"] == "d"
+    assert "answers" not in msgspec.json.decode(encoded)
+    assert msgspec.json.decode(encoded, type=jobs.Unit).answers == {"ada": answer}

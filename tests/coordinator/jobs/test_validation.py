@@ -10,7 +10,7 @@ import pytest
 from coordinator.jobs import output, state, validation
 from coordinator.jobs.state import Unit
 from coordinator.jobs.store import JobStore
-from coordinator.storage.job_events import Block, Given, JobSpec
+from coordinator.storage.job_events import AnswerInfo, Block, JobSpec
 from protocols.errors import BadMessage
 from protocols.messages.jobs import INLINE_MAX_BYTES, ModelRef, Score, encode
 
@@ -27,11 +27,11 @@ def lane(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path / "jobs")
 
 
-def given(lane: JobStore, body: bytes, *, inline: bool, rows: int = 2) -> Given:
+def given(lane: JobStore, body: bytes, *, inline: bool, rows: int = 2) -> AnswerInfo:
     digest = hashlib.sha256(body).hexdigest()
     if not inline:
         lane.version_path(digest).write_bytes(body)
-    return Given(digest=digest, nbytes=len(body), rows=rows, body=body if inline else b"")
+    return AnswerInfo(digest=digest, nbytes=len(body), rows=rows, body=body if inline else b"")
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -41,16 +41,16 @@ def given(lane: JobStore, body: bytes, *, inline: bool, rows: int = 2) -> Given:
         (b'["row","class"]\n[0,"a"]\n[1,null]\n', ""),
         (b'["row","class"]\n[0,"a"]\n', "1 rows are answered"),
         (b'["row","class"]\n[0,"a"]\n[1,"b"]\n[2,"c"]\n', "3 rows are answered"),
-        (b'["row","class"]\n[0,"a"]\n[1]\n', "row 2 is not one of 2 values"),
+        (b'["row","class"]\n[0,"a"]\n[1]\n', "row 2 does not have 2 values"),
         (b'["row","class"]\n[0,"a"]\n[1,"b"]', "row 2"),
-        (b'["row","class"]\n[0,"a"]\n{"row":1}\n', "no table"),
-        (b'["row","class"]\n[0,"a"]\n\xff\n', "no table"),
-        (b'["row",1]\n[0,"a"]\n[1,"b"]\n', "no table"),
-        (b'["row","row"]\n[0,"a"]\n[1,"b"]\n', "the same"),
-        (b"[]\n[]\n[]\n", "no names"),
-        (b"one\ntwo\nthree\n", "no table"),
-        (b"\n\n\n", "no table"),
-        (b"", "no table"),
+        (b'["row","class"]\n[0,"a"]\n{"row":1}\n', "not a table"),
+        (b'["row","class"]\n[0,"a"]\n\xff\n', "not a table"),
+        (b'["row",1]\n[0,"a"]\n[1,"b"]\n', "not a table"),
+        (b'["row","row"]\n[0,"a"]\n[1,"b"]\n', "not unique"),
+        (b"[]\n[]\n[]\n", "missing or"),
+        (b"one\ntwo\nthree\n", "not a table"),
+        (b"\n\n\n", "not a table"),
+        (b"", "not a table"),
     ],
 )
 def test_rows_are_a_table(lane: JobStore, body: bytes, wrong: str, inline: bool) -> None:
@@ -74,7 +74,7 @@ def test_measures_are_in_the_ledger(lane: JobStore) -> None:
     padded = (
         scores + b" " * INLINE_MAX_BYTES
     )  # so it comes by the lane, and who asks cannot read it
-    with pytest.raises(BadMessage, match="longer"):
+    with pytest.raises(BadMessage, match="too long"):
         validation.check(PRIVATE, UNIT, given(lane, padded, inline=False), lane)
 
 
@@ -84,5 +84,5 @@ def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobStore, inline: b
     answer = given(lane, body, inline=inline)
     validation.check(SCATTER, UNIT, answer, lane)
     assert [line[-1:] for line in lane.lines(answer)] == [b"\n"] * 3
-    rows = output._numbered(["row", "class"], body.partition(b"\n")[2], 5)
+    rows = output._rows(["row", "class"], body.partition(b"\n")[2], 5)
     assert rows == [[5, "a"], [6, "b"]]

@@ -20,7 +20,7 @@ from coordinator.monitor.job_table import (
 )
 from coordinator.monitor.peer_table import fit_columns
 from coordinator.storage import job_events
-from coordinator.storage.job_events import Block, Given, JobSpec, JobState
+from coordinator.storage.job_events import AnswerInfo, Block, JobSpec, JobState
 from protocols.messages.envelope import Envelope, JobChanged
 from protocols.messages.topics import COORDINATOR
 
@@ -44,7 +44,7 @@ def test_a_job_message_sums_up_its_events() -> None:
     for fact in (
         job_events.UnitLeased(0, "ada", 0, 2),
         job_events.UnitLeased(1, "bob", 2, 5),
-        job_events.UnitReturned(0, "ada", Given(digest="d", nbytes=77, rows=20, seconds=4.0)),
+        job_events.UnitReturned(0, "ada", AnswerInfo(digest="d", nbytes=77, rows=20, seconds=4.0)),
         job_events.UnitVerified(0, "d"),
         job_events.UnitLeased(2, "ada", 5, 6),
         job_events.PeerExcused("cyd", "its owner\x1b[3m says no"),

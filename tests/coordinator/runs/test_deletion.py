@@ -147,7 +147,7 @@ async def test_a_version_that_a_job_uses_is_deleted_when_the_job_has_ended(tmp_p
             assert fleet.hub.weight_store.has(head)
             fleet.hub.jobs.stop(job)
             await until(lambda: not fleet.hub.weight_store.has(head))
-            with pytest.raises(UnknownName, match="not kept any more"):
+            with pytest.raises(UnknownName, match="was deleted"):
                 fleet.hub.jobs.resume(job)
     finally:
         await fleet.close()
