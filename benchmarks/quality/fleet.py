@@ -37,7 +37,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_records import ClaimCheckGrid
+from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey

@@ -38,7 +38,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
-from coordinator.transport.flower_records import ClaimCheckGrid
+from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.http_server import Server, raise_open_file_limit
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.piece_sources import PieceSources

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower_records import ClaimCheckGrid
+from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 

@@ -1,11 +1,11 @@
-"""Flower in this process: LinkState and ObjectStore, the Fleet routes, nodes, and the Grid.
+"""Flower's server parts in this process: LinkState, ObjectStore and the Fleet routes.
 
-With `agent/transport/coordinator_client.py` the only file that uses Flower's private names (1.41;
-see the contract tests). No Control API, no Runtime API, no docs page is mounted, so nobody can
-submit a run or take a ServerApp's token, and of the Fleet routes only the two that our agents use
-are open: see `door`. LinkState is no authority: it is made anew at every start from the ledger's
-peers, and one Flower run lives as long as the coordinator. So it is kept in memory: on SQLite four
-fifths of a small round's CPU went into a database that was thrown away.
+This is the only coordinator module that uses Flower's private names (version 1.41; see the contract
+tests). Neither the Control API nor the Runtime API is mounted, so nobody can submit a run or take a
+ServerApp's token. Of the Fleet routes, only the two that our agents use are open.
+
+LinkState is rebuilt from the ledger's peers at every start, and one Flower run lives as long as the
+process. So LinkState is kept in memory: with SQLite, the database took 80 % of a small round's CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, cast
 
@@ -28,11 +28,10 @@ from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.serverapp import Grid
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLWR_IN_MEMORY_DB_NAME,
@@ -52,7 +51,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
@@ -66,7 +65,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.sessions import NoSession
@@ -78,32 +77,34 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
 
 FLEET_PREFIX = "/v1/fleet/"
-#: What our agents use of Flower's routes; messages and heartbeats travel on the exchange route.
+#: The routes of Flower that our agents use. Messages and heartbeats have a route of our own.
 OPEN_PATHS = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
 #: A reply is a message, its RecordDict and two records.
 MAX_OBJECTS = 16
-#: Requests after which a reply may be whole.
+#: Requests that may complete a reply.
 REPLY_ACTIONS = frozenset({"push-messages", "push-object"})
 
 
 class Superlink:
-    """Flower's server parts and the one Flower run that carries all of ours.
+    """Flower's server parts, and the one Flower run that carries all our messages.
 
     `on_request(action, node_id)` is called in the event loop after a Fleet request of this node
-    succeeded; the action is the last part of its path, such as "push-object".
+    succeeded. The action is the last part of its path, such as "push-object".
     """
 
     def __init__(self) -> None:
         _, self._factory = get_objectstore_linkstate_factories(
             FLWR_IN_MEMORY_DB_NAME, get_federation_manager()
         )
-        self.state = self._factory.state()
+        self.state = cast(InMemoryLinkState, self._factory.state())
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
         self._nodes: dict[bytes, int] = {}
-        #: By node: ids of the messages to it that it has not taken. Flower's own handler goes
-        #: through the messages of all nodes at each pull: a quarter of a round of 1,000 peers.
-        self.undelivered: defaultdict[int, deque[str]] = defaultdict(deque)
-        #: Held while messages are stored, so that nobody is given one whose objects are not there.
+        #: By node: ids of its undelivered messages. Flower's own handler searches the messages of
+        #: all nodes at each pull, which took a quarter of a round of 1,000 peers.
+        self._undelivered: defaultdict[int, deque[str]] = defaultdict(deque)
+        #: By id: replies that LinkState has returned and whose objects have not all arrived.
+        self._incomplete: dict[str, Message] = {}
+        #: Held while messages are stored, so that none is delivered without its objects.
         self.lock = threading.Lock()
         self._open_run()
 
@@ -112,7 +113,7 @@ class Superlink:
         self.run_id = state.create_run(
             None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
-        task = state.get_run_info(run_ids=[self.run_id])[0].primary_task_id
+        task = self.run.primary_task_id
         assert task is not None, "a new run has a primary task"
         state.claim_task(task)
         state.activate_task(task)
@@ -121,96 +122,103 @@ class Superlink:
         TaskIdentity.run_id = self.run_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
 
+    @property
+    def run(self) -> Run:
+        run: Run = self.state.get_run_info(run_ids=[self.run_id])[0]
+        return run
+
     def heartbeat(self) -> None:
-        """Tell LinkState that the run lives; without it Flower fails the run after a minute."""
+        """Keep the run alive: without heartbeats Flower fails it after a minute."""
         self.state.acknowledge_task_heartbeat(self._task)
 
+    # --- nodes ---
+
     def register_node(self, node_public_pem: bytes) -> int:
-        """Let the holder of this P-384 key in; its node id."""
+        """Accept sessions of this P-384 key. Returns the node id."""
         node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, node_public_pem, 0)
         self._nodes[node_public_pem] = node_id
         return node_id
 
     def remove_node(self, node_id: int) -> None:
-        """Shut the holder of this node id out, at once and for good."""
+        """End the node's session and refuse its key from now on."""
         self.state.delete_node(NOOP_FLWR_AID, node_id)
 
     def online_nodes(self) -> set[int]:
-        """Nodes whose heartbeat has not run out."""
+        """Nodes with a valid heartbeat."""
         return self.state.get_nodes(self.run_id)
 
-    def poll(self, node_id: int, asked: PollRequest) -> PollResponse:
-        """Take a node's reply and give it its next message: Flower's own handlers in one go.
+    # --- a node's polls ---
 
-        What takes a node about 14 requests on the Fleet routes is one request and one transaction,
-        and counts as a heartbeat. Raises NoSession, and BadMessage for a reply that is not the
-        node's own or not whole.
+    def poll(self, node_id: int, request: PollRequest) -> PollResponse:
+        """Store a node's reply and return its next message, in one transaction.
+
+        On the Fleet routes this takes about 14 requests. It counts as a heartbeat. Raises
+        NoSession, and BadMessage for a reply that is incomplete or not the node's own.
         """
         with self.lock:
-            return self._poll(node_id, asked)
+            return self._poll(node_id, request)
 
-    async def poll_async(self, node_id: int, asked: PollRequest) -> PollResponse:
-        """`exchange` from the event loop: a thread is only needed while somebody has the lock."""
+    async def poll_async(self, node_id: int, request: PollRequest) -> PollResponse:
+        """`poll` from the event loop. It uses a thread only while the lock is taken."""
         if not self.lock.acquire(blocking=False):
-            return await run_in_threadpool(self.poll, node_id, asked)
+            return await run_in_threadpool(self.poll, node_id, request)
         try:
-            return self._poll(node_id, asked)
+            return self._poll(node_id, request)
         finally:
             self.lock.release()
 
-    def _poll(self, node_id: int, asked: PollRequest) -> PollResponse:
-        state = cast(InMemoryLinkState, self.state)
-        node = state.nodes[node_id]
+    def _poll(self, node_id: int, request: PollRequest) -> PollResponse:
+        node = self.state.nodes[node_id]
         if node.online_until <= time.time():
             raise NoSession(f"the session of node {node_id} has ended")
-        state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
-        if asked.reply is not None:
-            self._store_reply(node_id, asked.reply)
-        return PollResponse(work=self._next_message(node_id) if asked.wants_work else None)
+        self.state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
+        if request.reply is not None:
+            self._store_reply(node_id, request.reply)
+        return PollResponse(work=self._next_message(node_id) if request.wants_work else None)
 
     @staticmethod
-    def request_id_of(parcel: FlowerMessage) -> str:
-        """The id of the message that a reply says it answers; empty for what is no reply."""
+    def request_id_of(reply: FlowerMessage) -> str:
+        """The id of the message that a reply claims to answer, or "" if it is not a reply."""
         message = ProtoMessage()
         with contextlib.suppress(DecodeError):
-            message.ParseFromString(parcel.message)
+            message.ParseFromString(reply.message)
         return str(message.metadata.reply_to_message_id)
 
-    def _store_reply(self, node_id: int, parcel: FlowerMessage) -> None:
+    def _store_reply(self, node_id: int, reply: FlowerMessage) -> None:
         try:
             message, tree = ProtoMessage(), ObjectTree()
-            message.ParseFromString(parcel.message)
-            tree.ParseFromString(parcel.tree)
+            message.ParseFromString(reply.message)
+            tree.ParseFromString(reply.tree)
         except DecodeError as err:
             raise BadMessage("not a Flower message") from err
         metadata = message.metadata
         if metadata.src_node_id != node_id or metadata.run_id != self.run_id:
-            raise BadMessage("a reply in another's name")
+            raise BadMessage("the reply names another sender")
         if metadata.message_id != tree.object_id:
-            raise BadMessage("a reply that is not the one in its tree")
+            raise BadMessage("the reply is not the root of its object tree")
         session = self.state.start_session(self.run_id)
-        whole = False
+        stored = False
         try:
-            _check_objects(tree, parcel)
+            _check_objects(tree, reply.objects)
             _, missing = self.state.store_message_and_object_tree(
                 message_from_proto(message), tree, session
             )
             for object_id in missing:
-                content = parcel.objects[object_id]
+                content = reply.objects[object_id]
                 if not self.state.store_object(self.run_id, session, object_id, content):
-                    raise BadMessage("an object that Flower does not take")
-            whole = True
+                    raise BadMessage("Flower refused an object of the reply")
+            stored = True
         except (ValueError, KeyError, TypeError, OverflowError) as err:
             raise BadMessage(f"Flower refused the reply: {err}") from err
         finally:
-            # Flower keeps the session of a reply that nobody waits for, and half a reply, for ever.
-            self.state._cleanup_push_session(session, cleanup_messages=not whole)
+            # Flower itself would keep this session forever for a partial or unexpected reply.
+            self.state._cleanup_push_session(session, cleanup_messages=not stored)
 
     def _next_message(self, node_id: int) -> FlowerMessage | None:
-        messages = cast(InMemoryLinkState, self.state).message_ins_store
-        message, waiting = None, self.undelivered[node_id]
-        while message is None and waiting:
-            message = messages.get(waiting.popleft())  # None: it was taken back
+        message, undelivered = None, self._undelivered[node_id]
+        while message is None and undelivered:
+            # None for a message that was deleted.
+            message = self.state.message_ins_store.get(undelivered.popleft())
         if message is None:
             return None
         message.metadata.delivered_at = now().isoformat()
@@ -225,6 +233,93 @@ class Superlink:
             tree=tree.SerializeToString(),
             objects=objects,
         )
+
+    # --- the run's messages, for the Grid ---
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Store messages for their nodes. Returns the ids of those whose nodes exist."""
+        ids: list[str] = []
+        objects: dict[str, Any] = {}
+        unstored: set[str] = set()
+        with self.lock, no_object_id_recompute():
+            session = self.state.start_session(self.run_id)
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+                stored, missing = self.state.store_message_and_object_tree(
+                    remove_content_from_message(message), get_object_tree(message), session
+                )
+                if stored:
+                    ids.append(message.metadata.message_id)
+                    self._undelivered[message.metadata.dst_node_id].append(ids[-1])
+                    unstored.update(missing)
+                    objects.update(get_all_nested_objects(message))
+            # After all messages: a session closes as soon as its registered objects are complete.
+            for object_id in sorted(unstored):
+                content = objects[object_id].deflate()
+                self.state.store_object(self.run_id, session, object_id, content)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Remove and return the complete replies to these messages."""
+        wanted = set(message_ids)
+        replies: list[Message] = []
+        with self.lock:
+            for reply in self.state.get_message_res(set(wanted), self.run_id):
+                if reply.has_error():
+                    self.state.object_store.delete(reply.metadata.message_id)
+                    replies.append(reply)
+                else:
+                    self._incomplete[reply.metadata.message_id] = reply
+            for reply_id, reply in list(self._incomplete.items()):
+                if reply.metadata.reply_to_message_id not in wanted:
+                    continue
+                try:
+                    if not self._load_content(reply_id, reply):
+                        continue
+                    replies.append(reply)
+                except NoObjectInStoreError:  # its sender died between message and objects
+                    pass
+                del self._incomplete[reply_id]
+            self._delete({reply.metadata.reply_to_message_id for reply in replies})
+        return replies
+
+    def _load_content(self, reply_id: str, reply: Message) -> bool:
+        """Set a reply's content. Returns False while objects are missing.
+
+        The metadata stay those that LinkState checked: the sender chooses those in the objects. A
+        reply with invalid objects stays empty, and the validation of replies refuses it.
+        """
+        store = self.state.object_store
+        contents: dict[str, bytes] = {}
+        for node in iterate_object_tree(store.get_object_tree(reply_id)):
+            content = store.get(node.object_id)
+            if not content:
+                return False
+            contents[node.object_id] = content
+        try:
+            message = inflate_object_from_contents(reply_id, contents)
+            if isinstance(message, Message) and isinstance(message.content, RecordDict):
+                reply.content = message.content
+        except Exception as err:  # one peer's bytes in Flower's parser must not end the run
+            log.warning("a reply of node %s cannot be read: %s", reply.metadata.src_node_id, err)
+        store.delete(reply_id)
+        return True
+
+    def delete_messages(self, message_ids: set[str]) -> None:
+        """Delete messages, answered or not. Late replies to them are refused."""
+        if message_ids:
+            with self.lock:
+                self._delete(message_ids)
+
+    def _delete(self, message_ids: set[str]) -> None:
+        self.state.delete_messages(message_ids)
+        for message_id in message_ids:
+            self.state.object_store.delete(message_id)
+        for reply_id, reply in list(self._incomplete.items()):
+            if reply.metadata.reply_to_message_id in message_ids:
+                del self._incomplete[reply_id]
+
+    # --- the Fleet routes ---
 
     def app(self, auth: Auth) -> ASGIApp:
         """The ASGI app of the Fleet routes, behind `auth`."""
@@ -242,188 +337,46 @@ class Superlink:
         app.state.linkstate_factory = self._factory
         app.state.enable_supernode_auth = True
         app.include_router(fleet_router)
-        return FlowerGuard(self._watched(app), auth, OPEN_PATHS, FLEET_HTTP_PUBLIC_KEY_HEADER)
+        return FlowerGuard(app, auth, OPEN_PATHS, FLEET_HTTP_PUBLIC_KEY_HEADER, self._on_success)
 
     async def _end_previous_session(
         self, request: Request, call_next: RequestResponseEndpoint
     ) -> Response:
-        """Let a key that opens a session end its last one first.
+        """End the previous session of a key that opens a new one.
 
-        Flower refuses a second one, so an agent that was killed and started again would have to
-        wait until the heartbeats of its former life run out. (Its key was checked just before.)
+        Flower refuses a second session, so an agent that was killed and restarted would have to
+        wait until its old heartbeats expire. Its key was checked before.
         """
-        asked = getattr(request.state, "protobuf_request", None)
-        if isinstance(asked, ActivateNodeRequest) and asked.public_key in self._nodes:
-            node_id = self._nodes[asked.public_key]
+        message = getattr(request.state, "protobuf_request", None)
+        if isinstance(message, ActivateNodeRequest) and message.public_key in self._nodes:
+            node_id = self._nodes[message.public_key]
             await run_in_threadpool(self.state.deactivate_node, node_id)
         return await call_next(request)
 
-    def _watched(self, app: ASGIApp) -> ASGIApp:
-        """Tells of a request that has succeeded, before its sender hears of that and goes on."""
-
-        async def watch(scope: Scope, receive: Receive, send: Send) -> None:
-            async def note(message: Any) -> None:
-                if message["type"] == "http.response.start" and message["status"] == 200:
-                    tell(scope)
-                await send(message)
-
-            await app(scope, receive, note)
-
-        def tell(scope: Scope) -> None:
-            request = scope["state"].get("protobuf_request")
-            if request is None:
-                return
-            if hasattr(request, "public_key"):
-                node_id = self._nodes.get(request.public_key, 0)
-            else:
-                node_id = request.node.node_id if hasattr(request, "node") else request.node_id
-            self.on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
-
-        return watch
+    def _on_success(self, scope: Scope) -> None:
+        request = scope["state"].get("protobuf_request")
+        if isinstance(request, ActivateNodeRequest):
+            node_id = self._nodes.get(request.public_key, 0)
+        elif isinstance(request, DeactivateNodeRequest):
+            node_id = request.node_id
+        else:
+            return
+        self.on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
 
 
-def _check_objects(tree: ObjectTree, parcel: FlowerMessage) -> None:
-    """Raise BadMessage, ValueError unless `tree` is that of the parcel's objects, and small.
+def _check_objects(tree: ObjectTree, objects: Mapping[str, bytes]) -> None:
+    """Raise BadMessage or ValueError unless `tree` is small and describes `objects`.
 
-    Flower takes a tree's word for who is whose child, and writes each out as often as it is named.
+    Flower does not compare a tree with its objects, and decodes each object as often as the tree
+    names it.
     """
     nodes = list(islice(iterate_object_tree(tree), MAX_OBJECTS + 1))
     if len(nodes) > MAX_OBJECTS:
-        raise BadMessage(f"a reply of more than {MAX_OBJECTS} objects")
+        raise BadMessage(f"the reply has more than {MAX_OBJECTS} objects")
     for node in nodes:
-        content = parcel.objects.get(node.object_id, b"")
+        content = objects.get(node.object_id, b"")
         if get_object_id(content) != node.object_id:
-            raise BadMessage("a reply whose objects are missing or other ones")
+            raise BadMessage("an object of the reply is missing or has another id")
         children = [child.object_id for child in node.children]
         if get_object_children_ids_from_object_content(content) != children:
-            raise BadMessage("a reply whose tree is not that of its objects")
-
-
-class InProcessGrid(Grid):
-    """A Grid over LinkState and ObjectStore in this process: no polling, one push for all.
-
-    `get_node_ids` gives the nodes in `eligible`, so that an unmodified strategy samples among the
-    peers that can work. Messages must be small: see
-    `coordinator.transport.flower_records.ClaimCheckGrid`.
-    """
-
-    def __init__(self, superlink: Superlink) -> None:
-        self._state = superlink.state
-        self._store = superlink.state.object_store
-        self._run_id = superlink.run_id
-        self._lock, self._undelivered = superlink.lock, superlink.undelivered
-        #: Replies that LinkState has delivered but whose objects are still under way, by id.
-        self._incomplete: dict[str, Message] = {}
-        self.eligible: set[int] = set()
-
-    def set_run(self, run: FlowerRun) -> None:
-        raise NotImplementedError("the coordinator has one Flower run, set at its start")
-
-    @property
-    def run(self) -> FlowerRun:
-        run: FlowerRun = self._state.get_run_info(run_ids=[self._run_id])[0]
-        return run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return sorted(self.eligible)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Store the messages; the ids of those that LinkState took (a node may be gone)."""
-        messages = list(messages)
-        ids: list[str] = []
-        wanted: set[str] = set()
-        objects: dict[str, Any] = {}
-        with self._lock, no_object_id_recompute():
-            session = self._state.start_session(self._run_id)
-            for message in messages:
-                message.metadata.__dict__["_message_id"] = message.object_id
-                stored, missing = self._state.store_message_and_object_tree(
-                    remove_content_from_message(message), get_object_tree(message), session
-                )
-                if stored:
-                    ids.append(message.metadata.message_id)
-                    self._undelivered[message.metadata.dst_node_id].append(ids[-1])
-                    wanted.update(missing)
-                    objects.update(get_all_nested_objects(message))
-            # Only now: a session closes as soon as its registered objects are complete.
-            for object_id in sorted(wanted):
-                self._state.store_object(
-                    self._run_id, session, object_id, objects[object_id].deflate()
-                )
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have arrived whole; each is given once and then forgotten."""
-        wanted = set(message_ids)
-        replies: list[Message] = []
-        with self._lock:
-            for reply in self._state.get_message_res(set(wanted), self._run_id):
-                if reply.has_error():
-                    self._store.delete(reply.metadata.message_id)
-                    replies.append(reply)
-                else:
-                    self._incomplete[reply.metadata.message_id] = reply
-            for message_id, reply in list(self._incomplete.items()):
-                if reply.metadata.reply_to_message_id not in wanted:
-                    continue
-                try:
-                    whole = self._fill(message_id, reply)
-                except NoObjectInStoreError:  # its sender died between message and objects
-                    del self._incomplete[message_id]
-                    continue
-                if whole:
-                    del self._incomplete[message_id]
-                    replies.append(reply)
-            self._delete_messages({reply.metadata.reply_to_message_id for reply in replies})
-        return replies
-
-    def _fill(self, message_id: str, reply: Message) -> bool:
-        """Give a reply its content; False while objects are missing.
-
-        Its metadata stay those that LinkState checked: what is inflated says of itself what its
-        sender likes. Objects that are none leave it empty, for the gate to refuse.
-        """
-        tree = self._store.get_object_tree(message_id)
-        contents: dict[str, bytes] = {}
-        for node in iterate_object_tree(tree):
-            content = self._store.get(node.object_id)
-            if not content:
-                return False
-            contents[node.object_id] = content
-        try:
-            message = inflate_object_from_contents(message_id, contents)
-            if isinstance(message, Message) and isinstance(message.content, RecordDict):
-                reply.content = message.content
-        except Exception as err:  # one peer's bytes in Flower's parser must not end the run
-            log.warning("a reply of node %s cannot be read: %s", reply.metadata.src_node_id, err)
-        self._store.delete(message_id)
-        return True
-
-    def delete_messages(self, message_ids: set[str]) -> None:
-        """Take back messages, answered or not: a late reply to them is refused."""
-        if message_ids:
-            with self._lock:
-                self._delete_messages(message_ids)
-
-    def _delete_messages(self, message_ids: set[str]) -> None:
-        self._state.delete_messages(message_ids)
-        for message_id in message_ids:
-            self._store.delete(message_id)
-            for reply_id, reply in list(self._incomplete.items()):
-                if reply.metadata.reply_to_message_id == message_id:
-                    del self._incomplete[reply_id]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise NotImplementedError("a run sends and collects its messages itself")
+            raise BadMessage("the reply's tree does not match its objects")

@@ -27,7 +27,7 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
-from coordinator.transport.flower_records import ClaimCheckGrid
+from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.http_server import Server, listen
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.sharing import SharingRoutes
