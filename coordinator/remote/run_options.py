@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.remote import access
 from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
@@ -113,6 +112,7 @@ def _import_weights(path: Path) -> str:
 
     Raises UsageError, NotRunning.
     """
+    from coordinator.remote import access
     from coordinator.storage.weight_store import WeightStore
     from protocols.errors import BadWeights
     from protocols.model import weights
