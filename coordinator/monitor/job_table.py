@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coordinator.fleet.reducer import Fleet, Job, display_name
-from coordinator.monitor.peer_table import Cell, Column, Tone
+from coordinator.fleet.reducer import Fleet, Job
+from coordinator.monitor.peer_table import Cell, Column, Tone, peer_name
 from coordinator.remote.formatting import (
     NOTHING,
     age,
@@ -181,8 +181,7 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     if changed.dropped:
         lines.append(("dropped", Cell(f"{_plural(changed.dropped, 'answer')} rejected", "warn")))
     for peer, reason in changed.excused.items():
-        name = display_name(fleet.peers[peer]) if peer in fleet.peers else peer
-        lines.append(("excused", Cell(f"{name}: {reason}", "warn")))
+        lines.append(("excused", Cell(f"{peer_name(fleet, peer)}: {reason}", "warn")))
     if (more := changed.num_excused - len(changed.excused)) > 0:
         lines.append(("excused", Cell(f"and {count(more)} more", "warn")))
     return lines

@@ -41,7 +41,7 @@ LEVELS: dict[str, tuple[str, Tone]] = {
     "warning": ("▲", "warn"),
     "error": ("✕", "bad"),
 }
-#: Glyphs for the characters of `Peer.given`.
+#: Glyphs for the characters of `Peer.contributions`.
 PARTICIPATION_GLYPHS = str.maketrans({"1": "■", "0": "·", "?": " "})
 _RANK = {state: rank for rank, state in enumerate(PeerState)}
 
@@ -61,6 +61,11 @@ class Column(NamedTuple, Generic[Row]):
     min_terminal: int
     cell: Callable[[Row, float, int], Cell]
     right: bool = False
+
+
+def peer_name(fleet: Fleet, peer_id: str) -> str:
+    """The name of a peer; its id if it is no longer in the fleet."""
+    return display_name(fleet.peers[peer_id]) if peer_id in fleet.peers else peer_id
 
 
 # --- the fleet's table -----------------------------------------------------------------------

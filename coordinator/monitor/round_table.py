@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from coordinator.fleet.reducer import Fleet, Peer, Run, display_name
-from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column
+from coordinator.fleet.reducer import Fleet, Peer, Run
+from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column, peer_name
 from coordinator.remote.formatting import (
     DIVERGED,
     NOTHING,
@@ -104,7 +104,7 @@ def worst_peer(closed: RoundClosed, fleet: Fleet, metric: str = "") -> str:
     """The peer with the worst `metric`, or with the first known one; "" if there is none."""
     metrics = (metric,) if metric else ("accuracy", "loss", *closed.worst)
     peer = next((closed.worst[name] for name in metrics if name in closed.worst), "")
-    return display_name(fleet.peers[peer]) if peer in fleet.peers else peer
+    return peer_name(fleet, peer)
 
 
 def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:

@@ -14,9 +14,10 @@ from textual.binding import BindingType
 from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, DataTable, Input
 
-from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.reducer import current_run
 from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
+from coordinator.monitor.peer_table import peer_name
 from coordinator.monitor.tui import export
 from coordinator.monitor.tui.base_app import MonitorBase
 from coordinator.monitor.tui.cell_table import CellTable
@@ -169,9 +170,9 @@ class MonitorApp(MonitorBase):
         return marked or ([self._current_peer] if self._current_peer else [])
 
     def _format_names(self, peers: list[str]) -> str:
-        known = self.fleet.peers if self.fleet else {}
-        names = [display_name(known[peer]) if peer in known else peer for peer in peers]
-        return ", ".join(names) if len(names) <= 3 else f"{len(names)} peers"
+        if self.fleet is None or len(peers) > 3:
+            return f"{len(peers)} peers"
+        return ", ".join(peer_name(self.fleet, peer) for peer in peers)
 
     def action_command(self, action: OperatorAction) -> None:
         if peers := self._target_peers:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from datetime import tzinfo
 from typing import ClassVar
 
-from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -17,41 +16,23 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Event, Fleet, Peer, display_name, shown_state
+from coordinator.fleet.reducer import Fleet, Peer, display_name
 from coordinator.monitor.peer_table import (
     LEVELS,
-    PARTICIPATION_GLYPHS,
-    Cell,
-    battery,
-    links,
-    state_cell,
-    status_dot,
 )
 from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.header import Header
-from coordinator.monitor.tui.plots import Plot, curve_plot
+from coordinator.monitor.tui.peer_details import metrics, overview, policy
 from coordinator.monitor.tui.tabs import tab_labels
-from coordinator.monitor.tui.theme import Fact, colors, facts_table, styles
+from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.follower import FleetFollower
-from coordinator.remote.formatting import (
-    DIVERGED,
-    NOTHING,
-    age,
-    decimal,
-    format_bytes,
-    progress,
-    rate,
-)
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import LogLine
-from protocols.messages.states import PeerState
 
 TABS = ("overview", "metrics", "log", "policy")
-MAX_EVENTS = 8
-MIN_TWO_COLUMNS = 100
 LOG_REFRESH_S = 5.0
 
 
@@ -226,116 +207,3 @@ class PeerScreen(Screen[None]):
         self.draw()
         if at_foot and self.open_tab == "log":
             self.call_after_refresh(body.scroll_end, animate=False)
-
-
-def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
-    """The facts about `peer`, its latest events and, if there is room, its losses."""
-    facts = _facts(peer, now)
-    events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
-    if width < MIN_TWO_COLUMNS:
-        room = max(height - facts.row_count - 2, 3)
-        return _column(facts, "", _event_table(events[-room:], now))
-    half = (width - 3) // 2
-    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
-    table = Table.grid(padding=(0, 3))
-    table.add_column(width=half)
-    table.add_column(width=half)
-    table.add_row(facts, Group(*plot, "", _event_table(events, now)))
-    return table
-
-
-def _column(*parts: RenderableType) -> Table:
-    table = Table.grid()
-    for part in parts:
-        table.add_row(part)
-    return table
-
-
-def _facts(peer: Peer, now: float) -> Table:
-    sent, state = peer.telemetry, state_cell(peer, now, 400)
-    labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
-    rows: list[Fact] = [
-        ("state", state),
-        ("id", peer.peer),
-        ("labels", labels or NOTHING),
-        ("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
-    ]
-    if peer.standing == "enrolled":
-        mqtt, flower = links(peer, now)
-        rows.append(("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}"))
-    rows.append(("version", peer.version or NOTHING))
-    rows.append(("run", f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
-    if sent:
-        if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
-            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
-            rows.append(("step", done))
-        up, down = format_bytes(sent.bytes_up), format_bytes(sent.bytes_down)
-        rows.append(("sent", f"{up} up · {down} down"))
-    if peer.contributions:
-        glyphs = Text(peer.contributions.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
-        count = f"  {peer.contributions.count('1')} of the last {len(peer.contributions)} rounds"
-        rows.append(("took part", glyphs.append(count, colors().dim)))
-    rows += [
-        ("disk left", format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING),
-        ("clock", _describe_skew(peer.skew_s)),
-        ("messages", f"{peer.missed} missed · {peer.ignored} ignored"),
-    ]
-    return facts_table(rows)
-
-
-def _describe_skew(skew_s: float) -> str:
-    if abs(skew_s) < 1:
-        return "correct within 1 s"
-    return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
-
-
-def _event_table(events: Sequence[Event], now: float) -> Table:
-    """Events with their ages."""
-    table = Table.grid(padding=(0, 1))
-    table.add_column(style=colors().dim, justify="right", no_wrap=True)
-    table.add_column(width=1)
-    table.add_column(style=colors().text)
-    for event in events:
-        glyph, tone = LEVELS[event.level]
-        table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
-    return table
-
-
-def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
-    """Its training losses in this run."""
-    plot = Plot("Training loss", width, height, (1, len(peer.losses)))
-    lines = curve_plot(plot, peer.losses, colors().blue)
-    if peer.losses:
-        lines[-1] = Text("its last reports, the newest at the right", colors().dim)
-    return lines
-
-
-def metrics(peer: Peer, width: int, height: int) -> Table:
-    """Its telemetry, and a plot of its losses in this run."""
-    sent = peer.telemetry
-    rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
-    if sent is not None:
-        rows = [
-            ("loss", Cell(DIVERGED, "bad") if peer.diverged else decimal(sent.loss)),
-            ("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s"),
-            ("processor", f"{sent.cpu_percent:.0f} %"),
-            ("memory", format_bytes(sent.memory_bytes)),
-            ("battery", battery(sent.battery_percent)),
-        ]
-    table = facts_table(rows)
-    if not peer.losses:
-        return table
-    return _column(table, "", Group(*loss_plot(peer, width, min(height, 16))))
-
-
-def policy(peer: Peer) -> Table:
-    """The settings that its owner shares; they cannot be changed from here."""
-    hint = "To change them, on that machine: commonweight-agent policy set NAME VALUE"
-    return facts_table(
-        [
-            ("tasks", ", ".join(peer.tasks) or "none: it gets no work"),
-            *((name, value or NOTHING) for name, value in sorted(peer.policy.items())),
-            ("", ""),
-            ("", Text(hint, colors().dim)),
-        ]
-    )

@@ -17,6 +17,7 @@ from textual.widget import Widget
 
 from coordinator.fleet.reducer import Fleet, Run, current_run, display_name
 from coordinator.monitor.charts import Values
+from coordinator.monitor.peer_table import peer_name
 from coordinator.monitor.round_table import (
     best_round,
     describe_run,
@@ -139,10 +140,6 @@ def _round_range(rounds: list[RoundClosed]) -> tuple[int, int]:
     return (rounds[0].round, rounds[-1].round) if rounds else (0, 0)
 
 
-def _name(peer: str, fleet: Fleet) -> str:
-    return display_name(fleet.peers[peer]) if peer in fleet.peers else peer
-
-
 def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
     """The mean of all peers, weighted by examples; the range of the peers is shaded."""
     own = colors()
@@ -178,7 +175,7 @@ def _staleness(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]
     lows, highs = [float(min(of)) for of in counts], [float(max(of)) for of in counts]
     last = rounds[-1].staleness if rounds else {"": 0}
     peer, most = max(last.items(), key=lambda item: item[1])
-    worst = f"{_name(peer, fleet)} is {most} behind"
+    worst = f"{peer_name(fleet, peer)} is {most} behind"
     notes = [worst, f"{most} at most"] if most else ["no peer is behind"]
     plot = Plot("Staleness", width, height, _round_range(rounds), "{:.1f}".format, notes)
     means = [sum(of) / len(of) for of in counts]
@@ -259,7 +256,7 @@ def _norms(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
     ordered = sorted(norms.items(), key=lambda item: -item[1])
     most = ordered[0][1] or 1.0
     if len(ordered) <= height - 1:
-        rows = [(_name(peer, fleet), decimal(norm), norm / most) for peer, norm in ordered]
+        rows = [(peer_name(fleet, peer), decimal(norm), norm / most) for peer, norm in ordered]
         return bar_list(plot, rows, color)
     lines = stack_plot(plot, [(color, [norm for _, norm in ordered])])
     median = ordered[len(ordered) // 2][1]

@@ -1,0 +1,149 @@
+"""What the screen of a peer shows: overview, metrics, and shared settings, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.fleet.reducer import Event, Fleet, Peer, shown_state
+from coordinator.monitor.peer_table import (
+    LEVELS,
+    PARTICIPATION_GLYPHS,
+    Cell,
+    battery,
+    links,
+    state_cell,
+    status_dot,
+)
+from coordinator.monitor.tui.plots import Plot, curve_plot
+from coordinator.monitor.tui.theme import Fact, colors, facts_table, styles
+from coordinator.remote.formatting import (
+    DIVERGED,
+    NOTHING,
+    age,
+    decimal,
+    format_bytes,
+    progress,
+    rate,
+)
+from protocols.messages.states import PeerState
+
+MAX_EVENTS = 8
+#: Facts and plot stand side by side from this width on.
+MIN_TWO_COLUMNS = 100
+
+
+def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
+    """The facts about `peer`, its latest events and, if there is room, its losses."""
+    facts = _facts(peer, now)
+    events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
+    if width < MIN_TWO_COLUMNS:
+        room = max(height - facts.row_count - 2, 3)
+        return _column(facts, "", _event_table(events[-room:], now))
+    half = (width - 3) // 2
+    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
+    table = Table.grid(padding=(0, 3))
+    table.add_column(width=half)
+    table.add_column(width=half)
+    table.add_row(facts, Group(*plot, "", _event_table(events, now)))
+    return table
+
+
+def _column(*parts: RenderableType) -> Table:
+    table = Table.grid()
+    for part in parts:
+        table.add_row(part)
+    return table
+
+
+def _facts(peer: Peer, now: float) -> Table:
+    sent, state = peer.telemetry, state_cell(peer, now, 400)
+    labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
+    rows: list[Fact] = [
+        ("state", state),
+        ("id", peer.peer),
+        ("labels", labels or NOTHING),
+        ("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
+    ]
+    if peer.standing == "enrolled":
+        mqtt, flower = links(peer, now)
+        rows.append(("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}"))
+    rows.append(("version", peer.version or NOTHING))
+    rows.append(("run", f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
+    if sent:
+        if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
+            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
+            rows.append(("step", done))
+        up, down = format_bytes(sent.bytes_up), format_bytes(sent.bytes_down)
+        rows.append(("sent", f"{up} up · {down} down"))
+    if peer.contributions:
+        glyphs = Text(peer.contributions.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
+        count = f"  {peer.contributions.count('1')} of the last {len(peer.contributions)} rounds"
+        rows.append(("took part", glyphs.append(count, colors().dim)))
+    rows += [
+        ("disk left", format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING),
+        ("clock", _describe_skew(peer.skew_s)),
+        ("messages", f"{peer.missed} missed · {peer.ignored} ignored"),
+    ]
+    return facts_table(rows)
+
+
+def _describe_skew(skew_s: float) -> str:
+    if abs(skew_s) < 1:
+        return "correct within 1 s"
+    return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
+
+
+def _event_table(events: Sequence[Event], now: float) -> Table:
+    """Events with their ages."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style=colors().dim, justify="right", no_wrap=True)
+    table.add_column(width=1)
+    table.add_column(style=colors().text)
+    for event in events:
+        glyph, tone = LEVELS[event.level]
+        table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
+    return table
+
+
+def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
+    """Its training losses in this run."""
+    plot = Plot("Training loss", width, height, (1, len(peer.losses)))
+    lines = curve_plot(plot, peer.losses, colors().blue)
+    if peer.losses:
+        lines[-1] = Text("its last reports, the newest at the right", colors().dim)
+    return lines
+
+
+def metrics(peer: Peer, width: int, height: int) -> Table:
+    """Its telemetry, and a plot of its losses in this run."""
+    sent = peer.telemetry
+    rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
+    if sent is not None:
+        rows = [
+            ("loss", Cell(DIVERGED, "bad") if peer.diverged else decimal(sent.loss)),
+            ("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s"),
+            ("processor", f"{sent.cpu_percent:.0f} %"),
+            ("memory", format_bytes(sent.memory_bytes)),
+            ("battery", battery(sent.battery_percent)),
+        ]
+    table = facts_table(rows)
+    if not peer.losses:
+        return table
+    return _column(table, "", Group(*loss_plot(peer, width, min(height, 16))))
+
+
+def policy(peer: Peer) -> Table:
+    """The settings that its owner shares; they cannot be changed from here."""
+    hint = "To change them, on that machine: commonweight-agent policy set NAME VALUE"
+    return facts_table(
+        [
+            ("tasks", ", ".join(peer.tasks) or "none: it gets no work"),
+            *((name, value or NOTHING) for name, value in sorted(peer.policy.items())),
+            ("", ""),
+            ("", Text(hint, colors().dim)),
+        ]
+    )
