@@ -71,6 +71,8 @@ def parse(method: str, path: str, sent: Mapping[str, str], now: float) -> Signed
         raise BadMessage(f"the sender's clock differs from ours by {now - at:+.0f} s")
     if len(nonce) != 24 or len(body) != 64 or len(signature) != 64:
         raise BadMessage("the request is not signed")
+    if b64encode(signature).decode() != sent[SIGNATURE]:  # spare bits of the last character
+        raise BadMessage("the signature is not in canonical base64")
     message = _message(method, path, body, sent[TIME], nonce)
     return SignedRequest(sender, at, nonce, body, signature, message)
 

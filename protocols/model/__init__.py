@@ -1,4 +1,4 @@
-"""Weights, schemas and model cards: types and files. Pure.
+"""Weights, schemas and model cards: types and files.
 
 Imported by `codecs` and by both programs.
 """

@@ -1,8 +1,7 @@
-"""The card that goes with an exported model: what it is, of which run, from whom. Pure.
+"""The model card of an exported model: its run, task, contributors and metrics. Pure.
 
-A file of JSON beside the safetensors file, named like it: `gait.safetensors`, `gait.json`. It is
-for people and programs that know nothing of commonweight; ours reads it where a model is turned
-into another form on a machine that has the task.
+A JSON file beside the safetensors file: `gait.safetensors`, `gait.json`. It is for people and for
+programs other than commonweight. `commonweight-agent export` reads it to convert the model.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ MAX_BYTES = 64 * 1024 * 1024
 
 
 class TensorCard(Struct, frozen=True):
-    """dtype as safetensors calls it, and shape."""
+    """The dtype, as named by safetensors, and the shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Contributor(Struct, frozen=True):
-    """A peer whose updates are in the model, and in how many of its rounds."""
+    """A peer whose updates are in the model, and the number of rounds with one."""
 
     peer: str
     name: str
@@ -35,11 +34,11 @@ class Contributor(Struct, frozen=True):
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
-    """What is known of a model.
+    """What is known about a model.
 
-    `sha256` is that of the file, `version` the digest by which the run knows it (they differ where
-    the run's versions hold more than the model); `parents` are the versions before it, the last one
-    first, down to the first weights. `traits` are what all peers had alike, such as the classes.
+    `sha256` is that of the file, `version` the digest of the run's version; they differ if versions
+    hold more than the model. `parents`: the versions before it, newest first, down to the first
+    weights. `traits`: what all peers had in common, such as the classes.
     """
 
     kind: str = KIND
@@ -65,7 +64,7 @@ def tensor_cards(schema: Schema) -> dict[str, TensorCard]:
 
 
 def card_path(model: Path) -> Path:
-    """Where the card of this file lies."""
+    """The path of the card of this file."""
     return model.with_suffix(".json")
 
 
@@ -86,9 +85,12 @@ def read(model: Path) -> ModelCard:
             "commonweight models export RUN MODEL.safetensors writes both files",
         ) from err
     except (msgspec.DecodeError, UnicodeDecodeError) as err:
-        raise UsageError(f"{path} is no card of a model: {err}") from err
+        raise UsageError(f"{path} is not a model card: {err}") from err
     if card.kind != KIND:
-        raise UsageError(f"{path} is a card of another kind: {card.kind!r}")
+        raise UsageError(f"{path} is a card of an unknown kind: {card.kind!r}")
     if card.sha256 != found:
-        raise UsageError(f"{model} is not the file of its card {path.name}", "copy both files anew")
+        raise UsageError(
+            f"{model} does not match its card {path.name}: the SHA-256 differs",
+            "copy both files again",
+        )
     return card

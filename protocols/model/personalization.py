@@ -1,10 +1,10 @@
-"""What of a model its versions hold: all of it, less what stays at home, more what travels beside.
+"""The tensors of a version: those of the model, without personal layers, with control variates.
 
-Three schemes are the trainers' matter and no task's. SCAFFOLD's control variates (arXiv 1910.06378)
-travel as extra tensors of the version, one for each that is trained: so they are averaged, checked,
-coded and kept like weights. Tensors that stay at home (FedBN, arXiv 2102.07623) are in no version
-at all. An optimiser that goes on from round to round (DiLoCo, arXiv 2311.08105) stays at home too,
-beside the model. All are told by settings that every trainer obeys and no task sees. Pure.
+The trainer handles three schemes; tasks do not know about them. SCAFFOLD's control variates (arXiv
+1910.06378) are extra tensors of the version, one for each trained tensor, so they are averaged,
+checked, compressed and stored like weights. Personal layers (FedBN, arXiv 2102.07623) stay on the
+machine and are in no version. Optimizer state that is kept from round to round (DiLoCo, arXiv
+2311.08105) also stays on the machine. Settings of the run select them. Pure.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy as np
 from protocols.errors import UsageError
 from protocols.model.weights import DTYPES, FLOAT_DTYPES, Array, Schema, TensorSpec, Weights
 
-#: The setting that asks for control variates: SCAFFOLD's option, 1 or 2; 3: they do not travel up.
+#: The setting for control variates: SCAFFOLD's option 1 or 2; with 3 updates do not contain them.
 SCAFFOLD = "scaffold"
-#: With option 3, the metric by which a peer tells its learning rate times its steps.
+#: With option 3, the metric with a peer's learning rate times its number of steps.
 LR_TIMES_STEPS = "path"
-#: The setting that names tensors which stay at home: patterns such as "norm*", with commas between.
+#: The setting that names the personal layers: patterns such as "norm*", separated by commas.
 PERSONAL_LAYERS = "at_home"
-#: The setting by which a peer's optimiser goes on where its last round left it.
+#: The setting by which a peer keeps its optimizer state from round to round.
 KEEP_OPTIMIZER = "keep_optimiser"
 SETTINGS = frozenset({SCAFFOLD, PERSONAL_LAYERS, KEEP_OPTIMIZER})
-#: Begins the name of a control variate; and of one that no update holds, as it follows from it.
+#: Prefixes of the names of control variates, and of those that are computed from an update.
 CONTROL_PREFIX, DERIVED_PREFIX = "control:", "control:="
 
 Settings = Mapping[str, str | int | float | bool]
 
 
 def control_name(name: str, settings: Settings) -> str:
-    """The name of the control variate that belongs to a tensor."""
+    """The name of the control variate of a tensor."""
     return (DERIVED_PREFIX if settings.get(SCAFFOLD) == 3 else CONTROL_PREFIX) + name
 
 
@@ -42,18 +42,18 @@ def is_control(name: str) -> bool:
 
 
 def is_derived(name: str) -> bool:
-    """True for a control variate that no update holds."""
+    """True for a control variate that updates do not contain."""
     return name.startswith(DERIVED_PREFIX)
 
 
 def is_personal(name: str, settings: Settings) -> bool:
-    """True for a tensor that stays at home."""
+    """True for a tensor that stays on the machine."""
     patterns = str(settings.get(PERSONAL_LAYERS, "")).split(",")
     return any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
 
 
 def control_schema(schema: Schema, settings: Settings) -> Schema:
-    """The control variates of a model: float32, or float64 where the tensor is that."""
+    """The schema of a model's control variates: float64 for float64 tensors, else float32."""
     if not settings.get(SCAFFOLD):
         return {}
     return {
@@ -66,18 +66,18 @@ def control_schema(schema: Schema, settings: Settings) -> Schema:
 
 
 def shared_schema(model: Schema, settings: Settings) -> Schema:
-    """The schema of a run's versions. Raises UsageError if nothing of the model would travel."""
-    travels = {name: spec for name, spec in model.items() if not is_personal(name, settings)}
-    if not travels:
+    """The schema of a run's versions. Raises UsageError if all tensors are personal."""
+    shared = {name: spec for name, spec in model.items() if not is_personal(name, settings)}
+    if not shared:
         raise UsageError(
-            f"every tensor of the model stays at home ({settings[PERSONAL_LAYERS]})",
-            "patterns that leave something to share, such as *norm*",
+            f"all tensors of the model stay on the machine ({settings[PERSONAL_LAYERS]})",
+            "use patterns that leave tensors to share, such as *norm*",
         )
-    return travels | control_schema(travels, settings)
+    return shared | control_schema(shared, settings)
 
 
 def first_version(model: Weights, settings: Settings) -> Weights:
-    """First weights as a run's versions hold them: every control variate is zero."""
+    """The first version of a run from a model: without personal layers, control variates zero."""
     schema = shared_schema({n: s for n, s in model.schema.items() if not is_control(n)}, settings)
     return build_weights(
         schema,
@@ -97,6 +97,6 @@ def without_controls(version: Weights) -> Weights:
 
 
 def build_weights(schema: Schema, array_of: Callable[[str], Array]) -> Weights:
-    """Weights of this schema."""
+    """Weights of this schema from a function that returns the array of each tensor."""
     bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
     return Weights({name: array_of(name) for name in schema}, bf16)

@@ -1,8 +1,8 @@
-"""What peers must have alike before they train together, and where two differ. Pure.
+"""Schema cards: what peers must have in common to train together, and how two differ. Pure.
 
-Before round 1 each peer tells the card of its task, made with its own data and software. The
-coordinator takes the card that most of them share; it travels with all work of the run, and
-an agent compares its own with it. So both sides look, also when a peer joins later.
+Before round 1 each peer sends the card of its task, made with its own data and software. The
+coordinator selects the card that most peers have, and sends it with all work of the run. The agent
+compares it with its own, so both sides check, also when a peer joins later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocols.messages.envelope import Digest, Name, Text
 from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.statistics import TableStatistics
 
-#: Of a card, or of what else a peer describes its data by, as JSON.
+#: Of a description as JSON.
 MAX_BYTES = 256 * 1024
 _SHOWN = 80
 
@@ -32,10 +32,10 @@ Tensor = tuple[Name, Annotated[tuple[Side, ...], Meta(max_length=32)]]
 
 
 class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
-    """Task, its version, the model's tensors (dtype, shape) by name, and the task's traits.
+    """The task and its version, the model's tensors (dtype, shape) by name, and traits.
 
-    Traits are what else must be alike, each a list of words: "features", "classes",
-    "preprocessing", "base model" and the like.
+    Traits are all else that must be equal, as lists of words: "features", "classes",
+    "preprocessing", "base model" and so on.
     """
 
     task: Name
@@ -45,12 +45,12 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
 
     @property
     def schema(self) -> Schema:
-        """The tensors as weights have them."""
+        """The schema of the model's weights."""
         return {name: TensorSpec(dtype, shape) for name, (dtype, shape) in self.tensors.items()}
 
 
 class Difference(Struct, frozen=True):
-    """The first field in which two cards differ, in words for a person."""
+    """The first field in which two cards differ, as text."""
 
     field: str
     expected: str
@@ -63,7 +63,7 @@ class Difference(Struct, frozen=True):
 def make_card(
     task: str, version: str, schema: Schema, traits: Mapping[str, Sequence[str] | str] = {}
 ) -> SchemaCard:
-    """The card of a task. Raises DataError for a name that cannot be told."""
+    """The card of a task. Raises DataError for a name that is too long or not printable."""
     plain = {
         "task": task,
         "version": version,
@@ -76,10 +76,10 @@ def make_card(
     try:
         return msgspec.convert({"type": "schema", **plain}, SchemaCard)
     except msgspec.ValidationError as err:
-        raise DataError(f"the schema has a name that cannot be told: {err}") from err
+        raise DataError(f"the schema has a name that cannot be sent: {err}") from err
 
 
-#: A card; or, while the preprocessing is not agreed on, the statistics that it follows from.
+#: A card; or before the preprocessing is agreed on, the statistics for it.
 Description = SchemaCard | TableStatistics
 
 
@@ -111,42 +111,41 @@ def _decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a description of data: {err}") from err
+        raise BadMessage(f"not a valid description: {err}") from err
 
 
-def digest(told: SchemaCard) -> Digest:
-    """SHA-256 (hex) of the card: cards without a difference, and only they, have equal digests.
+def digest(card: SchemaCard) -> Digest:
+    """SHA-256 (hex) of the card: equal exactly if `first_difference` finds none.
 
-    A trait without a word says nothing: a card that has it is like one that lacks it.
+    A trait without words counts as absent.
     """
-    said = {name: words for name, words in told.traits.items() if words}
-    told = msgspec.structs.replace(told, traits=said)
-    return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
+    traits = {name: words for name, words in card.traits.items() if words}
+    card = msgspec.structs.replace(card, traits=traits)
+    return hashlib.sha256(msgspec.json.encode(card, order="sorted")).hexdigest()
 
 
 def first_difference(expected: SchemaCard, found: SchemaCard) -> Difference | None:
-    """Where `found` first differs from what is expected; None if they are alike."""
+    """The first difference between `found` and `expected`; None if they are equal."""
     if expected.task != found.task:
         return Difference("task", expected.task, found.task)
     if expected.version != found.version:
-        told, has = (card.version or "no version" for card in (expected, found))
-        return Difference("task version", told, has)
+        left, right = (card.version or "no version" for card in (expected, found))
+        return Difference("task version", left, right)
     for name in sorted(expected.traits.keys() | found.traits.keys()):
-        pairs = zip_longest(expected.traits.get(name, ()), found.traits.get(name, ()))
-        for number, (wanted, there) in enumerate(pairs, 1):
-            if wanted != there:
-                many = max(len(card.traits.get(name, ())) for card in (expected, found)) > 1
-                field = f"{name}, number {number}" if many else name
-                return Difference(field, _shorten(wanted), _shorten(there))
+        words = [card.traits.get(name, ()) for card in (expected, found)]
+        for number, (left, right) in enumerate(zip_longest(*words), 1):
+            if left != right:
+                field = f"{name}, number {number}" if max(map(len, words)) > 1 else name
+                return Difference(field, _shorten(left), _shorten(right))
     for name in sorted(expected.tensors.keys() | found.tensors.keys()):
-        wanted, there = (_tensor(card.tensors.get(name)) for card in (expected, found))
-        if wanted != there:
-            return Difference(f"tensor {_shorten(name)}", wanted, there)
+        left, right = (_describe_tensor(card.tensors.get(name)) for card in (expected, found))
+        if left != right:
+            return Difference(f"tensor {_shorten(name)}", left, right)
     return None
 
 
 def most_common(cards: Mapping[str, SchemaCard]) -> SchemaCard:
-    """The card that most peers have; among equally common ones that of the first peer by id."""
+    """The card that most peers have; if several are as common, that of the first peer by id."""
     counts = Counter(digest(cards[peer]) for peer in sorted(cards))
     chosen = counts.most_common(1)[0][0]
     return next(card for _, card in sorted(cards.items()) if digest(card) == chosen)
@@ -158,5 +157,5 @@ def _shorten(word: str | None) -> str:
     return f"{word[:_SHOWN]}…" if len(word) > _SHOWN else word
 
 
-def _tensor(spec: Tensor | None) -> str:
+def _describe_tensor(spec: Tensor | None) -> str:
     return f"{spec[0]}{list(spec[1])}" if spec else "nothing"

@@ -1,17 +1,18 @@
-"""Named tensors <-> canonical safetensors bytes, their digest and schema. Pure numpy.
+"""Named tensors as canonical safetensors bytes; their digest and schema. numpy only.
 
-The canonical form is a valid safetensors file with one freedom removed after another: tensors
-sorted by name and laid out in that order without gaps, a header without metadata, compact JSON,
-padded with spaces to 8 bytes. So equal weights are equal bytes, and the SHA-256 of the file, which
-can be taken while it streams, is the digest that names the version.
+The canonical form is a valid safetensors file with nothing left to choose: tensors are stored in
+name order without gaps, and the header is compact JSON without metadata, padded with spaces to 8
+bytes. So equal weights are equal bytes, and the SHA-256 of the file, computed while it streams, is
+the digest that names the version.
 
-bf16 has no numpy type: such tensors are `uint16` views here, and their dtype is kept in the schema.
+numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema has their dtype.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,10 +26,11 @@ from protocols.errors import BadWeights
 from protocols.local.atomic_files import replacing
 
 Array = npt.NDArray[np.generic]
+Buffer = bytes | memoryview | mmap.mmap
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
-#: What numpy can hold in every version that we allow.
+#: Limits of numpy in every version that we support.
 MAX_DIMENSIONS = 32
 MAX_TENSOR_BYTES = 2**62
 
@@ -46,7 +48,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
 
-#: dtypes whose tensors are averaged; all others keep their value (see `aggregate`).
+#: dtypes whose tensors are averaged; all others keep their value.
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -58,17 +60,14 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 Schema = dict[str, TensorSpec]
 
 
 class Part(NamedTuple):
-    """Elements `start` to `stop` of one tensor, counted flat."""
+    """Elements `start` to `stop` of one flattened tensor."""
 
     name: str
     start: int
@@ -86,7 +85,7 @@ class WeightReader(Protocol):
 
 
 class Weights(Mapping[str, Array]):
-    """Named tensors with their schema; iterates in name order.
+    """Named tensors with their schema, in name order.
 
     `bf16` names the tensors whose `uint16` data are bfloat16 bits.
     """
@@ -98,7 +97,7 @@ class Weights(Mapping[str, Array]):
         for name, array in self._tensors.items():
             code = "BF16" if name in bf16 else _CODES.get(array.dtype.newbyteorder("<"))
             if code is None:
-                raise BadWeights(f"tensor {name!r} has dtype {array.dtype}, which cannot travel")
+                raise BadWeights(f"tensor {name!r} has the unsupported dtype {array.dtype}")
             self.schema[name] = TensorSpec(code, array.shape)
 
     def __getitem__(self, name: str) -> Array:
@@ -138,7 +137,7 @@ def header_bytes(schema: Schema) -> bytes:
 
 
 def chunks(weights: Weights) -> Iterator[bytes | memoryview]:
-    """The canonical bytes of `weights`, header first, then one piece a tensor, without copies."""
+    """The canonical bytes of `weights` without copies: the header, then one chunk per tensor."""
     yield header_bytes(weights.schema)
     for name, spec in weights.schema.items():
         array = np.ascontiguousarray(weights[name], dtype=DTYPES[spec.dtype])
@@ -146,7 +145,7 @@ def chunks(weights: Weights) -> Iterator[bytes | memoryview]:
 
 
 def to_bytes(weights: Weights) -> bytes:
-    """The canonical bytes of small weights. Large ones: `save`."""
+    """The canonical bytes of small weights. For large weights use `save`."""
     return b"".join(chunks(weights))
 
 
@@ -159,9 +158,9 @@ def digest(weights: Weights) -> str:
 
 
 def save(weights: Weights, path: Path, *, synced: bool = True) -> str:
-    """Write the canonical file so that a crash leaves the old one or the new one; its digest.
+    """Write the canonical file atomically; return its digest.
 
-    Not `synced`: a power cut may leave anything; the caller syncs it, or looks at the digest.
+    Not `synced`: a power cut may leave a damaged file, so sync it later or check its digest.
     """
     sha = hashlib.sha256()
     with replacing(path, synced=synced) as file:
@@ -173,24 +172,24 @@ def save(weights: Weights, path: Path, *, synced: bool = True) -> str:
     return sha.hexdigest()
 
 
-def read_schema(data: bytes | memoryview | mmap.mmap) -> tuple[Schema, int]:
-    """The schema of canonical bytes and where the tensors begin. Raises BadWeights."""
+def read_schema(data: Buffer) -> tuple[Schema, int]:
+    """The schema of canonical bytes, and the offset of the tensors. Raises BadWeights."""
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise BadWeights(f"a header of {length} bytes in a file of {len(data)}")
+        raise BadWeights(f"a header of {length} bytes in a file of {len(data)} bytes")
     return check_header(bytes(data[: 8 + length]), len(data))
 
 
 def check_header(head: bytes, size: int) -> tuple[Schema, int]:
-    """The schema in the first bytes of a file of `size` bytes, and where the tensors begin.
+    """The schema of a canonical file of `size` bytes, and the offset of the tensors.
 
-    `head` is the 8 bytes of length and the header. Raises BadWeights.
+    `head`: the first bytes of the file, the length of the header and the header. Raises BadWeights.
     """
     if len(head) < 8:
         raise BadWeights("shorter than a safetensors header")
     length = int.from_bytes(head[:8], "little")
     if len(head) != 8 + length:
-        raise BadWeights(f"a header of {length} bytes in a file of {size}")
+        raise BadWeights(f"a header of {length} bytes in a file of {size} bytes")
     try:
         table = json.loads(head[8:])
     except (ValueError, RecursionError) as err:
@@ -199,12 +198,12 @@ def check_header(head: bytes, size: int) -> tuple[Schema, int]:
     try:
         canonical = header_bytes(schema)
     except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
-        raise BadWeights("a tensor's name is not text") from err
+        raise BadWeights("a tensor's name is not valid text") from err
     if canonical != head:
         raise BadWeights("the header is not in canonical form")
     expected = len(head) + sum(spec.nbytes for spec in schema.values())
     if size != expected:
-        raise BadWeights(f"{size} bytes where the header promises {expected}")
+        raise BadWeights(f"the file has {size} bytes, but its header says {expected}")
     return schema, len(head)
 
 
@@ -215,7 +214,8 @@ def _parse_header(table: object) -> Schema:
     for name, entry in table.items():
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise BadWeights(f"tensor {name!r} has no known dtype")
+            known = ", ".join(DTYPES)
+            raise BadWeights(f"tensor {name!r} has dtype {str(dtype)[:20]!r}; supported: {known}")
         if not _is_valid_shape(entry.get("shape"), DTYPES[dtype].itemsize):
             raise BadWeights(f"tensor {name!r} has no valid shape")
         schema[name] = TensorSpec(dtype, tuple(entry["shape"]))
@@ -223,7 +223,7 @@ def _parse_header(table: object) -> Schema:
 
 
 def _is_valid_shape(shape: object, itemsize: int) -> bool:
-    """True for a list of sides that numpy can hold, also where another side is 0."""
+    """True for a shape that numpy supports, also if one side is 0."""
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         return False
     nbytes = itemsize
@@ -234,22 +234,28 @@ def _is_valid_shape(shape: object, itemsize: int) -> bool:
     return nbytes <= MAX_TENSOR_BYTES
 
 
-def from_bytes(data: bytes | memoryview | mmap.mmap) -> Weights:
-    """Weights that view `data` without copying. Raises BadWeights."""
+def from_bytes(data: Buffer) -> Weights:
+    """Weights that are views of `data`. Raises BadWeights."""
     schema, offset = read_schema(data)
-    tensors: dict[str, Array] = {}
+    offsets = {}
     for name, spec in schema.items():
-        dtype = DTYPES[spec.dtype]
-        count = spec.nbytes // dtype.itemsize
-        tensors[name] = np.frombuffer(data, dtype, count, offset).reshape(spec.shape)
+        offsets[name] = offset
         offset += spec.nbytes
+    return _view(data, schema, offsets)
+
+
+def _view(data: Buffer, schema: Schema, offsets: Mapping[str, int]) -> Weights:
+    tensors: dict[str, Array] = {}
+    for name, (dtype, shape) in schema.items():
+        array = np.frombuffer(data, DTYPES[dtype], math.prod(shape), offsets[name])
+        tensors[name] = array.reshape(shape)
     return Weights(tensors, (name for name, spec in schema.items() if spec.dtype == "BF16"))
 
 
 def load_any(path: Path) -> Weights:
     """Weights in any safetensors file, canonical or not, through a read-only memory map.
 
-    Raises BadWeights, also for a dtype that no version can have, and OSError.
+    Raises BadWeights, also for an unsupported dtype, and OSError.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -257,28 +263,19 @@ def load_any(path: Path) -> Weights:
         with safe_open(path, framework="numpy"):  # checks header, offsets and size
             pass
     except SafetensorError as err:
-        raise BadWeights(f"it is no safetensors file: {err}") from err
+        raise BadWeights(f"not a safetensors file: {err}") from err
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offset = 8 + int.from_bytes(data[:8], "little")
     table = json.loads(data[8:offset])
     table.pop("__metadata__", None)
-    tensors: dict[str, Array] = {}
-    for name, entry in table.items():
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise BadWeights(f"tensor {name!r} is {entry['dtype']}; known are {', '.join(DTYPES)}")
-        if not _is_valid_shape(entry["shape"], dtype.itemsize):
-            raise BadWeights(f"tensor {name!r} has no valid shape")
-        start, stop = entry["data_offsets"]
-        count = (stop - start) // dtype.itemsize
-        array = np.frombuffer(data, dtype, count, offset + start)
-        tensors[name] = array.reshape(entry["shape"])
-    return Weights(tensors, (name for name, entry in table.items() if entry["dtype"] == "BF16"))
+    schema = _parse_header(table)
+    offsets = {name: offset + table[name]["data_offsets"][0] for name in schema}
+    return _view(data, schema, offsets)
 
 
 def load(path: Path) -> Weights:
-    """Weights that view the file through a read-only memory map. Raises BadWeights, OSError."""
+    """Weights that are views of a read-only memory map of the file. Raises BadWeights, OSError."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadWeights(f"{path.name} is empty")
@@ -292,7 +289,7 @@ def file_digest(path: Path) -> str:
 
 
 def check_schema(found: Schema, expected: Schema) -> None:
-    """Raise BadWeights that names the first tensor in which `found` differs from `expected`."""
+    """Raise BadWeights with the first tensor in which `found` differs from `expected`."""
     for name, spec in expected.items():
         if name not in found:
             raise BadWeights(f"tensor {name!r} is missing")
@@ -306,26 +303,26 @@ def check_schema(found: Schema, expected: Schema) -> None:
 
 
 def check_finite(weights: WeightReader) -> None:
-    """Raise BadWeights that names the first tensor that holds NaN or infinity."""
+    """Raise BadWeights with the first tensor that contains NaN or infinity."""
     for piece in split_into_pieces(weights.schema):
         for part in piece:
             if not is_finite(weights.read(part), weights.schema[part.name].dtype):
-                raise BadWeights(f"tensor {part.name!r} holds NaN or infinity")
+                raise BadWeights(f"tensor {part.name!r} contains NaN or infinity")
 
 
 def is_finite(array: Array, dtype: str) -> bool:
-    """True unless the array holds NaN or infinity; always for integers."""
+    """True unless the array contains NaN or infinity; always True for integers."""
     if dtype not in FLOAT_DTYPES:
         return True
-    if dtype == "BF16":  # exponent all ones: infinity or NaN
+    if dtype == "BF16":  # all bits of the exponent are set in infinity and NaN
         return not bool(((array.astype(np.uint16) & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(array).all())
 
 
 def split_into_pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterator[list[Part]]:
-    """The whole of a model in file order, in groups of parts of about `limit_bytes`.
+    """All parts of a model in file order, in groups of about `limit_bytes`.
 
-    A large tensor is cut, small ones go together. Tensors without elements are in no piece.
+    Large tensors are split, small ones are grouped. Tensors without elements are left out.
     """
     group: list[Part] = []
     room = limit_bytes

@@ -1,7 +1,6 @@
-"""Weights in a file, read and written piece by piece: memory does not grow with the model. Pure.
+"""Reads and writes weights in a file piece by piece, so memory does not grow with the model.
 
-A memory map would do as well, but its pages count as the program's memory; a read into a buffer
-that is used again does not.
+It does not use a memory map, because the pages of one count as memory of the process.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class WeightsFile:
             size = os.fstat(self._file.fileno()).st_size
             length = int.from_bytes(self._file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, size):
-                raise BadWeights(f"a header of {length} bytes in a file of {size}")
+                raise BadWeights(f"a header of {length} bytes in a file of {size} bytes")
             self._file.seek(0)
             self.schema, offset = check_header(self._file.read(8 + length), size)
         except BaseException:
@@ -59,7 +58,7 @@ class WeightsFile:
         while left:
             got = self._file.readinto(left)
             if not got:
-                raise BadWeights("the file ends too soon")
+                raise BadWeights("the file is truncated")
             left = left[got:]
         return array
 
@@ -74,7 +73,7 @@ class WeightsFile:
 
 
 class WeightsWriter:
-    """Writes a canonical file piece by piece, in file order; `digest` once the block has ended."""
+    """Writes a canonical file piece by piece, in file order; `digest` is set after the block."""
 
     def __init__(self, path: Path, schema: Schema) -> None:
         self._replacing = replacing(path)
@@ -89,12 +88,12 @@ class WeightsWriter:
         return self
 
     def write(self, arrays: Mapping[Part, Array]) -> None:
-        """Append parts; the caller gives them in the order of `pieces`."""
+        """Append parts, in the order of `split_into_pieces`."""
         for part, array in arrays.items():
             dtype = DTYPES[self._schema[part.name].dtype]
             flat = np.ascontiguousarray(array, dtype).reshape(-1)
             if len(flat) != part.stop - part.start:
-                raise BadWeights(f"tensor {part.name!r} has changed its size")
+                raise BadWeights(f"tensor {part.name!r} has a wrong number of elements")
             self._put(flat.view(np.uint8).data)
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -1,11 +1,11 @@
-"""Tallies: what peers count when they evaluate, and the metrics of all of them together. Pure.
+"""Tallies: counts and sums of an evaluation, and the metrics of all peers together. Pure.
 
-A mean over peers is right for a loss or an accuracy, not for what is no mean over examples, such as
-an F1 score or a correlation. So a peer also tells sums that can be added, lists of numbers by name.
+A loss or an accuracy is a mean over examples, so it can be averaged over peers. An F1 score or a
+correlation cannot. So each peer also sends tallies: lists of numbers by name that can be added.
 
 Tally        Numbers
-confusion    k² counts: row by row what is true, within a row what was guessed
-calibration  for each of 10 bins of confidence: examples, the sum of confidences, how many are right
+confusion    k² counts: true class by row, predicted class by column
+calibration  for each of 10 bins of confidence: examples, sum of confidences, correct predictions
 regression   examples; sums of (ŷ - y)², |ŷ - y|, y and y²
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 BINS = 10
-#: Classes of a confusion that is told: with more it says little to a person and weighs much.
+#: Most classes of a confusion matrix; a larger one is hard to read and takes many bytes.
 MAX_CLASSES = 32
 _SIZES = {"calibration": 3 * BINS, "regression": 5}
 
@@ -26,42 +26,40 @@ Tallies = Mapping[str, Tally]
 
 
 def validate(tallies: Tallies, num_examples: int) -> str:
-    """What is wrong with a peer's tallies of so many examples; empty if they can be."""
+    """What is wrong with a peer's tallies of `num_examples` examples; empty if nothing."""
     for name, tally in tallies.items():
         size = len(tally)
         if name == "confusion":
             if not 0 < size <= MAX_CLASSES**2 or math.isqrt(size) ** 2 != size:
-                return f"a confusion of {size} numbers"
+                return f"a confusion with {size} numbers"
         elif name not in _SIZES:
             return f"an unknown tally {name!r}"
         elif size != _SIZES[name]:
-            return f"a {name} of {size} numbers"
+            return f"a {name} with {size} numbers"
         if not all(map(math.isfinite, tally)):
             return f"a {name} that is not finite"
         signed = tally[3:4] if name == "regression" else ()  # the sum of y
         if min(tally) < 0 and min(tally) not in signed:
-            return f"a {name} with less than nothing"
+            return f"a {name} with a negative number"
         examples = {"calibration": tally[::3], "regression": tally[:1]}.get(name, tally)
         if abs(sum(examples) - num_examples) > 0.5:
             return f"a {name} of {sum(examples):g} examples, not {num_examples}"
     return ""
 
 
-def merge(told: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
-    """The sum of all, each times its scale. Those of another size than the first are left out."""
+def merge(tallies: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
+    """The scaled sum of all tallies. Those of another size than the first are skipped."""
     total: dict[str, list[float]] = {}
-    for tallies, by in zip(told, scale, strict=True):
-        for name, tally in tallies.items():
-            mine = [by * value for value in tally]
-            if name not in total:
-                total[name] = mine
-            elif len(total[name]) == len(mine):
-                total[name] = [a + b for a, b in zip(total[name], mine, strict=True)]
+    for peer_tallies, factor in zip(tallies, scale, strict=True):
+        for name, tally in peer_tallies.items():
+            so_far = total.setdefault(name, [0.0] * len(tally))
+            if len(so_far) == len(tally):
+                total[name] = [a + factor * b for a, b in zip(so_far, tally, strict=True)]
     return total
 
 
 def compute_metrics(tallies: Tallies) -> dict[str, float]:
-    """What the tallies amount to.
+    """The metrics of some tallies.
 
     confusion: balanced_accuracy (the mean recall of the classes that occur), macro_f1.
     calibration: ece, the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
@@ -80,13 +78,13 @@ def compute_metrics(tallies: Tallies) -> dict[str, float]:
 
 def _classification_metrics(confusion: Tally) -> dict[str, float]:
     table = np.reshape(confusion, (math.isqrt(len(confusion)), -1))
-    right, true, guessed = table.diagonal(), table.sum(1), table.sum(0)
-    there = true > 0
-    if not there.any():
+    correct, true, predicted = table.diagonal(), table.sum(1), table.sum(0)
+    occurs = true > 0
+    if not occurs.any():
         return {}
     return {
-        "balanced_accuracy": float((right[there] / true[there]).mean()),
-        "macro_f1": float((2 * right[there] / (true + guessed)[there]).mean()),
+        "balanced_accuracy": float((correct[occurs] / true[occurs]).mean()),
+        "macro_f1": float((2 * correct[occurs] / (true + predicted)[occurs]).mean()),
     }
 
 
@@ -102,13 +100,13 @@ def _regression_metrics(sums: Tally) -> dict[str, float]:
 
 
 def count_confusion(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:
-    """A confusion, of class numbers from 0."""
+    """A confusion tally from class numbers (from 0)."""
     pairs = np.asarray(truth, np.int64) * classes + np.asarray(guess, np.int64)
     return [float(n) for n in np.bincount(pairs, minlength=classes * classes)]
 
 
 def count_calibration(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:
-    """A calibration, of the probability of each guess and whether it was right."""
+    """A calibration tally from the probability of each prediction, and whether it was right."""
     sure = np.asarray(confidence, np.float64)
     bins = np.minimum((sure * BINS).astype(int), BINS - 1)
     sums = [
@@ -118,7 +116,7 @@ def count_calibration(confidence: Sequence[float], right: Sequence[bool]) -> lis
 
 
 def sum_regression(truth: Sequence[float], guess: Sequence[float]) -> list[float]:
-    """A regression's sums."""
+    """A regression tally."""
     y, error = np.asarray(truth, np.float64), np.subtract(guess, truth, dtype=np.float64)
     return [
         float(len(y)),

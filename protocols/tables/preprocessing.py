@@ -1,9 +1,9 @@
-"""How all peers of a run turn rows into numbers, fixed from their merged statistics. Pure.
+"""The preprocessing that all peers of a run share, derived from their merged statistics. Pure.
 
 Value              becomes
-number, date       (value - mean) / scale; a date counts as days since 1970
-truth value        0 or 1, and then as a number
-missing number     the mean, that is 0, and a 1 in a feature of its own where any peer misses one
+number, date       (value - mean) / scale; a date is a number of days since 1970
+boolean            0 or 1, then as a number
+missing number     the mean, that is 0; and 1 in a second feature, if any peer has missing values
 text               the index of its category: 0 missing, 1 unseen or rare, then the vocabulary
 absent column      missing in every row
 """
@@ -24,7 +24,7 @@ from protocols.messages.envelope import Text
 from protocols.tables import statistics
 from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
-#: A target of whole numbers with so many different ones at most is a class.
+#: A target with at most this many different whole numbers is treated as classes.
 MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
@@ -32,7 +32,7 @@ Setting = str | int | float | bool
 
 
 class Feature(Struct, frozen=True, kw_only=True):
-    """One column of the input. `missing`: it has a second feature, 1 where the value is missing."""
+    """An input column. `missing`: it has a second feature, 1 where the value is missing."""
 
     name: Text
     kind: ColumnKind
@@ -43,7 +43,7 @@ class Feature(Struct, frozen=True, kw_only=True):
 
 
 class Target(Struct, frozen=True, kw_only=True):
-    """The column to be predicted: one of `classes`, or a number that is scaled."""
+    """The column to predict: one of `classes`, or a scaled number."""
 
     name: Text
     kind: ColumnKind
@@ -53,7 +53,7 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class Preprocessing(Struct, frozen=True, kw_only=True):
-    """Features in their order, and the target. `hashed`: categories are hashes of values."""
+    """The features in order, and the target. `hashed`: categories are hashes of values."""
 
     version: Literal[1] = 1
     features: tuple[Feature, ...]
@@ -70,22 +70,22 @@ class Preprocessing(Struct, frozen=True, kw_only=True):
 
 
 def encode(preprocessing: Preprocessing) -> str:
-    """As JSON, always the same. Raises CommonweightError if it is too long to travel."""
+    """Canonical JSON. Raises CommonweightError if it is too long."""
     text = msgspec.json.encode(preprocessing, order="sorted")
     if len(text) > MAX_BYTES:
         raise CommonweightError(
             f"the preprocessing takes {len(text)} bytes of {MAX_BYTES}: too many categories",
-            "name the columns to be used: --features a,b,c",
+            "select columns: --features a,b,c",
         )
     return text.decode()
 
 
 def decode(text: str) -> Preprocessing:
-    """Raises BadMessage."""
+    """The preprocessing in `text`. Raises BadMessage."""
     try:
         return msgspec.json.decode(text.encode(), type=Preprocessing)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as err:
-        raise BadMessage(f"not a preprocessing: {err}") from err
+        raise BadMessage(f"not a valid preprocessing: {err}") from err
 
 
 def digest(text: str) -> str:
@@ -94,7 +94,7 @@ def digest(text: str) -> str:
 
 
 class TableSettings(NamedTuple):
-    """The settings of a run that say what a table is used for."""
+    """The settings of a run about its tables."""
 
     target: str
     kind: str
@@ -105,18 +105,18 @@ class TableSettings(NamedTuple):
 
 
 def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
-    """Raises UsageError."""
+    """The table settings of a run. Raises UsageError."""
     target = str(settings.get("target", ""))
     if not target:
-        raise UsageError("which column is to be predicted?", "--target COLUMN")
+        raise UsageError("the column to predict is missing", "add --target COLUMN")
     kind, scaling = str(settings.get("kind", "auto")), str(settings.get("scaling", "standard"))
     if kind not in ("auto", "classification", "regression"):
-        raise UsageError(f"--kind is auto, classification or regression, not {kind!r}")
+        raise UsageError(f"--kind must be auto, classification or regression, not {kind!r}")
     if scaling not in ("standard", "minmax"):
-        raise UsageError(f"scaling is standard or minmax, not {scaling!r}")
+        raise UsageError(f"scaling must be standard or minmax, not {scaling!r}")
     features = _names(settings.get("features", ""))
     if target in features:
-        raise UsageError(f"{target} is the target, and no feature of itself")
+        raise UsageError(f"{target} is the target, so it cannot be a feature")
     hashed = str(settings.get("hashed", False)).lower() == "true"
     categorical = frozenset(_names(settings.get("categorical", "")))
     return TableSettings(target, kind, features, categorical, scaling, hashed)
@@ -127,9 +127,9 @@ def _names(text: Setting) -> tuple[str, ...]:
 
 
 class Derived(NamedTuple):
-    """The preprocessing, the peers whose tables do not fit it, and what people should know.
+    """The preprocessing, the peers with incompatible tables, and notes for people.
 
-    Notes are pairs of a peer (or nothing) and words.
+    A note is a pair of a peer (or "") and a text.
     """
 
     preprocessing: Preprocessing
@@ -138,92 +138,95 @@ class Derived(NamedTuple):
 
 
 def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting]) -> Derived:
-    """What fits most peers' tables. Raises CommonweightError where nothing does."""
-    asked = parse_settings(settings)
-    misfits: dict[str, SchemaMismatch] = {}
+    """The preprocessing for most peers' tables. Raises CommonweightError if there is none."""
+    chosen = parse_settings(settings)
+    incompatible: dict[str, SchemaMismatch] = {}
     notes: list[tuple[str, str]] = []
-    names = _choose_features(tables, asked, misfits, notes)
-    kinds = {}
-    for name in (asked.target, *names):
-        kinds[name] = _agree_on_kind(name, tables, misfits)
-    fitting = {peer: table for peer, table in sorted(tables.items()) if peer not in misfits}
-    if not fitting:
-        first = next(iter(misfits.values()))
-        raise CommonweightError(f"no peer's table fits: {first.message}")
-    whole = statistics.merge(fitting.values())
-    for peer, table in fitting.items():
+    names = _choose_features(tables, chosen, incompatible, notes)
+    for name in (chosen.target, *names):
+        _find_other_kinds(name, tables, incompatible)
+    compatible = {p: table for p, table in sorted(tables.items()) if p not in incompatible}
+    if not compatible:
+        first = next(iter(incompatible.values()))
+        raise CommonweightError(f"no peer has a compatible table: {first.message}")
+    merged = statistics.merge(compatible.values())
+    for peer, table in compatible.items():
         notes += [
             (peer, f"column {name} is absent and counts as missing")
             for name in names
             if name not in table.columns
         ]
-    for name in sorted(set(names) - whole.columns.keys()):
+    for name in sorted(set(names) - merged.columns.keys()):
         names.remove(name)
-        notes.append(("", f"column {name} is left out: no peer whose table fits has it"))
+        notes.append(("", f"column {name} is left out: no peer with a compatible table has it"))
     features = [
         feature
         for name in names
-        if (feature := _make_feature(name, whole.columns[name], asked, notes)) is not None
+        if (feature := _make_feature(name, merged.columns[name], chosen, notes)) is not None
     ]
     if not features:
         raise CommonweightError("no column is left that could be a feature")
-    target = _make_target(asked, whole.columns[asked.target])
-    made = Preprocessing(features=tuple(features), target=target, hashed=asked.hashed)
-    return Derived(made, misfits, notes)
+    target = _make_target(chosen, merged.columns[chosen.target])
+    return Derived(
+        Preprocessing(features=tuple(features), target=target, hashed=chosen.hashed),
+        incompatible,
+        notes,
+    )
 
 
 def _choose_features(
     tables: Mapping[str, TableStatistics],
-    asked: TableSettings,
-    misfits: dict[str, SchemaMismatch],
+    chosen: TableSettings,
+    incompatible: dict[str, SchemaMismatch],
     notes: list[tuple[str, str]],
 ) -> list[str]:
-    """The features' names, sorted: those asked for, else those that half of the peers have."""
-    having = Counter(name for table in tables.values() for name in table.columns)
-    for name in (asked.target, *asked.features):
-        what = "target" if name == asked.target else "feature"
-        if not having[name]:
-            known = ", ".join(sorted(having)[:20]) or "none"
+    """The sorted names of the chosen features, by default those that half of the peers have."""
+    counts = Counter(name for table in tables.values() for name in table.columns)
+    for name in (chosen.target, *chosen.features):
+        what = "target" if name == chosen.target else "feature"
+        if not counts[name]:
+            known = ", ".join(sorted(counts)[:20]) or "none"
             raise CommonweightError(f"no peer has a column {name!r}; columns: {known}")
+        mismatch = SchemaMismatch(f"column {name}", f"the {what}", "no such column")
         for peer, table in tables.items():
-            if name not in table.columns and peer not in misfits:
-                misfits[peer] = SchemaMismatch(f"column {name}", f"the {what}", "no such column")
-    if asked.features:
-        return sorted(asked.features)
-    fitting = [table for peer, table in tables.items() if peer not in misfits]
-    having = Counter(name for table in fitting for name in table.columns)
-    del having[asked.target]
-    few = sorted(name for name, count in having.items() if 2 * count < len(fitting))
-    notes += [("", f"column {n} is left out: {having[n]} of {len(fitting)} have it") for n in few]
-    return sorted(having.keys() - set(few))
+            if name not in table.columns:
+                incompatible.setdefault(peer, mismatch)
+    if chosen.features:
+        return sorted(chosen.features)
+    compatible = [table for peer, table in tables.items() if peer not in incompatible]
+    total = len(compatible)
+    counts = Counter(name for table in compatible for name in table.columns)
+    del counts[chosen.target]
+    rare = sorted(name for name, count in counts.items() if 2 * count < total)
+    notes += [("", f"column {n} is left out: {counts[n]} of {total} peers have it") for n in rare]
+    return sorted(counts.keys() - set(rare))
 
 
-def _agree_on_kind(
-    name: str, tables: Mapping[str, TableStatistics], misfits: dict[str, SchemaMismatch]
-) -> ColumnKind:
-    """The kind that most peers have; the others become misfits."""
-    told = {p: t.columns[name].kind for p, t in tables.items() if name in t.columns}
-    counts = Counter(kind for peer, kind in sorted(told.items()) if kind != "empty")
+def _find_other_kinds(
+    name: str, tables: Mapping[str, TableStatistics], incompatible: dict[str, SchemaMismatch]
+) -> None:
+    """Find the peers whose column has another kind than that of most peers."""
+    kinds = {p: t.columns[name].kind for p, t in tables.items() if name in t.columns}
+    counts = Counter(kind for _, kind in sorted(kinds.items()) if kind != "empty")
     if not counts:
-        return "empty"
+        return
     if counts["number"]:
         counts["number"] += counts.pop("boolean", 0)
-    agreed = counts.most_common(1)[0][0]
-    for peer, kind in told.items():
-        alike = kind in (agreed, "empty") or (kind, agreed) == ("boolean", "number")
-        if not alike and peer not in misfits:
-            misfits[peer] = SchemaMismatch(f"column {name}", agreed, kind)
-    return agreed
+    common = counts.most_common(1)[0][0]
+    accepted = {common, "empty"} | ({"boolean"} if common == "number" else set())
+    for peer, kind in kinds.items():
+        if kind not in accepted:
+            incompatible.setdefault(peer, SchemaMismatch(f"column {name}", common, kind))
 
 
 def _make_feature(
-    name: str, column: ColumnStatistics, asked: TableSettings, notes: list[tuple[str, str]]
+    name: str, column: ColumnStatistics, chosen: TableSettings, notes: list[tuple[str, str]]
 ) -> Feature | None:
     if column.kind == "empty":
         notes.append(("", f"column {name} is left out: it has no values at any peer"))
         return None
     if column.kind in NUMERIC:
-        mean, scale = _scaling(name, column, asked)
+        mean, scale = _scaling(name, column, chosen)
         return Feature(
             name=name, kind=column.kind, mean=mean, scale=scale, missing=column.missing > 0
         )
@@ -231,33 +234,32 @@ def _make_feature(
         notes.append(("", f"column {name} is left out: too many different texts for categories"))
         return None
     if not column.categories:
-        notes.append(("", f"column {name} is left out: no text in it is common enough to be told"))
+        notes.append(("", f"column {name} is left out: no text in it is common enough to share"))
         return None
     return Feature(name=name, kind="text", categories=statistics.sort_categories(column.categories))
 
 
-def _scaling(name: str, column: ColumnStatistics, asked: TableSettings) -> tuple[float, float]:
-    if asked.scaling == "minmax":
+def _scaling(name: str, column: ColumnStatistics, chosen: TableSettings) -> tuple[float, float]:
+    if chosen.scaling == "minmax":
         if column.extremes is None:
-            raise CommonweightError(f"no peer tells least and most of column {name}")
-        least, most = column.extremes
-        return least, (most - least) or 1.0
+            raise CommonweightError(f"no peer shares the minimum and maximum of column {name}")
+        low, high = column.extremes
+        return low, (high - low) or 1.0
     return column.moments.mean, math.sqrt(column.moments.variance) or 1.0
 
 
-def _make_target(asked: TableSettings, column: ColumnStatistics) -> Target:
-    name = asked.target
+def _make_target(chosen: TableSettings, column: ColumnStatistics) -> Target:
+    name = chosen.target
     if column.kind == "empty":
         raise CommonweightError(f"the target {name} has no values at any peer")
     classes = statistics.sort_categories(column.categories)
     few = not column.many and 0 < len(classes) <= MAX_CLASSES
     few = few or column.kind in ("text", "boolean")
-    if asked.kind == "classification" or (asked.kind == "auto" and few):
+    if chosen.kind == "classification" or (chosen.kind == "auto" and few):
         if column.many or column.kind == "date" or (column.kind == "number" and not column.whole):
+            values = "too many different values" if column.many else f"{column.kind}s"
             raise CommonweightError(
-                f"the target {name} cannot be classes: it holds "
-                + ("too many different values" if column.many else f"{column.kind}s"),
-                "--kind regression",
+                f"the target {name} cannot be classes: it has {values}", "--kind regression"
             )
         if len(classes) < 2:
             only = f"one class, {classes[0]!r}" if classes else "no class that is common enough"
@@ -265,7 +267,7 @@ def _make_target(asked: TableSettings, column: ColumnStatistics) -> Target:
         return Target(name=name, kind=column.kind, classes=classes)
     if column.kind not in NUMERIC:
         raise CommonweightError(
-            f"the target {name} holds text and cannot be a number", "--kind classification"
+            f"the target {name} has text and cannot be a number", "--kind classification"
         )
     scale = math.sqrt(column.moments.variance)
     if not scale:

@@ -1,9 +1,9 @@
-"""What peers tell of a table instead of its rows: statistics that merge. Pure numpy.
+"""Mergeable statistics of a table, which peers send instead of rows. Pure numpy.
 
-Statistics of two parts merge to those of the whole, in any order: so a peer merges its chunks, and
-the coordinator its peers, to what one pass over all rows would give (float64 rounding). Moments by
-Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
-1979, equation 2.1.
+The statistics of two parts merge to those of the whole, in any order. So a peer merges its chunks,
+and the coordinator its peers, to the result of one pass over all rows (up to float64 rounding).
+Moments: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
+Variances, 1979, equation 2.1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from msgspec.structs import replace
 
 from protocols.messages.envelope import Count, Text
 
-#: What a column holds. A truth value or a date counts as a number; "empty" has only missing values.
+#: The kind of a column. Booleans and dates count as numbers; "empty" has only missing values.
 ColumnKind = Literal["number", "boolean", "date", "text", "empty"]
 NUMERIC: frozenset[ColumnKind] = frozenset({"number", "boolean", "date"})
 
-#: More different texts than these are no categories but names, notes or keys.
+#: A column with more different texts has no categories, but names, notes or keys.
 MAX_CATEGORIES = 1000
 
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
@@ -40,7 +40,7 @@ class Moments(Struct, frozen=True, array_like=True):
 
     @property
     def variance(self) -> float:
-        """Of the values as a whole population; 0 for none."""
+        """The population variance; 0 without values."""
         return self.m2 / self.count if self.count else 0.0
 
 
@@ -53,7 +53,7 @@ def compute_moments(values: npt.NDArray[np.float64]) -> Moments:
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of both together."""
+    """The moments of both parts together."""
     count = a.count + b.count
     if not a.count or not b.count:
         return a if a.count else b
@@ -63,11 +63,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 class ColumnStatistics(Struct, frozen=True, kw_only=True):
-    """One column: `missing` values, and of the others moments or counts.
+    """Statistics of a column: the number of `missing` values, and moments or counts of the others.
 
-    `whole`: all its numbers are integers. `extremes`: least and most, told only on wish.
-    `categories`: how often each value is there; `others` counts the values that are not told one by
-    one. `many`: there are too many different ones to be categories.
+    `whole`: all numbers are integers. `extremes`: minimum and maximum, only if the run needs them.
+    `categories`: the count of each value; `others`: the count of values that are not listed.
+    `many`: there are too many different values for categories.
     """
 
     kind: ColumnKind
@@ -81,7 +81,7 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
 
 
 class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
-    """A peer's table: its number of rows, and each column that its owner lets others know of."""
+    """A peer's table: its number of rows, and the columns that its owner shares."""
 
     rows: Count
     columns: dict[Text, ColumnStatistics]
@@ -90,25 +90,23 @@ class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
 def merge(parts: Iterable[TableStatistics]) -> TableStatistics:
     """The statistics of all parts together; a column that a part lacks counts as missing there.
 
-    Kinds must agree (see `merge_columns`). Raises ValueError.
+    Raises ValueError for kinds that cannot be merged (see `merge_kinds`).
     """
     parts = list(parts)
+
+    def merge_parts(name: str) -> ColumnStatistics:
+        absent = (ColumnStatistics(kind="empty", missing=part.rows) for part in parts)
+        columns = (part.columns.get(name, none) for part, none in zip(parts, absent, strict=True))
+        return reduce(merge_columns, columns)
+
     names = dict.fromkeys(name for part in parts for name in part.columns)
-    columns = {
-        name: reduce(
-            merge_columns,
-            (
-                part.columns.get(name, ColumnStatistics(kind="empty", missing=part.rows))
-                for part in parts
-            ),
-        )
-        for name in names
-    }
-    return TableStatistics(rows=sum(part.rows for part in parts), columns=columns)
+    return TableStatistics(
+        rows=sum(part.rows for part in parts), columns={name: merge_parts(name) for name in names}
+    )
 
 
 def merge_kinds(a: ColumnKind, b: ColumnKind) -> ColumnKind:
-    """The kind that holds both. Raises ValueError where there is none."""
+    """The kind of a column with values of both kinds. Raises ValueError if there is none."""
     if a == b or b == "empty":
         return a
     if a == "empty":
@@ -119,7 +117,7 @@ def merge_kinds(a: ColumnKind, b: ColumnKind) -> ColumnKind:
 
 
 def merge_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
-    """One column in two parts. Raises ValueError for kinds that do not go together."""
+    """The statistics of one column in two parts. Raises ValueError, see `merge_kinds`."""
     kind = merge_kinds(a.kind, b.kind)
     counts = dict(a.categories)
     for name, count in b.categories.items():
@@ -143,31 +141,30 @@ def merge_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
 def without_rare_values(
     table: TableStatistics, min_count: int, *, hashed: Iterable[str] = ()
 ) -> TableStatistics:
-    """What of a peer's statistics leaves it: no value that fewer than `min_count` rows have.
+    """The statistics that may leave a peer: without values that fewer than `min_count` rows have.
 
-    Columns in `hashed` tell `hash_category` in place of each value.
+    Columns in `hashed` have the `hash_category` of each value.
     """
     hashed = frozenset(hashed)
 
-    def told(name: str, column: ColumnStatistics) -> ColumnStatistics:
+    def without_rare(name: str, column: ColumnStatistics) -> ColumnStatistics:
         common = {value: n for value, n in column.categories.items() if n >= min_count}
         rare = sum(column.categories.values()) - sum(common.values())
         if name in hashed:
             common = {hash_category(name, value): n for value, n in common.items()}
         return replace(column, categories=common, others=column.others + rare)
 
-    return replace(
-        table, columns={name: told(name, column) for name, column in table.columns.items()}
-    )
+    columns = {name: without_rare(name, column) for name, column in table.columns.items()}
+    return replace(table, columns=columns)
 
 
 def hash_category(column: str, value: str) -> str:
-    """64 bits of SHA-256 in place of a value. Whoever guesses the value can check the guess."""
+    """64 bits of SHA-256 in place of a value. This does not protect values that can be guessed."""
     return "#" + hashlib.sha256(f"{column}\0{value}".encode()).hexdigest()[:16]
 
 
 def sort_categories(counts: Mapping[str, int]) -> tuple[str, ...]:
-    """Categories in the order that all peers share: numbers by size, then text by letters."""
+    """Categories in the same order on all peers: numbers by size, then text alphabetically."""
 
     def place(value: str) -> tuple[bool, float, str]:
         try:

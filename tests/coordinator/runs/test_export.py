@@ -155,5 +155,5 @@ def test_a_file_that_is_not_its_cards_is_refused(lane: WeightStore, tmp_path: Pa
     out.write_bytes(whole)
     for text in (b"{}", b"\xff", b'{"kind": 3}'):
         (tmp_path / "a.json").write_bytes(text)
-        with pytest.raises(UsageError, match="no card of a model"):
+        with pytest.raises(UsageError, match="not a model card"):
             model_card.read(out)

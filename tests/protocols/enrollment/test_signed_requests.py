@@ -39,6 +39,15 @@ def test_the_signature_covers_method_path_body_time_and_nonce() -> None:
     assert not good("GET", PATH, sent | {signed_requests.TIME: repr(time.time())})
 
 
+def test_a_signature_has_one_form() -> None:
+    """The last character before the padding has four spare bits, which the decoder ignores."""
+    sent = signed_requests.sign_headers("me", KEY.sign, "GET", PATH)
+    text = sent[signed_requests.SIGNATURE]
+    other = text[:-3] + {"A": "B", "Q": "R", "g": "h", "w": "x"}[text[-3]] + "=="
+    with pytest.raises(BadMessage, match="canonical"):
+        good("GET", PATH, sent | {signed_requests.SIGNATURE: other})
+
+
 @pytest.mark.parametrize(
     ("away_s", "fine"),
     [(0, True), (WINDOW_S - 5, True), (5 - WINDOW_S, True), (WINDOW_S + 5, False), (-1e9, False)],

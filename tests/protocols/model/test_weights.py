@@ -336,9 +336,9 @@ def test_any_safetensors_file_can_be_read(tmp_path_factory: Any, model: Weights)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "no safetensors file"),
-        (b"not weights at all", "no safetensors file"),
-        (any_file({"w": ("U32", [1], bytes(4))}), "tensor 'w' is U32; known are F64"),
+        (b"", "not a safetensors file"),
+        (b"not weights at all", "not a safetensors file"),
+        (any_file({"w": ("U32", [1], bytes(4))}), "tensor 'w' has dtype 'U32'; supported: F64"),
     ],
 )
 def test_a_file_that_holds_no_weights_is_refused_with_the_reason(

@@ -119,7 +119,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
     with WeightsFile(path) as stored:
         with path.open("r+b") as file:
             file.truncate(200)
-        with pytest.raises(BadWeights, match="too soon"):
+        with pytest.raises(BadWeights, match="truncated"):
             stored.read(Part("w", 0, 100))
 
 
@@ -127,7 +127,7 @@ def test_a_piece_of_another_size_and_a_broken_block_leave_the_old_file(tmp_path:
     path = tmp_path / "model"
     path.write_bytes(b"old")
     schema = Weights({"w": np.zeros(4)}).schema
-    with pytest.raises(BadWeights, match="size"), WeightsWriter(path, schema) as writer:
+    with pytest.raises(BadWeights, match="number of elements"), WeightsWriter(path, schema) as writer:
         writer.write({Part("w", 0, 4): np.zeros(3)})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

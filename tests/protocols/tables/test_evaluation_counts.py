@@ -77,11 +77,11 @@ def test_regression_is_that_of_scikit_learn(whole: list[tuple[float, float]]) ->
     [
         ({"confusion": [1.0, 2.0, 3.0]}, "3 numbers"),
         ({"confusion": []}, "0 numbers"),
-        ({"confusion": [4.0, -1.0, 0.0, 0.0]}, "less than nothing"),
+        ({"confusion": [4.0, -1.0, 0.0, 0.0]}, "negative number"),
         ({"confusion": [math.nan, 1.0, 1.0, 1.0]}, "not finite"),
         ({"confusion": [1.0, 1.0, 1.0, 1.0]}, "4 examples, not 3"),
         ({"calibration": [3.0, 1.0, 1.0]}, "3 numbers"),
-        ({"regression": [3.0, -1.0, 1.0, 1.0, 1.0]}, "less than nothing"),
+        ({"regression": [3.0, -1.0, 1.0, 1.0, 1.0]}, "negative number"),
         ({"regression": [2.0, 1.0, 1.0, 1.0, 1.0]}, "2 examples, not 3"),
         ({"passwords": [3.0]}, "unknown"),
     ],

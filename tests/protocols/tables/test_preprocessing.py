@@ -58,7 +58,7 @@ def test_least_and_most_scale_where_they_are_told() -> None:
     told = [table(x=number(extremes=(least, 4.0))) for least in (-2.0, 0.0)]
     (x,) = derived(*told, scaling="minmax").preprocessing.features
     assert (x.mean, x.scale) == (-2.0, 6.0)
-    with pytest.raises(CommonweightError, match="least and most of column x"):
+    with pytest.raises(CommonweightError, match="minimum and maximum of column x"):
         derived(table(x=number()), scaling="minmax")
 
 
@@ -74,8 +74,8 @@ def test_a_column_of_few_is_left_out_and_one_of_most_is_missing_elsewhere() -> N
     made = derived(table(x=number(), y=number()), table(x=number()), table(x=number(), z=number()))
     assert [feature.name for feature in made.preprocessing.features] == ["x"]
     assert made.notes == [
-        ("", "column y is left out: 1 of 3 have it"),
-        ("", "column z is left out: 1 of 3 have it"),
+        ("", "column y is left out: 1 of 3 peers have it"),
+        ("", "column z is left out: 1 of 3 peers have it"),
     ]
     made = derived(table(x=number(), y=number()), table(x=number()))
     assert [(f.name, f.missing) for f in made.preprocessing.features] == [("x", False), ("y", True)]
@@ -147,8 +147,8 @@ def test_the_target_says_what_is_learnt(
         (ColumnStatistics(kind="text", others=9), "auto", "no class that is common enough"),
         (ColumnStatistics(kind="empty", missing=9), "auto", "no values at any peer"),
         (ColumnStatistics(kind="text", many=True), "auto", "too many different values"),
-        (number(), "classification", "cannot be classes: it holds numbers"),
-        (LABEL, "regression", "holds text and cannot be a number"),
+        (number(), "classification", "cannot be classes: it has numbers"),
+        (LABEL, "regression", "has text and cannot be a number"),
         (ColumnStatistics(kind="number", moments=Moments(9, 7.0, 0.0)), "auto", "7 in every row"),
     ],
 )
