@@ -1,5 +1,5 @@
-"""Federated analytics: questions about tables that stay where they are, and how answers merge.
+"""Federated analytics: queries over tables of all peers, and the statistics that answer them.
 
-A question is a few declarative operations; each peer answers with sufficient statistics that merge
-to those of all rows together. There is no join, no shuffle and no code.
+A query is a list of declarative operations. Each peer answers with sufficient statistics, which
+merge to those of all rows. There are no joins, no shuffles and no code from the coordinator.
 """

@@ -1,10 +1,10 @@
-"""What peers tell instead of rows: sufficient statistics that merge. Pure numpy.
+"""Mergeable statistics that peers send instead of rows. Pure numpy.
 
-Moments and comoments by Chan, Golub and LeVeque (1979); quantiles by DDSketch (Masson, Rim and Lee,
-2019, relative error `ALPHA`); distinct values by HyperLogLog++ (Heule, Nunkesser and Hall, 2013,
-`2**PRECISION` registers: standard error 0.8 %). They travel as plain numbers, so that what a peer
-sends can be checked before a library of sketches sees it. Merging is associative and commutative,
-up to float64 rounding for the moments.
+Moments and comoments: Chan, Golub and LeVeque (1979). Quantiles: DDSketch (Masson, Rim and Lee,
+2019, relative error `ALPHA`). Distinct counts: HyperLogLog++ (Heule, Nunkesser and Hall, 2013,
+`2**PRECISION` registers: standard error 0.8 %). They are sent as plain numbers, so they can be
+checked before a sketch library reads them. Merging is associative and commutative, up to float64
+rounding of the moments.
 """
 
 from __future__ import annotations
@@ -21,41 +21,43 @@ from msgspec import Meta, Struct
 from protocols.messages.envelope import Count, Text
 from protocols.tables.statistics import Finite, Moments, merge_moments
 
-#: Relative error of a quantile; bin i holds what lies in (GAMMA^(i-1), GAMMA^i].
+#: Relative error of a quantile; bin i counts values in (GAMMA^(i-1), GAMMA^i].
 ALPHA = 0.005
 GAMMA = (1 + ALPHA) / (1 - ALPHA)
-#: Values nearer to 0 than this count as 0 in a quantile.
+#: Values closer to 0 count as 0 in a quantile.
 TINY = 1e-300
 PRECISION = 14
 _MAX_BINS = 16_384
-#: All finite floats lie in these bins.
+#: These bins cover all finite floats.
 _Bin = Annotated[int, Meta(ge=-72_000, le=72_000)]
 
 Floats = npt.NDArray[np.float64]
 
 
 class CountState(Struct, frozen=True, tag="count"):
-    """So many rows; also of missing values."""
+    """A number of rows, or of missing values."""
 
     count: Count = 0
 
 
 class MomentsState(Struct, frozen=True, tag="moments"):
-    """Of a column: sum, mean, variance."""
+    """For the sum, mean and variance of a column."""
 
     moments: Moments = Moments()
 
 
 class RangeState(Struct, frozen=True, tag="range"):
-    """Least and most; None for no value."""
+    """Minimum and maximum; None without values."""
 
     least: Finite | None = None
     most: Finite | None = None
 
 
 class ComomentsState(Struct, frozen=True, tag="comoments"):
-    """Of two columns, over rows that have both: their moments and `c`, the sum of products of
-    differences from the means."""
+    """For covariance and correlation of two columns, over rows that have both.
+
+    `c` is the sum of products of the differences from the means.
+    """
 
     x: Moments = Moments()
     y: Moments = Moments()
@@ -63,7 +65,7 @@ class ComomentsState(Struct, frozen=True, tag="comoments"):
 
 
 class HistogramState(Struct, frozen=True, tag="histogram"):
-    """Counts in equal bins, and below and above all of them."""
+    """Counts in equal bins, and counts below and above them."""
 
     counts: Annotated[tuple[Count, ...], Meta(max_length=1000)] = ()
     below: Count = 0
@@ -71,7 +73,7 @@ class HistogramState(Struct, frozen=True, tag="histogram"):
 
 
 class QuantileState(Struct, frozen=True, tag="quantiles"):
-    """Counts by bin of a DDSketch, by sign; and zeros."""
+    """A DDSketch: counts by bin of positive and of negative values, and zeros."""
 
     positive: Annotated[dict[_Bin, Count], Meta(max_length=_MAX_BINS)] = {}
     negative: Annotated[dict[_Bin, Count], Meta(max_length=_MAX_BINS)] = {}
@@ -79,7 +81,7 @@ class QuantileState(Struct, frozen=True, tag="quantiles"):
 
 
 class DistinctState(Struct, frozen=True, tag="distinct"):
-    """HyperLogLog registers, one byte each; empty for no value."""
+    """HyperLogLog registers, one byte each; empty without values."""
 
     registers: Annotated[bytes, Meta(max_length=1 << PRECISION)] = b""
 
@@ -96,7 +98,7 @@ State = (
 
 
 class Cell(Struct, frozen=True):
-    """One group: its values in the grouping columns (None: missing), rows, a state a figure."""
+    """A group: its values in the grouping columns (None: missing), rows, a state per operation."""
 
     group: Annotated[tuple[Text | None, ...], Meta(max_length=3)]
     rows: Count
@@ -104,9 +106,9 @@ class Cell(Struct, frozen=True):
 
 
 class PeerAnswer(Struct, frozen=True, kw_only=True):
-    """A peer's answer. `rows` are those of its table, `kept_back` those in cells that it keeps.
+    """A peer's answer. `rows` of its table; `kept_back` of them are in cells that it withholds.
 
-    `kinds`: what each column of the question holds there. `refused`: why it answers nothing.
+    `kinds`: the kind of each column of the query. `refused`: why the peer refused the query.
     """
 
     rows: Count = 0
@@ -116,11 +118,11 @@ class PeerAnswer(Struct, frozen=True, kw_only=True):
     refused: Text = ""
 
 
-# --- making ----------------------------------------------------------------------------------
+# --- computing -------------------------------------------------------------------------------
 
 
 def compute_comoments(x: Floats, y: Floats) -> ComomentsState:
-    """Of two columns, float64[n] each, without NaN."""
+    """The comoments of two columns, float64[n] each, without NaN."""
     if not len(x):
         return ComomentsState()
     mean_x, mean_y = float(x.mean()), float(y.mean())
@@ -132,13 +134,15 @@ def compute_comoments(x: Floats, y: Floats) -> ComomentsState:
     )
 
 
-def compute_histogram(values: Floats, bins: int, least: float, most: float) -> HistogramState:
-    """Counts in `bins` equal bins from `least` to `most`; each bin has its lower edge, the last
-    one both."""
-    inside = (values >= least) & (values <= most)
-    place = ((values[inside] - least) * (bins / (most - least))).astype(np.int64)
-    counts = np.bincount(np.minimum(place, bins - 1), minlength=bins)
-    below, above = int((values < least).sum()), int((values > most).sum())
+def compute_histogram(values: Floats, bins: int, low: float, high: float) -> HistogramState:
+    """Counts in `bins` equal bins from `low` to `high`.
+
+    A bin includes its lower edge; the last bin also includes its upper edge.
+    """
+    inside = (values >= low) & (values <= high)
+    bin_index = ((values[inside] - low) * (bins / (high - low))).astype(np.int64)
+    counts = np.bincount(np.minimum(bin_index, bins - 1), minlength=bins)
+    below, above = int((values < low).sum()), int((values > high).sum())
     return HistogramState(tuple(counts.tolist()), below, above)
 
 
@@ -153,17 +157,16 @@ def sketch_quantiles(values: Floats) -> QuantileState:
 
 
 def _bins(values: Floats) -> dict[int, int]:
-    places, counts = np.unique(
-        np.ceil(np.log(values) / math.log(GAMMA)).astype(np.int64), return_counts=True
-    )
-    return dict(zip(places.tolist(), counts.tolist(), strict=True))
+    bins = np.ceil(np.log(values) / math.log(GAMMA)).astype(np.int64)
+    bins, counts = np.unique(bins, return_counts=True)
+    return dict(zip(bins.tolist(), counts.tolist(), strict=True))
 
 
 # --- merging ---------------------------------------------------------------------------------
 
 
 def merge(states: Iterable[State]) -> State:
-    """The state of all parts together. Raises ValueError for states of different kinds."""
+    """The state of all parts together. Raises ValueError for different types of states."""
     return reduce(_merge_pair, states)
 
 
@@ -181,7 +184,7 @@ def _merge_pair(a: State, b: State) -> State:
             return _merge_comoments(a, b)
         case HistogramState(), HistogramState():
             if len(a.counts) != len(b.counts):
-                raise ValueError("histograms of different bins")
+                raise ValueError("histograms with different bins")
             counts = tuple(x + y for x, y in zip(a.counts, b.counts, strict=True))
             return HistogramState(counts, a.below + b.below, a.above + b.above)
         case QuantileState(), QuantileState():
@@ -193,7 +196,7 @@ def _merge_pair(a: State, b: State) -> State:
         case DistinctState(), DistinctState():
             return _merge_distinct(a, b)
         case _:
-            raise ValueError(f"{type(a).__name__} and {type(b).__name__} do not merge")
+            raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot be merged")
 
 
 def _merge_comoments(a: ComomentsState, b: ComomentsState) -> ComomentsState:
@@ -205,13 +208,13 @@ def _merge_comoments(a: ComomentsState, b: ComomentsState) -> ComomentsState:
 
 
 def _add_counts(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
-    return {place: a.get(place, 0) + b.get(place, 0) for place in sorted(a.keys() | b.keys())}
+    return {key: a.get(key, 0) + b.get(key, 0) for key in sorted(a.keys() | b.keys())}
 
 
 def _merge_distinct(a: DistinctState, b: DistinctState) -> DistinctState:
     if not a.registers or not b.registers:
         return a if a.registers else b
     if len(a.registers) != len(b.registers):
-        raise ValueError("registers of different precision")
+        raise ValueError("registers with different precision")
     x, y = (np.frombuffer(state.registers, np.uint8) for state in (a, b))
     return DistinctState(np.maximum(x, y).tobytes())

@@ -1,9 +1,9 @@
-"""Questions as people write them. Pure.
+"""Parses queries as people write them. Pure.
 
     count, mean(age), std(age), quantile(age, .5), histogram(income, 20) by sex
 
-Read with Python's own parser, of which only calls, names, numbers, texts and comparisons are let
-through; nothing is evaluated. A column whose name is no plain word is written as a text: "my town".
+This uses Python's own parser, accepts only calls, names, numbers, strings and comparisons, and
+evaluates nothing. Quote a column name that is not one word: "my town".
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ import difflib
 import re
 from typing import NamedTuple
 
-from protocols.analytics.query import Comparison, Condition, Number, Operation, OperationKind, Query
+from protocols.analytics.query import (
+    MAX_GROUPING,
+    MAX_OPERATIONS,
+    Comparison,
+    Condition,
+    Number,
+    Operation,
+    OperationKind,
+    Query,
+)
 from protocols.errors import UnknownName, UsageError
 
 _BY = re.compile(r"""\s+by\s+(?=(?:[^"']|"[^"]*"|'[^']*')*\Z)""", re.IGNORECASE)
 
 
 class _Signature(NamedTuple):
-    """How an operation is called: so many columns, then at least and at most so many numbers."""
+    """The arguments of an operation: columns, then `min_numbers` to `max_numbers` numbers."""
 
     columns: int
-    least: int
-    most: int
+    min_numbers: int
+    max_numbers: int
     example: str
 
 
@@ -44,11 +53,11 @@ SIGNATURES: dict[OperationKind, _Signature] = {
     "distinct": _Signature(1, 0, 0, "distinct(city)"),
 }
 _IMPOSSIBLE = {
-    "join": "rows of different peers are never brought together",
-    "sort": "no order over all peers' rows exists without bringing them together",
-    "top": "single rows never leave a peer",
-    "list": "single rows never leave a peer",
-    "select": "single rows never leave a peer; ask for figures such as mean(age)",
+    "join": "rows of different peers are never combined",
+    "sort": "rows never leave a peer, so they cannot be sorted over all peers",
+    "top": "rows never leave a peer",
+    "list": "rows never leave a peer",
+    "select": "rows never leave a peer; ask for statistics such as mean(age)",
     "median": "write quantile(age, 0.5)",
     "nunique": "write distinct(city)",
     "avg": "write mean(age)",
@@ -66,36 +75,40 @@ def parse_query(
     epsilon: float = 0.0,
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Query:
-    """The question that `text` asks. Raises UsageError, UnknownName."""
+    """The query in `text`, with conditions in `where`. Raises UsageError, UnknownName."""
     what, *grouping = _BY.split(text.strip())
     if len(grouping) > 1:
         raise UsageError("there is more than one 'by'", "write: mean(age) by sex, city")
     operations = tuple(_operation(node) for node in _items(what, "count, mean(age) by sex"))
     by = tuple(_column(node) for node in _items(grouping[0], "by sex, city")) if grouping else ()
     if not operations:
-        raise UsageError("nothing is asked", "such as: count, mean(age) by sex")
-    if len(operations) > 32 or len(by) > 3:
-        raise UsageError("at most 32 figures, by at most 3 columns")
-    asked = Query(
+        raise UsageError("the query is empty", "such as: count, mean(age) by sex")
+    if len(operations) > MAX_OPERATIONS or len(by) > MAX_GROUPING:
+        raise UsageError(
+            f"a query has at most {MAX_OPERATIONS} operations, by at most {MAX_GROUPING} columns"
+        )
+    query = Query(
         operations=operations,
         by=by,
         where=parse_conditions(where),
         epsilon=epsilon,
         bounds=bounds or {},
     )
-    if missing := bounds and [name for name in bounds if name not in asked.columns]:
-        raise UsageError(f"bounds are given for {missing[0]!r}, which is not asked for")
-    return asked
+    if missing := query.bounds.keys() - set(query.columns):
+        raise UsageError(f"there are bounds for {min(missing)!r}, which is not in the query")
+    return query
 
 
 def parse_conditions(text: str) -> tuple[Condition, ...]:
-    """Comparisons joined by `and`, all of which must hold. Raises UsageError."""
+    """Comparisons joined by `and`. Raises UsageError."""
     if not text.strip():
         return ()
     tree = _parsed(text, "age >= 18 and city == 'Oslo'")
     nodes = tree.values if isinstance(tree, ast.BoolOp) else [tree]
     if isinstance(tree, ast.BoolOp) and not isinstance(tree.op, ast.And):
-        raise UsageError("conditions can be joined by 'and' only", "or: city in ('Oslo', 'Bergen')")
+        raise UsageError(
+            "conditions can only be joined by 'and'", "for 'or', write: city in ('Oslo', 'Bergen')"
+        )
     return tuple(_condition(node) for node in nodes)
 
 
@@ -104,13 +117,11 @@ def _condition(node: ast.expr) -> Condition:
         raise UsageError("a condition is one comparison", "age >= 18 and city == 'Oslo'")
     comparison = _COMPARISONS.get(type(node.ops[0]))
     if comparison is None:
-        raise UsageError(
-            "that comparison is not known", f"known: {', '.join(_COMPARISONS.values())}"
-        )
+        raise UsageError("unknown comparison", f"known: {', '.join(_COMPARISONS.values())}")
     right = node.comparators[0]
     nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
     if (comparison == "in") != isinstance(right, ast.Tuple | ast.List) or not nodes:
-        raise UsageError("'in' is followed by values in brackets", "city in ('Oslo', 'Bergen')")
+        raise UsageError("'in' needs values in parentheses", "city in ('Oslo', 'Bergen')")
     return Condition(_column(node.left), comparison, tuple(_value(value) for value in nodes))
 
 
@@ -125,8 +136,9 @@ def _operation(node: ast.expr) -> Operation:
     if isinstance(node, ast.Call) and node.keywords:
         raise UsageError(f"{kind} takes no named arguments", f"write {form.example}")
     numbers = len(arguments) - form.columns
-    if not form.least <= numbers <= form.most or (kind == "histogram" and numbers == 2):
-        raise UsageError(f"{kind} is not written so", f"write {form.example}")
+    valid = form.min_numbers <= numbers <= form.max_numbers
+    if not valid or (kind == "histogram" and numbers == 2):
+        raise UsageError(f"{kind} has a wrong number of arguments", f"write {form.example}")
     columns = tuple(_column(argument) for argument in arguments[: form.columns])
     operation = Operation(kind, columns, tuple(map(_number, arguments[form.columns :])))
     _check(operation)
@@ -136,17 +148,19 @@ def _operation(node: ast.expr) -> Operation:
 def _check(operation: Operation) -> None:
     args = operation.args
     if operation.kind == "quantile" and not 0 <= args[0] <= 1:
-        raise UsageError("a quantile lies between 0 and 1", "the median is quantile(age, 0.5)")
+        raise UsageError("a quantile must be between 0 and 1", "the median is quantile(age, 0.5)")
     if operation.kind == "histogram":
         if args[0] != int(args[0]) or not 1 <= args[0] <= 1000:
             raise UsageError("a histogram has 1 to 1000 bins", SIGNATURES["histogram"].example)
         if len(args) == 3 and not args[1] < args[2]:
-            raise UsageError("a histogram's range goes upwards", SIGNATURES["histogram"].example)
+            raise UsageError(
+                "the range of a histogram must start below its end", SIGNATURES["histogram"].example
+            )
 
 
 def _unknown(name: str) -> UnknownName:
     if name in _IMPOSSIBLE:
-        return UnknownName(f"{name} is not possible here: {_IMPOSSIBLE[name]}")
+        return UnknownName(f"{name} is not possible: {_IMPOSSIBLE[name]}")
     near = difflib.get_close_matches(name, SIGNATURES, 1)
     known = f"did you mean {near[0]}?" if near else f"known: {', '.join(SIGNATURES)}"
     return UnknownName(
@@ -165,9 +179,7 @@ def _parsed(text: str, example: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
-        raise UsageError(
-            f"this is not understood: {text.strip()[:200]}", f"such as: {example}"
-        ) from err
+        raise UsageError(f"not a valid query: {text.strip()[:200]}", f"such as: {example}") from err
 
 
 def _column(node: ast.expr) -> str:
@@ -175,13 +187,13 @@ def _column(node: ast.expr) -> str:
         return node.id
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) <= 64:
         return node.value
-    raise UsageError("a column's name is expected", """a word, or a text: mean("home town")""")
+    raise UsageError("expected the name of a column", """a word, or quoted: mean("home town")""")
 
 
 def _number(node: ast.expr) -> float:
     value = _value(node)
     if isinstance(value, str):
-        raise UsageError(f"a number is expected, not {value!r}")
+        raise UsageError(f"expected a number, not {value!r}")
     return value
 
 
@@ -197,4 +209,4 @@ def _value(node: ast.expr) -> Number | str:
             return sign * float(value)
         if isinstance(value, str) and sign > 0 and len(value) <= 400:
             return value
-    raise UsageError("a number or a text is expected", "age >= 18 and city == 'Oslo'")
+    raise UsageError("expected a number or a quoted text", "age >= 18 and city == 'Oslo'")

@@ -1,7 +1,7 @@
-"""A question to the fleet's tables, as it travels. Pure.
+"""A query over the tables of all peers. Pure.
 
-`count, mean(age), histogram(income, 20, 0, 1e5) by sex where age >= 18` is three operations, one
-grouping and one condition (`grammar` reads the text).
+`count, mean(age), histogram(income, 20, 0, 1e5) by sex where age >= 18` has three operations, one
+grouping column and one condition (`parser` reads the text).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OperationKind = Literal[
 Comparison = Literal["==", "!=", "<", "<=", ">", ">=", "in"]
 Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
-#: More would be a table, not an answer.
+#: Limits of a query.
 MAX_OPERATIONS, MAX_GROUPING, MAX_CONDITIONS = 32, 3, 16
 
 
 class Operation(Struct, frozen=True, order=True):
-    """One figure: `columns` are what it is of, `args` its numbers (quantile, bins, range)."""
+    """One statistic of some `columns`; `args` are numbers (quantile, bins, range)."""
 
     kind: OperationKind
     columns: Annotated[tuple[Name, ...], Meta(max_length=2)] = ()
@@ -38,22 +38,22 @@ class Operation(Struct, frozen=True, order=True):
 
 
 class Condition(Struct, frozen=True):
-    """Rows count for which `column` compares so with a value, or is one of some values."""
+    """Selects the rows whose `column` compares with a value, or is one of some values."""
 
     column: Name
     comparison: Comparison
     values: Annotated[tuple[Number | Text, ...], Meta(min_length=1, max_length=64)]
 
     def __str__(self) -> str:
-        told = [f"{v:g}" if isinstance(v, float) else repr(v) for v in self.values]
-        right = f"({', '.join(told)})" if self.comparison == "in" else told[0]
+        values = [f"{v:g}" if isinstance(v, float) else repr(v) for v in self.values]
+        right = f"({', '.join(values)})" if self.comparison == "in" else values[0]
         return f"{self.column} {self.comparison} {right}"
 
 
 class Query(Struct, frozen=True, kw_only=True):
-    """What is asked of every peer. `epsilon` (0: none) is what each answer may cost in privacy.
+    """A query to every peer. `epsilon`: the privacy budget for each answer; 0 for no noise.
 
-    `bounds`: by column, the least and most that a value counts for; noise needs to know them.
+    `bounds`: by column, the range to which values are clamped; noise requires them.
     """
 
     operations: Annotated[tuple[Operation, ...], Meta(min_length=1, max_length=MAX_OPERATIONS)]
@@ -64,7 +64,7 @@ class Query(Struct, frozen=True, kw_only=True):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that it looks at, each once, in a fixed order."""
+        """All columns in the query, each once, in a fixed order."""
         named = [name for operation in self.operations for name in operation.columns]
         named += [*self.by, *(condition.column for condition in self.where)]
         return tuple(dict.fromkeys(named))
@@ -77,5 +77,5 @@ class Query(Struct, frozen=True, kw_only=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is asked: the same question has the same."""
+        """SHA-256 of the query."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

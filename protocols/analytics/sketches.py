@@ -1,4 +1,4 @@
-"""Quantiles and distinct values: states to and from the libraries that know the mathematics."""
+"""Quantiles and distinct counts from mergeable states, with ddsketch and datasketch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocols.errors import CommonweightError
 
 
 def count_distinct(values: Iterable[str]) -> DistinctState:
-    """HyperLogLog++ registers of some texts; give each text once, to be quick."""
+    """HyperLogLog++ registers of some texts. Pass each text once for speed."""
     counter = _library("datasketch").HyperLogLogPlusPlus(p=PRECISION, hashfunc=_hash)
     for value in values:
         counter.update(value.encode())
@@ -21,7 +21,7 @@ def count_distinct(values: Iterable[str]) -> DistinctState:
 
 
 def estimate_distinct(state: DistinctState) -> float:
-    """About how many different values there are."""
+    """The estimated number of different values."""
     if not state.registers:
         return 0.0
     registers = np.frombuffer(state.registers, np.int8)
@@ -29,7 +29,7 @@ def estimate_distinct(state: DistinctState) -> float:
 
 
 def quantile(state: QuantileState, q: float) -> float | None:
-    """The q-quantile within a relative error of `ALPHA`; None for no value."""
+    """The q-quantile within a relative error of `ALPHA`; None without values."""
     sketches, stores = _library("ddsketch.ddsketch"), _library("ddsketch.store")
     sides = []
     for counts in (state.positive, state.negative):
@@ -43,9 +43,9 @@ def quantile(state: QuantileState, q: float) -> float | None:
 
 
 def quantile_histogram(state: QuantileState, bins: int) -> tuple[float, float, tuple[int, ...]]:
-    """Equal bins between the 1 % and the 99 % quantile, about: least, most, counts.
+    """A histogram with equal bins between the 1 % and the 99 % quantile: low, high, counts.
 
-    What lies beyond is counted in the first and the last bin.
+    Values outside are counted in the first and the last bin.
     """
     least, most = quantile(state, 0.01), quantile(state, 0.99)
     if least is None or most is None:
@@ -70,6 +70,6 @@ def _library(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as err:
         raise CommonweightError(
-            f"quantiles and distinct values need {err.name}, which is not installed",
+            f"quantiles and distinct counts need {err.name}, which is not installed",
             "pip install 'commonweight[analyze]'",
         ) from err

@@ -1,8 +1,8 @@
-"""What training changed, as one long row of float32 numbers, block by block. Pure numpy.
+"""The change from training as one flat float32 array, block by block. Pure numpy.
 
-All floating-point tensors of a model, in name order, are the flat axis of a `Layout`, but for those
-that follow from the others (`schemes.is_derived`). A block fits a core's cache, and its buffer is
-used again.
+A `FlatLayout` concatenates all floating-point tensors of a model in name order, without those that
+are computed from an update (`personalization.is_derived`). A block fits into a core's cache, and
+its buffer is reused.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from protocols.model.weights import (
 
 Floats = npt.NDArray[np.float32]
 
-#: Elements that are worked on at a time; also the longest row of int8.
+#: Elements per block; also the longest row of int8.
 BLOCK_ELEMENTS = 64 * 1024
-#: Rows of int8 that are shorter are joined: the scale has four bytes.
+#: Shorter rows of int8 are joined, because a scale takes four bytes.
 _MIN_ROW = 512
-#: A change beyond this is no training any more, and its rounding could overflow.
+#: A larger change comes from a diverged model, and rounding it could overflow.
 MAX_CHANGE = 1e38
 
 
 class FlatTensor(NamedTuple):
-    """A floating-point tensor: its place on the flat axis, its rows of int8, its bytes of bits."""
+    """A floating-point tensor: its start on the flat axis, its rows of int8, its bytes of signs."""
 
     name: str
     number: int
@@ -51,7 +51,7 @@ class FlatTensor(NamedTuple):
 
 
 class FlatLayout:
-    """Where each floating-point tensor of a schema that travels up lies on the flat axis."""
+    """The position of each floating-point tensor of an update on the flat axis."""
 
     def __init__(self, schema: Schema) -> None:
         self.fields: dict[str, FlatTensor] = {}
@@ -68,13 +68,13 @@ class FlatLayout:
 
 
 def _row_length(shape: tuple[int, ...]) -> int:
-    """Elements that share a scale: what leads to one output, or several of such."""
+    """Elements that share a scale: the weights of one output, or of several outputs."""
     row = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
     return min(row * -(-_MIN_ROW // row), BLOCK_ELEMENTS)
 
 
 class DeltaBlock(NamedTuple):
-    """Elements `start` to `stop` of a tensor and their change, in a buffer that is used again."""
+    """Elements `start` to `stop` of a tensor and their change, in a buffer that is reused."""
 
     field: FlatTensor
     start: int
@@ -83,22 +83,22 @@ class DeltaBlock(NamedTuple):
 
 
 class DeltaReader:
-    """What an update changes: trained - base + what was left over before, block by block.
+    """Reads trained - base + residual, block by block.
 
-    `left` holds the leftover as one tensor over the flat axis, named `key`.
+    `residual` has one tensor over the flat axis, named `key`: what earlier updates left out.
     """
 
     def __init__(
-        self, trained: WeightReader, base: WeightReader, left: WeightReader | None, key: str
+        self, trained: WeightReader, base: WeightReader, residual: WeightReader | None, key: str
     ) -> None:
         self.layout = FlatLayout(base.schema)
-        self._trained, self._base, self._left, self._key = trained, base, left, key
+        self._trained, self._base, self._residual, self._key = trained, base, residual, key
         self._buffer = np.empty(BLOCK_ELEMENTS, np.float32)
 
     def blocks(self, unit: Callable[[FlatTensor], int] = lambda field: 1) -> Iterator[DeltaBlock]:
-        """All of it, in order; a block is whole units of its tensor but for the last one.
+        """All blocks, in order. All but the last block of a tensor are multiples of its `unit`.
 
-        Raises BadWeights where the change is not finite.
+        Raises BadWeights if a change is not finite.
         """
         for field in self.layout.fields.values():
             step = BLOCK_ELEMENTS // unit(field) * unit(field)
@@ -109,12 +109,13 @@ class DeltaReader:
                 with np.errstate(over="ignore", invalid="ignore"):
                     new, old = self._trained.read(part), self._base.read(part)
                     subtract(new, old, field.dtype, change)
-                    if self._left is not None:
-                        at = field.start
-                        before = self._left.read(Part(self._key, at + start, at + stop))
-                        change += np.asarray(before, np.float32)
+                    if self._residual is not None:
+                        part = Part(self._key, field.start + start, field.start + stop)
+                        change += np.asarray(self._residual.read(part), np.float32)
                     if not (change.max() <= MAX_CHANGE and change.min() >= -MAX_CHANGE):
-                        raise BadWeights(f"tensor {field.name!r} moved to NaN, infinity or near it")
+                        raise BadWeights(
+                            f"the change of tensor {field.name!r} is NaN, infinite or near infinity"
+                        )
                 yield DeltaBlock(field, start, stop, change)
 
 
@@ -128,8 +129,8 @@ def subtract(new: Array, old: Array, dtype: str, out: Floats) -> None:
 
 
 def add(old: Array, change: Floats, dtype: str) -> Array:
-    """`old + change` in the elements' own dtype. May overwrite `change`."""
-    with np.errstate(over="ignore"):
+    """`old + change` in the dtype of the tensor. May overwrite `change`."""
+    with np.errstate(over="ignore", invalid="ignore"):
         if dtype == "F32":
             return np.add(change, old, out=change)
         if dtype == "BF16":

@@ -1,13 +1,13 @@
-"""How each codec writes a change of the weights in few bytes, and reads it. Pure numpy.
+"""The dense encodings of a change of the weights: bf16, int8 and sign. Pure numpy.
 
-A coded change is a canonical safetensors file with one to three tensors over the flat axis of
-`changes`, whatever the number of the model's own, so its header is as good as free:
+An encoded change is a canonical safetensors file with one or two tensors over the flat axis of
+`delta`, so its header is small for any number of model tensors:
 
     bf16   d BF16[n]
     int8   q I8[n]         s F32[rows]      change = q * scale of its row
-    sign   b U8[bytes]     s F32[tensors]   change = scale of its tensor, minus where the bit is set
+    sign   b U8[bytes]     s F32[tensors]   change = scale of its tensor, negative if the bit is set
 
-Those that send few elements are in `sparse`.
+Encodings that send few elements are in `sparse`.
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Sink(Protocol):
-    """Where a coded file and what it leaves out are written."""
+    """Where an encoding writes the encoded file and the residual."""
 
     def begin(self, schema: Schema) -> None:
-        """The coded file's schema, before anything is put."""
+        """Set the schema of the encoded file; called first."""
         ...
 
     def put(self, name: str, array: Array) -> None:
-        """Append to a tensor of the coded file; tensors come in name order."""
+        """Append to a tensor of the encoded file; tensors come in name order."""
         ...
 
-    def put_residual(self, left: Floats) -> None:
-        """What the coded file leaves out of the next block: change - decoded."""
+    def put_residual(self, residual: Floats) -> None:
+        """Append the residual of the next block: change - decoded change."""
         ...
 
 
 class Encoding(Protocol):
-    """One codec's mathematics."""
+    """How a codec encodes and decodes a change."""
 
     def schema(self, layout: FlatLayout) -> Schema:
-        """The coded file's; of a sparse one the largest that may be."""
+        """The schema of the encoded file; for a sparse encoding, the largest one."""
         ...
 
     def encode(self, changes: DeltaReader, to: Sink) -> None: ...
 
     def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
-        """A coded file, checked. Raises BadWeights."""
+        """A decoder of an encoded file, which is checked. Raises BadWeights."""
         ...
 
 
 class DeltaDecoder(Protocol):
-    """A coded file in which any part of the change can be read."""
+    """Reads any part of the change from an encoded file."""
 
     def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        """Elements `start` to `stop` of a tensor's change."""
+        """Write elements `start` to `stop` of a tensor's change to `out`."""
         ...
 
 
@@ -108,7 +108,7 @@ class _Bf16Decoder:
 
 
 class Int8:
-    """127 steps to each side; the scale is that of a row of the tensor."""
+    """Integers from -127 to 127 times a scale per row of the tensor."""
 
     def schema(self, layout: FlatLayout) -> Schema:
         return {"q": TensorSpec("I8", (layout.count,)), "s": TensorSpec("F32", (layout.rows,))}
@@ -130,7 +130,7 @@ class Int8:
 
 
 class Quantizer:
-    """Turns blocks of whole rows into steps and scales."""
+    """Quantizes blocks of whole rows to int8."""
 
     def __init__(self) -> None:
         self._steps, self._coded = (
@@ -139,15 +139,17 @@ class Quantizer:
         )
 
     def quantize(self, block: DeltaBlock) -> tuple[npt.NDArray[np.int8], Floats]:
-        """Steps, in a buffer that is used again, and the rows' scales; the block's change becomes
-        what is left."""
+        """The integers, in a buffer that is reused, and the scale of each row.
+
+        The residual replaces the block's change.
+        """
         change, row = block.change, block.field.row
         scales: list[Floats] = []
         for first, last in _by_row(0, len(change), row):
             shape = (-1, min(row, last - first))
             rows = change[first:last].reshape(shape)
             scale = np.maximum(rows.max(1), -rows.min(1)) / np.float32(127)
-            # Below this, 1 / scale is infinite: nothing is sent, all is left over.
+            # Below this, 1 / scale is infinite: the whole row goes to the residual.
             scale[scale < _SMALLEST] = 0
             scales.append(scale)
             inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
@@ -159,7 +161,7 @@ class Quantizer:
 
 
 class Int8Decoder:
-    """Steps in the tensor q, scales in the tensor s."""
+    """Reads the integers in tensor q and the scales in tensor s."""
 
     def __init__(self, file: WeightReader) -> None:
         self._file = file
@@ -181,7 +183,7 @@ class Int8Decoder:
 
 
 def _by_row(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
-    """`start`…`stop` cut into a row's end, whole rows, and a row's beginning."""
+    """Split `start`…`stop` into the end of a row, whole rows, and the beginning of a row."""
     for limit in (-(-start // row) * row, stop // row * row, stop):
         limit = min(limit, stop)
         if start < limit:
@@ -190,7 +192,7 @@ def _by_row(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
 
 
 class Sign:
-    """One bit an element; the scale is the mean distance of the tensor's elements from 0."""
+    """One bit per element; the scale is the mean absolute change of the tensor."""
 
     def schema(self, layout: FlatLayout) -> Schema:
         return {
@@ -220,7 +222,7 @@ class Sign:
             if field.size % 8:
                 last = field.first_byte + field.size // 8
                 if int(file.read(Part("b", last, last + 1))[0]) & (0xFF >> field.size % 8):
-                    raise BadWeights(f"bits beyond the end of tensor {field.name!r}")
+                    raise BadWeights(f"bits are set beyond the end of tensor {field.name!r}")
         return _SignDecoder(file)
 
 
@@ -228,7 +230,7 @@ def _octets(field: FlatTensor) -> int:
     return 8
 
 
-#: For each byte, +1 where a bit is not set and -1 where it is, highest bit first.
+#: For each byte value and bit, highest first: +1 if the bit is not set, -1 if it is.
 _SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
 
 
@@ -247,10 +249,10 @@ class _SignDecoder:
 
 
 def check_scales(file: WeightReader, count: int) -> None:
-    """Raise BadWeights unless the tensor s, of so many scales, holds numbers from 0 on."""
+    """Raise BadWeights unless all `count` scales in tensor s are at least 0 and not too large."""
     for start in range(0, count, BLOCK_ELEMENTS):
         scales = np.asarray(
             file.read(Part("s", start, min(start + BLOCK_ELEMENTS, count))), np.float32
         )
         if not (scales.max() <= MAX_CHANGE and scales.min() >= 0):
-            raise BadWeights("a scale is not a number from 0 on")
+            raise BadWeights("a scale is negative, too large or NaN")

@@ -1,12 +1,13 @@
 """Ascending positions as gaps of about a byte each, for sparse updates and patches. Pure.
 
-A gap is the distance to the position before (the first: to -1), less one. It is written as as many
-bytes of 255 as fit into it, then the rest as one byte below 255. So every list of positions has one
-form. Every form that does not end in 255 is an ascending list without duplicates, so readers check
-the end alone.
+A gap is the distance from the previous position (at first -1), minus one. It is written as
+`gap // 255` bytes of 255, then one byte of `gap % 255`. So a list of positions has exactly one
+encoding, and all bytes that do not end in 255 encode an ascending list without duplicates. Readers
+have to check only the end.
 
-The bytes can be deflated, in chunks that are read one by one. Only the Huffman codes of deflate are
-used: gaps do not repeat, and the search for matches takes ten times as long and adds up to 15 %.
+The bytes can be compressed with deflate in chunks, which are read one by one. This uses only the
+Huffman codes of deflate: gaps do not repeat, and a search for matches takes ten times as long for
+up to 15 % more bytes.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Positions = npt.NDArray[np.int64]
 _LARGEST = 255
 #: Bytes of gaps that are decoded at a time.
 CHUNK_BYTES = 16 * 1024
-#: More than deflating can add to a chunk.
+#: Deflate never adds this many bytes to a chunk.
 _ADDED = 64
 
 
 class GapWriter:
-    """Turns ascending positions into the bytes of gaps, some at a time."""
+    """Encodes ascending positions as gaps, some at a time."""
 
     def __init__(self) -> None:
         self._last = -1
 
     def encode(self, positions: Positions) -> npt.NDArray[np.uint8]:
-        """The bytes of the next positions: ascending, and all above those before."""
+        """The bytes of the next positions, which are ascending and above all earlier ones."""
         if not len(positions):
             return np.empty(0, np.uint8)
         gaps = np.diff(positions, prepend=self._last) - 1
@@ -52,7 +53,7 @@ class GapWriter:
 def deflate_chunks(
     data: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """The bytes of chunks, each deflated, and how many bytes each has then."""
+    """Compress `data` in chunks; return the compressed bytes, and the length of each chunk."""
     starts = range(0, len(data), CHUNK_BYTES)
     chunks = [_deflate(data[at : at + CHUNK_BYTES]) for at in starts]
     return np.frombuffer(b"".join(chunks), np.uint8), np.array([*map(len, chunks)], np.int32)
@@ -64,21 +65,21 @@ def _deflate(data: npt.NDArray[np.uint8]) -> bytes:
 
 
 def max_gap_bytes(most: int, limit: int) -> int:
-    """The most bytes that `most` positions below `limit` can take."""
+    """The largest number of bytes for `most` positions below `limit`."""
     return min(most + limit // _LARGEST + 1, limit)
 
 
 def max_deflated(nbytes: int) -> tuple[int, int]:
-    """How many bytes so many can have at most, and how many chunks."""
+    """The largest compressed size of `nbytes`, and the number of chunks."""
     chunks = -(-nbytes // CHUNK_BYTES)
     return nbytes + chunks * _ADDED, chunks
 
 
 class GapReader:
-    """Positions below `limit`, read from the U8 tensor `name` of a file as they are needed.
+    """Positions below `limit` in the U8 tensor `name` of a file, read when needed.
 
-    `lengths`: the I32 tensor that says how long each chunk is, if they are deflated. Raises
-    BadWeights unless the tensor is just that. Keeps a mark for each chunk of it, no more.
+    `lengths`: the I32 tensor with the length of each chunk, if chunks are compressed. Raises
+    BadWeights for invalid bytes. Keeps one entry per chunk in memory.
     """
 
     def __init__(self, file: WeightReader, name: str, limit: int, lengths: str = "") -> None:
@@ -91,8 +92,8 @@ class GapReader:
             each = file.read(Part(lengths, 0, file.schema[lengths].nbytes // 4))
             self._ends = [0, *np.cumsum(each, dtype=np.int64).tolist()]
             if self._ends[-1] != self._size or (np.diff(self._ends) <= 0).any():
-                raise BadWeights(f"chunks of {self._ends[-1]} bytes in {self._size}")
-        #: For each chunk: positions before it, and the least that one in it can be.
+                raise BadWeights(f"chunks of {self._ends[-1]} bytes in {self._size} bytes")
+        #: For each chunk: the number of positions before it, and the smallest possible one in it.
         self._counts, self._least = [0], [0]
         last = 0
         for chunk in range(len(self._ends) - 1):
@@ -102,12 +103,12 @@ class GapReader:
             self._least.append(self._least[-1] + found + int(stream.sum(dtype=np.int64)))
             last = int(stream[-1])
         if last == _LARGEST or self._least[-1] > limit:
-            raise BadWeights(f"the gaps do not end in a position below {limit}")
+            raise BadWeights(f"the gaps do not end with a position below {limit}")
         self.count = self._counts[-1]
-        self._kept: tuple[int, Positions] = (-1, np.empty(0, np.int64))
+        self._cached: tuple[int, Positions] = (-1, np.empty(0, np.int64))
 
     def between(self, start: int, stop: int) -> tuple[int, Positions]:
-        """The positions in `start`…`stop`, and how many are before them."""
+        """The positions in `start`…`stop`, and the number of positions before them."""
         chunk = max(0, bisect_right(self._least, start) - 1)
         end = min(bisect_left(self._least, stop), len(self._least) - 1)
         found = [self._chunk(number) for number in range(chunk, end)]
@@ -118,13 +119,13 @@ class GapReader:
         return self._counts[chunk] + int(low), positions[low:high]
 
     def _chunk(self, chunk: int) -> Positions:
-        """The positions in a chunk; the last one is kept, as parts come in order."""
-        if self._kept[0] != chunk:
+        """The positions in a chunk. Caches the last one, because parts are read in order."""
+        if self._cached[0] != chunk:
             stream = self._read(chunk)
             ends = np.flatnonzero(stream != _LARGEST)
             passed = np.cumsum(stream, dtype=np.int64)[ends]
-            self._kept = chunk, passed + np.arange(len(ends)) + self._least[chunk]
-        return self._kept[1]
+            self._cached = chunk, passed + np.arange(len(ends)) + self._least[chunk]
+        return self._cached[1]
 
     def _read(self, chunk: int) -> Array:
         """The bytes of a chunk."""
@@ -134,12 +135,12 @@ class GapReader:
 
 
 def _inflate(data: Array, is_last: bool) -> Array:
-    """The bytes of a deflated chunk; reads at most a chunk of them. Raises BadWeights."""
+    """Decompress a chunk, to at most CHUNK_BYTES. Raises BadWeights."""
     stream = zlib.decompressobj()
     try:
         chunk = stream.decompress(data.tobytes(), CHUNK_BYTES)
     except zlib.error as err:
-        raise BadWeights(f"a chunk of gaps cannot be read: {err}") from err
+        raise BadWeights(f"a chunk of gaps cannot be decompressed: {err}") from err
     whole = bool(chunk) if is_last else len(chunk) == CHUNK_BYTES
     if not whole or not stream.eof or stream.unused_data:
         raise BadWeights("a chunk of gaps is too short or too long")

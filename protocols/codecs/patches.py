@@ -1,9 +1,9 @@
-"""Patches: what changed from one version to the next, lossless, where that is little. Pure numpy.
+"""Patches: lossless differences from one version to the next, if they are small.
 
-A canonical safetensors file over all elements of a model, in name order: `i` U8, the positions of
-changed elements as gaps, and `v` U8, their new bytes one after the other. Sparse updates (topk) and
-models of which most stands still (adapters) make small ones; a look at a few elements of each
-tensor says whether a patch is worth the trouble.
+A patch is a canonical safetensors file over all elements of a model, in name order: `i` U8, the
+positions of changed elements as gaps, and `v` U8, their new bytes. Patches are small for sparse
+updates (topk) and for models that are mostly frozen (adapters). A sample of a few elements per
+tensor decides whether to make one.
 """
 
 from __future__ import annotations
@@ -29,45 +29,46 @@ from protocols.model.weights import (
 )
 from protocols.model.weights_file import WeightsFile, WeightsWriter
 
-#: Smaller models are sent whole.
+#: Smaller models get no patch.
 MIN_BYTES = 256 * 1024
-#: A patch is less than this share of its version, or there is none.
-_MOST_SHARE = 0.5
-_LOOKS, _LOOK = 4, 256
+#: A patch must be smaller than this share of its version.
+_MAX_SHARE = 0.5
+#: Samples per tensor, and elements per sample.
+_SAMPLES, _SAMPLE = 4, 256
 _COPY_BYTES = 1024 * 1024
 _SHAPES = {"i": "U8", "v": "U8"}
 
 
 def make(parent: WeightsFile, child: WeightsFile, out: Path) -> int:
-    """Write the patch from `parent` to `child`; its bytes, or 0 where there is no small one."""
+    """Write the patch from `parent` to `child`; return its size, or 0 if it would be large."""
     check_schema(child.schema, parent.schema)
-    most = int(child.nbytes * _MOST_SHARE)
-    if child.nbytes < MIN_BYTES or _estimate_bytes(parent, child) > most:
+    max_bytes = int(child.nbytes * _MAX_SHARE)
+    if child.nbytes < MIN_BYTES or _estimate_bytes(parent, child) > max_bytes:
         return 0
     gaps = GapWriter()
     offset = 0
     with (
-        tempfile.TemporaryFile(dir=out.parent) as where,
-        tempfile.TemporaryFile(dir=out.parent) as what,
+        tempfile.TemporaryFile(dir=out.parent) as positions,
+        tempfile.TemporaryFile(dir=out.parent) as values,
     ):
         for part in _parts(child.schema):
             old, new = _bits(parent.read(part)), _bits(child.read(part))
             changed = np.flatnonzero(old != new)
-            where.write(gaps.encode(changed + offset).data)
-            what.write(new[changed].view(np.uint8).data)
+            positions.write(gaps.encode(changed + offset).data)
+            values.write(new[changed].view(np.uint8).data)
             offset += len(new)
-            if where.tell() + what.tell() > most:
+            if positions.tell() + values.tell() > max_bytes:
                 return 0
-        sizes = {"i": where.tell(), "v": what.tell()}
-        schema = {name: TensorSpec("U8", (size,)) for name, size in sizes.items()}
+        files = {"i": positions, "v": values}
+        schema = {name: TensorSpec("U8", (file.tell(),)) for name, file in files.items()}
         with WeightsWriter(out, schema) as writer:
-            for name, file in (("i", where), ("v", what)):
+            for name, file in files.items():
                 _copy(file, name, writer)
     return writer.nbytes
 
 
 def apply(parent: WeightsFile, patch: WeightReader, out: Path) -> str:
-    """Write the version that `patch` makes of `parent`; its digest, for the caller to compare.
+    """Write the version from `parent` and `patch`; return its digest, which the caller must check.
 
     Raises BadWeights.
     """
@@ -83,13 +84,13 @@ def apply(parent: WeightsFile, patch: WeightReader, out: Path) -> str:
             _, changed = gaps.between(offset, offset + size)
             end = taken + len(changed) * array.itemsize
             if end > patch.schema["v"].nbytes:
-                raise BadWeights("a patch with fewer values than positions")
+                raise BadWeights("the patch has fewer values than positions")
             bits = _bits(array)
             bits[changed - offset] = patch.read(Part("v", taken, end)).view(bits.dtype)
             writer.write({part: array})
             offset, taken = offset + size, end
         if taken != patch.schema["v"].nbytes:
-            raise BadWeights("a patch with more values than positions")
+            raise BadWeights("the patch has more values than positions")
     return writer.digest
 
 
@@ -99,23 +100,23 @@ def _parts(schema: Schema) -> Iterator[Part]:
 
 
 def _bits(array: Array) -> Array:
-    """The elements as unsigned integers: NaN is equal to itself, and 0.0 is not -0.0."""
+    """The elements as unsigned integers, so that NaN equals itself and 0.0 differs from -0.0."""
     return array.view(f"u{array.itemsize}")
 
 
 def _estimate_bytes(parent: WeightReader, child: WeightReader) -> float:
-    """About what a patch would take, from a few elements here and there in each tensor."""
+    """An estimate of the size of a patch, from samples of each tensor."""
     total = 0.0
     for name, spec in child.schema.items():
         count = math.prod(spec.shape)
-        step = max(count // _LOOKS, 1)
-        seen = changed = 0
+        step = max(count // _SAMPLES, 1)
+        sampled = changed = 0
         for start in range(0, count, step):
-            part = Part(name, start, min(start + min(step, _LOOK), count))
-            seen += part.stop - part.start
+            part = Part(name, start, min(start + min(step, _SAMPLE), count))
+            sampled += part.stop - part.start
             changed += int(np.count_nonzero(_bits(parent.read(part)) != _bits(child.read(part))))
         if changed:
-            total += changed / seen * (spec.nbytes + count)
+            total += changed / sampled * (spec.nbytes + count)
     return total
 
 

@@ -1,10 +1,9 @@
-"""Codecs: an update as a change of its base version in few bytes, and back. Pure numpy.
+"""The codecs by name, and how to encode and decode an update as a change of its base version.
 
-`fp32` is no codec: the weights travel whole, as they are. The others send what training changed in
-the floating-point tensors, after `codings`; integers and booleans keep the base's value, which the
-aggregation gives them anyway. What a codec leaves out is kept by the agent and added to the next
-change (error feedback: Seide et al. 2014; Karimireddy et al., arXiv 1901.09847), so over time all
-of it arrives.
+`fp32` sends the weights as they are. The others send the change of the floating-point tensors in
+an encoding of `dense` or `sparse`. Integer and boolean tensors keep the value of the base, as in
+averaging. The agent stores what an encoding left out (the residual) and adds it to its next change
+(error feedback: Seide et al. 2014; Karimireddy et al., arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ from protocols.model.weights_file import WeightsWriter
 
 UNCODED = "fp32"
 NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
-#: Those that send few elements, how large a share of them, and with what.
+#: Codecs that send few elements: the default share of elements, and the encoding.
 SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
     "ternary": (0.2, Ternary),
     "topk": (0.01, TopK),
 }
 #: Above this, int8 or sign has fewer bytes.
-_MOST_SHARE = 0.25
+_MAX_SHARE = 0.25
 
 
 class Codec(NamedTuple):
-    """A codec by its full name; `coding` is None for `fp32`."""
+    """A codec by its full name; `encoding` is None for `fp32`."""
 
     name: str
     encoding: Encoding | None
 
 
 def parse(name: str) -> Codec:
-    """The codec that `name` means: one of `NAMES`, or a sparse one with its share: `topk:0.02`.
+    """The codec of that name: one of `NAMES`, or a sparse one with a share, such as `topk:0.02`.
 
     Raises UnknownName, UsageError.
     """
@@ -61,55 +60,55 @@ def parse(name: str) -> Codec:
         shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
         raise UnknownName(f"unknown codec {name!r}; known: {', '.join(NAMES)}, {shares}")
     if kind in SPARSE:
-        default, coding = SPARSE[kind]
-        share = _share(kind, argument) if colon else default
-        return Codec(f"{kind}:{share:g}", coding(share))
-    codings: dict[str, Encoding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
-    return Codec(kind, codings.get(kind))
+        default, make_encoding = SPARSE[kind]
+        share = _parse_share(kind, argument) if colon else default
+        return Codec(f"{kind}:{share:g}", make_encoding(share))
+    dense: dict[str, Encoding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
+    return Codec(kind, dense.get(kind))
 
 
 def is_sparse(name: str) -> bool:
-    """True if such updates say nothing of most elements."""
+    """True if updates with this codec leave out most elements."""
     return name.partition(":")[0] in SPARSE
 
 
-def _share(kind: str, text: str) -> float:
+def _parse_share(kind: str, text: str) -> float:
     try:
         share = float(text)
     except ValueError:
         share = 0.0
-    if not 0 < share <= _MOST_SHARE:
-        other = {"topk": "int8", "ternary": "sign"}[kind]
+    if not 0 < share <= _MAX_SHARE:
+        default, other = SPARSE[kind][0], {"topk": "int8", "ternary": "sign"}[kind]
         raise UsageError(
-            f"{kind}:{text}: the share is above 0 and at most {_MOST_SHARE:g}",
-            f"{kind}:{SPARSE[kind][0]} sends the largest {SPARSE[kind][0]:.0%}; above a quarter "
-            f"{other} has fewer bytes",
+            f"{kind}:{text}: the share must be above 0 and at most {_MAX_SHARE:g}",
+            f"{kind}:{default} sends the largest {default:.0%} of all changes; above a quarter, "
+            f"{other} takes fewer bytes",
         )
     return share
 
 
 def max_bytes(codec: Codec, schema: Schema, model_bytes: int) -> int:
-    """The largest file that an update of such a model can be."""
+    """The largest size of an update of such a model."""
     if codec.encoding is None:
         return model_bytes
-    coded = codec.encoding.schema(FlatLayout(schema))
-    return len(header_bytes(coded)) + sum(spec.nbytes for spec in coded.values())
+    largest = codec.encoding.schema(FlatLayout(schema))
+    return len(header_bytes(largest)) + sum(spec.nbytes for spec in largest.values())
 
 
 class Encoded(NamedTuple):
-    """A written update: digest and size of the file."""
+    """An encoded update: digest and size of the file."""
 
     digest: str
     nbytes: int
 
 
 def residual_key(schema: Schema) -> str:
-    """The name of the one tensor in a file of leftovers: which models it is for."""
+    """The name of the only tensor in a residual file; it identifies the model's schema."""
     return hashlib.sha256(header_bytes(schema)).hexdigest()
 
 
 def residual_schema(schema: Schema) -> Schema:
-    """The schema of a file of leftovers: what the updates so far did not say."""
+    """The schema of a residual file: what the updates so far left out."""
     return {residual_key(schema): TensorSpec("F32", (FlatLayout(schema).count,))}
 
 
@@ -121,9 +120,9 @@ def encode(
     out: Path,
     residual_out: Path,
 ) -> Encoded:
-    """Write the update to `out`, and to `left_out` what it leaves over; both durably.
+    """Write the update to `out` and its residual to `residual_out`, both durably.
 
-    `left` is what was left over before. Raises BadWeights (another schema, not finite), OSError.
+    `residual`: that of the last update. Raises BadWeights (another schema, not finite), OSError.
     """
     assert codec.encoding is not None, f"{codec.name} has nothing to encode"
     check_schema(trained.schema, base.schema)
@@ -134,16 +133,16 @@ def encode(
 
 
 class _Files(contextlib.ExitStack):
-    """A coded file and a file of leftovers, which both take their place only when all went well."""
+    """The sink for an encoded file and a residual file, which are renamed if both are complete."""
 
     coded: WeightsWriter
 
-    def __init__(self, out: Path, left_out: Path, left_schema: Schema) -> None:
+    def __init__(self, out: Path, residual_out: Path, residual_schema: Schema) -> None:
         super().__init__()
         self._out = out
         self._put: dict[str, int] = {}
-        self._left = self.enter_context(replacing(left_out))
-        self._left.write(header_bytes(left_schema))
+        self._residual = self.enter_context(replacing(residual_out))
+        self._residual.write(header_bytes(residual_schema))
 
     def begin(self, schema: Schema) -> None:
         self.coded = self.enter_context(WeightsWriter(self._out, schema))
@@ -153,14 +152,14 @@ class _Files(contextlib.ExitStack):
         self._put[name] = stop = start + len(array)
         self.coded.write({Part(name, start, stop): array})
 
-    def put_residual(self, left: Floats) -> None:
-        self._left.write(left.data)
+    def put_residual(self, residual: Floats) -> None:
+        self._residual.write(residual.data)
 
 
 class DecodedUpdate:
-    """The weights that an update amounts to, read part by part from the coded file and the base.
+    """The weights after an update, read part by part from the encoded file and the base.
 
-    Raises BadWeights unless the file is one of this codec for this model.
+    Raises BadWeights unless the file has this encoding for this model.
     """
 
     def __init__(self, coding: Encoding, file: WeightReader, base: WeightReader) -> None:
@@ -176,10 +175,10 @@ class DecodedUpdate:
         return add(old, self.change(part), dtype) if part.name in self._fields else old
 
     def change(self, part: Part) -> Floats:
-        """What the update adds to a part of a floating-point tensor, before it is rounded."""
+        """The change of a part of a floating-point tensor, before rounding; zeros for others."""
+        out = np.zeros(part.stop - part.start, np.float32)
         if part.name not in self._fields:
-            return np.zeros(part.stop - part.start, np.float32)
-        out = np.empty(part.stop - part.start, np.float32)
+            return out
         for start in range(part.start, part.stop, BLOCK_ELEMENTS):
             stop = min(start + BLOCK_ELEMENTS, part.stop)
             here = out[start - part.start : stop - part.start]
@@ -188,5 +187,5 @@ class DecodedUpdate:
 
 
 def open_update(codec: Codec, file: WeightReader, base: WeightReader) -> WeightReader:
-    """The weights in an uploaded file, which for `fp32` are the file's own. Raises BadWeights."""
+    """The weights of an uploaded file, which for `fp32` has the weights. Raises BadWeights."""
     return file if codec.encoding is None else DecodedUpdate(codec.encoding, file, base)

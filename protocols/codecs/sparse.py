@@ -1,14 +1,14 @@
-"""Codecs that send the largest changes of the whole model alone; all others are left over. Pure.
+"""The sparse encodings, which send only the largest changes of the model: topk and ternary. Pure.
 
     topk     i U8[gaps]   v F32[count]                   change = v at the positions in i, else 0
     ternary  b U8[bytes]  g U8[gaps]  s F32[rows]        change = scale of its row at the positions
-             q I8[n]      l I32[chunks]                  in g, minus where the bit is set, else 0;
-                                                         of small tensors q * scale of its row
+             q I8[n]      l I32[chunks]                  in g, negative if the bit is set, else 0;
+                                                         for small tensors, q * scale of its row
 
-Positions are `gaps`; those of a ternary update are deflated in chunks that are l bytes long.
-Ternary: Sattler et al. 2019, arXiv 1903.02891, algorithm 1, with a scale for each row; biases and
-narrow layers, on which much depends, go as int8. Early builds sent a tensor i in place of g, with
-other contents: such updates are refused.
+Positions are encoded by `index_coding`; a ternary update compresses them in chunks of l bytes.
+Ternary: Sattler et al. 2019, arXiv 1903.02891, algorithm 1, with one scale per row. Small tensors
+(biases, narrow layers) are sent as int8, because they matter most. Early builds sent a tensor i
+instead of g, with other contents: such updates are refused.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from protocols.codecs.index_coding import (
 from protocols.errors import BadWeights
 from protocols.model.weights import Array, Part, Schema, TensorSpec, WeightReader
 
-#: Low bits of a float32 that its class of sizes has not: a class is 1/256 wide, or less.
+#: Low bits of a float32 that its size class ignores, so a class is at most 1/256 wide.
 _DROPPED = 15
 
 
 class TopK:
-    """The largest changes, exact."""
+    """The largest changes, exactly."""
 
     def __init__(self, share: float) -> None:
         self.share = share
@@ -75,7 +75,7 @@ class _TopKDecoder:
         self._file = file
         self._gaps = GapReader(file, "i", layout.count)
         if self._gaps.count * 4 != file.schema["v"].nbytes:
-            raise BadWeights(f"{self._gaps.count} positions, but not as many values")
+            raise BadWeights(f"{self._gaps.count} positions with another number of values")
 
     def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
         before, positions = self._gaps.between(field.start + start, field.start + stop)
@@ -86,8 +86,7 @@ class _TopKDecoder:
 
 
 class Ternary:
-    """The largest changes, up or down by the mean size of those of their row; small tensors as
-    int8."""
+    """The signs of the largest changes, times their mean size in the row; small tensors as int8."""
 
     def __init__(self, share: float) -> None:
         self.share = share
@@ -138,11 +137,11 @@ class Ternary:
         schema = self._schema(layout, small)
         _check_schema(file, schema)
         if any(file.schema[name] != schema[name] for name in ("q", "s")):
-            raise BadWeights(f"not the scales of {layout.rows} rows, or not the small tensors")
+            raise BadWeights(f"not {layout.rows} scales, or a wrong size of the small tensors")
         check_scales(file, layout.rows)
         gaps = GapReader(file, "g", layout.count, "l")
         if gaps.count > (most := _max_elements(self.share, layout.count - small.count)):
-            raise BadWeights(f"{gaps.count} positions, but {most} at most")
+            raise BadWeights(f"{gaps.count} positions; the maximum is {most}")
         return _TernaryDecoder(file, gaps, small)
 
 
@@ -152,9 +151,9 @@ class _TernaryDecoder:
         self._steps = Int8Decoder(file)
         count, nbytes = gaps.count, file.schema["b"].nbytes
         if nbytes != -(-count // 8):
-            raise BadWeights(f"{count} positions, but not as many signs")
+            raise BadWeights(f"{count} positions with another number of signs")
         if count % 8 and self._bits(nbytes - 1, nbytes)[count % 8 :].any():
-            raise BadWeights("signs beyond the last position")
+            raise BadWeights("bits are set beyond the last position")
 
     def _bits(self, first: int, last: int) -> Array:
         return np.unpackbits(np.asarray(self._file.read(Part("b", first, last)), np.uint8))
@@ -176,7 +175,7 @@ class _TernaryDecoder:
 
 
 def _row_scales(block: DeltaBlock, here: Positions) -> Floats:
-    """The scale of each row of a block; `here`, its chosen elements keep what is left of them."""
+    """The scale of each row of a block. The residual replaces the change of its elements `here`."""
     change, row = block.change, block.field.row
     sizes, of = np.abs(change[here]), here // row
     count = -(-len(change) // row)
@@ -187,8 +186,7 @@ def _row_scales(block: DeltaBlock, here: Positions) -> Floats:
 
 
 class _SmallTensors:
-    """The smallest tensors, together at most a fiftieth of the model; their places among each
-    other."""
+    """The smallest tensors, together at most 1/50 of the model, and their positions in tensor q."""
 
     def __init__(self, layout: FlatLayout) -> None:
         self.fields: dict[str, FlatTensor] = {}
@@ -206,27 +204,27 @@ class _SmallTensors:
 
 
 def _max_elements(share: float, count: int) -> int:
-    """How many of so many elements may be sent."""
+    """The number of elements to send, of `count`."""
     return math.ceil(count * share)
 
 
 def _check_schema(file: WeightReader, most: Schema) -> None:
-    """Raise BadWeights unless the file has these tensors, at most as long."""
+    """Raise BadWeights unless the file has these tensors, none of them longer."""
     found = file.schema
     kinds = [(name, spec.dtype, len(spec.shape)) for name, spec in sorted(found.items())]
     if kinds != [(name, spec.dtype, 1) for name, spec in most.items()] or any(
         found[name].nbytes > most[name].nbytes for name in most
     ):
         raise BadWeights(
-            f"not this codec's tensors, at most as long as {most}: does the sender run another "
-            "version of commonweight?"
+            f"the tensors are not those of this codec, or longer than {most}: does the sender run "
+            "another version of commonweight?"
         )
 
 
 class _LargestChanges:
-    """The largest changes, never a 0: ascending `positions` on the flat axis, and `values`.
+    """The largest changes that are not 0: ascending `positions` on the flat axis, and `values`.
 
-    Those of `small` tensors do not count.
+    Leaves out `small` tensors.
     """
 
     def __init__(
@@ -250,7 +248,7 @@ class _LargestChanges:
             self.values = np.delete(self.values, smallest)
 
     def within(self, block: DeltaBlock) -> Positions:
-        """The chosen elements of a block, by their places in it."""
+        """The positions in a block of its chosen elements."""
         start = block.field.start
         first, last = np.searchsorted(self.positions, (start + block.start, start + block.stop))
         return self.positions[first:last] - (start + block.start)
@@ -264,7 +262,7 @@ class _LargestChanges:
 
 
 def _magnitude_bits(change: Floats) -> npt.NDArray[np.uint32]:
-    """Numbers that are in the order of the sizes: a float without its sign, as bits."""
+    """The bits of the floats without their signs, which sort like the absolute values."""
     return change.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
@@ -273,12 +271,12 @@ def _without(skipped: Container[str], changes: DeltaReader) -> Iterator[DeltaBlo
 
 
 def _threshold_class(changes: DeltaReader, most: int, skipped: Container[str]) -> int:
-    """The largest class of sizes so that it and those above have `most` elements, or all."""
+    """The largest size class such that it and the classes above have at least `most` elements."""
     counts = np.zeros(1 << (31 - _DROPPED), np.int64)
     for block in _without(skipped, changes):
         classes = (_magnitude_bits(block.change) >> _DROPPED).astype(
             np.intp
-        )  # else bincount does it, slowly
+        )  # bincount converts slowly
         counts += np.bincount(classes, minlength=len(counts))
     from_above = np.cumsum(counts[::-1])
     return max(len(counts) - 1 - int(np.searchsorted(from_above, most)), 0)

@@ -127,7 +127,10 @@ def test_a_piece_of_another_size_and_a_broken_block_leave_the_old_file(tmp_path:
     path = tmp_path / "model"
     path.write_bytes(b"old")
     schema = Weights({"w": np.zeros(4)}).schema
-    with pytest.raises(BadWeights, match="number of elements"), WeightsWriter(path, schema) as writer:
+    with (
+        pytest.raises(BadWeights, match="number of elements"),
+        WeightsWriter(path, schema) as writer,
+    ):
         writer.write({Part("w", 0, 4): np.zeros(3)})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
