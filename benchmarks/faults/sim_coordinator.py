@@ -17,7 +17,7 @@ from benchmarks.faults.sim_disk import Disk
 from benchmarks.faults.sim_judging import judged
 from benchmarks.faults.sim_network import Network
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Fleet
 from coordinator.runs import buffered, decisions, schema_agreement, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Run

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from coordinator.api.schema import StartRunRequest
 from coordinator.cli.demo.processes import DemoFleet, Interrupts, temporary
-from coordinator.fleet.reducer import Fleet, num_available
+from coordinator.fleet.reducer import num_available
+from coordinator.fleet.state import Fleet
 from coordinator.storage.run_events import RunSpec
 
 AGENTS, ROUNDS = 5, 16

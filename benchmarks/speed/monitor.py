@@ -22,7 +22,8 @@ from textual import events
 from textual._compositor import Compositor
 from textual.drivers.headless_driver import HeadlessDriver
 
-from coordinator.fleet.reducer import Fleet, decode, encode, reduce
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.state import Fleet, decode, encode
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.gc_tuning import tune_gc

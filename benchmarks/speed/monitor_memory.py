@@ -29,14 +29,8 @@ import psutil
 from textual import events
 
 from benchmarks.speed.monitor import SIZE, Crowd, Watched
-from coordinator.fleet.reducer import (
-    MAX_EVENTS,
-    MAX_LOSSES,
-    MAX_ROUNDS_PER_RUN,
-    Fleet,
-    decode,
-    encode,
-)
+from coordinator.fleet.reducer import MAX_EVENTS, MAX_LOSSES, MAX_ROUNDS_PER_RUN
+from coordinator.fleet.state import Fleet, decode, encode
 from coordinator.monitor.tui.gc_tuning import tune_gc
 from coordinator.remote.follower import RESYNC_S
 from protocols.messages.envelope import Envelope

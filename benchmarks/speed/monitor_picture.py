@@ -11,7 +11,8 @@ import asyncio
 from pathlib import Path
 
 from benchmarks.speed.demo import AGENTS, ROUNDS, demo
-from coordinator.fleet.reducer import Fleet, current_run
+from coordinator.fleet.reducer import current_run
+from coordinator.fleet.state import Fleet
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.remote.api_client import LiveSource
 from protocols.messages.states import PeerState, RunState

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.speed.demo import ROUNDS, Demo, all_there, demo
-from coordinator.fleet.reducer import Fleet, current_run
+from coordinator.fleet.reducer import current_run
+from coordinator.fleet.state import Fleet
 from protocols.messages.states import ENDED
 
 PAUSED, KILLED = "agent3", "agent5"

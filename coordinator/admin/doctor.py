@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from coordinator.fleet.reducer import Fleet, num_available, num_enrolled
+from coordinator.fleet.reducer import num_available, num_enrolled
+from coordinator.fleet.state import Fleet
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Settings

@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from coordinator.api.log_requests import LogRequests
 from coordinator.fleet.auth import json_response
-from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
+from coordinator.fleet.state import Fleet
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.sharing import SharingRoutes

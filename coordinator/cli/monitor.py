@@ -245,9 +245,9 @@ def _watch(*, json: bool) -> None:
 def _print_status(fleet: Any, *, json: bool) -> None:
     import msgspec
 
-    from coordinator.fleet import reducer
+    from coordinator.fleet import state
 
     if json:
-        sys.stdout.write(json_output.ok(msgspec.Raw(reducer.encode(fleet, fleet.at))) + "\n")
+        sys.stdout.write(json_output.ok(msgspec.Raw(state.encode(fleet, fleet.at))) + "\n")
     else:
         _print(fleet, time.time())

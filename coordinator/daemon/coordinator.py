@@ -26,9 +26,9 @@ from coordinator.daemon.listener import Listener
 from coordinator.daemon.peer_events import PeerEvents
 from coordinator.daemon.tasks import supervised
 from coordinator.fleet.auth import Auth
-from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
+from coordinator.fleet.state import Fleet
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext

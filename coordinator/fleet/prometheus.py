@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from coordinator.fleet.reducer import Fleet, current_run, finite, shown_state
+from coordinator.fleet.reducer import current_run, shown_state
+from coordinator.fleet.state import Fleet, finite
 from protocols import VERSION
 from protocols.errors import PortInUse
 from protocols.messages.states import PeerState

@@ -1,38 +1,28 @@
-"""The fleet as a fold of its messages: `fold(fleet, envelope, now)`. Pure: no I/O, no clock.
+"""The state of the fleet from its messages: `reduce(fleet, envelope, now)`. No I/O, no clock.
 
-Rule 1: only messages that `protocols.messages.envelope.unseal` accepted come here.
-Rule 2: a peer speaks for itself only. Words of the coordinator from a peer are counted, not heard.
-Rule 3: an epoch is one session of a sender. Within it a message that is not newer than the last
-        of its kind is ignored; a new epoch replaces; an epoch that was replaced stays silent, and
-        one that is older than what was heard last, by its sender's dates, never begins.
-Rule 4: a last will counts only in the peer's present epoch, and each will (by its number) once.
-Rule 5: nobody speaks for a peer that the coordinator has not made known.
+Rule 1: only messages that `protocols.messages.envelope.unseal` accepted come here. Rule 2: a peer
+reports about itself only. A coordinator's message from a peer is counted and ignored. Rule 3: an
+epoch is one session of a sender. Within it, a message that is not newer than the last of
+        its kind is ignored. A new epoch replaces the old one, whose messages are ignored from then
+        on. An epoch that is older than the last message, by its sender's dates, is ignored too.
+Rule 4: a last will counts only in the peer's current epoch, and each will (by its number) once.
+Rule 5: messages of a peer that the coordinator has not announced are only counted.
 Rule 6: a missing number of the coordinator, or its new epoch, sets `gap`: fetch a new snapshot.
-Rule 7: no NaN and no infinity gets in: `finite` is the one gate.
+Rule 7: no NaN and no infinity is stored: `finite` filters every number.
 
-The fold changes the fleet in place and gives it back: 2,000 peers and 1,000 messages a second cost
-no copies. It is deterministic, so a recording folded again gives an equal fleet.
+`reduce` changes the fleet in place and returns it, so 2,000 peers with 1,000 messages a second cost
+no copies. It is deterministic: a recording gives an equal fleet each time.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
-from coordinator.fleet.state import (
-    Event,
-    Fleet,
-    Job,
-    Level,
-    Peer,
-    Run,
-    decode,
-    encode,
-    finite,
-    rebase_times,
-)
+from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
 from protocols.messages.envelope import (
     Envelope,
     EventLine,
@@ -48,42 +38,23 @@ from protocols.messages.envelope import (
 from protocols.messages.states import AVAILABLE, ENDED, PeerState
 from protocols.messages.topics import COORDINATOR
 
-__all__ = [
-    "Event",
-    "Fleet",
-    "Job",
-    "Level",
-    "Peer",
-    "Run",
-    "current_run",
-    "decode",
-    "display_name",
-    "encode",
-    "finite",
-    "num_available",
-    "num_enrolled",
-    "rebase_times",
-    "reduce",
-    "shown_state",
-]
-
-#: A training peer sends telemetry each second or so: ten times that many seconds is trouble.
+#: A training peer sends telemetry about every second.
 STALE_WORKING_S = 30.0
-#: Any other peer repeats its presence at least every 30 s: three of them missed.
+#: Any other peer repeats its presence at least every 30 s: three are missing.
 STALE_IDLE_S = 90.0
 
 MAX_LOSSES = 120
 MAX_CONTRIBUTIONS = 40
-#: Rounds of one run, and of all; of those the oldest runs lose theirs first.
+#: Rounds of one run, and of all runs. The oldest runs lose their rounds first.
 MAX_ROUNDS_PER_RUN, MAX_ROUNDS = 2_000, 2_500
 MAX_EVENTS = 1_000
 MAX_RUNS = 20
 MAX_PAST_EPOCHS = 8
-_MAX_COUNT = 2**53  # a count that every reader of JSON keeps exact
+_MAX_COUNT = 2**53  # every JSON reader represents it exactly
 
 
 def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
-    """Take one verified message in; `now` is Unix s. Gives `fleet` back, changed in place."""
+    """Apply one verified message. `now` is Unix s. Returns `fleet`, changed in place."""
     body = envelope.body
     if isinstance(body, Presence | Telemetry | Notice):
         peer = fleet.peers.get(envelope.sender)
@@ -100,23 +71,23 @@ def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
         fleet.ignored += 1
     elif isinstance(body, PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links):
         _from_coordinator(fleet, envelope, body, now)
-    # Doorbells and commands are between the coordinator and one agent: nothing to show.
+    # Doorbells and commands show nothing.
     return fleet
 
 
 def display_name(peer: Peer) -> str:
-    """What a person calls the peer: its name, or its id."""
+    """The peer's name, or its id if it has none."""
     return peer.name or peer.peer
 
 
-# --- what peers say --------------------------------------------------------------------------
+# --- messages of peers ---
 
 
 def _accept(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
-    """True if the message is to be heard. `last` is the number of the last of its kind."""
+    """True if the message counts. `last` is the number of the last one of its kind."""
     seq = envelope.seq
     if envelope.epoch != peer.epoch:
-        # Only the last few are remembered: who has recorded older ones can send them again.
+        # Only some past epochs are remembered, so the date excludes replays of older ones.
         if envelope.epoch in peer.past_epochs or envelope.at < peer.said_at:
             peer.ignored += 1
             return False
@@ -129,7 +100,7 @@ def _accept(peer: Peer, envelope: Envelope, last: int, now: float) -> bool:
         if peer.seq >= 0:
             peer.missed = min(peer.missed + seq - peer.seq - 1, _MAX_COUNT)
         peer.seq = seq
-    else:  # retained presence may come after newer telemetry: it was not lost after all
+    else:  # retained presence may arrive after newer telemetry: it was not lost
         peer.missed = max(peer.missed - 1, 0)
     return True
 
@@ -155,7 +126,7 @@ def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now:
     peer.name = peer.name or body.name
     peer.tasks, peer.policy, peer.disk_free_bytes = body.tasks, body.policy, body.disk_free_bytes
     peer.free_at, peer.free_until = body.free_at, body.free_until
-    # A retained presence may be old, so it only shows a clock that is ahead.
+    # A retained presence may be old, so it can only prove that a clock is ahead.
     if envelope.at > now:
         peer.skew_s = finite(envelope.at - now) or 0.0
     if peer.state is PeerState.ERROR and before is not PeerState.ERROR:
@@ -200,7 +171,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
     peer.telemetry = body
 
 
-# --- what the coordinator says ---------------------------------------------------------------
+# --- messages of the coordinator ---
 
 
 def _from_coordinator(
@@ -255,13 +226,11 @@ def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
         run.changed, run.changed_at = body, now
         return
     fleet.runs[body.run] = Run(changed=body, changed_at=now)
-    if len(fleet.runs) > MAX_RUNS:
-        ended = (name for name, run in fleet.runs.items() if run.changed.state in ENDED)
-        del fleet.runs[next(ended, next(iter(fleet.runs)))]
+    _drop_oldest(fleet.runs, [id_ for id_, run in fleet.runs.items() if run.changed.state in ENDED])
 
 
 def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> None:
-    """`behind`: what the coordinator's clock lacks of ours."""
+    """`behind` is how far the coordinator's clock is behind ours, in s."""
     behind = finite(behind) or 0.0
     began, ended = finite(body.began_at), finite(body.ended_at)
     body = msgspec.structs.replace(body, rows_per_s=finite(body.rows_per_s) or 0.0)
@@ -271,9 +240,15 @@ def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> N
         began_at=began + behind if began else 0.0,
         ended_at=ended + behind if ended else 0.0,
     )
-    if len(fleet.jobs) > MAX_RUNS:
-        ended_first = (name for name, job in fleet.jobs.items() if job.changed.state != "working")
-        del fleet.jobs[next(ended_first, next(iter(fleet.jobs)))]
+    _drop_oldest(
+        fleet.jobs, [name for name, job in fleet.jobs.items() if job.changed.state != "working"]
+    )
+
+
+def _drop_oldest(entries: dict[str, Any], ended: list[str]) -> None:
+    """Keep at most `MAX_RUNS` entries. Those that have ended go first."""
+    if len(entries) > MAX_RUNS:
+        del entries[(ended or list(entries))[0]]
 
 
 def _round_closed(fleet: Fleet, body: RoundClosed) -> None:
@@ -310,14 +285,14 @@ def _bound_rounds(fleet: Fleet) -> None:
 
 
 def _note_contributions(fleet: Fleet, body: RoundClosed, *, replace_last: bool) -> None:
-    """Each peer's sign for the newest round; `again`: in place of the one that it has for it."""
-    told = bool(body.norms) or not body.peers
+    """Add a character for the newest round to each peer's contributions, or replace the last."""
+    known = bool(body.norms) or not body.peers
     for peer in fleet.peers.values():
         if peer.contributions_run != body.run:
             peer.contributions, peer.contributions_run = "", body.run
-        sign = "?" if not told else "1" if peer.peer in body.norms else "0"
+        mark = "?" if not known else "1" if peer.peer in body.norms else "0"
         peer.contributions = (
-            (peer.contributions[:-1] if replace_last else peer.contributions) + sign
+            (peer.contributions[:-1] if replace_last else peer.contributions) + mark
         )[-MAX_CONTRIBUTIONS:]
 
 
@@ -343,16 +318,16 @@ def _all_finite(values: Iterable[float]) -> bool:
 def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> None:
     fleet.events.append(Event(at=now, level=level, text=text, subject=subject))
     fleet.num_events += 1
-    # In hundreds, so that a full list is not shifted by every event.
+    # In steps of 100, so that not every event shifts a full list.
     if len(fleet.events) >= MAX_EVENTS + 100:
         del fleet.events[:-MAX_EVENTS]
 
 
-# --- how it is read --------------------------------------------------------------------------
+# --- views ---
 
 
 def shown_state(peer: Peer, now: float) -> PeerState:
-    """The state to show: what the peer said, unless it waits for approval or went silent."""
+    """The peer's own state, unless it awaits approval or has been silent for too long."""
     if peer.standing == "awaiting":
         return PeerState.AWAITING
     if peer.state in (PeerState.OFFLINE, PeerState.ERROR):
@@ -363,16 +338,16 @@ def shown_state(peer: Peer, now: float) -> PeerState:
 
 
 def num_available(fleet: Fleet, now: float) -> int:
-    """How many peers could be given work now."""
+    """The number of peers that could get work now."""
     return sum(shown_state(peer, now) in AVAILABLE for peer in fleet.peers.values())
 
 
 def num_enrolled(fleet: Fleet) -> int:
-    """How many peers belong to the fleet; those that wait for approval do not yet."""
+    """The number of approved peers."""
     return sum(peer.standing == "enrolled" for peer in fleet.peers.values())
 
 
 def current_run(fleet: Fleet) -> Run | None:
-    """The run that matters: the one under way, else the one that changed last."""
+    """The active run, or else the one that changed last."""
     runs = reversed(fleet.runs.values())
     return max(runs, key=lambda run: (run.changed.state not in ENDED, run.changed_at), default=None)

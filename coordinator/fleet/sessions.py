@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Fleet
 from protocols import VERSION
 from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState

@@ -10,15 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import (
-    Fleet,
-    Level,
-    Peer,
-    current_run,
-    display_name,
-    num_available,
-    shown_state,
-)
+from coordinator.fleet.reducer import current_run, display_name, num_available, shown_state
+from coordinator.fleet.state import Fleet, Level, Peer
 from coordinator.remote.formatting import age, format_bytes
 from protocols import VERSION
 from protocols.messages.states import ENDED, PeerState

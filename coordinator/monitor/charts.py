@@ -1,7 +1,7 @@
 """Curves and stacked bars drawn in characters. Pure.
 
 A curve uses braille: two dots across and four down in each character. A stack uses eighths of
-blocks. Values are None or finite (`coordinator.fleet.reducer.finite`); no value raises.
+blocks. Values are None or finite (`coordinator.fleet.state.finite`); no value raises.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coordinator.fleet.reducer import Fleet, Job
+from coordinator.fleet.state import Fleet, Job
 from coordinator.monitor.peer_table import Cell, Column, Tone, peer_name
 from coordinator.remote.formatting import (
     NOTHING,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from coordinator.fleet.reducer import Fleet, Peer, display_name, shown_state
+from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.state import Fleet, Peer
 from coordinator.remote.formatting import (
     DIVERGED,
     NOTHING,

@@ -19,8 +19,8 @@ import httpx
 import msgspec
 
 from coordinator.api.schema import StartRunRequest, TicketRequest, WatchResponse
-from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet import state
+from coordinator.fleet.state import Fleet
 from coordinator.jobs.state import Job
 from coordinator.remote import access, peer_source
 from coordinator.remote.source import Action
@@ -60,7 +60,7 @@ class Remote:
         self._http.close()
 
     def fleet(self) -> Fleet:
-        return fleets.decode(self._request("GET", "/cw/v1/fleet"))
+        return state.decode(self._request("GET", "/cw/v1/fleet"))
 
     def neighbours(self) -> NeighborsResponse:
         """Whom to ask while the coordinator is away, and a pass for it."""

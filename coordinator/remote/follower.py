@@ -10,7 +10,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from coordinator.fleet.reducer import Fleet, rebase_times, reduce
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.state import Fleet, rebase_times
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope

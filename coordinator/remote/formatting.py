@@ -1,6 +1,6 @@
 """Amounts, ages and trends as text. Pure.
 
-Every number passes `coordinator.fleet.reducer.finite` first: a NaN or an infinity never breaks a
+Every number passes `coordinator.fleet.state.finite` first: a NaN or an infinity never breaks a
 frame.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from coordinator.fleet.reducer import finite
+from coordinator.fleet.state import finite
 
 DIVERGED = "✕ diverged"
 NOTHING = "–"

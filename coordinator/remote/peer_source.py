@@ -21,8 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from coordinator.fleet.auth import OPERATOR
-from coordinator.fleet.reducer import Fleet
-from coordinator.fleet.state import Event, Peer
+from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.remote import access
 from coordinator.remote.source import ReadOnly
 from protocols.enrollment import identity, signed_requests

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Fleet
 from coordinator.remote.source import Action, Source
 from protocols import VERSION
 from protocols.errors import UsageError

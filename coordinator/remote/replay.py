@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet, reduce
+from coordinator.fleet import state
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.state import Fleet
 from coordinator.remote import recording
 from coordinator.remote.formatting import stopwatch
 from coordinator.remote.recording import Line
@@ -123,7 +124,7 @@ class ReplaySource(ReadOnly):
         now = self._head.at + line.t
         self._next = next(self._lines, None)
         if line.snapshot is not None:
-            self._fleet = fleets.rebase_times(line.snapshot, now)
+            self._fleet = state.rebase_times(line.snapshot, now)
             self._fleet.gap = False
             self.on_jump()
         elif line.message is not None:
@@ -133,7 +134,7 @@ class ReplaySource(ReadOnly):
     # --- watch.Source ---
 
     async def snapshot(self) -> Fleet:
-        return fleets.decode(fleets.encode(self._fleet, self.clock()))
+        return state.decode(state.encode(self._fleet, self.clock()))
 
     async def messages(self) -> AsyncIterator[Envelope]:
         taken = 0

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Fleet
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope, LogLine
 

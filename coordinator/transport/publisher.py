@@ -12,9 +12,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import Sessions
+from coordinator.fleet.state import Fleet
 from coordinator.storage.settings import Keys
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.errors import BadMessage, Unreachable

@@ -28,7 +28,8 @@ from hypothesis import strategies as st
 
 from agent.transport.coordinator_client import _pack, _unpack
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet import state
+from coordinator.fleet.state import Fleet
 from coordinator.runs import validation
 from coordinator.runs.state import Run
 from coordinator.runs.validation import ExpectedReply
@@ -191,11 +192,11 @@ def a_feed() -> tuple[FleetMqttClient, Fleet, list[BadMessage]]:
 def test_envelopes_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     tried["envelope"] += 1
     feed, fleet, rejected = a_feed()
-    before = fleets.encode(fleet, 0.0)
+    before = state.encode(fleet, 0.0)
     payload = mutated(SequencedSigner(PEER, KEY.sign).seal(TOPIC, PRESENCE), changes)
     feed._on_message(TOPIC, payload)
     assert len(rejected) == (1 if payload else 0)
-    assert fleets.encode(fleet, 0.0) == before
+    assert state.encode(fleet, 0.0) == before
 
 
 @given(PLACES, st.sampled_from([PRESENCE, TELEMETRY]))
@@ -210,7 +211,7 @@ def test_envelopes_of_a_lying_member(
     payload = as_json(distorted(whole, places))
     signature = KEY.sign(b"commonweight mqtt 1\n" + topic.encode() + b"\n" + payload)
     feed._on_message(topic, base64.urlsafe_b64encode(signature) + b"." + payload)
-    fleets.decode(fleets.encode(fleet, time.time()))
+    state.decode(state.encode(fleet, time.time()))
     assert set(fleet.peers) == {PEER}
 
 

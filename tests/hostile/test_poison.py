@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from coordinator.fleet import reducer as fleets
+from coordinator.fleet.state import decode, encode
 from coordinator.runs import state, transitions
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
@@ -229,7 +229,7 @@ async def test_one_peer_alone_can_tell_only_so_much(tmp_path: Path) -> None:
         run = await fleet.finished(fleet.start(rounds=2, quorum=1))
         assert run.state is RunState.FINISHED
         assert len(run.history[0].metrics) == 32
-        fleets.decode(fleets.encode(fleet.hub.fleet, 0.0))
+        decode(encode(fleet.hub.fleet, 0.0))
 
 
 def test_broadcasting_is_what_the_gate_prevents() -> None:

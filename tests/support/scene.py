@@ -11,7 +11,8 @@ from textual.app import App
 from textual.pilot import Pilot
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.fleet.reducer import Fleet, decode, encode, reduce
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.state import Fleet, decode, encode
 from coordinator.monitor.tui import base_app
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config

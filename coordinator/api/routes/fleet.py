@@ -10,12 +10,12 @@ import msgspec
 from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import WatchResponse
 from coordinator.api.service import request_host
-from coordinator.fleet import reducer
+from coordinator.fleet import state
 from protocols.messages.envelope import Command, LogLine
 
 
 async def snapshot(call: Call) -> msgspec.Raw:
-    return msgspec.Raw(reducer.encode(call.service.fleet, time.time()))
+    return msgspec.Raw(state.encode(call.service.fleet, time.time()))
 
 
 async def watch(call: Call) -> WatchResponse:

@@ -29,8 +29,9 @@ from coordinator.cli.demo.processes import (
     temporary,
 )
 from coordinator.cli.demo.view import DemoView, rounds_table
-from coordinator.fleet.reducer import Fleet, num_available
-from coordinator.fleet.reducer import Run as ShownRun
+from coordinator.fleet.reducer import num_available
+from coordinator.fleet.state import Fleet
+from coordinator.fleet.state import Run as ShownRun
 from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore

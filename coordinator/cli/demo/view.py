@@ -14,7 +14,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.reducer import Fleet, Run, current_run
+from coordinator.fleet.reducer import current_run
+from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor.plain_table import STYLES, plain_table
 from coordinator.monitor.round_table import accuracy_trend, base_columns, best_round
 from coordinator.remote.formatting import NOTHING, progress, trend

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import Fleet, Level, display_name, shown_state
+from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.state import Fleet, Level
 from coordinator.monitor.confirmations import (
     OperatorAction,
     PendingAction,

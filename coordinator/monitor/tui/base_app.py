@@ -21,7 +21,8 @@ from textual.theme import Theme
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher, Static
 
-from coordinator.fleet.reducer import Event, Fleet, Level, current_run
+from coordinator.fleet.reducer import current_run
+from coordinator.fleet.state import Event, Fleet, Level
 from coordinator.monitor.alerts import AlertTracker
 from coordinator.monitor.job_table import num_working
 from coordinator.monitor.tui.actions import ActionTracker

@@ -10,7 +10,7 @@ from textual.app import ComposeResult
 from textual.events import Resize
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Event
+from coordinator.fleet.state import Event
 from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.export import Row, event_rows
 from coordinator.monitor.tui.filter_bar import FilterBar

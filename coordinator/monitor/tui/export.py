@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from coordinator.fleet.reducer import Event, Fleet, Job, Peer, Run, shown_state
+from coordinator.fleet.reducer import shown_state
+from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
 from protocols.errors import CommonweightError
 
 Row = dict[str, Any]

@@ -11,7 +11,8 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Event, Fleet, Peer, current_run, display_name
+from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.peer_table import COLUMNS, SORTS, Cell, Column, fit_columns, select_peers
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, peer_rows

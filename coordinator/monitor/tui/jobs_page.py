@@ -9,7 +9,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Fleet, Job
+from coordinator.fleet.state import Fleet, Job
 from coordinator.monitor.job_table import COLUMNS, describe_job, sort_jobs
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
 from coordinator.monitor.tui.cell_table import CellTable

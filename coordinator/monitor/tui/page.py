@@ -10,7 +10,7 @@ from textual.containers import Vertical
 from textual.events import Resize
 from textual.message import Message
 
-from coordinator.fleet.reducer import Event, Fleet
+from coordinator.fleet.state import Event, Fleet
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row
 from coordinator.monitor.tui.filter_bar import FilterBar

@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.reducer import Event, Fleet, Peer, shown_state
+from coordinator.fleet.reducer import shown_state
+from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.peer_table import (
     LEVELS,
     PARTICIPATION_GLYPHS,

@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.text import Text
 from textual.color import Color
 
-from coordinator.fleet.reducer import finite
+from coordinator.fleet.state import finite
 from coordinator.monitor.charts import (
     Block,
     Scale,

@@ -8,7 +8,7 @@ from datetime import tzinfo
 from rich.text import Text
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import Event
+from coordinator.fleet.state import Event
 from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.theme import colors, styles

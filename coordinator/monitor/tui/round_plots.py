@@ -15,7 +15,8 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import Fleet, Run, current_run, display_name
+from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor.charts import Values
 from coordinator.monitor.peer_table import peer_name
 from coordinator.monitor.round_table import (

@@ -8,7 +8,8 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import Fleet, Run, current_run
+from coordinator.fleet.reducer import current_run
+from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
 from coordinator.monitor.round_table import (
     accuracy_trend,

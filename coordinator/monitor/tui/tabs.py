@@ -12,7 +12,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import Run
+from coordinator.fleet.state import Run
 from coordinator.monitor.round_table import round_progress, seconds_left
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import age, count

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from coordinator.api.polls import LongPolls, PollHandler
-from coordinator.fleet.reducer import Fleet
 from coordinator.fleet.sessions import NoSession, Sessions
+from coordinator.fleet.state import Fleet
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
 

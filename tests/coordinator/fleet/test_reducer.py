@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import (
-    Fleet,
-    current_run,
-    decode,
-    encode,
-    rebase_times,
-    reduce,
-    shown_state,
-)
+from coordinator.fleet.reducer import current_run, reduce, shown_state
+from coordinator.fleet.state import Fleet, decode, encode, rebase_times
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
     Body,

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from coordinator.fleet.reducer import Fleet, Peer
 from coordinator.fleet.sessions import Sessions
+from coordinator.fleet.state import Fleet, Peer
 from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState
 

@@ -6,7 +6,8 @@ import math
 
 from msgspec.structs import replace
 
-from coordinator.fleet.reducer import MAX_RUNS, Fleet, Job, rebase_times, reduce
+from coordinator.fleet.reducer import MAX_RUNS, reduce
+from coordinator.fleet.state import Fleet, Job, rebase_times
 from coordinator.jobs import state as jobs
 from coordinator.jobs.messages import job_changed
 from coordinator.monitor.job_table import (

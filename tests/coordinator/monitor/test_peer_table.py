@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from coordinator.fleet.reducer import Fleet, Peer
-from coordinator.fleet.state import Run
+from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import (
     COLUMNS,
     GAP,

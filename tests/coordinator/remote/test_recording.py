@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.fleet import reducer as fleets
+from coordinator.fleet import state
 from coordinator.monitor.terminal_text import ascii_only, strip_controls
 from coordinator.remote.recording import DEMO_FILE, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
@@ -30,7 +31,7 @@ def record(path: Path) -> Path:
     return path
 
 
-def shown(source: ReplaySource) -> fleets.Fleet:
+def shown(source: ReplaySource) -> state.Fleet:
     return asyncio.run(source.snapshot())
 
 
@@ -53,12 +54,12 @@ def test_what_is_played_is_what_was_heard(tmp_path: Path) -> None:
 def test_back_and_ahead_give_the_same(tmp_path: Path) -> None:
     source = ReplaySource(record(tmp_path / "a.cwrec"), wall=lambda: 0.0)
     source.seek(500)
-    there = fleets.encode(shown(source), NOW)
+    there = state.encode(shown(source), NOW)
     source.seek(400)
-    assert fleets.encode(shown(source), NOW) != there
+    assert state.encode(shown(source), NOW) != there
     source.seek(-400)
     assert source.position_s == 500
-    assert fleets.encode(shown(source), NOW) == there
+    assert state.encode(shown(source), NOW) == there
 
 
 async def test_pace_stop_and_step(tmp_path: Path) -> None:

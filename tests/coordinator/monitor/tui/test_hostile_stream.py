@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from coordinator.fleet.prometheus import exposition
-from coordinator.fleet.reducer import Fleet, decode, encode, reduce
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.state import Fleet, decode, encode
 from coordinator.monitor.alerts import alerts
 from coordinator.monitor.tui.app import MonitorApp
 from protocols.messages.envelope import (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from textual.pilot import Pilot
 
-from coordinator.fleet.reducer import Fleet
+from coordinator.fleet.state import Fleet
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config
 from protocols.errors import Unreachable
