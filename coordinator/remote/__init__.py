@@ -1,4 +1,4 @@
-"""Clients of the coordinator's API: requests, event sources, recordings, run options.
+"""Clients of the coordinator's API: requests, sources of fleet state, recordings, run options.
 
 Imported by `monitor`, `admin` and `cli`.
 """

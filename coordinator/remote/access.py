@@ -1,8 +1,8 @@
-"""An operator's or observer's access to a fleet from any machine: a key of its own, and a role.
+"""Access of an operator or observer to a fleet, from any machine.
 
-`commonweight ticket create --role observer|operator` makes the ticket, `commonweight monitor
---join` spends it. The key is made here and never leaves; the coordinator decides by its role what
-each request may do. On the coordinator's own machine its home is the access.
+`commonweight ticket create --role observer|operator` creates a ticket, and `commonweight monitor
+--join` uses it. The signing key is created here and never leaves; the coordinator decides by the
+role what each request may do. On the coordinator's own machine its home gives access.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TIMEOUT_S = 10.0
 
 
 class Access(Struct, frozen=True, kw_only=True):
-    """What joining gave: who we are to the fleet, where its coordinator is, and its CA."""
+    """The result of joining: our id and role in the fleet, its coordinator and its CA."""
 
     operator: str
     role: str
@@ -60,7 +60,7 @@ class Access(Struct, frozen=True, kw_only=True):
 
 
 class ConnectionInfo(NamedTuple):
-    """How to ask a coordinator: its addresses, its CA, our name and key there, and what we may."""
+    """The addresses and CA of a coordinator, and our id, key and role there."""
 
     addresses: tuple[str, ...]
     ca_pem: str
@@ -70,9 +70,9 @@ class ConnectionInfo(NamedTuple):
 
 
 def open_home() -> Path:
-    """The coordinator's home on this machine, else that of a joined access.
+    """The coordinator's home on this machine, or else the home of a joined access.
 
-    Raises NotRunning when there is neither, HomeError.
+    Raises NotRunning if there is neither, HomeError.
     """
     if (homes.home_path("coordinator") / homes.STAMP).exists():
         return homes.open_home("coordinator")
@@ -80,12 +80,15 @@ def open_home() -> Path:
         return homes.open_home("operator")
     raise NotRunning(
         f"there is no coordinator in {homes.home_path('coordinator')}, and no access to another",
-        "make one: commonweight init; or join one: commonweight monitor --join file:TICKET",
+        "create one: commonweight init; or join one: commonweight monitor --join file:TICKET",
     )
 
 
-def connection_info(home: Path) -> ConnectionInfo:
-    """The way in from this home. Raises NotRunning (no coordinator is up here), HomeError."""
+def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
+    """The connection of this home, without addresses if the coordinator need not be up.
+
+    Raises NotRunning (no coordinator runs here), HomeError.
+    """
     if (home / ACCESS_FILE).exists():
         try:
             access = msgspec.json.decode((home / ACCESS_FILE).read_bytes(), type=Access)
@@ -96,17 +99,18 @@ def connection_info(home: Path) -> ConnectionInfo:
         key = identity.load_signing_key(home / _KEY)
         return ConnectionInfo(access.addresses, access.ca_pem, access.operator, key, access.role)
     try:
-        address = str(json.loads((home / UP_FILE).read_bytes())["address"])
+        up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
+        addresses = (str(up["address"]),) if is_up else ()
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise NotRunning(
             f"no coordinator is running over {home}", "start it: commonweight up"
         ) from err
     key = identity.load_signing_key(home / "operator.key")
-    return ConnectionInfo((address,), (home / "ca.pem").read_text(), OPERATOR, key, "operator")
+    return ConnectionInfo(addresses, (home / "ca.pem").read_text(), OPERATOR, key, "operator")
 
 
 def join(text: str, name: str = "") -> Access:
-    """Spend a ticket; nothing is sent before the CA has the hash that is in it.
+    """Join with a ticket. Nothing is sent before the CA matches the hash in the ticket.
 
     Raises TicketMalformed, Unreachable, Refused.
     """
@@ -115,7 +119,7 @@ def join(text: str, name: str = "") -> Access:
     home = homes.open_home("operator", create=True)
     key = identity.new_signing_key()
     public = identity.public_bytes(key)
-    joining = OperatorJoinRequest(
+    request = OperatorJoinRequest(
         ticket=ticket.id,
         secret=ticket.secret,
         name=name or socket.gethostname(),
@@ -124,22 +128,19 @@ def join(text: str, name: str = "") -> Access:
         version=VERSION,
     )
     context = ssl.create_default_context(cadata=ca_pem.decode())
+    url, body = f"https://{address}{OPERATOR_JOIN_PATH}", msgspec.json.encode(request)
     try:
-        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
-            answer = http.post(
-                f"https://{address}{OPERATOR_JOIN_PATH}", content=msgspec.json.encode(joining)
-            )
+        answer = httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
     except httpx.HTTPError as err:
         raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
     if not answer.is_success:
         raise error_from(answer)
-    told = msgspec.json.decode(answer.content, type=OperatorJoinResponse)
-    others = tuple(other for other in ticket.addresses if other != address)
+    joined = msgspec.json.decode(answer.content, type=OperatorJoinResponse)
     access = Access(
-        operator=told.operator,
-        role=told.role,
-        fleet=told.fleet,
-        addresses=(address, *others),
+        operator=joined.operator,
+        role=joined.role,
+        fleet=joined.fleet,
+        addresses=tuple(dict.fromkeys((address, *ticket.addresses))),
         ca_pem=ca_pem.decode(),
     )
     write_private(home / _KEY, identity.private_pem(key))
@@ -150,7 +151,7 @@ def join(text: str, name: str = "") -> Access:
 def _find(ticket: Ticket) -> tuple[str, bytes]:
     """The first address that answers, and its CA certificate, checked against the ticket."""
     tried: list[str] = []
-    # Not verified on purpose: this first request only fetches the CA, whose hash then decides.
+    # Not verified on purpose: this request only downloads the CA, whose hash is then checked.
     with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
         for address in ticket.addresses:
             try:
@@ -164,7 +165,7 @@ def _find(ticket: Ticket) -> tuple[str, bytes]:
             if not genuine:
                 raise Refused(
                     f"{address} is not the coordinator that made this ticket",
-                    "somebody else answers there: nothing was sent; ask for a new ticket",
+                    "another server answers there; nothing was sent. Ask for a new ticket",
                 )
             return address, answer.content
     raise Unreachable(
@@ -173,15 +174,15 @@ def _find(ticket: Ticket) -> tuple[str, bytes]:
     )
 
 
-def error_from(answer: httpx.Response) -> CommonweightError:
-    """The error in a coordinator's answer, with its own words, code and exit status."""
+def error_from(response: httpx.Response) -> CommonweightError:
+    """The error in a coordinator's response, with its message, code and exit status."""
+    status = response.status_code
     try:
-        told = msgspec.json.decode(answer.content, type=dict[str, str])
-        code, message, hint = told["code"], told["message"], told["hint"]
+        body = msgspec.json.decode(response.content, type=dict[str, str])
+        error = CommonweightError(body["message"], body["hint"])
+        error.code = body["code"]
     except (msgspec.DecodeError, KeyError):
-        return Refused(f"the coordinator refused ({answer.status_code})", "commonweight doctor")
-    error = CommonweightError(message, hint)
-    error.code = code
-    by_status = {status: exit_code for exit_code, status in STATUS.items()}
-    error.exit_code = by_status.get(answer.status_code, ExitCode.FAILED)
+        return Refused(f"the coordinator refused ({status})", "commonweight doctor")
+    codes = (exit_code for exit_code, known in STATUS.items() if known == status)
+    error.exit_code = next(codes, ExitCode.FAILED)
     return error

@@ -1,7 +1,7 @@
-"""Asking the fleet: `ask(remote, "count, mean(age) by sex")`, from Python or the command line.
+"""Queries to all peers: `ask(remote, query)`, for Python and the command line.
 
-A question is a job with a unit for each peer: it survives the coordinator's death, and who has
-answered is not asked again.
+A query is a job with a unit for each peer. It continues after a restart of the coordinator, and
+peers that have answered are not asked again.
 """
 
 from __future__ import annotations
@@ -28,45 +28,42 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 
 
-def start(remote: Remote, question: Query, deadline_s: float) -> str:
-    """Ask all peers that are there; the job's id. Raises CommonweightError."""
-    query = msgspec.json.encode(question).decode()
-    return remote.start_job(JobSpec(kind="analyze", query=query, deadline_s=deadline_s))
+def start(remote: Remote, query: Query, deadline_s: float) -> str:
+    """Start the query for all online peers; return the job's id. Raises CommonweightError."""
+    encoded = msgspec.json.encode(query).decode()
+    return remote.start_job(JobSpec(kind="analyze", query=encoded, deadline_s=deadline_s))
 
 
-def ask(remote: Remote, question: Query, deadline_s: float = 600.0) -> AnalysisResult:
-    """The fleet's answer, once all peers have told or the deadline has passed."""
-    job_id = start(remote, question, deadline_s)
+def ask(remote: Remote, query: Query, deadline_s: float = 600.0) -> AnalysisResult:
+    """The result, once all peers have answered or the deadline has passed."""
+    job_id = start(remote, query, deadline_s)
     while (job := remote.job(job_id)).state is JobState.WORKING:
         time.sleep(_POLL_S)
-    return result_of(job, question)
+    return result_of(job, query)
 
 
-def result_of(job: Job, question: Query) -> AnalysisResult:
-    """What a job's peers have told together. Raises CommonweightError if none has."""
-    told: dict[str, PeerAnswer] = {}
-    for unit in job.units.values():
-        if unit.verified:
-            told[unit.only] = _read(unit.answer)
-    for peer, reason in job.excused.items():
-        told.setdefault(peer, PeerAnswer(refused=strip_controls(reason)))
-    found = combine(question, told, [unit.only for unit in job.units.values()])
-    if not found.peers:
-        reasons = "; ".join(dict.fromkeys(found.left_out.values())) or job.ended_because
+def result_of(job: Job, query: Query) -> AnalysisResult:
+    """The result of a job. Raises CommonweightError if no peer has answered."""
+    refused = {peer: PeerAnswer(refused=strip_controls(why)) for peer, why in job.excused.items()}
+    units = job.units.values()
+    answers = refused | {unit.only: _read(unit.answer) for unit in units if unit.verified}
+    result = combine(query, answers, [unit.only for unit in units])
+    if not result.peers:
+        reasons = "; ".join(dict.fromkeys(result.left_out.values())) or job.ended_because
         raise CommonweightError(
             f"no peer has answered: {reasons}",
             "each owner decides: commonweight-agent policy set analyze on",
         )
-    return found
+    return result
 
 
-def _read(given: AnswerInfo) -> PeerAnswer:
+def _read(answer: AnswerInfo) -> PeerAnswer:
     """A peer's answer, which the coordinator has checked. Raises CommonweightError."""
-    body = given.body
-    if not body:  # a long one is not in the ledger
+    body = answer.body
+    if not body:  # a long answer is not in the ledger
         if not (homes.home_path("coordinator") / homes.STAMP).exists():
             raise CommonweightError(
-                "an answer is too long to be shown elsewhere", "ask on the coordinator's machine"
+                "an answer is too long for other machines", "ask on the coordinator's machine"
             )
-        body = JobStore(homes.open_home("coordinator") / "jobs").read_answer(given)
+        body = JobStore(homes.open_home("coordinator") / "jobs").read_answer(answer)
     return msgspec.json.decode(body, type=PeerAnswer)

@@ -1,7 +1,7 @@
-"""The coordinator as the operator's commands and the monitor see it, over HTTPS.
+"""The client of the coordinator's HTTPS API, and the live source of fleet state for the monitor.
 
-Requests are signed with the operator's key, which lies in the coordinator's home, or with that of
-an access that was joined from elsewhere.
+Requests are signed with the operator's key in the coordinator's home, or with the key of a joined
+access.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
 T = TypeVar("T")
 
-#: So often a watcher is told anew whom to ask while the coordinator is away.
-_SAVE_NEIGHBOURS_EVERY_S = 600.0
+#: How often the peers to ask while the coordinator is away are saved.
+_SAVE_NEIGHBORS_EVERY_S = 600.0
 
 
 class Remote:
-    """A coordinator that runs over `home`, or that it has access to.
+    """A client of the coordinator whose home this is, or to which the home gives access.
 
-    Every method raises Unreachable, Refused, UsageError, and BadMessage: of another version.
-
-    Raises NotRunning when the home says that none is up.
+    Every method raises Unreachable, Refused, UsageError, or BadMessage (from another version). The
+    constructor raises NotRunning if no coordinator runs here.
     """
 
     def __init__(self, home: Path) -> None:
@@ -63,7 +62,7 @@ class Remote:
         return state.decode(self._request("GET", "/cw/v1/fleet"))
 
     def neighbours(self) -> NeighborsResponse:
-        """Whom to ask while the coordinator is away, and a pass for it."""
+        """The peers to ask while the coordinator is away, and an access token for them."""
         return self._get(NEIGHBORS_PATH, NeighborsResponse)
 
     def watch(self) -> WatchResponse:
@@ -89,7 +88,7 @@ class Remote:
         return self._get(f"/cw/v1/runs/{run_id}/deletion", Deletion)
 
     def delete_run(self, run_id: str) -> Deletion:
-        """Delete an ended run; what was deleted."""
+        """Delete an ended run; return what was deleted."""
         return _decoded(self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
 
     def start_job(self, spec: JobSpec) -> str:
@@ -108,7 +107,7 @@ class Remote:
         self._request("POST", f"/cw/v1/jobs/{job_id}/stop")
 
     def mark_job_taken(self, job_id: str) -> None:
-        """Its answers are taken: they need not be kept."""
+        """Let the coordinator delete the rows and answers of a job."""
         self._request("POST", f"/cw/v1/jobs/{job_id}/taken")
 
     def resume_job(self, job_id: str) -> None:
@@ -151,23 +150,19 @@ class Remote:
         return _decoded(self._request("POST", path, msgspec.json.encode(body)), dict[str, str])
 
     def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """The answer of the first address that gives one; it is asked first from then on."""
+        """The response of the first address that gives one. Later requests start with it."""
         tried: list[str] = []
+        digest = hashlib.sha256(body).hexdigest()
         for address in dict.fromkeys((self.address, *self._connection.addresses)):
-            signed = signed_requests.sign_headers(
-                self._connection.sender,
-                self._connection.key.sign,
-                method,
-                path,
-                hashlib.sha256(body).hexdigest(),
-            )
+            sender, sign = self._connection.sender, self._connection.key.sign
+            headers = signed_requests.sign_headers(sender, sign, method, path, digest)
             url = f"https://{address}{path}"
             try:
-                answer = self._http.request(method, url, content=body, headers=signed)
+                answer = self._http.request(method, url, content=body, headers=headers)
             except httpx.ConnectError as err:
                 tried.append(f"{address}: {describe_error(err)}")
                 continue
-            except httpx.HTTPError as err:  # it may have heard it: asked once is enough
+            except httpx.HTTPError as err:  # the request may have arrived: do not repeat it
                 tried.append(f"{address}: {describe_error(err)}")
                 break
             self.address = address
@@ -184,15 +179,15 @@ def _decoded(answer: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(answer, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(
-            f"the coordinator's answer is not understood: {err}",
-            "it may be of another version: commonweight doctor",
+            f"the coordinator's response cannot be decoded: {err}",
+            "it may have another version: commonweight doctor",
         ) from err
 
 
 class LiveSource:
-    """`watch.Source` over a home: snapshots by HTTPS, messages by MQTT.
+    """A `Source` over a home: snapshots by HTTPS, messages by MQTT.
 
-    The coordinator may come and go: each call looks again where it is.
+    The coordinator may stop and start again: each call then looks up its address anew.
     """
 
     def __init__(self, home: Path) -> None:
@@ -205,9 +200,9 @@ class LiveSource:
         fleet = await self._call(lambda remote: remote.fleet())
         self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
         if time.monotonic() >= self._keep_at:
-            self._keep_at = time.monotonic() + _SAVE_NEIGHBOURS_EVERY_S
-            with contextlib.suppress(CommonweightError, OSError):  # a help for later, no more
-                peer_source.save_neighbours(
+            self._keep_at = time.monotonic() + _SAVE_NEIGHBORS_EVERY_S
+            with contextlib.suppress(CommonweightError, OSError):  # these are only of use later
+                peer_source.save_neighbors(
                     self._home, await self._call(lambda remote: remote.neighbours())
                 )
         return fleet
@@ -223,7 +218,7 @@ class LiveSource:
 
         def on_envelope(_: Kind, envelope: Envelope) -> None:
             body = envelope.body
-            if isinstance(body, PeerChanged):  # signed by the coordinator, so it may teach us keys
+            if isinstance(body, PeerChanged):  # signed by the coordinator, so its key is trusted
                 self._keys[body.peer] = body.public_key
             put(envelope)
 
@@ -232,7 +227,7 @@ class LiveSource:
             watch.fleet,
             self._verify,
             on_envelope,
-            lambda up, why: None if up else put(why or "the link was lost"),
+            lambda up, why: None if up else put(why or "the connection was lost"),
             lambda topic, err: None,
             listen_to_coordinator=True,
         )
@@ -248,16 +243,14 @@ class LiveSource:
             await asyncio.gather(running, return_exceptions=True)
 
     async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        match action:
-            case "approve":
-                await self._call(lambda remote: remote.approve(peer))
-                return "approved"
-            case "remove":
-                await self._call(lambda remote: remote.remove(peer))
-                return "removed"
-            case _:
-                order = Command(action=action, for_s=for_s)
-                return await self._call(lambda remote: remote.command(peer, order))
+        if action == "approve":
+            await self._call(lambda remote: remote.approve(peer))
+            return "approved"
+        if action == "remove":
+            await self._call(lambda remote: remote.remove(peer))
+            return "removed"
+        command = Command(action=action, for_s=for_s)
+        return await self._call(lambda remote: remote.command(peer, command))
 
     async def start_run(self, order: StartRunRequest) -> str:
         return await self._call(lambda remote: remote.start_run(order))
@@ -272,8 +265,8 @@ class LiveSource:
         return await self._call(lambda remote: remote.logs(peer))
 
     async def ticket(self) -> str:
-        made = await self._call(lambda remote: remote.make_ticket(TicketRequest()))
-        return made["ticket"]
+        created = await self._call(lambda remote: remote.make_ticket(TicketRequest()))
+        return created["ticket"]
 
     def _verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
         public = self._keys.get(sender)

@@ -13,5 +13,5 @@ def parse_seconds(text: str) -> float:
     """`90s`, `30m`, `24h`, `7d` or plain seconds. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
     if not match:
-        raise UsageError(f"{text!r} is no duration", "write 90s, 30m, 24h or 7d")
+        raise UsageError(f"{text!r} is not a duration", "write 90s, 30m, 24h or 7d")
     return float(match[1]) * _UNITS[match[2] or "s"]

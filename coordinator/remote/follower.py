@@ -1,6 +1,6 @@
 """Keeps a fleet current from a Source: a snapshot, then live messages; polls when they stop.
 
-It never gives up: a lost link is tried again with a jittered back-off of at most 10 s.
+A lost connection is retried forever, with a jittered back-off of at most 10 s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from protocols.messages.topics import COORDINATOR
 
 POLL_S = 2.0
 RESYNC_S = 60.0
-#: A silent fleet sends nothing on a good link: without an error for so long the link counts as up.
+#: A fleet may send nothing: a connection without an error for this long counts as up.
 GRACE_S = 5.0
 LINK_ERRORS = (CommonweightError, OSError, TimeoutError)
 
@@ -30,9 +30,10 @@ def jittered(attempt: int) -> float:
 
 
 class FleetFollower:
-    """The fleet as it is known here, and how good the links to it are.
+    """The fleet as it is known here, and the state of the connections to it.
 
-    `dirty` holds the peers that changed since `clean()`; `whole` is True when anything may have.
+    `changed_peers` holds the peers that changed since `mark_drawn()`; `all_changed` is True if
+    anything else may have changed.
     """
 
     def __init__(
@@ -58,21 +59,21 @@ class FleetFollower:
 
     @property
     def connected(self) -> bool:
-        """True while at least one link brings news."""
+        """True while at least one connection works."""
         return self.stream or self.http
 
     @property
     def retry_at(self) -> float | None:
-        """When the next attempt is made, by the clock; None while one is under way."""
+        """The time of the next attempt, by the clock; None during an attempt."""
         return min(self._next_try.values(), default=None)
 
     def mark_drawn(self) -> None:
-        """What has changed so far was drawn."""
+        """Forget the changes so far: they are drawn."""
         self.changed_peers.clear()
         self.all_changed = False
 
     def reconnect(self) -> None:
-        """Try again now."""
+        """Retry now."""
         for event in self._hurry.values():
             event.set()
 
@@ -146,13 +147,13 @@ class FleetFollower:
         now = self._clock()
         fleet.gap = False
         rebase_times(fleet, now)
-        # What arrived meanwhile may be newer than the snapshot; what is older is ignored.
+        # Messages that arrived meanwhile may be newer than the snapshot; older ones are ignored.
         for envelope in self._since_fetch:
             reduce(fleet, envelope, now)
         self._since_fetch.clear()
         if self.fleet is None:
             self.fleet = fleet
-        else:  # the same object for ever: whoever has drawn it keeps no old one alive
+        else:  # change the object in place, so that no widget keeps an old one in memory
             for name in fleet.__struct_fields__:
                 setattr(self.fleet, name, getattr(fleet, name))
         self.fresh_at = now
@@ -160,7 +161,7 @@ class FleetFollower:
         self._fetching = False
 
     async def _until_needed(self) -> None:
-        """Wait as long as live messages do; a gap is mended at once but not more than each 2 s."""
+        """Wait until a snapshot is needed: at once after a gap, but every 2 s at most."""
         loop = asyncio.get_running_loop()
         fetched = loop.time()
         live = self.stream and self.fleet is not None and not self.fleet.gap

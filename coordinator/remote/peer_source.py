@@ -1,8 +1,8 @@
-"""The fleet as one of its peers knows it, for a time without the coordinator. Read only.
+"""The fleet as one of its peers knows it, for times without the coordinator. Read only.
 
-Whoever watches is given a pass, and told whom to ask, each time that the coordinator answers; both
-lie in the home. A peer is asked over TLS pinned to its node key, and lets in who shows the pass and
-signs with its key. What it tells are words that each peer has signed of itself.
+While the coordinator answers, it gives each monitor an access token and the addresses of peers;
+both are saved in the home. A peer is asked over TLS that is pinned to its node key. It answers if
+the request has the token and our signature. Its answer consists of entries that peers have signed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from coordinator.fleet.auth import OPERATOR
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.remote import access
 from coordinator.remote.source import ReadOnly
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.identity import SigningKey
 from protocols.errors import (
     BadMessage,
     CommonweightError,
@@ -47,120 +45,116 @@ from protocols.p2p.gossip import (
     VerifiedEntry,
 )
 
-NEIGHBOURS_FILE = "neighbours.json"
+NEIGHBORS_FILE = "neighbours.json"
 _TIMEOUT_S = 10.0
 
 
-def save_neighbours(home: Path, given: NeighborsResponse) -> None:
-    """Keep whom to ask while the coordinator is away. Raises OSError."""
-    write_private(home / NEIGHBOURS_FILE, msgspec.json.encode(given))
+def save_neighbors(home: Path, neighbors: NeighborsResponse) -> None:
+    """Save the peers to ask while the coordinator is away. Raises OSError."""
+    write_private(home / NEIGHBORS_FILE, msgspec.json.encode(neighbors))
 
 
-def _load_neighbours(home: Path) -> NeighborsResponse:
+def _load_neighbors(home: Path) -> NeighborsResponse:
     try:
-        return msgspec.json.decode((home / NEIGHBOURS_FILE).read_bytes(), type=NeighborsResponse)
+        return msgspec.json.decode((home / NEIGHBORS_FILE).read_bytes(), type=NeighborsResponse)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as err:
         raise NotRunning(
-            "no peers are known here to ask",
-            "they are told while the coordinator is up: commonweight monitor --once",
+            "this machine knows no peers to ask",
+            "run commonweight monitor --once while the coordinator is up",
         ) from err
 
 
 class _Partner(NamedTuple):
-    """Whom to ask; `keys` are the node keys that may answer there."""
+    """The peer to ask; `keys` are the node keys that may answer there."""
 
     name: str
     address: str
     keys: frozenset[bytes]
 
 
-def _partner(given: NeighborsResponse, word: str) -> _Partner:
-    """The peer that `word` means: its name, its id, or host:port. Raises UnknownName."""
-    for one in given.neighbors:
-        if word in (one.name, one.peer, one.address):
+def _find_partner(known: NeighborsResponse, text: str) -> _Partner:
+    """The peer with this name or id, or at this host:port. Raises UnknownName."""
+    for one in known.neighbors:
+        if text in (one.name, one.peer, one.address):
             return _Partner(one.name, one.address, frozenset({one.node_public}))
-    host, _, port = word.rpartition(":")
-    if host and port.isdecimal():  # it has moved: any of the fleet may answer there
-        return _Partner(word, word, frozenset(one.node_public for one in given.neighbors))
-    known = ", ".join(sorted(one.name for one in given.neighbors)) or "none"
+    host, _, port = text.rpartition(":")
+    if host and port.isdecimal():  # an unknown address: any peer of the fleet may answer there
+        return _Partner(text, text, frozenset(one.node_public for one in known.neighbors))
+    names = ", ".join(sorted(one.name for one in known.neighbors)) or "none"
     raise UnknownName(
-        f"no peer {word!r} can be asked",
-        f"those that share with others can: {known}; or give HOST:PORT, which "
-        "commonweight-agent status tells on that machine",
+        f"no peer {text!r} can be asked",
+        f"peers that share with others: {names}; or give HOST:PORT, which commonweight-agent "
+        "status shows on that machine",
     )
 
 
 class PeerSource(ReadOnly):
-    """`watch.Source` over one peer's words. Nothing can be changed through it.
+    """A `Source` over what one peer knows.
 
     Raises UnknownName, NotRunning (no peers are known here).
     """
 
-    def __init__(self, home: Path, word: str) -> None:
-        given = _load_neighbours(home)
-        self._partner, self._pass = _partner(given, word), given.access_token
-        self._holder, self._key, self._ca_pem = _own_key(home)
+    def __init__(self, home: Path, peer: str) -> None:
+        neighbors = _load_neighbors(home)
+        self._partner = _find_partner(neighbors, peer)
+        self._token = neighbors.access_token
+        self._own = access.connection_info(home, is_up=False)
+        self._ca_pem = self._own.ca_pem.encode()
         self._fleet = identity.ca_fingerprint(self._ca_pem).hex()[:16]
         self.heading = f"as {self._partner.name} knows it"
 
     async def snapshot(self) -> Fleet:
         """Raises Unreachable, Refused."""
-        told = await asyncio.to_thread(self._ask)
-        words, now = GossipStore(self._ca_pem, self._fleet), time.time()
-        words.add(told.entries, now)
-        return fleet_from_gossip(self._fleet, self.heading, words.newest_first(), now)
+        batch = await asyncio.to_thread(self._request)
+        store, now = GossipStore(self._ca_pem, self._fleet), time.time()
+        store.add(batch.entries, now)
+        return fleet_from_gossip(self._fleet, self.heading, store.newest_first(), now)
 
     async def messages(self) -> AsyncIterator[Envelope]:
-        nothing: tuple[Envelope, ...] = ()
-        for envelope in nothing:
-            yield envelope
-        raise Unreachable("a peer tells no live messages", "they come from the coordinator")
+        raise Unreachable("a peer sends no live messages", "they come from the coordinator")
+        yield  # makes this an iterator
 
     def refusal(self) -> CommonweightError:
-        return Refused("a peer only tells what it knows", "act when the coordinator is up again")
+        return Refused("a peer takes no commands", "repeat it when the coordinator is up again")
 
-    def _ask(self) -> GossipBatch:
+    def _request(self) -> GossipBatch:
         body = msgspec.msgpack.encode(GossipBatch())
         digest = hashlib.sha256(body).hexdigest()
-        headers = signed_requests.sign_headers(
-            self._holder, self._key.sign, "POST", GOSSIP_PATH, digest
-        )
-        headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._pass).decode()
-        heard = self._answer(body, headers)
+        sender, sign = self._own.sender, self._own.key.sign
+        headers = signed_requests.sign_headers(sender, sign, "POST", GOSSIP_PATH, digest)
+        headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._token).decode()
         try:
-            return msgspec.msgpack.decode(heard, type=GossipBatch)
+            return msgspec.msgpack.decode(self._post(body, headers), type=GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise BadMessage(f"{self._partner.name} tells what is not understood: {err}") from err
+            raise BadMessage(f"{self._partner.name} sent a bad answer: {err}") from err
 
-    def _answer(self, body: bytes, headers: dict[str, str]) -> bytes:
-        name, address = self._partner.name, self._partner.address
+    def _post(self, body: bytes, headers: dict[str, str]) -> bytes:
+        name, address, keys = self._partner
         try:
             with contextlib.closing(_connection(address)) as connection:
                 connection.connect()
                 shown = connection.sock.getpeercert(binary_form=True) or b""
-                if not any(
-                    identity.certificate_matches_key(shown, key) for key in self._partner.keys
-                ):
-                    raise Refused(f"somebody else than {name} answers at {address}")
+                if not any(identity.certificate_matches_key(shown, key) for key in keys):
+                    raise Refused(f"another machine than {name} answers at {address}")
                 connection.request("POST", GOSSIP_PATH, body=body, headers=headers)
-                answer = connection.getresponse()
-                if answer.status != 200:
+                response = connection.getresponse()
+                if response.status != 200:
                     raise Refused(
-                        f"{name} refused ({answer.status})",
-                        "the pass may have ended: watch once while the coordinator is up",
+                        f"{name} refused ({response.status})",
+                        "the access token may have expired: run commonweight monitor --once "
+                        "while the coordinator is up",
                     )
-                return answer.read(MAX_BATCH_BYTES)
-        # A host and port that somebody typed may be neither: UnicodeError, OverflowError.
+                return response.read(MAX_BATCH_BYTES)
+        # A typed address may be invalid: UnicodeError, OverflowError.
         except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
-            raise Unreachable(
-                f"{name} does not answer at {address}: {describe_error(err)}"
-            ) from err
+            reason = describe_error(err)
+            raise Unreachable(f"{name} does not answer at {address}: {reason}") from err
 
 
 def _connection(address: str) -> http.client.HTTPSConnection:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # The key decides, not a name that a CA vouches for; it is looked at before we say a word.
+    # The node key is checked instead of a name, before anything is sent.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     host, _, port = address.rpartition(":")
@@ -169,40 +163,29 @@ def _connection(address: str) -> http.client.HTTPSConnection:
     )
 
 
-def _own_key(home: Path) -> tuple[str, SigningKey, bytes]:
-    """Who we are to the fleet, our key and its CA. Raises HomeError."""
-    if (home / access.ACCESS_FILE).exists():
-        door = access.connection_info(home)
-        return door.sender, door.key, door.ca_pem.encode()
-    key = identity.load_signing_key(home / "operator.key")
-    return OPERATOR, key, (home / "ca.pem").read_bytes()
+#: Fields of a peer that it publishes itself.
+_PRESENCE_FIELDS = (
+    *("state", "reason", "version", "task", "run", "round", "tasks", "policy"),
+    *("disk_free_bytes", "free_at", "free_until"),
+)
 
 
-def fleet_from_gossip(fleet: str, name: str, heard: Sequence[VerifiedEntry], now: float) -> Fleet:
-    """The fleet that these words add up to. Pure. `round` is the version that a peer holds."""
+def fleet_from_gossip(fleet: str, name: str, entries: Sequence[VerifiedEntry], now: float) -> Fleet:
+    """The fleet that these entries describe. `round` is the version that a peer has. Pure."""
     found = Fleet(fleet=fleet, name=name, at=now)
-    for word, speaker, _ in heard:
-        said, head = word.presence, word.head
-        found.peers[word.peer] = Peer(
-            peer=word.peer,
+    for entry, speaker, _ in entries:
+        fields: dict[str, Any] = {key: getattr(entry.presence, key) for key in _PRESENCE_FIELDS}
+        at, head = min(entry.at, now), entry.head
+        if head:
+            fields |= {"run": head.run, "round": head.version}
+            text = f"{speaker.name} has version {head.version} of {head.run} ({head.digest[:12]})"
+            found.events.append(Event(at=at, level="info", text=text, subject=entry.peer))
+        found.peers[entry.peer] = Peer(
+            peer=entry.peer,
             name=speaker.name,
             public_key=speaker.sign_public,
-            state=said.state,
-            reason=said.reason,
-            version=said.version,
-            task=said.task,
-            run=head.run if head else said.run,
-            round=head.version if head else said.round,
-            tasks=said.tasks,
-            policy=said.policy,
-            disk_free_bytes=said.disk_free_bytes,
-            free_at=said.free_at,
-            free_until=said.free_until,
-            seen_at=min(word.at, now),
+            seen_at=at,
+            **fields,
         )
-        if head:
-            text = f"{speaker.name} holds version {head.version} of {head.run} ({head.digest[:12]})"
-            at = min(word.at, now)
-            found.events.append(Event(at=at, level="info", text=text, subject=word.peer))
     found.num_events = len(found.events)
     return found

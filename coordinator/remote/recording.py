@@ -1,7 +1,7 @@
-"""A fleet on record: what a monitor heard, with its times, to be folded again later.
+"""Records what a monitor receives, with times, so that it can be replayed later.
 
 A file is zstd-compressed JSON lines: a head, then snapshots and messages, each with the seconds
-since the start. It is flushed each second, so a killed monitor leaves a file that can be played.
+since the start. It is flushed every second, so the file of a killed monitor can be replayed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import IO, Annotated, cast
 import msgspec
 from msgspec import Meta, Struct
 
-from coordinator.api.schema import StartRunRequest
 from coordinator.fleet.state import Fleet
-from coordinator.remote.source import Action, Source
+from coordinator.remote.source import Source
 from protocols import VERSION
 from protocols.errors import UsageError
-from protocols.messages.envelope import Envelope, LogLine
+from protocols.messages.envelope import Envelope
 
-# The same module under two names: in the standard library from Python 3.14 on.
+# The same module: part of the standard library since Python 3.14.
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -36,7 +35,7 @@ DEMO_FILE = Path(__file__).with_name("recordings") / "demo.cwrec"
 
 
 class Head(Struct, frozen=True, kw_only=True):
-    """The first line. `at` is Unix s by the clock of the one who recorded."""
+    """The first line. `at` is Unix s by the recording machine's clock."""
 
     commonweight_recording: int
     version: str
@@ -44,7 +43,7 @@ class Head(Struct, frozen=True, kw_only=True):
 
 
 class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One thing that was heard, `t` seconds after the start."""
+    """A snapshot or a message, `t` seconds after the start."""
 
     t: Annotated[float, Meta(ge=0, le=1e9)]
     snapshot: Fleet | None = None
@@ -57,7 +56,7 @@ _line = msgspec.json.Decoder(Line)
 
 
 class Recorder:
-    """Writes a recording. Raises UsageError when the file is there already or cannot be made."""
+    """Writes a recording. Raises UsageError if the file exists already or cannot be created."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -73,11 +72,11 @@ class Recorder:
         self._write(_encode(Head(commonweight_recording=FORMAT, version=VERSION, at=self._began)))
 
     def snapshot(self, fleet: Fleet) -> None:
-        """The coordinator's snapshot as it came."""
+        """Record a snapshot as it was received."""
         self._write(_encode(Line(t=self._now(), snapshot=fleet)))
 
     def message(self, envelope: Envelope) -> None:
-        """A verified message."""
+        """Record a verified message."""
         self._write(_encode(Line(t=self._now(), message=envelope)))
 
     def close(self) -> None:
@@ -96,17 +95,17 @@ class Recorder:
 
 
 def read(path: Path) -> tuple[Head, Iterator[Line]]:
-    """The head, and the lines as they are read. Raises UsageError: no recording, or a newer one."""
+    """The head, and the lines as they are read. Raises UsageError for other or newer files."""
     try:
         file = cast(IO[bytes], io.BufferedReader(zstd.ZstdFile(path)))
         head = _head.decode(file.readline(4096))
     except OSError as err:
         raise UsageError(f"cannot read {path}: {err.strerror or err}") from err
     except (zstd.ZstdError, EOFError, msgspec.DecodeError, UnicodeDecodeError) as err:
-        raise UsageError(f"{path} is no recording of a monitor: {err}") from err
+        raise UsageError(f"{path} is not a recording of a monitor: {err}") from err
     if head.commonweight_recording != FORMAT:
         raise UsageError(
-            f"{path} has format {head.commonweight_recording}; this version plays {FORMAT}",
+            f"{path} has format {head.commonweight_recording}; this version reads {FORMAT}",
             "pip install --upgrade commonweight",
         )
     return head, _lines(file, path)
@@ -118,7 +117,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Line]:
         while True:
             try:
                 text = file.readline(MAX_LINE_BYTES)
-            except (zstd.ZstdError, EOFError):  # cut off: what came before it counts
+            except (zstd.ZstdError, EOFError):  # cut off: the lines before it are good
                 return
             if not text.endswith(b"\n"):
                 return
@@ -126,17 +125,20 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Line]:
                 line = _line.decode(text)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
                 raise UsageError(f"{path} is damaged after {last:.0f} s: {err}") from err
-            if line.t < last:  # time goes one way
+            if line.t < last:  # a clock was set back
                 line = msgspec.structs.replace(line, t=last)
             last = line.t
             yield line
 
 
 class RecordingSource:
-    """A Source that writes down what it brings."""
+    """A Source that records what another one gives."""
 
     def __init__(self, source: Source, recorder: Recorder) -> None:
         self._source, self._recorder = source, recorder
+        self.command, self.ticket, self.logs = source.command, source.ticket, source.logs
+        self.start_run, self.stop_run = source.start_run, source.stop_run
+        self.stop_job = source.stop_job
 
     async def snapshot(self) -> Fleet:
         fleet = await self._source.snapshot()
@@ -147,21 +149,3 @@ class RecordingSource:
         async for envelope in self._source.messages():
             self._recorder.message(envelope)
             yield envelope
-
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        return await self._source.command(peer, action, for_s)
-
-    async def ticket(self) -> str:
-        return await self._source.ticket()
-
-    async def start_run(self, order: StartRunRequest) -> str:
-        return await self._source.start_run(order)
-
-    async def stop_run(self, run: str) -> None:
-        await self._source.stop_run(run)
-
-    async def stop_job(self, job: str) -> None:
-        await self._source.stop_job(job)
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        return await self._source.logs(peer)

@@ -1,6 +1,7 @@
-"""A recording as a Source: it plays at any speed, stops, steps, and is sought in both ways.
+"""Replays a recording as a Source: at any speed, step by step, with seek in both directions.
 
-The fleet is a fold, so to seek is to fold again: ahead from where it is, back from the start.
+A fleet is reduced from messages. A seek forward reduces the messages in between, a seek back starts
+again from the first one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ MIN_SPEED, MAX_SPEED = 1 / 16, 1024.0
 
 
 class ReplaySource(ReadOnly):
-    """`clock()` is the recorded time that is shown now: ages in a replay are those of then.
+    """A recording. `clock()` is the recorded time at the present position.
 
-    `on_jump` is called when a watcher should ask for a snapshot: time was left out, or the
-    recorded monitor had fetched one. `wall` gives monotonic s. Raises UsageError.
+    `on_jump` is called when the monitor must fetch a snapshot: after a seek, or where the recorded
+    monitor fetched one. `wall` gives monotonic s. Raises UsageError.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ReplaySource(ReadOnly):
         self._path, self._wall = path, wall
         self._head, _ = recording.read(path)
         self.length_s = max((line.t for line in recording.read(path)[1]), default=0.0)
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._steps = 0
         self._rewind()
 
@@ -56,7 +57,7 @@ class ReplaySource(ReadOnly):
         return min(self._anchor_s + played_s, self.length_s)
 
     def clock(self) -> float:
-        """Unix s, as they were."""
+        """The recorded time, in Unix s."""
         return self._head.at + self.position_s
 
     @property
@@ -68,12 +69,12 @@ class ReplaySource(ReadOnly):
 
     def _anchor(self, position_s: float) -> None:
         self._anchor_s, self._anchored_at = position_s, self._wall()
-        self._news.set()
+        self._changed.set()
 
-    # --- what a person does ---
+    # --- controls ---
 
     def play(self) -> None:
-        """Stop, or go on; from the end it begins anew."""
+        """Pause or continue; at the end, start again."""
         if self.ended:
             self.seek(-self.length_s)
             self.playing = True
@@ -82,19 +83,19 @@ class ReplaySource(ReadOnly):
             self._anchor(position_s)
 
     def step(self) -> None:
-        """Stop, and show one message more."""
+        """Pause, and show the next message."""
         position_s, self.playing = self.position_s, False
         self._steps += 1
         self._anchor(position_s)
 
     def pace(self, factor: float) -> None:
-        """Play so many times as fast."""
+        """Multiply the speed by `factor`."""
         position_s = self.position_s
         self.speed = min(max(self.speed * factor, MIN_SPEED), MAX_SPEED)
         self._anchor(position_s)
 
     def seek(self, by_s: float) -> None:
-        """Go `by_s` seconds ahead, or back if it is less than 0."""
+        """Move `by_s` seconds forward, or back if it is negative."""
         goal_s = min(max(self.position_s + by_s, 0.0), self.length_s)
         if by_s < 0:
             self._rewind()
@@ -103,14 +104,14 @@ class ReplaySource(ReadOnly):
         self._anchor(goal_s)
         self.on_jump()
 
-    # --- the fold ---
+    # --- the fleet ---
 
     def _rewind(self) -> None:
         _, self._lines = recording.read(self._path)
         self._fleet = Fleet(fleet="")
         self.ended = False
         self._next: Line | None = next(self._lines, None)
-        # The picture begins with the first snapshot; what was heard before it is in there.
+        # Start with the first snapshot, which contains the messages before it.
         while self._next is not None and self._next.snapshot is None:
             self._next = next(self._lines, None)
         if self._next is not None:
@@ -118,7 +119,7 @@ class ReplaySource(ReadOnly):
         self._anchor(0.0)
 
     def _take(self) -> Envelope | None:
-        """Fold the next line; its message if it is one."""
+        """Apply the next line; return its message, if it is one."""
         line = self._next
         assert line is not None
         now = self._head.at + line.t
@@ -131,7 +132,7 @@ class ReplaySource(ReadOnly):
             reduce(self._fleet, line.message, now)
         return line.message
 
-    # --- watch.Source ---
+    # --- Source ---
 
     async def snapshot(self) -> Fleet:
         return state.decode(state.encode(self._fleet, self.clock()))
@@ -139,14 +140,14 @@ class ReplaySource(ReadOnly):
     async def messages(self) -> AsyncIterator[Envelope]:
         taken = 0
         while True:
-            self._news.clear()
+            self._changed.clear()
             line = self._next
             if line is None:
                 if not self.ended:
                     self.ended, self.playing = True, False
                     self._anchor_s = self.length_s
                 self._steps = 0
-                await self._news.wait()
+                await self._changed.wait()
                 continue
             if self._steps or (self.playing and self.position_s >= line.t):
                 if self._steps:
@@ -156,16 +157,16 @@ class ReplaySource(ReadOnly):
                     yield envelope
                     taken += 1
                     if taken % MAX_BATCH == 0:
-                        await asyncio.sleep(0)  # the screen wants its turn too
+                        await asyncio.sleep(0)  # let the screen draw
                 continue
             wait_s = (line.t - self.position_s) / self.speed if self.playing else None
             try:
                 async with asyncio.timeout(wait_s):
-                    await self._news.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 pass
 
     def refusal(self) -> CommonweightError:
         return CommonweightError(
-            "this is a recording: nothing can be asked of it", "commonweight monitor"
+            "this is a recording: it takes no commands", "commonweight monitor"
         )

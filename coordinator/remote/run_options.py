@@ -1,4 +1,4 @@
-"""What a person typed to start a run, on the command line or in the monitor's form, as an order."""
+"""Builds the request for a run from the options of the command line or the monitor's form."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.local import homes
 
-#: A round that sets its own deadline takes no longer than that.
+#: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
 
 
 def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
-    """The order for options by their names in the table; an option left out has its default.
+    """The request for options by their names in the table; others have their defaults.
 
     Raises UsageError and its kin.
     """
@@ -58,7 +58,7 @@ def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:
 
 
 def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
-    """`key=value` with the value as the number or truth value it looks like. Raises UsageError."""
+    """Parse `key=value`; the value may be a number, true or false. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"{text!r} is not key=value")
@@ -73,9 +73,9 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
 
 
 def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
-    """The column, the value of the metric and its name among what was given. Raises UsageError.
+    """The column to predict, the value of the metric to reach, and its name. Raises UsageError.
 
-    A metric's value is `0.9` or `macro_f1=0.9`; all else is a column.
+    `0.9` and `macro_f1=0.9` are values of a metric; all else is a column.
     """
     column, goal, metric = "", None, ""
     for text in given:
@@ -85,26 +85,26 @@ def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
         except ValueError:
             if column:
                 raise UsageError(
-                    f"{column} and {text} cannot both be predicted", "start two runs"
+                    f"one run cannot predict both {column} and {text}", "start two runs"
                 ) from None
             column = text
     return column, goal, metric
 
 
 def _task_name(text: str) -> str:
-    """A task's name. Of one in a file only "file.py:Class": each agent has its own copy of it."""
+    """The name of a task. For a file it has no folder, as each agent has a copy of its own."""
     path, colon, attribute = text.rpartition(":")
     if not (colon and path.endswith(".py")) and ("/" in text or text.endswith(".py")):
-        raise UsageError(f"{text!r} names no task", "write file and class: ./my_task.py:MyTask")
+        raise UsageError(f"{text!r} is not a task", "write file and class: ./my_task.py:MyTask")
     return f"{Path(path).name}:{attribute}" if colon and path.endswith(".py") else text
 
 
 def _times(text: str) -> float:
-    """`1.2x` or `1.2`. Raises UsageError."""
+    """Parse `1.2x` or `1.2`. Raises UsageError."""
     try:
         return float(text.removesuffix("x"))
     except ValueError as err:
-        raise UsageError(f"{text!r} is no factor", "write 1.2x") from err
+        raise UsageError(f"{text!r} is not a factor", "write 1.2x") from err
 
 
 def _import_weights(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Where a watcher of the fleet gets what it shows, and how it acts."""
+"""The interface between a monitor and a coordinator, a peer or a recording."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from coordinator.api.schema import StartRunRequest
 from coordinator.fleet.state import Fleet
@@ -14,18 +14,18 @@ Action = Literal["pause", "resume", "finish", "approve", "remove"]
 
 
 class Source(Protocol):
-    """The seam between a watcher and the coordinator. What acts raises CommonweightError."""
+    """Gives the state of a fleet, and takes commands, which raise CommonweightError."""
 
     async def snapshot(self) -> Fleet:
         """The fleet now, with its `at` stamped. Raises Unreachable or Refused."""
         ...
 
     def messages(self) -> AsyncIterator[Envelope]:
-        """Verified live messages, until the link is lost: then it raises Unreachable."""
+        """Verified live messages. Raises Unreachable when the connection is lost."""
         ...
 
     async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        """Ask for something about a peer, by its id; words for what was sent."""
+        """Send a command about a peer, by its id; return its outcome as text."""
         ...
 
     async def ticket(self) -> str:
@@ -37,39 +37,26 @@ class Source(Protocol):
         ...
 
     async def stop_run(self, run: str) -> None:
-        """Ask for the end of a run."""
+        """Stop a run."""
         ...
 
     async def stop_job(self, job: str) -> None:
-        """Ask for the end of a job."""
+        """Stop a job."""
         ...
 
     async def logs(self, peer: str) -> list[LogLine]:
-        """The last lines of the peer's log that it lets others see."""
+        """The last lines of a peer's log that its owner shares."""
         ...
 
 
 class ReadOnly:
-    """The acting half of a `Source` that can only show: each request raises `refusal()`."""
+    """The commands of a `Source` that only shows: each raises `refusal()`."""
 
     def refusal(self) -> CommonweightError:
-        """Why nothing can be asked for here, and what to do."""
+        """Why commands are refused, and what to do."""
         raise NotImplementedError
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+    async def _refuse(self, *_: object, **__: object) -> Any:
         raise self.refusal()
 
-    async def ticket(self) -> str:
-        raise self.refusal()
-
-    async def start_run(self, order: StartRunRequest) -> str:
-        raise self.refusal()
-
-    async def stop_run(self, run: str) -> None:
-        raise self.refusal()
-
-    async def stop_job(self, job: str) -> None:
-        raise self.refusal()
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        raise self.refusal()
+    command = ticket = start_run = stop_run = stop_job = logs = _refuse

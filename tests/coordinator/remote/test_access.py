@@ -121,7 +121,7 @@ def test_the_answer_of_another_version_is_told_in_words(
     monkeypatch.setattr(endpoint, "json_response", lambda _: JSONResponse("new"))
     ticket = partial(remote.make_ticket, TicketRequest())
     for ask in (remote.watch, remote.peers, remote.tickets, remote.operators, ticket):
-        with pytest.raises(BadMessage, match="not understood") as told:
+        with pytest.raises(BadMessage, match="cannot be decoded") as told:
             ask()
         assert "another version" in told.value.hint
 

@@ -52,7 +52,7 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
         ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
         head = ann.hold(3)
         async with without_coordinator(ann, bob):
-            peer_source.save_neighbours(home, await told(site))
+            peer_source.save_neighbors(home, await told(site))
             await until(lambda: bob.heads.newest() == head)
             await until(lambda: ann.gossip.summary().alike)
             source = PeerSource(home, "ann")
@@ -103,7 +103,7 @@ async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> 
     (tmp_path / "coordinator").mkdir()
     with Site(tmp_path / "coordinator").up() as site:
         home = home_of(site, tmp_path)
-        peer_source.save_neighbours(home, await told(site))
+        peer_source.save_neighbors(home, await told(site))
         with pytest.raises(Unreachable, match="does not answer at"):
             await PeerSource(home, word).snapshot()
 
@@ -116,7 +116,7 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
         async with without_coordinator(ann, bob):
             given = await told(site)
             write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
-            peer_source.save_neighbours(home, given)
+            peer_source.save_neighbors(home, given)
             with pytest.raises(Refused, match="ann refused"):
                 await PeerSource(home, "ann").snapshot()
             # Somebody else at ann's address is not asked.
@@ -125,13 +125,13 @@ async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
                 msgspec.structs.replace(one, address=at_bob) for one in given.neighbors
                 if one.name == "ann"
             )  # fmt: skip
-            peer_source.save_neighbours(home, msgspec.structs.replace(given, near=near))
-            with pytest.raises(Refused, match="somebody else"):
+            peer_source.save_neighbors(home, msgspec.structs.replace(given, neighbors=near))
+            with pytest.raises(Refused, match="another machine"):
                 await PeerSource(home, "ann").snapshot()
-            peer_source.save_neighbours(home, msgspec.structs.replace(given, near=()))
-            with pytest.raises(Refused, match="somebody else"):
+            peer_source.save_neighbors(home, msgspec.structs.replace(given, neighbors=()))
+            with pytest.raises(Refused, match="another machine"):
                 await PeerSource(home, at_bob).snapshot()
-        peer_source.save_neighbours(home, given)
+        peer_source.save_neighbors(home, given)
         with pytest.raises(Unreachable):
             await PeerSource(home, "ann").snapshot()
         assert at_bob.startswith(HOST)

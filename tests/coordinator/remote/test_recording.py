@@ -119,7 +119,7 @@ def test_a_file_that_was_cut_off_plays_to_there(tmp_path: Path) -> None:
 def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(data)
-    with pytest.raises(UsageError, match="no recording of a monitor"):
+    with pytest.raises(UsageError, match="not a recording of a monitor"):
         ReplaySource(path)
     with pytest.raises(UsageError, match="cannot read"):
         ReplaySource(tmp_path / "nothing")
