@@ -9,92 +9,94 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.control import Json, is_running, parse_duration, say
+from agent.cli.common import Json, is_running, parse_duration, print_json, print_line
 from protocols.errors import UsageError
-from protocols.local import homes, json_output
+from protocols.local import homes
 
-policy = typer.Typer(help="What the agent may do here.", no_args_is_help=True)
+policy = typer.Typer(
+    name="policy", no_args_is_help=True, help="Show and change what the agent may do."
+)
 
 _SENSOR_INTERVAL_S = 0.3
 
 
 @policy.command("show")
 def show_policy(json: Json = False) -> None:
-    """Every setting: its value, where that comes from, and what it is for."""
+    """Show every setting: its value, the source of the value, and its meaning."""
     from agent.home import settings
 
-    found = settings.describe(homes.open_home("agent"))
+    infos = settings.describe(homes.open_home("agent"))
     if json:
-        sys.stdout.write(json_output.ok([setting._asdict() for setting in found]) + "\n")
+        print_json([setting._asdict() for setting in infos])
         return
-    for setting in found:
+    for setting in infos:
         value = settings.format_value(setting.value) or "(none)"
         sys.stdout.write(f"{setting.name:21} {value:12} {setting.source}\n    {setting.about}\n")
 
 
 @policy.command("set")
 def set_policy(
-    key: Annotated[str, typer.Argument(help="Which; commonweight-agent policy show.")],
-    value: Annotated[str, typer.Argument(help="Several, as of tasks, are parted by commas.")],
+    key: Annotated[str, typer.Argument(help="The setting; see policy show.")],
+    value: Annotated[str, typer.Argument(help="Its value; several are separated by commas.")],
     duration: Annotated[
-        str, typer.Option("--for", help="A rule's mode for a while, such as 2h.")
+        str, typer.Option("--for", help="Set a rule's mode only for a while, such as 2h.")
     ] = "",
 ) -> None:
-    """Change a setting of this machine: always, auto, never, or whatever it takes."""
+    """Change a setting of this machine. Rules take always, auto or never."""
     from agent.home import settings
 
     home = homes.open_home("agent")
     key = key.replace(".", "_")  # data.columns
     if duration:
         _override(home, key, value, parse_duration(duration))
-        say(f"{key} is {value} for {duration}")
+        print_line(f"{key} is {value} for {duration}")
         return
     settings.change(home, **{key: settings.parse_value(key, value)})
     source = next(setting.source for setting in settings.describe(home) if setting.name == key)
-    say(f"{key} is {value} in {home / settings.FILE}")
+    print_line(f"{key} is {value} in {home / settings.FILE}")
     if source != settings.FILE:
-        say(f"but {source} is set, and goes before it")
+        print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings.RESTART_KEYS:
-        say("the running agent takes it up when it is started again")
+        print_line("restart the running agent to apply it")
 
 
 def _override(home: Path, key: str, value: str, for_s: float) -> None:
-    """A mode that holds for a while, over the one in the settings. Raises UsageError."""
+    """Set a temporary mode, which overrides the settings. Raises UsageError."""
     import msgspec
 
     from agent.home import status_files
-    from agent.policy import rules as policy
+    from agent.policy import rules
 
-    if key not in ("work", *policy.RULES):
-        raise UsageError(f"{key} has no mode", f"for a while: work, {', '.join(policy.RULES)}")
+    if key not in ("work", *rules.RULES):
+        raise UsageError(f"{key} has no mode", f"--for takes: work, {', '.join(rules.RULES)}")
     try:
         mode = msgspec.convert(
             {"value": value, "until": time.time() + for_s}, status_files.RuleOverride
         )
     except msgspec.ValidationError as err:
-        raise UsageError(f"{value!r} is no mode", "always, auto or never") from err
-    wish = status_files.read_request(home)
-    kept = {name: old for name, old in wish.modes.items() if old.until > time.time()}
-    status_files.write_request(home, msgspec.structs.replace(wish, modes=kept | {key: mode}))
+        raise UsageError(f"{value!r} is not a mode", "write always, auto or never") from err
+    request = status_files.read_request(home)
+    modes = {name: old for name, old in request.modes.items() if old.until > time.time()}
+    status_files.write_request(home, msgspec.structs.replace(request, modes=modes | {key: mode}))
 
 
 @policy.command("now")
 def policy_now(json: Json = False) -> None:
-    """What the policy says now, and what the sensors say."""
+    """Show the policy's decision now, and the sensor readings."""
     from agent.daemon.policy_loop import format_decision
     from agent.home import settings
     from agent.policy import rules, sensors
 
     home = homes.open_home("agent")
     chosen = settings.read(home)
-    feeling = sensors.Sensors(home, gpu=sensors.has_gpu(chosen.device))
-    feeling.read()
-    time.sleep(_SENSOR_INTERVAL_S)  # other programs' use of the CPU is told from two looks
-    sensed = feeling.read()
-    decided = format_decision(rules.decide(chosen, sensed))
+    machine = sensors.Sensors(home, gpu=sensors.has_gpu(chosen.device))
+    machine.read()
+    time.sleep(_SENSOR_INTERVAL_S)  # the CPU use of other programs needs two readings
+    readings = machine.read()
+    decision = format_decision(rules.decide(chosen, readings))
     if json:
-        sys.stdout.write(json_output.ok({"decision": decided, "sensed": sensed._asdict()}) + "\n")
+        print_json({"decision": decision, "sensed": readings._asdict()})
         return
-    sys.stdout.write(decided + "\n")
-    for name, value in sensed._asdict().items():
+    sys.stdout.write(decision + "\n")
+    for name, value in readings._asdict().items():
         sys.stdout.write(f"{name:21} {'unknown' if value is None else value}\n")

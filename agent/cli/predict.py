@@ -1,4 +1,4 @@
-"""`commonweight-agent predict`: answers from the shared model, on this machine and offline."""
+"""`commonweight-agent predict`: predict with the shared model, on this machine and offline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.control import say
+from agent.cli.common import print_line
+from agent.cli.models import LATEST, find_model, load_predicting_task
 from protocols.errors import UsageError
 from protocols.local import homes
 
@@ -16,32 +17,30 @@ from protocols.local import homes
 def predict(
     source: Annotated[
         str,
-        typer.Argument(help="What to answer for: a table, a folder, a text; as the task has it."),
+        typer.Argument(help="The input: a table, a folder or a text, depending on the task."),
     ],
     model: Annotated[
         str,
         typer.Option(
-            help="latest: the newest version that this agent has; a version's digest; or a file "
-            "of `commonweight models export`."
+            help="latest, the newest version of this agent; the digest of a version; or a file of "
+            "`commonweight models export`."
         ),
-    ] = "latest",
+    ] = LATEST,
     out: Annotated[
-        Path | None, typer.Option(help="Where to: .csv, .jsonl or .parquet; else stdout.")
+        Path | None, typer.Option(help="The output file: .csv, .jsonl or .parquet; else stdout.")
     ] = None,
 ) -> None:
-    """Answer from the shared model, here and offline."""
-    from agent.cli.export import find_model, load_predicting_task, load_weights
+    """Predict with the shared model, on this machine and offline."""
     from agent.home import settings
     from agent.inference import writers
-    from protocols.model import personalization
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.home_path("agent"))
-    path, name, asked = find_model(model)
-    plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
+    found = find_model(model)
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-        task = load_predicting_task(name, chosen, Path(folder))
-        count = writers.write(task.predict(load_weights(path), plain, source), out)
+        task = load_predicting_task(found.task, chosen, Path(folder))
+        answers = task.predict(found.load_weights(), found.task_settings, source)
+        count = writers.write(answers, out)
     where = f" in {out}" if out else ""
-    say(f"{count} answers{where}, by {path.stem[:12]} of the task {name}")
+    print_line(f"{count} answers{where}, by {found.path.stem[:12]} of the task {found.task}")

@@ -1,4 +1,4 @@
-"""`commonweight-agent questions …`: what others asked of this machine's data, and what they got."""
+"""`commonweight-agent questions`: questions about this machine's data, and their answers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli.control import Json, say
+from agent.cli.common import Json, print_json, print_line
 from protocols.errors import UnknownName
-from protocols.local import homes, json_output
+from protocols.local import homes
 
 if TYPE_CHECKING:
     from agent.analytics.query_log import QueryLog
 
-questions = typer.Typer(help="Questions about your data: what was told.", no_args_is_help=True)
+questions = typer.Typer(
+    name="questions", no_args_is_help=True, help="List and approve questions about your data."
+)
+
+
+Digest = Annotated[str, typer.Argument(help="The start of its digest, see `questions list`.")]
 
 
 def _query_log() -> QueryLog:
@@ -26,16 +31,16 @@ def _query_log() -> QueryLog:
 
 @questions.command("list")
 def list_questions(json: Json = False) -> None:
-    """Every question, what left this machine, or why nothing did; and those that wait for you."""
+    """List every question with its answer or refusal, and those that wait for your approval."""
     query_log = _query_log()
-    entries, wishes = query_log.entries(), query_log.approval_requests()
+    entries, requests = query_log.entries(), query_log.approval_requests()
     if json:
-        told = {
+        data = {
             "answers": [entry._asdict() for entry in entries],
-            "wishes": [{"digest": d, "question": q, "allowed": a} for d, q, a in wishes],
+            "wishes": [{"digest": d, "question": q, "allowed": a} for d, q, a in requests],
             "epsilon_spent": query_log.spent_epsilon,
         }
-        sys.stdout.write(json_output.ok(told) + "\n")
+        print_json(data)
         return
     for entry in entries:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at))
@@ -43,31 +48,28 @@ def list_questions(json: Json = False) -> None:
         noise = f", ε {entry.epsilon:g}" if entry.epsilon else ""
         sys.stdout.write(f"{at}  {entry.question}: {outcome}{noise}\n")
     if query_log.spent_epsilon:
-        sys.stdout.write(f"ε spent in all: {query_log.spent_epsilon:g}\n")
-    for digest, question, allowed in wishes:
+        sys.stdout.write(f"privacy budget spent: ε {query_log.spent_epsilon:g}\n")
+    for digest, question, allowed in requests:
         if allowed is None:
-            say(f"waits for you: {question}\n  commonweight-agent questions allow {digest[:8]}")
-    if not entries and not wishes:
-        say("nobody has asked yet")
+            print_line(f"waits for your approval: {question}")
+            print_line(f"  commonweight-agent questions allow {digest[:8]}")
+    if not entries and not requests:
+        print_line("no questions yet")
 
 
 @questions.command("allow")
-def allow(
-    question: Annotated[str, typer.Argument(help="The beginning of its digest, from list.")],
-) -> None:
-    """Let a question be answered when it is asked again."""
+def allow(question: Digest) -> None:
+    """Allow a question. It is answered when it is asked again."""
     _decide(question, allowed=True)
 
 
 @questions.command("deny")
-def deny(
-    question: Annotated[str, typer.Argument(help="The beginning of its digest, from list.")],
-) -> None:
-    """Let a question not be answered."""
+def deny(question: Digest) -> None:
+    """Deny a question. It is refused when it is asked again."""
     _decide(question, allowed=False)
 
 
 def _decide(question: str, *, allowed: bool) -> None:
     if len(question) < 4 or not _query_log().decide(question, allowed):
         raise UnknownName(f"no question {question!r}", "commonweight-agent questions list")
-    say(f"{'allowed' if allowed else 'denied'}; it counts when it is asked again")
+    print_line(f"{'allowed' if allowed else 'denied'}; this takes effect when it is asked again")

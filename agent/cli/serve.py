@@ -1,4 +1,4 @@
-"""`commonweight-agent serve`: answers in real time from the shared model, for this machine."""
+"""`commonweight-agent serve`: an HTTP server on this machine that predicts with a shared model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli.control import say
+from agent.cli.common import print_line
+from agent.cli.models import LATEST, find_model, load_predicting_task
 from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
 
@@ -26,17 +27,17 @@ HOST = "127.0.0.1"
 
 
 def serve(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 takes any.")] = 9100,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any.")] = 9100,
     socket: Annotated[
-        Path | None, typer.Option(help="A Unix socket in place of a port, for this user only.")
+        Path | None, typer.Option(help="A Unix socket instead of a port, for this user only.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="latest, which follows the runs; a digest; or an exported file.")
-    ] = "latest",
+    ] = LATEST,
 ) -> None:
-    """Answer over HTTP from the agent's copy of the shared model, until Ctrl-C."""
+    """Serve predictions of the shared model over HTTP, until Ctrl-C."""
     if socket is not None and socket.exists():
-        raise UsageError(f"{socket} exists already", "another service, or what a dead one left")
+        raise UsageError(f"{socket} exists already", "stop the service that uses it, or delete it")
     os.umask(0o077)
     try:
         with tempfile.TemporaryDirectory(prefix="commonweight-") as cache:
@@ -47,24 +48,22 @@ def serve(
 
 
 def _load(model: str, cache: Path, old: ServedModel | None = None) -> ServedModel:
-    """The model and its task, which is `old`'s if it is the same: its data are loaded already.
+    """Load the model and its task. A task that `old` has loaded already is used again.
 
-    `cache` is a folder in which the task may keep what it made of the data. Raises UnknownName,
-    UsageError, NotEnrolled, and what the task's `load` raises.
+    `cache` is a folder that the task may use. Raises UnknownName, UsageError, NotEnrolled, and what
+    the task's `load` raises.
     """
-    from agent.cli.export import find_model, load_predicting_task, load_weights
     from agent.home import settings
     from agent.inference.server import ServedModel
-    from protocols.model import personalization
 
     chosen = settings.read(homes.home_path("agent"))
-    path, name, asked = find_model(model)
-    if old is not None and old.name == name:
+    found = find_model(model)
+    if old is not None and old.name == found.task:
         task = old.task
     else:
-        task = load_predicting_task(name, chosen, cache)
-    plain = {key: value for key, value in asked.items() if key not in personalization.SETTINGS}
-    return ServedModel(path.stem, name, task, load_weights(path), plain)
+        task = load_predicting_task(found.task, chosen, cache)
+    weights = found.load_weights()
+    return ServedModel(found.path.stem, found.task, task, weights, found.task_settings)
 
 
 async def _serve(
@@ -78,20 +77,20 @@ async def _serve(
     http = uvicorn.Server(
         uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
     )
-    # uvicorn would end the process by the signal itself, and leave the socket's file.
+    # uvicorn's handlers would end the process and leave the socket's file.
     http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     for name in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
             asyncio.get_running_loop().add_signal_handler(name, _request_exit, http)
     listener = _open_listener(port, socket)
     where = f"the socket {socket}" if socket else f"http://{HOST}:{listener.getsockname()[1]}"
-    say(f"{served.name} {served.version[:12]} answers at {where}, /predict; Ctrl-C stops it")
-    works = [asyncio.create_task(work) for work in (server.work(), server.watch())]
+    print_line(f"{served.name} {served.version[:12]} answers at {where}, /predict; Ctrl-C stops it")
+    loops = [asyncio.create_task(loop) for loop in (server.work(), server.watch())]
     serving = asyncio.create_task(http.serve([listener]))
-    done, _ = await asyncio.wait({serving, *works}, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait({serving, *loops}, return_when=asyncio.FIRST_COMPLETED)
     http.should_exit = True
-    for work in works:
-        work.cancel()
+    for loop in loops:
+        loop.cancel()
     await serving
     for task in done - {serving}:
         task.result()
@@ -102,7 +101,7 @@ def _request_exit(http: uvicorn.Server) -> None:
 
 
 def _open_listener(port: int, path: Path | None) -> net.socket:
-    """A bound socket. uvicorn's own would let everybody in by a Unix socket (0666)."""
+    """Open a socket. uvicorn would create a Unix socket that every user may open (0666)."""
     try:
         if path is not None:
             listener = net.socket(net.AF_UNIX)
@@ -111,10 +110,10 @@ def _open_listener(port: int, path: Path | None) -> net.socket:
             return listener
         listener = net.socket(net.AF_INET)
         listener.setsockopt(net.SOL_SOCKET, net.SO_REUSEADDR, 1)
-        # asyncio sets it only on sockets that name their protocol: 40 ms an answer without.
+        # asyncio sets this only on sockets that name their protocol; without it, +40 ms an answer.
         listener.setsockopt(net.IPPROTO_TCP, net.TCP_NODELAY, 1)
         listener.bind((HOST, port))
-        listener.listen()  # who reads that it answers may ask at once
+        listener.listen()  # before the address is printed, so that clients can connect at once
     except OSError as err:
         what = f"the socket {path}" if path else f"port {port}"
         raise PortInUse(f"{what} cannot be opened: {err.strerror}", "choose another") from err
@@ -122,8 +121,8 @@ def _open_listener(port: int, path: Path | None) -> net.socket:
 
 
 def _load_newer(old: ServedModel, model: str, cache: Path) -> ServedModel | None:
-    """A version that has come since, if the newest is followed."""
-    if model != "latest":
+    """A newer version, if there is one and `model` is `latest`."""
+    if model != LATEST:
         return None
     home = homes.open_home("agent")
     newest = max(

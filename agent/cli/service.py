@@ -1,4 +1,4 @@
-"""`commonweight-agent service`: the agent started with its machine, without root."""
+"""`commonweight-agent service`: start the agent with its machine, without root."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import typer
 
-from agent.cli.control import Json, is_running, say
+from agent.cli.common import Json, is_running, print_json, print_line
 from protocols.errors import ExitCode
-from protocols.local import homes, json_output
+from protocols.local import homes
 
-service = typer.Typer(help="Start the agent with this machine, without root.", no_args_is_help=True)
+service = typer.Typer(
+    name="service", no_args_is_help=True, help="Start the agent with this machine, without root."
+)
 
 
 def _system() -> Any:
@@ -22,7 +24,7 @@ def _system() -> Any:
 
 @service.command("install")
 def install_service() -> None:
-    """Run the agent from now on, and whenever this machine starts."""
+    """Run the agent now, and whenever this machine starts."""
     from agent.home import settings
     from agent.setup import autostart
     from protocols.local.checks import Advice
@@ -31,43 +33,43 @@ def install_service() -> None:
     settings.read_enrollment(home)
     system, running = _system(), is_running(home)
     system.install(start=not running)
-    say(f"installed {system.file}")
+    print_line(f"installed {system.file}")
     if running:
-        say("an agent runs here by hand: end it, then commonweight-agent service start")
+        print_line("an agent runs already: stop it, then commonweight-agent service start")
     advice = autostart.check()
     if isinstance(advice, Advice):
-        say(f"{advice.detail}: {advice.fix}")
+        print_line(f"{advice.detail}: {advice.fix}")
 
 
 @service.command("uninstall")
 def uninstall_service() -> None:
-    """End the service and take it away; the agent's home stays."""
+    """Stop and remove the service; the agent's home stays."""
     system = _system()
     system.uninstall()
-    say(f"removed {system.file}")
+    print_line(f"removed {system.file}")
 
 
 @service.command("start")
 def start_service() -> None:
     """Start the installed service."""
     _system().start()
-    say("started; commonweight-agent status")
+    print_line("started; next: commonweight-agent status")
 
 
 @service.command("stop")
 def stop_service() -> None:
-    """Stop the service until the next start; work in hand is given up."""
+    """Stop the service until the next start; the current work is aborted."""
     _system().stop()
-    say("stopped")
+    print_line("stopped")
 
 
 @service.command("status")
 def service_status(json: Json = False) -> None:
-    """Whether the service is installed and runs (exit status 5: it does not)."""
+    """Show whether the service is installed and active. The exit status is 5 if not."""
     system = _system()
     state = system.status()
     if json:
-        sys.stdout.write(json_output.ok({"state": state, "file": system.file}) + "\n")
+        print_json({"state": state, "file": system.file})
     else:
         sys.stdout.write(f"{state}  {system.file}\n")
     if state != "active":

@@ -74,7 +74,9 @@ def test_policy_says_where_each_value_comes_from(home: Path) -> None:
     )  # fmt: skip
     assert (found["split"]["value"], found["split"]["source"]) == ("iid", "default")
     _, said, _ = agent(home, "policy", "show")
-    assert re.search(r"^tasks +mnist,ping +settings.toml\n    what may be run", said, re.MULTILINE)
+    assert re.search(
+        r"^tasks +mnist,ping +settings.toml\n    tasks that may run", said, re.MULTILINE
+    )
 
 
 def test_policy_writes_only_what_was_set(home: Path) -> None:
@@ -82,7 +84,7 @@ def test_policy_writes_only_what_was_set(home: Path) -> None:
     assert (home / "settings.toml").read_text() == "threads = 2\n"
     code, _, said = agent(home, "policy", "set", "threads", "4", COMMONWEIGHT_AGENT_THREADS="3")
     assert code == 0
-    assert "COMMONWEIGHT_AGENT_THREADS is set, and goes before it" in said
+    assert "COMMONWEIGHT_AGENT_THREADS is set and overrides it" in said
     assert settings.read(home).threads == 4
 
 
@@ -124,7 +126,7 @@ def logged(home: Path, *texts: str) -> None:
 def test_the_last_lines_of_the_log(home: Path) -> None:
     code, out, err = agent(home, "logs")
     assert (code, out) == (0, "")
-    assert "nothing is logged yet" in err
+    assert "the log is empty" in err
     logged(home, *(f"line {number}" for number in range(60)))
     _, out, _ = agent(home, "logs")
     assert [line[20:] for line in out.splitlines()] == [f"info: line {n}" for n in range(10, 60)]

@@ -1,0 +1,68 @@
+"""What the commands share: output, options and the parsing of arguments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protocols.errors import HomeLocked, UsageError
+from protocols.local import homes, json_output
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
+Part = Annotated[
+    str | None, typer.Option(help="i/n: use this part of a shared data set, from 0/n.")
+]
+Split = Annotated[
+    str | None, typer.Option(help="How it is split: iid, or shards: two labels a peer.")
+]
+
+_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def print_line(text: str) -> None:
+    """Print a line for a person, to stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def print_json(data: Any) -> None:
+    """Print one line of JSON, to stdout."""
+    sys.stdout.write(json_output.ok(data) + "\n")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in `90s`, `30m`, `2h`, `7d` or a plain number. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is not a duration", "write for example 90s, 30m, 2h or 7d")
+    return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+
+
+def parse_pair(text: str) -> tuple[str, str]:
+    """Split `key=value`. Raises UsageError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{text!r} is not key=value")
+    return key, value
+
+
+def parse_part(text: str | None) -> dict[str, int | None]:
+    """The settings in `i/n`: part i of n. Raises UsageError."""
+    if not text:
+        return {"part": None, "parts": None}
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"{text!r} is not a part: write i/n, i from 0 to n-1, for example 0/4")
+    return {"part": int(match[1]), "parts": int(match[2])}
+
+
+def is_running(home: Path) -> bool:
+    """True if an agent runs in this home."""
+    try:
+        homes.lock_home(home, "agent").release()
+    except HomeLocked:
+        return True
+    return False

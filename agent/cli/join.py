@@ -1,0 +1,110 @@
+"""`commonweight-agent join` and `discover`: find a coordinator and join its fleet."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from agent.cli.common import Json, Part, Split, parse_pair, parse_part, print_json, print_line
+from protocols.errors import Unreachable
+from protocols.local import cli_entry, homes
+
+#: What a first join asks on a terminal, and the meaning of an empty answer.
+_PROMPTS = {
+    "battery": ("train on battery too? always, or auto for no", "auto"),
+    "hours": ("work hours, for example mon-fri 18:00-08:00; empty for all", ""),
+    "cpu_share": ("share of the CPU time to use, 0.01 to 1", "1"),
+}
+
+
+def join(
+    ticket: Annotated[
+        str | None,
+        typer.Argument(help="The ticket, file:PATH, or - for standard input; else it is asked."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="This machine's name in the fleet.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="key=value; may be repeated.")] = None,
+    data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
+    part: Part = None,
+    split: Split = None,
+    battery: Annotated[
+        str | None, typer.Option(help="Work on battery: always, auto (do not), never.")
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option(help="Work hours: mon-fri 18:00-08:00; empty is always.")
+    ] = None,
+    cpu_share: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the CPU time to use.")
+    ] = None,
+    unattended: Annotated[
+        bool, typer.Option("--unattended", help="Ask nothing and use the defaults.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Join again with a new key.")] = False,
+    json: Json = False,
+) -> None:
+    """Join a fleet with a ticket from `commonweight ticket create`."""
+    from agent.home import settings
+    from agent.setup import enrollment
+
+    text = _read_ticket(ticket)
+    policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
+    if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
+        policy |= {key: _prompt(key) for key, value in policy.items() if value is None}
+    labels = dict(parse_pair(item) for item in label or [])
+    home = homes.open_home("agent", create=True)
+    chosen: dict[str, Any] = {
+        "data": settings.data_path(data),
+        **parse_part(part),
+        "split": split,
+        **policy,
+    }
+    settings.read(home, **chosen)  # wrong settings fail before the ticket is used
+    joined, awaiting = enrollment.join(
+        home, text, name=name or socket.gethostname(), labels=labels, replace=replace
+    )
+    settings.change(home, **chosen)
+    if json:
+        print_json({"peer": joined.peer, "name": joined.name, "awaiting": awaiting})
+        return
+    print_line(f"joined as {joined.name}, id {joined.peer}")
+    if awaiting:
+        print_line(f"the operator must approve it: commonweight peers approve {joined.name}")
+    print_line("next: commonweight-agent run")
+
+
+def discover(
+    seconds: Annotated[float, typer.Option(min=0.5, max=60, help="How long to listen.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """List the coordinators that announce themselves in this network."""
+    from agent.setup import discovery
+
+    found = discovery.discover(seconds)
+    if json:
+        print_json([{**one._asdict(), "ca": one.ca.hex()} for one in found])
+        return
+    for one in found:
+        sys.stdout.write(f"{one.name}  {', '.join(one.addresses)}  ca {one.ca.hex()}\n")
+    if not found:
+        print_line("none; a coordinator announces itself with: commonweight up --announce")
+
+
+def _prompt(name: str) -> str:
+    question, default = _PROMPTS[name]
+    return str(typer.prompt(question, default=default, show_default=bool(default), err=True))
+
+
+def _read_ticket(given: str | None) -> str:
+    if given is not None:
+        return cli_entry.read_ticket(given)
+    if sys.stdin.isatty():
+        from agent.setup import discovery
+
+        with contextlib.suppress(Unreachable):  # the list is only a help for the prompt
+            for one in discovery.discover(1.5):
+                print_line(f"in this network: {one.name} at {one.addresses[0]}")
+    return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))
