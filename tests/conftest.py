@@ -1,13 +1,21 @@
-"""What every test shares: hypothesis without a clock, for two busy cores."""
+"""Settings and fixtures that all tests share."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import httpx
+
+    from agent.transport.coordinator_client import CoordinatorClient
+    from tests.support.https_site import Machine, Site
 
 settings.register_profile(
     "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -16,7 +24,7 @@ settings.load_profile("default")
 
 _NUMBERS = itertools.count()
 
-# Hundreds of programs are started here; each would compile the same sources again.
+# Tests start hundreds of programs, which would all compile the same sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
@@ -24,7 +32,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 def _no_settings_of_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A developer's own COMMONWEIGHT_… variables must not steer a test, nor one touch his home."""
+    """Isolate tests from the COMMONWEIGHT_… variables and homes of this machine."""
     for name in list(os.environ):
         if name.startswith("COMMONWEIGHT_"):
             monkeypatch.delenv(name)
@@ -34,7 +42,50 @@ def _no_settings_of_this_machine(
 
 @pytest.fixture
 def coordinator_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the coordinator's commands and settings have their home; it is not made yet."""
+    """The path of the coordinator's home, which does not exist yet."""
     home = tmp_path / "home"
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def agent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of an agent."""
+    from protocols.local import homes
+
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
+    return homes.open_home("agent", create=True)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A coordinator's HTTPS server. Test files with other needs have a `site` of their own."""
+    from tests.support.https_site import Site
+
+    folder = tmp_path / "coordinator"
+    folder.mkdir()
+    with Site(folder).up() as running:
+        yield running
+
+
+@pytest.fixture
+def machine(site: Site) -> Machine:
+    """A machine that is enrolled at `site`."""
+    return site.enroll()
+
+
+@pytest.fixture
+def http(site: Site) -> Iterator[httpx.Client]:
+    """An HTTP client for `site`, which trusts its CA."""
+    with site.http() as client:
+        yield client
+
+
+@pytest.fixture
+def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
+    """The client of `machine` for `site`, without a session."""
+    from agent.transport.coordinator_client import CoordinatorClient
+
+    client = CoordinatorClient(site.credentials(machine))
+    yield client
+    client.close()

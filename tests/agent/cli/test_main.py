@@ -18,7 +18,6 @@ import pytest
 from agent.home import logs, settings
 from agent.home.settings import AgentSettings
 from protocols.errors import UnknownName, UsageError
-from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import (
     AGENT,
@@ -32,12 +31,6 @@ from tests.support.fleet_harness import (
 )
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
-    return homes.open_home("agent", create=True)
-
-
 def agent(home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
     """`commonweight-agent words…` over this home: exit status, stdout, stderr."""
     env = environment(home.parent, COMMONWEIGHT_AGENT_HOME=str(home))
@@ -46,8 +39,8 @@ def agent(home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_every_command_has_its_help(home: Path) -> None:
-    code, said, _ = agent(home, "--help")
+def test_every_command_has_its_help(agent_home: Path) -> None:
+    code, said, _ = agent(agent_home, "--help")
     assert code == 0
     for command in (
         "join", "run", "status", "id", "paths", "leave", "pause", "resume", "finish",
@@ -59,9 +52,9 @@ def test_every_command_has_its_help(home: Path) -> None:
 # --- policy ----------------------------------------------------------------------------------
 
 
-def test_policy_says_where_each_value_comes_from(home: Path) -> None:
-    assert agent(home, "policy", "set", "tasks", "mnist, ping")[0] == 0
-    code, said, _ = agent(home, "policy", "show", "--json", COMMONWEIGHT_AGENT_THREADS="3")
+def test_policy_says_where_each_value_comes_from(agent_home: Path) -> None:
+    assert agent(agent_home, "policy", "set", "tasks", "mnist, ping")[0] == 0
+    code, said, _ = agent(agent_home, "policy", "show", "--json", COMMONWEIGHT_AGENT_THREADS="3")
     assert code == 0
     found = {one["name"]: one for one in json.loads(said)["data"]}
     assert set(found) == set(AgentSettings.__struct_fields__)
@@ -73,19 +66,21 @@ def test_policy_says_where_each_value_comes_from(home: Path) -> None:
         3, "COMMONWEIGHT_AGENT_THREADS"
     )  # fmt: skip
     assert (found["split"]["value"], found["split"]["source"]) == ("iid", "default")
-    _, said, _ = agent(home, "policy", "show")
+    _, said, _ = agent(agent_home, "policy", "show")
     assert re.search(
         r"^tasks +mnist,ping +settings.toml\n    tasks that may run", said, re.MULTILINE
     )
 
 
-def test_policy_writes_only_what_was_set(home: Path) -> None:
-    agent(home, "policy", "set", "threads", "2")
-    assert (home / "settings.toml").read_text() == "threads = 2\n"
-    code, _, said = agent(home, "policy", "set", "threads", "4", COMMONWEIGHT_AGENT_THREADS="3")
+def test_policy_writes_only_what_was_set(agent_home: Path) -> None:
+    agent(agent_home, "policy", "set", "threads", "2")
+    assert (agent_home / "settings.toml").read_text() == "threads = 2\n"
+    code, _, said = agent(
+        agent_home, "policy", "set", "threads", "4", COMMONWEIGHT_AGENT_THREADS="3"
+    )
     assert code == 0
     assert "COMMONWEIGHT_AGENT_THREADS is set and overrides it" in said
-    assert settings.read(home).threads == 4
+    assert settings.read(agent_home).threads == 4
 
 
 @pytest.mark.parametrize(
@@ -98,19 +93,21 @@ def test_policy_writes_only_what_was_set(home: Path) -> None:
         (("split", "odd"), "split"),
     ],
 )
-def test_what_policy_refuses_changes_nothing(home: Path, words: tuple[str, str], said: str) -> None:
-    code, out, err = agent(home, "policy", "set", "--", *words)
+def test_what_policy_refuses_changes_nothing(
+    agent_home: Path, words: tuple[str, str], said: str
+) -> None:
+    code, out, err = agent(agent_home, "policy", "set", "--", *words)
     assert (code, out) == (2, "")
     assert said in err
-    assert not (home / "settings.toml").exists()
+    assert not (agent_home / "settings.toml").exists()
 
 
-def test_an_unknown_setting_names_the_known_ones(home: Path) -> None:
+def test_an_unknown_setting_names_the_known_ones(agent_home: Path) -> None:
     with pytest.raises(UnknownName) as caught:
-        settings.change(home, colour="red")
+        settings.change(agent_home, colour="red")
     assert "threads" in caught.value.hint
     with pytest.raises(UsageError):
-        settings.change(home, threads=-1)
+        settings.change(agent_home, threads=-1)
 
 
 # --- logs ------------------------------------------------------------------------------------
@@ -123,16 +120,16 @@ def logged(home: Path, *texts: str) -> None:
             file.write("\n")
 
 
-def test_the_last_lines_of_the_log(home: Path) -> None:
-    code, out, err = agent(home, "logs")
+def test_the_last_lines_of_the_log(agent_home: Path) -> None:
+    code, out, err = agent(agent_home, "logs")
     assert (code, out) == (0, "")
     assert "the log is empty" in err
-    logged(home, *(f"line {number}" for number in range(60)))
-    _, out, _ = agent(home, "logs")
+    logged(agent_home, *(f"line {number}" for number in range(60)))
+    _, out, _ = agent(agent_home, "logs")
     assert [line[20:] for line in out.splitlines()] == [f"info: line {n}" for n in range(10, 60)]
-    _, out, _ = agent(home, "logs", "-n", "2", "--json")
+    _, out, _ = agent(agent_home, "logs", "-n", "2", "--json")
     assert [json.loads(line)["message"] for line in out.splitlines()] == ["line 58", "line 59"]
-    assert agent(home, "logs", "-n", "0")[1] == ""
+    assert agent(agent_home, "logs", "-n", "0")[1] == ""
 
 
 @pytest.fixture
@@ -144,15 +141,15 @@ def following(home: Path) -> Iterator[Program]:
     program.kill()
 
 
-def test_following_goes_on_through_rotation(home: Path, following: Program) -> None:
+def test_following_goes_on_through_rotation(agent_home: Path, following: Program) -> None:
     until(lambda: "info: before" in following.log, "the first lines")
-    writing = RotatingFileHandler(home / logs.FILE, "a", 150, logs.ROTATED_FILES)
+    writing = RotatingFileHandler(agent_home / logs.FILE, "a", 150, logs.ROTATED_FILES)
     for number in range(8):
         text = json.dumps({"at": 1.0, "level": "info", "message": f"line {number} {'x' * 60}"})
         writing.emit(logging.LogRecord("n", 20, "", 0, text, None, None))
         until(lambda number=number: f"info: line {number}" in following.log, f"line {number}")
     writing.close()
-    assert (home / f"{logs.FILE}.3").exists()
+    assert (agent_home / f"{logs.FILE}.3").exists()
     found = re.findall(r"info: (?:line )?(\w+)", following.log)
     assert found == ["before", *map(str, range(8))]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from protocols.p2p import gossip
 from protocols.p2p.swarm import DownloadPlanRequest
 from tests.support.https_site import Site
 from tests.support.waiting import until
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    (tmp_path / "site").mkdir()
-    with Site(tmp_path / "site").up() as running:
-        yield running
 
 
 def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -35,14 +34,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gossip_loop, "_TICK_S", 0.02)
     monkeypatch.setattr(gossip_loop, "MIN_INTERVAL_S", 0.05)
     monkeypatch.setattr(gossip_loop, "MAX_INTERVAL_S", 0.1)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder).up() as up:
-        yield up
 
 
 async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None:

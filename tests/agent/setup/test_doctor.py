@@ -25,7 +25,6 @@ from agent.transport.mqtt_client import try_login
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import CommonweightError
-from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.checks import Advice
 from protocols.messages.mqtt import MqttAddress
@@ -256,12 +255,6 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
     settings.write_enrollment(home, enrollment)
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
-    return homes.open_home("agent", create=True)
-
-
 @pytest.mark.parametrize(
     ("ahead_s", "ok", "said"),
     [
@@ -270,9 +263,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (400.0, False, "behind the coordinator: signatures are refused"),
     ],
 )
-def test_a_wrong_clock_is_found(home: Path, ahead_s: float, ok: bool, said: str) -> None:
-    with impostor(home, ahead_s=ahead_s):
-        made = {check.name: check for check in examine_agent(home)}
+def test_a_wrong_clock_is_found(agent_home: Path, ahead_s: float, ok: bool, said: str) -> None:
+    with impostor(agent_home, ahead_s=ahead_s):
+        made = {check.name: check for check in examine_agent(agent_home)}
     assert made["tls"].ok
     assert made["clock"].ok is ok
     assert said in made["clock"].detail
@@ -287,10 +280,10 @@ def test_a_wrong_clock_is_found(home: Path, ahead_s: float, ok: bool, said: str)
     ],
 )
 def test_who_answers_is_not_our_coordinator(
-    home: Path, wrong: dict[str, Any], said: str, fix: str
+    agent_home: Path, wrong: dict[str, Any], said: str, fix: str
 ) -> None:
-    with impostor(home, **wrong):
-        made = {check.name: check for check in examine_agent(home)}
+    with impostor(agent_home, **wrong):
+        made = {check.name: check for check in examine_agent(agent_home)}
     assert made["enrolled"].ok
     assert made["tls"].ok is False
     assert said in made["tls"].detail

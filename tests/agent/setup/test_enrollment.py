@@ -7,7 +7,6 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -25,13 +24,6 @@ from protocols.errors import HomeError, HomeLocked, Refused, TicketMalformed, Un
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from tests.support.https_site import HOST, Machine, Site
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    (tmp_path / "site").mkdir()
-    with Site(tmp_path / "site").up() as running:
-        yield running
 
 
 @pytest.fixture

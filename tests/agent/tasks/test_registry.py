@@ -14,17 +14,10 @@ from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
-from protocols.local import homes
 from protocols.model import weights
 from tests.agent.cli.test_main import agent
 
 LINE = f"{Path(__file__).parents[3] / 'docs/examples/line.py'}:Line"
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
-    return homes.open_home("agent", create=True)
 
 
 @pytest.fixture
@@ -60,26 +53,26 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
     assert (told.metrics["loss"] or 0) < 1e-6
 
 
-def test_a_registered_task_is_known_allowed_and_forgotten(home: Path) -> None:
-    settings.change(home, tasks=("mnist",))
-    assert agent(home, "task", "add", LINE)[0] == 0
-    chosen = settings.read(home)
+def test_a_registered_task_is_known_allowed_and_forgotten(agent_home: Path) -> None:
+    settings.change(agent_home, tasks=("mnist",))
+    assert agent(agent_home, "task", "add", LINE)[0] == 0
+    chosen = settings.read(agent_home)
     assert chosen.task_files == {"line.py:Line": LINE}
     assert chosen.allows("line.py:Line")
-    code, said, _ = agent(home, "task", "list", "--json")
+    code, said, _ = agent(agent_home, "task", "list", "--json")
     assert code == 0
     found = {line["task"]: line for line in json.loads(said)["data"]}
     assert found["line.py:Line"] == {"task": "line.py:Line", "source": LINE, "allowed": True}
     assert found["ping"]["allowed"] is False
-    assert agent(home, "task", "remove", "line.py:Line")[0] == 0
-    assert settings.read(home).task_files == {}
-    assert agent(home, "task", "remove", "line.py:Line")[0] == 2
+    assert agent(agent_home, "task", "remove", "line.py:Line")[0] == 0
+    assert settings.read(agent_home).task_files == {}
+    assert agent(agent_home, "task", "remove", "line.py:Line")[0] == 2
 
 
 def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
-    home: Path, points: Path, tmp_path: Path
+    agent_home: Path, points: Path, tmp_path: Path
 ) -> None:
-    code, said, _ = agent(home, "task", "check", LINE, "--data", str(points), "--json")
+    code, said, _ = agent(agent_home, "task", "check", LINE, "--data", str(points), "--json")
     assert code == 0
     told = json.loads(said)["data"]
     assert told["schema"]["tensors"] == {"intercept": ["F32", [1]], "slope": ["F32", [1]]}
@@ -87,11 +80,11 @@ def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
     assert told["memory_bytes"] > 1e6
     broken = tmp_path / "broken.py"
     broken.write_text("raise ValueError('row 7 is odd')")
-    code, said, err = agent(home, "task", "check", f"{broken}:Task")
+    code, said, err = agent(agent_home, "task", "check", f"{broken}:Task")
     assert (code, said) == (1, "")
     assert "broken.py" in err
     assert "ValueError: row 7 is odd" in err
-    code, _, err = agent(home, "task", "check", f"{tmp_path / 'absent.py'}:Task")
+    code, _, err = agent(agent_home, "task", "check", f"{tmp_path / 'absent.py'}:Task")
     assert code == 1
     assert err.startswith("error: there is no file absent.py")
 

@@ -24,14 +24,11 @@ from protocols.model.weights import Array
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
 from protocols.tables.statistics import hash_category
+from tests.support.callbacks import ignore_step
 from tests.support.tables import MIXED, write_csv
 
 SHARES = (0.4, 0.25, 0.2, 0.1, 0.05)
 Weights = dict[str, Array]
-
-
-def quiet(step: int, steps: int, loss: float, done: int) -> None:
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +132,7 @@ class Federation:
         weights = dict(self.tasks[0].init(0, self.settings))
         for number in range(1, rounds + 1):
             settings = {**self.settings, "round": number}
-            made = [task.train(weights, settings, quiet) for task in self.tasks]  # type: ignore[arg-type]
+            made = [task.train(weights, settings, ignore_step) for task in self.tasks]  # type: ignore[arg-type]
             total = sum(outcome.num_examples for outcome in made)
             weights = {
                 name: sum(
@@ -144,7 +141,7 @@ class Federation:
                 ).astype(np.float32)  # type: ignore[union-attr]
                 for name in weights
             }
-        told = [task.evaluate(weights, self.settings, quiet) for task in self.tasks]  # type: ignore[arg-type]
+        told = [task.evaluate(weights, self.settings, ignore_step) for task in self.tasks]  # type: ignore[arg-type]
         total = sum(outcome.num_examples for outcome in told)
         return {
             name: sum(one.metrics[name] * one.num_examples for one in told) / total
@@ -238,7 +235,9 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         n: a.tobytes() for n, a in first.items()
     }
     assert task.schema(settings) == first.schema
-    one, other = (task.train(first, {**settings, "round": 1}, quiet).weights for _ in range(2))
+    one, other = (
+        task.train(first, {**settings, "round": 1}, ignore_step).weights for _ in range(2)
+    )
     assert all(np.array_equal(one[name], other[name]) for name in first)
 
 
@@ -246,7 +245,7 @@ def test_predictions_come_row_by_row_in_the_targets_own_words(tmp_path: Path) ->
     rows = [{"x": n, "y": "big" if n >= 50 else "small"} for n in range(100)]
     path = write_csv(tmp_path / "a.csv", rows)
     task, settings = loaded(path, {"target": "y", "epochs": 30, "lr": 0.1})
-    weights = task.train(task.init(0, settings), {**settings, "round": 1}, quiet).weights
+    weights = task.train(task.init(0, settings), {**settings, "round": 1}, ignore_step).weights
     unlabelled = write_csv(tmp_path / "b.csv", [{"x": 90, "z": 1}, {"x": 3, "z": 1}])
     (answers,) = Tabular().predict(weights, settings, str(unlabelled))  # type: ignore[arg-type]
     assert list(answers["row"]) == [0, 1]
@@ -260,10 +259,10 @@ def test_predictions_come_row_by_row_in_the_targets_own_words(tmp_path: Path) ->
 def test_numbers_are_predicted_in_their_own_units(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"x": n, "y": 1000 + 7.5 * n} for n in range(100)])
     task, settings = loaded(path, {"target": "y", "epochs": 60, "lr": 0.05})
-    weights = task.train(task.init(0, settings), {**settings, "round": 1}, quiet).weights
+    weights = task.train(task.init(0, settings), {**settings, "round": 1}, ignore_step).weights
     (answers,) = task.predict(weights, settings, str(path))  # type: ignore[arg-type]
     assert np.allclose(answers["y"], 1000 + 7.5 * np.arange(100), atol=10)
-    told = task.evaluate(weights, settings, quiet).metrics  # type: ignore[arg-type]
+    told = task.evaluate(weights, settings, ignore_step).metrics  # type: ignore[arg-type]
     assert told["mae"] < 10
 
 

@@ -29,18 +29,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield running
 
 
-@pytest.fixture
-def machine(site: Site) -> Machine:
-    return site.enroll()
-
-
-@pytest.fixture
-def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
-    made = CoordinatorClient(site.credentials(machine))
-    yield made
-    made.close()
-
-
 def test_a_session_is_opened_kept_and_closed(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:

@@ -41,12 +41,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def http(site: Site) -> Iterator[httpx.Client]:
-    with site.http() as client:
-        yield client
-
-
 def post(http: httpx.Client, site: Site, path: str, body: bytes = b"") -> httpx.Response:
     return http.post(path, content=body, headers=site.operator("POST", path, body))
 

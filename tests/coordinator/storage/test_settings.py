@@ -16,10 +16,9 @@ from protocols.local.atomic_files import write_private
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
+def home(coordinator_home: Path) -> Path:
+    coordinator_home.mkdir()
+    return coordinator_home
 
 
 def test_the_order_is_flag_environment_file_default(

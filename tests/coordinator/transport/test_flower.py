@@ -154,23 +154,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def http(site: Site) -> Iterator[httpx.Client]:
-    with site.http() as client:
-        yield client
-
-
 @pytest.fixture
-def machine(site: Site) -> Machine:
-    return site.enroll()
-
-
-@pytest.fixture
-def link(site: Site, machine: Machine) -> Iterator[CoordinatorClient]:
-    made = CoordinatorClient(site.credentials(machine))
-    made.open()
-    yield made
-    made.close()
+def link(link: CoordinatorClient) -> CoordinatorClient:
+    """The client of `machine`, with a session."""
+    link.open()
+    return link
 
 
 def test_linkstate_keeps_its_messages_where_we_look(site: Site) -> None:

@@ -24,12 +24,9 @@ from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights, file_digest
 from tests.extras.lora.conftest import write_model
+from tests.support.callbacks import ignore_step
 
 CAUSAL = {"model": "tiny", "context": 24, "rank": 16, "lr": 0.01}
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 def data_of(hub: Path, texts: Path, peer: str = "one") -> DataSettings:
@@ -83,7 +80,7 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
 ) -> None:
     settings = CAUSAL | {"max_steps": 6}
     task = loaded(hub, texts)
-    trained = task.train(task.init(1, settings), settings, quiet).weights
+    trained = task.train(task.init(1, settings), settings, ignore_step).weights
     out = tmp_path / "merged"
     Lora().export(Weights(trained), settings, "merged", data_of(hub, texts), out)
     (answer,) = task.predict(Weights(trained), settings, "a stitch in")
@@ -109,7 +106,7 @@ def test_text_lm_on_byte_pairs_of_a_tokenizer_that_the_run_names(hub: Path, text
     assert task.traits(settings)["tokens"] == (digest,)
     base = task.init(1, settings)
     assert base["tokens.weight"].shape == (321, 32)
-    trained = task.train(base, settings | {"epochs": 3, "lr": 0.01}, quiet)
+    trained = task.train(base, settings | {"epochs": 3, "lr": 0.01}, ignore_step)
     assert trained.metrics["loss"] < 0.8 * np.log(321)
     (answer,) = task.predict(Weights(trained.weights), settings, "many hands make")
     assert answer["continuation"][0].isprintable()
@@ -135,7 +132,7 @@ def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
     whole = task.train(base, settings, keep)
     other = loaded(hub, texts)
     other.restore(kept[0])
-    rest = other.train(base, settings, quiet)
+    rest = other.train(base, settings, ignore_step)
     assert weights.digest(rest.weights) == weights.digest(whole.weights)  # type: ignore[arg-type]
 
 
@@ -153,9 +150,9 @@ def test_a_classification_learns_with_its_head(hub: Path, tmp_path: Path) -> Non
     assert task.traits(settings)["classes"] == ("good", "bad")
     base = task.init(1, settings)
     assert any("score" in name for name in base)
-    trained = task.train(base, settings, quiet)
+    trained = task.train(base, settings, ignore_step)
     assert trained.num_examples == 48
-    assert task.evaluate(trained.weights, settings, quiet).metrics["accuracy"] > 0.9
+    assert task.evaluate(trained.weights, settings, ignore_step).metrics["accuracy"] > 0.9
     (answer,) = task.predict(Weights(trained.weights), settings, "warm kind glad fine warm")
     assert answer["class"] == ["good"]
     answers = list(task.predict(Weights(trained.weights), settings, str(tmp_path / "bad")))

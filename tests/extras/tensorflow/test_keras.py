@@ -22,6 +22,7 @@ from protocols.errors import UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.callbacks import ignore_step
 
 torch.set_num_threads(1)
 DIGITS = {
@@ -31,10 +32,6 @@ DIGITS = {
     "model": "conv 8 3, pool, conv 16 5, dense 32, dense 24",
     "flip": False,
 }
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def test_both_make_the_same_steps_of_the_same_weights(
     assert weights.digest(base) == weights.digest(there.init(1, asked))
     assert here.schema(asked) == there.schema(asked) == base.schema
     assert here.traits(asked) == there.traits(asked)
-    one, other = (task.train(base, asked, quiet) for task in both)
+    one, other = (task.train(base, asked, ignore_step) for task in both)
     assert one.num_examples == other.num_examples
     assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
     for name in base:
@@ -104,7 +101,7 @@ def test_both_make_the_same_steps_of_the_same_weights(
             other.weights[name], one.weights[name], rtol=rtol, atol=1e-3 * moved + 1e-6
         )
         assert moved > 1e-5
-    measured = [task.evaluate(one.weights, asked, quiet) for task in both]
+    measured = [task.evaluate(one.weights, asked, ignore_step) for task in both]
     assert measured[0].num_examples == measured[1].num_examples
     assert measured[0].metrics["loss"] == pytest.approx(measured[1].metrics["loss"], rel=1e-4)
     assert measured[0].metrics["accuracy"] == measured[1].metrics["accuracy"]
@@ -123,7 +120,7 @@ def test_the_same_bytes_again_and_after_a_cut(
             arrays = {name: np.array(array) for name, array in found.arrays.items()}
             kept.append(found._replace(arrays=arrays))
 
-    whole, again = task.train(base, asked, keep), task.train(base, asked, quiet)
+    whole, again = task.train(base, asked, keep), task.train(base, asked, ignore_step)
     task.restore(kept[0])
     seen: list[int] = []
     rest = task.train(base, asked, lambda step, *_: seen.append(step))
@@ -181,7 +178,7 @@ def test_a_keras_model_of_ones_own_travels_under_its_own_names() -> None:
     base = task.init(1, {})
     assert list(base) == ["dense/bias", "dense/kernel"]
     assert weights.digest(base) == weights.digest(Line().init(1, {}))
-    made = task.train(base, {"epochs": 30, "lr": 0.1}, quiet)
+    made = task.train(base, {"epochs": 30, "lr": 0.1}, ignore_step)
     assert made.weights["dense/kernel"].item() == pytest.approx(2, abs=0.05)
     assert made.weights["dense/bias"].item() == pytest.approx(1, abs=0.05)
-    assert task.evaluate(made.weights, {}, quiet).metrics["loss"] < 0.01
+    assert task.evaluate(made.weights, {}, ignore_step).metrics["loss"] < 0.01

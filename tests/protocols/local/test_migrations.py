@@ -12,15 +12,13 @@ from protocols.local import homes, migrations
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(agent_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An agent's home of format 1, seen by a program whose format is 3."""
-    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path / "home"))
-    found = homes.open_home("agent", create=True)
-    (found / "settings.toml").write_text("part = 1\n")
-    (found / "cache").mkdir()
-    (found / "cache" / "large").write_bytes(bytes(100))
+    (agent_home / "settings.toml").write_text("part = 1\n")
+    (agent_home / "cache").mkdir()
+    (agent_home / "cache" / "large").write_bytes(bytes(100))
     monkeypatch.setattr(homes, "FORMAT", 3)
-    return found
+    return agent_home
 
 
 def upper(home: Path) -> None:

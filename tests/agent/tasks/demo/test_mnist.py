@@ -20,6 +20,7 @@ from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, split_digits
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights, digest
+from tests.support.callbacks import ignore_step
 
 #: As in the package: 500 of each digit, in order.
 LABELS = np.repeat(np.arange(10, dtype=np.uint8), DIGITS // 10)
@@ -36,10 +37,6 @@ def task(cache: str) -> Mnist:
     task = Mnist()
     task.load(DataSettings(index=3, parts=20, cache=cache))
     return task
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 @pytest.mark.parametrize(("model", "count"), [("2nn", 199_210), ("cnn", 1_663_370)])
@@ -129,7 +126,7 @@ def reference_steps(
 def test_full_batch_steps_are_plain_sgd(task: Mnist, steps: int, momentum: float) -> None:
     base = task.init(1, {})
     settings = {"epochs": steps, "batch_size": "all", "lr": 0.1, "momentum": momentum}
-    outcome = task.train(base, settings, quiet)
+    outcome = task.train(base, settings, ignore_step)
     for name, expected in reference_steps(task, base, steps, 0.1, momentum).items():
         np.testing.assert_allclose(outcome.weights[name], expected, atol=2e-6)
         assert not np.array_equal(outcome.weights[name], base[name])
@@ -148,7 +145,7 @@ def test_step_by_hand_in_numpy(task: Mnist) -> None:
     p /= p.sum(1, keepdims=True)
     loss = -np.log(p[np.arange(len(y)), y]).mean()
     delta = (p - np.eye(10)[y]) / len(y)
-    outcome = task.train(base, {"epochs": 1, "batch_size": 0, "lr": 0.5}, quiet)
+    outcome = task.train(base, {"epochs": 1, "batch_size": 0, "lr": 0.5}, ignore_step)
     expected = w["output.weight"] - 0.5 * delta.T @ a2
     np.testing.assert_allclose(outcome.weights["output.weight"], expected, atol=2e-6)
     assert outcome.metrics["loss"] == pytest.approx(loss, rel=1e-5)
@@ -158,7 +155,7 @@ def test_round_and_seed_order_the_digits(task: Mnist) -> None:
     base = task.init(1, {})
 
     def trained(**words: int) -> str:
-        result = task.train(base, {"epochs": 1, **words}, quiet).weights
+        result = task.train(base, {"epochs": 1, **words}, ignore_step).weights
         assert isinstance(result, Weights)
         return weights.digest(result)
 
@@ -177,16 +174,16 @@ def test_steps_are_counted_and_limited(task: Mnist) -> None:
 
 
 def test_diverged_training_tells_nan_and_returns(task: Mnist) -> None:
-    outcome = task.train(task.init(1, {}), {"lr": 1e20, "epochs": 1}, quiet)
+    outcome = task.train(task.init(1, {}), {"lr": 1e20, "epochs": 1}, ignore_step)
     assert math.isnan(outcome.metrics["loss"])
-    assert math.isnan(task.evaluate(Weights(outcome.weights), {}, quiet).metrics["loss"])
+    assert math.isnan(task.evaluate(Weights(outcome.weights), {}, ignore_step).metrics["loss"])
 
 
 def test_given_weights_are_left_alone(task: Mnist) -> None:
     base = task.init(1, {})
     before = weights.digest(base)
-    task.train(base, {"epochs": 1}, quiet)
-    task.evaluate(base, {}, quiet)
+    task.train(base, {"epochs": 1}, ignore_step)
+    task.evaluate(base, {}, ignore_step)
     assert weights.digest(base) == before
 
 
@@ -257,7 +254,7 @@ def test_the_proximal_term_is_that_of_autograd(task: Mnist, model: str, momentum
         far = sum(((w[name] - origin[name]) ** 2).sum() for name in w)
         (loss + mu / 2 * far).backward()
         optimiser.step()
-    made, _, _ = task.train(base, settings | {"proximal_mu": mu}, quiet)
+    made, _, _ = task.train(base, settings | {"proximal_mu": mu}, ignore_step)
     for name in base:
         np.testing.assert_allclose(made[name], w[name].detach().numpy(), rtol=0, atol=2e-6)
 
@@ -268,18 +265,18 @@ def test_without_the_proximal_term_it_is_fedavg_to_the_bit(task: Mnist, model: s
     base = task.init(1, settings)
 
     def made(**more: tasks.Setting) -> str:
-        return weights.digest(Weights(dict(task.train(base, settings | more, quiet).weights)))
+        return weights.digest(Weights(dict(task.train(base, settings | more, ignore_step).weights)))
 
     assert made(proximal_mu=0.0) == made() != made(proximal_mu=0.1)
     with pytest.raises(UsageError, match="proximal_mu"):
-        task.train(base, {"proximal_mu": -1.0}, quiet)
+        task.train(base, {"proximal_mu": -1.0}, ignore_step)
 
 
 def test_the_proximal_term_holds_training_near_the_base(task: Mnist) -> None:
     base = task.init(1, {})
 
     def distance(mu: float) -> float:
-        made = task.train(base, {"epochs": 2, "proximal_mu": mu}, quiet).weights
+        made = task.train(base, {"epochs": 2, "proximal_mu": mu}, ignore_step).weights
         return float(sum(((made[name] - base[name]) ** 2).sum() for name in base))
 
     assert distance(1.0) < 0.5 * distance(0.1) < 0.5 * distance(0.0)
@@ -344,8 +341,8 @@ def test_standard_pixels_have_mean_0_and_deviation_1(task: Mnist) -> None:
     assert abs(float(x.std()) - 1) < 0.05
     base = task.init(1, {})
     settings: dict[str, tasks.Setting] = {"epochs": 1, "batch_size": "all"}
-    unit = task.train(base, settings, quiet)
-    standard = task.train(base, settings | {"pixels": "standard"}, quiet)
+    unit = task.train(base, settings, ignore_step)
+    standard = task.train(base, settings | {"pixels": "standard"}, ignore_step)
     assert unit.metrics["loss"] != standard.metrics["loss"]
     with pytest.raises(UnknownName, match="pixels"):
         task.schema({"pixels": "loud"})

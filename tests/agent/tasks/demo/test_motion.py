@@ -14,12 +14,9 @@ from agent.tasks.demo import motion_download
 from agent.tasks.demo.motion import PEOPLE, Motion, Recordings, people_of, split_windows
 from protocols.errors import TaskUnusable, UsageError
 from protocols.model import weights
+from tests.support.callbacks import ignore_step
 
 torch.set_num_threads(1)
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +76,11 @@ def test_one_persons_movements_are_learnt(cache: str) -> None:
     task.load(DataSettings(index=6, parts=10, cache=cache, device="cpu"))
     base = task.init(1, {})
     assert base.schema == task.schema({})
-    trained = task.train(base, {"epochs": 6}, quiet)
-    again = task.train(base, {"epochs": 6}, quiet)
+    trained = task.train(base, {"epochs": 6}, ignore_step)
+    again = task.train(base, {"epochs": 6}, ignore_step)
     assert weights.digest(trained.weights) == weights.digest(again.weights)  # type: ignore[arg-type]
-    assert task.evaluate(trained.weights, {}, quiet).metrics["accuracy"] > 0.8
-    assert task.evaluate(base, {}, quiet).metrics["accuracy"] < 0.5
+    assert task.evaluate(trained.weights, {}, ignore_step).metrics["accuracy"] > 0.8
+    assert task.evaluate(base, {}, ignore_step).metrics["accuracy"] < 0.5
 
 
 def test_settings_that_cannot_be() -> None:

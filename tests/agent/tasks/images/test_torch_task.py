@@ -19,15 +19,12 @@ from agent.tasks.images.torch_task import Images
 from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.callbacks import ignore_step
 
 SMALL = {"classes": "light,dark", "size": 12, "channels": 1, "model": "conv 4 3, pool, dense 8"}
 
 
 torch.set_num_threads(1)
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 def picture(path: Path, level: int, size: tuple[int, int] = (16, 12)) -> None:
@@ -64,15 +61,15 @@ def test_learns_and_gives_the_same_bytes_again(folder: Path) -> None:
     base = task.init(3, settings)
     assert base.schema == task.schema(settings)
     torch.manual_seed(0)
-    trained = task.train(base, settings, quiet)
+    trained = task.train(base, settings, ignore_step)
     torch.manual_seed(0)
-    again = loaded(folder).train(base, settings, quiet)
+    again = loaded(folder).train(base, settings, ignore_step)
     assert weights.digest(trained.weights) == weights.digest(again.weights)  # type: ignore[arg-type]
     assert trained.num_examples == 32
-    measured = task.evaluate(trained.weights, settings, quiet)
+    measured = task.evaluate(trained.weights, settings, ignore_step)
     assert measured.num_examples == 8
     assert measured.metrics["accuracy"] == 1.0
-    assert measured.metrics["loss"] < task.evaluate(base, settings, quiet).metrics["loss"]
+    assert measured.metrics["loss"] < task.evaluate(base, settings, ignore_step).metrics["loss"]
 
 
 def test_goes_on_where_it_was_cut_off(folder: Path) -> None:
@@ -106,7 +103,7 @@ def test_resnet_trains_and_keeps_its_statistics_out_of_the_gradients(
     moments = sum(base[name].size for name in resnet.buffers(3, norm))
     assert count - moments == 11_176_512  # torchvision's resnet18, without its head
     assert moments == (9_600 if norm == "batch" else 0)
-    made = task.train(base, settings | {"max_steps": 1, "weight_decay": 0.1}, quiet).weights
+    made = task.train(base, settings | {"max_steps": 1, "weight_decay": 0.1}, ignore_step).weights
     assert all(not np.array_equal(made[name], base[name]) for name in base)
     found = torch.from_numpy(np.array(made["bn1.weight"]))
     assert torch.isfinite(found).all()
@@ -119,16 +116,16 @@ def test_a_normalised_network_learns_and_moves_its_statistics(folder: Path) -> N
     settings = SMALL | {"model": model, "epochs": 4, "batch_size": 8, "lr": 0.02, "flip": False}
     task = loaded(folder)
     base = task.init(3, settings)
-    made = task.train(base, settings, quiet)
+    made = task.train(base, settings, ignore_step)
     assert made.num_examples % 8 == 1
     assert all(not np.array_equal(made.weights[name], base[name]) for name in base)
-    assert task.evaluate(made.weights, settings, quiet).metrics["accuracy"] == 1.0
+    assert task.evaluate(made.weights, settings, ignore_step).metrics["accuracy"] == 1.0
     # What no gradient moves has none, whatever the decay of weights.
     assert set(base) - set(task.gradient(base, settings)) == {
         f"{layer}.norm.running_{part}" for layer in ("conv1", "dense3") for part in ("mean", "var")
     }
     bent = {**made.weights, "conv1.norm.running_var": np.full(4, -1, np.float32)}
-    assert np.isfinite(task.evaluate(Weights(bent), settings, quiet).metrics["loss"])
+    assert np.isfinite(task.evaluate(Weights(bent), settings, ignore_step).metrics["loss"])
 
 
 def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
@@ -137,13 +134,13 @@ def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
     task = loaded(folder)
     base = task.init(5, settings)
     gradient = task.gradient(base, settings)
-    made = task.train(base, settings, quiet).weights
+    made = task.train(base, settings, ignore_step).weights
     assert task.lr_times_steps(settings) == 0.5
     for name in base:
         np.testing.assert_allclose(made[name], base[name] - 0.5 * gradient[name], atol=1e-6)
     correction = {name: np.ones_like(array) for name, array in base.items()}
     task.steer(correction)
-    steered = task.train(base, settings, quiet).weights
+    steered = task.train(base, settings, ignore_step).weights
     for name in base:
         np.testing.assert_allclose(steered[name], made[name] - 0.5, atol=1e-6)
 
@@ -194,7 +191,7 @@ def test_a_peer_with_one_class_numbers_it_as_the_others(folder: Path) -> None:
 def test_answers_for_pictures_that_it_has_never_seen(folder: Path, tmp_path: Path) -> None:
     settings = SMALL | {"epochs": 4, "batch_size": 8, "lr": 0.02}
     task = loaded(folder)
-    made = Weights(task.train(task.init(3, settings), settings, quiet).weights)
+    made = Weights(task.train(task.init(3, settings), settings, ignore_step).weights)
     picture(tmp_path / "new" / "bright.png", 190)
     picture(tmp_path / "new" / "deep" / "night.jpg", 5)
     (tmp_path / "new" / "odd.png").write_text("no picture")

@@ -16,16 +16,13 @@ from agent.tasks.language.gpt import TextLM, forward, read_config
 from protocols.errors import DataError, SchemaMismatch, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.callbacks import ignore_step
 
 TINY = {"layers": 1, "heads": 2, "width": 32, "context": 16}
 SAYING = "the quick brown fox jumps over the lazy dog; "
 
 
 torch.set_num_threads(1)
-
-
-def quiet(step: int, steps: int, loss: float, examples_done: int) -> None:
-    pass
 
 
 @pytest.fixture
@@ -54,9 +51,9 @@ def test_learns_and_gives_the_same_bytes_again(folder: Path) -> None:
     task = loaded(folder)
     base = task.init(1, settings)
     assert base.schema == task.schema(settings)
-    trained, again = (loaded(folder).train(base, settings, quiet) for _ in range(2))
+    trained, again = (loaded(folder).train(base, settings, ignore_step) for _ in range(2))
     assert weights.digest(trained.weights) == weights.digest(again.weights)  # type: ignore[arg-type]
-    before, after = (task.evaluate(w, settings, quiet) for w in (base, trained.weights))
+    before, after = (task.evaluate(w, settings, ignore_step) for w in (base, trained.weights))
     assert before.metrics["loss"] == pytest.approx(np.log(257), abs=0.3)
     assert after.metrics["loss"] < 0.6 * before.metrics["loss"]
     assert before.num_examples == after.num_examples
@@ -65,7 +62,7 @@ def test_learns_and_gives_the_same_bytes_again(folder: Path) -> None:
 def test_continues_what_it_has_learnt_by_heart(folder: Path, tmp_path: Path) -> None:
     settings = TINY | {"width": 64, "epochs": 12, "lr": 0.01, "batch_size": 8}
     task = loaded(folder)
-    made = Weights(task.train(task.init(1, settings), settings, quiet).weights)
+    made = Weights(task.train(task.init(1, settings), settings, ignore_step).weights)
     (tmp_path / "begun.txt").write_text("the quick brown ")
     for source in ("the quick brown ", str(tmp_path / "begun.txt")):
         (answer,) = TextLM().predict(made, settings, source)
