@@ -1,10 +1,11 @@
-"""The fleet's figures for Prometheus, and a small server for them.
+"""The fleet's metrics for Prometheus, and a small server for them.
 
-`exposition` is pure: it reads the same state as the monitor. Each call collects into a registry of
-its own, so two coordinators in one process share nothing. The server answers `GET /metrics` on
-loopback only, without TLS and without a key: it serves figures and names of runs, nothing else.
+`exposition` is pure and reads the same state as the monitor. Each call has a registry of its own,
+so two coordinators in one process share nothing. The server answers `GET /metrics` on loopback
+only, without TLS and without a key: the metrics contain numbers and names of runs, nothing else.
 
-Only a coordinator that serves metrics imports this module: `prometheus_client` takes some memory.
+Only a coordinator that serves metrics imports this module, because `prometheus_client` takes
+memory.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,7 +34,7 @@ _PREFIX = "commonweight_"
 
 
 class Totals(NamedTuple):
-    """Counts since the coordinator started. They never fall; a restart begins again at 0."""
+    """Counts since the coordinator started. They never fall; a restart resets them to 0."""
 
     #: Refused updates by reason.
     refused: Mapping[str, int] = {}
@@ -60,37 +61,24 @@ class _FleetCollector(Collector):
 
 
 def _of_fleet(fleet: Fleet, now: float) -> Iterator[Metric]:
-    info = _gauge("info", "Version of commonweight.", ["version"])
-    info.add_metric([VERSION], 1)
-    yield info
     states = Counter(shown_state(peer, now) for peer in fleet.peers.values())
-    peers = _gauge("peers", "Peers by the state that the monitor shows.", ["state"])
-    for state in PeerState:
-        peers.add_metric([state.value], states[state])
-    yield peers
-    diverged = _gauge("peers_diverged", "Peers whose loss is NaN or infinite.")
-    diverged.add_metric([], sum(peer.diverged for peer in fleet.peers.values()))
-    yield diverged
-    links = _gauge("link_up", "1 while the link is up, else 0.", ["link"])
-    links.add_metric(["mqtt"], fleet.links.mqtt)
-    links.add_metric(["flower"], fleet.links.flower)
-    yield links
+    diverged = sum(peer.diverged for peer in fleet.peers.values())
+    links = {("mqtt",): fleet.links.mqtt, ("flower",): fleet.links.flower}
+    yield _gauge("info", "Version of commonweight.", {(VERSION,): 1}, "version")
+    by_state = {(state.value,): states[state] for state in PeerState}
+    yield _gauge("peers", "Peers by the state that the monitor shows.", by_state, "state")
+    yield _gauge("peers_diverged", "Peers whose loss is NaN or infinite.", {(): diverged})
+    yield _gauge("link_up", "1 while the link is up, else 0.", links, "link")
 
 
 def _of_totals(fleet: Fleet, totals: Totals) -> Iterator[Metric]:
-    rejected = _counter("messages_rejected", "Forged or malformed MQTT messages.")
-    rejected.add_metric([], fleet.links.rejected)
-    yield rejected
-    refused = _counter("updates_refused", "Refused updates by reason.", ["reason"])
-    for reason, count in totals.refused.items():
-        refused.add_metric([reason], count)
-    yield refused
-    sent = _counter(
-        "run_bytes", "Bytes of weights from peers (up) and to them (down).", ["direction"]
-    )
-    sent.add_metric(["up"], totals.bytes_up)
-    sent.add_metric(["down"], totals.bytes_down)
-    yield sent
+    rejected = {(): fleet.links.rejected}
+    yield _counter("messages_rejected", "Forged or malformed MQTT messages.", rejected)
+    refused = {(reason,): count for reason, count in totals.refused.items()}
+    yield _counter("updates_refused", "Refused updates by reason.", refused, "reason")
+    nbytes = {("up",): totals.bytes_up, ("down",): totals.bytes_down}
+    text = "Bytes of weights from peers (up) and to them (down)."
+    yield _counter("run_bytes", text, nbytes, "direction")
 
 
 def _of_run(fleet: Fleet) -> Iterator[Metric]:
@@ -98,19 +86,18 @@ def _of_run(fleet: Fleet) -> Iterator[Metric]:
     if run is None:
         return
     changed, rounds = run.changed, run.rounds
-    state = _gauge("run_state", "1 for the state that the run is in.", ["run", "task", "state"])
-    state.add_metric([changed.run, changed.task, changed.state.value], 1)
-    yield state
-    figures: list[tuple[str, float | None, str]] = [
-        ("run_round", changed.round, "The round under way."),
-        ("run_rounds", changed.rounds, "Rounds that were asked for."),
+    state = {(changed.run, changed.task, changed.state.value): 1}
+    yield _gauge("run_state", "1 for the state that the run is in.", state, "run", "task", "state")
+    values: list[tuple[str, float | None, str]] = [
+        ("run_round", changed.round, "Number of the current round."),
+        ("run_rounds", changed.rounds, "Number of rounds of the run."),
         ("run_quorum", changed.quorum, "Updates that a round needs."),
         ("run_asked", changed.asked, "Peers asked in this phase."),
         ("run_answered", changed.answered, "Peers that have answered."),
     ]
     if rounds:
         last = rounds[-1]
-        figures += [
+        values += [
             ("round_loss", last.loss, "Loss of the last closed round."),
             ("round_accuracy", last.accuracy, "Accuracy of the last closed round."),
             ("round_seconds", last.seconds, "Duration of the last closed round."),
@@ -118,67 +105,58 @@ def _of_run(fleet: Fleet) -> Iterator[Metric]:
             ("round_refused", last.refused, "Updates refused in it."),
             ("aggregation_seconds", last.spent.get("aggregate"), "Duration of its aggregation."),
         ]
-    for name, value, words in figures:
+    for name, value, text in values:
         if (number := finite(value)) is not None:
-            family = _gauge(name, words, ["run"])
-            family.add_metric([changed.run], number)
-            yield family
+            yield _gauge(name, text, {(changed.run,): number}, "run")
     if rounds:
-        parts = _gauge("round_part_seconds", "Seconds by part of the round.", ["run", "part"])
-        for part, seconds in last.spent.items():
-            parts.add_metric([changed.run, part], seconds)
-        yield parts
+        parts = {(changed.run, part): seconds for part, seconds in last.spent.items()}
+        text = "Seconds by part of the round."
+        yield _gauge("round_part_seconds", text, parts, "run", "part")
 
 
-def _gauge(name: str, words: str, labels: list[str] | None = None) -> GaugeMetricFamily:
-    return GaugeMetricFamily(_PREFIX + name, words, labels=labels or [])
+#: Values by their labels.
+Samples = Mapping[Any, float]
 
 
-def _counter(name: str, words: str, labels: list[str] | None = None) -> CounterMetricFamily:
-    """A counter; the library appends `_total` to its name."""
-    return CounterMetricFamily(_PREFIX + name, words, labels=labels or [])
+def _gauge(name: str, text: str, samples: Samples, *labels: str) -> Metric:
+    return _filled(GaugeMetricFamily(_PREFIX + name, text, labels=labels), samples)
 
 
-@contextlib.asynccontextmanager
-async def _listening(port: int, text: Callable[[], bytes]) -> AsyncIterator[int]:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+def _counter(name: str, text: str, samples: Samples, *labels: str) -> Metric:
+    """A counter. The library appends `_total` to its name."""
+    return _filled(CounterMetricFamily(_PREFIX + name, text, labels=labels), samples)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    for labels, value in samples.items():
+        family.add_metric(labels, value)
+    return family
+
+
+async def serve(port: int, text: Callable[[], bytes]) -> None:
+    """Serve `text()` until cancelled. Raises PortInUse."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(_answer(head, text))
+                writer.write(_response(await reader.readuntil(b"\r\n\r\n"), text))
                 await writer.drain()
         writer.close()
 
     try:
-        server = await asyncio.start_server(answer, HOST, port, limit=_MAX_HEAD_BYTES)
+        server = await asyncio.start_server(respond, HOST, port, limit=_MAX_HEAD_BYTES)
     except OSError as err:
-        raise PortInUse(
-            f"port {port} of {HOST} is in use", "choose another: --metrics-port"
-        ) from err
+        hint = "choose another: --metrics-port"
+        raise PortInUse(f"port {port} of {HOST} is in use", hint) from err
     async with server:
-        yield server.sockets[0].getsockname()[1]
+        await server.serve_forever()
 
 
-def _answer(head: bytes, text: Callable[[], bytes]) -> bytes:
-    method, _, rest = head.partition(b" ")
-    found = method == b"GET" and rest.split(b" ")[0].split(b"?")[0] == b"/metrics"
-    body = text() if found else b"GET /metrics\n"
-    status = b"200 OK" if found else b"404 Not Found"
-    kind = CONTENT_TYPE.encode() if found else b"text/plain"
-    length = str(len(body)).encode()
-    return (
-        b"HTTP/1.1 "
-        + status
-        + b"\r\nContent-Type: "
-        + kind
-        + b"\r\nContent-Length: "
-        + length
-        + b"\r\nConnection: close\r\n\r\n"
-        + body
-    )
-
-
-async def serve(port: int, text: Callable[[], bytes]) -> None:
-    """Answer until cancelled. Raises PortInUse."""
-    async with _listening(port, text):
-        await asyncio.Event().wait()
+def _response(head: bytes, text: Callable[[], bytes]) -> bytes:
+    method, path, *_ = [*head.split(b" "), b"", b""]
+    if method == b"GET" and path.split(b"?")[0] == b"/metrics":
+        status, kind, body = "200 OK", CONTENT_TYPE, text()
+    else:
+        status, kind, body = "404 Not Found", "text/plain", b"GET /metrics\n"
+    lines = f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}"
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body

@@ -1,7 +1,7 @@
-"""Enrollment: tickets, peers and operators, as the fold of the ledger's "fleet" entries.
+"""Enrollment: tickets, peers and operators, from the ledger's "fleet" entries.
 
-`Registry` is pure but for the ledger it appends to: every change is first a fact, then applied.
-A ticket's secret is stored hashed; a peer is known by its Ed25519 key's id.
+Each change is an event: it is appended to the ledger, then applied. A ticket's secret is stored as
+a hash. A peer's id comes from its Ed25519 key.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _decode = msgspec.json.Decoder(FleetEvent).decode
 
 
 class TicketState(Struct, frozen=True, kw_only=True):
-    """A ticket as the coordinator knows it: never its secret."""
+    """A ticket without its secret."""
 
     id: str
     secret_hash: str
@@ -115,7 +115,7 @@ class Peer(Struct, frozen=True, kw_only=True):
 
 
 class Operator(Struct, frozen=True, kw_only=True):
-    """Somebody who watches from another machine, and with the role operator may change things."""
+    """A person with access from another machine. Only the role `operator` may change things."""
 
     operator: str
     name: str
@@ -125,7 +125,7 @@ class Operator(Struct, frozen=True, kw_only=True):
 
 
 class Registry:
-    """Who belongs to the fleet. `on_change(peer)` is called after a peer's standing changed."""
+    """The members of the fleet. `on_change(peer)` is called after a peer's standing changed."""
 
     def __init__(self, ledger: Ledger, *, approve: bool = False) -> None:
         self._ledger = ledger
@@ -146,7 +146,6 @@ class Registry:
         label: str = "",
         role: TicketRole = "agent",
     ) -> None:
-        """Remember a new ticket by its hash."""
         self._record(
             TicketCreated(
                 id=ticket.id,
@@ -164,60 +163,55 @@ class Registry:
             raise UnknownName(f"no ticket {ticket_id!r}", "commonweight ticket list")
         self._record(TicketRevoked(ticket_id))
 
-    def join(self, joining: JoinRequest) -> Peer:
-        """Enroll a machine against its ticket. Raises Refused; BadMessage for a wrong key."""
-        identity.check_node_public(joining.node_public)
-        signed = join_proof(joining.ticket, joining.secret, joining.node_public)
-        if not identity.verify(joining.sign_public, joining.proof, signed):
-            raise BadMessage("the request is not signed by the key that it names")
-        ticket = self._known_ticket(joining.ticket, joining.secret)
+    def join(self, request: JoinRequest) -> Peer:
+        """Enroll a machine that has a ticket. Raises Refused, and BadMessage for a wrong key."""
+        identity.check_node_public(request.node_public)
+        proof = join_proof(request.ticket, request.secret, request.node_public)
+        ticket = self._verified_ticket(request, proof)
         if ticket.role != "agent":
             raise Refused(
                 f"this ticket is for an {ticket.role}, not for an agent",
                 "commonweight monitor --join; for an agent: commonweight ticket create",
             )
-        peer_id = identity.peer_id(joining.sign_public)
-        known = self.peers.get(peer_id)
-        if known is not None and known.standing == "removed":
-            raise Refused("this machine's key was removed", "join again with --replace")
-        if known is not None:  # the answer to its first try was lost: the ticket is spent already
-            return known
-        _check_unspent(ticket)
-        version_check.check_compatible(joining.version, "the agent on that machine")
-        # Flower takes a node key once, also one that was removed: a second would fail every start.
-        if any(peer.node_public == joining.node_public for peer in self.peers.values()):
+        peer_id = identity.peer_id(request.sign_public)
+        if known := self.peers.get(peer_id):
+            if known.standing == "removed":
+                raise Refused("this machine's key was removed", "join again with --replace")
+            return known  # a retry: the response to the first request was lost
+        _check_valid(ticket)
+        version_check.check_compatible(request.version, "the agent on that machine")
+        # Flower accepts a node key once, even a removed one. A second would fail every start.
+        if any(peer.node_public == request.node_public for peer in self.peers.values()):
             raise Refused("another machine has this node key", "join again with --replace")
         self._record(
             PeerJoined(
                 peer=peer_id,
-                name=self._free_name(joining.name),
-                labels=joining.labels,
-                sign_public=joining.sign_public,
-                node_public=joining.node_public,
+                name=self._unique_name(request.name),
+                labels=request.labels,
+                sign_public=request.sign_public,
+                node_public=request.node_public,
                 ticket=ticket.id,
                 standing="awaiting" if self._approve else "enrolled",
             )
         )
         return self.peers[peer_id]
 
-    def join_operator(self, joining: OperatorJoinRequest) -> Operator:
-        """Give somebody access against a ticket with a role. Raises Refused, BadMessage."""
-        signed = operator_join_proof(joining.ticket, joining.secret, joining.sign_public)
-        if not identity.verify(joining.sign_public, joining.proof, signed):
-            raise BadMessage("the request is not signed by the key that it names")
-        ticket = self._known_ticket(joining.ticket, joining.secret)
+    def join_operator(self, request: OperatorJoinRequest) -> Operator:
+        """Give access to a person who has a ticket with a role. Raises Refused, BadMessage."""
+        proof = operator_join_proof(request.ticket, request.secret, request.sign_public)
+        ticket = self._verified_ticket(request, proof)
         if ticket.role == "agent":
             raise Refused(
-                "this ticket lets an agent join, and nobody watch",
+                "this ticket is for an agent, not for an operator or observer",
                 "commonweight ticket create --role observer",
             )
-        _check_unspent(ticket)
-        operator_id = identity.peer_id(joining.sign_public)
+        _check_valid(ticket)
+        operator_id = identity.peer_id(request.sign_public)
         self._record(
             OperatorJoined(
                 operator=operator_id,
-                name=joining.name,
-                sign_public=joining.sign_public,
+                name=request.name,
+                sign_public=request.sign_public,
                 role=ticket.role,
                 ticket=ticket.id,
             )
@@ -226,21 +220,26 @@ class Registry:
 
     def remove_operator(self, name_or_id: str) -> None:
         """Refuse this access from now on. Raises UnknownName."""
-        for one in self.operators.values():
-            if not one.removed and name_or_id in (one.operator, one.name):
-                self._record(OperatorRemoved(one.operator))
+        for operator in self.operators.values():
+            if not operator.removed and name_or_id in (operator.operator, operator.name):
+                self._record(OperatorRemoved(operator.operator))
                 return
         raise UnknownName(f"no operator {name_or_id!r}", "commonweight operators list")
 
-    def _known_ticket(self, ticket_id: str, secret: bytes) -> TicketState:
-        ticket = self.tickets.get(ticket_id)
-        given = hash_secret(ticket_id, secret)
-        if ticket is None or not hmac.compare_digest(ticket.secret_hash, given):
+    def _verified_ticket(
+        self, request: JoinRequest | OperatorJoinRequest, proof: bytes
+    ) -> TicketState:
+        """The ticket in a request whose key signed `proof`."""
+        if not identity.verify(request.sign_public, request.proof, proof):
+            raise BadMessage("the request is not signed by the key that it names")
+        ticket = self.tickets.get(request.ticket)
+        secret_hash = hash_secret(request.ticket, request.secret)
+        if ticket is None or not hmac.compare_digest(ticket.secret_hash, secret_hash):
             raise Refused("the coordinator does not know this ticket", "ask for a new ticket")
         return ticket
 
     def approve(self, peer_id: str) -> Peer:
-        """Let a waiting peer in. Raises UnknownName."""
+        """Enroll a peer that awaits approval. Raises UnknownName."""
         peer = self.find(peer_id)
         self._record(PeerApproved(peer.peer))
         return self.peers[peer.peer]
@@ -251,35 +250,33 @@ class Registry:
 
     def find(self, name_or_id: str) -> Peer:
         """A peer that was not removed, by id or name. Raises UnknownName."""
-        here = [peer for peer in self.peers.values() if peer.standing != "removed"]
-        for peer in here:
-            if peer.peer == name_or_id:
-                return peer
-        for peer in here:  # after the ids: a machine may call itself by another's
-            if peer.name == name_or_id:
-                return peer
+        peers = [peer for peer in self.peers.values() if peer.standing != "removed"]
+        for field in ("peer", "name"):  # ids first: a machine may choose another's id as its name
+            for peer in peers:
+                if getattr(peer, field) == name_or_id:
+                    return peer
         raise UnknownName(f"no peer {name_or_id!r}", "commonweight peers list")
 
     def enrolled(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.standing == "enrolled"]
 
     def check_quorum(self, quorum: int) -> None:
-        """Raises CannotBeMet for one that the peers enrolled now can never meet."""
-        there = len(self.enrolled())
-        if not 1 <= quorum <= max(there, 1):
+        """Raise CannotBeMet unless the enrolled peers can meet this quorum."""
+        num_enrolled = len(self.enrolled())
+        if not 1 <= quorum <= max(num_enrolled, 1):
             raise CannotBeMet(
-                f"a quorum of {quorum} cannot be met: {there} enrolled",
+                f"a quorum of {quorum} cannot be met: {num_enrolled} enrolled",
                 "lower --quorum, or let more machines join first",
             )
 
     def verify(self, peer_id: str, signature: bytes, message: bytes) -> bool:
-        """True if an enrolled or waiting peer of this id signed `message`."""
+        """True if this peer signed `message` and was not removed."""
         peer = self.peers.get(peer_id)
         if peer is None or peer.standing == "removed":
             return False
         return identity.verify(peer.sign_public, signature, message)
 
-    def _free_name(self, name: str) -> str:
+    def _unique_name(self, name: str) -> str:
         taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}
         free, number = name, 2
         while free in taken:
@@ -295,52 +292,35 @@ class Registry:
     def _apply(self, event: FleetEvent) -> None:
         match event:
             case TicketCreated():
-                self.tickets[event.id] = TicketState(
-                    id=event.id,
-                    secret_hash=event.secret_hash,
-                    expires_at=event.expires_at,
-                    uses_left=event.uses,
-                    label=event.label,
-                    role=event.role,
-                )
+                fields = msgspec.structs.asdict(event)
+                self.tickets[event.id] = TicketState(uses_left=fields.pop("uses"), **fields)
             case TicketRevoked():
                 self.tickets[event.id] = replace(self.tickets[event.id], revoked=True)
             case PeerJoined():
-                self.peers[event.peer] = Peer(
-                    peer=event.peer,
-                    name=event.name,
-                    labels=event.labels,
-                    sign_public=event.sign_public,
-                    node_public=event.node_public,
-                    standing=event.standing,
-                )
-                self._spend(event.ticket)
+                self.peers[event.peer] = msgspec.convert(event, Peer, from_attributes=True)
+                self._use_ticket(event.ticket)
             case OperatorJoined():
-                self.operators[event.operator] = Operator(
-                    operator=event.operator,
-                    name=event.name,
-                    sign_public=event.sign_public,
-                    role=event.role,
-                )
-                self._spend(event.ticket)
+                operator = msgspec.convert(event, Operator, from_attributes=True)
+                self.operators[event.operator] = operator
+                self._use_ticket(event.ticket)
             case OperatorRemoved():
-                one = self.operators[event.operator]
-                self.operators[event.operator] = replace(one, removed=True)
+                operator = self.operators[event.operator]
+                self.operators[event.operator] = replace(operator, removed=True)
             case PeerApproved():
                 self.peers[event.peer] = replace(self.peers[event.peer], standing="enrolled")
             case PeerRemoved():
                 self.peers[event.peer] = replace(self.peers[event.peer], standing="removed")
 
-    def _spend(self, ticket_id: str) -> None:
+    def _use_ticket(self, ticket_id: str) -> None:
         if ticket := self.tickets.get(ticket_id):
             self.tickets[ticket_id] = replace(ticket, uses_left=ticket.uses_left - 1)
 
 
-def _check_unspent(ticket: TicketState) -> None:
-    for used, why in (
+def _check_valid(ticket: TicketState) -> None:
+    for is_invalid, reason in (
         (ticket.revoked, "was revoked"),
         (ticket.uses_left <= 0, "was used already"),
         (time.time() > ticket.expires_at, "has expired"),
     ):
-        if used:
-            raise Refused(f"this ticket {why}", "ask for a new one: commonweight ticket create")
+        if is_invalid:
+            raise Refused(f"this ticket {reason}", "ask for a new one: commonweight ticket create")

@@ -1,4 +1,4 @@
-"""What a fleet is made of: peers, runs, rounds, events; and how it travels as JSON. Pure."""
+"""The state of a fleet: peers, runs, rounds and events; and its JSON form. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Level = Literal["info", "warning", "error"]
 
 
 class Event(Struct, kw_only=True, frozen=True):
-    """A line of the Events screen. `at` is Unix s by the clock of the one who folds."""
+    """A line of the Events screen. `at` is Unix s by the reader's clock."""
 
     at: float
     level: Level
@@ -80,7 +80,7 @@ class Peer(Struct, kw_only=True):
 
 
 class Run(Struct, kw_only=True):
-    """A run: how it stands, and its rounds in order. Only the last round keeps `norms`."""
+    """A run's last status and its rounds in order. Only the last round has `norms`."""
 
     changed: RunChanged
     changed_at: float
@@ -88,7 +88,7 @@ class Run(Struct, kw_only=True):
 
 
 class Job(Struct, kw_only=True):
-    """A job beside training. Its times are Unix s by the clock of the one who folds, or 0."""
+    """A job beside training. Its times are Unix s by the reader's clock, or 0."""
 
     changed: JobChanged
     changed_at: float
@@ -97,7 +97,7 @@ class Job(Struct, kw_only=True):
 
 
 class Fleet(Struct, kw_only=True):
-    """Everything that the monitor, `status` and the metrics show. `at` is when it was encoded."""
+    """Everything that the monitor, `status` and the metrics show. `at`: the time of encoding."""
 
     fleet: str
     name: str = ""
@@ -117,7 +117,7 @@ class Fleet(Struct, kw_only=True):
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, or None for NaN, the infinities and what does not fit a float."""
+    """`value`, or None if it is NaN, infinite or too large for a float."""
     try:
         return value if value is not None and math.isfinite(value) else None
     except OverflowError:
@@ -128,7 +128,7 @@ _decoder = msgspec.json.Decoder(Fleet)
 
 
 def encode(fleet: Fleet, now: float) -> bytes:
-    """The fleet as JSON, stamped with the clock of this machine."""
+    """The fleet as JSON, with the time of this machine."""
     fleet.at = now
     return msgspec.json.encode(fleet)
 
@@ -143,7 +143,7 @@ def decode(data: bytes) -> Fleet:
 
 
 def rebase_times(fleet: Fleet, now: float) -> Fleet:
-    """The fleet with its times moved to this machine's clock, in place: clocks differ."""
+    """Move the fleet's times to this machine's clock, in place, because clocks differ."""
     ahead = now - fleet.at
     fleet.at = now
     for peer in fleet.peers.values():

@@ -128,7 +128,7 @@ def test_the_answer_of_another_version_is_told_in_words(
 
 def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
     agents = site.ticket()
-    with pytest.raises(CommonweightError, match="lets an agent join"):
+    with pytest.raises(CommonweightError, match="is for an agent, not"):
         access.join(tickets.encode(agents))
     watch = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(watch, ttl_s=60, uses=1, role="observer")
