@@ -34,8 +34,8 @@ from agent.data import profile as survey
 from agent.data.features import EncodedRows, EncodedTable
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
-from agent.tasks.training import devices, evaluation
-from agent.tasks.training.classification import evaluate_classifier, split_batches
+from agent.tasks.training import evaluation
+from agent.tasks.training.classification import evaluate_classifier, split_batches, to_tensors
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.hyperparameters import (
     LOOP_DEFAULTS,
@@ -44,7 +44,8 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_task import TorchTask, layer_schema
 from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables import evaluation_counts, preprocessing
@@ -67,8 +68,8 @@ DEFAULTS: dict[str, Setting] = {
     "optimiser": "adamw",
     "lr": 0.01,
 }
-#: Fewer rows than this cannot be parted into some to train on and some to measure on.
-_FEWEST_ROWS = features.HELD_OUT_OF
+#: Fewer rows cannot be split into training and held-out rows.
+_MIN_ROWS = features.HELD_OUT_OF
 
 
 class _Model(NamedTuple):
@@ -90,10 +91,11 @@ class _Model(NamedTuple):
         }
         # In a linear model an embedding is a bias for each category, straight to the outputs.
         before = self.numbers + (0 if self.linear else sum(dim for _, dim in self.embeddings))
+        layers = {}
         for place, after in enumerate(self.hidden, 1):
-            sizes |= _layer(f"hidden{place}", before, after)
+            layers[f"hidden{place}"] = (after, before)
             before = after
-        return sizes | _layer("output", before, self.outputs)
+        return sizes | layer_schema({**layers, "output": (self.outputs, before)})
 
     def forward(self, w: Tensors, x: Tensor) -> Tensor:
         """float32[n, numbers + categories] -> float32[n, outputs]."""
@@ -111,23 +113,10 @@ class _Model(NamedTuple):
         return F.linear(hidden, w["output.weight"], w["output.bias"])
 
 
-def _layer(name: str, before: int, after: int) -> Schema:
-    return {
-        f"{name}.weight": TensorSpec("F32", (after, before)),
-        f"{name}.bias": TensorSpec("F32", (after,)),
-    }
+class Tabular(TorchTask):
+    """The task."""
 
-
-class Tabular:
-    """The task. On a CPU the same inputs and number of threads give the same bytes."""
-
-    version = "1"
-
-    def __init__(self) -> None:
-        self._data = DataSettings()
-        self._encoded: tuple[str, EncodedTable] | None = None
-        self._local = TrainingLoop()
-        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+    defaults = DEFAULTS
 
     # --- what the peers have alike ---
 
@@ -164,30 +153,28 @@ class Tabular:
 
     # --- data ---
 
-    def load(self, data: DataSettings) -> None:
-        """Note which; rows are read when it is known what they become."""
-        self._data, self._encoded = data, None
-
     def _reader(self) -> Reader:
         return open_table(self._data)
 
     def _rows(self, settings: Settings) -> EncodedTable:
-        key = str(settings["preprocessing"])
-        if self._encoded is None or self._encoded[0] != key:
-            self._encoded = None  # let go of the old rows first: both may not fit in memory
-            chance = random_state("held out", self._data.seed, self._data.index)
-            folder = Path(self._data.cache or ".")
-            made = _preprocessing(settings)
-            rows = features.encode_table(self._reader(), made, chance, folder)
-            count = len(rows.trained_on.y) + len(rows.held_out.y)
-            if count < max(_FEWEST_ROWS, self._data.min_rows):
-                raise DataError(
-                    f"too few rows have a target that all peers know: fewer than "
-                    f"{max(_FEWEST_ROWS, self._data.min_rows)}",
-                    f"{count} have one, {rows.dropped} do not",
-                )
-            self._encoded = key, rows
-        return self._encoded[1]
+        """This peer's rows; read when the preprocessing is known."""
+        rows: EncodedTable = self._read_data.get(
+            str(settings["preprocessing"]), lambda: self._read_rows(_preprocessing(settings))
+        )
+        return rows
+
+    def _read_rows(self, made: Preprocessing) -> EncodedTable:
+        chance = random_state("held out", self._data.seed, self._data.index)
+        folder = Path(self._data.cache or ".")
+        rows = features.encode_table(self._reader(), made, chance, folder)
+        count = len(rows.trained_on.y) + len(rows.held_out.y)
+        least = max(_MIN_ROWS, self._data.min_rows)
+        if count < least:
+            raise DataError(
+                f"fewer than {least} rows have a target that all peers know",
+                f"{count} rows have one, {rows.dropped} do not",
+            )
+        return rows
 
     # --- loop ---
 
@@ -212,9 +199,8 @@ class Tabular:
         return _measured(model, weights, examples, target.scale, on_step)
 
     def _examples(self, rows: EncodedRows) -> Examples:
-        device = devices.select_device(self._data.device)
-        x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y)
-        return Examples(x.to(device), y.to(device), self._data.index)
+        x, y = (torch.from_numpy(array).to(self._device) for array in rows)
+        return Examples(x, y, self._data.index)
 
     # --- answers ---
 
@@ -225,7 +211,7 @@ class Tabular:
         """For each row of a table: its number, the target, and the probability of a class."""
         model, made = _model(settings), _preprocessing(settings)
         target = made.target
-        w = {name: torch.tensor(array) for name, array in weights.items()}
+        w = to_tensors(weights)
         reader = open_table(DataSettings(path=source))
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
@@ -282,7 +268,7 @@ def _model(settings: Settings) -> _Model:
 def _measured(
     model: _Model, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
 ) -> EvalOutcome:
-    w = {name: torch.tensor(a, device=held_out.x.device) for name, a in weights.items()}
+    w = to_tensors(weights, held_out.x.device)
 
     def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
         x, y = rows

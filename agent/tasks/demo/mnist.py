@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
-from agent.tasks.training import csv_rows, devices, onnx_export
-from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks import Setting, Settings
+from agent.tasks.training import csv_rows, onnx_export
 from agent.tasks.training.hyperparameters import (
     LOOP_DEFAULTS,
     Hyperparameters,
@@ -35,21 +34,13 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import (
-    Examples,
-    LossOf,
-    Step,
-    TrainingLoop,
-    autograd_step,
-    lr_times_steps,
-    mean_gradient,
-)
+from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step
+from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
 from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageError
-from protocols.model.weights import Array, Schema, TensorSpec, Weights, check_schema, load, save
+from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
 TRAINED_ON = 4000
-EVALUATION_BATCH = 500
 DEFAULTS: dict[str, Setting] = {**LOOP_DEFAULTS, "model": "2nn", "pixels": "unit"}
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
@@ -72,37 +63,15 @@ Indices = npt.NDArray[np.intp]
 Labels = npt.NDArray[np.uint8]
 
 
-class _Part(NamedTuple):
-    """This peer's digits: float32[n, 784] in 0..1 and int64[n]; training and held-out.
+class Mnist(ClassifierTask):
+    """The task."""
 
-    They lie on the device that trains. `compiled`: let torch compile the CNN.
-    """
-
-    trained_on: Examples
-    held_out: Examples
-    compiled: bool
-
-
-class Mnist:
-    """The task. On a CPU the same inputs and number of threads give the same bytes."""
-
-    forms = (onnx_export.ONNX,)
-
-    def __init__(self) -> None:
-        self._part: _Part | None = None
-        self._local = TrainingLoop()
-        self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.load_optimizer_state = self._local.load_optimizer_state
-        self.optimizer_state = self._local.optimizer_state
-        self.steer = self._local.steer
+    version = ""
+    defaults = DEFAULTS
+    evaluation_batch = 500
 
     def schema(self, settings: Settings) -> Schema:
-        """Tensors of the chosen model, all float32."""
-        schema: Schema = {}
-        for name, shape in _LAYERS[_model(settings)].items():
-            schema[f"{name}.weight"] = TensorSpec("F32", shape)
-            schema[f"{name}.bias"] = TensorSpec("F32", shape[:1])
-        return schema
+        return layer_schema(_LAYERS[_model(settings)])
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
@@ -115,90 +84,71 @@ class Mnist:
 
     def load(self, data: DataSettings) -> None:
         """Take part `data.index` of the digits. Raises UsageError, CommonweightError."""
+        super().load(data)
         pixels, labels = _digits(data.cache)
-        mine, held_out = split_digits(labels, data)
-        device = devices.select_device(data.device)
-        x = torch.from_numpy(pixels.astype(np.float32) / 255)
-        y = torch.from_numpy(labels.astype(np.int64))
-        part, rest = (
-            Examples(x[which].to(device), y[which].to(device), data.index)
-            for which in (mine, held_out)
-        )
-        self._part = _Part(part, rest, data.compile)
-
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        """SGD or AdamW on this peer's part; the metric "loss" is the mean of the last epoch."""
-        plan, part = read_hyperparameters(settings, DEFAULTS), self._loaded()
-        forward = _FORWARD[_model(settings)]
-        make_step = autograd_step(_loss_of(torch.compile(forward) if part.compiled else forward))
-        if forward is _forward_2nn and _is_plain(plan):
-            make_step = _step_2nn
-        examples = _scaled(part.trained_on, settings)
-        return self._local.train(weights, plan, examples, make_step, on_step)
-
-    def lr_times_steps(self, settings: Settings) -> float:
-        """Learning rate times steps. Raises UsageError for what is no plain SGD."""
-        return lr_times_steps(
-            read_hyperparameters(settings, DEFAULTS), len(self._loaded().trained_on.y)
+        x, y = _unit(pixels), torch.from_numpy(labels.astype(np.int64))
+        self._split = Split(
+            *(
+                Examples(x[rows].to(self._device), y[rows].to(self._device), data.index)
+                for rows in split_digits(labels, data)
+            )
         )
 
-    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
-        """The gradient of the mean loss over this peer's part."""
-        loss_of = _loss_of(_FORWARD[_model(settings)])
-        examples = _scaled(self._loaded().trained_on, settings)
-        return mean_gradient(weights, examples, loss_of)
+    def _forward(self, settings: Settings) -> Forward:
+        return _FORWARD[_model(settings)]
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
-        """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out digits."""
-        forward, held_out = _FORWARD[_model(settings)], _scaled(self._loaded().held_out, settings)
-        return evaluate_classifier(forward, weights, held_out, EVALUATION_BATCH, on_step)
+    def _examples(self, settings: Settings) -> Split:
+        scaled = (e._replace(x=_scaled(e.x, settings)) for e in self._loaded())
+        return Split(*scaled)
+
+    def _make_step(
+        self, settings: Settings, loss_of: LossOf
+    ) -> Callable[[LoopState, Hyperparameters], Step]:
+        if _model(settings) == "2nn" and _is_plain(self._hyperparameters(settings)):
+            return _step_2nn
+        return autograd_step(loss_of)
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each digit at `source`: its number, what it is, and how probable that is.
+        """For each digit at `source`: its number, its class and the probability of that class.
 
-        CSV with 784 columns, the pixels of a line from 0 to 255. Raises DataError.
+        `source` is a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError.
         """
-        forward, w = _FORWARD[_model(settings)], to_tensors(weights)
-        first = 0
-        for pixels in csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255"):
-            x = torch.from_numpy(pixels.astype(np.float32) / 255)
-            answer = predict_classes(forward(w, _scaled(Examples(x, x), settings).x))
-            yield {"row": range(first, first + len(pixels)), **answer}
-            first += len(pixels)
+        rows = csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255")
+        batches = (_scaled(_unit(pixels), settings) for pixels in rows)
+        return self._predict_rows(weights, settings, batches)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
-        forward = _FORWARD[_model(settings)]
+        forward = self._forward(settings)
 
         def logits(w: Tensors, x: Tensor) -> Tensor:
-            return forward(w, _scaled(Examples(x, x), settings).x)
+            return forward(w, _scaled(x, settings), False)
 
         onnx_export.export(logits, weights, torch.zeros(2, 784), out)
 
-    def _loaded(self) -> _Part:
-        if self._part is None:
-            raise RuntimeError("load() comes before train() and evaluate()")
-        return self._part
+
+def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Pixels as float32 from 0 to 1."""
+    return torch.from_numpy(pixels.astype(np.float32) / 255)
 
 
-def _scaled(examples: Examples, settings: Settings) -> Examples:
-    """The pixels as the settings want them."""
-    if settings.get("pixels", DEFAULTS["pixels"]) == "unit":
-        return examples
-    return examples._replace(x=(examples.x - _MEAN) / _DEVIATION)
+def _scaled(x: Tensor, settings: Settings) -> Tensor:
+    """Pixels as the setting "pixels" wants them."""
+    unit = settings.get("pixels", DEFAULTS["pixels"]) == "unit"
+    return x if unit else (x - _MEAN) / _DEVIATION
 
 
 def _model(settings: Settings) -> str:
-    """The model's name. Raises UnknownName, UsageError for any setting that cannot be."""
+    """The model's name. Raises UnknownName, UsageError for any invalid setting."""
     read_hyperparameters(settings, DEFAULTS)
-    pixels = settings.get("pixels", DEFAULTS["pixels"])
+    merged = DEFAULTS | dict(settings)
+    pixels, model = merged["pixels"], str(merged["model"])
     if pixels not in ("unit", "standard"):
         raise UnknownName(f"the setting pixels cannot be {pixels!r}", "one of unit, standard")
-    model = str(settings.get("model", DEFAULTS["model"]))
     if model not in _LAYERS:
         raise UnknownName(f"there is no model {model!r}", f"models: {', '.join(_LAYERS)}")
     return model
@@ -207,13 +157,13 @@ def _model(settings: Settings) -> str:
 # --- models and their steps ------------------------------------------------------------------
 
 
-def _forward_2nn(w: Tensors, x: Tensor) -> Tensor:
+def _forward_2nn(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
     x = F.relu(F.linear(x, w["hidden1.weight"], w["hidden1.bias"]))
     x = F.relu(F.linear(x, w["hidden2.weight"], w["hidden2.bias"]))
     return F.linear(x, w["output.weight"], w["output.bias"])
 
 
-def _forward_cnn(w: Tensors, x: Tensor) -> Tensor:
+def _forward_cnn(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
     x = x.reshape(-1, 1, 28, 28)
     for layer in ("conv1", "conv2"):
         x = F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2)
@@ -222,11 +172,7 @@ def _forward_cnn(w: Tensors, x: Tensor) -> Tensor:
     return F.linear(x, w["output.weight"], w["output.bias"])
 
 
-_FORWARD = {"2nn": _forward_2nn, "cnn": _forward_cnn}
-
-
-def _loss_of(forward: Callable[[Tensors, Tensor], Tensor]) -> LossOf:
-    return lambda w, x, y: F.cross_entropy(forward(w, x), y)
+_FORWARD: dict[str, Forward] = {"2nn": _forward_2nn, "cnn": _forward_cnn}
 
 
 def _is_plain(plan: Hyperparameters) -> bool:

@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks import Setting, Settings
 from agent.tasks.demo import motion_download
-from agent.tasks.training import csv_rows, devices, onnx_export
-from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks.training import csv_rows, onnx_export
 from agent.tasks.training.hyperparameters import (
     LOOP_DEFAULTS,
     read_hyperparameters,
@@ -39,9 +38,10 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import Examples
+from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
 from protocols.errors import BadWeights, UsageError
-from protocols.model.weights import Array, Schema, TensorSpec, Weights, load
+from protocols.model.weights import Array, Schema, Weights, load
 
 # --- config ----------------------------------------------------------------------------------
 
@@ -55,7 +55,6 @@ DEFAULTS: dict[str, Setting] = {
 }
 PEOPLE, EXERCISES = 10, 7
 WINDOW, STRIDE = 100, 50
-EVALUATION_BATCH = 512
 
 
 def _filters(settings: Settings) -> int:
@@ -69,7 +68,7 @@ def _filters(settings: Settings) -> int:
 # --- model -----------------------------------------------------------------------------------
 
 
-def forward(w: Tensors, x: Tensor) -> Tensor:
+def forward(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
     """Windows float32[n, 6, 100] -> logits float32[n, 7]."""
     for layer in ("conv1", "conv2"):
         x = F.relu(F.conv1d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2))
@@ -133,28 +132,18 @@ def _recordings(cache: str) -> Recordings:
         raise BadWeights("the converted movements cannot be read")
 
 
-# --- loop ------------------------------------------------------------------------------------
+# --- task ------------------------------------------------------------------------------------
 
 
-class Motion:
-    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+class Motion(ClassifierTask):
+    """The task."""
 
-    version = "1"
-    forms = (onnx_export.ONNX,)
-
-    def __init__(self) -> None:
-        self._part: tuple[Examples, Examples] | None = None
-        self._local = TrainingLoop()
-        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+    defaults = DEFAULTS
 
     def schema(self, settings: Settings) -> Schema:
         n = _filters(settings)
         sides = {"conv1": (n, 6, 5), "conv2": (2 * n, n, 5), "hidden": (64, 2 * n)}
-        schema: Schema = {}
-        for name, side in {**sides, "output": (EXERCISES, 64)}.items():
-            schema[f"{name}.weight"] = TensorSpec("F32", side)
-            schema[f"{name}.bias"] = TensorSpec("F32", side[:1])
-        return schema
+        return layer_schema({**sides, "output": (EXERCISES, 64)})
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Uniform with variance 2 / fan-in (He et al. 2015), biases 0."""
@@ -166,47 +155,33 @@ class Motion:
 
     def load(self, data: DataSettings) -> None:
         """Take the people of part `data.index`. Raises UsageError, TaskUnusable."""
-        device = devices.select_device(data.device)
-        trained, held_out = (
-            Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
-            for x, y in split_windows(_recordings(data.cache), people_of(data))
+        super().load(data)
+        device = self._device
+        self._split = Split(
+            *(
+                Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
+                for x, y in split_windows(_recordings(data.cache), people_of(data))
+            )
         )
-        self._part = trained, held_out
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        """SGD or AdamW on these people's windows; "loss" is the mean of the last epoch."""
+    def _forward(self, settings: Settings) -> Forward:
         _filters(settings)
-        plan, (trained, _) = read_hyperparameters(settings, DEFAULTS), self._loaded()
-        step = autograd_step(lambda w, x, y: F.cross_entropy(forward(w, x), y))
-        return self._local.train(weights, plan, trained, step, on_step)
-
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
-        """Mean cross-entropy ("loss") and "accuracy" on these people's held-out windows."""
-        _filters(settings)
-        return evaluate_classifier(forward, weights, self._loaded()[1], EVALUATION_BATCH, on_step)
+        return forward
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each window at `source`: its number, its exercise, and how probable that is.
+        """For each window at `source`: its number, its exercise and the probability of that.
 
-        CSV with a window of two seconds a line: 600 columns, the 100 values of each of the six
-        numbers one after the other. Raises DataError.
+        `source` is a CSV file with two seconds a line: 600 columns, the 100 values of each of the
+        six sensors one after the other. Raises DataError.
         """
-        _filters(settings)
-        w, first = to_tensors(weights), 0
-        for rows in csv_rows.read_batches(source, 6 * WINDOW, np.float32, "a number"):
-            x = torch.from_numpy(rows.reshape(-1, 6, WINDOW))
-            yield {"row": range(first, first + len(rows)), **predict_classes(forward(w, x))}
-            first += len(rows)
+        rows = csv_rows.read_batches(source, 6 * WINDOW, np.float32, "a number")
+        batches = (torch.from_numpy(values.reshape(-1, 6, WINDOW)) for values in rows)
+        return self._predict_rows(weights, settings, batches)
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: two seconds, float32[n, 6, 100] -> logits float32[n, 7]."""
         onnx_export.export(forward, weights, torch.zeros(2, 6, WINDOW), out)
-
-    def _loaded(self) -> tuple[Examples, Examples]:
-        if self._part is None:
-            raise RuntimeError("load() comes before train() and evaluate()")
-        return self._part

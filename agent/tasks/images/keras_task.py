@@ -16,7 +16,7 @@ import numpy as np
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.images import dataset, layer_spec
-from agent.tasks.images import settings as image_plan
+from agent.tasks.images import settings as image_settings
 from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.settings import RESNET
 from agent.tasks.training.keras_task import Examples, KerasTask
@@ -29,7 +29,7 @@ class Images(KerasTask):
     """The task. On a CPU the same inputs give the same bytes."""
 
     version = "1"
-    defaults = MappingProxyType(image_plan.DEFAULTS)
+    defaults = MappingProxyType(image_settings.DEFAULTS)
 
     def schema(self, settings: Settings) -> Schema:
         return layer_spec.schema(_layers(settings))
@@ -37,14 +37,14 @@ class Images(KerasTask):
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
         self._found(settings)
-        return dataset.traits(image_plan.read_settings(settings))
+        return dataset.traits(image_settings.read_settings(settings))
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """The same bytes as with torch."""
         return layer_spec.init(_layers(settings), random_state("init", seed))
 
     def model(self, settings: Settings) -> Any:
-        plan = image_plan.read_settings(settings)
+        plan = image_settings.read_settings(settings)
         made = [keras.Input((plan.size, plan.size, plan.channels))]
         flat = False
         for layer in _layers(settings):
@@ -76,13 +76,13 @@ class Images(KerasTask):
         return keras.Sequential(made)
 
     def read(self, data: DataSettings, settings: Settings) -> Examples:
-        found = dataset.load_pictures(data, image_plan.read_settings(settings))
+        found = dataset.load_pictures(data, image_settings.read_settings(settings))
         return Examples(found.pixels, found.labels, found.train, found.held_out)
 
     def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
         """uint8[n, channels, size, size] -> float32[n, size, size, channels]."""
         x = (x.transpose(0, 2, 3, 1).astype(np.float32) / 255 - dataset.MEAN) / dataset.SPREAD
-        if training and image_plan.read_settings(settings).flip:
+        if training and image_settings.read_settings(settings).flip:
             mirrored = np.random.random(len(x)) < 0.5
             x[mirrored] = x[mirrored, :, ::-1]
         return np.ascontiguousarray(x, np.float32)
@@ -95,7 +95,7 @@ class Images(KerasTask):
 
 
 def _layers(settings: Settings) -> tuple[Layer, ...]:
-    plan = image_plan.read_settings(settings)
+    plan = image_settings.read_settings(settings)
     if plan.network == RESNET:
         raise UsageError(
             "resnet18 is there in torch only", "on such peers: pip install 'commonweight[agent]'"

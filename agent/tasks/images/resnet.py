@@ -8,7 +8,7 @@ moved by no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ _WIDTHS = (64, 128, 256, 512)
 _BLOCKS = 2
 
 Tensors = dict[str, Tensor]
-Forward = Callable[[Tensors, Tensor, bool], Tensor]
 
 
 class _Conv(NamedTuple):

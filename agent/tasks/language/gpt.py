@@ -35,7 +35,8 @@ from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.next_token import Windows, split_windows
-from agent.tasks.training import devices, onnx_export
+from agent.tasks.training import onnx_export
+from agent.tasks.training.classification import to_tensors
 from agent.tasks.training.hyperparameters import (
     LOOP_DEFAULTS,
     read_hyperparameters,
@@ -43,7 +44,8 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_task import TorchTask
 from protocols.errors import SchemaMismatch, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
@@ -154,47 +156,36 @@ def forward(shape: GPTConfig, w: Tensors, x: Tensor, training: bool) -> Tensor:
     return F.linear(norm("norm", x), w["tokens.weight"])
 
 
-# --- data ------------------------------------------------------------------------------------
+# --- task ------------------------------------------------------------------------------------
 
 
-class TextLM:
-    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+class TextLM(TorchTask):
+    """The task."""
 
-    version = "1"
     forms = (onnx_export.ONNX,)
-
-    def __init__(self) -> None:
-        self._data = DataSettings()
-        self._windows: tuple[object, Windows] | None = None
-        self._local = TrainingLoop()
-        self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.load_optimizer_state = self._local.load_optimizer_state
-        self.optimizer_state = self._local.optimizer_state
-
-    def load(self, data: DataSettings) -> None:
-        """Note which; the text is read when its tokens are known."""
-        self._data, self._windows = data, None
+    defaults = DEFAULTS
 
     def _read(self, settings: Settings) -> Windows:
-        shape, kind = read_config(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
+        shape, kind = read_config(settings), _tokens(settings)
         key = (kind, shape.vocabulary, shape.context)
-        if self._windows is None or self._windows[0] != key:
-            made = text.load_tokenizer(kind, Path(self._data.path))
-            if made.vocabulary != shape.vocabulary:
-                hint = f"commonweight run start text-lm --set vocabulary={made.vocabulary}"
-                wanted, there = str(shape.vocabulary), str(made.vocabulary)
-                raise SchemaMismatch("vocabulary", wanted, there, hint)
-            self._windows = key, split_windows(text.tokenize(self._data, made), shape.context)
-        return self._windows[1]
+        windows: Windows = self._read_data.get(key, lambda: self._read_windows(shape, kind))
+        return windows
+
+    def _read_windows(self, shape: GPTConfig, kind: str) -> Windows:
+        tokenizer = text.load_tokenizer(kind, Path(self._data.path))
+        if tokenizer.vocabulary != shape.vocabulary:
+            wanted, found = str(shape.vocabulary), str(tokenizer.vocabulary)
+            hint = f"commonweight run start text-lm --set vocabulary={found}"
+            raise SchemaMismatch("vocabulary", wanted, found, hint)
+        return split_windows(text.tokenize(self._data, tokenizer), shape.context)
 
     def schema(self, settings: Settings) -> Schema:
         return schema_of(read_config(settings))
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
-        """Tokens and heads; reads the text, so that what is wrong is told early."""
+        """Tokens and heads. Reads the text, so that errors in it show early."""
         self._read(settings)
-        tokens = str(settings.get("tokens", DEFAULTS["tokens"]))
-        return {"tokens": (tokens,), "heads": (str(read_config(settings).heads),)}
+        return {"tokens": (_tokens(settings),), "heads": (str(read_config(settings).heads),)}
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """Normal with spread 0.02, less towards the residual stream in deep models; biases 0."""
@@ -211,38 +202,33 @@ class TextLM:
             tensors[name] = array.astype(np.float32)
         return Weights(tensors)
 
-    # --- loop ---
-
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        """AdamW on this peer's text; "loss" is the mean of the last epoch in nats a token."""
-        shape, plan = read_config(settings), read_hyperparameters(settings, DEFAULTS)
-        found, device = self._read(settings), devices.select_device(self._data.device)
+        """Train with AdamW; "loss" is the mean of the last epoch in nats per token."""
+        windows = self._read(settings)
         logits = torch.compile(forward) if self._data.compile else forward
-        loss_of = next_token.loss_of(partial(logits, shape), found)
-        starts = found.train.to(device)
+        loss_of = next_token.loss_of(partial(logits, read_config(settings)), windows)
+        starts = windows.train.to(self._device)
         examples = Examples(starts, starts, self._data.index)
-        return self._local.train(weights, plan, examples, autograd_step(loss_of), on_step)
+        step = autograd_step(loss_of)
+        return self._local.train(weights, self._hyperparameters(settings), examples, step, on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
-        """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
-        shape, plan = read_config(settings), read_hyperparameters(settings, DEFAULTS)
-        found, device = self._read(settings), devices.select_device(self._data.device)
-        logits = partial(forward, shape)
+        """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
+        logits, batch = partial(forward, read_config(settings)), self._hyperparameters(settings)
         return next_token.evaluate_next_token(
-            logits, weights, found, device, plan.batch_size, on_step
+            logits, weights, self._read(settings), self._device, batch.batch_size, on_step
         )
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """How texts go on: `source` itself, or the files that it names."""
-        shape, kind = read_config(settings), str(settings.get("tokens", DEFAULTS["tokens"]))
-        made, logits = text.load_tokenizer(kind, Path(self._data.path)), partial(forward, shape)
-        w = {name: torch.tensor(array) for name, array in weights.items()}
+        """Continuations of texts: of `source` itself, or of the files that it names."""
+        shape = read_config(settings)
+        tokenizer = text.load_tokenizer(_tokens(settings), Path(self._data.path))
+        logits, w = partial(forward, shape), to_tensors(weights)
         for name, words in text.read_texts(source):
-            tokens = list(made.encode(words)) or [made.end]
-            after = next_token.generate(logits, w, tokens, made.end, shape.context)
-            yield {"file": [name], "text": [words], "continuation": [made.decode(after)]}
+            continuation = next_token.continue_text(logits, w, tokenizer, words, shape.context)
+            yield {"file": [name], "text": [words], "continuation": [continuation]}
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
@@ -253,3 +239,7 @@ class TextLM:
         example = torch.zeros(2, shape.context, dtype=torch.int64)
         logits = partial(forward, shape, training=False)
         onnx_export.export(logits, weights, example, out, sides=sides)
+
+
+def _tokens(settings: Settings) -> str:
+    return str(settings.get("tokens", DEFAULTS["tokens"]))

@@ -3,8 +3,8 @@
     commonweight-agent policy set models ~/models     # on each machine; ~/models/gpt2-small there
     commonweight run start lora --set model=gpt2-small
 
-Only the adapters travel (and the head of a classification), under PEFT's own names; that the base
-model is the same everywhere is checked by its digest before round 1. The settings: `lora_plan`.
+Only the adapters travel (and the head of a classification), under PEFT's own names. Before round 1
+the peers compare the digests of their base models. `lora_settings` lists the settings.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.lora_settings import LoraSettings
 from agent.tasks.language.next_token import LogitsOf, Windows, split_windows
-from agent.tasks.training import class_folders, devices
-from agent.tasks.training.classification import evaluate_classifier
-from agent.tasks.training.hyperparameters import read_hyperparameters
+from agent.tasks.training import class_folders
+from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import derive_seed
-from agent.tasks.training.torch_loop import Examples, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_task import LastValue, TorchTask
 from protocols.model.weights import Schema, Weights
 
 
@@ -46,20 +46,15 @@ class _Texts(NamedTuple):
     held_out: Tensor
 
 
-class Lora:
-    """The task. On a CPU the same inputs and number of threads give the same bytes."""
+class Lora(TorchTask):
+    """The task."""
 
-    version = "1"
     forms = ("merged",)
+    defaults = lora_settings.DEFAULTS
 
     def __init__(self) -> None:
-        self._data = DataSettings()
-        self._model: tuple[LoraSettings, AdaptedModel] | None = None
-        self._examples: tuple[LoraSettings, Windows | _Texts] | None = None
-        self._local = TrainingLoop()
-        self.snapshot, self.restore = self._local.snapshot, self._local.restore
-        self.load_optimizer_state = self._local.load_optimizer_state
-        self.optimizer_state = self._local.optimizer_state
+        super().__init__()
+        self._model = LastValue[AdaptedModel]()
 
     # --- model ---
 
@@ -67,29 +62,31 @@ class Lora:
         return self._adapted(lora_settings.read_settings(settings)).schema
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
-        """The base model's digest and the classes; reads the text, to tell faults early."""
+        """The base model's digest and the classes. Reads the text, so that errors show early."""
         plan = lora_settings.read_settings(settings)
         self._read(plan)
-        found = base_model.find_folder(self._data, plan.model)
-        digest = base_model.digest(found, self._data.cache)
-        return {"base model": (digest,), "classes": plan.classes}
+        return {"base model": (self._digest(plan),), "classes": plan.classes}
 
     def init(self, seed: int, settings: Settings) -> Weights:
         """New adapters, which change nothing yet."""
         plan = lora_settings.read_settings(settings)
-        found = base_model.find_folder(self._data, plan.model)
-        made = base_model.load_adapted(found, plan, derive_seed("init", seed))
+        made = base_model.load_adapted(self._folder(plan), plan, derive_seed("init", seed))
         named = dict(made.model.named_parameters())
         return Weights({n: named[p].detach().numpy() for n, p in made.parameters.items()})
 
+    def _folder(self, plan: LoraSettings) -> Path:
+        return base_model.find_folder(self._data, plan.model)
+
+    def _digest(self, plan: LoraSettings) -> str:
+        return base_model.digest(self._folder(plan), self._data.cache)
+
     def _adapted(self, plan: LoraSettings) -> AdaptedModel:
-        if self._model is None or self._model[0] != plan:
-            self._model = None  # two models may not fit in memory
-            found = base_model.find_folder(self._data, plan.model)
-            made = base_model.load_adapted(found, plan)
-            made.model.to(devices.select_device(self._data.device))
-            self._model = plan, made
-        return self._model[1]
+        def load() -> AdaptedModel:
+            made = base_model.load_adapted(self._folder(plan), plan)
+            made.model.to(self._device)
+            return made
+
+        return self._model.get(plan, load)
 
     def _output(self, of: AdaptedModel, w: Tensors, training: bool, **words: Any) -> Tensor:
         """The model's logits with the adapters `w`."""
@@ -101,60 +98,55 @@ class Lora:
     # --- data ---
 
     def load(self, data: DataSettings) -> None:
-        """Note which; the text is read when its tokens are known."""
-        self._data, self._model, self._examples = data, None, None
+        """Store the data settings; the text is read when its tokens are known."""
+        super().load(data)
+        self._model = LastValue()
 
     def _read(self, plan: LoraSettings) -> Windows | _Texts:
-        if self._examples is None or self._examples[0] != plan:
+        def read() -> Windows | _Texts:
             made = self._adapted(plan)
-            found = base_model.find_folder(self._data, plan.model)
-            tokens = made.tokens._replace(digest=base_model.digest(found, self._data.cache))
-            if plan.kind == "causal":
-                read = split_windows(text.tokenize(self._data, tokens), plan.context)
-                self._examples = plan, read
-            else:
-                self._examples = plan, _texts(self._data.path, plan, made)
-        return self._examples[1]
+            if plan.kind == "classification":
+                return _texts(self._data.path, plan, made)
+            tokens = made.tokens._replace(digest=self._digest(plan))
+            return split_windows(text.tokenize(self._data, tokens), plan.context)
+
+        examples: Windows | _Texts = self._read_data.get(plan, read)
+        return examples
+
+    def _rows(self, texts: _Texts, rows: Tensor) -> Examples:
+        return Examples(rows.to(self._device), texts.labels[rows].to(self._device))
 
     # --- loop ---
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        """AdamW on this peer's text; the metric "loss" is the mean of the last epoch."""
-        plan, loop = (
-            lora_settings.read_settings(settings),
-            read_hyperparameters(settings, lora_settings.DEFAULTS),
-        )
-        of, found = self._adapted(plan), self._read(plan)
-        device = devices.select_device(self._data.device)
+        """Train with AdamW; the metric "loss" is the mean of the last epoch."""
+        plan = lora_settings.read_settings(settings)
+        adapted, found = self._adapted(plan), self._read(plan)
         if isinstance(found, Windows):
-            loss_of = next_token.loss_of(self._next_token(of), found)
-            starts = found.train.to(device)
+            loss_of = next_token.loss_of(self._next_token(adapted), found)
+            starts = found.train.to(self._device)
             examples = Examples(starts, starts)
         else:
-            texts = found
+            logits_of = self._labels(adapted, found)
 
             def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
-                return F.cross_entropy(self._labels(of, texts)(w, rows, True), labels)
+                return F.cross_entropy(logits_of(w, rows, True), labels)
 
-            examples = Examples(found.train.to(device), found.labels[found.train].to(device))
-        return self._local.train(weights, loop, examples, autograd_step(loss_of), on_step)
+            examples = self._rows(found, found.train)
+        step = autograd_step(loss_of)
+        return self._local.train(weights, self._hyperparameters(settings), examples, step, on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" and "accuracy", of the next token or of the class, on held-out examples."""
-        plan, loop = (
-            lora_settings.read_settings(settings),
-            read_hyperparameters(settings, lora_settings.DEFAULTS),
-        )
-        of, found = self._adapted(plan), self._read(plan)
-        device, batch = devices.select_device(self._data.device), loop.batch_size or 32
+        plan, batch = lora_settings.read_settings(settings), self._hyperparameters(settings)
+        adapted, found, size = self._adapted(plan), self._read(plan), batch.batch_size or 32
         if isinstance(found, Windows):
             return next_token.evaluate_next_token(
-                self._next_token(of), weights, found, device, batch, on_step
+                self._next_token(adapted), weights, found, self._device, size, on_step
             )
-        logits_of = self._labels(of, found)
-        rows = Examples(found.held_out.to(device), found.labels[found.held_out].to(device))
+        logits_of, rows = self._labels(adapted, found), self._rows(found, found.held_out)
         return evaluate_classifier(
-            lambda w, x: logits_of(w, x, False), weights, rows, batch, on_step
+            lambda w, x: logits_of(w, x, False), weights, rows, size, on_step
         )
 
     def _next_token(self, of: AdaptedModel) -> LogitsOf:
@@ -177,24 +169,23 @@ class Lora:
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """How texts go on, or their classes: `source` itself, or the files that it names."""
+        """Continuations or classes of texts: of `source` itself, or of the files that it names."""
         plan = lora_settings.read_settings(settings)
-        of, device = self._adapted(plan), devices.select_device(self._data.device)
-        w = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+        adapted, device = self._adapted(plan), self._device
+        w = to_tensors(weights, device)
         for name, words in text.read_texts(source):
-            tokens = list(of.tokens.encode(words)) or [of.tokens.end]
-            told: dict[str, Sequence[Any]] = {"file": [name], "text": [words]}
+            answer: dict[str, Sequence[Any]] = {"file": [name], "text": [words]}
             if plan.kind == "causal":
-                after = next_token.generate(
-                    self._next_token(of), w, tokens, of.tokens.end, plan.context
-                )
-                told["continuation"] = [of.tokens.decode(after)]
+                logits_of = self._next_token(adapted)
+                answer["continuation"] = [
+                    next_token.continue_text(logits_of, w, adapted.tokens, words, plan.context)
+                ]
             else:
+                tokens = list(adapted.tokens.encode(words)) or [adapted.tokens.end]
                 x = torch.tensor(tokens[: plan.context], device=device)[None]
-                chances = self._output(of, w, False, input_ids=x).float().softmax(1)
-                told["class"] = [plan.classes[int(chances.argmax())]]
-                told["probability"] = [float(chances.max())]
-            yield told
+                answer |= predict_classes(self._output(adapted, w, False, input_ids=x).float())
+                answer["class"] = [plan.classes[label] for label in answer["class"]]
+            yield answer
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path

@@ -5,7 +5,7 @@ An example is `context` tokens, each of which has the next to guess. Every tenth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.tasks import EvalOutcome, OnStep
-from agent.tasks.language.tokens import Tokens
+from agent.tasks.language.tokens import Tokenizer, Tokens
 from agent.tasks.training import evaluation
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.loop_state import Tensors
@@ -57,19 +57,21 @@ def split_windows(tokens: Tokens, context: int) -> Windows:
 
 
 @torch.inference_mode()
-def generate(
-    logits_of: LogitsOf, w: Tensors, tokens: Sequence[int], end: int, context: int
-) -> list[int]:
-    """The most probable tokens after these, one by one, to the end of a text or `CONTINUED`."""
+def continue_text(
+    logits_of: LogitsOf, w: Tensors, tokenizer: Tokenizer, text: str, context: int
+) -> str:
+    """The most probable tokens after `text`, one by one, to the end of a text or
+    `MAX_NEW_TOKENS`."""
     device = next(iter(w.values())).device
-    after: list[int] = []
-    while len(after) < MAX_NEW_TOKENS:
-        seen = torch.tensor([*tokens, *after][-context:], device=device)[None]
+    tokens = list(tokenizer.encode(text)) or [tokenizer.end]
+    given = len(tokens)
+    while len(tokens) < given + MAX_NEW_TOKENS:
+        seen = torch.tensor(tokens[-context:], device=device)[None]
         following = int(logits_of(w, seen, False)[0, -1].argmax())
-        if following == end:
+        if following == tokenizer.end:
             break
-        after.append(following)
-    return after
+        tokens.append(following)
+    return tokenizer.decode(tokens[given:])
 
 
 def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:

@@ -30,8 +30,7 @@ def evaluate_classifier(
 
     `logits_of(weights, x)` gives float32[n, classes].
     """
-    device = held_out.x.device
-    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    tensors = to_tensors(weights, held_out.x.device)
 
     def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
         x, y = rows
@@ -57,8 +56,9 @@ def predict_classes(logits: Tensor) -> dict[str, list[Any]]:
     return {"class": chosen.tolist(), "probability": chances.tolist()}
 
 
-def to_tensors(weights: Mapping[str, Array]) -> Tensors:
-    return {name: torch.tensor(array) for name, array in weights.items()}
+def to_tensors(weights: Mapping[str, Array], device: torch.device | None = None) -> Tensors:
+    """Copies of the arrays, on the CPU or on `device`."""
+    return {name: torch.tensor(array, device=device) for name, array in weights.items()}
 
 
 def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> evaluation_counts.Tallies:

@@ -159,7 +159,8 @@ class Federation:
             )
             for kind in (0, 1)
         ]
-        whole._encoded = str(self.settings["preprocessing"]), EncodedTable(*rows, 0)
+        key = str(self.settings["preprocessing"])
+        whole._read_data.get(key, lambda: EncodedTable(rows[0], rows[1], 0))
         return Federation([whole], self.preprocessing, self.settings)
 
 
@@ -282,7 +283,7 @@ def test_a_table_that_came_later_is_compared(tmp_path: Path) -> None:
         traits([{"age": "old", "label": "no"}] * 20)
     with pytest.raises(SchemaMismatch, match="column label"):
         traits([{"age": 3}] * 20)
-    with pytest.raises(DataError, match="too few rows have a target"):
+    with pytest.raises(DataError, match="fewer than 5 rows have a target"):
         traits([{"age": 3, "label": "perhaps"}] * 20)
     with pytest.raises(SchemaMismatch, match="column age: expected one, found one that its owner"):
         traits([{"age": 3, "label": "no"}] * 20, columns=("label",))

@@ -41,7 +41,7 @@ def pixels(n: int, size: int) -> torch.Tensor:
 
 
 def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    forward = torch_task._forward(torch_task.image_plan.read_settings(settings))
+    forward = torch_task._forward(torch_task.image_settings.read_settings(settings))
     return lambda w, x: forward(w, torch_task._normalize(x), False)
 
 

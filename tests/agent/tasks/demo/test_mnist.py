@@ -336,7 +336,7 @@ def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
 
 
 def test_standard_pixels_have_mean_0_and_deviation_1(task: Mnist) -> None:
-    x, _, _ = mnist._scaled(task._loaded().trained_on, {"pixels": "standard"})
+    x = mnist._scaled(task._loaded().trained_on.x, {"pixels": "standard"})
     assert abs(float(x.mean())) < 0.05
     assert abs(float(x.std()) - 1) < 0.05
     base = task.init(1, {})

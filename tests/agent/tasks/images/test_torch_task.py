@@ -14,7 +14,7 @@ from PIL import Image
 
 from agent.data.settings import DataSettings
 from agent.tasks.images import dataset, resnet
-from agent.tasks.images import settings as image_plan
+from agent.tasks.images import settings as image_settings
 from agent.tasks.images.torch_task import Images
 from protocols.errors import DataError, UnknownName, UsageError
 from protocols.model import weights
@@ -146,7 +146,7 @@ def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
 
 
 def test_pictures_are_read_once_and_small(folder: Path) -> None:
-    plan = image_plan.read_settings(SMALL)
+    plan = image_settings.read_settings(SMALL)
     first = dataset.load_pictures(data_of(folder), plan)
     assert first.pixels.shape == (40, 1, 12, 12)
     kept = list((folder / "cache").iterdir())
@@ -170,7 +170,7 @@ def test_pictures_are_read_once_and_small(folder: Path) -> None:
 
 
 def test_a_new_picture_moves_no_other_between_training_and_held_out(folder: Path) -> None:
-    plan = image_plan.read_settings(SMALL)
+    plan = image_settings.read_settings(SMALL)
 
     def held_out() -> set[bytes]:
         found = dataset.load_pictures(data_of(folder, cache=""), plan)
@@ -184,7 +184,7 @@ def test_a_new_picture_moves_no_other_between_training_and_held_out(folder: Path
 def test_a_peer_with_one_class_numbers_it_as_the_others(folder: Path) -> None:
     for path in (folder / "data" / "light" / "some").iterdir():
         path.unlink()
-    found = dataset.load_pictures(data_of(folder), image_plan.read_settings(SMALL))
+    found = dataset.load_pictures(data_of(folder), image_settings.read_settings(SMALL))
     assert set(found.labels) == {1}
 
 
@@ -226,7 +226,7 @@ def test_what_is_no_picture_is_left_out(folder: Path, capsys: pytest.CaptureFixt
     (light / "empty.gif").write_bytes(b"")
     (light / "bomb.png").write_bytes(bomb())
     (light / "notes.txt").write_text("not even called one")
-    found = dataset.load_pictures(data_of(folder), image_plan.read_settings(SMALL))
+    found = dataset.load_pictures(data_of(folder), image_settings.read_settings(SMALL))
     assert len(found.train) + len(found.held_out) == 40
     assert "4 of 44 pictures cannot be read" in capsys.readouterr().err
 

@@ -122,11 +122,10 @@ def test_examples_lie_whole_on_the_device_that_trains(monkeypatch: pytest.Monkey
         next_token.split_windows(np.arange(40, dtype=np.int32), 4),
         _Texts(*(torch.arange(4) for _ in _Texts._fields)),
     ):
-        task._model = (
-            plan,
-            AdaptedModel(None, tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {}),
-        )
-        task._examples = plan, read
+        adapted = AdaptedModel(None, tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {})
+        task.load(DataSettings())
+        task._model.get(plan, lambda adapted=adapted: adapted)  # type: ignore[misc]
+        task._read_data.get(plan, lambda read=read: read)
         with pytest.raises(Seen):
             task.train(Weights({}), {**ASKED, "context": 4}, lambda *_: None)
     assert [(found.x.device.type, found.y.device.type) for found in given] == [("meta", "meta")] * 2

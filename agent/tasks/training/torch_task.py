@@ -1,0 +1,181 @@
+"""Base classes of the tasks that train with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks.training import devices, onnx_export
+from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks.training.hyperparameters import Hyperparameters, read_hyperparameters
+from agent.tasks.training.loop_state import LoopState, Tensors
+from agent.tasks.training.torch_loop import (
+    Examples,
+    LossOf,
+    Step,
+    TrainingLoop,
+    autograd_step,
+    lr_times_steps,
+    mean_gradient,
+)
+from protocols.model.weights import Array, Schema, TensorSpec, Weights
+
+T = TypeVar("T")
+#: `forward(weights, x, training) -> float32[n, classes]`
+Forward = Callable[[Tensors, Tensor, bool], Tensor]
+
+
+class Split(NamedTuple):
+    """A peer's examples."""
+
+    trained_on: Examples
+    held_out: Examples
+
+
+class LastValue(Generic[T]):
+    """Keeps the value for the last key. Drops it before the next: both may not fit in memory."""
+
+    def __init__(self) -> None:
+        self._entry: tuple[object, T] | None = None
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        if self._entry is None or self._entry[0] != key:
+            self._entry = None
+            self._entry = key, make()
+        return self._entry[1]
+
+
+class TorchTask:
+    """A task that trains in a `TrainingLoop`: it can resume and keep its optimizer state.
+
+    On a CPU the same inputs and number of threads give the same bytes.
+    """
+
+    version = "1"
+    defaults: Mapping[str, Setting]
+
+    def __init__(self) -> None:
+        self._data = DataSettings()
+        #: What was read from the data for the last settings.
+        self._read_data = LastValue[Any]()
+        self._local = TrainingLoop()
+        self.snapshot, self.restore = self._local.snapshot, self._local.restore
+        self.load_optimizer_state = self._local.load_optimizer_state
+        self.optimizer_state = self._local.optimizer_state
+
+    def load(self, data: DataSettings) -> None:
+        """Store the data settings. Subclasses read the data when the run's settings are known."""
+        self._data, self._read_data = data, LastValue()
+
+    @property
+    def _device(self) -> torch.device:
+        return devices.select_device(self._data.device)
+
+    def _hyperparameters(self, settings: Settings) -> Hyperparameters:
+        return read_hyperparameters(settings, self.defaults)
+
+
+class ClassifierTask(TorchTask):
+    """A task whose examples have labels. It supports SCAFFOLD."""
+
+    forms = (onnx_export.ONNX,)
+    #: Examples at a time in an evaluation, and when the gradient over all of them is computed.
+    evaluation_batch, gradient_batch = 512, 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steer = self._local.steer
+        self._split: Split | None = None
+
+    # --- for subclasses ---
+
+    def _forward(self, settings: Settings) -> Forward:
+        """The model. Raises UnknownName, UsageError for any invalid setting."""
+        raise NotImplementedError
+
+    def _examples(self, settings: Settings) -> Split:
+        """This peer's examples on the device that trains."""
+        return self._loaded()
+
+    def _inputs_of(self, settings: Settings, *, augment: bool) -> Callable[[Tensor], Tensor]:
+        """Makes a batch of examples what the model takes."""
+        return lambda x: x
+
+    def _buffers(self, settings: Settings) -> frozenset[str]:
+        """Names of floating-point tensors that have no gradient."""
+        return frozenset()
+
+    def _make_step(
+        self, settings: Settings, loss_of: LossOf
+    ) -> Callable[[LoopState, Hyperparameters], Step]:
+        return autograd_step(loss_of)
+
+    # --- Task ---
+
+    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+        """Train with SGD or AdamW; the metric "loss" is the mean of the last epoch."""
+        forward = self._forward(settings)
+        if self._data.compile:
+            forward = torch.compile(forward)
+        return self._local.train(
+            weights,
+            self._hyperparameters(settings),
+            self._examples(settings).trained_on,
+            self._make_step(settings, self._loss_of(forward, settings, augment=True)),
+            on_step,
+            buffers=self._buffers(settings),
+        )
+
+    def lr_times_steps(self, settings: Settings) -> float:
+        """Learning rate times steps. Raises UsageError unless training is plain SGD."""
+        count = len(self._examples(settings).trained_on.y)
+        return lr_times_steps(self._hyperparameters(settings), count)
+
+    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's training examples, not augmented."""
+        loss_of = self._loss_of(self._forward(settings), settings, augment=False)
+        examples, buffers = self._examples(settings).trained_on, self._buffers(settings)
+        return mean_gradient(weights, examples, loss_of, buffers, self.gradient_batch)
+
+    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+        """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out examples."""
+        forward, held_out = self._forward(settings), self._examples(settings).held_out
+        inputs_of = self._inputs_of(settings, augment=False)
+
+        def logits(w: Tensors, x: Tensor) -> Tensor:
+            return forward(w, inputs_of(x), False)
+
+        return evaluate_classifier(logits, weights, held_out, self.evaluation_batch, on_step)
+
+    def _loss_of(self, forward: Forward, settings: Settings, *, augment: bool) -> LossOf:
+        inputs_of = self._inputs_of(settings, augment=augment)
+        return lambda w, x, y: F.cross_entropy(forward(w, inputs_of(x), True), y)
+
+    def _loaded(self) -> Split:
+        if self._split is None:
+            raise RuntimeError("load() comes before train() and evaluate()")
+        return self._split
+
+    def _predict_rows(
+        self, weights: Weights, settings: Settings, batches: Iterable[Tensor]
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each example: its number, its class, and the probability of that class."""
+        forward, w, first = self._forward(settings), to_tensors(weights), 0
+        for x in batches:
+            yield {"row": range(first, first + len(x)), **predict_classes(forward(w, x, False))}
+            first += len(x)
+
+
+def layer_schema(shapes: Mapping[str, tuple[int, ...]]) -> Schema:
+    """For each layer a float32 `weight` of this shape and a `bias` of its first dimension."""
+    return {
+        f"{name}.{part}": TensorSpec("F32", size)
+        for name, shape in shapes.items()
+        for part, size in (("weight", shape), ("bias", shape[:1]))
+    }
