@@ -1,9 +1,9 @@
-"""MQTT for the coordinator and the monitor: what peers say comes in, orders and events go out.
+"""MQTT for the coordinator and the monitor: receives peers' messages, sends commands and events.
 
-Rule 1: a message counts if the peer of its topic signed it and its kind belongs on that topic.
-        Whatever else is in the broker is counted and shown to `on_rejected`, never to the fleet.
-Rule 2: nothing depends on the broker. The client reconnects forever. While the link is down,
-        `publish` and the methods that use it return False at once.
+Rule 1: a message counts if the peer of its topic signed it and its kind belongs on that topic. All
+        others are counted and passed to `on_rejected`.
+Rule 2: nothing depends on the broker. The client reconnects forever. While the link is down, each
+        method that sends returns False at once.
 Rule 3: memory is bounded. `_IncomingQueue` drops (and counts) the oldest waiting messages: a peer
         repeats its presence, and newer telemetry replaces older.
 """
@@ -37,6 +37,7 @@ from protocols.messages.envelope import (
     EventLine,
     JobChanged,
     Links,
+    LogRequest,
     Notice,
     PeerChanged,
     Presence,
@@ -65,10 +66,10 @@ _ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
     "notice": (Notice,),
     "event": (PeerChanged, RunChanged, RoundClosed, JobChanged, EventLine, Links),
 }
-_MAX_PENDING = 4096  # publishes under way; more of them means that the broker is stuck
-_MAX_PER_WAKE = 256  # messages that are read from the socket before others have their turn
-_MAX_TURN_S = 0.05  # for messages that wait, before others have their turn
-_STABLE_S = 10.0  # a link that held this long starts the waits from the first again
+_MAX_PENDING = 4096  # unfinished publishes; at more, the broker is stuck
+_MAX_PER_WAKE = 256  # messages read from the socket before other tasks run
+_MAX_TURN_S = 0.05  # for waiting messages, before other tasks run
+_STABLE_S = 10.0  # a link that lasted this long resets the retry delay
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
@@ -77,10 +78,10 @@ _log.addHandler(logging.NullHandler())
 class FleetMqttClient:
     """One link to the broker, for the coordinator (with `sign`) or for a monitor (without).
 
-    `verify(sender, signature, signed bytes)` knows the peers' keys, and the coordinator's if
-    `listen_to_coordinator`. `on_envelope(kind, envelope)` gets what counts, `on_change(up, words)`
-    whenever either changes, `on_rejected(topic, why)` the rest. All three run on the event loop; an
-    exception in them ends `run`. Without `doorbells`, `ring` sends nothing.
+    `verify(sender, signature, signed bytes)` has the keys of the peers, and the coordinator's for
+    `listen_to_coordinator`. `on_envelope(kind, envelope)` gets the messages that count,
+    `on_rejected(topic, error)` the others. `on_change(up, reason)` is called when either changes.
+    All three run on the event loop. An exception in them ends `run`.
     """
 
     def __init__(
@@ -94,21 +95,19 @@ class FleetMqttClient:
         *,
         sign: Sign | None = None,
         listen_to_coordinator: bool = False,
-        doorbells: bool = True,
     ) -> None:
         self.connected = False
+        #: Messages that were malformed, forged or on the wrong topic.
         self.rejected = 0
-        """Messages that did not count: malformed, forged or out of place."""
+        #: Messages that arrived faster than they could be read.
         self.dropped = 0
-        """Messages that came faster than they could be read."""
         self._address, self._fleet = address, fleet
         self._verify, self._on_envelope = verify, on_envelope
         self._on_change, self._on_rejected = on_change, on_rejected
-        self._doorbells = doorbells
         self._sign = sign
-        # Orders have numbers of their own: a watcher takes a missing number for a lost event.
+        # Not the numbers of events: a monitor takes a missing one for a lost event.
         self._command_sequencer = SequencedSigner(COORDINATOR, sign) if sign else None
-        # Presence at QoS 0: at QoS 1 rumqttd hands out 100 retained messages and keeps the rest.
+        # Presence at QoS 0: at QoS 1, rumqttd sends only 100 of the retained messages.
         every = functools.partial(topics.all_peers, fleet)
         self._filters = [(every("presence"), 0), (every("telemetry"), 0), (every("notice"), 1)]
         if listen_to_coordinator:
@@ -118,29 +117,29 @@ class FleetMqttClient:
         self._pending = 0
 
     async def run(self) -> None:
-        """Keep the link up until cancelled. Raises UsageError (a CA that is none)."""
+        """Keep the link up until cancelled. Raises UsageError for an invalid CA."""
         tls = await asyncio.to_thread(tls_context, self._address)
         rng = Random()
         waits = delays(rng)
         while True:
             began = time.monotonic()
-            why = f"the link to {self._address.netloc} was lost"
+            reason = f"the link to {self._address.netloc} was lost"
             try:
                 await self._session(tls)
             except* aiomqtt.MqttError as group:
                 if not self.connected:
                     cause = group.exceptions[0]
-                    why = describe_failure(cause.__cause__ or cause.__context__, self._address)
+                    reason = describe_failure(cause.__cause__ or cause.__context__, self._address)
             self.connected = False
-            self._report_link(False, why)
+            self._report_link(False, reason)
             if time.monotonic() - began > _STABLE_S:
                 waits = delays(rng)
             await asyncio.sleep(next(waits))
 
-    def _report_link(self, up: bool, why: str) -> None:
-        if self._reported != (up, why):
-            self._reported = (up, why)
-            self._on_change(up, why)
+    def _report_link(self, up: bool, reason: str) -> None:
+        if self._reported != (up, reason):
+            self._reported = (up, reason)
+            self._on_change(up, reason)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
         queue = _IncomingQueue(self._drop)
@@ -149,7 +148,7 @@ class FleetMqttClient:
             self._address.port,
             username=self._address.user or None,
             password=self._address.password or None,
-            # Whoever knows an id can throw its owner out, hence one that nobody can guess.
+            # A second client with the same id would disconnect this one, so the id is a secret.
             identifier=f"cw{secrets.token_hex(10)}",
             clean_session=True,
             tls_context=tls,
@@ -159,54 +158,53 @@ class FleetMqttClient:
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
             logger=_log,
         )
-        client.pending_calls_threshold = _MAX_PENDING  # it warns beyond it, at each one more
+        client.pending_calls_threshold = _MAX_PENDING  # above it, aiomqtt logs each call
         _read_all(client, queue)
         async with _entered(client):
             try:
                 codes = await client.subscribe(self._filters)
-                allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
+                refused = any(not isinstance(code, int) and code.is_failure for code in codes)
                 self.connected, self._client = True, client
-                self._report_link(
-                    True, "" if allowed else "the broker refuses a subscription (its ACL)"
-                )
+                reason = "the broker refuses a subscription (its ACL)" if refused else ""
+                self._report_link(True, reason)
                 async for message in client.messages:
-                    self._on_message(message.topic.value, message.payload)
+                    self._on_message(message)
                     await self._drain(queue)
             finally:
                 self._client = None
 
-    # --- what comes in -----------------------------------------------------------------------
+    # --- incoming ---
 
     async def _drain(self, queue: _IncomingQueue) -> None:
-        """All that has come in meanwhile: aiomqtt's iterator costs a task and turns a message."""
+        """Handle all waiting messages. aiomqtt's iterator would cost a task for each."""
         until = time.monotonic() + _MAX_TURN_S
         while not queue.empty():
-            message = queue.get_nowait()
-            self._on_message(message.topic.value, message.payload)
-            if time.monotonic() > until:  # others have their turn
+            self._on_message(queue.get_nowait())
+            if time.monotonic() > until:  # let other tasks run
                 await asyncio.sleep(0)
                 until = time.monotonic() + _MAX_TURN_S
 
-    def _on_message(self, topic: str, payload: object) -> None:
+    def _on_message(self, message: aiomqtt.Message) -> None:
+        topic = message.topic.value
         try:
-            heard = self._verified(topic, payload)
+            verified = self._verified(topic, message.payload)
         except BadMessage as err:
             self.rejected += 1
             self._on_rejected(topic, err)
         else:
-            if heard is not None:
-                self._on_envelope(*heard)
+            if verified is not None:
+                self._on_envelope(*verified)
 
     def _verified(self, topic: str, payload: object) -> tuple[Kind, Envelope] | None:
-        """What counts, or None for a presence that was cleared. Raises BadMessage."""
+        """The verified message, or None for a presence that was cleared. Raises BadMessage."""
         parsed = topics.parse(topic)
         if parsed is None or parsed.fleet != self._fleet or not isinstance(payload, bytes):
-            raise BadMessage("not one of this fleet's topics")
+            raise BadMessage("not a topic of this fleet")
         if parsed.kind == "presence" and not payload:
             return None
         envelope = unseal(topic, payload, self._verify)
         if envelope.sender != parsed.peer:
-            raise BadMessage(f"{envelope.sender} speaks for {parsed.peer}")
+            raise BadMessage(f"{envelope.sender} used a topic of {parsed.peer}")
         if not isinstance(envelope.body, _ALLOWED.get(parsed.kind, ())):
             raise BadMessage(f"a {type(envelope.body).__name__} on a topic for {parsed.kind}")
         return parsed.kind, envelope
@@ -214,50 +212,41 @@ class FleetMqttClient:
     def _drop(self) -> None:
         self.dropped += 1
 
-    # --- what goes out -----------------------------------------------------------------------
-
-    async def publish(self, topic: str, body: Body, *, qos: int = 1) -> bool:
-        """Sign and send; True once the broker has it. False if the link is down or stuck.
-
-        Raises RuntimeError in a feed that was given no `sign`.
-        """
-        if self._command_sequencer is None:
-            raise RuntimeError("this feed only listens: it was given no key to sign with")
-        payload = self._command_sequencer.seal(topic, body)
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            _log.error("%s of %d bytes was not sent", type(body).__name__, len(payload))
-            return False
-        return await self._send(topic, payload, qos)
+    # --- outgoing: True once the broker has the message, False if the link is down or stuck ---
 
     async def ring_doorbell(self, peer: str) -> bool:
-        """Tell `peer` that work is waiting. At QoS 0: one that is away asks when it is back."""
-        if not self._doorbells:
-            return False
-        return await self.publish(topics.command(self._fleet, peer), Doorbell(), qos=0)
+        """Tell `peer` that work is waiting. At QoS 0: an offline peer asks when it is back."""
+        return await self.send_to(peer, Doorbell(), qos=0)
 
-    async def command(self, peer: str, command: Command) -> bool:
-        """Send an operator's command. True says that the broker has it, not that `peer` obeyed."""
-        return await self.publish(topics.command(self._fleet, peer), command)
+    async def send_to(
+        self, peer: str, body: Doorbell | Command | LogRequest, *, qos: int = 1
+    ) -> bool:
+        """Sign a message and send it to one peer. Raises RuntimeError without `sign`."""
+        if self._command_sequencer is None:
+            raise RuntimeError("this client only listens: it has no key to sign with")
+        topic = topics.command(self._fleet, peer)
+        return await self._send(topic, self._command_sequencer.seal(topic, body), qos)
 
     async def publish_event(self, envelope: Envelope) -> bool:
-        """Tell the monitors what the coordinator has numbered and folded itself."""
+        """Send the monitors an event that the coordinator has numbered."""
         body = envelope.body
         if isinstance(body, RoundClosed) and len(body.norms) > 200:
-            # Named by peer, the norms of a large round do not fit; a snapshot has them.
+            # The norms by peer of a large round do not fit. A snapshot contains them.
             envelope = replace(envelope, body=replace(body, norms={}))
         topic = topics.event(self._fleet)
         assert self._sign is not None
-        payload = seal(topic, envelope, self._sign)
-        if len(payload) > MAX_PAYLOAD_BYTES:  # the broker would throw us out for it
-            _log.error("%s of %d bytes was not sent", type(body).__name__, len(payload))
-            return False
-        return await self._send(topic, payload, qos=1)
+        return await self._send(topic, seal(topic, envelope, self._sign))
 
     async def clear_presence(self, peer: str) -> bool:
-        """Clear the retained presence of a peer that was removed."""
-        return await self._send(topics.presence(self._fleet, peer), b"", 1, retain=True)
+        """Clear the retained presence of a removed peer."""
+        return await self._send(topics.presence(self._fleet, peer), b"", retain=True)
 
-    async def _send(self, topic: str, payload: bytes, qos: int, retain: bool = False) -> bool:
+    async def _send(
+        self, topic: str, payload: bytes, qos: int = 1, *, retain: bool = False
+    ) -> bool:
+        if len(payload) > MAX_PAYLOAD_BYTES:  # the broker would disconnect us
+            _log.error("a message of %d bytes to %s was not sent", len(payload), topic)
+            return False
         client = self._client
         if client is None or self._pending >= _MAX_PENDING:
             return False
@@ -272,7 +261,7 @@ class FleetMqttClient:
 
 
 class _IncomingQueue(asyncio.Queue[aiomqtt.Message]):
-    """Messages that wait to be read, bounded in number and bytes; the oldest are dropped."""
+    """Waiting messages, bounded in number and bytes. The oldest are dropped."""
 
     MAX_MESSAGES, MAX_BYTES = 20_000, 32 * 1024 * 1024
 
@@ -300,10 +289,10 @@ def _size(message: aiomqtt.Message) -> int:
 
 
 def _read_all(client: aiomqtt.Client, queue: _IncomingQueue) -> None:
-    """Let each wake of the socket read all that has come.
+    """Read all packets whenever the socket is readable.
 
-    paho reads one packet a wake, and in a busy event loop a wake comes seldom: presence waited
-    longer than it took to make. aiomqtt has no setting for that.
+    paho reads one packet each time. In a busy event loop, messages then arrive faster than they are
+    read. aiomqtt has no setting for it.
     """
     paho = client._client
     read_one = paho.loop_read
@@ -321,7 +310,7 @@ def _read_all(client: aiomqtt.Client, queue: _IncomingQueue) -> None:
 
 @asynccontextmanager
 async def _entered(client: aiomqtt.Client) -> AsyncIterator[None]:
-    """The client, connected. A cancelled try is seen to its end first, or its socket stays open."""
+    """Connect the client. A cancelled attempt is finished first, or its socket would stay open."""
     entering = asyncio.ensure_future(client.__aenter__())
     try:
         await asyncio.shield(entering)

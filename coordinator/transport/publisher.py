@@ -1,6 +1,6 @@
-"""What the coordinator says and hears on MQTT: presence, doorbells, and a mirror for the monitors.
+"""The coordinator's side of MQTT: presence in; doorbells, commands and events out.
 
-Its own messages are folded into the fleet here as well, whether a broker is there or not.
+Our own events are also applied to the fleet here, whether a broker is connected or not.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from coordinator.fleet import reducer as fleets
+from coordinator.fleet.reducer import reduce
 from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
 from coordinator.storage.settings import Keys
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.errors import BadMessage, Unreachable
-from protocols.messages import topics
 from protocols.messages.envelope import (
     Command,
     CoordinatorBody,
@@ -36,7 +35,7 @@ from protocols.messages.topics import COORDINATOR, Kind
 
 log = logging.getLogger("commonweight.hub")
 
-#: Events that wait for a broker that hangs.
+#: Events that wait while the broker hangs.
 MAX_OUTGOING = 10_000
 
 
@@ -61,7 +60,7 @@ class EventPublisher:
     # --- its two tasks ---
 
     async def listen(self, address: MqttAddress, verify: Verify) -> None:
-        """Hold the link to the broker at `address`, again and again."""
+        """Keep the link to the broker at `address` up until cancelled."""
         self._client = FleetMqttClient(
             address,
             self._keys.fleet,
@@ -74,53 +73,51 @@ class EventPublisher:
         await self._client.run()
 
     async def relay(self) -> None:
-        """Send the monitors what was published."""
+        """Send published events to the monitors until cancelled."""
         while True:
             envelope = await self._outgoing.get()
             if self._client is not None:
                 await self._client.publish_event(envelope)
 
-    # --- saying ---
+    # --- outgoing ---
 
     def publish(self, body: CoordinatorBody) -> None:
-        """Fold one of our own messages and queue it for the monitors."""
+        """Apply one of our own messages to the fleet and queue it for the monitors."""
         envelope = self._sequencer.next_envelope(body)
-        fleets.reduce(self._fleet, envelope, time.time())
-        if not self._outgoing.full():  # monitors see the gap in the numbers, and ask for a snapshot
+        reduce(self._fleet, envelope, time.time())
+        if not self._outgoing.full():  # monitors see the gap, and fetch a snapshot
             self._outgoing.put_nowait(envelope)
 
     def ring_doorbells(self, peers: Sequence[str]) -> None:
-        """Tell these that work is waiting."""
+        """Tell these peers that work is waiting."""
         if self._client is not None:
             for peer in peers:
                 self._send_in_background(self._client.ring_doorbell(peer))
 
     def clear_presence(self, peer: str) -> None:
-        """Take a removed peer's retained messages off the broker."""
+        """Remove a removed peer's retained presence from the broker."""
         if self._client is not None:
             self._send_in_background(self._client.clear_presence(peer))
 
     def _send_in_background(self, saying: Coroutine[Any, Any, bool]) -> None:
-        """Something that nobody waits for."""
         task = asyncio.create_task(saying)
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
     async def command(self, peer: str, command: Command) -> None:
         """Send an operator's command. Raises Unreachable."""
-        if self._client is None or not await self._client.command(peer, command):
+        if self._client is None or not await self._client.send_to(peer, command):
             raise Unreachable(
                 "the MQTT broker is down, and commands travel over it",
                 "training goes on; try again when the monitor shows mqtt ●",
             )
 
-    async def request_logs(self, peer: str, asked: LogRequest) -> bool:
-        """Whether the broker has the question."""
-        topic = topics.command(self._keys.fleet, peer)
-        return self._client is not None and await self._client.publish(topic, asked)
+    async def request_logs(self, peer: str, request: LogRequest) -> bool:
+        """Send a request for logs. Returns whether the broker has it."""
+        return self._client is not None and await self._client.send_to(peer, request)
 
     def publish_peer(self, peer: Peer) -> None:
-        """Who a peer is, and whether its session holds."""
+        """Publish a peer's identity, and whether its session is open."""
         self.publish(
             PeerChanged(
                 peer=peer.peer,
@@ -133,7 +130,7 @@ class EventPublisher:
         )
 
     def publish_links(self, peers: Iterable[Peer] = ()) -> None:
-        """What is up, how many messages were rejected, whose session holds, if that is news."""
+        """Publish changes of links, sessions and the number of rejected messages."""
         for peer in peers:
             shown = self._fleet.peers.get(peer.peer)
             if shown is not None and shown.flower is not self._sessions.is_open(peer.peer):
@@ -143,27 +140,27 @@ class EventPublisher:
         if links != self._fleet.links:
             self.publish(links)
 
-    # --- hearing ---
+    # --- incoming ---
 
     def _on_message(self, _: Kind, envelope: Envelope) -> None:
         body = envelope.body
         before = self._sessions.is_eligible(envelope.sender)
         known = self._presence_numbers(envelope.sender)
-        fleets.reduce(self._fleet, envelope, time.time())
-        # One that the fold has ignored was sent again by somebody: it moves nothing here either.
+        reduce(self._fleet, envelope, time.time())
+        # A presence that the reducer ignores is a replay, so it changes nothing here either.
         if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.on_presence(envelope.sender, body)
             if before != self._sessions.is_eligible(envelope.sender):
                 self.on_eligibility_change()
 
     def _presence_numbers(self, peer: str) -> tuple[str, int, int] | None:
-        """What changes with each presence that the fold takes."""
+        """Numbers that change with each presence that the reducer accepts."""
         shown = self._fleet.peers.get(peer)
         return (shown.epoch, shown.presence_seq, shown.will_seq) if shown else None
 
     def _on_rejected(self, topic: str, err: BadMessage) -> None:
         self._rejected += 1
-        if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th…: a flood stays quiet
+        if self._rejected & (self._rejected - 1) == 0:  # 1st, 2nd, 4th, 8th… of a flood
             log.warning(
                 "ignored a message on %s: %s", strip_controls(topic), strip_controls(err.message)
             )

@@ -244,7 +244,7 @@ async def test_monitors_hear_events_without_gaps_in_their_numbers(site: Site) ->
             await until(lambda: coordinator.feed.connected and monitor.feed.connected)
             assert await coordinator.tell(Links(mqtt=True, flower=True))
             assert await coordinator.feed.ring_doorbell(site.peer)
-            assert await coordinator.feed.command(site.peer, Command(action="pause"))
+            assert await coordinator.feed.send_to(site.peer, Command(action="pause"))
             assert await coordinator.tell(large)
             await until(lambda: len(monitor.heard) == 2)
         assert [one.seq for one in monitor.heard] == [0, 1]
@@ -279,7 +279,7 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
     nobody = MqttAddress(host="127.0.0.1", port=9, tls=False)
     down = Watch(site, nobody, sign=site.coordinator_key.sign)
     assert not await down.feed.ring_doorbell(site.peer)
-    assert not await down.feed.command(site.peer, Command(action="pause"))
+    assert not await down.feed.send_to(site.peer, Command(action="pause"))
     assert not await down.tell(Links(mqtt=False, flower=False))
     assert not await down.feed.clear_presence(site.peer)
     with pytest.raises(RuntimeError):
@@ -289,12 +289,11 @@ async def test_nothing_is_sent_while_down_too_large_or_without_a_key(site: Site)
     assert down.changes == [(False, "no broker listens at 127.0.0.1:9")]
 
     async with started(site) as broker:
-        watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign, doorbells=False)
+        watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign)
         async with running(watch.feed.run):
             await until(lambda: watch.feed.connected)
             large = EventLine(level="info", text="x" * MAX_PAYLOAD_BYTES)
             assert not await watch.tell(large)
-            assert not await watch.feed.ring_doorbell(site.peer)
             assert watch.feed.connected
 
 
