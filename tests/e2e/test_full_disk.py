@@ -63,7 +63,10 @@ def test_of_the_coordinator_with_room_for_the_ledger_but_no_update(site: Fleet) 
     assert any("no room on the coordinator's disk" in text for text in site.events())
     # The one that was asked for the first weights.
     both = ("ada", "bob")
-    until(lambda: any("no room" in site.agent(n)["last_error"] for n in both), "an agent says why")
+    until(
+        lambda: any("disk is full" in site.agent(n)["last_error"] for n in both),
+        "an agent says why",
+    )
     ballast.unlink()
     is_whole(site, run, 6)
 

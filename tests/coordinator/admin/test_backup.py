@@ -30,7 +30,7 @@ DATA = [some_data(20 + 10 * seed, seed) for seed in (1, 2)]
 
 @pytest.fixture(autouse=True)
 def _short_wait(coordinator_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "WITHIN_S", 0.3)
+    monkeypatch.setattr(recovery, "LISTEN_S", 0.3)
 
 
 async def joined(fleet: Fleet) -> None:
