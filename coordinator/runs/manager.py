@@ -1,4 +1,4 @@
-"""The coordinator's runs: started, queued, worked on one by one, recalled after a restart."""
+"""Manages the coordinator's runs: starts and queues them, runs one at a time, restores them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -29,7 +28,7 @@ from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
 from coordinator.runs.state import Round, Run
 from coordinator.storage import job_events, run_events
-from coordinator.storage.run_events import RunSpec, RunStarted
+from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from protocols.codecs import registry as codecs
 from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageError
@@ -39,20 +38,23 @@ from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
 
-#: Runs whose rounds the monitor still sees after a restart.
+#: Runs whose rounds the monitor still shows after a restart.
 _SHOWN_RUNS = 5
-#: What a round tells of single peers, or for plots.
-_OF_PEERS = ("norms", "spread", "worst", "tallies", "spent", "staleness")
-#: Well within an agent's patience. One that hears no more than that keeps its answer.
+#: Fields that ended runs and their rounds do not keep in memory: details of single peers.
+_DETAILS_OF_RUNS = (
+    *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
+    *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
+)
+_DETAILS_OF_ROUNDS = ("contributors", "norms", "spread", "worst", "tallies", "spent", "staleness")
+#: Well within an agent's timeout. Without an acknowledgment, the agent keeps its reply.
 _ACK_TIMEOUT_S = 10.0
 
 
 class RunManager:
-    """All runs of the ledger. `known_tasks()` are those that some present peer can run.
+    """All runs of the ledger. `known_tasks()`: the tasks that some online peer can run.
 
-    Of runs that have ended only the last rounds are kept in memory, whose versions may still be
-    there, and nothing of single peers: a coordinator lives for months. `find` reads all of it in
-    the ledger.
+    Of ended runs, only the last rounds are in memory, without details of single peers, because a
+    coordinator runs for months. `find` reads the rest from the ledger.
     """
 
     def __init__(
@@ -62,36 +64,39 @@ class RunManager:
         self._runs: dict[str, Run] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self.current: RunLoop | None = None
-        #: Deleted runs of the last life, of which a crash may have left files.
+        #: Deleted runs. After a crash, some of their files may still exist.
         self._deleted: list[Run] = []
         self._load()
 
     def _load(self) -> None:
-        found = [
+        run_ids = [
             subject
             for subject in self._ctx.ledger.subjects()
             if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
         ]
-        shown = frozenset(found[-_SHOWN_RUNS:])
-        for subject in found:
-            run = self._replay(subject)
+        shown = frozenset(run_ids[-_SHOWN_RUNS:])
+        for run_id in run_ids:
+            run = self._replay(run_id)
             if run.deleted:
                 self._deleted.append(run)
                 continue
-            self._runs[subject] = _compact(run)
-            if subject in shown:
+            self._runs[run_id] = _compact(run)
+            if run_id in shown:
                 self._ctx.publish(run_body(run, ""))
                 for closed in run.history:
                     self._ctx.publish(round_body(run.id, closed))
         failpoint("runs.recalled")
 
     def _replay(self, run_id: str) -> Run:
-        """A run with all its rounds, as the ledger has it."""
-        past = [run_events.decode(entry.body) for entry in self._ctx.ledger.entries(run_id)]
-        return transitions.replay(run_id, past)
+        """A run from the ledger, with all its rounds."""
+        entries = self._ctx.ledger.entries(run_id)
+        return transitions.replay(run_id, [run_events.decode(entry.body) for entry in entries])
+
+    def _append(self, run_id: str, *events: RunEvent) -> None:
+        self._ctx.ledger.append(run_id, [run_events.encode(event) for event in events])
 
     async def work(self, resume: bool) -> None:
-        """One run after the other, unfinished ones of the last life first."""
+        """Do one run after the other, first those that were unfinished at the last exit."""
         for deleted in self._deleted:
             deletion.execute(self._plan(deleted), self._ctx.store)
         self._deleted = []
@@ -102,13 +107,13 @@ class RunManager:
                 else:
                     self._end(run.id, "not resumed")
         while True:
-            found = self._runs.get(await self._queue.get())
-            if found is None or found.ended:  # it was stopped in the queue, or even deleted
-                continue
-            run = found
+            run_id = await self._queue.get()
+            if run_id not in self._runs or self._runs[run_id].ended:
+                continue  # it was stopped or deleted while it was queued
+            run = self._runs[run_id]
             try:
                 self.current = RunLoop(run, self._ctx, partial(self._protected_by_others, run.id))
-            except CommonweightError as err:  # its strategy is not installed any more, say
+            except CommonweightError as err:  # for example, its strategy is not installed any more
                 self._end(run.id, err.message, RunState.FAILED)
                 continue
             try:
@@ -119,18 +124,18 @@ class RunManager:
             heap.trim()
 
     def _protected_by_others(self, run_id: str) -> set[str]:
-        """Digests of the versions and states that all runs but this one keep."""
-        kept: set[str] = set()
+        """Digests of the versions and states that the other runs keep."""
+        digests: set[str] = set()
         for run in self.all():
             if run.id != run_id:
                 versions = retention.versions_to_keep(run)
-                kept |= versions | retention.states_to_keep(run, versions)
+                digests |= versions | retention.states_to_keep(run, versions)
         if self.current is not None and self.current.run.id != run_id:
-            kept |= self.current.on_disk | self._ctx.store.unrecorded
-        return kept
+            digests |= self.current.on_disk | self._ctx.store.unrecorded
+        return digests
 
     def wake(self) -> None:
-        """Something changed that the run in work may care for."""
+        """Tell the active run that something has changed."""
         if self.current is not None:
             self.current.changed.set()
 
@@ -139,26 +144,25 @@ class RunManager:
             self.current.session_opened(peer)
 
     def resend_doorbells(self) -> None:
-        """The broker is back: doorbells of before may be lost."""
+        """The broker is back, and earlier doorbells may be lost: ring again."""
         if self.current is not None:
             self.current.requests.ring_again()
 
-    def ack_future(self, question: str) -> asyncio.Future[bool] | None:
-        """For `settled`: to be asked before the reply to this question is handed in."""
-        return self.current.requests.ack_future(question) if self.current is not None else None
+    def ack_future(self, mid: str) -> asyncio.Future[bool] | None:
+        """The future for `acknowledged`; take it before the reply to this message is delivered."""
+        return self.current.requests.ack_future(mid) if self.current is not None else None
 
-    async def acknowledged(self, settling: asyncio.Future[bool] | None) -> bool:
-        """Wait until a reply's fate is in the ledger; False if it is none of ours or takes long."""
-        if settling is None:
+    async def acknowledged(self, ack_future: asyncio.Future[bool] | None) -> bool:
+        """True once the reply's result is in the ledger; False if it is not ours or takes long."""
+        if ack_future is None:
             return False
-        await asyncio.wait({settling}, timeout=_ACK_TIMEOUT_S)
-        return settling.done() and settling.result()
+        await asyncio.wait({ack_future}, timeout=_ACK_TIMEOUT_S)
+        return ack_future.done() and ack_future.result()
 
     def start(self, spec: RunSpec, from_digest: str) -> str:
-        """Record a run and queue it; return its id. Raises UsageError and its kin.
+        """Record a run and queue it; its id. Raises UsageError, UnknownName or CannotBeMet.
 
-        Afterwards the version `from_digest` stays only if a run keeps it: a refused run leaves
-        none behind.
+        A refused run leaves no version behind: `from_digest` stays only if some run keeps it.
         """
         try:
             return self._queue_run(spec, from_digest)
@@ -172,15 +176,16 @@ class RunManager:
             from_digest = self._first_version(spec, from_digest)
         task = re.sub(r"\W+", "-", spec.task)[:48]
         run_id = f"{task}-{secrets.token_hex(3)}"
-        news: list[run_events.RunEvent] = [RunStarted(spec, time.time())]
-        if from_digest:
-            news.append(run_events.WeightsInitialised(from_digest, "file"))
-        self._ctx.ledger.append(run_id, [run_events.encode(event) for event in news])
+        first = [run_events.WeightsInitialised(from_digest, "file")] if from_digest else []
+        self._append(run_id, RunStarted(spec, time.time()), *first)
         failpoint("runs.queued")
-        self._runs[run_id] = transitions.replay(run_id, news)
+        self._enqueue(run_id)
+        return run_id
+
+    def _enqueue(self, run_id: str) -> None:
+        self._runs[run_id] = self._replay(run_id)
         self._ctx.publish(run_body(self._runs[run_id], "its turn"))
         self._queue.put_nowait(run_id)
-        return run_id
 
     def _first_version(self, spec: RunSpec, digest: str) -> str:
         """The digest of a version as the run starts with it.
@@ -198,17 +203,18 @@ class RunManager:
     def _check(self, spec: RunSpec) -> None:
         if taken := sorted(personalization.SETTINGS & spec.settings.keys()):
             raise UsageError(
-                f"{taken[0]} is no setting of a task: the strategy says it",
+                f"{taken[0]} is no setting of a task: the strategy sets it",
                 "--strategy scaffold or fedbn, with --strategy-arg",
             )
         options.check(spec)
-        buffered.check(spec, strategies.find(spec.strategy))
+        adapter = strategies.find(spec.strategy)
+        buffered.check(spec, adapter)
         strategies.check(spec)
         codecs.parse(spec.codec)
         self._registry.check_quorum(spec.quorum)
         if spec.min_examples > spec.max_examples:
             raise UsageError(f"--min-examples must be at most {spec.max_examples}")
-        late_updates.check(spec, strategies.find(spec.strategy))
+        late_updates.check(spec, adapter)
         if spec.best_direction and not spec.best_metric:
             raise UsageError("--best-direction needs --best-metric")
         best_version.check(spec)
@@ -216,19 +222,19 @@ class RunManager:
         if known and spec.task not in known:
             raise UnknownName(
                 f"no peer can run the task {spec.task!r}",
-                f"tasks of the peers that are here: {', '.join(sorted(known))}; one of your own: "
+                f"tasks of the online peers: {', '.join(sorted(known))}; to add your own: "
                 "commonweight-agent task add, on each machine",
             )
 
     def stop(self, run_id: str) -> None:
-        """End a run at its next step, or at once if it is not in work."""
+        """End a run at its next step, or at once if it is not active."""
         if self.current is not None and self.current.run.id == run_id:
             self.current.stop("stopped by the operator")
         elif not self._runs[run_id].ended:
             self._end(run_id, "stopped by the operator")
 
     def resume(self, run_id: str) -> None:
-        """Let a run that was stopped or has failed go on. Raises CannotBeMet."""
+        """Continue a stopped or failed run. Raises UnknownName, CannotBeMet."""
         run = self.find(run_id)
         if not run.ended:
             raise CannotBeMet(f"run {run.id} has not ended: {run.state}", "commonweight run list")
@@ -238,88 +244,73 @@ class RunManager:
                 "commonweight models export, and run start --from that file, for more rounds",
             )
         self._check(run.spec)
-        event = run_events.RunResumed()
-        self._ctx.ledger.append(run.id, [run_events.encode(event)])
-        self._runs[run.id] = self._replay(run.id)
-        self._ctx.publish(run_body(self._runs[run.id], "its turn"))
-        self._queue.put_nowait(run.id)
+        self._append(run.id, run_events.RunResumed())
+        self._enqueue(run.id)
 
     def deletion(self, run_id: str) -> Deletion:
-        """What `delete` would delete. Raises UnknownName, and CannotBeMet if it has not ended."""
+        """What `delete` would delete. Raises UnknownName, CannotBeMet if the run has not ended."""
         run = self.find(run_id)
-        at_work = self.current is not None and self.current.run.id == run.id
-        if at_work or not run.ended:
+        is_active = self.current is not None and self.current.run.id == run.id
+        if is_active or not run.ended:
             raise CannotBeMet(
                 f"run {run.id} has not ended: {run.state}", f"commonweight run stop {run.id}"
             )
         return self._plan(run)
 
     def _plan(self, run: Run) -> Deletion:
-        kept = self._protected_by_others(run.id)
-        current = self.current.run if self.current is not None else None
-        if current and current.state is RunState.AGGREGATING:
-            # It may be writing the same states, which the ledger does not name yet. The next start
-            # deletes what stays here.
-            kept |= retention.all_states(run)
-        return deletion.plan(run, kept, self._ctx.store)
+        protected = self._protected_by_others(run.id)
+        if self.current is not None and self.current.run.state is RunState.AGGREGATING:
+            # The active run may be writing the same states, which the ledger does not name yet.
+            # The next start of the coordinator deletes them.
+            protected |= retention.all_states(run)
+        return deletion.plan(run, protected, self._ctx.store)
 
     def delete(self, run_id: str) -> Deletion:
-        """Delete the files of an ended run and list it no more. Raises as `deletion` does."""
-        found = self.deletion(run_id)
-        event = run_events.RunDeleted((*found.versions, *found.in_use), found.states, found.nbytes)
-        self._ctx.ledger.append(found.run, [run_events.encode(event)])
-        deleted = transitions.apply(self._runs.pop(found.run), event)
-        deletion.execute(found, self._ctx.store)
-        text = f"run {found.run} was deleted: {found.nbytes / 1e6:,.1f} MB"
+        """Delete the files of an ended run and stop listing it. Raises the errors of `deletion`."""
+        plan = self.deletion(run_id)
+        event = run_events.RunDeleted((*plan.versions, *plan.in_use), plan.states, plan.nbytes)
+        self._append(plan.run, event)
+        deleted = transitions.apply(self._runs.pop(plan.run), event)
+        deletion.execute(plan, self._ctx.store)
+        text = f"run {plan.run} was deleted: {plan.nbytes / 1e6:,.1f} MB"
         self._ctx.publish(run_body(deleted, ""))
-        self._ctx.publish(EventLine(level="info", text=text, subject=found.run))
-        return found
+        self._ctx.publish(EventLine(level="info", text=text, subject=plan.run))
+        return plan
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
         event = run_events.RunEnded(state, because)
-        self._ctx.ledger.append(run_id, [run_events.encode(event)])
+        self._append(run_id, event)
         run = transitions.apply(self._runs[run_id], event)
         self._runs[run_id] = _compact(run)
         self._ctx.publish(run_body(run, ""))
 
     def find(self, run_id: str) -> Run:
-        """A run by its id or the beginning of it. Raises UnknownName."""
+        """A run by its id or a unique prefix of it. Raises UnknownName."""
         found = [run for run in self.all() if run.id.startswith(run_id)]
         if len(found) != 1:
             raise UnknownName(f"no run {run_id!r}", "commonweight run list")
         return self._replay(found[0].id) if found[0].ended else found[0]
 
     def all(self) -> list[Run]:
-        """Every run, oldest first; ended ones with their last rounds."""
+        """All runs, oldest first. Ended runs have only their last rounds."""
         if self.current is not None:
             self._runs[self.current.run.id] = self.current.run
         return list(self._runs.values())
 
 
 def _compact(run: Run) -> Run:
-    """The run, if it has ended without early rounds and what was told of single peers."""
+    """An ended run without early rounds and details of single peers; any other run unchanged."""
     if not run.ended:
         return run
+    empty = Run(id=run.id, spec=run.spec)
     return replace(
         run,
         history=tuple(map(_compact_round, run.history[-run.spec.keep_versions :])),
         best=_compact_round(run.best) if run.best else None,
-        described={},
-        peers={},
-        updates={},
-        contributors=(),
-        norms={},
-        training_seconds={},
-        holdings={},
-        assignments={},
-        last_assignments={},
-        buffer=(),
-        cooling_down=frozenset(),
-        excluded=frozenset(),
-        staleness={},
+        **{name: getattr(empty, name) for name in _DETAILS_OF_RUNS},
     )
 
 
 def _compact_round(closed: Round) -> Round:
-    nobody: dict[str, Any] = {name: {} for name in _OF_PEERS}
-    return replace(closed, contributors=(), **nobody)
+    empty = Round(round=closed.round, digest=closed.digest)
+    return replace(closed, **{name: getattr(empty, name) for name in _DETAILS_OF_ROUNDS})
