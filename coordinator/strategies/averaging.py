@@ -38,7 +38,7 @@ Transform = Callable[[dict[Part, Array]], dict[Part, Array]]
 
 
 def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[str, float]:
-    """Each peer's share of the mean; they add up to 1.
+    """Each peer's share of the mean. The shares add up to 1.
 
     No peer's share exceeds `cap` (0…1] as long as there are enough peers for that: what is cut off
     is spread over the others in proportion, again and again until nobody is above.

@@ -680,5 +680,5 @@ def test_what_is_no_strategy_is_refused(tmp_path: Path) -> None:
     assert "label=x" in caught.value.hint
     table = Table(tmp_path, spec_of("acme_strategies:Lossy"), first_model())
     table.open_round(dict.fromkeys(PEERS, first_model()))
-    with pytest.raises(CommonweightError, match="gave no weights for b"):
+    with pytest.raises(CommonweightError, match="returned no weights for b"):
         table.commit()
