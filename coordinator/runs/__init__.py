@@ -1,4 +1,4 @@
-"""A run: a pure state machine over the ledger, and the loop that carries out its decisions.
+"""Training runs: a pure state machine over the ledger, and the loop that carries out its steps.
 
-Imported by `jobs` and the layers above it.
+`jobs` and the layers above it may import it.
 """

@@ -1,4 +1,4 @@
-"""What an answer amounts to: past the gate it is an update of its round, else it is refused."""
+"""Turns the reply of a peer into an event of the run: an accepted update, or a refusal."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from protocols.model.weights_file import WeightsFile
 
 
 async def validate_reply(
-    run: Run, ctx: RunContext, model: RunModel, asked: Request, reply: Message
+    run: Run, ctx: RunContext, model: RunModel, request: Request, reply: Message
 ) -> RunEvent:
-    """The event that a reply amounts to. Raises UpdateRefused."""
-    peer = asked.peer
+    """The event that follows from a reply. Raises UpdateRefused."""
+    peer = request.peer
     if reply.has_error():
-        # Flower's own words: the node is gone. From a peer that is there they are a lie, and
-        # to believe it would be to ask again, and again.
+        # Flower's own errors say that the node is gone. From a peer that is online they are false,
+        # and the request would be repeated without end.
         if reply.error.code != AGENT_FAILED:
             ctx.refresh_online()
             if peer not in ctx.eligible():
                 return run_events.PeerLost(peer, "went away")
         reason = strip_controls(reply.error.reason or "no reason given")
-        code, colon, words = reason.partition(": ")
-        if colon and code in SHAREABLE_CODES:  # its own word that it does not fit the run
-            raise UpdateRefused(code, words)
+        code, colon, detail = reason.partition(": ")
+        if colon and code in SHAREABLE_CODES:  # the agent reports that it does not fit the run
+            raise UpdateRefused(code, detail)
         raise UpdateRefused("agent failed", reason)
     try:
         claim, payload, signature = read_claim(reply)
     except (BadMessage, KeyError, TypeError, ValueError) as err:
         raise UpdateRefused("bad claim", str(err)) from err
-    if asked.kind == "train" and not run.buffered and late_updates.is_late(run, asked.round):
-        given = late_updates.late_assignment(run, peer, asked.round)
-        expected = validation.ExpectedReply("train", given.base, model.schema, given)
+    if request.kind == "train" and not run.buffered and late_updates.is_late(run, request.round):
+        late = late_updates.late_assignment(run, peer, request.round)
+        expected = validation.ExpectedReply("train", late.base, model.schema, late)
     else:
-        expected = validation.expected_reply(run, model.schema, peer, asked.kind)
+        expected = validation.expected_reply(run, model.schema, peer, request.kind)
     validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
     if expected.kind == "describe":
         try:
@@ -79,19 +79,19 @@ async def validate_reply(
         metrics=claim.metrics,
         tallies=claim.tallies,
         norm=norm,
-        seconds=asked.seconds,
+        seconds=request.seconds,
     )
-    if (own := expected.given) is None:
+    if (work := expected.assignment) is None:
         return run_events.UpdateAccepted(run.round, peer, update)
-    behind = buffered.staleness(run, own)
-    update = replace(update, base=own.base, turn=own.turn, staleness=behind)
-    return run_events.UpdateAccepted(own.round, peer, update)
+    staleness = buffered.staleness(run, work)
+    update = replace(update, base=work.base, turn=work.turn, staleness=staleness)
+    return run_events.UpdateAccepted(work.round, peer, update)
 
 
 def _measure(
     ctx: RunContext, model: RunModel, expected: validation.ExpectedReply, peer: str, digest: str
 ) -> float:
-    """How far an upload is from its base, if it passes the gate. Raises UpdateRefused."""
+    """The norm of an upload's change, if the upload is valid. Raises UpdateRefused."""
     with contextlib.ExitStack() as stack:
 
         def uploaded() -> WeightsFile:
@@ -102,17 +102,19 @@ def _measure(
         if expected.kind in ("init", "recall"):
             validation.check_weights(expected, uploaded)
             return 0.0
-        base = stack.enter_context(_base(ctx, expected))
+        base = stack.enter_context(_open_base(ctx, expected))
         return validation.check_update(
             expected, lambda: registry.open_update(model.codec, uploaded(), base), base
         )
 
 
-def _base(ctx: RunContext, expected: validation.ExpectedReply) -> WeightsFile:
+def _open_base(ctx: RunContext, expected: validation.ExpectedReply) -> WeightsFile:
     """The version that an update was trained on. Raises UpdateRefused."""
     try:
         return WeightsFile(ctx.store.version_path(expected.base))
     except (FileNotFoundError, BadWeights) as err:
-        if expected.given is None:
+        if expected.assignment is None:
             raise
-        raise UpdateRefused("base is gone", f"version {expected.base[:12]} is not whole") from err
+        raise UpdateRefused(
+            "base is gone", f"version {expected.base[:12]} is missing or damaged"
+        ) from err

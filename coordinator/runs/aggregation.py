@@ -106,7 +106,7 @@ def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
     totals: Counter[str] = Counter()
     for peer, weight in zip(peers, weights, strict=True):
         totals[peer] += weight
-    share = averaging.shares(totals, equal=False, cap=cap)
+    share = averaging.shares(totals, cap=cap)
     return [share[p] * (w / totals[p]) for p, w in zip(peers, weights, strict=True)]
 
 
@@ -145,7 +145,7 @@ def aggregate_evaluation(run: Run, strategy: Strategy) -> Evaluation:
         return Evaluation({}, {})
     counts = {peer: update.num_examples for peer, update in answers.items()}
     total = sum(counts.values())
-    share = averaging.shares(counts, equal=False, cap=run.spec.max_weight_share)
+    share = averaging.shares(counts, cap=run.spec.max_weight_share)
     mean = _mean_metrics([u.metrics for u in answers.values()], [share[p] for p in answers])
     reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
     with strategy_errors(run.spec.strategy):

@@ -19,47 +19,47 @@ from protocols.errors import UsageError
 
 
 def staleness(run: Run, given: Assignment) -> int:
-    """How many versions were made since the one that this work is on."""
+    """The number of versions made since the base of this assignment."""
     return run.num_versions - (given.round - 1)
 
 
 def is_stale(run: Run, given: Assignment) -> bool:
-    """True for work whose update is refused."""
+    """True if the update of this assignment would be refused."""
     return staleness(run, given) > run.spec.max_staleness
 
 
 def discount(staleness: int) -> float:
-    """What an update counts (section 5 of the paper)."""
+    """The weight of an update (section 5 of the paper)."""
     return 1 / math.sqrt(1 + staleness)
 
 
 def is_full(run: Run) -> bool:
-    """True when a version can be made. Updates that came together stay together."""
+    """True when a version can be made. Updates recorded together stay together."""
     return len(run.buffer) >= run.spec.buffer
 
 
 def is_over(run: Run) -> bool:
-    """True when the last version is made: whatever is still in work comes too late."""
+    """True when the run has its last version. Work in progress is then too late."""
     return run.num_versions >= run.spec.rounds
 
 
 def in_order(run: Run) -> list[UpdateAccepted]:
-    """The buffer in an order that does not depend on who came first."""
+    """The buffer in an order that does not depend on the order of arrival."""
     return sorted(run.buffer, key=lambda one: (one.peer, one.round, one.update.turn))
 
 
-def work_for(run: Run, eligible: Set[str], due: bool) -> tuple[WorkGiven, ...]:
-    """Work for those who are free: the longest free first, as many as may work at a time.
+def work_for(run: Run, eligible: Set[str], deadline_passed: bool) -> tuple[WorkGiven, ...]:
+    """Assignments for free peers, up to the run's concurrency, longest free first.
 
-    Who comes back goes on with what it had, unless that is too old by now. Whose last answer was
-    refused gets nothing before the next version, or before the deadline.
+    A peer that comes back keeps its assignment, unless it is too old. A peer whose last update was
+    refused gets nothing before the next version or the deadline.
     """
-    resting = frozenset() if due else run.cooling_down
-    at_work = sum(not given.lost for given in run.assignments.values())
+    cooling_down = frozenset() if deadline_passed else run.cooling_down
+    at_work = sum(not work.lost for work in run.assignments.values())
     room = (run.spec.concurrency or len(eligible)) - at_work
     free = [
         peer
-        for peer in eligible - resting
+        for peer in eligible - cooling_down
         if peer not in run.assignments or run.assignments[peer].lost
     ]
     free.sort(
@@ -72,9 +72,9 @@ def work_for(run: Run, eligible: Set[str], due: bool) -> tuple[WorkGiven, ...]:
 
 
 def _next(run: Run, peer: str) -> WorkGiven:
-    held = run.assignments.get(peer)
-    if held is not None and not is_stale(run, held):
-        return WorkGiven(peer, held.round, held.base, held.turn)
+    current = run.assignments.get(peer)
+    if current is not None and not is_stale(run, current):
+        return WorkGiven(peer, current.round, current.base, current.turn)
     number, last = run.num_versions + 1, run.last_assignments.get(peer)
     turn = last.turn + 1 if last is not None and last.base == run.head else 0
     return WorkGiven(peer, number, run.head, turn)
@@ -91,28 +91,28 @@ def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
         return
     limits = {
         "--buffer is the number of updates that make a version, 1 or more": spec.buffer >= 1,
-        "--quorum has no meaning with --mode buffered: --buffer says what a version needs": (
+        "--quorum has no effect with --mode buffered: --buffer says what a version needs": (
             spec.quorum == 1
         ),
-        "--select has no meaning with --mode buffered: --concurrency says how many work": (
+        "--select has no effect with --mode buffered: --concurrency says how many work": (
             spec.select == 0
         ),
-        "fraction_train has no meaning with --mode buffered: --concurrency says how many work": (
+        "fraction_train has no effect with --mode buffered: --concurrency says how many work": (
             "fraction_train" not in spec.strategy_args
         ),
     }
-    for words, held in limits.items():
-        if not held:
-            raise UsageError(words)
+    for text, is_valid in limits.items():
+        if not is_valid:
+            raise UsageError(text)
     if adapter.feed != "mean":
         raise UsageError(
-            f"{spec.strategy} and --mode buffered do not go together: a fast peer may have several "
-            "updates in a buffer, and a bound on bad peers then bounds nothing",
-            "fedavg or a server optimiser; --max-weight-share and --clip-norm bound each peer",
+            f"{spec.strategy} cannot be used with --mode buffered: a fast peer may have several "
+            "updates in a buffer, so that a bound on the number of bad peers has no effect",
+            "use fedavg or a server optimizer; --max-weight-share and --clip-norm bound each peer",
         )
     if adapter.needs_base:
         raise UsageError(
-            f"{spec.strategy} and --mode buffered do not go together: its control variates are "
-            "those of one version",
-            "fedavg or a server optimiser, or --mode synchronous",
+            f"{spec.strategy} cannot be used with --mode buffered: its control variates belong to "
+            "one version",
+            "use fedavg or a server optimizer, or --mode synchronous",
         )

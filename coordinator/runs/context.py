@@ -14,16 +14,16 @@ from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 
 
 class RunContext(NamedTuple):
-    """Storage, transfer and the grid; which peers are online; and callbacks to reach them."""
+    """Storage, transfer and grid; who is online; and callbacks that reach peers and monitors."""
 
     ledger: Ledger
     store: WeightStore
-    #: Sends and receives what is in the store.
+    #: Sends and receives weights of the store.
     transfer: WeightTransfer
     grid: ClaimCheckGrid
     sign: Sign
     verify: Verify
-    #: True for a signature of this coordinator's own, of this life or an earlier one.
+    #: True for a signature by this coordinator, before or after its restarts.
     is_own_signature: Callable[[bytes, bytes], bool]
     eligible: Callable[[], frozenset[str]]
     node_of: Callable[[str], int | None]
@@ -33,5 +33,5 @@ class RunContext(NamedTuple):
     publish: Callable[[CoordinatorBody], None]
     #: Refused updates by reason, since the coordinator started.
     refused: Counter[str]
-    #: Look anew who is there; else a heartbeat that has run out is seen within seconds.
+    #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None

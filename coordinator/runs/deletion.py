@@ -1,4 +1,4 @@
-"""Which files go when an ended run is deleted. The ledger keeps the run's record."""
+"""Deletes the files of an ended run. The ledger keeps the run's record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from coordinator.strategies.state import StateStore
 
 
 class Deletion(Struct, frozen=True, kw_only=True):
-    """What the deletion of a run deletes from the disk: `nbytes` in all.
+    """What the deletion of a run removes from the disk: `nbytes` in total.
 
-    `versions` and `states` (what its strategy remembers) are digests. `shared` versions stay, as
-    another run keeps them. `in_use` versions are deleted when the jobs that use them have ended;
-    `nbytes` counts them.
+    All fields but `run` and `nbytes` are digests. `states` are those of the strategy. `shared`
+    versions stay, because other runs keep them. `in_use` versions are deleted when the jobs that
+    use them have ended, and `nbytes` includes them.
     """
 
     run: str
@@ -28,33 +28,33 @@ class Deletion(Struct, frozen=True, kw_only=True):
     in_use: tuple[str, ...] = ()
 
 
-def plan(run: Run, kept: Set[str], store: WeightStore) -> Deletion:
-    """What there is to delete of a run. `kept`: digests that other runs keep."""
+def plan(run: Run, protected: Set[str], store: WeightStore) -> Deletion:
+    """The deletion of a run. `protected`: digests that other runs keep."""
     states = StateStore(store.states)
     versions = set(filter(store.has, retention.all_versions(run)))
-    remembered = {d for d in retention.all_states(run) if states.path(d).exists()} - kept
-    unshared = versions - kept
+    unshared_states = {d for d in retention.all_states(run) if states.path(d).exists()} - protected
+    unshared = versions - protected
     nbytes = sum(map(store.nbytes, unshared))
-    nbytes += sum(states.path(digest).stat().st_size for digest in remembered)
+    nbytes += sum(states.path(digest).stat().st_size for digest in unshared_states)
     return Deletion(
         run=run.id,
         versions=tuple(sorted(d for d in unshared if not store.is_pinned(d))),
-        states=tuple(sorted(remembered)),
+        states=tuple(sorted(unshared_states)),
         nbytes=nbytes,
-        shared=tuple(sorted(versions & kept)),
+        shared=tuple(sorted(versions & protected)),
         in_use=tuple(sorted(filter(store.is_pinned, unshared))),
     )
 
 
 def execute(deletion: Deletion, store: WeightStore) -> None:
-    """Delete the files; those that a job uses, when it has ended."""
+    """Delete the files. Those that a job uses are deleted when it has ended."""
     for digest in (*deletion.versions, *deletion.in_use):
         store.drop(digest)
     StateStore(store.states).drop(deletion.states)
 
 
 def format_deletion(deletion: Deletion) -> str:
-    """The deletion as sentences for a person."""
+    """The deletion as text for a person."""
     lines = [
         f"{deletion.run}: {_count(deletion.versions, 'version')} and "
         f"{_count(deletion.states, 'strategy state')}, {deletion.nbytes / 1e6:,.1f} MB in all"

@@ -1,4 +1,4 @@
-"""A version as two files for other programs: safetensors, and a card that says whence it comes."""
+"""Exports a version for other programs: a safetensors file and a model card with its origin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocols.model.weights import Schema
 
 
 def resolve_version(run: Run, which: str) -> str:
-    """The digest that "best", "latest", or the beginning of a digest means. Raises UnknownName."""
+    """The digest of "best", "latest", or a prefix of a digest. Raises UnknownName."""
     if which == "best":
         found = [run.best.digest] if run.best else []
     elif which == "latest":
@@ -33,13 +33,13 @@ def resolve_version(run: Run, which: str) -> str:
 def build_card(
     run: Run, version: str, sha256: str, schema: Schema, names: Mapping[str, str]
 ) -> ModelCard:
-    """The card of a version of this run. `names` are the peers' by id."""
+    """The card of a version of this run. `names`: the peers' names by id."""
     upto = next((n for n, closed in enumerate(run.history, 1) if closed.digest == version), 0)
     is_open = version == run.head and version != run.first and not upto  # its round is not closed
     rounds = run.history if is_open else run.history[:upto]
     counted = Counter(peer for closed in rounds for peer in closed.contributors)
     counted.update(run.contributors if is_open else ())
-    # How rows become numbers is part of a model of tables.
+    # Preprocessing is part of a model of tables.
     shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
     lineage = (run.first, *(closed.digest for closed in rounds))
     return ModelCard(
@@ -64,17 +64,19 @@ def build_card(
 
 
 def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
-    """Write both files; the version's digest. Raises UnknownName, UsageError, CommonweightError."""
+    """Write both files. Returns the version's digest. Raises CommonweightError."""
     version = resolve_version(run, which)
     path = WeightStore(home).version_path(version)
     if not path.exists():
         raise UnknownName(
-            f"version {version[:12]} of run {run.id} is not kept any more",
+            f"version {version[:12]} of run {run.id} is no longer on disk",
             "commonweight models list",
         )
     card_path = model_card.card_path(out)
     if card_path == out:
-        raise UsageError("the model and its card would be one file", "MODEL.safetensors, say")
+        raise UsageError(
+            "the model and its card would be one file", "name the model MODEL.safetensors"
+        )
     for taken in (out, card_path):
         if taken.exists():
             raise CommonweightError(f"{taken} exists already", "choose another name")

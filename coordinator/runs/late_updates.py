@@ -1,9 +1,8 @@
-"""Updates that come when their round has closed: folded into the next one. Pure.
+"""Updates that arrive after their round has closed: added to the next version, or refused. Pure.
 
-With `late` "fold" a question stays open over `max_staleness` versions, and its peer gets no other
-work meanwhile, so long as there are others enough. Its update is the change that it makes to the
-version it was trained on; it counts 1/√(1 + staleness), as in buffered runs. With "drop", and in
-the last round, it is refused as late.
+With `late` "fold", a request stays open for up to `max_staleness` versions, and its peer gets no
+other work meanwhile if there are enough other peers. Its update is the change of its own base and
+counts 1/√(1 + staleness), as in buffered runs. With "drop", and in the last round, it is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from protocols.messages.states import RunState
 
 
 def base_of(run: Run, number: int) -> str:
-    """The version that round `number` trains on; empty if the run does not know it any more."""
+    """The version that round `number` trains on; empty if it is no longer known."""
     if number == run.round and run.state is not RunState.WAITING:
         return run.parent
     if number == 1:
@@ -25,18 +24,18 @@ def base_of(run: Run, number: int) -> str:
 
 
 def is_late(run: Run, number: int) -> bool:
-    """True if round `number` takes no more updates."""
+    """True if round `number` accepts no more updates."""
     return (number, RunState.TRAINING) != (run.round, run.state)
 
 
 def late_assignment(run: Run, peer: str, number: int) -> Assignment:
-    """The work that a late update of this peer is of. Raises UpdateRefused if it is not folded."""
+    """The assignment of a late update. Raises UpdateRefused unless the update can be folded."""
     if run.spec.late == "drop" or run.ended or run.num_versions >= run.spec.rounds:
         raise UpdateRefused("late", f"it is for round {number} (train)")
     counted = run.contributors if number == run.round else ()
     counted += next((c.contributors for c in run.history if c.round == number), ())
-    held = {(one.peer, one.round) for one in run.buffer}
-    if peer in counted or (peer, number) in held:
+    buffered = {(one.peer, one.round) for one in run.buffer}
+    if peer in counted or (peer, number) in buffered:
         raise UpdateRefused("replay", "this peer's answer was counted already")
     base = base_of(run, number)
     if not base or run.num_versions - (number - 1) > run.spec.max_staleness:
@@ -45,16 +44,16 @@ def late_assignment(run: Run, peer: str, number: int) -> Assignment:
 
 
 def is_expired(run: Run, kind: str, number: int) -> bool:
-    """True when round `number` has been left so far behind that no answer of it is of use."""
+    """True if replies for round `number` are too old to be used."""
     behind = run.spec.max_staleness if run.spec.late == "fold" and kind == "train" else 0
     return number < run.round - behind
 
 
 def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
-    """Raise UsageError unless late updates can be folded under this strategy."""
+    """Raise UsageError unless this strategy can fold late updates."""
     fits = adapter.feed == "mean" and not adapter.needs_base and spec.mode == "synchronous"
     if spec.late == "fold" and not fits:
         raise UsageError(
-            f"--late fold does not go with {spec.strategy}, mode {spec.mode}",
-            "fedavg or a server optimiser in synchronous rounds; --late drop",
+            f"--late fold cannot be used with {spec.strategy} in mode {spec.mode}",
+            "use fedavg or a server optimizer in synchronous rounds, or --late drop",
         )

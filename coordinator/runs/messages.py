@@ -1,4 +1,4 @@
-"""Where runs and their rounds stand, as the monitors are told. Pure."""
+"""The messages to monitors about runs and closed rounds. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from protocols.messages.states import RunState
 
 
 def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
-    """Where a run stands, as the monitor is told."""
-    answered = sum(standing == "answered" for standing in run.peers.values())
+    """The state of a run."""
+    answered = sum(status == "answered" for status in run.peers.values())
     return RunChanged(
         run=run.id,
         task=run.spec.task,
@@ -32,7 +32,7 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
 
 
 def round_body(run_id: str, closed: state.Round) -> envelope.RoundClosed:
-    """A closed round, as the monitor is told."""
+    """A closed round."""
     return envelope.RoundClosed(
         run=run_id,
         round=closed.round,

@@ -1,6 +1,6 @@
 """The options of a run: one table for the command line, the API, the monitor's form and the docs.
 
-The defaults are those of new runs. `RunSpec` has defaults of its own: those of old ledgers. Pure.
+The defaults apply to new runs; those of `RunSpec` apply to old ledgers. Pure.
 """
 
 from __future__ import annotations

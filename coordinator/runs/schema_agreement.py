@@ -1,7 +1,7 @@
-"""What the peers of a run have alike, from what each told before round 1. Pure.
+"""Derives the common preprocessing and schema from what peers described before round 1. Pure.
 
-First, where the task surveys tables, the preprocessing that follows from all of them; then the card
-of most peers. Who does not fit is refused, by name and field, and the others go on.
+For tables, the first result is a preprocessing that follows from all of them. Then the schema card
+of most peers is agreed. Peers that do not match are refused, and the others continue.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from protocols.tables.statistics import TableStatistics
 
 
 class Agreement(NamedTuple):
-    """Facts for the ledger, and notes for people: pairs of a peer (or nothing) and words."""
+    """Events for the ledger, and notes for people: pairs of a peer (or "") and a text."""
 
     events: list[RunEvent]
     notes: list[tuple[str, str]]
 
 
 def agree(run: Run, first: Schema) -> Agreement:
-    """What follows from `run.described`: refusals, and if enough are left what they have alike.
+    """Refusals of peers that do not match `run.described`, and the agreement if the quorum is left.
 
-    `first` is the schema of first weights that are there already; empty for none. Raises
-    CommonweightError where nothing can be agreed on.
+    `first`: the schema of existing first weights, or empty. Raises CommonweightError if no
+    agreement is possible.
     """
     tables = {p: told for p, told in run.described.items() if isinstance(told, TableStatistics)}
     cards = {p: told for p, told in run.described.items() if isinstance(told, SchemaCard)}
@@ -57,7 +57,7 @@ def _agreed(
         for peer, err in sorted(misfits.items())
     ]
     if len(run.described) - len(misfits) < run.spec.quorum:
-        return Agreement(refused, [])  # others are waited for, and then it is looked at anew
+        return Agreement(refused, [])  # wait for other peers, then try again
     return Agreement([*refused, agreed], notes)
 
 
@@ -66,16 +66,16 @@ def _of_another_kind(peers: Iterable[str], expected: str, found: str) -> dict[st
 
 
 def _matching(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCard]:
-    """The cards of tasks that fit the first weights. Raises CommonweightError if none does."""
+    """The cards that match the first weights. Raises CommonweightError if none does."""
     fitting = {peer: card for peer, card in cards.items() if not first or card.schema == first}
     if fitting:
         return fitting
     if not cards:
-        raise CommonweightError("tables were surveyed anew after the preprocessing was fixed")
+        raise CommonweightError("peers described tables again after the preprocessing was fixed")
     card = next(iter(cards.values()))
     wanted = schema_card.make_card(card.task, card.version, first, card.traits)
     difference = schema_card.first_difference(wanted, card)
     assert difference is not None
     raise CommonweightError(
-        f"the first weights do not fit the task: {difference.as_error().message}"
+        f"the first weights do not match the task: {difference.as_error().message}"
     )

@@ -1,4 +1,4 @@
-"""How long a round takes, and how that time is spent. Monotonic; a restart begins anew."""
+"""Measures the duration of rounds and of their phases. A restart of the coordinator resets it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EDGES = ("UpdateAccepted", "TrainingClosed", "VersionCommitted")
 
 
 class PhaseTimer:
-    """Runs from the opening of a round, and again from that of a phase (`phase_s`)."""
+    """Seconds since the start of the round, and since the start of the phase (`phase_s`)."""
 
     def __init__(self) -> None:
         self._opened_at = self._phase_at = time.monotonic()
@@ -26,7 +26,7 @@ class PhaseTimer:
         self._phase_at = time.monotonic()
 
     def mark(self, event: RunEvent) -> None:
-        """The first event of its kind in a round ends a part of it."""
+        """Note an event. The first of its kind ends a phase of the round."""
         self._marks.setdefault(type(event).__name__, time.monotonic())
 
     @property
@@ -38,7 +38,7 @@ class PhaseTimer:
         return time.monotonic() - self._opened_at
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds by part of the round that closes now; nothing for one that a restart cut."""
+        """Seconds by phase of the round that closes now; empty if a restart interrupted it."""
         marks = [self._marks[name] for name in _EDGES if name in self._marks]
         if len(marks) < len(_EDGES):
             return {}

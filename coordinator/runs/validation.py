@@ -1,6 +1,6 @@
-"""The gate: what an update must be before anything of it is summed. Pure.
+"""Validates updates before they are aggregated. Pure.
 
-Each refusal has a short fixed word (the ledger's and `/metrics`' key) and a sentence for a person.
+Each refusal has a short fixed reason, which is a key in the ledger and in `/metrics`, and a text.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ R = TypeVar("R", bound=WeightReader)
 
 
 _CACHED_BYTES = 256 * 1024
-#: So many squares are added up in float32 before float64 goes on.
+#: Squares that are summed in float32 before the sums continue in float64.
 _ROW_ELEMENTS = 512
-#: Below it float32 has lost digits of what was added up.
+#: Below this sum, float32 has lost digits of the squares.
 _MIN_FLOAT32_SQUARES = 1e-25
 
-#: Numbers that an update may carry, each named in the ledger and on every monitor.
+#: Each metric of an update is in the ledger and on every monitor.
 MAX_METRICS = 32
 
 
 class ExpectedReply(NamedTuple):
     """What the run waits for: the claim's kind, its base version and the model's schema.
 
-    `given`: the work that is this peer's own, in a buffered run.
+    `assignment`: the peer's own work, for buffered and late updates.
     """
 
     kind: str
     base: str
     schema: Schema
-    given: Assignment | None = None
+    assignment: Assignment | None = None
 
 
 def check_claim(
@@ -65,41 +65,44 @@ def check_claim(
     signature: bytes,
     verify: Verify,
 ) -> None:
-    """Raise UpdateRefused unless `sender` was asked for just this and signed it."""
+    """Raise UpdateRefused unless `sender` was asked for exactly this and signed it."""
     if claim.peer != sender or not verify(sender, signature, SIGNED_CLAIM.signed_bytes(payload)):
         raise UpdateRefused("bad signature", "the claim is not signed by the peer that sent it")
     if claim.run != run.id:
         raise UpdateRefused("another run", f"it belongs to run {claim.run}")
-    number = expected.given.round if expected.given else run.round
-    turn = expected.given.turn if expected.given else 0
+    work = expected.assignment
+    number, turn = (work.round, work.turn) if work else (run.round, 0)
     if (claim.kind, claim.round, claim.turn) != (expected.kind, number, turn):
         raise UpdateRefused("late", f"it is for round {claim.round} ({claim.kind})")
-    if expected.given is None and run.peers.get(sender) == "answered":
+    if work is None and run.peers.get(sender) == "answered":
         raise UpdateRefused("replay", "this peer's answer was counted already")
-    if expected.given is None and sender not in run.peers:
+    if work is None and sender not in run.peers:
         raise UpdateRefused("not asked", "this peer was not asked in this round")
     if claim.base != expected.base:
         raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
     if claim.kind == "train" and claim.codec != run.spec.codec:
         raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {run.spec.codec}")
     if len(claim.metrics) > MAX_METRICS:
-        raise UpdateRefused("bad metrics", f"{len(claim.metrics)} of them; {MAX_METRICS} may be")
+        raise UpdateRefused(
+            "bad metrics", f"{len(claim.metrics)} metrics, the maximum is {MAX_METRICS}"
+        )
     if claim.tallies and (fault := evaluation_counts.validate(claim.tallies, claim.num_examples)):
         raise UpdateRefused("bad metrics", fault)
     accuracy = claim.metrics.get("accuracy")
-    if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is best
+    if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is the best
         raise UpdateRefused("bad metrics", f"an accuracy of {accuracy:g}")
     if claim.kind == "train":
         needed = strategies.find(run.spec.strategy).required_metric(run.spec.strategy_args)
         value = claim.metrics.get(needed)
         if needed and (value is None or value < 0):
-            told = "none" if value is None else f"{value:g}"
+            got = "none" if value is None else f"{value:g}"
             raise UpdateRefused(
-                "bad metrics", f"{run.spec.strategy} needs a finite {needed!r}, 0 or more; {told}"
+                "bad metrics", f"{run.spec.strategy} needs a finite {needed!r}, at least 0; {got}"
             )
-    least, cap = run.spec.min_examples, run.spec.max_examples
-    if claim.kind == "train" and 0 < claim.num_examples < least:
-        raise UpdateRefused(TOO_FEW, f"it trains on {claim.num_examples}; the run wants {least}")
+    minimum, cap = run.spec.min_examples, run.spec.max_examples
+    if claim.kind == "train" and 0 < claim.num_examples < minimum:
+        detail = f"it trains on {claim.num_examples}, the run needs at least {minimum}"
+        raise UpdateRefused(TOO_FEW, detail)
     if claim.kind in ("train", "evaluate") and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
 
@@ -117,18 +120,18 @@ def check_weights(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
 def check_update(
     expected: ExpectedReply, open_update: Callable[[], WeightReader], base: WeightReader
 ) -> float:
-    """The `distance` of an update from its base. Raises UpdateRefused as `check_weights` does.
+    """The norm of an update's change. Raises UpdateRefused as `check_weights` does.
 
-    Both in one pass, where the difference tells enough of the update.
+    It checks and measures in one pass where the change is enough to check the update.
     """
     update = _of_schema(expected, open_update)
-    if isinstance(update, DecodedUpdate):  # finite when it is rounded to the base's dtype, too
+    if isinstance(update, DecodedUpdate):  # it must also be finite in the base's dtype
         check_weights(expected, lambda: update)
     return update_norm(update, base)
 
 
 def check_norm(run: Run, claim: UpdateClaim, norm: float) -> None:
-    """Raise UpdateRefused if what the strategy makes of an update so far away is no number."""
+    """Raise UpdateRefused if the strategy cannot use an update of this norm."""
     if claim.kind == "train":
         adapter = strategies.find(run.spec.strategy)
         if fault := adapter.update_error(run.spec.strategy_args, claim.metrics, norm):
@@ -146,12 +149,12 @@ def _of_schema(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
 
 
 def expected_reply(run: Run, schema: Schema, peer: str = "", kind: str = "") -> ExpectedReply:
-    """What an answer to the run's present question must be, or to this peer's own.
+    """What a reply to the run's open request must be, or to this peer's own assignment.
 
-    Raises UpdateRefused for an answer to work that this peer does not have, or that is too old.
+    Raises UpdateRefused if the peer has no such assignment, or if it is too old.
     """
     if run.buffered and kind == "train":
-        return _own(run, schema, peer)
+        return _expected_of_assignment(run, schema, peer)
     if run.recalling:
         return ExpectedReply(run.kind, run.target_version.digest if run.target_version else "", {})
     if run.state is RunState.WAITING:
@@ -163,28 +166,25 @@ def expected_reply(run: Run, schema: Schema, peer: str = "", kind: str = "") -> 
     return ExpectedReply("evaluate", run.head, schema)
 
 
-def _own(run: Run, schema: Schema, peer: str) -> ExpectedReply:
-    given = run.assignments.get(peer)
-    if given is None:
-        raise UpdateRefused("late", "this peer has no such work any more")
+def _expected_of_assignment(run: Run, schema: Schema, peer: str) -> ExpectedReply:
+    work = run.assignments.get(peer)
+    if work is None:
+        raise UpdateRefused("late", "this peer no longer has this assignment")
     if buffered.is_over(run):
-        raise UpdateRefused("late", f"the run's last version, {run.num_versions}, is made")
-    if buffered.is_stale(run, given):
-        behind, most = buffered.staleness(run, given), run.spec.max_staleness
-        raise UpdateRefused(
-            TOO_STALE,
-            f"trained on version {given.round - 1}, {behind} behind the newest; {most} may be",
-        )
-    return ExpectedReply("train", given.base, schema, given)
+        raise UpdateRefused("late", f"the run has its last version, {run.num_versions}")
+    if buffered.is_stale(run, work):
+        behind = f"{buffered.staleness(run, work)} behind the newest"
+        limit = f"the maximum is {run.spec.max_staleness}"
+        raise UpdateRefused(TOO_STALE, f"trained on version {work.round - 1}, {behind}; {limit}")
+    return ExpectedReply("train", work.base, schema, work)
 
 
 def update_norm(update: WeightReader, base: WeightReader) -> float:
-    """Euclidean norm of the update's floating-point tensors minus the base's.
+    """The Euclidean norm of the update's change of the base's floating-point tensors.
 
-    What is beyond float64 counts as its largest number: the ledger has no infinity. In pieces that
-    stay in the processor's cache, and not by BLAS, which wakes its threads for each of them.
-    float32 is right to about 1e-7 of the norm, the rest to float64. Raises UpdateRefused: an update
-    that is not finite.
+    It is at most the largest float64, since the ledger has no infinity. Computed in pieces that
+    stay in the CPU cache, and without BLAS, which would wake its threads for each piece. The
+    relative error is about 1e-7 for float32. Raises UpdateRefused if the update is not finite.
     """
     total = 0.0
     for piece in split_into_pieces(update.schema, _CACHED_BYTES):
@@ -194,7 +194,9 @@ def update_norm(update: WeightReader, base: WeightReader) -> float:
                 continue
             new: Array
             old: Array | float = 0.0
-            if isinstance(update, DecodedUpdate):  # as it was sent, not rounded by way of the base
+            if isinstance(
+                update, DecodedUpdate
+            ):  # as it was sent, without rounding to the base's dtype
                 new, dtype = update.change(part), "F32"
             else:
                 new, old = update.read(part), base.read(part)
@@ -214,9 +216,9 @@ def update_norm(update: WeightReader, base: WeightReader) -> float:
 
 
 def _float32_squares(new: Array, old: Array | float) -> float | None:
-    """The sum of squared differences of float32; None where float32 is too narrow for it.
+    """The sum of squared differences in float32; None if float32 is too narrow for it.
 
-    A sum that is a number is of numbers alone.
+    If the sum is finite, so are all of its terms.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         difference = np.subtract(new, old, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""Flower's strategies by name, unmodified: which there are, and what each needs.
+"""Lists the available strategies and their requirements. Flower's classes stay unmodified.
 
 The run decides who works and how long it waits, so a strategy samples among the nodes that the Grid
-offers. `runner` says how its `aggregate_train` is given a round's updates.
+offers. `runner` passes a round's updates to its `aggregate_train`.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def names() -> list[str]:
 
 
 def find(name: str) -> StrategyAdapter:
-    """The adapter of a strategy, by name or `module:Class`. Raises UnknownName, UsageError."""
+    """The adapter of a strategy by name or `module:Class`. Raises UnknownName, UsageError."""
     if ":" in name:
         return CustomStrategy(name, _ADAPTERS)
     if name not in _ADAPTERS:
         known = f"known: {', '.join(names())}; or module:Class"
         if name.startswith("fedxgb"):
-            known += "; fedxgb joins trees, which are no tensors of one schema"
+            known += "; fedxgb merges trees, which are not tensors of one schema"
         raise UnknownName(f"no strategy {name!r}", known)
     return _ADAPTERS[name]
 
 
 def check(spec: RunSpec) -> None:
-    """Raise UnknownName, UsageError or CannotBeMet unless a run with this strategy can work."""
+    """Raise UnknownName, UsageError or CannotBeMet unless the run's strategy can work."""
     find(spec.strategy).check(spec)

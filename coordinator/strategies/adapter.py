@@ -1,6 +1,6 @@
-"""How one of Flower's strategies is run: its class stays as it is, an adapter says what it needs.
+"""Adapts Flower's strategy classes, which stay unmodified: their needs, arguments and state.
 
-What differs from FedAvg is a subclass of `StrategyAdapter` in a file of its own.
+Each strategy that differs from FedAvg has a subclass of `StrategyAdapter` in its own file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-#: What a strategy's `aggregate_train` is given.
+#: What a strategy's `aggregate_train` receives.
 #:   mean    one reply that holds the weighted mean, a piece of the model at a time
-#:   parts   every reply, a piece of the model at a time: the maths is coordinate by coordinate
-#:   models  every reply, whole: the memory grows with the peers
-#: Pieces of "mean" and "parts" know nothing of each other: they may be made in parallel and in
-#: any order. "models" is one call.
+#:   parts   every reply, a piece of the model at a time: for coordinate-wise algorithms
+#:   models  every reply, whole: memory grows with the number of peers
+#: Pieces of "mean" and "parts" are independent of each other. "models" is a single call.
 Feed = Literal["mean", "parts", "models"]
 
-#: What the run decides, or what is no number: not for `--strategy-arg`.
+#: Not for `--strategy-arg`: decided by the run, or not a number.
 _RESERVED = frozenset(
     {
         "min_train_nodes",
@@ -67,25 +66,25 @@ LIMITS: Limits = {
 
 
 class StrategyAdapter:
-    """FedAvg's own adapter, and what the others differ from. Arithmetic mean, nothing remembered.
+    """The adapter of FedAvg, and the base of the others: arithmetic mean, no state.
 
     McMahan et al. 2017, arXiv 1602.05629.
     """
 
     feed: Feed = "mean"
-    #: Peers count by their examples, so `--weighting` has a meaning.
+    #: Peers count by their examples, so `--weighting` has an effect.
     weighs_peers = True
-    #: Arguments for which our default is another than Flower's, or for which Flower has none.
+    #: Defaults that differ from Flower's, or that Flower lacks.
     defaults: Mapping[str, Setting] = MappingProxyType({})
-    #: What arguments may be, by name: a test and words for it.
+    #: By argument: a test of its value, and text that describes the test.
     limits: Limits = LIMITS
-    #: Arguments that Flower's class does not know: they are for the trainers (`trainer_settings`).
+    #: Arguments for the trainers (`trainer_settings`), which Flower's class does not know.
     trainer_arguments: Mapping[str, Setting] = MappingProxyType({})
-    #: It moves on from the round's first weights, so it is `put` them though it remembers nothing.
+    #: It needs the round's base in `load_state` although it has no state.
     needs_base = False
-    #: It looks at the weights that it sends out; Flower's own classes only pass them on.
+    #: It reads the weights that it sends out; Flower's own classes only pass them on.
     reads_weights = False
-    #: Copies of all updates that Flower's class holds at its peak ("models" only; measured).
+    #: Copies of all updates in memory at the peak of Flower's class ("models" only; measured).
     memory_copies = 0.0
 
     def __init__(self, flower: str) -> None:
@@ -100,7 +99,7 @@ class StrategyAdapter:
     # --- arguments ---
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """What may be given as `--strategy-arg`, from the class's own signature."""
+        """The parameters for `--strategy-arg`, from the signatures of the class and its parents."""
         found: dict[str, inspect.Parameter] = {}
         for cls in self.flower_class().__mro__:
             if "__init__" not in cls.__dict__:
@@ -117,26 +116,26 @@ class StrategyAdapter:
         return found
 
     def arguments(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
-        """`args`, each of its parameter's type, over our defaults. Raises UsageError, UnknownName.
+        """`args` over our defaults, each converted to its type. Raises UsageError, UnknownName.
 
-        Text is parsed, a whole number does for a fraction.
+        Text is parsed, and a whole number is valid for a float.
         """
-        asked = {
+        known = {
             name: parameter
             for name, parameter in self.parameters().items()
             if name not in _RESERVED and _kind(parameter) is not None
         }
         chosen: dict[str, Setting] = {}
         for name, value in {**self.trainer_arguments, **self.defaults, **args}.items():
-            if name not in asked:
+            if name not in known:
                 raise UnknownName(
-                    f"{self.flower} has no argument {name!r}", _argument_list(asked, self)
+                    f"{self.flower} has no argument {name!r}", _argument_list(known, self)
                 )
-            chosen[name] = _converted(name, value, asked[name])
-            held, words = self.limits.get(name, (lambda _: True, ""))
-            if not held(chosen[name]):
-                raise UsageError(f"{name} of {self.flower} is {words}, not {value}")
-        for name, parameter in asked.items():
+            chosen[name] = _converted(name, value, known[name])
+            is_valid, limit = self.limits.get(name, (lambda _: True, ""))
+            if not is_valid(chosen[name]):
+                raise UsageError(f"{name} of {self.flower} is {limit}, not {value}")
+        for name, parameter in known.items():
             if parameter.default is parameter.empty and name not in chosen:
                 raise UsageError(
                     f"{self.flower} needs the argument {name}", f"--strategy-arg {name}=…"
@@ -146,58 +145,53 @@ class StrategyAdapter:
     def make(self, args: Mapping[str, Setting]) -> Strategy:
         """A new object of Flower's class. Raises UsageError, UnknownName, StrategyFailed."""
         with strategy_errors(self.flower):
-            return self._create(args)
-
-    def _create(self, args: Mapping[str, Setting]) -> Strategy:
-        chosen = self.arguments(args)
-        arguments: dict[str, Any] = {
-            n: v for n, v in chosen.items() if n not in self.trainer_arguments
-        }
-        # The run decides who works and how long it waits.
-        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
-            if name in self.parameters():
-                arguments[name] = 1
-        try:
-            return self.flower_class()(**arguments)
-        except (ValueError, TypeError) as err:
-            raise UsageError(f"{self.flower} refuses its arguments: {err}") from err
+            arguments: dict[str, Any] = {
+                name: value
+                for name, value in self.arguments(args).items()
+                if name not in self.trainer_arguments
+            }
+            # The run decides who works and how long it waits.
+            minimums = ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes")
+            arguments |= dict.fromkeys(self.parameters().keys() & set(minimums), 1)
+            try:
+                return self.flower_class()(**arguments)
+            except (ValueError, TypeError) as err:
+                raise UsageError(f"{self.flower} refuses its arguments: {err}") from err
 
     # --- before the start ---
 
     def check(self, spec: RunSpec) -> None:
-        """Raise UsageError, UnknownName or CannotBeMet unless such a run can work."""
+        """Raise UsageError, UnknownName or CannotBeMet unless a run with this spec can work."""
         strategy = self.make(spec.strategy_args)
         self.check_quorum(strategy, spec.quorum)
         if self.feed == "mean":
             return
         if spec.max_weight_share < 1:
             raise UsageError(
-                f"{spec.strategy} gives no peer a share: --max-weight-share has no meaning with it",
+                f"{spec.strategy} has no shares of peers: --max-weight-share has no effect with it",
                 "leave it out; the strategy itself bounds what one peer can do",
             )
         if spec.weighting == "equal" and not self.weighs_peers:
             raise UsageError(
-                f"{spec.strategy} does not weigh peers by examples: --weighting has no meaning",
+                f"{spec.strategy} does not weight peers by examples: --weighting has no effect",
                 "leave --weighting out",
             )
 
     def check_quorum(self, strategy: Strategy, quorum: int) -> None:
-        """Raise CannotBeMet if so few updates are too few for it."""
+        """Raise CannotBeMet if the strategy needs more updates than this quorum."""
 
     def memory_bytes(self, peers: int, model_bytes: int) -> int:
-        """What closing a round takes beyond the few pieces that every strategy takes."""
-        return (
-            int(self.memory_copies * peers * model_bytes) + 3 * model_bytes
-            if self.memory_copies
-            else 0
-        )
+        """Memory for closing a round, beyond the few pieces that every strategy needs."""
+        if not self.memory_copies:
+            return 0
+        return int(self.memory_copies * peers * model_bytes) + 3 * model_bytes
 
     def required_metric(self, args: Mapping[str, Setting]) -> str:
-        """A metric, 0 or more, that every update must tell for it; or empty."""
+        """The metric, at least 0, that every update must have; or empty."""
         return ""
 
     def update_error(self, args: Mapping[str, Setting], metrics: Metrics, norm: float) -> str:
-        """What is wrong with an update so far from its base, and its metrics; or empty."""
+        """The error of an update with these metrics and this distance from its base; or empty."""
         return ""
 
     def transform_update(
@@ -207,45 +201,45 @@ class StrategyAdapter:
         base: WeightReader,
         metrics: Metrics,
     ) -> WeightReader:
-        """An update as it is to be aggregated: with what follows from it and from its metrics."""
+        """The update to aggregate, with the tensors that follow from it and from its metrics."""
         return update
 
     def trainer_settings(self, args: Mapping[str, Setting]) -> dict[str, Setting]:
-        """What every trainer is told and no task sees (`protocols.model.personalization`)."""
+        """Settings for every trainer, hidden from tasks (`protocols.model.personalization`)."""
         return {}
 
-    # --- what it remembers from round to round ---
+    # --- state from round to round ---
 
     def slots(self, strategy: Strategy) -> tuple[str, ...]:
-        """Names of the arrays that it keeps for each weight, in a fixed order."""
+        """Names of its state arrays, each as large as the model, in a fixed order."""
         return ()
 
     def load_state(self, strategy: Strategy, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        """Give it the round's first weights, and its state (empty in the first round)."""
+        """Set the round's base and the strategy's state, which is empty in the first round."""
 
     def dump_state(self, strategy: Strategy, names: list[str]) -> dict[str, Arrays]:
-        """Its new state: arrays by slot and name."""
+        """The new state: arrays by slot and name."""
         return {}
 
     def dump_extra(self, strategy: Strategy) -> Arrays | None:
-        """What else a class of one's own wants to find again after a restart."""
+        """Additional state of a custom strategy; None if it has none."""
         return None
 
     def load_extra(self, strategy: Strategy, arrays: Arrays) -> None:
-        """Give that back."""
+        """Restore the additional state."""
 
 
 def require_quorum(what: str, needed: int, quorum: int) -> None:
-    """Raise CannotBeMet unless the quorum reaches what a strategy needs."""
+    """Raise CannotBeMet unless the quorum is at least `needed`. `what` names the algorithm."""
     if quorum < needed:
         raise CannotBeMet(
             f"{what} needs {needed} updates a round; the quorum is {quorum}",
-            f"--quorum {needed} or more, with as many machines",
+            f"use --quorum {needed} or more, with as many machines",
         )
 
 
 def _kind(parameter: inspect.Parameter) -> type[Any] | None:
-    """int, float, bool or str; None for what cannot be typed (a function, say)."""
+    """int, float, bool or str; None for any other type, such as a function."""
     for kind in (parameter.annotation, type(parameter.default)):
         if kind in (bool, int, float, str):
             found: type[Any] = kind
@@ -262,16 +256,16 @@ def _converted(name: str, value: Setting, parameter: inspect.Parameter) -> Setti
         if isinstance(value, str) or (kind is float and type(value) is int):
             value = kind(value)
     except (ValueError, KeyError, OverflowError):
-        pass  # told below, like every other value that does not fit
+        pass  # reported below, like any other invalid value
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         word = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
         raise UsageError(f"the strategy's argument {name} is {word}, not {value!r}")
     return value
 
 
-def _argument_list(asked: Mapping[str, inspect.Parameter], adapter: StrategyAdapter) -> str:
+def _argument_list(known: Mapping[str, inspect.Parameter], adapter: StrategyAdapter) -> str:
     def one(name: str, parameter: inspect.Parameter) -> str:
         default = adapter.defaults.get(name, parameter.default)
         return name if default is parameter.empty else f"{name}={default}"
 
-    return "its arguments: " + ", ".join(one(*item) for item in sorted(asked.items()))
+    return "its arguments: " + ", ".join(one(*item) for item in sorted(known.items()))

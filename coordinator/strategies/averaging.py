@@ -1,13 +1,13 @@
-"""Folds updates into the next version, piece by piece, through the strategy.
+"""Averages updates into the next version, piece by piece, through the strategy.
 
-Updates wait on disk until the round is closed and are then summed in the order given (the run gives
-name order), in float64, so the same updates give the same digest in whatever order they arrived.
-Only a few pieces of the model are in memory: the peak grows with neither peers nor model. While a
-piece is in the strategy, the next one is summed, and the one before is hashed and written.
+Updates stay on disk until the round closes. They are then summed in the given order (the run sorts
+them by peer), in float64, so the same updates give the same digest whatever their order of arrival.
+Only a few pieces of the model are in memory, so the peak depends on neither peers nor model size.
+While the strategy has a piece, the next one is summed, and the previous one is hashed and written.
 
-A weighted mean of updates is itself an update, so the strategy gets one reply that holds the mean.
-Integer and boolean tensors are not averaged: they keep the base version's value. bf16 is widened to
-float32 for the sum and rounded to nearest even after.
+A weighted mean of updates is itself an update, so the strategy gets one reply with the mean.
+Integer and boolean tensors are not averaged: they keep the base's values. bf16 is converted to
+float32 for the sum, and the result is rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from protocols.model.weights import (
     split_into_pieces,
 )
 
-#: Elements that are summed at once: blocks of all updates stay in the processor's cache.
+#: Elements that are summed at once, so that the blocks of all updates stay in the CPU cache.
 _BLOCK = 1 << 15
 
-#: What a strategy makes of a piece of the mean: flat arrays by part, float dtypes only.
+#: The strategy's function of a piece of the mean: flat arrays by part, float dtypes only.
 Transform = Callable[[dict[Part, Array]], dict[Part, Array]]
 
 
-def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[str, float]:
+def shares(num_examples: Mapping[str, int], *, cap: float) -> dict[str, float]:
     """Each peer's share of the mean. The shares add up to 1.
 
-    No peer's share exceeds `cap` (0…1] as long as there are enough peers for that: what is cut off
-    is spread over the others in proportion, again and again until nobody is above.
+    No peer's share exceeds `cap` (0…1] if there are enough peers for that. The excess is
+    distributed over the others in proportion, until none is above.
     """
-    raw = {peer: 1.0 if equal else float(count) for peer, count in num_examples.items()}
+    raw = {peer: float(count) for peer, count in num_examples.items()}
     total = sum(raw.values())
     share = {peer: value / total for peer, value in raw.items()}
     cap = max(cap, 1.0 / len(share))
@@ -57,7 +57,7 @@ def shares(num_examples: Mapping[str, int], *, equal: bool, cap: float) -> dict[
 
 
 class RebasedUpdate:
-    """Weights with the change that they make to `base`, made to `head` instead.
+    """The change from `base` to `weights`, applied to `head`.
 
     All three have one schema. Integer and boolean tensors are those of `head`.
     """
@@ -91,40 +91,40 @@ def average(
     """The version that follows `base`, piece by piece in file order.
 
     `share` adds up to 1. An update counts as `base + scale · (update - base)` (norm clipping).
-    All have the base's schema: the gate saw to that.
+    Validation has checked that all updates have the base's schema.
     """
-    kept = sum(part * (1.0 - by) for part, by in zip(share, scale, strict=True))
+    base_weight = sum(part * (1.0 - by) for part, by in zip(share, scale, strict=True))
     weights = [part * by for part, by in zip(share, scale, strict=True)]
 
     def means() -> Generator[_Piece, None, None]:
         for piece in split_into_pieces(base.schema):
             mean: dict[Part, Array] = {}
-            still: dict[Part, Array] = {}
+            unchanged: dict[Part, Array] = {}
             for part in piece:
                 if base.schema[part.name].dtype in FLOAT_DTYPES:
-                    mean[part] = _mean(part, updates, weights, base, kept)
+                    mean[part] = _mean(part, updates, weights, base, base_weight)
                 else:
-                    still[part] = base.read(part)
-            yield _Piece(piece, mean, still)
+                    unchanged[part] = base.read(part)
+            yield _Piece(piece, mean, unchanged)
 
-    # A thread costs more than a model of one piece takes.
+    # For a model of one piece, a thread costs more than it saves.
     small = sum(spec.nbytes for spec in base.schema.values()) <= PIECE_BYTES
-    for piece, mean, still in means() if small else prefetch(means()):
+    for piece, mean, unchanged in means() if small else prefetch(means()):
         new = transform(mean) if mean else {}
         yield {
-            part: still[part]
-            if part in still
+            part: unchanged[part]
+            if part in unchanged
             else _as_stored(new[part], base.schema[part.name].dtype)
             for part in piece
         }
 
 
 class _Piece(NamedTuple):
-    """Parts in file order; the mean of those that are averaged, the base's value of the others."""
+    """Parts in file order: the mean of those that are averaged, the base's values of the others."""
 
     parts: list[Part]
     mean: dict[Part, Array]
-    still: dict[Part, Array]
+    unchanged: dict[Part, Array]
 
 
 def _mean(
@@ -132,16 +132,16 @@ def _mean(
     updates: Sequence[WeightReader],
     weights: Sequence[float],
     base: WeightReader,
-    kept: float,
+    base_weight: float,
 ) -> Array:
-    """The weighted mean of one part; float32 for bf16, else in the tensor's dtype.
+    """The weighted mean of one part, as float32 for bf16, else in the tensor's dtype.
 
-    Block by block, so that what is summed stays in the processor's cache.
+    It is summed block by block, to stay in the CPU cache.
     """
     dtype = base.schema[part.name].dtype
     mean = np.empty(part.stop - part.start, np.float32 if dtype == "BF16" else DTYPES[dtype])
     total, term = np.empty(_BLOCK), np.empty(_BLOCK)
-    terms = [*zip(updates, weights, strict=True), *([(base, kept)] if kept else [])]
+    terms = [*zip(updates, weights, strict=True), *([(base, base_weight)] if base_weight else [])]
     for start in range(part.start, part.stop, _BLOCK):
         block = Part(part.name, start, min(start + _BLOCK, part.stop))
         size = block.stop - block.start
@@ -151,7 +151,7 @@ def _mean(
                 _widened(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
             )
             total[:size] += term[:size]
-        with np.errstate(over="ignore"):  # what is infinite now is no version: the caller looks
+        with np.errstate(over="ignore"):  # the caller rejects infinite values
             mean[start - part.start : block.stop - part.start] = total[:size]
     return mean
 

@@ -1,4 +1,4 @@
-"""Bulyan: Krum's choice, then a mean of what lies near the median.
+"""Bulyan: selects updates by Krum, then averages the values near the median.
 
 El Mhamdi et al. 2018, arXiv 1802.07927.
 """

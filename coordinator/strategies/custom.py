@@ -1,12 +1,12 @@
-"""A strategy of one's own: `module:Class`, installed beside the coordinator.
+"""Custom strategies: `module:Class`, installed in the coordinator's environment.
 
-The class is Flower's `Strategy` or a child of one. It is imported by name from what is installed
-on the coordinator's machine, and only an operator names it: nothing of it comes over the wire. If
-it leaves `aggregate_train` as it found it, it is fed like the class that it took it from. Else it
-gets every reply whole, floating-point tensors under their names, in the order of the peers' names.
+The class is Flower's `Strategy` or a subclass. It is imported by name from packages on the
+coordinator's machine, and only an operator can name it: no code arrives over the network. If it
+does not override `aggregate_train`, it receives updates like its parent class. Otherwise it gets
+every reply whole, with floating-point tensors under their names, sorted by the peers' ids.
 
-It survives a restart of the coordinator with what Flower's class keeps, and with the arrays that
-its own `get_state() -> dict[str, array]` gives and `set_state(arrays)` takes, if it has these two.
+After a restart of the coordinator, it has the state of Flower's class, and the arrays from its own
+`get_state() -> dict[str, array]`, passed to `set_state(arrays)`, if it has these two methods.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class CustomStrategy(StrategyAdapter):
-    """Raises UnknownName, UsageError. `known`: the adapters of Flower's classes."""
+    """The adapter of a custom class. `known`: those of Flower's. Raises UnknownName, UsageError."""
 
     limits = MappingProxyType({})
     reads_weights = True
@@ -37,34 +37,32 @@ class CustomStrategy(StrategyAdapter):
         super().__init__(name)
         self._class = _load_class(name)
         by_class = {adapter.flower: adapter for adapter in reversed(list(known.values()))}
-        near = next(
-            (c for c in self._class.__mro__ if c.__name__ in by_class and _is_flowers_own(c)), None
-        )
-        self._like = by_class[near.__name__] if near is not None else StrategyAdapter("Strategy")
-        giver = next(c for c in self._class.__mro__ if "aggregate_train" in c.__dict__)
-        if _is_flowers_own(giver):
-            self.feed, self.memory_copies = self._like.feed, self._like.memory_copies
+        parents = [c for c in self._class.__mro__ if c.__name__ in by_class and _is_flowers_own(c)]
+        self._parent = by_class[parents[0].__name__] if parents else StrategyAdapter("Strategy")
+        definer = next(c for c in self._class.__mro__ if "aggregate_train" in c.__dict__)
+        if _is_flowers_own(definer):
+            self.feed, self.memory_copies = self._parent.feed, self._parent.memory_copies
         else:
             self.feed, self.memory_copies = "models", 3.0
-        self.defaults = self._like.defaults if near is not None else {}
+        self.defaults = self._parent.defaults
 
     def flower_class(self) -> type[Strategy]:
         return self._class
 
     def required_metric(self, args: Any) -> str:
-        return self._like.required_metric(args)
+        return self._parent.required_metric(args)
 
     def check_quorum(self, strategy: Any, quorum: int) -> None:
-        self._like.check_quorum(strategy, quorum)
+        self._parent.check_quorum(strategy, quorum)
 
     def slots(self, strategy: Any) -> tuple[str, ...]:
-        return self._like.slots(strategy)
+        return self._parent.slots(strategy)
 
     def load_state(self, strategy: Any, base: Arrays, state: Mapping[str, Arrays]) -> None:
-        self._like.load_state(strategy, base, state)
+        self._parent.load_state(strategy, base, state)
 
     def dump_state(self, strategy: Any, names: list[str]) -> dict[str, Arrays]:
-        return self._like.dump_state(strategy, names)
+        return self._parent.dump_state(strategy, names)
 
     def dump_extra(self, strategy: Any) -> Arrays | None:
         return dict(strategy.get_state()) if hasattr(strategy, "get_state") else None
@@ -79,14 +77,14 @@ def _load_class(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as err:  # importing it runs code that is not ours
-        what = strip_controls(f"{type(err).__name__}: {err}"[:400])
+    except (Exception, SystemExit) as err:  # importing runs the code of the package
+        reason = strip_controls(f"{type(err).__name__}: {err}"[:400])
         raise UnknownName(
-            f"the strategy {name!r} cannot be loaded on the coordinator: {what}",
-            "install its package into the coordinator's environment",
+            f"the strategy {name!r} cannot be loaded on the coordinator: {reason}",
+            "install its package in the coordinator's environment",
         ) from err
     if not (inspect.isclass(found) and issubclass(found, Strategy)):
-        raise UsageError(f"{name} is no class that extends flwr.serverapp.strategy.Strategy")
+        raise UsageError(f"{name} is not a class that extends flwr.serverapp.strategy.Strategy")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise UsageError(f"{name} lacks {missing}")

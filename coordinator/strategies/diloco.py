@@ -1,8 +1,8 @@
-"""DiLoCo: few exchanges. Many local steps of AdamW, Nesterov's momentum on their mean change.
+"""DiLoCo: many local steps of AdamW, then Nesterov momentum on the mean change. Few rounds.
 
-Douillard et al. 2023, arXiv 2311.08105. Flower has no such strategy, so the server's half is a
-class of ours (`nesterov`), which remembers one array for each weight. The peers' optimisers go on
-from round to round, and stay at home (`agent.trainer.personalization`).
+Douillard et al. 2023, arXiv 2311.08105. Flower lacks this strategy, so the server's part is our own
+class (`diloco_server`), with one state array as large as the model. The peers keep their optimizer
+state from round to round and never send it (`agent.trainer.personalization`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DiLoCo's server as a Flower strategy: Nesterov's momentum on the mean change of a round."""
+"""DiLoCo's server as a Flower strategy: Nesterov momentum on the mean change of a round."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 class DiLoCo(FedAvg):
     """θ ← θ - lr (Δ + β m), where Δ = θ - mean and m ← β m + Δ (arXiv 2311.08105, algorithm 1).
 
-    `base` holds the arrays that the round began with, `momentum` m (nothing before the first
-    round), both by the names that replies have.
+    `base`: the arrays at the start of the round; `momentum`: m, empty before the first round. Both
+    have the names of the arrays in replies.
     """
 
     def __init__(

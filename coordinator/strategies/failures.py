@@ -1,4 +1,4 @@
-"""Turns whatever a strategy raises into an error that ends the run and not the coordinator."""
+"""Converts exceptions of strategies into errors that end the run, not the coordinator."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _MAX_CHARACTERS = 400
 
 @contextlib.contextmanager
 def strategy_errors(name: str) -> Iterator[None]:
-    """Wrap a call into the strategy `name`. Raises StrategyFailed in place of what it raises.
+    """Wrap a call of the strategy `name`. Raises StrategyFailed instead of its exceptions.
 
-    A full disk passes through: the run waits for room. So do this project's own errors.
+    Errors of a full disk pass through, since the run then waits for space. So do our own errors.
     """
     try:
         yield
     except CommonweightError:
         raise
-    except (Exception, SystemExit) as err:  # a strategy may be anybody's code
+    except (Exception, SystemExit) as err:  # a strategy may be custom code
         if is_disk_full(err):
             raise
         log.exception("the strategy %s failed", name)

@@ -1,6 +1,6 @@
 """FedAvgM: momentum at the server. Hsu, Qi and Brown 2019, arXiv 1909.06335.
 
-Remembers one array for each weight, if there is a momentum.
+With momentum, its state is one array as large as the model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""FedBN: normalisation layers stay at home. Li et al. 2021, arXiv 2102.07623.
+"""FedBN: peers keep their normalization layers. Li et al. 2021, arXiv 2102.07623.
 
-At the server it is FedAvg over the other tensors. Each peer has layers of its own, that fit its own
-features; it also tells how well the model does with them (`personal_accuracy`), beside how it does
-with the first ones, as a newcomer would have it (`accuracy`).
+At the server it is FedAvg over the other tensors. Each peer has layers that fit its own features.
+It reports metrics of the model with its own layers (`personal_accuracy`), and with the initial
+layers that a new peer would have (`accuracy`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""FedAdam, FedYogi, FedAdagrad: adaptive optimisers at the server.
+"""FedAdam, FedYogi, FedAdagrad: adaptive optimizers at the server.
 
-Reddi et al. 2021, arXiv 2003.00295. Each remembers two arrays for each weight: of the deltas, and
-of their squares. FedAdam's bias correction follows the number of the round, which it is given.
+Reddi et al. 2021, arXiv 2003.00295. The state is two arrays as large as the model: moments of the
+changes and of their squares. FedAdam's bias correction depends on the number of the round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Krum and MultiKrum: the updates with the nearest neighbours.
+"""Krum and MultiKrum: select the updates that are nearest to their neighbors.
 
-Blanchard et al. 2017, arXiv 1703.02757. Distances are between whole
-models, so all updates are in memory at once.
+Blanchard et al. 2017, arXiv 1703.02757. Distances are between whole models, so all updates are in
+memory at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from protocols.errors import CannotBeMet
 
 class Krum(StrategyAdapter):
     feed = "models"
-    weighs_peers = False  # it takes one update as it is
-    memory_copies = 3.1  # as a message, as flat vectors, and those times two for the products
+    weighs_peers = False  # it selects one update
+    memory_copies = 3.1  # message, flat vectors, and those doubled for the products
 
     def check_quorum(self, strategy: Any, quorum: int) -> None:
         bad = strategy.num_malicious_nodes

@@ -1,6 +1,6 @@
-"""Median and trimmed mean, coordinate by coordinate. Yin et al. 2018, arXiv 1803.01498.
+"""Coordinate-wise median and trimmed mean. Yin et al. 2018, arXiv 1803.01498.
 
-Every update is needed, but only a piece of each at a time: the memory does not grow with the peers.
+They read every update, but only a piece at a time: memory does not grow with the number of peers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FedMedian(Coordinatewise):
 
 class FedTrimmedAvg(Coordinatewise):
     def check_quorum(self, strategy: Any, quorum: int) -> None:
-        if strategy.beta > 0:  # fewer, and nobody is cut off: a plain mean without weights
+        if strategy.beta > 0:  # with fewer updates, none is trimmed
             require_quorum(
                 f"a trimmed mean with beta={strategy.beta:g}", math.ceil(1 / strategy.beta), quorum
             )
@@ -39,11 +39,11 @@ class FedTrimmedAvg(Coordinatewise):
 def refuse_sparse(spec: RunSpec) -> None:
     """Raise UsageError for a codec that sends few coordinates.
 
-    In most coordinates most updates then say "no change", and so does their median.
+    Most updates then have no change in most coordinates, and neither has their median.
     """
-    if registry.is_sparse(str(getattr(spec, "codec", ""))):
+    if registry.is_sparse(spec.codec):
         raise UsageError(
-            f"{spec.strategy} and the codec {getattr(spec, 'codec', '')} do not go together: "
-            "few peers send the same coordinate, and what few say is cut off",
-            "another codec (int8, sign), or multikrum",
+            f"{spec.strategy} cannot use the codec {spec.codec}: few peers send the same "
+            "coordinate, and values of few peers are cut off",
+            "use another codec (int8, sign), or multikrum",
         )

@@ -1,4 +1,4 @@
-"""What a strategy that needs all updates at once takes of the machine's memory, said beforehand."""
+"""Estimates the memory of strategies that need all updates at once, before a round starts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from coordinator.strategies.state import state_schema
 from protocols.errors import CannotBeMet
 from protocols.model.weights import Schema
 
-#: A round is not begun if it takes so many times what is free: it would end in swapping or a kill.
+#: A round that needs more than this multiple of the free memory would end in swapping or a kill.
 _MAX_OVERCOMMIT = 1.5
 _MB = 1_000_000
 
 
 def needed_bytes(adapter: StrategyAdapter, schema: Schema, peers: int) -> int:
-    """What closing a round takes with so many updates; 0 if it does not grow with them."""
+    """Memory for closing a round with this number of updates; 0 if it does not depend on it."""
     model_bytes = sum(spec.nbytes for spec in state_schema(schema).values())
     return adapter.memory_bytes(peers, model_bytes)
 
@@ -24,9 +24,9 @@ def needed_bytes(adapter: StrategyAdapter, schema: Schema, peers: int) -> int:
 def check_memory(
     adapter: StrategyAdapter, spec: RunSpec, schema: Schema, peers: int
 ) -> tuple[int, str]:
-    """The bytes that a round of `peers` takes, and a warning: both empty for most strategies.
+    """The bytes that a round of `peers` needs, and a warning. Both are empty for most strategies.
 
-    Raises CannotBeMet if even the quorum takes far more than is free.
+    Raises CannotBeMet if even the quorum needs far more than the free memory.
     """
     needed, least = (needed_bytes(adapter, schema, n) for n in (peers, spec.quorum))
     if not needed:
@@ -35,12 +35,12 @@ def check_memory(
     one = sum(tensor.nbytes for tensor in schema.values())
     if least > _MAX_OVERCOMMIT * free:
         raise CannotBeMet(
-            f"{spec.strategy} holds all updates in memory at once: {_mb(least)} for a quorum of "
+            f"{spec.strategy} needs all updates in memory at once: {_mb(least)} for a quorum of "
             f"{spec.quorum} with a model of {_mb(one)}; {_mb(free)} are free",
-            "fedmedian or fedtrimmedavg need no more memory for more peers; or a smaller quorum",
+            "use fedmedian or fedtrimmedavg, which need less memory, or a smaller quorum",
         )
     return needed, (
-        f"{spec.strategy} holds all updates in memory at once: about {_mb(needed)} for {peers} "
+        f"{spec.strategy} needs all updates in memory at once: about {_mb(needed)} for {peers} "
         f"peers with a model of {_mb(one)}; {_mb(free)} are free"
     )
 

@@ -1,4 +1,4 @@
-"""Work ahead: an iterator that runs in a thread of its own while its reader does something else."""
+"""Runs a generator ahead of its reader, in a thread."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ T = TypeVar("T")
 
 
 class _End(Generic[T]):
-    """The iterator has come to its end, or to an error."""
+    """The end of the generator, or its error."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
 def prefetch(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
-    """The same items in the same order, `depth` of them made before they are asked for.
+    """The same items in the same order, `depth` of them made ahead.
 
-    An error of `items` is raised where its item would have come. A reader that gives up closes
-    `items` and waits for that.
+    An error of `items` is raised in place of its item. Closing this generator closes `items`.
     """
-    made: queue.Queue[T | _End[T]] = queue.Queue(depth)
-    given_up = threading.Event()
+    ready: queue.Queue[T | _End[T]] = queue.Queue(depth)
+    closed = threading.Event()
 
     def work() -> None:
         error: BaseException | None = None
         try:
             for item in items:
-                made.put(item)
-                if given_up.is_set():
+                ready.put(item)
+                if closed.is_set():
                     break
-        except BaseException as err:  # told to the reader, whatever it is
+        except BaseException as err:  # raised in the reader
             error = err
         finally:
             items.close()
-        made.put(_End(error))
+        ready.put(_End(error))
 
     worker = threading.Thread(target=work, name="ahead", daemon=True)
     worker.start()
     item: T | _End[T] | None = None
     try:
-        while not isinstance(item := made.get(), _End):
+        while not isinstance(item := ready.get(), _End):
             yield item
         if item.error is not None:
             raise item.error
     finally:
-        given_up.set()
-        while not isinstance(item, _End):  # it may stand before a full queue
-            item = made.get()
+        closed.set()
+        while not isinstance(item, _End):  # the thread may wait for space in the queue
+            item = ready.get()
         worker.join()

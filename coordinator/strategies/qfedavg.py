@@ -1,6 +1,6 @@
-"""q-FedAvg: peers with a high loss count for more. Li et al. 2020, arXiv 1905.10497.
+"""q-FedAvg: peers with a high loss count more. Li et al. 2020, arXiv 1905.10497.
 
-The loss is the one that a peer tells with its update; without it, an update is refused.
+The loss is the training loss reported with an update. An update without it is refused.
 """
 
 from __future__ import annotations

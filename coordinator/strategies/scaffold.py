@@ -1,13 +1,13 @@
-"""SCAFFOLD: control variates correct what local steps on unlike data lead astray.
+"""SCAFFOLD: control variates correct the drift of local steps on heterogeneous data.
 
 Karimireddy et al. 2020, arXiv 1910.06378. Versions hold c beside the model
 (`protocols.model.personalization`), updates c + (c_i⁺ - c_i), and the trainer does the client's
-half (`agent.trainer.personalization`); Flower has no such strategy, so the server's half is a class
-of ours: `control_variates`.
+half (`agent.trainer.personalization`). Flower lacks this strategy, so the server's half is our own
+class (`scaffold_server`).
 
-With option 3 an update holds the weights alone, in as many bytes as FedAvg's: c_i⁺ of option 2
-follows from them and from the path (learning rate times steps) that the peer tells, so c moves
-by what arrived, whatever the codec left out.
+With option 3 an update contains the weights only, as many bytes as FedAvg's. c_i⁺ of option 2
+follows from the weights and from the learning rate times the number of steps, which the peer
+reports. So c moves by what arrived, even if the codec is lossy.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 
-#: No element of a control variate, which is float32 or wider, is beyond it.
+#: Bound of the elements of a control variate, which is float32 or wider.
 _MAX_CONTROL = float(np.finfo(np.float32).max)
 
 
 class Scaffold(StrategyAdapter):
-    #: c_i⁺ as the gradient at the version (1), or as the mean of those on the way: sent (2) or
-    #: made by the coordinator (3).
+    #: c_i⁺ is the gradient at the base (1), or the mean gradient of the local steps: sent (2) or
+    #: derived by the coordinator (3).
     trainer_arguments = MappingProxyType({"option": 2})
     limits = MappingProxyType({**LIMITS, "option": (lambda value: value in (1, 2, 3), "1, 2 or 3")})
     needs_base = True
@@ -73,9 +73,9 @@ class Scaffold(StrategyAdapter):
 
 
 class UpdateWithControls:
-    """An update and the control variates that follow from it: c + (c_i⁺ - c_i) = (x - y) / path.
+    """An update with its control variates: c + (c_i⁺ - c_i) = (x - y) / (learning rate · steps).
 
-    A peer that took no step leaves c as it is.
+    A peer without a step leaves c unchanged.
     """
 
     def __init__(self, update: WeightReader, base: WeightReader, path: float) -> None:

@@ -12,14 +12,14 @@ from flwr.serverapp.strategy import FedAvg
 
 from protocols.model import personalization
 
-#: What share of all peers the updates of a round are: |S| / N.
+#: The share of peers with an update in the round: |S| / N.
 PARTICIPATION = "participation"
 
 
 class Scaffold(FedAvg):
-    """Moves the model by the mean of its changes, and c by that of theirs times |S| / N.
+    """Moves the model by its mean change, and c by the mean change of the c_i times |S| / N.
 
-    `base` holds the arrays that the round began with, by the names that replies have.
+    `base`: the arrays at the start of the round, with the names of the arrays in replies.
     """
 
     def __init__(self, server_learning_rate: float = 1.0, **flower: Any) -> None:

@@ -1,9 +1,9 @@
-"""What a strategy remembers from round to round, on disk: one file of arrays for each slot.
+"""Stores the state of a strategy on disk: one file of arrays for each slot.
 
 A file is canonical safetensors, named by its digest, with the floating-point tensors of the model
-(float64 where they are that, else float32). It is whole and synced before the version that it
-belongs to, and counts once the ledger's VersionCommitted names it: after a crash the same updates
-give the same bytes under the same name. So a version and its state are never of different rounds.
+as float64 or float32. It is complete and synced before its version, and valid once the ledger's
+VersionCommitted names it. After a crash, the same updates give the same bytes under the same name.
+So a version and its state always belong to the same round.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Arrays = dict[Part, npt.NDArray[Any]]
 
 
 def state_schema(model: Schema) -> Schema:
-    """The schema of a slot: the model's floating-point tensors, none narrower than float32."""
+    """The schema of a slot: the model's floating-point tensors as float32 or float64."""
     return {
         name: TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
         for name, spec in model.items()
@@ -37,14 +37,14 @@ def state_schema(model: Schema) -> Schema:
 
 
 class StateStore:
-    """The states in a folder. `digests`, here and in the ledger, are by slot."""
+    """The states in a folder. `digests` are by slot, here and in the ledger."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._verified: set[str] = set()
 
     def path(self, digest: str) -> Path:
-        """Where the file with this digest lies, or would."""
+        """The file with this digest, whether or not it exists."""
         return self._folder / f"{digest}.safetensors"
 
     def open(self, digests: Mapping[str, str], model: Schema) -> StateReader:
@@ -54,33 +54,33 @@ class StateStore:
         return StateReader({slot: self.path(digest) for slot, digest in digests.items()}, model)
 
     def load(self, slot: str, digest: str) -> Weights:
-        """A small state whole. Raises CommonweightError as `open` does."""
+        """A small state, loaded into memory. Raises CommonweightError as `open` does."""
         self._verify(slot, digest)
         return weights.load(self.path(digest))
 
     def write(self, slots: tuple[str, ...], model: Schema) -> StateWriter:
-        """A state that is written while the version is."""
+        """A writer for a state, piece by piece."""
         return StateWriter(self, slots, model)
 
     def save(self, arrays: Weights) -> str:
-        """Keep a small state, durably; its digest."""
+        """Store a small state durably; its digest."""
         temporary = self._folder / ".new.safetensors"
         return self.promote(temporary, weights.save(arrays, temporary))
 
     def promote(self, temporary: Path, digest: str) -> str:
-        """Give a whole, synced file its name."""
+        """Rename a complete, synced file to its digest."""
         temporary.replace(self.path(digest))
         atomic_files.fsync_folder(self._folder)
         self._verified.add(digest)
         return digest
 
     def drop(self, digests: Iterable[str]) -> None:
-        """Their versions are gone."""
+        """Delete states."""
         for digest in digests:
             unlink(self.path(digest))
 
     def _verify(self, slot: str, digest: str) -> None:
-        """Once in a coordinator's life: a disk may have lost or changed it since the last."""
+        """Verify a file once after each start: the disk may have lost or damaged it."""
         if digest in self._verified:
             return
         try:
@@ -96,7 +96,7 @@ class StateStore:
 
 
 class StateReader:
-    """A state that is read piece by piece; by several threads, if need be. Raises BadWeights."""
+    """Reads a state piece by piece. Thread-safe. Raises BadWeights."""
 
     def __init__(self, paths: Mapping[str, Path], model: Schema) -> None:
         self._lock = threading.Lock()
@@ -109,7 +109,7 @@ class StateReader:
             self._stack = stack.pop_all()
 
     def read(self, parts: Iterable[Part]) -> dict[str, Arrays]:
-        """The parts' arrays by slot; empty if there is no state yet."""
+        """The arrays of these parts by slot; empty if there is no state yet."""
         with self._lock:
             return {
                 slot: {part: file.read(part) for part in parts}
@@ -124,9 +124,9 @@ class StateReader:
 
 
 class StateWriter:
-    """Writes a state piece by piece; `digests` by slot once the block has ended well.
+    """Writes a state piece by piece. `digests` by slot are complete after the `with` block.
 
-    Pieces may come in any order and from several threads: one that is early waits in memory.
+    Pieces may come in any order and from several threads. Early pieces wait in memory.
     """
 
     def __init__(self, states: StateStore, slots: tuple[str, ...], model: Schema) -> None:
@@ -157,7 +157,7 @@ class StateWriter:
         return self._states.path(f".new-{slot}")
 
     def put(self, arrays: Mapping[str, Mapping[Part, npt.NDArray[Any]]]) -> None:
-        """Parts by slot: all slots have the same parts."""
+        """Write parts by slot. All slots have the same parts."""
         with self._lock:
             for part in arrays[self._slots[0]] if self._slots else ():
                 by_slot = {slot: arrays[slot][part] for slot in self._slots}

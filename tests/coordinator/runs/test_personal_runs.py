@@ -174,8 +174,8 @@ async def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     async with trainers(tmp_path) as fleet:
         for spec, words in (
             ({"strategy": "scaffold", "strategy_args": {"option": 4}}, "1, 2 or 3"),
-            ({"settings": {"scaffold": 1}}, "the strategy says it"),
-            ({"settings": {"at_home": "*"}}, "the strategy says it"),
+            ({"settings": {"scaffold": 1}}, "the strategy sets it"),
+            ({"settings": {"at_home": "*"}}, "the strategy sets it"),
         ):
             with pytest.raises(UsageError) as caught:
                 fleet.start(rounds=1, **spec)

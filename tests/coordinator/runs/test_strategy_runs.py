@@ -171,7 +171,7 @@ async def test_memory_is_said_before_the_start_and_refused_if_it_is_not_there(
         assert run.state is RunState.FINISHED
         assert fleet.hub.fleet.runs[run_id].changed.memory_bytes > 0
         said = [event.text for event in fleet.hub.fleet.events if event.subject == run_id]
-        assert any("holds all updates in memory at once" in text for text in said)
+        assert any("needs all updates in memory at once" in text for text in said)
 
         class Memory:
             available = 300

@@ -43,7 +43,7 @@ def weighted_mean(
 def test_shares_add_up_to_one_and_respect_the_cap(
     counts: dict[str, int], equal: bool, cap: float
 ) -> None:
-    share = averaging.shares(counts, equal=equal, cap=cap)
+    share = averaging.shares(dict.fromkeys(counts, 1) if equal else counts, cap=cap)
     assert share.keys() == counts.keys()
     assert sum(share.values()) == pytest.approx(1.0, abs=1e-12)
     assert all(part > 0 for part in share.values())
@@ -56,20 +56,20 @@ def test_shares_add_up_to_one_and_respect_the_cap(
 
 @given(COUNTS)
 def test_without_a_cap_shares_are_proportions(counts: dict[str, int]) -> None:
-    share = averaging.shares(counts, equal=False, cap=1.0)
+    share = averaging.shares(counts, cap=1.0)
     total = sum(counts.values())
     assert share == {peer: pytest.approx(count / total) for peer, count in counts.items()}
-    equal = averaging.shares(counts, equal=True, cap=1.0)
+    equal = averaging.shares(dict.fromkeys(counts, 1), cap=1.0)
     assert set(equal.values()) == {1 / len(counts)}
 
 
 def test_what_is_cut_off_is_spread_in_proportion() -> None:
-    share = averaging.shares({"A": 80, "B": 15, "C": 5}, equal=False, cap=0.5)
+    share = averaging.shares({"A": 80, "B": 15, "C": 5}, cap=0.5)
     assert share == {"A": 0.5, "B": pytest.approx(0.375), "C": pytest.approx(0.125)}
     # B comes above the cap only by what A had too much.
-    share = averaging.shares({"A": 80, "B": 15, "C": 5}, equal=False, cap=0.36)
+    share = averaging.shares({"A": 80, "B": 15, "C": 5}, cap=0.36)
     assert share == {"A": 0.36, "B": 0.36, "C": pytest.approx(0.28)}
-    assert averaging.shares({"A": 7}, equal=False, cap=0.1) == {"A": 1.0}
+    assert averaging.shares({"A": 7}, cap=0.1) == {"A": 1.0}
 
 
 def vectors(count: int) -> st.SearchStrategy[Any]:
@@ -85,7 +85,7 @@ def test_the_order_of_arrival_does_not_show(rows: Any, rng: Any) -> None:
     def fold(arrived: list[str]) -> str:
         updates = {peer: Weights({"w": rows[peers.index(peer)]}) for peer in arrived}
         counts = {peer: 1 + peers.index(peer) for peer in arrived}
-        share = averaging.shares(counts, equal=False, cap=1.0)
+        share = averaging.shares(counts, cap=1.0)
         names = sorted(updates)
         mean = weighted_mean([updates[n] for n in names], [share[n] for n in names], base)
         return weights.digest(mean)
@@ -108,7 +108,7 @@ def test_the_mean_is_that_of_numpy(rows: Any, data: st.DataObject) -> None:
 
 @given(hnp.arrays(np.float32, 7, elements=FLOATS), COUNTS)
 def test_equal_updates_have_themselves_as_mean(row: Any, counts: dict[str, int]) -> None:
-    share = list(averaging.shares(counts, equal=False, cap=1.0).values())
+    share = list(averaging.shares(counts, cap=1.0).values())
     half = row.clip(-6e4, 6e4).astype(np.float16)
     bits = (row.view(np.uint32) >> 16).astype(np.uint16)
     model = Weights({"f32": row, "f16": half, "bf16": bits}, ["bf16"])
@@ -149,7 +149,7 @@ def test_scalars_and_empty_tensors_are_averaged() -> None:
 def test_the_largest_numbers_do_not_overflow() -> None:
     most = np.finfo(np.float32).max
     model = Weights({"w": np.array([most, -most], np.float32)})
-    share = list(averaging.shares(dict.fromkeys("ABC", 1), equal=True, cap=1.0).values())
+    share = list(averaging.shares(dict.fromkeys("ABC", 1), cap=1.0).values())
     mean = weighted_mean([model] * 3, share, model)
     weights.check_finite(mean)
 

@@ -668,7 +668,7 @@ def test_what_is_no_strategy_is_refused(tmp_path: Path) -> None:
         ("acme_strategies:Nothing", UnknownName, "Nothing"),
         ("acme_strategies:", UnknownName, "cannot be loaded"),
         (":Class", UnknownName, "cannot be loaded"),
-        ("acme_strategies:Config", UsageError, "no class that extends"),
+        ("acme_strategies:Config", UsageError, "not a class that extends"),
         ("acme_strategies:Bare", UsageError, "lacks aggregate_evaluate"),
         ("acme_strategies:Half", UsageError, "only one of"),
         ("acme_strategies:Counting", UsageError, "needs the argument step"),
