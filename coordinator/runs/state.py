@@ -56,7 +56,19 @@ class Assignment(Struct, frozen=True):
     lost: bool = False
 
 
-class Run(Struct, frozen=True, kw_only=True):
+#: The API encodes runs: these fields keep the names that older versions know.
+_WIRE_NAMES = {
+    "num_eligible": "eligible",
+    "training_seconds": "needed",
+    "head_intact": "whole",
+    "target_version": "sought",
+    "assignments": "given",
+    "last_assignments": "last",
+    "cooling_down": "resting",
+}
+
+
+class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     """The state of a run.
 
     `since`: its start, Unix s. `first`: its first weights; `head`: its newest version; `parent`:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -509,3 +510,15 @@ def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
 def test_an_ended_run_decides_nothing(state: RunState) -> None:
     run = Run(id="r", spec=RunSpec(task="t", rounds=2), state=state)
     assert isinstance(decisions.decide(run, Observation(ALL, True)), steps.Wait)
+
+
+def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> None:
+    sent = msgspec.json.decode(msgspec.json.encode(Run(id="r", spec=RunSpec(task="t", rounds=1))))
+    assert set(sent) == (
+        {"id", "spec", "since", "state", "round", "first", "head", "parent", "described", "card"}
+        | {"preprocessing", "eligible", "peers", "updates", "contributors", "evaluating", "refused"}
+        | {"refusals", "last_refusal", "last_refused", "norms", "history", "best", "needed"}
+        | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
+        | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
+        | {"deleted"}
+    )
