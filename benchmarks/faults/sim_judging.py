@@ -37,7 +37,7 @@ def judged(run: Run, disk: Disk, peer: str, kind: str, payload: bytes, bug: str)
     if claim.digest and disk.read(f"update {peer} {claim.digest}") is None:
         raise UpdateRefused("bad weights", "the update's bytes were never uploaded")
     update = Update(digest=claim.digest, num_examples=claim.num_examples)
-    if (given := expected.given) is None:
+    if (given := expected.assignment) is None:
         return run_events.UpdateAccepted(run.round, peer, update)
     behind = buffered.staleness(run, given)
     update = replace(update, base=given.base, turn=given.turn, staleness=behind)

@@ -159,7 +159,7 @@ class Virtual:
                 )
                 continue
             update = self.train(peer, number, base, turn)
-            if (given := expected.given) is not None:
+            if (given := expected.assignment) is not None:
                 behind = buffered.staleness(self.run, given)
                 self.most_stale = max(self.most_stale, behind)
                 update = weights_of(update, base=given.base, turn=given.turn, staleness=behind)

@@ -13,9 +13,7 @@ import math
 from collections.abc import Set
 
 from coordinator.runs.state import Assignment, Run
-from coordinator.storage.run_events import RunSpec, UpdateAccepted, WorkGiven
-from coordinator.strategies.adapter import StrategyAdapter
-from protocols.errors import UsageError
+from coordinator.storage.run_events import UpdateAccepted, WorkGiven
 
 
 def staleness(run: Run, given: Assignment) -> int:
@@ -78,41 +76,3 @@ def _next(run: Run, peer: str) -> WorkGiven:
     number, last = run.num_versions + 1, run.last_assignments.get(peer)
     turn = last.turn + 1 if last is not None and last.base == run.head else 0
     return WorkGiven(peer, number, run.head, turn)
-
-
-def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
-    """Raise UsageError unless the settings of the mode fit each other and the strategy."""
-    if spec.mode == "synchronous":
-        if spec.buffer or spec.concurrency or spec.server_lr != 1.0:
-            raise UsageError(
-                "--buffer, --concurrency and --server-lr belong to --mode buffered",
-                "--mode buffered --buffer 4",
-            )
-        return
-    limits = {
-        "--buffer is the number of updates that make a version, 1 or more": spec.buffer >= 1,
-        "--quorum has no effect with --mode buffered: --buffer says what a version needs": (
-            spec.quorum == 1
-        ),
-        "--select has no effect with --mode buffered: --concurrency says how many work": (
-            spec.select == 0
-        ),
-        "fraction_train has no effect with --mode buffered: --concurrency says how many work": (
-            "fraction_train" not in spec.strategy_args
-        ),
-    }
-    for text, is_valid in limits.items():
-        if not is_valid:
-            raise UsageError(text)
-    if adapter.feed != "mean":
-        raise UsageError(
-            f"{spec.strategy} cannot be used with --mode buffered: a fast peer may have several "
-            "updates in a buffer, so that a bound on the number of bad peers has no effect",
-            "use fedavg or a server optimizer; --max-weight-share and --clip-norm bound each peer",
-        )
-    if adapter.needs_base:
-        raise UsageError(
-            f"{spec.strategy} cannot be used with --mode buffered: its control variates belong to "
-            "one version",
-            "use fedavg or a server optimizer, or --mode synchronous",
-        )

@@ -8,9 +8,7 @@ counts 1/√(1 + staleness), as in buffered runs. With "drop", and in the last r
 from __future__ import annotations
 
 from coordinator.runs.state import Assignment, Run
-from coordinator.storage.run_events import RunSpec
-from coordinator.strategies.adapter import StrategyAdapter
-from protocols.errors import UpdateRefused, UsageError
+from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
 
 
@@ -47,13 +45,3 @@ def is_expired(run: Run, kind: str, number: int) -> bool:
     """True if replies for round `number` are too old to be used."""
     behind = run.spec.max_staleness if run.spec.late == "fold" and kind == "train" else 0
     return number < run.round - behind
-
-
-def check(spec: RunSpec, adapter: StrategyAdapter) -> None:
-    """Raise UsageError unless this strategy can fold late updates."""
-    fits = adapter.feed == "mean" and not adapter.needs_base and spec.mode == "synchronous"
-    if spec.late == "fold" and not fits:
-        raise UsageError(
-            f"--late fold cannot be used with {spec.strategy} in mode {spec.mode}",
-            "use fedavg or a server optimizer in synchronous rounds, or --late drop",
-        )

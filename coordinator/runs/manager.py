@@ -14,12 +14,9 @@ from msgspec.structs import replace
 from coordinator import strategies
 from coordinator.fleet.registry import SUBJECT, Registry
 from coordinator.runs import (
-    best_version,
-    buffered,
     deletion,
-    late_updates,
-    options,
     retention,
+    spec_rules,
     transitions,
 )
 from coordinator.runs.context import RunContext
@@ -30,8 +27,7 @@ from coordinator.runs.state import Round, Run
 from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
-from protocols.codecs import registry as codecs
-from protocols.errors import CannotBeMet, CommonweightError, UnknownName, UsageError
+from protocols.errors import CannotBeMet, CommonweightError, UnknownName
 from protocols.failpoints import failpoint
 from protocols.local import heap
 from protocols.messages.envelope import EventLine
@@ -201,23 +197,8 @@ class RunManager:
         return digest if first.schema == given.schema else store.save(first)
 
     def _check(self, spec: RunSpec) -> None:
-        if taken := sorted(personalization.SETTINGS & spec.settings.keys()):
-            raise UsageError(
-                f"{taken[0]} is no setting of a task: the strategy sets it",
-                "--strategy scaffold or fedbn, with --strategy-arg",
-            )
-        options.check(spec)
-        adapter = strategies.find(spec.strategy)
-        buffered.check(spec, adapter)
-        strategies.check(spec)
-        codecs.parse(spec.codec)
+        spec_rules.check(spec)
         self._registry.check_quorum(spec.quorum)
-        if spec.min_examples > spec.max_examples:
-            raise UsageError(f"--min-examples must be at most {spec.max_examples}")
-        late_updates.check(spec, adapter)
-        if spec.best_direction and not spec.best_metric:
-            raise UsageError("--best-direction needs --best-metric")
-        best_version.check(spec)
         known = self._known_tasks()
         if known and spec.task not in known:
             raise UnknownName(

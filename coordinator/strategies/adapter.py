@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from coordinator.storage.run_events import RunSpec, Setting
 from coordinator.strategies.failures import strategy_errors
+from protocols.codecs import registry
 from protocols.errors import CannotBeMet, UnknownName, UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class StrategyAdapter:
     feed: Feed = "mean"
     #: Peers count by their examples, so `--weighting` has an effect.
     weighs_peers = True
+    #: It works with codecs that send few coordinates. If most updates have no change in most
+    #: coordinates, a median has none either.
+    takes_sparse = True
     #: Defaults that differ from Flower's, or that Flower lacks.
     defaults: Mapping[str, Setting] = MappingProxyType({})
     #: By argument: a test of its value, and text that describes the test.
@@ -164,6 +168,12 @@ class StrategyAdapter:
         """Raise UsageError, UnknownName or CannotBeMet unless a run with this spec can work."""
         strategy = self.make(spec.strategy_args)
         self.check_quorum(strategy, spec.quorum)
+        if not self.takes_sparse and registry.is_sparse(spec.codec):
+            raise UsageError(
+                f"{spec.strategy} cannot use the codec {spec.codec}: few peers send the same "
+                "coordinate, and values of few peers are cut off",
+                "use another codec (int8, sign), or multikrum",
+            )
         if self.feed == "mean":
             return
         if spec.max_weight_share < 1:

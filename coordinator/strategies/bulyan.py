@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter, require_quorum
-from coordinator.strategies.median import refuse_sparse
 
 
 class Bulyan(StrategyAdapter):
     feed = "models"
     weighs_peers = False
+    takes_sparse = False
     memory_copies = 3.1
-
-    def check(self, spec: RunSpec) -> None:
-        super().check(spec)
-        refuse_sparse(spec)
 
     def check_quorum(self, strategy: Any, quorum: int) -> None:
         bad = strategy.num_malicious_nodes

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy.typing as npt
@@ -47,20 +47,41 @@ class StateStore:
         """The file with this digest, whether or not it exists."""
         return self._folder / f"{digest}.safetensors"
 
-    def open(self, digests: Mapping[str, str], model: Schema) -> StateReader:
-        """The state of a version. Raises CommonweightError if it is missing or damaged."""
+    @contextlib.contextmanager
+    def open(self, digests: Mapping[str, str], model: Schema) -> Iterator[StateReader]:
+        """Read the state of a version. Raises CommonweightError if it is missing or damaged."""
         for slot, digest in digests.items():
             self._verify(slot, digest)
-        return StateReader({slot: self.path(digest) for slot, digest in digests.items()}, model)
+        with contextlib.ExitStack() as stack:
+            files = {
+                slot: stack.enter_context(WeightsFile(self.path(digest)))
+                for slot, digest in digests.items()
+            }
+            for file in files.values():
+                weights.check_schema(file.schema, state_schema(model))
+            yield StateReader(files)
 
     def load(self, slot: str, digest: str) -> Weights:
         """A small state, loaded into memory. Raises CommonweightError as `open` does."""
         self._verify(slot, digest)
         return weights.load(self.path(digest))
 
-    def write(self, slots: tuple[str, ...], model: Schema) -> StateWriter:
-        """A writer for a state, piece by piece."""
-        return StateWriter(self, slots, model)
+    @contextlib.contextmanager
+    def write(self, slots: tuple[str, ...], model: Schema) -> Iterator[StateWriter]:
+        """Write a state. Its `digests` are complete after the `with` block. Raises BadWeights."""
+        schema = state_schema(model)
+        temporary = {slot: self.path(f".new-{slot}") for slot in slots}
+        with contextlib.ExitStack() as stack:
+            files = {
+                slot: stack.enter_context(WeightsWriter(path, schema))
+                for slot, path in temporary.items()
+            }
+            writer = StateWriter(files, schema)
+            yield writer
+            if slots and not writer.is_complete:
+                raise BadWeights("the strategy's state lacks parts of the model")
+        for slot, path in temporary.items():
+            writer.digests[slot] = self.promote(path, files[slot].digest)
 
     def save(self, arrays: Weights) -> str:
         """Store a small state durably; its digest."""
@@ -98,15 +119,9 @@ class StateStore:
 class StateReader:
     """Reads a state piece by piece. Thread-safe. Raises BadWeights."""
 
-    def __init__(self, paths: Mapping[str, Path], model: Schema) -> None:
+    def __init__(self, files: Mapping[str, WeightsFile]) -> None:
+        self._files = files
         self._lock = threading.Lock()
-        self._stack = contextlib.ExitStack()
-        self._files: dict[str, WeightsFile] = {}
-        with contextlib.ExitStack() as stack:
-            for slot, path in paths.items():
-                self._files[slot] = stack.enter_context(WeightsFile(path))
-                weights.check_schema(self._files[slot].schema, state_schema(model))
-            self._stack = stack.pop_all()
 
     def read(self, parts: Iterable[Part]) -> dict[str, Arrays]:
         """The arrays of these parts by slot; empty if there is no state yet."""
@@ -116,75 +131,40 @@ class StateReader:
                 for slot, file in self._files.items()
             }
 
-    def __enter__(self) -> StateReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
 
 class StateWriter:
-    """Writes a state piece by piece. `digests` by slot are complete after the `with` block.
+    """Writes a state piece by piece.
 
     Pieces may come in any order and from several threads. Early pieces wait in memory.
     """
 
-    def __init__(self, states: StateStore, slots: tuple[str, ...], model: Schema) -> None:
-        self._states, self._slots = states, slots
-        self._schema = state_schema(model)
+    def __init__(self, files: Mapping[str, WeightsWriter], schema: Schema) -> None:
+        self._files = files
         self._sizes = {
-            name: spec.nbytes // DTYPES[spec.dtype].itemsize for name, spec in self._schema.items()
+            name: spec.nbytes // DTYPES[spec.dtype].itemsize for name, spec in schema.items()
         }
-        self._order = [name for name in sorted(self._sizes) if self._sizes[name]]
-        self._at = 0
-        self._next = (self._order[0], 0) if self._order else ("", 0)
+        #: Tensors that are not complete yet, and the next element of the first of them.
+        self._names = deque(name for name in sorted(self._sizes) if self._sizes[name])
+        self._start = 0
         self._early: dict[tuple[str, int], tuple[Part, dict[str, npt.NDArray[Any]]]] = {}
         self._lock = threading.Lock()
-        self._stack = contextlib.ExitStack()
-        self._writers: dict[str, WeightsWriter] = {}
         self.digests: dict[str, str] = {}
 
-    def __enter__(self) -> StateWriter:
-        with contextlib.ExitStack() as stack:
-            for slot in self._slots:
-                self._writers[slot] = stack.enter_context(
-                    WeightsWriter(self._temporary(slot), self._schema)
-                )
-            self._stack = stack.pop_all()
-        return self
-
-    def _temporary(self, slot: str) -> Path:
-        return self._states.path(f".new-{slot}")
+    @property
+    def is_complete(self) -> bool:
+        return not self._names
 
     def put(self, arrays: Mapping[str, Mapping[Part, npt.NDArray[Any]]]) -> None:
         """Write parts by slot. All slots have the same parts."""
         with self._lock:
-            for part in arrays[self._slots[0]] if self._slots else ():
-                by_slot = {slot: arrays[slot][part] for slot in self._slots}
+            for part in next(iter(arrays.values()), ()):
+                by_slot = {slot: arrays[slot][part] for slot in self._files}
                 self._early[(part.name, part.start)] = (part, by_slot)
-            while self._next in self._early:
-                part, by_slot = self._early.pop(self._next)
+            while self._names and (self._names[0], self._start) in self._early:
+                part, by_slot = self._early.pop((self._names[0], self._start))
                 for slot, array in by_slot.items():
-                    self._writers[slot].write({part: array})
-                self._next = self._after(part)
-
-    def _after(self, part: Part) -> tuple[str, int]:
-        if part.stop < self._sizes[part.name]:
-            return part.name, part.stop
-        self._at += 1
-        return (self._order[self._at], 0) if self._at < len(self._order) else ("", 0)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None and self._slots and self._at < len(self._order):
-            kind, err = BadWeights, BadWeights("the strategy's state lacks parts of the model")
-            self._stack.__exit__(kind, err, None)
-            raise err
-        self._stack.__exit__(kind, err, trace)
-        if kind is None:
-            for slot, writer in self._writers.items():
-                self.digests[slot] = self._states.promote(self._temporary(slot), writer.digest)
+                    self._files[slot].write({part: array})
+                self._start = part.stop
+                if self._start >= self._sizes[part.name]:
+                    self._names.popleft()
+                    self._start = 0

@@ -95,7 +95,7 @@ async def test_an_update_too_far_behind_is_refused_by_name_and_its_peer_asked_an
         await fleet.finished(run_id)
         refused = [f for f in fleet.facts(run_id, run_events.UpdateRefused) if f.peer == slow.peer]
         assert refused[0].reason == "too stale"
-        assert "at most 2" in refused[0].detail or "2 may be" in refused[0].detail
+        assert "at most 2" in refused[0].detail or "the maximum is 2" in refused[0].detail
         assert all(0 <= f.update.staleness <= 2 for f in accepted(fleet, run_id))
 
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     with pytest.raises(UnknownName):
         export.export(home, trained(lane, 0), "best", NAMES, out)
     lane.drop(run.history[0].digest)
-    with pytest.raises(UnknownName, match="not kept any more"):
+    with pytest.raises(UnknownName, match="no longer on disk"):
         export.export(home, run, run.history[0].digest, NAMES, out)
     with pytest.raises(UsageError, match="one file"):
         export.export(home, run, "best", NAMES, tmp_path / "a.json")
@@ -150,7 +150,7 @@ def test_a_file_that_is_not_its_cards_is_refused(lane: WeightStore, tmp_path: Pa
     export.export(tmp_path / "home", trained(lane, 1), "best", NAMES, out)
     whole = out.read_bytes()
     out.write_bytes(whole[:-1] + b"\1")
-    with pytest.raises(UsageError, match="is not the file of its card"):
+    with pytest.raises(UsageError, match="does not match its card"):
         model_card.read(out)
     out.write_bytes(whole)
     for text in (b"{}", b"\xff", b'{"kind": 3}'):
