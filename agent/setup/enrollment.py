@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION
 from protocols.enrollment import identity, tickets
-from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinRequest, JoinResponse, join_proof
+from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import (
-    BadMessage,
     CommonweightError,
     HomeError,
     HomeLocked,
@@ -33,12 +31,10 @@ from protocols.errors import (
 )
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
+from protocols.local.join_client import find_coordinator, post_join
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import addresses
-from protocols.network.error_text import describe_error
 
-_TIMEOUT_S = 10.0
-_MAX_CA_BYTES = 64 * 1024
 _KEY_FILES = ("sign.key", "node.key")
 _NEW_SUFFIX = ".new"
 
@@ -94,7 +90,7 @@ def _join(
         from agent.setup import discovery
 
         ticket = discovery.resolve_code(ticket, discovery.discover())
-    address, ca_pem = _find_coordinator(ticket)
+    address, ca_pem = find_coordinator(ticket)
     sign_key, node_key = _load_or_create_keys(home, _NEW_SUFFIX if replace else "")
     joining = JoinRequest(
         ticket=ticket.id,
@@ -108,7 +104,13 @@ def _join(
         ),
         version=VERSION,
     )
-    answer = _post_join(address, ca_pem, joining)
+    response = post_join(address, ca_pem, JOIN_PATH, joining)
+    if not response.is_success:
+        raise _refusal_error(response)
+    try:
+        answer = msgspec.json.decode(response.content, type=JoinResponse)
+    except msgspec.DecodeError as err:
+        raise Refused(f"the coordinator's answer cannot be decoded: {err}") from err
     certificate = identity.verify_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
@@ -176,62 +178,6 @@ def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, 
     if not node.exists():
         write_private(node, identity.private_pem(identity.new_node_key()))
     return identity.load_signing_key(sign), identity.load_node_key(node)
-
-
-def _find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
-    """The first address that answers, and its CA certificate, checked against the ticket."""
-    failed: list[str] = []
-    strangers: list[str] = []
-    # TLS is not verified here on purpose: this request only fetches the CA to compare its hash.
-    with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
-        for address in ticket.addresses:
-            try:
-                ca_pem = _fetch_ca(http, address)
-            except (httpx.HTTPError, httpx.InvalidURL) as err:
-                failed.append(f"{address} ({err or type(err).__name__})")
-                continue
-            with contextlib.suppress(BadMessage):  # not a certificate
-                if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
-                    return address, ca_pem
-            strangers.append(address)
-    if strangers:
-        raise Refused(
-            f"{', '.join(strangers)} is not the coordinator that made this ticket",
-            "another server answers there and nothing was sent to it; ask for a new ticket",
-        )
-    raise Unreachable(
-        f"no coordinator answers: {'; '.join(failed)}",
-        "is it up (commonweight up), and can this machine reach it?",
-    )
-
-
-def _fetch_ca(http: httpx.Client, address: str) -> bytes:
-    """The CA certificate of a server, cut after `_MAX_CA_BYTES`. Raises httpx.HTTPError."""
-    ca_pem = bytearray()
-    with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
-        answer.raise_for_status()
-        for piece in answer.iter_raw():
-            ca_pem += piece
-            if len(ca_pem) > _MAX_CA_BYTES:
-                break
-    return bytes(ca_pem)
-
-
-def _post_join(address: str, ca_pem: bytes, joining: JoinRequest) -> JoinResponse:
-    context = ssl.create_default_context(cadata=ca_pem.decode())
-    try:
-        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
-            answer = http.post(
-                f"https://{address}{JOIN_PATH}", content=msgspec.json.encode(joining)
-            )
-    except httpx.HTTPError as err:
-        raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
-    if answer.status_code != 200:
-        raise _refusal_error(answer)
-    try:
-        return msgspec.json.decode(answer.content, type=JoinResponse)
-    except msgspec.DecodeError as err:
-        raise Refused(f"the coordinator's answer cannot be decoded: {err}") from err
 
 
 def _refusal_error(answer: httpx.Response) -> CommonweightError:

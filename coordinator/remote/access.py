@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,29 +23,24 @@ from protocols import VERSION
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import (
-    CA_PATH,
     OPERATOR_JOIN_PATH,
     OperatorJoinRequest,
     OperatorJoinResponse,
     operator_join_proof,
 )
-from protocols.enrollment.tickets import Ticket
 from protocols.errors import (
-    BadMessage,
     CommonweightError,
     ExitCode,
     HomeError,
     NotRunning,
     Refused,
-    Unreachable,
 )
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.network.error_text import describe_error
+from protocols.local.join_client import find_coordinator, post_join
 
 ACCESS_FILE = "access.json"
 _KEY = "access.key"
-_TIMEOUT_S = 10.0
 
 
 class Access(Struct, frozen=True, kw_only=True):
@@ -115,7 +109,7 @@ def join(text: str, name: str = "") -> Access:
     Raises TicketMalformed, Unreachable, Refused.
     """
     ticket = tickets.decode(text)
-    address, ca_pem = _find(ticket)
+    address, ca_pem = find_coordinator(ticket)
     home = homes.open_home("operator", create=True)
     key = identity.new_signing_key()
     public = identity.public_bytes(key)
@@ -127,12 +121,7 @@ def join(text: str, name: str = "") -> Access:
         proof=key.sign(operator_join_proof(ticket.id, ticket.secret, public)),
         version=VERSION,
     )
-    context = ssl.create_default_context(cadata=ca_pem.decode())
-    url, body = f"https://{address}{OPERATOR_JOIN_PATH}", msgspec.json.encode(request)
-    try:
-        answer = httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
-    except httpx.HTTPError as err:
-        raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
+    answer = post_join(address, ca_pem, OPERATOR_JOIN_PATH, request)
     if not answer.is_success:
         raise error_from(answer)
     joined = msgspec.json.decode(answer.content, type=OperatorJoinResponse)
@@ -146,32 +135,6 @@ def join(text: str, name: str = "") -> Access:
     write_private(home / _KEY, identity.private_pem(key))
     write_private(home / ACCESS_FILE, msgspec.json.encode(access))
     return access
-
-
-def _find(ticket: Ticket) -> tuple[str, bytes]:
-    """The first address that answers, and its CA certificate, checked against the ticket."""
-    tried: list[str] = []
-    # Not verified on purpose: this request only downloads the CA, whose hash is then checked.
-    with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
-        for address in ticket.addresses:
-            try:
-                answer = http.get(f"https://{address}{CA_PATH}").raise_for_status()
-                genuine = tickets.matches_ca(ticket, identity.ca_fingerprint(answer.content))
-            except (httpx.HTTPError, httpx.InvalidURL) as err:
-                tried.append(f"{address} ({err or type(err).__name__})")
-                continue
-            except BadMessage:
-                genuine = False
-            if not genuine:
-                raise Refused(
-                    f"{address} is not the coordinator that made this ticket",
-                    "another server answers there; nothing was sent. Ask for a new ticket",
-                )
-            return address, answer.content
-    raise Unreachable(
-        f"no coordinator answers: {'; '.join(tried)}",
-        "is it up (commonweight up), and can this machine reach it?",
-    )
 
 
 def error_from(response: httpx.Response) -> CommonweightError:

@@ -146,6 +146,18 @@ def test_another_coordinator_gets_nothing(site: Site) -> None:
     assert ("POST", "/cw/v1/operators/join") not in site.requests
 
 
+def test_another_coordinator_at_the_first_address_does_not_prevent_joining(
+    site: Site, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    with Site(tmp_path / "other").up() as other:
+        both = (other.address, site.address)
+        ticket = tickets.new_ticket(both, identity.ca_fingerprint(site.ca_pem))
+        site.registry.create_ticket(ticket, ttl_s=60, uses=1, role="observer")
+        assert access.join(tickets.encode(ticket)).addresses[0] == site.address
+    assert ("POST", "/cw/v1/operators/join") not in other.requests
+
+
 def test_access_outlives_a_restart_of_the_registry(site: Site) -> None:
     from coordinator.fleet.registry import Registry
 

@@ -1,0 +1,73 @@
+"""The HTTP client of joining: find the coordinator of a ticket, then send the join request.
+
+Nothing is sent before the server's CA has the hash in the ticket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+
+import httpx
+import msgspec
+
+from protocols.enrollment import identity, tickets
+from protocols.enrollment.joining import CA_PATH
+from protocols.enrollment.tickets import Ticket
+from protocols.errors import BadMessage, Refused, Unreachable
+from protocols.network.error_text import describe_error
+
+_TIMEOUT_S = 10.0
+_MAX_CA_BYTES = 64 * 1024
+
+
+def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
+    """The first address whose CA certificate matches the ticket, and that certificate (PEM).
+
+    Raises Refused if other servers answer, and Unreachable if none does.
+    """
+    failed: list[str] = []
+    strangers: list[str] = []
+    # TLS is not verified here on purpose: this request only fetches the CA to compare its hash.
+    with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
+        for address in ticket.addresses:
+            try:
+                ca_pem = _fetch_ca(http, address)
+            except (httpx.HTTPError, httpx.InvalidURL) as err:
+                failed.append(f"{address} ({err or type(err).__name__})")
+                continue
+            with contextlib.suppress(BadMessage):  # not a certificate
+                if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
+                    return address, ca_pem
+            strangers.append(address)
+    if strangers:
+        raise Refused(
+            f"{', '.join(strangers)} is not the coordinator that made this ticket",
+            "another server answers there; nothing was sent. Ask for a new ticket",
+        )
+    raise Unreachable(
+        f"no coordinator answers: {'; '.join(failed)}",
+        "is it up (commonweight up), and can this machine reach it?",
+    )
+
+
+def _fetch_ca(http: httpx.Client, address: str) -> bytes:
+    """The CA certificate of a server, cut after `_MAX_CA_BYTES`. Raises httpx.HTTPError."""
+    ca_pem = bytearray()
+    with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
+        answer.raise_for_status()
+        for piece in answer.iter_raw():
+            ca_pem += piece
+            if len(ca_pem) > _MAX_CA_BYTES:
+                break
+    return bytes(ca_pem)
+
+
+def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct) -> httpx.Response:
+    """Send a join request over verified TLS. Raises Unreachable."""
+    context = ssl.create_default_context(cadata=ca_pem.decode())
+    url, body = f"https://{address}{path}", msgspec.json.encode(request)
+    try:
+        return httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
+    except httpx.HTTPError as err:
+        raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
