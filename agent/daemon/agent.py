@@ -18,18 +18,6 @@ from agent.daemon.gossip_loop import GossipLoop
 from agent.daemon.owner_commands import OwnerCommands
 from agent.daemon.policy_loop import PolicyLoop
 from agent.daemon.session_loop import SessionLoop
-from agent.daemon.state_machine import (
-    Announce,
-    BrokerChanged,
-    FinishRequested,
-    PauseLifted,
-    PauseRequested,
-    PauseTrainer,
-    PollForWork,
-    ResumeTrainer,
-    SetPace,
-    Shutdown,
-)
 from agent.daemon.state_runner import StateRunner
 from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
@@ -160,17 +148,17 @@ class Agent:
 
     def _execute(self, instruction: state_machine.Instruction) -> None:
         match instruction:
-            case Announce():
+            case state_machine.Announce():
                 self._report.announce(self._runner.state)
-            case PauseTrainer():
+            case state_machine.PauseTrainer():
                 self._work.trainer.pause()
-            case ResumeTrainer():
+            case state_machine.ResumeTrainer():
                 self._work.trainer.resume()
-            case SetPace(share):
+            case state_machine.SetPace(share):
                 self._work.trainer.pace(share)
-            case PollForWork():
+            case state_machine.PollForWork():
                 self._sessions.wake()
-            case Shutdown():
+            case state_machine.Shutdown():
                 self.stop()
 
     # --- MQTT ---
@@ -178,7 +166,7 @@ class Agent:
     def _on_mqtt(self, up: bool, why: str) -> None:
         if up != self._runner.state.mqtt:
             log.info("MQTT is %s", "up" if up else f"down: {why}")
-        self._runner.dispatch(BrokerChanged(up))
+        self._runner.dispatch(state_machine.BrokerChanged(up))
         self._report.mark_stale()
 
     def _on_command(self, command: Doorbell | Command | LogRequest) -> None:
@@ -191,15 +179,15 @@ class Agent:
                 if self._pause_end is not None:  # the timer of an earlier pause
                     self._pause_end.cancel()
                 until = time.time() + for_s if for_s else 0.0
-                self._runner.dispatch(PauseRequested(PauseReason.OPERATOR, until))
+                self._runner.dispatch(state_machine.PauseRequested(PauseReason.OPERATOR, until))
                 if for_s:
-                    lifted = PauseLifted(frozenset({PauseReason.OPERATOR}))
+                    lifted = state_machine.PauseLifted(frozenset({PauseReason.OPERATOR}))
                     self._pause_end = self._runner.dispatch_later(for_s, lifted)
             case Command(action="resume"):
                 reasons = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
-                self._runner.dispatch(PauseLifted(reasons))
+                self._runner.dispatch(state_machine.PauseLifted(reasons))
             case Command(action="finish"):
-                self._runner.dispatch(FinishRequested())
+                self._runner.dispatch(state_machine.FinishRequested())
 
     def _send_logs(self, request: LogRequest) -> None:
         if self._policy.settings.share_log:

@@ -19,13 +19,24 @@ from protocols.messages.states import PauseReason, PeerState
 from protocols.messages.work import Work
 
 
+class PolicyDecided(NamedTuple):
+    """The result of `agent.policy`: work `share` of the time, or pause for `reason`.
+
+    `free_at`, `free_until`: when this pause ends, and when the next one starts; Unix s, 0 if
+    unknown.
+    """
+
+    reason: str = ""
+    share: float = 1.0
+    free_at: float = 0.0
+    free_until: float = 0.0
+
+
 class AgentState(Struct, frozen=True, kw_only=True):
     """What the agent is doing.
 
-    `pauses` maps each active reason to its end. `trainer_failure` is why the trainer is paused.
-    `policy_reason` is why the policy pauses, or empty. The agent works `share` of the time.
-    `free_at`, `free_until`: when the policy's pause ends, and when its next one starts.
-    All times are Unix s, 0 if unknown.
+    `pauses` maps each active reason to its end (Unix s, 0 if unknown). `trainer_failure` is why
+    the trainer is paused. `policy` is the policy's last decision.
     """
 
     session: bool = False
@@ -34,10 +45,7 @@ class AgentState(Struct, frozen=True, kw_only=True):
     sending: bool = False
     pauses: Mapping[PauseReason, float] = {}
     trainer_failure: str = ""
-    policy_reason: str = ""
-    share: float = 1.0
-    free_at: float = 0.0
-    free_until: float = 0.0
+    policy: PolicyDecided = PolicyDecided()
     finishing: bool = False
     finished: bool = False
 
@@ -81,15 +89,6 @@ class TrainerGaveUp(NamedTuple):
 
     kind: str
     until: float = 0.0
-
-
-class PolicyDecided(NamedTuple):
-    """The result of `agent.policy`: see `AgentState`."""
-
-    reason: str = ""
-    share: float = 1.0
-    free_at: float = 0.0
-    free_until: float = 0.0
 
 
 class FinishRequested(NamedTuple):
@@ -162,10 +161,8 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
         case TrainerGaveUp(kind, until):
             pauses = {**state.pauses, PauseReason.TRAINER: until}
             after = replace(state, pauses=pauses, trainer_failure=kind)
-        case PolicyDecided(reason, share, free_at, free_until):
-            after = replace(
-                state, policy_reason=reason, share=share, free_at=free_at, free_until=free_until
-            )
+        case PolicyDecided():
+            after = replace(state, policy=event)
         case FinishRequested():
             after = replace(state, finishing=True)
     if after.finishing and after.work is None:
@@ -180,8 +177,8 @@ def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
         instructions.append(PauseTrainer())
     if is_paused(before) and not is_paused(after):
         instructions.append(ResumeTrainer())
-    if after.share != before.share:
-        instructions.append(SetPace(after.share))
+    if after.policy.share != before.policy.share:
+        instructions.append(SetPace(after.policy.share))
     if _presence(before) != _presence(after):
         instructions.append(Announce())
     # Doorbells may have been missed while the broker was down; they stop when it goes down.
@@ -194,7 +191,7 @@ def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:
 
 def is_paused(state: AgentState) -> bool:
     """True if anything pauses the work."""
-    return bool(state.pauses or state.policy_reason)
+    return bool(state.pauses or state.policy.reason)
 
 
 def is_willing(state: AgentState) -> bool:
@@ -214,8 +211,8 @@ def _presence(state: AgentState) -> tuple[object, ...]:
 def availability(state: AgentState) -> tuple[float, float]:
     """When the agent expects to work again, and until when it can work; Unix s, 0 if unknown."""
     if not is_paused(state):
-        return 0.0, state.free_until
-    known = [*state.pauses.values(), *([state.free_at] if state.policy_reason else [])]
+        return 0.0, state.policy.free_until
+    known = [*state.pauses.values(), *([state.policy.free_at] if state.policy.reason else [])]
     return (max(known) if all(known) else 0.0), 0.0
 
 
@@ -228,7 +225,7 @@ def display_state(state: AgentState) -> tuple[PeerState, str]:
             else reason
             for reason in sorted(state.pauses)
         ]
-        return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [state.policy_reason])])
+        return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [state.policy.reason])])
     if state.sending:
         return PeerState.SENDING, ""
     if state.work is not None:

@@ -17,6 +17,7 @@ from agent.daemon.state_machine import AgentState
 from agent.home import status_files
 from agent.home.settings import AgentSettings, Enrollment
 from agent.home.status_files import Status
+from agent.policy import sensors
 from agent.tasks import registry
 from agent.trainer.ipc import Progress
 from agent.transport.mqtt_client import MqttClient
@@ -91,7 +92,7 @@ class StatusReporter:
         self._mqtt.set_presence(self._last_presence)
         status = self._status
         status.state, status.reason, status.run, status.round = state.value, reason, run, round_
-        status.share, status.free_at = agent.share, free_at
+        status.share, status.free_at = agent.policy.share, free_at
         self._is_stale = True
 
     def progress(self, agent: AgentState, progress: Progress, trainer_bytes: int) -> None:
@@ -113,7 +114,7 @@ class StatusReporter:
                 bytes_down=down,
                 cpu_percent=psutil.cpu_percent(),
                 memory_bytes=self._process.memory_info().rss + trainer_bytes,
-                battery_percent=_battery_percent(),
+                battery_percent=sensors.battery(sensors.sysfs())[1],
             )
         )
 
@@ -166,8 +167,3 @@ def _disk_free_bytes(home: Path) -> int:
         return shutil.disk_usage(home).free
     except OSError:
         return 0
-
-
-def _battery_percent() -> float | None:
-    sensor = getattr(psutil, "sensors_battery", lambda: None)()
-    return float(sensor.percent) if sensor else None

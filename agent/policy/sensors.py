@@ -64,7 +64,7 @@ class Sensors:
         gpu: bool = False,
         root: Path | None = None,
     ) -> None:
-        root = root or Path(os.environ.get(SYSFS_VARIABLE) or "/sys")
+        root = root or sysfs()
         self._gpu = gpu
         self._others = OtherProcesses(own_pids)
         self._battery = _CachedReading(0.2, lambda: battery(root))
@@ -154,6 +154,11 @@ class OtherProcesses:
 
 
 # --- single sensors --------------------------------------------------------------------------
+
+
+def sysfs() -> Path:
+    """The folder of the system's sensors."""
+    return Path(os.environ.get(SYSFS_VARIABLE) or "/sys")
 
 
 def battery(root: Path) -> tuple[bool | None, float | None]:

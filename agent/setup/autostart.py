@@ -11,7 +11,6 @@ import os
 import plistlib
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,51 +129,19 @@ def _label(spec: ServiceSpec) -> str:
 # --- service managers ------------------------------------------------------------------------
 
 
-class ServiceManager(ABC):
-    """Starts the agent with the machine. Every method raises CommonweightError."""
+class _Service:
+    """The service of one agent, and the file that describes it to the system."""
 
     def __init__(self, spec: ServiceSpec, file: Path) -> None:
         self._spec, self.file = spec, file
-
-    @abstractmethod
-    def install(self, start: bool) -> None:
-        """Write and enable the service, and start it if `start`."""
-
-    @abstractmethod
-    def uninstall(self) -> None:
-        """Stop, disable and delete the service."""
-
-    @abstractmethod
-    def start(self) -> None:
-        """Start the installed service."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop the service until the next start."""
-
-    @abstractmethod
-    def status(self) -> str:
-        """`active`, or why it is not. Raises NotRunning if it is not installed."""
 
     def _check_installed(self) -> None:
         if not self.file.exists():
             raise NotRunning("the service is not installed", "commonweight-agent service install")
 
 
-def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceManager:
-    """The service manager of this platform. Raises UsageError if there is none."""
-    if platform == "darwin":
-        return Launchd(spec)
-    if platform.startswith("linux"):
-        return Systemd(spec)
-    raise UsageError(
-        f"commonweight can install no service on {platform}",
-        "let your system start it at log-in: " + subprocess.list2cmdline(spec.command),
-    )
-
-
-class Systemd(ServiceManager):
-    """`systemctl --user` and a file in ~/.config/systemd/user."""
+class Systemd(_Service):
+    """`systemctl --user` and a file in ~/.config/systemd/user. Methods raise CommonweightError."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
@@ -212,8 +179,8 @@ class Systemd(ServiceManager):
         )
 
 
-class Launchd(ServiceManager):
-    """`launchctl` and a file in ~/Library/LaunchAgents."""
+class Launchd(_Service):
+    """`launchctl` and a file in ~/Library/LaunchAgents. Methods raise CommonweightError."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         super().__init__(spec, Path.home() / "Library/LaunchAgents" / f"{_label(spec)}.plist")
@@ -263,6 +230,21 @@ class Launchd(ServiceManager):
 
     def _launchctl(self, *words: str) -> str:
         return _run(["launchctl", *words], "log in at the Mac itself, then try again")
+
+
+ServiceManager = Systemd | Launchd
+
+
+def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceManager:
+    """The service manager of this platform. Raises UsageError if there is none."""
+    if platform == "darwin":
+        return Launchd(spec)
+    if platform.startswith("linux"):
+        return Systemd(spec)
+    raise UsageError(
+        f"commonweight can install no service on {platform}",
+        "let your system start it at log-in: " + subprocess.list2cmdline(spec.command),
+    )
 
 
 def _write(file: Path, text: bytes) -> None:
