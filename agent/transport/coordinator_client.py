@@ -16,19 +16,19 @@ import logging
 import os
 import time
 from base64 import b64encode
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
-import httpx
 import msgspec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -40,13 +40,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from google.protobuf.message import Message as ProtobufMessage
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.http_client import HttpxTransport
-from agent.transport.weight_transfer import WeightTransfer, map_errors, raise_for_status
+from agent.transport.http_client import Response
+from agent.transport.weight_transfer import WeightTransfer, map_parse_errors, raise_for_status
 from protocols.enrollment.identity import node_public_pem
 from protocols.enrollment.joining import (
     ENROLLMENT_STATUS_PATH,
@@ -55,7 +55,7 @@ from protocols.enrollment.joining import (
     RENEW_PATH,
     EnrollmentStatus,
 )
-from protocols.errors import Refused, Unreachable
+from protocols.errors import Unreachable
 from protocols.failpoints import failpoint
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.mqtt import MqttAddress
@@ -66,7 +66,6 @@ from protocols.messages.work import (
     PollRequest,
     PollResponse,
 )
-from protocols.network import addresses
 from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 from protocols.p2p.swarm import (
     DOWNLOAD_REPORT_PATH,
@@ -87,35 +86,6 @@ HEARTBEAT_EVERY_S = 0.8 * HEARTBEAT_S
 _DEACTIVATE_TIMEOUT_S = 3.0
 
 
-class _InlineUpdate(NamedTuple):
-    """A small update that travels inside the next exchange."""
-
-    digest: str
-    source: Path
-
-
-class _RequestSigner:
-    """Signs Flower's requests twice: with the node key as its server requires, and as ours.
-
-    Flower's own NodeAuthHttpInterceptor imports FastAPI, which costs each idle agent 20 MB. It
-    signs a timestamp only.
-    """
-
-    def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
-        self._public = b64encode(node_public_pem(credentials.node_key)).decode()
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        request, timestamp = context.request, now().isoformat()
-        signature = sign_message(self._credentials.node_key, timestamp.encode())
-        request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
-        request.headers[TIMESTAMP_HEADER] = timestamp
-        request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode()
-        digest = hashlib.sha256(request.content).hexdigest()
-        request.headers.update(self._credentials.sign_request("POST", request.url.path, digest))
-        return call_next(context)
-
-
 class CoordinatorClient(WeightTransfer):
     """One session with the coordinator.
 
@@ -126,16 +96,11 @@ class CoordinatorClient(WeightTransfer):
 
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         super().__init__(credentials, bandwidth)
-        # Without the path of the address: it is not signed, and the HTTP client adds it.
-        base = f"https://{addresses.parse(credentials.address).netloc}"
-        self._http = httpx.Client(base_url=base, transport=HttpxTransport(self._http_client))
-        self._fleet = FleetHttpClient(base, interceptors=[_RequestSigner(credentials)])
-        # Flower's client has no parameter for its transport; a second pool would connect twice.
-        self._fleet._client = self._http
+        self._node_public = node_public_pem(credentials.node_key)
         self._node: Node | None = None
         self._heard_at = 0.0
-        #: Travels with the next reply.
-        self._attached: _InlineUpdate | None = None
+        #: Digest and file of a small update that travels with the next reply.
+        self._attached: tuple[str, Path] | None = None
         #: True once the coordinator has written the result of the last reply to its ledger.
         self.settled = False
 
@@ -150,14 +115,10 @@ class CoordinatorClient(WeightTransfer):
 
     def open(self) -> None:
         """Opens a session, so that the coordinator can send work."""
-        with map_errors():
-            answer = self._fleet.ActivateNode(
-                ActivateNodeRequest(
-                    public_key=node_public_pem(self._credentials.node_key),
-                    heartbeat_interval=HEARTBEAT_S,
-                )
-            )
-        self._node = Node(node_id=answer.node_id)
+        status, body = self._activate(HEARTBEAT_S)
+        raise_for_status(status)
+        with map_parse_errors():
+            self._node = Node(node_id=ActivateNodeResponse.FromString(body).node_id)
         self._heard_at = time.monotonic()
 
     def check(self) -> None:
@@ -165,28 +126,42 @@ class CoordinatorClient(WeightTransfer):
 
         Flower verifies signature and key first, then refuses the heartbeat of an unknown node.
         """
-        with map_errors():
-            try:
-                self._fleet.ActivateNode(
-                    ActivateNodeRequest(
-                        public_key=node_public_pem(self._credentials.node_key), heartbeat_interval=0
-                    )
-                )
-            except httpx.HTTPStatusError as err:
-                if err.response.status_code != 400:
-                    raise
+        if (status := self._activate(0).status) != 400:
+            raise_for_status(status)
+
+    def _activate(self, interval_s: float) -> Response:
+        return self._fleet_call(
+            "activate-node",
+            ActivateNodeRequest(public_key=self._node_public, heartbeat_interval=interval_s),
+        )
+
+    def _fleet_call(self, route: str, request: ProtobufMessage) -> Response:
+        """Calls a route of Flower's server, which requires a timestamp signed by the node key.
+
+        Flower's own client costs more: its signer imports FastAPI, 20 MB in each idle agent, and
+        it opens a second connection.
+        """
+        path, body, timestamp = f"/v1/fleet/{route}", request.SerializeToString(), now().isoformat()
+        signature = sign_message(self._credentials.node_key, timestamp.encode())
+        headers = {
+            "content-type": PROTOBUF_MEDIA_TYPE,
+            "accept": PROTOBUF_MEDIA_TYPE,
+            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self._node_public).decode(),
+            TIMESTAMP_HEADER: timestamp,
+            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
+        }
+        return self._send("POST", path, body, headers)
 
     def close(self) -> None:
         """Ends the session if the coordinator answers in time, and closes the connections."""
         if self._node is not None:
             self._http_client.timeout_s = _DEACTIVATE_TIMEOUT_S
-            try:
-                with map_errors():
-                    self._fleet.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
-            except (Unreachable, Refused):
-                pass  # Flower notices the missing heartbeats
+            with suppress(Unreachable):  # Flower notices the missing heartbeats
+                self._fleet_call(
+                    "deactivate-node", DeactivateNodeRequest(node_id=self._node.node_id)
+                )
         self._node = None
-        self._http.close()
+        self._http_client.close()
 
     def beat(self) -> None:
         """Sends a heartbeat: an empty exchange."""
@@ -199,35 +174,55 @@ class CoordinatorClient(WeightTransfer):
 
     def mqtt(self) -> MqttAddress:
         """Requests the broker's address and login. The password changes from time to time."""
-        with map_errors():
-            answer = self._http.get(MQTT_PATH, headers=self._signed("GET", MQTT_PATH))
-            answer.raise_for_status()
-            return msgspec.json.decode(answer.content, type=MqttAddress)
+        return self._request_json(MqttAddress, "GET", MQTT_PATH)
 
     def standing(self) -> EnrollmentStatus:
         """Requests this machine's enrollment status. Needs no session."""
-        with map_errors():
-            answer = self._http.get(
-                ENROLLMENT_STATUS_PATH, headers=self._signed("GET", ENROLLMENT_STATUS_PATH)
-            )
-            answer.raise_for_status()
-            return msgspec.json.decode(answer.content, type=EnrollmentStatus)
+        return self._request_json(EnrollmentStatus, "GET", ENROLLMENT_STATUS_PATH)
 
     def leave(self) -> None:
         """Asks the coordinator to revoke this machine's key. Needs no session."""
-        with map_errors():
-            self._http.post(LEAVE_PATH, headers=self._signed("POST", LEAVE_PATH)).raise_for_status()
+        self._request("POST", LEAVE_PATH)
 
-    def tell_logs(self, told: LogResponse) -> None:
+    def tell_logs(self, response: LogResponse) -> None:
         """Sends the log lines that an operator requested."""
-        self._post(LOGS_PATH, msgspec.json.encode(told))
+        self._request("POST", LOGS_PATH, msgspec.json.encode(response))
 
     def renew(self) -> bytes:
         """Requests a new node certificate for the same keys."""
-        with map_errors():
-            answer = self._http.post(RENEW_PATH, headers=self._signed("POST", RENEW_PATH))
-            answer.raise_for_status()
-        return answer.content
+        return self._request("POST", RENEW_PATH)
+
+    def plan(self, digest: str, request: DownloadPlanRequest) -> DownloadPlan:
+        """Requests a download plan: which peers hold which pieces of a version."""
+        return self._request_json(DownloadPlan, "POST", PLAN_PATH.format(digest=digest), request)
+
+    def announce_version(self, digest: str, report: DownloadReport) -> None:
+        """Reports that this agent holds a version, and which peers sent pieces."""
+        path = DOWNLOAD_REPORT_PATH.format(digest=digest)
+        self._request("POST", path, msgspec.json.encode(report))
+
+    def neighbours(self, request: DownloadPlanRequest) -> NeighborsResponse:
+        """Requests the peers to contact while the coordinator is away; reports our address."""
+        return self._request_json(NeighborsResponse, "POST", NEIGHBORS_PATH, request)
+
+    def _request_json(
+        self, kind: type[T], method: str, path: str, request: DownloadPlanRequest | None = None
+    ) -> T:
+        body = msgspec.json.encode(request) if request is not None else b""
+        with map_parse_errors():
+            return msgspec.json.decode(self._request(method, path, body), type=kind)
+
+    def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
+        response = self._send(method, path, body)
+        raise_for_status(response.status)
+        return response.body
+
+    def _send(
+        self, method: str, path: str, body: bytes, headers: dict[str, str] | None = None
+    ) -> Response:
+        """Sends a signed request and returns the response, whatever its status."""
+        signed = self._signed(method, path, hashlib.sha256(body).hexdigest())
+        return self._http_client.request(method, path, signed | (headers or {}), body)
 
     def pull(self) -> Message | None:
         """Returns the next message for this agent, or None."""
@@ -242,59 +237,35 @@ class CoordinatorClient(WeightTransfer):
         return self._exchange(reply, want=True)
 
     def _exchange(self, reply: Message | None, *, want: bool) -> Message | None:
-        attached, update = None, b""
+        attached, update, packed = None, b"", None
         if reply is not None:  # a heartbeat may run in between
             attached, self._attached = self._attached, None
-        if attached is not None and reply is not None and not reply.has_error():
-            update = attached.source.read_bytes()
-        packed = _pack(reply) if reply is not None else None
+            packed = _pack(reply)
+            if attached is not None and not reply.has_error():
+                update = attached[1].read_bytes()
         body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
-        headers = self._signed("POST", POLL_PATH, hashlib.sha256(body).hexdigest())
-        with map_errors():
-            asked_at = time.monotonic()
-            answer = self._http_client.request("POST", POLL_PATH, headers, body)
-            if attached is not None and answer.status in (413, 507):
-                self.upload(attached.digest, attached.source)  # raises the reason, or succeeds now
-                return self._exchange(reply, want=want)
-            raise_for_status(answer.status)
-            self.bytes_up += len(update)
-            self._heard_at = asked_at
-            told = msgspec.msgpack.decode(answer.body, type=PollResponse)
-            if told.work is not None:
-                self._inline_version = told.version
+        sent_at = time.monotonic()
+        status, answer = self._send("POST", POLL_PATH, body)
+        if attached is not None and status in (413, 507):
+            self.upload(*attached)  # raises the reason, or succeeds now
+            return self._exchange(reply, want=want)
+        raise_for_status(status)
+        self.bytes_up += len(update)
+        self._heard_at = sent_at
+        with map_parse_errors():
+            response = msgspec.msgpack.decode(answer, type=PollResponse)
+            if response.work is not None:
+                self._inline_version = response.version
             if reply is not None:  # a heartbeat must not reset the result of a reply
-                self.settled = told.acknowledged
-            return _unpack(told.work) if told.work is not None else None
-
-    def plan(self, digest: str, asked: DownloadPlanRequest) -> DownloadPlan:
-        """Requests a download plan: which peers hold which pieces of a version."""
-        return self._post_json(PLAN_PATH.format(digest=digest), asked, DownloadPlan)
-
-    def announce_version(self, digest: str, held: DownloadReport) -> None:
-        """Reports that this agent holds a version, and which peers sent pieces."""
-        self._post(DOWNLOAD_REPORT_PATH.format(digest=digest), msgspec.json.encode(held))
-
-    def neighbours(self, asked: DownloadPlanRequest) -> NeighborsResponse:
-        """Requests the peers to contact while the coordinator is away; reports our address."""
-        return self._post_json(NEIGHBORS_PATH, asked, NeighborsResponse)
-
-    def _post_json(self, path: str, asked: DownloadPlanRequest, kind: type[T]) -> T:
-        with map_errors():
-            return msgspec.json.decode(self._post(path, msgspec.json.encode(asked)), type=kind)
-
-    def _post(self, path: str, body: bytes) -> bytes:
-        headers = self._signed("POST", path, hashlib.sha256(body).hexdigest())
-        with map_errors():
-            answer = self._http.post(path, content=body, headers=headers)
-            answer.raise_for_status()
-            return answer.content
+                self.settled = response.acknowledged
+            return _unpack(response.work) if response.work is not None else None
 
     def upload_update(self, digest: str, source: Path) -> None:
         """Uploads an update. A small one travels with the next reply instead."""
         if source.stat().st_size > INLINE_MAX_BYTES:
             self.upload(digest, source)
             return
-        self._attached = _InlineUpdate(digest, source)
+        self._attached = (digest, source)
         failpoint("agent.upload.piece")
 
 

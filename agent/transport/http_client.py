@@ -24,16 +24,11 @@ from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import httpx
-
 from protocols.errors import Unreachable
 from protocols.network import addresses
 from protocols.network.error_text import describe_error
 
 Body = bytes | Iterable[bytes]
-
-#: Headers that http.client writes itself.
-_HANDLED_HEADERS = frozenset({"host", "content-length", "connection", "accept-encoding"})
 
 
 class Response(NamedTuple):
@@ -41,19 +36,6 @@ class Response(NamedTuple):
 
     status: int
     body: bytes
-
-
-class StreamedResponse:
-    """A response whose body has not been read."""
-
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self._response = response
-        self.status = response.status
-
-    def read_into(self, buffer: memoryview) -> int:
-        """Reads the next bytes of the body; 0 at its end, also if it is truncated."""
-        with _map_errors():
-            return self._response.readinto(buffer)
 
 
 class HttpClient:
@@ -80,16 +62,41 @@ class HttpClient:
         self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
     ) -> Response:
         """Sends a request, reads the response. A body in pieces needs a content-length header."""
-        with self._open(method, path, headers, body) as response, _map_errors():
+        with self.stream(method, path, headers, body) as response, map_errors():
             return Response(response.status, response.read())
 
     @contextlib.contextmanager
     def stream(
-        self, method: str, path: str, headers: Mapping[str, str]
-    ) -> Iterator[StreamedResponse]:
-        """Sends a request; the `with` block reads the body of the response."""
-        with self._open(method, path, headers, b"") as response:
-            yield StreamedResponse(response)
+        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Sends a request. The `with` block reads the response's body, inside `map_errors`."""
+        generation, reusable = self._generation, False
+        connection = self._acquire()
+        try:
+            with map_errors():
+                if connection.sock is None:
+                    connection.connect()
+                    self.peer_addresses = connection.ends()
+                connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
+                for name, value in headers.items():
+                    connection.putheader(name, value)
+                if isinstance(body, bytes) and (body or method != "GET"):
+                    connection.putheader("content-length", str(len(body)))
+                connection.endheaders(body if isinstance(body, bytes) and body else None)
+            if not isinstance(body, bytes):
+                _send(connection, body)
+            with map_errors():
+                response = connection.getresponse()
+            yield response
+            reusable = response.isclosed() and not response.will_close
+        finally:
+            with self._lock:
+                self._busy.discard(connection)
+                reusable = reusable and generation == self._generation
+                if reusable:
+                    self._idle.append((connection, time.monotonic()))
+            if not reusable:
+                connection.close()
 
     def drop_connections(self) -> None:
         """Closes all connections, also those still connecting. New ones open on demand."""
@@ -107,51 +114,18 @@ class HttpClient:
             self._closed = True
         self.drop_connections()
 
-    @contextlib.contextmanager
-    def _open(
-        self, method: str, path: str, headers: Mapping[str, str], body: Body
-    ) -> Iterator[http.client.HTTPResponse]:
-        life, done = self._generation, False
-        connection = self._acquire()
-        try:
-            with _map_errors():
-                if connection.sock is None:
-                    connection.connect()
-                    self.peer_addresses = connection.ends()
-                connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
-                for name, value in headers.items():
-                    connection.putheader(name, value)
-                if isinstance(body, bytes) and (body or method != "GET"):
-                    connection.putheader("content-length", str(len(body)))
-                connection.endheaders(body if isinstance(body, bytes) and body else None)
-            if not isinstance(body, bytes):
-                _send(connection, body)
-            with _map_errors():
-                response = connection.getresponse()
-            yield response
-            done = response.isclosed() and not response.will_close
-        finally:
-            with self._lock:
-                self._busy.discard(connection)
-            if done:
-                self._release(connection, life)
-            else:
-                connection.close()
-
     def _acquire(self) -> _Connection:
         """Takes an idle connection, or makes a new one that is not connected yet."""
         while True:
             with self._lock:
                 if self._closed:
                     raise Unreachable("the connection to the coordinator is closed")
-                found = self._idle.pop() if self._idle else None
-                connection, since = found or (self._new(), 0.0)
+                connection, since = self._idle.pop() if self._idle else (self._new(), 0.0)
                 self._busy.add(connection)
-            if found is None:
+            if connection.sock is None:
                 return connection
-            if time.monotonic() - since < self._max_idle_s and not _is_closed_by_peer(
-                connection.sock
-            ):
+            idle_s = time.monotonic() - since
+            if idle_s < self._max_idle_s and not _is_closed_by_peer(connection.sock):
                 connection.sock.settimeout(self.timeout_s)
                 return connection
             with self._lock:
@@ -159,33 +133,23 @@ class HttpClient:
             connection.close()
 
     def _new(self) -> _Connection:
-        proxy = proxy_for(self._host, self._port)
-        if proxy is None:
-            return _Connection(self._host, self._port, self._host, self._tls, self.timeout_s)
-        connection = _Connection(proxy.host, proxy.port, self._host, self._tls, self.timeout_s)
-        connection.set_tunnel(self._host, self._port, proxy.headers)
-        return connection
-
-    def _release(self, connection: _Connection, life: int) -> None:
-        with self._lock:
-            if life == self._generation:
-                self._idle.append((connection, time.monotonic()))
-                return
-        connection.close()
+        return _Connection(self._host, self._port, self._tls, self.timeout_s)
 
 
 class _Connection(http.client.HTTPSConnection):
     """A connection that another thread can end at any time, also while it connects.
 
     http.client sets its socket only after the TLS handshake. A thread in `connect` could not be
-    ended then, and the agent would wait for it before exiting. `server` is the certificate's name.
+    ended then, and the agent would wait for it before exiting.
     """
 
-    def __init__(
-        self, host: str, port: int, server: str, tls: ssl.SSLContext, timeout_s: float
-    ) -> None:
-        super().__init__(host, port, timeout=timeout_s, context=tls)
-        self._server, self._tls = server, tls
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> None:
+        proxy = proxy_for(host, port)
+        address = (proxy.host, proxy.port) if proxy else (host, port)
+        super().__init__(*address, timeout=timeout_s, context=tls)
+        if proxy:
+            self.set_tunnel(host, port, proxy.headers)
+        self._server, self._tls = host, tls
         self._ended = False
         self._create_connection = self._create_tracked
 
@@ -241,29 +205,13 @@ def proxy_for(host: str, port: int) -> Proxy | None:
     bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
     if not url or bypass(f"{host}:{port}"):
         return None
-    told = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    proxy = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     headers = {}
-    if told.username is not None:
-        user, password = (urllib.parse.unquote(x or "") for x in (told.username, told.password))
+    if proxy.username is not None:
+        user, password = (urllib.parse.unquote(x or "") for x in (proxy.username, proxy.password))
         login = b64encode(f"{user}:{password}".encode()).decode()
         headers["proxy-authorization"] = f"Basic {login}"
-    return Proxy(told.hostname or "", told.port or 3128, headers)
-
-
-class HttpxTransport(httpx.BaseTransport):
-    """An httpx transport over HttpClient, for Flower's client and for rare requests."""
-
-    def __init__(self, wire: HttpClient) -> None:
-        self._wire = wire
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        headers = {name: v for name, v in request.headers.items() if name not in _HANDLED_HEADERS}
-        path = request.url.raw_path.decode()
-        status, body = self._wire.request(request.method, path, headers, request.read())
-        return httpx.Response(status, content=body, request=request)
-
-    def close(self) -> None:
-        self._wire.close()
+    return Proxy(proxy.hostname or "", proxy.port or 3128, headers)
 
 
 def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:
@@ -287,7 +235,7 @@ def _is_closed_by_peer(sock: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def _map_errors() -> Iterator[None]:
+def map_errors() -> Iterator[None]:
     """Maps network and HTTP errors to Unreachable."""
     try:
         yield

@@ -246,7 +246,7 @@ def test_a_disk_error_while_an_update_is_sent_is_not_taken_for_one_of_the_networ
 
     source = tmp_path / "update"
     source.write_bytes(bytes(1000))
-    monkeypatch.setattr(link, "_metered", failing)
+    monkeypatch.setattr(link, "_pieces", failing)
     with pytest.raises(OSError, match="the disk fails"):
         link.upload(weights.file_digest(source), source)
 

@@ -56,15 +56,6 @@ CALLED = {
     ],
     "flwr.common.serde:message_from_proto": ["message_proto"],
     "flwr.supercore.error:http_error_translator": ["request", "call_next"],
-    "flwr.supernode.fleet_http_client:FleetHttpClient.__init__": [
-        "self",
-        "base_url",
-        "*interceptors",
-        "*verify",
-        "*timeout",
-    ],
-    "flwr.supernode.fleet_http_client:FleetHttpClient.ActivateNode": ["self", "request"],
-    "flwr.supernode.fleet_http_client:FleetHttpClient.DeactivateNode": ["self", "request"],
     "flwr.supercore.primitives.asymmetric:sign_message": ["private_key", "message"],
 }
 THERE = [
@@ -72,6 +63,7 @@ THERE = [
     "flwr.supercore.constant:FLEET_HTTP_PUBLIC_KEY_HEADER",
     "flwr.supercore.constant:FLEET_HTTP_SIGNATURE_HEADER",
     "flwr.supercore.date:now",
+    "flwr.supercore.protobuf.constants:PROTOBUF_MEDIA_TYPE",
     "flwr.common.constant:NOOP_ACCOUNT_NAME",
     "flwr.common.constant:NOOP_FLWR_AID",
     "flwr.common.constant:SUPERLINK_NODE_ID",
@@ -86,6 +78,7 @@ THERE = [
     "flwr.superlink.routers.fleet.node_auth:NodeAuthMiddleware",
     "flwr.superlink.routers.fleet.router:router",
     "flwr.proto.fleet_pb2:ActivateNodeRequest",
+    "flwr.proto.fleet_pb2:ActivateNodeResponse",
     "flwr.proto.fleet_pb2:DeactivateNodeRequest",
     "flwr.proto.fleet_pb2:PullMessagesRequest",
     "flwr.proto.fleet_pb2:PushMessagesRequest",
@@ -165,16 +158,33 @@ def test_linkstate_keeps_its_messages_where_we_look(site: Site) -> None:
     assert isinstance(site.superlink.state.message_ins_store, dict)
 
 
-def test_flowers_client_sends_through_the_pool_that_we_give(link: CoordinatorClient) -> None:
-    """One connection for heartbeats and messages: Flower's own pool would be a second."""
-    assert isinstance(link._fleet._client, httpx.Client)
-    assert link._fleet._client is link._http
-    given = link._http
-    link._fleet._client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(418)))
-    with pytest.raises(Unreachable, match="418"):
-        link.open()  # so it is this attribute that a request goes through
-    link._fleet._client = given
-    link.open()
+@pytest.mark.parametrize("name", ["ActivateNode", "DeactivateNode"])
+def test_flowers_own_client_calls_the_routes_that_we_call(
+    name: str, monkeypatch: pytest.MonkeyPatch, link: CoordinatorClient
+) -> None:
+    """Our requests equal those of Flower's client, but for the signatures."""
+    from flwr.proto import fleet_pb2
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    sent: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        return httpx.Response(418)
+
+    client = FleetHttpClient("https://coordinator")
+    client._client = httpx.Client(transport=httpx.MockTransport(answer))
+    request = getattr(fleet_pb2, f"{name}Request")()
+    with pytest.raises(httpx.HTTPStatusError):
+        getattr(client, name)(request)
+    ours: list[tuple[str, str, dict[str, str], bytes]] = []
+    monkeypatch.setattr(link._http_client, "request", lambda *call: ours.append(call))
+    link._fleet_call("activate-node" if name == "ActivateNode" else "deactivate-node", request)
+    method, path, headers, body = ours[0]
+    monkeypatch.undo()
+    assert (method, path, body) == (sent[0].method, sent[0].url.path, sent[0].content)
+    assert headers["content-type"] == sent[0].headers["content-type"]
+    assert headers["accept"] == sent[0].headers["accept"]
 
 
 @pytest.mark.parametrize("name", STATE)
@@ -209,8 +219,8 @@ def test_another_machines_session_cannot_be_closed(
     other = CoordinatorClient(site.credentials(site.enroll()))
     other.open()
     own, other._node = other._node, link._node
-    with pytest.raises(httpx.HTTPStatusError, match="401"):
-        other._fleet.DeactivateNode(DeactivateNodeRequest(node_id=site.nodes[machine.peer]))
+    request = DeactivateNodeRequest(node_id=site.nodes[machine.peer])
+    assert other._fleet_call("deactivate-node", request).status == 401
     assert site.nodes[machine.peer] in site.superlink.online_nodes()
     other._node = own
     other.close()
@@ -298,12 +308,11 @@ def test_a_large_body_is_refused_before_it_is_parsed(http: httpx.Client, machine
 
 
 def test_what_our_agents_do_not_use_is_shut_for_them_too(link: CoordinatorClient) -> None:
-    for ask in (
-        lambda: link._fleet.PullMessages(PullMessagesRequest(node=link._node)),
-        lambda: link._fleet.PushMessages(PushMessagesRequest(node=link._node)),
+    for route, request in (
+        ("pull-messages", PullMessagesRequest(node=link._node)),
+        ("push-messages", PushMessagesRequest(node=link._node)),
     ):
-        with pytest.raises(httpx.HTTPStatusError, match="404"):
-            ask()
+        assert link._fleet_call(route, request).status == 404
 
 
 @pytest.mark.parametrize("action", ["register-node", "activate-node", "pull-messages"])
