@@ -198,7 +198,7 @@ class Agent:
             text = "the owner keeps this log private: policy set share_log true"
             lines = [LogLine(at=time.time(), level="info", text=text)]
         with contextlib.suppress(CommonweightError):
-            self._sessions.link().tell_logs(LogResponse(request_id=request.request_id, lines=lines))
+            self._sessions.link().send_logs(LogResponse(request_id=request.request_id, lines=lines))
 
     # --- periodic ---
 

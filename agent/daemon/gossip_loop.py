@@ -87,7 +87,7 @@ class GossipLoop:
         """Ask the coordinator which peers to ask without it. False if that failed."""
         try:
             link, request = self._link(), self._sharing.plan_request()
-            neighbors = await asyncio.to_thread(link.neighbours, request)
+            neighbors = await asyncio.to_thread(link.neighbors, request)
             self._gossip.learn(neighbors)
             await asyncio.to_thread(self._gossip.save, neighbors)
         except (CommonweightError, OSError) as err:

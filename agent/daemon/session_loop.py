@@ -74,7 +74,7 @@ class SessionLoop:
     @property
     def endpoints(self) -> tuple[str, str]:
         """Our and the coordinator's IP address in the last connection; empty before the first."""
-        return self._link.ends if self._link else ("", "")
+        return self._link.peer_addresses if self._link else ("", "")
 
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received since the agent's start."""
@@ -158,9 +158,9 @@ class SessionLoop:
             self._link = CoordinatorClient(self._ctx.credentials, self._ctx.bandwidth)
         if self._closed:  # `close` may have run before this link existed
             raise Unreachable("the agent is stopping")
-        version_check.check_compatible(self._link.standing().version, "the coordinator")
+        version_check.check_compatible(self._link.enrollment_status().version, "the coordinator")
         self._link.open()
-        self._save_broker_address(self._link.mqtt())
+        self._save_broker_address(self._link.mqtt_address())
         self._renew_certificate(self._link)
 
     def _renew_certificate(self, link: CoordinatorClient) -> None:
@@ -189,7 +189,7 @@ class SessionLoop:
         while True:
             link = self._link
             is_open = link is not None and self._runner.state.session
-            due_s = link.beat_due_s if link is not None and is_open else HEARTBEAT_EVERY_S
+            due_s = link.heartbeat_due_s if link is not None and is_open else HEARTBEAT_EVERY_S
             if link is None or due_s > 0:
                 await asyncio.sleep(due_s)
             elif not await self._send_heartbeat(link):
@@ -198,7 +198,7 @@ class SessionLoop:
     async def _send_heartbeat(self, link: CoordinatorClient) -> bool:
         """Send one heartbeat; open a lost session again. False if the heartbeat failed."""
         try:
-            await self._in_thread(link.beat, pool=self._heartbeat_pool)
+            await self._in_thread(link.heartbeat, pool=self._heartbeat_pool)
             return True
         except SessionLost:
             with contextlib.suppress(CommonweightError):

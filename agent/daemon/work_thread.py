@@ -117,7 +117,7 @@ class WorkThread:
             following = link.exchange(reply)
         else:
             link.push(reply)
-        if link.settled and (claim := claim_text(reply)):
+        if link.acknowledged and (claim := claim_text(reply)):
             note("acknowledged", claim=claim)
         failpoint("agent.claim.sent")
         return following

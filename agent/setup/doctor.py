@@ -223,7 +223,7 @@ class _Doctor:
 
     def coordinator(self) -> str:
         try:
-            self._standing = self._open_link().standing()
+            self._standing = self._open_link().enrollment_status()
         except Refused as err:
             raise Refused(
                 f"it refuses this machine's signature ({err.message})",
@@ -251,7 +251,7 @@ class _Doctor:
 
         address = self._enrollment.mqtt
         if self._standing is not None and self._standing.enrollment == "enrolled":
-            address = self._open_link().mqtt()  # the password may have changed
+            address = self._open_link().mqtt_address()  # the password may have changed
         # Windows: paho needs a selector loop.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             why = runner.run(try_login(address))

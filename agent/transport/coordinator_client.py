@@ -102,14 +102,14 @@ class CoordinatorClient(WeightTransfer):
         #: Digest and file of a small update that travels with the next reply.
         self._attached: tuple[str, Path] | None = None
         #: True once the coordinator has written the result of the last reply to its ledger.
-        self.settled = False
+        self.acknowledged = False
 
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
         self._http_client.drop_connections()
 
     @property
-    def ends(self) -> tuple[str, str]:
+    def peer_addresses(self) -> tuple[str, str]:
         """Local and remote IP address of the last connection; empty before the first."""
         return self._http_client.peer_addresses
 
@@ -163,20 +163,20 @@ class CoordinatorClient(WeightTransfer):
         self._node = None
         self._http_client.close()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Sends a heartbeat: an empty exchange."""
         self._exchange(None, want=False)
 
     @property
-    def beat_due_s(self) -> float:
+    def heartbeat_due_s(self) -> float:
         """Seconds until the next heartbeat is due. Every exchange counts as one."""
         return self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
 
-    def mqtt(self) -> MqttAddress:
+    def mqtt_address(self) -> MqttAddress:
         """Requests the broker's address and login. The password changes from time to time."""
         return self._request_json(MqttAddress, "GET", MQTT_PATH)
 
-    def standing(self) -> EnrollmentStatus:
+    def enrollment_status(self) -> EnrollmentStatus:
         """Requests this machine's enrollment status. Needs no session."""
         return self._request_json(EnrollmentStatus, "GET", ENROLLMENT_STATUS_PATH)
 
@@ -184,7 +184,7 @@ class CoordinatorClient(WeightTransfer):
         """Asks the coordinator to revoke this machine's key. Needs no session."""
         self._request("POST", LEAVE_PATH)
 
-    def tell_logs(self, response: LogResponse) -> None:
+    def send_logs(self, response: LogResponse) -> None:
         """Sends the log lines that an operator requested."""
         self._request("POST", LOGS_PATH, msgspec.json.encode(response))
 
@@ -192,7 +192,7 @@ class CoordinatorClient(WeightTransfer):
         """Requests a new node certificate for the same keys."""
         return self._request("POST", RENEW_PATH)
 
-    def plan(self, digest: str, request: DownloadPlanRequest) -> DownloadPlan:
+    def download_plan(self, digest: str, request: DownloadPlanRequest) -> DownloadPlan:
         """Requests a download plan: which peers hold which pieces of a version."""
         return self._request_json(DownloadPlan, "POST", PLAN_PATH.format(digest=digest), request)
 
@@ -201,7 +201,7 @@ class CoordinatorClient(WeightTransfer):
         path = DOWNLOAD_REPORT_PATH.format(digest=digest)
         self._request("POST", path, msgspec.json.encode(report))
 
-    def neighbours(self, request: DownloadPlanRequest) -> NeighborsResponse:
+    def neighbors(self, request: DownloadPlanRequest) -> NeighborsResponse:
         """Requests the peers to contact while the coordinator is away; reports our address."""
         return self._request_json(NeighborsResponse, "POST", NEIGHBORS_PATH, request)
 
@@ -257,7 +257,7 @@ class CoordinatorClient(WeightTransfer):
             if response.work is not None:
                 self._inline_version = response.version
             if reply is not None:  # a heartbeat must not reset the result of a reply
-                self.settled = response.acknowledged
+                self.acknowledged = response.acknowledged
             return _unpack(response.work) if response.work is not None else None
 
     def upload_update(self, digest: str, source: Path) -> None:

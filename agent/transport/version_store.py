@@ -68,7 +68,7 @@ class VersionStore:
                 nbytes,
                 part,
                 shelf=sharing.pieces,
-                ask=lambda faulty: link.plan(digest, sharing.plan_request(faulty)),
+                ask=lambda faulty: link.download_plan(digest, sharing.plan_request(faulty)),
                 stream=link.stream,
                 sign=sharing.sign,
                 received=self._count_received,

@@ -47,7 +47,7 @@ class Light(Agent):
                 continue
             reply = self.answer(message)
             link.push(reply)
-            if link.settled and not reply.has_error():
+            if link.acknowledged and not reply.has_error():
                 self.acknowledged.append(json.loads(claim_text(reply)))
 
 

@@ -94,9 +94,9 @@ async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
         link = CoordinatorClient(mine)
         tap = Tap(link)
         await asyncio.to_thread(link.open)
-        await asyncio.to_thread(link.beat)
-        await asyncio.to_thread(link.mqtt)
-        await asyncio.to_thread(link.standing)
+        await asyncio.to_thread(link.heartbeat)
+        await asyncio.to_thread(link.mqtt_address)
+        await asyncio.to_thread(link.enrollment_status)
         assert await asyncio.to_thread(link.pull) is None
         source = tmp_path / "update"
         digest = weights.save(Weights({"w": np.zeros(3, np.float32)}), source)

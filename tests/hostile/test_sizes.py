@@ -88,7 +88,7 @@ class Target:
 
     def is_well(self) -> bool:
         """An honest request is served."""
-        self.link.beat()
+        self.link.heartbeat()
         return self.link.pull() is None
 
 

@@ -291,10 +291,16 @@ async def test_a_peer_removed_in_the_middle_of_a_round_is_out_at_once(tmp_path: 
         upload.sendall("\r\n".join([*lines, "", ""]).encode() + b"x" * 1000)
         part = fleet.home / "spool" / f"{machine.peer}-{digest}.part"
         await until(part.exists)
-        assert link.mqtt is not None
+        assert link.mqtt_address is not None
 
         fleet.hub.registry.remove(machine.peer, "test")
-        for ask in (link.pull, link.beat, link.mqtt, link.open, link.standing):
+        for ask in (
+            link.pull,
+            link.heartbeat,
+            link.mqtt_address,
+            link.open,
+            link.enrollment_status,
+        ):
             with pytest.raises(SessionLost, match="401"):
                 await asyncio.to_thread(ask)
         upload.sendall(b"x" * 1000)

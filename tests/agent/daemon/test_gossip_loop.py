@@ -199,7 +199,7 @@ async def test_an_address_that_is_none_harms_nobody(
     rogue.sharing.plan_request = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
     rogue.gossip.address = lambda: address
     with pytest.raises(Unreachable):  # nor at the coordinator's door
-        await asyncio.to_thread(rogue.link.neighbours, nowhere)
+        await asyncio.to_thread(rogue.link.neighbors, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
     assert await ann.spread._refresh_neighbors()
     ann.gossip.receive(rogue.gossip.outgoing())

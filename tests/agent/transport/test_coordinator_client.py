@@ -35,7 +35,7 @@ def test_a_session_is_opened_kept_and_closed(
     node = site.nodes[machine.peer]
     assert node not in site.superlink.online_nodes()
     link.open()
-    link.beat()
+    link.heartbeat()
     assert node in site.superlink.online_nodes()
     link.close()
     assert node not in site.superlink.online_nodes()
@@ -46,7 +46,7 @@ def test_a_new_life_opens_a_session_over_its_last_ones(site: Site, machine: Mach
     first, second = (CoordinatorClient(site.credentials(machine)) for _ in range(2))
     first.open()
     second.open()
-    second.beat()
+    second.heartbeat()
     second.close()
     first.close()
 
@@ -61,7 +61,7 @@ def test_a_coordinator_that_forgot_us_means_a_lost_session(
     link.open()
     site.superlink.remove_node(site.nodes[machine.peer])
     with pytest.raises(SessionLost):
-        link.beat()
+        link.heartbeat()
     with pytest.raises(SessionLost):
         link.open()
 
@@ -208,13 +208,13 @@ def test_credentials_hold_what_joining_gave(site: Site, machine: Machine) -> Non
 
 def test_connections_are_kept_let_go_and_made_again(link: CoordinatorClient) -> None:
     link.open()
-    link.beat()
+    link.heartbeat()
     [(kept, _)] = link._http_client._idle
-    link.beat()
+    link.heartbeat()
     assert link._http_client._idle[0][0] is kept
     link.reconnect()
     assert kept.sock is None
-    link.beat()
+    link.heartbeat()
     assert link.pull() is None
 
 
@@ -224,7 +224,7 @@ def test_a_connection_that_the_other_side_has_ended_is_not_used_again(
     link.open()
     [(kept, _)] = link._http_client._idle
     kept.sock.shutdown(socket.SHUT_RDWR)
-    link.beat()
+    link.heartbeat()
     assert link._http_client._idle[0][0] is not kept
 
 
@@ -232,7 +232,7 @@ def test_a_connection_that_was_idle_for_too_long_is_not_used_again(link: Coordin
     link.open()
     [(kept, since)] = link._http_client._idle
     link._http_client._idle = [(kept, since - IDLE_CONNECTION_S)]
-    link.beat()
+    link.heartbeat()
     assert link._http_client._idle[0][0] is not kept
     assert kept.sock is None
 

@@ -193,7 +193,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
 
 def _tell(link: CoordinatorClient, told: LogResponse) -> None:
     try:
-        link.tell_logs(told)
+        link.send_logs(told)
     except CommonweightError:
         pass  # a stranger's answer is refused
     finally:

@@ -386,7 +386,7 @@ async def test_an_answer_is_settled_once_it_is_in_the_ledger(tmp_path: Path) -> 
             push(reply)
             assert agent.link is not None
             accepted = fleet.facts(run_id, run_events.UpdateAccepted)
-            told.append((agent.link.settled, len(accepted)))
+            told.append((agent.link.acknowledged, len(accepted)))
 
         agent.link.push = watched  # type: ignore[method-assign]
         run_id = fleet.start(rounds=1, quorum=1)

@@ -230,13 +230,13 @@ def test_every_exchange_is_a_heartbeat_of_an_open_session(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
     node = site.superlink.state.nodes[site.nodes[machine.peer]]  # type: ignore[attr-defined]
-    for ask in (link.beat, link.pull):
+    for ask in (link.heartbeat, link.pull):
         node.online_until = time.time() + 5
         ask()
         assert node.online_until > time.time() + 30
-        assert link.beat_due_s > 10
+        assert link.heartbeat_due_s > 10
     node.online_until = time.time() - 1  # two were missed: it must open another
-    for ask in (link.beat, link.pull):
+    for ask in (link.heartbeat, link.pull):
         with pytest.raises(SessionLost, match="412"):
             ask()
     assert site.nodes[machine.peer] not in site.superlink.online_nodes()
@@ -249,7 +249,7 @@ def test_a_removed_machine_is_shut_out(
 ) -> None:
     site.registry.remove(machine.peer, "test")
     site.superlink.remove_node(site.nodes[machine.peer])
-    for ask in (link.pull, link.beat, link.open):
+    for ask in (link.pull, link.heartbeat, link.open):
         with pytest.raises(SessionLost):
             ask()
 
@@ -326,7 +326,7 @@ def test_an_unsigned_request_is_refused(http: httpx.Client, action: str, body: b
 
 def test_who_succeeded_is_told(site: Site, machine: Machine, link: CoordinatorClient) -> None:
     node = site.nodes[machine.peer]
-    link.beat()
+    link.heartbeat()
     for action in ("activate-node", "exchange"):  # told after the answer is sent
         until(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
     assert node in site.superlink.online_nodes()
