@@ -122,7 +122,9 @@ class GossipLoop:
 
     async def _exchange_gossip(self, peer: Neighbor) -> GossipBatch | None:
         try:
-            return await asyncio.to_thread(self._client(peer).words, self._gossip.outgoing())
+            return await asyncio.to_thread(
+                self._client(peer).exchange_gossip, self._gossip.outgoing()
+            )
         except CommonweightError as err:
             log.debug("no gossip from a peer: %s", err.message)
             return None

@@ -51,8 +51,8 @@ class HttpClient:
         self._host, self._port, self._prefix = addresses.parse(address)
         self._tls, self._max_idle_s, self.timeout_s = tls, max_idle_s, timeout_s
         self._lock = threading.Lock()
-        self._idle: list[tuple[_Connection, float]] = []
-        self._busy: set[_Connection] = set()
+        self._idle: list[tuple[Connection, float]] = []
+        self._busy: set[Connection] = set()
         self._generation = 0
         self._closed = False
         #: Local and remote IP address of the last connection; the remote one may be a proxy's.
@@ -114,7 +114,7 @@ class HttpClient:
             self._closed = True
         self.drop_connections()
 
-    def _acquire(self) -> _Connection:
+    def _acquire(self) -> Connection:
         """Takes an idle connection, or makes a new one that is not connected yet."""
         while True:
             with self._lock:
@@ -132,11 +132,16 @@ class HttpClient:
                 self._busy.discard(connection)
             connection.close()
 
-    def _new(self) -> _Connection:
-        return _Connection(self._host, self._port, self._tls, self.timeout_s)
+    def _new(self) -> Connection:
+        proxy = proxy_for(self._host, self._port)
+        host, port = (proxy.host, proxy.port) if proxy else (self._host, self._port)
+        connection = Connection(host, port, self._tls, self.timeout_s)
+        if proxy:
+            connection.set_tunnel(self._host, self._port, proxy.headers)
+        return connection
 
 
-class _Connection(http.client.HTTPSConnection):
+class Connection(http.client.HTTPSConnection):
     """A connection that another thread can end at any time, also while it connects.
 
     http.client sets its socket only after the TLS handshake. A thread in `connect` could not be
@@ -144,21 +149,19 @@ class _Connection(http.client.HTTPSConnection):
     """
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> None:
-        proxy = proxy_for(host, port)
-        address = (proxy.host, proxy.port) if proxy else (host, port)
-        super().__init__(*address, timeout=timeout_s, context=tls)
-        if proxy:
-            self.set_tunnel(host, port, proxy.headers)
-        self._server, self._tls = host, tls
-        self._ended = False
+        super().__init__(host, port, timeout=timeout_s, context=tls)
+        self._tls, self._ended = tls, False
         self._create_connection = self._create_tracked
 
     def connect(self) -> None:
         """Connects, through a proxy if one is set, and does the TLS handshake. Raises OSError."""
         http.client.HTTPConnection.connect(self)
+        server = self._tunnel_host or self.host  # type: ignore[attr-defined]
         self.sock = self._tls.wrap_socket(
-            self.sock, server_hostname=self._server, do_handshake_on_connect=False
+            self.sock, server_hostname=server, do_handshake_on_connect=False
         )
+        if self._ended:
+            raise ConnectionAbortedError("the connection was ended")
         self.sock.do_handshake()
 
     def ends(self) -> tuple[str, str]:
@@ -217,12 +220,11 @@ def proxy_for(host: str, port: int) -> Proxy | None:
 def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:
     """Sends a body. A server that stops reading has answered already: read that next."""
     for piece in pieces:  # errors of the file go to the caller
-        try:
-            connection.send(piece)
-        except (BrokenPipeError, ConnectionError, ssl.SSLError):
-            return
-        except OSError as err:
-            raise _unreachable(err) from err
+        with map_errors():
+            try:
+                connection.send(piece)
+            except (ConnectionError, ssl.SSLError):
+                return
 
 
 def _is_closed_by_peer(sock: socket.socket) -> bool:
@@ -235,13 +237,9 @@ def _is_closed_by_peer(sock: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def map_errors() -> Iterator[None]:
-    """Maps network and HTTP errors to Unreachable."""
+def map_errors(server: str = "the coordinator") -> Iterator[None]:
+    """Maps network and HTTP errors to Unreachable, whose message names the server."""
     try:
         yield
     except (OSError, http.client.HTTPException) as err:
-        raise _unreachable(err) from err
-
-
-def _unreachable(err: Exception) -> Unreachable:
-    return Unreachable(f"the coordinator does not answer: {describe_error(err)}")
+        raise Unreachable(f"{server} does not answer: {describe_error(err)}") from err

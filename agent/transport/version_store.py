@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from agent.transport.coordinator_client import CoordinatorClient
-from agent.transport.p2p import swarm
 from agent.transport.p2p.sharing import Sharing
+from agent.transport.p2p.swarm import SwarmDownload
 from protocols.codecs import patches
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.local.atomic_files import fsync_folder
@@ -63,16 +63,16 @@ class VersionStore:
     def _fetch_shared(self, sharing: Sharing, digest: str, nbytes: int, path: Path) -> None:
         link, part = self._link(), path.with_suffix(".pieces")
         try:
-            held = swarm.fetch(
+            report = SwarmDownload(
                 digest,
                 nbytes,
-                part,
-                shelf=sharing.pieces,
-                ask=lambda faulty: link.download_plan(digest, sharing.plan_request(faulty)),
+                request_plan=lambda faulty: link.download_plan(
+                    digest, sharing.plan_request(faulty)
+                ),
                 stream=link.stream,
                 sign=sharing.sign,
                 received=self._count_received,
-            )
+            ).run(part, sharing.pieces)
         except (BadMessage, OSError) as err:
             if is_disk_full(err):
                 raise
@@ -85,7 +85,7 @@ class VersionStore:
         part.replace(path)
         fsync_folder(path.parent)
         self._register(digest)  # first, so that peers that are sent here find it
-        link.announce_version(digest, held)
+        link.announce_version(digest, report)
 
     def adopt(self, part: Path, digest: str) -> None:
         """Moves a version that arrived in another way into the cache."""

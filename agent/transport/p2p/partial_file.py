@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
-from agent.transport.p2p.piece_store import PartialVersion
+from agent.transport.p2p.piece_store import StoredVersion
+from protocols.local.atomic_files import write_all
 from protocols.p2p import swarm
 from protocols.p2p.swarm import DownloadPlan
 
@@ -15,21 +17,21 @@ from protocols.p2p.swarm import DownloadPlan
 class PartialFile:
     """The file of a version during its download, piece by piece, from several threads.
 
-    Pieces that an earlier attempt left in the file are verified and kept.
+    Pieces that an earlier attempt left in the file are verified and kept. Each present piece is
+    reported to `version`, which serves it to other peers.
     """
 
-    def __init__(self, path: Path, plan: DownloadPlan, book: PartialVersion) -> None:
-        self._plan, self._book = plan, book
+    def __init__(self, path: Path, plan: DownloadPlan, version: StoredVersion) -> None:
+        self._plan, self._version = plan, version
         self._changed = threading.Condition()
         self._file_lock = threading.Lock()
         total = swarm.num_pieces(plan.nbytes, plan.piece_bytes)
-        self._wanted = set(range(total))  # neither present nor requested
         self._missing = set(range(total))
         self._file = path.open("r+b", buffering=0)
         for piece in range(total):
-            data = self._file.read(plan.piece_bytes)
-            if self._matches(piece, data):
+            if self._matches(piece, self._file.read(plan.piece_bytes)):
                 self._mark_present(piece)
+        self._wanted = self._missing.copy()  # neither present nor requested
         self._file.truncate(plan.nbytes)
 
     @property
@@ -41,20 +43,19 @@ class PartialFile:
         """The number of pieces that are not present yet."""
         return len(self._missing)
 
-    def take(self) -> int | None:
-        """Takes the first piece that is neither present nor requested; None if there is none."""
+    def take(self, limit: int = 1) -> range:
+        """Takes the first consecutive pieces that are neither present nor requested."""
         with self._changed:
-            if not self._wanted:
-                return None
-            piece = min(self._wanted)
-            self._wanted.discard(piece)
-            return piece
+            first = stop = min(self._wanted, default=0)
+            while stop - first < limit and stop in self._wanted:
+                self._wanted.discard(stop)
+                stop += 1
+            return range(first, stop)
 
-    def give_back(self, piece: int) -> None:
-        """Returns a piece that was taken but could not be downloaded."""
+    def give_back(self, pieces: Iterable[int]) -> None:
+        """Returns pieces that were taken; those that are not present can be taken again."""
         with self._changed:
-            if piece in self._missing:
-                self._wanted.add(piece)
+            self._wanted |= self._missing.intersection(pieces)
             self._changed.notify_all()
 
     def span(self, piece: int) -> tuple[int, int]:
@@ -62,15 +63,18 @@ class PartialFile:
         size = self._plan.piece_bytes
         return piece * size, min((piece + 1) * size, self._plan.nbytes)
 
+    def size(self, piece: int) -> int:
+        """Returns the size of a piece in bytes."""
+        start, stop = self.span(piece)
+        return stop - start
+
     def put(self, piece: int, data: bytes) -> bool:
         """Writes a piece; False if the bytes do not match its digest."""
         if not self._matches(piece, data):
             return False
         with self._file_lock:
             self._file.seek(piece * self._plan.piece_bytes)
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
+            write_all(self._file, memoryview(data))
         self._mark_present(piece)
         return True
 
@@ -80,20 +84,9 @@ class PartialFile:
 
     def _mark_present(self, piece: int) -> None:
         with self._changed:
-            self._wanted.discard(piece)
             self._missing.discard(piece)
             self._changed.notify_all()
-        self._book.add(piece)
-
-    def take_range(self, most: int) -> range:
-        """Like `take`, but takes up to `most` consecutive pieces; empty if there is none."""
-        with self._changed:
-            first = min(self._wanted, default=0)
-            row = range(first, first)
-            while len(row) < most and row.stop in self._wanted:
-                self._wanted.discard(row.stop)
-                row = range(first, row.stop + 1)
-            return row
+        self._version.add(piece)
 
     def wait(self, within_s: float) -> None:
         """Waits until a piece arrives or is returned, at most `within_s` seconds."""

@@ -20,14 +20,14 @@ class Notifier:
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], None]] = set()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wakes all waiters; callable from any thread."""
         with self._lock:
             listeners = tuple(self._listeners)
         for listener in listeners:
             listener()
 
-    async def until(self, condition: Callable[[], object], within_s: float) -> bool:
+    async def wait_for(self, condition: Callable[[], object], within_s: float) -> bool:
         """Waits for a condition; False if it does not hold in time."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -49,48 +49,45 @@ class Notifier:
         return True
 
 
-class PartialVersion:
+class StoredVersion:
     """One version: its open file, and the set of pieces that are present.
 
     The file may be renamed while it is open. Raises OSError if it cannot be opened.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, whole: bool) -> None:
+    def __init__(self, path: Path, nbytes: int, *, complete: bool) -> None:
         self._file = path.open("rb", buffering=0)
         self.nbytes = nbytes
-        self._missing = set() if whole else set(range(num_pieces(nbytes)))
+        self._missing = set() if complete else set(range(num_pieces(nbytes)))
         self._lock = threading.Lock()
-        self._bell = Notifier()
-        self._closed = False
+        self._changed = Notifier()
 
     @property
-    def is_whole(self) -> bool:
-        return not self._missing and not self._closed
+    def is_complete(self) -> bool:
+        return not self._missing and not self._file.closed
 
     def add(self, piece: int) -> None:
         """Marks a verified piece as present."""
-        with self._lock:
-            self._missing.discard(piece)
-        self._bell.ring()
+        self._missing.discard(piece)
+        self._changed.notify()
 
     def close(self) -> None:
         """Closes the file and wakes all waiters."""
         with self._lock:
-            self._closed = True
             self._file.close()
-        self._bell.ring()
+        self._changed.notify()
 
     async def wait(self, piece: int, within_s: float) -> bool:
         """Waits for a piece; False if it does not arrive in time."""
-        here = piece not in self._missing or await self._bell.until(
-            lambda: self._closed or piece not in self._missing, within_s
+        await self._changed.wait_for(
+            lambda: self._file.closed or piece not in self._missing, within_s
         )
-        return here and not self._closed
+        return piece not in self._missing and not self._file.closed
 
     def read(self, start: int, stop: int) -> bytes:
         """Reads the bytes `start` to `stop`. Raises OSError if the file is closed or truncated."""
         with self._lock:
-            if self._closed:
+            if self._file.closed:
                 raise OSError("the version was dropped")
             self._file.seek(start)
             data = self._file.read(stop - start) or b""
@@ -103,38 +100,35 @@ class PieceStore:
     """Partial and complete versions by digest."""
 
     def __init__(self) -> None:
-        self._books: dict[str, PartialVersion] = {}
-        self._bell = Notifier()
+        self._versions: dict[str, StoredVersion] = {}
+        self._changed = Notifier()
 
-    async def find(self, digest: str, within_s: float) -> PartialVersion | None:
+    async def find(self, digest: str, within_s: float) -> StoredVersion | None:
         """Waits for a version: a peer may ask before our download has started."""
-        await self._bell.until(lambda: digest in self._books, within_s)
-        return self._books.get(digest)
+        await self._changed.wait_for(lambda: digest in self._versions, within_s)
+        return self._versions.get(digest)
 
     def put(self, digest: str, path: Path) -> None:
         """Adds a complete version, or marks the one in download as complete."""
-        known = self._books.get(digest)
-        if known is not None and known.is_whole:
-            return
-        self._replace(digest, PartialVersion(path, path.stat().st_size, whole=True))
+        known = self._versions.get(digest)
+        if known is None or not known.is_complete:
+            self._replace(digest, StoredVersion(path, path.stat().st_size, complete=True))
 
-    def begin(self, digest: str, path: Path, nbytes: int) -> PartialVersion:
+    def begin(self, digest: str, path: Path, nbytes: int) -> StoredVersion:
         """Starts a version in download."""
-        book = PartialVersion(path, nbytes, whole=False)
-        self._replace(digest, book)
-        return book
+        version = StoredVersion(path, nbytes, complete=False)
+        self._replace(digest, version)
+        return version
 
     def drop(self, digest: str) -> None:
         """Removes a version."""
-        self._replace(digest, None)
+        if (version := self._versions.pop(digest, None)) is not None:
+            version.close()
 
-    def _replace(self, digest: str, book: PartialVersion | None) -> None:
-        old = self._books.pop(digest, None)
-        if book is not None:
-            self._books[digest] = book
-            self._bell.ring()
-        if old is not None:
-            old.close()
+    def _replace(self, digest: str, version: StoredVersion) -> None:
+        self.drop(digest)
+        self._versions[digest] = version
+        self._changed.notify()
 
 
 def pieces_of(start: int, stop: int) -> range:

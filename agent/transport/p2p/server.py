@@ -19,8 +19,7 @@ import re
 import socket
 import ssl
 import time
-from collections import Counter
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import h11
@@ -37,27 +36,26 @@ from protocols.p2p.swarm import PIECE_BYTES
 
 log = logging.getLogger("commonweight.share")
 
-MOST_CONNECTIONS, MOST_PER_ADDRESS = 32, 4
+MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS = 32, 4
 _HANDSHAKE_S = 5.0
 #: The time limit for a request head, from the end of the previous response.
 _HEAD_S = 10.0
 #: Time limits for a client that does not read, and for a piece that does not arrive.
 _READER_S, _PIECE_S = 15.0, 4.0
-_MOST_HEAD_BYTES = 16 * 1024
-VERSION_PATH = "/cw/v1/weights/{digest}"
+_MAX_HEAD_BYTES = 16 * 1024
 _VERSION = re.compile(r"/cw/v1/weights/([0-9a-f]{64})\Z")
 _PROOF = re.compile(r"/cw/v1/proofs/([0-9a-f]{64})\Z")
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})\Z")
 
 
-class Pace:
+class RateLimit:
     """A rate limit in bytes per second over all connections; 0 means no limit."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
         self._free_at = 0.0
 
-    async def take(self, nbytes: int) -> None:
+    async def wait(self, nbytes: int) -> None:
         """Waits until `nbytes` may be sent."""
         if self._rate:
             now = time.monotonic()
@@ -67,16 +65,74 @@ class Pace:
 
 
 class _Refused(Exception):
+    """The request is answered with this HTTP status and no body."""
+
     def __init__(self, status: int) -> None:
         self.status = status
 
 
+class _HttpConnection:
+    """HTTP/1.1 to one client."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
+
+    def start_next(self) -> bool:
+        """Prepares for the next request; False if the connection cannot be reused."""
+        reusable = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
+        if reusable:
+            self._http.start_next_cycle()
+        return reusable
+
+    async def _event(self) -> object:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(await self._reader.read(_MAX_HEAD_BYTES))
+        return event
+
+    async def head(self) -> tuple[str, str, dict[str, str]]:
+        """Returns method, path and headers of the next request. Raises EOFError at the end."""
+        request = await self._event()
+        if not isinstance(request, h11.Request):
+            raise EOFError
+        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
+        return request.method.decode(), request.target.decode("ascii", "replace"), headers
+
+    async def body(self) -> bytes | None:
+        """Reads a request's body; None if it is too long or truncated."""
+        body = bytearray()
+        while isinstance(event := await self._event(), h11.Data):
+            body += event.data
+            if len(body) > MAX_BATCH_BYTES:
+                return None
+        return bytes(body) if isinstance(event, h11.EndOfMessage) else None
+
+    async def start(self, status: int, nbytes: int, **headers: str) -> None:
+        """Sends the head of a response with a body of `nbytes`."""
+        fields = {"content-length": str(nbytes), **headers}
+        await self._send(h11.Response(status_code=status, headers=list(fields.items())))
+
+    async def write(self, data: bytes) -> None:
+        """Sends a part of the response's body."""
+        await self._send(h11.Data(data=data))
+
+    async def end(self) -> None:
+        """Ends the response."""
+        await self._send(h11.EndOfMessage())
+
+    async def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
+        if data := self._http.send(event):
+            self._writer.write(data)
+            async with asyncio.timeout(_READER_S):
+                await self._writer.drain()
+
+
 class PeerServer:
-    """A listening socket over a piece store. `close` ends it and every connection."""
+    """A listening socket over a piece store."""
 
     def __init__(
         self,
-        shelf: PieceStore,
+        store: PieceStore,
         *,
         coordinator_public: bytes,
         certificate: Path,
@@ -84,14 +140,14 @@ class PeerServer:
         bytes_per_s: float = 0.0,
         gossip_state: GossipState | None = None,
     ) -> None:
-        self._shelf, self._gossip = shelf, gossip_state
-        self._entry = RequestAuthorizer(coordinator_public, gossip_state)
+        self._store, self._gossip = store, gossip_state
+        self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.load_cert_chain(certificate, key)
-        self._pace = Pace(bytes_per_s)
-        self._held: Counter[str] = Counter()
-        self._serving: set[asyncio.Task[None]] = set()
+        self._rate_limit = RateLimit(bytes_per_s)
+        #: The task of each connection, and its IP address.
+        self._connections: dict[asyncio.Task[None], str] = {}
         self._listener: socket.socket | None = None
         self.bytes_sent = 0
 
@@ -105,36 +161,33 @@ class PeerServer:
         return bound
 
     async def serve(self) -> None:
-        """Accepts connections until cancelled."""
+        """Accepts connections until cancelled, then ends all."""
         assert self._listener is not None
         loop = asyncio.get_running_loop()
         try:
             while True:
-                accepted, address = await loop.sock_accept(self._listener)
-                who = str(address[0])
+                accepted, (address, *_) = await loop.sock_accept(self._listener)
+                addresses = list(self._connections.values())
                 # Count from the first packet: an unfinished handshake is a connection, too.
-                if self._held.total() >= MOST_CONNECTIONS or self._held[who] >= MOST_PER_ADDRESS:
+                if (
+                    len(addresses) >= MAX_CONNECTIONS
+                    or addresses.count(address) >= MAX_CONNECTIONS_PER_ADDRESS
+                ):
                     accepted.close()
                     continue
-                self._held[who] += 1
-                task = asyncio.create_task(self._connection(accepted), name=f"peer {who}")
-                self._serving.add(task)
-                task.add_done_callback(partial(self._left, who))
+                task = asyncio.create_task(self._serve(accepted), name=f"peer {address}")
+                self._connections[task] = address
+                task.add_done_callback(self._connections.pop)
         finally:
             self._listener.close()
-            for task in tuple(self._serving):
+            for task in self._connections:
                 task.cancel()
-            await asyncio.gather(*self._serving, return_exceptions=True)
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
-    def _left(self, who: str, task: asyncio.Task[None]) -> None:
-        self._serving.discard(task)
-        self._held[who] -= 1
-        if not self._held[who]:
-            del self._held[who]
-
-    async def _connection(self, accepted: socket.socket) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
+        """Answers the requests of one connection."""
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=_MOST_HEAD_BYTES)
+        reader = asyncio.StreamReader(limit=_MAX_HEAD_BYTES)
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
             transport, _ = await loop.connect_accepted_socket(
@@ -143,61 +196,55 @@ class PeerServer:
         except (OSError, TimeoutError):
             accepted.close()
             return
-        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_HEAD_BYTES)
+        client = _HttpConnection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         try:
-            while await self._request(http, reader, writer):
-                http.start_next_cycle()
+            await self._answer(client)
+            while client.start_next():
+                await self._answer(client)
+        except _Refused as err:
+            with suppress(OSError, TimeoutError, h11.ProtocolError):
+                await client.start(err.status, 0, connection="close")
+                await client.end()
         except (OSError, TimeoutError, h11.ProtocolError, EOFError):
             pass  # the client retries, or asks another peer
         finally:
             transport.abort()
 
-    async def _request(
-        self, http: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Answers one request; True if the connection can be reused."""
+    async def _answer(self, client: _HttpConnection) -> None:
         async with asyncio.timeout(_HEAD_S):
-            request = await _event(http, reader)
-            if not isinstance(request, h11.Request):
-                return False
-            path = request.target.decode("ascii", "replace")
-            headers = {
-                name.decode("ascii"): value.decode("latin-1") for name, value in request.headers
-            }
+            method, path, headers = await client.head()
             try:
-                digest, announced = self._admitted(request.method.decode(), path, headers)
-            except _Refused as err:
-                await _body(http, reader)  # unread bytes would reset the connection
-                return await self._refuse(http, writer, err.status)
-            body = await _body(http, reader)
-        if body is None or hashlib.sha256(body).hexdigest() != announced:
-            return await self._refuse(http, writer, 401)
-        if digest and path == VERSION_PATH.format(digest=digest):
-            return await self._send_version(http, writer, digest, headers)
-        answer = self._say(body) if not digest else self._proof(digest)
+                digest, body_sha256 = self._authorize(method, path, headers)
+            except _Refused:
+                await client.body()  # unread bytes would reset the connection
+                raise
+            body = await client.body()
+        if body is None or hashlib.sha256(body).hexdigest() != body_sha256:
+            raise _Refused(401)
+        if _VERSION.match(path):
+            await self._send_version(client, digest, headers)
+            return
+        answer = self._proof(digest) if digest else self._exchange_gossip(body)
         if answer is None:
-            return await self._refuse(http, writer, 404)
-        head = h11.Response(status_code=200, headers=[("content-length", str(len(answer)))])
-        await self._send(writer, http.send(head))
-        await self._send(writer, http.send(h11.Data(data=answer)))
-        await self._send(writer, http.send(h11.EndOfMessage()))
-        return http.our_state is h11.DONE and http.their_state is h11.DONE
+            raise _Refused(404)
+        await client.start(200, len(answer))
+        await client.write(answer)
+        await client.end()
 
-    def _admitted(self, method: str, path: str, headers: dict[str, str]) -> tuple[str, str]:
-        """Returns the requested version (empty for gossip) and the body's digest, if authorized."""
+    def _authorize(self, method: str, path: str, headers: dict[str, str]) -> tuple[str, str]:
+        """Returns the requested digest (empty for gossip) and the body's, if authorized."""
         version, proof = _VERSION.match(path), _PROOF.match(path)
         digest = ""
-        if method == "GET" and (found := version or proof):
-            digest = found[1]
+        if method == "GET" and (match := version or proof):
+            digest = match[1]
         elif (method, path) != ("POST", GOSSIP_PATH):
             raise _Refused(404)
-        announced = self._entry.authorize(method, path, headers, digest if version else "")
-        if not announced:
+        body_sha256 = self._authorizer.authorize(method, path, headers, digest if version else "")
+        if not body_sha256:
             raise _Refused(401)
-        return digest, announced
+        return digest, body_sha256
 
-    def _say(self, body: bytes) -> bytes | None:
+    def _exchange_gossip(self, body: bytes) -> bytes | None:
         """Takes the entries in `body` and returns ours."""
         if self._gossip is None:
             return None
@@ -210,82 +257,41 @@ class PeerServer:
     def _proof(self, digest: str) -> bytes | None:
         return self._gossip.heads.proof(digest) if self._gossip is not None else None
 
-    async def _refuse(
-        self, http: h11.Connection, writer: asyncio.StreamWriter, status: int
-    ) -> bool:
-        bare = [("content-length", "0"), ("connection", "close")]
-        await self._send(writer, http.send(h11.Response(status_code=status, headers=bare)))
-        await self._send(writer, http.send(h11.EndOfMessage()))
-        return False
-
     async def _send_version(
-        self,
-        http: h11.Connection,
-        writer: asyncio.StreamWriter,
-        digest: str,
-        headers: dict[str, str],
-    ) -> bool:
-        """Sends a version or a range of it; True if the connection can be reused."""
-        book = await self._shelf.find(digest, _PIECE_S)
-        if book is None:
-            return await self._refuse(http, writer, 503)
-        try:
-            start, stop, partial = _range(headers, book.nbytes)
-        except _Refused as err:
-            return await self._refuse(http, writer, err.status)
-        if not await book.wait(start // PIECE_BYTES, _PIECE_S):
-            return await self._refuse(http, writer, 503)
-        described = [("content-length", str(stop - start))]
-        if partial:
-            described.append(("content-range", f"bytes {start}-{stop - 1}/{book.nbytes}"))
-        head = h11.Response(status_code=206 if partial else 200, headers=described)
-        await self._send(writer, http.send(head))
+        self, client: _HttpConnection, digest: str, headers: dict[str, str]
+    ) -> None:
+        """Sends a version or a range of it. A response that ends early closes the connection."""
+        version = await self._store.find(digest, _PIECE_S)
+        if version is None:
+            raise _Refused(503)
+        start, stop = _range(headers, version.nbytes)
+        if not await version.wait(start // PIECE_BYTES, _PIECE_S):
+            raise _Refused(503)
+        if "range" in headers:
+            content_range = f"bytes {start}-{stop - 1}/{version.nbytes}"
+            await client.start(206, stop - start, **{"content-range": content_range})
+        else:
+            await client.start(200, stop - start)
         for piece in pieces_of(start, stop):
-            if not await book.wait(piece, _PIECE_S):
-                return False  # close: the client keeps what it has received
+            if not await version.wait(piece, _PIECE_S):
+                return  # the client keeps what it has received
             first, last = piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES
-            data = book.read(max(start, first), min(stop, last))
-            await self._pace.take(len(data))
-            await self._send(writer, http.send(h11.Data(data=data)))
+            data = version.read(max(start, first), min(stop, last))
+            await self._rate_limit.wait(len(data))
+            await client.write(data)
             self.bytes_sent += len(data)
-        await self._send(writer, http.send(h11.EndOfMessage()))
-        return http.our_state is h11.DONE and http.their_state is h11.DONE
-
-    async def _send(self, writer: asyncio.StreamWriter, data: bytes | None) -> None:
-        if data:
-            writer.write(data)
-            async with asyncio.timeout(_READER_S):
-                await writer.drain()
+        await client.end()
 
 
-def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int, bool]:
-    """Returns the requested bytes `start` to `stop`, and whether that is a range."""
-    if "range" not in headers:
-        return 0, nbytes, False
-    asked = _RANGE.match(headers["range"])
-    if asked is None:
+def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int]:
+    """Returns the requested bytes `start` to `stop`."""
+    match = _RANGE.match(headers.get("range", "bytes=0-"))
+    if match is None:
         raise _Refused(416)
-    start, stop = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else nbytes, nbytes)
+    start, stop = int(match[1]), min(int(match[2]) + 1 if match[2] else nbytes, nbytes)
     if start >= stop:
         raise _Refused(416)
-    return start, stop, True
-
-
-async def _event(http: h11.Connection, reader: asyncio.StreamReader) -> object:
-    """Returns the next complete event of the client."""
-    while (event := http.next_event()) is h11.NEED_DATA:
-        http.receive_data(await reader.read(_MOST_HEAD_BYTES))
-    return event
-
-
-async def _body(http: h11.Connection, reader: asyncio.StreamReader) -> bytes | None:
-    """Reads a request's body; None if it is too long or truncated."""
-    body = bytearray()
-    while isinstance(event := await _event(http, reader), h11.Data):
-        body += event.data
-        if len(body) > MAX_BATCH_BYTES:
-            return None
-    return bytes(body) if isinstance(event, h11.EndOfMessage) else None
+    return start, stop
 
 
 def certify(path: Path, key: NodeKey, peer: str) -> None:

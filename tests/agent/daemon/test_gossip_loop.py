@@ -121,7 +121,9 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:
             asking = PeerClient(partner, sealed, who.credentials.sign_request)
             try:
-                return bool((await asyncio.to_thread(asking.words, GossipBatch())).entries)
+                return bool(
+                    (await asyncio.to_thread(asking.exchange_gossip, GossipBatch())).entries
+                )
             except Unreachable:
                 return False
 

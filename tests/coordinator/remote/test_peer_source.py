@@ -89,7 +89,7 @@ async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
             given = await told(site)
             near = next(one for one in given.neighbors if one.name == "ann")
             asking = PeerClient(near, given.access_token, sign)
-            assert (await asyncio.to_thread(asking.words, GossipBatch())).entries
+            assert (await asyncio.to_thread(asking.exchange_gossip, GossipBatch())).entries
             with pytest.raises(Unreachable, match="401"):
                 await asyncio.to_thread(asking.proof, head.digest)
             nbytes = ann.heads.path(head.digest).stat().st_size

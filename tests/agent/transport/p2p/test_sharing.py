@@ -20,7 +20,7 @@ import pytest
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.networks import LocalNetwork
-from agent.transport.p2p.server import MOST_PER_ADDRESS, PeerServer, certify
+from agent.transport.p2p.server import MAX_CONNECTIONS_PER_ADDRESS, PeerServer, certify
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
@@ -338,7 +338,10 @@ def test_a_refusal_comes_after_the_body(site: Site, tmp_path: Path, digest: str)
 def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest: str) -> None:
     with peers(site, tmp_path, "ann") as (ann,):
         host, _, port = ann.sharing.plan_request().address.rpartition(":")
-        callers = [socket.create_connection((host, int(port))) for _ in range(MOST_PER_ADDRESS + 3)]
+        callers = [
+            socket.create_connection((host, int(port)))
+            for _ in range(MAX_CONNECTIONS_PER_ADDRESS + 3)
+        ]
         for caller in callers:
             caller.settimeout(0.05)
 

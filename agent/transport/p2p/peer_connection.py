@@ -1,0 +1,86 @@
+"""A TLS connection to one peer: signed requests with a token, each with a time limit. Blocking."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import ssl
+import threading
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from agent.transport.http_client import Connection, map_errors
+from protocols.enrollment import identity
+from protocols.p2p.swarm import host_of
+
+#: Time limits for connecting, and for a peer that sends nothing.
+_CONNECT_S, _STALL_S = 3.0, 8.0
+
+#: `sign(method, path, body_sha256)` returns the headers of a signed request.
+SignRequest = Callable[[str, str, str], dict[str, str]]
+
+
+class PeerConnection(Connection):
+    """A connection to `address` (host:port) that accepts only the key `node_public`.
+
+    `name` is for error messages. `token_header` and `token` are sent with every request.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        node_public: bytes,
+        sign: SignRequest,
+        token_header: str,
+        token: bytes,
+    ) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        # The pinned key authenticates the peer, not a CA. It is checked before the first request.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        super().__init__(host_of(address), int(address.rpartition(":")[2]), context, _CONNECT_S)
+        self._name, self._node_public, self._sign = name, node_public, sign
+        self._token = {token_header: b64encode(token).decode()}
+
+    def connect(self) -> None:
+        """Connects. Raises OSError, also if another key answers."""
+        super().connect()
+        certificate = self.sock.getpeercert(binary_form=True)
+        if certificate is None or not identity.certificate_matches_key(
+            certificate, self._node_public
+        ):
+            self.close()
+            raise OSError("another machine answers at its address")
+        self.sock.settimeout(_STALL_S)
+
+    @contextmanager
+    def exchange(
+        self, method: str, path: str, within_s: float, body: bytes = b"", **headers: str
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Sends a request; the `with` block reads the response. Raises Unreachable.
+
+        After `within_s` the exchange is aborted. A socket timeout alone never ends a peer that
+        sends a byte now and then.
+        """
+        signed = self._sign(method, path, hashlib.sha256(body).hexdigest())
+        overdue = threading.Timer(within_s, self.end)
+        overdue.daemon = True
+        overdue.start()
+        try:
+            with map_errors(self._name):
+                self.request(method, path, body or None, signed | self._token | headers)
+                response = self.getresponse()
+            yield response
+        finally:
+            overdue.cancel()
+
+    def read(self, response: http.client.HTTPResponse, nbytes: int | None = None) -> bytes:
+        """Reads up to `nbytes` of the body, at least one; or all of it. Raises Unreachable."""
+        with map_errors(self._name):
+            data = response.read(nbytes)
+            if nbytes and not data:
+                raise ConnectionError("it closed the connection")
+        return data
