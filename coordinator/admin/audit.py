@@ -1,6 +1,6 @@
-"""The audit: who was let in, sent away or refused, and what the operator did, from the ledger.
+"""The audit: who joined, was removed or refused, and what the operator did, from the ledger.
 
-Reads the file beside a coordinator that may be up, and writes nothing.
+It only reads the ledger, also while the coordinator runs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from msgspec import Struct
 from coordinator.fleet import registry
 from coordinator.fleet.registry import FleetEvent
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Entry, Ledger
+from coordinator.storage.ledger import Ledger
 from protocols.errors import NotRunning, UnknownName
 
 LEDGER_FILE = "ledger.db"
 
-_fleet_fact = msgspec.json.Decoder(FleetEvent)
-#: Most entries are a run's everyday work: these are told by their tag before they are decoded.
+_fleet_event = msgspec.json.Decoder(FleetEvent)
+#: The events of runs that the audit shows. Most others are skipped by their tag, without decoding.
 _RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused"})
 
 
@@ -32,9 +32,9 @@ _tag = msgspec.json.Decoder(_Tag)
 
 
 class AuditEntry(Struct, frozen=True, kw_only=True):
-    """One line of the audit: entry `seq` of the ledger, at `at` (Unix s).
+    """Entry `seq` of the ledger, of Unix time `at`, as text for a person.
 
-    `peer` is an id and `name` what the machine was called when it joined; `text` is for a person.
+    `peer` is an id, and `name` the name of that machine when it joined.
     """
 
     seq: int
@@ -49,14 +49,14 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
 
 def open_ledger(home: Path) -> Ledger:
-    """The home's ledger, to be read only. Raises NotRunning, HomeError."""
+    """The home's ledger, opened read-only. Raises NotRunning, HomeError."""
     if not (home / LEDGER_FILE).exists():
-        raise NotRunning(f"nothing has happened yet in {home}", "start it: commonweight up")
+        raise NotRunning(f"there is no ledger in {home} yet", "start it: commonweight up")
     return Ledger(home / LEDGER_FILE, read_only=True)
 
 
 def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[AuditEntry]:
-    """The audit, oldest first, of one peer (id or name) or all, from Unix s `since` on.
+    """The entries of one peer (id or name) or of all, since a Unix time, oldest first.
 
     A name stands for every machine that ever had it. Raises UnknownName.
     """
@@ -74,83 +74,72 @@ def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
     for entry in ledger.entries():
         try:
             if entry.subject == registry.SUBJECT:
-                yield _of_fleet(entry, _fleet_fact.decode(entry.body), names)
+                event = _fleet_event.decode(entry.body)
+                found = _from_fleet_event(event, entry.at, names)
             elif _tag.decode(entry.body).type in _RUN_TAGS:
-                yield _of_run(entry, run_events.decode(entry.body), names)
+                found = _from_run_event(run_events.decode(entry.body), entry.subject, names)
+            else:
+                continue
         except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as err:
             text = f"this entry of {entry.subject!r} cannot be read: {err}"
-            yield AuditEntry(seq=entry.seq, at=entry.at, event="unreadable", text=text)
+            found = {"event": "unreadable", "text": text}
+        name = names.get(found.get("peer", ""), "")
+        yield AuditEntry(seq=entry.seq, at=entry.at, name=name, **found)
 
 
-def _of_fleet(entry: Entry, fact: FleetEvent, names: dict[str, str]) -> AuditEntry:
-    event, text, ticket, peer, reason = "", "", "", "", ""
-    match fact:
-        case registry.TicketCreated(id=ticket, uses=uses, label=label):
-            event = "ticket made"
+def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> dict[str, str]:
+    """The fields of the audit entry for an event of the fleet."""
+    match event:
+        case registry.TicketCreated(id=ticket, uses=uses):
             machines = "one machine" if uses == 1 else f"{uses} machines"
-            hours = (fact.expires_at - entry.at) / 3600
-            text = f"ticket {ticket} for {machines}, good for {hours:.3g} h"
-            text += f", {label!r}" if label else ""
-            text += f", for an {fact.role}" if fact.role != "agent" else ""
+            text = (
+                f"ticket {ticket} for {machines}, valid for {(event.expires_at - at) / 3600:.3g} h"
+            )
+            text += f", {event.label!r}" if event.label else ""
+            text += f", for an {event.role}" if event.role != "agent" else ""
+            return {"event": "ticket made", "text": text, "ticket": ticket}
         case registry.TicketRevoked(id=ticket):
-            event, text = "ticket revoked", f"ticket {ticket} was revoked by the operator"
-        case registry.PeerJoined(peer=peer, ticket=ticket):
-            names[peer] = fact.name
-            waits = fact.standing == "awaiting"
-            event = "asked to join" if waits else "joined"
-            text = f"{fact.name} ({peer}) {event} with ticket {ticket}"
-        case registry.OperatorJoined(ticket=ticket):
-            event = f"{fact.role} joined"
-            names[fact.operator] = fact.name
-            text = f"{fact.name} ({fact.operator}) may watch as {fact.role}, ticket {ticket}"
-        case registry.OperatorRemoved():
-            event = "access removed"
-            text = f"the access of {_label(fact.operator, names)} was removed"
+            text = f"ticket {ticket} was revoked by the operator"
+            return {"event": "ticket revoked", "text": text, "ticket": ticket}
+        case registry.PeerJoined(peer=peer, name=name, ticket=ticket):
+            names[peer] = name
+            what = "asked to join" if event.standing == "awaiting" else "joined"
+            text = f"{name} ({peer}) {what} with ticket {ticket}"
+            return {"event": what, "text": text, "peer": peer, "ticket": ticket}
+        case registry.OperatorJoined(operator=operator, name=name, role=role, ticket=ticket):
+            names[operator] = name
+            text = f"{name} ({operator}) may watch as {role}, ticket {ticket}"
+            return {"event": f"{role} joined", "text": text, "ticket": ticket}
+        case registry.OperatorRemoved(operator=operator):
+            text = f"the access of {_label(operator, names)} was removed"
+            return {"event": "access removed", "text": text}
         case registry.PeerApproved(peer=peer):
-            event = "approved"
             text = f"{_label(peer, names)} was approved by the operator"
+            return {"event": "approved", "text": text, "peer": peer}
         case registry.PeerRemoved(peer=peer, because=reason):
-            event = "removed"
             text = f"{_label(peer, names)}: {reason}"
-    return AuditEntry(
-        seq=entry.seq,
-        at=entry.at,
-        event=event,
-        text=text,
-        peer=peer,
-        name=names.get(peer, ""),
-        ticket=ticket,
-        reason=reason,
-    )
+            return {"event": "removed", "text": text, "peer": peer, "reason": reason}
 
 
-def _of_run(entry: Entry, fact: run_events.RunEvent, names: dict[str, str]) -> AuditEntry:
-    event, text, peer, reason, run = "", "", "", "", entry.subject
-    match fact:
+def _from_run_event(event: run_events.RunEvent, run: str, names: dict[str, str]) -> dict[str, str]:
+    """The fields of the audit entry for an event of a run, one of `_RUN_TAGS`."""
+    found = {"run": run}
+    match event:
         case run_events.RunStarted(spec=spec):
-            event = "run started"
             text = f"{run}: {spec.rounds} rounds of {spec.task}, {spec.strategy}"
+            found |= {"event": "run started", "text": text}
         case run_events.RunEnded(state=state, because=reason):
-            event, text = f"run {state}", f"{run}: {reason}"
+            found |= {"event": f"run {state}", "text": f"{run}: {reason}", "reason": reason}
         case run_events.RunResumed():
-            event, text = "run resumed", f"{run} goes on"
+            found |= {"event": "run resumed", "text": f"{run} was resumed"}
         case run_events.RunDeleted(versions=versions, nbytes=nbytes):
-            event = "run deleted"
             text = f"{run}: {len(versions)} versions, {nbytes / 1e6:,.1f} MB in all"
+            found |= {"event": "run deleted", "text": text}
         case run_events.UpdateRefused(peer=peer, reason=reason):
-            event = "update refused"
-            detail = f" ({fact.detail})" if fact.detail else ""
-            text = f"{_label(peer, names)}, {run} round {fact.round}: {reason}{detail}"
-    return AuditEntry(
-        seq=entry.seq,
-        at=entry.at,
-        event=event,
-        text=text,
-        peer=peer,
-        name=names.get(peer, ""),
-        run=run,
-        reason=reason,
-    )
+            detail = f" ({event.detail})" if event.detail else ""
+            text = f"{_label(peer, names)}, {run} round {event.round}: {reason}{detail}"
+            found |= {"event": "update refused", "text": text, "peer": peer, "reason": reason}
+    return found
 
 
 def _label(peer: str, names: dict[str, str]) -> str:

@@ -1,8 +1,8 @@
-"""A backup of the coordinator's home in one file, and the way back.
+"""Backup of the coordinator's home to one file, and restore.
 
-A tar: `manifest.json` first, which names every other member with its SHA-256 and size, then these.
-Its private keys lie in it as they are, so the file is 0600. A restore reads all of it into a folder
-beside the home and checks everything there; the home appears whole, or not at all.
+A backup is a tar: first `manifest.json`, which names every other member with its SHA-256 and size,
+then these members. It contains the private keys, so its mode is 0600. A restore unpacks it into a
+folder beside the home and checks everything there, before it moves the folder into place.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class File(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
-    """What a backup holds. `head` is the hash of the ledger's last entry, `at` is Unix s."""
+    """The contents of a backup. `head` is the hash of the ledger's last entry, `at` is Unix s."""
 
     format: int = FORMAT
     written_by: str
@@ -64,20 +64,20 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
 
 def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
-    """Write a backup of the home, also while its coordinator works. Raises UsageError, HomeError.
+    """Write a backup of the home, also while its coordinator runs. Raises UsageError, HomeError.
 
-    `with_versions`: also the shared weights and the strategies' memory that are on disk.
+    `with_versions`: include the shared weights and the strategies' states on disk.
     """
     if out.exists():
-        raise UsageError(f"{out} exists already", "a backup replaces nothing: choose another name")
+        raise UsageError(
+            f"{out} exists already", "choose another name: a backup never replaces a file"
+        )
     keys = settings.open_keys(home)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
         snapshot = Path(folder) / LEDGER_FILE
         _snapshot(home / LEDGER_FILE, snapshot)
-        ledger = Ledger(snapshot, read_only=True)
-        newest = ledger.newest()
-        ledger.close()
+        entries, head = _newest(snapshot)
         sources = {name: home / name for name in (*_REQUIRED, *_OPTIONAL) if (home / name).exists()}
         sources[LEDGER_FILE] = snapshot
         if with_versions:
@@ -87,18 +87,18 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
                     sources[name] = path
         try:
             with contextlib.ExitStack() as stack:
-                # Held open: a round that closes meanwhile may take a version away.
+                # Open files survive when a round that closes meanwhile deletes a version.
                 files = {n: stack.enter_context(path.open("rb")) for n, path in sources.items()}
                 manifest = Manifest(
                     written_by=VERSION,
                     at=time.time(),
                     fleet=keys.fleet,
-                    entries=newest.seq if newest else 0,
-                    head=newest.hash.hex() if newest else "",
+                    entries=entries,
+                    head=head,
                     files={name: _describe(file) for name, file in files.items()},
                 )
                 _pack(part, manifest, files)
-            os.link(part, out)  # unlike a rename it replaces nothing
+            os.link(part, out)  # unlike a rename, this never replaces a file
             fsync_folder(out.parent)
         except OSError as err:
             raise HomeError(f"cannot write the backup {out}: {err.strerror}") from err
@@ -108,7 +108,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
 
 
 def _snapshot(ledger: Path, to: Path) -> None:
-    """The ledger as it is at one moment, whoever writes to it."""
+    """Copy the ledger as it is at one moment, while the coordinator may write to it."""
     try:
         source = sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)
         with contextlib.closing(source), contextlib.closing(sqlite3.connect(to)) as copy:
@@ -117,13 +117,18 @@ def _snapshot(ledger: Path, to: Path) -> None:
         raise HomeError(f"cannot read the ledger {ledger}: {err}") from err
 
 
+def _newest(path: Path, *, verify: bool = False) -> tuple[int, str]:
+    """The number and the hash of a ledger's last entry. `verify`: check every entry."""
+    with contextlib.closing(Ledger(path, read_only=not verify)) as ledger:
+        newest = ledger.newest()
+    return (newest.seq, newest.hash.hex()) if newest else (0, "")
+
+
 def _describe(file: IO[bytes]) -> File:
-    sha, nbytes = hashlib.sha256(), 0
-    while piece := file.read(_PIECE_BYTES):
-        sha.update(piece)
-        nbytes += len(piece)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    nbytes = file.tell()
     file.seek(0)
-    return File(sha.hexdigest(), nbytes)
+    return File(digest, nbytes)
 
 
 def _pack(part: Path, manifest: Manifest, files: Mapping[str, IO[bytes]]) -> None:
@@ -145,15 +150,15 @@ def _member(name: str, nbytes: int) -> tarfile.TarInfo:
 
 
 def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
-    """Make a home of a backup. Nothing is changed unless all of it is good.
+    """Restore a home from a backup. Nothing is changed unless the whole backup is good.
 
-    `from_peers`: the newest versions of its runs are to be sought at the peers, as the disk of the
-    coordinator is gone and the backup is older.
-    Raises UsageError (the home is not empty), HomeTooNew, HomeError (no backup of ours, damaged).
+    `from_peers`: the newest versions of its runs are fetched from the peers, because the
+    coordinator's disk is lost and the backup is older.
+    Raises UsageError (the home is not empty), HomeTooNew, HomeError (not a backup, or damaged).
     """
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise UsageError(
-            f"{home} is not empty: a restore replaces nothing",
+            f"{home} is not empty: a restore never replaces files",
             "set COMMONWEIGHT_HOME to another folder, or move this one away",
         )
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
 
 
 def _unpack(source: IO[bytes], folder: Path) -> Manifest:
-    """Write the members into the folder, each checked. As a stream: it may come from anywhere."""
+    """Check each member and write it to the folder. Read as a stream: do not trust the file."""
     with tarfile.open(fileobj=source, mode="r|") as tar:
         members = iter(tar)
         manifest = _manifest(tar, next(members, None))
@@ -215,9 +220,9 @@ def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
     for name, file in manifest.files.items():
         weights = _WEIGHTS.fullmatch(name)
         if not weights and name not in (*_REQUIRED, *_OPTIONAL):
-            raise _damaged(f"{name!r} does not belong into a home")
+            raise _damaged(f"{name!r} does not belong in a home")
         if weights and weights[2] != file.sha256:
-            raise _damaged(f"{name!r} is not named by its digest")
+            raise _damaged(f"{name!r} is not named after its digest")
     if absent := set(_REQUIRED) - manifest.files.keys():
         raise _damaged(f"{min(absent)!r} is missing")
     return manifest
@@ -234,38 +239,35 @@ def _pieces(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
 
 
 def _check(folder: Path, manifest: Manifest) -> None:
-    """Open what was unpacked as the coordinator will. Raises HomeError and its kin."""
+    """Open the unpacked files as the coordinator does. Raises HomeError and its kin."""
     homes.check_stamp(folder, "coordinator")
     try:
         fleet = settings.open_keys(folder).fleet
     except (ValueError, TypeError, CommonweightError) as err:
         raise _damaged(f"its keys cannot be used: {err}") from err
-    ledger = Ledger(folder / LEDGER_FILE)  # verifies every entry
-    newest = ledger.newest()
-    ledger.close()
-    head = newest.hash.hex() if newest else ""
+    _, head = _newest(folder / LEDGER_FILE, verify=True)
     if (fleet, head) != (manifest.fleet, manifest.head):
-        raise _damaged("its keys or its ledger are not those that the manifest names")
+        raise _damaged("its keys or its ledger do not match the manifest")
 
 
 def _begin_recall(home: Path) -> None:
-    """Write down for each run that goes on, and for the newest, that its versions are sought."""
-    ledger, lane = Ledger(home / LEDGER_FILE), WeightStore(home)
-    found = [
-        transitions.replay(
-            subject, [run_events.decode(entry.body) for entry in ledger.entries(subject)]
-        )
-        for subject in ledger.subjects()
-        if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
-    ]
-    found = [run for run in found if not run.deleted]
-    for run in found:
-        if not run.ended or (run.state is RunState.FINISHED and run is found[-1]):
-            closed = [run.first, *(closed.digest for closed in run.history)][-1]
-            begun = run_events.RecallBegun(whole=bool(closed) and lane.verify_digest(closed))
-            ledger.append(run.id, [run_events.encode(begun)])
-    ledger.close()
+    """Record, for unfinished runs and the newest run, that peers are asked for its versions."""
+    store = WeightStore(home)
+    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+        runs = []
+        for subject in ledger.subjects():
+            if subject != SUBJECT and not subject.startswith(job_events.PREFIX):
+                past = [run_events.decode(entry.body) for entry in ledger.entries(subject)]
+                runs.append(transitions.replay(subject, past))
+        runs = [run for run in runs if not run.deleted]
+        for run in runs:
+            if not run.ended or (run.state is RunState.FINISHED and run is runs[-1]):
+                newest = run.history[-1].digest if run.history else run.first
+                begun = run_events.RecallBegun(whole=bool(newest) and store.verify_digest(newest))
+                ledger.append(run.id, [run_events.encode(begun)])
 
 
 def _damaged(why: str) -> HomeError:
-    return HomeError(f"this is no whole backup: {why}", "nothing was changed; use another backup")
+    return HomeError(
+        f"this is not a complete backup: {why}", "nothing was changed; use another backup"
+    )

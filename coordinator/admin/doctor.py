@@ -1,7 +1,8 @@
-"""What may be wrong with this coordinator: its folder, its ledger, its ports, its broker."""
+"""Checks of this coordinator: its folder, its ledger, its ports, its broker."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import sqlite3
@@ -30,14 +31,33 @@ from protocols.messages.mqtt import MqttAddress, describe_failure, tls_context
 
 ENGINE = "1.41"
 _TIMEOUT_S = 5.0
-#: Room for the versions of a large model.
+#: Free disk space for the versions of a large model: a warning, and a fault.
 _LOW_DISK_BYTES, _MIN_DISK_BYTES = 10_000_000_000, 1_000_000_000
 _RENEWED_DAYS = 30
-_RESTART_HINT = "start the coordinator again: it makes itself a new one"
+_RESTART_HINT = "restart the coordinator: it then creates a new one"
+
+
+#: The checks in their order, and the checks that must pass before them.
+_STEPS: dict[str, tuple[str, ...]] = {
+    "home": (),
+    "permissions": ("home",),
+    "settings": (),
+    "disk": ("home",),
+    "crashes": ("home",),
+    "engine": (),
+    "ledger": ("home",),
+    "versions": ("home",),
+    "clock": ("ledger",),
+    "running": ("home",),
+    "certificate": ("home", "settings"),
+    "ports": ("settings",),
+    "broker": ("running",),
+    "peers": ("running",),
+}
 
 
 class Status(NamedTuple):
-    """What the coordinator that is up says."""
+    """The status of a running coordinator."""
 
     address: str
     fleet: Fleet
@@ -45,30 +65,15 @@ class Status(NamedTuple):
 
 
 def examine_coordinator(home: Path) -> Iterator[Check]:
-    """Every check of the coordinator in `home`, each as soon as it is made."""
+    """Run every check of the coordinator in `home`; yield each result at once."""
     doctor = _Doctor(home)
     yield from run_checks(
-        [
-            CheckStep("home", doctor.home),
-            CheckStep("permissions", doctor.permissions, ("home",)),
-            CheckStep("settings", doctor.settings),
-            CheckStep("disk", doctor.disk, ("home",)),
-            CheckStep("crashes", doctor.crashes, ("home",)),
-            CheckStep("engine", engine),
-            CheckStep("ledger", doctor.ledger, ("home",)),
-            CheckStep("versions", doctor.versions, ("home",)),
-            CheckStep("clock", doctor.clock, ("ledger",)),
-            CheckStep("running", doctor.running, ("home",)),
-            CheckStep("certificate", doctor.certificate, ("home", "settings")),
-            CheckStep("ports", doctor.ports, ("settings",)),
-            CheckStep("broker", doctor.broker, ("running",)),
-            CheckStep("peers", doctor.peers, ("running",)),
-        ]
+        CheckStep(name, getattr(doctor, name), needs) for name, needs in _STEPS.items()
     )
 
 
 class _Doctor:
-    """What the checks learn from each other: a check runs only after those it needs."""
+    """The checks, and what they find out for later ones: each runs after the checks it needs."""
 
     _settings: Settings
     _up: Status | None = None
@@ -77,7 +82,10 @@ class _Doctor:
     def __init__(self, home: Path) -> None:
         self._home = home
 
-    # --- its folder ---
+    # --- the folder ---
+
+    def engine(self) -> str:
+        return engine()
 
     def home(self) -> str:
         home = homes.open_home("coordinator")
@@ -91,7 +99,7 @@ class _Doctor:
 
     def settings(self) -> str:
         self._settings = settings.read()
-        broker = "a broker of its own" if self._settings.mqtt_url else "the embedded broker"
+        broker = "an external broker" if self._settings.mqtt_url else "the embedded broker"
         return f"{self._settings.host}:{self._settings.port}, {broker}"
 
     def disk(self) -> str | Advice:
@@ -99,17 +107,13 @@ class _Doctor:
 
     def ledger(self) -> str:
         if not (self._home / "ledger.db").exists():
-            return "nothing has happened yet"
-        ledger = Ledger(self._home / "ledger.db", read_only=True)
-        try:
-            changed = ledger.verify()
-            newest = ledger.newest()
-        finally:
-            ledger.close()
+            return "no entries yet"
+        with contextlib.closing(Ledger(self._home / "ledger.db", read_only=True)) as ledger:
+            changed, newest = ledger.verify(), ledger.newest()
         if changed is not None:
             raise HomeError(
                 f"entry {changed} was changed, or one before it is missing",
-                "do not trust what comes after it: commonweight audit verify",
+                "do not trust the entries after it: commonweight audit verify",
             )
         self._newest_at = newest.at if newest else 0.0
         return f"{newest.seq if newest else 0} entries, every hash fits"
@@ -130,8 +134,8 @@ class _Doctor:
         ahead = max(self._newest_at, (self._home / "ca.pem").stat().st_mtime) - now
         if ahead > 1.0:
             raise CommonweightError(
-                f"the newest entry is {ahead:.0f} s from the future",
-                "let the network set the clock (NTP): signatures are good for minutes only",
+                f"the newest entry is {ahead:.0f} s in the future",
+                "set the clock from the network (NTP): signatures are valid for minutes only",
             )
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
 
@@ -140,7 +144,7 @@ class _Doctor:
         try:
             host = str(msgspec.json.decode((self._home / UP_FILE).read_bytes())["host"])
         except (OSError, msgspec.DecodeError, KeyError, TypeError):
-            pass  # it is not up: its settings say where it would listen
+            pass  # it is not running: use the address of its settings
         names = self._settings.names or settings.reachable_names(host)
         try:
             pem = (self._home / "server.pem").read_bytes()
@@ -148,10 +152,10 @@ class _Doctor:
             days = int(identity.days_left(pem))
         except (OSError, ValueError) as err:
             raise HomeError(f"server.pem cannot be read: {err}", _RESTART_HINT) from err
-        said = f"good for {', '.join(names)}, {days} days left"
+        said = f"valid for {', '.join(names)}, {days} days left"
         if missing or days < 0:
-            said = f"it lacks {', '.join(sorted(missing))}" if missing else "it has ended"
-            if self._up is not None:  # otherwise the next start makes a new one by itself
+            said = f"it lacks {', '.join(sorted(missing))}" if missing else "it has expired"
+            if self._up is not None:  # otherwise the next start creates a new one
                 raise CommonweightError(said, _RESTART_HINT)
             return Advice(said, _RESTART_HINT)
         return Advice(said, _RESTART_HINT) if days < _RENEWED_DAYS else said
@@ -161,11 +165,8 @@ class _Doctor:
     def running(self) -> str:
         from coordinator.remote.api_client import Remote
 
-        remote = Remote(self._home)
-        try:
+        with contextlib.closing(Remote(self._home)) as remote:
             self._up = Status(remote.address, remote.fleet(), remote.watch().mqtt)
-        finally:
-            remote.close()
         return f"answers at {remote.address}"
 
     def ports(self) -> str:
@@ -173,30 +174,27 @@ class _Doctor:
             ours = [self._up.address]
             if not self._settings.mqtt_url:
                 ours.append(self._up.mqtt.netloc)
-            return f"{' and '.join(ours)} are ours"
-        chosen = self._settings
-        ports = [chosen.port]
+            return f"{' and '.join(ours)} are in use by this coordinator"
+        chosen, ports = self._settings, {self._settings.port}
         if not chosen.mqtt_url:
-            ports.append(chosen.mqtt_port or (chosen.port and chosen.port + 1))
-        ports = [port for port in ports if port]  # 0: any free port
-        if not ports:
-            return "any free port"
-        for port in ports:
+            ports.add(chosen.mqtt_port or (chosen.port and chosen.port + 1))
+        ports.discard(0)  # any free port
+        for port in sorted(ports):
             check_free(chosen.host, port)
-        return f"{' and '.join(map(str, ports))} are free"
+        return f"{' and '.join(map(str, sorted(ports)))} are free" if ports else "any free port"
 
     def broker(self) -> str:
         assert self._up is not None
         mqtt, links = self._up.mqtt, self._up.fleet.links
-        fix = "training goes on without; it is started again by itself: commonweight monitor"
+        fix = "training continues without it, and it is restarted: commonweight monitor"
         if self._settings.mqtt_url:
-            fix = "training goes on without; look at that broker"
+            fix = "training continues without it; check that broker"
         try:
             check_tls_handshake(mqtt)
         except OSError as err:
             raise Unreachable(describe_failure(err, mqtt), fix) from err
         if not links.mqtt:
-            raise Unreachable(f"{mqtt.netloc} answers, and the coordinator is not logged in", fix)
+            raise Unreachable(f"{mqtt.netloc} answers, but the coordinator is not logged in", fix)
         return f"{mqtt.netloc} answers{' over TLS' if mqtt.tls else ' (without TLS)'}"
 
     def peers(self) -> str | Advice:
@@ -205,7 +203,7 @@ class _Doctor:
         awaiting = [peer.name for peer in fleet.peers.values() if peer.standing == "awaiting"]
         said = f"{num_enrolled(fleet)} enrolled, {num_available(fleet, fleet.at)} can work now"
         if awaiting:
-            said += f", {len(awaiting)} await approval"
+            said += f", {len(awaiting)} wait for approval"
             return Advice(said, f"commonweight peers approve {awaiting[0]}")
         if not fleet.peers:
             return Advice(said, "commonweight ticket create")
@@ -213,7 +211,7 @@ class _Doctor:
 
 
 def engine() -> str:
-    """Flower's private names are used: another minor version is another engine."""
+    """Flower's minor version is fixed, because private names of it are used."""
     found = version("flwr")
     if found.split(".")[:2] != ENGINE.split("."):
         raise CommonweightError(
@@ -224,20 +222,20 @@ def engine() -> str:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises PortInUse, or what else keeps a server from listening there."""
+    """Raise PortInUse or CommonweightError if a server cannot listen there."""
     try:
         listenable(host, port)
     except OSError as err:
         if err.errno == errno.EADDRINUSE:
             hint = "end the other program, or choose another: commonweight up --port"
-            raise PortInUse(f"another program listens at port {port}", hint) from err
+            raise PortInUse(f"another program listens on port {port}", hint) from err
         raise CommonweightError(
-            f"cannot listen at {host}:{port}: {err.strerror}", "choose another: --host, --port"
+            f"cannot listen on {host}:{port}: {err.strerror}", "choose another: --host, --port"
         ) from err
 
 
 def check_tls_handshake(mqtt: MqttAddress) -> None:
-    """Connect and, unless the address says otherwise, check certificate and name. Raises OSError"""
+    """Connect, and check the certificate if the address uses TLS. Raises OSError."""
     context = tls_context(mqtt)
     with socket.create_connection((mqtt.host, mqtt.port), _TIMEOUT_S) as plain:
         if isinstance(context, ssl.SSLContext):

@@ -1,14 +1,16 @@
-"""A file under a passphrase: scrypt (RFC 7914) makes the key, AES-256-GCM seals piece by piece.
+"""Files encrypted with a passphrase: scrypt (RFC 7914) for the key, AES-256-GCM for each piece.
 
-`cwsealed1\\n`, log2 of scrypt's n, a salt of 16 bytes, a nonce's first 7; then pieces of 1 MiB,
-each 16 bytes longer for its tag. A nonce ends in the piece's number (4 bytes) and 1 for the last,
-so that pieces cannot be left out, put elsewhere or cut off (STREAM, Hoang et al. 2015).
+The format: `cwsealed1\\n`, log2 of scrypt's n, a salt of 16 bytes, and 7 bytes of a nonce; then
+pieces of 1 MiB with a tag of 16 bytes each. A piece's nonce ends in its number (4 bytes) and 1 for
+the last piece, so pieces cannot be omitted, moved or cut off (STREAM, Hoang et al. 2015).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from protocols.errors import HomeError, Refused, UsageError
 
 MAGIC = b"cwsealed1\n"
-#: 128 MB of memory and some tenths of a second for each guess at a passphrase.
+#: Each guess at a passphrase takes 128 MB of memory and some tenths of a second.
 LOG_N = 17
 _MAX_LOG_N = 20
 _PIECE_BYTES, _TAG_BYTES = 1 << 20, 16
@@ -28,7 +30,7 @@ _HEAD_BYTES = len(MAGIC) + 1 + _SALT_BYTES + _NONCE_BYTES
 
 
 def is_sealed(file: Path) -> bool:
-    """True if the file begins as a sealed one does. Raises UsageError if it cannot be read."""
+    """True if the file is encrypted. Raises UsageError if it cannot be read."""
     try:
         with file.open("rb") as source:
             return source.read(len(MAGIC)) == MAGIC
@@ -37,7 +39,7 @@ def is_sealed(file: Path) -> bool:
 
 
 def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> None:
-    """Write `source`, sealed, to the new file `out`. Raises UsageError, HomeError."""
+    """Encrypt `source` to the new file `out`. Raises UsageError, HomeError."""
     head = MAGIC + bytes([log_n]) + os.urandom(_SALT_BYTES + _NONCE_BYTES)
     cipher = _cipher(head, passphrase)
     try:
@@ -59,14 +61,14 @@ def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> Non
 
 
 def unseal(source: Path, out: Path, passphrase: str) -> None:
-    """Write what `source` holds to `out`. Raises Refused (passphrase, or damaged), HomeError."""
+    """Decrypt `source` to `out`. Raises Refused (wrong passphrase, or damaged), HomeError."""
     try:
         with source.open("rb") as sealed:
             head = sealed.read(_HEAD_BYTES)
             if len(head) < _HEAD_BYTES or not head.startswith(MAGIC):
-                raise HomeError(f"{source} is not sealed, or was cut off")
+                raise HomeError(f"{source} is not an encrypted backup, or was cut off")
             if head[len(MAGIC)] > _MAX_LOG_N:
-                raise HomeError(f"{source} asks for more memory than a passphrase needs")
+                raise HomeError(f"{source} needs too much memory for its passphrase")
             cipher = _cipher(head, passphrase)
             descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as plain:
@@ -74,8 +76,8 @@ def unseal(source: Path, out: Path, passphrase: str) -> None:
                     plain.write(cipher.decrypt(_nonce(head, number, last), piece, head))
     except InvalidTag as err:
         raise Refused(
-            f"{source} does not open: the passphrase is another, or the file is damaged",
-            "try the passphrase again; no other way leads into it",
+            f"{source} cannot be opened: the passphrase is wrong, or the file is damaged",
+            "try the passphrase again; without it the backup cannot be opened",
         ) from err
     except OSError as err:
         raise HomeError(f"cannot read {source}: {err.strerror}") from err
@@ -83,7 +85,7 @@ def unseal(source: Path, out: Path, passphrase: str) -> None:
 
 def _cipher(head: bytes, passphrase: str) -> AESGCM:
     if not passphrase:
-        raise UsageError("an empty passphrase keeps nobody out")
+        raise UsageError("an empty passphrase protects nothing")
     log_n = head[len(MAGIC)]
     salt = head[len(MAGIC) + 1 : len(MAGIC) + 1 + _SALT_BYTES]
     return AESGCM(Scrypt(salt=salt, length=32, n=1 << log_n, r=8, p=1).derive(passphrase.encode()))
@@ -94,11 +96,12 @@ def _nonce(head: bytes, number: int, last: bool) -> bytes:
 
 
 def _pieces(file: IO[bytes], nbytes: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(number, bytes, whether it is the last); one empty piece of an empty file."""
-    piece, number = file.read(nbytes), 0
-    while True:
-        following = file.read(nbytes) if len(piece) == nbytes else b""
+    """The pieces of a file: (number, bytes, whether it is the last). An empty file has one."""
+    pieces = iter(partial(file.read, nbytes), b"")
+    piece = next(pieces, b"")
+    for number in count():
+        following = next(pieces, b"")
         yield number, piece, not following
         if not following:
             return
-        piece, number = following, number + 1
+        piece = following

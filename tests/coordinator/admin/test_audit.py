@@ -67,7 +67,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
     assert [(line.seq, line.event, line.text) for line in audit.read_audit(ledger)] == [
-        (1, "ticket made", "ticket t1 for 3 machines, good for 2 h, 'lab'"),
+        (1, "ticket made", "ticket t1 for 3 machines, valid for 2 h, 'lab'"),
         (2, "asked to join", "ada (AAAA) asked to join with ticket t1"),
         (3, "approved", "ada (AAAA) was approved by the operator"),
         (4, "joined", "bob (BBBB) joined with ticket t1"),
@@ -114,7 +114,7 @@ def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Pat
     assert newest is not None
     assert newest.seq == 14
     alone.close()
-    with pytest.raises(NotRunning, match="nothing has happened"):
+    with pytest.raises(NotRunning, match="there is no ledger"):
         audit.open_ledger(tmp_path / "nowhere")
 
 
