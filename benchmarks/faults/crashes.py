@@ -10,7 +10,7 @@ from benchmarks.faults import checker
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import Site, site
 from protocols import failpoints
-from tests.support.fleet_harness import until
+from tests.support.waiting import wait_for
 
 PEERS = ("ada", "bob")
 ROUNDS = 2
@@ -115,7 +115,7 @@ def _goes_on(
     began = time.monotonic()
     fleet.rise()
     if not fleet.ended(run):
-        until(lambda: len(checker.read_ledger(fleet.home)) > lines, f"{point}: work goes on")
+        wait_for(lambda: len(checker.read_ledger(fleet.home)) > lines, f"{point}: work goes on")
     back_s = time.monotonic() - began
     facts = fleet.outcome(run)
     found = fleet.violations(PEERS)
@@ -179,5 +179,5 @@ def _agent_dies(fleet: Site, marker: str) -> None:
 
 
 def _trainer_dies(fleet: Site, marker: str) -> None:
-    until((fleet.folder / marker).exists, f"the trainer died: {marker}")
+    wait_for((fleet.folder / marker).exists, f"the trainer died: {marker}")
     assert fleet.programs["ada"].process.poll() is None, "the agent died with its trainer"

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.faults import checker
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import Site, site
-from tests.support.fleet_harness import until
+from tests.support.waiting import wait_for
 
 SEED = 1
 PEERS = ("ada", "bob")
@@ -89,7 +89,7 @@ def _until_told(fleet: Site, run: str) -> None:
         waits = "room on the coordinator's disk" in fleet.ask("run", "show", run).stdout
         return waits or bool(fleet.ended(run))
 
-    until(told, "the full disk is told")
+    wait_for(told, "the full disk is told")
 
 
 def full_agent(folder: Path) -> Row:
@@ -168,7 +168,7 @@ def lost_disk(folder: Path) -> Row:
         assert fleet.ask("restore", str(backup), "--from-peers").returncode == 0
         began = time.monotonic()
         fleet.rise()
-        until(lambda: fleet.facts(run, "VersionRecalled"), "a version is back", 120)
+        wait_for(lambda: fleet.facts(run, "VersionRecalled"), "a version is back", 120)
         took = time.monotonic() - began
         facts = fleet.outcome(run)
         found = fleet.violations([])

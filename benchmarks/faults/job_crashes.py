@@ -35,7 +35,8 @@ from protocols import failpoints
 from protocols.analytics import parser
 from protocols.errors import CommonweightError
 from protocols.messages.jobs import ModelRef
-from tests.support.fleet_harness import closing, until
+from tests.support.fleet_harness import closing
+from tests.support.waiting import wait_for
 
 KINDS = ("infer", "eval", "analyze")
 #: Enough for several units a peer, and for the last rows to be asked for twice.
@@ -132,11 +133,11 @@ class Jobs:
 
     def outcome(self, job: str) -> str:
         """What the job has found, as a digest: all rows in order, or each peer's answer."""
-        until(lambda: self.ended(job), f"job {job} ended", WITHIN_S, every_s=0.1)
+        wait_for(lambda: self.ended(job), f"job {job} ended", WITHIN_S, every_s=0.1)
         remote = Remote(self._fleet.home)
         try:
             # The ledger is ahead of what the coordinator tells by the time of one step.
-            until(lambda: remote.job(job).ended, f"job {job} is told to have ended")
+            wait_for(lambda: remote.job(job).ended, f"job {job} is told to have ended")
             found = remote.job(job)
         finally:
             remote.close()
@@ -211,7 +212,7 @@ def _coordinator_dies(fleet: JobSite, jobs: Jobs, row: Row, kind: str, point: st
     asked = seen(fleet, "unit", job)
     began = time.monotonic()
     fleet.rise()
-    until(lambda: jobs.ended(job) or len(jobs.facts(job)) > len(known), f"{point}: work goes on")
+    wait_for(lambda: jobs.ended(job) or len(jobs.facts(job)) > len(known), f"{point}: work goes on")
     back_s = time.monotonic() - began
     found = _judged(fleet, jobs, kind, job)
     for (name, unit), times in seen(fleet, "unit", job).items():

@@ -28,7 +28,8 @@ import psutil
 from agent.home import logs
 from benchmarks.faults.site import Site, site
 from benchmarks.speed.report import machine
-from tests.support.fleet_harness import descendants, until
+from tests.support.fleet_harness import descendants
+from tests.support.waiting import wait_for
 
 NAMES = ("ada", "bob")
 _LOOK_EVERY_S = 1.0
@@ -126,7 +127,7 @@ class Month:
         self.new_settings()
 
     def _all_back(self) -> None:
-        until(
+        wait_for(
             lambda: all(
                 self._fleet.agent(name)["session"] and self._fleet.agent(name)["mqtt"]
                 for name in NAMES

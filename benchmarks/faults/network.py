@@ -14,7 +14,8 @@ from benchmarks.faults import checker
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import NO_BROKER, Site, site
 from tests.support.fault_proxy import BLACKHOLE, CLEAR, Fault, Proxy
-from tests.support.fleet_harness import descendants, until
+from tests.support.fleet_harness import descendants
+from tests.support.waiting import wait_for
 
 SEED = 1
 #: More than any case needs: they end their run themselves.
@@ -44,7 +45,7 @@ def endless(fleet: Site, names: Sequence[str], *, quorum: int, deadline_s: float
         quorum=quorum,
     )
     peers = {fleet.peer(name) for name in names}
-    until(lambda: any(peers <= set(who) for who in contributors(fleet, run)), "all take part")
+    wait_for(lambda: any(peers <= set(who) for who in contributors(fleet, run)), "all take part")
     yield run
     assert fleet.ask("run", "stop", run).returncode == 0
     fleet.outcome(run)
@@ -53,7 +54,7 @@ def endless(fleet: Site, names: Sequence[str], *, quorum: int, deadline_s: float
 def until_part(fleet: Site, run: str, name: str, after: int) -> float:
     """Seconds until this peer contributes to a round after the `after`th."""
     began, peer = time.monotonic(), fleet.peer(name)
-    until(
+    wait_for(
         lambda: any(peer in who for who in contributors(fleet, run)[after + 1 :]),
         f"{name} takes part again",
         within_s=HEALED_WITHIN_S,
@@ -92,13 +93,13 @@ def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float
         peer = fleet.peer("ada")
         proxy.fault, began = fault, time.monotonic()
         before = len(contributors(fleet, run))
-        until(
+        wait_for(
             lambda: any(peer not in who for who in contributors(fleet, run)[before:]),
             "the run goes on without it",
             NOTICED_WITHIN_S,
         )
         noticed_s = time.monotonic() - began
-        until(lambda: time.monotonic() > began + lasts_s, "the cut has lasted", lasts_s + 5)
+        wait_for(lambda: time.monotonic() > began + lasts_s, "the cut has lasted", lasts_s + 5)
         meanwhile = len(contributors(fleet, run)) - before
         proxy.fault = CLEAR
         healed_s = until_part(fleet, run, "ada", len(contributors(fleet, run)))
@@ -126,7 +127,7 @@ def lost_peer(folder: Path) -> list[Row]:
                 time.sleep(0.5)  # for the round to come to wait for it
                 fleet.programs["ada"].kill()
                 began = time.monotonic()
-                until(lambda: fleet.facts(run, "PeerLost"), "it is known to be lost", within_s)
+                wait_for(lambda: fleet.facts(run, "PeerLost"), "it is known to be lost", within_s)
                 took = time.monotonic() - began
                 _until_rounds(fleet, run, before + 2)
             row.add(f"known after {took:.1f} s", SEED, fleet.violations(("ada", "bob")), took)
@@ -136,7 +137,7 @@ def lost_peer(folder: Path) -> list[Row]:
 
 
 def _until_rounds(fleet: Site, run: str, count: int) -> None:
-    until(lambda: len(contributors(fleet, run)) >= count, "the run goes on")
+    wait_for(lambda: len(contributors(fleet, run)) >= count, "the run goes on")
 
 
 def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
@@ -191,7 +192,7 @@ def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
 
 
 def _until_cut(proxy: Proxy, connections: int) -> None:
-    until(lambda: proxy.connections >= connections, "some connections were cut")
+    wait_for(lambda: proxy.connections >= connections, "some connections were cut")
 
 
 def _ordered(fleet: Site) -> str:
@@ -299,7 +300,7 @@ def late_update(folder: Path) -> Row:
 
 def _until_opened(fleet: Site, run: str, count: int) -> None:
     """Wait until so many rounds have been opened, or the run has ended."""
-    until(
+    wait_for(
         lambda: len(fleet.facts(run, "RoundOpened")) >= count or fleet.ended(run),
         f"round {count} is open",
     )

@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.speed.report import machine
 from tests.support import wheels
-from tests.support.fleet_harness import ROOT, until
+from tests.support.fleet_harness import ROOT
+from tests.support.waiting import wait_for
 
 HOSTS = ("hub", "ada", "bob")
 
@@ -167,13 +168,13 @@ def first_run(network: Network, machines: Machines) -> float:
             return False
         return True
 
-    until(answers, "the coordinator is up", every_s=0.5)
+    wait_for(answers, "the coordinator is up", every_s=0.5)
     for name in ("ada", "bob"):
         ticket = machines.ask("hub", "commonweight ticket create").strip()
         machines.ask(name, f"commonweight-agent join - --name {name}", given=ticket)
         machines.begin(name, "commonweight-agent run")
     for name in ("ada", "bob"):
-        until(lambda name=name: machines.status(name).get("session"), f"{name} is connected")
+        wait_for(lambda name=name: machines.status(name).get("session"), f"{name} is connected")
     machines.ask("hub", "commonweight run start ping --rounds 3 --quorum 2 --follow")
     return time.monotonic() - began
 

@@ -18,7 +18,8 @@ from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec, Setting
 from protocols.errors import CommonweightError
 from protocols.failpoints import TRUTH, VARIABLE
-from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports, until
+from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports
+from tests.support.waiting import wait_for
 
 #: The same in every run with the same seed, on the same peers: a little real training.
 TRAINING: dict[str, Setting] = {"epochs": 1, "max_steps": 5}
@@ -74,7 +75,7 @@ class Site(Fleet):
     def dead(self, name: str) -> None:
         """Wait until this program has died."""
         process = self.programs[name].process
-        until(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
+        wait_for(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
 
     # --- agents ---
 
@@ -159,11 +160,13 @@ class Site(Fleet):
 
     def until_versions(self, run: str, count: int = 1) -> None:
         """Wait until a run has committed so many versions."""
-        until(lambda: len(self.facts(run, "VersionCommitted")) >= count, f"{count} rounds of {run}")
+        wait_for(
+            lambda: len(self.facts(run, "VersionCommitted")) >= count, f"{count} rounds of {run}"
+        )
 
     def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
         """The facts of a run, once it has ended."""
-        until(lambda: self.ended(run), f"run {run} ended", within_s, every_s=0.1)
+        wait_for(lambda: self.ended(run), f"run {run} ended", within_s, every_s=0.1)
         return self.facts(run)
 
     def violations(self, names: Sequence[str]) -> list[str]:

@@ -17,7 +17,8 @@ from benchmarks.faults import checker
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import TRAINING, Site, site
 from tests.support.fault_proxy import BLACKHOLE, CLEAR, Fault, Proxy
-from tests.support.fleet_harness import descendants, until
+from tests.support.fleet_harness import descendants
+from tests.support.waiting import wait_for
 
 NAMES = ("ada", "bob", "cyd")
 #: These are never killed, so that their memory can be followed.
@@ -173,7 +174,7 @@ def soak(folder: Path, minutes: float, seed: int) -> Row:
             chaos = Soak(fleet, proxies, seed)
             chaos.go_on(minutes)
             fleet.note_family()
-            until(lambda: all(fleet.agent(name)["session"] for name in NAMES), "all are back")
+            wait_for(lambda: all(fleet.agent(name)["session"] for name in NAMES), "all are back")
             every = sorted(checker.run_names(fleet.home))
             for run in every:
                 fleet.outcome(run, within_s=300)

@@ -22,9 +22,10 @@ from benchmarks.speed.load_agent import StandIn, Tally, TurnedAway
 from coordinator.transport.http_server import raise_open_file_limit
 from protocols.enrollment import tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinResponse
-from tests.support.fleet_harness import HOST, until
+from tests.support.fleet_harness import HOST
 from tests.support.https_site import Machine
 from tests.support.in_process_fleet import Agent, some_data
+from tests.support.waiting import wait_for
 
 SEED = 1
 _LOOK_EVERY_S = 0.5
@@ -59,7 +60,7 @@ def real(folder: Path, count: int) -> Row:
         fleet.rise()
         agents = _joined(fleet, count)
         try:
-            until(lambda: all(agent.opened_at for agent in agents), "all are there")
+            wait_for(lambda: all(agent.opened_at for agent in agents), "all are there")
             run = fleet.order(
                 task="softmax",
                 settings={},
@@ -72,7 +73,7 @@ def real(folder: Path, count: int) -> Row:
             fleet.programs["up"].kill()
             fleet.rise()
             began = time.monotonic()
-            until(lambda: all(agent.opened_at > began for agent in agents), "all are back")
+            wait_for(lambda: all(agent.opened_at > began for agent in agents), "all are back")
             back_s = max(agent.opened_at for agent in agents) - began
             fleet.outcome(run)
         finally:

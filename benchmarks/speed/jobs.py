@@ -31,7 +31,8 @@ import numpy.typing as npt
 from benchmarks.speed.rows_task import Rows, answers
 from coordinator.jobs.input import prepare
 from tests.extras.__main__ import NotRun, environment
-from tests.support.fleet_harness import Fleet, closing, until
+from tests.support.fleet_harness import Fleet, closing
+from tests.support.waiting import wait_for
 
 PEERS = ("ada", "bob", "cyd", "slow")
 KILLED, SLOWNESS = "bob", "10"
@@ -133,7 +134,7 @@ def _kill_soon(fleet: Fleet) -> None:
         new = [job for job in fleet.data("job", "list") if job["job"] not in known]
         return bool(new) and new[0]["done"] > 0
 
-    until(at_it, "a job has begun", 60)
+    wait_for(at_it, "a job has begun", 60)
     fleet.programs[KILLED].kill()
 
 

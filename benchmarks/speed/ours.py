@@ -16,7 +16,8 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.figures import Figures
 from benchmarks.speed.processes import family, peak_rss
 from benchmarks.speed.relay import Relay
-from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.fleet_harness import Fleet, fleet
+from tests.support.waiting import wait_for
 
 #: The process of the server's machine that holds the model.
 SERVER = ("coordinator",)
@@ -52,7 +53,7 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
     settings = {"COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S": "2"}
     with _site(agents, folder, False, **settings) as (site, _):
         ping(site, Case("idle", agents, 10_240, 2, 0), 3)
-        until(lambda: not _members(site)["trainer"], "the trainers have ended")
+        wait_for(lambda: not _members(site)["trainer"], "the trainers have ended")
         before, began = _cpu(site), time.monotonic()
         time.sleep(seconds)  # this is what is measured: the time in which nothing happens
         lasted = time.monotonic() - began

@@ -26,8 +26,9 @@ from typing import Any
 import psutil
 
 from benchmarks.speed.report import machine
-from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.fleet_harness import Fleet, fleet
 from tests.support.laptop import heeding, on_mains
+from tests.support.waiting import wait_for
 
 _STILL_S = 0.25
 _TIMES = 5
@@ -59,8 +60,10 @@ def training(
             site.ask_agent("ada", "policy", "set", "work", "always", "--for", "5m")
         site.start_run("mnist", "--rounds", "9", "--quorum", "1", "--set", "epochs=100000")
         agent = psutil.Process(site.programs["ada"].process.pid)
-        trainer = until(lambda: _trainer(agent), "there is a trainer", patience_s)
-        until(lambda: trainer.cpu_times().user > 3, "it has loaded torch and its data", patience_s)
+        trainer = wait_for(lambda: _trainer(agent), "there is a trainer", patience_s)
+        wait_for(
+            lambda: trainer.cpu_times().user > 3, "it has loaded torch and its data", patience_s
+        )
         if polite:
             site.ask_agent("ada", "policy", "set", "work", "auto", "--for", "1s")
         yield site, trainer

@@ -24,7 +24,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tests.support.fleet_harness import AGENT, Fleet, closing, until
+from tests.support.fleet_harness import AGENT, Fleet, closing
+from tests.support.waiting import wait_for
 
 ROUNDS = 6
 FAILED = "failed"
@@ -37,7 +38,7 @@ class Site(Fleet):
         """Its address, HOST:PORT."""
         program = self._start("serve", [AGENT, "serve", "--port", "0"], self._env(name))
         os.sched_setaffinity(program.process.pid, {0})
-        found = until(lambda: re.search(r"http://(\S+?),", program.log), "the service is up")
+        found = wait_for(lambda: re.search(r"http://(\S+?),", program.log), "the service is up")
         return str(found[1])
 
 

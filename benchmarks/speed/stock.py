@@ -21,7 +21,8 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.figures import Figures
 from benchmarks.speed.processes import Peaks, cpu_s, family
 from benchmarks.speed.relay import Relay
-from tests.support.fleet_harness import HOST, alive, free_port, until
+from tests.support.fleet_harness import HOST, alive, free_port
+from tests.support.waiting import wait_for
 
 _APP = Path(__file__).parent / "stock_app"
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -129,7 +130,7 @@ class _Site:
             assert all(p.poll() is None for p in self._programs), "one of Flower's programs ended"
             return all(_listens(port) for port in ports)
 
-        until(listen, "Flower's programs listen")
+        wait_for(listen, "Flower's programs listen")
 
     def start_run(self, kilobytes: int, rounds: int, times: Path) -> None:
         """`flwr run` of the app, which then goes on by itself."""
@@ -147,7 +148,7 @@ class _Site:
         assert done.returncode == 0, f"flwr run: {done.stdout}{done.stderr}"
 
     def until_ended(self, times: Path, rounds: int) -> None:
-        until(
+        wait_for(
             lambda: len(round_times(times)) >= rounds,
             f"stock Flower ended round {rounds}",
             within_s=_ROUND_WITHIN_S * rounds,

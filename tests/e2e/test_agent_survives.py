@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.fleet_harness import Fleet, descendants, fleet, until
+from tests.support.fleet_harness import Fleet, descendants, fleet
+from tests.support.waiting import wait_for
 
 #: Seconds of work a round on one core, and the same in every test run.
 SLOW = ["--set", "epochs=30", "--seed", "7"]
@@ -32,9 +33,9 @@ def test_an_agent_that_was_ended_or_killed_goes_on_where_it_was(tmp_path: Path) 
         for end in ("stop", "kill"):
             site.until_agent("ada", "trains", lambda told: told["state"] == "training")
             file = journal(site, "ada")
-            until(lambda: file.exists(), "the journal is kept")  # noqa: B023
+            wait_for(lambda: file.exists(), "the journal is kept")  # noqa: B023
             kept_at = file.stat().st_mtime_ns
-            until(lambda: file.stat().st_mtime_ns > kept_at, "it is kept anew")  # noqa: B023
+            wait_for(lambda: file.stat().st_mtime_ns > kept_at, "it is kept anew")  # noqa: B023
             ada = site.programs["ada"]
             code = ada.stop() if end == "stop" else ada.kill()
             assert not code, ada.log
@@ -60,13 +61,13 @@ def test_a_trainer_that_fails_again_and_again_pauses_its_agent_alone(tmp_path: P
                     process.kill()
             return bool(site.agent("bob")["state"] == "paused")
 
-        until(given_up, "bob gives up")
+        wait_for(given_up, "bob gives up")
         site.until_agent(
             "bob", "says why", lambda told: told["reason"].startswith("trainer failed")
         )
         told = site.agent("bob")["reason"]
         peer = site.agent("bob")["peer"]
-        until(
+        wait_for(
             lambda: site.data("status")["peers"][peer]["reason"] == told,
             "the coordinator knows why",
             every_s=0.5,
@@ -88,6 +89,6 @@ def test_an_idle_trainer_ends_and_is_back_with_the_next_work(tmp_path: Path) -> 
         site.start("ada")
         for _ in range(2):
             run = site.start_run("ping", "--rounds", "1", "--quorum", "1")
-            until(lambda: trainers(site, "ada"), "the trainer is there")
+            wait_for(lambda: trainers(site, "ada"), "the trainer is there")
             assert site.ended_run(run)["state"] == "finished"
-            until(lambda: not trainers(site, "ada"), "the idle trainer has ended")
+            wait_for(lambda: not trainers(site, "ada"), "the idle trainer has ended")

@@ -19,8 +19,8 @@ from tests.support.fleet_harness import (
     environment,
     fleet,
     run_program,
-    until,
 )
+from tests.support.waiting import wait_for
 
 HEAVY = ("flwr", "torch", "textual")
 
@@ -108,7 +108,7 @@ def test_with_json_the_error_is_an_envelope(site: Fleet) -> None:
 def test_a_setting_that_the_task_does_not_know_harms_only_its_run(site: Fleet) -> None:
     run = site.start_run("ping", "--rounds", "1", "--set", "speed=9")
     why = "ada: the work failed: the task has no setting 'speed'"
-    until(lambda: why in site.events(), "the agent says why")
+    wait_for(lambda: why in site.events(), "the agent says why")
     site.ask("run", "stop", run)
     assert site.ended_run(run)["history"] == []
     again = site.ended_run(site.start_run("ping", "--rounds", "1"))

@@ -23,8 +23,8 @@ from tests.support.fleet_harness import (
     descendants,
     environment,
     run_program,
-    until,
 )
+from tests.support.waiting import wait_for
 
 
 def left_in(folder: Path) -> list[str]:
@@ -50,7 +50,7 @@ def started(tmp_path: Path) -> Iterator[Program]:
     words = [COORDINATOR, "demo", "--agents", "2", "--rounds", "50"]
     program = Program(words, environment(tmp_path), tmp_path / "demo.log")
     try:
-        until(lambda: program.process.poll() is not None or "round 1/" in program.log, "a round")
+        wait_for(lambda: program.process.poll() is not None or "round 1/" in program.log, "a round")
         yield program
     finally:
         for process in descendants(program.process.pid):

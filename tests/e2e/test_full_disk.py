@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults.disk import can_mount, fill, small_disk
-from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.fleet_harness import Fleet, fleet
+from tests.support.waiting import wait_for
 
 pytestmark = [
     pytest.mark.long,
@@ -29,7 +30,7 @@ def site(tmp_path: Path) -> Iterator[Fleet]:
 
 
 def waits_for(site: Fleet, run: str, words: str) -> None:
-    until(lambda: words in site.ask("run", "show", run).stdout, f"the run waits for {words}")
+    wait_for(lambda: words in site.ask("run", "show", run).stdout, f"the run waits for {words}")
 
 
 def is_whole(site: Fleet, run: str, rounds: int) -> None:
@@ -48,7 +49,7 @@ def test_of_the_coordinator_with_no_byte_left(site: Fleet) -> None:
     assert "is full" in refused.stderr
     ballast.unlink()
     run = site.start_run(*RUN, str(LONG))
-    until(lambda: site.run(run)["history"], "a round is done")
+    wait_for(lambda: site.run(run)["history"], "a round is done")
     ballast = fill(site.home, 0)
     waits_for(site, run, "waits for room on the coordinator's disk")
     ballast.unlink()
@@ -63,7 +64,7 @@ def test_of_the_coordinator_with_room_for_the_ledger_but_no_update(site: Fleet) 
     assert any("no room on the coordinator's disk" in text for text in site.events())
     # The one that was asked for the first weights.
     both = ("ada", "bob")
-    until(
+    wait_for(
         lambda: any("disk is full" in site.agent(n)["last_error"] for n in both),
         "an agent says why",
     )
@@ -73,7 +74,7 @@ def test_of_the_coordinator_with_room_for_the_ledger_but_no_update(site: Fleet) 
 
 def test_of_an_agent(site: Fleet) -> None:
     run = site.start_run(*RUN, str(LONG))
-    until(lambda: site.run(run)["history"], "a round is done")
+    wait_for(lambda: site.run(run)["history"], "a round is done")
     ballast = fill(site.folder / "ada", 0)
     site.until_agent(
         "ada", "is paused", lambda told: (told["state"], told["reason"]) == ("paused", "disk full")

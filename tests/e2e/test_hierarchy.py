@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.e2e.test_tabular import joined
-from tests.support.fleet_harness import ROOT, Fleet, fleet, until
+from tests.support.fleet_harness import ROOT, Fleet, fleet
 from tests.support.tables import MIXED, write_csv
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -61,8 +62,8 @@ def test_two_levels_are_one(tmp_path: Path) -> None:
         join(top, "cyd")
         low.start("ann", "bob")
         top.start("cyd")
-        until(lambda: len(top.data("peers", "list")) == 2, "the fleet below has joined")
-        until(lambda: linked(low_folder), "its link is up")
+        wait_for(lambda: len(top.data("peers", "list")) == 2, "the fleet below has joined")
+        wait_for(lambda: linked(low_folder), "its link is up")
         found, told_above = trained(top, 2, tmp_path / "top.safetensors")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -91,7 +92,7 @@ def test_tables_of_a_fleet_inside_a_fleet_are_refused_in_words(tmp_path: Path) -
         low.up("--upstream", f"file:{ticket}")
         joined(low, "ann", write_csv(low_folder / "ann.csv", MIXED))
         low.start("ann")
-        until(lambda: top.data("peers", "list"), "the fleet has joined the upper one")
+        wait_for(lambda: top.data("peers", "list"), "the fleet has joined the upper one")
         top.start_run("tabular", "--target", "label", "--rounds", "1", "--quorum", "1")
         words = "tables are not surveyed over two levels of fleets"
-        until(lambda: words in top.programs["up"].log, "the upper fleet's log says why")
+        wait_for(lambda: words in top.programs["up"].log, "the upper fleet's log says why")

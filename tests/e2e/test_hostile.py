@@ -24,9 +24,10 @@ from protocols.messages import topics
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
-from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.fleet_harness import Fleet, fleet
 from tests.support.in_process_trainer import ByKind
 from tests.support.mqtt_fleet import rogue as with_password_only
+from tests.support.waiting import wait_for
 
 SHORT = ["--set", "epochs=1", "--set", "max_steps=20"]
 
@@ -215,7 +216,7 @@ async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: P
                 await client.publish(where, payload, qos=1)
         assert site.ended_run(run)["state"] == "finished"
         expected = 2 * len(payloads)
-        until(lambda: site.data("status")["links"]["rejected"] == expected, "all are counted")
+        wait_for(lambda: site.data("status")["links"]["rejected"] == expected, "all are counted")
         assert "ignored 8 malformed or forged MQTT messages so far" in site.events()
         fleet_now = site.data("status")
         assert {peer["state"] for peer in fleet_now["peers"].values()} == {"idle"}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
+from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports
+from tests.support.waiting import wait_for
 
 _STREAM = next(
     (p for p in Path("/usr").glob("lib*/nginx/modules/ngx_stream_module.so")), Path("missing")
@@ -100,7 +101,7 @@ def nginx(site: Fleet, name: str, port: int, changed: dict[str, str]) -> Iterato
     words = ["nginx", "-e", str(site.folder / "nginx.log"), "-c", str(config)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE)
     try:
-        until(lambda: _listens(port) or process.poll() is not None, "nginx listens")
+        wait_for(lambda: _listens(port) or process.poll() is not None, "nginx listens")
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         yield
     finally:

@@ -15,15 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import wheels
-from tests.support.fleet_harness import (
-    AGENT,
-    COORDINATOR,
-    HOST,
-    ROOT,
-    Program,
-    environment,
-    until,
-)
+from tests.support.fleet_harness import AGENT, COORDINATOR, HOST, ROOT, Program, environment
+from tests.support.waiting import wait_for
 from tests.support.wheels import SCRIPTS, python_in
 
 CLINICS = ("north", "south", "west")
@@ -83,7 +76,7 @@ class Machine:
             case ["commonweight", "up"]:
                 self._begin([COORDINATOR, "up"])
                 told = self.home / "data" / "commonweight" / "coordinator" / "up.json"
-                until(told.exists, "the coordinator is up")
+                wait_for(told.exists, "the coordinator is up")
             case ["commonweight-agent", "run"]:
                 self._begin([AGENT, "run"])
             case ["commonweight", "monitor"]:

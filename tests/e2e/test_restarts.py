@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports, until
+from tests.support.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -63,16 +64,16 @@ def test_a_killed_broker_stops_no_run_and_the_monitor_hears_of_it(tmp_path: Path
         site.start("ada", "bob")
         words = ("run", "start", "ping", "--rounds", "40", "--quorum", "2", "--follow")
         following = site.background("follow", *words)
-        until(lambda: "round 2/" in following.log, "the second round")
+        wait_for(lambda: "round 2/" in following.log, "the second round")
         first = the_broker(site)
         first.kill()
-        until(lambda: "round 40/" in following.log, "the last round")
+        wait_for(lambda: "round 40/" in following.log, "the last round")
         assert following.wait() == 0
 
-        until(lambda: the_broker(site).pid != first.pid, "another broker")
+        wait_for(lambda: the_broker(site).pid != first.pid, "another broker")
         for name in ("ada", "bob"):
             site.until_agent(name, "is back on MQTT", lambda told: told["mqtt"])
-        until(lambda: site.data("status")["links"]["mqtt"], "the coordinator is back on MQTT")
+        wait_for(lambda: site.data("status")["links"]["mqtt"], "the coordinator is back on MQTT")
         up, down, up_again = [text for text in site.events() if "MQTT broker" in text]
         assert up == up_again == "the MQTT broker is up"
         assert down.startswith("no MQTT broker: ")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import AGENT, COORDINATOR, command, environment, until
+from tests.support.fleet_harness import AGENT, COORDINATOR, command, environment
+from tests.support.waiting import wait_for
 
 pytestmark = [
     pytest.mark.long,
@@ -165,7 +166,7 @@ def three_agents(folder: Path) -> Iterator[tuple[Host, dict[str, Host]]]:
         hub = Host(spaces["hub"], folder / "hub")
         hub.run(COORDINATOR, "init", "--san", HUB)
         with hub.running(COORDINATOR, "up", "--host", HUB) as output:
-            until(lambda: "is up" in output.read_text(), "the coordinator")
+            wait_for(lambda: "is up" in output.read_text(), "the coordinator")
             hosts = {name: Host(spaces[name], folder / name) for name in AGENTS}
             ticket = hub.run(COORDINATOR, "ticket", "create", "--uses", str(len(AGENTS)))
 
@@ -182,7 +183,7 @@ def test_the_one_with_the_quick_line_helps_the_others(tmp_path: Path) -> None:
         # Nothing listens where the owner shares nothing.
         hosts["quick"].run(AGENT, "policy", "set", "share", "off")
         with hosts["quick"].running(AGENT, "run"):
-            until(lambda: linked(hosts["quick"]), "the agent")
+            wait_for(lambda: linked(hosts["quick"]), "the agent")
             assert listening(hosts["quick"].space) == set()
         hosts["quick"].run(AGENT, "policy", "set", "share", "lan")
         (hosts["quick"].folder / "agent" / "status.json").unlink()
@@ -191,17 +192,17 @@ def test_the_one_with_the_quick_line_helps_the_others(tmp_path: Path) -> None:
             hosts["slow1"].running(AGENT, "run"),
             hosts["slow2"].running(AGENT, "run"),
         ):
-            until(lambda: all(listening(host.space) for host in hosts.values()), "the lanes")
+            wait_for(lambda: all(listening(host.space) for host in hosts.values()), "the lanes")
             for name, address in AGENTS.items():
                 assert {where.rpartition(":")[0] for where in listening(hosts[name].space)} == {
                     address
                 }
-            until(lambda: all(map(linked, hosts.values())), "three agents")
+            wait_for(lambda: all(map(linked, hosts.values())), "three agents")
             before, began = sent(hub.space), time.monotonic()
             words = ("ping", "--rounds", "1", "--quorum", "3", "--set", f"kilobytes={MODEL_KB}")
             started = json.loads(hub.run(COORDINATOR, "run", "start", *words, "--json"))
             run = started["data"]["run"]
-            until(lambda: _state(hub, run) == "finished", "the run", within_s=120, every_s=0.3)
+            wait_for(lambda: _state(hub, run) == "finished", "the run", within_s=120, every_s=0.3)
             versions = (sent(hub.space) - before) / (MODEL_KB * 1024)
             seconds = time.monotonic() - began
         # Two versions went to three agents: six copies, without help.
@@ -213,7 +214,7 @@ def test_an_agent_whose_address_changes_is_back_before_its_links_time_out(tmp_pa
     with three_agents(tmp_path) as (hub, hosts):
         moving, log = hosts["slow1"], hosts["slow1"].folder / "agent" / "agent.log"
         with moving.running(AGENT, "run"):
-            until(lambda: linked(moving), "the agent")
+            wait_for(lambda: linked(moving), "the agent")
             old, new = AGENTS["slow1"], "10.77.2.33"
             ip = ("ip", "-n", moving.space)
             do(*ip, "addr", "del", f"{old}/24", "dev", "eth0")
@@ -221,13 +222,13 @@ def test_an_agent_whose_address_changes_is_back_before_its_links_time_out(tmp_pa
             do(*ip, "route", "replace", "default", "via", "10.77.2.1")
             changed = time.monotonic()
             # Not a line of its log: a session that lasts is no new one.
-            until(lambda: connected(hub, new, 9092) and connected(hub, new, 9093), "both links")
+            wait_for(lambda: connected(hub, new, 9092) and connected(hub, new, 9093), "both links")
             print(f"connected {time.monotonic() - changed:.1f} s after the address has changed")
             assert "network has changed" in log.read_text()
             words = ("ping", "--rounds", "1", "--quorum", "1", "--set", "kilobytes=4")
             started = json.loads(hub.run(COORDINATOR, "run", "start", *words, "--json"))
             run = started["data"]["run"]
-            until(lambda: _state(hub, run) == "finished", "the run", within_s=120, every_s=0.3)
+            wait_for(lambda: _state(hub, run) == "finished", "the run", within_s=120, every_s=0.3)
 
 
 def connected(hub: Host, address: str, port: int) -> bool:

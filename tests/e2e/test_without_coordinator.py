@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import fleet, until
+from tests.support.fleet_harness import fleet
+from tests.support.waiting import wait_for
+
+
+def _contains(file: Path, text: bytes) -> bool:
+    return file.exists() and text in file.read_bytes()
 
 
 @pytest.mark.long
@@ -19,7 +25,7 @@ def test_agents_end_on_the_newest_version(tmp_path: Path) -> None:
             site.until_agent(name, "serves", lambda told: told["shares_at"])
         for name, other in (("ada", b"bob"), ("bob", b"ada")):
             book = site.folder / name / "neighbours.json"
-            until(lambda: book.exists() and other in book.read_bytes(), f"{name} knows the other")  # noqa: B023
+            wait_for(partial(_contains, book, other), f"{name} knows the other")
         site.programs["bob"].stop()
         run = site.start_run("ping", "--rounds", "2", "--quorum", "1", "--set", "kilobytes=4")
         assert site.ended_run(run)["state"] == "finished"

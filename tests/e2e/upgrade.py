@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from protocols import VERSION
-from tests.support.fleet_harness import ROOT, Fleet, closing, until
+from tests.support.fleet_harness import ROOT, Fleet, closing
+from tests.support.waiting import wait_for
 from tests.support.wheels import SCRIPTS, installed, source_as, wheel
 
 _STEP = """
@@ -87,7 +88,7 @@ def test_further_apart_they_refuse_and_name_both(versions: dict[str, Path], tmp_
         site.up(port=port)
         site._start("ada", ["agent.cli", "run"], site._env("ada"))
         both = f"the coordinator runs commonweight 0.3.0, this is {VERSION}"
-        until(lambda: both in site.agent("ada").get("last_error", ""), "the agent says why")
+        wait_for(lambda: both in site.agent("ada").get("last_error", ""), "the agent says why")
         assert not site.agent("ada")["session"]
         site.of["cleo"] = VERSION
         joined = site.ask_agent("cleo", "join", "-", given=site.ticket())

@@ -25,7 +25,8 @@ from coordinator.transport.http_server import (
     listen,
 )
 from tests.hostile.tools import bounded_growth, plain, secure
-from tests.support.fleet_harness import fleet, until
+from tests.support.fleet_harness import fleet
+from tests.support.waiting import wait_for
 
 EXCHANGES = 200
 #: Added to the server's limits for its check interval and a busy machine.
@@ -81,11 +82,11 @@ def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Pa
             )
             assert still == len(held) == 300
         limit_s = max(HANDSHAKE_TIMEOUT_S, READ_TIMEOUT_S) + SLACK_S
-        until(
+        wait_for(
             lambda: not any(is_open(sock) for sock in held), "all that stall are dropped", limit_s
         )
         print(f"all dropped after {time.monotonic() - began:.0f} s")
-        until(lambda: len(server.net_connections("tcp")) < 50, "their sockets are closed")
+        wait_for(lambda: len(server.net_connections("tcp")) < 50, "their sockets are closed")
         for sock in held:
             sock.close()
         assert honest.pull() is None
@@ -107,7 +108,7 @@ def test_one_address_can_hold_so_many_connections_and_no_more(tmp_path: Path) ->
     assert sum(is_open(sock) for sock in theirs) == 3
     ours.pop().close()
     late = plain(port)
-    until(lambda: _accepted(listener, ours), "there is room again")
+    wait_for(lambda: _accepted(listener, ours), "there is room again")
     assert is_open(late)
     for sock in [*ours, *theirs, late]:
         sock.close()

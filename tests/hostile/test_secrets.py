@@ -16,7 +16,8 @@ import pytest
 from agent.home import settings
 from protocols.enrollment import tickets
 from tests.hostile.tools import files_in
-from tests.support.fleet_harness import ROOT, Fleet, descendants, fleet, until
+from tests.support.fleet_harness import ROOT, Fleet, descendants, fleet
+from tests.support.waiting import wait_for
 
 OURS = ("agent", "coordinator", "protocols")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
@@ -118,7 +119,7 @@ class Worked:
             self._note_arguments()
             return site.run(run)["state"] == "finished"
 
-        until(ended, "the run ended", within_s=100)
+        wait_for(ended, "the run ended", within_s=100)
         for words in (
             ("status",),
             ("peers", "list"),

@@ -26,7 +26,8 @@ from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.enrollment import signed_requests
 from protocols.messages.work import POLL_PATH, Work
 from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secure
-from tests.support.fleet_harness import Fleet, fleet, until
+from tests.support.fleet_harness import Fleet, fleet
+from tests.support.waiting import wait_for
 
 MOST_GROWTH_MB = 64
 
@@ -155,7 +156,7 @@ def test_a_lying_length_is_refused(target: Target, headers: dict[str, str], meth
             answer = answer_to(sock, head + body)
             sock.close()
             assert status(answer) in REFUSED | {100}, answer
-    until(lambda: not parts(target), "nothing is left of a refused upload")
+    wait_for(lambda: not parts(target), "nothing is left of a refused upload")
 
 
 def parts(target: Target) -> list[str]:
@@ -244,9 +245,9 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
     """Uploads without end, each of another digest, whole or cut off: bounded for each peer."""
     # A run that waits for its first weights takes uploads of any size.
     run = target.site.start_run("ping", "--rounds", "1", "--quorum", "1", "--deadline", "300s")
-    question = until(target.link.pull, "it is asked what it would train")
+    question = wait_for(target.link.pull, "it is asked what it would train")
     message = target.link.exchange(target.described(question))
-    message = message or until(target.link.pull, "it is asked for first weights")
+    message = message or wait_for(target.link.pull, "it is asked for first weights")
     try:
         codes = []
         for number in range(12):
@@ -307,7 +308,7 @@ def test_a_slow_sender_is_shown_the_door(target: Target) -> None:
                 ended[name] = now - began
         return len(ended) == len(slow)
 
-    until(all_ended, "all of them are cut off", within_s=40.0)
+    wait_for(all_ended, "all of them are cut off", within_s=40.0)
     print({name: f"{seconds:.0f} s" for name, seconds in ended.items()})
     for sock, _ in slow.values():
         sock.close()

@@ -19,7 +19,8 @@ from agent.transport.coordinator_client import CoordinatorClient
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from tests.hostile.tools import bounded_growth
-from tests.support.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports, until
+from tests.support.fleet_harness import HOST, Fleet, environment, fleet, two_free_ports
+from tests.support.waiting import wait_for
 
 STOCK = Path(sys.executable).with_name("flower-supernode")
 WITHIN_S = 30.0
@@ -91,7 +92,7 @@ def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: st
             start_new_session=True,
         )
         try:
-            until(lambda: process.poll() is not None or was_refused(log), "a refusal", WITHIN_S)
+            wait_for(lambda: process.poll() is not None or was_refused(log), "a refusal", WITHIN_S)
         finally:
             _end(process)
     said = log.read_text(errors="replace")

@@ -1,1 +1,1 @@
-"""What several tests share: small fleets, fixtures, tables."""
+"""Helpers that several test files share: small fleets, tables, waiting."""

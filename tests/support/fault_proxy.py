@@ -1,10 +1,10 @@
-"""A TCP proxy that does to a connection what networks do. In a thread of its own; asyncio inside.
+"""A TCP proxy that simulates network faults. It runs asyncio in a thread of its own.
 
     with Proxy(port) as proxy:      # listens on proxy.port, forwards to 127.0.0.1:port
         proxy.fault = Fault(delay_s=0.2)
         proxy.reset()
 
-A fault holds for all bytes that pass from then on, in connections old and new.
+A fault applies to all later bytes, in existing and new connections.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _RESET = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to bytes. The default lets them pass.
+    """What happens to bytes. By default they pass unchanged.
 
-    `delay_s` (± `jitter_s`) holds up each piece. `hold_up` and `hold_down` keep bytes of one way
-    back and all connections open: a blackhole if both, one-way if one. `bytes_per_s` throttles
-    each way of each connection, `line_bytes_per_s` each way of all together, as a line does.
+    `delay_s` (± `jitter_s`) delays each piece. `hold_up` and `hold_down` hold back the bytes of one
+    direction and keep all connections open: both are a blackhole. `bytes_per_s` throttles each
+    direction of each connection, `line_bytes_per_s` each direction of all connections together.
     `cut_after` bytes up a connection is closed (`truncate`). `refuse` takes no connection. `drop`
     is the chance that a piece resets its connection: what loss beyond repair looks like to TCP.
     """
@@ -53,7 +53,7 @@ BLACKHOLE = Fault(hold_up=True, hold_down=True)
 
 
 class Proxy:
-    """Forwards 127.0.0.1:`port` to 127.0.0.1:`target`, as `fault` has it."""
+    """Forwards 127.0.0.1:`port` to 127.0.0.1:`target` with the effects of `fault`."""
 
     def __init__(self, target: int, *, seed: int = 0) -> None:
         self._target = target
@@ -61,7 +61,7 @@ class Proxy:
         self.fault = CLEAR
         self.connections = 0
         self.bytes_up = self.bytes_down = 0
-        self._line_free_at = {True: 0.0, False: 0.0}  # by way: up, down
+        self._line_free_at = {True: 0.0, False: 0.0}  # by direction: up, down
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._socket = socket.create_server((HOST, 0))
@@ -124,7 +124,7 @@ class Proxy:
         self._open |= {writer, out}
         ways = (self._pass(reader, out, up=True), self._pass(onward, writer, up=False))
         tasks = [asyncio.create_task(way) for way in ways]
-        # The end of the proxy is no failure of this task: asyncio's streams would log it as one.
+        # asyncio's streams would log the end of the proxy as a failure of this task.
         with suppress(asyncio.CancelledError):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
@@ -157,7 +157,7 @@ class Proxy:
                     self.bytes_down += len(piece)
 
     async def _wait(self, nbytes: int, up: bool) -> None:
-        """As long as the fault has this piece wait."""
+        """Wait as long as the fault delays this piece."""
         fault = self.fault
         wait_s = fault.delay_s + self._random.uniform(-fault.jitter_s, fault.jitter_s)
         if fault.bytes_per_s:

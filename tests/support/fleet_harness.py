@@ -1,4 +1,4 @@
-"""A real fleet for one test: processes started by the public commands, ended whatever happens."""
+"""A real fleet for one test: processes started by the public commands, and always ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from coordinator.transport.ports import listenable
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 COORDINATOR, AGENT = "coordinator.cli", "agent.cli"
@@ -25,22 +25,8 @@ WITHIN_S = 120.0
 LOOK_EVERY_S = 0.05
 
 
-def until(
-    condition: Callable[[], Any],
-    what: str,
-    within_s: float = WITHIN_S,
-    every_s: float = LOOK_EVERY_S,
-) -> Any:
-    """Wait for a condition, with a bound that only a failure meets; what it gave."""
-    end = time.monotonic() + within_s
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not in {within_s:.0f} s: {what}"
-        time.sleep(every_s)
-    return found
-
-
 def two_free_ports() -> tuple[int, int]:
-    """Two ports on which nobody listens now."""
+    """Two free ports."""
     with socket.socket() as first, socket.socket() as second:
         first.bind((HOST, 0))
         second.bind((HOST, 0))
@@ -48,12 +34,12 @@ def two_free_ports() -> tuple[int, int]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """A free port."""
     return listenable(HOST)
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
-    """This process's, without what is set on this machine for commonweight."""
+    """The environment of this process without the commonweight variables of this machine."""
     found = {name: value for name, value in os.environ.items() if "COMMONWEIGHT" not in name}
     found |= {
         "HOME": str(folder),
@@ -62,10 +48,10 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",
         "NO_COLOR": "1",
-        # Any free port: the default one may belong to another program.
+        # Any free port, because another program may use the default one.
         "COMMONWEIGHT_PORT": "0",
         "COMMONWEIGHT_AGENT_THREADS": "1",
-        # Other tests use these cores too, and nobody waits for them to end.
+        # Other tests run on the same cores.
         "COMMONWEIGHT_AGENT_WORK": "always",
         "COMMONWEIGHT_AGENT_NICE": "0",
     }
@@ -73,9 +59,9 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
 
 
 def command(words: list[str], env: dict[str, str]) -> list[str]:
-    """The command line of `words`, which begin with COORDINATOR or AGENT.
+    """The command line of `words`, the first of which is COORDINATOR or AGENT.
 
-    With INSTALLED set it is the script in that folder, else this source tree's module.
+    With INSTALLED set it is the script in that folder, else the module of this source tree.
     """
     if folder := env.get("INSTALLED"):
         script = {COORDINATOR: "commonweight", AGENT: "commonweight-agent"}[words[0]]
@@ -86,7 +72,7 @@ def command(words: list[str], env: dict[str, str]) -> list[str]:
 def run_program(
     words: list[str], env: dict[str, str], *, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of the two commands to its end."""
+    """Run one of the two commands and wait until it ends."""
     return subprocess.run(
         command(words, env),
         input=given,
@@ -99,7 +85,7 @@ def run_program(
 
 
 class Program:
-    """A process in the background with its output in a file; `log` is what it has said."""
+    """A process in the background, with its output in a file; `log` is that output."""
 
     def __init__(self, words: list[str], env: dict[str, str], output: Path) -> None:
         self._output = output
@@ -118,12 +104,12 @@ class Program:
         return self._output.read_text(errors="replace")
 
     def kill(self) -> None:
-        """As a power cut would: SIGKILL."""
+        """Send SIGKILL, which is like a power cut."""
         self.process.kill()
         self.process.wait()
 
     def stop(self, within_s: float = 20.0) -> int:
-        """Ask it to end; its exit code."""
+        """Send SIGTERM and wait; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(within_s)
 
@@ -132,7 +118,7 @@ class Program:
 
 
 class Fleet:
-    """A coordinator and agents over `folder`, driven by the commands that a person types."""
+    """A coordinator and agents in `folder`, controlled by the public commands."""
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self.folder = folder
@@ -144,11 +130,11 @@ class Fleet:
     # --- the two commands ---
 
     def ask(self, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        """`commonweight words…`, run to its end."""
+        """Run `commonweight words…` and wait until it ends."""
         return run_program([COORDINATOR, *words], self._env(), given=given)
 
     def data(self, *words: str) -> Any:
-        """What `commonweight words… --json` tells."""
+        """The data in the output of `commonweight words… --json`."""
         done = self.ask(*words, "--json")
         assert done.returncode == 0, f"commonweight {' '.join(words)}: {done.stderr}{done.stdout}"
         return json.loads(done.stdout)["data"]
@@ -156,11 +142,11 @@ class Fleet:
     def ask_agent(
         self, name: str, *words: str, given: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """`commonweight-agent words…` on the machine `name`, run to its end."""
+        """Run `commonweight-agent words…` on the machine `name` and wait until it ends."""
         return run_program([AGENT, *words], self._env(name), given=given)
 
     def background(self, name: str, *words: str) -> Program:
-        """`commonweight words…` in the background."""
+        """Run `commonweight words…` in the background."""
         return self._start(name, [COORDINATOR, *words], self._env())
 
     # --- coordinator and agents ---
@@ -173,18 +159,18 @@ class Fleet:
             assert program.process.poll() is None, f"the coordinator ended: {program.log}"
             return (self.home / "up.json").exists()
 
-        until(answers, "the coordinator is up")
+        wait_for(answers, "the coordinator is up")
         return program
 
     def ticket(self, uses: int = 1) -> str:
         return str(self.data("ticket", "create", "--uses", str(uses))["ticket"])
 
     def join(self, *names: str) -> None:
-        """Let these machines join, each with its part of the shared data."""
+        """Join these machines, each with its part of the shared data."""
         self.join_parts({name: f"{number}/{len(names)}" for number, name in enumerate(names)})
 
     def join_parts(self, parts: Mapping[str, str]) -> None:
-        """Let machines join, each with the part of the shared data that is named."""
+        """Join machines, each with the given part of the shared data."""
         ticket = self.ticket(len(parts))
         for name, part in parts.items():
             done = self.ask_agent(name, "join", "-", "--name", name, "--part", part, given=ticket)
@@ -199,7 +185,7 @@ class Fleet:
             self.until_agent(name, "has both its links", lambda told: told["mqtt"])
 
     def agent(self, name: str) -> dict[str, Any]:
-        """What the agent last said of itself; empty if it never ran."""
+        """The last status of the agent; empty if it never ran."""
         try:
             told: dict[str, Any] = json.loads((self.folder / name / "status.json").read_bytes())
         except FileNotFoundError:
@@ -207,7 +193,7 @@ class Fleet:
         return told
 
     def until_agent(self, name: str, what: str, condition: Callable[[dict[str, Any]], Any]) -> None:
-        """Wait until the running agent says something that meets the condition."""
+        """Wait until the status of the running agent meets the condition."""
         program = self.programs[name]
 
         def met() -> Any:
@@ -215,12 +201,12 @@ class Fleet:
             told = self.agent(name)
             return told.get("pid") == program.process.pid and condition(told)
 
-        until(met, f"{name} {what}")
+        wait_for(met, f"{name} {what}")
 
     # --- runs ---
 
     def start_run(self, *words: str) -> str:
-        """`commonweight run start words…`; the run's id."""
+        """Run `commonweight run start words…`; return the run's id."""
         return str(self.data("run", "start", *words)["run"])
 
     def run(self, run: str) -> dict[str, Any]:
@@ -228,15 +214,15 @@ class Fleet:
         return found
 
     def ended_run(self, run: str) -> dict[str, Any]:
-        """The run, once it has ended."""
+        """Wait until the run has ended, and return it."""
         shown: dict[str, Any] = {}
 
         def ended() -> bool:
             shown.update(self.run(run))
             return shown["state"] in ("finished", "stopped", "failed")
 
-        # Each look is a process of its own, on the cores that the run needs.
-        until(ended, "the run ended", within_s=120.0, every_s=0.5)
+        # Each poll starts a process on the cores that the run needs.
+        wait_for(ended, "the run ended", within_s=120.0, every_s=0.5)
         return shown
 
     def events(self) -> list[str]:
@@ -254,13 +240,13 @@ class Fleet:
         return self.programs[name]
 
     def note_family(self) -> None:
-        """Remember what our programs have started, so that `close` can tell what is left."""
+        """Remember the child processes of our programs, so that `close` can find leftovers."""
         for program in self.programs.values():
             for child in descendants(program.process.pid):
                 self._family[child.pid] = child
 
     def close(self) -> None:
-        """End every process, agents first; fail if something is left that should have ended."""
+        """End every process, agents first; fail if a process is left."""
         self.note_family()
         programs = sorted(self.programs.items(), key=lambda item: item[0] == "up")
         stuck = []
@@ -284,7 +270,7 @@ class Fleet:
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; one that has ended and waits to be reaped does not."""
+    """The processes that still run; zombies do not count."""
     found = []
     for process in processes:
         try:
@@ -296,7 +282,7 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """What this process has started, and what those have."""
+    """The child processes of this process, and their child processes."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -305,7 +291,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 @contextmanager
 def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
-    """A fleet whose processes all end with the block; its logs are printed if it fails.
+    """A fleet whose processes end with the block; prints its logs if the block fails.
 
     `settings` are environment variables of its processes.
     """
@@ -316,7 +302,7 @@ def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
 
 @contextmanager
 def closing(made: Fleet) -> Iterator[None]:
-    """Closes a fleet with the block; prints its logs if that or the block fails."""
+    """Closes a fleet at the end of the block; prints its logs if that or the block fails."""
     try:
         yield
     except BaseException:

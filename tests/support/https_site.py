@@ -1,4 +1,4 @@
-"""A coordinator's parts behind a real TLS server in a thread, and machines that have joined it."""
+"""The HTTPS part of a coordinator in a thread with a real TLS server, and enrolled machines."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hashlib
 import logging
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,8 @@ from protocols.messages.work import PollRequest, PollResponse
 HOST = "127.0.0.1"
 
 
-def until(condition: Callable[[], object], within_s: float = 30.0) -> None:
-    """Wait for a condition, with a bound that only a failure meets."""
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.005)
-
-
 class Machine:
-    """An agent's keys and the requests it can sign."""
+    """An agent's keys and its signed requests."""
 
     def __init__(self, name: str = "box") -> None:
         self.name = name
@@ -80,7 +71,7 @@ class Machine:
 class Site:
     """Registry, lane and our routes over one folder; Flower's too with `flower=True`.
 
-    It is the `CoordinatorService` of the routes. `requests` has method and path of each request.
+    It is the `CoordinatorService` of the routes. `requests` lists method and path of each request.
     """
 
     def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
@@ -118,7 +109,7 @@ class Site:
         if peer.standing == "enrolled" and peer.peer not in self.nodes:
             self.nodes[peer.peer] = self.superlink.register_node(peer.node_public)
 
-    # --- what the routes ask ---
+    # --- CoordinatorService ---
 
     def addresses(self) -> tuple[str, ...]:
         return (self.address,)
@@ -144,7 +135,7 @@ class Site:
 
         return app
 
-    # --- who joins ---
+    # --- machines and tickets ---
 
     def ticket(self, *, ttl_s: float = 60.0, uses: int = 1) -> tickets.Ticket:
         made = tickets.new_ticket(self.addresses(), identity.ca_fingerprint(self.ca_pem))
@@ -173,7 +164,7 @@ class Site:
 
     @contextmanager
     def up(self) -> Iterator[Site]:
-        """Serve from a thread with a loop of its own."""
+        """Serve from a thread with its own event loop."""
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         ready, loop = threading.Event(), asyncio.new_event_loop()
         server = Server(

@@ -1,6 +1,6 @@
-"""A whole coordinator in this process, and agents in threads that train a small model with numpy.
+"""A complete coordinator in this process, and agents in threads that train a small numpy model.
 
-There is no broker: training does not need one.
+There is no MQTT broker, because training does not need one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Data(NamedTuple):
 
 
 def some_data(examples: int, seed: int, features: int = 5) -> Data:
-    """Labels that the features tell, unlike for each seed."""
+    """Data whose labels depend on the features; different for each seed."""
     rng = np.random.default_rng(seed)
     x = rng.normal(seed, 1.0, (examples, features)).astype(np.float32)
     return Data(x, (np.abs(x).argmax(1) + seed) % CLASSES)
@@ -75,7 +75,7 @@ def first_weights(features: int, seed: int = 0) -> Weights:
 
 
 def gradient_step(model: Weights, data: Data, lr: float = LR) -> Weights:
-    """One step of plain gradient descent on all of `data`."""
+    """One step of gradient descent on all of `data`."""
     w, b = np.asarray(model["w"]), np.asarray(model["b"])
     scores = data.x @ w + b
     odds = np.exp(scores - scores.max(1, keepdims=True))
@@ -100,10 +100,10 @@ NO_TALLIES: dict[str, list[float]] = {}
 
 
 class Trainer(ByKind):
-    """The trainer's part, without a process. A closed `door` holds up its work until it is open.
+    """A trainer without a process. Work waits while its `door` is closed.
 
-    `before` is called with the kind and the round of each piece of work; what it raises is the
-    work's failure. `made` holds the updates by round.
+    `before` is called with kind and round before each piece of work; an exception in it fails the
+    work. `made` has the updates by round.
     """
 
     def __init__(self, data: Data) -> None:
@@ -143,7 +143,7 @@ class Trainer(ByKind):
         return replace(saved, metrics={"train_loss": 1.0})
 
     def predict(self, task: str, settings: Any, base: Path, sources: Any, out: Path) -> Done:
-        """Scores of the first class for CSV files of features."""
+        """Predict scores of the first class for CSV files of features."""
         self._begin("predict", len(self.worked))
         model, done = weights.load(base), 0
         with out.open("w") as file:
@@ -162,7 +162,7 @@ class Trainer(ByKind):
 
 
 class Proving(Observer):
-    """Keeps the coordinator's signature beside each version in the cache."""
+    """Stores the coordinator's signature beside each version in the cache."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
@@ -172,7 +172,7 @@ class Proving(Observer):
 
 
 class Agent:
-    """An agent's link and client in a thread: it works until `stop`, and comes back."""
+    """An agent's coordinator client in a thread: it works until `stop`, and reconnects."""
 
     def __init__(
         self, folder: Path, machine: Machine, credentials: Credentials, data: Data
@@ -280,7 +280,7 @@ class Agent:
 
 
 class Fleet:
-    """A coordinator's home, and the agents that joined it."""
+    """A coordinator's home and its agents."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -292,7 +292,7 @@ class Fleet:
 
     @asynccontextmanager
     async def up(self, *, resume: bool = True, metrics_port: int = 0) -> AsyncIterator[Coordinator]:
-        """A coordinator over the home; the next one has the same port."""
+        """Start a coordinator in the home; a later one has the same port."""
         chosen = Settings(
             host=HOST, port=self.port, mqtt_url=f"mqtt://{HOST}:9", metrics_port=metrics_port
         )
@@ -334,7 +334,7 @@ class Fleet:
         return self.hub.runs.start(RunSpec(task="softmax", **spec), "")
 
     async def finished(self, run_id: str) -> Run:
-        """The run, when it has ended."""
+        """Wait until the run has ended, and return it."""
         await until(lambda: self._is_ended(run_id))
         return self.hub.runs.find(run_id)
 
@@ -344,18 +344,18 @@ class Fleet:
         return self.hub.runs.find(run_id).ended
 
     def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
-        """What the ledger says of a run."""
+        """The events of a run in the ledger."""
         ledger = Ledger(self.home / "ledger.db")
         found: list[RunEvent] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
         ledger.close()
         return [fact for fact in found if isinstance(fact, kind)]
 
     def refusals(self, run_id: str) -> list[tuple[int, str, str]]:
-        """Round, peer and word of each refusal."""
+        """Round, peer and reason of each refusal."""
         return [(f.round, f.peer, f.reason) for f in self.facts(run_id, facts.UpdateRefused)]
 
     def waits_for(self, run_id: str) -> str:
-        """What the run says that it waits for."""
+        """What the run waits for, as text."""
         shown = self.hub.fleet.runs.get(run_id)
         return shown.changed.waiting_for if shown else ""
 
@@ -363,7 +363,7 @@ class Fleet:
         return weights.load(self.hub.weight_store.version_path(digest))
 
     async def close(self) -> None:
-        """Stop the agents, also those whose work waits for a door."""
+        """Stop the agents, even if their work waits for a door."""
         for agent in self.agents:
             agent.stop()
         for agent in self.agents:
@@ -372,7 +372,7 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet_of(folder: Path, *data: Data) -> AsyncIterator[Fleet]:
-    """A coordinator with one agent for each data set, all connected."""
+    """A coordinator with one connected agent for each data set."""
     fleet = Fleet(folder)
     try:
         async with fleet.up():

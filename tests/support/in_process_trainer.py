@@ -1,4 +1,4 @@
-"""Trainers without a process of their own, for agents that live in a test."""
+"""Trainers without a child process, for agents in a test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocols.errors import TrainerFailed
 
 
 class InProcess:
-    """What `TrainerProcess` does, over `data`, in the caller's thread.
+    """A `TrainerProcess` over `data` that runs in the caller's thread.
 
     `source` is the file and class of the task ("/path/file.py:Class"); empty: an installed one.
     """

@@ -1,4 +1,4 @@
-"""A laptop for policy tests: a battery in a folder like /sys, and which rules agents obey."""
+"""A laptop for policy tests: a battery in a folder like /sys, and rules to obey."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RULES = ("battery", "busy", "user", "schedule", "metered", "hot", "memory", "tra
 
 
 def on_mains(folder: Path, online: bool) -> None:
-    """Write a laptop's /sys: its battery, and whether it is on mains power."""
+    """Write a laptop's /sys, with its battery and whether it is on mains power."""
     supplies = folder / "class/power_supply"
     for name, files in {
         "BAT0": {"type": "Battery", "status": "Discharging", "capacity": "41"},
@@ -20,6 +20,6 @@ def on_mains(folder: Path, online: bool) -> None:
 
 
 def heeding(*rules: str, **settings: str) -> dict[str, str]:
-    """Environment variables with which agents obey these rules of the policy and no other."""
+    """Environment variables for agents that obey only these policy rules."""
     asked = {rule: "always" for rule in RULES if rule not in rules} | {"work": "auto"} | settings
     return {f"COMMONWEIGHT_AGENT_{name.upper()}": value for name, value in asked.items()}

@@ -1,4 +1,4 @@
-"""Agents' parts that work without the coordinator, over real sockets."""
+"""The parts of agents that work without the coordinator, over real sockets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def certificate(site: Site, machine: Machine) -> bytes:
 
 
 class Peer:
-    """A machine that has joined, with all of an agent that works without the coordinator."""
+    """An enrolled machine with the parts of an agent that work without the coordinator."""
 
     def __init__(self, site: Site, folder: Path, name: str, policy: str = "on") -> None:
         self.site, self.name, self.machine = site, name, site.enroll(name)
@@ -60,7 +60,7 @@ class Peer:
         self.credentials = credentials = site.credentials(self.machine)
         self.signs = identity.public_bytes(self.machine.sign_key)
         self.public = public = identity.public_bytes(site.sign_key)
-        self.serves_nobody = policy != "on"  # the address of all tests is no private network's
+        self.serves_nobody = policy != "on"  # tests use addresses outside private networks
         self._enrollment = Enrollment(
             peer=self.machine.peer,
             name=name,
@@ -94,7 +94,7 @@ class Peer:
         )
 
     def hold(self, version: int, since: float = 1.0) -> Head:
-        """Let it have a version of a run, with the coordinator's word."""
+        """Store a version of a run with the coordinator's signature."""
         head, work, data = made(version, since)
         (self.cache / f"{head.digest}.safetensors").write_bytes(data)
         version_proofs.save_proof(
@@ -114,7 +114,7 @@ class Peer:
 
 
 def made(version: int, since: float) -> tuple[Head, Work, bytes]:
-    """A version: its head, work on it, its bytes."""
+    """A version: its head, signed work on it, and its bytes."""
     data = b"version %d of %f " % (version, since) * 1000
     work = Work(
         run=f"run-{since:g}",
@@ -130,13 +130,13 @@ def made(version: int, since: float) -> tuple[Head, Work, bytes]:
 
 @asynccontextmanager
 async def without_coordinator(*peers: Peer) -> AsyncIterator[None]:
-    """Peers at work that know each other from its time, and have it no more."""
+    """Running peers that know each other from the coordinator, which is gone."""
     serving = [asyncio.create_task(peer.sharing.run()) for peer in peers]
     running = []
     try:
         for peer in peers:
             await until(lambda p=peer: p.serves_nobody or p.sharing.plan_request().address)
-        for peer in (*peers, *peers):  # once more, now that all have told where they serve
+        for peer in (*peers, *peers):  # again, now that all have announced their addresses
             assert await peer.spread._refresh_neighbors()
         running = [asyncio.create_task(peer.spread.run()) for peer in peers]
         yield

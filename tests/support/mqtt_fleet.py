@@ -1,4 +1,4 @@
-"""A fleet small enough for one test: CA, keys, the embedded broker over TLS, feed and agents."""
+"""A small fleet over MQTT: CA, keys, the embedded broker with TLS, clients of both sides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IDLE = Presence(state=PeerState.IDLE, name="box")
 
 @asynccontextmanager
 async def running(*loops: Callable[[], object]) -> AsyncIterator[None]:
-    """Run these coroutine functions beside the block; cancel them at its end."""
+    """Run these coroutine functions during the block, then cancel them."""
     tasks = [asyncio.ensure_future(loop()) for loop in loops]  # type: ignore[call-overload]
     try:
         yield
@@ -42,7 +42,7 @@ async def running(*loops: Callable[[], object]) -> AsyncIterator[None]:
 
 
 class Watch:
-    """A feed and what it heard."""
+    """A coordinator's MQTT client and the messages that it received."""
 
     def __init__(self, site: Site, address: MqttAddress, **options: object) -> None:
         self._numbers = itertools.count()
@@ -61,7 +61,7 @@ class Watch:
         )
 
     async def tell(self, body: Body) -> bool:
-        """Send an event as the coordinator does, with the next number."""
+        """Send an event like the coordinator, with the next number."""
         envelope = Envelope(
             sender=topics.COORDINATOR, epoch="e", seq=next(self._numbers), at=time.time(), body=body
         )
@@ -76,7 +76,7 @@ class Watch:
 
 
 class Agent:
-    """A link and what it was told."""
+    """An agent's MQTT client and the commands that it received."""
 
     def __init__(self, site: Site, address: MqttAddress) -> None:
         self.told: list[Doorbell | Command] = []
@@ -139,7 +139,7 @@ async def started(site: Site) -> AsyncIterator[EmbeddedBroker]:
 
 
 def rogue(address: MqttAddress) -> aiomqtt.Client:
-    """Somebody who has the fleet's password and nothing else."""
+    """An MQTT client with the fleet's password but no signing key."""
     return aiomqtt.Client(
         address.host,
         address.port,

@@ -1,4 +1,4 @@
-"""A small fleet in the middle of a run, and a Source that replays it."""
+"""Fleets in the middle of a run for tests of the monitor, and a Source that replays them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from protocols.messages.envelope import (
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 
-#: A screen drawn often settles soon.
+#: A short drawing interval, so that the screen settles soon.
 base_app.DRAW_INTERVAL_S = 0.02
 
 NOW = 1_790_000_000.0
@@ -48,7 +48,7 @@ IDS = {
 
 
 class Said:
-    """Numbers the envelopes of every sender."""
+    """Counts the messages of every sender."""
 
     def __init__(self) -> None:
         self._seqs: dict[str, int] = {}
@@ -101,7 +101,7 @@ def _round(number: int) -> RoundClosed:
 
 
 def story() -> list[tuple[float, Envelope]]:
-    """Six peers, each in another state, in round 12 of 50: (when it is heard, what)."""
+    """Six peers in different states in round 12 of 50: (arrival time, envelope)."""
     say = Said()
     told: list[tuple[float, str, Body]] = []
 
@@ -165,7 +165,7 @@ def story() -> list[tuple[float, Envelope]]:
 
 
 def _jobs() -> list[JobChanged]:
-    """A job that peers are at, and how three others ended."""
+    """A running job, and three jobs that have ended."""
     asked = {"kind": "private", "task": "watch-motion", "total": 5}
     return [
         JobChanged(
@@ -238,7 +238,7 @@ def busy_fleet() -> Fleet:
 
 
 def rich_fleet() -> Fleet:
-    """The busy fleet with all that a newer coordinator and newer agents tell."""
+    """The busy fleet with all fields of newer coordinators and agents."""
     fleet = busy_fleet()
     run = fleet.runs["motion-7"]
     for number, closed in enumerate(run.rounds):
@@ -261,7 +261,7 @@ def rich_fleet() -> Fleet:
 
 
 def buffered_fleet() -> Fleet:
-    """The rich fleet where no peer waits for another: some updates are versions behind."""
+    """The rich fleet with buffered aggregation: some updates are several versions behind."""
     fleet = rich_fleet()
     run = fleet.runs["motion-7"]
     for number, closed in enumerate(run.rounds):
@@ -288,7 +288,7 @@ def troubled_fleet() -> Fleet:
 
 
 def ended_fleet() -> Fleet:
-    """A run that has reached its end."""
+    """A fleet whose run has ended."""
     fleet = rich_fleet()
     run = fleet.runs["motion-7"]
     run.changed = replace(
@@ -325,7 +325,7 @@ def empty_fleet() -> Fleet:
 
 
 class Replay:
-    """A Source whose snapshot is given, and whose live messages are those of `live`."""
+    """A Source with a given snapshot, and with the live messages of `live`."""
 
     def __init__(self, fleet: Fleet | None, live: Iterable[Envelope] = ()) -> None:
         self.fleet = fleet
@@ -384,7 +384,7 @@ class Replay:
 
 
 def serving(fleet: Fleet) -> Replay:
-    """A coordinator with this fleet; both links are up."""
+    """A coordinator with this fleet that is connected to MQTT and Flower."""
     return Replay(fleet, [links(fleet.seq, epoch=fleet.epoch)])
 
 
@@ -413,7 +413,7 @@ def monitor(
 
 
 async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
-    """Let the app run until `true()`; at most some seconds."""
+    """Let the app run until `true()`, for some seconds at most."""
     for _ in range(500):
         if true():
             break
@@ -423,7 +423,7 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
 
 
 async def settled(pilot: Pilot[None]) -> None:
-    """Let the app run until its screen has stayed the same for some drawing intervals."""
+    """Let the app run until its screen is unchanged for some drawing intervals."""
     before, same = "", 0
     for _ in range(60):
         now = screen_text(pilot.app)

@@ -1,4 +1,4 @@
-"""The task "softmax" in numpy: steps of gradient descent that SCAFFOLD can steer.
+"""The task "softmax" in numpy: gradient descent with support for SCAFFOLD.
 
 Setting  Default  Meaning
 steps    1        steps of gradient descent on all of this peer's examples
@@ -29,7 +29,7 @@ def part(index: int) -> Data:
 
 
 class Softmax:
-    """Data part `index` is that of `part`."""
+    """Softmax regression; data part `index` is `part(index)`."""
 
     def schema(self, settings: Settings) -> Schema:
         schema = {"w": TensorSpec("F32", (FEATURES, CLASSES)), "b": TensorSpec("F32", (CLASSES,))}
@@ -90,7 +90,7 @@ class Softmax:
 
 
 class Unsteerable:
-    """The same task, of somebody who does not know SCAFFOLD."""
+    """The same task without support for SCAFFOLD."""
 
     schema, init, load, evaluate = Softmax.schema, Softmax.init, Softmax.load, Softmax.evaluate
 

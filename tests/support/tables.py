@@ -1,4 +1,4 @@
-"""Tables that readers are tried on, and what they must come to."""
+"""Tables for tests of readers, and their expected statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 Rows = list[dict[str, Any]]
 
-#: Every kind of column, missing values of all sorts, text that needs quoting.
+#: All kinds of columns and of missing values, and text that needs quoting.
 MIXED: Rows = [
     {
         "age": "" if n % 7 == 0 else str(20 + n % 50),

@@ -1,4 +1,4 @@
-"""Wheels of this source tree, and environments in which nothing of ours is but one of them."""
+"""Builds wheels of this source tree, and environments with only one of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def python_in(home: Path) -> Path:
 
 
 def source_as(version: str, folder: Path) -> Path:
-    """A copy of the source tree that calls itself by this version."""
+    """Copy the source tree and set its version."""
     tree = folder / f"source-{version}"
     tree.mkdir()
     for name in ("agent", "coordinator", "protocols"):
@@ -36,8 +36,8 @@ def source_as(version: str, folder: Path) -> Path:
 
 
 def wheel(tree: Path, folder: Path) -> Path:
-    """The wheel of a source tree, in `folder`."""
-    # Where hatchling is not here already, pip fetches it from its index.
+    """Build the wheel of a source tree in `folder`."""
+    # If hatchling is not installed, pip downloads it.
     isolated = [] if find_spec("hatchling") is None else ["--no-build-isolation"]
     folder.mkdir(exist_ok=True)
     build = [*_PIP, "wheel", "--quiet", "--no-deps", *isolated, "-w", str(folder), str(tree)]
@@ -47,13 +47,13 @@ def wheel(tree: Path, folder: Path) -> Path:
 
 
 def installed(made: Path, home: Path) -> Path:
-    """An environment with the wheel in it; what it depends on is borrowed from this one."""
+    """An environment with the wheel; its dependencies come from this environment."""
     venv.create(home, with_pip=False, symlinks=sys.platform != "win32")
     into = [*_PIP, "--python", str(python_in(home)), "install", "--quiet", "--no-deps", str(made)]
     subprocess.run(into, check=True, cwd=home)
     inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = subprocess.check_output([python_in(home), "-c", inside], text=True).strip()
-    # Plain paths: the editable install of the source tree that lies there is not followed.
+    # Plain paths, so the editable install of the source tree there is not used.
     borrowed = [place for place in sys.path if any(Path(place).glob("*.dist-info"))]
     Path(packages, "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     return home

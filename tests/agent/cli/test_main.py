@@ -27,8 +27,8 @@ from tests.support.fleet_harness import (
     fleet,
     run_program,
     two_free_ports,
-    until,
 )
+from tests.support.waiting import wait_for
 
 
 def agent(home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
@@ -142,12 +142,12 @@ def following(home: Path) -> Iterator[Program]:
 
 
 def test_following_goes_on_through_rotation(agent_home: Path, following: Program) -> None:
-    until(lambda: "info: before" in following.log, "the first lines")
+    wait_for(lambda: "info: before" in following.log, "the first lines")
     writing = RotatingFileHandler(agent_home / logs.FILE, "a", 150, logs.ROTATED_FILES)
     for number in range(8):
         text = json.dumps({"at": 1.0, "level": "info", "message": f"line {number} {'x' * 60}"})
         writing.emit(logging.LogRecord("n", 20, "", 0, text, None, None))
-        until(lambda number=number: f"info: line {number}" in following.log, f"line {number}")
+        wait_for(lambda number=number: f"info: line {number}" in following.log, f"line {number}")
     writing.close()
     assert (agent_home / f"{logs.FILE}.3").exists()
     found = re.findall(r"info: (?:line )?(\w+)", following.log)

@@ -22,8 +22,7 @@ from protocols.local import homes
 from protocols.model import model_card, weights
 from protocols.model.weights import Weights
 from tests.support.fleet_harness import AGENT, Program, environment
-from tests.support.fleet_harness import until as wait_for
-from tests.support.waiting import until
+from tests.support.waiting import until, wait_for
 
 
 class Doubling:

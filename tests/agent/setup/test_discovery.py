@@ -17,7 +17,8 @@ from coordinator.daemon.mdns import announce, ip_addresses
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.mdns import encode_txt_record, parse_txt_record
 from protocols.errors import Refused, TicketMalformed, UnknownName, Unreachable
-from tests.support.https_site import HOST, Site, until
+from tests.support.https_site import HOST, Site
+from tests.support.waiting import wait_for
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def test_where_there_is_no_network_yet_it_is_announced_later(
     monkeypatch.setattr(announcing, "RETRY_S", 0.1)
     interfaces = [NOBODYS]
     with announced("own", 1, bytes(32), interfaces):
-        until(lambda: "cannot announce" in caplog.text)
+        wait_for(lambda: "cannot announce" in caplog.text)
         interfaces[:] = [HOST]
         assert [one.name for one in seen(at_least=1)] == ["own"]
 

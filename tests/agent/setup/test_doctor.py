@@ -28,7 +28,8 @@ from protocols.errors import CommonweightError
 from protocols.local.atomic_files import write_private
 from protocols.local.checks import Advice
 from protocols.messages.mqtt import MqttAddress
-from tests.support.fleet_harness import AGENT, Fleet, environment, fleet, run_program, until
+from tests.support.fleet_harness import AGENT, Fleet, environment, fleet, run_program
+from tests.support.waiting import wait_for
 
 HOST = "127.0.0.1"
 HERE = [
@@ -306,7 +307,7 @@ def test_it_can_be_asked_again_and_again(site: Fleet) -> None:
     """No request of a doctor is taken for a replay, none leaves a session behind."""
     for _ in range(2):
         assert doctor(site, "box")[0] == 0
-    until(
+    wait_for(
         lambda: all(peer["state"] == "offline" for peer in site.data("status")["peers"].values()),
         "nobody is shown as present",
     )

@@ -14,7 +14,7 @@ import pytest
 
 from agent.transport.http_client import HttpClient, Proxy, proxy_for
 from protocols.errors import Unreachable
-from tests.support.fleet_harness import until
+from tests.support.waiting import wait_for
 
 PATIENCE_S = 60.0
 
@@ -105,7 +105,7 @@ def test_a_request_that_waits_for_a_connection_ends_when_the_link_closes(
             filler.setblocking(False)
             filler.connect_ex(silent.getsockname())
         asking = Asking(silent)
-        until(lambda: connecting(port) > before, "it connects")
+        wait_for(lambda: connecting(port) > before, "it connects")
         asking.wire.close()
         asking.thread.join(PATIENCE_S)
         assert asking.failure is not None

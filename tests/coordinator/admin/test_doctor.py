@@ -19,7 +19,8 @@ from coordinator.storage.settings import PORT
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, PortInUse
 from protocols.local.atomic_files import write_private
-from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports, until
+from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports
+from tests.support.waiting import wait_for
 
 NAMES = [
     "home", "permissions", "settings", "disk", "crashes", "engine", "ledger", "versions", "clock",
@@ -199,4 +200,4 @@ def test_a_drained_peer_has_stopped_when_the_command_ends(site: Fleet) -> None:
     assert late.returncode == 1
     assert "after 1s other is still" in late.stderr
     assert "commonweight peers pause other" in late.stderr
-    until(lambda: suspended.poll() is not None, "it ends once it hears the command")
+    wait_for(lambda: suspended.poll() is not None, "it ends once it hears the command")

@@ -33,7 +33,8 @@ from coordinator.transport.flower_guard import MAX_BODY_BYTES
 from coordinator.transport.flower_records import read_claim
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages.work import POLL_PATH, FlowerMessage, PollRequest
-from tests.support.https_site import Machine, Site, until
+from tests.support.https_site import Machine, Site
+from tests.support.waiting import wait_for
 
 # --- the contract with flwr 1.41 -------------------------------------------------------------
 
@@ -328,7 +329,7 @@ def test_who_succeeded_is_told(site: Site, machine: Machine, link: CoordinatorCl
     node = site.nodes[machine.peer]
     link.heartbeat()
     for action in ("activate-node", "exchange"):  # told after the answer is sent
-        until(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
+        wait_for(lambda action=action: (action, node) in site.heard)  # type: ignore[misc]
     assert node in site.superlink.online_nodes()
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.transport.weights import OFFSET
-from tests.support.https_site import Machine, Site, until
+from tests.support.https_site import Machine, Site
+from tests.support.waiting import wait_for
 
 SIZE = 3 * 1024 * 1024 + 7
 BODY = os.urandom(SIZE)
@@ -91,7 +92,7 @@ def test_an_upload_resumes_where_it_was_cut_off(
     for name, value in {**machine.headers("PUT", PATH, digest=DIGEST), **HEADERS}.items():
         wire.putheader(name, value)
     wire.endheaders(BODY[:half])
-    until(lambda: [file.stat().st_size for file in spooled(served)] == [half])
+    wait_for(lambda: [file.stat().st_size for file in spooled(served)] == [half])
     wire.close()
     headers = {"content-length": str(SIZE - half), OFFSET: str(half)}
 
@@ -100,7 +101,7 @@ def test_an_upload_resumes_where_it_was_cut_off(
         wire.request("PUT", PATH, BODY[half:], {**signed, **headers})
         return status(wire) == 200
 
-    until(resumed)
+    wait_for(resumed)
     assert spooled(served)[0].read_bytes() == BODY
 
 
@@ -127,6 +128,6 @@ def test_a_reader_that_pauses_receives_the_rest(
     (served.folder / "versions" / f"{digest}.safetensors").write_bytes(body)
     path = f"/cw/v1/weights/{digest}"
     wire.request("GET", path, headers=machine.headers("GET", path))
-    until(lambda: served.transfer.bytes_down >= len(body))  # counted when the response starts
-    until(lambda: select.select([wire.sock], [], [], 0)[0])
+    wait_for(lambda: served.transfer.bytes_down >= len(body))  # counted when the response starts
+    wait_for(lambda: select.select([wire.sock], [], [], 0)[0])
     assert wire.getresponse().read() == body

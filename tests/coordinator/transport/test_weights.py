@@ -21,7 +21,8 @@ from coordinator.transport.weights import OFFSET
 from protocols.errors import BadWeights, CommonweightError, Refused, Unreachable
 from protocols.model import weights
 from protocols.model.weights import Weights
-from tests.support.https_site import HOST, Machine, Site, until
+from tests.support.https_site import HOST, Machine, Site
+from tests.support.waiting import wait_for
 
 MODEL = Weights({"w": np.arange(70_000, dtype=np.float32)})
 DATA = weights.to_bytes(MODEL)
@@ -240,7 +241,7 @@ def test_a_short_body_leaves_a_part_that_can_be_resumed(
     site: Site, http: httpx.Client, machine: Machine
 ) -> None:
     secure = raw_put(site, machine, len(DATA), DATA[:20_000])
-    until(lambda: part_size(site, machine) > 0)
+    wait_for(lambda: part_size(site, machine) > 0)
     secure.close()
     with pytest.raises(BadWeights):
         site.lane.uploads.open(machine.peer, DIGEST)
@@ -252,7 +253,7 @@ def test_a_short_body_leaves_a_part_that_can_be_resumed(
         have = answer.json()["have"]
         return answer.status_code == 409 and have == part_size(site, machine)
 
-    until(settled)
+    wait_for(settled)
     assert 0 < have <= 20_000
     assert put(http, machine, DATA[have:], offset=have).status_code == 200
     assert weights.file_digest(site.lane.uploads.path(machine.peer, DIGEST)) == DIGEST
@@ -272,7 +273,7 @@ def test_a_second_upload_takes_the_place_of_a_stuck_one(
 ) -> None:
     """What the stuck one still sends must not reach the file that has the name by then."""
     stuck = raw_put(site, machine, len(DATA), b"x" * 20_000)
-    until(lambda: part_size(site, machine) == 20_000)
+    wait_for(lambda: part_size(site, machine) == 20_000)
     assert put(http, machine, DATA).status_code == 200
     done = site.folder / "spool" / f"{machine.peer}-{DIGEST}.safetensors"
     assert done.read_bytes() == DATA
@@ -429,7 +430,7 @@ def test_a_disk_that_fills_in_an_upload_leaves_what_can_be_resumed(tmp_path: Pat
 
         def body() -> Iterator[bytes]:
             yield data[: 1 << 20]
-            until(lambda: part.exists() and part.stat().st_size >= 1 << 19)
+            wait_for(lambda: part.exists() and part.stat().st_size >= 1 << 19)
             ballast.append(fill(disk, 0))  # somebody else was quicker
             yield data[1 << 20 :]
 

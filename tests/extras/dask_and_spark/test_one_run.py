@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_tabular import joined
-from tests.support.fleet_harness import fleet, until
+from tests.support.fleet_harness import fleet
 from tests.support.tables import MIXED, write_csv, write_parquet
+from tests.support.waiting import wait_for
 
 
 @pytest.mark.timeout(540)  # Spark's JVM starts on the cores that three agents share
@@ -29,7 +30,7 @@ def test_arrow_dask_and_spark_train_together(tmp_path: Path) -> None:
         words = ("--target", "label", "--rounds", "3", "--quorum", "3", "--set", "epochs=5")
         started = site.start_run("tabular", *words)
         ended = ("finished", "stopped", "failed")
-        until(
+        wait_for(
             lambda: site.run(started)["state"] in ended,
             "the run ended",
             within_s=500.0,

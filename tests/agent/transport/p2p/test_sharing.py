@@ -35,7 +35,8 @@ from protocols.p2p.swarm import (
     DownloadToken,
     PieceSource,
 )
-from tests.support.https_site import HOST, Machine, Site, until
+from tests.support.https_site import HOST, Machine, Site
+from tests.support.waiting import wait_for
 
 #: Three pieces and a bit.
 MODEL = Weights({"w": np.random.default_rng(7).standard_normal(820_000).astype(np.float32)})
@@ -112,7 +113,7 @@ def peers(site: Site, folder: Path, *names: str) -> Iterator[list[Peer]]:
         made = [Peer(site, folder, name) for name in names]
         for peer in made:
             loop.start(peer.sharing.run)
-        until(lambda: all(peer.sharing.plan_request().address for peer in made))
+        wait_for(lambda: all(peer.sharing.plan_request().address for peer in made))
         try:
             yield made
         finally:
@@ -153,7 +154,7 @@ def test_who_is_still_fetching_passes_on_what_has_come(
         assert halfway.wait(30)
         second = threading.Thread(target=bob.fetch, args=(digest,))
         second.start()
-        until(lambda: ann.sharing.bytes_sent > 0)
+        wait_for(lambda: ann.sharing.bytes_sent > 0)
         go_on.set()
         first.join(30)
         second.join(30)
@@ -352,11 +353,11 @@ def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest:
                     count += caller.recv(1) == b""
             return count
 
-        until(lambda: closed() == 3)
+        wait_for(lambda: closed() == 3)
         for caller in callers:
             caller.close()
         # And those that said nothing have made room again.
-        until(lambda: _served(site, ann, digest))
+        wait_for(lambda: _served(site, ann, digest))
 
 
 def _served(site: Site, ann: Peer, digest: str) -> bool:
