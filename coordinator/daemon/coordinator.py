@@ -39,7 +39,7 @@ from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import FLEET_PREFIX, Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
-from coordinator.transport.http_server import Server, raise_open_file_limit
+from coordinator.transport.http_server import Server
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.publisher import EventPublisher
@@ -49,7 +49,6 @@ from protocols.enrollment import identity
 from protocols.local import heap
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import PollRequest, PollResponse
 
 log = logging.getLogger("commonweight.hub")
 
@@ -57,10 +56,10 @@ HEARTBEAT_S = 5.0
 
 
 class Coordinator:
-    """A coordinator over an open home. `serve` runs it until it is told to stop.
+    """A coordinator on an open home. `serve` runs it until `stop`.
 
-    Parts know only those that were made before them. Calls in the other direction go through hooks,
-    which `_connect` sets.
+    Each part gets only parts that were made before it. Calls in the other direction go through
+    hooks, which `_connect` sets.
     """
 
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
@@ -75,15 +74,15 @@ class Coordinator:
         self.weight_store, self.job_store = WeightStore(home), JobStore(home / "jobs")
         self.transfer = WeightTransfer(self.weight_store)
         self.job_transfer = WeightTransfer(self.job_store, MAX_ANSWER_BYTES)
-        # Who is there, and how they are reached.
+        # Peers, and the ways to reach them.
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
         self._broker = _broker(home, chosen, self.port, _login(home, keys, self.registry))
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
         self.log_requests = LogRequests(self._publisher.request_logs)
-        holders = PieceSources(self._sessions.is_open)
-        self.sharing = SharingRoutes(self.weight_store, self.registry, holders, keys.sign_key.sign)
+        sources = PieceSources(self._sessions.is_open)
+        self.sharing = SharingRoutes(self.weight_store, self.registry, sources, keys.sign_key.sign)
         long_polls = LongPolls()
         self._peers = PeerEvents(
             self.registry,
@@ -94,15 +93,16 @@ class Coordinator:
             long_polls,
         )
         self._peers.admit_all()
-        # What they work on.
+        # Runs and jobs.
         self._grid = ClaimCheckGrid(self._superlink, self.weight_store)
         self._refused: Counter[str] = Counter()
-        around = self._run_context()
-        self.runs = RunManager(around, self.registry, self._sessions.tasks)
-        self.jobs = JobManager(around, self.job_store, self.registry)
+        context = self._run_context()
+        self.runs = RunManager(context, self.registry, self._sessions.tasks)
+        self.jobs = JobManager(context, self.job_store, self.registry)
         self._polls = PollHandler(
             self._superlink, self._sessions, self.transfer, self.runs, self.jobs, long_polls
         )
+        self.addresses, self.poll = self._listener.addresses, self._polls.poll
         self._connect()
 
     def _connect(self) -> None:
@@ -121,12 +121,11 @@ class Coordinator:
     # --- serving ---
 
     async def serve(self, on_ready: Callable[[], None], *, resume: bool = True) -> None:
-        """Run until `stop`, SIGINT or SIGTERM. Raises PortInUse and what the parts raise."""
+        """Run until `stop`, SIGINT or SIGTERM. Raises PortInUse and errors of the parts."""
         loop = asyncio.get_running_loop()
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 loop.add_signal_handler(name, self.stop)
-        raise_open_file_limit()
         server = self._listener.server(self._app())
         await self._broker.start()
         try:
@@ -176,7 +175,7 @@ class Coordinator:
         await announce(self.fleet.name, self.port, ca, ip_addresses(self._listener.names))
 
     def _app(self) -> ASGIApp:
-        """Flower's Fleet routes under their prefix, ours everywhere else."""
+        """Flower's Fleet routes under their prefix, and our own routes."""
         auth = Auth(self.registry, identity.public_bytes(self._keys.operator_key))
         flower = self._superlink.app(auth)
         ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
@@ -193,34 +192,24 @@ class Coordinator:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _serve_metrics(self, port: int) -> None:
-        from coordinator.fleet import prometheus  # only now: it brings a library that few need
+        from coordinator.fleet import prometheus  # imported here to save memory without metrics
 
         def text() -> bytes:
-            totals = prometheus.Totals(
-                self._refused, self.transfer.bytes_up, self.transfer.bytes_down
-            )
+            transfer = self.transfer
+            totals = prometheus.Totals(self._refused, transfer.bytes_up, transfer.bytes_down)
             return prometheus.exposition(self.fleet, time.time(), totals)
 
         await prometheus.serve(port, text)
 
     # --- for the HTTP routes (CoordinatorService) ---
 
-    def addresses(self) -> tuple[str, ...]:
-        return self._listener.addresses()
-
     def mqtt_for(self, host: str) -> MqttAddress:
         return self._broker.address(host, self._keys.ca_pem.decode())
 
     async def command(self, peer: str, command: Command) -> str:
-        """Send an operator's command; words of the outcome. Raises Unreachable."""
+        """Send an operator's command. Returns a sentence about it. Raises Unreachable."""
         await self._publisher.command(peer, command)
         return f"{command.action} sent to {self._peers.name_of(peer)}"
-
-    async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
-        """A peer hands in a reply and takes its next message. Raises BadMessage, NoSession."""
-        return await self._polls.poll(peer, asked)
-
-    # --- runs ---
 
     def _run_context(self) -> RunContext:
         return RunContext(
@@ -241,13 +230,13 @@ class Coordinator:
             refresh_online=self._peers.refresh_online,
         )
 
-    def _on_broker(self, up: bool, why: str) -> None:
+    def _on_broker(self, up: bool, reason: str) -> None:
         if not up:
-            log.warning("the MQTT broker is down: %s", why)
+            log.warning("the MQTT broker is down: %s", reason)
 
 
 def _login(home: Path, keys: Keys, registry: Registry) -> MqttLogin:
-    """The login for the embedded broker: a new one if somebody who knows it was removed since."""
+    """The login for the embedded broker. It is new if a peer or operator was removed meanwhile."""
     removed = sum(peer.standing == "removed" for peer in registry.peers.values())
     removed += sum(operator.removed for operator in registry.operators.values())
     return keys.login if removed == keys.login.removed else settings.new_login(home, removed)
@@ -256,7 +245,7 @@ def _login(home: Path, keys: Keys, registry: Registry) -> MqttLogin:
 def _broker(
     home: Path, chosen: Settings, port: int, login: MqttLogin
 ) -> EmbeddedBroker | ExternalBroker:
-    """The broker that the settings name; else an embedded one on the port beside `port`."""
+    """The external broker of the settings, or an embedded one on the port after `port`."""
     if chosen.mqtt_url:
         return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
     return EmbeddedBroker(

@@ -1,4 +1,4 @@
-"""Where the coordinator listens, under which names, and its TLS certificate."""
+"""The coordinator's listening socket, its names and its TLS certificate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
 
     def _certify(self) -> bool:
-        """Make or renew the certificate; False if it is still good."""
+        """Issue or renew the certificate. Returns False if it is still valid."""
         public = [addresses.parse(address).host for address in self._public]
         keys = self._keys
         return settings.certify(self._home, keys.ca_key, keys.ca_pem, [*self.names, *public])
@@ -43,7 +43,7 @@ class Listener:
         return Server(app, self._socket, self._home / "server.pem", self._home / "server.key")
 
     async def renew_certificate(self, server: Server) -> None:
-        """Renew the TLS certificate long before it ends; agents notice nothing."""
+        """Renew the TLS certificate long before it expires, without a restart."""
         while True:
             await asyncio.sleep(CERTIFICATE_EVERY_S)
             if self._certify():
@@ -56,7 +56,7 @@ class Listener:
         return (*self._public, *(f"{host}:{self.port}" for host in hosts))[:8]
 
     def write_up_file(self) -> None:
-        """Tell commands on this machine that the coordinator is up, and where."""
+        """Write the coordinator's address for commands on this machine."""
         local = "127.0.0.1" if self._host in ("0.0.0.0", "::", "") else self._host
         up = {
             "pid": os.getpid(),

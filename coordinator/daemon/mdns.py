@@ -1,10 +1,10 @@
-"""Announces the coordinator in its network by multicast DNS, if its operator asks for it."""
+"""Announces the coordinator in its network by multicast DNS, if its operator enables it."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
-import socket
 from collections.abc import Sequence
 
 from zeroconf import BadTypeInNameException, Error
@@ -20,26 +20,26 @@ RETRY_S = 60.0
 async def announce(
     name: str, port: int, ca_sha256: bytes, addresses: Sequence[str], interfaces: Sequence[str] = ()
 ) -> None:
-    """Say where the coordinator is until cancelled; then take it back.
+    """Announce the coordinator until cancelled, then withdraw the announcement.
 
-    `addresses` are IP addresses. `interfaces`: addresses on which to speak, else all. Where that
-    cannot be done, as before there is a network, it is tried again: training needs none of it.
+    `addresses` are IP addresses. `interfaces` are the addresses to announce on, by default all. It
+    retries after errors, for example without a network. Training does not depend on it.
     """
-    told = ""
+    reported = ""
     while True:
         try:
             await _announce_once(name, port, ca_sha256, addresses, interfaces)
         except (OSError, RuntimeError, Error, BadTypeInNameException) as err:
-            if str(err) != told:
-                told = str(err)
-                log.warning("cannot announce the coordinator in this network: %s", told)
+            if str(err) != reported:
+                reported = str(err)
+                log.warning("cannot announce the coordinator in this network: %s", reported)
         await asyncio.sleep(RETRY_S)
 
 
 async def _announce_once(
     name: str, port: int, ca_sha256: bytes, addresses: Sequence[str], interfaces: Sequence[str]
 ) -> None:
-    """Announce it until cancelled. Raises RuntimeError (no network) and what zeroconf raises."""
+    """Announce it until cancelled. Raises RuntimeError (no network) and errors of zeroconf."""
     network = AsyncZeroconf(interfaces=list(interfaces)) if interfaces else AsyncZeroconf()
     try:
         host = "".join(letter if letter.isalnum() else "-" for letter in name)[:40] or "coordinator"
@@ -59,13 +59,13 @@ async def _announce_once(
 
 
 def ip_addresses(names: Sequence[str]) -> list[str]:
-    """Those of `names` that are IP addresses."""
-    found = []
-    for name in names:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            try:
-                socket.inet_pton(family, name)
-            except OSError:
-                continue
-            found.append(name)
-    return found
+    """The names that are IP addresses."""
+    return [name for name in names if "%" not in name and _is_ip_address(name)]
+
+
+def _is_ip_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

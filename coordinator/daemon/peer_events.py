@@ -1,4 +1,4 @@
-"""What follows when a peer joins, is removed, opens a session, sends something or goes silent."""
+"""Reactions to peers: joining, removal, sessions, requests and missed heartbeats."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ _CHANGES = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was re
 
 
 class PeerEvents:
-    """Keeps Flower's nodes, the sessions and the mirror in step with the registry.
-
-    `queues` hear of whatever may concern their work.
-    """
+    """Updates Flower's nodes, the sessions, the published events and the run and job `queues`."""
 
     def __init__(
         self,
@@ -43,12 +40,12 @@ class PeerEvents:
         return known.name if known else peer
 
     def wake_queues(self) -> None:
-        """Something changed that runs and jobs may care for."""
+        """Let runs and jobs check for a change."""
         for queue in self.queues:
             queue.wake()
 
     def announce_work(self, peers: Sequence[str]) -> None:
-        """Tell these peers of work: in the answer that they wait for, else by a doorbell."""
+        """Tell these peers of work: in the response that they wait for, or by a doorbell."""
         self._publisher.ring_doorbells([peer for peer in peers if not self._long_polls.wake(peer)])
 
     # --- the registry ---
@@ -65,7 +62,6 @@ class PeerEvents:
             self._publisher.publish_peer(peer)
 
     def on_change(self, peer: Peer) -> None:
-        """A peer's standing changed."""
         if peer.standing == "removed":
             if (node := self._sessions.remove(peer.peer)) is not None:
                 self._superlink.remove_node(node)
@@ -81,13 +77,13 @@ class PeerEvents:
     # --- Flower's sessions ---
 
     def on_request(self, action: str, node_id: int) -> None:
-        """A Fleet request of this node succeeded."""
+        """Handle a successful Fleet request or poll of this node."""
         if action in REPLY_ACTIONS:
             self.wake_queues()
         peer = self._sessions.peer_of(node_id)
         if self._sessions.node_of(peer) is None:
             return
-        news = self._sessions.on_request(peer)
+        is_back = self._sessions.on_request(peer)
         if action == "activate-node":
             self._sessions.open(peer)
             self._sharing.clear_complaints(peer)
@@ -98,19 +94,19 @@ class PeerEvents:
             self._sessions.close(peer)
             self.wake_queues()
             self._publisher.publish_links([self._registry.peers[peer]])
-        elif news:
+        elif is_back:
             self.wake_queues()
 
     def refresh_online(self) -> bool:
-        """Take over from Flower whose heartbeats hold; True if that is news."""
-        # In this thread: a session that opens meanwhile must not be overlooked.
+        """Update the online peers from Flower's heartbeats. Returns True if they changed."""
+        # Not in another thread, or a session that opens meanwhile could be missed.
         return self._sessions.set_online(self._superlink.online_nodes())
 
     async def watch(self) -> None:
-        """Notice, without a broker, the peers whose heartbeat has run out."""
+        """Detect expired heartbeats, which also works without a broker."""
         while True:
             if self.refresh_online():
                 self.wake_queues()
-            # Also how many messages were rejected: not one by one.
+            # This also publishes the number of rejected messages.
             self._publisher.publish_links(self._registry.peers.values())
             await asyncio.sleep(ONLINE_EVERY_S)

@@ -1,4 +1,4 @@
-"""Background tasks that live as long as a block; one that fails ends them all."""
+"""Background tasks for the duration of a block. If one fails, all end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("commonweight.hub")
 async def supervised(
     work: Mapping[str, Coroutine[Any, Any, None]], stop: Callable[[], None]
 ) -> AsyncIterator[None]:
-    """Run `work`, by name. When a part fails `stop()` is called, and the block raises its error."""
+    """Run the named `work`. If a part fails, `stop()` is called and the block raises its error."""
     tasks = [asyncio.create_task(part, name=name) for name, part in work.items()]
     failure: list[BaseException] = []
 

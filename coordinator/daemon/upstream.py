@@ -1,7 +1,7 @@
-"""A fleet inside a fleet: this coordinator joins another as one of its agents.
+"""A fleet inside a fleet: this coordinator joins another coordinator as one of its agents.
 
-The agent is a process of its own, with a home in ours, whose trainer is our own fleet
-(`agent.trainer.subfleet`). It is started again when it ends, and ends with us.
+The agent is a child process with a home in ours. Its trainer is our own fleet
+(`agent.trainer.subfleet`). It is restarted when it ends, and ends with this process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STOP_TIMEOUT_S = 20.0
 
 
 def join(home: Path, ticket: str) -> None:
-    """Join with this ticket, unless a fleet was joined before. Raises CommonweightError."""
+    """Join with this ticket, unless the home has joined before. Raises CommonweightError."""
     folder = home / "upstream"
     if (folder / "enrolled.json").exists():
         return
@@ -39,7 +39,7 @@ def join(home: Path, ticket: str) -> None:
         check=False,
     )
     if done.returncode:
-        raise Refused(f"cannot join the fleet further up: {done.stderr.strip()[-300:]}")
+        raise Refused(f"cannot join the upstream fleet: {done.stderr.strip()[-300:]}")
 
 
 async def run(home: Path) -> None:
@@ -54,7 +54,7 @@ async def run(home: Path) -> None:
         except asyncio.CancelledError:
             await _end(process)
             raise
-        log.warning("the link to the fleet further up has ended (%d): starting it again", code)
+        log.warning("the agent of the upstream fleet ended (%d): restarting it", code)
         await asyncio.sleep(next(waits))
 
 
@@ -73,13 +73,14 @@ _AGENT = (sys.executable, "-P", "-m", "agent.cli")
 
 
 def _environment(home: Path) -> dict[str, str]:
-    kept = {name: v for name, v in os.environ.items() if not name.startswith("COMMONWEIGHT")}
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith("COMMONWEIGHT")}
     root = Path(__file__).resolve().parents[2]
     if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
-        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), kept.get("PYTHONPATH")]))
-    return kept | {
+        path = [str(root), inherited.get("PYTHONPATH", "")]
+        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    return inherited | {
         "COMMONWEIGHT_AGENT_HOME": str(home / "upstream"),
         "COMMONWEIGHT_AGENT_FLEET": str(home),
-        # Nothing trains in this agent: the machines below it are polite by rules of their own.
+        # This agent itself trains nothing. Each machine of our fleet has its own policy.
         "COMMONWEIGHT_AGENT_WORK": "always",
     }

@@ -135,7 +135,7 @@ def _closing_after_refusal(app: ASGIApp) -> ASGIApp:
 
 
 class Server(uvicorn.Server):
-    """uvicorn on a bound socket, without signal handlers: the hub decides when to stop."""
+    """uvicorn on a bound socket, without signal handlers: the coordinator decides when to stop."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket, certificate: Path, key: Path) -> None:
         super().__init__(
@@ -168,8 +168,10 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        if isinstance(self._listener, RateLimitedListener):
-            self._listener.max_connections = _max_connections()
+        max_files = raise_open_file_limit()
+        if isinstance(self._listener, RateLimitedListener) and max_files is not None:
+            # Leave a quarter of the open files for other uses.
+            self._listener.max_connections = min(MAX_CONNECTIONS, max_files * 3 // 4)
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
             self._new_protocol,
@@ -232,26 +234,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def raise_open_file_limit() -> None:
-    """Raise the limit of open files as far as the system allows."""
+def raise_open_file_limit() -> int | None:
+    """Raise the limit of open files as far as possible. Returns it, or None for no limit."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else hard
     if soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _max_connections() -> int:
-    """The limit of connections that leaves a quarter of the open files for other uses."""
-    try:
-        import resource
-    except ImportError:
-        return MAX_CONNECTIONS
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return min(MAX_CONNECTIONS, soft * 3 // 4)
+    return None if soft == resource.RLIM_INFINITY else soft

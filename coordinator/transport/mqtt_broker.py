@@ -1,11 +1,11 @@
-"""The MQTT broker: our own in a child process (rumqttd, from iotcore), or somebody else's by URL.
+"""The MQTT broker: our own in a child process (rumqttd, from iotcore), or an external one by URL.
 
-Rule 1: the child ends with us, even on SIGKILL: it holds our end of its stdin pipe.
-Rule 2: Ctrl-C is ours to handle: the child has a session of its own.
-Rule 3: the password is in one file, 0600, never in an argument list.
-Rule 4: rumqttd does one TLS handshake at a time and has no time-out for it. A client that stalls in
-        its handshake (a lid that was closed) shuts the door for everybody, so we try it regularly
-        and start the child anew when the door stays shut.
+Rule 1: the child ends with this process, even on SIGKILL: it reads our end of its stdin pipe.
+Rule 2: the child has a session of its own, so Ctrl-C reaches only us.
+Rule 3: the password is in one file with mode 0600, never in an argument list.
+Rule 4: rumqttd does one TLS handshake at a time, without a timeout. One client that stalls in its
+        handshake (a closed laptop) blocks all others. So the broker is probed regularly, and
+        restarted if it stays blocked.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ OnChange = Callable[[bool, str], None]
 MAX_CONNECTIONS = 10_000
 START_TIMEOUT_S = 20.0
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 10.0
-_STABLE_S = 60.0  # a child that lived this long starts the waits from the first again
+_STABLE_S = 60.0  # a child that lived this long resets the retry delay
 _POLL_S = 0.2
+_STOP_TIMEOUT_S = 5.0
 _CHOOSE = "choose another port: --mqtt-port PORT"
 
-# -P: a folder named `iotcore` where the operator stands must not be taken for the package. rumqttd
-# reports each packet as an error, so its log is shut; a panic still comes out on stderr.
+# -P: a folder named `iotcore` in the current directory must not hide the package. rumqttd logs each
+# packet as an error, so its log is disabled. A panic is still written to stderr.
 _CHILD = """
 import logging, os, sys, threading
 from iotcore import IotCoreBroker
@@ -54,9 +55,9 @@ IotCoreBroker(config_path=sys.argv[1]).run_forever()
 
 
 class EmbeddedBroker:
-    """rumqttd with TLS and one login, listening on `host:port` (port 0: any free one).
+    """rumqttd with TLS and one login, listening on `host:port` (port 0: any free port).
 
-    `folder` gets its configuration and its log. A renewed `certificate` is used without a restart.
+    Its configuration and log are in `folder`. A renewed `certificate` is used without a restart.
     """
 
     def __init__(
@@ -89,15 +90,15 @@ class EmbeddedBroker:
         return self._process.pid if self._process and self.running else None
 
     def address(self, host: str, ca_pem: str) -> MqttAddress:
-        """What a client needs that knows this machine as `host`."""
+        """The address for a client that knows this machine as `host`."""
         return MqttAddress(
             host=host, port=self.port, user=self._user, password=self._password, ca_pem=ca_pem
         )
 
     async def start(self) -> None:
-        """Start the child and wait until it answers.
+        """Start the child and wait until it accepts connections.
 
-        Raises PortInUse, UsageError (no such address here), HomeError (no certificate),
+        Raises PortInUse, UsageError (not an address of this machine), HomeError (no certificate),
         CommonweightError (it does not start).
         """
         if self.running:
@@ -112,7 +113,7 @@ class EmbeddedBroker:
         self._process = self._spawn()
         try:
             await self._wait_until_ready()
-        except BaseException:  # cancelled or failed: no child may be left behind
+        except BaseException:  # also if cancelled: leave no child behind
             await self.stop()
             raise
 
@@ -123,42 +124,43 @@ class EmbeddedBroker:
             return
         process.terminate()
         try:
-            if not await _wait_for_exit(process, 5.0):
-                process.kill()
-                await _wait_for_exit(process, 5.0)
+            await asyncio.to_thread(process.wait, _STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait, _STOP_TIMEOUT_S)
         finally:
-            if process.poll() is None:
+            if process.poll() is None:  # cancelled
                 process.kill()
             if process.stdin is not None:
                 process.stdin.close()
 
     async def supervise(self, on_change: OnChange) -> None:
-        """Keep the child up until cancelled; `on_change(up, why)` says when that changes.
+        """Restart the child whenever it ends, until cancelled. Cancel this before `stop`.
 
-        Cancel this before `stop`, or the child is started again.
+        `on_change(up, reason)` is called when the state or the reason changes.
         """
-        told = ""
-        wait_s, why = MIN_RETRY_S, "the MQTT broker was not started"
+        reported = ""
+        delay_s, reason = MIN_RETRY_S, "the MQTT broker was not started"
         while True:
             if self.running:
                 on_change(True, "")
-                told = ""
+                reported = ""
                 since = time.monotonic()
-                why = await self._wait_until_down()
+                reason = await self._wait_until_down()
                 if time.monotonic() - since > _STABLE_S:
-                    wait_s = MIN_RETRY_S
-            if told != why:
-                on_change(False, why)
-                told = why
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, MAX_RETRY_S)
+                    delay_s = MIN_RETRY_S
+            if reported != reason:
+                on_change(False, reason)
+                reported = reason
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, MAX_RETRY_S)
             try:
                 await self.start()
             except (CommonweightError, OSError) as err:
-                why = f"the MQTT broker does not start again: {err}"
+                reason = f"the MQTT broker does not start again: {err}"
 
     async def _resolve(self) -> str:
-        """rumqttd listens on addresses, not on names."""
+        """The IP address of `host`: rumqttd does not resolve names."""
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(
@@ -166,7 +168,7 @@ class EmbeddedBroker:
             )
         except OSError as err:
             raise UsageError(f"there is no address {self.host}", "choose another: --host") from err
-        first = min(found, key=lambda one: one[0] != socket.AF_INET)  # `localhost` has two
+        first = min(found, key=lambda info: info[0] != socket.AF_INET)  # `localhost` has two
         return str(first[4][0])
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -188,7 +190,7 @@ class EmbeddedBroker:
         server = {
             "name": "mqtt",
             "listen": listen,
-            "next_connection_delay_ms": 0,  # otherwise a fleet that comes back queues at the door
+            "next_connection_delay_ms": 0,  # otherwise a fleet that reconnects has to queue
             "tls": {
                 "certpath": str(self._certificate.absolute()),
                 "keypath": str(self._key.absolute()),
@@ -204,7 +206,7 @@ class EmbeddedBroker:
         router = {
             "id": 0,
             "max_connections": MAX_CONNECTIONS,
-            # Also the most retained messages that a QoS 0 subscription gets: one for each peer.
+            # Also limits the retained messages of a QoS 0 subscription: one for each peer.
             "max_outgoing_packet_count": MAX_CONNECTIONS,
             "max_segment_size": 1024 * 1024,
             "max_segment_count": 10,
@@ -228,50 +230,49 @@ class EmbeddedBroker:
         lines = log.read_text(errors="replace").strip().splitlines()
         raise CommonweightError(
             "the MQTT broker ended at once" + (f": {lines[-1][:200]}" if lines else ""),
-            f"its words are in {log}",
+            f"its log: {log}",
         )
 
     async def _wait_until_down(self) -> str:
-        """Wait until the child ended or stopped answering; why."""
-        next_try = time.monotonic() + self._stuck_after_s / 3
-        trial: asyncio.Task[bytes | None] | None = None
+        """Wait until the child has ended or does not accept connections. Returns the reason."""
+        probe_s = self._stuck_after_s / 3
+        probe: asyncio.Task[bytes | None] | None = None
+        next_probe = time.monotonic() + probe_s
         try:
             while self._process is not None:
                 if (status := self._process.poll()) is not None:
                     return f"the MQTT broker ended (status {status})"
-                if trial is None and time.monotonic() >= next_try:
-                    trial = asyncio.create_task(
-                        self._served_certificate(timeout_s=self._stuck_after_s)
-                    )
-                elif trial is not None and trial.done():
-                    if trial.result() is None and self.running:
+                if probe is None and time.monotonic() >= next_probe:
+                    probe = asyncio.create_task(self._served_certificate(self._stuck_after_s))
+                elif probe is not None and probe.done():
+                    if probe.result() is None and self.running:
                         await self.stop()
-                        return f"the MQTT broker answered nobody for {self._stuck_after_s:.0f} s"
-                    trial, next_try = None, time.monotonic() + self._stuck_after_s / 3
+                        return f"the MQTT broker was blocked for {self._stuck_after_s:.0f} s"
+                    probe, next_probe = None, time.monotonic() + probe_s
                 await asyncio.sleep(_POLL_S)
             return "the MQTT broker was stopped"
         finally:
-            if trial is not None:
-                trial.cancel()
+            if probe is not None:
+                probe.cancel()
 
     async def _served_certificate(self, timeout_s: float) -> bytes | None:
-        """The certificate (DER) that whoever listens shows, or None: no TLS handshake in time."""
+        """The certificate (DER) that our port serves, or None without a handshake in time."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE  # compared with our own instead
+        context.verify_mode = ssl.CERT_NONE  # the caller compares the certificate with ours
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._ip, self._ip)
         try:
             async with asyncio.timeout(timeout_s):
                 _, writer = await asyncio.open_connection(host, self.port, ssl=context)
-        except OSError:  # a time-out is one as well
+        except OSError:  # TimeoutError is one
             return None
-        shown: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         writer.transport.abort()
-        return shown
+        return served
 
 
 class ExternalBroker:
-    """A broker that somebody else runs, given by its URL; the same doors as `EmbeddedBroker`.
+    """An external broker, by its URL. It has the methods of `EmbeddedBroker`.
 
     Raises UsageError for a wrong URL or an unreadable CA file.
     """
@@ -288,14 +289,14 @@ class ExternalBroker:
         self.host, self.port = self._address.host, self._address.port
 
     def address(self, host: str = "", ca_pem: str = "") -> MqttAddress:
-        """What a client needs: the URL's, whatever this machine or its CA is."""
+        """The address in the URL. The parameters are ignored."""
         return self._address
 
     async def start(self) -> None:
-        """Nothing: it is not ours to start. The feed says whether it answers."""
+        """Do nothing: we do not run this broker."""
 
     async def stop(self) -> None:
-        """Nothing: it is not ours to stop."""
+        """Do nothing: we do not run this broker."""
 
     async def supervise(self, on_change: OnChange) -> None:
         """Wait until cancelled."""
@@ -310,7 +311,7 @@ else:
 
 
 def _free_port(ip: str, host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises PortInUse, UsageError."""
+    """`port`, or a free port for 0. Raises PortInUse, UsageError."""
     try:
         return listenable(ip, port)
     except OSError as err:
@@ -327,12 +328,3 @@ def _first_certificate(path: Path) -> bytes:
     text = path.read_text()
     end = "-----END CERTIFICATE-----"
     return ssl.PEM_cert_to_DER_cert(text[text.index("-----BEGIN") : text.index(end) + len(end)])
-
-
-async def _wait_for_exit(process: subprocess.Popen[bytes], within_s: float) -> bool:
-    until = time.monotonic() + within_s
-    while process.poll() is None:
-        if time.monotonic() > until:
-            return False
-        await asyncio.sleep(0.02)
-    return True
