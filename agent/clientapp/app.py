@@ -16,19 +16,24 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
-from agent.clientapp.background_sync import BackgroundSync
-from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Transport
+from agent.clientapp.interfaces import (
+    Observer,
+    PeerIdentity,
+    Queries,
+    Transport,
+    check_allowed,
+    signed_payload,
+)
 from agent.clientapp.outbox import Finished, Outbox
+from agent.home.run_state import RunStatePaths
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
 from protocols.errors import (
     SETTINGS_CODES,
     SHAREABLE_CODES,
-    BadMessage,
     CommonweightError,
     DiskFull,
     OutOfMemory,
-    Refused,
     SchemaMismatch,
     TrainerFailed,
 )
@@ -62,10 +67,9 @@ class Client:
         queries: Queries = Queries(),
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
-        self._outbox = Outbox(outbox, me.peer, me.sign)
+        self._outbox = Outbox(outbox, me)
         self._allowed, self._queries = allowed, queries
         self._observer = observer or Observer()
-        self._syncing: BackgroundSync | None = None
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
@@ -74,7 +78,9 @@ class Client:
         for action in ("describe", "init", "holdings", "recall"):
             self.app.query(action)(self._answer)
         for action in ("infer", "analyze"):
-            self.app.query(action)(self._answer_job)
+            self.app.query(action)(
+                lambda message, _: Message(self._queries.job(message), reply_to=message)
+            )
 
     def handle(self, message: Message) -> Message:
         """Returns the reply to a message. Raises CommonweightError if the work fails.
@@ -107,17 +113,16 @@ class Client:
         self._observer.on_work(work)
         try:
             finished = self._outbox.finished(work)
-            if finished is not None:
-                self._deliver(work, finished)
-            elif work.kind == "describe":
-                finished = self._describe(work)
-                self._deliver(work, finished)
-            else:
+            if finished is None and work.kind != "describe":
                 self._check_card(work)
                 base = self._fetch_base(work)
                 if work.base:
                     self._observer.on_version(work, payload, signature)
                 finished = self._run_work(work, base)
+            else:
+                finished = finished or self._describe(work)
+                self._write_audit_entry(work, finished)
+                self._send_update(finished)
         finally:
             self._observer.on_work(None)
         content = RecordDict(
@@ -130,21 +135,11 @@ class Client:
             content[DESCRIPTION] = ConfigRecord({"description": finished.description})
         return Message(content, reply_to=message)
 
-    def _answer_job(self, message: Message, _: Context) -> Message:
-        return Message(self._queries.job(message), reply_to=message)
-
     def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
         """Returns the work, its bytes and the coordinator's signature over them."""
-        config = message.content.config_records.get("config", ConfigRecord())
-        payload, signature = config.get("work"), config.get("signature")
-        if not isinstance(payload, bytes) or not isinstance(signature, bytes):
-            raise BadMessage("a message without signed work")
+        payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
-        if not self._allowed(work.task):
-            raise Refused(
-                f"the owner of this machine does not allow the task {work.task!r}",
-                f"commonweight-agent policy set tasks {work.task}",
-            )
+        check_allowed(self._allowed, work.task)
         if work.kind == "train":
             registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature
@@ -161,10 +156,10 @@ class Client:
 
     def _describe(self, work: Work) -> Finished:
         """Describes data and model."""
-        told = self._run_describe(work)
-        self._outbox.settle_last()
-        done = Done(digest=hashlib.sha256(told).hexdigest(), nbytes=len(told))
-        return self._outbox.keep(work, done, told)
+        description = self._run_describe(work)
+        self._outbox.commit_last()
+        done = Done(digest=hashlib.sha256(description).hexdigest(), nbytes=len(description))
+        return self._outbox.keep(work, done, description)
 
     def _run_describe(self, work: Work) -> bytes:
         return self._trainer.run(Describe(task=work.task, settings=_settings(work))).description
@@ -177,108 +172,86 @@ class Client:
         if not work.card or self._matched_card == (work.run, work.card):
             return
         expected = schema_card.decode_card(work.card)
-        found = schema_card.decode(self._run_describe(work))
-        if not isinstance(found, schema_card.SchemaCard):
+        actual = schema_card.decode(self._run_describe(work))
+        if not isinstance(actual, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data without agreed preprocessing")
-        if (difference := schema_card.first_difference(expected, found)) is not None:
+        if (difference := schema_card.first_difference(expected, actual)) is not None:
             raise difference.as_error()
         self._matched_card = (work.run, work.card)
 
     def _run_work(self, work: Work, base: Path) -> Finished:
-        update = self._outbox.update
-        if (syncing := self._syncing) is not None:  # of the last reply
-            self._syncing = None
-            syncing.wait()
-        self._outbox.settle_last()
+        self._outbox.wait_for_sync()
+        self._outbox.commit_last()
         if work.kind != "evaluate":  # the update of the last reply is overwritten next
             self._outbox.clear()
             failpoint("agent.outbox.cleared")
-        if work.kind == "init":
-            settings = dict(work.settings)
+        personal = self._outbox.personal_paths(work)
+        if work.kind == "train":
+            done = self._train(work, base, personal)
+        elif work.kind == "init":
+            out, settings = str(self._outbox.update), dict(work.settings)
             done = self._trainer.run(
-                Init(task=work.task, settings=settings, seed=work.seed, out=str(update))
+                Init(task=work.task, settings=settings, seed=work.seed, out=out)
             )
-        elif work.kind == "train":
-            done = self._train(work, base, update)
         else:
-            kept = self._outbox.own(work)
+            state = str(personal.file) if personal else ""
             done = self._trainer.run(
-                Evaluate(
-                    task=work.task,
-                    settings=_settings(work),
-                    base=str(base),
-                    personal=str(kept.file) if kept else "",
-                )
+                Evaluate(task=work.task, settings=_settings(work), base=str(base), personal=state)
             )
         failpoint("agent.work.done")
-        finished = self._outbox.keep(work, done, synced=self._keeps_state(work))
+        # Sync the reply at once if state that stays on this peer changes with the update.
+        is_stateful = work.kind == "train" and bool(personal or registry.parse(work.codec).encoding)
+        finished = self._outbox.keep(work, done, synced=is_stateful)
         failpoint("agent.outbox.written")
-        if not done.digest:  # an evaluation: repeating it costs less than an fsync
-            self._deliver(work, finished)
-            return finished
         try:
             self._write_audit_entry(work, finished)
         finally:
             # Start the fsync after the short one of the audit log, which then does not wait. Start
             # it even if the audit log fails, as the reply is in the outbox anyway. The trainer's
-            # checkpoint is obsolete once the whole reply is on disk.
-            self._syncing = BackgroundSync(
-                update,
-                self._outbox.answer,
-                then=self._observer.on_trained if work.kind == "train" else lambda: None,
-            )
+            # checkpoint is obsolete once the whole reply is on disk. An evaluation gets no fsync:
+            # repeating it costs less.
+            if done.digest:
+                self._outbox.start_sync(
+                    self._observer.on_trained if work.kind == "train" else lambda: None
+                )
         self._send_update(finished)
         return finished
 
-    def _keeps_state(self, work: Work) -> bool:
-        """True if state that stays on this peer changes with this update."""
-        if work.kind != "train":
-            return False
-        return registry.parse(work.codec).encoding is not None or self._outbox.own(work) is not None
-
-    def _train(self, work: Work, base: Path, update: Path) -> Done:
+    def _train(self, work: Work, base: Path, personal: RunStatePaths | None) -> Done:
         """Trains and writes the update in the run's codec."""
-        codec = registry.parse(work.codec)
-        kept = self._outbox.own(work)
-        whole = codec.encoding is None
-        trained = update if whole else self._outbox.trained
+        codec, update = registry.parse(work.codec), self._outbox.update
+        is_encoded = codec.encoding is not None
+        trained = self._outbox.trained if is_encoded else update
         training = Train(
             task=work.task,
             settings=_settings(work),
             base=str(base),
             out=str(trained),
-            personal=str(kept.file) if kept else "",
-            personal_out=str(kept.next) if kept else "",
+            personal=str(personal.file) if personal else "",
+            personal_out=str(personal.next) if personal else "",
         )
         try:
             done = self._trainer.run(training)
-            if not whole:
-                made = self._outbox.leftovers.encode(codec, work.run, trained, base, update)
-                done = replace(done, digest=made.digest, nbytes=made.nbytes, tallies={})
+            if is_encoded:
+                encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
+                done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
         finally:
-            if not whole:
+            if is_encoded:
                 trained.unlink(missing_ok=True)
-        if kept:
+        if personal:
             fsync_files(update)  # before the state that stays here changes
             self._outbox.personal.stage(work.run, done.digest)
         return done
 
-    def _deliver(self, work: Work, finished: Finished) -> None:
-        """Writes the audit entry, then sends the update, if there is one."""
-        self._write_audit_entry(work, finished)
-        self._send_update(finished)
-
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:
-        self._observer.on_leaving(
-            SIGNED_CLAIM.decode(finished.claim), work.task, finished.description
-        )
+        claim = SIGNED_CLAIM.decode(finished.claim)
+        self._observer.on_leaving(claim, work.task, finished.description)
 
     def _send_update(self, finished: Finished) -> None:
         """Uploads the update in the outbox, if the reply has one."""
-        digest = "" if finished.description else SIGNED_CLAIM.decode(finished.claim).digest
-        if digest:
+        if finished.digest:
             self._observer.on_sending()
-            self._transport.send(digest, self._outbox.update)
+            self._transport.send(finished.digest, self._outbox.update)
             failpoint("agent.upload.done")
 
 
@@ -296,10 +269,10 @@ def claim_text(reply: Message) -> str:
 
 def refusal_text(err: CommonweightError) -> str:
     """Returns the text of a failure for the coordinator. A task's own text may quote data."""
-    if isinstance(err, TrainerFailed):
-        if err.kind in SETTINGS_CODES:
-            hint = f" ({err.hint})" if err.hint else ""
-            return f"{err.kind}: {err.message}{hint}"[:300]
-        told = err.kind in SHAREABLE_CODES or err.kind == OutOfMemory.code
-        return f"{err.kind}: {err.message}"[:300] if told else f"the trainer: {err.kind}"
-    return f"{err.code}: {err.message}"[:300]
+    if not isinstance(err, TrainerFailed):
+        return f"{err.code}: {err.message}"[:300]
+    if err.kind in SETTINGS_CODES and err.hint:
+        return f"{err.kind}: {err.message} ({err.hint})"[:300]
+    if err.kind in SETTINGS_CODES | SHAREABLE_CODES | {OutOfMemory.code}:
+        return f"{err.kind}: {err.message}"[:300]
+    return f"the trainer: {err.kind}"

@@ -25,38 +25,35 @@ class ErrorFeedback:
 
     def __init__(self, folder: Path) -> None:
         self._files = RunStateFolder(folder, ".left")
-        self.settle = self._files.commit
+        self.commit = self._files.commit
 
     def encode(self, codec: Codec, run: str, trained: Path, base: Path, out: Path) -> Encoded:
-        """Writes the update to `out`. `settle` makes the new error feedback permanent.
+        """Writes the update to `out`. `commit` makes the new error feedback permanent.
 
         Raises BadWeights for NaN or infinity, OSError.
         """
         self._files.keep_only(run)
-        kept = self._files.paths(run)
-        with contextlib.ExitStack() as stack:
-            old = stack.enter_context(WeightsFile(base))
-            new = stack.enter_context(WeightsFile(trained))
-            left = self._open(kept.file, old.schema)
-            if left is not None:
-                stack.enter_context(left)
-            made = registry.encode(codec, new, old, left, out, kept.next)
-        self._files.stage(run, made.digest)
-        return made
+        paths = self._files.paths(run)
+        with WeightsFile(base) as old, WeightsFile(trained) as new:
+            residual = self._open(paths.file, old.schema)
+            with residual or contextlib.nullcontext():
+                encoded = registry.encode(codec, new, old, residual, out, paths.next)
+        self._files.stage(run, encoded.digest)
+        return encoded
 
     def _open(self, path: Path, schema: Schema) -> WeightsFile | None:
         """Returns the error feedback of earlier updates, or None."""
         try:
-            left = WeightsFile(path)
+            residual = WeightsFile(path)
         except FileNotFoundError:
             return None
         except BadWeights as err:
             log.warning("dropped the error feedback of earlier updates: %s", err.message)
             return None
         try:
-            check_schema(left.schema, registry.residual_schema(schema))
+            check_schema(residual.schema, registry.residual_schema(schema))
         except BadWeights:
-            left.close()
+            residual.close()
             log.warning("dropped the error feedback of earlier updates: it is for another model")
             return None
-        return left
+        return residual

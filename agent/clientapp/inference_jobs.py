@@ -8,13 +8,14 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from agent.clientapp.interfaces import check_allowed
 from agent.clientapp.jobs import Result
 from agent.home.settings import AgentSettings
 from agent.tasks import Setting
-from agent.tasks.work import Evaluate, Predict, Trainer
+from agent.tasks.work import Done, Evaluate, Predict, Trainer
 from protocols.errors import BadMessage, Refused, TrainerFailed
 from protocols.messages import jobs
 from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, Unit
@@ -22,7 +23,7 @@ from protocols.model.weights import file_digest
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: The maximum expansion of a block of pictures, which are compressed already.
-_MOST_UNPACKED = 4
+_MAX_EXPANSION = 4
 
 
 class Inferring:
@@ -57,27 +58,17 @@ class Inferring:
                 "the owner of this machine does not allow predictions for rows of others",
                 "commonweight-agent policy set jobs.scatter on",
             )
-        self._check_task(unit.task)
+        check_allowed(self._settings().allows, unit.task)
         (model,) = unit.models
         base = self._version(model)
         with self._workplace() as folder:
             nbytes = sum(question.sizes)
             self._fetch(question.input, nbytes, folder / "input")
-            sources = list(_parted(folder, question))
-            out = folder / "answers"
-            done = self._trainer.run(
-                Predict(
-                    task=unit.task,
-                    settings=_settings(unit),
-                    base=str(base),
-                    sources=[str(source) for source in sources],
-                    rows=list(question.rows),
-                    out=str(out),
-                )
-            )
-            kept = self._folder / "answers"
-            out.replace(kept)
-        return Result(kept, done.num_examples)
+            sources = [str(source) for source in _unpack_input(folder, question)]
+            out, answers = folder / "answers", self._folder / "answers"
+            done = self._predict(unit, base, sources, out, question.rows)
+            out.replace(answers)
+        return Result(answers, done.num_examples)
 
     # --- rows of this peer ---
 
@@ -85,17 +76,17 @@ class Inferring:
         """Evaluates the models on this peer's rows. Raises Refused, TrainerFailed."""
         question = unit.question
         assert isinstance(question, Private)
-        self._check_task(unit.task)
+        check_allowed(self._settings().allows, unit.task)
         scores: Scores = {}
-        least = max(question.min_group, self._settings().data_min_count)
+        min_count = max(question.min_group, self._settings().data_min_count)
         for model in unit.models:
             base = self._version(model)
             done = self._trainer.run(
                 Evaluate(task=unit.task, settings=_settings(unit), base=str(base))
             )
-            enough = done.num_examples >= least
+            is_enough = done.num_examples >= min_count
             scores[model.digest] = (
-                Score(done.num_examples, done.metrics) if enough else Score(0, {})
+                Score(done.num_examples, done.metrics) if is_enough else Score(0, {})
             )
             self._predict_own(unit, model, base)
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
@@ -110,29 +101,26 @@ class Inferring:
         out = self._kept / f"{unit.job}-{model.digest[:12]}{suffix}"
         unfinished = out.with_name(f".{out.name}")
         try:
-            self._trainer.run(
-                Predict(
-                    task=unit.task,
-                    settings=_settings(unit),
-                    base=str(base),
-                    sources=[data],
-                    out=str(unfinished),
-                )
-            )
+            self._predict(unit, base, [data], unfinished)
             unfinished.replace(out)
         except TrainerFailed as err:
             unfinished.unlink(missing_ok=True)
             if err.kind != "no predict":
                 raise
 
-    # --- both ---
-
-    def _check_task(self, task: str) -> None:
-        if not self._settings().allows(task):
-            raise Refused(
-                f"the owner of this machine does not allow the task {task!r}",
-                f"commonweight-agent policy set tasks {task}",
+    def _predict(
+        self, unit: Unit, base: Path, sources: list[str], out: Path, rows: Sequence[int] = ()
+    ) -> Done:
+        return self._trainer.run(
+            Predict(
+                task=unit.task,
+                settings=_settings(unit),
+                base=str(base),
+                sources=sources,
+                rows=list(rows),
+                out=str(out),
             )
+        )
 
     @contextlib.contextmanager
     def _workplace(self) -> Iterator[Path]:
@@ -147,7 +135,7 @@ def _settings(unit: Unit) -> dict[str, Setting]:
     return {"seed": 0, "round": 0, **unit.settings}
 
 
-def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
+def _unpack_input(folder: Path, question: Scatter) -> Iterator[Path]:
     """Unpacks the file "input" into files or folders of pictures. Raises BadMessage."""
     if not _SUFFIX.fullmatch(question.suffix):
         raise BadMessage("the file of rows has an invalid name")
@@ -155,19 +143,19 @@ def _parted(folder: Path, question: Scatter) -> Iterator[Path]:
         for number, size in enumerate(question.sizes):
             block = folder / f"{number:06}{question.suffix}"
             block.write_bytes(whole.read(size))
-            yield _unpacked(block) if question.suffix == ".zip" else block
+            yield _unzip(block) if question.suffix == ".zip" else block
 
 
-def _unpacked(block: Path) -> Path:
+def _unzip(block: Path) -> Path:
     """Unpacks a zip file into a folder. Raises BadMessage for one that we would not make."""
     # Resolve links, as for the members below: the home may be a link.
     folder = block.with_suffix("").resolve()
     try:
         with zipfile.ZipFile(block) as packed:
             members = packed.infolist()
-            most = _MOST_UNPACKED * block.stat().st_size
+            limit = _MAX_EXPANSION * block.stat().st_size
             inside = all((folder / m.filename).resolve().is_relative_to(folder) for m in members)
-            if sum(member.file_size for member in members) > most or not inside:
+            if sum(member.file_size for member in members) > limit or not inside:
                 raise BadMessage("a block of files is too large or leaves its folder")
             packed.extractall(folder)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as err:

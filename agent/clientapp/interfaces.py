@@ -6,16 +6,17 @@ lines.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from protocols.enrollment import identity
-from protocols.errors import Refused
+from protocols.errors import BadMessage, Refused
 from protocols.messages import envelope
-from protocols.messages.work import UpdateClaim, Work
+from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 
 
 class PeerIdentity(NamedTuple):
@@ -32,6 +33,20 @@ class PeerIdentity(NamedTuple):
     def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
         """True if the coordinator signed these bytes."""
         return identity.verify(self.coordinator_public, signature, signed)
+
+    def sign_claim(self, work: Work, **fields: Any) -> tuple[bytes, bytes]:
+        """Returns a claim about the result of this work, encoded, and its signature."""
+        claim = UpdateClaim(
+            run=work.run,
+            round=work.round,
+            kind=work.kind,
+            turn=work.turn,
+            peer=self.peer,
+            base=work.base,
+            nonce=secrets.token_hex(12),
+            **fields,
+        )
+        return SIGNED_CLAIM.seal(claim, self.sign)
 
 
 class Transport(Protocol):
@@ -61,6 +76,24 @@ class Observer:
 
     def on_trained(self) -> None:
         """A trained update is on disk: the trainer's journal is no longer needed."""
+
+
+def signed_payload(message: Message, record: str, name: str) -> tuple[bytes, bytes]:
+    """Returns signed bytes of a message and their signature. Raises BadMessage."""
+    config = message.content.config_records.get(record, ConfigRecord())
+    payload, signature = config.get(name), config.get("signature")
+    if not isinstance(payload, bytes) or not isinstance(signature, bytes):
+        raise BadMessage(f"a message without a signed {name}")
+    return payload, signature
+
+
+def check_allowed(allowed: Callable[[str], bool], task: str) -> None:
+    """Raises Refused if the owner does not allow the task."""
+    if not allowed(task):
+        raise Refused(
+            f"the owner of this machine does not allow the task {task!r}",
+            f"commonweight-agent policy set tasks {task}",
+        )
 
 
 def refuse(_: object) -> RecordDict:

@@ -7,7 +7,6 @@ crash costs nothing. Blocking, for the work thread.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,18 +16,18 @@ import msgspec
 from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec import Struct
 
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, signed_payload
 from protocols.errors import BadMessage, Refused
 from protocols.failpoints import failpoint, note
-from protocols.local.atomic_files import replacing
+from protocols.local.atomic_files import write_private
 from protocols.messages import jobs
 from protocols.messages.jobs import INLINE_MAX_BYTES, Answer, Unit, UnitQuestion
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
 
 ANSWER = "cw.answer"
-#: The number of newest answers kept for repeated requests.
-KEPT = 8
+#: The number of newest answers that are stored for repeated requests.
+MAX_STORED = 8
 
 
 class Result(NamedTuple):
@@ -45,7 +44,7 @@ class Result(NamedTuple):
 Handler = Callable[[Unit], Result]
 
 
-class _Kept(Struct, frozen=True, kw_only=True):
+class _StoredAnswer(Struct, frozen=True, kw_only=True):
     """An answer in the outbox. The bytes of a long one are in a file beside it."""
 
     answer: bytes
@@ -81,8 +80,8 @@ class Jobs:
         note("unit", job=unit.job, unit=unit.unit, key=key)
         self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
         try:
-            kept = self._last(key)
-            if kept is None:
+            stored = self._load(key)
+            if stored is None:
                 handler = self._handlers.get(type(unit.question))
                 if handler is None:
                     raise Refused(
@@ -90,27 +89,21 @@ class Jobs:
                     )
                 result = handler(unit)
                 failpoint("agent.unit.done")
-                kept = self._keep(key, result)
+                stored = self._store(key, result)
                 failpoint("agent.unit.kept")
                 note("did", job=unit.job, unit=unit.unit, key=key)
-            answer = jobs.SIGNED_ANSWER.decode(kept.answer)
-            self._on_leaving(unit, answer, kept.body)
+            answer = jobs.SIGNED_ANSWER.decode(stored.answer)
+            self._on_leaving(unit, answer, stored.body)
             if self._file(key).exists():
                 self._send(answer.digest, self._file(key))
                 failpoint("agent.unit.sent")
         finally:
             self._on_work(None)
-        record = ConfigRecord(
-            {"answer": kept.answer, "signature": kept.signature, "body": kept.body}
-        )
-        return RecordDict({ANSWER: record})
+        return RecordDict({ANSWER: ConfigRecord(msgspec.structs.asdict(stored))})
 
     def _read(self, message: Message) -> tuple[Unit, str]:
         """Returns the unit and its key. Raises BadMessage."""
-        config = message.content.config_records.get("unit", ConfigRecord())
-        payload, signature = config.get("unit"), config.get("signature")
-        if not isinstance(payload, bytes) or not isinstance(signature, bytes):
-            raise BadMessage("a message without a signed unit")
+        payload, signature = signed_payload(message, "unit", "unit")
         unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
         return unit, jobs.idempotency_key(payload)
 
@@ -119,32 +112,29 @@ class Jobs:
     def _file(self, key: str) -> Path:
         return self._outbox / f"{key}.bytes"
 
-    def _last(self, key: str) -> _Kept | None:
+    def _load(self, key: str) -> _StoredAnswer | None:
         """Returns the answer in the outbox if it is complete."""
         try:
-            kept = msgspec.json.decode((self._outbox / f"{key}.json").read_bytes(), type=_Kept)
-            answer = jobs.SIGNED_ANSWER.decode(kept.answer)
+            data = (self._outbox / f"{key}.json").read_bytes()
+            stored = msgspec.json.decode(data, type=_StoredAnswer)
+            answer = jobs.SIGNED_ANSWER.decode(stored.answer)
             if answer.nbytes > INLINE_MAX_BYTES and file_digest(self._file(key)) != answer.digest:
                 return None
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
-        return kept
+        return stored
 
-    def _keep(self, key: str, result: Result) -> _Kept:
+    def _store(self, key: str, result: Result) -> _StoredAnswer:
         """Signs an answer and stores it in the outbox."""
-        body = result.body
-        if isinstance(body, Path) and body.stat().st_size <= INLINE_MAX_BYTES:
-            path, body = body, body.read_bytes()
-            path.unlink()
-        if isinstance(body, bytes) and len(body) > INLINE_MAX_BYTES:
-            with replacing(self._file(key)) as file:
-                file.write(body)
-            digest, nbytes, inline = hashlib.sha256(body).hexdigest(), len(body), b""
-        elif isinstance(body, bytes):
-            digest, nbytes, inline = hashlib.sha256(body).hexdigest(), len(body), body
+        inline, file = b"", self._file(key)
+        if isinstance(result.body, Path):
+            result.body.replace(file)
         else:
-            digest, nbytes, inline = file_digest(body), body.stat().st_size, b""
-            body.replace(self._file(key))
+            write_private(file, result.body, synced=len(result.body) > INLINE_MAX_BYTES)
+        digest, nbytes = file_digest(file), file.stat().st_size
+        if nbytes <= INLINE_MAX_BYTES:
+            inline = file.read_bytes()
+            file.unlink()
         answer = jobs.Answer(
             key=key,
             peer=self._me.peer,
@@ -154,14 +144,10 @@ class Jobs:
             nonce=secrets.token_hex(12),
         )
         payload, signature = jobs.SIGNED_ANSWER.seal(answer, self._me.sign)
-        kept = _Kept(answer=payload, signature=signature, body=inline)
-        with replacing(self._outbox / f"{key}.json") as file:
-            file.write(msgspec.json.encode(kept))
-        self._drop_old()
-        return kept
-
-    def _drop_old(self) -> None:
-        heads = sorted(self._outbox.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for head in heads[:-KEPT]:
-            self._file(head.stem).unlink(missing_ok=True)
-            head.unlink()
+        stored = _StoredAnswer(answer=payload, signature=signature, body=inline)
+        write_private(self._outbox / f"{key}.json", msgspec.json.encode(stored))
+        by_age = sorted(self._outbox.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-MAX_STORED]:
+            self._file(old.stem).unlink(missing_ok=True)
+            old.unlink()
+        return stored

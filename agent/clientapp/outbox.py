@@ -5,21 +5,22 @@ A repeated request after a lost connection costs nothing: the reply is sent agai
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from agent.clientapp.error_feedback import ErrorFeedback
+from agent.clientapp.interfaces import PeerIdentity
 from agent.home.run_state import RunStateFolder, RunStatePaths
 from agent.tasks.work import Done
 from protocols.codecs import registry
 from protocols.errors import BadMessage
-from protocols.local.atomic_files import replacing
+from protocols.local.atomic_files import fsync_files, write_private
 from protocols.local.background_unlink import unlink
-from protocols.messages import envelope
-from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
+from protocols.messages.work import SIGNED_CLAIM, Work
 from protocols.model import personalization
 from protocols.model.weights import file_digest
 
@@ -32,19 +33,25 @@ class Finished(Struct, frozen=True, kw_only=True):
     signature: bytes
     description: bytes = b""
 
+    @property
+    def digest(self) -> str:
+        """The digest of the update; empty without one."""
+        return "" if self.description else SIGNED_CLAIM.decode(self.claim).digest
+
 
 class Outbox:
     """The reply in `folder`, the file of its update, and state that lasts between updates."""
 
-    def __init__(self, folder: Path, peer: str, sign: envelope.Sign) -> None:
-        self.folder, self._peer, self._sign = folder, peer, sign
+    def __init__(self, folder: Path, me: PeerIdentity) -> None:
+        self.folder, self._me = folder, me
         self.update = folder / "update.safetensors"
         self.trained = folder / "trained.safetensors"
-        self.leftovers = ErrorFeedback(folder / "leftovers")
+        self.error_feedback = ErrorFeedback(folder / "leftovers")
         self.personal = RunStateFolder(folder / "personal", ".kept")
         self.answer = folder / "finished.json"
         #: The digest of the verified update. A file from before a restart is verified first.
-        self._made = ""
+        self._verified = ""
+        self._syncing: Future[None] | None = None
 
     def clear(self) -> None:
         """Deletes the reply before its update is overwritten."""
@@ -67,60 +74,73 @@ class Outbox:
             # If the bytes are damaged, training makes them again.
             if self.update.stat().st_size != claim.nbytes:
                 return None
-            if claim.digest != self._made and file_digest(self.update) != claim.digest:
+            if claim.digest != self._verified and file_digest(self.update) != claim.digest:
                 return None  # power failed before its fsync
-            self._made = claim.digest
+            self._verified = claim.digest
             return last
         except (OSError, msgspec.DecodeError, BadMessage):
             return None
 
     def keep(
-        self, work: Work, outcome: Done, description: bytes = b"", *, synced: bool = True
+        self, work: Work, done: Done, description: bytes = b"", *, synced: bool = True
     ) -> Finished:
-        """Signs the outcome and stores it in the outbox. The update still needs an fsync.
+        """Signs the result and stores it in the outbox. The update still needs an fsync.
 
         Without `synced` a power cut may lose the reply, which can be made again.
         """
-        claim = UpdateClaim(
-            run=work.run,
-            round=work.round,
-            kind=work.kind,
-            turn=work.turn,
-            peer=self._peer,
-            base=work.base,
-            digest=outcome.digest,
-            nbytes=outcome.nbytes,
+        claim, signature = self._me.sign_claim(
+            work,
+            digest=done.digest,
+            nbytes=done.nbytes,
             codec=work.codec if work.kind == "train" else registry.UNCODED,
-            num_examples=outcome.num_examples,
-            metrics=outcome.metrics,
-            tallies=outcome.tallies,
-            nonce=secrets.token_hex(12),
+            num_examples=done.num_examples,
+            metrics=done.metrics,
+            tallies=done.tallies,
         )
-        payload, signature = SIGNED_CLAIM.seal(claim, self._sign)
         finished = Finished(
-            key=_key(work), claim=payload, signature=signature, description=description
+            key=_key(work), claim=claim, signature=signature, description=description
         )
-        with replacing(self.answer, synced=synced) as file:
-            file.write(msgspec.json.encode(finished))
-        self.settle(claim.digest)
-        self._made = claim.digest
+        write_private(self.answer, msgspec.json.encode(finished), synced=synced)
+        self.commit(done.digest)
+        self._verified = done.digest
         return finished
 
-    def own(self, work: Work) -> RunStatePaths | None:
+    def start_sync(self, then: Callable[[], None]) -> None:
+        """Fsyncs update and reply in a thread while they upload, then calls `then`.
+
+        Seconds a round without it: 1.35 at 40 MB, 16.2 at 400 MB. With it: 1.10 and 1.35, 6.7 and
+        13.8 (two agents on a loaded machine, in turns).
+        """
+
+        def sync() -> None:
+            fsync_files(self.update, self.answer)
+            then()
+
+        thread = ThreadPoolExecutor(1, "sync")
+        self._syncing = thread.submit(sync)
+        thread.shutdown(wait=False)  # the thread ends after this
+
+    def wait_for_sync(self) -> None:
+        """Waits for the last fsync. Raises its OSError."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
+
+    def personal_paths(self, work: Work) -> RunStatePaths | None:
         """Returns the files of the model's personal part, if the run has one."""
         if personalization.SETTINGS.isdisjoint(work.settings):
             return None
         return self.personal.paths(work.run)
 
-    def settle(self, digest: str) -> None:
+    def commit(self, digest: str) -> None:
         """Makes state of the update with this digest permanent; empty for none."""
-        self.leftovers.settle(digest)
+        self.error_feedback.commit(digest)
         self.personal.commit(digest)
 
-    def settle_last(self) -> None:
+    def commit_last(self) -> None:
         """Discards state of an update that was never sent."""
         last = self._last()
-        self.settle(SIGNED_CLAIM.decode(last.claim).digest if last else "")
+        self.commit(SIGNED_CLAIM.decode(last.claim).digest if last else "")
 
 
 def _key(work: Work) -> str:

@@ -57,7 +57,7 @@ def bench(tmp_path: Path) -> Bench:
 def test_what_is_left_over_is_sent_later(bench: Bench) -> None:
     total = np.zeros(bench.size)
     for _ in range(3):
-        bench.left.settle(bench.encode())
+        bench.left.commit(bench.encode())
         total += bench.sent()
         bench.again()
     assert bench.files() == [".left"]
@@ -68,22 +68,22 @@ def test_what_is_left_over_is_sent_later(bench: Bench) -> None:
 
 def test_a_crash_before_the_answer_was_safe_leaves_the_old(bench: Bench) -> None:
     first = bench.encode()
-    bench.left.settle(first)
+    bench.left.commit(first)
     kept = next((bench.folder / "leftovers").iterdir()).read_bytes()
     bench.encode()
     bench.again()
-    bench.left.settle(first)  # the outbox names the update before
+    bench.left.commit(first)  # the outbox names the update before
     assert bench.files() == [".left"]
     assert next((bench.folder / "leftovers").iterdir()).read_bytes() == kept
 
 
 def test_a_crash_after_the_answer_was_safe_takes_the_new(bench: Bench) -> None:
-    bench.left.settle(bench.encode())
+    bench.left.commit(bench.encode())
     second = bench.encode()
     sent = bench.sent()
     bench.again()
-    bench.left.settle(second)
-    bench.left.settle(bench.encode())
+    bench.left.commit(second)
+    bench.left.commit(bench.encode())
     assert bench.files() == [".left"]
     assert not (sent[bench.sent() != 0]).any()  # not what was sent already
 
@@ -91,21 +91,21 @@ def test_a_crash_after_the_answer_was_safe_takes_the_new(bench: Bench) -> None:
 def test_no_answer_means_no_leftovers(bench: Bench) -> None:
     bench.encode()
     bench.again()
-    bench.left.settle("")
+    bench.left.commit("")
     assert bench.files() == []
 
 
 def test_another_run_drops_them(bench: Bench) -> None:
-    bench.left.settle(bench.encode())
+    bench.left.commit(bench.encode())
     first = bench.sent()
-    bench.left.settle(bench.encode("../another run"))
+    bench.left.commit(bench.encode("../another run"))
     assert np.array_equal(bench.sent(), first)
     assert len(bench.files()) == 1
     assert not (bench.folder.parent / "another run.left").exists()
 
 
 def test_what_nobody_asked_for_in_a_month_goes(bench: Bench) -> None:
-    bench.left.settle(bench.encode())
+    bench.left.commit(bench.encode())
     path = next((bench.folder / "leftovers").iterdir())
     old = time.time() - MAX_AGE_S - 60
     os.utime(path, (old, old))
@@ -117,7 +117,7 @@ def test_what_nobody_asked_for_in_a_month_goes(bench: Bench) -> None:
 def test_what_does_not_fit_is_dropped_with_a_word(
     bench: Bench, damage: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    bench.left.settle(bench.encode())
+    bench.left.commit(bench.encode())
     path = next((bench.folder / "leftovers").iterdir())
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-3])
@@ -126,13 +126,13 @@ def test_what_does_not_fit_is_dropped_with_a_word(
         bench = Bench(tmp_path / "other", 401)
         path.rename(bench.folder / "leftovers" / path.name)
     with caplog.at_level(logging.WARNING):
-        bench.left.settle(bench.encode())
+        bench.left.commit(bench.encode())
     assert "dropped the error feedback of earlier updates" in caplog.text
     assert np.flatnonzero(bench.sent()).tolist()[-1] == bench.size - 1  # the largest, as at first
 
 
 def test_a_training_that_diverged_changes_nothing(bench: Bench) -> None:
-    bench.left.settle(bench.encode())
+    bench.left.commit(bench.encode())
     before = {p.name: p.read_bytes() for p in (bench.folder / "leftovers").iterdir()}
     weights.save(Weights({"w": np.full(bench.size, np.nan, np.float32)}), bench.trained)
     with pytest.raises(BadWeights):
