@@ -28,7 +28,7 @@ def is_late(run: Run, number: int) -> bool:
 
 def late_assignment(run: Run, peer: str, number: int) -> Assignment:
     """The assignment of a late update. Raises UpdateRefused unless the update can be folded."""
-    if run.spec.late == "drop" or run.ended or run.num_versions >= run.spec.rounds:
+    if not run.folds_late or run.ended or run.num_versions >= run.spec.rounds:
         raise UpdateRefused("late", f"it is for round {number} (train)")
     counted = run.contributors if number == run.round else ()
     counted += next((c.contributors for c in run.history if c.round == number), ())
@@ -43,5 +43,5 @@ def late_assignment(run: Run, peer: str, number: int) -> Assignment:
 
 def is_expired(run: Run, kind: str, number: int) -> bool:
     """True if replies for round `number` are too old to be used."""
-    behind = run.spec.max_staleness if run.spec.late == "fold" and kind == "train" else 0
+    behind = run.spec.max_staleness if run.folds_late and kind == "train" else 0
     return number < run.round - behind

@@ -12,34 +12,17 @@ import time
 from collections.abc import Callable, Set
 
 from flwr.app import Message
-from flwr.serverapp.strategy import Strategy
 
-from coordinator import strategies
-from coordinator.runs import (
-    aggregation,
-    decisions,
-    late_updates,
-    retention,
-    schema_agreement,
-    steps,
-)
+from coordinator.runs import decisions, retention, schema_agreement, steps
 from coordinator.runs.acceptance import validate_reply
 from coordinator.runs.context import RunContext
-from coordinator.runs.messages import round_body
-from coordinator.runs.model import RunModel
-from coordinator.runs.recorder import RunRecorder
-from coordinator.runs.requests import PendingRequests, Request
-from coordinator.runs.retention import Retention
+from coordinator.runs.requests import Request
+from coordinator.runs.rounds import Rounds, RunParts
 from coordinator.runs.state import Run
-from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from coordinator.strategies import memory_estimate
-from coordinator.strategies.state import StateStore
 from coordinator.transport.upload_limits import MAX_UPLOADS
-from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, HomeError, UpdateRefused
-from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
 
@@ -60,22 +43,17 @@ class RunLoop:
     def __init__(
         self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]] = frozenset
     ) -> None:
-        self._timer = PhaseTimer()
-        self._recorder = RunRecorder(run, ctx, self._timer)
-        self.changed = asyncio.Event()
+        parts = RunParts.create(run, ctx)
         self._ctx = ctx
-        self._adapter = strategies.find(run.spec.strategy)
-        self._strategy: Strategy = self._adapter.make(run.spec.strategy_args)
-        self._states = StateStore(ctx.store.states)
-        self._model = RunModel(ctx.transfer, registry.parse(run.spec.codec))
-        self.requests = PendingRequests(ctx, self._adapter, self._strategy, self._model)
-        self._retention = Retention(run, ctx.store, self._states, protected_digests)
+        self._recorder, self._timer = parts.recorder, parts.timer
+        self.requests, self._model = parts.requests, parts.model
+        self._rounds = Rounds(parts, protected_digests)
+        self.changed = asyncio.Event()
         # After a restart no peer has reconnected yet: they are not lost for that.
         has_work = run.pending or run.assignments
         self._grace_until = time.monotonic() + RECONNECT_GRACE_S if has_work else 0.0
-        self._bytes_at_open = (0, 0)
         self._stop_reason = ""
-        self._shortage_reported = self._memory_checked = False
+        self._shortage_reported = False
 
     # --- called from outside ---
 
@@ -98,7 +76,7 @@ class RunLoop:
     @property
     def on_disk(self) -> Set[str]:
         """Digests of its versions, including older ones that peers still train on."""
-        return self._retention.on_disk
+        return self._rounds.on_disk
 
     @property
     def waiting_for(self) -> str:
@@ -109,7 +87,7 @@ class RunLoop:
     async def drive(self) -> Run:
         """Work until the run has ended. Raises the errors of the ledger and the disk."""
         limits = self._ctx.transfer.limits
-        limits.max_uploads = MAX_UPLOADS + self.run.spec.buffer + self._folds_late
+        limits.max_uploads = MAX_UPLOADS + self.run.spec.buffer + self.run.folds_late
         try:
             await self._prepare()
             while not self.run.ended:
@@ -133,10 +111,6 @@ class RunLoop:
         finally:
             limits.max_uploads = MAX_UPLOADS
             self._recorder.announce_now()
-
-    @property
-    def _folds_late(self) -> bool:
-        return self.run.spec.late == "fold"
 
     async def _prepare(self) -> None:
         if self.run.head and not self.run.recalling:
@@ -166,7 +140,7 @@ class RunLoop:
 
     async def _step(self) -> None:
         """Do what there is to do now. If the disk is full, all of it can be repeated."""
-        fills_buffer = self.run.buffered or self._folds_late
+        fills_buffer = self.run.buffered or self.run.folds_late
         if not (fills_buffer and self.run.state is RunState.AGGREGATING):
             await self._collect()  # else the replies belong to the next buffer
         await self._record_losses()
@@ -183,7 +157,7 @@ class RunLoop:
     def _observe(self) -> decisions.Observation:
         deadline_passed = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
         eligible = self._ctx.eligible() - self._recorder.incompatible
-        if self._folds_late:  # peers that still work for an older round get nothing else
+        if self.run.folds_late:  # peers that still work for an older round get nothing else
             free = eligible - self.requests.late_bases(self.run).keys()
             eligible = free if len(free) >= self.run.spec.quorum else eligible
         return decisions.Observation(eligible, deadline_passed)
@@ -212,18 +186,18 @@ class RunLoop:
                 self._open_phase_if(False)
                 await record(*given)
             case steps.OpenRound():
-                await self._open_round(step)
+                await self._rounds.open(step)
             case steps.CloseTraining(contributors):
                 await record(run_events.TrainingClosed(self.run.round, contributors))
             case steps.Aggregate(contributors):
-                await self._aggregate(contributors)
+                await self._rounds.aggregate(contributors)
             case steps.OpenEvaluation(eligible):
                 chosen = decisions.select_peers(self.run, self.run.round, eligible)
                 asked = await self.requests.configure(self.run, chosen)
                 self._timer.open_phase()
                 await record(run_events.EvaluationOpened(self.run.round, asked))
             case steps.CloseRound():
-                await self._close_round()
+                await self._rounds.close()
             case steps.EndRun(state, because):
                 await self._end(state, because)
 
@@ -279,7 +253,7 @@ class RunLoop:
         await self._recorder.record(*await asyncio.gather(*results))
         self._ctx.store.mark_recorded(self.run.head)  # first weights, or a version from a peer
         if self.run.buffered:
-            self._drop_unused_uploads({request.peer for _, request, _ in replies})
+            self._rounds.drop_unused_uploads({request.peer for _, request, _ in replies})
         self.requests.acknowledge([mid for mid, _, _ in replies], True)
 
     async def _validate(self, request: Request, reply: Message) -> RunEvent:
@@ -295,77 +269,9 @@ class RunLoop:
                 request.seconds,
             )
 
-    def _drop_unused_uploads(self, peers: set[str]) -> None:
-        """Delete uploads that do not count, of those of `peers` that are not training."""
-        for peer in peers - self.run.assignments.keys():
-            counted = {a.update.digest for a in self.run.buffer if a.peer == peer}
-            self._ctx.store.uploads.keep_only(peer, counted)
-
     async def _agree(self) -> None:
         agreement = schema_agreement.agree(self.run, self._model.schema)
         await self._recorder.record(*agreement.events)
         for peer, text in agreement.notes:
             name = f"{self._ctx.name_of(peer)}: " if peer else ""
             self._recorder.report("warning", f"{name}{text}", peer)
-
-    # --- rounds ---
-
-    async def _open_round(self, step: steps.OpenRound) -> None:
-        if not self._memory_checked:  # once per start: the number of peers is known now
-            self._memory_checked = True
-            self._recorder.memory_bytes, warning = memory_estimate.check_memory(
-                self._adapter, self.run.spec, self._model.schema, len(step.eligible)
-            )
-            if warning:
-                self._recorder.report("warning", warning)
-        self._timer.open_round()
-        transfer = self._ctx.transfer
-        self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)
-        asked: tuple[str, ...] = ()
-        if not self.run.buffered:  # there each peer has an assignment of its own
-            chosen = decisions.select_peers(self.run, step.round, step.eligible)
-            asked = await self.requests.configure(self.run, chosen, opening=step.round)
-        failpoint("round.configured")
-        await self._recorder.record(
-            run_events.RoundOpened(step.round, step.base, asked, len(step.eligible))
-        )
-
-    async def _aggregate(self, contributors: tuple[str, ...]) -> None:
-        run, store = self.run, self._ctx.store
-        version = await asyncio.to_thread(
-            aggregation.commit, run, store, self._states, self._strategy, contributors
-        )
-        await self._recorder.record(
-            run_events.VersionCommitted(
-                run.round, version.digest, run.head, contributors, version.metrics, version.state
-            )
-        )
-        store.mark_recorded(version.digest)
-        if run.buffered:
-            self._drop_unused_uploads({accepted.peer for accepted in run.buffer})
-        else:
-            late = self.requests.late_bases(self.run) if self._folds_late else {}
-            store.uploads.clear(keep_of=late.keys())
-        await asyncio.to_thread(self._model.make_patch, run.head, version.digest)
-        self.requests.clear_work()
-
-    async def _close_round(self) -> None:
-        run, transfer = self.run, self._ctx.transfer
-        evaluation = aggregation.aggregate_evaluation(run, self._strategy)
-        event = run_events.RoundClosed(
-            run.round,
-            evaluation.metrics,
-            self._timer.round_s,
-            transfer.bytes_up - self._bytes_at_open[0],
-            transfer.bytes_down - self._bytes_at_open[1],
-            self._timer.phase_seconds(),
-            evaluation.tallies,
-        )
-        self.requests.clear_work()
-        if run.buffered:  # training goes on, but another version is evaluated next
-            self.requests.cancel(lambda r: r.kind == "evaluate")
-        else:
-            self.requests.cancel(lambda r: late_updates.is_expired(run, r.kind, r.round))
-        await self._recorder.record(event)
-        self._ctx.publish(round_body(self.run.id, self.run.history[-1]))
-        self._retention.prune(self.run, self.requests.late_bases(self.run).values())

@@ -135,6 +135,11 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
         return self.spec.mode == "buffered"
 
     @property
+    def folds_late(self) -> bool:
+        """True if late updates count in the next version."""
+        return self.spec.late == "fold"
+
+    @property
     def num_versions(self) -> int:
         """How many versions the run has made, without the first weights."""
         is_made = self.state in (RunState.WAITING, RunState.EVALUATING)

@@ -1,0 +1,138 @@
+"""Carries out the rounds of a run: opens them, aggregates their updates, closes them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from flwr.serverapp.strategy import Strategy
+
+from coordinator import strategies
+from coordinator.runs import aggregation, decisions, late_updates, steps
+from coordinator.runs.context import RunContext
+from coordinator.runs.messages import round_body
+from coordinator.runs.model import RunModel
+from coordinator.runs.recorder import RunRecorder
+from coordinator.runs.requests import PendingRequests
+from coordinator.runs.retention import Retention
+from coordinator.runs.state import Run
+from coordinator.runs.timing import PhaseTimer
+from coordinator.storage import run_events
+from coordinator.strategies import memory_estimate
+from coordinator.strategies.adapter import StrategyAdapter
+from coordinator.strategies.state import StateStore
+from protocols.codecs import registry
+from protocols.failpoints import failpoint
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The objects that the loop and the rounds of one run share."""
+
+    ctx: RunContext
+    adapter: StrategyAdapter
+    strategy: Strategy
+    model: RunModel
+    timer: PhaseTimer
+    recorder: RunRecorder
+    requests: PendingRequests
+
+    @classmethod
+    def create(cls, run: Run, ctx: RunContext) -> RunParts:
+        """Raises CommonweightError if the run's strategy cannot be made."""
+        adapter = strategies.find(run.spec.strategy)
+        strategy = adapter.make(run.spec.strategy_args)
+        model = RunModel(ctx.transfer, registry.parse(run.spec.codec))
+        timer = PhaseTimer()
+        requests = PendingRequests(ctx, adapter, strategy, model)
+        recorder = RunRecorder(run, ctx, timer)
+        return cls(ctx, adapter, strategy, model, timer, recorder, requests)
+
+
+class Rounds:
+    """The rounds of one run. `protected_digests()`: versions and states that other runs keep."""
+
+    def __init__(self, parts: RunParts, protected_digests: Callable[[], Set[str]]) -> None:
+        self._parts, self._ctx = parts, parts.ctx
+        self._recorder, self._requests, self._timer = parts.recorder, parts.requests, parts.timer
+        self._states = StateStore(parts.ctx.store.states)
+        self._retention = Retention(
+            parts.recorder.run, parts.ctx.store, self._states, protected_digests
+        )
+        self._bytes_at_open = (0, 0)
+        self._memory_checked = False
+
+    @property
+    def on_disk(self) -> Set[str]:
+        """Digests of the run's versions, including older ones that peers still train on."""
+        return self._retention.on_disk
+
+    async def open(self, step: steps.OpenRound) -> None:
+        run = self._recorder.run
+        if not self._memory_checked:  # once per start: the number of peers is known now
+            self._memory_checked = True
+            self._recorder.memory_bytes, warning = memory_estimate.check_memory(
+                self._parts.adapter, run.spec, self._parts.model.schema, len(step.eligible)
+            )
+            if warning:
+                self._recorder.report("warning", warning)
+        self._timer.open_round()
+        transfer = self._ctx.transfer
+        self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)
+        asked: tuple[str, ...] = ()
+        if not run.buffered:  # there each peer has an assignment of its own
+            chosen = decisions.select_peers(run, step.round, step.eligible)
+            asked = await self._requests.configure(run, chosen, opening=step.round)
+        failpoint("round.configured")
+        await self._recorder.record(
+            run_events.RoundOpened(step.round, step.base, asked, len(step.eligible))
+        )
+
+    async def aggregate(self, contributors: tuple[str, ...]) -> None:
+        run, store, model = self._recorder.run, self._ctx.store, self._parts.model
+        version = await asyncio.to_thread(
+            aggregation.commit, run, store, self._states, self._parts.strategy, contributors
+        )
+        await self._recorder.record(
+            run_events.VersionCommitted(
+                run.round, version.digest, run.head, contributors, version.metrics, version.state
+            )
+        )
+        store.mark_recorded(version.digest)
+        if run.buffered:
+            self.drop_unused_uploads({accepted.peer for accepted in run.buffer})
+        else:
+            late = self._requests.late_bases(self._recorder.run) if run.folds_late else {}
+            store.uploads.clear(keep_of=late.keys())
+        await asyncio.to_thread(model.make_patch, run.head, version.digest)
+        self._requests.clear_work()
+
+    def drop_unused_uploads(self, peers: set[str]) -> None:
+        """Delete uploads that do not count, of those of `peers` that are not training."""
+        run = self._recorder.run
+        for peer in peers - run.assignments.keys():
+            counted = {a.update.digest for a in run.buffer if a.peer == peer}
+            self._ctx.store.uploads.keep_only(peer, counted)
+
+    async def close(self) -> None:
+        run, transfer = self._recorder.run, self._ctx.transfer
+        evaluation = aggregation.aggregate_evaluation(run, self._parts.strategy)
+        event = run_events.RoundClosed(
+            run.round,
+            evaluation.metrics,
+            self._timer.round_s,
+            transfer.bytes_up - self._bytes_at_open[0],
+            transfer.bytes_down - self._bytes_at_open[1],
+            self._timer.phase_seconds(),
+            evaluation.tallies,
+        )
+        self._requests.clear_work()
+        if run.buffered:  # training continues, but another version is evaluated next
+            self._requests.cancel(lambda r: r.kind == "evaluate")
+        else:
+            self._requests.cancel(lambda r: late_updates.is_expired(run, r.kind, r.round))
+        await self._recorder.record(event)
+        run = self._recorder.run
+        self._ctx.publish(round_body(run.id, run.history[-1]))
+        self._retention.prune(run, self._requests.late_bases(run).values())
