@@ -1,4 +1,4 @@
-"""An agent's shell, not at work: what it makes of commands and of its owner's wishes."""
+"""How an agent handles commands of the operator and requests of its owner."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
     return agent
 
 
-async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Path) -> None:
-    """The owner's limit holds on the wire, and the status tells what the other parts know."""
+async def test_hooks_connect_earlier_parts_with_later_ones(site: Site, tmp_path: Path) -> None:
+    """The owner's limits reach the bandwidth meter, and the status has all values."""
     agent = an_agent(site, tmp_path / "box", up_mbit=8.0)
     assert agent._bandwidth.rates() == (8.0, 0.0)
     agent._sharing._asked = DownloadPlanRequest(address="10.0.0.7:4000")
@@ -47,19 +47,19 @@ async def test_parts_ask_those_that_are_made_after_them(site: Site, tmp_path: Pa
     assert status.shares_at == "10.0.0.7:4000"
 
 
-async def test_the_end_of_a_pause_is_not_that_of_a_later_one(site: Site, tmp_path: Path) -> None:
+async def test_the_timer_of_a_pause_does_not_end_a_later_pause(site: Site, tmp_path: Path) -> None:
     agent = an_agent(site, tmp_path / "box")
     agent._on_command(Command(action="pause", for_s=0.01))
     agent._on_command(Command(action="resume"))
     assert not agent._runner.state.pauses
     agent._on_command(Command(action="pause"))
-    await asyncio.sleep(0.05)  # the first one's end has passed
+    await asyncio.sleep(0.05)  # the time of the first one has passed
     assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
     agent._on_command(Command(action="pause", for_s=0.01))
     await until(lambda: not agent._runner.state.pauses)
 
 
-async def test_nor_is_that_of_the_trainers_rest(
+async def test_the_timer_of_a_cooldown_does_not_end_a_later_cooldown(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = an_agent(site, tmp_path / "box")
@@ -68,11 +68,11 @@ async def test_nor_is_that_of_the_trainers_rest(
     agent._on_command(Command(action="resume"))
     monkeypatch.setattr(work_thread, "TRAINER_COOLDOWN_S", 600.0)
     agent._work._start_cooldown("died")
-    await asyncio.sleep(0.05)  # the first one's end has passed
+    await asyncio.sleep(0.05)  # the time of the first one has passed
     assert agent._runner.state.pauses.keys() == {PauseReason.TRAINER}
 
 
-async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
+async def test_the_end_of_the_owners_pause_keeps_the_operators_pause(
     site: Site, tmp_path: Path
 ) -> None:
     home = tmp_path / "box"
@@ -84,19 +84,19 @@ async def test_the_end_of_the_owners_pause_is_not_that_of_the_operators(
     await asyncio.sleep(0.1)
     agent._owner_commands.poll()
     assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
-    # The owner's word is another thing: once.
+    # A new request of the owner lifts the operator's pause, too.
     status_files.write_request(home, OwnerRequest(at=2.0))
     agent._owner_commands.poll()
     assert not agent._runner.state.pauses
 
 
-async def test_to_finish_is_said_once(site: Site, tmp_path: Path) -> None:
+async def test_a_finish_request_is_handled_once(site: Site, tmp_path: Path) -> None:
     home = tmp_path / "box"
     agent = an_agent(site, home)
     status_files.write_request(home, OwnerRequest(want="finish", at=1.0))
     agent._owner_commands.poll()
     agent._on_command(Command(action="pause"))
-    agent._owner_commands.poll()  # the wish that is over is no new one
+    agent._owner_commands.poll()  # the finished request is not handled again
     assert agent._runner.state.finishing
     assert agent._runner.state.pauses == {PauseReason.OPERATOR: 0.0}
 
@@ -105,7 +105,7 @@ async def test_to_finish_is_said_once(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wish", [OwnerRequest(want="pause", until=1.0, at=1.0), OwnerRequest(want="finish")]
 )
-async def test_a_wish_that_ends_on_a_full_disk_does_not_end_the_agent(
+async def test_a_request_that_ends_on_a_full_disk_does_not_end_the_agent(
     site: Site, tmp_path: Path, wish: OwnerRequest
 ) -> None:
     home = tmp_path / "box"

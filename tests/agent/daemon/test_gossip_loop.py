@@ -1,4 +1,4 @@
-"""Agents without their coordinator: they find each other, and all end on the newest version."""
+"""Agents without their coordinator find each other and fetch the newest version."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gossip_loop, "MAX_INTERVAL_S", 0.1)
 
 
-async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None:
+async def test_all_peers_fetch_the_newest_version(site: Site, tmp_path: Path) -> None:
     ann, bob, cyd = fleet = [Peer(site, tmp_path, name) for name in ("ann", "bob", "cyd")]
     old, newest = ann.hold(1), bob.hold(4)
     cyd.hold(7, since=0.5)  # of an earlier run
@@ -50,7 +50,7 @@ async def test_all_end_on_the_newest_version(site: Site, tmp_path: Path) -> None
         assert len(version_proofs.list_verified(cyd.cache, cyd.public)) == 2, "each with its proof"
 
 
-async def test_whose_owner_shares_nothing_says_and_takes_nothing(
+async def test_a_peer_that_shares_nothing_sends_and_fetches_nothing(
     site: Site, tmp_path: Path
 ) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
@@ -68,7 +68,7 @@ async def test_whose_owner_shares_nothing_says_and_takes_nothing(
             }
 
 
-async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
+async def test_no_version_is_fetched_during_work(site: Site, tmp_path: Path) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     base, newest = ann.hold(1), bob.hold(4)
     ann.loop.dispatch(WorkStarted(made(1, 1.0)[1]))
@@ -80,7 +80,7 @@ async def test_what_is_in_work_stays_here(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["no proof", "another's proof", "wrong bytes", "short"])
-async def test_a_peer_that_lies_about_what_it_holds(
+async def test_a_peer_that_lies_about_its_version(
     site: Site, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
@@ -107,7 +107,7 @@ async def test_a_peer_that_lies_about_what_it_holds(
         }
 
 
-async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
+async def test_gossip_needs_an_access_token(site: Site, tmp_path: Path) -> None:
     ann, bob, eve = (Peer(site, tmp_path, name) for name in ("ann", "bob", "eve"))
     ann.hold(1)
     async with without_coordinator(ann, bob, eve):
@@ -132,7 +132,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         good = bob.gossip.assigned.access_token
         assert await let_in(bob, good)
         assert not await let_in(bob, b"")
-        assert not await let_in(eve, good), "a pass is for the key that it names"
+        assert not await let_in(eve, good), "a token is valid only for the key that it names"
         own = AccessToken(holder=eve.machine.peer, sign_public=eve.signs, until=time.time() + 60)
         assert not await let_in(
             eve, gossip.SIGNED_ACCESS_TOKEN.pack(own, eve.machine.sign_key.sign)
@@ -140,7 +140,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         ended = AccessToken(holder=bob.machine.peer, sign_public=bob.signs, until=time.time() - 1)
         assert not await let_in(bob, gossip.SIGNED_ACCESS_TOKEN.pack(ended, site.sign_key.sign))
         elsewhere = replace(at_ann, node_public=identity.node_public_pem(bob.machine.node_key))
-        assert not await let_in(bob, good, elsewhere), "nobody but ann is asked"
+        assert not await let_in(bob, good, elsewhere), "the server must have the key of ann"
 
         site.registry.remove(eve.machine.peer, "a thief")
         assert await let_in(eve, eve.gossip.assigned.access_token)
@@ -149,7 +149,7 @@ async def test_words_are_for_who_has_a_pass(site: Site, tmp_path: Path) -> None:
         assert eve.machine.peer not in {one.peer for one in ann.gossip.contacts()}
 
 
-async def test_whom_to_ask_outlives_a_restart(site: Site, tmp_path: Path) -> None:
+async def test_known_peers_survive_a_restart(site: Site, tmp_path: Path) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     async with without_coordinator(ann, bob):
         again = ann.new_gossip()
@@ -158,14 +158,14 @@ async def test_whom_to_ask_outlives_a_restart(site: Site, tmp_path: Path) -> Non
         assert ann.new_gossip().contacts() == []
 
 
-async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
+async def test_a_version_that_no_peer_sends_blocks_no_other(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     cyd, rogue = Peer(site, tmp_path, "cyd", "lan"), Peer(site, tmp_path, "rogue")
-    cyd.hold(9)  # in no private network now: it says so, and serves nobody
+    cyd.hold(9)  # announces that it is in no private network, and serves no peer
     ann.hold(1)
-    lies = iter(range(100, 10_000))  # another one each time
+    lies = iter(range(100, 10_000))  # a new one each time
     monkeypatch.setattr(
         rogue.heads,
         "newest",
@@ -177,14 +177,14 @@ async def test_a_newer_version_that_nobody_sends_holds_up_no_other(
         await until(lambda: ann.heads.newest() == newest)
 
 
-async def test_who_did_not_send_it_is_asked_again(
+async def test_a_peer_that_did_not_send_a_version_is_asked_again(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gossip_loop, "_NO_ANSWER_RETRY_S", 0.1)
     ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
     newest = bob.hold(4)
     file = bob.heads.path(newest.digest)
-    bob.spread._shared_cache = True  # it says that it holds what it cannot send yet
+    bob.spread._shared_cache = True  # it announces a version that it cannot send yet
     monkeypatch.setattr(server, "_PIECE_S", 0.05)
     async with without_coordinator(ann, bob):
         await until(lambda: (newest, bob.machine.peer) in ann.spread._retry_at)
@@ -193,14 +193,12 @@ async def test_who_did_not_send_it_is_asked_again(
 
 
 @pytest.mark.parametrize("address", ["x", "h:1", f"{'a' * 70}:80", "127.0.0.1 :80", "[::1]:²"])
-async def test_an_address_that_is_none_harms_nobody(
-    site: Site, tmp_path: Path, address: str
-) -> None:
+async def test_a_malformed_address_has_no_effect(site: Site, tmp_path: Path, address: str) -> None:
     ann, rogue = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "rogue")
     nowhere = DownloadPlanRequest(address=address, serves_other_networks=True)
     rogue.sharing.plan_request = lambda: nowhere  # type: ignore[method-assign, misc, assignment]
     rogue.gossip.address = lambda: address
-    with pytest.raises(Unreachable):  # nor at the coordinator's door
+    with pytest.raises(Unreachable):  # the coordinator refuses it, too
         await asyncio.to_thread(rogue.link.neighbors, nowhere)
     ann.sharing.run = asyncio.Event().wait  # type: ignore[method-assign, assignment]
     assert await ann.spread._refresh_neighbors()
@@ -211,9 +209,9 @@ async def test_an_address_that_is_none_harms_nobody(
     rogue.link.close()
 
 
-async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
+async def test_a_batch_is_never_larger_than_its_limit(site: Site, tmp_path: Path) -> None:
     ann = Peer(site, tmp_path, "ann")
-    tasks = tuple(f"{number:060}" for number in range(64))  # as many and as long as may be
+    tasks = tuple(f"{number:060}" for number in range(64))  # the maximum number and length
     long = Presence(state=PeerState.IDLE, tasks=tasks, reason="long " * 60)
     for number in range(gossip.MAX_ENTRIES):
         machine = Machine(f"m{number}")
@@ -226,13 +224,13 @@ async def test_no_more_is_told_than_is_read(site: Site, tmp_path: Path) -> None:
     ann.link.close()
 
 
-async def test_an_agent_lives_without_a_certificate_to_share_with(
+async def test_an_agent_runs_without_a_certificate_for_sharing(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharing, "_CHECK_EVERY_S", 0.01)
     ann = Peer(site, tmp_path, "ann")
     there = ann.home / sharing.CERTIFICATE
-    there.mkdir()  # it cannot be written, as on a full disk
+    there.mkdir()  # the file cannot be written, as on a full disk
     running = asyncio.create_task(ann.sharing.run())
     await asyncio.wait({running}, timeout=0.2)
     assert not running.done()

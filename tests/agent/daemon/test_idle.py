@@ -1,4 +1,4 @@
-"""What an idle agent holds in memory: nothing that only a server or a trainer needs."""
+"""An idle agent loads no module that only a server or a trainer needs."""
 
 from __future__ import annotations
 

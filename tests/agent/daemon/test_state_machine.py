@@ -1,4 +1,4 @@
-"""The agent as a machine: tables of events and instructions, and what holds whatever comes."""
+"""The agent's state machine: tables of events and instructions, and its invariants."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
 @pytest.mark.parametrize(
     ("before", "event", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
-def test_the_table(before: AgentState, event: Event, expected: list[Instruction]) -> None:
+def test_transitions(before: AgentState, event: Event, expected: list[Instruction]) -> None:
     found = state_machine.handle(before, event)[1]
     # By type: without fields, all named tuples are equal.
     assert [type(one) for one in found] == [type(one) for one in expected]
@@ -122,14 +122,14 @@ def test_the_table(before: AgentState, event: Event, expected: list[Instruction]
         ),
     ],
 )
-def test_what_is_shown(now: AgentState, expected: tuple[PeerState, str]) -> None:
+def test_display_state(now: AgentState, expected: tuple[PeerState, str]) -> None:
     assert state_machine.display_state(now) == expected
 
 
 @pytest.mark.parametrize(
     ("mqtt", "since_work_s", "most_s"), [(True, 0, 15), (False, 1, 2), (False, 100, 15)]
 )
-def test_the_poll_is_slow_where_a_doorbell_rings(
+def test_polling_is_slow_while_the_broker_is_up(
     mqtt: bool, since_work_s: float, most_s: float
 ) -> None:
     assert 1 <= state_machine.poll_interval_s(AgentState(mqtt=mqtt), since_work_s) <= most_s
@@ -152,11 +152,11 @@ def test_the_poll_is_slow_where_a_doorbell_rings(
         (AgentState(pauses={USER: 7.0, PauseReason.OPERATOR: 0.0}), (0.0, 0.0)),
     ],
 )
-def test_when_it_expects_to_be_free(now: AgentState, expected: tuple[float, float]) -> None:
+def test_availability(now: AgentState, expected: tuple[float, float]) -> None:
     assert state_machine.availability(now) == expected
 
 
-def test_the_policy_pauses_and_paces_beside_the_owner() -> None:
+def test_pauses_of_the_policy_and_the_owner_are_independent() -> None:
     paused, told = state_machine.handle(BUSY_NOW, PolicyDecided(reason="on battery"))
     assert told == [PauseTrainer(), Announce()]
     both, told = state_machine.handle(paused, PauseRequested(USER))
@@ -186,7 +186,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
 
 
 @given(st.lists(EVENTS, max_size=40))
-def test_whatever_comes(events: list[Event]) -> None:
+def test_invariants_hold_for_any_events(events: list[Event]) -> None:
     now, announced = AgentState(), state_machine.display_state(AgentState())
     trainer_paused, times_left = False, 0
     for event in events:
@@ -211,14 +211,14 @@ def test_whatever_comes(events: list[Event]) -> None:
                     assert not now.finishing
                 case Shutdown():
                     times_left += 1
-        # What others see is what is; the trainer stands still exactly while a pause is in force.
+        # Presence shows the state, and the trainer is paused exactly while a pause is active.
         assert announced == state_machine.display_state(now)
         assert trainer_paused == state_machine.is_paused(now)
         assert (state_machine.display_state(now)[0] is PeerState.PAUSED) == state_machine.is_paused(
             now
         )
         assert not (now.sending and now.work is None)
-        # It leaves once, and with no work in hand.
+        # It shuts down once, and without work.
         assert times_left == now.finished
         assert now.finishing or not now.finished
         if now.finished and not before.finished:

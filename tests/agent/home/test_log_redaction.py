@@ -1,4 +1,4 @@
-"""What of a log leaves the machine."""
+"""Which parts of a log may leave the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def line(message: str, name: str = "commonweight.agent", level: str = "info") ->
     return json.dumps({"at": 5.0, "level": level, "name": name, "message": message, "trace": "T"})
 
 
-def test_words_stay_and_private_things_go() -> None:
+def test_private_parts_are_removed() -> None:
     for message, gone in (
         ("cannot write the status file: [Errno 28] No space: '/home/zoe/x.json'", "zoe"),
         ("cannot read /home/zoe/data/scans.csv", "scans"),
@@ -38,7 +38,7 @@ def test_words_stay_and_private_things_go() -> None:
     assert log_redaction.redact([line(plain)], 10) == [LogLine(at=5.0, level="info", text=plain)]
 
 
-def test_only_our_own_loggers_and_only_the_last() -> None:
+def test_only_the_last_lines_of_our_own_loggers_pass() -> None:
     lines = [line(f"n{n}") for n in range(9)]
     lines += [line("x", name="mytask"), "no json", "[]", "{}", line("y", level="odd")]
     assert [told.text for told in log_redaction.redact(lines, 3)] == ["n6", "n7", "n8"]
@@ -54,7 +54,7 @@ def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
 
 
 @given(st.text())
-def test_whatever_stands_there_can_be_sent_and_read(message: str) -> None:
+def test_any_message_can_be_encoded_and_decoded(message: str) -> None:
     import msgspec
 
     told = LogResponse(request_id="a", lines=log_redaction.redact([line(message)], 5))

@@ -1,4 +1,4 @@
-"""The log across rotation: every line once, in order, as a person reads it."""
+"""Reading the log across rotation: every line once and in order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from agent.home import logs
 
 
 @given(pieces=st.lists(st.integers(0, 12), max_size=12))
-def test_no_line_is_lost_or_told_twice(
+def test_no_line_is_lost_or_repeated(
     pieces: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Between two looks at most three files are rotated away: as many as are kept."""
+    """At most three rotations between two reads, as many as there are rotated files."""
     home = tmp_path_factory.mktemp("home")
     writing = RotatingFileHandler(home / logs.FILE, "a", 200, logs.ROTATED_FILES)
     log, seen, written = logs.LogReader(home), [], 0
@@ -32,7 +32,7 @@ def test_no_line_is_lost_or_told_twice(
     assert seen == list(range(written))
 
 
-def test_the_first_look_goes_back_through_rotated_files(tmp_path: Path) -> None:
+def test_the_first_read_includes_rotated_files(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         (tmp_path / f"{logs.FILE}.{number}").write_text(f"old {number}\n")
     (tmp_path / logs.FILE).write_text("new\n")
@@ -41,7 +41,7 @@ def test_the_first_look_goes_back_through_rotated_files(tmp_path: Path) -> None:
     assert log.new_lines() == []
 
 
-def test_a_line_waits_for_its_end_and_odd_bytes_do_no_harm(tmp_path: Path) -> None:
+def test_incomplete_lines_wait_and_invalid_bytes_are_replaced(tmp_path: Path) -> None:
     log = logs.LogReader(tmp_path)
     assert log.new_lines() == []
     with (tmp_path / logs.FILE).open("ab") as file:
@@ -56,7 +56,7 @@ def test_a_line_waits_for_its_end_and_odd_bytes_do_no_harm(tmp_path: Path) -> No
         assert log.new_lines() == ["\ufffd", "\u2028 \ufffd"]
 
 
-def test_words_for_a_person() -> None:
+def test_format_line() -> None:
     record = logging.LogRecord("n", logging.WARNING, "", 0, "a \x1b[2J b", None, None)
     words = logs.format_line(logs.JsonFormatter().format(record))
     assert words[10] == " "
@@ -73,10 +73,10 @@ def test_words_for_a_person() -> None:
 @pytest.mark.parametrize(
     "line", ["", "plain", "[1]", '{"at":1e999}', '{"at":"x"}', "[" * 100_000, '{"at":NaN}']
 )
-def test_what_is_not_ours_is_shown_as_it_is(line: str) -> None:
+def test_foreign_lines_are_shown_unchanged(line: str) -> None:
     assert logs.format_line(line) == line
 
 
-def test_a_level_and_a_message_of_any_kind_are_shown() -> None:
+def test_any_level_and_message_are_shown() -> None:
     line = json.dumps({"at": 0, "level": 3, "message": None, "trace": 5})
     assert logs.format_line(line).endswith(" 3: None\n    5")

@@ -1,4 +1,4 @@
-"""The agent's settings: flag, environment, file, default; and what joining left behind."""
+"""The agent's settings (flag, environment, file, default) and its enrollment."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_tasks_in_the_environment_are_a_list(
         "= 1",
     ],
 )
-def test_a_wrong_file_is_a_usage_fault(tmp_path: Path, wrong: str) -> None:
+def test_a_wrong_file_is_a_usage_error(tmp_path: Path, wrong: str) -> None:
     file(tmp_path, wrong)
     with pytest.raises(UsageError) as caught:
         settings.read(tmp_path)
@@ -73,7 +73,7 @@ def test_a_wrong_file_is_a_usage_fault(tmp_path: Path, wrong: str) -> None:
     assert settings.FILE in caught.value.message + caught.value.hint
 
 
-def test_a_file_that_is_no_text_is_a_usage_fault(tmp_path: Path) -> None:
+def test_a_binary_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / settings.FILE).write_bytes(b"part = \xff\xfe")
     with pytest.raises(UsageError):
         settings.read(tmp_path)
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_text_is_a_usage_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("PART", "x"), ("PARTS", "0"), ("SPLIT", ""), ("IDLE_TIMEOUT_S", "-1")]
 )
-def test_a_wrong_variable_is_a_usage_fault(
+def test_a_wrong_variable_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name, value)
@@ -100,7 +100,7 @@ def test_a_change_keeps_the_rest_and_is_private(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"part": 1}, {"parts": 0}, {"split": "half"}, {"part": "x"}])
 def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    """A setting that `read` would refuse would keep the agent from ever starting."""
+    """An agent could not start with a setting that `read` refuses."""
     settings.change(tmp_path, split="shards")
     before = (tmp_path / settings.FILE).read_bytes()
     with pytest.raises(UsageError):
@@ -122,14 +122,14 @@ def an_enrollment() -> Enrollment:
     )
 
 
-def test_an_enrollment_comes_back_and_is_private(tmp_path: Path) -> None:
+def test_an_enrollment_is_read_back_and_private(tmp_path: Path) -> None:
     settings.write_enrollment(tmp_path, an_enrollment())
     assert settings.read_enrollment(tmp_path) == an_enrollment()
     if os.name == "posix":
         assert (tmp_path / settings.ENROLLMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
-def test_without_an_enrollment_the_way_is_shown(tmp_path: Path) -> None:
+def test_without_an_enrollment_the_hint_is_join(tmp_path: Path) -> None:
     with pytest.raises(NotEnrolled) as caught:
         settings.read_enrollment(tmp_path)
     assert caught.value.exit_code is ExitCode.REFUSED
@@ -137,13 +137,13 @@ def test_without_an_enrollment_the_way_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"peer":1}', b"[" * 100_000])
-def test_a_damaged_enrollment_is_said(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_enrollment_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / settings.ENROLLMENT_FILE).write_bytes(content)
     with pytest.raises(HomeError, match="damaged"):
         settings.read_enrollment(tmp_path)
 
 
-def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
+def test_non_ascii_settings_in_any_locale(tmp_path: Path) -> None:
     settings.change(tmp_path, data="/home/jürgen/data.csv")
     in_ascii(f"""
         from pathlib import Path
@@ -159,7 +159,7 @@ def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
         ("cpu_share", "200", "cpu_share is wrong: .* <= 1.0, not '200'"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_is_right(
+def test_the_error_for_a_wrong_value_names_the_valid_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
 ) -> None:
     monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name.upper(), value)

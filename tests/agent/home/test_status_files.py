@@ -1,4 +1,4 @@
-"""The two files by which commands reach an agent: whole, private, and never the agent's end."""
+"""The two files between commands and the agent: atomic, private, and robust when damaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def a_status() -> Status:
     return Status(pid=1, at=2.0, since=1.0, peer="P", name="box", version="0", state="idle")
 
 
-def test_the_status_is_what_was_last_said(tmp_path: Path) -> None:
+def test_the_status_is_read_back(tmp_path: Path) -> None:
     assert status_files.read_status(tmp_path) is None
     for state in ("idle", "training"):
         status = a_status()
@@ -24,7 +24,7 @@ def test_the_status_is_what_was_last_said(tmp_path: Path) -> None:
     assert status_files.read_status(tmp_path) == status
 
 
-def test_the_wish_outlives_the_agent(tmp_path: Path) -> None:
+def test_the_request_survives_the_agent(tmp_path: Path) -> None:
     assert status_files.read_request(tmp_path) == OwnerRequest()
     for wish in (
         OwnerRequest(want="pause", until=12.5),
@@ -40,14 +40,14 @@ def test_the_wish_outlives_the_agent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[]", b"{", b'{"want":"dance"}', b'{"want":1}', b"[" * 100_000]
 )
-def test_a_damaged_file_reads_as_none(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_reads_as_missing(tmp_path: Path, content: bytes) -> None:
     for name in (status_files.STATUS_FILE, status_files.REQUEST_FILE):
         (tmp_path / name).write_bytes(content)
     assert status_files.read_status(tmp_path) is None
     assert status_files.read_request(tmp_path) == OwnerRequest()
 
 
-def test_a_file_of_a_newer_version_is_read_as_far_as_it_is_understood(tmp_path: Path) -> None:
+def test_unknown_fields_of_a_newer_version_are_ignored(tmp_path: Path) -> None:
     (tmp_path / status_files.REQUEST_FILE).write_bytes(
         b'{"want":"pause","until":0.0,"mood":"good"}'
     )

@@ -1,4 +1,4 @@
-"""The policy as a table: what is set, what is sensed, what is decided."""
+"""The policy as a table: settings, readings, decision."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ NIGHTS = "mon-fri 18:00-08:00"
 CAP = {"up_mb_a_day": 500.0}
 
 TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    # set, sensed (over QUIET), decided: "run", "slow S", or the words of the pause
+    # settings, readings (over QUIET), decision: "run", "slow S", or the reason of the pause
     ({}, {}, "run"),
     ({}, NOTHING, "run"),
-    # over all
+    # all rules together
     ({"work": "never"}, {}, "work is set to never"),
     ({"work": "always"}, {"on_battery": True, "others_percent": 99.0}, "run"),
     ({"work": "always"}, {"user_idle_s": 0.0}, "run"),
@@ -82,7 +82,7 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "other programs use more than 60 % of the CPU",
     ),
     ({"busy_percent": 0.0}, {"others_percent": 1.0}, "other programs use more than 0 % of the CPU"),
-    # its user
+    # user
     ({}, {"user_idle_s": 5.0}, "slow 0.5"),
     ({}, {"user_idle_s": 5.0, "gpu": True}, "somebody uses this machine"),
     ({}, {"user_idle_s": 180.0, "gpu": True}, "run"),
@@ -94,7 +94,7 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"user_idle_s": 2.0}, {"user_idle_s": 5.0}, "run"),
     ({"user_idle_s": 900.0}, {"user_idle_s": 600.0, "gpu": True}, "somebody uses this machine"),
     ({"user": "never"}, {"user_idle_s": float("inf")}, "run"),
-    # the week
+    # schedule
     ({"hours": NIGHTS}, {}, "schedule, until wed 18:00"),
     ({"hours": NIGHTS}, {"minute": 2 * DAY_MINUTES + 1100}, "run"),
     ({"hours": NIGHTS}, {"minute": 5 * DAY_MINUTES + 600}, "schedule, until mon 18:00"),
@@ -102,12 +102,12 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"hours": NIGHTS, "schedule": "never"}, {"minute": None}, "schedule: unknown here"),
     ({"hours": NIGHTS, "schedule": "always"}, {}, "run"),
     ({"schedule": "never"}, {}, "run"),
-    # the network
+    # metered network
     ({}, {"metered": True}, "metered network"),
     ({}, {"metered": None}, "run"),
     ({"metered": "never"}, {"metered": None}, "metered: unknown here"),
     ({"metered": "always"}, {"metered": True}, "run"),
-    # heat
+    # temperature
     ({}, {"hottest_c": 85.0}, "run"),
     ({}, {"hottest_c": 85.5}, "hotter than 85 °C"),
     ({"hot_c": 70.0}, {"hottest_c": 71.0}, "hotter than 70 °C"),
@@ -133,14 +133,14 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"disk_gb": 1.0}, {"home_bytes": None}, "run"),
     ({"disk_gb": 1.0, "disk": "never"}, {"home_bytes": None}, "disk: unknown here"),
     ({"disk_gb": 1.0, "disk": "always"}, {"home_bytes": 10**12}, "run"),
-    # how hard
+    # pace
     ({"cpu_share": 0.25}, {}, "slow 0.25"),
     ({"cpu_share": 0.25}, {"user_idle_s": 1.0}, "slow 0.25"),
     ({"cpu_share_in_use": 0.1}, {"user_idle_s": 1.0}, "slow 0.1"),
     ({"cpu_share_in_use": 1.0}, {"user_idle_s": 1.0}, "run"),
     ({"gpu_share": 0.6, "cpu_share": 0.1}, {"gpu": True}, "slow 0.6"),
     ({"gpu_share": 0.6, "cpu_share": 0.1}, {}, "slow 0.1"),
-    # more than one at a time, in the order of the rules
+    # several rules at once, in their order
     ({}, {"on_battery": True, "metered": True}, "on battery, metered network"),
     (
         {"hours": NIGHTS},
@@ -161,7 +161,7 @@ def told(chosen: dict[str, Any], sensed: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("chosen", "sensed", "decided"), TABLE)
-def test_the_table(chosen: dict[str, Any], sensed: dict[str, Any], decided: str) -> None:
+def test_decisions(chosen: dict[str, Any], sensed: dict[str, Any], decided: str) -> None:
     assert told(chosen, sensed) == decided
 
 
@@ -177,7 +177,9 @@ def test_the_table(chosen: dict[str, Any], sensed: dict[str, Any], decided: str)
         ("memory", {"memory_free_percent": 8.5}, False),
     ],
 )
-def test_what_has_paused_lets_go_later(rule: str, sensed: dict[str, Any], still: bool) -> None:
+def test_an_active_rule_ends_at_a_lower_limit(
+    rule: str, sensed: dict[str, Any], still: bool
+) -> None:
     decided = decide(PolicySettings(), SensorReadings(**{**QUIET, **sensed}), frozenset({rule}))
     assert isinstance(decided, Pause) is still
 
@@ -214,7 +216,7 @@ rules = st.frozensets(st.sampled_from(RULES))
 
 
 @given(chosen=settings, sensed=senses, held=rules)
-def test_a_decision_names_rules_that_are_asked(
+def test_a_decision_names_only_rules_that_apply(
     chosen: PolicySettings, sensed: SensorReadings, held: frozenset[str]
 ) -> None:
     decided = decide(chosen, sensed, held)
@@ -223,7 +225,9 @@ def test_a_decision_names_rules_that_are_asked(
         assert decided.reason
         assert chosen.work == "auto"
         assert all(getattr(chosen, rule) != "always" for rule in decided.rules)
-        assert decide(chosen, sensed, decided.rules) == decided, "it holds itself up at most"
+        assert decide(chosen, sensed, decided.rules) == decided, (
+            "the same readings keep the decision"
+        )
     elif isinstance(decided, Slow):
         assert 0 < decided.share < 1
     ahead = forecast(chosen, sensed, decided)
@@ -233,9 +237,7 @@ def test_a_decision_names_rules_that_are_asked(
 
 
 @given(chosen=settings, sensed=senses)
-def test_a_stricter_mode_never_lets_more_through(
-    chosen: PolicySettings, sensed: SensorReadings
-) -> None:
+def test_a_stricter_mode_never_allows_more(chosen: PolicySettings, sensed: SensorReadings) -> None:
     from msgspec.structs import replace
 
     for rule in RULES:
@@ -249,7 +251,7 @@ def test_a_stricter_mode_never_lets_more_through(
 
 
 @given(chosen=settings)
-def test_where_nothing_is_known_auto_works(chosen: PolicySettings) -> None:
+def test_auto_works_if_all_readings_are_unknown(chosen: PolicySettings) -> None:
     from msgspec.structs import replace
 
     auto = replace(chosen, work="auto", **dict.fromkeys(RULES, "auto"))
@@ -267,12 +269,10 @@ def test_where_nothing_is_known_auto_works(chosen: PolicySettings) -> None:
         (CAP, {"up_today_bytes": 10**9}, Forecast(free_in_s=12 * 3600.0)),
     ],
 )
-def test_when_it_changes_by_the_clock(
-    chosen: dict[str, Any], sensed: dict[str, Any], ahead: Forecast
-) -> None:
+def test_forecast(chosen: dict[str, Any], sensed: dict[str, Any], ahead: Forecast) -> None:
     made, felt = PolicySettings(**chosen), SensorReadings(**{**QUIET, **sensed})
     assert forecast(made, felt, decide(made, felt)) == ahead
 
 
-def test_run_is_the_answer_of_a_quiet_machine() -> None:
+def test_an_idle_machine_works_without_limits() -> None:
     assert decide(PolicySettings(), SensorReadings(**QUIET)) == Run()

@@ -1,4 +1,4 @@
-"""The hours of a week, as written and as they pass."""
+"""Work hours: parsing, and when they change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MON, FRI, SAT, SUN = 0, 4 * DAY_MINUTES, 5 * DAY_MINUTES, 6 * DAY_MINUTES
         ("MON 8:00 - 9:00, sat 0:00-24:00", SAT + 5, True),
     ],
 )
-def test_hours_as_written(text: str, minute: int, is_open: bool) -> None:
+def test_parse_hours(text: str, minute: int, is_open: bool) -> None:
     assert schedule.parse(text).is_open(minute) is is_open
 
 
@@ -47,12 +47,12 @@ def test_hours_as_written(text: str, minute: int, is_open: bool) -> None:
         "x 1:00-2:00",
     ],
 )
-def test_what_are_no_hours_is_refused(text: str) -> None:
+def test_malformed_hours_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a range of hours"):
         schedule.parse(text)
 
 
-def test_all_week_never_changes() -> None:
+def test_the_whole_week_never_changes() -> None:
     assert schedule.parse("mon-sun 0:00-24:00").minutes_until_change(17) == 0
     assert schedule.parse("").minutes_until_change(17) == 0
 
@@ -63,12 +63,12 @@ def test_all_week_never_changes() -> None:
     ),
     minute=st.integers(0, WEEK_MINUTES - 1),
 )
-def test_it_changes_when_it_says(windows: list[tuple[int, int]], minute: int) -> None:
+def test_minutes_until_change(windows: list[tuple[int, int]], minute: int) -> None:
     week = WeeklyHours(tuple((begin, begin + length) for begin, length in windows))
     wait = week.minutes_until_change(minute)
     now = week.is_open(minute)
     last = wait or WEEK_MINUTES
-    # Each minute until then is as now; and that one is not.
+    # Nothing changes before that minute, and it does at that minute.
     assert all(
         week.is_open((minute + m) % WEEK_MINUTES) == now for m in range(0, last, max(1, last // 97))
     )

@@ -1,4 +1,4 @@
-"""The sensors on a folder that stands in for /sys, and on this machine as it is."""
+"""The sensors, on a folder that replaces /sys and on this machine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def supply(root: Path, name: str, **files: object) -> None:
         (folder / file).write_text(f"{value}\n")
 
 
-def test_power_as_linux_tells_it(tmp_path: Path) -> None:
+def test_battery_on_linux(tmp_path: Path) -> None:
     (tmp_path / "class/power_supply").mkdir(parents=True)
-    assert sensors.battery(tmp_path) == (False, None), "no battery: a machine on mains"
+    assert sensors.battery(tmp_path) == (False, None), "without a battery the machine is on mains"
     supply(tmp_path, "BAT0", type="Battery", status="Discharging", capacity=41)
     assert sensors.battery(tmp_path) == (True, 41.0)
     supply(tmp_path, "mouse", type="Battery", scope="Device", status="Discharging", capacity=3)
-    assert sensors.battery(tmp_path) == (True, 41.0), "a mouse's battery is not the machine's"
+    assert sensors.battery(tmp_path) == (True, 41.0), "the battery of a mouse does not count"
     supply(tmp_path, "AC", type="Mains", online=1)
     assert sensors.battery(tmp_path) == (False, 41.0)
     supply(tmp_path, "AC", type="Mains", online=0)
@@ -34,7 +34,7 @@ def test_power_as_linux_tells_it(tmp_path: Path) -> None:
     assert sensors.battery(tmp_path) == (False, None)
 
 
-def test_the_hottest_of_all(tmp_path: Path) -> None:
+def test_the_hottest_sensor_counts(tmp_path: Path) -> None:
     assert sensors.hottest_c(tmp_path) is None
     for name, value in (("class/thermal/thermal_zone0", "45000"), ("class/hwmon/hwmon1", "61500")):
         (tmp_path / name).mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_the_hottest_of_all(tmp_path: Path) -> None:
     assert sensors.hottest_c(tmp_path) == 45.0
 
 
-def test_what_is_sensed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readings_are_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sensors.SYSFS_VARIABLE, str(tmp_path))
     supply(tmp_path, "BAT0", type="Battery", status="Discharging", capacity=41)
     clock = [100.0]
@@ -64,13 +64,13 @@ def test_what_is_sensed_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def spin(seconds: float, nice: int = 0) -> subprocess.Popen[bytes]:
     code = f"import os,time\nos.nice({nice})\nend=time.process_time()+{seconds}\n"
-    code += "while time.process_time() < end: sum(range(10_000))"  # hardly a call of the system
+    code += "while time.process_time() < end: sum(range(10_000))"  # few system calls
     return subprocess.Popen([sys.executable, "-c", code])
 
 
 @pytest.mark.parametrize(("nice", "ours_s"), [(0, 0.5), (10, 0.0)])
-def test_our_own_work_is_not_that_of_others(nice: int, ours_s: float) -> None:
-    """Two looks at the same machine: one knows the busy process for ours, one does not.
+def test_our_own_processes_do_not_count_as_others(nice: int, ours_s: float) -> None:
+    """Two meters on one machine: for one of them the busy process is ours.
 
     What is nice is in neither: it yields to everybody.
     """
@@ -80,7 +80,7 @@ def test_our_own_work_is_not_that_of_others(nice: int, ours_s: float) -> None:
     pids.append(process.pid)
     before = [look._read()[0] for look in (knowing, ignorant)]
     while process.poll() is None:
-        told = [look._read()[0] for look in (knowing, ignorant)]  # what was ours while it lives
+        told = [look._read()[0] for look in (knowing, ignorant)]  # read while the process lives
         time.sleep(0.005)
     process.wait()
     known_s = (told[1] - before[1]) - (told[0] - before[0])
@@ -88,9 +88,9 @@ def test_our_own_work_is_not_that_of_others(nice: int, ours_s: float) -> None:
     assert known_s == pytest.approx(ours_s, abs=0.24)
 
 
-def test_use_by_others_is_a_part_of_all_cores() -> None:
+def test_use_by_others_is_a_percentage_of_all_cores() -> None:
     others = OtherProcesses(lambda: ())
-    assert others.percent(0.0) == (None, None), "it takes two looks"
+    assert others.percent(0.0) == (None, None), "this needs two readings"
     time.sleep(0.05)
     short, long = others.percent(1.0)
     assert short == long

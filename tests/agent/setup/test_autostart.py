@@ -1,4 +1,4 @@
-"""The agent as a service: exact texts, what systemd says of them, and what is asked of it."""
+"""The agent as a service: the exact files, their check by systemd, and the commands."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_unit_of_the_usual_home() -> None:
     assert USUAL.name == "commonweight-agent"
 
 
-def test_a_chosen_home_and_odd_letters_are_quoted() -> None:
+def test_a_custom_home_and_special_characters_are_quoted() -> None:
     lines = systemd_unit(OTHER).splitlines()
     assert lines[4] == 'ExecStart="/opt/a \\"b\\"/bin/py$$1" -P -m agent.cli run'
     assert lines[5] == 'Environment="COMMONWEIGHT_AGENT_HOME=/srv/50%% of it/agent"'
@@ -89,7 +89,7 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, odd: bool) -> None:
         timeout=60,
         check=False,
     )
-    # It also grumbles about other units of this machine.
+    # It may also report faults of other units of this machine.
     assert file.name not in done.stderr
     assert done.returncode == 0, done.stderr
 
@@ -112,7 +112,7 @@ def test_the_launchd_agent() -> None:
     assert other["EnvironmentVariables"] == {"COMMONWEIGHT_AGENT_HOME": "/srv/50% of it/agent"}
 
 
-def test_each_system_has_its_own_way_and_others_are_told(tmp_path: Path) -> None:
+def test_each_platform_has_its_manager_or_an_error(tmp_path: Path) -> None:
     assert isinstance(find_manager(USUAL, "linux"), Systemd)
     assert isinstance(find_manager(USUAL, "darwin"), Launchd)
     with pytest.raises(UsageError, match="no service on win32") as caught:
@@ -122,14 +122,14 @@ def test_each_system_has_its_own_way_and_others_are_told(tmp_path: Path) -> None
     assert (made.python, made.is_custom_home) == (sys.executable, True)
 
 
-# --- what is asked of systemctl ---------------------------------------------------------------
+# --- calls of systemctl -----------------------------------------------------------------------
 
 Asked = Callable[[], list[str]]
 
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """A stand-in for `systemctl`, which needs a booted systemd; gives what it was asked."""
+    """A script in place of `systemctl`, which needs a booted systemd; returns its calls."""
     heard = tmp_path / "asked"
     script = tmp_path / "bin" / "systemctl"
     script.parent.mkdir()
@@ -141,7 +141,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script stands in for systemctl")
-def test_a_service_s_life(tmp_path: Path, asked: Asked) -> None:
+def test_the_life_cycle_of_a_service(tmp_path: Path, asked: Asked) -> None:
     system = Systemd(USUAL)
     for early in (system.uninstall, system.start, system.stop, system.status):
         with pytest.raises(NotRunning, match="not installed"):
@@ -184,7 +184,7 @@ def test_without_a_systemd_nothing_is_written(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd is Linux's")
-def test_the_doctor_is_told_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_checks_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from agent.setup import autostart
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -200,7 +200,7 @@ def test_the_doctor_is_told_of_the_service(tmp_path: Path, monkeypatch: pytest.M
     assert advice.fix.startswith("loginctl enable-linger ")
 
 
-def test_only_a_machine_that_has_joined_gets_a_service(tmp_path: Path) -> None:
+def test_a_service_needs_an_enrolled_machine(tmp_path: Path) -> None:
     env = environment(tmp_path, COMMONWEIGHT_AGENT_HOME=str(tmp_path / "home"))
     done = run_program([AGENT, "service", "install"], env)
     assert (done.returncode, done.stdout) == (5, "")

@@ -1,4 +1,4 @@
-"""Finding a coordinator in the own network, over real multicast DNS on loopback."""
+"""Discovery of coordinators over real multicast DNS on loopback."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
         own_port, forged_port = (int(site.address.rpartition(":")[2]) for site in (own, forger))
         code = tickets.encode_code(own.ticket())
         assert len(code) < 64
-        # The forger announces the very hash of the other's CA, which it cannot show.
+        # The forger announces the hash of the other's CA, but cannot present that CA.
         with announced("forger", forged_port, ca), announced("own", own_port, ca):
             network = seen(at_least=2)
         assert sorted(one.name for one in network) == ["forger", "own"]
@@ -70,7 +70,7 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
         with pytest.raises(Refused, match="is not the coordinator"):
             enrollment.join(tmp_path / "home", code, name="box", labels={})
         assert ("POST", "/cw/v1/join") not in forger.requests
-        monkeypatch.setattr(discovery, "discover", lambda: network)  # the forger stands first
+        monkeypatch.setattr(discovery, "discover", lambda: network)  # the forger comes first
         joined, _ = enrollment.join(tmp_path / "home", code, name="box", labels={})
         assert joined.addresses == (own.address,)
         monkeypatch.setattr(discovery, "discover", list)
@@ -78,7 +78,7 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
             enrollment.join(tmp_path / "other", code, name="box", labels={})
 
 
-def test_what_is_announced_is_read_with_care() -> None:
+def test_malformed_announcements_are_ignored() -> None:
     ca = bytes(range(32))
     good = {k.encode(): v.encode() for k, v in encode_txt_record("box", ca).items()}
     told = parse_txt_record(good)
@@ -91,7 +91,7 @@ def test_what_is_announced_is_read_with_care() -> None:
     assert parse_txt_record({}) is None
 
 
-def test_a_code_that_is_cut_or_mistyped_is_told_before_anything_is_asked() -> None:
+def test_a_mistyped_code_fails_before_any_request() -> None:
     code = tickets.encode_code(tickets.new_ticket(("a:1",), bytes(32)))
     for wrong in (code[:-3], code[:-1] + ("A" if code[-1] != "A" else "B"), "cw1s.", "cw1s.AAAA"):
         with pytest.raises(TicketMalformed):
@@ -107,7 +107,7 @@ def test_only_addresses_are_announced() -> None:
 NOBODYS = "203.0.113.7"
 
 
-def test_where_there_is_no_network_yet_it_is_announced_later(
+def test_the_announcement_is_retried_until_there_is_a_network(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(announcing, "RETRY_S", 0.1)
@@ -118,7 +118,7 @@ def test_where_there_is_no_network_yet_it_is_announced_later(
         assert [one.name for one in seen(at_least=1)] == ["own"]
 
 
-def test_where_nothing_can_be_heard_that_is_told() -> None:
+def test_discovery_without_a_network_is_an_error() -> None:
     with pytest.raises(Unreachable, match="cannot search") as told:
         discovery.discover(0.1, [NOBODYS])
     assert "whole ticket" in told.value.hint

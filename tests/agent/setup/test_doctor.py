@@ -1,4 +1,4 @@
-"""The agent's doctor: every check against a real coordinator, and against one that is wrong."""
+"""The agent's doctor against a real coordinator, and against ones with a fault."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_healthy_machine_passes_whether_or_not_its_agent_runs(site: Fleet) -> 
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
         f"✓ {name}" for name in HERE + THERE
     ]
-    # The agent at work noticed nothing, and neither did the coordinator.
+    # Neither the running agent nor the coordinator was disturbed.
     told = site.agent("box")
     assert (told["since"], told["session"], told["mqtt"]) == (since, True, True)
     assert site.events() == events
@@ -101,7 +101,7 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
     assert not (site.folder / "nobody").exists()
 
 
-def test_what_others_can_read_and_what_cannot_be_read(site: Fleet) -> None:
+def test_public_files_and_unreadable_settings_are_faults(site: Fleet) -> None:
     site.join("open")
     home = site.folder / "open"
     (home / "sign.key").chmod(0o644)
@@ -112,10 +112,10 @@ def test_what_others_can_read_and_what_cannot_be_read(site: Fleet) -> None:
         assert "sign.key" in made["permissions"]["detail"]
         assert made["permissions"]["fix"] == f"chmod -R go-rwx '{home}'"
     assert "idle_timeout_s" in made["settings"]["detail"]
-    assert made["coordinator"]["ok"], "the rest is looked at all the same"
+    assert made["coordinator"]["ok"], "the other checks still run"
 
 
-def test_a_removed_machine_is_told_so(site: Fleet) -> None:
+def test_a_removed_machine(site: Fleet) -> None:
     site.join("gone")
     assert site.ask("peers", "remove", "gone").returncode == 0
     code, made = doctor(site, "gone")
@@ -127,7 +127,7 @@ def test_a_removed_machine_is_told_so(site: Fleet) -> None:
     assert made["flower"]["ok"] is made["version"]["ok"] is None
 
 
-def test_another_environment_s_agent_package_is_found(site: Fleet, tmp_path: Path) -> None:
+def test_another_distribution_named_agent_is_a_fault(site: Fleet, tmp_path: Path) -> None:
     meta = tmp_path / "other-1.0.dist-info"
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
@@ -139,13 +139,13 @@ def test_another_environment_s_agent_package_is_found(site: Fleet, tmp_path: Pat
     assert "✗ packages: two packages named agent or protocols: other\n    fix: " in done.stdout
 
 
-async def test_an_mqtt_login_is_really_tried(site: Fleet) -> None:
+async def test_the_mqtt_login_is_tried(site: Fleet) -> None:
     mqtt = settings.read_enrollment(site.folder / "box").mqtt
     assert await try_login(mqtt) == ""
     wrong = msgspec.structs.replace(mqtt, password="wrong")
     assert "refused the MQTT login or does not answer" in await try_login(wrong)
     with socket.socket() as held:
-        held.bind((HOST, 0))  # bound and not listening: nobody answers there
+        held.bind((HOST, 0))  # bound, but not listening
         nobody = msgspec.structs.replace(mqtt, port=held.getsockname()[1])
         assert "no broker listens" in await try_login(nobody)
     stranger = msgspec.structs.replace(mqtt, ca_pem=identity.new_ca("other")[1].decode())
@@ -153,7 +153,7 @@ async def test_an_mqtt_login_is_really_tried(site: Fleet) -> None:
 
 
 @pytest.mark.long
-def test_one_that_awaits_approval_and_a_coordinator_that_is_down(tmp_path: Path) -> None:
+def test_a_machine_that_awaits_approval_and_a_coordinator_that_is_down(tmp_path: Path) -> None:
     with fleet(tmp_path) as made:
         up = made.up("--approve")
         made.join("box")
@@ -178,11 +178,11 @@ def test_one_that_awaits_approval_and_a_coordinator_that_is_down(tmp_path: Path)
         assert checks["mqtt"]["ok"] is None
 
 
-# --- a coordinator that is wrong in one thing -------------------------------------------------
+# --- coordinators with one fault --------------------------------------------------------------
 
 
 class Answering(BaseHTTPRequestHandler):
-    """Answers every request with a date of its own."""
+    """Answers every request with a wrong date."""
 
     ahead_s = 0.0
     protocol_version = "HTTP/1.1"
@@ -206,7 +206,7 @@ class Answering(BaseHTTPRequestHandler):
 def impostor(
     home: Path, *, ahead_s: float = 0.0, name: str = HOST, other_ca: bool = False
 ) -> Iterator[None]:
-    """Something that listens where this home's coordinator should be."""
+    """A server at the address of this home's coordinator."""
     ca_key, ca_pem = identity.new_ca("test")
     trusted = identity.new_ca("another") if other_ca else (ca_key, ca_pem)
     key, certificate = identity.new_server_certificate(ca_key, ca_pem, [name])
@@ -264,7 +264,7 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
         (400.0, False, "behind the coordinator: signatures are refused"),
     ],
 )
-def test_a_wrong_clock_is_found(agent_home: Path, ahead_s: float, ok: bool, said: str) -> None:
+def test_a_wrong_clock_is_a_fault(agent_home: Path, ahead_s: float, ok: bool, said: str) -> None:
     with impostor(agent_home, ahead_s=ahead_s):
         made = {check.name: check for check in examine_agent(agent_home)}
     assert made["tls"].ok
@@ -280,7 +280,7 @@ def test_a_wrong_clock_is_found(agent_home: Path, ahead_s: float, ok: bool, said
         ({"other_ca": True}, "is not valid", "another coordinator answers there"),
     ],
 )
-def test_who_answers_is_not_our_coordinator(
+def test_another_server_at_the_coordinators_address(
     agent_home: Path, wrong: dict[str, Any], said: str, fix: str
 ) -> None:
     with impostor(agent_home, **wrong):
@@ -292,8 +292,8 @@ def test_who_answers_is_not_our_coordinator(
     assert made["coordinator"].ok is None
 
 
-def test_how_far_a_clock_may_be_off() -> None:
-    # A header's time lags by up to 2 s: 1 s is what it shows on the average.
+def test_limits_of_the_clock_skew() -> None:
+    # A date header lags by up to 2 s, by 1 s on average.
     for fine in (-2.0, 0.0, 1.0, 2.0, 3.9):
         assert isinstance(check_skew(fine), str)
     for odd in (4.5, -2.5, -100.0, -298.0):
@@ -303,8 +303,8 @@ def test_how_far_a_clock_may_be_off() -> None:
             check_skew(wrong)
 
 
-def test_it_can_be_asked_again_and_again(site: Fleet) -> None:
-    """No request of a doctor is taken for a replay, none leaves a session behind."""
+def test_the_doctor_can_run_repeatedly(site: Fleet) -> None:
+    """No request is refused as a replay, and no session stays open."""
     for _ in range(2):
         assert doctor(site, "box")[0] == 0
     wait_for(

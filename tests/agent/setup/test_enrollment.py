@@ -1,4 +1,4 @@
-"""Joining the real thing: nothing is said to a stranger, and every refusal says why."""
+"""Joining a real coordinator: strangers get no data, and each refusal has its reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def join(home: Path, ticket: Ticket, **options: bool) -> str:
     return joined.peer
 
 
-def test_a_machine_joins_and_knows_what_it_needs(site: Site, home: Path) -> None:
+def test_a_machine_joins(site: Site, home: Path) -> None:
     joined, awaiting = enrollment.join(
         home, tickets.encode(site.ticket()), name="box", labels={"site": "north"}
     )
@@ -58,8 +58,8 @@ def test_a_machine_joins_and_knows_what_it_needs(site: Site, home: Path) -> None
             assert (home / name).stat().st_mode & 0o777 == 0o600
 
 
-def test_another_ca_than_the_tickets_gets_nothing(site: Site, home: Path) -> None:
-    """Somebody else answers at the address: not a secret, not a key, not a name goes there."""
+def test_a_server_with_another_ca_gets_nothing(site: Site, home: Path) -> None:
+    """Another server answers at the address: it gets no secret, no key and no name."""
     ticket = msgspec.structs.replace(site.ticket(), ca_sha256=bytes(32))
     with pytest.raises(Refused, match="not the coordinator that made this ticket"):
         join(home, ticket)
@@ -79,7 +79,7 @@ def test_the_right_ca_without_its_key_gets_nothing(site: Site, home: Path, tmp_p
     assert not (home / ENROLLMENT_FILE).exists()
 
 
-def test_no_ticket_no_request(site: Site, home: Path) -> None:
+def test_a_malformed_ticket_sends_no_request(site: Site, home: Path) -> None:
     text = tickets.encode(site.ticket())
     for wrong in (text[:-1], text[1:], "", "hello"):
         with pytest.raises(TicketMalformed):
@@ -98,7 +98,7 @@ def test_no_ticket_no_request(site: Site, home: Path) -> None:
         ("secret", "does not know this ticket"),
     ],
 )
-def test_a_ticket_that_is_no_good_is_refused_with_why(
+def test_an_unusable_ticket_is_refused_with_the_reason(
     site: Site, home: Path, spoil: str, words: str
 ) -> None:
     ticket = site.ticket(ttl_s=-1.0 if spoil == "expire" else 60.0)
@@ -124,7 +124,9 @@ def test_a_second_try_with_the_same_key_is_the_same_machine(site: Site, home: Pa
     assert len(site.registry.peers) == 1
 
 
-def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home: Path) -> None:
+def test_joining_twice_is_refused_and_replace_joins_as_a_new_machine(
+    site: Site, home: Path
+) -> None:
     first = join(home, site.ticket())
     with pytest.raises(HomeError, match="joined a fleet already") as caught:
         join(home, site.ticket())
@@ -135,9 +137,12 @@ def test_joining_twice_is_refused_and_replace_is_a_new_machine(site: Site, home:
 
 
 @pytest.mark.parametrize("how", ["replace", "leave"])
-def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, how: str) -> None:
+def test_peers_of_the_last_fleet_are_forgotten(site: Site, home: Path, how: str) -> None:
     join(home, site.ticket())
-    for file in (FILE, CERTIFICATE):  # a pass and peers' addresses, and what its key has signed
+    for file in (
+        FILE,
+        CERTIFICATE,
+    ):  # an access token, addresses of peers, and what the key has signed
         write_private(home / file, b"of the last fleet")
     if how == "replace":
         join(home, site.ticket(), replace=True)
@@ -148,7 +153,7 @@ def test_whom_the_last_fleet_has_named_is_asked_no_more(site: Site, home: Path, 
 
 
 def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) -> None:
-    """The agent would later write its old enrollment over the new one, beside the new keys."""
+    """A running agent would later overwrite the new enrollment with its old one."""
     first = join(home, site.ticket())
     before = {path.name: path.read_bytes() for path in home.iterdir()}
     running = homes.lock_home(home, "agent")
@@ -156,13 +161,13 @@ def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) 
         join(home, site.ticket(), replace=True)
     assert "commonweight-agent finish" in caught.value.hint
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
-    assert list(site.registry.peers) == [first], "nothing was asked of the coordinator"
+    assert list(site.registry.peers) == [first], "no request was sent"
     running.release()
     assert join(home, site.ticket(), replace=True) != first
     homes.lock_home(home, "agent").release()
 
 
-def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) -> None:
+def test_a_removed_machine_may_join_again_with_a_new_key(site: Site, home: Path) -> None:
     site.registry.remove(join(home, site.ticket()), "test")
     (home / ENROLLMENT_FILE).unlink()
     with pytest.raises(Refused, match="removed") as caught:
@@ -171,7 +176,7 @@ def test_a_removed_machine_may_come_back_with_a_new_key(site: Site, home: Path) 
     join(home, site.ticket(), replace=True)
 
 
-def test_a_refused_replacement_keeps_the_machine_that_was(site: Site, home: Path) -> None:
+def test_a_refused_replacement_keeps_the_old_enrollment(site: Site, home: Path) -> None:
     first = join(home, site.ticket())
     bad = msgspec.structs.replace(site.ticket(), secret=bytes(16))
     with pytest.raises(Refused):
@@ -181,7 +186,7 @@ def test_a_refused_replacement_keeps_the_machine_that_was(site: Site, home: Path
     assert identity.peer_id(identity.public_bytes(key)) == first
 
 
-def test_the_first_address_that_answers_is_taken(site: Site, home: Path) -> None:
+def test_the_first_address_that_answers_is_used(site: Site, home: Path) -> None:
     with socket.create_server((HOST, 0)) as taken:
         closed = f"{HOST}:{taken.getsockname()[1]}"
     ticket = msgspec.structs.replace(site.ticket(), addresses=(closed, site.address))
@@ -192,13 +197,13 @@ def test_the_first_address_that_answers_is_taken(site: Site, home: Path) -> None
 @pytest.mark.parametrize(
     "address", ["no such host:1", "[::1", "", "a:b:c", "host:99999", "1.2.3.4:x"]
 )
-def test_an_address_that_is_none_is_passed_over(site: Site, home: Path, address: str) -> None:
-    """A ticket is whole, but made by hand."""
+def test_a_malformed_address_is_skipped(site: Site, home: Path, address: str) -> None:
+    """The ticket is well formed, but its address is not."""
     ticket = msgspec.structs.replace(site.ticket(), addresses=(address, site.address))
     join(home, ticket)
 
 
-def test_nobody_there(site: Site, home: Path) -> None:
+def test_no_coordinator_answers(site: Site, home: Path) -> None:
     with socket.create_server((HOST, 0)) as taken:
         closed = f"{HOST}:{taken.getsockname()[1]}"
     ticket = msgspec.structs.replace(site.ticket(), addresses=(closed,))
@@ -206,7 +211,7 @@ def test_nobody_there(site: Site, home: Path) -> None:
         join(home, ticket)
 
 
-def test_something_that_speaks_no_tls(site: Site, home: Path) -> None:
+def test_a_server_without_tls(site: Site, home: Path) -> None:
     with socket.create_server((HOST, 0)) as server:
 
         def greet() -> None:
@@ -223,16 +228,14 @@ def test_something_that_speaks_no_tls(site: Site, home: Path) -> None:
         greeting.join()
 
 
-def test_a_waiting_machine_is_told(tmp_path: Path, home: Path) -> None:
+def test_a_machine_that_awaits_approval(tmp_path: Path, home: Path) -> None:
     (tmp_path / "careful").mkdir()
     with Site(tmp_path / "careful", approve=True).up() as careful:
         _, awaiting = enrollment.join(home, tickets.encode(careful.ticket()), name="box", labels={})
     assert awaiting
 
 
-def test_of_a_certificate_without_end_little_is_read(
-    site: Site, home: Path, tmp_path: Path
-) -> None:
+def test_an_endless_certificate_is_cut(site: Site, home: Path, tmp_path: Path) -> None:
     key = identity.new_node_key()
     write_private(tmp_path / "own.key", identity.private_pem(key))
     certify(tmp_path / "own.pem", key, "forger")
