@@ -1,1 +1,1 @@
-"""Programs that measure: speed, faults, quality. They are no tests; `make` starts them."""
+"""Programs that measure speed, fault tolerance and model quality. Not tests; `make` runs them."""

@@ -1,1 +1,1 @@
-"""Faults on real processes and in a simulator. `make faults`, `make soak`, `make month`."""
+"""Faults in real processes and in a simulator: `make faults`, `make soak`, `make month`."""

@@ -1,9 +1,9 @@
 """python -m benchmarks.faults [--quick] [--only WORD…] [--seeds N…] [--points P…] [--add] …
 
-Every fault of the list that one machine can have, on real processes and in the simulator. Prints a
-table, writes docs/faults/fault-results.json and the table in docs/reliability.md, and ends with 1
-if an invariant was violated. A long case can be played in parts: `--only coordinator --seeds 1`,
-then `--seeds 2 3 --add`.
+Runs all faults of the list that can be tested on one machine, with real processes and in the
+simulator. Prints a table, writes docs/faults/fault-results.json and the table in
+docs/reliability.md, and exits with 1 if an invariant was violated. You can split a long case:
+`--only coordinator --seeds 1`, then `--seeds 2 3 --add`.
 """
 
 from __future__ import annotations

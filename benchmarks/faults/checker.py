@@ -1,13 +1,14 @@
-"""The checker: are FAULTS.md's invariants A, B and C kept? It believes files, not the program.
+"""Checks invariants A, B and C of FAULTS.md from files, independently of the product's code.
 
-The ledger is read with sqlite3 and its chain computed again here; versions are hashed; what agents
-were told is in their truth files (`protocols.failpoints.note`). A finding is one sentence.
+It reads the ledger with sqlite3, recomputes its hash chain, and hashes the versions. What agents
+received is in their truth files (`protocols.failpoints.note`). A finding is one sentence.
 
-A  each acknowledged update is accepted once or refused with a reason; what was accepted in a round
-   is summed in that round's version, once, and nothing else is
-B  each version's parent is the one before; none is missing, none is made twice; the newest, its
-   parent and the best lie on disk under their digest; no entry of an earlier look has changed
-C  no training step is done twice but for those since the last checkpoint
+A  Each acknowledged update is accepted once or refused with a reason. An update accepted in a round
+   is summed in that round's version exactly once, and nothing else is.
+B  The parent of each version is the one before; no version is missing or made twice. The newest
+   version, its parent and the best one are on disk with the right digest. No ledger entry changed
+   since an earlier check.
+C  No training step is repeated, except those since the last checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Coordinator, agent and trainer die at every step of a round; the run ends as if none had."""
+"""Kills coordinator, agent and trainer at every step of a round; the result must not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks that are full, and files that are not what they were."""
+"""Full disks and damaged files."""
 
 from __future__ import annotations
 

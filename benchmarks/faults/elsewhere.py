@@ -1,4 +1,4 @@
-"""Faults whose cases are tests of their own elsewhere, and those that no case covers."""
+"""Faults that other tests cover, and faults without a case."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Coordinator and agents die at every step of a unit; the job ends as if none had.
+"""Kills coordinator and agents at every step of a job's unit; the result must not change.
 
-Rows that are spread (infer), models measured on each peer's own rows (eval) and a question about
-its table (analyze). What is verified is for good: it is not leased, asked for or returned again.
+Covers scatter jobs (infer), evaluation on each peer's own rows (eval) and analytics queries
+(analyze). A verified unit is final: it must not be leased, requested or returned again.
 """
 
 from __future__ import annotations

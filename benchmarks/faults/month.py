@@ -1,9 +1,9 @@
 """python -m benchmarks.faults.month [--rounds 10000] [--out FILE]
 
-A month in an hour: rounds of a tiny model by the thousand on a real fleet, and between runs of them
-what a month brings: machines that sleep, a broker that restarts, settings that change, logs that
-rotate. Tells how memory and open files of each program grew with the rounds, and where they stood
-after each tenth: caches that fill make an ever flatter line, a leak a straight one.
+Simulates a month in an hour: thousands of rounds of a tiny model on a real fleet. Between runs
+machines sleep, the broker restarts, settings change, and logs rotate. Reports how memory and open
+files of each program grow with the rounds, with the value after each tenth: a cache that fills
+flattens, a leak keeps growing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Links that break, hang or crawl; a broker that is not there; a peer that is stopped."""
+"""Broken, hanging and slow connections, a missing broker, and a stopped peer."""
 
 from __future__ import annotations
 

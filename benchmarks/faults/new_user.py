@@ -1,8 +1,8 @@
 """python -m benchmarks.faults.new_user [--install] [--ipv6]
 
-A new user's way by the clock: three machines (network namespaces), each with nothing but Python,
-and the docs' commands only. Then what a laptop does: its link goes down and comes back, its address
-changes, it sleeps. With --install the packages come from the index into an empty environment.
+Times a new user's first steps: three machines (network namespaces) with only Python, and only the
+commands of the docs. Then the link of a laptop goes down and up, its address changes, and it
+sleeps. With --install, packages are installed from the index into an empty environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the cases of a fault came to: a row of the table, of fault-results.json, and of the docs."""
+"""Results of a fault's cases: as a row of the table, of fault-results.json, and of the docs."""
 
 from __future__ import annotations
 

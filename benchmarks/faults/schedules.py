@@ -1,4 +1,4 @@
-"""Many schedules of the simulator, in as many processes as there are cores."""
+"""Runs many schedules of the simulator, with one process per core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulated agent: the product's state machine in a shell for the simulator."""
+"""The simulated agent: the product's state machine, with the I/O of the simulator."""
 
 from __future__ import annotations
 

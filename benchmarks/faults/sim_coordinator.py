@@ -1,7 +1,7 @@
-"""The simulated coordinator: transitions, gate and fold are the product's, the rest is its shell.
+"""The simulated coordinator: the product's transitions, validation and reducer, with simulated I/O.
 
-It does what `run_loop`, `asking`, `lane`, `hub` and `superlink` do, in their order, with a `yield`
-wherever the process can die. Planted bugs are what must not be.
+It performs the steps of the run loop, the requests, the weight transfer and the Flower link in the
+same order, with a `yield` wherever the process can die. The BUGS are planted to test the checker.
 """
 
 from __future__ import annotations

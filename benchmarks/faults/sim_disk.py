@@ -1,4 +1,4 @@
-"""A disk that can lose power: what was renamed and not synced is there again, or is not."""
+"""A disk that can lose power: a rename without fsync may be lost."""
 
 from __future__ import annotations
 

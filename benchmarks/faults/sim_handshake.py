@@ -1,4 +1,4 @@
-"""What simulated peers tell of themselves before round 1, and how they compare it with work."""
+"""How simulated peers describe themselves before round 1, and compare their schema cards."""
 
 from __future__ import annotations
 

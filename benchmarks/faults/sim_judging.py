@@ -1,4 +1,4 @@
-"""What an answer amounts to in the simulator: past the product's gate a fact, else refused."""
+"""Turns an answer in the simulator into an event, or refuses it, with the product's validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulated network: requests that are lost or come late, MQTT that doubles and reorders."""
+"""The simulated network: requests can be lost or late; MQTT can duplicate and reorder messages."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""A fleet in one thread: the real pure cores under a simulated network, disk, clock and death.
+"""A fleet in one thread: the product's pure cores with simulated network, disk, clock and crashes.
 
-    python -m benchmarks.faults.simulator [SEED [BUG]]     one schedule again, with what it did
+    python -m benchmarks.faults.simulator [SEED [BUG]]     repeat one schedule and print its steps
 
-`coordinator.runs.transitions`, `gate`, `fleet` and `agent.daemon.state_machine` are the product's
-own; around them is what their shells do, cut into steps between which anything can die. A schedule
-is a seed: some hundred steps of whoever comes next, in some of them from the peers' first look at
-each other on, with delayed, doubled, reordered and lost messages, crashes, lost unsynced writes,
-wrong clocks, pauses and deadlines; then calm, in which the run must end. The checker that judges
-real fleets judges what is left on the simulated disk.
+The state machines of runs, fleet and agent are the product's own. The simulator replaces the I/O
+around them by small steps, between which any process can die. A schedule is a seed: several hundred
+steps in random order, with delayed, duplicated, reordered and lost messages, crashes, lost writes,
+wrong clocks, pauses and deadlines; some start with the handshake before round 1. Then faults stop,
+and the run must end. The checker for real fleets checks the simulated disk.
 """
 
 from __future__ import annotations

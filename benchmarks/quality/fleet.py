@@ -1,7 +1,7 @@
-"""A fleet in one process: the real run loop, strategies, Grid, codecs, gate, client and trainer.
+"""A fleet in one process: the real run loop, strategies, Grid, codecs, validation and trainer.
 
-What is left out is HTTP, TLS, MQTT and the trainer's own process: an agent is an object that takes
-its message from Flower's LinkState and answers it. So a hundred rounds take about a minute.
+It leaves out HTTP, TLS, MQTT and the trainer's child process: an agent is an object that takes its
+message from Flower's LinkState and answers it. So a hundred rounds take about a minute.
 """
 
 from __future__ import annotations

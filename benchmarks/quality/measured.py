@@ -1,4 +1,4 @@
-"""One course with one seed, trained; its figures, kept and read as JSON."""
+"""Trains one course with one seed; stores and loads its results as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured rows as a table with its bands, and as curves in SVG."""
+"""Prints results as a table with expected bands, and draws curves as SVG."""
 
 from __future__ import annotations
 

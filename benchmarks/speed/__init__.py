@@ -1,5 +1,5 @@
-"""The benchmark: commonweight beside stock Flower and beside what wire and memory allow.
+"""The benchmark: commonweight compared with stock Flower and with the physical floor.
 
-python -m benchmarks.speed           quick: three cases, below three minutes
+python -m benchmarks.speed           quick: three cases, less than three minutes
 python -m benchmarks.speed --full    all cases, load clients, idle figures; about 20 minutes
 """

@@ -1,9 +1,9 @@
-"""Questions to 337,000 flights of 16 carriers, a peer each, beside pandas on all of them together.
+"""Analytics queries over 337,000 flights of 16 carriers, one peer each, compared with pandas.
 
     python -m benchmarks.speed.analyze [--rows 336776]
 
-The table has the columns and sizes of nycflights13, made by seed. Each peer answers in a process of
-its own, as its agent would have it do, guard and log included.
+The table has the columns and sizes of nycflights13, generated from a seed. Each peer answers in a
+process of its own like an agent, with disclosure rules and log.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is measured: one row of the table is one case. Pure."""
+"""The cases of the benchmark: one row of the table each. Pure."""
 
 from __future__ import annotations
 

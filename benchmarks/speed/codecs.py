@@ -1,7 +1,7 @@
-"""python -m benchmarks.speed.codecs [--megabytes N]: bytes and speed of each codec, on one core
+"""python -m benchmarks.speed.codecs [--megabytes N]: size and speed of each codec, on one core
 
-Speed is that of float32 input: encoding (with the leftovers of an update before) and decoding
-(base plus change), in memory, by CPU time, best of a few passes. Files are on top of that.
+Speed is measured for float32 input in memory: encoding (with the residual of an earlier update) and
+decoding (base plus change), in CPU time, the best of a few passes. File I/O is not included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A demo's fleet in a temporary folder, for what shows the monitor at work."""
+"""The fleet of a demo in a temporary folder, for programs that record the monitor."""
 
 from __future__ import annotations
 

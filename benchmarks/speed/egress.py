@@ -1,11 +1,11 @@
-"""How often a version crosses the coordinator's line, and how long until all have it.
+"""How often the coordinator sends a version, and how long until all peers have it.
 
     python -m benchmarks.speed.egress [--mb 40] [--mbit 50] [--peers 2 4 8 16] [--out FOLDER]
     python -m benchmarks.speed.egress --slow
 
-Each peer is a process with the agent's own fetching and serving parts. The coordinator's line is a
-proxy that lets so many bits a second pass, all connections together; peers reach each other at
-the speed of loopback. Once with `share off`: each peer fetches from the coordinator.
+Each peer is a process with the agent's code for downloading and serving. A proxy limits the
+coordinator's bandwidth over all connections; peers reach each other at loopback speed. It also
+measures `share off`: each peer downloads from the coordinator.
 """
 
 from __future__ import annotations

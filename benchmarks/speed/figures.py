@@ -1,4 +1,4 @@
-"""What a pass over a case gives. Pure."""
+"""The results of a pass over a case. Pure."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""What wire, hash, memory and disk alone take for one round: nothing of ours, nothing of Flower's.
+"""The physical floor: the time that network, hashes, memory and disk alone need for one round.
 
-    wire    the model over TLS to all agents at once, and an update of its size back from each:
-            plain sockets, one thread a connection here, one process an agent there
-    hash    SHA-256 of what each agent receives (a process each) and of what comes back
-            (a thread each): once each way
+    wire    the model over TLS to all agents at once, and an update of the same size back from each:
+            plain sockets, one thread per connection here, one process per agent there
+    hash    SHA-256 of the data that each agent receives (in a process) and of all updates (a thread
+            each), once per direction
     mean    the float64 weighted mean of the updates in memory
     disk    one version written, flushed and renamed
 
-They follow each other in a round, so the floor is their sum; what overlaps could go below it.
+These steps follow each other in a round, so the floor is their sum; overlapping steps could be
+faster.
 
-python -m benchmarks.speed.floor PORT BYTES CA     one agent's end of the wire
+python -m benchmarks.speed.floor PORT BYTES CA     the agent's side of the connection
 """
 
 from __future__ import annotations

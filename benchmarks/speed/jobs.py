@@ -1,12 +1,12 @@
-"""Rows spread over four peers, and other ways. `python -m benchmarks.speed.jobs [--tiny]`
+"""A scatter job over four peers beside other ways. `python -m benchmarks.speed.jobs [--tiny]`
 
-Real processes: a coordinator, four agents with a trainer each, one of which is killed in the middle
-and one of which is ten times slower. Each row must be there once and equal to what one process
-finds. All of it shares this machine's cores, so a fleet cannot be faster here than a Pool is; what
-is measured is what the way through coordinator, ledger and lane costs. Beside it, over the same
-blocks: one process, a Pool, and a local Dask cluster in the environment of that extra, each without
-its start, without the cutting of the rows and without the writing of answers, which the fleet's
-seconds hold; they are from the command's start to the file with all answers.
+Real processes: a coordinator and four agents with a trainer each; one agent is killed in the middle
+and one is ten times slower. Each row must be in the result exactly once, and equal to the result of
+one process. All processes share this machine's cores, so a fleet cannot be faster than a Pool: this
+measures the overhead of coordinator, ledger and transfer. The other ways over the same blocks are
+one process, a Pool, and a local Dask cluster in the environment of that extra. Their times do not
+include the start, the splitting of rows and the writing of answers; the fleet's time does, from the
+start of the command to the complete file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The blocks of a job on a local Dask cluster.
+"""Runs the blocks of a job on a local Dask cluster.
 
     python -m benchmarks.speed.jobs_dask FOLDER WORKERS
 
-For the interpreter of the extra dask. FOLDER holds model.npz and the blocks, *.csv; the seconds
-that all blocks took are printed, the cluster's start not counted.
+Run it with the interpreter of the extra dask. FOLDER has model.npz and the blocks, *.csv. Prints
+the seconds for all blocks, without the start of the cluster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Many agents on one coordinator: a load client stands in for them, all in this process."""
+"""Many agents on one coordinator, simulated by a load client in this process."""
 
 from __future__ import annotations
 

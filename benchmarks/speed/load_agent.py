@@ -1,8 +1,8 @@
-"""A stand-in for one agent: speaks what an agent speaks, with keys of its own, and trains nothing.
+"""A simulated agent: it uses an agent's protocols with its own keys, and trains nothing.
 
-Session, heartbeat, poll, doorbell, lane, signatures and presence are those of `agent/`; only the
-process, the trainer and the disk are missing. With `agent/transport/coordinator_client.py` it
-shares the packing of messages.
+It has the session, heartbeat, polling, doorbell, weight transfer, signatures and presence of an
+agent, but no process, trainer or disk. It shares the encoding of messages with
+`agent/transport/coordinator_client.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HTTPS and MQTT for thousands of stand-ins in one process: as little as the protocols need."""
+"""Minimal HTTPS and MQTT clients for thousands of simulated agents in one process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """python -m benchmarks.speed.monitor [--peers 500 2000] [--rate 1000] [--seconds 20]
 
-The monitor under load: a fleet of so many peers that says so many messages a second, replayed into
-the real screens at 140x40. Told are the time of a frame (drawing and composing what has changed, in
-ms of CPU), the time from a key to the screen (wall), and how memory grows. `--seconds 600` is the
-long run.
+The monitor under load: a fleet with this many peers and messages per second, replayed into the real
+screens at 140x40. Reports the time per frame (drawing and composing changes, in ms of CPU), the
+time from a key to the screen (wall), and the growth of memory. `--seconds 600` is the long run.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """python -m benchmarks.speed.monitor_memory [--peers 500 2000] [--rate 1000] [--seconds 600]
     [--trace]
 
-Whether the monitor's memory stays flat. Histories are full before the clock starts (losses of every
-peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched anew several times
-beside the one that is there, so what grows after that grows for ever. The crowd lives in a process
-of its own and speaks JSON, as a coordinator does: what it remembers is not the monitor's. Told are
-resident MB and Python's blocks in the first and the last quarter, and the slope of a line through
-all of it. `--trace` (slow) names the lines that hold more than before.
+Checks that the monitor's memory does not grow. Before the measurement all histories are full
+(losses of every peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched
+several times, so later growth is a leak. The fleet is simulated in a process of its own that sends
+JSON like a coordinator, so its memory does not count. Reports resident MB and Python's blocks in
+the first and the last quarter, and the slope of a line through all samples. `--trace` (slow) lists
+the lines of code that hold more memory than before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """python -m benchmarks.speed.monitor_picture [--out docs/monitor.svg]
 
-The README's first picture: the real monitor at 140x40, watching the real demo. A coordinator and
-five agents are started, each agent with a few of the digits; late in the run the screen is kept.
+The first picture of the README: the real monitor at 140x40, watching the real demo. Starts a
+coordinator and five agents with a few digits each, and saves the screen late in the run.
 """
 
 from __future__ import annotations

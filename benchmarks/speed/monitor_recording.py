@@ -1,8 +1,8 @@
 """python -m benchmarks.speed.monitor_recording [--out coordinator/remote/recordings/demo.cwrec]
 
-The recording that `commonweight monitor --replay demo` plays: a real coordinator and five agents.
-They join, learn the digits, one is paused for a while and one killed and started again, and in the
-end each measures the best version on its own digits.
+The recording for `commonweight monitor --replay demo`: a real coordinator and five agents. They
+join and train on the digits; one is paused for a while, one is killed and started again; at the end
+each evaluates the best version on its own digits.
 """
 
 from __future__ import annotations

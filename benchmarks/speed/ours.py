@@ -1,4 +1,4 @@
-"""commonweight by its public commands: one coordinator, agents as processes, TLS and signatures."""
+"""commonweight with its public commands: a coordinator and agents, with TLS and signatures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of figures in docs/benchmarks.md and in the README, from the results of a full run."""
+"""Writes the tables of docs/benchmarks.md and of the README from the results of a full run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """python -m benchmarks.speed.polite [--only pause|busy|impact] [--percent 25]
 
-How soon an agent stands still, and what somebody who works beside it feels. A real agent trains
-2NN on MNIST without end; the machine's /sys is a folder, other programs are busy loops, and the
-work in the foreground is the compression of bytes on every core.
+How fast an agent pauses, and how much it slows down other work. A real agent trains 2NN on MNIST
+without end. The machine's /sys is a folder, other programs are busy loops, and the foreground work
+compresses bytes on every core.
 """
 
 from __future__ import annotations

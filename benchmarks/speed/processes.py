@@ -1,4 +1,4 @@
-"""What processes cost: CPU seconds and peak memory, of trees whose members come and go."""
+"""CPU seconds and peak memory of process trees whose members come and go."""
 
 from __future__ import annotations
 

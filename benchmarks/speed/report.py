@@ -1,4 +1,4 @@
-"""What was measured: as a table, as `bench-results.json`, and as two plots."""
+"""Results as a table, as `bench-results.json`, and as two plots."""
 
 from __future__ import annotations
 

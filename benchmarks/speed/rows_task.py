@@ -1,9 +1,9 @@
-"""The task "rows" for the benchmark of jobs: a small network in numpy over tables of numbers.
+"""The task "rows" for the benchmark of jobs: a small numpy network over tables of numbers.
 
 Setting   Default  Meaning
 features  10       columns of a table
 
-SLOWNESS in the environment makes predictions take so many times as long.
+The environment variable SLOWNESS multiplies the time of a prediction.
 """
 
 from __future__ import annotations

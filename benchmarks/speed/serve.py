@@ -1,10 +1,10 @@
-"""Answers in real time under load: how many, how fast, and through changes of the version.
+"""Predictions in real time under load: throughput, latency, and changes of the version.
 
     python -m benchmarks.speed.serve [--seconds 10] [--clients 1 8 32]
 
-A real fleet of one agent with the digits, and `commonweight-agent serve` on one core of its own.
-Clients ask for one digit after the other over kept connections, from another core. Then a run
-trains on, so that new versions take over while they ask; no request may fail.
+A real fleet of one agent with the digits, and `commonweight-agent serve` on a core of its own.
+Clients on another core request one digit after another over keep-alive connections. Then a run
+continues training, so new versions are loaded during requests; no request may fail.
 """
 
 from __future__ import annotations

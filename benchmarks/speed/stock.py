@@ -1,6 +1,6 @@
-"""Stock Flower as its documentation says: SuperLink, SuperNodes, `flwr run`. Insecure loopback.
+"""Stock Flower as documented: SuperLink, SuperNodes, `flwr run`, without TLS on loopback.
 
-Everything lies in a temporary folder; telemetry, update check and run-time installation are off.
+All files are in a temporary folder; telemetry, update check and run-time installation are off.
 """
 
 from __future__ import annotations

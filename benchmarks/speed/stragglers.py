@@ -1,9 +1,10 @@
 """python -m benchmarks.speed.stragglers [virtual|real]: two of eight peers are ten times slower.
 
-How long until the shared model reads 90 % of the digits, by synchronous rounds and buffered?
-`virtual`: real training, decisions, gate and aggregation; a training takes 1 of time, or 10 (give
-or take a tenth), and all else none. `real`: a coordinator and eight agents in processes, whose
-trainings are stretched by a sleep at each step, so that two cores do for eight machines.
+How long until the shared model classifies 90 % of the digits, with synchronous rounds and with
+buffered aggregation? `virtual`: real training, decisions, validation and aggregation, but a virtual
+clock: a training takes 1 or 10 units (± a tenth), all else takes none. `real`: a coordinator and
+eight agents as processes, whose training sleeps at each step, so two cores can act as eight
+machines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What closing a round costs, by strategy.
+"""The cost of closing a round, by strategy.
 
     python -m benchmarks.speed.strategies [MEGABYTES] [PEERS]
 
-Each strategy closes two rounds in a process of its own: real files, the real closing path, no
-network. The peak is what the process has grown by, the updates' files not counted.
+Each strategy closes two rounds in a process of its own, with real files and the real code, without
+a network. The peak is the growth of the process without the files of the updates.
 """
 
 from __future__ import annotations

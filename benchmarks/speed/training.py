@@ -1,12 +1,11 @@
-"""Examples a second of local training, beside a bare PyTorch loop.
+"""Examples per second of local training, compared with a plain PyTorch loop.
 
     python -m benchmarks.speed.training
 
-
-Ours goes the whole way that a round goes: a request to the trainer's child process, the base read
-from its file, progress and journal, the update written and synced. The bare loop is what a person
-would write with `nn.Module` and `torch.optim.SGD` over tensors in memory; only its loop is timed.
-Both train the same number of steps on the same digits with the same number of threads, in turn.
+Ours takes the complete path of a round: a request to the trainer's child process, the base read
+from its file, progress and journal, the update written and synced. The plain loop uses `nn.Module`
+and `torch.optim.SGD` over tensors in memory; only the loop is timed. Both train the same number of
+steps on the same digits with the same number of threads, alternating.
 """
 
 from __future__ import annotations

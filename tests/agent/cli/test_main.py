@@ -133,10 +133,10 @@ def test_the_last_lines_of_the_log(agent_home: Path) -> None:
 
 
 @pytest.fixture
-def following(home: Path) -> Iterator[Program]:
-    logged(home, "before")
-    env = environment(home.parent, COMMONWEIGHT_AGENT_HOME=str(home))
-    program = Program([AGENT, "logs", "-f"], env, home.parent / "followed")
+def following(agent_home: Path) -> Iterator[Program]:
+    logged(agent_home, "before")
+    env = environment(agent_home.parent, COMMONWEIGHT_AGENT_HOME=str(agent_home))
+    program = Program([AGENT, "logs", "-f"], env, agent_home.parent / "followed")
     yield program
     program.kill()
 

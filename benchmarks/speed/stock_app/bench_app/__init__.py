@@ -1,1 +1,1 @@
-"""A Flower app that trains nothing, as the `ping` task of commonweight."""
+"""A Flower app that trains nothing, like the `ping` task of commonweight."""

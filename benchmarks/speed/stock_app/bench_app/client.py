@@ -1,4 +1,4 @@
-"""The ClientApp: what comes goes back, plus 1, as the `ping` task does it."""
+"""The ClientApp: returns the weights plus 1, like the `ping` task."""
 
 from __future__ import annotations
 

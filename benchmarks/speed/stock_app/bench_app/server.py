@@ -1,6 +1,6 @@
 """The ServerApp: FedAvg over `kilobytes` of float32 in tensors of at most 4 MB.
 
-Writes one JSON line at the start and at the end of each round into the file `times`.
+Appends a JSON line to the file `times` at the start and at the end of each round.
 """
 
 from __future__ import annotations
