@@ -86,7 +86,7 @@ def _until_told(fleet: Site, run: str) -> None:
     """Wait until the run stands still and says why, or has ended in what room there was."""
 
     def told() -> bool:
-        waits = "room on the coordinator's disk" in fleet.ask("run", "show", run).stdout
+        waits = "space on the coordinator's disk" in fleet.ask("run", "show", run).stdout
         return waits or bool(fleet.ended(run))
 
     wait_for(told, "the full disk is told")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -37,6 +37,8 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.states import AVAILABLE, ENDED, PeerState
 from protocols.messages.topics import COORDINATOR
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 #: A training peer sends telemetry about every second.
 STALE_WORKING_S = 30.0
@@ -159,16 +161,9 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
         peer.losses.append(None if diverged else loss)
         del peer.losses[:-MAX_LOSSES]
     peer.diverged = diverged
-    numbers = (body.loss, body.samples_per_s, body.cpu_percent, body.battery_percent)
-    if any(number is not None and finite(number) is None for number in numbers):
-        body = msgspec.structs.replace(
-            body,
-            loss=loss,
-            samples_per_s=finite(body.samples_per_s) or 0.0,
-            cpu_percent=finite(body.cpu_percent) or 0.0,
-            battery_percent=finite(body.battery_percent),
-        )
-    peer.telemetry = body
+    peer.telemetry = _finite_fields(
+        body, loss=None, samples_per_s=0.0, cpu_percent=0.0, battery_percent=None
+    )
 
 
 # --- messages of the coordinator ---
@@ -233,7 +228,7 @@ def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> N
     """`behind` is how far the coordinator's clock is behind ours, in s."""
     behind = finite(behind) or 0.0
     began, ended = finite(body.began_at), finite(body.ended_at)
-    body = msgspec.structs.replace(body, rows_per_s=finite(body.rows_per_s) or 0.0)
+    body = _finite_fields(body, rows_per_s=0.0)
     fleet.jobs[body.job] = Job(
         changed=body,
         changed_at=now,
@@ -296,14 +291,22 @@ def _note_contributions(fleet: Fleet, body: RoundClosed, *, replace_last: bool) 
         )[-MAX_CONTRIBUTIONS:]
 
 
+def _finite_fields(body: S, **defaults: float | None) -> S:
+    """`body` with the default for each of these fields that is not finite."""
+    invalid = {
+        name: default
+        for name, default in defaults.items()
+        if (value := getattr(body, name)) is not None and finite(value) is None
+    }
+    return msgspec.structs.replace(body, **invalid) if invalid else body
+
+
 def _finite_round(body: RoundClosed) -> RoundClosed:
-    loss, accuracy = finite(body.loss), finite(body.accuracy)
+    finite_body = _finite_fields(body, loss=None, accuracy=None, seconds=0.0)
+    is_finite = (finite_body.loss, finite_body.accuracy) == (body.loss, body.accuracy)
     return msgspec.structs.replace(
-        body,
-        loss=loss,
-        accuracy=accuracy,
-        diverged=body.diverged or (loss, accuracy) != (body.loss, body.accuracy),
-        seconds=finite(body.seconds) or 0.0,
+        finite_body,
+        diverged=body.diverged or not is_finite,
         metrics={name: finite(value) for name, value in body.metrics.items()},
         norms={peer: norm for peer, norm in body.norms.items() if finite(norm) is not None},
         spread={name: three for name, three in body.spread.items() if _all_finite(three)},

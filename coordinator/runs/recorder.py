@@ -78,7 +78,7 @@ class RunRecorder:
         """The disk is full: report it, and return when there is space or it is time for a retry."""
         limits = self._ctx.transfer.limits
         free_mb = limits.free_bytes / 1e6
-        self.set_waiting_for(f"room on the coordinator's disk ({free_mb:,.0f} MB free)")
+        self.set_waiting_for(f"space on the coordinator's disk ({free_mb:,.0f} MB free)")
         if not self._disk_full:
             self._disk_full = True
             self.report("error", f"run {self.run.id} is interrupted: {err}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import os
 import socket
@@ -26,7 +25,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.transport.http_connection import LimitedHttpProtocol
-from protocols.errors import PortInUse, UsageError
+from coordinator.transport.ports import listen_error
 
 HANDSHAKE_TIMEOUT_S = 10.0
 #: Many agents, with two connections each, may share one address behind a router.
@@ -137,7 +136,9 @@ def _closing_after_refusal(app: ASGIApp) -> ASGIApp:
 class Server(uvicorn.Server):
     """uvicorn on a bound socket, without signal handlers: the coordinator decides when to stop."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, certificate: Path, key: Path) -> None:
+    def __init__(
+        self, app: ASGIApp, listener: RateLimitedListener, certificate: Path, key: Path
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 _closing_after_refusal(app),
@@ -169,7 +170,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
         max_files = raise_open_file_limit()
-        if isinstance(self._listener, RateLimitedListener) and max_files is not None:
+        if max_files is not None:
             # Leave a quarter of the open files for other uses.
             self._listener.max_connections = min(MAX_CONNECTIONS, max_files * 3 // 4)
         loop = asyncio.get_running_loop()
@@ -195,8 +196,7 @@ class Server(uvicorn.Server):
             for connection in self._protocols():
                 if connection.is_overdue(now):
                     connection.transport.abort()
-            if isinstance(self._listener, RateLimitedListener):
-                self._listener.drop_full_buckets(now)
+            self._listener.drop_full_buckets(now)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -216,20 +216,16 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.01)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> RateLimitedListener:
     """Bind a socket that limits its clients. Raises PortInUse, UsageError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = RateLimitedListener(family)
+    listener = RateLimitedListener(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if os.name != "nt":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as err:
         listener.close()
-        if err.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} of {host} is in use", "choose another: --port") from err
-        hint = "choose another: --host"
-        raise UsageError(f"cannot listen on {host}:{port}: {err.strerror or err}", hint) from err
+        raise listen_error(err, host, port) from err
     listener.setblocking(False)
     return listener
 

@@ -11,7 +11,6 @@ Rule 4: rumqttd does one TLS handshake at a time, without a timeout. One client 
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import tomli_w
 
-from coordinator.transport.ports import listenable
+from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
@@ -36,7 +35,6 @@ MIN_RETRY_S, MAX_RETRY_S = 0.5, 10.0
 _STABLE_S = 60.0  # a child that lived this long resets the retry delay
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 5.0
-_CHOOSE = "choose another port: --mqtt-port PORT"
 
 # -P: a folder named `iotcore` in the current directory must not hide the package. rumqttd logs each
 # packet as an error, so its log is disabled. A panic is still written to stderr.
@@ -109,7 +107,10 @@ class EmbeddedBroker:
         except (OSError, ValueError) as err:
             raise HomeError(f"cannot read {self._certificate} and its key: {err}") from err
         self._ip = await self._resolve()
-        self.port = _free_port(self._ip, self.host, self.port)
+        try:
+            self.port = listenable(self._ip, self.port)
+        except OSError as err:
+            raise listen_error(err, self.host, self.port, port_option="--mqtt-port") from err
         self._process = self._spawn()
         try:
             await self._wait_until_ready()
@@ -220,7 +221,10 @@ class EmbeddedBroker:
             if certificate is not None:
                 if certificate == _first_certificate(self._certificate):
                     return
-                raise PortInUse(f"another program answers at port {self.port}", _CHOOSE)
+                raise PortInUse(
+                    f"another program listens on port {self.port}",
+                    "choose another: --mqtt-port PORT",
+                )
             if time.monotonic() > until:
                 raise CommonweightError(
                     f"the MQTT broker did not answer in {START_TIMEOUT_S:.0f} s"
@@ -308,19 +312,6 @@ if sys.platform == "win32":
     _NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 else:
     _NEW_GROUP = 0
-
-
-def _free_port(ip: str, host: str, port: int) -> int:
-    """`port`, or a free port for 0. Raises PortInUse, UsageError."""
-    try:
-        return listenable(ip, port)
-    except OSError as err:
-        if err.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} of {host} is in use", _CHOOSE) from err
-        if err.errno == errno.EADDRNOTAVAIL:
-            hint = "choose another: --host"
-            raise UsageError(f"this machine has no address {host}", hint) from err
-        raise UsageError(f"cannot listen on {host}:{port}: {err.strerror}", _CHOOSE) from err
 
 
 def _first_certificate(path: Path) -> bytes:

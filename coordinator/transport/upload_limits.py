@@ -50,22 +50,22 @@ class UploadLimits:
         """What is missing, if an upload was refused for lack of space recently; else empty."""
         if time.monotonic() - self._refused_at > _SHORTAGE_S:
             return ""
-        return f"room on the coordinator's disk ({self.free_bytes / 1e6:,.0f} MB free)"
+        return f"space on the coordinator's disk ({self.free_bytes / 1e6:,.0f} MB free)"
 
     def no_space(self) -> HTTPException:
         """Note that an upload is refused for lack of space; the error to raise."""
         self._refused_at = time.monotonic()
         self.on_shortage()
-        return HTTPException(507, "no room on the coordinator's disk")
+        return HTTPException(507, "no space on the coordinator's disk")
 
     def check_size(self, nbytes: int) -> None:
         if nbytes > self.max_bytes:
-            raise HTTPException(413, f"an update may have {self.max_bytes} bytes")
+            raise HTTPException(413, f"an update may have at most {self.max_bytes} bytes")
 
     def check_count(self, whole: int) -> None:
-        """`whole`: uploads that the peer already has in the spool."""
+        """Raise 413 if the peer already has too many complete uploads in the spool."""
         if whole >= self.max_uploads:
-            raise HTTPException(413, "this round has enough updates of this peer")
+            raise HTTPException(413, "this peer has sent enough updates for this round")
 
     def check_space(self, nbytes: int) -> None:
         if not self.has_space(nbytes):

@@ -51,7 +51,7 @@ def test_of_the_coordinator_with_no_byte_left(site: Fleet) -> None:
     run = site.start_run(*RUN, str(LONG))
     wait_for(lambda: site.run(run)["history"], "a round is done")
     ballast = fill(site.home, 0)
-    waits_for(site, run, "waits for room on the coordinator's disk")
+    waits_for(site, run, "waits for space on the coordinator's disk")
     ballast.unlink()
     is_whole(site, run, LONG)
     assert site.ask("audit", "verify").returncode == 0
@@ -60,8 +60,8 @@ def test_of_the_coordinator_with_no_byte_left(site: Fleet) -> None:
 def test_of_the_coordinator_with_room_for_the_ledger_but_no_update(site: Fleet) -> None:
     ballast = fill(site.home, 3_000_000)
     run = site.start_run(*RUN, "6")
-    waits_for(site, run, "waits for room on the coordinator's disk")
-    assert any("no room on the coordinator's disk" in text for text in site.events())
+    waits_for(site, run, "waits for space on the coordinator's disk")
+    assert any("no space on the coordinator's disk" in text for text in site.events())
     # The one that was asked for the first weights.
     both = ("ada", "bob")
     wait_for(

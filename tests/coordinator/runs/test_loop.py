@@ -427,7 +427,7 @@ async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
 
         def waits() -> bool:
             current = fleet.hub.runs.current
-            return current is not None and "room on the coordinator's disk" in current.waiting_for
+            return current is not None and "space on the coordinator's disk" in current.waiting_for
 
         fleet.agents[0].trainer.before = fill
         run_id = fleet.start(rounds=40, quorum=2)

@@ -397,7 +397,7 @@ def test_an_upload_waits_for_room_and_is_then_taken(
     try:
         assert put(http, machine, DATA).status_code == 507
         assert told
-        assert "room on the coordinator's disk" in site.transfer.limits.shortage
+        assert "space on the coordinator's disk" in site.transfer.limits.shortage
         assert spool(site) == []
         with pytest.raises(CoordinatorDiskFull, match="disk is full"):
             link.upload(DIGEST, source)
