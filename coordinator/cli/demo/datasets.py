@@ -1,7 +1,7 @@
-"""Tables for `commonweight demo --task tabular`: one real table, as several clinics might hold it.
+"""Tables for `commonweight demo --task tabular`: one real table, split over several clinics.
 
 569 breast tumors, 30 measures of each (Street, Wolberg and Mangasarian 1993), from scikit-learn.
-The clinics are of very different sizes, and each has its columns in an order of its own.
+The clinics have very different sizes, and each has its own order of columns.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ TARGET = "diagnosis"
 
 
 def write(folder: Path, peers: int, seed: int) -> list[Path]:
-    """A CSV file for each peer, `folder`/clinic1.csv and so on; each row is in one of them."""
+    """Write `folder`/clinic1.csv and so on, one for each peer. Each row is in one of them."""
     from sklearn.datasets import load_breast_cancer
 
     found = load_breast_cancer()
     names = [str(name).replace(" ", "_") for name in found.feature_names]
     labels = [str(name) for name in found.target_names]
-    chance = Random(seed)
+    rng = Random(seed)
     rows = [
         [*map(repr, values), labels[label]]
         for values, label in zip(found.data.tolist(), found.target.tolist(), strict=True)
     ]
-    chance.shuffle(rows)
+    rng.shuffle(rows)
     paths, first = [], 0
     for number, size in enumerate(_sizes(len(rows), peers), 1):
-        order = chance.sample(range(len(names) + 1), len(names) + 1)
+        order = rng.sample(range(len(names) + 1), len(names) + 1)
         path = folder / f"clinic{number}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -41,7 +41,7 @@ def write(folder: Path, peers: int, seed: int) -> list[Path]:
 
 
 def _sizes(rows: int, peers: int) -> list[int]:
-    """Each peer has a part less than the one before it; the first takes what is left over."""
+    """Rows of each peer: linearly fewer from peer to peer; the first one also takes the rest."""
     weights = [peers + 1 - number for number in range(1, peers + 1)]
     sizes = [rows * weight // sum(weights) for weight in weights]
     sizes[0] += rows - sum(sizes)

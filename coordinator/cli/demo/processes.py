@@ -1,9 +1,9 @@
-"""The processes of a demo: a coordinator and its agents in a folder, none of which outlives it.
+"""The processes of a demo: a coordinator and its agents in a folder. All end with the demo.
 
-Rule 1: an interrupt is noted when it comes and raised between two steps, so that no child is
-        started and then forgotten.
-Rule 2: each child has a session of its own: a Ctrl-C in the terminal is for us, and we end the
-        children in order, agents first.
+Rule 1: a signal is noted when it comes and raised between two steps, so that every child that was
+        started is also ended.
+Rule 2: each child has its own session, so a Ctrl-C in the terminal reaches only this process. It
+        ends the children in order, agents first.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import psutil
 
 from coordinator.api.schema import TicketRequest
+from coordinator.fleet.state import Fleet
 from coordinator.remote.api_client import Remote
 from coordinator.storage.settings import UP_FILE
 from protocols.errors import CommonweightError, Unreachable
 
 STEP_S = 0.05
 START_TIMEOUT_S = 60.0
-#: And so much for every agent: they share the cores.
+#: Added for every agent, because they share the cores.
 START_TIMEOUT_PER_AGENT_S = 5.0
 STOP_TIMEOUT_S = 10.0
 _LOG_LINES = 8
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and a closed terminal, noted; `check` and `wait` raise KeyboardInterrupt."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal; `check` and `wait` raise KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.noted = threading.Event()
@@ -51,18 +52,13 @@ class Interrupts:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.noted.is_set():
-            self.hurry.set()  # asked twice: whoever is left is killed
+            self.hurry.set()  # the second signal: kill what is left
         self.noted.set()
 
     def check(self) -> None:
@@ -75,7 +71,7 @@ class Interrupts:
 
 
 class DemoFleet:
-    """A coordinator and agents over `folder`. `stop` ends them all, and what they started."""
+    """A coordinator and agents in `folder`. `stop` ends them and their children."""
 
     def __init__(self, folder: Path, interrupts: Interrupts) -> None:
         self.home = folder / "coordinator"
@@ -87,9 +83,9 @@ class DemoFleet:
         self._settings: dict[str, str] = {}
 
     def start_coordinator(self) -> Remote:
-        """Start it on a free port of this machine and wait until it answers.
+        """Start it on a free port and wait until it is up.
 
-        Raises CommonweightError with its last words when it does not come up.
+        Raises CommonweightError with the end of its log if it does not come up.
         """
         self._coordinator = self._spawn(
             "coordinator", ["coordinator.cli", "up", "--host", "127.0.0.1", "--port", "0"]
@@ -100,39 +96,37 @@ class DemoFleet:
     def start_agents(
         self, remote: Remote, count: int, split: str, threads: int, tables: Sequence[Path] = ()
     ) -> None:
-        """Join and start `count` agents, each with its part of the data, or a table of its own."""
+        """Join and start `count` agents, each with its part of the data or its own table."""
         order = TicketRequest(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
-        # Somebody waits for a demo: it does not yield to what else this machine does.
+        # A person waits for the demo, so the agents work at normal priority.
         self._settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}
-        names = [f"agent{number}" for number in range(1, count + 1)]
-        for part, name in enumerate(names):
+        names = {f"agent{part + 1}": part for part in range(count)}
+        for name, part in names.items():
             words = ["join", "-", "--name", name, "--part", f"{part}/{count}", "--split", split]
             if tables:
                 words += ["--data", str(tables[part])]
-            # By standard input: an argument list can be read by everybody on the machine.
+            # On standard input: every user of this machine can read the arguments.
             self._joining[name] = self._spawn(name, ["agent.cli", *words], ticket)
-        waiting = list(names)
 
-        def all_run() -> bool:
-            for name in list(waiting):
+        def all_started() -> bool:
+            for name in names.keys() - self._agents.keys():
                 code = self._joining[name].poll()
                 if code:
                     raise self._failed(f"{name} could not join", name)
                 if code == 0:
-                    waiting.remove(name)
                     self.start_agent(name)
-            return not waiting
+            return names.keys() == self._agents.keys()
 
-        within_s = START_TIMEOUT_S + count * START_TIMEOUT_PER_AGENT_S
-        self._await(all_run, "the agents did not join", within_s)
+        timeout_s = START_TIMEOUT_S + count * START_TIMEOUT_PER_AGENT_S
+        self._await(all_started, "the agents did not join", timeout_s)
 
     def start_agent(self, name: str) -> None:
         """Start an agent that has joined."""
         self._agents[name] = self._spawn(name, ["agent.cli", "run"])
 
     def kill_agent(self, name: str) -> None:
-        """As a power cut would: without a word, its trainer with it."""
+        """Kill an agent and its trainer at once, as a power cut does."""
         agent = self._agents[name]
         family = _descendants(agent)
         agent.kill()
@@ -140,7 +134,7 @@ class DemoFleet:
         _kill(family)
 
     def start_monitor(self) -> subprocess.Popen[bytes]:
-        """The monitor of this fleet, on our own terminal."""
+        """Start the monitor of this fleet on this terminal."""
         environment = _environment() | {"COMMONWEIGHT_HOME": str(self.home)}
         words = [sys.executable, "-P", "-m", "coordinator.cli", "monitor"]
         return subprocess.Popen(words, env=environment)
@@ -157,9 +151,9 @@ class DemoFleet:
         self.check()
 
     def check(self, quorum: int = 0) -> None:
-        """Raise KeyboardInterrupt if asked to stop, CommonweightError if too few processes live.
+        """Raise KeyboardInterrupt after a signal, CommonweightError if too few processes run.
 
-        Without a quorum all agents that were started are needed.
+        Without a quorum, all agents that were started must run.
         """
         self._interrupts.check()
         if self._coordinator is not None and self._coordinator.poll() is not None:
@@ -169,25 +163,25 @@ class DemoFleet:
             raise self._failed(f"{', '.join(ended)} ended", ended[0])
 
     def _failed(self, what: str, name: str) -> CommonweightError:
-        """The error, with the last lines of the log that explains it: the log is deleted soon."""
+        """The error with the last lines of the log, because the log is deleted soon."""
         try:
             lines = self._log(name).read_text(errors="replace").splitlines()[-_LOG_LINES:]
         except OSError:
             lines = []
         said = "".join(f"\n  {line}" for line in lines if line.strip())
-        return CommonweightError(what + (f"; its last words:{said}" if said else ""))
+        return CommonweightError(what + (f"; the end of its log:{said}" if said else ""))
 
-    def request(self, remote: Remote, ask: Callable[[Remote], Any]) -> Any:
-        """What the coordinator answers. Raises as `check` if it is gone, else Unreachable."""
+    def snapshot(self, remote: Remote) -> Fleet:
+        """The fleet now. Raises as `check` if the coordinator has ended, else Unreachable."""
         try:
-            return ask(remote)
+            return remote.fleet()
         except Unreachable:
             self._interrupts.wait(STEP_S)
             self.check(1)
             raise
 
     def stop(self) -> None:
-        """End every process: asked first, then killed, each with whatever it started itself."""
+        """End every process with its children: first terminate, then kill."""
         agents = [*self._joining.values(), *self._agents.values()]
         coordinator = [self._coordinator] if self._coordinator else []
         family = [one for process in (*agents, *coordinator) for one in _descendants(process)]
@@ -195,7 +189,7 @@ class DemoFleet:
             for process in group:
                 process.terminate()
             self._end(group)
-        # What our children started ends with them; this only makes sure of it.
+        # Children of these processes end with them; this makes sure of it.
         _, left = psutil.wait_procs(family, timeout=0 if self._interrupts.hurry.is_set() else 2)
         _kill(left)
         psutil.wait_procs(left, timeout=2)
@@ -229,7 +223,7 @@ class DemoFleet:
             try:
                 process.stdin.write(said)
                 process.stdin.close()
-            except OSError:  # it ended already; its log says why
+            except OSError:  # it has ended; its log says why
                 pass
         return process
 
@@ -239,7 +233,7 @@ class DemoFleet:
 
 @contextlib.contextmanager
 def temporary() -> Iterator[tuple[DemoFleet, Interrupts]]:
-    """A fleet over a folder that goes with it: no process and no file of them is left behind."""
+    """A fleet in a temporary folder. Its processes and files are removed at the end."""
     with Interrupts() as interrupts:
         folder = Path(tempfile.mkdtemp(prefix="commonweight-demo-"))
         fleet = DemoFleet(folder, interrupts)
@@ -264,7 +258,7 @@ def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without this machine's own commonweight settings."""
+    """This environment without the commonweight settings of this machine."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COMMONWEIGHT")}
     root = Path(__file__).resolve().parents[3]
     if root.name not in ("site-packages", "dist-packages"):  # run from a source tree

@@ -1,7 +1,7 @@
-"""`commonweight demo --write-sample FOLDER`: made-up tables of three clinics, to try training with.
+"""`commonweight demo --write-sample FOLDER`: synthetic tables of three clinics.
 
-The rows are drawn from a fixed formula: no person is behind them, and each call writes the same
-bytes. The clinics differ in size and in their patients' age, and west separates columns by `;`.
+The rows are random numbers with a fixed seed, not data of persons, and each call writes the same
+bytes. The clinics differ in size and in their patients' age, and west separates columns with `;`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COLUMNS = ("patient", "age", "sex", "pressure", "smoker", "visits", TARGET)
 def write(folder: Path) -> list[Path]:
     """north.csv, south.csv, west.csv, and new-patients.csv without the target.
 
-    Raises UsageError where one of them exists already, or the folder cannot be written.
+    Raises UsageError if one of them exists already, or the folder cannot be written.
     """
     tables = {f"{name}.csv": clinic for name, clinic in CLINICS.items()}
     tables[NEW_PATIENTS] = (20, 55.0, ",")
@@ -70,5 +70,5 @@ def _row(random: Random, mean_age: float) -> dict[str, str]:
 
 
 def _bell(random: Random) -> float:
-    """A number about 0 with deviation 1, from four uniform ones."""
+    """An approximately normal number (mean 0, deviation 1), from four uniform ones."""
     return math.sqrt(3.0) * (sum(random.random() for _ in range(4)) - 2.0)

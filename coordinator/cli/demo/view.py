@@ -1,11 +1,10 @@
-"""What a demo shows a person: a live picture on a terminal, plain lines anywhere else."""
+"""The output of a demo: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -24,12 +23,12 @@ _BAR = 24
 
 
 class DemoView:
-    """Says steps and shows the fleet, on `console`."""
+    """Shows the steps and the fleet on `console`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
-        self._told = 0
+        self._num_shown = 0
         self._step = ""
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(console=console, refresh_per_second=8, transient=True)
@@ -39,19 +38,14 @@ class DemoView:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.update(Text(""))
             self._live.stop()
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Leave the terminal to somebody else meanwhile."""
+        """Leave the terminal to another program."""
         if self._live is not None:
             self._live.stop()
         yield
@@ -59,7 +53,7 @@ class DemoView:
             self._live.start()
 
     def step(self, words: str) -> None:
-        """What the demo does now."""
+        """Show what the demo does now."""
         self._step = words
         if self._live is None:
             self._console.print(words, highlight=False)
@@ -67,7 +61,7 @@ class DemoView:
             self._live.update(Spinner("dots", words))
 
     def fleet(self, fleet: Fleet) -> None:
-        """The fleet now; call it a few times a second."""
+        """Show the fleet; called a few times a second."""
         run = current_run(fleet)
         if self._live is not None:
             table = plain_table(fleet, time.time(), width=self._console.width)
@@ -75,14 +69,14 @@ class DemoView:
             parts.append(_run_line(run) if run and run.rounds else Spinner("dots", self._step))
             self._live.update(Group(*parts))
         elif run is not None:
-            for closed in run.rounds[self._told :]:
+            for closed in run.rounds[self._num_shown :]:
                 cells = {one.title: one.cell(closed, 0.0, 0).text for one in base_columns(best=0)}
                 self._console.print(
                     f"round {closed.round}/{run.changed.rounds}  accuracy {cells['Accuracy']}  "
                     f"loss {cells['Val loss']}  {closed.peers} peers  {cells['Time']}",
                     highlight=False,
                 )
-            self._told = len(run.rounds)
+            self._num_shown = len(run.rounds)
 
 
 def _run_line(run: Run) -> Text:
@@ -97,7 +91,7 @@ def _run_line(run: Run) -> Text:
 
 
 def rounds_table(run: Run) -> Table:
-    """Every round; the best one has a star."""
+    """A table of all rounds; the best one has a star."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = base_columns(best_round(run))
     for column in columns:
