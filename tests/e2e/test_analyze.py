@@ -64,4 +64,4 @@ def test_a_question_goes_to_all_and_each_owner_decides(tmp_path: Path) -> None:
         jobs = site.data("job", "list")
         assert len(jobs) == 2
         for name in ("ann", "bob", "cyd"):
-            assert "unexpected trouble" not in site.programs[name].log
+            assert "unexpected error" not in site.programs[name].log

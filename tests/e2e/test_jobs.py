@@ -62,5 +62,5 @@ def test_rows_are_spread_and_wrong_ones_harm_nobody(tmp_path: Path) -> None:
         again = site.ask(*words, str(rows), "--out", str(tmp_path / "out.csv"))
         assert (again.returncode, "exists already" in again.stderr) == (2, True)
         for name in ("ann", "bob"):
-            assert "unexpected trouble" not in site.programs[name].log
+            assert "unexpected error" not in site.programs[name].log
             assert site.agent(name)["state"] == "idle"

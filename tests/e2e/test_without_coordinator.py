@@ -39,7 +39,7 @@ def test_agents_end_on_the_newest_version(tmp_path: Path) -> None:
         site.until_agent("ada", "knows that", lambda told: told["alike"] == 1)
         told = site.ask_agent("bob", "status").stdout
         assert f"holds version 2 of {run}" in told
-        assert "1 of 1 peers heard hold the same" in told
+        assert "1 of 1 other peers hold the same" in told
 
         shown = site.ask("monitor", "--via", "ada", "--once")
         assert shown.returncode == 0, shown.stderr

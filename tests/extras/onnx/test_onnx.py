@@ -106,7 +106,7 @@ def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
     assert session.run(None, {"x": np.zeros((3, 784), np.float32)})[0].shape == (3, 10)
     for words, code, said in (
         ([str(model), str(out)], 2, "exists already"),
-        ([str(model), str(tmp_path / "folder")], 2, "it can be onnx"),
+        ([str(model), str(tmp_path / "folder")], 2, "its forms: onnx"),
         ([str(tmp_path / "none.safetensors"), str(tmp_path / "x.onnx")], 2, "cannot read"),
         ([str(model), str(tmp_path / "no" / "x.onnx")], 2, "there is no folder"),
         (["latest", str(tmp_path / "x.onnx")], 5, "there is no agent"),
