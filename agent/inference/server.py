@@ -14,8 +14,8 @@ import csv
 import io
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,34 +83,27 @@ class InferenceServer:
             batch = [await self._waiting.get()]
             while not self._waiting.empty() and sum(len(a.rows) for a in batch) < MAX_ROWS:
                 batch.append(self._waiting.get_nowait())
-            for alike in _by_columns(batch):
+            by_columns: defaultdict[bytes, list[_PendingRequest]] = defaultdict(list)
+            for pending in batch:
+                by_columns[pending.head].append(pending)
+            for group in by_columns.values():
                 self.batches += 1
-                await loop.run_in_executor(self._thread, self._answer, loop, self.served, alike)
+                answers = await loop.run_in_executor(self._thread, _answer, self.served, group)
+                for pending, answer in zip(group, answers, strict=True):
+                    if pending.answer.done():
+                        continue  # the client has disconnected
+                    if isinstance(answer, CommonweightError):
+                        pending.answer.set_exception(answer)
+                    else:
+                        pending.answer.set_result(answer)
 
     async def watch(self) -> None:
         """Loads newer versions until cancelled."""
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
-            found = await asyncio.to_thread(self._newest, self.served)
-            if found is not None:
-                self.served, self.swaps = found, self.swaps + 1
-
-    def _answer(
-        self, loop: asyncio.AbstractEventLoop, served: ServedModel, batch: list[_PendingRequest]
-    ) -> None:
-        """Predicts for a batch on the model's thread; on an error, request by request."""
-        try:
-            told = _predicted(served, batch)
-        except Exception as err:  # a task may raise anything; the server continues
-            if len(batch) > 1:
-                for one in batch:
-                    self._answer(loop, served, [one])
-                return
-            failure = err if isinstance(err, CommonweightError) else _wrapped(err)
-            loop.call_soon_threadsafe(_fail, batch[0].answer, failure)
-            return
-        for asked, answer in zip(batch, told, strict=True):
-            loop.call_soon_threadsafe(_give, asked.answer, answer)
+            newer = await asyncio.to_thread(self._newest, self.served)
+            if newer is not None:
+                self.served, self.swaps = newer, self.swaps + 1
 
     # --- HTTP ---
 
@@ -128,15 +121,14 @@ class InferenceServer:
         try:
             _check_host(request)
             head, rows = _rows_of(request.headers.get("content-type", ""), await _body(request))
-            asked = _PendingRequest(head, rows, asyncio.get_running_loop().create_future())
+            pending = _PendingRequest(head, rows, asyncio.get_running_loop().create_future())
             if self._waiting.full():
                 raise Busy("too many requests are waiting", "try again in a moment")
-            self._waiting.put_nowait(asked)
-            answer = await asked.answer
+            self._waiting.put_nowait(pending)
+            answer = await pending.answer
         except CommonweightError as err:
             self.failed += 1
-            told = {"code": err.code, "message": err.message, "hint": err.hint}
-            return _json(told, 503 if isinstance(err, Busy) else 422)
+            return _refusal(err)
         self._latencies.append(time.monotonic() - began)
         return _json(answer)
 
@@ -144,8 +136,8 @@ class InferenceServer:
         try:
             _check_host(request)
         except CommonweightError as err:
-            return _json({"code": err.code, "message": err.message, "hint": err.hint}, 422)
-        taken = np.array(self._latencies or [0.0]) * 1000
+            return _refusal(err)
+        latencies_ms = np.array(self._latencies or [0.0]) * 1000
         return _json(
             {
                 "version": self.served.version,
@@ -154,40 +146,47 @@ class InferenceServer:
                 "failed": self.failed,
                 "batches": self.batches,
                 "swaps": self.swaps,
-                "p50_ms": float(np.percentile(taken, 50)),
-                "p99_ms": float(np.percentile(taken, 99)),
+                "p50_ms": float(np.percentile(latencies_ms, 50)),
+                "p99_ms": float(np.percentile(latencies_ms, 99)),
             }
         )
 
 
-def _predicted(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[str, Any]]:
+def _answer(
+    served: ServedModel, batch: list[_PendingRequest]
+) -> Sequence[dict[str, Any] | CommonweightError]:
+    """Predicts for a batch; on an error, request by request."""
+    try:
+        return _predict(served, batch)
+    except Exception as err:  # a task may raise anything; the server continues
+        if len(batch) > 1:
+            return [answer for one in batch for answer in _answer(served, [one])]
+        if isinstance(err, CommonweightError):
+            return [err]
+        return [CommonweightError(f"the task failed: {type(err).__name__}: {err}"[:300])]
+
+
+def _predict(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[str, Any]]:
     """Predicts for requests with the same columns. Raises what the task raises."""
-    counts = [len(asked.rows) for asked in batch]
+    counts = [len(pending.rows) for pending in batch]
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
         source = Path(folder) / "rows.csv"
-        source.write_bytes(batch[0].head + b"".join(row for asked in batch for row in asked.rows))
+        source.write_bytes(batch[0].head + b"".join(row for one in batch for row in one.rows))
         columns: dict[str, list[Any]] = {}
-        found = predictions.batches(served.task, served.model, served.settings, str(source))
-        for part in found:
+        parts = predictions.batches(served.task, served.model, served.settings, str(source))
+        for part in parts:
             for name, values in part.items():
                 columns.setdefault(name, []).extend(values)
     if any(len(values) != sum(counts) for values in columns.values()):
         raise UsageError("the task did not return one prediction per row")
-    told, start = [], 0
+    answers, start = [], 0
     for count in counts:
         mine = {name: values[start : start + count] for name, values in columns.items()}
         if "row" in mine:
             mine["row"] = list(range(count))
-        told.append({"version": served.version, "answers": mine})
+        answers.append({"version": served.version, "answers": mine})
         start += count
-    return told
-
-
-def _by_columns(batch: list[_PendingRequest]) -> list[list[_PendingRequest]]:
-    alike: dict[bytes, list[_PendingRequest]] = {}
-    for asked in batch:
-        alike.setdefault(asked.head, []).append(asked)
-    return list(alike.values())
+    return answers
 
 
 def _rows_of(kind: str, body: bytes) -> tuple[bytes, list[bytes]]:
@@ -237,18 +236,9 @@ def _check_host(request: Request) -> None:
         raise UsageError("this service is for this machine only", "use 127.0.0.1 as the host")
 
 
-def _give(answer: asyncio.Future[dict[str, Any]], told: dict[str, Any]) -> None:
-    if not answer.done():  # otherwise the client has disconnected
-        answer.set_result(told)
-
-
-def _fail(answer: asyncio.Future[dict[str, Any]], err: CommonweightError) -> None:
-    if not answer.done():
-        answer.set_exception(err)
-
-
-def _wrapped(err: Exception) -> CommonweightError:
-    return CommonweightError(f"the task failed: {type(err).__name__}: {err}"[:300])
+def _refusal(err: CommonweightError) -> Response:
+    body = {"code": err.code, "message": err.message, "hint": err.hint}
+    return _json(body, 503 if isinstance(err, Busy) else 422)
 
 
 def _json(value: Any, status: int = 200) -> Response:
