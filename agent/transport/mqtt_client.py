@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from random import Random
+from typing import Any
 
 import aiomqtt
 from msgspec.structs import replace
@@ -28,6 +29,7 @@ from protocols.enrollment.identity import verify
 from protocols.errors import BadMessage
 from protocols.messages import topics
 from protocols.messages.envelope import (
+    Body,
     Command,
     Doorbell,
     LogRequest,
@@ -159,39 +161,32 @@ class MqttClient:
             self._on_change(up, why)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
-        voice = SequencedSigner(self._peer, self._sign)
-        will = self._offline("connection lost", will=True)
-        client = aiomqtt.Client(
-            self._address.host,
-            self._address.port,
-            username=self._address.user or None,
-            password=self._address.password or None,
-            # A client with the same id would disconnect us, so the id must be secret.
-            identifier=f"cw{secrets.token_hex(10)}",
-            will=aiomqtt.Will(
-                self._presence_topic, voice.seal(self._presence_topic, will), qos=1, retain=True
-            ),
-            clean_session=True,
-            tls_context=tls,
+        signer = SequencedSigner(self._peer, self._sign)
+        will = signer.seal(self._presence_topic, self._offline("connection lost", will=True))
+        async with _connected(
+            self._address,
+            tls,
+            will=aiomqtt.Will(self._presence_topic, will, qos=1, retain=True),
             keepalive=KEEPALIVE_S,
-            timeout=TIMEOUT_S,
             # A flood drops the newest messages; the agent polls the coordinator anyway.
             max_queued_incoming_messages=64,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-            logger=_log,
-        )
-        async with _connected(client):
+        ) as client:
             try:
                 codes = await client.subscribe(self._command_topic, qos=1)
                 self.connected = True
                 allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
                 self._report_status(True, "" if allowed else "the broker's ACL blocks commands")
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(self._receive(client), name="mqtt hear")
-                    group.create_task(self._publish(client, voice), name="mqtt say")
-                    group.create_task(self._end_on_reconnect(), name="mqtt again")
+                    group.create_task(self._receive(client), name="mqtt receive")
+                    group.create_task(self._publish(client, signer), name="mqtt publish")
+                    group.create_task(self._end_on_reconnect(), name="mqtt reconnect")
             except asyncio.CancelledError:
-                await self._publish_offline(client, voice)
+                payload = signer.seal(self._presence_topic, self._offline("stopped"))
+                with suppress(aiomqtt.MqttError):
+                    await client.publish(
+                        self._presence_topic, payload, qos=1, retain=True, timeout=2
+                    )
                 raise
 
     async def _end_on_reconnect(self) -> None:
@@ -200,43 +195,34 @@ class MqttClient:
 
     # --- publish -----------------------------------------------------------------------------
 
-    async def _publish(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
-        said: Presence | None = None
-        say_again, telemetry_from, presence_from = math.inf, 0.0, 0.0
+    async def _publish(self, client: aiomqtt.Client, signer: SequencedSigner) -> None:
+        async def send(topic: str, body: Body, qos: int, retain: bool = False) -> None:
+            await client.publish(topic, signer.seal(topic, body), qos=qos, retain=retain)
+
+        published: Presence | None = None
+        presence_due, telemetry_from, presence_from = math.inf, 0.0, 0.0
         while True:
             self._wake.clear()
             presence = self._presence
-            if said is not None and presence is not None and presence != said:
-                steady = {presence.state, said.state} <= _AT_WORK
-                say_again = presence_from if steady else 0.0
-            if presence is not None and (said is None or time.monotonic() >= say_again):
-                payload = voice.seal(self._presence_topic, presence)
-                await client.publish(self._presence_topic, payload, qos=1, retain=True)
-                said = presence
+            if published is not None and presence is not None and presence != published:
+                at_work = {presence.state, published.state} <= _AT_WORK
+                presence_due = presence_from if at_work else 0.0
+            if presence is not None and (published is None or time.monotonic() >= presence_due):
+                await send(self._presence_topic, presence, qos=1, retain=True)
+                published = presence
                 presence_from = time.monotonic() + PRESENCE_EVERY_S
-                say_again = time.monotonic() + PRESENCE_REFRESH_S * self._rng.uniform(0.8, 1.0)
+                presence_due = time.monotonic() + PRESENCE_REFRESH_S * self._rng.uniform(0.8, 1.0)
             while self._notices:
-                notice = self._notices.popleft()
-                payload = voice.seal(self._notice_topic, notice)
-                await client.publish(self._notice_topic, payload, qos=1)
+                await send(self._notice_topic, self._notices.popleft(), qos=1)
             if self._telemetry is not None and time.monotonic() >= telemetry_from:
                 telemetry, self._telemetry = self._telemetry, None
-                payload = voice.seal(self._telemetry_topic, telemetry)
-                await client.publish(self._telemetry_topic, payload)
+                await send(self._telemetry_topic, telemetry, qos=0)
                 telemetry_from = time.monotonic() + TELEMETRY_EVERY_S
-            due = say_again if self._telemetry is None else min(say_again, telemetry_from)
-            await self._wait_until(due)
-
-    async def _wait_until(self, due: float) -> None:
-        """Waits until `due` (monotonic seconds) or until there is more to publish."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if due == math.inf else max(0, due - time.monotonic())):
-                await self._wake.wait()
-
-    async def _publish_offline(self, client: aiomqtt.Client, voice: SequencedSigner) -> None:
-        payload = voice.seal(self._presence_topic, self._offline("stopped"))
-        with suppress(aiomqtt.MqttError):
-            await client.publish(self._presence_topic, payload, qos=1, retain=True, timeout=2)
+            due = presence_due if self._telemetry is None else min(presence_due, telemetry_from)
+            wait_s = None if due == math.inf else max(0, due - time.monotonic())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
 
     def _offline(self, reason: str, will: bool = False) -> Presence:
         last = self._presence or Presence(state=PeerState.OFFLINE)
@@ -247,12 +233,12 @@ class MqttClient:
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
             try:
-                heard = self._verify_message(message.topic.value, message.payload)
+                body = self._verify_message(message.topic.value, message.payload)
             except BadMessage as err:
                 self.rejected += 1
                 self.rejected_why = err.message
             else:
-                self._on_command(heard)
+                self._on_command(body)
 
     def _verify_message(self, topic: str, payload: object) -> Doorbell | Command | LogRequest:
         """Verifies that the coordinator has just sent this message. Raises BadMessage.
@@ -284,27 +270,32 @@ async def try_login(address: MqttAddress) -> str:
 
     Uses a session of its own, so a running agent stays connected.
     """
-    client = aiomqtt.Client(
-        address.host,
-        address.port,
-        username=address.user or None,
-        password=address.password or None,
-        identifier=f"cw{secrets.token_hex(10)}",
-        clean_session=True,
-        tls_context=await asyncio.to_thread(tls_context, address),
-        timeout=TIMEOUT_S,
-        logger=_log,
-    )
+    tls = await asyncio.to_thread(tls_context, address)
     try:
-        async with _connected(client):
+        async with _connected(address, tls):
             return ""
     except aiomqtt.MqttError as err:
         return describe_failure(err.__cause__ or err.__context__, address)
 
 
 @asynccontextmanager
-async def _connected(client: aiomqtt.Client) -> AsyncIterator[None]:
-    """Connects the client. Waits for a cancelled attempt to end, so that its socket is closed."""
+async def _connected(
+    address: MqttAddress, tls: ssl.SSLContext | None, **options: Any
+) -> AsyncIterator[aiomqtt.Client]:
+    """Connects a client. Waits for a cancelled attempt to end, so that its socket is closed."""
+    client = aiomqtt.Client(
+        address.host,
+        address.port,
+        username=address.user or None,
+        password=address.password or None,
+        # A client with the same id would disconnect us, so the id must be secret.
+        identifier=f"cw{secrets.token_hex(10)}",
+        clean_session=True,
+        tls_context=tls,
+        timeout=TIMEOUT_S,
+        logger=_log,
+        **options,
+    )
     entering = asyncio.ensure_future(client.__aenter__())
     try:
         await asyncio.shield(entering)
@@ -319,6 +310,6 @@ async def _connected(client: aiomqtt.Client) -> AsyncIterator[None]:
     except UnicodeError as err:
         raise aiomqtt.MqttError("invalid host name") from err
     try:
-        yield
+        yield client
     finally:
         await client.__aexit__(None, None, None)
