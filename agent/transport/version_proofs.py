@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
+from protocols.local.atomic_files import write_private
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model.weights import file_digest
 from protocols.p2p.gossip import Head
@@ -46,9 +47,8 @@ def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> No
     if proof.exists():
         return
     # Not synced: after a power cut the next work brings a new proof.
-    written = proof.with_suffix(".tmp")
-    written.write_bytes(msgspec.json.encode(_Proof(work=payload, signature=signature)))
-    written.replace(proof)
+    content = msgspec.json.encode(_Proof(work=payload, signature=signature))
+    write_private(proof, content, synced=False)
     for other in folder.glob(f"*{SUFFIX}"):
         if not _version(other).exists():
             other.unlink(missing_ok=True)
@@ -57,15 +57,11 @@ def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> No
 def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
     """Returns the work in a proof, its bytes and their signature. Raises BadMessage."""
     try:
-        told = msgspec.json.decode(proof, type=_Proof)
+        parts = msgspec.json.decode(proof, type=_Proof)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a proof: {err}") from err
-    work = SIGNED_WORK.open(
-        told.work,
-        told.signature,
-        partial(identity.verify, coordinator_public),
-    )
-    return work, told.work, told.signature
+    verify = partial(identity.verify, coordinator_public)
+    return SIGNED_WORK.open(parts.work, parts.signature, verify), parts.work, parts.signature
 
 
 def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion]:

@@ -63,16 +63,8 @@ class VersionStore:
     def _fetch_shared(self, sharing: Sharing, digest: str, nbytes: int, path: Path) -> None:
         link, part = self._link(), path.with_suffix(".pieces")
         try:
-            report = SwarmDownload(
-                digest,
-                nbytes,
-                request_plan=lambda faulty: link.download_plan(
-                    digest, sharing.plan_request(faulty)
-                ),
-                stream=link.stream,
-                sign=sharing.sign,
-                received=self._count_received,
-            ).run(part, sharing.pieces)
+            download = SwarmDownload(digest, nbytes, link, sharing, self._count_received)
+            report = download.run(part)
         except (BadMessage, OSError) as err:
             if is_disk_full(err):
                 raise

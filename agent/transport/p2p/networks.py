@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
+from agent.transport.route_watch import local_address
+
 
 class LocalNetwork(NamedTuple):
     """This machine's address on that route, and the interface's networks in CIDR notation."""
@@ -25,21 +27,21 @@ class LocalNetwork(NamedTuple):
 def locate(coordinator: str, port: int) -> LocalNetwork | None:
     """Returns the local end of the route to a host, or None without a route. Sends no packet."""
     try:
-        family, _, _, _, there = socket.getaddrinfo(coordinator, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)
-            host = str(probe.getsockname()[0])
+        *_, address = socket.getaddrinfo(coordinator, port, type=socket.SOCK_DGRAM)[0]
     except OSError:
         return None
+    host = local_address(str(address[0]))
+    if host is None:
+        return None
     networks = [
-        str(ipaddress.ip_network(f"{host}/{_prefix(entry.netmask)}", strict=False))
+        # `netmask` is like 255.255.255.0 or ffff:ffff:ffff:ffff::
+        str(
+            ipaddress.ip_network(
+                f"{host}/{int(ipaddress.ip_address(entry.netmask)).bit_count()}", strict=False
+            )
+        )
         for entries in psutil.net_if_addrs().values()
         for entry in entries
         if entry.address.partition("%")[0] == host and entry.netmask
     ]
     return LocalNetwork(host, tuple(networks))
-
-
-def _prefix(netmask: str) -> int:
-    """The prefix length of a netmask: `255.255.255.0` or `ffff:ffff:ffff:ffff::`."""
-    return int(ipaddress.ip_address(netmask)).bit_count()

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent.transport.p2p.partial_file import PartialFile
 from agent.transport.p2p.peer_connection import PeerConnection, SignRequest
+from agent.transport.p2p.piece_store import PartialVersion
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.p2p.swarm import DOWNLOAD_TOKEN_HEADER, DownloadPlan, PieceSource
 
@@ -31,7 +31,7 @@ class PieceDownloader:
     def __init__(
         self,
         source: PieceSource,
-        file: PartialFile,
+        version: PartialVersion,
         plan: DownloadPlan,
         sign: SignRequest,
         received: Callable[[int], None],
@@ -39,7 +39,7 @@ class PieceDownloader:
         self.peer = source.peer
         self.failed = False
         self.rate = 0.0
-        self._file, self._digest, self._received = file, plan.digest, received
+        self._version, self._digest, self._received = version, plan.digest, received
         self._connection = PeerConnection(
             source.peer, source.address, source.node_public, sign, DOWNLOAD_TOKEN_HEADER, plan.token
         )
@@ -62,14 +62,14 @@ class PieceDownloader:
     def _work(self) -> None:
         began, total, tries = time.monotonic(), 0, _MAX_NOT_READY
         try:
-            while tries and not self._file.complete:
-                if not (pieces := self._file.take()):
-                    self._file.wait(_IDLE_S)  # another thread may return one
+            while tries and self._version.missing:
+                if not (pieces := self._version.take()):
+                    self._version.changed.wait(_IDLE_S)  # another thread may return one
                     continue
                 try:
                     nbytes = self._download(pieces[0])
                 finally:
-                    self._file.give_back(pieces)
+                    self._version.give_back(pieces)
                 total += nbytes
                 tries = _MAX_NOT_READY if nbytes else tries - 1
         except (OSError, Unreachable, Refused, BadWeights) as err:
@@ -81,7 +81,7 @@ class PieceDownloader:
 
     def _download(self, piece: int) -> int:
         """Downloads a piece; returns its size, or 0 if the peer does not have it yet."""
-        start, stop = self._file.span(piece)
+        start, stop = self._version.span(piece)
         path, wanted = f"/cw/v1/weights/{self._digest}", f"bytes={start}-{stop - 1}"
         with self._connection.exchange("GET", path, PIECE_S, range=wanted) as response:
             if response.status == 503:
@@ -93,6 +93,6 @@ class PieceDownloader:
                 raise Refused("it sent a different number of bytes than requested")
             data = self._connection.read(response)
         self._received(len(data))
-        if not self._file.put(piece, data):
+        if not self._version.put(piece, data):
             raise BadWeights("it sent wrong bytes")
         return len(data)

@@ -28,9 +28,6 @@ import msgspec
 from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.piece_store import PieceStore, pieces_of
-from protocols.enrollment import identity
-from protocols.enrollment.identity import NodeKey
-from protocols.local.atomic_files import write_private
 from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, GossipBatch
 from protocols.p2p.swarm import PIECE_BYTES
 
@@ -292,8 +289,3 @@ def _range(headers: dict[str, str], nbytes: int) -> tuple[int, int]:
     if start >= stop:
         raise _Refused(416)
     return start, stop
-
-
-def certify(path: Path, key: NodeKey, peer: str) -> None:
-    """Writes the TLS certificate of this machine's node key."""
-    write_private(path, identity.new_node_tls(key, peer))

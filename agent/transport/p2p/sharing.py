@@ -10,11 +10,14 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from msgspec.structs import replace
+
 from agent.home.credentials import Credentials
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.networks import LocalNetwork, locate
 from agent.transport.p2p.piece_store import PieceStore
-from agent.transport.p2p.server import PeerServer, certify
+from agent.transport.p2p.server import PeerServer
+from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
 from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest, address_of
@@ -49,7 +52,7 @@ class Sharing:
         self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
         self._home, self._credentials = home, credentials
         self._coordinator_public = coordinator_public
-        self._asked: DownloadPlanRequest | None = None
+        self._request: DownloadPlanRequest | None = None
         self._sent = 0
         self._server: PeerServer | None = None
 
@@ -65,40 +68,32 @@ class Sharing:
 
     def is_large_enough(self, nbytes: int) -> bool:
         """True if a version of this size should be exchanged with other peers."""
-        return self._asked is not None and nbytes >= MIN_SHARED_BYTES
+        return self._request is not None and nbytes >= MIN_SHARED_BYTES
 
     def address(self) -> str:
         """This agent's address for other peers; empty if it does not serve."""
-        return self._asked.address if self._asked else ""
+        return self._request.address if self._request else ""
 
     def plan_request(self, faulty: tuple[str, ...] = ()) -> DownloadPlanRequest:
         """Returns the request for a download plan."""
-        here = self._asked or DownloadPlanRequest()
-        return DownloadPlanRequest(
-            address=here.address,
-            networks=here.networks,
-            serves_other_networks=here.serves_other_networks,
-            faulty=faulty,
-        )
+        return replace(self._request or DownloadPlanRequest(), faulty=faulty)
 
     async def run(self) -> None:
         """Serves while there is a network to serve, and follows changes of it, until cancelled."""
         if self.is_off:
             await asyncio.Event().wait()
         while True:
-            here = await asyncio.to_thread(self._look)
+            here = await asyncio.to_thread(self._find_network)
             if here is None:
                 await asyncio.sleep(_CHECK_EVERY_S)
             else:
                 await self._serve(here)
 
-    def _look(self) -> LocalNetwork | None:
+    def _find_network(self) -> LocalNetwork | None:
         """Returns the network to serve now, or None."""
         coordinator = addresses.parse(self._credentials.address)
         here = locate(coordinator.host, coordinator.port)
-        if here is None or (self._policy == "lan" and not here.is_private):
-            return None
-        return here
+        return here if here and (self._policy == "on" or here.is_private) else None
 
     def _listen(self, server: PeerServer, host: str) -> int:
         """Listens on the owner's port, else on the last one, which peers remember."""
@@ -115,7 +110,8 @@ class Sharing:
     def _make_server(self) -> PeerServer:
         """Raises OSError."""
         certificate = self._home / CERTIFICATE
-        certify(certificate, self._credentials.node_key, self._credentials.peer)
+        pem = identity.new_node_tls(self._credentials.node_key, self._credentials.peer)
+        write_private(certificate, pem)
         return PeerServer(
             self.pieces,
             coordinator_public=self._coordinator_public,
@@ -135,15 +131,15 @@ class Sharing:
             await asyncio.sleep(_CHECK_EVERY_S)
             return
         self._server = server
-        self._asked = DownloadPlanRequest(
+        self._request = DownloadPlanRequest(
             address=address_of(here.host, port),
             networks=here.networks,
             serves_other_networks=self._policy == "on",
         )
-        log.info("other peers may fetch shared versions at %s", self._asked.address)
+        log.info("other peers may fetch shared versions at %s", self._request.address)
         serving = asyncio.create_task(server.serve(), name="peer server")
         try:
-            while not serving.done() and await asyncio.to_thread(self._look) == here:
+            while not serving.done() and await asyncio.to_thread(self._find_network) == here:
                 await asyncio.wait({serving}, timeout=_CHECK_EVERY_S)
             if serving.done():
                 serving.result()
@@ -151,7 +147,7 @@ class Sharing:
             log.warning("cannot share versions for now, retrying: %s", err)
             await asyncio.sleep(_CHECK_EVERY_S)
         finally:
-            self._asked, self._server = None, None
+            self._request, self._server = None, None
             self._sent += server.bytes_sent
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)

@@ -8,15 +8,15 @@ the coordinator sends the pieces that no peer is sending. Blocking.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from agent.transport.p2p.partial_file import PartialFile
-from agent.transport.p2p.peer_connection import SignRequest
+from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.peer_download import PieceDownloader
-from agent.transport.p2p.piece_store import PieceStore
+from agent.transport.p2p.piece_store import PartialVersion
+from agent.transport.p2p.sharing import Sharing
 from protocols.errors import BadWeights
-from protocols.p2p.swarm import DownloadPlan, DownloadReport, check_plan
+from protocols.p2p.swarm import DownloadReport, check_plan
 
 _POLL_S = 0.2
 #: After this time without a new piece, or while the coordinator sends, request another plan. The
@@ -27,58 +27,49 @@ _TARGET_REQUEST_S = 1.0
 
 
 class SwarmDownload:
-    """One download of a version into `part`. Pieces stay there if it fails.
-
-    `request_plan(faulty)` gets a plan from the coordinator, `stream(digest, start, stop)` those
-    bytes. `received(n)` is called for bytes from peers.
-    """
+    """One download of a version. `received(n)` is called for bytes from peers."""
 
     def __init__(
         self,
         digest: str,
         nbytes: int,
-        *,
-        request_plan: Callable[[tuple[str, ...]], DownloadPlan],
-        stream: Callable[[str, int, int], Iterator[bytes]],
-        sign: SignRequest,
+        link: CoordinatorClient,
+        sharing: Sharing,
         received: Callable[[int], None],
     ) -> None:
         self._digest, self._nbytes = digest, nbytes
-        self._request_plan, self._stream = request_plan, stream
-        self._sign, self._received = sign, received
+        self._link, self._sharing, self._received = link, sharing, received
         self._downloaders: list[PieceDownloader] = []
         self._pieces_per_request = 1
         self._replan_s = _PLAN_S
 
-    def run(self, part: Path, store: PieceStore) -> DownloadReport:
-        """Downloads into `part`, and serves present pieces from `store` meanwhile.
+    def run(self, part: Path) -> DownloadReport:
+        """Downloads into `part`; pieces stay there if it fails. Serves them to peers meanwhile.
 
         Returns which peers sent and which failed. Raises BadMessage, BadWeights, OSError and what
-        the callables raise.
+        the coordinator's client raises.
         """
         self._next_plan()
         part.touch(mode=0o600)
-        version = store.begin(self._digest, part, self._nbytes)
-        self._file = PartialFile(part, self._plan, version)
+        self._version = PartialVersion(part, self._plan)
+        self._sharing.pieces.add(self._digest, self._version)
         try:
             self._download()
-            self._file.sync()
+            self._version.sync()
         except BaseException:
-            store.drop(self._digest)
+            self._sharing.pieces.drop(self._digest)
             raise
-        finally:
-            self._file.close()
         return self._report()
 
     def _download(self) -> None:
         self._start_downloaders()
         try:
-            while not self._file.complete:
+            while self._version.missing:
                 is_helped = any(one.is_working for one in self._downloaders)
                 if not is_helped or self._plan.use_coordinator:
                     self._fetch_from_coordinator()
                 else:
-                    self._file.wait(_POLL_S)
+                    self._version.changed.wait(_POLL_S)
                 self._refresh_plan(is_helped)
         finally:
             for one in self._downloaders:
@@ -94,14 +85,15 @@ class SwarmDownload:
         )
 
     def _next_plan(self) -> None:
-        self._plan = self._request_plan(self._report().faulty)
+        request = self._sharing.plan_request(self._report().faulty)
+        self._plan = self._link.download_plan(self._digest, request)
         check_plan(self._plan, self._digest, self._nbytes)
         self._planned_at, self._plan_missing = time.monotonic(), -1
 
     def _start_downloaders(self) -> None:
         working = {one.peer for one in self._downloaders if one.is_working}
         self._downloaders += [
-            PieceDownloader(source, self._file, self._plan, self._sign, self._received)
+            PieceDownloader(source, self._version, self._plan, self._sharing.sign, self._received)
             for source in self._plan.sources
             if source.peer not in working
         ]
@@ -111,33 +103,33 @@ class SwarmDownload:
         failed = not is_helped and bool(self._downloaders)
         if not failed and time.monotonic() - self._planned_at < self._replan_s:
             return
-        is_stuck = self._file.missing == self._plan_missing
-        self._planned_at, self._plan_missing = time.monotonic(), self._file.missing
-        if (failed or is_stuck or self._plan.use_coordinator) and not self._file.complete:
+        is_stuck = len(self._version.missing) == self._plan_missing
+        self._planned_at, self._plan_missing = time.monotonic(), len(self._version.missing)
+        if (failed or is_stuck or self._plan.use_coordinator) and self._version.missing:
             self._replan_s *= 2
             self._next_plan()
             self._start_downloaders()
 
     def _fetch_from_coordinator(self) -> None:
         """Downloads consecutive pieces that no peer is sending, from the coordinator."""
-        pieces = self._file.take(self._pieces_per_request)
+        pieces = self._version.take(self._pieces_per_request)
         if not pieces:
-            self._file.wait(_POLL_S)
+            self._version.changed.wait(_POLL_S)
             return
         began, piece, waiting = time.monotonic(), pieces.start, bytearray()
-        start, stop = self._file.span(pieces[0])[0], self._file.span(pieces[-1])[1]
+        start, stop = self._version.span(pieces[0])[0], self._version.span(pieces[-1])[1]
         try:
-            for data in self._stream(self._digest, start, stop):
+            for data in self._link.stream(self._digest, start, stop):
                 waiting += data
-                while piece in pieces and len(waiting) >= (size := self._file.size(piece)):
-                    if not self._file.put(piece, bytes(waiting[:size])):
+                while piece in pieces and len(waiting) >= (size := self._version.size(piece)):
+                    if not self._version.put(piece, bytes(waiting[:size])):
                         raise BadWeights("the coordinator sent bytes that do not match its list")
                     del waiting[:size]
                     piece += 1
             if piece in pieces:
                 raise ConnectionError("the coordinator closed the connection")
         finally:
-            self._file.give_back(pieces)
+            self._version.give_back(pieces)
         took_s = max(time.monotonic() - began, 1e-3)
         self._pieces_per_request = max(
             1, min(4 * len(pieces), round(len(pieces) * _TARGET_REQUEST_S / took_s))

@@ -15,7 +15,6 @@ import pytest
 from agent.home.settings import ENROLLMENT_FILE, read_enrollment
 from agent.setup import enrollment
 from agent.transport.p2p.gossip import FILE
-from agent.transport.p2p.server import certify
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH
@@ -238,7 +237,7 @@ def test_a_machine_that_awaits_approval(tmp_path: Path, home: Path) -> None:
 def test_an_endless_certificate_is_cut(site: Site, home: Path, tmp_path: Path) -> None:
     key = identity.new_node_key()
     write_private(tmp_path / "own.key", identity.private_pem(key))
-    certify(tmp_path / "own.pem", key, "forger")
+    write_private(tmp_path / "own.pem", identity.new_node_tls(key, "forger"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "own.pem", tmp_path / "own.key")
     sent = 0
