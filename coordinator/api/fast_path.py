@@ -1,7 +1,7 @@
 """Routes the most frequent requests straight to their endpoints.
 
 Starlette passes each request through two middlewares, the route table and two wrappers. For a small
-exchange that costs more than the exchange itself. All other requests take Starlette's way.
+poll, that costs more than the poll itself. All other requests go through Starlette.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an operator's commands send to the coordinator and get from it. Pure."""
+"""Requests and responses of the routes for operators. Pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from coordinator.storage.run_events import RunSpec
 from protocols.errors import ExitCode
 from protocols.messages.mqtt import MqttAddress
 
-#: How an error of the coordinator's travels: the HTTP status that stands for a command's exit code.
+#: The HTTP status of an error, by the exit code that a command has for it.
 STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.UNREACHABLE: 503}
 
 
 class StartRunRequest(Struct, frozen=True, kw_only=True):
-    """A run to be started. `from_digest` names a version that lies in the home already."""
+    """Start a run. `from_digest` is a version that is already in the home."""
 
     spec: RunSpec
     from_digest: str = ""
 
 
 class WatchResponse(Struct, frozen=True, kw_only=True):
-    """What a watcher needs to follow the fleet over MQTT."""
+    """What a monitor needs to follow the fleet over MQTT."""
 
     fleet: str
     coordinator_public: bytes
@@ -30,7 +30,7 @@ class WatchResponse(Struct, frozen=True, kw_only=True):
 
 
 class TicketRequest(Struct, frozen=True, kw_only=True):
-    """A ticket to be made: seconds it is good for, for how many machines, and for whom."""
+    """Create a ticket that is valid for `ttl_s` and for `uses` machines."""
 
     ttl_s: float = 86400.0
     uses: int = 1

@@ -76,12 +76,7 @@ class VersionRecord(InMemoryRecord):
 
     def __init__(self, digest: str, model: Weights | None = None) -> None:
         super().__init__({name: np.asarray(array) for name, array in (model or {}).items()})
-        self.__dict__["digest"] = digest
-
-    @property
-    def digest(self) -> str:
-        digest: str = self.__dict__["digest"]
-        return digest
+        self.digest = digest
 
 
 def part_key(part: Part) -> str:

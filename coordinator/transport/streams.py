@@ -15,9 +15,9 @@ from protocols.local.atomic_files import write_all
 
 #: Below this size, a write takes less time than the switch to a thread.
 _SMALL_BYTES = 16 * 1024
-#: Pieces, of 64 KB each at most, that may wait for the thread.
+#: Pieces of at most 64 KB that may wait for the thread.
 _MAX_WAITING = 32
-#: Read and encrypted at a time; other connections have their turn after each piece. In pieces of
+#: Read and encrypted at a time. Other connections are served after each piece. In pieces of
 #: 1 MB, a download of 40 MB took 10 to 16 % longer.
 _PIECE_BYTES = 256 * 1024
 
@@ -80,7 +80,7 @@ class UploadWriter:
 
 
 class WholeFileResponse(Response):
-    """Sends a whole file. Starlette's FileResponse starts a thread task for every 64 KB."""
+    """Sends a whole file. Starlette's FileResponse uses a thread for each 64 KB."""
 
     def __init__(self, path: Path, size: int) -> None:
         super().__init__(media_type="application/octet-stream")

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from protocols.local import disk_space
 
-#: Whole uploads of one peer in the spool: one that counts, and one that replaces it.
+#: Complete uploads of one peer in the spool: the one that counts, and one that replaces it.
 MAX_UPLOADS = 2
 #: Kept free for the ledger, in addition to the next version.
 _RESERVE_BYTES = 4 * 1024 * 1024
@@ -26,7 +26,7 @@ class UploadLimits:
         self._folder = folder
         #: Size of one upload.
         self.max_bytes = max_bytes
-        #: Whole uploads of one peer. Higher where several of its updates may count.
+        #: Complete uploads of one peer. Higher if several of its updates may count.
         self.max_uploads = MAX_UPLOADS
         #: Size of the next version. Uploads must leave space for it.
         self.version_bytes = 0
@@ -53,7 +53,7 @@ class UploadLimits:
         return f"space on the coordinator's disk ({self.free_bytes / 1e6:,.0f} MB free)"
 
     def no_space(self) -> HTTPException:
-        """Note that an upload is refused for lack of space; the error to raise."""
+        """Note that an upload is refused for lack of space. Returns the error to raise."""
         self._refused_at = time.monotonic()
         self.on_shortage()
         return HTTPException(507, "no space on the coordinator's disk")

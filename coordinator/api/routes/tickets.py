@@ -14,7 +14,7 @@ from protocols.errors import UsageError
 async def make_ticket(call: Call) -> dict[str, str]:
     order = call.read(TicketRequest)
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
-        raise UsageError("a ticket is good for at most a year and 100,000 machines")
+        raise UsageError("a ticket is valid for at most a year and 100,000 machines")
     ticket = tickets.new_ticket(call.service.addresses(), call.service.identity.ca_sha256)
     call.service.registry.create_ticket(
         ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role
@@ -42,9 +42,9 @@ async def revoke_ticket(call: Call) -> None:
 
 async def list_operators(call: Call) -> list[dict[str, str]]:
     return [
-        {"operator": one.operator, "name": one.name, "role": one.role}
-        for one in call.service.registry.operators.values()
-        if not one.removed
+        {"operator": operator.operator, "name": operator.name, "role": operator.role}
+        for operator in call.service.registry.operators.values()
+        if not operator.removed
     ]
 
 
