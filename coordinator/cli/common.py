@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
 
 T = TypeVar("T")
-Columns = Mapping[str, Callable[[T], object]]
+#: By a column's title: the function that gives the cell of an item, or the key of the cell.
+Columns = Mapping[str, Callable[[T], object] | str]
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -63,13 +65,13 @@ def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None
 
 
 def print_list(items: Sequence[T], columns: Columns[T], empty: str, *, json: bool = False) -> None:
-    """Print items as a line of JSON, or as a table; print `empty` if there are none.
-
-    `columns` holds the function that gives a cell, by the column's title.
-    """
+    """Print items as a line of JSON, or as a table; print `empty` if there are none."""
     if json:
         print_json(items)
     elif items:
-        print_table(columns, ([cell(item) for cell in columns.values()] for item in items))
+        cells: list[Callable[[Any], object]] = [
+            itemgetter(cell) if isinstance(cell, str) else cell for cell in columns.values()
+        ]
+        print_table(columns, ([cell(item) for cell in cells] for item in items))
     else:
         print_line(empty)

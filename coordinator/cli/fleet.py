@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from operator import itemgetter
 from typing import Annotated, Any
 
 import typer
@@ -65,11 +64,11 @@ def create_ticket(
 def list_tickets(json: Json = False) -> None:
     """List the tickets and their uses left. Secrets are never shown."""
     columns: Columns[dict[str, Any]] = {
-        "Ticket": itemgetter("id"),
-        "For": itemgetter("role"),
+        "Ticket": "id",
+        "For": "role",
         "Left": lambda row: "revoked" if row["revoked"] else f"{row['uses_left']} uses",
         "Expires in": lambda row: f"{row['expires_in_s'] / 3600:.1f} h",
-        "Label": itemgetter("label"),
+        "Label": "label",
     }
     empty = "no tickets; create one: commonweight ticket create"
     print_list(connect().tickets(), columns, empty, json=json)
@@ -85,8 +84,7 @@ def revoke_ticket(ticket: str) -> None:
 @operators.command("list")
 def list_operators(json: Json = False) -> None:
     """List who has access from another machine, and with which role."""
-    keys = {"Name": "name", "Id": "operator", "Role": "role"}
-    columns = {title: itemgetter(key) for title, key in keys.items()}
+    columns = {"Name": "name", "Id": "operator", "Role": "role"}
     empty = "nobody; create a ticket: commonweight ticket create --role observer"
     print_list(connect().operators(), columns, empty, json=json)
 
@@ -101,8 +99,7 @@ def remove_operator(operator: str) -> None:
 @peers.command("list")
 def list_peers(json: Json = False) -> None:
     """List every machine that has joined."""
-    keys = {"Name": "name", "Id": "peer", "Standing": "standing"}
-    columns = {title: itemgetter(key) for title, key in keys.items()}
+    columns = {"Name": "name", "Id": "peer", "Standing": "standing"}
     empty = "no peers yet; on each machine: commonweight-agent join TICKET"
     print_list(connect().peers(), columns, empty, json=json)
 

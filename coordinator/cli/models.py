@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ def list_models(json: Json = False) -> None:
         for which, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head))
         if digest
     ]
-    columns = {key.capitalize(): itemgetter(key) for key in ("run", "which", "digest")}
+    columns = {"Run": "run", "Which": "which", "Digest": "digest"}
     empty = "no models yet; start a run: commonweight run start mnist"
     print_list(rows, columns, empty, json=json)
 

@@ -1,7 +1,7 @@
 """Amounts, ages and trends as text. Pure.
 
-Every number passes `coordinator.fleet.state.finite` first: a NaN or an infinity never breaks a
-frame.
+Every number passes `coordinator.fleet.state.finite` first, so that a NaN or an infinity never
+breaks a frame.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 # --- amounts ---------------------------------------------------------------------------------
 
 
-def format_bytes(num_bytes: float) -> str:
-    """Bytes with three digits: `999 B`, `1.2 MB`, `34 GB`."""
-    value = finite(num_bytes) or 0.0
-    units = ["PB", "TB", "GB", "MB", "kB", "B"]
-    while value >= 999.5 and len(units) > 1:
+def _scale(value: float, units: Sequence[str]) -> tuple[float, str]:
+    """The value in the first unit, each 1000 times the one before, in which it is below 1000."""
+    for unit in units[:-1]:
+        if value < 999.5:
+            return value, unit
         value /= 1000
-        units.pop()
-    unit = units[-1]
+    return value, units[-1]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes with up to three digits: `999 B`, `1.2 MB`, `34 GB`."""
+    value, unit = _scale(finite(num_bytes) or 0.0, ("B", "kB", "MB", "GB", "TB", "PB"))
     return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
 
 
 def age(seconds: float) -> str:
-    """A length of time in at most six characters: `42 s`, `5 min`, `3 h`, `12 d`."""
+    """A duration in at most six characters: `42 s`, `5 min`, `3 h`, `12 d`."""
     value = max(finite(seconds) or 0.0, 0.0)
     for size, unit in ((60, "s"), (60, "min"), (24, "h")):
         if value < size:
@@ -59,17 +63,12 @@ def decimal(value: float | None) -> str:
     number = finite(value)
     if number is None:
         return NOTHING
-    return (
-        f"{number:.4f}"
-        if abs(number) < 10
-        else f"{number:.4g}"
-        if abs(number) < 1e5
-        else (f"{number:.1e}")
-    )
+    size = abs(number)
+    return f"{number:.4f}" if size < 10 else f"{number:.4g}" if size < 1e5 else f"{number:.1e}"
 
 
 def brief(value: float) -> str:
-    """A number at an axis: three digits, in at most seven characters."""
+    """A number at an axis, with three digits, in at most seven characters."""
     number = finite(value)
     return NOTHING if number is None else f"{number:#.3g}" if abs(number) < 100 else f"{number:.3g}"
 
@@ -79,12 +78,8 @@ def count(number: float) -> str:
     value = finite(number) or 0.0
     if value < 100_000:
         return f"{value:,.0f}"
-    unit = ""
-    for unit in ("k", "M", "G", "T"):
-        value /= 1000
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-    return f"{min(value, 9999):.0f} {unit}"
+    value, unit = _scale(value / 1000, ("k", "M", "G", "T"))
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{min(value, 9999):.0f} {unit}"
 
 
 def percent(value: float) -> str:
@@ -95,19 +90,15 @@ def percent(value: float) -> str:
 
 def rate(per_s: float) -> str:
     """`812/s`, `149 k/s`: at most seven characters."""
-    value = finite(per_s) or 0.0
-    for unit in ("", " k", " M", " G"):
-        if value < 999.5:
-            return f"{value:.0f}{unit}/s"
-        value /= 1000
-    return f"{min(value, 999):.0f} T/s"
+    value, unit = _scale(finite(per_s) or 0.0, ("", " k", " M", " G", " T"))
+    return f"{min(value, 999):.0f}{unit}/s"
 
 
 # --- trends ----------------------------------------------------------------------------------
 
 
 def downsample(values: Sequence[float | None], width: int) -> list[float | None]:
-    """At most `width` points: means of neighbours, None where one of them is not finite."""
+    """At most `width` points: means of neighbors, None where one of them is not finite."""
     clean = [finite(value) for value in values]
     if width <= 0 or len(clean) <= width:
         return clean if width > 0 else []
@@ -116,12 +107,9 @@ def downsample(values: Sequence[float | None], width: int) -> list[float | None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value / len(values)  # divided first: two huge losses still have a mean
-    return total
+    known = [value for value in values if value is not None]
+    # Divided first, so that two huge losses still have a mean.
+    return sum(value / len(known) for value in known) if len(known) == len(values) else None
 
 
 def _heights(points: Sequence[float | None], most: int) -> list[int | None]:
@@ -151,6 +139,6 @@ def truncate(text: str, width: int) -> str:
 
 
 def progress(done: int, of: int, width: int) -> str:
-    """`━━━━────`: heavy is done."""
+    """A progress bar: `━━━━────`."""
     filled = min(done * width // of, width) if of > 0 else 0
     return "━" * filled + "─" * (width - filled)

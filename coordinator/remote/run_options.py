@@ -23,33 +23,33 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
 
     Raises UsageError and its kin.
     """
-    given = {one.name: one.default for one in options.OPTIONS} | dict(typed)
-    if not given["task"]:
+    values = {one.name: one.default for one in options.OPTIONS} | dict(typed)
+    if not values["task"]:
         raise UsageError("name one task", "commonweight run start mnist")
-    column, goal, metric = _targets(given["target"])
-    if metric and given["best-metric"] not in ("", metric):
+    column, goal, metric = _targets(values["target"])
+    if metric and values["best-metric"] not in ("", metric):
         raise UsageError(
-            f"--target {metric} and --best-metric {given['best-metric']} are two metrics",
+            f"--target {metric} and --best-metric {values['best-metric']} are two metrics",
             "name one of them",
         )
-    table = {"target": column, "kind": given["kind"], "features": given["features"]}
-    is_auto = given["deadline"] == "auto"
-    registry.parse(given["codec"])
-    fields = {one.field: given[one.name] for one in options.OPTIONS if one.is_plain}
+    table = {"target": column, "kind": values["kind"], "features": values["features"]}
+    is_auto = values["deadline"] == "auto"
+    registry.parse(values["codec"])
+    fields = {one.field: values[one.name] for one in options.OPTIONS if one.is_plain}
     fields |= {
-        "task": _task_name(given["task"]),
-        "deadline_s": _MAX_AUTO_DEADLINE_S if is_auto else parse_seconds(given["deadline"]),
+        "task": _task_name(values["task"]),
+        "deadline_s": _MAX_AUTO_DEADLINE_S if is_auto else parse_seconds(values["deadline"]),
         "deadline": "auto" if is_auto else "fixed",
-        "select": _times(given["select"]) if given["select"] else 0.0,
-        "strategy_args": _settings(given["strategy-arg"]),
-        "settings": _settings(given["set"]) | {key: text for key, text in table.items() if text},
-        "best_metric": given["best-metric"] or metric,
+        "select": _times(values["select"]) if values["select"] else 0.0,
+        "strategy_args": _settings(values["strategy-arg"]),
+        "settings": _settings(values["set"]) | {key: text for key, text in table.items() if text},
+        "best_metric": values["best-metric"] or metric,
         "target": goal,
     }
     spec = RunSpec(**fields, handshake=True)
     options.check(spec)
     return StartRunRequest(
-        spec=spec, from_digest=_import_weights(given["from"]) if given["from"] else ""
+        spec=spec, from_digest=_import_weights(values["from"]) if values["from"] else ""
     )
 
 
@@ -72,13 +72,13 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
     return key, value
 
 
-def _targets(given: Iterable[str]) -> tuple[str, float | None, str]:
+def _targets(texts: Iterable[str]) -> tuple[str, float | None, str]:
     """The column to predict, the value of the metric to reach, and its name. Raises UsageError.
 
     `0.9` and `macro_f1=0.9` are values of a metric; all else is a column.
     """
     column, goal, metric = "", None, ""
-    for text in given:
+    for text in texts:
         name, _, value = text.rpartition("=")
         try:
             goal, metric = float(value), name
@@ -118,9 +118,9 @@ def _import_weights(path: Path) -> str:
     from protocols.model import weights
 
     try:
-        given = weights.load_any(path)
+        model = weights.load_any(path)
     except (OSError, BadWeights) as err:
         raise UsageError(f"cannot use {path} as first weights: {err}") from err
     home = homes.open_home("coordinator")
     access.connection_info(home)  # without a running coordinator no run would own the version
-    return WeightStore(home).save(given)
+    return WeightStore(home).save(model)
